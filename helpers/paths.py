@@ -1,0 +1,61 @@
+"""Where everything lies; the only module that knows folders."""
+
+import os
+import re
+from pathlib import Path
+
+from helpers.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+ORGANISM = DATA / "organism"
+PROMPTS = DATA / "prompts"
+NOTEBOOKS = ROOT / "notebooks"
+# A test run must not write over the committed results, so both folders can be moved.
+RESULTS = Path(os.environ.get("COMPANION_RESULTS") or ROOT / "results").resolve()
+FIGURES = Path(os.environ.get("COMPANION_FIGURES") or ROOT / "figures").resolve()
+
+_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def check_slug(slug: str) -> str:
+    """The name of a run, if it can be a folder's name on every system; `InputError` if it cannot.
+
+    >>> check_slug("qwen2-0.5b")
+    'qwen2-0.5b'
+    >>> check_slug("../elsewhere")
+    Traceback (most recent call last):
+    ...
+    helpers.errors.InputError: '../elsewhere' cannot name a run: letters, digits, '.', '_', '-', no leading dot
+    """
+    if not _SLUG.fullmatch(slug) or len(slug) > 100:
+        rule = (
+            "letters, digits, '.', '_', '-', no leading dot" if len(slug) <= 100 else "at most 100 characters"
+        )
+        raise InputError(f"{slug!r} cannot name a run: {rule}")
+    return slug
+
+
+def results_dir(slug: str) -> Path:
+    """The folder of a run's result files, made if it is not there."""
+    return _made(RESULTS / check_slug(slug))
+
+
+def figures_dir(slug: str) -> Path:
+    """The folder of a run's figures, made if it is not there."""
+    return _made(FIGURES / check_slug(slug))
+
+
+def relative(path: Path) -> str:
+    """The path as a reader of the repository would write it: from its root where it lies inside.
+
+    >>> relative(ROOT / "results" / "embedded" / "02_layers.parquet")
+    'results/embedded/02_layers.parquet'
+    """
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
