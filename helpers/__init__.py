@@ -1,1 +1,1 @@
-"""What the notebooks import: prompts, pairs, clean runs, effects on disk, statistics, figures and verdicts."""
+"""What the notebooks import: prompts, pairs, clean runs, effects on disk, statistics, figures, verdicts."""

@@ -23,15 +23,13 @@ def check_slug(slug: str) -> str:
 
     >>> check_slug("qwen2-0.5b")
     'qwen2-0.5b'
-    >>> check_slug("../elsewhere")
+    >>> check_slug("../out")
     Traceback (most recent call last):
     ...
-    helpers.errors.InputError: '../elsewhere' cannot name a run: letters, digits, '.', '_', '-', no leading dot
+    helpers.errors.InputError: '../out' cannot name a run: letters, digits, '.', '_', '-', no leading dot
     """
     if not _SLUG.fullmatch(slug) or len(slug) > 100:
-        rule = (
-            "letters, digits, '.', '_', '-', no leading dot" if len(slug) <= 100 else "at most 100 characters"
-        )
+        rule = "letters, digits, '.', '_', '-', no leading dot" if len(slug) <= 100 else "at most 100 characters"
         raise InputError(f"{slug!r} cannot name a run: {rule}")
     return slug
 

@@ -66,9 +66,7 @@ def write_json(value: Any, path: Path | str) -> Path:
     NaN and inf are not JSON and raise `ValueError`: write None where there is no number.
     """
     try:
-        text = json.dumps(
-            value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain
-        )
+        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain)
     except ValueError as error:
         raise ValueError(
             f"{relative(Path(path))} would hold NaN or inf: write None where there is no number"
@@ -104,8 +102,8 @@ def write_table(table: pd.DataFrame, path: Path | str) -> Path:
 def read_table(path: Path | str, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table whose `columns` (name -> "str", "int", "float" or "bool") are there and of that kind.
 
-    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and what to
-    do if the file is missing or torn, or a column is missing or of another kind.
+    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and
+    what to do if the file is missing or torn, or a column is missing or of another kind.
     """
     path = _existing(path)
     table = _parsed(path, columns)
