@@ -1,0 +1,235 @@
+"""The numbers that verdicts rest on: one row for each model, claim, quantity and variant, with an interval.
+
+A claim's rule (in `claims`) reads these rows and nothing else. Choices that could be bent after the fact, such as which
+components count as positive, are fixed on the discover split; every number is from the test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from helpers import bootstrap as bs
+from helpers import stats
+from helpers.errors import InputError
+
+COMPONENTS = ("attn_out", "mlp_out")
+LATE, EARLY = 2 / 3, 1 / 3
+GATE = 0.5
+SATURATED = 0.02
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to measure the same quantity: an outcome, a column of the effect table, and a subset of pairs."""
+
+    name: str
+    outcome: str = "Y1"
+    value: str = "nie"
+    unsaturated: bool = False
+
+
+# The first is the estimate; the others are its robustness checks.
+VARIANTS = (
+    Variant("main"),
+    Variant("sufficiency", value="nie0"),
+    Variant("necessity", value="nie1"),
+    Variant("full response", outcome="Y2"),
+    Variant("norm frozen", outcome="Y1.frozen"),
+    Variant("unsaturated", unsaturated=True),
+)
+
+
+def depth(layer: np.ndarray | pd.Series, n_layers: int) -> np.ndarray:
+    """Relative depth of a layer's middle, in (0, 1).
+
+    >>> depth(np.array([0, 5]), 6).round(3)
+    array([0.083, 0.917])
+    """
+    return (np.asarray(layer) + 0.5) / n_layers
+
+
+def signed(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects with `nie` = (NIE0 + NIE1) / 2 beside them, each treatment and outcome signed by its TE on discover."""
+    columns = ["te", "nie0", "nie1"]
+    discover = table[table.split == "discover"]
+    sign = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
+    joined = table.merge(sign, on=["treatment", "outcome"], how="left", validate="many_to_one")
+    if joined["sign"].isna().any():
+        lost = joined.loc[joined["sign"].isna(), "treatment"].iloc[0]
+        raise InputError(f"{lost} has no pair in the discover split, which fixes its sign: give it more topics")
+    result = joined.assign(**{name: joined[name] * joined["sign"] for name in columns}).drop(columns="sign")
+    return result.assign(nie=(result.nie0 + result.nie1) / 2)
+
+
+def unsaturated_ids(table: pd.DataFrame) -> set[str]:
+    """Pairs whose two clean runs both have p(comply | comply or refuse) between 0.02 and 0.98 (Y1)."""
+    clean = table[table.outcome == "Y1"].drop_duplicates("pair_id")
+    bound = np.log((1 - SATURATED) / SATURATED)
+    return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
+
+
+def row(
+    model: str, claim: str, quantity: str, variant: str, estimates: bs.Estimates, n_pairs: int, index: int = 0
+) -> dict[str, object]:
+    """One row of an evidence table from one entry of an `Estimates`."""
+    return {
+        "model": model,
+        "claim": claim,
+        "quantity": quantity,
+        "variant": variant,
+        "estimate": float(estimates.estimate[index]),
+        "ci_low": float(estimates.low[index]),
+        "ci_high": float(estimates.high[index]),
+        "n_pairs": n_pairs,
+        "n_topics": estimates.n_clusters,
+        "note": "",
+    }
+
+
+def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
+    """TE of every treatment on test: the gate that any verdict must pass. `clean` has one row a pair and outcome."""
+    rows = []
+    for treatment, part in clean[(clean.split == "test") & (clean.outcome == "Y1")].groupby("treatment", sort=False):
+        estimates = bs.bootstrap(stats.cluster_sums(part, "te"), stats.mean)
+        rows.append(row(model, "gate", f"TE {treatment}", "main", estimates, len(part)))
+    return rows
+
+
+def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
+    """Which cells have a positive mean effect on discover, in the order of `columns`, whose keys name the cells."""
+    keys = [name for name in columns.columns if name in ("treatment", "site", "layer", "head")]
+    means = discover.groupby(keys)[value].mean().rename("mean").reset_index()
+    merged = columns[keys].merge(means, on=keys, how="left", validate="one_to_one")
+    return (merged["mean"] > 0).to_numpy()
+
+
+def share(
+    table: pd.DataFrame, value: str, numerator: Callable[[pd.DataFrame], np.ndarray], scale: pd.Series | None = None
+) -> tuple[bs.Estimates, int]:
+    """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
+
+    `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
+    before it is summed, for effects per unit of patch norm or per parameter.
+    """
+    sums = stats.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
+    positive = positive_cells(table[table.split == "discover"], value, sums.columns)
+    weight = positive.astype(float)
+    if scale is not None:
+        weight /= scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
+    if not positive.any():
+        raise InputError("no component has a positive mean effect on the discover split: a share is not defined")
+    picked = numerator(sums.columns)
+    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
+    return bs.bootstrap(sums, stats.ratio(weight * picked, weight)), n_pairs
+
+
+def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> tuple[bs.Estimates, int]:
+    """Share of the positive component effects that lie in late layers (depth > 2/3)."""
+    return share(table, value, lambda cells: depth(cells["layer"], n_layers) > LATE)
+
+
+def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> tuple[bs.Estimates, int]:
+    """Share of the positive component effects that MLP outputs hold, against attention outputs."""
+    return share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
+
+
+def centroids(
+    harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int, value: str = "nie"
+) -> tuple[bs.Estimates, int, list[str]]:
+    """Effect-weighted mean depth of the positive components: harm - benign, then each treatment's own.
+
+    Entry 0 is the difference between the harm contrast and the mean over the benign behaviours; the others follow the
+    returned list of names, harm first. Topics are drawn within harm and within each benign behaviour.
+    """
+    table = pd.concat([harm, benign], ignore_index=True)
+    test = table[table.split == "test"]
+    sums = stats.cluster_sums(test, value, by=["treatment", "site", "layer"], strata="treatment")
+    weight = positive_cells(table[table.split == "discover"], value, sums.columns).astype(float)
+    at = depth(sums.columns["layer"], n_layers)
+    names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
+    member = np.stack([(sums.columns["treatment"] == name).to_numpy() for name in names])
+
+    def statistic(
+        total: Float[np.ndarray, "rep column"], count: Float[np.ndarray, "rep column"]
+    ) -> Float[np.ndarray, "rep stat"]:
+        own = (total @ (member * weight * at).T) / (total @ (member * weight).T)
+        return np.concatenate([own[:, :1] - own[:, 1:].mean(axis=1, keepdims=True), own], axis=1)
+
+    return bs.bootstrap(sums, statistic), harm.loc[harm.split == "test", "pair_id"].nunique(), names
+
+
+def primary(table: pd.DataFrame) -> str:
+    """The treatment that stands for generation: the contrast T2 - T2b where twins exist, else T2 alone."""
+    present = set(table.treatment)
+    return "T2-T2b" if "T2-T2b" in present else "T2"
+
+
+def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequence[str] = COMPONENTS) -> pd.DataFrame:
+    """Rows of one treatment, outcome and set of sites at the last token, restricted to unsaturated pairs on demand."""
+    chosen = table[(table.treatment == treatment) & (table.outcome == variant.outcome) & (table.position == "last")]
+    chosen = chosen[chosen.site.isin(sites)]
+    if variant.unsaturated:
+        source = table[table.treatment == "T2"] if treatment == "T2-T2b" else table[table.treatment == treatment]
+        chosen = chosen[chosen.pair_id.isin(unsaturated_ids(source))]
+    return chosen
+
+
+def enough(table: pd.DataFrame, least: int = 2) -> bool:
+    """True if discover and test both hold pairs, the latter of at least `least` topics."""
+    return (table.split == "discover").any() and table.loc[table.split == "test", "topic"].nunique() >= least
+
+
+def c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+    """C1, generation arises late: the late share in all variants, and the centroid difference harm - benign."""
+    treatment, rows = primary(table), []
+    for variant in VARIANTS:
+        chosen = select(table, treatment, variant)
+        if enough(chosen):
+            estimates, n_pairs = late_share(signed(chosen), n_layers, variant.value)
+            rows.append(row(model, "C1", "late share", variant.name, estimates, n_pairs))
+    benign = usable_benign(table)
+    if len(benign):
+        harm = signed(select(table, treatment, VARIANTS[0]))
+        estimates, n_pairs, names = centroids(harm, benign, n_layers)
+        rows.append(row(model, "C1", "centroid difference", "main", estimates, n_pairs))
+        rows += [
+            row(model, "C1", f"centroid {name}", "main", estimates, n_pairs, i) for i, name in enumerate(names, start=1)
+        ]
+    return rows
+
+
+def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
+    """Component effects of the benign behaviours whose TE passes the gate on discover: |mean TE| >= 0.5 log-odds."""
+    parts = [select(table, name, VARIANTS[0]) for name in sorted(set(table.treatment)) if name.startswith("B")]
+    kept = [part for part in parts if enough(part) and abs(part.loc[part.split == "discover", "te"].mean()) >= GATE]
+    return signed(pd.concat(kept, ignore_index=True)) if kept else table.iloc[:0]
+
+
+def c2(
+    totals: pd.DataFrame, direct: pd.DataFrame, model: str, scales: Mapping[str, pd.Series]
+) -> list[dict[str, object]]:
+    """C2, MLP not attention: MLP share of total (NIE) and of direct effects, raw and under each normalisation.
+
+    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
+    contrast, which add up to its total effect.
+    """
+    treatment, rows = primary(totals), []
+    for variant in VARIANTS:
+        chosen = select(totals, treatment, variant)
+        if enough(chosen):
+            rows.append(row(model, "C2", "MLP share of NIE", variant.name, *mlp_share(signed(chosen), variant.value)))
+    linear = Variant("main", outcome="contrast.frozen")
+    sites = [f"{site}.direct" for site in COMPONENTS]
+    written = signed(select(direct, treatment, linear, sites))
+    written = written.assign(site=written.site.str.removesuffix(".direct"))
+    rows.append(row(model, "C2", "MLP share of direct effects", "main", *mlp_share(written)))
+    total = signed(select(totals, treatment, VARIANTS[0]))
+    for name, scale in scales.items():
+        rows.append(row(model, "C2", "MLP share of NIE", name, *mlp_share(total, scale=scale)))
+        rows.append(row(model, "C2", "MLP share of direct effects", name, *mlp_share(written, scale=scale)))
+    return rows

@@ -1,0 +1,198 @@
+"""Causal mediation: the four cells of every pair and mediator, and the estimands derived from them.
+
+For a pair with control prompt x0 and treated prompt x1 and a mediator M, the cells are y00 = Y(x0), y11 = Y(x1),
+y01 = Y(x0, M set to its value under x1) and y10 = Y(x1, M set to its value under x0). Everything else is arithmetic
+on them, done in one place (`estimands`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helpers import grid, outcomes, positions
+from helpers.grid import CleanRun, Patch
+from helpers.progress import progress
+from helpers.subject import Subject
+from helpers.tokens import Openers, TokenPair
+
+BATCH = 64
+KEYS = ["site", "layer", "head", "position", "outcome"]
+
+
+@dataclass(frozen=True)
+class Mediator:
+    """A site at a layer (and head, else -1) and position group; `.direct` sites swap only what the site writes."""
+
+    site: str
+    layer: int
+    position: str = "last"
+    head: int = -1
+
+    @property
+    def is_direct(self) -> bool:
+        """True if only the site's own write into the final residual stream is swapped."""
+        return self.site.endswith(".direct")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of one treatment and one token length, with both clean runs."""
+
+    pairs: tuple[TokenPair, ...]
+    control: CleanRun
+    treated: CleanRun
+
+
+def estimands(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with `te` (total effect), `nie0` (sufficiency) and `nie1` (necessity) beside them, in the cells' unit.
+
+    >>> cells = pd.DataFrame({"y00": [0.0], "y01": [1.0], "y10": [1.5], "y11": [4.0]})
+    >>> estimands(cells)[["te", "nie0", "nie1"]].values.tolist()
+    [[4.0, 1.0, 2.5]]
+    """
+    return cells.assign(
+        te=cells.y11 - cells.y00,
+        nie0=cells.y01 - cells.y00,
+        nie1=cells.y11 - cells.y10,
+    )
+
+
+def mediators(subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("last",)) -> list[Mediator]:
+    """Every layer of every site at every position group; `head` and `head.direct` give one mediator a head."""
+    found = []
+    for site, group, layer in itertools.product(sites, groups, range(subject.n_layers)):
+        heads = range(subject.n_heads) if site.startswith("head") else (-1,)
+        found += [Mediator(site, layer, group, head) for head in heads]
+    return found
+
+
+def batches(pairs: Sequence[TokenPair], size: int = BATCH) -> list[list[TokenPair]]:
+    """Pairs grouped by treatment and token length, at most `size` together.
+
+    A pure function of the list of pairs, so that a rerun and a sharded run put the same pairs together and give the
+    same bytes; pairs of one length need no padding.
+    """
+    ordered = sorted(pairs, key=lambda p: (p.pair.treatment, len(p.control)))
+    runs = [list(run) for _, run in itertools.groupby(ordered, key=lambda p: (p.pair.treatment, len(p.control)))]
+    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+
+def prompt_tokens(
+    subject: Subject, pairs: Sequence[TokenPair]
+) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
+    """Control and treated token ids of pairs of equal length, on the subject's device."""
+    control, treated = (np.stack([getattr(p, side) for p in pairs]) for side in ("control", "treated"))
+    return torch.tensor(control, device=subject.device), torch.tensor(treated, device=subject.device)
+
+
+def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
+    """Both clean runs of pairs of one treatment and one length."""
+    control, treated = prompt_tokens(subject, pairs)
+    return Batch(tuple(pairs), grid.clean_run(subject, control), grid.clean_run(subject, treated))
+
+
+def patches(batch: Batch, wanted: Sequence[Mediator], header: str) -> list[Patch]:
+    """The mediators as interventions on this batch: position groups become masks over its tokens."""
+    names = {mediator.position for mediator in wanted}
+    device = batch.control.tokens.device
+    masks = {name: torch.tensor(positions.stack(batch.pairs, header, name), device=device) for name in names}
+    return [
+        Patch(m.site.removesuffix(".direct"), m.layer, masks[m.position], None if m.head < 0 else m.head)
+        for m in wanted
+    ]
+
+
+def final_residuals(
+    subject: Subject, batch: Batch, wanted: Sequence[Mediator], header: str
+) -> tuple[Float[Tensor, "pair mediator d"], Float[Tensor, "pair mediator d"]]:
+    """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
+    both = []
+    made = patches(batch, wanted, header)
+    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
+        cells = torch.empty(len(batch.pairs), len(wanted), subject.d_model, dtype=subject.dtype, device=subject.device)
+        for effect, is_direct in ((grid.interchange, False), (grid.direct, True)):
+            chosen = [i for i, mediator in enumerate(wanted) if mediator.is_direct == is_direct]
+            if chosen:
+                cells[:, chosen] = effect(subject, base, source, [made[i] for i in chosen])[:, :, 0]
+        both.append(cells)
+    return both[0], both[1]
+
+
+def effects(
+    subject: Subject,
+    pairs: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    wanted: Sequence[Mediator],
+    names: Sequence[str] = ("Y1",),
+) -> pd.DataFrame:
+    """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
+
+    `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control
+    run's, in all four cells, so that direct effects add up).
+    """
+    header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
+    tables = []
+    for group in progress(batches(pairs), desc="mediation"):
+        batch = run_clean(subject, group)
+        patched = final_residuals(subject, batch, wanted, header)
+        for name in names:
+            cells = _score(subject, batch, patched, openers[group[0].pair.treatment], name)
+            tables.append(tidy(group, wanted, name, cells))
+    return estimands(pd.concat(tables, ignore_index=True))
+
+
+def _score(
+    subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str
+) -> dict[str, Float[np.ndarray, "pair mediator"]]:
+    outcome = {"Y1": outcomes.log_odds, "contrast": outcomes.contrast}[name.removesuffix(".frozen")]
+    control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
+    norm_like = control if name.endswith(".frozen") else None
+    cells = {"y00": control, "y01": patched[0], "y10": patched[1], "y11": treated}
+    scores = {cell: outcome(subject, resid, openers, norm_like).cpu().numpy() for cell, resid in cells.items()}
+    return {cell: np.broadcast_to(score, patched[0].shape[:2]) for cell, score in scores.items()}
+
+
+def tidy(
+    pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
+) -> pd.DataFrame:
+    """Rows in the order pair, mediator."""
+    n = len(wanted)
+    per_pair = {
+        "pair_id": [p.pair.id for p in pairs],
+        "topic": [p.pair.topic for p in pairs],
+        "treatment": [p.pair.treatment for p in pairs],
+        "split": [p.pair.split for p in pairs],
+    }
+    per_mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
+    return pd.DataFrame(
+        {
+            **{name: np.repeat(np.array(values, dtype=object), n) for name, values in per_pair.items()},
+            **{name: np.tile(np.array(values), len(pairs)) for name, values in per_mediator.items()},
+            "outcome": outcome,
+            **{name: values.reshape(-1) for name, values in cells.items()},
+        }
+    )
+
+
+def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
+    """The contrast T2 - T2b, pair by pair: what a wrapper does to a harmful request beyond what it does to any.
+
+    `twins` maps a T2 pair to its T2b pair. Cells are subtracted, so every estimand of the difference is the
+    difference of the estimands.
+    """
+    harmful = table[table.treatment == "T2"]
+    harmful = harmful.assign(twin_id=harmful.pair_id.map(twins)).dropna(subset=["twin_id"])
+    cells = ["y00", "y01", "y10", "y11"]
+    twin = table.loc[table.treatment == "T2b", ["pair_id", *KEYS, *cells]].rename(columns={"pair_id": "twin_id"})
+    joined = harmful.merge(twin, on=["twin_id", *KEYS], suffixes=("", "_twin"), validate="many_to_one")
+    subtracted = {cell: joined[cell] - joined[f"{cell}_twin"] for cell in cells}
+    result = joined.assign(treatment="T2-T2b", **subtracted)
+    return estimands(result.drop(columns=["twin_id", *(f"{cell}_twin" for cell in cells)]))

@@ -1,0 +1,107 @@
+"""Position groups: which tokens are system, header, wrapper, verb, object, template, last, ...
+
+Groups come from three sources that every chat model has or may have: the template (what stands before and after the
+user turn), the pair itself (which tokens differ), and the named spans of `pairs.jsonl`. A missing group is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from helpers.tokens import TokenPair
+
+TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
+SPAN_GROUPS = ("wrapper", "distractor", "verb", "object")
+PAIR_GROUPS = ("differ", "shared", "all")
+
+
+def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes before every user turn: the common end of what stands before the first and second one.
+
+    Empty where the template takes no second turn; the system group then reaches up to the instruction.
+    """
+    turns = [("user", "@first@"), ("assistant", "@answer@"), ("user", "@second@")]
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False))
+    except (TemplateError, ValueError):
+        return ""
+    before_first = text[: text.index("@first@")]
+    between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
+    length = 0
+    while length < min(len(before_first), len(between)) and before_first[-length - 1] == between[-length - 1]:
+        length += 1
+    return before_first[len(before_first) - length :]
+
+
+def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
+    """Masks over token positions for one pair, by group name.
+
+    The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
+    A span is where it lies in either prompt of the pair. `differ`, `shared` (equal tokens behind the first
+    difference) and `all` are read off the token ids.
+    """
+    starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
+    text_start = pair.treated_start
+    text_end = text_start + len(pair.pair.treated.rstrip())
+    inside = (ends > text_start) & (starts < text_end)
+    first, last = int(np.argmax(inside)), len(inside) - 1 - int(np.argmax(inside[::-1]))
+    position = np.arange(len(inside))
+    masks = {
+        "system": (position < first) & (ends <= text_start - len(header)),
+        "header": (position < first) & (ends > text_start - len(header)),
+        "last_instruction": position == last,
+        "template": (position > last) & (position < len(inside) - 1),
+        "last": position == len(inside) - 1,
+    }
+    taken = masks["last_instruction"] | ~inside
+    for name in SPAN_GROUPS:
+        masks[name] = _span(pair, name) & ~taken
+        taken = taken | masks[name]
+    masks["rest"] = ~taken
+    differ = pair.control != pair.treated
+    return {
+        **masks,
+        "differ": differ,
+        "shared": ~differ & (position > int(np.argmax(differ))),
+        "all": position >= 0,
+    }
+
+
+def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, "pos"]:
+    """Tokens that overlap the named span, in the control or in the treated prompt."""
+    mask = np.zeros(len(pair.control), dtype=bool)
+    sides = (
+        ("control", pair.control_offsets, pair.control_start),
+        ("treated", pair.treated_offsets, pair.treated_start),
+    )
+    for side, offsets, start in sides:
+        ends = pair.pair.spans.get(side, {}).get(name)
+        if ends:
+            mask |= (offsets[:, 1] > start + ends[0]) & (offsets[:, 0] < start + ends[1])
+    return mask
+
+
+def stack(pairs: Sequence[TokenPair], header: str, name: str) -> Bool[np.ndarray, "pair pos"]:
+    """One group's masks for a batch of pairs of equal length."""
+    return np.stack([groups(pair, header)[name] for pair in pairs])
+
+
+def distance(pair: TokenPair) -> int:
+    """Tokens from the last differing token to the last token: how far the treatment must be carried."""
+    return len(pair.control) - 1 - int(np.flatnonzero(pair.control != pair.treated)[-1])
+
+
+def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """One printable label a token, for axes: newlines and spaces made visible."""
+    return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
+
+
+def present(masks: Mapping[str, Bool[np.ndarray, "pos"]]) -> list[str]:
+    """Names of the groups that hold at least one token, in reading order of their first token."""
+    held = [name for name in masks if masks[name].any() and name not in PAIR_GROUPS]
+    return sorted(held, key=lambda name: int(np.argmax(masks[name])))

@@ -1,0 +1,244 @@
+"""Prompt sets: reading a folder, checking it, and turning pairs into token ids of equal length.
+
+A prompt set is a folder with `pairs.jsonl` and `outcome.json` (their format stands in `data/README.md`). Texts are user
+turns; the model's own chat template, with its generation prompt, is put around them here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.errors import InputError
+from helpers.paths import PROMPTS
+
+SPLITS = ("discover", "validate", "test")
+SPLIT_SHARES = (0.4, 0.3, 0.3)
+MIN_PAIRS = 10
+REQUIRED = ("id", "treatment", "topic", "control", "treated")
+OPTIONAL = ("twin", "family", "split", "spans")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matched pair of user turns: `control` has the treatment off, `treated` has it on.
+
+    `spans` maps "control" and "treated" to named character ranges of the user turn, for example
+    `{"treated": {"verb": (12, 17)}}`; they become position groups.
+    """
+
+    id: str
+    treatment: str
+    topic: str
+    control: str
+    treated: str
+    split: str = ""
+    twin: str | None = None
+    family: str = ""
+    spans: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A checked folder of pairs; `outcomes` maps a treatment to its (comply, refuse) answer openers."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    outcomes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    sha256: str
+
+    @property
+    def treatments(self) -> tuple[str, ...]:
+        """Treatments in the order of METHOD: T1, T2, T2b, then the benign B1, B2, ..."""
+        return tuple(sorted({pair.treatment for pair in self.pairs}, key=treatment_order))
+
+
+def treatment_order(name: str) -> tuple[int, str]:
+    """Sort key: harm treatments first, benign ones after.
+
+    >>> sorted(["B2", "T2b", "B1", "T1", "T2"], key=treatment_order)
+    ['T1', 'T2', 'T2b', 'B1', 'B2']
+    """
+    return (0 if name.startswith("T") else 1, name)
+
+
+def load_set(where: str | Path) -> PromptSet:
+    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
+
+    Raises InputError, naming file and line, for anything that later steps could not use.
+    """
+    folder = PROMPTS / str(where) if (PROMPTS / str(where)).is_dir() else Path(where)
+    if not folder.is_dir():
+        known = ", ".join(sorted(p.name for p in PROMPTS.iterdir() if p.is_dir())) if PROMPTS.is_dir() else "none"
+        raise InputError(f"no prompt set at '{where}': expected a folder, or one of the shipped names ({known})")
+    for name in ("pairs.jsonl", "outcome.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name}; a prompt set is a folder with pairs.jsonl and outcome.json")
+    pairs = _read_pairs(folder / "pairs.jsonl")
+    _check_twins(pairs, folder / "pairs.jsonl")
+    pairs = _with_splits(pairs, folder / "pairs.jsonl")
+    outcomes = _read_outcomes(folder / "outcome.json", {pair.treatment for pair in pairs})
+    digest = hashlib.sha256()
+    for name in ("pairs.jsonl", "outcome.json"):
+        digest.update((folder / name).read_bytes())
+    return PromptSet(folder.name, pairs, outcomes, digest.hexdigest())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+
+
+def _read_pairs(path: Path) -> tuple[Pair, ...]:
+    pairs: list[Pair] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: broken JSON ({error.msg}); one object a line is expected"
+            ) from None
+        pair = _pair(row, f"{path}, line {number}")
+        if pair.id in seen:
+            raise InputError(
+                f"{path}, line {number}: id '{pair.id}' was used in line {seen[pair.id]}; ids must be unique"
+            )
+        seen[pair.id] = number
+        pairs.append(pair)
+    if len(pairs) < MIN_PAIRS:
+        raise InputError(f"{path}: {len(pairs)} pairs, at least {MIN_PAIRS} are needed")
+    return tuple(pairs)
+
+
+def _pair(row: Any, where: str) -> Pair:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object with {', '.join(REQUIRED)}")
+    for name in REQUIRED:
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise InputError(f"{where}: '{name}' must be a non-empty string")
+    unknown = sorted(set(row) - set(REQUIRED) - set(OPTIONAL))
+    if unknown:
+        raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
+    for name in ("twin", "family", "split"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise InputError(f"{where}: '{name}' must be a string")
+    if row.get("split") and row["split"] not in SPLITS:
+        raise InputError(f"{where}: split '{row['split']}' is not one of {', '.join(SPLITS)}")
+    if row["control"] == row["treated"]:
+        raise InputError(f"{where}: control and treated are the same text")
+    texts = {name: row[name] for name in REQUIRED}
+    extra = {"split": row.get("split") or "", "twin": row.get("twin"), "family": row.get("family") or ""}
+    return Pair(**texts, **extra, spans=_spans(row, where))
+
+
+def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """Check `spans`: {"control": {name: [start, end]}, "treated": {...}} in characters of the two texts."""
+    spans = row.get("spans") or {}
+    if not isinstance(spans, dict) or set(spans) - {"control", "treated"}:
+        raise InputError(f'{where}: spans must be {{"control": {{name: [start, end]}}, "treated": {{...}}}}')
+    checked: dict[str, dict[str, tuple[int, int]]] = {}
+    for side, named in spans.items():
+        if not isinstance(named, dict):
+            raise InputError(f"{where}: spans of '{side}' must map a name to [start, end]")
+        for name, ends in named.items():
+            valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+            if not valid or not 0 <= ends[0] < ends[1] <= len(row[side]):
+                raise InputError(f"{where}: span '{name}' of '{side}' must be [start, end] within the text")
+            checked.setdefault(side, {})[name] = (ends[0], ends[1])
+    return checked
+
+
+def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
+    by_id = {pair.id: pair for pair in pairs}
+    for pair in pairs:
+        if pair.twin is None:
+            continue
+        twin = by_id.get(pair.twin)
+        if pair.treatment != "T2" or twin is None or twin.treatment != "T2b":
+            raise InputError(
+                f"{path}: pair '{pair.id}' names the twin '{pair.twin}'; a T2 pair names a T2b pair of this file"
+            )
+
+
+def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
+    """Fill in missing splits: 40/30/30 over topics in the order of a hash, a topic never in two splits."""
+    given: dict[str, str] = {}
+    for pair in pairs:
+        if pair.split and given.setdefault(pair.topic, pair.split) != pair.split:
+            raise InputError(
+                f"{path}: topic '{pair.topic}' is in two splits ({given[pair.topic]}, {pair.split}); a topic belongs to one"
+            )
+    free = {pair.topic for pair in pairs} - set(given)
+    ordered = sorted(free, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest())
+    cuts = np.cumsum(SPLIT_SHARES) * len(ordered)
+    for rank, topic in enumerate(ordered):
+        given[topic] = SPLITS[int(np.searchsorted(cuts, rank + 0.5))]
+    return tuple(replace(pair, split=given[pair.topic]) for pair in pairs)
+
+
+def _read_outcomes(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    try:
+        content = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
+    per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
+    missing = sorted(treatments - set(per_treatment))
+    if missing:
+        raise InputError(
+            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
+        )
+    return {name: _outcome_strings(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
+
+
+def _outcome_strings(entry: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    sides = []
+    for side in ("comply", "refuse"):
+        strings = entry.get(side) if isinstance(entry, dict) else None
+        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
+            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
+        sides.append(tuple(strings))
+    return sides[0], sides[1]
+
+
+def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
+    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""
+    if n == 0:
+        return tuple(pairs)
+    if n < MIN_PAIRS:
+        raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
+    quota = {split: round(share * n) for split, share in zip(SPLITS, SPLIT_SHARES, strict=True)}
+    twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
+    kept: set[str] = set()
+    for treatment in {pair.treatment for pair in pairs}:
+        chosen = _first(pairs, quota, treatment)
+        kept |= twins if treatment == "T2b" and twins else {pair.id for pair in chosen}
+    return tuple(pair for pair in pairs if pair.id in kept)
+
+
+def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
+    """The first pairs of each split, one topic after another, so that few pairs still span many topics."""
+    chosen: list[Pair] = []
+    for split, size in quota.items():
+        members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
+        repeats: Counter[str] = Counter()
+        turns = []
+        for pair in members:
+            turns.append(repeats[pair.topic])
+            repeats[pair.topic] += 1
+        order = sorted(range(len(members)), key=lambda i: (turns[i], i))
+        chosen += [members[i] for i in order[:size]]
+    return chosen
