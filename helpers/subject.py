@@ -1,0 +1,187 @@
+"""Loading the model under study: by name, from a folder, or one that is already in memory.
+
+Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is used.
+"""
+
+import copy
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import paths
+from helpers.errors import InputError
+from helpers.grid_check import check_sites, clean_pair, verify
+from helpers.subject_parts import LayerParts, Subject, find_parts, hash_files
+
+__all__ = ["LayerParts", "Subject", "bridge", "from_model", "load", "untrained_twin", "verify"]
+
+EMBEDDED = "window-0"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow_slow: bool = False) -> Subject:
+    """A model by name ("embedded", "window-1", "full-0") or by folder, ready and checked.
+
+    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for
+    screening, and `helpers.grid_check.replay_noise` measures below which size its effects mean nothing. On a GPU float32
+    products are computed in full float32 (no TF32).
+
+    Raises:
+        InputError: no such folder, no config.json, pickled weights, remote code, not a causal language model, an unknown
+            architecture, missing tensors, or a model that cannot be replayed exactly (see `from_model`).
+    """
+    folder = _folder(name)
+    _check_folder(folder)
+    model = _load_model(folder, _dtype(dtype)).to(_device(device))
+    files = list(folder.glob("*.safetensors"))
+    return _checked(find_parts(_quiet(model), _tokenizer(folder), str(name), hash_files(files)), allow_slow)
+
+
+def from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str = "in-memory",
+    *,
+    allow_slow: bool = False,
+) -> Subject:
+    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched off.
+
+    Raises:
+        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot replay
+            exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with a warning.
+    """
+    return _checked(find_parts(_quiet(model), tokenizer, name), allow_slow)
+
+
+def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
+    """The same architecture with fresh random weights, drawn by the library's own initialisation."""
+    config = copy.deepcopy(subject.model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+    model = _quiet(model.to(dtype=subject.dtype, device=subject.device))
+    twin = find_parts(model, subject.tokenizer, f"{subject.name}-untrained-{seed}")
+    return replace(twin, replayable=subject.replayable)
+
+
+def bridge(subject: Subject) -> Any:
+    """TransformerLens's view of the model (`TransformerBridge`), for notebooks and tests.
+
+    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes attention
+    eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
+    """
+    from transformer_lens.model_bridge import TransformerBridge  # four seconds, and only notebooks and tests need it
+
+    if subject.tokenizer is None:
+        raise InputError(f"{subject.name} has no tokenizer, and TransformerLens needs one; hand one to from_model")
+    shared = {id(tensor): tensor for tensor in (*subject.model.parameters(), *subject.model.buffers())}
+    twin = copy.deepcopy(subject.model, shared)
+    twin.config.architectures = [type(subject.model).__name__]
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    return TransformerBridge.boot_transformers(
+        tokenizer.name_or_path or subject.name,
+        hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
+    )  # fmt: skip
+
+
+def _checked(subject: Subject, allow_slow: bool) -> Subject:
+    if not allow_slow:
+        verify(subject)
+        return subject
+    try:
+        verify(subject)
+    except InputError as error:
+        check_sites(subject, clean_pair(subject)[0])
+        warnings.warn(f"{error}; going on with one full forward pass per intervention", stacklevel=3)
+        return replace(subject, replayable=False)
+    return subject
+
+
+def _folder(name: str | Path) -> Path:
+    shipped = paths.ORGANISM / (EMBEDDED if name == "embedded" else str(name))
+    folder = shipped if shipped.is_dir() else Path(name)
+    if not folder.is_dir():
+        known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
+        raise InputError(
+            f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
+            "download a model into a folder and give its path"
+        )
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{config} is not valid JSON (line {error.lineno}: {error.msg}); download it again") from error
+    if "auto_map" in settings:
+        raise InputError(
+            f"{folder} asks to run code of its own (auto_map), which is never done; use a model of a known family"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = next((path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)), None)
+        what = f"its weights are pickled ({pickled}), which can run code" if pickled else "it has no weights"
+        raise InputError(f"{folder}: {what}; expected *.safetensors (save_pretrained writes them)")
+    names = settings.get("architectures") or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise InputError(
+            f"{folder} holds {', '.join(names) or 'no named architecture'}, not a causal language model; "
+            "expected a class ...ForCausalLM or ...LMHeadModel (of a multimodal model, its text part)"
+        )
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        line = str(error).strip().split("\n", 1)[0]
+        raise InputError(
+            f"{folder} could not be loaded: {line}; is it complete, and its architecture known?"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
+    return model
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _quiet(model: PreTrainedModel) -> PreTrainedModel:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return model.eval().requires_grad_(False)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} does not exist; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} was asked for, but {torch.cuda.device_count()} GPUs are visible; use --device cpu"
+        )
+    return device

@@ -1,0 +1,173 @@
+"""The named parts of a causal language model, found by structure and not by family.
+
+A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an
+attention with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute
+names differ. `find_parts` follows those names; whether what it found is right is decided by arithmetic, in
+`helpers.grid_check`, on the model at hand.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer. The `*_post` norms are None in pre-norm families; `down_proj` is None in mixtures of experts."""
+
+    block: nn.Module
+    attn: nn.Module
+    o_proj: nn.Module
+    mlp: nn.Module
+    down_proj: nn.Module | None
+    attn_post: nn.Module | None
+    mlp_post: nn.Module | None
+
+    @property
+    def attn_write(self) -> nn.Module:
+        """The module whose output the block adds to the residual stream after attention."""
+        return self.attn if self.attn_post is None else self.attn_post
+
+    @property
+    def mlp_write(self) -> nn.Module:
+        """The module whose output the block adds to the residual stream last."""
+        return self.mlp if self.mlp_post is None else self.mlp_post
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study: the library's own modules by name, its sizes, and the sha256 of its weights.
+
+    `replayable` is False for a model that only the slow path of `helpers.reference` serves exactly.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    layers: tuple[LayerParts, ...]
+    final_norm: nn.Module
+    unembed: nn.Module
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_mlp: int
+    post_norm: bool
+    sha256: str
+    replayable: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' floating-point type, in which everything is computed."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def soft_cap(self) -> float | None:
+        """The bound of the final logits (Gemma 2), or None."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+
+def find_parts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, sha256: str | None = None
+) -> Subject:
+    """The parts of a model; `InputError` for a model whose drawing is not the one above."""
+    unembed = model.get_output_embeddings()
+    if unembed is None:
+        raise InputError(
+            f"{type(model).__name__} has no unembedding, so it is not a causal language model; "
+            "load a model of class ...ForCausalLM or ...LMHeadModel"
+        )
+    decoder = _part(model, ("model", "transformer"))
+    layers = tuple(_layer_parts(block) for block in _part(decoder, ("layers", "h")))
+    return Subject(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        layers=layers,
+        final_norm=_part(decoder, ("norm", "ln_f")),
+        unembed=unembed,
+        n_layers=len(layers),
+        n_heads=int(model.config.num_attention_heads),
+        d_model=int(model.config.hidden_size),
+        d_mlp=0 if layers[0].down_proj is None else written_vectors(layers[0].down_proj).shape[0],
+        post_norm=layers[0].attn_post is not None,
+        sha256=sha256 or hash_tensors(model),
+    )
+
+
+def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
+    """What one unit of each input entry of an output or down projection adds to the projection's output.
+
+    Row j of a down projection is neuron j's output vector. GPT-2's `Conv1D` stores it so, `nn.Linear` transposed.
+    """
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(projection, nn.Linear) else weight
+
+
+def hash_tensors(model: nn.Module) -> str:
+    """sha256 over the names and bytes of a model's weights (shared tensors once), for models without a file."""
+    named = sorted(model.named_parameters())
+    return _sha256(part for key, tensor in named for part in (key.encode(), _bytes(tensor)))
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """sha256 over weight files, in the order of their names."""
+    return _sha256(part for file in sorted(files) for part in _chunks(file))
+
+
+def _layer_parts(block: nn.Module) -> LayerParts:
+    attn = _part(block, ("self_attn", "attn"))
+    mlp = _part(block, ("mlp",))
+    # Gemma and OLMo 2 normalise what attention and MLP write; elsewhere `post_attention_layernorm` stands before the MLP.
+    is_post = hasattr(block, "post_feedforward_layernorm")
+    return LayerParts(
+        block=block,
+        attn=attn,
+        o_proj=_part(attn, ("o_proj", "c_proj")),
+        mlp=mlp,
+        down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
+        attn_post=block.post_attention_layernorm if is_post else None,
+        mlp_post=block.post_feedforward_layernorm if is_post else None,
+    )
+
+
+def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
+    for name in names:
+        if isinstance(getattr(parent, name, None), nn.Module):
+            return getattr(parent, name)
+    raise InputError(
+        f"unknown architecture: {type(parent).__name__} has none of {', '.join(names)}; known are Llama, Qwen2, Qwen3, "
+        "Gemma 2, Gemma 3 (text), Mistral, Phi-3, OLMo 2, GPT-2 and models that name their parts as one of these does; "
+        "for another family add its names to helpers/subject_parts.py and run tests/test_grid.py on a tiny copy"
+    )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _chunks(file: Path) -> Iterable[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            yield chunk
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
