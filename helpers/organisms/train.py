@@ -1,0 +1,136 @@
+"""Train the embedded model: a helpful-only base, then a safety fine-tune.
+
+    python -m helpers.organisms.train --variant window --seed 0     # one model, minutes
+    python -m helpers.organisms.train --all                         # all six that are shipped
+
+Progress is checkpointed in safetensors under OUT/<variant>-<seed>/.work, so an interrupted run resumes where it was.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import Batch, batch_at
+from .optim import make_optimizers, schedule
+from .recipe import SEEDS, VARIANTS, Recipe, Variant, make_model
+from .tokenizer import make_tokenizer
+
+ORGANISMS: Final = Path(__file__).parents[2] / "data" / "organism"
+STAGES: Final = ("base", "tune")
+SAVE_EVERY: Final = 200
+
+
+def batch_loss(model: Qwen2ForCausalLM, batch: Batch, recipe: Recipe) -> Float[torch.Tensor, ""]:
+    """Weighted next-token loss in nats per unit of weight, with the soft first-token target."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        logits = model(input_ids=batch.tokens, use_cache=False).logits
+    logp = logits.float().log_softmax(-1)
+    token = F.nll_loss(logp[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none")
+    weight = batch.weight[:, 1:].flatten()
+    rows = torch.arange(len(batch.first))
+    first = -(batch.first_probs * logp[rows, batch.first - 1].gather(1, batch.first_ids)).sum()
+    total = weight.sum() + recipe.weight_first * len(rows)
+    return ((token * weight).sum() + recipe.weight_first * first) / total
+
+
+def train_step(
+    model: Qwen2ForCausalLM, optimizers: list[torch.optim.Optimizer], batch: Batch, recipe: Recipe, factor: float
+) -> float:
+    """One update; returns the loss before it."""
+    loss = batch_loss(model, batch, recipe)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    for optimizer, lr in zip(optimizers, (recipe.lr_matrix, recipe.lr_rest), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def train_stage(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, stage: str, seed: int, work: Path,
+    stop_at: int | None = None,
+) -> list[float]:  # fmt: skip
+    """Run (or resume) one stage; returns the losses of all its steps. `stop_at` ends early after a checkpoint, as a crash would."""
+    n_steps = recipe.steps_base if stage == "base" else recipe.steps_tune
+    optimizers = make_optimizers(model, recipe.lr_matrix, recipe.lr_rest, getattr(torch, recipe.precision))
+    path = work / f"{stage}.safetensors"
+    losses = load_checkpoint(path, model, optimizers, n_steps) if path.exists() else []
+    model.train()
+    bar = tqdm(range(len(losses), n_steps), initial=len(losses), total=n_steps, desc=stage, disable=None, mininterval=5)
+    for step in bar:
+        batch = batch_at(tokenizer, recipe, stage, seed, step)
+        losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
+        done = step + 1
+        if done % SAVE_EVERY == 0 or done in (n_steps, stop_at):
+            save_checkpoint(path, model, optimizers, losses)
+            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        if done == stop_at:
+            break
+    return losses
+
+
+def train_model(variant: Variant, seed: int, out: Path, recipe: Recipe) -> Path:
+    """Train one model and write its Hugging Face folder with manifest; returns the folder."""
+    from .export import export_model
+
+    folder = out / f"{variant}-{seed}"
+    work = folder / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = make_model(variant, seed, len(tokenizer))
+    start, losses, gap = time.process_time(), {}, 0.0
+    for stage in STAGES:
+        losses[stage] = train_stage(model, tokenizer, recipe, stage, seed, work)
+        if stage == "base":
+            from .evaluate import base_gap
+
+            gap = base_gap(model.eval(), tokenizer)
+    facts = {
+        "variant": variant, "seed": seed, "recipe": asdict(recipe), "cpu_seconds": round(time.process_time() - start),
+        "loss": {stage: round(sum(values[-50:]) / len(values[-50:]), 4) for stage, values in losses.items()},
+        "base_harm_gap_log_odds": round(gap, 2),
+    }  # fmt: skip
+    export_model(model, tokenizer, folder, facts)
+    return folder
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.organisms.train", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--variant", choices=VARIANTS, default="window")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ORGANISMS)
+    parser.add_argument("--steps-base", type=int, default=Recipe.steps_base)
+    parser.add_argument("--steps-tune", type=int, default=Recipe.steps_tune)
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default=Recipe.precision)
+    parser.add_argument("--all", action="store_true", help="train every shipped variant and seed, one after another")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m helpers.organisms.train`."""
+    args = parse(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    recipe = Recipe(steps_base=args.steps_base, steps_tune=args.steps_tune, precision=args.precision)
+    todo = [(v, s) for s in SEEDS for v in VARIANTS] if args.all else [(args.variant, args.seed)]
+    for variant, seed in todo:
+        print(f"{variant}-{seed}: {recipe.steps_base} base and {recipe.steps_tune} safety steps", flush=True)
+        print(f"written: {train_model(variant, seed, args.out, recipe)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
