@@ -53,6 +53,15 @@ def depth(layer: np.ndarray | pd.Series, n_layers: int) -> np.ndarray:
     return (np.asarray(layer) + 0.5) / n_layers
 
 
+def deepest_early_layer(n_layers: int) -> int:
+    """The last layer of depth < 1/3.
+
+    >>> deepest_early_layer(6), deepest_early_layer(32)
+    (1, 10)
+    """
+    return int(np.flatnonzero(depth(np.arange(n_layers), n_layers) < EARLY)[-1])
+
+
 def signed(table: pd.DataFrame) -> pd.DataFrame:
     """Effects with `nie` = (NIE0 + NIE1) / 2 beside them, each treatment and outcome signed by its TE on discover."""
     columns = ["te", "nie0", "nie1"]
@@ -91,13 +100,15 @@ def row(
     }
 
 
+def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
+    """One row with the mean of a column over pairs."""
+    return row(model, claim, quantity, "main", bs.bootstrap(stats.cluster_sums(table, value), stats.mean), len(table))
+
+
 def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
-    """TE of every treatment on test: the gate that any verdict must pass. `clean` has one row a pair and outcome."""
-    rows = []
-    for treatment, part in clean[(clean.split == "test") & (clean.outcome == "Y1")].groupby("treatment", sort=False):
-        estimates = bs.bootstrap(stats.cluster_sums(part, "te"), stats.mean)
-        rows.append(row(model, "gate", f"TE {treatment}", "main", estimates, len(part)))
-    return rows
+    """TE of every treatment on test: the gate that any verdict must pass. `clean` has one row a pair."""
+    groups = clean[clean.split == "test"].groupby("treatment", sort=False)
+    return [mean_row(part, "te", model, "gate", f"TE {treatment}") for treatment, part in groups]
 
 
 def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
@@ -120,7 +131,9 @@ def share(
     positive = positive_cells(table[table.split == "discover"], value, sums.columns)
     weight = positive.astype(float)
     if scale is not None:
-        weight /= scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
+        divisor = scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
+        # A component that cannot differ yet has patches of length 0, and no positive effect.
+        weight = np.divide(weight, divisor, out=np.zeros_like(weight), where=positive)
     if not positive.any():
         raise InputError("no component has a positive mean effect on the discover split: a share is not defined")
     picked = numerator(sums.columns)

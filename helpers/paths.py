@@ -11,7 +11,8 @@ DATA = ROOT / "data"
 ORGANISM = DATA / "organism"
 PROMPTS = DATA / "prompts"
 NOTEBOOKS = ROOT / "notebooks"
-# A test run must not write over the committed results, so both folders can be moved.
+
+# A test run must not write over what is committed, so these two can be moved.
 RESULTS = Path(os.environ.get("COMPANION_RESULTS") or ROOT / "results").resolve()
 FIGURES = Path(os.environ.get("COMPANION_FIGURES") or ROOT / "figures").resolve()
 
@@ -44,14 +45,20 @@ def figures_dir(slug: str) -> Path:
     return _made(FIGURES / check_slug(slug))
 
 
-def relative(path: Path) -> str:
-    """The path as a reader of the repository would write it: from its root where it lies inside.
+def relative(path: Path | str) -> str:
+    """The path as a reader of the repository would write it, wherever a test run keeps its folders.
 
-    >>> relative(ROOT / "results" / "embedded" / "02_layers.parquet")
+    >>> relative(RESULTS / "embedded" / "02_layers.parquet")
     'results/embedded/02_layers.parquet'
+    >>> relative(ROOT / "helpers" / "paths.py")
+    'helpers/paths.py'
     """
-    path = Path(path)
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+    resolved = Path(path).resolve()
+    homes = {RESULTS: "results", FIGURES: "figures", ROOT: "."}
+    for home, name in homes.items():
+        if resolved.is_relative_to(home):
+            return (Path(name) / resolved.relative_to(home)).as_posix()
+    return str(path)
 
 
 def _made(folder: Path) -> Path:

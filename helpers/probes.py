@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from helpers import bootstrap as bs
 from helpers import positions, stats
 from helpers.errors import InputError
+from helpers.evidence import deepest_early_layer, row, unsaturated_ids
 from helpers.mediation import batches, run_clean
 from helpers.subject import Subject
 from helpers.tokens import TokenPair
@@ -95,3 +96,30 @@ def _topic_weights(names: np.ndarray, n_rows: int) -> stats.ClusterSums:
     eye = np.eye(len(names))
     columns = pd.DataFrame({"topic": names})
     return stats.ClusterSums(eye, eye.copy(), columns, pd.Index(names), np.zeros(len(names), dtype=int), n_rows)
+
+
+def c3(subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model: str) -> list[dict[str, object]]:
+    """C3, early context: psi0 of the tokens that do not differ at the deepest early layer, and the probe's gain there.
+
+    `pairs` are the T1 pairs; `table` holds their effects of `resid_post` at position `shared`.
+    """
+    layer = deepest_early_layer(subject.n_layers)
+    shared = table[(table.treatment == "T1") & (table.position == "shared") & (table.layer == layer)]
+    shared = shared[(shared.split == "test") & (shared.outcome == "Y1")]
+    rows = []
+    open_ids = unsaturated_ids(table[table.treatment == "T1"])
+    for variant, part in (("main", shared), ("unsaturated", shared[shared.pair_id.isin(open_ids)])):
+        if part.topic.nunique() >= 2:
+            sums = stats.cluster_sums(part, ["nie0", "te"])
+            effect, total = (sums.columns["value"] == name for name in ("nie0", "te"))
+            psi = bs.bootstrap(sums, stats.ratio(effect, total))
+            rows.append(row(model, "C3", "psi0 early, shared tokens", variant, psi, len(part)))
+    ordered, residual = shared_token_features(subject, pairs, layer)
+    split = np.array([p.pair.split for p in ordered])
+    test = split == "test"
+    features = {"AUROC probe": residual, "AUROC bag of tokens": token_counts(ordered)}
+    scores = {name: held_out_scores(values, split == "discover", test) for name, values in features.items()}
+    topics = [p.pair.topic for p, held_out in zip(ordered, test, strict=True) if held_out]
+    estimates, labels = auroc(scores, topics)
+    quantities = [*labels[:-1], "AUROC gain"]
+    return rows + [row(model, "C3", name, "main", estimates, len(topics), i) for i, name in enumerate(quantities)]

@@ -29,7 +29,7 @@ EFFECTS = {
 
 # One row: one number that a verdict of the claims ledger rests on.
 EVIDENCE = {
-    **dict.fromkeys(("model", "claim", "quantity"), "str"),
+    **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
     **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
     **dict.fromkeys(("n_pairs", "n_topics"), "int"),
     "note": "str",

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Every tensor that a resumed run needs, by name."""
-    names = {p: n for n, p in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     tensors = {f"model.{n}": p.detach() for p, n in names.items()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
@@ -20,20 +21,32 @@ def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) ->
     return {name: t.contiguous().clone() for name, t in tensors.items()}
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], losses: list[float]) -> None:
-    """Write the state after `len(losses)` steps; a crash while writing leaves the older checkpoint."""
+@dataclass
+class Progress:
+    """How far a stage is: the loss of every step done, and the CPU-seconds they took."""
+
+    losses: list[float] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+    def recent(self, n: int = 50) -> float:
+        """Mean loss of the last `n` steps, in nats."""
+        return sum(self.losses[-n:]) / len(self.losses[-n:])
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
+    """Write weights, optimiser state and progress; a crash while writing leaves the older checkpoint."""
     temporary = path.with_suffix(".tmp")
-    save_file(_state_tensors(model, optimizers), temporary, metadata={"losses": json.dumps(losses)})
+    save_file(_state_tensors(model, optimizers), temporary, metadata={"progress": json.dumps(asdict(progress))})
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], n_steps: int) -> list[float]:
-    """Put the stored state into model and optimisers; returns the losses so far (their number is the number of steps done)."""
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], n_steps: int) -> Progress:
+    """Put the stored state into model and optimisers; returns how far the stage is."""
     with safe_open(path, framework="pt") as stored:
-        losses = json.loads(stored.metadata()["losses"])
-        if len(losses) > n_steps:
+        progress = Progress(**json.loads(stored.metadata()["progress"]))
+        if len(progress.losses) > n_steps:
             raise ValueError(
-                f"{path} holds {len(losses)} steps, the recipe asks for {n_steps}: remove the .work folder"
+                f"{path} holds {len(progress.losses)} steps, the recipe asks for {n_steps}: remove the .work folder"
             )
         keys = stored.keys()
         for name, p in model.named_parameters():
@@ -43,7 +56,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.O
             name, slot = key.removeprefix("optim.").rsplit(".", 1)
             parameter, optimizer = owner[name]
             optimizer.state[parameter][slot] = stored.get_tensor(key)
-    return losses
+    return progress
 
 
 def _name(model: nn.Module, parameter: nn.Parameter) -> str:

@@ -82,6 +82,7 @@ def export_model(
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
     manifest = facts | {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "vocab": len(tokenizer),
         "sha256": {WEIGHTS: sha256(folder / WEIGHTS)},
         "versions": versions,
         "metrics": metrics,

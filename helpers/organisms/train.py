@@ -20,14 +20,16 @@ from jaxtyping import Float
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from helpers.paths import ORGANISM
+
+from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .data import Batch, batch_at
+from .evaluate import base_gap
+from .export import export_model
 from .optim import make_optimizers, schedule
 from .recipe import SEEDS, VARIANTS, Recipe, Variant, make_model
 from .tokenizer import make_tokenizer
 
-ORGANISMS: Final = Path(__file__).parents[2] / "data" / "organism"
-STAGES: Final = ("base", "tune")
 SAVE_EVERY: Final = 200
 
 
@@ -62,45 +64,42 @@ def train_step(
 def train_stage(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, stage: str, seed: int, work: Path,
     stop_at: int | None = None,
-) -> list[float]:  # fmt: skip
-    """Run (or resume) one stage; returns the losses of all its steps. `stop_at` ends early after a checkpoint, as a crash would."""
+) -> Progress:  # fmt: skip
+    """Run or resume one stage. `stop_at` ends early after a checkpoint, as a crash would."""
     n_steps = recipe.steps_base if stage == "base" else recipe.steps_tune
     optimizers = make_optimizers(model, recipe.lr_matrix, recipe.lr_rest, getattr(torch, recipe.precision))
     path = work / f"{stage}.safetensors"
-    losses = load_checkpoint(path, model, optimizers, n_steps) if path.exists() else []
+    progress = load_checkpoint(path, model, optimizers, n_steps) if path.exists() else Progress()
+    start, before = time.process_time(), progress.cpu_seconds
     model.train()
-    bar = tqdm(range(len(losses), n_steps), initial=len(losses), total=n_steps, desc=stage, disable=None, mininterval=5)
+    first = len(progress.losses)
+    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=stage, disable=None, mininterval=5)
     for step in bar:
         batch = batch_at(tokenizer, recipe, stage, seed, step)
-        losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
-        done = step + 1
-        if done % SAVE_EVERY == 0 or done in (n_steps, stop_at):
-            save_checkpoint(path, model, optimizers, losses)
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
-        if done == stop_at:
+        progress.losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 in (n_steps, stop_at):
+            progress.cpu_seconds = before + time.process_time() - start
+            save_checkpoint(path, model, optimizers, progress)
+            bar.set_postfix(loss=f"{progress.recent():.3f}")
+        if step + 1 == stop_at:
             break
-    return losses
+    return progress
 
 
 def train_model(variant: Variant, seed: int, out: Path, recipe: Recipe) -> Path:
     """Train one model and write its Hugging Face folder with manifest; returns the folder."""
-    from .export import export_model
-
     folder = out / f"{variant}-{seed}"
     work = folder / ".work"
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(variant, seed, len(tokenizer))
-    start, losses, gap = time.process_time(), {}, 0.0
-    for stage in STAGES:
-        losses[stage] = train_stage(model, tokenizer, recipe, stage, seed, work)
-        if stage == "base":
-            from .evaluate import base_gap
-
-            gap = base_gap(model.eval(), tokenizer)
+    base = train_stage(model, tokenizer, recipe, "base", seed, work)
+    gap = base_gap(model.eval(), tokenizer)
+    tune = train_stage(model, tokenizer, recipe, "tune", seed, work)
     facts = {
-        "variant": variant, "seed": seed, "recipe": asdict(recipe), "cpu_seconds": round(time.process_time() - start),
-        "loss": {stage: round(sum(values[-50:]) / len(values[-50:]), 4) for stage, values in losses.items()},
+        "variant": variant, "seed": seed, "recipe": asdict(recipe),
+        "cpu_seconds": {"base": round(base.cpu_seconds), "tune": round(tune.cpu_seconds)},
+        "loss": {"base": round(base.recent(), 4), "tune": round(tune.recent(), 4)},
         "base_harm_gap_log_odds": round(gap, 2),
     }  # fmt: skip
     export_model(model, tokenizer, folder, facts)
@@ -109,10 +108,10 @@ def train_model(variant: Variant, seed: int, out: Path, recipe: Recipe) -> Path:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.organisms.train", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m helpers.organisms.train", description="Train the embedded models.")
     parser.add_argument("--variant", choices=VARIANTS, default="window")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ORGANISMS)
+    parser.add_argument("--out", type=Path, default=ORGANISM)
     parser.add_argument("--steps-base", type=int, default=Recipe.steps_base)
     parser.add_argument("--steps-tune", type=int, default=Recipe.steps_tune)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default=Recipe.precision)

@@ -1,0 +1,102 @@
+"""Drawings: the pipeline, a pair of prompts token by token, and the grid of cells that an intervention recomputes."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+
+from helpers.plots import OKABE_ITO, STYLE
+
+CELLS = {
+    "clean": ("#F2F2F2", "", "clean run, cached"),
+    "patched": ("#D55E00", "", "patched with the other run's activation"),
+    "recomputed": ("#56B4E9", "//", "recomputed: above and to the right"),
+    "read": ("#0072B2", "xx", "read out"),
+}
+GROUP_COLOURS = {
+    "system": "#EEEEEE",
+    "header": "#DDDDDD",
+    "wrapper": "#F0C27B",
+    "distractor": "#B7E0F2",
+    "verb": "#E8A27C",
+    "object": "#8FCFB4",
+    "rest": "#F7F7F7",
+    "last_instruction": "#C9B6E4",
+    "template": "#DDDDDD",
+    "last": "#F4E27A",
+}
+
+
+def _blank(width: float, height: float) -> tuple[Figure, Axes]:
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(figsize=(width, height))
+    plt.close(figure)
+    axes.axis("off")
+    return figure, axes
+
+
+def tokens(table: pd.DataFrame) -> Figure:
+    """Both prompts of one pair, token under token; columns: position, group, control, treated, differ."""
+    figure, axes = _blank(0.42 * len(table) + 0.9, 2.3)
+    for row in table.itertuples():
+        colour = GROUP_COLOURS.get(str(row.group), "#FFFFFF")
+        for y, text in ((1, row.control), (0, row.treated)):
+            edge = "#D55E00" if row.differ else "#BBBBBB"
+            axes.add_patch(Rectangle((row.position, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
+            axes.text(row.position + 0.5, y + 0.45, text, ha="center", va="center", fontsize=7, rotation=90)
+    for group, part in table.groupby("group", sort=False):
+        axes.text(part.position.mean() + 0.5, -0.12, group, ha="right", va="top", fontsize=7, rotation=35)
+    for y, name in ((1, "control"), (0, "treated")):
+        axes.text(-0.2, y + 0.45, name, ha="right", va="center", fontweight="bold")
+    axes.set_xlim(-2, len(table))
+    axes.set_ylim(-1.1, 2)
+    axes.set_title("One pair, aligned: only the outlined tokens differ")
+    return figure
+
+
+def grid(table: pd.DataFrame) -> Figure:
+    """Which cells (layer, position) an intervention recomputes; columns: panel, layer, position, state, token."""
+    panels = list(dict.fromkeys(table.panel))
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.1), squeeze=False)
+    plt.close(figure)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        part = table[table.panel == panel]
+        for row in part.itertuples():
+            colour, hatch, _ = CELLS[str(row.state)]
+            square = Rectangle((row.position - 0.45, row.layer - 0.45), 0.9, 0.9, fc=colour, ec="white", hatch=hatch)
+            ax.add_patch(square)
+        first = part[part.layer == part.layer.min()]
+        ax.set_xlim(-0.6, part.position.max() + 0.6)
+        ax.set_ylim(-0.6, part.layer.max() + 0.6)
+        ax.set_xticks(first.position, first.token, rotation=90, fontsize=6)
+        ax.set_ylabel("layer")
+        share = (part.state != "clean").mean()
+        ax.set_title(f"{panel}\n{share:.0%} of the cells of a full forward pass", fontsize=9)
+    handles = [Patch(fc=colour, hatch=hatch, ec="white", label=label) for colour, hatch, label in CELLS.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def pipeline(table: pd.DataFrame) -> Figure:
+    """The one-way flow of data; columns: step, what, file, notebook."""
+    figure, axes = _blank(9.0, 2.0)
+    for i, row in enumerate(table.itertuples()):
+        x = i * 1.55
+        axes.add_patch(Rectangle((x, 0), 1.25, 0.9, fc="#F7F7F7", ec=OKABE_ITO[0], lw=1.2))
+        axes.text(x + 0.62, 0.68, row.step, ha="center", va="center", fontweight="bold", fontsize=8.5)
+        axes.text(x + 0.62, 0.30, row.what, ha="center", va="center", fontsize=7)
+        axes.text(x + 0.62, -0.10, row.file, ha="center", va="top", fontsize=6.5, family="monospace")
+        axes.text(x + 0.62, 1.0, row.notebook, ha="center", va="bottom", fontsize=7, color="#555555")
+        if i:
+            arrow = FancyArrowPatch(
+                (x - 0.29, 0.45), (x - 0.01, 0.45), arrowstyle="-|>", mutation_scale=10, color="black"
+            )
+            axes.add_patch(arrow)
+    axes.set_xlim(-0.1, 1.55 * len(table))
+    axes.set_ylim(-0.5, 1.3)
+    axes.set_title("Data flows one way; every arrow is a file on disk")
+    return figure

@@ -1,0 +1,215 @@
+"""Figures: each function takes one tidy table, as read from its CSV, and returns a matplotlib Figure.
+
+No statistics are computed here. Categories are Okabe-Ito colours *and* markers or hatches, effects a diverging map
+centred at 0; every estimate carries its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+NAMES = {
+    "attn_out": "attention",
+    "mlp_out": "MLP",
+    "resid_post": "residual stream",
+    "attn_out.direct": "attention, direct",
+    "mlp_out.direct": "MLP, direct",
+}
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "companion",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _figure(
+    n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: object
+) -> tuple[Figure, np.ndarray]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)  # type: ignore[arg-type]
+    plt.close(figure)  # so that a notebook shows it once, where it is returned
+    return figure, axes
+
+
+def _points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
+    """Estimates with intervals in the k-th colour and marker."""
+    error = np.abs(table[["low", "high"]].to_numpy().T - table["estimate"].to_numpy())
+    style = "-" if line else "none"
+    axes.errorbar(
+        x, table["estimate"], yerr=error, color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
+        capsize=2, label=label,
+    )  # fmt: skip
+
+
+def _layers(axes: Axes, n_layers: int) -> None:
+    axes.set_xticks(range(n_layers))
+    axes.set_xlabel("layer")
+    axes.axhline(0, color="black", lw=0.8)
+
+
+def _late(axes: Axes, n_layers: int) -> None:
+    """Shade the layers that the claims call late (depth > 2/3)."""
+    first = next(layer for layer in range(n_layers) if (layer + 0.5) / n_layers > 2 / 3)
+    axes.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.12, lw=0)
+    axes.text(
+        n_layers - 0.55, 0.98, "late", transform=axes.get_xaxis_transform(), ha="right", va="top", color="#666666"
+    )
+
+
+def cumulative(table: pd.DataFrame) -> Figure:
+    """Share of TE carried by the last-token residual stream after each layer, by model; the light cone shaded."""
+    figure, axes = _figure()
+    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
+    for k, (model, part) in enumerate(table.groupby("model", sort=False)):
+        _points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(model))
+    earliest = float(table.earliest.iloc[0])
+    if earliest > 0:
+        ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
+        ax.text(-0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444")
+    ax.axhline(1, color="black", lw=0.8, ls=":")
+    _layers(ax, n_layers)
+    ax.set_ylabel("share of total effect")
+    ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
+    ax.legend(loc="center right")
+    return figure
+
+
+def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
+    """Estimates by layer, one line for each value of `group`; bands are drawn where the table has them."""
+    figure, axes = _figure()
+    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
+    names = list(dict.fromkeys(table[group]))
+    for k, name in enumerate(names):
+        part = table[table[group] == name]
+        _points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
+        if "band_low" in part:
+            ax.fill_between(part.layer, part.band_low, part.band_high, color=OKABE_ITO[k % 8], alpha=0.15, lw=0)
+    _layers(ax, n_layers)
+    if late:
+        _late(ax, n_layers)
+    ax.set_ylabel(unit)
+    ax.set_title(title)
+    ax.legend()
+    return figure
+
+
+def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str) -> Figure:
+    """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
+    names = list(dict.fromkeys(table[panel]))
+    n_cols = min(3, len(names))
+    n_rows = -(-len(names) // n_cols)
+    figure, axes = _figure(n_rows, n_cols, 2.7 * n_cols + 0.6, 2.3 * n_rows + 0.5, sharey=True, sharex=True)
+    n_layers = int(table.layer.max()) + 1
+    for ax, name in zip(axes.flat, names, strict=False):
+        part = table[table[panel] == name]
+        for k, (label, line) in enumerate(part.groupby(group, sort=True)):
+            _points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
+        _layers(ax, n_layers)
+        _late(ax, n_layers)
+        ax.set_title(str(name))
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(unit)
+    axes[0, 0].legend()
+    with plt.rc_context(STYLE):
+        figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: str, unit: str) -> Figure:
+    """Estimates as a diverging map centred at 0, one panel for each value of `panel`, on one scale.
+
+    A dot marks cells whose interval excludes 0.
+    """
+    names = list(dict.fromkeys(table[panel]))
+    figure, axes = _figure(1, len(names), 3.2 * len(names) + 0.8, 3.0, sharey=True)
+    bound = float(table.estimate.abs().max()) or 1.0
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table[panel] == name]
+        grid = part.pivot(index=row, columns=column, values="estimate")
+        image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower", aspect="auto")
+        sure = part[(part.low > 0) | (part.high < 0)]
+        ax.plot(sure[column], sure[row], ".", color="black", ms=3)
+        ax.set_xticks(range(grid.shape[1]), grid.columns)
+        ax.set_yticks(range(grid.shape[0]), grid.index)
+        ax.set_xlabel(column)
+        ax.set_ylabel(row)
+        ax.set_title(NAMES.get(str(name), str(name)))
+        ax.grid(False)
+    figure.colorbar(image, ax=axes, label=unit)
+    with plt.rc_context(STYLE):
+        figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def dots(
+    table: pd.DataFrame, *, row: str, group: str | None, title: str, unit: str, marks: Sequence[float] = ()
+) -> Figure:
+    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`."""
+    rows = list(dict.fromkeys(table[row]))
+    groups = list(dict.fromkeys(table[group])) if group else [None]
+    figure, axes = _figure(width=7.0, height=0.8 + 0.3 * len(rows) * max(1, 0.4 * len(groups)))
+    ax = axes[0, 0]
+    for k, name in enumerate(groups):
+        part = table[table[group] == name] if group else table
+        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * (k - (len(groups) - 1) / 2) / max(
+            1, len(groups)
+        )
+        error = np.abs(part[["low", "high"]].to_numpy().T - part["estimate"].to_numpy())
+        ax.errorbar(
+            part["estimate"], y, xerr=error, color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
+            label=NAMES.get(str(name), str(name)),
+        )  # fmt: skip
+    for mark in marks:
+        ax.axvline(mark, color="black", lw=0.9, ls="--")
+    ax.set_yticks(range(len(rows)), [NAMES.get(str(r), str(r)) for r in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel(unit)
+    ax.set_title(title)
+    if group:
+        ax.legend(fontsize=8)
+    return figure
+
+
+VERDICTS = {"supported": ("#009E73", "+"), "contradicted": ("#D55E00", "-"), "inconclusive": ("#E5E5E5", "?")}
+
+
+def verdicts(table: pd.DataFrame) -> Figure:
+    """The ledger as a table of models by claims; a sign repeats what the colour says, blank is not testable."""
+    models, claims = list(dict.fromkeys(table.model)), list(dict.fromkeys(table.claim))
+    figure, axes = _figure(width=1.6 + 0.75 * len(claims) + 1.2, height=1.1 + 0.36 * len(models))
+    ax = axes[0, 0]
+    for row in table.itertuples():
+        colour, sign = VERDICTS.get(str(row.verdict), ("#FFFFFF", ""))
+        x, y = claims.index(str(row.claim)), models.index(str(row.model))
+        ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fc=colour, ec="#BBBBBB", lw=0.6))
+        ax.text(x, y, sign, ha="center", va="center", fontweight="bold")
+    for name, (colour, sign) in {**VERDICTS, "not testable": ("#FFFFFF", " ")}.items():
+        ax.plot([], [], "s", color=colour, mec="#BBBBBB", ms=9, label=f"{sign} {name}")
+    ax.set_xlim(-0.6, len(claims) - 0.4)
+    ax.set_ylim(len(models) - 0.4, -0.6)
+    ax.set_xticks(range(len(claims)), claims)
+    ax.set_yticks(range(len(models)), models)
+    ax.grid(False)
+    ax.set_title("What does the evidence say, claim by claim?")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return figure
