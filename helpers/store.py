@@ -144,7 +144,7 @@ def _cast(column: pd.Series, kind: str, path: Path) -> pd.Series:
     if not found[kind]():
         have = f"column {column.name!r} should hold {KINDS[kind]}, but is {column.dtype}"
         raise InputError(f"{relative(path)}: {have} (or has blanks). {_remedy(path)}")
-    return column.astype({"str": str, "int": "int64", "float": "float64", "bool": bool}[kind])  # type: ignore[call-overload]
+    return column.astype({"str": str, "int": "int64", "float": "float64", "bool": bool}[kind])
 
 
 def _existing(path: Path | str) -> Path:

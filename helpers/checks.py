@@ -1,0 +1,124 @@
+"""`./run_all.sh --test`: every check, one after another, however the ones before went; a table of times at the end."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers import launch, runner
+from helpers.paths import NOTEBOOKS, RESULTS, ROOT, relative
+
+RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
+_SIZE = 1 << 20
+# These tell of one run, not of what it found.
+NOT_COMPARED = ("manifest.json", "run_times.json", "chunks.json")
+
+STYLE = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "mypy": ["mypy"],
+    "unit tests and doctests": ["pytest", "--quiet"],
+}
+NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
+
+
+def run_all() -> int:
+    """Exit status: 1 if any check failed."""
+    outcomes = [_step(name, command, None) for name, command in STYLE.items()]
+    # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder).resolve()
+        results, figures = scratch / "results", scratch / "figures"
+        variables = launch.environment(results, figures, scratch)
+        for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
+            outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
+        outcomes.append(_compare(results))
+    return _report(outcomes)
+
+
+Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
+
+
+def _step(name: str, module: list[str], variables: dict[str, str] | None) -> Outcome:
+    print(f"\n== {name}", flush=True)
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=variables or os.environ, check=False)
+    return name, done.returncode == 0, time.monotonic() - start
+
+
+def _compare(fresh: Path) -> Outcome:
+    """Whether the committed tables say what the notebooks just found."""
+    print("\n== committed results against those just made", flush=True)
+    start = time.monotonic()
+    differences = [line for path in committed_tables(RESULTS) for line in _differences(path, fresh)]
+    print("\n".join(differences) or "the same")
+    return "committed results", not differences, time.monotonic() - start
+
+
+def committed_tables(results: Path) -> list[Path]:
+    """The small tables of the default run and the claims, which are under version control."""
+    found = [*results.glob("*.csv"), *results.glob("embedded/*.csv"), *results.glob("embedded/*.json")]
+    kept = [path for path in found if path.name not in NOT_COMPARED and path.stat().st_size < _SIZE]
+    return sorted(kept)
+
+
+def _differences(committed: Path, fresh: Path) -> list[str]:
+    other = fresh / committed.relative_to(RESULTS)
+    if not other.is_file():
+        return [f"{relative(committed)}: no notebook made it again"]
+    found = list(unequal(_values(committed), _values(other)))
+    more = [f"  and {len(found) - 5} more places"] if len(found) > 5 else []
+    return [f"{relative(committed)}: {line}" for line in found[:5]] + more
+
+
+def _values(path: Path) -> Any:
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def unequal(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """Places at which two JSON-like values differ by more than the tolerance; text that is a number counts as one.
+
+    >>> list(unequal([{"te": "1.00001", "site": "head"}], [{"te": "1.0", "site": "head"}]))
+    []
+    >>> list(unequal([{"te": "1.01"}], [{"te": "1.0"}]))
+    ['[0].te is 1.01, now 1.0']
+    """
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        for name in old:
+            yield from unequal(old[name], new[name], f"{where}.{name}")
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from unequal(*pair, f"{where}[{index}]")
+    elif not _same(old, new):
+        yield f"{where.lstrip('.')} is {_short(old)}, now {_short(new)}"
+
+
+def _same(old: Any, new: Any) -> bool:
+    try:
+        return old == new or math.isclose(float(new), float(old), rel_tol=RTOL, abs_tol=ATOL)
+    except (TypeError, ValueError):
+        return False
+
+
+def _short(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list | dict) else str(value)
+
+
+def _report(outcomes: list[Outcome]) -> int:
+    print("\n== times")
+    for name, passed, seconds in outcomes:
+        print(f"{name:<28}{seconds:7.0f} s  {'passed' if passed else 'FAILED'}")
+    print(f"{'together':<28}{sum(seconds for *_, seconds in outcomes):7.0f} s")
+    failed = [name for name, passed, _ in outcomes if not passed]
+    print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
+    return 1 if failed else 0

@@ -1,0 +1,207 @@
+"""The command line of `./run_all.sh`. It imports nothing heavy: a run with nothing to do takes under 2 s."""
+
+import argparse
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from helpers import preflight, runner
+from helpers.errors import InputError
+from helpers.manifest import claims_table, run_times
+from helpers.notebook import title
+from helpers.paths import FIGURES, ORGANISM, PROMPTS, RESULTS, check_slug, relative
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but with an error of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake in the flags."""
+        raise InputError(message)
+
+
+def parser() -> Parser:
+    """The flags of `./run_all.sh`."""
+    new = Parser(
+        prog="./run_all.sh",
+        description="Run every notebook that is not up to date. With no flag: the embedded model, on the CPU.",
+        allow_abbrev=False,
+    )
+    new.add_argument("--model", metavar="NAME|DIR", default="embedded", help="a shipped model or a model's folder")
+    new.add_argument("--prompts", metavar="NAME|DIR", default="embedded", help="a shipped prompt set or a folder")
+    new.add_argument("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
+    new.add_argument("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
+    new.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    new.add_argument("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
+    new.add_argument("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
+    new.add_argument("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
+    new.add_argument("--figures", action="store_true", help="only redraw the figures from results/")
+    new.add_argument("--force", action="store_true", help="run what is up to date as well")
+    new.add_argument("--list", action="store_true", help="list the notebooks and what is up to date")
+    new.add_argument("--test", action="store_true", help="run all tests, and check every notebook's outputs")
+    return new
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags, checked as far as they can be without reading a file; `InputError` names the first mistake."""
+    flags, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        known = [name for action in parser()._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "./run_all.sh --help lists the flags"
+        raise InputError(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}: {hint}")
+    if not DEVICE.fullmatch(flags.device):
+        raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
+    if flags.pairs < 0 or 0 < flags.pairs < 10:
+        raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
+    if flags.test and len(arguments) > 1:
+        raise InputError("--test goes alone: it always checks the embedded model")
+    return flags
+
+
+def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
+    """The notebooks' parameters of this run; `InputError` if a folder or the run's name cannot be."""
+    model, prompts = _named(flags.model, ORGANISM), _named(flags.prompts, PROMPTS)
+    if model != "embedded":
+        preflight.check_model(model)
+    if prompts != "embedded":
+        preflight.check_prompts(prompts)
+    found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
+    found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
+    slug = check_slug(flags.name or default_slug(found))
+    if slug == "embedded" and found != runner.DEFAULTS:
+        raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
+    return {**found, "SLUG": slug}
+
+
+def resolved(flags: argparse.Namespace) -> dict[str, Any]:
+    """The same with the device that is there."""
+    return parameters(flags, preflight.resolve_device(flags.device))
+
+
+def default_slug(found: Mapping[str, Any]) -> str:
+    """The run's name if none is given: what differs from the default, so that no run writes over another.
+
+    >>> default_slug(runner.DEFAULTS)
+    'embedded'
+    >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PAIRS": 50})
+    'window-1-pairs50'
+    """
+    parts = [Path(found["MODEL"]).name]
+    if found["PROMPTS"] != "embedded":
+        parts.append(Path(found["PROMPTS"]).name)
+    plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
+    parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
+    parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+
+
+def _named(given: str, shipped: Path) -> str:
+    """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
+    if not given.strip():
+        raise InputError("an empty name was given for --model or --prompts")
+    # run_all.sh changes into the repository; what the user typed counts from where it was typed.
+    folder = Path(os.environ.get("COMPANION_CALLER", "."), Path(given).expanduser())
+    return str(folder.resolve()) if given not in preflight.names(shipped) and folder.is_dir() else given
+
+
+def chosen_notebooks(only: str | None) -> list[str]:
+    """Numbers of the notebooks asked for (all of them without --only); `InputError` for one that is not there."""
+    present = runner.find_notebooks(runner.NOTEBOOKS, runner.NEEDS)
+    if only is None:
+        return list(present)
+    numbers = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
+    unknown = [number for number in numbers if number not in present]
+    if unknown or not numbers:
+        there = ", ".join(sorted(present)) or "none"
+        raise InputError(f"--only {only}: no notebook {', '.join(unknown) or 'named'}; there are {there}")
+    return numbers
+
+
+def run_command(flags: argparse.Namespace) -> int:
+    """Run what is stale, then print the claims table."""
+    chosen = chosen_notebooks(flags.only)
+    plan = runner.make_plan(resolved(flags), force=chosen if flags.force else ())
+    numbers = runner.with_needs(chosen, plan.paths)
+    if not plan.is_default and plan.stale & set(numbers):
+        settings = plan.parameters
+        for line in preflight.check_pairs(settings["MODEL"], settings["PROMPTS"], settings["PAIRS"]):
+            print(line, flush=True)
+    failed = runner.run(plan, numbers)
+    if failed:
+        print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
+        return 1
+    print(f"results: {relative(plan.results)}  figures: {relative(FIGURES / plan.slug)}")
+    table = claims_table(RESULTS / "claims.csv")
+    print(f"\n{table}" if table else "no claims table yet: notebook 08 makes it")
+    return 0
+
+
+def list_command(flags: argparse.Namespace) -> int:
+    """Print the notebooks in reading order: number, last wall time, whether it is up to date, title."""
+    plan = runner.make_plan(resolved(flags))
+    times = run_times(plan.results)
+    for number in sorted(plan.paths):
+        stem = plan.paths[number].stem
+        seconds = f"{times[stem]} s" if stem in times else "-"
+        state = "stale" if number in plan.stale else "fresh"
+        print(f"{stem:<16} {seconds:>6}  {state}  {title(plan.notebooks[number])}")
+    return 0
+
+
+def figures_command(flags: argparse.Namespace) -> int:
+    """Redraw every figure of a run from its results, without the model stack."""
+    slug = resolved(flags)["SLUG"]
+    if not (RESULTS / slug).is_dir():
+        raise InputError(f"there are no results of {slug!r} to draw from: run it first, without --figures")
+    from helpers import figures
+
+    figures.redraw(slug)
+    print(f"figures: {relative(FIGURES / slug)}")
+    return 0
+
+
+def check(arguments: Sequence[str]) -> int:
+    """What `main` would say of the flags, found with the standard library only: run_all.sh asks before installing."""
+    try:
+        flags = parse(arguments)
+        parameters(flags, flags.device)
+        chosen_notebooks(flags.only)
+    except InputError as error:
+        return _report(error)
+    return 0
+
+
+def _report(error: InputError) -> int:
+    print(f"run_all.sh: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 all is well, 1 a notebook or a test failed, 2 a mistake in what was asked for, 130 stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        flags = parse(arguments)
+        if flags.test:
+            from helpers import checks
+
+            return checks.run_all()
+        commands = {"list": list_command, "figures": figures_command}
+        command = next((commands[name] for name in commands if getattr(flags, name)), run_command)
+        return command(flags)
+    except InputError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        print("\nstopped; what finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

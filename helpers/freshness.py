@@ -1,0 +1,93 @@
+"""What is up to date: a notebook is fresh if everything that its results rest on is as it was when they were made."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helpers import notebook as nb
+from helpers.errors import InputError
+from helpers.store import read_json, write_json
+
+STATE = ".state"  # the folder of a run's own notes, inside its results; not committed
+_BIG = 1 << 20  # bytes from which on a file's hash is remembered
+
+# sha256 of big files with the size and the time of change that they had: weights may be many GB
+KnownHashes = dict[str, list[Any]]
+
+
+def hash_file(path: Path, known: KnownHashes) -> str:
+    """The file's sha256 in hex; that of a big file is looked up in `known`, or added to it."""
+    stat = path.stat()
+    if stat.st_size < _BIG:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    name, seen = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    if known.get(name, [])[:2] != seen:
+        with path.open("rb") as file:
+            known[name] = [*seen, hashlib.file_digest(file, "sha256").hexdigest()]
+    return str(known[name][2])
+
+
+def hash_folder(folder: Path, known: KnownHashes, pattern: str = "*") -> dict[str, str]:
+    """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out."""
+    inside = {path: path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()}
+    kept = {path: name for path, name in inside.items() if not _is_hidden(name)}
+    return {name.as_posix(): hash_file(path, known) for path, name in kept.items()}
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def digest(*parts: Any) -> str:
+    """One hash of JSON-like values.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def keys(
+    notebooks: Mapping[str, nb.Notebook],
+    needs: Mapping[str, Sequence[str]],
+    parameters: Mapping[str, Any],
+    shared: str,
+) -> dict[str, str]:
+    """For each notebook number (in dependency order) the hash of what its results rest on.
+
+    `shared` stands for the helpers, the lock, the model and the prompts; what a notebook needs enters by its key.
+    """
+    found: dict[str, str] = {}
+    for number, notebook in notebooks.items():
+        code = [nb.source(cell) for cell in nb.code_cells(notebook)]
+        upstream = [found[need] for need in needs[number] if need in found]
+        found[number] = digest(code, dict(parameters), shared, upstream)
+    return found
+
+
+def recall(results: Path, name: str) -> dict[str, Any]:
+    """A note of the run whose results are in `results`; a missing or torn one is empty, it only costs time."""
+    try:
+        note = read_json(results / STATE / f"{name}.json")
+    except InputError:
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def note(results: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write a note of the run."""
+    write_json(dict(content), results / STATE / f"{name}.json")
+
+
+def is_fresh(results: Path, number: str, key: str) -> bool:
+    """Whether the notebook finished with this key and everything that it wrote is still there."""
+    last = recall(results, number)
+    return last.get("key") == key and all((results / output).exists() for output in last["outputs"])
+
+
+def remember(results: Path, number: str, key: str, outputs: Iterable[Path]) -> None:
+    """Note that the notebook finished; the paths are kept relative, so that the repository can be moved."""
+    note(results, number, {"key": key, "outputs": sorted(os.path.relpath(path, results) for path in outputs)})

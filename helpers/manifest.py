@@ -1,0 +1,119 @@
+"""What a run's results were made from and how long it took.
+
+`manifest.json` is deterministic apart from the git commit; times vary from run to run and stand in `run_times.json`.
+"""
+
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from helpers.freshness import KnownHashes, hash_folder
+from helpers.paths import ORGANISM, PROMPTS, ROOT
+from helpers.store import read_json, write_json
+
+SEED = 0
+# What results depend on. Notebooks change by their outputs in each run, and they are their own record.
+CODE = ("helpers", "data", "requirements.lock")
+
+
+def requirement_names(path: Path) -> list[str]:
+    """The package names of a requirements file, in its order.
+
+    >>> requirement_names(ROOT / "requirements.in")[:2]
+    ['torch', 'transformers']
+    """
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [re.split(r"[\s\[<>=!~;]", line)[0] for line in lines if line]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a shipped model (`embedded` is seed 0 of the windowed variant) or the folder named."""
+    shipped = ORGANISM / ("window-0" if name == "embedded" else name)
+    return shipped if shipped.is_dir() else Path(name)
+
+
+def prompts_folder(name: str) -> Path:
+    """The folder of a shipped prompt set or the folder named."""
+    return PROMPTS / name if (PROMPTS / name).is_dir() else Path(name)
+
+
+def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
+    """Write `manifest.json` into the run's results."""
+    model, prompts = model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"])
+    settings = ("DEVICE", "DTYPE", "PROFILE", "PAIRS")
+    chunks = results / "chunks.json"
+    content = {
+        "model": {"name": model.name, "sha256": hash_folder(model, known)},
+        "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
+        **{name.lower(): parameters[name] for name in settings},
+        "seed": SEED,
+        "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "packages": {name: _release(name) for name in requirement_names(ROOT / "requirements.in")},
+        "git": git_state(ROOT),
+        "seconds": "run_times.json",
+    }
+    write_json(content, results / "manifest.json")
+
+
+def _release(package: str) -> str:
+    """The installed version without the build's tag (`+cpu`), which differs between machines."""
+    return metadata.version(package).partition("+")[0]
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """The commit that last changed code or data, and whether they were changed since; None outside of git."""
+    commit = _git(root, "log", "-1", "--format=%H", "--", *CODE)
+    if not commit:
+        return None
+    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *CODE))}
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a machine without git: a downloaded archive runs there as well
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def run_times(results: Path) -> dict[str, int]:
+    """Seconds that each notebook last took, by its name; empty before the first run."""
+    path = results / "run_times.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def note_time(results: Path, name: str, seconds: float) -> None:
+    """Write down how long a notebook took."""
+    times = run_times(results)
+    write_json({**times, name: steady(times.get(name), seconds)}, results / "run_times.json")
+
+
+def steady(before: int | None, seconds: float) -> int:
+    """Whole seconds; what was measured before stays unless it is off by more than a quarter and 3 s.
+
+    A rerun on the same machine then changes no committed file.
+
+    >>> steady(None, 41.3), steady(40, 41.3), steady(40, 61.0)
+    (41, 40, 61)
+    """
+    if before is not None and abs(seconds - before) <= max(3.0, before / 4):
+        return before
+    return max(1, round(seconds))
+
+
+def claims_table(path: Path) -> str:
+    """The claims ledger as aligned text, the last column unpadded; empty if it was not made yet."""
+    if not path.is_file():
+        return ""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in padded)

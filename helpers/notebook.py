@@ -1,0 +1,125 @@
+"""Notebooks as plain JSON: what a run needs to know of one, and what it keeps of an executed one.
+
+Only the standard library: the command line reads every notebook each time it starts.
+"""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.errors import InputError
+from helpers.paths import relative
+from helpers.store import read_json
+
+Notebook = dict[str, Any]
+Cell = dict[str, Any]
+
+INJECTED = "injected-parameters"  # papermill's tag for the cell that it adds
+
+
+def read(path: Path) -> Notebook:
+    """The notebook at `path`; `InputError` if it is missing or not a notebook."""
+    notebook = read_json(path)
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise InputError(f"{relative(path)} is not a notebook: it has no list of cells")
+    return notebook
+
+
+def source(cell: Cell) -> str:
+    """A cell's text; the format allows a string or a list of lines.
+
+    >>> source({"source": ["a = 1\\n", "a"]})
+    'a = 1\\na'
+    """
+    return "".join(cell.get("source", ""))
+
+
+def tags(cell: Cell) -> list[str]:
+    """A cell's tags."""
+    return list(cell.get("metadata", {}).get("tags", []))
+
+
+def code_cells(notebook: Notebook) -> list[Cell]:
+    """The code cells that run, in order: not the empty ones, nor what papermill once injected."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source(cell).strip()]
+    return [cell for cell in cells if INJECTED not in tags(cell)]
+
+
+def title(notebook: Notebook) -> str:
+    """The first heading.
+
+    >>> title({"cells": [{"cell_type": "markdown", "source": "# Layers\\ntext"}]})
+    'Layers'
+    """
+    lines = (line for cell in notebook["cells"] for line in source(cell).splitlines())
+    return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "(no heading)")
+
+
+def parameters(notebook: Notebook, path: Path) -> dict[str, Any]:
+    """Names and values of the cell tagged `parameters`; `InputError` if it is not there or not plain values."""
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
+    if len(tagged) != 1:
+        raise InputError(f"{relative(path)} has {len(tagged)} cells tagged 'parameters', one is expected")
+    found = {}
+    try:
+        for statement in ast.parse(source(tagged[0])).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                found[statement.targets[0].id] = ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{relative(path)}: its parameters must be plain values ({error})") from error
+    return found
+
+
+def is_executed(notebook: Notebook) -> bool:
+    """Whether it was run top to bottom: execution counts 1..n and no error."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source(cell).strip()]
+    counts = [cell.get("execution_count") for cell in cells]
+    errors = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
+    return counts == list(range(1, len(cells) + 1)) and not errors
+
+
+def prepared(notebook: Notebook) -> Notebook:
+    """The notebook to run: without an old injected cell (papermill would leave it in) and with fixed cell ids."""
+    kept = [cell for cell in notebook["cells"] if INJECTED not in tags(cell)]
+    cells = [{"id": f"cell-{number:02d}", **cell} for number, cell in enumerate(kept)]
+    return {**notebook, "cells": cells, "nbformat": 4, "nbformat_minor": 5}
+
+
+def cleaned(notebook: Notebook) -> Notebook:
+    """The executed notebook without times, random ids and versions, so that a rerun gives the same bytes."""
+    dropped = ("papermill", "widgets", "kernelspec", "language_info")
+    metadata = {name: value for name, value in notebook["metadata"].items() if name not in dropped}
+    metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata["language_info"] = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
+    return {**notebook, "cells": [_clean_cell(cell) for cell in notebook["cells"]], "metadata": metadata}
+
+
+def _clean_cell(cell: Cell) -> Cell:
+    dropped = ("papermill", "execution")
+    metadata = {name: value for name, value in cell["metadata"].items() if name not in dropped}
+    if not metadata.get("tags", True):
+        del metadata["tags"]
+    clean = {**cell, "metadata": metadata}
+    if INJECTED in tags(cell):
+        clean["id"] = INJECTED
+    if cell["cell_type"] == "code":
+        clean["outputs"] = _joined(cell["outputs"])
+    return clean
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring pieces of one stream as one: where a print is cut depends on the clock."""
+    joined: list[dict[str, Any]] = []
+    for out in outputs:
+        if joined and out["output_type"] == "stream" and joined[-1].get("name") == out["name"]:
+            whole = "".join([*joined[-1]["text"], *out["text"]])
+            joined[-1] = {**out, "text": whole.splitlines(keepends=True)}
+        else:
+            joined.append(out)
+    return joined
+
+
+def text(notebook: Notebook) -> str:
+    """The file's content, as Jupyter writes it."""
+    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"

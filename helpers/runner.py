@@ -1,0 +1,196 @@
+"""Run the notebooks that are not up to date, each in its own process, in the order of what they need."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from helpers import freshness, launch, staging
+from helpers import notebook as nb
+from helpers.errors import InputError
+from helpers.manifest import model_folder, note_time, prompts_folder, run_times, write_manifest
+from helpers.paths import DATA, FIGURES, NOTEBOOKS, RESULTS, ROOT, relative
+from helpers.store import write_text
+
+# Each notebook and those whose results it reads. 00 is the first to read and the last to run: it reports the run.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "01": (),
+    "02": ("01",),
+    "03": ("01",),
+    "08": ("02", "03"),
+    "00": ("08",),
+}
+
+DEFAULTS: dict[str, Any] = {
+    "MODEL": "embedded",
+    "PROMPTS": "embedded",
+    "SLUG": "embedded",
+    "DEVICE": "cpu",
+    "DTYPE": "float32",
+    "PROFILE": "full",
+    "PAIRS": 0,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do: notebooks by number in the order they run, and which of them are stale."""
+
+    parameters: Mapping[str, Any]
+    paths: Mapping[str, Path]
+    notebooks: Mapping[str, nb.Notebook]
+    keys: Mapping[str, str]
+    stale: frozenset[str]
+
+    @property
+    def slug(self) -> str:
+        """The name of the run."""
+        return str(self.parameters["SLUG"])
+
+    @property
+    def is_default(self) -> bool:
+        """Whether this is the run whose results are committed."""
+        return dict(self.parameters) == DEFAULTS
+
+    @property
+    def results(self) -> Path:
+        """The run's folder of results; it need not be there."""
+        return RESULTS / self.slug
+
+    def executed(self, number: str) -> Path:
+        """Where the executed notebook goes: into its own place in the default run only."""
+        path = self.paths[number]
+        return path if self.is_default else self.results / "notebooks" / path.name
+
+
+def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """Notebooks by number, each after those that it needs; `InputError` for one that nobody gave a place."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        number = path.name[:2]
+        if number in found:
+            raise InputError(f"{relative(path)} and {relative(found[number])} have the same number: rename one")
+        if number not in needs:
+            raise InputError(f"{relative(path)} has no line in NEEDS of helpers/runner.py: say there what it needs")
+        found[number] = path
+    sorter = TopologicalSorter({number: sorted(needs[number]) for number in found})
+    return {number: found[number] for number in sorter.static_order() if number in found}
+
+
+def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None) -> Plan:
+    """Read the notebooks and see what is stale; those in `force` count as stale."""
+    paths = find_notebooks(NOTEBOOKS, NEEDS)
+    notebooks = {number: nb.read(path) for number, path in paths.items()}
+    results = RESULTS / parameters["SLUG"]
+    known: freshness.KnownHashes = freshness.recall(results, "hashes")
+    before = dict(known)
+    keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known))
+    if known != before:
+        freshness.note(results, "hashes", known)
+    plan = Plan(parameters, paths, notebooks, keys, frozenset())
+    stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number)}
+    return Plan(parameters, paths, notebooks, keys, frozenset(stale))
+
+
+def _is_fresh(plan: Plan, number: str) -> bool:
+    executed = plan.executed(number)
+    written = executed.is_file() and nb.is_executed(nb.read(executed))
+    return written and freshness.is_fresh(plan.results, number, plan.keys[number])
+
+
+def _shared_digest(parameters: Mapping[str, Any], known: freshness.KnownHashes) -> str:
+    """What all notebooks rest on: helpers, lock, shipped data, and the model and the prompts that were handed in."""
+    folders = [DATA]
+    given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]))
+    folders += [folder for folder in given if not folder.is_relative_to(DATA)]
+    parts = [freshness.hash_folder(ROOT / "helpers", known, "*.py")]
+    parts += [freshness.hash_folder(folder, known) for folder in folders]
+    return freshness.digest(parts, freshness.hash_file(ROOT / "requirements.lock", known))
+
+
+def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
+    """The chosen notebooks and, directly or not, what they need, in the order in which they run."""
+    wanted = set(chosen)
+    for number in reversed(list(paths)):
+        if number in wanted:
+            wanted |= set(NEEDS[number])
+    return [number for number in paths if number in wanted]
+
+
+def check_parameters(plan: Plan) -> None:
+    """papermill only warns of a parameter that a notebook does not know, so names and defaults are checked first."""
+    for number, notebook in plan.notebooks.items():
+        path = plan.paths[number]
+        if nb.parameters(notebook, path) != DEFAULTS:
+            expected = ", ".join(f"{name} = {value!r}" for name, value in DEFAULTS.items())
+            raise InputError(f"{relative(path)}: its cell tagged 'parameters' must be exactly: {expected}")
+
+
+def run(plan: Plan, numbers: Sequence[str]) -> int:
+    """Run the stale ones of `numbers`, one line each; returns how many failed or were not started."""
+    check_parameters(plan)
+    lost: dict[str, str] = {}
+    with _only_run(plan):
+        for place, number in enumerate(numbers, start=1):
+            print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
+            broken = [need for need in NEEDS[number] if need in lost]
+            if broken:
+                lost[number] = lost[broken[0]]
+                print(f"not started: it needs {lost[number]}, which failed", flush=True)
+            elif number not in plan.stale:
+                print("fresh, skipped", flush=True)
+            elif not _run_one(plan, number):
+                lost[number] = plan.paths[number].stem
+        _finish(plan, done=set(numbers) & plan.stale - set(lost))
+    return len(lost)
+
+
+def _finish(plan: Plan, done: set[str]) -> None:
+    if done or not (plan.results / "manifest.json").is_file():
+        known: freshness.KnownHashes = freshness.recall(plan.results, "hashes")
+        write_manifest(plan.results, plan.parameters, known)
+
+
+@contextmanager
+def _only_run(plan: Plan) -> Iterator[None]:
+    """Hold the run's lock, which ends with this process however it ends."""
+    folder = plan.results / freshness.STATE
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing {relative(plan.results)}: wait, or choose --name") from None
+        yield
+
+
+def _run_one(plan: Plan, number: str) -> bool:
+    """Run one notebook and put its files in place if it finished; says how it went."""
+    path, name = plan.paths[number], plan.paths[number].stem
+    last = run_times(plan.results).get(name)
+    print(f"(last time {last} s) ..." if last else "...", end=" ", flush=True)
+    start = time.monotonic()
+    with staging.staged(RESULTS, plan.slug) as results, staging.staged(FIGURES, plan.slug) as figures:
+        injected = {} if plan.is_default else plan.parameters
+        log = plan.results / "logs" / f"{name}.log"
+        text, problem = launch.execute(plan.notebooks[number], injected, results.shown, figures.shown, log)
+        seconds = time.monotonic() - start
+        if not problem and plan.is_default and nb.read(path) != plan.notebooks[number]:
+            problem = "it was changed while it ran; the change is kept, so run again"
+        if problem:
+            print(f"failed after {seconds:.0f} s", flush=True)
+            print(f"{name}: {problem}", file=sys.stderr, flush=True)
+            return False
+        outputs = [*results.publish(), *figures.publish()]
+        write_text(text, plan.executed(number))
+    freshness.remember(plan.results, number, plan.keys[number], outputs)
+    note_time(plan.results, name, seconds)
+    print(f"{seconds:.0f} s", flush=True)
+    return True

@@ -1,0 +1,67 @@
+"""A notebook's files take their place only when it has finished: it writes into a stage, a failure leaves nothing."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.freshness import STATE
+
+_KEPT_OUT = (STATE, "logs", "notebooks")  # the runner's own folders inside a run's results
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One staged folder: `shown` is what the notebook sees in place of `real`."""
+
+    real: Path
+    shown: Path
+    before: dict[Path, tuple[int, ...]]
+
+    def publish(self) -> list[Path]:
+        """Move every file that the notebook wrote into its place; returns where they are now."""
+        moved = []
+        for name, state in _files(self.shown).items():
+            if self.before.get(name) != state:
+                target = self.real / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.shown / name, target)
+                moved.append(target)
+        return moved
+
+
+@contextmanager
+def staged(real: Path, slug: str) -> Iterator[Stage]:
+    """A scratch view of `real` (the folder of all results, or of all figures) for the run `slug`.
+
+    The run's own files are copies, so that no earlier file is touched even by a writer that changes it in place;
+    the folders of other runs are links, for reading.
+    """
+    shown = real / slug / STATE / "stage"  # on the same disk, so that publishing is a rename
+    if shown.exists():  # a killed run left it behind
+        shutil.rmtree(shown)
+    shown.mkdir(parents=True)
+    try:
+        for path in real.iterdir():
+            if path.name == slug:
+                shutil.copytree(path, shown / slug, ignore=shutil.ignore_patterns(*_KEPT_OUT))
+            elif path.is_dir():
+                (shown / path.name).symlink_to(path, target_is_directory=True)
+            else:
+                shutil.copy2(path, shown / path.name)
+        yield Stage(real, shown, _files(shown))
+    finally:
+        shutil.rmtree(shown)
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Every file below, without following links to folders, with what changes when it is written."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent) / name
+            stat = path.stat()
+            found[path.relative_to(folder)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# From a fresh clone to every figure: finds or makes the Python environment, then hands over to helpers/cli.py.
+# See ./run_all.sh --help. Runs with the bash 3.2 of macOS.
+set -Eeuo pipefail
+
+export COMPANION_CALLER="$PWD" # folders given as flags count from here
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() {
+  echo "run_all.sh: $1" >&2
+  exit 2
+}
+
+is_311() { # a shim may be there and not start, so ask the interpreter itself
+  "$1" -I -S -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1
+}
+
+find_311() {
+  local name
+  for name in python3.11 python3 python; do
+    if is_311 "$name"; then
+      command -v "$name"
+      return
+    fi
+  done
+  fail "Python 3.11 is needed and was not found ($(python3 -V 2>&1 || true)); install it, or use conda and environment.yml"
+}
+
+# The stamp says with which lock an environment was filled. Hashed with Python: macOS has no sha256sum.
+stamp() { # check or write
+  "$python" -I -S -c 'if True:
+    import hashlib, pathlib, sys
+    action, lock, stamp = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+    digest = hashlib.sha256(lock.read_bytes()).hexdigest()
+    if action == "write":
+        stamp.write_text(digest)
+    sys.exit(not stamp.is_file() or stamp.read_text() != digest)' "$1" requirements.lock "$place/companion-lock.sha256"
+}
+
+# The environment: the active one if it is Python 3.11 (but never conda's base), else .venv.
+active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+if [ "${CONDA_DEFAULT_ENV:-}" = base ] && [ -z "${VIRTUAL_ENV:-}" ]; then active=""; fi
+place="${COMPANION_VENV:-.venv}"
+if [ -z "${COMPANION_VENV:-}" ] && [ -n "$active" ] && is_311 "$active/bin/python"; then place="$active"; fi
+python="$place/bin/python"
+
+if ! is_311 "$python" || ! stamp check; then
+  if is_311 "$python"; then base="$python"; else base="$(find_311)"; fi
+  case "$*" in
+    --help | -h | --list) exec "$base" -m helpers.cli "$@" ;; # these need no packages
+  esac
+  # A mistake in the flags should show now, not after minutes of installing.
+  "$base" -c 'import sys; from helpers import cli; sys.exit(cli.check(sys.argv[1:]))' "$@"
+  if ! is_311 "$python"; then
+    if [ -e "$place" ]; then fail "$place is no working Python 3.11 environment: remove it and run again"; fi
+    "$base" -m venv "$place" || fail "no environment could be made (Debian and Ubuntu: apt install python3.11-venv)"
+  fi
+  trap 'echo "stopped; running again goes on from here" >&2; exit 130' INT
+  echo "Installing requirements.lock into $place, once: 3 to 6 minutes, about 2 GB (more where torch brings CUDA)."
+  log="$place/install.log"
+  if ! "$python" -m pip install --disable-pip-version-check --no-input -r requirements.lock >"$log" 2>&1; then
+    tail -n 3 "$log" >&2
+    fail "the packages could not be installed (the whole story: $log); running again goes on from there"
+  fi
+  trap - INT
+  stamp write
+fi
+
+exec "$python" -m helpers.cli "$@"
