@@ -119,6 +119,7 @@ def _check_index(subject: Subject, patch: Patch) -> None:
         if patch.index is not None:
             raise InputError(f"{patch.site} takes no index; index is for head and neuron")
         return
+    projection(subject.layers[patch.layer], patch.site)
     index = _indices(patch)
     if not index or len(set(index)) < len(index) or not all(0 <= i < size for i in index):
         raise InputError(

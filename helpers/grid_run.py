@@ -86,7 +86,8 @@ def clean_run(
     if mask is not None:
         inputs |= {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad(), _recording(subject, wanted) as seen:
-        subject.model.base_model(**inputs)  # stops before the unembedding
+        final = subject.model.base_model(**inputs).last_hidden_state  # stops before the unembedding
+    _refuse_nan(final, mask)
     calls = tuple(_without_state(call) for call in seen.pop("calls"))
     keep_cache = "cache" in wanted
     return CleanRun(
@@ -97,6 +98,15 @@ def clean_run(
         calls=calls if keep_cache else (),
         **{name: tuple(tensors) for name, tensors in seen.items()},
     )
+
+
+def _refuse_nan(final: Float[Tensor, "pair pos d"], mask: Bool[Tensor, "pair pos"] | None) -> None:
+    real = final if mask is None else final[mask]
+    if not bool(torch.isfinite(real).all()):
+        raise InputError(
+            "the model returns NaN or infinity: broken weights, an overflow in half precision, or the library's float64 "
+            "eager attention on left-padded prompts; use float32, and prompts of one length without padding"
+        )
 
 
 def _check_keep(keep: Iterable[str]) -> frozenset[str]:

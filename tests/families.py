@@ -1,8 +1,11 @@
 """Tiny random models of the nine families, for tests: two or three seconds each would be far too slow on real ones."""
 
+from pathlib import Path
+
 import torch
 import transformers as hf
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.subject_parts import Subject, find_parts
 
@@ -65,3 +68,15 @@ def tiny_subject(family: str, dtype: torch.dtype = torch.float32, attention: str
 def tokens(n_pairs: int = 3, n_pos: int = 9, seed: int = 0) -> torch.Tensor:
     """Random token ids, no specials."""
     return torch.randint(3, VOCAB, (n_pairs, n_pos), generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """One word a token (`<pad> <s> </s> w3 w4 ...`), saved to a folder and loaded from it."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
+    made.save_pretrained(folder)
+    return hf.AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,115 @@
+"""The grid against TransformerLens, the tool that readers know; and the trap in one of its hooks."""
+
+from functools import partial
+
+import pytest
+import torch
+from families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from test_grid import mask, runs
+from torch import Tensor
+from transformer_lens.patching import generic_activation_patch
+
+from helpers import grid, subject as subject_module
+from helpers.errors import InputError
+from helpers.grid import Patch
+from helpers.subject import bridge, from_model
+from helpers.subject_parts import Subject
+
+HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "head": "attn.hook_z",
+         "neuron": "mlp.hook_post"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+def made(family: str, folder) -> Subject:
+    return from_model(tiny_model(family, attention="eager"), tiny_tokenizer(folder), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patching_by_transformer_lens_gives_the_same_logits(family: str, folder) -> None:
+    """Every site at every layer, patched at the last token the way TransformerLens documents it."""
+    subject = made(family, folder)
+    base, source = runs(subject)
+    lens = bridge(subject)
+    _, cache = lens.run_with_cache(source.tokens)
+    index = {"head": 1, "neuron": 7}
+    patches = [Patch(site, layer, mask([8]), index.get(site)) for site in HOOKS for layer in range(4)]
+    fast = grid.logits(subject, grid.interchange(subject, base, source, patches))[:, :, 0]
+    for i, patch in enumerate(patches):
+        name = f"blocks.{patch.layer}.{HOOKS[patch.site]}"
+        hook = partial(set_last, cache[name], patch.index)
+        plain = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, hook)])[:, -1]
+        torch.testing.assert_close(fast[:, i], plain, rtol=0, atol=1e-5, msg=f"{patch.site} {patch.layer}")
+
+
+def set_last(clean: Tensor, index: int | None, value: Tensor, hook: object) -> Tensor:
+    value = value.clone()
+    if index is None:
+        value[:, -1] = clean[:, -1]
+    elif value.ndim == 4:  # (pair, pos, head, width)
+        value[:, -1, index] = clean[:, -1, index]
+    else:
+        value[:, -1, index] = clean[:, -1, index]
+    return value
+
+
+def test_the_patching_module_gives_the_same_curve(folder) -> None:
+    """TransformerLens's own patching loop over layers and positions, one pair, on the windowed family."""
+    subject = made("qwen2", folder)
+    base, source = runs(subject)
+    lens = bridge(subject)
+    base, source = (grid.clean_run(subject, run.tokens[:1]) for run in (base, source))
+    _, cache = lens.run_with_cache(source.tokens)
+    curve = generic_activation_patch(
+        lens, base.tokens, cache, lambda logits: logits[0, -1, 5] - logits[0, -1, 9],
+        patch_setter=set_position, activation_name="resid_post", index_axis_names=("layer", "pos"),
+    )  # fmt: skip
+    patches = [Patch("resid_post", layer, mask([pos], 1)) for layer in range(4) for pos in range(9)]
+    rows = grid.logits(subject, grid.interchange(subject, base, source, patches), torch.tensor([5, 9]))[0, :, 0]
+    torch.testing.assert_close((rows[:, 0] - rows[:, 1]).view(4, 9), curve, rtol=0, atol=1e-5)
+
+
+def set_position(value: Tensor, index: list[int], clean: Tensor) -> Tensor:
+    layer, position = index
+    value = value.clone()
+    value[:, position] = clean[:, position]
+    return value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hook_resid_mid_misses_the_skip_path(family: str, folder) -> None:
+    """A tensor returned at `hook_resid_mid` reaches the MLP but not the residual stream; written in place it does.
+
+    The whole residual between attention and MLP at one position is all that the rest of the layer sees there, so setting
+    it to the source's at the last layer must give the source's outcome.
+    """
+    subject = made(family, folder)
+    base, source = runs(subject)
+    lens = bridge(subject)
+    name = "blocks.3.hook_resid_mid"
+    wanted, cache = lens.run_with_cache(source.tokens)
+    clean = cache[name].clone()
+    returned = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, lambda value, hook: clean.clone())])[:, -1]
+
+    def in_place(value: Tensor, hook: object) -> None:
+        value.copy_(clean)
+
+    written = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, in_place)])[:, -1]
+    torch.testing.assert_close(written, wanted[:, -1], rtol=0, atol=1e-5)
+    assert float((returned - wanted[:, -1]).abs().max()) > 0.1
+
+
+def test_the_bridge_is_a_twin_that_shares_weights(folder) -> None:
+    subject = made("llama", folder)
+    before = subject.model(torch.arange(3, 12)[None]).logits
+    lens = bridge(subject)
+    assert lens.original_model is not subject.model
+    assert lens.original_model.get_output_embeddings().weight is subject.unembed.weight
+    assert subject.model.config._attn_implementation == "eager"
+    assert torch.equal(subject.model(torch.arange(3, 12)[None]).logits, before)
+    assert lens(torch.arange(3, 12)[None]).shape[-1] == VOCAB
+    with pytest.raises(InputError, match="has no tokenizer"):
+        subject_module.bridge(from_model(tiny_model("llama")))
