@@ -13,25 +13,25 @@ from jaxtyping import Bool, Int
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from helpers.prompts import SPAN_NAMES
 from helpers.tokens import TokenPair
 
 TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
-SPAN_GROUPS = ("wrapper", "distractor", "verb", "object")
 PAIR_GROUPS = ("differ", "shared", "all")
 
 
 def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes before every user turn: the common end of what stands before the first and second one.
 
-    Empty where the template takes no second turn; the system group then reaches up to the instruction.
+    Empty where the template takes or shows no second turn; the system group then reaches up to the instruction.
     """
     turns = [("user", "@first@"), ("assistant", "@answer@"), ("user", "@second@")]
     try:
         text = str(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False))
+        before_first = text[: text.index("@first@")]
+        between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
     except (TemplateError, ValueError):
         return ""
-    before_first = text[: text.index("@first@")]
-    between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
     length = 0
     while length < min(len(before_first), len(between)) and before_first[-length - 1] == between[-length - 1]:
         length += 1
@@ -46,20 +46,22 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     difference) and `all` are read off the token ids.
     """
     starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
-    text_start = pair.treated_start
-    text_end = text_start + len(pair.pair.treated.rstrip())
+    text = pair.pair.treated
+    # Spaces around the instruction, which many templates strip, belong to no group of its own.
+    text_start = pair.treated_start + len(text) - len(text.lstrip())
+    text_end = pair.treated_start + len(text.rstrip())
     inside = (ends > text_start) & (starts < text_end)
     first, last = int(np.argmax(inside)), len(inside) - 1 - int(np.argmax(inside[::-1]))
     position = np.arange(len(inside))
     masks = {
         "system": (position < first) & (ends <= text_start - len(header)),
         "header": (position < first) & (ends > text_start - len(header)),
-        "last_instruction": position == last,
+        "last_instruction": (position == last) & (position < len(inside) - 1),
         "template": (position > last) & (position < len(inside) - 1),
         "last": position == len(inside) - 1,
     }
-    taken = masks["last_instruction"] | ~inside
-    for name in SPAN_GROUPS:
+    taken = masks["last_instruction"] | masks["last"] | ~inside
+    for name in SPAN_NAMES:
         masks[name] = _span(pair, name) & ~taken
         taken = taken | masks[name]
     masks["rest"] = ~taken

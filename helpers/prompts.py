@@ -24,6 +24,7 @@ SPLIT_SHARES = (0.4, 0.3, 0.3)
 MIN_PAIRS = 10
 REQUIRED = ("id", "treatment", "topic", "control", "treated")
 OPTIONAL = ("twin", "family", "split", "spans")
+SPAN_NAMES = ("wrapper", "distractor", "verb", "object")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_set(where: str | Path) -> PromptSet:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
 
@@ -101,7 +102,8 @@ def _read_text(path: Path) -> str:
 def _read_pairs(path: Path) -> tuple[Pair, ...]:
     pairs: list[Pair] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    # Not splitlines: JSON allows Unicode's own line ends within a string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -153,6 +155,8 @@ def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int,
         if not isinstance(named, dict):
             raise InputError(f"{where}: spans of '{side}' must map a name to [start, end]")
         for name, ends in named.items():
+            if name not in SPAN_NAMES:
+                raise InputError(f"{where}: unknown span '{name}' of '{side}'; known are {', '.join(SPAN_NAMES)}")
             valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
             if not valid or not 0 <= ends[0] < ends[1] <= len(row[side]):
                 raise InputError(f"{where}: span '{name}' of '{side}' must be [start, end] within the text")
@@ -220,7 +224,8 @@ def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
         return tuple(pairs)
     if n < MIN_PAIRS:
         raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
-    quota = {split: round(share * n) for split, share in zip(SPLITS, SPLIT_SHARES, strict=True)}
+    cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
+    quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
     twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
     kept: set[str] = set()
     for treatment in {pair.treatment for pair in pairs}:

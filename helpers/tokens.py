@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from helpers.errors import InputError
 from helpers.prompts import MIN_PAIRS, Pair, PromptSet
 
+STAND_IN = "@turn@"
+
 
 @dataclass(frozen=True)
 class Openers:
@@ -53,13 +55,28 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Token ids [pos], character offsets [pos, 2] in the rendered prompt, and where the user turn starts in it."""
+    if not tokenizer.is_fast:
+        raise InputError("the tokenizer gives no character offsets: put its tokenizer.json into the model's folder")
     rendered = render(tokenizer, text)
-    start = rendered.rfind(text.strip())
-    if start < 0:
+    # Found by a stand-in, because the text itself may also occur in the template ("user", "assistant").
+    start = render(tokenizer, STAND_IN).find(STAND_IN)
+    is_whole, is_stripped = (rendered.startswith(part, start) for part in (text.rstrip(), text.strip()))
+    if start < 0 or not (is_whole or is_stripped):
         raise InputError("the chat template changes the user turn's text, so its tokens cannot be located")
+    start -= 0 if is_whole else len(text) - len(text.lstrip())
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    leading = len(text) - len(text.lstrip())
-    return np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"]), start - leading
+    return np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"]), start
+
+
+def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPair | None, str]:
+    """The pair in tokens, or None and the reason why it cannot be used."""
+    control, control_offsets, control_start = encode(tokenizer, pair.control)
+    treated, treated_offsets, treated_start = encode(tokenizer, pair.treated)
+    if len(control) != len(treated):
+        return None, "unequal token length"
+    if (control == treated).all():
+        return None, "same tokens on both sides"
+    return TokenPair(pair, control, treated, control_offsets, treated_offsets, control_start, treated_start), ""
 
 
 def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenPair], dict[str, int]]:
@@ -71,16 +88,11 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
     kept: list[TokenPair] = []
     dropped: Counter[str] = Counter()
     for pair in pairs:
-        control, control_offsets, control_start = encode(tokenizer, pair.control)
-        treated, treated_offsets, treated_start = encode(tokenizer, pair.treated)
-        if len(control) != len(treated):
-            dropped["unequal token length"] += 1
-        elif (control == treated).all():
-            dropped["same tokens on both sides"] += 1
+        made, reason = token_pair(pair, tokenizer)
+        if made is None:
+            dropped[reason] += 1
         else:
-            kept.append(
-                TokenPair(pair, control, treated, control_offsets, treated_offsets, control_start, treated_start)
-            )
+            kept.append(made)
     if len(kept) < MIN_PAIRS:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in sorted(dropped.items())) or "none dropped"
         raise InputError(f"{len(kept)} usable pairs of {len(pairs)} ({reasons}); at least {MIN_PAIRS} are needed")
@@ -90,13 +102,19 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
 def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Openers]:
     """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
     context = render(tokenizer, prompt_set.pairs[0].control)
-    n_context = len(tokenizer(context, add_special_tokens=False)["input_ids"])
+    before = tokenizer(context, add_special_tokens=False)["input_ids"]
     first: dict[str, int] = {}
     notes: dict[str, str] = {}
     for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):
-        ids = tokenizer(context + string, add_special_tokens=False)["input_ids"][n_context:]
-        if not ids:
-            raise InputError(f"outcome string {string!r} gives no token of its own behind the prompt")
+        whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
+        ids = whole[len(before) :]
+        if not ids or whole[: len(before)] != before:
+            raise InputError(
+                f"outcome string {string!r} starts no token of its own behind the prompt: is a leading space missing "
+                "or too many?"
+            )
+        if ids[0] == tokenizer.unk_token_id:
+            raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
         first[string] = ids[0]
         if len(ids) > 1:
             notes[string] = f"outcome string {string!r} is {len(ids)} tokens; its first decides"

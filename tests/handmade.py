@@ -1,0 +1,136 @@
+"""Models whose effects are known because their weights were written by hand, and a small tokenizer to feed them.
+
+The compiled model keeps its signals in separate channels of the residual stream. Channel `BIAS` is so large that every
+RMSNorm divides by nearly the same number, so effects are products of the weights. Two cue words carry one bit each:
+
+    cue A (off/on)  --head 1 of layer 1-->  FIRST  --gate of neuron 3, layer 2-->  OUT  --> log-odds of "yes" against "no"
+    cue B (low/high) --head 0 of layer 0--> SECOND --up of neuron 3, layer 2--/
+    FIRST also reaches the log-odds directly, with weight `skip`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from helpers.prompts import Pair
+from helpers.subject import Subject, from_model
+from helpers.tokens import TokenPair
+
+SPECIAL = ("<bos>", "<system>", "<user>", "<assistant>", "<end>", "<pad>")
+WORDS = ("off", "on", "low", "high", "please", "now", "do", "it", "well", "yes", "no", "be", "kind")
+TEMPLATE = (
+    "<bos>{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+WITH_SYSTEM = TEMPLATE.replace("<bos>", "<bos><system> be kind <end> ", 1)
+STRIPPED = TEMPLATE.replace("m.content", "m.content | trim")
+SINGLE_TURN = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
+BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+N_LAYERS, N_HEADS, WIDTH, HEAD_WIDTH, D_MLP = 4, 2, 16, 8, 6
+BIAS, IS_A, A, IS_B, B, FIRST, SECOND, OUT = range(8)
+SIZE = 1000.0  # of the bias channel; signals are of order 1, so a norm's scale moves by about 1e-6
+STEEP = 20.0
+GATE_NEURON = 3
+
+
+def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
+    """One token a word, spaces belonging to no token; unknown words are `<unk>`."""
+    vocabulary = {word: i for i, word in enumerate(("<unk>", *SPECIAL, *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<end>", pad_token="<pad>",
+        additional_special_tokens=list(SPECIAL[1:4]),
+    )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def random_pairs(
+    n: int, n_pos: int, vocabulary: int, *, first: int = 2, seed: int = 0, treatment: str = "T2"
+) -> list[TokenPair]:
+    """Pairs of random tokens that differ from position `first` up to the third but last; every token is a character."""
+    rng = np.random.default_rng(seed)
+    offsets = np.stack([np.arange(n_pos), np.arange(1, n_pos + 1)], axis=1)
+    made = []
+    for i in range(n):
+        control, treated = rng.integers(3, vocabulary, size=(2, n_pos))
+        treated[:first], treated[-2:] = control[:first], control[-2:]
+        treated[first] = 3 + (control[first] - 2) % (vocabulary - 3)
+        pair = Pair(f"p{i}", treatment, f"topic {i % 5}", "c" * (n_pos - 3), "t" * (n_pos - 3), split="discover")
+        made.append(TokenPair(pair, control, treated, offsets, offsets, 1, 1))
+    return made
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the compiled model computes: OUT = `gain` * gate(FIRST) * (`always` + `both` * SECOND), and its skip path."""
+
+    gain: float = 3.0
+    always: float = 1.0
+    both: float = 0.0
+    skip: float = 0.0
+
+    def log_odds(self, first: float, second: float) -> float:
+        """The outcome, by hand."""
+        gate = STEEP * (first - 0.5)
+        return self.gain / STEEP * gate / (1 + np.exp(-gate)) * (self.always + self.both * second) + self.skip * first
+
+
+def compiled(program: Program, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None) -> Subject:
+    """The program in the weights of a real architecture."""
+    tokenizer = tokenizer or word_tokenizer()
+    config_class = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}[family]
+    config = config_class(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=D_MLP, num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS, num_key_value_heads=N_HEADS, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e12},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        _write(model, program, tokenizer)
+    return from_model(model, tokenizer, "compiled")
+
+
+def _write(model: hf.PreTrainedModel, program: Program, tokenizer: PreTrainedTokenizerFast) -> None:
+    norms = [norm for block in model.model.layers for norm in (block.input_layernorm, block.post_attention_layernorm)]
+    for norm in (*norms, model.model.norm):
+        norm.weight.fill_(SIZE / WIDTH**0.5)  # so that what the norm gives is what it was given
+    embedding = model.model.embed_tokens.weight
+    embedding[:, BIAS] = SIZE
+    for word, marker, channel, value in (
+        ("off", IS_A, A, 0),
+        ("on", IS_A, A, 1),
+        ("low", IS_B, B, 0),
+        ("high", IS_B, B, 1),
+    ):
+        embedding[tokenizer.convert_tokens_to_ids(word), [marker, channel]] = torch.tensor([1.0, value])
+    _copy(model.model.layers[1].self_attn, head=1, marker=IS_A, source=A, target=FIRST)
+    _copy(model.model.layers[0].self_attn, head=0, marker=IS_B, source=B, target=SECOND)
+    mlp = model.model.layers[2].mlp
+    mlp.gate_proj.weight[GATE_NEURON, [BIAS, FIRST]] = torch.tensor([-STEEP / 2 / SIZE, STEEP])
+    mlp.up_proj.weight[GATE_NEURON, [BIAS, SECOND]] = torch.tensor([program.always / SIZE, program.both])
+    mlp.down_proj.weight[OUT, GATE_NEURON] = program.gain / STEEP
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    for token, sign in ((yes, 0.5), (no, -0.5)):
+        model.lm_head.weight[token, [OUT, FIRST]] = sign * torch.tensor([1.0, program.skip])
+
+
+def _copy(attention: torch.nn.Module, *, head: int, marker: int, source: int, target: int) -> None:
+    """A head that looks for the marked token and writes its `source` channel into `target`.
+
+    Query and key use a coordinate of the slowest rotary frequency, which distance hardly turns.
+    """
+    slow = head * HEAD_WIDTH + HEAD_WIDTH // 2 - 1
+    attention.q_proj.weight[slow, BIAS] = 10.0 / SIZE
+    attention.k_proj.weight[slow, marker] = 10.0
+    attention.v_proj.weight[head * HEAD_WIDTH, source] = 1.0
+    attention.o_proj.weight[target, head * HEAD_WIDTH] = 1.0

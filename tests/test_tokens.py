@@ -1,0 +1,155 @@
+"""From user turns to token ids: the template, offsets, equal lengths, and the answer's first token."""
+
+import handmade
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from helpers import tokens
+from helpers.errors import InputError
+from helpers.prompts import Pair, PromptSet
+
+WORDS = handmade.word_tokenizer()
+
+
+def pair(control: str, treated: str, name: str = "p") -> Pair:
+    return Pair(name, "T2", "topic", control, treated, split="test")
+
+
+def prompt_set(comply: tuple[str, ...], refuse: tuple[str, ...]) -> PromptSet:
+    return PromptSet("made", (pair("do off", "do on"),), {"T2": (comply, refuse)}, "")
+
+
+def byte_tokenizer(
+    template: str = handmade.TEMPLATE, merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, where spaces belong to tokens; `merges` in its own alphabet (a space is Ġ)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, list(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    made.chat_template = template
+    return made
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_the_template_and_its_generation_prompt_are_around_the_text() -> None:
+    ids, offsets, start = tokens.encode(WORDS, "do off now")
+    assert decoded(WORDS, ids) == ["<bos>", "<user>", "do", "off", "now", "<end>", "<assistant>"]
+    rendered = tokens.render(WORDS, "do off now")
+    assert rendered[start:].startswith("do off now")
+    assert [rendered[a:b] for a, b in offsets][2:5] == ["do", "off", "now"]
+
+
+def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = handmade.word_tokenizer()
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", bos)])
+    assert tokenizer("do")["input_ids"][0] == bos
+    assert tokens.encode(tokenizer, "do off")[0].tolist().count(bos) == 1
+
+
+@pytest.mark.parametrize("template", [handmade.TEMPLATE, handmade.STRIPPED, handmade.WITH_SYSTEM, handmade.BARE])
+@pytest.mark.parametrize(
+    "text", ["do off", "  do off", "do off \n", " do  off ", "user", "assistant", "<user>", "kind <end>", "e"]
+)
+def test_the_user_turn_is_found(template: str, text: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    rendered = tokens.render(tokenizer, text)
+    ids, offsets, start = tokens.encode(tokenizer, text)
+    assert len(ids) == len(offsets) == len(rendered)
+    # A span counts characters of the text as the user wrote it.
+    first = len(text) - len(text.lstrip())
+    assert rendered[start + first : start + len(text.rstrip())] == text.strip()
+    before, behind = tokens.render(tokenizer, "@").split("@")
+    assert rendered[: start + first].rstrip() == before.rstrip()
+    assert rendered[start + len(text.rstrip()) :].lstrip() == behind.lstrip()
+
+
+def test_a_template_that_changes_the_text() -> None:
+    for change in ("m.content | upper", "'nothing'"):
+        tokenizer = handmade.word_tokenizer(handmade.TEMPLATE.replace("m.content", change))
+        with pytest.raises(InputError, match="changes the user turn's text"):
+            tokens.encode(tokenizer, "do off")
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_no_chat_template(template: str | None) -> None:
+    with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
+        tokens.render(handmade.word_tokenizer(template), "do off")
+
+
+def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:
+    fine = [pair(f"do off {word}", f"do on {word}", word) for word in ("now", "it", "please") for _ in range(4)]
+    wrong = [pair("do off", "do on it"), pair("do off it", "do on"), pair("do  off", "do off "), pair("it ?", "it !")]
+    kept, dropped = tokens.tokenize([*fine, *wrong], WORDS)
+    assert [made.pair for made in kept] == fine
+    assert dropped == {"unequal token length": 2, "same tokens on both sides": 2}
+    made = kept[0]
+    assert made.control.shape == made.treated.shape == (7,)
+    assert np.flatnonzero(made.control != made.treated).tolist() == [3]
+    for ids, offsets, start, text in (
+        (made.control, made.control_offsets, made.control_start, "do off now"),
+        (made.treated, made.treated_offsets, made.treated_start, "do on now"),
+    ):
+        again = tokens.encode(WORDS, text)
+        assert (ids == again[0]).all()
+        assert (offsets == again[1]).all()
+        assert start == again[2]
+
+
+def test_too_few_usable_pairs_say_why() -> None:
+    pairs = [pair("do off now", "do on now")] * 9 + [pair("do off", "do on it")] * 3
+    with pytest.raises(InputError, match=r"9 usable pairs of 12 \(3 with unequal token length\); at least 10"):
+        tokens.tokenize(pairs, WORDS)
+    with pytest.raises(InputError, match=r"9 usable pairs of 9 \(none dropped\)"):
+        tokens.tokenize(pairs[:9], WORDS)
+
+
+def test_openers_are_first_tokens() -> None:
+    found = tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"]
+    expected = sorted(WORDS.convert_tokens_to_ids(["yes", "well"]))
+    assert found == tokens.Openers(tuple(expected), (WORDS.convert_tokens_to_ids("no"),))
+
+
+def test_openers_of_several_tokens_are_named() -> None:
+    found = tokens.openers(prompt_set(("yes well", "yes now"), ("no",)), WORDS)["T2"]
+    assert found.comply == (WORDS.convert_tokens_to_ids("yes"),)
+    assert found.notes == (
+        "outcome string 'yes well' is 2 tokens; its first decides",
+        "outcome string 'yes now' is 2 tokens; its first decides",
+    )
+
+
+def test_a_leading_space_is_significant() -> None:
+    tokenizer = byte_tokenizer(handmade.TEMPLATE.replace("<assistant> ", "<assistant>"), (("Ġ", "y"),))
+    found = [tokens.openers(prompt_set((string,), ("no",)), tokenizer)["T2"].comply[0] for string in ("yes", " yes")]
+    assert decoded(tokenizer, np.array(found)) == ["y", "Ġy"]
+
+
+def test_an_opener_that_melts_into_the_prompt() -> None:
+    tokenizer = byte_tokenizer(handmade.TEMPLATE, (("Ġ", "y"),))  # this template ends in a space
+    with pytest.raises(InputError, match="'yes' starts no token of its own behind the prompt"):
+        tokens.openers(prompt_set(("yes",), ("no",)), tokenizer)
+
+
+def test_an_opener_without_a_token() -> None:
+    with pytest.raises(InputError, match="' ' starts no token of its own"):
+        tokens.openers(prompt_set((" ",), ("no",)), WORDS)
+
+
+def test_an_unknown_opener() -> None:
+    with pytest.raises(InputError, match="'perhaps' starts with a word that the tokenizer does not know"):
+        tokens.openers(prompt_set(("perhaps",), ("no",)), WORDS)
+
+
+def test_comply_and_refuse_that_share_their_first_token() -> None:
+    with pytest.raises(InputError, match="outcome of T2: comply and refuse share the first token"):
+        tokens.openers(prompt_set(("yes well",), ("no", "yes now")), WORDS)
