@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import paths
@@ -144,7 +145,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(
             f"{folder} could not be loaded: {line}; is it complete, and its architecture known?"
