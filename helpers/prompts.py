@@ -141,7 +141,11 @@ def _pair(row: Any, where: str) -> Pair:
     if row["control"] == row["treated"]:
         raise InputError(f"{where}: control and treated are the same text")
     texts = {name: row[name] for name in REQUIRED}
-    extra: dict[str, Any] = {"split": row.get("split") or "", "twin": row.get("twin"), "family": row.get("family") or ""}
+    extra: dict[str, Any] = {
+        "split": row.get("split") or "",
+        "twin": row.get("twin"),
+        "family": row.get("family") or "",
+    }
     return Pair(**texts, **extra, spans=_spans(row, where))
 
 
