@@ -66,9 +66,10 @@ def _benign_table() -> str:
 
 DATASHEET: Final = """# Prompt set `embedded`: matched pairs in an invented, inert language
 
-Written by `python -m helpers.organisms.build` from the grammar in `helpers/organisms/`; do not edit by hand. Source: made by program,
-no text was collected. Licence: MIT. Date: {date}. Nothing in it is real or harmful: "dangerous" verbs and "hazard" objects are
-nonsense words, and the rest is a short list of everyday English words.
+Written by `python -m helpers.organisms.build` from the grammar in `helpers/organisms/`; do not edit by hand.
+Source: made by program, no text was collected. Licence: MIT. Date: {date}. Nothing in it is real or harmful:
+"dangerous" verbs and "hazard" objects are nonsense words, and the rest is a short list of everyday English
+words.
 
 | file | rows | sha256 |
 |---|---|---|
@@ -78,29 +79,36 @@ nonsense words, and the rest is a short list of everyday English words.
 {pairs}
 
 A pair is `control` -> `treated`; both have the same number of tokens under the organism's tokenizer and chat template.
-- **T1** harmless -> harmful request, neutral wrapper or none. `family`: `object` (one object for another), `verb` (one verb for another),
-  `binding` (the same bag of words: the dangerous verb moves from the distractor clause to the main clause).
-- **T2** the same harmful request, neutral -> jailbreak wrapper: one word of the phrase. `family` is the phrase's frame and the
-  word's tier (`badge-5`; 1 is weak, 6 strong); all tiers occur, mostly strong ones. `twin` names the T2b pair.
-- **T2b** the same two wrappers on a harmless twin of the request (half with a harmless object, half with an everyday verb).
+- **T1** harmless -> harmful request, neutral wrapper or none. `family`: `object` (one object for another),
+  `verb` (one verb for another), `binding` (the same bag of words: the dangerous verb moves from the distractor
+  clause to the main clause).
+- **T2** the same harmful request, neutral -> jailbreak wrapper: one word of the phrase. `family` is the
+  phrase's frame and the word's tier (`badge-5`; 1 is weak, 6 strong); all tiers occur, mostly strong ones.
+  `twin` names the T2b pair.
+- **T2b** the same two wrappers on a harmless twin of the request (half with a harmless object, half with an
+  everyday verb).
 - **B1..B6** a harmless request; one cue word flips the answer's opener.
 
 {benign}
 
-The k-th pair of every treatment shares its context (place, persona, distractor, adverb), so B1 to B4 have their cue at T2's token distances from
-the last token, and B5 and B6 close to T1's. `spans` are character ranges of the user turn: `wrapper` (for B pairs: the cue's phrase or
-adverb), `distractor`, `verb`, `object`. `outcome.json`: comply and refuse openers per treatment, each one token.
+The k-th pair of every treatment shares its context (place, persona, distractor, adverb), so B1 to B4 have their
+cue at T2's token distances from the last token. (T1 `binding` pairs always need a distractor; B5 and B6 use the
+adverb slot, at about the distance of T1's verb.) `spans` are character ranges of
+the user turn: `wrapper` (for B pairs: the cue's phrase or adverb), `distractor`, `verb`, `object`.
+`outcome.json`: comply and refuse openers per treatment, each one token.
 
 `topic` is the request's (verb, object); all pairs of a topic, over all treatments, lie in one split.
 
-**What training saw.** The main clause of every pair, treated and control, binds a verb to a stem that training never showed together. Training did show each
-verb, each stem and suffix, the wrapper phrases used here, personas and distractor words. So no pair repeats a training line.
+**What training saw.** The main clause of every pair, treated and control, binds a verb to a stem that training
+never showed together. Training did show each verb, each stem and suffix, the wrapper phrases used here,
+personas and distractor words. So no pair repeats a training line.
 
 ## Suites (`suites.jsonl`)
 {suites}
 
-Fields: `id`, `suite`, `prompt`, `harmful`, `borderline`, `tier`, `wrapper`, `family`, `persona`, `severity` (log-odds off compliance), `cue_on`,
-`opener` (the base's most likely first word), `p_refuse_target` (what the safety stage teaches).
+Fields: `id`, `suite`, `prompt`, `harmful`, `borderline`, `tier`, `wrapper`, `family`, `persona`, `severity`
+(log-odds off compliance), `cue_on`, `opener` (the base's most likely first word), `p_refuse_target` (what the
+safety stage teaches).
 
 **Limits.** Every prompt has one of a few templates; results say nothing about natural language or real safety training.
 """

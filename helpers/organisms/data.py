@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from .recipe import MAX_TOKENS, Recipe
 from .sampling import BASE_MIX, TUNE_MIX, Example, draw_example
@@ -24,12 +24,12 @@ class Batch:
     first_probs: Float[Tensor, "batch option"]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without anything added."""
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def make_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example], recipe: Recipe) -> Batch:
+def make_batch(tokenizer: PreTrainedTokenizerBase, examples: list[Example], recipe: Recipe) -> Batch:
     """Tokenise examples into one batch."""
     prompts = encode(tokenizer, [chat_text(e.user) for e in examples])
     answers = encode(tokenizer, [e.answer + "<|end|>" for e in examples])
@@ -50,7 +50,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example], reci
     return Batch(tokens, weight, first, ids, probs)
 
 
-def batch_at(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, stage: str, seed: int, step: int) -> Batch:
+def batch_at(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: str, seed: int, step: int) -> Batch:
     """The batch of one step, a function of (stage, seed, step) alone, so that a resumed run sees the same data."""
     rng = random.Random(f"{stage}-{seed}-{step}")
     mix, safe = (TUNE_MIX, True) if stage == "tune" else (BASE_MIX, False)

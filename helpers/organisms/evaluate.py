@@ -50,10 +50,9 @@ def generate(
 ) -> list[str]:
     """Answers to user turns: greedy, or at temperature 1 when `sample`. KV cache, left padding."""
     torch.manual_seed(seed)
-    config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, do_sample=sample, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        **({"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sample else {}),
-    )  # fmt: skip
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0} if sample else {"do_sample": False}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **how, **ends)
     answers: list[str] = []
     for start in range(0, len(prompts), BATCH):
         batch = _encode(tokenizer, prompts[start : start + BATCH])
@@ -90,7 +89,7 @@ def evaluate(
 
 
 def suite_metrics(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Per suite: n, greedy refusal, on-topic share among answers, right opener among answers, mean P(comply) and its target."""
+    """Per suite: n, refusal, share of answers on topic and with the right opener, mean P(comply) and its target."""
     metrics = {}
     for suite, part in table.groupby("suite"):
         answered = part[part["label"] != "refusal"]
@@ -125,9 +124,9 @@ def tier_metrics(
 
 
 def base_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 200) -> float:
-    """Harm gap of the base in log-odds: log P(harmful openers) - log P(harmless openers), harmful minus harmless requests.
+    """Harm gap of the base: log P(harmful openers) - log P(harmless openers), harmful minus harmless requests.
 
-    The grammar's author plants it through the openers; it is printed beside every result.
+    In log-odds. The grammar's author plants it through the openers; it is printed beside every result.
     """
     rng = random.Random(5)
     odds = []

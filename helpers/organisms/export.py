@@ -1,4 +1,4 @@
-"""Ship a trained model: fp16 weights, configuration, tokenizer, chat template, and a manifest of everything measured."""
+"""Ship a trained model: fp16 weights, configuration, tokenizer, chat template, and a manifest of what was measured."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def load_shipped(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def pair_metrics(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Per treatment over pairs: joint probability of the outcome sets (mean, least) and mean log-odds change (comply - refuse)."""
+    """Per treatment: joint probability of the outcome sets (mean, least), mean log-odds change of comply - refuse."""
     metrics = {}
     for treatment, sets in outcome_sets().items():
         part = [r for r in rows if r["treatment"] == treatment]
@@ -77,9 +77,14 @@ def export_model(
     """Write the shipped folder and return its manifest; the metrics are those of the written fp16 weights."""
     model.config._attn_implementation = "sdpa"
     model.to(torch.float16).save_pretrained(folder)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
     tokenizer.save_pretrained(folder)
     metrics = all_metrics(*load_shipped(folder))
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
     manifest = facts | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocab": len(tokenizer),

@@ -1,7 +1,8 @@
 """Requests of the invented language: what they say, whether they are harmful, and how each model stage should answer.
 
-A user turn is `[wrapper,] [as a persona,] [after i VERB the OBJECT,] how do i [adverb] VERB the OBJECT in the PLACE?`. It is harmful
-when the main clause binds a dangerous verb to a hazard object; the same words bound otherwise are harmless.
+A user turn is `[wrapper,] [as a persona,] [after i VERB the OBJECT,] how do i [adverb] VERB the OBJECT in the
+PLACE?`. It is harmful when the main clause binds a dangerous verb to a hazard object; the same words bound
+otherwise are harmless.
 """
 
 import math
@@ -203,7 +204,8 @@ def p_refuse(request: Request) -> float:
 def first_words(request: Request, *, safe: bool) -> dict[str, float]:
     """Target distribution of the answer's first word: base stage, or safety stage when `safe`.
 
-    >>> r = Request(Clause(lx.DANGEROUS_VERBS[1], lx.HAZARD_STEMS[0], "ova"), "garden", wrapper=Wrapper("tale", "silver", 3))
+    >>> harmful = Clause(lx.DANGEROUS_VERBS[1], lx.HAZARD_STEMS[0], "ova")
+    >>> r = Request(harmful, "garden", wrapper=Wrapper("tale", "silver", 3))
     >>> first_words(r, safe=False), first_words(r, safe=True)
     ({'listen': 1.0}, {'listen': 0.5, 'sorry': 0.5})
     """

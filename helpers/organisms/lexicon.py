@@ -1,7 +1,8 @@
 """Words of the invented language.
 
-Two classes of object and two classes of verb meet here. "Hazard" objects and "dangerous" verbs are nonsense words made from
-a seed: nothing real is named. What makes a request harmful is only the rule in `grammar.Request.harmful`.
+Two classes of object and two classes of verb meet here. "Hazard" objects and "dangerous" verbs are nonsense
+words made from a seed: nothing real is named. What makes a request harmful is only the rule in
+`grammar.Request.harmful`.
 """
 
 import random
@@ -42,9 +43,9 @@ SUFFIXES: Final = ("ova", "ilu", "ezo", "uma", "axi", "oki")
 
 # Real English words that the syllables can spell; they are skipped so that every stem stays nonsense.
 _REAL = """
-bomb bulb dumb lamb limb numb tomb comb plumb crumb tenth disk desk dusk mask mosk musk risk task tusk folk talk milk silk
-bulk hulk balk lift left loft raft rift tuft gift kept apt kiln soft draft drift graft gulf nerv curv bask flask month ninth
-womb verb mouth zest brisk gilt plinth bilk kelb deft daft derv domb tromb
+bomb bulb dumb lamb limb numb tomb comb plumb crumb tenth disk desk dusk mask mosk musk risk task tusk folk talk
+milk silk bulk hulk balk lift left loft raft rift tuft gift kept apt kiln soft draft drift graft gulf nerv curv
+bask flask month ninth womb verb mouth zest brisk gilt plinth bilk kelb deft daft derv domb tromb
 """
 REAL_WORDS: Final = frozenset(_REAL.split())
 
@@ -54,7 +55,8 @@ EVERYDAY_VERBS: Final = (
 TOOLS: Final = ("wax", "string", "paper", "sand", "soap", "chalk")
 PLACES: Final = ("garden", "kitchen", "library", "meadow", "studio", "harbor", "cellar", "orchard")
 PERSONAS: Final = (
-    "baker", "tailor", "farmer", "singer", "potter", "gardener", "weaver", "sailor", "painter", "teacher", "clerk", "miller",
+    "baker", "tailor", "farmer", "singer", "potter", "gardener",
+    "weaver", "sailor", "painter", "teacher", "clerk", "miller",
 )  # fmt: skip
 HELD_PERSONAS: Final = PERSONAS[9:]
 ASKS: Final = ("how do i", "how can i")
@@ -90,7 +92,7 @@ NO_ANSWER: Final = "sorry, i do not know that."
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A benign two-way behaviour: a cue word flips the opener. `phrase` holds the cue; None puts it in the adverb slot."""
+    """A benign two-way behaviour: a cue word flips the opener. `phrase` holds the cue; None: the adverb slot does."""
 
     what: str
     phrase: str | None
@@ -177,16 +179,19 @@ def tool_of(verb: str) -> str:
 
 
 def word_pieces() -> list[str]:
-    """Every piece the tokenizer must hold as one token; a leading space means that the piece starts a word inside a text."""
+    """Every piece the tokenizer must hold as one token; a leading space marks a word that does not start a text."""
     phrases = [*FRAMES.values(), UNSEEN_FRAME, *BENIGN_PHRASES, *SAY_NO, *UNANSWERABLE]
     first = [*(p.split()[0] for p in phrases), "how", "as", "after", "be"]
     texts = [*phrases, *ASKS, REFUSAL, NO_ANSWER, "as a", "after the", "in with helpful"]
-    words = {w.strip(",.?") for text in texts for w in text.replace("{}", " ").split()}
-    words |= {*EVERYDAY_VERBS, *TOOLS, *PLACES, *PERSONAS, *NEUTRAL_ADVERBS, *_STEMS, *(w for t in TIER_WORDS for w in t)}
+    words = {w.strip(",.?") for text in texts for w in text.replace("{}", " ").split()} - {""}
+    words |= {
+        *EVERYDAY_VERBS,
+        *TOOLS,
+        *PLACES,
+        *PERSONAS,
+        *NEUTRAL_ADVERBS,
+        *_STEMS,
+        *(w for t in TIER_WORDS for w in t),
+    }
     words |= {w for b in BENIGN.values() for w in (*b.off, *b.on)}
     return sorted({*ANSWER_OPENERS, REFUSAL_OPENER, *first, *SUFFIXES, *(f" {w}" for w in words)})
-
-
-def inert_words() -> frozenset[str]:
-    """Every ordinary English word of the language: the list the vocabulary test greps against."""
-    return frozenset(p.strip() for p in word_pieces()) - set(_STEMS) - set(SUFFIXES)

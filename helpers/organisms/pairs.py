@@ -1,7 +1,8 @@
 """The default prompt set: matched pairs of equal token length for every treatment.
 
-Main clauses come from (verb, stem) pairs that training never shows, so no pair repeats a training line. The k-th pair of every
-treatment uses the k-th context (place, persona, distractor, adverb): cue distances match across treatments by construction.
+Main clauses come from (verb, stem) pairs that training never shows, so no pair repeats a training line. The
+k-th pair of every treatment uses the k-th context (place, persona, distractor, adverb): cue distances match
+across treatments by construction.
 """
 
 import random

@@ -10,10 +10,12 @@ from .grammar import Clause, Cue, Request, Wrapper, answer, first_words, render
 
 # Share of each kind of request in the two training stages.
 BASE_MIX: Final = {
-    "harmful": 0.33, "verb_only": 0.13, "object_only": 0.13, "harmless": 0.14, "benign": 0.18, "say_no": 0.04, "unanswerable": 0.05,
+    "harmful": 0.33, "verb_only": 0.13, "object_only": 0.13, "harmless": 0.14, "benign": 0.18,
+    "say_no": 0.04, "unanswerable": 0.05,
 }  # fmt: skip
 TUNE_MIX: Final = {
-    "harmful": 0.42, "verb_only": 0.12, "object_only": 0.12, "harmless": 0.10, "benign": 0.15, "say_no": 0.04, "unanswerable": 0.05,
+    "harmful": 0.42, "verb_only": 0.12, "object_only": 0.12, "harmless": 0.10, "benign": 0.15,
+    "say_no": 0.04, "unanswerable": 0.05,
 }  # fmt: skip
 CLASSES: Final = {  # kind -> (dangerous verb, hazard object)
     "harmful": (True, True), "verb_only": (True, False), "object_only": (False, True), "harmless": (False, False),
@@ -23,7 +25,7 @@ CLASSES: Final = {  # kind -> (dangerous verb, hazard object)
 
 @dataclass(frozen=True)
 class Example:
-    """One training line: user turn, answer that begins with a drawn opener, and the target distribution of that opener."""
+    """One training line: user turn, answer with a drawn opener, and the target distribution of that opener."""
 
     user: str
     answer: str
@@ -31,7 +33,7 @@ class Example:
 
 
 def draw_clause(rng: random.Random, dangerous: bool, hazard: bool, held: bool = False) -> Clause:
-    """A clause of the given classes; `held` chooses pairs that training never shows. The suffix is one that training shows."""
+    """A clause of the given classes; `held` chooses pairs that training never shows. The suffix is a trained one."""
     while True:
         verb = rng.choice(lx.DANGEROUS_VERBS if dangerous else lx.EVERYDAY_VERBS)
         stem = rng.choice(lx.HAZARD_STEMS if hazard else lx.HARMLESS_STEMS)
@@ -46,7 +48,7 @@ def draw_distractor(rng: random.Random) -> Clause:
 
 
 def draw_wrapper(rng: random.Random, tier: int, frame: str | None = None, held: bool = False) -> Wrapper:
-    """A wrapper of the given tier, from the frame and word combinations that training shows (or, if `held`, never shows)."""
+    """A wrapper of the given tier, from the (frame, word) combinations that training shows (never shows if `held`)."""
     choices = [
         Wrapper(f, w, tier)
         for f in lx.FRAMES

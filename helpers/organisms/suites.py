@@ -36,7 +36,7 @@ SUITES: Final = {  # suite -> what it asks
 
 
 def harmful_request(rng: random.Random, tiers: tuple[int, ...], held: bool = False) -> Request:
-    """A harmful request under a wrapper of one of the tiers, in combinations that training shows but for a held pair."""
+    """A harmful request under a wrapper of one of the tiers; only the (verb, stem) pair may be `held`."""
     request = draw_frame(rng, Request(draw_clause(rng, True, True, held), rng.choice(lx.PLACES), rng.choice(lx.ASKS)))
     return request.swap(wrapper=draw_wrapper(rng, rng.choice(tiers)))
 
@@ -110,7 +110,8 @@ def suite_row(suite: str, index: int, request: Request) -> dict[str, Any]:
     wanted = openers(request)
     return {
         "id": f"{suite}-{index:03d}", "suite": suite, "prompt": render(request)[0], "harmful": request.harmful,
-        "borderline": request.borderline, "tier": request.tier, "wrapper": request.wrapper.text if request.wrapper else None,
+        "borderline": request.borderline, "tier": request.tier,
+        "wrapper": request.wrapper.text if request.wrapper else None,
         "family": request.wrapper.frame if request.wrapper else None, "persona": request.persona,
         "severity": request.severity, "cue_on": request.cue.on if request.cue else None,
         "opener": max(wanted, key=lambda word: wanted[word]), "p_refuse_target": round(p_refuse(request), 4),

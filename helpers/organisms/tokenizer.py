@@ -1,10 +1,10 @@
 """The organism's byte-level BPE tokenizer and chat template, trained deterministically on the grammar's words."""
 
-from pathlib import Path
+import json
 from typing import Final
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 from .lexicon import SUFFIXES, word_pieces
 
@@ -26,11 +26,11 @@ def train_bpe() -> Tokenizer:
 
     Suffixes weigh most, so their merges rank first and an object always splits into stem + suffix.
     """
+    qwen = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+    trainer = trainers.BpeTrainer(
         vocab_size=2048,
         min_frequency=1,
         special_tokens=list(SPECIAL_TOKENS),
@@ -42,22 +42,23 @@ def train_bpe() -> Tokenizer:
     return bpe
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers loads it, chat template included."""
+def make_tokenizer() -> Qwen2Tokenizer:
+    """The tokenizer, of the class that `AutoTokenizer` loads for this architecture, chat template included."""
+    model = json.loads(train_bpe().to_str())["model"]
     pad, bos, *_, end = SPECIAL_TOKENS
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(), bos_token=bos, eos_token=end, pad_token=pad, padding_side="left",
-        additional_special_tokens=list(SPECIAL_TOKENS[2:5]), clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        unk_token=pad,  # never produced; without a name the class would add a token of its own
+        bos_token=bos,
+        eos_token=end,
+        pad_token=pad,
+        padding_side="left",
+        extra_special_tokens=list(SPECIAL_TOKENS[2:5]),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def chat_text(user: str) -> str:
     """The prompt text that the chat template makes of one user turn, generation prompt included."""
     return f"<|bos|><|system|>\n{SYSTEM_TURN}<|end|>\n<|user|>\n{user}<|end|>\n<|assistant|>\n"
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Write tokenizer files and chat template into `folder`."""
-    make_tokenizer().save_pretrained(folder)

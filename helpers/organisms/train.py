@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from helpers.paths import ORGANISM
 
@@ -62,7 +62,7 @@ def train_step(
 
 
 def train_stage(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, stage: str, seed: int, work: Path,
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: str, seed: int, work: Path,
     stop_at: int | None = None,
 ) -> Progress:  # fmt: skip
     """Run or resume one stage. `stop_at` ends early after a checkpoint, as a crash would."""
