@@ -1,7 +1,8 @@
 """Exact interventions on a grid of cells (layer, position): total effects, direct effects, logits.
 
-Replacing what one layer computes at one position changes only the cells above it and behind it. Everything else is the clean
-run, which is kept. So an intervention costs the cells to its upper right and not a forward pass, and it is exact.
+Replacing what one layer computes at one position changes only the cells above it and behind it. Everything else is
+the clean run, which is kept. So an intervention costs the cells to its upper right and not a forward pass, and it
+is exact.
 
 >>> from helpers.subject import load  # doctest: +SKIP
 >>> subject = load("embedded")  # doctest: +SKIP
@@ -43,9 +44,9 @@ def interchange(
 ) -> Float[Tensor, "pair patch read ..."]:
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
 
-    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for bit,
-    returns the base's own residual. `readout` turns the residual of some patches, (pair, patch, read, d), into what is
-    wanted, so that no more than that is kept.
+    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for
+    bit, returns the base's own residual. `readout` turns the residual of some patches, (pair, patch, read, d), into
+    what is wanted, so that no more than that is kept.
 
     Raises:
         InputError: a patch or read position does not exist, or the two runs have different shapes.
@@ -77,8 +78,8 @@ def direct(
 ) -> Float[Tensor, "pair patch read d"]:
     """Final residual stream if only the site's own write into it is swapped: direct effects.
 
-    No later layer sees the change. For `resid_post` this is the skip path alone. A patch has no direct effect at a read
-    position that it does not touch.
+    No later layer sees the change. For `resid_post` this is the skip path alone. A patch has no direct effect at a
+    read position that it does not touch.
     """
     positions = read_positions(base, read)
     _check_runs(base, source)

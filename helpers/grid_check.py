@@ -26,7 +26,8 @@ def verify(subject: Subject) -> None:
     """Compares kept activations and replayed interventions with the plain library, on random tokens.
 
     Raises:
-        InputError: a site is not what its name says (residual identity, logits), or the grid cannot replay the model.
+        InputError: a site is not what its name says (residual identity, logits), or the grid cannot replay the
+        model.
     """
     base, source = clean_pair(subject)
     check_sites(subject, base)
@@ -86,7 +87,8 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> None:
 
 @torch.no_grad()
 def replay_noise(subject: Subject, run: CleanRun) -> float:
-    """The largest change of any logit when the last token is computed again by the grid and nothing is changed, in logits.
+    """The largest change of any logit when the last token is computed again by the grid and nothing is changed, in
+    logits.
 
     Effects below it mean nothing in this precision: about 1e-6 in float32, 0.1 in bfloat16.
     """

@@ -37,7 +37,8 @@ def memory_need(subject: Subject, n_pairs: int, n_pos: int) -> Need:
 
 
 def token_budget(subject: Subject, n_pos: int) -> int:
-    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask.
+    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal
+    mask.
 
     Depends on the model's shape and the sequence length only.
     """

@@ -18,8 +18,9 @@ SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
 class Patch:
     """Set one site of one layer at some positions.
 
-    `positions` may differ between pairs. `index` names the head or neuron (several: set together) and is None for the other
-    sites. `value`, broadcastable to (pair, pos, width), is what is written; None takes the source run's own activation.
+    `positions` may differ between pairs. `index` names the head or neuron (several: set together) and is None for
+    the other sites. `value`, broadcastable to (pair, pos, width), is what is written; None takes the source run's
+    own activation.
     """
 
     site: str
@@ -91,8 +92,8 @@ def values_at(
 def changed_columns(subject: Subject, base: CleanRun, source: CleanRun, patch: Patch) -> list[int]:
     """The positions at which a patch changes anything in any pair, bit for bit.
 
-    Before the first token in which two prompts differ every activation is the same, so patches there change nothing and
-    nothing needs to be computed.
+    Before the first token in which two prompts differ every activation is the same, so patches there change nothing
+    and nothing needs to be computed.
     """
     cols = columns(patch)
     old, new = values_at(subject, base, source, patch, cols)

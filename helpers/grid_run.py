@@ -1,8 +1,8 @@
 """A clean run: one forward pass of the plain library model, with every site and every layer's call kept.
 
-Sites are named once for the whole companion: `resid_post` (the residual stream after a block), `attn_out` and `mlp_out` (what
-a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the output projection's
-input, `z`) and `neuron` (one entry of the down projection's input, `neurons`).
+Sites are named once for the whole companion: `resid_post` (the residual stream after a block), `attn_out` and
+`mlp_out` (what a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the
+output projection's input, `z`) and `neuron` (one entry of the down projection's input, `neurons`).
 """
 
 import inspect
@@ -75,9 +75,9 @@ def clean_run(
 ) -> CleanRun:
     """One forward pass over pairs of one length, or padded ones with a mask (1 for a token, 0 for padding).
 
-    Padded positions count from each prompt's first real token, which the library does not do by itself. `keep` limits
-    memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out and cache
-    (and what its own patches read); a source only the sites that are taken from it.
+    Padded positions count from each prompt's first real token, which the library does not do by itself. `keep`
+    limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
+    and cache (and what its own patches read); a source only the sites that are taken from it.
     """
     wanted = _check_keep(keep)
     mask = _check_mask(tokens, attention_mask)

@@ -1,9 +1,10 @@
 """One sweep up the layers for many interventions at once.
 
 Cells are (layer, position). A patch at layer l and position p changes only cells above l at positions from p on: a
-*stretch* of the sequence. All stretches of a chunk lie side by side as extra tokens of the same pair; a block-diagonal mask
-lets each see its own tokens and the clean prefix before it, whose keys and values come from the clean run. The library's own
-layer code does the arithmetic. A stretch joins the running batch when the sweep reaches its layer.
+*stretch* of the sequence. All stretches of a chunk lie side by side as extra tokens of the same pair; a
+block-diagonal mask lets each see its own tokens and the clean prefix before it, whose keys and values come from the
+clean run. The library's own layer code does the arithmetic. A stretch joins the running batch when the sweep
+reaches its layer.
 """
 
 from collections.abc import Sequence
@@ -106,8 +107,8 @@ def stretch_mask(
 ) -> Float[Tensor, "pair 1 token key"] | Bool[Tensor, "..."]:
     """The library's own mask, re-indexed: a token sees the clean prefix before its stretch, and its own stretch.
 
-    Sliding windows and padding come along because the rows and columns are the library's. No mask at all means causal: the
-    library leaves it out where its attention kernel knows better.
+    Sliding windows and padding come along because the rows and columns are the library's. No mask at all means
+    causal: the library leaves it out where its attention kernel knows better.
     """
     if id(mask) not in layout.masks:
         layout.masks[id(mask)] = _stretch_mask(mask, layout, n_pos)

@@ -20,10 +20,10 @@ def logits(
 ) -> Float[Tensor, "... row"]:
     """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
 
-    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to the soft cap).
+    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to
+    the soft cap).
     """
-    weight, bias = subject.unembed.weight, getattr(subject.unembed, "bias", None)
-    assert isinstance(weight, Tensor)
+    weight, bias = subject.unembedding
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]
     normed = subject.final_norm(resid) if norm_like is None else frozen_norm(subject.final_norm, resid, norm_like)

@@ -1,6 +1,7 @@
 """The readable slow path: one full forward pass per intervention, by forward hooks.
 
-It makes no use of the grid's shortcuts, so it is what the grid is tested against, and it serves models that the grid refuses.
+It makes no use of the grid's shortcuts, so it is what the grid is tested against, and it serves models that the
+grid refuses.
 """
 
 import time

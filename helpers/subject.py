@@ -1,6 +1,7 @@
 """Loading the model under study: by name, from a folder, or one that is already in memory.
 
-Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is used.
+Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is
+used.
 """
 
 import copy
@@ -28,13 +29,13 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow_slow: bool = False) -> Subject:
     """A model by name ("embedded", "window-1", "full-0") or by folder, ready and checked.
 
-    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for
-    screening, and `helpers.grid_check.replay_noise` measures below which size its effects mean nothing. On a GPU float32
-    products are computed in full float32 (no TF32).
+    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
+    is for screening, and `helpers.grid_check.replay_noise` measures below which size its effects mean nothing. On a
+    GPU float32 products are computed in full float32 (no TF32).
 
     Raises:
-        InputError: no such folder, no config.json, pickled weights, remote code, not a causal language model, an unknown
-            architecture, missing tensors, or a model that cannot be replayed exactly (see `from_model`).
+        InputError: no such folder, no config.json, pickled weights, remote code, not a causal language model, an
+            unknown architecture, missing tensors, or a model that cannot be replayed exactly (see `from_model`).
     """
     folder = _folder(name)
     _check_folder(folder)
@@ -50,11 +51,13 @@ def from_model(
     *,
     allow_slow: bool = False,
 ) -> Subject:
-    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched off.
+    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched
+    off.
 
     Raises:
-        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot replay
-            exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with a warning.
+        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot
+            replay exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with
+            a warning.
     """
     return _checked(find_parts(_quiet(model), tokenizer, name), allow_slow)
 
@@ -73,8 +76,8 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
 def bridge(subject: Subject) -> Any:
     """TransformerLens's view of the model (`TransformerBridge`), for notebooks and tests.
 
-    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes attention
-    eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
+    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes
+    attention eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
     """
     from transformer_lens.model_bridge import TransformerBridge  # four seconds, and only notebooks and tests need it
 

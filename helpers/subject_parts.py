@@ -75,6 +75,13 @@ class Subject:
         return next(self.model.parameters()).dtype
 
     @property
+    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row"] | None]:
+        """Weight and bias (None in most families) of the map from residual stream to logits."""
+        weight, bias = self.unembed.weight, getattr(self.unembed, "bias", None)
+        assert isinstance(weight, Tensor)
+        return weight, bias
+
+    @property
     def soft_cap(self) -> float | None:
         """The bound of the final logits (Gemma 2), or None."""
         return getattr(self.model.config, "final_logit_softcapping", None)
@@ -140,8 +147,8 @@ def _layer_parts(block: nn.Module) -> LayerParts:
         o_proj=_part(attn, ("o_proj", "c_proj")),
         mlp=mlp,
         down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
-        attn_post=block.post_attention_layernorm if is_post else None,
-        mlp_post=block.post_feedforward_layernorm if is_post else None,
+        attn_post=_part(block, ("post_attention_layernorm",)) if is_post else None,
+        mlp_post=_part(block, ("post_feedforward_layernorm",)) if is_post else None,
     )
 
 

@@ -9,7 +9,8 @@ from test_grid import mask, runs
 from torch import Tensor
 from transformer_lens.patching import generic_activation_patch
 
-from helpers import grid, subject as subject_module
+from helpers import grid
+from helpers import subject as subject_module
 from helpers.errors import InputError
 from helpers.grid import Patch
 from helpers.subject import bridge, from_model
@@ -73,7 +74,7 @@ def test_the_patching_module_gives_the_same_curve(folder) -> None:
 
 
 def set_position(value: Tensor, index: list[int], clean: Tensor) -> Tensor:
-    layer, position = index
+    position = index[1]
     value = value.clone()
     value[:, position] = clean[:, position]
     return value
@@ -83,8 +84,8 @@ def set_position(value: Tensor, index: list[int], clean: Tensor) -> Tensor:
 def test_hook_resid_mid_misses_the_skip_path(family: str, folder) -> None:
     """A tensor returned at `hook_resid_mid` reaches the MLP but not the residual stream; written in place it does.
 
-    The whole residual between attention and MLP at one position is all that the rest of the layer sees there, so setting
-    it to the source's at the last layer must give the source's outcome.
+    The whole residual between attention and MLP at one position is all that the rest of the layer sees there, so
+    setting it to the source's at the last layer must give the source's outcome.
     """
     subject = made(family, folder)
     base, source = runs(subject)

@@ -64,7 +64,9 @@ def test_names_of_shipped_models(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(folder, folder.parent / "window-0")
     shutil.copytree(folder, folder.parent / "full-2")
     assert load("embedded").sha256 == load("window-0").sha256 == load("full-2").sha256
-    with pytest.raises(InputError, match="no model 'window-7': neither a folder nor one of embedded, full-2, tiny, window-0"):
+    with pytest.raises(
+        InputError, match="no model 'window-7': neither a folder nor one of embedded, full-2, tiny, window-0"
+    ):
         load("window-7")
 
 
@@ -137,7 +139,9 @@ def test_an_architecture_with_other_names_is_refused_with_what_to_do() -> None:
     config = hf.GPTNeoXConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
-    with pytest.raises(InputError, match="unknown architecture: GPTNeoXForCausalLM has none of model, transformer; known are"):
+    with pytest.raises(
+        InputError, match="unknown architecture: GPTNeoXForCausalLM has none of model, transformer; known are"
+    ):
         from_model(hf.AutoModelForCausalLM.from_config(config))
     encoder = hf.BertModel(
         hf.BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
