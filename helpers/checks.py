@@ -39,7 +39,7 @@ def run_all() -> int:
         variables = launch.environment(results, figures, scratch)
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
-        outcomes.append(_compare(results))
+        outcomes.append(compare(results))
     return _report(outcomes)
 
 
@@ -53,7 +53,7 @@ def _step(name: str, module: list[str], variables: dict[str, str] | None) -> Out
     return name, done.returncode == 0, time.monotonic() - start
 
 
-def _compare(fresh: Path) -> Outcome:
+def compare(fresh: Path) -> Outcome:
     """Whether the committed tables say what the notebooks just found."""
     print("\n== committed results against those just made", flush=True)
     start = time.monotonic()

@@ -130,9 +130,9 @@ def run_command(flags: argparse.Namespace) -> int:
     chosen = chosen_notebooks(flags.only)
     plan = runner.make_plan(resolved(flags), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
-    if not plan.is_default and plan.stale & set(numbers):
-        settings = plan.parameters
-        for line in preflight.check_pairs(settings["MODEL"], settings["PROMPTS"], settings["PAIRS"]):
+    asked = plan.parameters
+    if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
+        for line in preflight.check_pairs(asked["MODEL"], asked["PROMPTS"], asked["PAIRS"]):
             print(line, flush=True)
     failed = runner.run(plan, numbers)
     if failed:

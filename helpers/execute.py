@@ -19,31 +19,32 @@ def main(arguments: list[str]) -> int:
     source, target, report = (Path(argument) for argument in arguments[:3])
     cwd, parameters = arguments[3], json.loads(arguments[4])
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     options = {"kernel_name": "python3", "cwd": cwd, "progress_bar": False}
     try:
         papermill.execute_notebook(source, target, parameters=parameters, **options)
     except PapermillExecutionError as error:
-        cell = cell_number(nb.read(source), error.cell_index, injected=bool(parameters))
-        failure = {"cell": cell, "name": error.ename, "message": error.evalue}
+        failure = {"cell": answered(nb.read(target)), "name": error.ename, "message": error.evalue}
         return _failed(report, failure, "\n".join(error.traceback))
+    except DeadKernelError as error:
+        why = "the kernel died (was there enough memory?)"
+        failure = {"cell": answered(nb.read(target)) + 1, "name": "DeadKernelError", "message": why}
+        return _failed(report, failure, str(error))
     write_text(nb.text(nb.cleaned(nb.read(target))), target)
     return 0
 
 
-def cell_number(notebook: nb.Notebook, index: int, *, injected: bool) -> int:
-    """Which code cell of the notebook as written (1, 2, ...) stands at `index` of the notebook that ran.
+def answered(notebook: nb.Notebook) -> int:
+    """How many code cells of the notebook as written ran to an end, be it an error; papermill notes each reply.
 
-    >>> cells = [{"cell_type": kind, "source": "x", "metadata": {}} for kind in ("markdown", "code", "code")]
-    >>> cells[1]["metadata"]["tags"] = ["parameters"]
-    >>> cell_number({"cells": cells}, 2, injected=False), cell_number({"cells": cells}, 3, injected=True)
-    (2, 2)
+    >>> cells = [{"cell_type": "code", "source": "x", "metadata": {"execution": {"shell.execute_reply": "12:00"}}}]
+    >>> answered({"cells": cells + [{"cell_type": "code", "source": "x", "metadata": {}}]})
+    1
     """
-    tagged = [i for i, cell in enumerate(notebook["cells"]) if "parameters" in nb.tags(cell)]
-    if injected and tagged and index > tagged[0]:
-        index -= 1
-    return len(nb.code_cells({"cells": notebook["cells"][: index + 1]}))
+    notes = [cell["metadata"].get("execution", {}) for cell in nb.code_cells(notebook)]
+    return sum("shell.execute_reply" in note for note in notes)
 
 
 def _failed(report: Path, failure: dict[str, Any], traceback: str) -> int:

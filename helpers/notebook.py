@@ -83,16 +83,20 @@ def prepared(notebook: Notebook) -> Notebook:
     """The notebook to run: without an old injected cell (papermill would leave it in) and with fixed cell ids."""
     kept = [cell for cell in notebook["cells"] if INJECTED not in tags(cell)]
     cells = [{"id": f"cell-{number:02d}", **cell} for number, cell in enumerate(kept)]
-    return {**notebook, "cells": cells, "nbformat": 4, "nbformat_minor": 5}
+    return {"cells": cells, "metadata": _metadata(notebook), "nbformat": 4, "nbformat_minor": 5}
 
 
 def cleaned(notebook: Notebook) -> Notebook:
     """The executed notebook without times, random ids and versions, so that a rerun gives the same bytes."""
+    return {**notebook, "cells": [_clean_cell(cell) for cell in notebook["cells"]], "metadata": _metadata(notebook)}
+
+
+def _metadata(notebook: Notebook) -> dict[str, Any]:
     dropped = ("papermill", "widgets", "kernelspec", "language_info")
-    metadata = {name: value for name, value in notebook["metadata"].items() if name not in dropped}
-    metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata["language_info"] = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
-    return {**notebook, "cells": [_clean_cell(cell) for cell in notebook["cells"]], "metadata": metadata}
+    kept = {name: value for name, value in notebook["metadata"].items() if name not in dropped}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    language = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
+    return {**kept, "kernelspec": kernel, "language_info": language}
 
 
 def _clean_cell(cell: Cell) -> Cell:

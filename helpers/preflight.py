@@ -71,12 +71,13 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
 
     Raises `InputError` for what later steps could not use: see `helpers.prompts` and `helpers.tokens`.
     """
+    from helpers import prompts as prompt_sets
+
+    prompt_set = prompt_sets.load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     from transformers import AutoTokenizer
 
-    from helpers import prompts as prompt_sets
     from helpers import tokens
 
-    prompt_set = prompt_sets.load_set(prompts_folder(prompts))
     folder = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

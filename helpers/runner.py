@@ -23,8 +23,8 @@ from helpers.store import write_text
 NEEDS: dict[str, tuple[str, ...]] = {
     "01": (),
     "02": ("01",),
-    "03": ("01",),
-    "08": ("02", "03"),
+    "03": ("02",),
+    "08": ("03",),
     "00": ("08",),
 }
 
@@ -45,6 +45,7 @@ class Plan:
 
     parameters: Mapping[str, Any]
     paths: Mapping[str, Path]
+    originals: Mapping[str, bytes]
     notebooks: Mapping[str, nb.Notebook]
     keys: Mapping[str, str]
     stale: frozenset[str]
@@ -87,6 +88,7 @@ def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str
 def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None) -> Plan:
     """Read the notebooks and see what is stale; those in `force` count as stale."""
     paths = find_notebooks(NOTEBOOKS, NEEDS)
+    originals = {number: path.read_bytes() for number, path in paths.items()}
     notebooks = {number: nb.read(path) for number, path in paths.items()}
     results = RESULTS / parameters["SLUG"]
     known: freshness.KnownHashes = freshness.recall(results, "hashes")
@@ -94,9 +96,9 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None)
     keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known))
     if known != before:
         freshness.note(results, "hashes", known)
-    plan = Plan(parameters, paths, notebooks, keys, frozenset())
+    plan = Plan(parameters, paths, originals, notebooks, keys, frozenset())
     stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number)}
-    return Plan(parameters, paths, notebooks, keys, frozenset(stale))
+    return Plan(parameters, paths, originals, notebooks, keys, frozenset(stale))
 
 
 def _is_fresh(plan: Plan, number: str) -> bool:
@@ -182,7 +184,7 @@ def _run_one(plan: Plan, number: str) -> bool:
         log = plan.results / "logs" / f"{name}.log"
         text, problem = launch.execute(plan.notebooks[number], injected, results.shown, figures.shown, log)
         seconds = time.monotonic() - start
-        if not problem and plan.is_default and nb.read(path) != plan.notebooks[number]:
+        if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
             problem = "it was changed while it ran; the change is kept, so run again"
         if problem:
             print(f"failed after {seconds:.0f} s", flush=True)

@@ -1,0 +1,23 @@
+"""Fixtures that several test files share."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from toys import Toy, copy_repository
+
+
+@pytest.fixture(scope="session")
+def toy_done(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """A small copy of the repository after one run of its toy notebooks; not to be changed by a test."""
+    done = copy_repository(tmp_path_factory.mktemp("done"))
+    first = done.run()
+    assert first.returncode == 0, first.stderr
+    (done.root / "first_run.txt").write_text(first.stdout, encoding="utf-8")
+    return done
+
+
+@pytest.fixture
+def toy(toy_done: Toy, tmp_path: Path) -> Toy:
+    """A copy of that copy, to be changed."""
+    return Toy(Path(shutil.copytree(toy_done.root, tmp_path / "copy")))

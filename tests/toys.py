@@ -1,0 +1,113 @@
+"""A small copy of the repository with toy notebooks, so that the command line is tested without the real ones."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.paths import ROOT
+
+PARAMETERS = """MODEL = "embedded"
+PROMPTS = "embedded"
+SLUG = "embedded"
+DEVICE = "cpu"
+DTYPE = "float32"
+PROFILE = "full"
+PAIRS = 0"""
+
+SETUP = """import sys
+sys.path.insert(0, "..")
+from helpers import paths, store
+from helpers.errors import InputError
+out, figures = paths.results_dir(SLUG), paths.figures_dir(SLUG)"""
+
+CLAIMS = """_ = store.write_text("claim,verdict\\nC1,supported\\nC2,not testable\\n", paths.RESULTS / "claims.csv")"""
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A copy of the repository: its root, and what a test asks of it."""
+
+    root: Path
+
+    def notebook(self, number: str) -> Path:
+        """The toy notebook of that number."""
+        return self.root / "notebooks" / f"{number}_toy.ipynb"
+
+    def write(self, number: str, *cells: str, parameters: str = PARAMETERS) -> None:
+        """Write a toy notebook: parameters, set-up, then these code cells (one that writes a table by default)."""
+        table = f'store.write_text("value\\n{number}\\n", out / "{number}_toy.csv")\nprint("a")\nprint("b")'
+        figure = f'_ = store.write_text("svg", figures / "{number}_toy.svg")'
+        sources = [parameters, SETUP, *(cells or (table, figure))]
+        code = [_cell(source, ["parameters"] if source == parameters else []) for source in sources]
+        heading = {"cell_type": "markdown", "source": f"# Toy {number}\ntext", "metadata": {}}
+        content = {"cells": [heading, *code], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+        self.notebook(number).parent.mkdir(exist_ok=True)
+        self.notebook(number).write_text(json.dumps(content), encoding="utf-8")
+
+    def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """The command line with these flags, in a real process."""
+        command = [sys.executable, "-m", "helpers.cli", *flags]
+        return subprocess.run(
+            command, cwd=self.root, env=environment(**variables), capture_output=True, text=True, check=False
+        )
+
+    def start(self, *flags: str) -> "subprocess.Popen[str]":
+        """The same without waiting for its end."""
+        command = [sys.executable, "-m", "helpers.cli", *flags]
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def shell(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """./run_all.sh with these flags."""
+        command = ["bash", str(self.root / "run_all.sh"), *flags]
+        return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, check=False)
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file that a user would miss, by its path inside."""
+        own = (self.root / name for name in ("notebooks", "results", "figures"))
+        paths = sorted(path for folder in own for path in folder.rglob("*") if path.is_file())
+        named = {path.relative_to(self.root).as_posix(): path for path in paths}
+        return {name: path.read_bytes() for name, path in named.items() if "/.state/" not in name}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's variables without those that move folders or name an environment."""
+    dropped = ("COMPANION_RESULTS", "COMPANION_FIGURES", "COMPANION_VENV", "COMPANION_CALLER")
+    dropped += ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+
+
+def copy_repository(root: Path) -> Toy:
+    """The code and the default model of this repository at `root`, with five toy notebooks and no prompts."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*")
+    shutil.copytree(ROOT / "helpers", root / "helpers", ignore=ignored)
+    for name in ("requirements.in", "requirements.lock", "run_all.sh"):
+        shutil.copy2(ROOT / name, root / name)
+    shutil.copytree(ROOT / "data" / "organism" / "window-0", root / "data" / "organism" / "window-0")
+    prompts = root / "data" / "prompts" / "embedded"
+    prompts.mkdir(parents=True)
+    for name in ("pairs.jsonl", "outcome.json"):
+        (prompts / name).write_text("{}\n", encoding="utf-8")
+    toy = Toy(root)
+    for number in ("00", "01", "02", "03"):
+        toy.write(number)
+    toy.write("08", CLAIMS)
+    return toy
+
+
+def _cell(source: str, tags: list[str]) -> dict[str, object]:
+    metadata = {"tags": tags} if tags else {}
+    return {"cell_type": "code", "source": source, "metadata": metadata, "outputs": [], "execution_count": None}
