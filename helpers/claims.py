@@ -14,10 +14,10 @@ import pandas as pd
 
 from helpers import controls
 from helpers.controls import Rows
-from helpers.evidence import EARLY, GATE
+from helpers.depth import EARLY
+from helpers.evidence import GATE
 
 MIN_TOPICS = 20
-UNTRAINED = " (untrained)"
 
 STATEMENTS = {
     "C1": "Harmful generation arises in later layers.",
@@ -29,14 +29,6 @@ STATEMENTS = {
     "C5c": "They switch the whole answer, not only its first token.",
     "C6": "Steering late layers prevents harmful output and preserves harmless output.",
     "C7": "Related neurons are adjacent.",
-}
-NOT_COVERED = {
-    "C4": "token-level path analysis",
-    "C5a": "neuron-level analysis",
-    "C5b": "neuron-level gate tests",
-    "C5c": "interventions during generation",
-    "C6": "steering experiments",
-    "C7": "neuron-level analysis",
 }
 
 
@@ -56,23 +48,6 @@ class Verdict:
     n_topics: int = 0
     controls: Mapping[str, str] | None = None
     tags: tuple[str, ...] = ()
-
-
-def ledger(evidence: pd.DataFrame) -> list[Verdict]:
-    """Verdicts on every claim for every model of an evidence table; untrained twins serve as controls only."""
-    verdicts = []
-    for model in evidence.model.unique():
-        if model.endswith(UNTRAINED):
-            continue
-        own = Rows(model, evidence[evidence.model == model])
-        twin = Rows(model + UNTRAINED, evidence[evidence.model == model + UNTRAINED])
-        verdicts += [c1(own, twin), c2(own), c3(own)]
-        verdicts += [_not_covered(model, claim, needed) for claim, needed in NOT_COVERED.items()]
-    return verdicts
-
-
-def _not_covered(model: str, claim: str, needed: str) -> Verdict:
-    return Verdict(model, claim, "not testable", f"needs the {needed}, which these results do not hold")
 
 
 def c1(rows: Rows, twin: Rows) -> Verdict:
@@ -184,11 +159,18 @@ def _verdict(
     bad = [f"{name} {state}" for name, state in checks.items() if state != "passed"]
     if bad and verdict != "inconclusive":
         verdict, reason = "inconclusive", f"{reason}; {verdict} by its numbers, capped: {', '.join(bad)}"
-    numbers = {name: float(row[name]) for name in ("estimate", "ci_low", "ci_high")}
-    counts = {name: int(row[name]) for name in ("n_pairs", "n_topics")}
-    quantity = f"{row.quantity}"
     return Verdict(
-        rows.model, claim or row.claim, verdict, reason, quantity, **numbers, **counts, controls=dict(checks)
+        rows.model,
+        claim or str(row.claim),
+        verdict,
+        reason,
+        quantity=str(row.quantity),
+        estimate=float(row.estimate),
+        ci_low=float(row.ci_low),
+        ci_high=float(row.ci_high),
+        n_pairs=int(row.n_pairs),
+        n_topics=int(row.n_topics),
+        controls=dict(checks),
     )
 
 

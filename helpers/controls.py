@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+UNTRAINED = " (untrained)"  # behind a model's name: its untrained twin, a control
 MIN_BENIGN = 5
 MIN_JOINT = 0.8
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
-from helpers.plots import OKABE_ITO, STYLE
+from helpers.plots import OKABE_ITO
 
 CELLS = {
     "clean": ("#F2F2F2", "", "clean run, cached"),
@@ -31,8 +31,7 @@ GROUP_COLOURS = {
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(figsize=(width, height))
+    figure, axes = plt.subplots(figsize=(width, height))
     plt.close(figure)
     axes.axis("off")
     return figure, axes
@@ -47,8 +46,10 @@ def tokens(table: pd.DataFrame) -> Figure:
             edge = "#D55E00" if row.differ else "#BBBBBB"
             axes.add_patch(Rectangle((row.position, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
             axes.text(row.position + 0.5, y + 0.45, text, ha="center", va="center", fontsize=7, rotation=90)
-    for group, part in table.groupby("group", sort=False):
-        axes.text(part.position.mean() + 0.5, -0.12, group, ha="right", va="top", fontsize=7, rotation=35)
+    runs = (table.group != table.group.shift()).cumsum()
+    longest = table.groupby(runs).agg(group=("group", "first"), size=("group", "size"), middle=("position", "mean"))
+    for run in longest.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
+        axes.text(run.middle + 0.5, -0.12, run.group, ha="right", va="top", fontsize=7, rotation=35)
     for y, name in ((1, "control"), (0, "treated")):
         axes.text(-0.2, y + 0.45, name, ha="right", va="center", fontweight="bold")
     axes.set_xlim(-2, len(table))
@@ -60,8 +61,7 @@ def tokens(table: pd.DataFrame) -> Figure:
 def grid(table: pd.DataFrame) -> Figure:
     """Which cells (layer, position) an intervention recomputes; columns: panel, layer, position, state, token."""
     panels = list(dict.fromkeys(table.panel))
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.1), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.1), squeeze=False)
     plt.close(figure)
     for ax, panel in zip(axes[0], panels, strict=True):
         part = table[table.panel == panel]
@@ -69,6 +69,7 @@ def grid(table: pd.DataFrame) -> Figure:
             colour, hatch, _ = CELLS[str(row.state)]
             square = Rectangle((row.position - 0.45, row.layer - 0.45), 0.9, 0.9, fc=colour, ec="white", hatch=hatch)
             ax.add_patch(square)
+        ax.grid(False)
         first = part[part.layer == part.layer.min()]
         ax.set_xlim(-0.6, part.position.max() + 0.6)
         ax.set_ylim(-0.6, part.layer.max() + 0.6)

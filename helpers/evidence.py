@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 
 from helpers import bootstrap as bs
 from helpers import stats
+from helpers.depth import LATE, depth
 from helpers.errors import InputError
 
 COMPONENTS = ("attn_out", "mlp_out")
-LATE, EARLY = 2 / 3, 1 / 3
 GATE = 0.5
 SATURATED = 0.02
 
@@ -44,26 +44,13 @@ VARIANTS = (
 )
 
 
-def depth(layer: np.ndarray | pd.Series, n_layers: int) -> np.ndarray:
-    """Relative depth of a layer's middle, in (0, 1).
-
-    >>> depth(np.array([0, 5]), 6).round(3)
-    array([0.083, 0.917])
-    """
-    return (np.asarray(layer) + 0.5) / n_layers
-
-
-def deepest_early_layer(n_layers: int) -> int:
-    """The last layer of depth < 1/3.
-
-    >>> deepest_early_layer(6), deepest_early_layer(32)
-    (1, 10)
-    """
-    return int(np.flatnonzero(depth(np.arange(n_layers), n_layers) < EARLY)[-1])
+def averaged(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects with `nie`, the mean of both directions, beside them."""
+    return table.assign(nie=(table.nie0 + table.nie1) / 2)
 
 
 def signed(table: pd.DataFrame) -> pd.DataFrame:
-    """Effects with `nie` = (NIE0 + NIE1) / 2 beside them, each treatment and outcome signed by its TE on discover."""
+    """`averaged` effects, each treatment and outcome signed by its TE on discover."""
     columns = ["te", "nie0", "nie1"]
     discover = table[table.split == "discover"]
     sign = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
@@ -71,8 +58,7 @@ def signed(table: pd.DataFrame) -> pd.DataFrame:
     if joined["sign"].isna().any():
         lost = joined.loc[joined["sign"].isna(), "treatment"].iloc[0]
         raise InputError(f"{lost} has no pair in the discover split, which fixes its sign: give it more topics")
-    result = joined.assign(**{name: joined[name] * joined["sign"] for name in columns}).drop(columns="sign")
-    return result.assign(nie=(result.nie0 + result.nie1) / 2)
+    return averaged(joined.assign(**{name: joined[name] * joined["sign"] for name in columns}).drop(columns="sign"))
 
 
 def unsaturated_ids(table: pd.DataFrame) -> set[str]:
@@ -112,11 +98,17 @@ def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
 
 
 def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
-    """Which cells have a positive mean effect on discover, in the order of `columns`, whose keys name the cells."""
+    """Which cells have a positive effect on discover, in the order of `columns`, whose keys name the cells.
+
+    Positive means above 0 by a one-sided clustered t-test at 5 %: cells that are noise around 0 would put noise into
+    the denominator of a share.
+    """
     keys = [name for name in columns.columns if name in ("treatment", "site", "layer", "head")]
-    means = discover.groupby(keys)[value].mean().rename("mean").reset_index()
-    merged = columns[keys].merge(means, on=keys, how="left", validate="one_to_one")
-    return (merged["mean"] > 0).to_numpy()
+    positive = {}
+    for cell, part in discover.groupby(keys):
+        test = stats.clustered_t(part[[value]].to_numpy(), part["topic"].to_numpy())
+        positive[cell] = bool(test.mean[0] > 0 and test.p[0] / 2 < 0.05)
+    return np.array([positive[cell] for cell in columns[keys].itertuples(index=False, name=None)])
 
 
 def share(

@@ -183,6 +183,7 @@ SPECS = (
             title="Does MLP beat attention under every normalisation?",
             unit="MLP share of positive component effects",
             marks=(0.5, 0.6),
+            limits=(-0.3, 1.3),
         ),
         "C2",
         "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and robustness checks",

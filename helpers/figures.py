@@ -43,7 +43,7 @@ def save_figure(figure: Figure, name: str, slug: str, *, alt: str) -> None:
     """Write PNG and SVG side by side, with `alt` inside both and no date, so that a second run gives the same bytes."""
     folder = figures_dir(slug)
     # "none" keeps text as text: small files that can be searched and read aloud.
-    with matplotlib.rc_context({**plots.STYLE, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
         for suffix, metadata in (
             ("png", {"Description": alt, "Software": None}),
             ("svg", {"Description": alt, "Date": None}),
@@ -57,7 +57,8 @@ def show(name: str, slug: str) -> Image:
     entry = spec(name)
     table = store.read_table(results_dir(slug) / f"{name}.csv", entry.columns)
     alt = describe(entry, table)
-    save_figure(entry.draw(table), name, slug, alt=alt)
+    with matplotlib.rc_context(plots.STYLE):
+        save_figure(entry.draw(table), name, slug, alt=alt)
     return Image(filename=str(figures_dir(slug) / f"{name}.png"), alt=alt)
 
 

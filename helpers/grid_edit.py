@@ -1,7 +1,7 @@
 """What a patch does inside its own layer: the edited residual stream above it, or hooks for joint interventions."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,11 +114,28 @@ def _finish_layer(
     return list(out.split([len(cols[i]) for i in chosen], dim=1))
 
 
-@contextmanager
-def returning(module: nn.Module, output: Any) -> Iterator[None]:
+def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """For a while the module computes nothing and returns `output`."""
+    return _forward(module, lambda *args, **kwargs: output)
+
+
+def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, "token"]) -> AbstractContextManager[None]:
+    """For a while the MLP computes the wanted tokens alone: above the last layer nobody looks at the others."""
+    plain = mlp.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        tokens = wanted[: hidden.shape[1]].nonzero().flatten()
+        out[:, tokens] = plain(hidden[:, tokens])
+        return out
+
+    return _forward(mlp, forward)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output
+    module.forward = forward
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from helpers.errors import InputError
-from helpers.grid_edit import Entering, clean_stretch, enter, layer_edits
+from helpers.grid_edit import Entering, clean_stretch, enter, layer_edits, only_tokens
 from helpers.grid_patch import Variant
 from helpers.grid_run import CleanRun, first
 from helpers.subject_parts import Subject
@@ -68,8 +68,8 @@ def sweep(
     running, joined = 0, 0
     for layer in range(chunk[0].entry, subject.n_layers):
         if running:
-            edits = _edits(subject, base, source, chunk[:joined], layout, layer, end)
-            resid[:, :running] = replay(subject, base, layer, resid[:, :running], layout, edits)
+            with _around(subject, base, source, chunk[:joined], layout, layer, read):
+                resid[:, :running] = replay(subject, base, layer, resid[:, :running], layout)
         entering = [stretch for stretch in chunk[joined:] if stretch.entry == layer]
         for state in _states(subject, base, source, entering, layer, end):
             resid[:, running : running + state.shape[1]] = state
@@ -89,17 +89,16 @@ def make_layout(chunk: Sequence[Stretch], end: int, device: torch.device) -> Lay
 
 
 def replay(
-    subject: Subject, base: CleanRun, layer: int, resid: Float[Tensor, "pair token d"], layout: Layout, edits: ExitStack
+    subject: Subject, base: CleanRun, layer: int, resid: Float[Tensor, "pair token d"], layout: Layout
 ) -> Float[Tensor, "pair token d"]:
-    """The library's layer, called on the stretches that are running; `edits` holds hooks of joint interventions."""
+    """The library's layer, called on the stretches that are running."""
     n_tokens = resid.shape[1]
     position = layout.position[:n_tokens]
     call = {name: _at(name, value, position) for name, value in base.calls[layer].items()}
     mask = stretch_mask(base.calls[layer].get("attention_mask"), layout, base.tokens.shape[1])
     call["attention_mask"] = mask[:, :, :n_tokens, : layout.prefix + n_tokens]
     call["past_key_values"] = Prefix(base.keys[layer][:, :, : layout.prefix], base.values[layer][:, :, : layout.prefix])
-    with edits:
-        return first(subject.layers[layer].block(resid, **call))
+    return first(subject.layers[layer].block(resid, **call))
 
 
 def stretch_mask(
@@ -141,9 +140,17 @@ def _at(name: str, value: Any, position: Int[Tensor, "token"]) -> Any:
     return value
 
 
-def _edits(
-    subject: Subject, base: CleanRun, source: CleanRun, chunk: Sequence[Stretch], layout: Layout, layer: int, end: int
+def _around(
+    subject: Subject,
+    base: CleanRun,
+    source: CleanRun,
+    chunk: Sequence[Stretch],
+    layout: Layout,
+    layer: int,
+    read: Int[Tensor, "pair read"],
 ) -> ExitStack:
+    """What is set up while a layer is called: edits of joint interventions; at the top, the MLP of read tokens alone."""
+    end = int(read.max()) + 1
     joint = [
         (Entering(patch, stretch.start, end), offset)
         for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False)
@@ -151,7 +158,11 @@ def _edits(
         for patch in stretch.variant
         if patch.layer == layer
     ]
-    return layer_edits(subject, base, source, joint)
+    hooks = layer_edits(subject, base, source, joint)
+    is_read = torch.isin(layout.position, read)
+    if layer == subject.n_layers - 1 and not joint and not bool(is_read.all()):
+        hooks.enter_context(only_tokens(subject.layers[layer].mlp, is_read))
+    return hooks
 
 
 def _states(

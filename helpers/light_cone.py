@@ -1,4 +1,4 @@
-"""The light cone: which (layer, position) cells a difference between two prompts can have reached, by architecture alone.
+"""The light cone: which cells (layer, position) a difference can have reached, by architecture alone.
 
 A layer lets a position read the positions its attention mask shows it, and no others. With sliding windows a difference
 needs several layers to reach the last token, whatever was learned: late effects are then late by construction.
@@ -6,9 +6,10 @@ needs several layers to reach the last token, whatever was learned: late effects
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool
 
@@ -62,3 +63,19 @@ def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair], target: int = -1)
     """`earliest_possible_layer` of every pair of a batch."""
     visible = visible_keys(run)
     return [earliest_possible_layer(visible, p.control != p.treated, target) for p in pairs]
+
+
+def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
+    """The grid of cells for some interventions, for a drawing: panel, layer, position, state, token.
+
+    `corners` maps a panel's title to the patched (layer, position). Cells above and to the right are recomputed, the
+    last one is read, all others stay as the clean run left them.
+    """
+    rows = []
+    for panel, (layer, position) in corners.items():
+        for at_layer, at_position in np.ndindex(n_layers, len(tokens)):
+            state = "recomputed" if at_layer > layer and at_position >= position else "clean"
+            state = "patched" if (at_layer, at_position) == (layer, position) else state
+            state = "read" if (at_layer, at_position) == (n_layers - 1, len(tokens) - 1) else state
+            rows.append((panel, at_layer, at_position, state, tokens[at_position]))
+    return pd.DataFrame(rows, columns=["panel", "layer", "position", "state", "token"])

@@ -152,11 +152,15 @@ def effects(
 def _score(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str
 ) -> dict[str, Float[np.ndarray, "pair mediator"]]:
-    outcome = {"Y1": outcomes.log_odds, "contrast": outcomes.contrast}[name.removesuffix(".frozen")]
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     norm_like = control if name.endswith(".frozen") else None
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
-    score = outcome(subject, torch.cat([control, treated, *patched], dim=1), openers, norm_like).cpu().numpy()
+    cells = torch.cat([control, treated, *patched], dim=1)
+    if name.startswith("contrast"):
+        weights = outcomes.camp_weights(subject, control, treated, openers)
+        score = outcomes.contrast(subject, cells, openers, norm_like, weights).cpu().numpy()
+    else:
+        score = outcomes.log_odds(subject, cells, openers, norm_like).cpu().numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
     shape = y01.shape
     return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}

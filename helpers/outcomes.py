@@ -52,11 +52,33 @@ def log_odds(
 
 
 def contrast(
-    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None = None
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    openers: Openers,
+    norm_like: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "..."]:
-    """Mean comply logit - mean refuse logit: linear in the residual stream once `norm_like` freezes the norm."""
-    comply, refuse = _camps(subject, resid, openers, norm_like)
-    return comply.mean(-1) - refuse.mean(-1)
+    """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream once `norm_like` freezes
+    the norm. `weights` are those of `camp_weights`; without them every opener counts the same.
+    """
+    camps = _camps(subject, resid, openers, norm_like)
+    if weights is None:
+        return camps[0].mean(-1) - camps[1].mean(-1)
+    comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
+    return comply - refuse
+
+
+def camp_weights(
+    subject: Subject, control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"], openers: Openers
+) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
+    """Weights that make `contrast` follow Y1: each opener's share of its camp, averaged over a pair's two clean runs.
+
+    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so the linear
+    contrast keeps TE close to Y1's where plain means would also count openers that nobody says.
+    """
+    runs = [_camps(subject, resid, openers, None) for resid in (control, treated)]
+    comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
+    return comply, refuse
 
 
 def camp_probabilities(

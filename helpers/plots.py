@@ -7,6 +7,7 @@ centred at 0; every estimate carries its interval.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,10 +42,9 @@ STYLE = {
 
 
 def _figure(
-    n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: object
+    n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)  # type: ignore[arg-type]
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)
     plt.close(figure)  # so that a notebook shows it once, where it is returned
     return figure, axes
 
@@ -68,10 +68,7 @@ def _layers(axes: Axes, n_layers: int) -> None:
 def _late(axes: Axes, n_layers: int) -> None:
     """Shade the layers that the claims call late (depth > 2/3)."""
     first = next(layer for layer in range(n_layers) if (layer + 0.5) / n_layers > 2 / 3)
-    axes.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.12, lw=0)
-    axes.text(
-        n_layers - 0.55, 0.98, "late", transform=axes.get_xaxis_transform(), ha="right", va="top", color="#666666"
-    )
+    axes.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
 
 
 def cumulative(table: pd.DataFrame) -> Figure:
@@ -88,7 +85,7 @@ def cumulative(table: pd.DataFrame) -> Figure:
     _layers(ax, n_layers)
     ax.set_ylabel("share of total effect")
     ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
-    ax.legend(loc="center right")
+    ax.legend(loc="lower right")
     return figure
 
 
@@ -114,9 +111,9 @@ def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bo
 def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str) -> Figure:
     """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
     names = list(dict.fromkeys(table[panel]))
-    n_cols = min(3, len(names))
+    n_cols = min(4 if len(names) == 4 else 3, len(names))
     n_rows = -(-len(names) // n_cols)
-    figure, axes = _figure(n_rows, n_cols, 2.7 * n_cols + 0.6, 2.3 * n_rows + 0.5, sharey=True, sharex=True)
+    figure, axes = _figure(n_rows, n_cols, max(2.4 * n_cols + 0.8, 6.0), 2.3 * n_rows + 0.5, sharey=True)
     n_layers = int(table.layer.max()) + 1
     for ax, name in zip(axes.flat, names, strict=False):
         part = table[table[panel] == name]
@@ -124,14 +121,13 @@ def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str
             _points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
         _layers(ax, n_layers)
         _late(ax, n_layers)
-        ax.set_title(str(name))
+        ax.set_title(NAMES.get(str(name), str(name)))
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel(unit)
-    axes[0, 0].legend()
-    with plt.rc_context(STYLE):
-        figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
@@ -156,21 +152,30 @@ def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: st
         ax.set_title(NAMES.get(str(name), str(name)))
         ax.grid(False)
     figure.colorbar(image, ax=axes, label=unit)
-    with plt.rc_context(STYLE):
-        figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
 def dots(
-    table: pd.DataFrame, *, row: str, group: str | None, title: str, unit: str, marks: Sequence[float] = ()
+    table: pd.DataFrame,
+    *,
+    row: str,
+    group: str,
+    title: str,
+    unit: str,
+    marks: Sequence[float] = (),
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`."""
+    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
+
+    `limits` cut the axis; an interval that leaves the frame is wider than what can be said.
+    """
     rows = list(dict.fromkeys(table[row]))
-    groups = list(dict.fromkeys(table[group])) if group else [None]
-    figure, axes = _figure(width=7.0, height=0.8 + 0.3 * len(rows) * max(1, 0.4 * len(groups)))
+    groups = list(dict.fromkeys(table[group]))
+    figure, axes = _figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
     ax = axes[0, 0]
     for k, name in enumerate(groups):
-        part = table[table[group] == name] if group else table
+        part = table[table[group] == name]
         y = np.array([rows.index(value) for value in part[row]]) + 0.6 * (k - (len(groups) - 1) / 2) / max(
             1, len(groups)
         )
@@ -185,8 +190,9 @@ def dots(
     ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.set_title(title)
-    if group:
-        ax.legend(fontsize=8)
+    if limits:
+        ax.set_xlim(*limits)
+    ax.legend(fontsize=8)
     return figure
 
 

@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 
 from helpers import bootstrap as bs
 from helpers import positions, stats
+from helpers.depth import deepest_early_layer
 from helpers.errors import InputError
-from helpers.evidence import deepest_early_layer, row, unsaturated_ids
+from helpers.evidence import row, unsaturated_ids
 from helpers.mediation import batches, run_clean
 from helpers.subject import Subject
 from helpers.tokens import TokenPair

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], desc: str = "", total: int | None = None) -> Iterator[T]:
-    """Yields the items, drawing a bar once two seconds have passed; silent if `TQDM_DISABLE` is set to anything but 0.
+    """Yields the items, drawing a bar once two seconds have passed; silent if `TQDM_DISABLE` is set to anything but
+    0.
 
     >>> list(progress([1, 2, 3], desc="pairs"))
     [1, 2, 3]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from helpers import evidence, light_cone, mediation, outcomes, paths, positions, probes, prompts, tokens
+from helpers import full_response as full_responses
+from helpers.controls import UNTRAINED
+from helpers.depth import depth
+from helpers.errors import InputError
 from helpers.evidence import COMPONENTS
 from helpers.progress import progress
-from helpers.subject import Subject, load
+from helpers.prompts import Pair
+from helpers.subject import Subject, load, untrained_twin
 from helpers.tokens import Openers, TokenPair
 
 SMOKE_PAIRS = 24
@@ -39,6 +44,16 @@ class Study:
         return tuple(sorted({pair.pair.treatment for pair in self.pairs}, key=prompts.treatment_order))
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What the layer sweep gives for one model; `effects` has the rows of T2 - T2b behind the others."""
+
+    study: Study
+    clean: pd.DataFrame
+    effects: pd.DataFrame
+    evidence: list[dict[str, object]]
+
+
 def begin(
     model: str,
     prompt_set: str,
@@ -61,16 +76,38 @@ def begin(
     return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
 
 
+def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:
+    """A pair of the reader's own, scored by the openers of one of the study's treatments.
+
+    Raises InputError if the two prompts have different token lengths, and says which tokens they are.
+    """
+    pair = Pair("own", treatment, "own", control, treated)
+    made, _ = tokens.token_pair(pair, study.subject.tokenizer)
+    if made is None:
+        sides = [tokens.encode(study.subject.tokenizer, text)[0] for text in (control, treated)]
+        shown = [" ".join(positions.labels(ids, study.subject.tokenizer)) for ids in sides]
+        raise InputError(
+            f"the prompts must have equally many tokens and differ; control has {len(sides[0])} ({shown[0]}), "
+            f"treated {len(sides[1])} ({shown[1]}): swap a word for one of the same length"
+        )
+    return made
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the models that come with the companion."""
+    return tuple(sorted(folder.name for folder in paths.ORGANISM.iterdir() if (folder / "config.json").is_file()))
+
+
+def is_shipped(model: str) -> bool:
+    """True for an embedded model, by name."""
+    return model == "embedded" or model in shipped()
+
+
 def relatives(model: str) -> tuple[str, ...]:
     """The other shipped models, if the model is one of them: other seeds, and the other kind of attention."""
-    shipped = sorted(folder.name for folder in paths.ORGANISM.iterdir() if (folder / "config.json").is_file())
     own = "window-0" if model == "embedded" else model
-    return tuple(name for name in sorted(shipped, reverse=True) if name != own) if own in shipped else ()
-
-
-def with_model(study: Study, subject: Subject) -> Study:
-    """The same prompts on a relative of the model (same tokenizer) or its untrained twin."""
-    return replace(study, subject=subject)
+    names = sorted(shipped(), key=lambda name: (name.startswith("full"), name))
+    return tuple(name for name in names if name != own) if is_shipped(model) else ()
 
 
 def clean_outcomes(study: Study) -> pd.DataFrame:
@@ -86,7 +123,8 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
         openers = study.openers[group[0].pair.treatment]
         final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
         y00, y11 = (outcomes.log_odds(study.subject, resid, openers).tolist() for resid in final)
-        joint = np.minimum(*(sum(outcomes.camp_probabilities(study.subject, r, openers)).cpu() for r in final))
+        camps = [outcomes.camp_probabilities(study.subject, resid, openers) for resid in final]
+        joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
         earliest = light_cone.earliest_layers(batch.control, group)
         for i, pair in enumerate(group):
             layer = study.subject.n_layers if earliest[i] is None else earliest[i]
@@ -141,13 +179,13 @@ def gate_rows(clean: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, 
         rows.append(evidence.mean_row(part, "joint", model, "gate", f"joint probability {treatment}"))
     generation = test[test.treatment == "T2"]
     if len(generation):
-        arrives = generation.assign(at=evidence.depth(generation.earliest, n_layers))
+        arrives = generation.assign(at=depth(generation.earliest, n_layers))
         rows.append(evidence.mean_row(arrives, "at", model, "gate", "earliest possible depth"))
     return rows
 
 
 def evidence_rows(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
-    """Everything that notebook 02 knows for the ledger about one model: the gate, C1 and C3."""
+    """Everything that the layer sweep knows for the ledger about one model: the gate, C1 and C3."""
     rows = gate_rows(clean, model, study.subject.n_layers)
     if study.of("T2"):
         rows += evidence.c1(table, model, study.subject.n_layers)
@@ -156,27 +194,30 @@ def evidence_rows(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model:
     return rows
 
 
-def patch_norms(study: Study, treatment: str) -> pd.Series:
-    """Mean length of the patch (treated - control activation at the last token) by (site, layer), on discover."""
-    chosen = [pair for pair in study.of(treatment) if pair.pair.split == "discover"]
-    totals: dict[tuple[str, int], float] = {}
-    for group in mediation.batches(chosen):
-        batch = mediation.run_clean(study.subject, group)
-        for mediator in mediation.mediators(study.subject, COMPONENTS):
-            change = batch.treated.site(mediator.site, mediator.layer) - batch.control.site(
-                mediator.site, mediator.layer
-            )
-            key = (mediator.site, mediator.layer)
-            totals[key] = totals.get(key, 0.0) + float(change[:, -1].double().norm(dim=-1).sum())
-    index = pd.MultiIndex.from_tuples(totals, names=["site", "layer"])
-    return pd.Series([total / len(chosen) for total in totals.values()], index=index)
+def measure_layers(study: Study, label: str, *, full_response: bool = False) -> Layers:
+    """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
+
+    `full_response` adds Y2 for T2 and T2b: the most expensive outcome, asked of the model under study only.
+    """
+    clean = clean_outcomes(study)
+    clean = clean_difference(clean, study.twins) if study.twins else clean
+    effects = layer_effects(study)
+    generation = study.of("T2", "T2b")
+    if full_response and generation:
+        wanted = mediation.mediators(study.subject, LAYER_SITES)
+        whole = full_responses.effects(study.subject, generation, study.openers, wanted)
+        effects = pd.concat([effects, whole], ignore_index=True)
+    effects = with_difference(effects, study.twins)
+    return Layers(study, clean, effects, evidence_rows(study, clean, effects, label))
 
 
-def parameter_counts(subject: Subject) -> pd.Series:
-    """Parameters of each attention and MLP block by (site, layer)."""
-    counts = {
-        (site, layer): sum(p.numel() for p in module.parameters())
-        for layer, parts in enumerate(subject.layers)
-        for site, module in (("attn_out", parts.attn), ("mlp_out", parts.mlp))
-    }
-    return pd.Series(counts.values(), index=pd.MultiIndex.from_tuples(counts, names=["site", "layer"]), dtype=float)
+def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
+    """What a model is compared with: its untrained twin and, for a shipped model, its relatives and their twins.
+
+    A twin has the same architecture and fresh random weights. The smoke profile has the model's own twin only.
+    """
+    yield study.slug + UNTRAINED, replace(study, subject=untrained_twin(study.subject))
+    for name in relatives(model) if profile == "full" else ():
+        subject = load(name, device=str(study.subject.device), dtype="float32")
+        yield name, replace(study, subject=subject)
+        yield name + UNTRAINED, replace(study, subject=untrained_twin(subject))

@@ -47,6 +47,15 @@ def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("s
     return bs.bootstrap(sums, stats.ratio(effect, total)).to_frame(cells)
 
 
+def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
+    """Every effect of a pair multiplied by the pair's own TE, so that shares become sum(TE NIE) / sum(TE TE).
+
+    This is the least-squares slope of NIE on TE through 0. It is defined where TE has either sign from pair to pair,
+    as in an untrained network; a ratio of means would there divide noise by noise.
+    """
+    return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)
+
+
 def increments(table: pd.DataFrame, value: str = "nie") -> pd.DataFrame:
     """What each layer adds to the cumulative curve: psi(layer) - psi(layer - 1), with psi(-1) = 0, as shares of TE."""
     sums = stats.cluster_sums(table, [value, "te"], by=["layer"])

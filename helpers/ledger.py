@@ -1,0 +1,86 @@
+"""The ledger: evidence of all runs gathered, judged claim by claim, and written for people and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import store
+from helpers.claims import Verdict, c1, c2, c3
+from helpers.controls import UNTRAINED, Rows
+from helpers.errors import InputError
+
+KEYS = ["model", "claim", "quantity", "variant"]
+NOT_COVERED = {
+    "C4": "token-level path analysis",
+    "C5a": "neuron-level analysis",
+    "C5b": "neuron-level gate tests",
+    "C5c": "interventions during generation",
+    "C6": "steering experiments",
+    "C7": "neuron-level analysis",
+}
+
+
+def collect(results: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Evidence of every run below a results folder, and the names of the runs.
+
+    A run also measures its model's relatives; where a relative has a run of its own, that run's rows count.
+    """
+    tables = {}
+    for folder in sorted(path for path in results.iterdir() if (path / "02_evidence.csv").is_file()):
+        files = [folder / name for name in ("02_evidence.csv", "03_evidence.csv") if (folder / name).is_file()]
+        tables[folder.name] = pd.concat([store.read_table(path, store.EVIDENCE) for path in files], ignore_index=True)
+    if not tables:
+        raise InputError(f"no run with evidence in {results}: run ./run_all.sh first")
+    parts = []
+    for run, table in tables.items():
+        owner = table.model.str.removesuffix(UNTRAINED)
+        parts.append(table[(owner == run) | ~owner.isin(tables)])
+    return pd.concat(parts, ignore_index=True).drop_duplicates(KEYS), tuple(tables)
+
+
+def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
+    """Verdicts for every model of an evidence table; untrained twins serve as controls only.
+
+    Claims whose analysis is missing are listed, as not testable, for the models that have a run of their own.
+    """
+    verdicts = []
+    models = [model for model in evidence.model.unique() if not model.endswith(UNTRAINED)]
+    for model in sorted(models, key=lambda name: name not in runs):
+        own = Rows(model, evidence[evidence.model == model])
+        twin = Rows(model + UNTRAINED, evidence[evidence.model == model + UNTRAINED])
+        verdicts += [c1(own, twin), c2(own), c3(own)]
+        if model in runs:
+            verdicts += [_not_covered(model, claim, needed) for claim, needed in NOT_COVERED.items()]
+    return verdicts
+
+
+def records(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
+    """The ledger for `claims.json`; `error_rates` is None where the rule's error rates were not measured."""
+    return [{**asdict(verdict), "tags": list(verdict.tags), "error_rates": None} for verdict in verdicts]
+
+
+def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """The ledger as a table for people, numbers to two decimals, the reason last."""
+    frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
+    numbers = ["estimate", "ci_low", "ci_high"]
+    frame[numbers] = frame[numbers].astype(float).round(2)
+    frame["tags"] = frame["tags"].map(", ".join)
+    return frame[[*(name for name in frame.columns if name not in ("tags", "reason")), "tags", "reason"]]
+
+
+def markdown(verdicts: Sequence[Verdict]) -> str:
+    """The ledger as a Markdown table."""
+    lines = ["| model | claim | verdict | estimate | tags | reason |", "| --- | --- | --- | --- | --- | --- |"]
+    for one in verdicts:
+        numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
+        tags = ", ".join(one.tags)
+        lines.append(f"| {one.model} | {one.claim} | {one.verdict} | {numbers} | {tags} | {one.reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def _not_covered(model: str, claim: str, needed: str) -> Verdict:
+    return Verdict(model, claim, "not testable", f"needs the {needed}, which these results do not hold")
