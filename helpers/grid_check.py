@@ -90,7 +90,8 @@ def replay_noise(subject: Subject, run: CleanRun) -> float:
     """The largest change of any logit when the last token is computed again by the grid and nothing is changed, in
     logits.
 
-    Effects below it mean nothing in this precision: about 1e-6 in float32, 0.1 in bfloat16.
+    About 1e-6 in float32. What half precision does to effects is another question:
+    `helpers.screen.precision_noise`.
     """
     last = run.tokens.shape[1] - 1
     again = sweep(subject, run, run, [Stretch((), 0, -1, last)], torch.full((len(run.tokens), 1), last))

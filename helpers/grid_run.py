@@ -82,11 +82,10 @@ def clean_run(
     wanted = _check_keep(keep)
     mask = _check_mask(tokens, attention_mask)
     cache = DynamicCache()  # without a config it keeps every position, sliding windows included
-    inputs: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache, "use_cache": True}
-    if mask is not None:
-        inputs |= {"attention_mask": mask.long(), "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad(), _recording(subject, wanted) as seen:
-        final = subject.model.base_model(**inputs).last_hidden_state  # stops before the unembedding
+        final = subject.model.base_model(  # stops before the unembedding
+            **model_inputs(tokens, mask), past_key_values=cache, use_cache=True
+        ).last_hidden_state
     _refuse_nan(final, mask)
     calls = tuple(_without_state(call) for call in seen.pop("calls"))
     keep_cache = "cache" in wanted
@@ -98,6 +97,14 @@ def clean_run(
         calls=calls if keep_cache else (),
         **{name: tuple(tensors) for name, tensors in seen.items()},
     )
+
+
+def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"] | None) -> dict[str, Tensor]:
+    """What the library's model is called with; it does not count padded positions from the first real token by itself."""
+    if mask is None:
+        return {"input_ids": tokens}
+    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": position_ids}
 
 
 def _refuse_nan(final: Float[Tensor, "pair pos d"], mask: Bool[Tensor, "pair pos"] | None) -> None:

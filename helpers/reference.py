@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from helpers.grid_patch import Patch, as_variants, entries, projection
-from helpers.grid_run import CleanRun, on_input, on_output
+from helpers.grid_run import CleanRun, model_inputs, on_input, on_output
 from helpers.progress import progress
 from helpers.readout import read_positions
 from helpers.subject_parts import Subject
@@ -44,11 +44,8 @@ def interchange(
 def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d"]:
     """The residual stream before the final norm in one forward pass over a run's tokens, under whatever hooks are set."""
     seen: list[Tensor] = []
-    inputs: dict[str, Any] = {"input_ids": run.tokens, "use_cache": False}
-    if run.mask is not None:
-        inputs |= {"attention_mask": run.mask.long(), "position_ids": (run.mask.long().cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad(), on_input(subject.final_norm, seen.append):
-        subject.model.base_model(**inputs)
+        subject.model.base_model(**model_inputs(run.tokens, run.mask), use_cache=False)
     return seen[0]
 
 

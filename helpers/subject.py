@@ -30,7 +30,7 @@ def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow
     """A model by name ("embedded", "window-1", "full-0") or by folder, ready and checked.
 
     Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
-    is for screening, and `helpers.grid_check.replay_noise` measures below which size its effects mean nothing. On a
+    is for screening, and `helpers.screen.precision_noise` measures what it does to effects. On a
     GPU float32 products are computed in full float32 (no TF32).
 
     Raises:
