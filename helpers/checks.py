@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sa
 
 def run_all() -> int:
     """Exit status: 1 if any check failed."""
-    outcomes = [_step(name, command, None) for name, command in STYLE.items()]
+    outcomes = [_step(name, command, launch.quiet()) for name, command in STYLE.items()]
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
@@ -46,10 +45,10 @@ def run_all() -> int:
 Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
-def _step(name: str, module: list[str], variables: dict[str, str] | None) -> Outcome:
+def _step(name: str, module: list[str], variables: dict[str, str]) -> Outcome:
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=variables or os.environ, check=False)
+    done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=variables, check=False)
     return name, done.returncode == 0, time.monotonic() - start
 
 

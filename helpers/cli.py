@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from helpers import preflight, runner
+from helpers.claims_table import claims_table
 from helpers.errors import InputError
-from helpers.manifest import claims_table, run_times
+from helpers.manifest import run_times
 from helpers.notebook import title
 from helpers.paths import FIGURES, ORGANISM, PROMPTS, RESULTS, check_slug, relative
 
@@ -139,7 +141,7 @@ def run_command(flags: argparse.Namespace) -> int:
         print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
         return 1
     print(f"results: {relative(plan.results)}  figures: {relative(FIGURES / plan.slug)}")
-    table = claims_table(RESULTS / "claims.csv")
+    table = claims_table(RESULTS / "claims.csv", plan.slug, shutil.get_terminal_size((140, 24)).columns)
     print(f"\n{table}" if table else "no claims table yet: notebook 08 makes it")
     return 0
 

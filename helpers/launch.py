@@ -21,26 +21,28 @@ KERNEL = {
 }
 
 
-def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
-    """Environment variables under which notebooks give the same bytes each time.
-
-    `results` and `figures` are where notebooks see their folders. The kernel is this very Python, without the
-    user's IPython profile, whatever kernels are registered on the machine.
-    """
-    write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
+def quiet() -> dict[str, str]:
+    """This process's variables with those under which a library neither phones home nor depends on chance."""
     variables = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     variables.setdefault("OMP_NUM_THREADS", "2")
     return variables | {
-        "COMPANION_RESULTS": str(results),
-        "COMPANION_FIGURES": str(figures),
-        "JUPYTER_PATH": str(scratch / "jupyter"),
-        "IPYTHONDIR": str(scratch / "ipython"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
         "SOURCE_DATE_EPOCH": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
     }
+
+
+def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
+    """Variables for a notebook, which sees its folders at `results` and `figures`.
+
+    The kernel is this very Python, without the user's IPython profile, whatever kernels are registered on the machine.
+    """
+    write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
+    folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
+    jupyter = {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
+    return quiet() | {name: str(path) for name, path in (folders | jupyter).items()}
 
 
 def execute(

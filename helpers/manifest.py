@@ -3,7 +3,6 @@
 `manifest.json` is deterministic apart from the git commit; times vary from run to run and stand in `run_times.json`.
 """
 
-import csv
 import re
 import subprocess
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.freshness import KnownHashes, hash_folder
-from helpers.paths import ORGANISM, PROMPTS, ROOT
+from helpers.paths import ROOT
+from helpers.preflight import model_folder, prompts_folder
 from helpers.store import read_json, write_json
 
 SEED = 0
@@ -29,17 +29,6 @@ def requirement_names(path: Path) -> list[str]:
     """
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return [re.split(r"[\s\[<>=!~;]", line)[0] for line in lines if line]
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a shipped model (`embedded` is seed 0 of the windowed variant) or the folder named."""
-    shipped = ORGANISM / ("window-0" if name == "embedded" else name)
-    return shipped if shipped.is_dir() else Path(name)
-
-
-def prompts_folder(name: str) -> Path:
-    """The folder of a shipped prompt set or the folder named."""
-    return PROMPTS / name if (PROMPTS / name).is_dir() else Path(name)
 
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
@@ -106,14 +95,3 @@ def steady(before: int | None, seconds: float) -> int:
     if before is not None and abs(seconds - before) <= max(3.0, before / 4):
         return before
     return max(1, round(seconds))
-
-
-def claims_table(path: Path) -> str:
-    """The claims ledger as aligned text, the last column unpadded; empty if it was not made yet."""
-    if not path.is_file():
-        return ""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in padded)

@@ -1,11 +1,22 @@
 """Checks of what a user hands in, before any notebook starts: a mistake shows in seconds, nothing is overwritten."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from helpers.errors import InputError
-from helpers.manifest import model_folder, prompts_folder
-from helpers.paths import ORGANISM, PROMPTS
+from helpers.paths import ORGANISM, PROMPTS, relative
+from helpers.store import read_json
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a shipped model (`embedded` is seed 0 of the windowed variant) or the folder named."""
+    shipped = ORGANISM / ("window-0" if name == "embedded" else name)
+    return shipped if shipped.is_dir() else Path(name)
+
+
+def prompts_folder(name: str) -> Path:
+    """The folder of a shipped prompt set or the folder named."""
+    return PROMPTS / name if (PROMPTS / name).is_dir() else Path(name)
 
 
 def names(folder: Path) -> list[str]:
@@ -15,13 +26,19 @@ def names(folder: Path) -> list[str]:
 
 
 def check_model(name: str) -> None:
-    """`InputError` unless `name` is a shipped model or a Hugging Face folder with safetensors and a tokenizer."""
+    """`InputError` unless `name` is a shipped model or a Hugging Face chat model's folder with safetensors.
+
+    This looks at files only; `helpers.subject.load` checks what is in them.
+    """
     folder = model_folder(name)
     if not folder.is_dir():
-        known = ", ".join(names(ORGANISM))
-        raise InputError(f"no model {name!r}: give a folder or one of the shipped models ({known})")
+        raise InputError(
+            f"no model {name!r}: give a folder or one of the shipped models ({', '.join(names(ORGANISM))})"
+        )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no model folder: it has no config.json (give the folder that holds it)")
+    if "auto_map" in _json(folder / "config.json"):
+        raise InputError(f"{folder} asks to run code of its own (auto_map), which is never done: use a known family")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors weights: only these are read, convert other formats first")
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
@@ -34,20 +51,21 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     config = folder / "tokenizer_config.json"
-    if not config.is_file():
-        return False
-    try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    except ValueError as error:
-        raise InputError(f"{config} is not valid JSON ({error}): save the tokenizer again") from error
+    return config.is_file() and bool(_json(config).get("chat_template"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{relative(path)} holds no JSON object: save the model again")
+    return content
 
 
 def check_prompts(name: str) -> None:
     """`InputError` unless `name` is a shipped prompt set or a folder."""
     folder = prompts_folder(name)
     if not folder.is_dir():
-        known = ", ".join(names(PROMPTS))
-        raise InputError(f"no prompt set {name!r}: give a folder or one of the shipped sets ({known})")
+        raise InputError(f"no prompt set {name!r}: give a folder or one of the shipped ({', '.join(names(PROMPTS))})")
 
 
 def resolve_device(device: str) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from helpers import freshness, launch, staging
 from helpers import notebook as nb
 from helpers.errors import InputError
-from helpers.manifest import model_folder, note_time, prompts_folder, run_times, write_manifest
+from helpers.manifest import note_time, run_times, write_manifest
 from helpers.paths import DATA, FIGURES, NOTEBOOKS, RESULTS, ROOT, relative
+from helpers.preflight import model_folder, prompts_folder
 from helpers.store import write_text
 
 # Each notebook and those whose results it reads. 00 is the first to read and the last to run: it reports the run.

@@ -43,7 +43,7 @@ FLAGS = {
     "--pairs many": "invalid int value: 'many'",
     "--model": "expected one argument",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
-    "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped sets (embedded",
+    "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
     "--figures --name none": "no results of 'none'",
     "--test --force": "--test goes alone",
 }
@@ -90,6 +90,14 @@ def no_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def own_code(folder: Path) -> None:
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "m.M"}}')
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model')
+
+
 def broken_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
 
@@ -99,6 +107,8 @@ BREAKS: dict[Callable[[Path], None], str] = {
     no_weights: "has no *.safetensors weights",
     no_tokenizer: "has no tokenizer files",
     no_template: "has no chat template",
+    own_code: "asks to run code of its own",
+    broken_config: "config.json is not valid JSON",
     broken_tokenizer: "its tokenizer cannot be loaded",
 }
 

@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from toys import CLAIMS, Toy
+from toys import CLAIMS, Toy, environment
+
+from helpers import checks
+from helpers.paths import ROOT
 
 EVERYTHING = {"00", "01", "02", "03", "08"}
 OVERWRITE = 'store.write_text("value\\nwrong\\n", out / "02_toy.csv")'
@@ -189,6 +194,16 @@ def test_another_run_has_its_own_folders_and_parameters(toy: Toy) -> None:
     assert "01_toy ..." in toy.run("--only", "01", "--pairs", "30", "--name", "mine").stdout.replace(
         "(last time", "..."
     )
+
+
+@pytest.mark.parametrize("printed,status", [("a", 0), ("changed", 1)])
+def test_nbval_compares_what_is_printed(toy: Toy, printed: str, status: int) -> None:
+    text = toy.notebook("01").read_text()
+    toy.notebook("01").write_text(text.replace('"a\\n"', f'"{printed}\\n"', 1))
+    flags = [flag.replace("tests/", f"{ROOT}/tests/") for flag in checks.NBVAL]
+    command = [sys.executable, "-m", "pytest", *flags, "notebooks/01_toy.ipynb"]
+    done = subprocess.run(command, cwd=toy.root, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout
 
 
 def test_ctrl_c_stops_everything_and_tears_nothing(toy: Toy) -> None:

@@ -25,7 +25,8 @@ from helpers import paths, store
 from helpers.errors import InputError
 out, figures = paths.results_dir(SLUG), paths.figures_dir(SLUG)"""
 
-CLAIMS = """_ = store.write_text("claim,verdict\\nC1,supported\\nC2,not testable\\n", paths.RESULTS / "claims.csv")"""
+CLAIMS = """rows = ["model,claim,verdict", "other,C9,none", "embedded,C1,supported", "embedded,C2,not testable"]
+_ = store.write_text("\\n".join(rows) + "\\n", paths.RESULTS / "claims.csv")"""
 
 
 @dataclass(frozen=True)
