@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.prompts import Pair
 from helpers.subject import Subject, from_model
-from helpers.tokens import TokenPair
+from helpers.tokens import TokenPair, token_pair
 
 SPECIAL = ("<bos>", "<system>", "<user>", "<assistant>", "<end>", "<pad>")
 WORDS = ("off", "on", "low", "high", "please", "now", "do", "it", "well", "yes", "no", "be", "kind")
@@ -64,6 +64,25 @@ def random_pairs(
         treated[first] = 3 + (control[first] - 2) % (vocabulary - 3)
         pair = Pair(f"p{i}", treatment, f"topic {i % 5}", "c" * (n_pos - 3), "t" * (n_pos - 3), split="discover")
         made.append(TokenPair(pair, control, treated, offsets, offsets, 1, 1))
+    return made
+
+
+def cue_pairs(
+    tokenizer: PreTrainedTokenizerFast, control: str, treated: str, *, n: int = 3, treatment: str = "T2"
+) -> list[TokenPair]:
+    """Pairs whose cue words are given ("off low", "on low") and whose filler words differ; every second one is longer."""
+    made = []
+    for i in range(n):
+        texts = []
+        for cues in (control, treated):
+            first, second = cues.split()
+            words = ["please", first, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), second, "do", "it"]
+            texts.append(" ".join(words))
+        split = ("discover", "validate", "test")[i % 3]
+        twin = f"T2b {i}" if treatment == "T2" else None
+        pair, reason = token_pair(Pair(f"{treatment} {i}", treatment, f"topic {i}", *texts, split, twin), tokenizer)
+        assert pair is not None, reason
+        made.append(pair)
     return made
 
 
