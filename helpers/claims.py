@@ -73,12 +73,13 @@ def c1(rows: Rows, twin: Rows) -> Verdict:
     against_benign = (
         "no benign behaviour to compare with"
         if centroid is None
-        else f"depth centroid {_interval(centroid)} deeper than benign behaviours"
+        else f"depth centroid, harm - benign: {_interval(centroid)}"
     )
     made = _verdict(rows, share, verdict, checks, f"late share {_interval(share)}; {against_benign}")
-    return replace(
-        made, tags=_tags(rows, controls.robust(rows, "C1", "late share", lambda row: row.ci_low >= 0.50), verdict)
-    )
+    robust = controls.robust(rows, "C1", "late share", lambda row: row.ci_low >= 0.50)
+    earliest = rows.find("gate", "earliest possible depth")
+    imposed = ("architecture-imposed",) if earliest is not None and earliest.estimate > EARLY else ()
+    return replace(made, tags=(*imposed, *_tags(rows, robust, made.verdict)))
 
 
 def c2(rows: Rows) -> Verdict:
@@ -87,8 +88,10 @@ def c2(rows: Rows) -> Verdict:
     if stop:
         return stop
     total, direct = rows.find("C2", "MLP share of NIE"), rows.find("C2", "MLP share of direct effects")
-    if total is None or direct is None:
+    if rows.table[rows.table.claim == "C2"].empty:
         return Verdict(rows.model, "C2", "not testable", "direct effects were not measured: run notebook 03")
+    if total is None or direct is None:
+        return Verdict(rows.model, "C2", "inconclusive", "no component has a positive effect on the discover split")
     checks = {
         "final norm frozen": controls.same_side(rows, "C2", "MLP share of NIE", "norm frozen", 0.5),
         "unsaturated pairs": controls.same_side(rows, "C2", "MLP share of NIE", "unsaturated", 0.5),
@@ -105,8 +108,9 @@ def c2(rows: Rows) -> Verdict:
     # The binding share is the one nearer to its threshold: it alone decides.
     binding = min(total, direct, key=lambda row: row.ci_low)
     made = _verdict(rows, binding, verdict, checks, reason)
-    tags = _tags(rows, controls.robust(rows, "C2", "MLP share of NIE", lambda row: row.ci_low >= 0.60), verdict)
-    return replace(made, tags=(*tags, "normalisation-dependent") if flips else tags)
+    robust = controls.robust(rows, "C2", "MLP share of NIE", lambda row: row.ci_low >= 0.60)
+    dependent = ("normalisation-dependent",) if flips else ()
+    return replace(made, tags=(*dependent, *_tags(rows, robust, made.verdict)))
 
 
 def c3(rows: Rows) -> Verdict:
@@ -126,8 +130,7 @@ def c3(rows: Rows) -> Verdict:
         supported=psi.ci_low >= 0.30 and gain.estimate >= 0.05 and gain.ci_low > 0, contradicted=psi.ci_high <= 0.10
     )
     reason = f"psi0 {_interval(psi)} on tokens that do not differ; probe beats bag of tokens by {_interval(gain)} AUROC"
-    made = _verdict(rows, psi, verdict, checks, reason)
-    return replace(made, tags=_tags(rows, False, verdict))
+    return _verdict(rows, psi, verdict, checks, reason)
 
 
 def _generation(rows: Rows) -> str:
@@ -179,12 +182,5 @@ def _interval(row: pd.Series) -> str:
 
 
 def _tags(rows: Rows, robust: bool, verdict: str) -> tuple[str, ...]:
-    earliest = rows.find("gate", "earliest possible depth")
-    tags = []
-    if earliest is not None and earliest.estimate > EARLY:
-        tags.append("architecture-imposed")
-    if _generation(rows) == "T2":
-        tags.append("no harmless twin")
-    if robust and verdict == "supported":
-        tags.append("robust")
-    return tuple(tags)
+    no_twin = ("no harmless twin",) if _generation(rows) == "T2" else ()
+    return (*no_twin, "robust") if robust and verdict == "supported" else no_twin

@@ -44,11 +44,12 @@ def benign(rows: Rows) -> str:
 
 def untrained(twin: Rows) -> str:
     """An untrained twin must not pass C1's rule: if it does, the rule reads architecture, not learning."""
-    share, centroid = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
-    if share is None:
+    if twin.table.empty:
         return "not run"
-    supported = share.ci_low >= 0.50 and centroid is not None and centroid.ci_low >= 0.05
-    return "failed" if supported else "passed"
+    share, centroid = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
+    if share is None or centroid is None:
+        return "passed"
+    return "failed" if share.ci_low >= 0.50 and centroid.ci_low >= 0.05 else "passed"
 
 
 def joint(rows: Rows, treatment: str) -> str:

@@ -86,6 +86,14 @@ def row(
     }
 
 
+def share_row(
+    model: str, claim: str, quantity: str, variant: str, estimates: bs.Estimates | None, table: pd.DataFrame
+) -> list[dict[str, object]]:
+    """The row of a share measured on the table's test pairs, or no row where the share is not defined."""
+    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
+    return [] if estimates is None else [row(model, claim, quantity, variant, estimates, n_pairs)]
+
+
 def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
     """One row with the mean of a column over pairs."""
     return row(model, claim, quantity, "main", bs.bootstrap(stats.cluster_sums(table, value), stats.mean), len(table))
@@ -113,32 +121,31 @@ def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) ->
 
 def share(
     table: pd.DataFrame, value: str, numerator: Callable[[pd.DataFrame], np.ndarray], scale: pd.Series | None = None
-) -> tuple[bs.Estimates, int]:
+) -> bs.Estimates | None:
     """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
 
     `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
-    before it is summed, for effects per unit of patch norm or per parameter.
+    before it is summed, for effects per unit of patch norm or per parameter. None if no cell is positive on discover,
+    as in a network that does nothing.
     """
     sums = stats.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
     positive = positive_cells(table[table.split == "discover"], value, sums.columns)
+    if not positive.any():
+        return None
     weight = positive.astype(float)
     if scale is not None:
         divisor = scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
         # A component that cannot differ yet has patches of length 0, and no positive effect.
         weight = np.divide(weight, divisor, out=np.zeros_like(weight), where=positive)
-    if not positive.any():
-        raise InputError("no component has a positive mean effect on the discover split: a share is not defined")
-    picked = numerator(sums.columns)
-    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
-    return bs.bootstrap(sums, stats.ratio(weight * picked, weight)), n_pairs
+    return bs.bootstrap(sums, stats.ratio(weight * numerator(sums.columns), weight))
 
 
-def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> tuple[bs.Estimates, int]:
+def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> bs.Estimates | None:
     """Share of the positive component effects that lie in late layers (depth > 2/3)."""
     return share(table, value, lambda cells: depth(cells["layer"], n_layers) > LATE)
 
 
-def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> tuple[bs.Estimates, int]:
+def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> bs.Estimates | None:
     """Share of the positive component effects that MLP outputs hold, against attention outputs."""
     return share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
 
@@ -169,9 +176,9 @@ def centroids(
 
 
 def primary(table: pd.DataFrame) -> str:
-    """The treatment that stands for generation: the contrast T2 - T2b where twins exist, else T2 alone."""
-    present = set(table.treatment)
-    return "T2-T2b" if "T2-T2b" in present else "T2"
+    """The treatment that stands for generation: T2 - T2b where twins exist, else T2, else the first there is."""
+    present = list(dict.fromkeys(table.treatment))
+    return next((name for name in ("T2-T2b", "T2") if name in present), present[0])
 
 
 def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequence[str] = COMPONENTS) -> pd.DataFrame:
@@ -195,10 +202,10 @@ def c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]
     for variant in VARIANTS:
         chosen = select(table, treatment, variant)
         if enough(chosen):
-            estimates, n_pairs = late_share(signed(chosen), n_layers, variant.value)
-            rows.append(row(model, "C1", "late share", variant.name, estimates, n_pairs))
+            estimates = late_share(signed(chosen), n_layers, variant.value)
+            rows += share_row(model, "C1", "late share", variant.name, estimates, chosen)
     benign = usable_benign(table)
-    if len(benign):
+    if len(benign) and rows and rows[0]["variant"] == "main":
         harm = signed(select(table, treatment, VARIANTS[0]))
         estimates, n_pairs, names = centroids(harm, benign, n_layers)
         rows.append(row(model, "C1", "centroid difference", "main", estimates, n_pairs))
@@ -223,18 +230,22 @@ def c2(
     `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
     contrast, which add up to its total effect.
     """
-    treatment, rows = primary(totals), []
+    rows: list[dict[str, object]] = []
+    treatment = primary(totals)
+    if not treatment.startswith("T2"):
+        return rows
     for variant in VARIANTS:
         chosen = select(totals, treatment, variant)
         if enough(chosen):
-            rows.append(row(model, "C2", "MLP share of NIE", variant.name, *mlp_share(signed(chosen), variant.value)))
+            estimates = mlp_share(signed(chosen), variant.value)
+            rows += share_row(model, "C2", "MLP share of NIE", variant.name, estimates, chosen)
     linear = Variant("main", outcome="contrast.frozen")
     sites = [f"{site}.direct" for site in COMPONENTS]
     written = signed(select(direct, treatment, linear, sites))
     written = written.assign(site=written.site.str.removesuffix(".direct"))
-    rows.append(row(model, "C2", "MLP share of direct effects", "main", *mlp_share(written)))
     total = signed(select(totals, treatment, VARIANTS[0]))
-    for name, scale in scales.items():
-        rows.append(row(model, "C2", "MLP share of NIE", name, *mlp_share(total, scale=scale)))
-        rows.append(row(model, "C2", "MLP share of direct effects", name, *mlp_share(written, scale=scale)))
+    for quantity, effects in (("MLP share of NIE", total), ("MLP share of direct effects", written)):
+        raw = {} if effects is total else {"main": None}  # the raw total is the first variant above
+        for name, scale in {**raw, **scales}.items():
+            rows += share_row(model, "C2", quantity, name, mlp_share(effects, scale=scale), effects)
     return rows

@@ -115,7 +115,7 @@ SPECS = (
         partial(
             plots.by_layer,
             group="site",
-            title="Where does generation pass at the last token? (T2 - T2b)",
+            title="Where does the effect pass at the last token?",
             unit=LOG_ODDS,
         ),
         "C1",

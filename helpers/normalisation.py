@@ -12,7 +12,8 @@ from helpers.subject import Subject
 
 def normalisations(study: Study) -> dict[str, pd.Series]:
     """Divisors of component effects by (site, layer), for "MLPs are just larger": patch norm and parameters."""
-    return {"per patch norm": _patch_norms(study, "T2"), "per parameter": _parameter_counts(study.subject)}
+    treatment = "T2" if "T2" in study.treatments else study.treatments[0]
+    return {"per patch norm": _patch_norms(study, treatment), "per parameter": _parameter_counts(study.subject)}
 
 
 def _patch_norms(study: Study, treatment: str) -> pd.Series:
