@@ -2,7 +2,7 @@
 
 Drawing topics with replacement is the same as giving each topic an integer weight. So B resamples are one matrix of
 multinomial weights, the resampled sums of all cells are one matrix product, and `bootstrap` applies the statistic to
-all of them and reads BCa intervals from its spread. `max_t_band` widens the intervals to cover all cells together.
+all of them and reads BCa intervals from its spread. `max_t_band` gives wider limits that hold for all cells together.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats as st
 
 from helpers.errors import InputError
-from helpers.stats import ClusterSums, Statistic, cluster_sums, contrast, mean, ratio
-
-__all__ = ["ClusterSums", "bootstrap", "cluster_sums", "contrast", "max_t_band", "mean", "mean_ci", "ratio"]
+from helpers.stats import ClusterSums, Statistic, cluster_sums, mean
 
 # Effects are log-odds, probabilities or shares, all of order 1: a spread below this is rounding error.
 ROUNDING = 1e-12

@@ -1,4 +1,4 @@
-"""Intervals and tests: against hand-computed values, other libraries, and simulations of their error rates."""
+"""Sums per topic and tests: against hand-computed values, other libraries, and simulations of their error rates."""
 
 import numpy as np
 import pandas as pd
@@ -6,18 +6,18 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats as st
 
-from helpers import bootstrap as bs
 from helpers.errors import InputError
-from helpers.stats import binomial_upper, by_adjust, clustered_t, exact_mcnemar, wilson
-
-
-def arrays(sums, counts=None, strata=None) -> bs.ClusterSums:
-    """Cluster sums without a table; one row per cluster and cell unless counts are given."""
-    sums = np.asarray(sums, dtype=float)
-    counts = np.ones_like(sums) if counts is None else np.broadcast_to(counts, sums.shape).astype(float)
-    strata = np.zeros(len(sums), dtype=int) if strata is None else np.asarray(strata)
-    columns = pd.DataFrame({"cell": range(sums.shape[1])})
-    return bs.ClusterSums(sums, counts, columns, pd.RangeIndex(len(sums)), strata, int(counts.sum()))
+from helpers.stats import (
+    binomial_upper,
+    by_adjust,
+    cluster_sums,
+    clustered_t,
+    contrast,
+    exact_mcnemar,
+    mean,
+    ratio,
+    wilson,
+)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def table():
 
 
 def test_cluster_sums_of_a_long_table(table):
-    result = bs.cluster_sums(table, "te", by=["treatment", "layer"], strata="treatment")
+    result = cluster_sums(table, "te", by=["treatment", "layer"], strata="treatment")
     assert list(result.clusters) == ["a", "b", "c", "x", "y"]
     assert result.columns.values.tolist() == [["te", "B1", 0], ["te", "B1", 1], ["te", "T2", 0], ["te", "T2", 1]]
     expected = [[0, 0, 1, 2], [0, 0, 3, 0], [0, 0, 0, 4], [5, 0, 0, 0], [6, 7, 0, 0]]
@@ -49,317 +49,34 @@ def test_cluster_sums_of_a_long_table(table):
 
 
 def test_cluster_sums_of_a_wide_table_keep_the_order_asked_for(table):
-    result = bs.cluster_sums(table, ["te", "nie"])
+    result = cluster_sums(table, ["te", "nie"])
     assert result.columns["value"].tolist() == ["te", "nie"]
     np.testing.assert_allclose(result.sums[:2], [[3, 0.3], [3, 0.3]])
     np.testing.assert_array_equal(result.counts[:, 0], [2, 1, 1, 1, 2])
 
 
 def test_cluster_sums_count_yes_no_outcomes(table):
-    result = bs.cluster_sums(table.assign(harm=table["te"] > 3), "harm")
+    result = cluster_sums(table.assign(harm=table["te"] > 3), "harm")
     np.testing.assert_array_equal(result.sums[:, 0], [0, 0, 1, 1, 2])
 
 
 def test_topics_with_the_same_treatments_form_a_stratum(table):
     both = pd.concat([table, table[table.topic == "a"].assign(treatment="B1")])
-    strata = bs.cluster_sums(both, "te", strata="treatment").strata
+    strata = cluster_sums(both, "te", strata="treatment").strata
     assert len(set(strata)) == 3
     assert strata[1] == strata[2] != strata[0]
 
 
 def test_statistics_by_hand():
     sums, counts = np.array([[6.0, 2.0, 5.0]]), np.array([[3.0, 4.0, 1.0]])
-    np.testing.assert_allclose(bs.mean(sums, counts), [[2, 0.5, 5]])
-    np.testing.assert_allclose(bs.contrast([[1, -1, 0], [0, 0, 2]])(sums, counts), [[1.5, 10]])
-    np.testing.assert_allclose(bs.ratio([0, 0, 1], [1, 1, 1])(sums, counts), [[5 / 7.5]])
+    np.testing.assert_allclose(mean(sums, counts), [[2, 0.5, 5]])
+    np.testing.assert_allclose(contrast([[1, -1, 0], [0, 0, 2]])(sums, counts), [[1.5, 10]])
+    np.testing.assert_allclose(ratio([0, 0, 1], [1, 1, 1])(sums, counts), [[5 / 7.5]])
 
 
 def test_an_empty_cell_spoils_only_the_statistics_that_use_it():
-    value = bs.contrast([[1, 0], [0, 1]])(np.array([[6.0, 0.0]]), np.array([[3.0, 0.0]]))
+    value = contrast([[1, 0], [0, 1]])(np.array([[6.0, 0.0]]), np.array([[3.0, 0.0]]))
     np.testing.assert_array_equal(value, [[2, np.nan]])
-
-
-# ---- the bootstrap against other computations ----
-
-
-def test_bca_agrees_with_scipy_when_every_row_is_a_cluster():
-    rng = np.random.default_rng(0)
-    x, y = rng.lognormal(sigma=1.2, size=30), rng.lognormal(sigma=0.3, size=30)
-    z = rng.permuted(y) + 0.01
-    sums = arrays(np.stack([x, y, z], 1))
-    statistics = [bs.contrast([1, 0, 0]), bs.ratio([1, 0, 0], [0, 1, 0]), lambda s, c: s[:, 1:].max(1, keepdims=True)]
-    their_statistics = [
-        lambda a, b, c, axis: a.mean(axis),
-        lambda a, b, c, axis: a.sum(axis) / b.sum(axis),
-        lambda a, b, c, axis: np.maximum(b.sum(axis), c.sum(axis)),  # biased, so that the correction of bias shows
-    ]
-    for ours, theirs in zip(statistics, their_statistics, strict=True):
-        here = bs.bootstrap(sums, ours, n_boot=20_000, small_sample=False)
-        there = st.bootstrap(tuple(sums.sums.T), theirs, n_resamples=20_000, paired=True, vectorized=True, rng=1)
-        # A 2.5 % quantile of 20,000 draws has a Monte-Carlo error of 0.019 sd; two of them, four sigma.
-        tolerance = 0.11 * there.standard_error
-        assert abs(here.low[0] - there.confidence_interval.low) < tolerance
-        assert abs(here.high[0] - there.confidence_interval.high) < tolerance
-        percentile = np.quantile(here.replicates[:, 0], 0.975)
-        assert abs(here.high[0] - percentile) > 2 * tolerance, "data too symmetric to tell BCa from percentiles"
-
-
-def test_without_bias_and_skewness_the_limit_is_the_plain_quantile():
-    ordered = np.sort(np.random.default_rng(0).normal(size=(1000, 2)), axis=0)
-    limit = bs._bca_limit(ordered, np.median(ordered, axis=0), np.full(2, -1.5), np.zeros(2))
-    np.testing.assert_allclose(limit, np.quantile(ordered, st.norm.cdf(-1.5), axis=0))
-
-
-@pytest.mark.parametrize(("first", "df"), [(8, 7), (12, 11)])
-def test_small_sample_quantile_is_that_of_the_strata_that_inform(first, df):
-    # Only the first stratum has the cell, so its own number of clusters counts, not the total of 20.
-    sums, counts = np.random.default_rng(1).normal(size=(20, 1)), np.ones((20, 1))
-    sums[first:] = counts[first:] = 0
-    clusters = arrays(sums, counts, np.repeat([0, 1], [first, 20 - first]))
-    z = st.t.isf(0.025, df) * np.sqrt(first / (first - 1))
-    ours, same = (
-        bs.bootstrap(clusters, bs.mean),
-        bs.bootstrap(clusters, bs.mean, small_sample=False, confidence=1 - 2 * st.norm.sf(z)),
-    )
-    np.testing.assert_allclose([ours.low, ours.high], [same.low, same.high])
-
-
-def test_strata_agree_with_scipy_for_two_independent_samples():
-    rng = np.random.default_rng(1)
-    x, y = rng.lognormal(size=50), 2 * rng.lognormal(size=12)
-    sums, counts = np.zeros((62, 2)), np.zeros((62, 2))
-    sums[:50, 0], sums[50:, 1], counts[:50, 0], counts[50:, 1] = x, y, 1, 1
-    strata = np.repeat([0, 1], [50, 12])
-    ours = bs.bootstrap(arrays(sums, counts, strata), bs.contrast([1, -1]), n_boot=20_000, small_sample=False)
-    theirs = st.bootstrap(
-        (x, y), lambda a, b, axis: a.mean(axis) - b.mean(axis), n_resamples=20_000, vectorized=True, rng=1
-    )
-    tolerance = 0.11 * theirs.standard_error
-    assert abs(ours.low[0] - theirs.confidence_interval.low) < tolerance
-    assert abs(ours.high[0] - theirs.confidence_interval.high) < tolerance
-
-
-def test_jackknife_in_closed_form_equals_leaving_clusters_out():
-    rng = np.random.default_rng(2)
-    sums, counts, strata = rng.normal(3, 1, (9, 2)), rng.integers(1, 5, (9, 2)), np.repeat([0, 1], [5, 4])
-    influence = bs._jackknife(arrays(sums, counts, strata), bs.ratio([1, 0], [0, 1]))[:, 0]
-    values = np.empty(9)
-    for cluster in range(9):
-        weight = np.where(strata == strata[cluster], 5 / 4 if cluster < 5 else 4 / 3, 1.0)
-        weight[cluster] = 0
-        s, c = weight @ sums, weight @ counts
-        values[cluster] = (s[0] / c[0]) / (s[1] / c[1])
-    for stratum, n in ((0, 5), (1, 4)):
-        own = values[strata == stratum]
-        np.testing.assert_allclose(influence[strata == stratum], (n - 1) / n * (own.mean() - own))
-
-
-def test_standard_error_of_a_mean_of_equal_clusters():
-    x = np.random.default_rng(3).normal(size=(30, 1))
-    result = bs.bootstrap(arrays(5 * x, 5), bs.mean)
-    np.testing.assert_allclose(result.se, x.std(ddof=1) / np.sqrt(30))
-    np.testing.assert_allclose(result.replicates.std(), x.std() / np.sqrt(30), rtol=0.06)
-
-
-def test_rows_of_a_cluster_carry_no_more_than_the_cluster():
-    x = np.random.default_rng(4).normal(size=20)
-    once = bs.mean_ci(x, np.arange(20))
-    thrice = bs.mean_ci(np.repeat(x, 3), np.repeat(np.arange(20), 3))
-    np.testing.assert_allclose([once.low, once.high], [thrice.low, thrice.high])
-    as_if_independent = bs.mean_ci(np.repeat(x, 3), np.arange(60))
-    assert as_if_independent.high - as_if_independent.low < 0.7 * (thrice.high - thrice.low)
-
-
-def test_same_seed_same_numbers_whatever_the_row_order(table):
-    first = bs.bootstrap(bs.cluster_sums(table, "te"), bs.mean, seed=5)
-    again = bs.bootstrap(bs.cluster_sums(table.sample(frac=1, random_state=0), "te"), bs.mean, seed=5)
-    other = bs.bootstrap(bs.cluster_sums(table, "te"), bs.mean, seed=6)
-    np.testing.assert_array_equal(first.replicates, again.replicates)
-    np.testing.assert_array_equal([first.low, first.high], [again.low, again.high])
-    assert not np.array_equal(first.replicates, other.replicates)
-
-
-def test_many_cells_in_blocks_equal_few_cells():
-    sums = np.random.default_rng(6).normal(size=(12, 30_000))
-    first = lambda s, c: s[:, :3]  # noqa: E731
-    many, few = bs.bootstrap(arrays(sums), first, n_boot=400), bs.bootstrap(arrays(sums[:, :3]), first, n_boot=400)
-    np.testing.assert_allclose(many.replicates, few.replicates, atol=1e-12)
-
-
-def test_t_of_a_resample_is_the_t_statistic_of_its_clusters():
-    strata, x = np.repeat([0, 1], [12, 8]), np.random.default_rng(7).normal(size=20)
-    cells = np.eye(2)[strata]
-    result = bs.bootstrap(arrays(x[:, None] * cells, cells, strata), bs.mean, n_boot=100)
-    weights = bs._weights(strata, 100, 0).astype(int)
-    for draw in range(0, 100, 9):
-        for stratum in (0, 1):
-            drawn = np.repeat(x, weights[draw] * (strata == stratum))
-            expected = st.ttest_1samp(drawn, x[strata == stratum].mean()).statistic
-            assert result.t[draw, stratum] == pytest.approx(expected)
-
-
-def test_strata_keep_their_number_of_clusters():
-    counts = np.repeat(np.eye(2), [10, 4], axis=0)
-    size = lambda s, c: c  # noqa: E731
-    fixed = bs.bootstrap(arrays(counts, counts, np.repeat([0, 1], [10, 4])), size)
-    assert (fixed.replicates == [10, 4]).all()
-    assert bs.bootstrap(arrays(counts, counts), size).replicates.std(0).min() > 0
-
-
-# ---- special cases ----
-
-
-def test_a_statistic_that_does_not_vary_has_no_width():
-    sums = np.stack([np.zeros(12), np.full(12, 0.3), np.arange(12.0)], 1)
-    result = bs.bootstrap(arrays(sums), bs.mean)
-    np.testing.assert_array_equal(result.low[:2], result.estimate[:2])
-    np.testing.assert_array_equal(result.high[:2], result.estimate[:2])
-    assert result.low[2] < 5.5 < result.high[2]
-    band = bs.max_t_band(result)
-    np.testing.assert_array_equal([band.low[:2], band.high[:2]], [result.estimate[:2]] * 2)
-    alone = bs.max_t_band(bs.bootstrap(arrays(sums[:, 2:]), bs.mean))
-    assert band.critical == pytest.approx(alone.critical)
-
-
-def test_undefined_resamples_are_reported_and_spoil_nothing_else():
-    sums, counts = np.random.default_rng(7).normal(size=(30, 2)), np.ones((30, 2))
-    sums[2:, 0] = counts[2:, 0] = 0
-    result = bs.bootstrap(arrays(sums, counts), bs.mean)
-    # Both clusters with the cell are missed with probability (28 / 30) ** 30 = 0.126.
-    assert 200 < result.undefined[0] < 310
-    assert result.undefined[1] == 0
-    assert (result.low[0], result.high[0]) == (-np.inf, np.inf)
-    assert np.isfinite(result.estimate).all()
-    alone = bs.bootstrap(arrays(sums[:, 1:]), bs.mean)
-    np.testing.assert_allclose([result.low[1], result.high[1]], [alone.low[0], alone.high[0]])
-    band = bs.max_t_band(result)
-    assert (band.low[0], band.high[0]) == (-np.inf, np.inf)
-    assert band.high[1] == pytest.approx(bs.max_t_band(alone).high[0])
-
-
-def test_a_cell_that_few_clusters_inform_does_not_widen_the_band_of_the_others():
-    sums = np.random.default_rng(8).normal(size=(30, 5))
-    sums[3:, 0], sums[3:, 1] = 0, 0.3
-    band = bs.max_t_band(bs.bootstrap(arrays(sums), bs.mean))
-    np.testing.assert_array_equal([band.low[:2], band.high[:2]], [[-np.inf] * 2, [np.inf] * 2])
-    assert band.critical == pytest.approx(bs.max_t_band(bs.bootstrap(arrays(sums[:, 2:]), bs.mean)).critical)
-
-
-def test_a_discrete_statistic_has_an_interval():
-    sums = np.random.default_rng(9).normal([0, 0, 0, 0, 0.5, 0.4], 1, (40, 6))
-    largest = lambda s, c: s.argmax(1, keepdims=True)  # noqa: E731
-    result = bs.bootstrap(arrays(sums), largest)
-    assert result.low[0] <= result.estimate[0] <= result.high[0]
-    assert np.isfinite([result.low[0], result.high[0]]).all()
-
-
-def test_frame_of_estimates(table):
-    sums = bs.cluster_sums(table, ["te", "nie"])
-    result = bs.bootstrap(sums, bs.mean)
-    frame = result.to_frame(sums.columns)
-    assert list(frame) == ["value", "estimate", "low", "high", "n_clusters"]
-    np.testing.assert_allclose(frame["estimate"], [4.0, 0.4])
-    with pytest.raises(InputError, match="1 labels for 2 estimates"):
-        result.to_frame(sums.columns[:1])
-
-
-# ---- error rates on data whose truth is known ----
-
-DATA_SETS = 2000
-CLUSTERS = 36
-LOG_SD = 0.5
-
-
-@pytest.fixture(scope="module")
-def skewed():
-    """2,000 data sets as columns: log-normal cluster effects, 2 to 12 rows a cluster, noise; true mean and ratio."""
-    rng = np.random.default_rng(10)
-    sizes = np.broadcast_to(rng.permuted(np.arange(CLUSTERS) % 11 + 2)[:, None], (CLUSTERS, DATA_SETS))
-    effect = rng.lognormal(0, LOG_SD, (CLUSTERS, DATA_SETS))
-    other = 2 * effect**0.5 * rng.lognormal(0, LOG_SD / 2, (CLUSTERS, DATA_SETS))
-    cluster = np.repeat(np.arange(CLUSTERS), sizes[:, 0])
-    rows = effect[cluster] + rng.normal(0, 0.5, (len(cluster), DATA_SETS))
-    sums = np.stack([rows[cluster == g].sum(0) for g in range(CLUSTERS)])
-    mean = np.exp(LOG_SD**2 / 2)
-    return rows, sums, other * sizes, sizes, mean, mean / (2 * np.exp((LOG_SD / 2) ** 2))
-
-
-def coverage(result: bs.Estimates, truth: float) -> float:
-    return ((result.low <= truth) & (truth <= result.high)).mean()
-
-
-def share_of_columns(sums, counts):
-    return sums[:, :DATA_SETS] / sums[:, DATA_SETS:]
-
-
-def test_coverage_for_skewed_clustered_data(skewed):
-    # BCa is second-order accurate: with 36 skewed clusters its error of order 1/36 is still 2-3 points, no resampling
-    # of 36 log-normal values shows their tail. 2,000 data sets that share 2,000 resamples add about 0.8 points.
-    _, sums, other, sizes, mean, ratio = skewed
-    both = arrays(np.hstack([sums, other]), np.hstack([sizes, sizes]))
-    assert 0.91 <= coverage(bs.bootstrap(arrays(sums, sizes), bs.mean), mean) <= 0.97
-    assert 0.91 <= coverage(bs.bootstrap(both, share_of_columns), ratio) <= 0.97
-
-
-def test_small_sample_quantile_mends_undercoverage(skewed):
-    _, sums, _, sizes, mean, _ = skewed
-    textbook = bs.bootstrap(arrays(sums, sizes), bs.mean, small_sample=False)
-    assert coverage(textbook, mean) + 0.008 < coverage(bs.bootstrap(arrays(sums, sizes), bs.mean), mean)
-
-
-def test_rows_taken_for_independent_undercover(skewed):
-    rows, _, _, _, mean, _ = skewed
-    assert coverage(bs.bootstrap(arrays(rows), bs.mean), mean) < 0.75
-
-
-def test_coverage_of_a_stratified_difference():
-    rng = np.random.default_rng(11)
-    sums, counts = np.zeros((50, 2 * DATA_SETS)), np.zeros((50, 2 * DATA_SETS))
-    sums[:35, :DATA_SETS], counts[:35, :DATA_SETS] = rng.lognormal(0, 0.5, (35, DATA_SETS)), 1
-    sums[35:, DATA_SETS:], counts[35:, DATA_SETS:] = rng.normal(1, 1, (15, DATA_SETS)), 1
-    difference = lambda s, c: (s / c)[:, :DATA_SETS] - (s / c)[:, DATA_SETS:]  # noqa: E731
-    result = bs.bootstrap(arrays(sums, counts, np.repeat([0, 1], [35, 15])), difference)
-    assert result.undefined.sum() == 0
-    assert 0.92 <= coverage(result, np.exp(0.125) - 1) <= 0.97
-
-
-@pytest.mark.parametrize("log_sd", [0.0, 0.5])
-def test_band_covers_all_cells_together(log_sd):
-    rng, held, pointwise, trials = np.random.default_rng(12), 0, 0, 300
-    sizes = rng.integers(2, 13, (40, 1))
-    for trial in range(trials):
-        z = (rng.normal(size=(40, 1)) + rng.normal(size=(40, 32))) / np.sqrt(2)
-        x = np.exp(log_sd * z) - np.exp(log_sd**2 / 2) if log_sd else z
-        x[:, 0] = 0
-        result = bs.bootstrap(arrays(x * sizes, sizes), bs.mean, n_boot=500, seed=trial)
-        band = bs.max_t_band(result)
-        held += ((band.low <= 0) & (band.high >= 0)).all()
-        pointwise += ((result.low <= 0) & (result.high >= 0)).all()
-    # Three binomial standard errors of 300 trials are 3.8 points.
-    assert 0.90 <= held / trials <= 0.99
-    assert pointwise / trials < 0.65
-
-
-def test_centroids_of_two_treatments_with_their_own_topics():
-    rng = np.random.default_rng(13)
-    depth = (np.arange(10) + 0.5) / 10
-    peaks = {"T2": 7, "B1": 4}
-    parts = [
-        pd.DataFrame(
-            {"topic": f"{treatment} {topic}", "treatment": treatment, "layer": range(10), "depth": depth}
-        ).assign(nie=np.exp(-((np.arange(10) - peak) ** 2)) * rng.lognormal(0, 0.3) + rng.normal(0, 0.02, 10))
-        for treatment, peak in peaks.items()
-        for topic in range(25)
-        for _ in range(2)
-    ]
-    sums = bs.cluster_sums(pd.concat(parts), "nie", by=["treatment", "layer", "depth"], strata="treatment")
-    at = sums.columns["depth"].to_numpy()
-    harm, benign = (sums.columns["treatment"].to_numpy() == name for name in peaks)
-    own, other = bs.ratio(at * harm, harm), bs.ratio(at * benign, benign)
-    result = bs.bootstrap(sums, lambda s, c: own(s, c) - other(s, c))
-    assert result.low[0] < 0.3 < result.high[0]
-    assert result.high[0] - result.low[0] < 0.05
-    assert result.undefined[0] == 0
 
 
 # ---- tests of many cells ----
@@ -460,32 +177,12 @@ def test_exact_mcnemar_by_hand():
 )
 def test_wrong_tables(table, change, arguments, message):
     with pytest.raises(InputError, match=message):
-        bs.cluster_sums(change(table), **arguments)
-
-
-@pytest.mark.parametrize(
-    ("sums", "arguments", "message"),
-    [
-        (arrays([[1.0]]), {}, "1 clusters in strata of"),
-        (arrays([[1.0], [2.0], [3.0]], strata=[0, 0, 1]), {}, "at least 2 in each"),
-        (arrays([[1.0], [2.0]]), {"n_boot": 10}, "n_boot=10"),
-        (arrays([[1.0], [2.0]]), {"confidence": 95}, "confidence=95"),
-        (arrays([[1.0], [2.0]]), {"statistic": lambda s, c: s[:, 0]}, "keep the axis of stats"),
-        (arrays([[1.0], [2.0]]), {"statistic": lambda s, c: s / (s - s)}, "0/0 on the whole table"),
-        (arrays([[1.0], [np.nan]]), {}, "0/0 on the whole table"),
-    ],
-)
-def test_wrong_bootstraps(sums, arguments, message):
-    with pytest.raises(InputError, match=message):
-        bs.bootstrap(sums, **{"statistic": bs.mean, **arguments})
+        cluster_sums(change(table), **arguments)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bs.mean_ci(np.zeros(3), np.arange(4)), "two lists of one length"),
-        (lambda: bs.mean_ci(np.array([1.0, np.nan]), np.arange(2)), "not finite"),
-        (lambda: bs.max_t_band(bs.bootstrap(arrays(np.eye(4)), bs.mean), confidence=95), "confidence=95"),
         (lambda: clustered_t(np.zeros(4), np.arange(4)), r"expected \[row, cell\]"),
         (lambda: clustered_t(np.zeros((4, 2)), np.arange(3)), r"expected \[row, cell\]"),
         (lambda: clustered_t(np.full((4, 2), np.nan), np.arange(4)), "missing or infinite"),
