@@ -110,24 +110,20 @@ def continuations(
     return Continuations(answer, answer_mask, refusal, refusal_mask)
 
 
+@torch.no_grad()
 def _forced(
     subject: Subject, prompt: Int[Tensor, "pair pos"], camp: Sequence[int], steps: int
 ) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
-    logits = subject.model(prompt, logits_to_keep=1).logits[:, -1, list(camp)]
-    opener = torch.tensor(camp, device=prompt.device)[logits.argmax(-1)]
-    forced = torch.cat([prompt, opener[:, None]], dim=1)
-    ends = _end_tokens(subject)
-    generated = subject.model.generate(
-        forced,
-        attention_mask=torch.ones_like(forced),
-        max_new_tokens=steps - 1,
-        do_sample=False,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-    )[:, prompt.shape[1] :]
-    is_end = torch.isin(generated, torch.tensor(ends, device=prompt.device, dtype=generated.dtype))
+    # Not the library's generate: it would apply the model's own repetition penalty and the like.
+    out = subject.model(prompt, use_cache=True, logits_to_keep=1)
+    opener = torch.tensor(camp, device=prompt.device)[out.logits[:, -1, list(camp)].argmax(-1)]
+    text, ends = opener[:, None], torch.tensor(_end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
+    while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
+        out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
+    is_end = torch.isin(text, ends)
     # The first end token belongs to the text (stopping is part of it), what follows is padding.
-    return generated, is_end.cumsum(-1) - is_end.long() == 0
+    return text, is_end.cumsum(-1) - is_end.long() == 0
 
 
 def _end_tokens(subject: Subject) -> list[int]:
