@@ -30,7 +30,8 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sa
 
 def run_all() -> int:
     """Exit status: 1 if any check failed."""
-    outcomes = [_step(name, command, launch.quiet()) for name, command in STYLE.items()]
+    unseen = launch.quiet() | {"MPLBACKEND": "Agg"}
+    outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()

@@ -45,6 +45,7 @@ FLAGS = {
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
     "--figures --name none": "no results of 'none'",
+    "--figures": "no result tables in results/embedded",
     "--test --force": "--test goes alone",
 }
 

@@ -81,9 +81,9 @@ def test_nothing_to_do_takes_under_two_seconds(toy_done: Toy, tmp_path: Path) ->
 
 def fake_environment(toy: Toy, place: Path) -> Path:
     """An active environment whose stamp says that it is filled; its Python can only do what needs no package."""
-    subprocess.run(["python3.11", "-m", "venv", "--without-pip", str(place)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
     code = "import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], 'rb').read()).hexdigest(), end='')"
-    command = ["python3.11", "-c", code, str(toy.root / "requirements.lock")]
+    command = [sys.executable, "-c", code, str(toy.root / "requirements.lock")]
     stamp = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (place / "companion-lock.sha256").write_text(stamp)
     return place
