@@ -22,7 +22,7 @@ from helpers.grid_patch import projection
 from helpers.readout import is_centred, logits, norm_gain, read_positions
 from helpers.subject_parts import Subject, written_vectors
 
-CACHED = 1 << 17  # numbers that stay in a core's cache while they are exponentiated
+CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
 BLOCK = 1 << 24  # numbers of the neuron-by-vocabulary table that are alive at once
 
 
@@ -117,7 +117,7 @@ def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
         table = terms.vectors[block] @ terms.unembed.T
         for i in range(len(z)):
             inverse, factor = terms.inverse_scale[i, block, None], terms.change[i, block, None]
-            for part in _blocks(len(table), CACHED // len(terms.unembed)):
+            for part in _blocks(len(table), (CACHED if table.device.type == "cpu" else BLOCK) // len(terms.unembed)):
                 shifted = (z[i] * inverse[part]).addcmul_(table[part], factor[part] * inverse[part]).add_(terms.bias)
                 result[i, block][part] = _log_sum_exp(shifted)
     return result + top * terms.inverse_scale

@@ -94,7 +94,7 @@ def replay_noise(subject: Subject, run: CleanRun) -> float:
     `helpers.screen.precision_noise`.
     """
     last = run.tokens.shape[1] - 1
-    again = sweep(subject, run, run, [Stretch((), 0, -1, last)], torch.full((len(run.tokens), 1), last))
+    again = sweep(subject, run, run, [Stretch((), 0, -1, last)], torch.full_like(run.tokens[:, :1], last))
     return float((logits(subject, again[:, 0, 0]) - logits(subject, run.resid_post[-1][:, -1])).abs().max())
 
 

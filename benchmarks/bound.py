@@ -1,0 +1,64 @@
+"""The least arithmetic that an exact answer needs on the grid, in seconds of dense matrix products on this machine."""
+
+import time
+
+import torch
+
+from benchmarks.shapes import Job, Shape, Workload
+
+
+def product_rate(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+    """Measured multiply-adds times two a second, for the MLP's product on two thousand rows: what this machine can do."""
+    rows = torch.randn(2000, shape.d_model, device=device, dtype=dtype)
+    weight = torch.randn(shape.d_mlp, shape.d_model, device=device, dtype=dtype)
+    best, spent = 0.0, 0.0
+    while spent < seconds:
+        start = time.perf_counter()
+        for _ in range(5):
+            torch.nn.functional.linear(rows, weight)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        best, spent = max(best, 5 * 2 * rows.shape[0] * weight.numel() / took), spent + took
+    return best
+
+
+def minimal_operations(shape: Shape, workload: Workload) -> float:
+    """Floating-point operations of the cells that change, of what is read, and nothing else; attention scores not counted."""
+    first = shape.n_pos // 2 if workload.pairs == "minimal" else 0
+    jobs = [job for job in workload.jobs if job.position >= first]
+    rows = shape.vocabulary if workload.log_prob else 2
+    if workload.name.startswith("all neurons"):  # the table of neurons by rows serves every pair
+        return 2.0 * shape.d_model * rows * (shape.d_mlp + shape.n_pairs)
+    read = 2.0 * shape.d_model * rows
+    return shape.n_pairs * sum(_own_layer(shape, job) + _above(shape, job) + read for job in jobs)
+
+
+def _own_layer(shape: Shape, job: Job) -> float:
+    """The MLP behind an edited attention output, at one position."""
+    return _mlp(shape) if job.site in ("attn_out", "head") else 0.0
+
+
+def _above(shape: Shape, job: Job) -> float:
+    """Full layers on all later positions; at the top all positions give keys and values, one is read."""
+    tokens, layers = shape.n_pos - job.position, shape.n_layers - 1 - job.layer
+    if layers == 0:
+        return 0.0
+    attention = 2.0 * shape.d_model**2 * 2  # queries and output
+    keys = 2.0 * shape.d_model * _key_width(shape) * 2
+    whole = tokens * (attention + keys + _mlp(shape))
+    return (layers - 1) * whole + tokens * keys + attention + _mlp(shape)
+
+
+def _mlp(shape: Shape) -> float:
+    return 2.0 * 3 * shape.d_model * shape.d_mlp
+
+
+def _key_width(shape: Shape) -> int:
+    return shape.d_model // shape.n_heads * shape.n_key_heads
+
+
+def clean_operations(shape: Shape) -> float:
+    """One forward pass of all pairs up to the final norm."""
+    layer = 2.0 * shape.d_model * (2 * shape.d_model + 2 * _key_width(shape)) + _mlp(shape)
+    return shape.n_pairs * shape.n_pos * shape.n_layers * layer

@@ -1,0 +1,76 @@
+"""Figures and tables of the benchmarks, beside the other results: results/benchmarks and figures/benchmarks."""
+
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from helpers import plots, store
+from helpers.figures import save_figure
+from helpers.paths import results_dir
+
+SLUG = "benchmarks"
+BOUND = "arithmetic"
+
+
+def save_peers(table: pd.DataFrame, name: str) -> None:
+    """The comparison as CSV and as a figure."""
+    store.write_table(table, results_dir(SLUG) / f"{name}.csv")
+    ours = table[table.tool == "this repository"]
+    best = table[~table.tool.isin(["this repository", BOUND])].groupby("workload").times_ours.min()
+    said = "; ".join(f"{work}: {best[work]:.0f} times" for work in ours.workload if work in best.index)
+    with rc_context(plots.STYLE):
+        save_figure(
+            _peers(table), name, SLUG, alt=f"Seconds by tool and workload, log scale. Best peer against ours: {said}"
+        )
+
+
+def save_scaling(table: pd.DataFrame, name: str) -> None:
+    """Cost against size as CSV and as a figure."""
+    store.write_table(table, results_dir(SLUG) / f"{name}.csv")
+    worst = (table.seconds / table.bound).max()
+    alt = f"Seconds against pairs, layers, positions, neurons and tokens, with the arithmetic bound; at most {worst:.1f} times it"
+    with rc_context(plots.STYLE):
+        save_figure(_scaling(table), name, SLUG, alt=alt)
+
+
+def _peers(table: pd.DataFrame) -> Figure:
+    works = list(dict.fromkeys(table.workload))
+    figure = Figure(figsize=(7.5, 0.6 * len(works) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    for k, (tool, part) in enumerate(table[table.tool != BOUND].groupby("tool", sort=False)):
+        y = [works.index(work) for work in part.workload]
+        axes.plot(part.seconds, y, plots.MARKERS[k], color=plots.OKABE_ITO[k], label=tool, ms=6)
+    least = table[table.tool == BOUND]
+    axes.plot(
+        least.seconds,
+        [works.index(work) for work in least.workload],
+        "|",
+        color="black",
+        ms=14,
+        label="arithmetic bound",
+    )
+    axes.set(xscale="log", xlabel="seconds (log scale)", yticks=range(len(works)), yticklabels=works)
+    axes.invert_yaxis()
+    facts = table.iloc[0]
+    axes.set_title("Exact interventions: the same numbers, by tool")
+    figure.supxlabel(f"{facts.processor}, {facts.threads} thread(s), torch {facts.torch}", fontsize=7)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.3, -0.2))
+    return figure
+
+
+def _scaling(table: pd.DataFrame) -> Figure:
+    factors = list(dict.fromkeys(table.factor))
+    figure = Figure(figsize=(2.3 * len(factors), 3.0), layout="constrained")
+    for axes, factor in zip(figure.subplots(1, len(factors), sharey=True), factors, strict=True):
+        part = table[table.factor == factor]
+        axes.plot(part["size"], part.seconds, "o-", color=plots.OKABE_ITO[0], ms=4, label="measured")
+        axes.plot(part["size"], part.bound, "s--", color=plots.OKABE_ITO[1], ms=4, label="arithmetic bound")
+        axes.set(xscale="log", yscale="log", xlabel=factor, xticks=part["size"], xticklabels=part["size"])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.axes[0].set_ylabel("seconds")
+    figure.axes[0].legend(fontsize=7)
+    facts = table.iloc[0]
+    figure.suptitle("Cost of exact interventions against size", fontsize=10, fontweight="bold")
+    figure.supxlabel(f"{facts.processor}, {facts.threads} thread(s), torch {facts.torch}", fontsize=7)
+    return figure
