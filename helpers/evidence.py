@@ -17,6 +17,7 @@ from helpers import bootstrap as bs
 from helpers import stats
 from helpers.depth import LATE, depth
 from helpers.errors import InputError
+from helpers.evidence_rows import mean_row, row, share_row
 
 COMPONENTS = ("attn_out", "mlp_out")
 GATE = 0.5
@@ -66,37 +67,6 @@ def unsaturated_ids(table: pd.DataFrame) -> set[str]:
     clean = table[table.outcome == "Y1"].drop_duplicates("pair_id")
     bound = np.log((1 - SATURATED) / SATURATED)
     return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
-
-
-def row(
-    model: str, claim: str, quantity: str, variant: str, estimates: bs.Estimates, n_pairs: int, index: int = 0
-) -> dict[str, object]:
-    """One row of an evidence table from one entry of an `Estimates`."""
-    return {
-        "model": model,
-        "claim": claim,
-        "quantity": quantity,
-        "variant": variant,
-        "estimate": float(estimates.estimate[index]),
-        "ci_low": float(estimates.low[index]),
-        "ci_high": float(estimates.high[index]),
-        "n_pairs": n_pairs,
-        "n_topics": estimates.n_clusters,
-        "note": "",
-    }
-
-
-def share_row(
-    model: str, claim: str, quantity: str, variant: str, estimates: bs.Estimates | None, table: pd.DataFrame
-) -> list[dict[str, object]]:
-    """The row of a share measured on the table's test pairs, or no row where the share is not defined."""
-    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
-    return [] if estimates is None else [row(model, claim, quantity, variant, estimates, n_pairs)]
-
-
-def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
-    """One row with the mean of a column over pairs."""
-    return row(model, claim, quantity, "main", bs.bootstrap(stats.cluster_sums(table, value), stats.mean), len(table))
 
 
 def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
@@ -159,8 +129,8 @@ def centroids(
     returned list of names, harm first. Topics are drawn within harm and within each benign behaviour.
     """
     table = pd.concat([harm, benign], ignore_index=True)
-    test = table[table.split == "test"]
-    sums = stats.cluster_sums(test, value, by=["treatment", "site", "layer"], strata="treatment")
+    test = stratified(table[table.split == "test"])
+    sums = stats.cluster_sums(test, value, by=["treatment", "site", "layer"], strata="stratum")
     weight = positive_cells(table[table.split == "discover"], value, sums.columns).astype(float)
     at = depth(sums.columns["layer"], n_layers)
     names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
@@ -173,6 +143,13 @@ def centroids(
         return np.concatenate([own[:, :1] - own[:, 1:].mean(axis=1, keepdims=True), own], axis=1)
 
     return bs.bootstrap(sums, statistic), harm.loc[harm.split == "test", "pair_id"].nunique(), names
+
+
+def stratified(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a `stratum`: the treatments that a topic serves; topics alone in theirs join the largest one."""
+    serves = table.groupby("topic")["treatment"].agg(lambda names: " ".join(sorted(set(names))))
+    sizes = serves.value_counts()
+    return table.assign(stratum=table["topic"].map(serves.where(serves.map(sizes) > 1, sizes.index[0])))
 
 
 def primary(table: pd.DataFrame) -> str:
@@ -192,8 +169,8 @@ def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequenc
 
 
 def enough(table: pd.DataFrame, least: int = 2) -> bool:
-    """True if discover and test both hold pairs, the latter of at least `least` topics."""
-    return (table.split == "discover").any() and table.loc[table.split == "test", "topic"].nunique() >= least
+    """True if discover and test both hold pairs of at least `least` topics."""
+    return all(table.loc[table.split == split, "topic"].nunique() >= least for split in ("discover", "test"))
 
 
 def c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
@@ -216,10 +193,16 @@ def c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]
 
 
 def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
-    """Component effects of the benign behaviours whose TE passes the gate on discover: |mean TE| >= 0.5 log-odds."""
-    parts = [select(table, name, VARIANTS[0]) for name in sorted(set(table.treatment)) if name.startswith("B")]
-    kept = [part for part in parts if enough(part) and abs(part.loc[part.split == "discover", "te"].mean()) >= GATE]
-    return signed(pd.concat(kept, ignore_index=True)) if kept else table.iloc[:0]
+    """Component effects of the benign behaviours that have some, and whose TE passes the gate on discover."""
+    kept = []
+    for name in sorted(name for name in set(table.treatment) if name.startswith("B")):
+        part = select(table, name, VARIANTS[0])
+        discover = part[part.split == "discover"]
+        if enough(part) and abs(discover.te.mean()) >= GATE:
+            part = signed(part)
+            cells = part[["site", "layer"]].drop_duplicates()
+            kept += [part] if positive_cells(part[part.split == "discover"], "nie", cells).any() else []
+    return pd.concat(kept, ignore_index=True) if kept else table.iloc[:0]
 
 
 def c2(
@@ -232,7 +215,7 @@ def c2(
     """
     rows: list[dict[str, object]] = []
     treatment = primary(totals)
-    if not treatment.startswith("T2"):
+    if treatment not in ("T2", "T2-T2b"):
         return rows
     for variant in VARIANTS:
         chosen = select(totals, treatment, variant)
@@ -247,5 +230,6 @@ def c2(
     for quantity, effects in (("MLP share of NIE", total), ("MLP share of direct effects", written)):
         raw = {} if effects is total else {"main": None}  # the raw total is the first variant above
         for name, scale in {**raw, **scales}.items():
-            rows += share_row(model, "C2", quantity, name, mlp_share(effects, scale=scale), effects)
+            if enough(effects):
+                rows += share_row(model, "C2", quantity, name, mlp_share(effects, scale=scale), effects)
     return rows

@@ -13,7 +13,7 @@ import pandas as pd
 
 from helpers import bootstrap as bs
 from helpers import stats
-from helpers.evidence import signed
+from helpers.evidence import signed, stratified
 
 
 def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
@@ -78,7 +78,7 @@ def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:
     """
     table = signed(pd.concat([harm, benign], ignore_index=True))
     sums = stats.cluster_sums(
-        table[table.split == "test"], ["nie", "te"], by=["treatment", "site", "layer"], strata="treatment"
+        stratified(table[table.split == "test"]), ["nie", "te"], by=["treatment", "site", "layer"], strata="stratum"
     )
     columns = sums.columns
     cells = columns.loc[columns.treatment == harm.treatment.iloc[0], ["site", "layer"]].drop_duplicates()
