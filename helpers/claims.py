@@ -105,8 +105,11 @@ def c2(rows: Rows) -> Verdict:
     flips = [name for name in ("per patch norm", "per parameter") if controls.flips(rows, name, total, direct)]
     reason = f"MLP share {_interval(direct)} of direct effects, {_interval(total)} of indirect effects"
     reason += f"; the side changes {' and '.join(flips)}" if flips else "; the same side in every normalisation"
-    # The binding share is the one nearer to its threshold: it alone decides.
-    binding = min(total, direct, key=lambda row: row.ci_low)
+    # Shown is the share that decides: both must pass, so the one that is further from doing so.
+    if verdict == "contradicted":
+        binding = max(total, direct, key=lambda row: row.ci_high)
+    else:
+        binding = min(total, direct, key=lambda row: row.ci_low)
     made = _verdict(rows, binding, verdict, checks, reason)
     robust = controls.robust(rows, "C2", "MLP share of NIE", lambda row: row.ci_low >= 0.60)
     dependent = ("normalisation-dependent",) if flips else ()
@@ -145,7 +148,7 @@ def _gate(rows: Rows, claim: str, treatment: str) -> Verdict | None:
         return Verdict(rows.model, claim, "not testable", f"the prompt set has no {missing}: supply some")
     if effect.n_topics < MIN_TOPICS:
         reason = f"{effect.n_topics} topics of {treatment} in the test split, {MIN_TOPICS} needed"
-    elif effect.ci_low <= 0 <= effect.ci_high or abs(effect.estimate) < GATE:
+    elif not (effect.ci_low > 0 or effect.ci_high < 0) or not abs(effect.estimate) >= GATE:  # NaN stops here too
         reason = f"TE of {treatment} is {_interval(effect)} log-odds: nothing to mediate (gate: |TE| >= {GATE})"
     else:
         return None

@@ -38,7 +38,7 @@ def benign(rows: Rows) -> str:
     """The centroid comparison rests on at least five benign behaviours that passed the gate."""
     if rows.find("C1", "centroid difference") is None:
         return "not run"
-    used = rows.table[rows.table.quantity.str.fullmatch(r"centroid B\d+")]
+    used = rows.table[rows.table.quantity.str.startswith("centroid B")]
     return "passed" if len(used) >= MIN_BENIGN else "failed"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,8 +60,13 @@ def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
 
 
 def records(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
-    """The ledger for `claims.json`; `error_rates` is None where the rule's error rates were not measured."""
-    return [{**asdict(verdict), "tags": list(verdict.tags), "error_rates": None} for verdict in verdicts]
+    """The ledger for `claims.json`, where an interval without limits and `error_rates` not measured are None."""
+    made = []
+    for verdict in verdicts:
+        numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
+        finite = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
+        made.append({**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": None})
+    return made
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
@@ -77,8 +83,8 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     lines = ["| model | claim | verdict | estimate | tags | reason |", "| --- | --- | --- | --- | --- | --- |"]
     for one in verdicts:
         numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
-        tags = ", ".join(one.tags)
-        lines.append(f"| {one.model} | {one.claim} | {one.verdict} | {numbers} | {tags} | {one.reason} |")
+        cells = (one.model, one.claim, one.verdict, numbers, ", ".join(one.tags), one.reason)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
