@@ -39,16 +39,17 @@ def shared_token_features(
     for group in batches(pairs):
         batch = run_clean(subject, group)
         mask = torch.tensor(positions.stack(group, header, "shared"), device=subject.device)[..., None]
-        sides = [(run.resid_post[layer] * mask).sum(1) / mask.sum(1) for run in (batch.control, batch.treated)]
+        n_shared = mask.sum(1).clamp(min=1)  # a pair may share no token: then there is nothing to read
+        sides = [(run.resid_post[layer] * mask).sum(1) / n_shared for run in (batch.control, batch.treated)]
         rows.append(torch.stack(sides, dim=1).float().cpu().numpy())
         ordered += group
     return ordered, np.concatenate(rows)
 
 
 def token_counts(pairs: Sequence[TokenPair]) -> Float[np.ndarray, "pair side vocab"]:
-    """How often each token id occurs in the control (side 0) and treated prompt (side 1)."""
-    size = 1 + max(int(max(p.control.max(), p.treated.max())) for p in pairs)
-    sides = [[np.bincount(ids, minlength=size) for ids in (p.control, p.treated)] for p in pairs]
+    """How often each token that occurs at all is in the control (side 0) and treated prompt (side 1)."""
+    used = np.unique(np.concatenate([ids for p in pairs for ids in (p.control, p.treated)]))
+    sides = [[(used[:, None] == ids).sum(1) for ids in (p.control, p.treated)] for p in pairs]
     return np.array(sides, dtype=float)
 
 
@@ -115,6 +116,9 @@ def c3(subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model:
             effect, total = (sums.columns["value"] == name for name in ("nie0", "te"))
             psi = bs.bootstrap(sums, stats.ratio(effect, total))
             rows.append(row(model, "C3", "psi0 early, shared tokens", variant, psi, len(part)))
+    topics_of = {name: {p.pair.topic for p in pairs if p.pair.split == name} for name in ("discover", "test")}
+    if not topics_of["discover"] or len(topics_of["test"]) < 2:
+        return rows
     ordered, residual = shared_token_features(subject, pairs, layer)
     split = np.array([p.pair.split for p in ordered])
     test = split == "test"
