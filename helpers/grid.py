@@ -89,7 +89,7 @@ def direct(
         cols = columns(patch)
         old, new = written(subject, base, source, patch, cols)
         change = torch.zeros_like(base.resid_post[-1])
-        change[:, cols] = torch.where(patch.positions[:, cols, None], new - old, 0)
+        change[:, cols] = new - old
         results.append(clean + change.gather(1, positions[..., None].expand(-1, -1, subject.d_model)))
     return torch.stack(results, dim=1)
 

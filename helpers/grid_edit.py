@@ -45,7 +45,7 @@ def enter(
         new = edited[i] if i in edited else _above(base, e.patch, cols[i], writes[i])
         state = clean_stretch(base, layer, e.start, e.end).clone()
         inside = [c - e.start for c in cols[i]]
-        state[:, inside] = torch.where(e.patch.positions[:, cols[i], None], new, state[:, inside])
+        state[:, inside] = new
         states.append(state)
     return states
 

@@ -8,7 +8,7 @@ on them, done in one place (`estimands`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,22 +130,28 @@ def effects(
     subject: Subject,
     pairs: Sequence[TokenPair],
     openers: Mapping[str, Openers],
-    wanted: Sequence[Mediator],
+    wanted: Sequence[Mediator] | Callable[[str], Sequence[Mediator]],
     names: Sequence[str] = ("Y1",),
+    *,
+    watch: Callable[[Batch], None] | None = None,
 ) -> pd.DataFrame:
     """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
 
-    `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control
-    run's, in all four cells, so that direct effects add up).
+    `wanted` may depend on the treatment. `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the
+    final norm's scale held at the control run's, in all four cells, so that direct effects add up). `watch` is shown
+    every batch of clean runs, for what else is to be read off them.
     """
     header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
     tables = []
     for group in progress(batches(pairs), desc="mediation"):
+        treatment = group[0].pair.treatment
+        chosen = wanted(treatment) if callable(wanted) else wanted
         batch = run_clean(subject, group)
-        patched = final_residuals(subject, batch, wanted, header)
+        if watch:
+            watch(batch)
+        patched = final_residuals(subject, batch, chosen, header)
         for name in names:
-            cells = _score(subject, batch, patched, openers[group[0].pair.treatment], name)
-            tables.append(tidy(group, wanted, name, cells))
+            tables.append(tidy(group, chosen, name, _score(subject, batch, patched, openers[treatment], name)))
     return estimands(pd.concat(tables, ignore_index=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,9 @@ from helpers.subject import Subject, load, untrained_twin
 from helpers.tokens import Openers, TokenPair
 
 SMOKE_PAIRS = 24
+RELATIVE_PAIRS = 120
 LAYER_SITES = ("resid_post", *COMPONENTS)
+DIRECT_SITES = tuple(f"{site}.direct" for site in COMPONENTS)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ def relatives(model: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != own) if is_shipped(model) else ()
 
 
+CLEAN = ["pair_id", "topic", "treatment", "split", "y00", "y11", "te", "joint", "earliest", "distance"]
+
+
 def clean_outcomes(study: Study) -> pd.DataFrame:
     """One row a pair: Y1 of both clean runs, TE, joint probability of the openers, and the light cone.
 
@@ -117,21 +122,25 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
     at the last token can differ (the number of layers where none can); `distance` the tokens from the last difference
     to the last token.
     """
-    rows = []
-    for group in progress(mediation.batches(study.pairs), desc="clean runs"):
-        batch = mediation.run_clean(study.subject, group)
-        openers = study.openers[group[0].pair.treatment]
-        final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
-        y00, y11 = (outcomes.log_odds(study.subject, resid, openers).tolist() for resid in final)
-        camps = [outcomes.camp_probabilities(study.subject, resid, openers) for resid in final]
-        joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
-        earliest = light_cone.earliest_layers(batch.control, group)
-        for i, pair in enumerate(group):
-            layer = study.subject.n_layers if earliest[i] is None else earliest[i]
-            values = (y00[i], y11[i], y11[i] - y00[i], float(joint[i]), layer, positions.distance(pair))
-            rows.append((pair.pair.id, pair.pair.topic, pair.pair.treatment, pair.pair.split, *values))
-    names = ("pair_id", "topic", "treatment", "split", "y00", "y11", "te", "joint", "earliest", "distance")
-    return pd.DataFrame(rows, columns=list(names))
+    groups = progress(mediation.batches(study.pairs), desc="clean runs")
+    rows = [row for group in groups for row in _clean_rows(study, mediation.run_clean(study.subject, group))]
+    return pd.DataFrame(rows, columns=CLEAN)
+
+
+def _clean_rows(study: Study, batch: mediation.Batch) -> list[tuple[object, ...]]:
+    openers = study.openers[batch.pairs[0].pair.treatment]
+    final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
+    y00, y11 = (outcomes.log_odds(study.subject, resid, openers).tolist() for resid in final)
+    camps = [outcomes.camp_probabilities(study.subject, resid, openers) for resid in final]
+    joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
+    earliest = light_cone.earliest_layers(batch.control, batch.pairs)
+    rows: list[tuple[object, ...]] = []
+    for i, token_pair in enumerate(batch.pairs):
+        pair = token_pair.pair
+        layer = study.subject.n_layers if earliest[i] is None else earliest[i]
+        values = (y00[i], y11[i], y11[i] - y00[i], float(joint[i]), layer, positions.distance(token_pair))
+        rows.append((pair.id, pair.topic, pair.treatment, pair.split, *values))
+    return rows
 
 
 def clean_difference(clean: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
@@ -144,25 +153,9 @@ def clean_difference(clean: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFr
     return pd.concat([clean, harmful.assign(treatment="T2-T2b", joint=joint, **columns)], ignore_index=True)
 
 
-def layer_effects(study: Study, names: Sequence[str] = ("Y1", "Y1.frozen")) -> pd.DataFrame:
-    """Residual stream, attention and MLP outputs of every layer at the last token, for every treatment.
-
-    For T1 the residual stream is also patched at the shared tokens (`shared`), which C3 needs.
-    """
-    wanted = mediation.mediators(study.subject, LAYER_SITES)
-    parts = [mediation.effects(study.subject, study.pairs, study.openers, wanted, names)]
-    recognition = study.of("T1")
-    if recognition:
-        shared = mediation.mediators(study.subject, ["resid_post"], ["shared"])
-        parts.append(mediation.effects(study.subject, recognition, study.openers, shared, ("Y1",)))
-    return pd.concat(parts, ignore_index=True)
-
-
-def module_effects(study: Study, *, heads: bool = True) -> pd.DataFrame:
-    """Direct effects of attention and MLP outputs and, on demand, total and direct effects of heads (last token)."""
-    wanted = mediation.mediators(study.subject, [f"{site}.direct" for site in COMPONENTS])
-    if heads:
-        wanted += mediation.mediators(study.subject, ["head", "head.direct"])
+def module_effects(study: Study) -> pd.DataFrame:
+    """Direct effects of attention and MLP outputs, total and direct effects of heads, at the last token."""
+    wanted = mediation.mediators(study.subject, [*DIRECT_SITES, "head", "head.direct"])
     return mediation.effects(study.subject, study.pairs, study.openers, wanted, ("Y1", "contrast.frozen"))
 
 
@@ -194,28 +187,49 @@ def evidence_rows(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model:
     return rows
 
 
-def measure_layers(study: Study, label: str, *, full_response: bool = False) -> Layers:
+def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
     """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
 
-    `full_response` adds Y2 for T2 and T2b: the most expensive outcome, asked of the model under study only.
+    Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
+    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
+    expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
     """
-    clean = clean_outcomes(study)
-    clean = clean_difference(clean, study.twins) if study.twins else clean
-    effects = layer_effects(study)
+    subject, rows = study.subject, []
+    sites = (*LAYER_SITES, *(DIRECT_SITES if direct else ()))
+    names = ("Y1", "Y1.frozen", *(("contrast.frozen",) if direct else ()))
+    last, shared = mediation.mediators(subject, sites), mediation.mediators(subject, ["resid_post"], ["shared"])
+    effects = mediation.effects(
+        subject,
+        study.pairs,
+        study.openers,
+        lambda treatment: [*last, *shared] if treatment == "T1" else last,
+        names,
+        watch=lambda batch: rows.extend(_clean_rows(study, batch)),
+    )
+    clean = pd.DataFrame(rows, columns=CLEAN)
     generation = study.of("T2", "T2b")
     if full_response and generation:
-        wanted = mediation.mediators(study.subject, LAYER_SITES)
-        whole = full_responses.effects(study.subject, generation, study.openers, wanted)
+        wanted = mediation.mediators(subject, LAYER_SITES)
+        whole = full_responses.effects(subject, generation, study.openers, wanted)
         effects = pd.concat([effects, whole], ignore_index=True)
+    clean = clean_difference(clean, study.twins) if study.twins else clean
     effects = with_difference(effects, study.twins)
     return Layers(study, clean, effects, evidence_rows(study, clean, effects, label))
+
+
+def thinned(study: Study, n: int) -> Study:
+    """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
+    kept = {pair.id for pair in prompts.limit([token_pair.pair for token_pair in study.pairs], n)}
+    return replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.id in kept))
 
 
 def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
     """What a model is compared with: its untrained twin and, for a shipped model, its relatives and their twins.
 
     A twin has the same architecture and fresh random weights. The smoke profile has the model's own twin only.
+    Comparisons use at most 120 pairs a treatment (in the default set: one for each topic).
     """
+    study = thinned(study, RELATIVE_PAIRS)
     yield study.slug + UNTRAINED, replace(study, subject=untrained_twin(study.subject))
     for name in relatives(model) if profile == "full" else ():
         subject = load(name, device=str(study.subject.device), dtype="float32")
