@@ -15,6 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers.depth import LATE, depth
+
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMES = {
@@ -49,12 +51,16 @@ def _figure(
     return figure, axes
 
 
+def _lengths(table: pd.DataFrame) -> np.ndarray:
+    """From the estimate to both limits; 0 where a skewed interval lies beside its estimate."""
+    return np.stack([table["estimate"] - table["low"], table["high"] - table["estimate"]]).clip(min=0)
+
+
 def _points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
     """Estimates with intervals in the k-th colour and marker."""
-    error = np.abs(table[["low", "high"]].to_numpy().T - table["estimate"].to_numpy())
     style = "-" if line else "none"
     axes.errorbar(
-        x, table["estimate"], yerr=error, color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
+        x, table["estimate"], yerr=_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
         capsize=2, label=label,
     )  # fmt: skip
 
@@ -67,8 +73,9 @@ def _layers(axes: Axes, n_layers: int) -> None:
 
 def _late(axes: Axes, n_layers: int) -> None:
     """Shade the layers that the claims call late (depth > 2/3)."""
-    first = next(layer for layer in range(n_layers) if (layer + 0.5) / n_layers > 2 / 3)
-    axes.axvspan(first - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
+    late = np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)
+    if len(late):  # a network of one layer has none
+        axes.axvspan(late[0] - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
 
 
 def cumulative(table: pd.DataFrame) -> Figure:
@@ -179,9 +186,8 @@ def dots(
         y = np.array([rows.index(value) for value in part[row]]) + 0.6 * (k - (len(groups) - 1) / 2) / max(
             1, len(groups)
         )
-        error = np.abs(part[["low", "high"]].to_numpy().T - part["estimate"].to_numpy())
         ax.errorbar(
-            part["estimate"], y, xerr=error, color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
+            part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
             label=NAMES.get(str(name), str(name)),
         )  # fmt: skip
     for mark in marks:
