@@ -103,9 +103,11 @@ def test_joint_interventions(family: str) -> None:
             (Patch("attn_out", 1, middle), Patch("head", 2, mask([4]), 2), Patch("neuron", 2, last, (5, 6))),
             (Patch("resid_post", 0, middle), Patch("mlp_out", 2, mask([8]), value=base.mlp_out[2])),
             (Patch("head", 1, diagonal(), 0), Patch("mlp_out", 1, diagonal()), Patch("resid_post", 3, mask([0]))),
+            (Patch("resid_post", 0, middle), Patch("attn_out", 2, diagonal()), Patch("neuron", 3, diagonal(), 4)),
             Patch("mlp_out", 1, last),
         ]
         assert worst(subject, pair, joint, read=(-1, 6)) < 1e-10
+        assert worst(subject, pair, joint[2:4], read=(4,)) < 1e-10
 
 
 def test_values_of_the_callers_own() -> None:

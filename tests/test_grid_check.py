@@ -1,6 +1,7 @@
 """The self-check: what it refuses, and the slow path that serves a refused model."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_grid import every_patch, mask, runs
 from helpers import grid, reference
 from helpers.errors import InputError
 from helpers.grid import Patch
-from helpers.grid_check import grid_refusal, replay_noise, verify
+from helpers.grid_check import check_sites, grid_refusal, replay_noise, verify
 from helpers.subject import from_model
 from helpers.subject_parts import find_parts
 
@@ -67,6 +68,15 @@ def test_what_cannot_be_replayed_is_refused(spoil, message: str) -> None:
     spoil(model)
     with pytest.raises(InputError, match=message):
         from_model(model)
+
+
+def test_nan_fails_every_comparison() -> None:
+    subject = tiny_subject("llama")
+    run = runs(subject)[0]
+    check_sites(subject, run)
+    spoiled = replace(run, mlp_out=(*run.mlp_out[:2], run.mlp_out[2] * float("nan"), run.mlp_out[3]))
+    with pytest.raises(InputError, match="off by nan of"):
+        check_sites(subject, spoiled)
 
 
 def test_nan_in_a_run_is_refused() -> None:
