@@ -55,6 +55,7 @@ def grid_refusal(subject: Subject) -> str | None:
     return None
 
 
+@torch.no_grad()
 def check_sites(subject: Subject, run: CleanRun) -> None:
     """Every hook fired, the block's sum is the residual stream, projections reproduce outputs, logits are the library's."""
     for site in ("resid_post", "attn_out", "mlp_out", "head") + (("neuron",) if subject.d_mlp else ()):
