@@ -39,7 +39,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 def tokens(table: pd.DataFrame) -> Figure:
     """Both prompts of one pair, token under token; columns: position, group, control, treated, differ."""
-    figure, axes = _blank(0.42 * len(table) + 0.9, 2.3)
+    figure, axes = _blank(0.42 * len(table) + 0.9, 2.9)
     for row in table.itertuples():
         colour = GROUP_COLOURS.get(str(row.group), "#FFFFFF")
         for y, text in ((1, row.control), (0, row.treated)):

@@ -109,8 +109,11 @@ def c3(subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model:
     shared = table[(table.treatment == "T1") & (table.position == "shared") & (table.layer == layer)]
     shared = shared[(shared.split == "test") & (shared.outcome == "Y1")]
     rows = []
+    family = {p.pair.id: p.pair.family for p in pairs}
     open_ids = unsaturated_ids(table[table.treatment == "T1"])
-    for variant, part in (("main", shared), ("unsaturated", shared[shared.pair_id.isin(open_ids)])):
+    parts = {"main": shared, "unsaturated": shared[shared.pair_id.isin(open_ids)]}
+    parts |= {f"family {name}": part for name, part in shared.groupby(shared.pair_id.map(family)) if name}
+    for variant, part in parts.items():
         if part.topic.nunique() >= 2:
             sums = stats.cluster_sums(part, ["nie0", "te"])
             effect, total = (sums.columns["value"] == name for name in ("nie0", "te"))

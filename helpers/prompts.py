@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,34 +219,3 @@ def _outcome_strings(entry: Any, where: str) -> tuple[tuple[str, ...], tuple[str
             raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
         sides.append(tuple(strings))
     return sides[0], sides[1]
-
-
-def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
-    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""
-    if n == 0:
-        return tuple(pairs)
-    if n < MIN_PAIRS:
-        raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
-    cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
-    quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
-    twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
-    kept: set[str] = set()
-    for treatment in {pair.treatment for pair in pairs}:
-        chosen = _first(pairs, quota, treatment)
-        kept |= twins if treatment == "T2b" and twins else {pair.id for pair in chosen}
-    return tuple(pair for pair in pairs if pair.id in kept)
-
-
-def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
-    """The first pairs of each split, one topic after another, so that few pairs still span many topics."""
-    chosen: list[Pair] = []
-    for split, size in quota.items():
-        members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
-        repeats: Counter[str] = Counter()
-        turns = []
-        for pair in members:
-            turns.append(repeats[pair.topic])
-            repeats[pair.topic] += 1
-        order = sorted(range(len(members)), key=lambda i: (turns[i], i))
-        chosen += [members[i] for i in order[:size]]
-    return chosen

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from helpers import evidence, light_cone, mediation, outcomes, paths, positions, probes, prompts, tokens
+from helpers import evidence, light_cone, mediation, outcomes, paths, positions, probes, prompts, thinning, tokens
 from helpers import full_response as full_responses
 from helpers.controls import UNTRAINED
 from helpers.depth import depth
@@ -72,7 +72,7 @@ def begin(
     """
     subject = load(model, device=device, dtype=dtype)
     content = prompts.load_set(prompt_set)
-    chosen = prompts.limit(content.pairs, pairs or (SMOKE_PAIRS if profile == "smoke" else 0))
+    chosen = thinning.limit(content.pairs, pairs or (SMOKE_PAIRS if profile == "smoke" else 0))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
@@ -219,7 +219,7 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
 
 def thinned(study: Study, n: int) -> Study:
     """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
-    kept = {pair.id for pair in prompts.limit([token_pair.pair for token_pair in study.pairs], n)}
+    kept = {pair.id for pair in thinning.limit([token_pair.pair for token_pair in study.pairs], n)}
     return replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.id in kept))
 
 

@@ -1,4 +1,4 @@
-"""Prompt sets: everything that a user's folder may get wrong, splits by topic, and the limit on pairs."""
+"""Prompt sets: everything that a user's folder may get wrong, and splits by topic."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from helpers import prompts
 from helpers.errors import InputError
-from helpers.prompts import SPLITS, Pair, limit, load_set
+from helpers.prompts import SPLITS, Pair, load_set
 
 OUTCOME = {"comply": ["yes"], "refuse": ["no"]}
 
@@ -204,7 +204,8 @@ def test_splits_depend_on_nothing_but_the_topics(tmp_path: Path) -> None:
     again = {pair.topic: pair.split for pair in load_set(folder(tmp_path, topics(40, repeats=3)[::-1])).pairs}
     assert first == again
     # Not the order of the names either: a set written topic by topic would put one kind of topic into one split.
-    assert list(first.values()) != sorted(first.values(), key=SPLITS.index)
+    in_order = [first[name] for name in sorted(first)]
+    assert in_order != sorted(in_order, key=SPLITS.index)
 
 
 def test_given_splits_stay_and_hold_for_the_whole_topic(tmp_path: Path) -> None:
@@ -223,49 +224,3 @@ def test_a_topic_in_two_splits(tmp_path: Path) -> None:
         InputError, match="topic 'topic 3' is in two splits \\(test, discover\\); a topic belongs to one"
     ):
         load_set(folder(tmp_path, pairs))
-
-
-def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
-    """T2 pairs and their twins, whose order in the file is the reverse; 40/30/30 of the topics in each split."""
-    cuts = {"discover": 0.4 * n_topics, "validate": 0.7 * n_topics, "test": n_topics}
-    made = []
-    for treatment in ("T2", "T2b", "B1"):
-        for topic in range(n_topics):
-            split = next(split for split, cut in cuts.items() if topic < cut)
-            for k in range(repeats):
-                twin = f"T2b-{topic}.{k}" if treatment == "T2" else None
-                made.append(Pair(f"{treatment}-{topic}.{k}", treatment, str(topic), "a", "b", split, twin))
-    return made[: n_topics * repeats] + made[n_topics * repeats :][::-1]
-
-
-@pytest.mark.parametrize("n", [*range(10, 41), 57])
-def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
-    kept = limit(paired(), n)
-    for treatment in ("T2", "T2b", "B1"):
-        splits = Counter(pair.split for pair in kept if pair.treatment == treatment)
-        assert n - 3 < sum(splits.values()) <= n
-        for split, share in zip(SPLITS, (0.4, 0.3, 0.3), strict=True):
-            assert abs(splits[split] - share * n) < 1.001
-
-
-def test_limit_keeps_twins_topics_and_the_order() -> None:
-    pairs = paired()
-    kept = limit(pairs, 20)
-    assert [pair for pair in pairs if pair in kept] == list(kept)
-    harmful = [pair for pair in kept if pair.treatment == "T2"]
-    assert {pair.twin for pair in harmful} == {pair.id for pair in kept if pair.treatment == "T2b"}
-    assert len({pair.topic for pair in harmful}) == 20  # every topic once before any topic twice
-
-
-def test_limit_without_twins_bounds_each_treatment() -> None:
-    pairs = [Pair(p.id, p.treatment, p.topic, p.control, p.treated, p.split) for p in paired()]
-    assert Counter(pair.treatment for pair in limit(pairs, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
-
-
-def test_limit_of_nothing_and_of_too_few() -> None:
-    pairs = paired()
-    assert limit(pairs, 0) == tuple(pairs)
-    assert limit(pairs, 10_000) == tuple(pairs)
-    for n in (-1, 1, 9):
-        with pytest.raises(InputError, match=f"--pairs {n}: at least 10 pairs"):
-            limit(pairs, n)

@@ -1,0 +1,46 @@
+"""Fewer pairs, fairly: a quick look must not change which topics, splits and kinds of pairs are seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from helpers.errors import InputError
+from helpers.prompts import MIN_PAIRS, SPLIT_SHARES, SPLITS, Pair
+
+
+def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
+    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""
+    if n == 0:
+        return tuple(pairs)
+    if n < MIN_PAIRS:
+        raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
+    cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
+    quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
+    twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
+    kept: set[str] = set()
+    for treatment in {pair.treatment for pair in pairs}:
+        chosen = _first(pairs, quota, treatment)
+        kept |= twins if treatment == "T2b" and twins else {pair.id for pair in chosen}
+    return tuple(pair for pair in pairs if pair.id in kept)
+
+
+def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
+    """Pairs of each split, one topic after another, so that few pairs still span many topics.
+
+    Which of a topic's pairs comes first is drawn by a hash of its id: files often list one kind of pair first.
+    """
+    chosen: list[Pair] = []
+    for split, size in quota.items():
+        members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
+        members.sort(key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest())
+        repeats: Counter[str] = Counter()
+        turns = {}
+        for pair in members:
+            turns[pair.id] = repeats[pair.topic]
+            repeats[pair.topic] += 1
+        chosen += sorted(members, key=lambda pair: turns[pair.id])[:size]
+    return chosen
