@@ -56,9 +56,3 @@ def _mlp(shape: Shape) -> float:
 
 def _key_width(shape: Shape) -> int:
     return shape.d_model // shape.n_heads * shape.n_key_heads
-
-
-def clean_operations(shape: Shape) -> float:
-    """One forward pass of all pairs up to the final norm."""
-    layer = 2.0 * shape.d_model * (2 * shape.d_model + 2 * _key_width(shape)) + _mlp(shape)
-    return shape.n_pairs * shape.n_pos * shape.n_layers * layer

@@ -39,8 +39,13 @@ def _peers(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.5, 0.6 * len(works) + 1.6), layout="constrained")
     axes = figure.subplots()
     for k, (tool, part) in enumerate(table[table.tool != BOUND].groupby("tool", sort=False)):
-        y = [works.index(work) for work in part.workload]
-        axes.plot(part.seconds, y, plots.MARKERS[k], color=plots.OKABE_ITO[k], label=tool, ms=6)
+        for unembeds, half in part.groupby("unembeds", sort=False):
+            is_default = unembeds == "every token"
+            label = f"{tool}, as documented" if is_default else f"{tool}, last token only" if unembeds else tool
+            axes.plot(
+                half.seconds, [works.index(work) for work in half.workload], plots.MARKERS[k], ms=6,
+                color=plots.OKABE_ITO[k], markerfacecolor="none" if is_default else plots.OKABE_ITO[k], label=label,
+            )  # fmt: skip
     least = table[table.tool == BOUND]
     axes.plot(
         least.seconds,

@@ -1,8 +1,8 @@
 """The same interventions by five tools. Each is used as its own documentation advises, at its best setting found.
 
-Given to all: the source run's activations, cached beforehand and not timed; all pairs as one batch; the unembedding of the
-last token only, wherever the tool passes `logits_to_keep` on; no gradients. What is timed is the interventions themselves, and
-for the grid the base's clean run too.
+Given to all, cached beforehand and not timed: both clean runs, which every study needs. All pairs are one batch, without
+gradients. Each peer is timed twice: as its documentation shows it, and unembedding the last token only (`last_only`), which
+halves the work where the vocabulary is large. What is timed is the interventions themselves.
 """
 
 import copy
@@ -34,8 +34,15 @@ class Setting:
     subject: Subject
     control: Int[Tensor, "pair pos"]
     treated: Int[Tensor, "pair pos"]
+    base: CleanRun
     source: CleanRun
     log_prob: bool
+    last_only: bool
+
+    @property
+    def keep(self) -> dict[str, int]:
+        """What is passed to the library so that it unembeds the last token only."""
+        return {"logits_to_keep": 1} if self.last_only else {}
 
 
 def hooks(setting: Setting) -> Run:
@@ -54,7 +61,7 @@ def hooks(setting: Setting) -> Run:
             else:
                 module = {"resid_post": parts.block, "attn_out": parts.attn, "mlp_out": parts.mlp}[job.site]
                 stack.enter_context(on_output(module, edit))
-            return model(setting.control, use_cache=False, logits_to_keep=1).logits[:, -1]
+            return model(setting.control, use_cache=False, **setting.keep).logits[:, -1]
 
     return _one_by_one(run_one, setting)
 
@@ -73,7 +80,7 @@ def transformer_lens(setting: Setting) -> Run:
             return value
 
         hook = (f"blocks.{job.layer}.{names[job.site]}", edit)
-        return lens.run_with_hooks(setting.control, fwd_hooks=[hook], logits_to_keep=1)[:, -1]
+        return lens.run_with_hooks(setting.control, fwd_hooks=[hook], **setting.keep)[:, -1]
 
     return _one_by_one(run_one, setting)
 
@@ -87,7 +94,7 @@ def nnsight(setting: Setting) -> Run:
     def run_one(job: Job) -> Tensor:
         new, position = _source_value(setting.source, job), job.position
         layer = wrapped.model.layers[job.layer]
-        with wrapped.trace(input_ids=setting.control, use_cache=False, logits_to_keep=1):
+        with wrapped.trace(input_ids=setting.control, use_cache=False, **setting.keep):
             if job.site == "neuron":
                 layer.mlp.down_proj.input[:, position, job.index] = new
             elif job.site == "attn_out":
@@ -119,7 +126,7 @@ def pyvene(setting: Setting) -> Run:
         wrapped.disable_model_gradients()
         source = setting.source.site(job.site, job.layer)[:, job.position : job.position + 1].clone()
         _, patched = wrapped(
-            base={"input_ids": setting.control, "logits_to_keep": 1},
+            base={"input_ids": setting.control, **setting.keep},
             source_representations={wrapped.sorted_keys[0]: source},
             unit_locations={"sources->base": (None, [[[job.position]] * n_pairs])},
             subspaces=None if job.index is None else [[[job.index]] * n_pairs],
@@ -136,15 +143,16 @@ def companion(setting: Setting) -> Run:
     rows = torch.tensor([0, 1], device=subject.device)
 
     def run(jobs: Sequence[Job]) -> Tensor:
-        base = grid.clean_run(subject, setting.control)
         if all(job.site == "neuron" and job.layer == subject.n_layers - 1 for job in jobs):
-            return _closed_form(setting, base, rows)[:, [job.index for job in jobs]]
+            return _closed_form(setting, rows)[:, [job.index for job in jobs]]
 
         def readout(resid: Tensor) -> Tensor:
-            return outcome(grid.logits(subject, resid, None if setting.log_prob else rows), setting.log_prob)
+            if setting.log_prob:
+                return _difference_and_log_prob(grid.log_probs(subject, resid, rows))
+            return outcome(grid.logits(subject, resid, rows), False)
 
         patches = [Patch(job.site, job.layer, _mask(setting.control, job.position), job.index) for job in jobs]
-        return grid.interchange(subject, base, setting.source, patches, readout=readout)[:, :, 0]
+        return grid.interchange(subject, setting.base, setting.source, patches, readout=readout)[:, :, 0]
 
     return run
 
@@ -166,9 +174,9 @@ def is_installed(package: str) -> bool:
 def setting_for(
     subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"], log_prob: bool
 ) -> Setting:
-    """Runs the source once and keeps its sites."""
-    source = grid.clean_run(subject, treated, keep=("resid", "attn_out", "mlp_out", "neurons"))
-    return Setting(subject, control, treated, source, log_prob)
+    """Runs both prompts once and keeps their sites."""
+    base, source = grid.clean_run(subject, control), grid.clean_run(subject, treated)
+    return Setting(subject, control, treated, base, source, log_prob, last_only=True)
 
 
 def clean_outcome(setting: Setting) -> Float[Tensor, "pair number"]:
@@ -197,11 +205,15 @@ def _one_by_one(run_one: Callable[[Job], Tensor], setting: Setting) -> Run:
     return run
 
 
-def _closed_form(setting: Setting, base: CleanRun, rows: Int[Tensor, "row"]) -> Float[Tensor, "pair neuron number"]:
+def _closed_form(setting: Setting, rows: Int[Tensor, "row"]) -> Float[Tensor, "pair neuron number"]:
+    run = (setting.subject, setting.base, setting.source, rows)
     if not setting.log_prob:
-        return outcome(closed_form.last_layer_neurons(setting.subject, base, setting.source, rows), False)
-    both = closed_form.last_layer_log_probs(setting.subject, base, setting.source, rows)
-    return torch.stack([both[..., 0] - both[..., 1], both[..., 0]], dim=-1)
+        return outcome(closed_form.last_layer_neurons(*run), False)
+    return _difference_and_log_prob(closed_form.last_layer_log_probs(*run))
+
+
+def _difference_and_log_prob(log_probs: Float[Tensor, "... row"]) -> Float[Tensor, "... number"]:
+    return torch.stack([log_probs[..., 0] - log_probs[..., 1], log_probs[..., 0]], dim=-1)
 
 
 def _source_value(source: CleanRun, job: Job) -> Tensor:

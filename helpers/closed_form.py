@@ -9,8 +9,9 @@ norm and the unembedding U are all that follows, so with the norm's gain g and w
 and for LayerNorm the same on centred h and w_j. Families with a norm behind the MLP go through the grid instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +20,7 @@ from torch import Tensor
 from helpers import grid
 from helpers.grid import CleanRun, Patch
 from helpers.grid_patch import projection
-from helpers.readout import is_centred, logits, norm_gain, read_positions
+from helpers.readout import is_centred, is_usable, log_probs, logits, norm_gain, read_positions
 from helpers.subject_parts import Subject, written_vectors
 
 CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
@@ -49,7 +50,8 @@ def last_layer_neurons(
     neuron of a large model is one row of output; ask for few vocabulary rows.
     """
     if not _is_closed(subject):
-        return _by_grid(subject, base, source, rows, freeze_norm)
+        like = base.resid_post[-1][:, None, -1:] if freeze_norm else None
+        return _by_grid(subject, base, source, lambda resid: logits(subject, resid, rows, norm_like=like))
     terms = _terms(subject, base, source, rows, freeze_norm)
     moved = terms.change[..., None] * (terms.vectors @ terms.unembed.T)
     return (terms.z[:, None] + moved) * terms.inverse_scale[..., None] + terms.bias
@@ -76,9 +78,9 @@ def last_layer_log_probs(
     subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
     """Log-probabilities of the wanted rows over the whole vocabulary after each neuron's patch, in nats."""
-    wanted = last_layer_neurons(subject, base, source, rows)
     if not _is_closed(subject):
-        return wanted - _normaliser_by_grid(subject, base, source)[..., None]
+        return _by_grid(subject, base, source, lambda resid: log_probs(subject, resid, rows))
+    wanted = last_layer_neurons(subject, base, source, rows)
     everything = torch.arange(len(subject.unembedding[0]), device=subject.device)
     terms = _terms(subject, base, source, everything, freeze_norm=False)
     return wanted - _normaliser(terms)[..., None]
@@ -103,7 +105,7 @@ def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor,
         square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
     weight, bias = subject.unembedding
     unembed = weight[rows]
-    total_bias = (0 if norm_bias is None else unembed @ norm_bias) + (0 if bias is None else bias[rows])
+    total_bias = (0.0 if norm_bias is None else unembed @ norm_bias) + (0.0 if bias is None else bias[rows])
     inverse = torch.rsqrt(square / subject.d_model + eps).expand_as(change)
     return _Terms((gain * resid) @ unembed.T, total_bias, change, inverse, gain * vectors, unembed)
 
@@ -113,20 +115,33 @@ def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
     result = torch.empty_like(terms.change)
     top = terms.z.amax(-1, keepdim=True)  # shifting by it keeps the exponentials in range
     z = terms.z - top
-    for block in _blocks(terms.change.shape[1], BLOCK // len(terms.unembed)):
+    n_rows = len(terms.unembed)
+    cached = (CACHED if z.device.type == "cpu" else BLOCK) // n_rows
+    for block in _blocks(terms.change.shape[1], BLOCK // n_rows):
         table = terms.vectors[block] @ terms.unembed.T
         for i in range(len(z)):
             inverse, factor = terms.inverse_scale[i, block, None], terms.change[i, block, None]
-            for part in _blocks(len(table), (CACHED if table.device.type == "cpu" else BLOCK) // len(terms.unembed)):
-                shifted = (z[i] * inverse[part]).addcmul_(table[part], factor[part] * inverse[part]).add_(terms.bias)
-                result[i, block][part] = _log_sum_exp(shifted)
+            for part in _blocks(len(table), cached):
+                logits_of_part = partial(_shifted, z[i], table[part], factor[part], inverse[part], terms.bias)
+                result[i, block][part] = _log_sum_exp(logits_of_part)
     return result + top * terms.inverse_scale
 
 
-def _log_sum_exp(x: Float[Tensor, "neuron row"]) -> Float[Tensor, "neuron"]:
+def _shifted(
+    z: Float[Tensor, "row"],
+    table: Float[Tensor, "neuron row"],
+    change: Float[Tensor, "neuron 1"],
+    inverse_scale: Float[Tensor, "neuron 1"],
+    bias: Float[Tensor, "row"] | float,
+) -> Float[Tensor, "neuron row"]:
+    moved = (z * inverse_scale).addcmul_(table, change * inverse_scale)
+    return moved.add_(bias) if isinstance(bias, Tensor) else moved
+
+
+def _log_sum_exp(make: Callable[[], Float[Tensor, "neuron row"]]) -> Float[Tensor, "neuron"]:
     """Without looking for the maximum first, unless that overflows: one pass less."""
-    total = x.exp().sum(-1)
-    return total.log() if bool(((total > 0) & torch.isfinite(total)).all()) else x.logsumexp(-1)
+    total = make().exp_().sum(-1)
+    return total.log() if is_usable(total) else make().logsumexp(-1)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
@@ -135,24 +150,9 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
 
 
 def _by_grid(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"], freeze_norm: bool
+    subject: Subject, base: CleanRun, source: CleanRun, readout: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "pair neuron row"]:
-    like = base.resid_post[-1][:, None, -1:] if freeze_norm else None
-    patches = _patches(subject, base)
-    result = grid.interchange(
-        subject, base, source, patches, readout=lambda resid: logits(subject, resid, rows, norm_like=like)
-    )
-    return result[:, :, 0]
-
-
-def _normaliser_by_grid(subject: Subject, base: CleanRun, source: CleanRun) -> Float[Tensor, "pair neuron"]:
-    result = grid.interchange(
-        subject, base, source, _patches(subject, base), readout=lambda r: logits(subject, r).logsumexp(-1)
-    )
-    return result[:, :, 0]
-
-
-def _patches(subject: Subject, base: CleanRun) -> list[Patch]:
     last = torch.zeros_like(base.tokens, dtype=torch.bool)
     last[:, -1] = True
-    return [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
+    patches = [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
+    return grid.interchange(subject, base, source, patches, readout=readout)[:, :, 0]

@@ -4,12 +4,14 @@ Replacing what one layer computes at one position changes only the cells above i
 the clean run, which is kept. So an intervention costs the cells to its upper right and not a forward pass, and it
 is exact.
 
->>> from helpers.subject import load  # doctest: +SKIP
->>> subject = load("embedded")  # doctest: +SKIP
->>> base, source = clean_run(subject, control), clean_run(subject, treated)  # doctest: +SKIP
->>> last = torch.zeros_like(base.tokens, dtype=torch.bool).index_fill(1, torch.tensor(-1), True)  # doctest: +SKIP
->>> patches = [Patch("mlp_out", layer, last) for layer in range(subject.n_layers)]  # doctest: +SKIP
->>> logits(subject, interchange(subject, base, source, patches))  # doctest: +SKIP
+>>> from helpers.subject import load
+>>> subject = load("embedded")
+>>> control, treated = torch.randint(9, 99, (2, 3, 12), generator=torch.Generator().manual_seed(0))
+>>> base, source = clean_run(subject, control), clean_run(subject, treated)
+>>> last = torch.arange(12).expand(3, -1) == 11
+>>> patches = [Patch("mlp_out", layer, last) for layer in range(subject.n_layers)]
+>>> logits(subject, interchange(subject, base, source, patches), rows=torch.tensor([5, 6])).shape
+torch.Size([3, 6, 1, 2])
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +27,10 @@ from helpers.grid_edit import written
 from helpers.grid_patch import Patch, Variant, as_variants, changed_columns, columns
 from helpers.grid_run import CleanRun, clean_run
 from helpers.grid_sweep import Stretch, sweep
-from helpers.readout import logits, read_positions
+from helpers.readout import log_probs, logits, read_positions
 from helpers.subject_parts import Subject
 
-__all__ = ["CleanRun", "Patch", "clean_run", "direct", "interchange", "logits"]
+__all__ = ["CleanRun", "Patch", "clean_run", "direct", "interchange", "log_probs", "logits"]
 
 Read = Sequence[int] | Int[Tensor, "pair read"]
 

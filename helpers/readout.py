@@ -10,6 +10,8 @@ from helpers.errors import InputError
 from helpers.grid_run import CleanRun
 from helpers.subject_parts import Subject
 
+VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a processor's cache
+
 
 @torch.no_grad()
 def logits(
@@ -23,11 +25,48 @@ def logits(
     `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to
     the soft cap).
     """
+    return _unembed(subject, _normed(subject, resid, norm_like), slice(None) if rows is None else rows)
+
+
+@torch.no_grad()
+def log_probs(
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    rows: Int[Tensor, "row"],
+    norm_like: Float[Tensor, "... d"] | None = None,
+) -> Float[Tensor, "... row"]:
+    """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
+    normed = _normed(subject, resid, norm_like)
+    n_rows = len(subject.unembedding[0])
+    blocks = [slice(start, start + VOCABULARY_BLOCK) for start in range(0, n_rows, VOCABULARY_BLOCK)]
+    total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
+    for block in blocks:
+        total += _at_least_float32(_unembed(subject, normed, block)).exp_().sum(-1)
+    if not is_usable(total):  # logits beyond what exp can take
+        total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
+    else:
+        total = total.log()
+    return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def is_usable(total: Tensor) -> bool:
+    """True if sums of exponentials neither overflowed nor vanished."""
+    return bool(((total > 0) & torch.isfinite(total)).all())
+
+
+def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"] | None) -> Tensor:
+    return subject.final_norm(resid) if like is None else frozen_norm(subject.final_norm, resid, like)
+
+
+def _unembed(
+    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, "row"]
+) -> Float[Tensor, "... row"]:
     weight, bias = subject.unembedding
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    normed = subject.final_norm(resid) if norm_like is None else frozen_norm(subject.final_norm, resid, norm_like)
-    result = nn.functional.linear(normed, weight, bias)
+    result = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
     return result if subject.soft_cap is None else subject.soft_cap * torch.tanh(result / subject.soft_cap)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bound, gpu, peers, scaling
-from benchmarks.shapes import QUOTED, SMOKE, workloads
+from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, workloads
 from helpers import paths
 from helpers.errors import InputError
 
@@ -42,7 +42,7 @@ def test_a_peer_with_other_numbers_is_an_error(results: Path, monkeypatch: pytes
         return lambda jobs: run(jobs) + 1
 
     monkeypatch.setitem(peers.TOOLS, "plain hooks", (wrong, package))
-    with pytest.raises(InputError, match="plain hooks differs from us"):
+    with pytest.raises(InputError, match="plain hooks is off by"):
         peers.main(["--shape", "smoke", "--seconds", "0.01"])
 
 
@@ -73,10 +73,10 @@ def test_the_gpu_study_resumes(results: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_bound_counts_what_an_exact_answer_needs() -> None:
-    """One full forward pass of the quoted shape is 2 * 12 layers * 3.16 million weights for each of 16 * 48 tokens."""
-    weights = 4 * 512**2 + 3 * 512 * 1376
-    assert bound.clean_operations(QUOTED) == 2 * 12 * weights * 16 * 48
     by_name = {work.name: bound.minimal_operations(QUOTED, work) for work in workloads(QUOTED)}
     random, minimal = (by_name[f"layers and modules, every token{end}"] for end in ("", ", minimal pairs"))
     assert 3 < random / minimal < 4.5
+    # One neuron of layer 10 of 12, last token: one layer of 3.16 million weights and the unembedding, for 16 pairs.
+    one = Workload("one", (Job("neuron", 10, 47, 5),))
+    assert bound.minimal_operations(QUOTED, one) == 2 * 16 * (4 * 512**2 + 3 * 512 * 1376 + 512 * 32_000)
     assert bound.product_rate(SMOKE, seconds=0.01) > 1e8

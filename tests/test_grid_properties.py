@@ -7,7 +7,7 @@ from test_grid import N_POS, SITES, every_patch, mask, runs
 from torch import Tensor
 from true_float64 import true_float64
 
-from helpers import grid, grid_sweep
+from helpers import grid, grid_sweep, readout
 from helpers.errors import InputError
 from helpers.grid import Patch
 
@@ -99,6 +99,22 @@ def test_logits_are_the_librarys(family: str) -> None:
     torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
     other = grid.logits(subject, source.resid_post[3], rows, norm_like=base.resid_post[3])
     assert not torch.allclose(other, grid.logits(subject, source.resid_post[3], rows), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, also where exp would overflow, and with a frozen norm."""
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    subject = tiny_subject(family, torch.float64)
+    base, source = runs(subject)
+    rows, like = torch.tensor([3, 60, 4]), source.resid_post[3]
+    for factor in (1, 1000):
+        with torch.no_grad():
+            subject.unembed.weight.mul_(factor)
+        for norm_like in (None, like):
+            wanted = grid.logits(subject, base.resid_post[3], norm_like=norm_like).log_softmax(-1)[..., rows]
+            got = grid.log_probs(subject, base.resid_post[3], rows, norm_like=norm_like)
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_frozen_logits_are_affine_in_the_residual() -> None:
