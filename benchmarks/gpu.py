@@ -1,12 +1,12 @@
 """A whole mediation study at the shape of an 8B Llama, in parts that each end within minutes and can be resumed.
 
-    python -m benchmarks.gpu                            # one GPU: 32 layers, d 4096, 128 pairs of 64 tokens
-    python -m benchmarks.gpu --device cpu               # no GPU: the same proportions, small
-    python -m benchmarks.gpu --parts heads --minutes 9
+    python -m benchmarks.gpu                            # one GPU: 32 layers, d 4096, 128 pairs of 64 tokens python
+    -m benchmarks.gpu --device cpu               # no GPU: the same proportions, small python -m benchmarks.gpu
+    --parts heads --minutes 9
 
-Weights are random bfloat16, computed in float32 without TF32 (`--dtype bfloat16` computes in bfloat16). Every part and batch of
-pairs writes one file as soon as it is done, so a run that was cut off goes on where it stopped; `--minutes` ends one run
-between two batches. Results: results/benchmarks/gpu/ and results/benchmarks/gpu.csv.
+Weights are random bfloat16, computed in float32 without TF32 (`--dtype bfloat16` computes in bfloat16). Every part
+and batch of pairs writes one file as soon as it is done, so a run that was cut off goes on where it stopped;
+`--minutes` ends one run between two batches. Results: results/benchmarks/gpu/ and results/benchmarks/gpu.csv.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The same interventions by five tools. Each is used as its own documentation advises, at its best setting found.
 
-Given to all, cached beforehand and not timed: both clean runs, which every study needs. All pairs are one batch, without
-gradients. Each peer is timed twice: as its documentation shows it, and unembedding the last token only (`last_only`), which
-halves the work where the vocabulary is large. What is timed is the interventions themselves.
+Given to all, cached beforehand and not timed: both clean runs, which every study needs. All pairs are one batch,
+without gradients. Each peer is timed twice: as its documentation shows it, and unembedding the last token only
+(`last_only`), which halves the work where the vocabulary is large. What is timed is the interventions themselves.
 """
 
 import copy
