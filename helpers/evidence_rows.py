@@ -9,6 +9,16 @@ from helpers import bootstrap as bs
 from helpers import stats
 
 
+def interval(sums: stats.ClusterSums, statistic: stats.Statistic) -> bs.Estimates:
+    """`bootstrap`, with intervals without limits where all pairs are of one topic: nothing says how topics differ."""
+    if len(sums.clusters) > 1:
+        return bs.bootstrap(sums, statistic)
+    estimate = statistic(sums.sums, sums.counts)[0]
+    endless = np.full_like(estimate, np.inf)
+    undefined, t = np.zeros(len(estimate), dtype=int), endless[None]
+    return bs.Estimates(estimate, -endless, endless, endless, undefined, 1, sums.n_rows, estimate[None], t)
+
+
 def row(
     model: str, claim: str, quantity: str, variant: str, estimates: bs.Estimates, n_pairs: int, index: int = 0
 ) -> dict[str, object]:
@@ -36,7 +46,5 @@ def share_row(
 
 
 def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
-    """One row with the mean of a column over pairs; its interval has no limits where all are of one topic."""
-    several = pd.concat([table, table.assign(topic="the same again")]) if table.topic.nunique() < 2 else table
-    made = row(model, claim, quantity, "main", bs.bootstrap(stats.cluster_sums(several, value), stats.mean), len(table))
-    return made | {"ci_low": -np.inf, "ci_high": np.inf, "n_topics": 1} if several is not table else made
+    """One row with the mean of a column over pairs."""
+    return row(model, claim, quantity, "main", interval(stats.cluster_sums(table, value), stats.mean), len(table))

@@ -14,6 +14,7 @@ import pandas as pd
 from helpers import bootstrap as bs
 from helpers import stats
 from helpers.evidence import signed, stratified
+from helpers.evidence_rows import interval
 
 
 def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
@@ -23,7 +24,7 @@ def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("si
     structure take no part in the band.
     """
     sums = stats.cluster_sums(table, value, by=list(by))
-    estimates = bs.bootstrap(sums, stats.mean)
+    estimates = interval(sums, stats.mean)
     band = bs.max_t_band(estimates)
     frame = estimates.to_frame(sums.columns[list(by)])
     return frame.assign(band_low=band.low, band_high=band.high)
@@ -44,7 +45,7 @@ def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("s
     n = len(cells)
     effect = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == value)]
     total = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == "te")]
-    return bs.bootstrap(sums, stats.ratio(effect, total)).to_frame(cells)
+    return interval(sums, stats.ratio(effect, total)).to_frame(cells)
 
 
 def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
@@ -68,7 +69,7 @@ def increments(table: pd.DataFrame, value: str = "nie") -> pd.DataFrame:
         total[i, column["te", layer]] = 1
         if i:
             weights[i, column[value, layers[i - 1]]] = -1
-    return bs.bootstrap(sums, stats.ratio(weights, total)).to_frame(pd.DataFrame({"layer": layers}))
+    return interval(sums, stats.ratio(weights, total)).to_frame(pd.DataFrame({"layer": layers}))
 
 
 def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:
@@ -95,4 +96,4 @@ def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:
         return np.concatenate([psi[0], benign_mean, psi[0] - benign_mean], axis=1)
 
     labels = pd.concat([cells.assign(contrast=name) for name in ("harm", "benign", "difference")])
-    return bs.bootstrap(sums, statistic).to_frame(labels)
+    return interval(sums, statistic).to_frame(labels)

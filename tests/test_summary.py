@@ -157,3 +157,14 @@ def test_harm_minus_benign_with_a_topic_of_its_own() -> None:
 def test_the_order_of_rows_does_not_matter(make) -> None:
     table = averaged(effect_table(curve(), sites=("resid_post",), noise=0.3))
     pd.testing.assert_frame_equal(make(table), make(table.sample(frac=1, random_state=2)), check_exact=False, rtol=1e-9)
+
+
+def test_one_topic_gives_intervals_without_limits() -> None:
+    table = averaged(effect_table(curve(), sites=("resid_post",)))
+    table = table[table.topic == "topic 0"]
+    for frame in (summary.cell_means(table), summary.share_of_te(table), summary.increments(table)):
+        limits = frame.filter(regex="low|high").to_numpy()
+        assert np.isinf(limits).all()
+        assert np.isfinite(frame.estimate).all()
+    last = summary.share_of_te(table).estimate.iloc[-1]
+    assert last == pytest.approx(1)

@@ -1,0 +1,82 @@
+"""Fewer pairs: splits, twins, topics and kinds of pairs stay as they were."""
+
+from collections import Counter
+
+import pytest
+
+from helpers.errors import InputError
+from helpers.prompts import SPLITS, Pair, load_set
+from helpers.thinning import limit
+
+
+def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
+    """T2 pairs and their twins, whose order in the file is the reverse; 40/30/30 of the topics in each split."""
+    cuts = {"discover": 0.4 * n_topics, "validate": 0.7 * n_topics, "test": n_topics}
+    made = []
+    for treatment in ("T2", "T2b", "B1"):
+        for topic in range(n_topics):
+            split = next(split for split, cut in cuts.items() if topic < cut)
+            for k in range(repeats):
+                twin = f"T2b-{topic}.{k}" if treatment == "T2" else None
+                made.append(Pair(f"{treatment}-{topic}.{k}", treatment, str(topic), "a", "b", split, twin))
+    return made[: n_topics * repeats] + made[n_topics * repeats :][::-1]
+
+
+@pytest.mark.parametrize("n", [*range(10, 41), 57])
+def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
+    kept = limit(paired(), n)
+    for treatment in ("T2", "T2b", "B1"):
+        splits = Counter(pair.split for pair in kept if pair.treatment == treatment)
+        assert n - 3 < sum(splits.values()) <= n
+        for split, share in zip(SPLITS, (0.4, 0.3, 0.3), strict=True):
+            assert abs(splits[split] - share * n) < 1.001
+
+
+def test_limit_keeps_twins_topics_and_the_order() -> None:
+    pairs = paired()
+    kept = limit(pairs, 20)
+    assert [pair for pair in pairs if pair in kept] == list(kept)
+    harmful = [pair for pair in kept if pair.treatment == "T2"]
+    assert {pair.twin for pair in harmful} == {pair.id for pair in kept if pair.treatment == "T2b"}
+    assert len({pair.topic for pair in harmful}) == 20  # every topic once before any topic twice
+
+
+def test_limit_without_twins_bounds_each_treatment() -> None:
+    pairs = [Pair(p.id, p.treatment, p.topic, p.control, p.treated, p.split) for p in paired()]
+    assert Counter(pair.treatment for pair in limit(pairs, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
+
+
+def test_limit_of_nothing_and_of_too_few() -> None:
+    pairs = paired()
+    assert limit(pairs, 0) == tuple(pairs)
+    assert limit(pairs, 10_000) == tuple(pairs)
+    for n in (-1, 1, 9):
+        with pytest.raises(InputError, match=f"--pairs {n}: at least 10 pairs"):
+            limit(pairs, n)
+
+
+def test_one_pair_a_topic_shows_every_kind_of_pair() -> None:
+    """The file lists the kinds of a topic in the same order each time: its first pairs would be of one kind."""
+    kinds = ("object", "verb", "binding")
+    pairs = [
+        Pair(f"T1-{topic}.{k}", "T1", str(topic), "a", "b", SPLITS[topic % 3], family=kind)
+        for topic in range(150)
+        for k, kind in enumerate(kinds)
+    ]
+    counts = Counter(pair.family for pair in limit(pairs, 120))
+    assert set(counts) == set(kinds)
+    assert min(counts.values()) > 25
+
+
+def test_the_shipped_set_keeps_its_kinds() -> None:
+    pairs = [pair for pair in load_set("embedded").pairs if pair.treatment == "T1"]
+    kept = limit(pairs, 120)
+    assert len({pair.topic for pair in kept}) == 120
+    for split in SPLITS:
+        whole, few = (Counter(p.family for p in some if p.split == split) for some in (pairs, kept))
+        assert all(abs(few[kind] / few.total() - whole[kind] / whole.total()) < 0.2 for kind in whole)
+
+
+def test_limit_does_not_depend_on_the_order_of_the_file() -> None:
+    pairs = paired()
+    assert {pair.id for pair in limit(pairs, 23)} == {pair.id for pair in limit(pairs[::-1], 23)}
