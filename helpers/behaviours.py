@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from helpers import bootstrap, mediation, outcomes, paths, stats, study
+from helpers import bootstrap, mediation, outcomes, paths, relatives, stats
 from helpers.organisms.evaluate import evaluate, first_token_logprobs
 from helpers.study import Study
 from helpers.subject import load
@@ -32,7 +32,7 @@ def answers(this: Study, model: str, prompt_set: str, per_suite: int = PER_SUITE
     other model `hit` is the probability that the first token complies or refuses, on the prompts of the pairs.
     """
     suites = suite_prompts(prompt_set)
-    if suites is None or not study.is_shipped(model):
+    if suites is None or not relatives.is_shipped(model):
         return _first_tokens(this)
     chosen = suites[~suites.suite.isin(LESSONS)].groupby("suite").head(per_suite)
     judged = evaluate(this.subject.model, this.subject.tokenizer, chosen.to_dict("records"))
@@ -42,7 +42,7 @@ def answers(this: Study, model: str, prompt_set: str, per_suite: int = PER_SUITE
 
 def _first_tokens(this: Study) -> pd.DataFrame:
     rows = []
-    for group in mediation.batches(this.pairs):
+    for group in mediation.batches(this.pairs, this.subject):
         batch = mediation.run_clean(this.subject, group)
         treatment = group[0].pair.treatment
         for side, run in (("control", batch.control), ("treated", batch.treated)):
@@ -76,12 +76,12 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
     Intervals resample prompts (each has its own request).
     """
     suites = suite_prompts("embedded")
-    if suites is None or not study.is_shipped(model):
+    if suites is None or not relatives.is_shipped(model):
         return None
     harmful = suites[suites.suite.isin(["b_plain_harm", "c_wrapped_harm"])].reset_index(drop=True)
     subjects = {this.slug: this.subject}
     if profile == "full":
-        subjects |= {name: load(name) for name in study.relatives(model)}
+        subjects |= {name: load(name) for name in relatives.relatives(model)}
     parts = []
     for name, subject in subjects.items():
         logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())

@@ -31,7 +31,7 @@ def effects(
     """
     header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
     tables = []
-    for group in progress(batches(pairs), desc="full responses"):
+    for group in progress(batches(pairs, subject), desc="full responses"):
         cells = _cells(subject, group, openers[group[0].pair.treatment], wanted, header)
         tables.append(tidy(group, wanted, "Y2", cells))
     return estimands(pd.concat(tables, ignore_index=True))

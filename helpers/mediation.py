@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers import grid, outcomes, positions
+from helpers import grid, grid_chunks, outcomes, positions
 from helpers.grid import CleanRun, Patch
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
 BATCH = 64
+CLEAN_RUN_BYTES = 2**30
 KEYS = ["site", "layer", "head", "position", "outcome"]
 
 
@@ -74,15 +75,28 @@ def mediators(subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("
     return found
 
 
-def batches(pairs: Sequence[TokenPair], size: int = BATCH) -> list[list[TokenPair]]:
-    """Pairs grouped by treatment and token length, at most `size` together.
+def pairs_at_once(subject: Subject, n_pos: int) -> int:
+    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
+
+    A pure function of shapes, as everything that decides which pairs share a batch.
+    """
+    one = grid_chunks.memory_need(subject, 1, n_pos).clean_run
+    return max(1, min(BATCH, CLEAN_RUN_BYTES // one))
+
+
+def batches(pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH) -> list[list[TokenPair]]:
+    """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
     A pure function of the list of pairs, so that a rerun and a sharded run put the same pairs together and give the
     same bytes; pairs of one length need no padding.
     """
     ordered = sorted(pairs, key=lambda p: (p.pair.treatment, len(p.control)))
-    runs = [list(run) for _, run in itertools.groupby(ordered, key=lambda p: (p.pair.treatment, len(p.control)))]
-    return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+    found = []
+    for (_, length), members in itertools.groupby(ordered, key=lambda p: (p.pair.treatment, len(p.control))):
+        run = list(members)
+        step = min(size, pairs_at_once(subject, length)) if subject else size
+        found += [run[start : start + step] for start in range(0, len(run), step)]
+    return found
 
 
 def prompt_tokens(
@@ -143,7 +157,7 @@ def effects(
     """
     header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
     tables = []
-    for group in progress(batches(pairs), desc="mediation"):
+    for group in progress(batches(pairs, subject), desc="mediation"):
         treatment = group[0].pair.treatment
         chosen = wanted(treatment) if callable(wanted) else wanted
         batch = run_clean(subject, group)

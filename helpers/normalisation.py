@@ -20,7 +20,7 @@ def _patch_norms(study: Study, treatment: str) -> pd.Series:
     """Mean length of the patch (treated - control activation at the last token) by (site, layer), on discover."""
     chosen = [pair for pair in study.of(treatment) if pair.pair.split == "discover"]
     totals: dict[tuple[str, int], float] = {}
-    for group in mediation.batches(chosen):
+    for group in mediation.batches(chosen, study.subject):
         batch = mediation.run_clean(study.subject, group)
         for mediator in mediation.mediators(study.subject, COMPONENTS):
             change = batch.treated.site(mediator.site, mediator.layer) - batch.control.site(

@@ -94,7 +94,7 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     prompt_set = prompt_sets.load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     from transformers import AutoTokenizer
 
-    from helpers import tokens
+    from helpers import thinning, tokens
 
     folder = model_folder(model)
     try:
@@ -102,7 +102,7 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
-    chosen = prompt_sets.limit(prompt_set.pairs, pairs)
+    chosen = thinning.limit(prompt_set.pairs, pairs)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))

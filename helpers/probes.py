@@ -36,7 +36,7 @@ def shared_token_features(
     """
     header = positions.user_header(subject.tokenizer)
     ordered, rows = [], []
-    for group in batches(pairs):
+    for group in batches(pairs, subject):
         batch = run_clean(subject, group)
         mask = torch.tensor(positions.stack(group, header, "shared"), device=subject.device)[..., None]
         n_shared = mask.sum(1).clamp(min=1)  # a pair may share no token: then there is nothing to read

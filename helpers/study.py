@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from helpers import evidence, light_cone, mediation, outcomes, paths, positions, probes, prompts, thinning, tokens
+from helpers import (
+    evidence,
+    grid_chunks,
+    light_cone,
+    mediation,
+    outcomes,
+    positions,
+    probes,
+    prompts,
+    thinning,
+    tokens,
+)
 from helpers import full_response as full_responses
-from helpers.controls import UNTRAINED
 from helpers.depth import depth
 from helpers.errors import InputError
 from helpers.evidence import COMPONENTS
 from helpers.progress import progress
 from helpers.prompts import Pair
-from helpers.subject import Subject, load, untrained_twin
+from helpers.subject import Subject, load
 from helpers.tokens import Openers, TokenPair
 
 SMOKE_PAIRS = 24
-RELATIVE_PAIRS = 120
 LAYER_SITES = ("resid_post", *COMPONENTS)
 DIRECT_SITES = tuple(f"{site}.direct" for site in COMPONENTS)
 
@@ -95,23 +104,6 @@ def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenP
     return made
 
 
-def shipped() -> tuple[str, ...]:
-    """Names of the models that come with the companion."""
-    return tuple(sorted(folder.name for folder in paths.ORGANISM.iterdir() if (folder / "config.json").is_file()))
-
-
-def is_shipped(model: str) -> bool:
-    """True for an embedded model, by name."""
-    return model == "embedded" or model in shipped()
-
-
-def relatives(model: str) -> tuple[str, ...]:
-    """The other shipped models, if the model is one of them: other seeds, and the other kind of attention."""
-    own = "window-0" if model == "embedded" else model
-    names = sorted(shipped(), key=lambda name: (name.startswith("full"), name))
-    return tuple(name for name in names if name != own) if is_shipped(model) else ()
-
-
 CLEAN = ["pair_id", "topic", "treatment", "split", "y00", "y11", "te", "joint", "earliest", "distance"]
 
 
@@ -122,7 +114,7 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
     at the last token can differ (the number of layers where none can); `distance` the tokens from the last difference
     to the last token.
     """
-    groups = progress(mediation.batches(study.pairs), desc="clean runs")
+    groups = progress(mediation.batches(study.pairs, study.subject), desc="clean runs")
     rows = [row for group in groups for row in _clean_rows(study, mediation.run_clean(study.subject, group))]
     return pd.DataFrame(rows, columns=CLEAN)
 
@@ -217,21 +209,19 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
     return Layers(study, clean, effects, evidence_rows(study, clean, effects, label))
 
 
-def thinned(study: Study, n: int) -> Study:
-    """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
-    kept = {pair.id for pair in thinning.limit([token_pair.pair for token_pair in study.pairs], n)}
-    return replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.id in kept))
+def memory_plan(study: Study) -> dict[str, object]:
+    """What the sweeps keep in memory above the model, estimated from shapes, and how the work is cut; for `chunks.json`.
 
-
-def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
-    """What a model is compared with: its untrained twin and, for a shipped model, its relatives and their twins.
-
-    A twin has the same architecture and fresh random weights. The smoke profile has the model's own twin only.
-    Comparisons use at most 120 pairs a treatment (in the default set: one for each topic).
+    Megabytes are for both clean runs of the longest batch and the sweep on it; `events` are chunks that had to be
+    halved for want of memory.
     """
-    study = thinned(study, RELATIVE_PAIRS)
-    yield study.slug + UNTRAINED, replace(study, subject=untrained_twin(study.subject))
-    for name in relatives(model) if profile == "full" else ():
-        subject = load(name, device=str(study.subject.device), dtype="float32")
-        yield name, replace(study, subject=subject)
-        yield name + UNTRAINED, replace(study, subject=untrained_twin(subject))
+    n_pos = max(len(pair.control) for pair in study.pairs)
+    n_pairs = mediation.pairs_at_once(study.subject, n_pos)
+    need = grid_chunks.memory_need(study.subject, n_pairs, n_pos)
+    return {
+        "longest_prompt": n_pos,
+        "pairs_at_once": n_pairs,
+        "tokens_at_once": grid_chunks.token_budget(study.subject, n_pos),
+        "megabytes": round((2 * need.clean_run + need.sweep) / 1e6),
+        "events": list(grid_chunks.chunk_events()),
+    }
