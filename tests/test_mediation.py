@@ -11,7 +11,7 @@ from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor
 
-from helpers import grid, mediation, outcomes, positions
+from helpers import grid, grid_chunks, mediation, outcomes, positions
 from helpers.grid import Patch
 from helpers.mediation import Mediator, difference, effects, estimands, mediators
 from helpers.subject import Subject
@@ -268,11 +268,17 @@ def test_frozen_outcomes_by_hand() -> None:
     norm, unembed = subject.model.model.norm, subject.model.lm_head.weight
     scale = torch.rsqrt(control.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     table = one(subject, pairs, Mediator("mlp_out", 2), names=("Y1.frozen", "contrast.frozen"))
+    own = [logits.detach().softmax(-1) for logits in runs(subject, pairs)]
+    weights = [
+        [p[:, list(camp)] / p[:, list(camp)].sum(-1, keepdim=True) for p in own]
+        for camp in (YES_NO.comply, YES_NO.refuse)
+    ]
+    comply, refuse = ((at_control + at_treated) / 2 for at_control, at_treated in weights)
     for name, resid in {"y00": control, "y01": y01[:, 0], "y10": y10[:, 0], "y11": treated}.items():
         logits = (resid * scale * norm.weight) @ unembed.T
         np.testing.assert_allclose(table.loc[table.outcome == "Y1.frozen", name], log_odds(logits), atol=1e-4)
         logits = logits.detach()
-        linear = logits[:, list(YES_NO.comply)].mean(-1) - logits[:, list(YES_NO.refuse)].mean(-1)
+        linear = (logits[:, list(YES_NO.comply)] * comply).sum(-1) - (logits[:, list(YES_NO.refuse)] * refuse).sum(-1)
         np.testing.assert_allclose(table.loc[table.outcome == "contrast.frozen", name], linear, atol=1e-4)
 
 
@@ -324,6 +330,33 @@ def test_batch_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     single = effects(subject, pairs, of(None, "T2", "B1"), wanted).set_index(keys).sort_index()
     cells = ["y00", "y01", "y10", "y11", "te", "nie0", "nie1"]
     np.testing.assert_allclose(whole[cells], single[cells], atol=2e-5 * whole.te.abs().max())
+
+
+def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs at once as keep a clean run below its share of memory, at least one."""
+    subject = tiny_subject("llama")
+    pairs = random_pairs(12, 9, 61)
+    one = grid_chunks.memory_need(subject, 1, 9).clean_run
+    for budget, sizes in ((10**9, [12]), (5 * one, [5, 5, 2]), (one // 2, [1] * 12)):
+        monkeypatch.setattr(mediation, "CLEAN_RUN_BYTES", budget)
+        assert [len(batch) for batch in mediation.batches(pairs, subject)] == sizes
+    one_pair = effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
+    monkeypatch.setattr(mediation, "CLEAN_RUN_BYTES", 10**9)
+    few = effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
+    np.testing.assert_allclose(few[["y01", "y10"]], one_pair[["y01", "y10"]], atol=1e-5)
+
+
+def test_mediators_may_depend_on_the_treatment() -> None:
+    subject = tiny_subject("llama")
+    own = {"T2": [Mediator("attn_out", 1)], "B1": [Mediator("mlp_out", 2), Mediator("attn_out", 1)]}
+    seen = []
+    table = effects(subject, mixed_pairs(), of(None, "T2", "B1"), own.__getitem__, watch=seen.append)
+    sites = {name: set(zip(part.site, part.layer, strict=True)) for name, part in table.groupby("treatment")}
+    assert sites == {"T2": {("attn_out", 1)}, "B1": {("mlp_out", 2), ("attn_out", 1)}}
+    same = effects(subject, mixed_pairs(), of(None, "T2", "B1"), own["T2"])
+    both = table[table.site == "attn_out"].reset_index(drop=True)
+    np.testing.assert_allclose(both[["y00", "y01", "y10", "y11"]], same[["y00", "y01", "y10", "y11"]], atol=1e-5)
+    assert [pair.pair.id for batch in seen for pair in batch.pairs] == same.pair_id.tolist()
 
 
 def test_pad_side_does_not_matter() -> None:

@@ -52,6 +52,27 @@ def test_contrast_with_a_frozen_norm_is_linear(family: str) -> None:
     )
 
 
+def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
+    """Y1's own weights at both ends: an opener that the model never says must not count as much as the one it says."""
+    control, treated = final(subject, tokens())[:, -1], final(subject, tokens(seed=4))[:, -1]
+    comply, refuse = outcomes.camp_weights(subject, control, treated, OPENERS)
+    ones = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(comply.sum(-1), ones)
+    torch.testing.assert_close(refuse.sum(-1), ones)
+    for resid in (control, treated):  # a small step from either end moves both alike, up to the other end's weights
+        same = outcomes.camp_weights(subject, resid, resid, OPENERS)
+        step = 1e-3 * torch.randn(resid.shape, generator=torch.Generator().manual_seed(0))
+        moved = [outcomes.log_odds(subject, at, OPENERS, resid) for at in (resid, resid + step)]
+        linear = [outcomes.contrast(subject, at, OPENERS, resid, same) for at in (resid, resid + step)]
+        torch.testing.assert_close(moved[1] - moved[0], linear[1] - linear[0], atol=2e-5, rtol=0.02)
+    te = outcomes.log_odds(subject, treated, OPENERS) - outcomes.log_odds(subject, control, OPENERS)
+    errors = []
+    for weights in ((comply, refuse), None):
+        ends = [outcomes.contrast(subject, resid, OPENERS, None, weights) for resid in (control, treated)]
+        errors.append(float((ends[1] - ends[0] - te).abs().mean()))
+    assert errors[0] < 0.2 * errors[1]
+
+
 def test_camp_probabilities_over_the_whole_vocabulary(subject: Subject) -> None:
     ids = tokens()
     p = subject.model(ids).logits[:, -1].detach().double().softmax(-1)
