@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from helpers.evidence import COMPONENTS
 from helpers.mediation import estimands
 
 N_LAYERS = 6
@@ -75,3 +76,25 @@ def complete(
     outcomes = ("Y1", "Y1.frozen", "Y2")
     harm = [effect_table(cells, treatment=name, outcome=out, **settings) for name in names for out in outcomes]  # type: ignore[arg-type]
     return pd.concat([*harm, benign_tables()], ignore_index=True)
+
+
+def find(rows: list[dict], quantity: str, variant: str = "main") -> dict:
+    (found,) = [row for row in rows if row["quantity"] == quantity and row["variant"] == variant]
+    return found
+
+
+def shifted(table: pd.DataFrame, split: str, **changes: float) -> pd.DataFrame:
+    """The table with some columns of one split multiplied."""
+    made = table.copy()
+    for name, factor in changes.items():
+        made.loc[made.split == split, name] *= factor
+    return made
+
+
+def scales() -> dict[str, pd.Series]:
+    index = pd.MultiIndex.from_product([COMPONENTS, range(N_LAYERS)], names=["site", "layer"])
+    is_mlp = index.get_level_values(0) == "mlp_out"
+    return {
+        name: pd.Series(np.where(is_mlp, size, 1.0), index)
+        for name, size in (("per patch norm", 2), ("per parameter", 9))
+    }

@@ -6,63 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
+from figure_tables import NAMES, drawn, numbers, table_for
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import drawings, figures, paths, plots, store
+from helpers import figures, paths, plots, store
 from helpers.errors import InputError
-from helpers.figure_list import SPECS, FigureSpec
+from helpers.figure_list import SPECS
 from helpers.figures import describe, index, spec
-
-NAMES = [entry.name for entry in SPECS]
-CHOICES = {
-    "model": ["embedded", "embedded (untrained)"],
-    "site": ["attn_out", "mlp_out"],
-    "treatment": ["T1", "T2", "T2b", "T2-T2b"],
-    "effect": ["indirect", "direct"],
-    "contrast": ["harm", "benign", "difference"],
-    "estimand": ["NIE0", "NIE1", "INT"],
-    "state": list(drawings.CELLS),
-    "verdict": [*plots.VERDICTS, "not testable"],
-    "claim": ["C1", "C2", "C3"],
-    "group": list(drawings.GROUP_COLOURS),
-    "layer": range(6),
-    "head": range(4),
-    "position": range(10),
-    "panel": ["one", "two"],
-    "split": ["discover", "validate", "test"],
-    "differ": [False, True],
-}
-FREE = {"token", "control", "treated", "step", "what", "file", "notebook", "earliest"}
-
-
-def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
-    """All combinations of what a figure distinguishes, with estimates inside their intervals."""
-    rng = np.random.default_rng(seed)
-    crossed = [name for name in entry.columns if name in CHOICES]
-    if {"position", "group"} <= set(crossed):
-        crossed = ["position"]  # the token drawing: one row a position
-    if {"state", "position"} <= set(crossed):
-        crossed = ["panel", "layer", "position"]
-    if "verdict" in crossed:
-        crossed = ["model", "claim"]
-    values = [CHOICES[name] for name in crossed] or [range(5)]
-    made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)
-    for name, kind in entry.columns.items():
-        if name in made or name in ("estimate", "low", "high", "band_low", "band_high"):
-            continue
-        options = list(CHOICES.get(name, [f"{name} {i}" for i in range(4)] if kind == "str" else [3]))
-        made[name] = [options[i % len(options)] for i in range(len(made))]
-    if "estimate" in entry.columns:
-        made["estimate"] = rng.normal(size=len(made))
-        made["low"], made["high"] = (made.estimate + sign * rng.uniform(0.1, 0.5, len(made)) for sign in (-1, 1))
-        made["band_low"], made["band_high"] = made.low - 0.2, made.high + 0.2
-    return made[list(entry.columns)]
 
 
 @pytest.fixture
@@ -74,26 +27,6 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for entry in SPECS:
         store.write_table(table_for(entry), tmp_path / "results" / "made" / f"{entry.name}.csv")
     return tmp_path
-
-
-def numbers(figure: Figure) -> set[float]:
-    """Every coordinate that an axis of the figure shows, as data."""
-    found: set[float] = set()
-    for ax in figure.axes:
-        for line in ax.get_lines():
-            found |= {*np.ravel(line.get_xdata()), *np.ravel(line.get_ydata())}
-        for collection in ax.collections:
-            for path in collection.get_paths():
-                found |= set(np.ravel(path.vertices))
-        for image in ax.images:
-            found |= set(np.ravel(np.ma.filled(image.get_array(), np.nan)))
-    return {round(float(x), 9) for x in found if np.isfinite(float(x))}
-
-
-def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
-    """A figure as `figures.show` draws it."""
-    with plt.rc_context(plots.STYLE):
-        return spec(name).draw(table_for(spec(name)) if table is None else table)
 
 
 # ---- every figure ----
@@ -150,110 +83,6 @@ def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
     figures.show(name, "made")
     axes = drawn(name, table).axes
     assert all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in axes)
-
-
-# ---- the kinds of drawing ----
-
-
-def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
-    """A BCa interval of a skewed statistic need not hold the estimate."""
-    table = pd.DataFrame(
-        {
-            "layer": [0, 1, 2],
-            "site": "mlp_out",
-            "estimate": [0.0, 1.0, 2.0],
-            "low": [0.35, 0.5, 1.0],
-            "high": [0.6, 0.8, 3.0],
-        }
-    )
-    shown = numbers(plots.by_layer(table, group="site", title="", unit=""))
-    assert {0.6, 0.5, 1.0, 3.0} <= shown
-    assert not {-0.35, 1.2} & shown  # limits mirrored at the estimate
-
-
-def test_late_layers_are_those_of_the_claims() -> None:
-    for n_layers, first in ((6, 4), (12, 8), (3, 2), (2, 1)):
-        table = pd.DataFrame({"layer": range(n_layers), "site": "mlp_out", "estimate": 0.0, "low": -1.0, "high": 1.0})
-        ax = plots.by_layer(table, group="site", title="", unit="").axes[0]
-        (shade,) = [patch for patch in ax.patches if patch.get_label() == "late layers"]
-        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (first - 0.5, n_layers - 0.5)
-
-
-def test_the_light_cone_is_shaded() -> None:
-    table = table_for(spec("02_cumulative"))
-    for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
-        ax = plots.cumulative(table.assign(earliest=earliest)).axes[0]
-        assert len(ax.patches) == n_shaded
-        assert bool(ax.texts) == bool(n_shaded)
-        if n_shaded:
-            assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
-
-
-def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
-    table = pd.DataFrame(
-        [
-            (0, 0, "a", 3.0, 2.0, 4.0),
-            (0, 1, "a", 0.1, -1.0, 1.0),
-            (1, 0, "a", -1.0, -2.0, -0.5),
-            (1, 1, "a", 0.0, 0.0, 0.0),
-        ],
-        columns=["layer", "head", "effect", "estimate", "low", "high"],
-    )
-    ax = plots.heatmap(table, row="layer", column="head", panel="effect", title="", unit="").axes[0]
-    assert ax.images[0].get_clim() == (-3, 3)
-    assert ax.images[0].get_array().tolist() == [[3.0, 0.1], [-1.0, 0.0]]
-    assert list(zip(*ax.get_lines()[0].get_data(), strict=True)) == [(0, 0), (0, 1)]  # x: head, y: layer
-    assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
-
-
-def test_verdicts_are_told_by_sign_too() -> None:
-    rows = [
-        ("m", "C1", "supported"),
-        ("m", "C2", "contradicted"),
-        ("n", "C1", "inconclusive"),
-        ("n", "C2", "not testable"),
-    ]
-    ax = plots.verdicts(pd.DataFrame(rows, columns=["model", "claim", "verdict"])).axes[0]
-    assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (0, 0): "+",
-        (1, 0): "-",
-        (0, 1): "?",
-        (1, 1): "",
-    }
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["m", "n"]
-
-
-def test_tokens_that_differ_are_outlined() -> None:
-    table = pd.DataFrame(
-        {
-            "position": range(3),
-            "group": ["header", "verb", "rest"],
-            "control": list("abc"),
-            "treated": list("adc"),
-            "differ": [False, True, False],
-        }
-    )
-    figure = drawings.tokens(table)
-    (ax,) = figure.axes
-    wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
-    assert wide == {1}
-    assert {"a", "b", "c", "d", "control", "treated", "header", "verb"} <= {text.get_text() for text in ax.texts}
-
-
-def test_the_grid_counts_its_cells() -> None:
-    states = ["clean"] * 6 + ["patched", "recomputed", "clean", "read"]
-    table = pd.DataFrame(
-        {
-            "panel": "p",
-            "layer": [0] * 5 + [1] * 5,
-            "position": [*range(5), *range(5)],
-            "state": states,
-            "token": list("abcde") * 2,
-        }
-    )
-    ax = drawings.grid(table).axes[0]
-    assert "30%" in ax.get_title() + ax.get_title(loc="left")
-    assert len(ax.patches) == 10
 
 
 # ---- files ----

@@ -1,0 +1,51 @@
+"""Short ways to ask for effects, and plain log-odds to compare them with."""
+
+import numpy as np
+import pandas as pd
+import torch
+from handmade import random_pairs
+from torch import Tensor
+
+from helpers.mediation import Mediator, effects
+from helpers.subject import Subject
+from helpers.tokens import Openers, TokenPair
+
+SITES = ("resid_post", "attn_out", "mlp_out", "head")
+DIRECT = ("attn_out.direct", "mlp_out.direct")
+YES_NO = Openers((10, 12), (20, 21, 22))
+FAMILIES = ("llama", "qwen2", "gemma2", "olmo2", "gpt2")
+
+
+def of(names: Openers | None = None, *treatments: str) -> dict[str, Openers]:
+    return dict.fromkeys(treatments or ("T2",), names or YES_NO)
+
+
+def one(subject: Subject, pairs: list[TokenPair], *wanted: Mediator, names: tuple[str, ...] = ("Y1",)) -> pd.DataFrame:
+    return effects(subject, pairs, of(), wanted, names)
+
+
+def cell(table: pd.DataFrame, site: str, layer: int, position: str = "last", head: int = -1) -> pd.DataFrame:
+    return table[(table.site == site) & (table.layer == layer) & (table.position == position) & (table["head"] == head)]
+
+
+def runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
+    """Plain logits of control and treated at the last token."""
+    both = (torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated"))
+    return tuple(subject.model(ids).logits[:, -1] for ids in both)
+
+
+def log_odds(logits: Tensor, openers: Openers = YES_NO) -> Tensor:
+    log_p = logits.detach().double().log_softmax(-1)
+    return log_p[..., list(openers.comply)].logsumexp(-1) - log_p[..., list(openers.refuse)].logsumexp(-1)
+
+
+# ---- what must not matter, and tables ----
+
+
+def mixed_pairs() -> list[TokenPair]:
+    """Two lengths and two treatments, shuffled."""
+    kinds = [(9, "T2", 1), (11, "B1", 2), (9, "B1", 3), (11, "T2", 4)]
+    pairs = [pair for n_pos, name, seed in kinds for pair in random_pairs(3, n_pos, 61, seed=seed, treatment=name)]
+    for i, pair in enumerate(pairs):
+        object.__setattr__(pair.pair, "id", f"{pair.pair.treatment}.{i}")
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]

@@ -1,0 +1,74 @@
+"""A table for every figure, and what a figure shows as numbers."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers import drawings, plots
+from helpers.figure_list import SPECS, FigureSpec
+from helpers.figures import spec
+
+NAMES = [entry.name for entry in SPECS]
+CHOICES = {
+    "model": ["embedded", "embedded (untrained)"],
+    "site": ["attn_out", "mlp_out"],
+    "treatment": ["T1", "T2", "T2b", "T2-T2b"],
+    "effect": ["indirect", "direct"],
+    "contrast": ["harm", "benign", "difference"],
+    "estimand": ["NIE0", "NIE1", "INT"],
+    "state": list(drawings.CELLS),
+    "verdict": [*plots.VERDICTS, "not testable"],
+    "claim": ["C1", "C2", "C3"],
+    "group": list(drawings.GROUP_COLOURS),
+    "layer": range(6),
+    "head": range(4),
+    "position": range(10),
+    "panel": ["one", "two"],
+    "split": ["discover", "validate", "test"],
+    "differ": [False, True],
+}
+
+
+def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
+    """All combinations of what a figure distinguishes, with estimates inside their intervals."""
+    rng = np.random.default_rng(seed)
+    crossed = [name for name in entry.columns if name in CHOICES]
+    if {"position", "group"} <= set(crossed):
+        crossed = ["position"]  # the token drawing: one row a position
+    if {"state", "position"} <= set(crossed):
+        crossed = ["panel", "layer", "position"]
+    if "verdict" in crossed:
+        crossed = ["model", "claim"]
+    values = [CHOICES[name] for name in crossed] or [range(5)]
+    made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)
+    for name, kind in entry.columns.items():
+        if name in made or name in ("estimate", "low", "high", "band_low", "band_high"):
+            continue
+        options = list(CHOICES.get(name, [f"{name} {i}" for i in range(4)] if kind == "str" else [3]))
+        made[name] = [options[i % len(options)] for i in range(len(made))]
+    if "estimate" in entry.columns:
+        made["estimate"] = rng.normal(size=len(made))
+        made["low"], made["high"] = (made.estimate + sign * rng.uniform(0.1, 0.5, len(made)) for sign in (-1, 1))
+        made["band_low"], made["band_high"] = made.low - 0.2, made.high + 0.2
+    return made[list(entry.columns)]
+
+
+def numbers(figure: Figure) -> set[float]:
+    """Every coordinate that an axis of the figure shows, as data."""
+    found: set[float] = set()
+    for ax in figure.axes:
+        for line in ax.get_lines():
+            found |= {*np.ravel(line.get_xdata()), *np.ravel(line.get_ydata())}
+        for collection in ax.collections:
+            for path in collection.get_paths():
+                found |= set(np.ravel(path.vertices))
+        for image in ax.images:
+            found |= set(np.ravel(np.ma.filled(image.get_array(), np.nan)))
+    return {round(float(x), 9) for x in found if np.isfinite(float(x))}
+
+
+def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
+    """A figure as `figures.show` draws it."""
+    with plt.rc_context(plots.STYLE):
+        return spec(name).draw(table_for(spec(name)) if table is None else table)

@@ -1,0 +1,111 @@
+"""The kinds of drawing: what is drawn where, and readable without colour."""
+
+import numpy as np
+import pandas as pd
+from figure_tables import numbers, table_for
+
+from helpers import drawings, plots
+from helpers.figures import spec
+
+# ---- the kinds of drawing ----
+
+
+def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
+    """A BCa interval of a skewed statistic need not hold the estimate."""
+    table = pd.DataFrame(
+        {
+            "layer": [0, 1, 2],
+            "site": "mlp_out",
+            "estimate": [0.0, 1.0, 2.0],
+            "low": [0.35, 0.5, 1.0],
+            "high": [0.6, 0.8, 3.0],
+        }
+    )
+    shown = numbers(plots.by_layer(table, group="site", title="", unit=""))
+    assert {0.6, 0.5, 1.0, 3.0} <= shown
+    assert not {-0.35, 1.2} & shown  # limits mirrored at the estimate
+
+
+def test_late_layers_are_those_of_the_claims() -> None:
+    for n_layers, first in ((6, 4), (12, 8), (3, 2), (2, 1)):
+        table = pd.DataFrame({"layer": range(n_layers), "site": "mlp_out", "estimate": 0.0, "low": -1.0, "high": 1.0})
+        ax = plots.by_layer(table, group="site", title="", unit="").axes[0]
+        (shade,) = [patch for patch in ax.patches if patch.get_label() == "late layers"]
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (first - 0.5, n_layers - 0.5)
+
+
+def test_the_light_cone_is_shaded() -> None:
+    table = table_for(spec("02_cumulative"))
+    for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
+        ax = plots.cumulative(table.assign(earliest=earliest)).axes[0]
+        assert len(ax.patches) == n_shaded
+        assert bool(ax.texts) == bool(n_shaded)
+        if n_shaded:
+            assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
+
+
+def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
+    table = pd.DataFrame(
+        [
+            (0, 0, "a", 3.0, 2.0, 4.0),
+            (0, 1, "a", 0.1, -1.0, 1.0),
+            (1, 0, "a", -1.0, -2.0, -0.5),
+            (1, 1, "a", 0.0, 0.0, 0.0),
+        ],
+        columns=["layer", "head", "effect", "estimate", "low", "high"],
+    )
+    ax = plots.heatmap(table, row="layer", column="head", panel="effect", title="", unit="").axes[0]
+    assert ax.images[0].get_clim() == (-3, 3)
+    assert ax.images[0].get_array().tolist() == [[3.0, 0.1], [-1.0, 0.0]]
+    assert list(zip(*ax.get_lines()[0].get_data(), strict=True)) == [(0, 0), (0, 1)]  # x: head, y: layer
+    assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
+
+
+def test_verdicts_are_told_by_sign_too() -> None:
+    rows = [
+        ("m", "C1", "supported"),
+        ("m", "C2", "contradicted"),
+        ("n", "C1", "inconclusive"),
+        ("n", "C2", "not testable"),
+    ]
+    ax = plots.verdicts(pd.DataFrame(rows, columns=["model", "claim", "verdict"])).axes[0]
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (0, 0): "+",
+        (1, 0): "-",
+        (0, 1): "?",
+        (1, 1): "",
+    }
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["m", "n"]
+
+
+def test_tokens_that_differ_are_outlined() -> None:
+    table = pd.DataFrame(
+        {
+            "position": range(3),
+            "group": ["header", "verb", "rest"],
+            "control": list("abc"),
+            "treated": list("adc"),
+            "differ": [False, True, False],
+        }
+    )
+    figure = drawings.tokens(table)
+    (ax,) = figure.axes
+    wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
+    assert wide == {1}
+    assert {"a", "b", "c", "d", "control", "treated", "header", "verb"} <= {text.get_text() for text in ax.texts}
+
+
+def test_the_grid_counts_its_cells() -> None:
+    states = ["clean"] * 6 + ["patched", "recomputed", "clean", "read"]
+    table = pd.DataFrame(
+        {
+            "panel": "p",
+            "layer": [0] * 5 + [1] * 5,
+            "position": [*range(5), *range(5)],
+            "state": states,
+            "token": list("abcde") * 2,
+        }
+    )
+    ax = drawings.grid(table).axes[0]
+    assert "30%" in ax.get_title() + ax.get_title(loc="left")
+    assert len(ax.patches) == 10
