@@ -30,7 +30,8 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sa
 
 def run_all() -> int:
     """Exit status: 1 if any check failed."""
-    unseen = launch.quiet() | {"MPLBACKEND": "Agg"}
+    # One thread: unit tests are many small products, and threads that wait for each other cost more than they help.
+    unseen = launch.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder:

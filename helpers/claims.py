@@ -133,7 +133,11 @@ def c3(rows: Rows) -> Verdict:
         supported=psi.ci_low >= 0.30 and gain.estimate >= 0.05 and gain.ci_low > 0, contradicted=psi.ci_high <= 0.10
     )
     reason = f"psi0 {_interval(psi)} on tokens that do not differ; probe beats bag of tokens by {_interval(gain)} AUROC"
-    return _verdict(rows, psi, verdict, checks, reason)
+    families = rows.variants("C3", "psi0 early, shared tokens", "family ")
+    reason += "".join(f"; {name} {_interval(row)}" for name, row in families.items())
+    uneven = len({row.estimate >= 0.30 for row in families.values()}) > 1
+    made = _verdict(rows, psi, verdict, checks, reason)
+    return replace(made, tags=("families differ",) if uneven else ())
 
 
 def _generation(rows: Rows) -> str:

@@ -25,6 +25,12 @@ class Rows:
         found = table[(table.claim == claim) & (table.quantity == quantity) & (table.variant == variant)]
         return found.iloc[0] if len(found) else None
 
+    def variants(self, claim: str, quantity: str, prefix: str) -> dict[str, pd.Series]:
+        """Rows of a quantity whose variant begins with a prefix, by variant."""
+        table = self.table[(self.table.claim == claim) & (self.table.quantity == quantity)]
+        chosen = table[table.variant.str.startswith(prefix)]
+        return {str(row.variant): row for _, row in chosen.iterrows()}
+
 
 def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float) -> str:
     """A variant of the estimate lies on the same side of the middle."""

@@ -52,7 +52,7 @@ def tokens(table: pd.DataFrame) -> Figure:
         axes.text(run.middle + 0.5, -0.12, run.group, ha="right", va="top", fontsize=7, rotation=35)
     for y, name in ((1, "control"), (0, "treated")):
         axes.text(-0.2, y + 0.45, name, ha="right", va="center", fontweight="bold")
-    axes.set_xlim(-2, len(table))
+    axes.set_xlim(-2, len(table) + 0.1)
     axes.set_ylim(-1.1, 2)
     axes.set_title("One pair, aligned: only the outlined tokens differ")
     return figure
@@ -99,5 +99,5 @@ def pipeline(table: pd.DataFrame) -> Figure:
             axes.add_patch(arrow)
     axes.set_xlim(-0.1, 1.55 * len(table))
     axes.set_ylim(-0.5, 1.3)
-    axes.set_title("Data flows one way; every arrow is a file on disk")
+    axes.set_title("Data flows one way, and every step reads what an earlier one left")
     return figure

@@ -7,7 +7,7 @@ components count as positive, are fixed on the discover split; every number is f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -50,10 +50,14 @@ def averaged(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(nie=(table.nie0 + table.nie1) / 2)
 
 
-def signed(table: pd.DataFrame) -> pd.DataFrame:
-    """`averaged` effects, each treatment and outcome signed by its TE on discover."""
+def signed(table: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`averaged` effects, each treatment and outcome signed by its TE on discover.
+
+    A subset is signed by the set it was taken from (`reference`): signed by itself it could never disagree.
+    """
     columns = ["te", "nie0", "nie1"]
-    discover = table[table.split == "discover"]
+    source = table if reference is None else reference
+    discover = source[source.split == "discover"]
     sign = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
     joined = table.merge(sign, on=["treatment", "outcome"], how="left", validate="many_to_one")
     if joined["sign"].isna().any():
@@ -177,18 +181,20 @@ def c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]
     """C1, generation arises late: the late share in all variants, and the centroid difference harm - benign."""
     treatment, rows = primary(table), []
     for variant in VARIANTS:
+        whole = select(table, treatment, replace(variant, unsaturated=False))
         chosen = select(table, treatment, variant)
         if enough(chosen):
-            estimates = late_share(signed(chosen), n_layers, variant.value)
+            estimates = late_share(signed(chosen, whole), n_layers, variant.value)
             rows += share_row(model, "C1", "late share", variant.name, estimates, chosen)
     benign = usable_benign(table)
     if len(benign) and rows and rows[0]["variant"] == "main":
         harm = signed(select(table, treatment, VARIANTS[0]))
         estimates, n_pairs, names = centroids(harm, benign, n_layers)
-        rows.append(row(model, "C1", "centroid difference", "main", estimates, n_pairs))
-        rows += [
-            row(model, "C1", f"centroid {name}", "main", estimates, n_pairs, i) for i, name in enumerate(names, start=1)
-        ]
+        test = pd.concat([harm, benign]).query("split == 'test'").groupby("treatment")
+        sizes = test.agg(n_pairs=("pair_id", "nunique"), n_topics=("topic", "nunique")).to_dict("index")
+        named = [("centroid difference", names[0]), *((f"centroid {name}", name) for name in names)]
+        for i, (quantity, name) in enumerate(named):
+            rows.append(row(model, "C1", quantity, "main", estimates, n_pairs, i) | sizes[name])
     return rows
 
 
@@ -218,9 +224,10 @@ def c2(
     if treatment not in ("T2", "T2-T2b"):
         return rows
     for variant in VARIANTS:
+        whole = select(totals, treatment, replace(variant, unsaturated=False))
         chosen = select(totals, treatment, variant)
         if enough(chosen):
-            estimates = mlp_share(signed(chosen), variant.value)
+            estimates = mlp_share(signed(chosen, whole), variant.value)
             rows += share_row(model, "C2", "MLP share of NIE", variant.name, estimates, chosen)
     linear = Variant("main", outcome="contrast.frozen")
     sites = [f"{site}.direct" for site in COMPONENTS]

@@ -30,6 +30,7 @@ def quiet() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "SOURCE_DATE_EPOCH": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars hold times, and would be stored in the notebooks
         "WANDB_MODE": "disabled",
     }
 

@@ -44,7 +44,7 @@ def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]
     """
     study = thinned(study, RELATIVE_PAIRS)
     yield study.slug + UNTRAINED, replace(study, subject=untrained_twin(study.subject))
-    for name in relatives(model) if profile == "full" else ():
+    for seed, name in enumerate(relatives(model) if profile == "full" else (), start=1):
         subject = load(name, device=str(study.subject.device), dtype="float32")
         yield name, replace(study, subject=subject)
-        yield name + UNTRAINED, replace(study, subject=untrained_twin(subject))
+        yield name + UNTRAINED, replace(study, subject=untrained_twin(subject, seed))

@@ -29,18 +29,27 @@ def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
 
 
 def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
-    """Pairs of each split, one topic after another, so that few pairs still span many topics.
+    """Pairs of each split: one topic after another, and of each topic's pairs one of the family seen least so far.
 
-    Which of a topic's pairs comes first is drawn by a hash of its id: files often list one kind of pair first.
+    So few pairs still span many topics and kinds of pairs. Ties are broken by a hash of the id, since files often list
+    one kind of pair first.
     """
     chosen: list[Pair] = []
     for split, size in quota.items():
         members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
         members.sort(key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest())
-        repeats: Counter[str] = Counter()
-        turns = {}
+        waiting: dict[str, list[Pair]] = {}
         for pair in members:
-            turns[pair.id] = repeats[pair.topic]
-            repeats[pair.topic] += 1
-        chosen += sorted(members, key=lambda pair: turns[pair.id])[:size]
+            waiting.setdefault(pair.topic, []).append(pair)
+        families: Counter[str] = Counter()
+        taken: list[Pair] = []
+        while waiting and len(taken) < size:
+            for topic in list(waiting)[: size - len(taken)]:
+                pair = min(waiting[topic], key=lambda one: families[one.family])
+                families[pair.family] += 1
+                taken.append(pair)
+                waiting[topic].remove(pair)
+                if not waiting[topic]:
+                    del waiting[topic]
+        chosen += taken
     return chosen
