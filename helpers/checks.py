@@ -37,7 +37,7 @@ def run_all() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
         results, figures = scratch / "results", scratch / "figures"
-        variables = launch.environment(results, figures, scratch)
+        variables = launch.environment(results, figures, scratch) | launch.threads("embedded")
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
         outcomes.append(compare(results))

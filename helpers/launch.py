@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import notebook as nb
-from helpers.paths import NOTEBOOKS, ROOT, relative
+from helpers.paths import NOTEBOOKS, ORGANISM, ROOT, relative
+from helpers.preflight import names
 from helpers.store import read_json, write_json, write_text
 
 KERNEL = {
@@ -24,7 +25,6 @@ KERNEL = {
 def quiet() -> dict[str, str]:
     """This process's variables with those under which a library neither phones home nor depends on chance."""
     variables = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    variables.setdefault("OMP_NUM_THREADS", "2")
     return variables | {
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
@@ -46,6 +46,14 @@ def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
     return quiet() | {name: str(path) for name, path in (folders | jupyter).items()}
 
 
+def threads(model: str) -> dict[str, str]:
+    """One thread for the shipped models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
+
+    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
+    """
+    return {} if "OMP_NUM_THREADS" in os.environ or model not in names(ORGANISM) else {"OMP_NUM_THREADS": "1"}
+
+
 def execute(
     notebook: nb.Notebook, parameters: Mapping[str, Any], results: Path, figures: Path, log: Path
 ) -> tuple[str, str]:
@@ -60,7 +68,9 @@ def execute(
         write_text(nb.text(nb.prepared(notebook)), source)
         paths = [str(path) for path in (source, target, report, NOTEBOOKS)]
         command = [sys.executable, "-m", "helpers.execute", *paths, json.dumps(dict(parameters))]
-        status = _wait(command, environment(results, figures, scratch), log)
+        status = _wait(
+            command, environment(results, figures, scratch) | threads(str(parameters.get("MODEL", "embedded"))), log
+        )
         if status == 0:
             return target.read_text(encoding="utf-8"), ""
         return "", f"{_reason(report, status)}\n  the whole story: {relative(log)}"
