@@ -104,7 +104,10 @@ def c2(rows: Rows) -> Verdict:
     )
     flips = [name for name in ("per patch norm", "per parameter") if controls.flips(rows, name, total, direct)]
     reason = f"MLP share {_interval(direct)} of direct effects, {_interval(total)} of indirect effects"
-    reason += f"; the side changes {' and '.join(flips)}" if flips else "; the same side in every normalisation"
+    reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "; the two disagree"
+    reason += (
+        f"; the side changes {' and '.join(flips)}" if flips else "; no normalisation moves either across one half"
+    )
     # Shown is the share that decides: both must pass, so the one that is further from doing so.
     if verdict == "contradicted":
         binding = max(total, direct, key=lambda row: row.ci_high)

@@ -123,7 +123,7 @@ def test_c2_supported() -> None:
     assert made.verdict == "supported"
     assert (made.quantity, made.estimate) == (NIE, 0.8)
     assert made.tags == ("robust",)
-    assert "the same side in every normalisation" in made.reason
+    assert "no normalisation moves either across one half" in made.reason
 
 
 def shares(total: Number, direct: Number) -> dict:

@@ -109,8 +109,9 @@ borderline, 0.01 harmless). Muon and AdamW, batch {batch}, {precision} autocast,
 model: `python -m helpers.organisms.train --all`. The same machine gives the same weights bit for bit; another
 CPU type gives slightly others.
 
-The recipe was chosen on behaviour alone, before any mediation result was looked at: one trial of 2400 base steps
-behaved the same, so 1600 are used. Nothing was selected among seeds.
+The recipe was chosen on behaviour alone. Its 2400-step trial was also put through the mediation software, to find
+bugs; when training was cut to 1600 steps it was for time, because the trial behaved the same from step 400 on, and
+no mediation result entered. Nothing was selected among seeds.
 
 ## Behaviour (greedy; n = 140 prompts a suite, 420 for wrapped harm)
 {table}

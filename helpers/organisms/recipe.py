@@ -1,6 +1,6 @@
 """The training recipe in numbers, and the network it trains.
 
-The recipe was chosen on behaviour alone (refusal, answers, generalisation), before any mediation result was looked at.
+The recipe was chosen on behaviour alone (refusal, answers, generalisation); no mediation result entered.
 """
 
 from dataclasses import dataclass
