@@ -76,7 +76,7 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
     Intervals resample prompts (each has its own request).
     """
     suites = suite_prompts("embedded")
-    if suites is None or not relatives.is_shipped(model):
+    if suites is None or not relatives.is_shipped(model) or "T2" not in this.openers:
         return None
     harmful = suites[suites.suite.isin(["b_plain_harm", "c_wrapped_harm"])].reset_index(drop=True)
     subjects = {this.slug: this.subject}
