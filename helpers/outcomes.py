@@ -7,7 +7,7 @@ norm's scale frozen it is additive over everything written into the residual str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor
 from helpers import grid
 from helpers.subject import Subject
 from helpers.tokens import Openers
-
-Outcome = Callable[[Subject, Tensor, Openers, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from toys import Toy, copy_repository
 
@@ -21,3 +22,17 @@ def toy_done(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 def toy(toy_done: Toy, tmp_path: Path) -> Toy:
     """A copy of that copy, to be changed."""
     return Toy(Path(shutil.copytree(toy_done.root, tmp_path / "copy")))
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """Two treatments with their own topics, T2 with three topics and B1 with two."""
+    return pd.DataFrame(
+        {
+            "topic": ["a", "a", "b", "c", "x", "y", "y"],
+            "treatment": ["T2", "T2", "T2", "T2", "B1", "B1", "B1"],
+            "layer": [0, 1, 0, 1, 0, 0, 1],
+            "te": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+            "nie": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+        }
+    )

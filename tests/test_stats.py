@@ -19,21 +19,6 @@ from helpers.stats import (
     wilson,
 )
 
-
-@pytest.fixture
-def table():
-    """Two treatments with their own topics, T2 with three topics and B1 with two."""
-    return pd.DataFrame(
-        {
-            "topic": ["a", "a", "b", "c", "x", "y", "y"],
-            "treatment": ["T2", "T2", "T2", "T2", "B1", "B1", "B1"],
-            "layer": [0, 1, 0, 1, 0, 0, 1],
-            "te": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
-            "nie": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
-        }
-    )
-
-
 # ---- cluster sums and statistics ----
 
 
