@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from helpers import plots, store
 from helpers.errors import InputError
-from helpers.figure_list import ESTIMATE, SPECS, FigureSpec
+from helpers.figure_list import SPECS
+from helpers.figure_spec import ESTIMATE, FigureSpec
 from helpers.paths import FIGURES, NOTEBOOKS, RESULTS, check_slug, figures_dir, results_dir
 
 

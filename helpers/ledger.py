@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from helpers import store
-from helpers.claims import Verdict, c1, c2, c3
+from helpers.claims import c1, c2, c3
 from helpers.controls import UNTRAINED, Rows
 from helpers.errors import InputError
+from helpers.verdicts import Verdict
 
 KEYS = ["model", "claim", "quantity", "variant"]
+# The rules on neurons, gates, tokens and steering; what they need is measured by notebooks 04 to 06.
+RULES: dict[str, Callable[[Rows], Verdict]] = {}
 NOT_COVERED = {
     "C4": "token-level path analysis",
     "C5a": "neuron-level analysis",
@@ -32,7 +35,7 @@ def collect(results: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """
     tables = {}
     for folder in sorted(path for path in results.iterdir() if (path / "02_evidence.csv").is_file()):
-        files = [folder / name for name in ("02_evidence.csv", "03_evidence.csv") if (folder / name).is_file()]
+        files = sorted(folder.glob("0[2-6]_evidence.csv"))
         tables[folder.name] = pd.concat([store.read_table(path, store.EVIDENCE) for path in files], ignore_index=True)
     if not tables:
         raise InputError(f"no run with evidence in {results}: run ./run_all.sh first")
@@ -54,6 +57,8 @@ def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
         own = Rows(model, evidence[evidence.model == model])
         twin = Rows(model + UNTRAINED, evidence[evidence.model == model + UNTRAINED])
         verdicts += [c1(own, twin), c2(own), c3(own)]
+        measured = set(own.table.claim)
+        verdicts += [rule(own) for claim, rule in RULES.items() if model in runs or claim in measured]
         if model in runs:
             verdicts += [_not_covered(model, claim, needed) for claim, needed in NOT_COVERED.items()]
     return verdicts

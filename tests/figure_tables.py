@@ -6,7 +6,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers import drawings, plots
-from helpers.figure_list import SPECS, FigureSpec
+from helpers.figure_list import SPECS
+from helpers.figure_spec import FigureSpec
 from helpers.figures import spec
 
 NAMES = [entry.name for entry in SPECS]

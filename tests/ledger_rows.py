@@ -3,8 +3,8 @@
 import pandas as pd
 
 from helpers import ledger, store
-from helpers.claims import Verdict
 from helpers.controls import UNTRAINED
+from helpers.verdicts import Verdict
 
 Number = tuple[float, float, float]
 FINE: dict[tuple[str, str, str], Number] = {
