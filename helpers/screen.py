@@ -51,10 +51,15 @@ def attribution(
 
 @dataclass(frozen=True)
 class PrecisionNoise:
-    """How far effects in the subject's own precision are from those in float32, and how many change their sign."""
+    """How far effects in the subject's own precision are from those in float32.
+
+    `sign_changes` and `lost` are the shares, among effects that are not 0 in float32, that come out with the other sign
+    and as 0.
+    """
 
     rms: float
     sign_changes: float
+    lost: float
 
 
 @torch.no_grad()
@@ -71,8 +76,9 @@ def precision_noise(
     """
     exact = find_parts(copy.deepcopy(subject.model).float(), None, f"{subject.name} in float32", subject.sha256)
     half, full = (_effects(one, control, treated, patches, outcome) for one in (subject, exact))
-    changes = (half.sign() != full.sign()).double().mean()
-    return PrecisionNoise(float((half - full).pow(2).mean().sqrt()), float(changes))
+    exists = full != 0
+    shares = [float(which[exists].double().mean()) if exists.any() else 0.0 for which in (half * full < 0, half == 0)]
+    return PrecisionNoise(float((half - full).pow(2).mean().sqrt()), *shares)
 
 
 def _effects(

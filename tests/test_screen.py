@@ -51,3 +51,5 @@ def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:
     assert noise[torch.float32].rms == 0
     assert noise[torch.bfloat16].rms > 1e-3
     assert 0 < noise[torch.bfloat16].sign_changes < 0.5
+    assert noise[torch.bfloat16].sign_changes + noise[torch.bfloat16].lost < 1
+    assert noise[torch.float32].sign_changes == noise[torch.float32].lost == 0

@@ -1,0 +1,28 @@
+"""What a notebook says about the precision of its effects."""
+
+import pytest
+import torch
+
+from helpers import precision, study
+
+
+@pytest.fixture(scope="module")
+def half() -> study.Study:
+    return study.begin("embedded", "embedded", "half", dtype="bfloat16", pairs=10)
+
+
+def test_float32_effects_are_just_named() -> None:
+    whole = study.begin("embedded", "embedded", "whole", pairs=10)
+    assert precision.describe(whole) == "effects are computed in float32"
+
+
+def test_a_screening_run_prints_its_noise_floor(half: study.Study) -> None:
+    shown = precision.describe(half)
+    assert shown.startswith("SCREENING in bfloat16") and "neuron" in shown and "mlp_out" in shown
+
+
+def test_the_noise_is_that_of_half_precision(half: study.Study) -> None:
+    modules, neurons = (precision.noise_floor(half, site) for site in ("mlp_out", "neuron"))
+    assert 1e-3 < modules.rms < 1
+    assert 0 < neurons.sign_changes + neurons.lost < 1
+    assert half.subject.dtype == torch.bfloat16
