@@ -1,0 +1,150 @@
+"""Sets of last-layer neurons: the joint effect of swapping many at once, exactly, on the residual stream.
+
+Nothing follows the last MLP but the final norm and the unembedding, so a set S changes the final residual stream by the
+sum of d_j w_j over S (in families with a norm behind the MLP: by what that norm makes of it), and the outcome is read
+off. No set costs a forward pass, and the norm and the log-sum-exp are applied to the sum, not to each neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from helpers import outcomes
+from helpers.errors import InputError
+from helpers.grid_patch import projection
+from helpers.neuron_effects import BLOCK, Ends, measure, residual_change
+from helpers.neurons import PairEffects, difference, sign_on_discover
+from helpers.study import Study
+from helpers.subject import Subject
+from helpers.subject_parts import written_vectors
+
+PAIRS = 64  # pairs at once
+EVERY = 512  # up to here every set size is measured
+
+# Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.
+Writes = Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Single-neuron effects by treatment (T2 - T2b behind the others) and the ends of the clean runs, for sets."""
+
+    study: Study
+    effects: Mapping[str, PairEffects]
+    ends: Mapping[str, Ends]
+
+    @property
+    def last(self) -> int:
+        """The last layer."""
+        return self.study.subject.n_layers - 1
+
+
+def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
+    """`measure` for each treatment that `columns` names and the study has, and the contrast T2 - T2b where it can be."""
+    found = {name: measure(study, name, wanted) for name, wanted in columns.items() if name in study.treatments}
+    effects = {name: made for name, (made, _) in found.items()}
+    if study.twins and {"T2", "T2b"} <= set(effects):
+        effects["T2-T2b"] = difference(effects["T2"], effects["T2b"], study.twins)
+    return Measured(study, effects, {name: ends for name, (_, ends) in found.items()})
+
+
+def sizes(d_mlp: int) -> Int[np.ndarray, "size"]:
+    """Set sizes from 1 to all neurons: every one up to 512, from there in steps of about 2 %."""
+    more = np.geomspace(EVERY, max(d_mlp, EVERY), 1 + int(np.log(max(d_mlp / EVERY, 1)) / np.log(1.02)))
+    return np.unique([*range(1, min(d_mlp, EVERY) + 1), *np.rint(more[more < d_mlp]).astype(int), d_mlp])
+
+
+@torch.no_grad()
+def joint(subject: Subject, ends: Ends, members: Int[np.ndarray, "set member"]) -> PairEffects:
+    """NIE0 and NIE1 of each set of last-layer neurons, its members swapped together at the last token.
+
+    Raises InputError if a set names a neuron twice or one that is not there.
+    """
+    members = np.asarray(members)
+    is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
+    if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
+        raise InputError(
+            f"sets of neurons {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}"
+        )
+    vectors = _vectors(subject)
+    step = max(1, BLOCK // (max(PAIRS, members.shape[1]) * subject.d_model))
+
+    def writes(change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for first in range(0, len(members), step):
+            part = torch.tensor(members[first : first + step], device=change.device)
+            yield (
+                np.arange(first, first + len(part)),
+                torch.einsum("psm,smd->psd", change[:, part], vectors[part]),
+            )
+
+    return _effects(subject, ends, pd.DataFrame({"set": range(len(members))}), writes)
+
+
+@torch.no_grad()
+def cumulative(
+    subject: Subject, ends: Ends, order: Int[np.ndarray, "neuron"], ks: Sequence[int] | Int[np.ndarray, "size"]
+) -> PairEffects:
+    """NIE0 and NIE1 of the first k neurons of an order together, for each k (increasing); a column is one k."""
+    vectors, ks = _vectors(subject), np.asarray(ks)
+    step = max(1, BLOCK // (PAIRS * subject.d_model))
+
+    def writes(change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        total = change.new_zeros(len(change), 1, subject.d_model)
+        for first in range(0, int(ks[-1]), step):
+            part = torch.tensor(order[first : first + step].copy(), device=change.device)
+            running = total + (change[:, part, None] * vectors[part]).cumsum(1)
+            total = running[:, -1:]
+            at = np.flatnonzero((ks > first) & (ks <= first + len(part)))
+            yield at, running[:, ks[at] - first - 1]
+
+    return _effects(subject, ends, pd.DataFrame({"k": ks}), writes)
+
+
+def _vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
+    return written_vectors(projection(subject.layers[-1], "neuron"))
+
+
+def _effects(subject: Subject, ends: Ends, columns: pd.DataFrame, writes: Writes) -> PairEffects:
+    values = {}
+    for name, base, sign in (("nie0", 0, 1), ("nie1", 1, -1)):
+        found = np.empty((len(ends.pairs), len(columns)))
+        for first in range(0, len(found), PAIRS):
+            rows = slice(first, first + PAIRS)
+            clean, inputs = ends.resid[base, rows][:, None], ends.neurons[base, rows]
+            start = outcomes.log_odds(subject, clean, ends.openers)
+            for at, write in writes(ends.neurons[1 - base, rows] - inputs):
+                moved = clean + residual_change(subject, subject.n_layers - 1, inputs, write)
+                after = outcomes.log_odds(subject, moved, ends.openers)
+                found[rows, at] = sign * (after - start).cpu().numpy()
+        values[name] = found
+    return PairEffects(ends.treatment, ends.pairs, columns, values)
+
+
+def on_contrast(measured: Measured, treatment: str, split: str, apply: Callable[[Ends], PairEffects]) -> PairEffects:
+    """A measurement of sets on one split of a treatment or of the contrast T2 - T2b, signed by TE on discover."""
+    sign = sign_on_discover(measured.effects[treatment].pairs)
+    harmful = _in_split(measured.ends[treatment.removesuffix("-T2b")], split)
+    made = apply(harmful)
+    if treatment.endswith("-T2b"):
+        needed = set(harmful.pairs.pair_id.map(measured.study.twins).dropna())
+        twin = measured.ends["T2b"]
+        made = difference(made, apply(_only(twin, twin.pairs.pair_id.isin(needed).to_numpy())), measured.study.twins)
+    values = {name: sign * array for name, array in made.values.items()}
+    return replace(made, pairs=made.pairs.assign(te=sign * made.pairs.te), values=values)
+
+
+def _in_split(ends: Ends, split: str) -> Ends:
+    return ends if split == "all" else _only(ends, (ends.pairs.split == split).to_numpy())
+
+
+def _only(ends: Ends, keep: np.ndarray) -> Ends:
+    at = torch.tensor(np.flatnonzero(keep), device=ends.resid.device)
+    pairs = ends.pairs[keep].reset_index(drop=True)
+    return replace(ends, pairs=pairs, resid=ends.resid[:, at], neurons=ends.neurons[:, at])
