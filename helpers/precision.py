@@ -50,3 +50,8 @@ def describe(study: Study) -> str:
         for site, one in floors.items()
     )
     return f"SCREENING in bfloat16: do not cite these effects; measured noise floor: {shown}"
+
+
+def tolerance(study: Study) -> float:
+    """How far two routes to the same effect may lie apart, relative to the total effect: rounding, not a mistake."""
+    return 0.2 if study.subject.dtype == torch.bfloat16 else 1e-4

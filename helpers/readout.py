@@ -77,11 +77,12 @@ def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"] |
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     bias = getattr(norm, "bias", None)
     probe = torch.ones_like(weight) * torch.arange(1, len(weight) + 1, device=weight.device) % 7 - 3.0
+    tolerance = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
     with torch.no_grad():
         wanted = norm(probe)
         for gain in (weight, 1 + weight):
             guess = gain * (probe - is_centred(norm) * probe.mean()) * inverse_scale(norm, probe, float(eps or 0))
-            if torch.allclose(guess + (0 if bias is None else bias), wanted, rtol=1e-3, atol=1e-3):
+            if torch.allclose(guess + (0 if bias is None else bias), wanted, rtol=tolerance, atol=tolerance):
                 return gain, bias, float(eps or 0)
     raise InputError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm that this module knows")
 

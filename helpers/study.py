@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from helpers import (
     evidence,
@@ -170,8 +172,11 @@ def gate_rows(clean: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, 
 
 
 def evidence_rows(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
-    """Everything that the layer sweep knows for the ledger about one model: the gate, C1 and C3."""
+    """Everything that the layer sweep knows for the ledger about one model: the gate, C1 and C3, and the precision."""
     rows = gate_rows(clean, model, study.subject.n_layers)
+    bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
+    exact = {"estimate": bits, "ci_low": bits, "ci_high": bits, "n_pairs": len(study.pairs), "n_topics": 0, "note": ""}
+    rows.append({"model": model, "claim": "gate", "quantity": "significand bits", "variant": "main", **exact})
     if study.of("T2"):
         rows += evidence.c1(table, model, study.subject.n_layers)
     if study.of("T1"):

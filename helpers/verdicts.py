@@ -15,6 +15,7 @@ from helpers.controls import Rows
 from helpers.evidence import GATE
 
 MIN_TOPICS = 20
+FLOAT32_BITS = 24
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,14 @@ def decide(*, supported: bool, contradicted: bool) -> str:
 def verdict(
     rows: Rows, row: pd.Series, decision: str, checks: Mapping[str, str], reason: str, claim: str | None = None
 ) -> Verdict:
-    """A verdict that shows one evidence row; a control in `checks` that is not "passed" caps it at inconclusive."""
+    """A verdict that shows one evidence row; a control in `checks` that is not "passed" caps it at inconclusive.
+
+    So does a run in half precision, whose effects are for screening only.
+    """
     bad = [f"{name} {state}" for name, state in checks.items() if state != "passed"]
+    bits = rows.find("gate", "significand bits")
+    if bits is not None and bits.estimate < FLOAT32_BITS:
+        bad.append("half precision is for screening")
     if bad and decision != "inconclusive":
         decision, reason = "inconclusive", f"{reason}; {decision} by its numbers, capped: {', '.join(bad)}"
     return Verdict(

@@ -14,6 +14,7 @@ FINE: dict[tuple[str, str, str], Number] = {
     ("gate", "joint probability T1", "main"): (0.97, 0.96, 0.98),
     ("gate", "joint probability T2", "main"): (0.95, 0.94, 0.96),
     ("gate", "earliest possible depth", "main"): (0.25, 0.2, 0.3),
+    ("gate", "significand bits", "main"): (24, 24, 24),
     **{
         ("C1", "late share", variant): (0.7, 0.6, 0.8)
         for variant in ("main", "sufficiency", "necessity", "full response", "norm frozen", "unsaturated")

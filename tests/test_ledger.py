@@ -170,3 +170,10 @@ def test_a_missing_row_is_none() -> None:
     assert rows.find("C1", "late share", "nothing") is None
     assert controls.same_side(rows, "C1", "late share", "nothing", 0.5) == "not run"
     assert np.isfinite(rows.table.estimate).all()
+
+
+def test_a_run_in_half_precision_gives_no_verdict() -> None:
+    bits = ("gate", "significand bits", "main")
+    assert judge("C2").verdict == "supported"
+    capped = judge("C2", {bits: (8, 8, 8)})
+    assert capped.verdict == "inconclusive" and "half precision" in capped.reason

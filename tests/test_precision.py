@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from families import FAMILIES, tiny_subject
 
 from helpers import precision, study
+from helpers.readout import norm_gain
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +28,14 @@ def test_the_noise_is_that_of_half_precision(half: study.Study) -> None:
     assert 1e-3 < modules.rms < 1
     assert 0 < neurons.sign_changes + neurons.lost < 1
     assert half.subject.dtype == torch.bfloat16
+
+
+def test_half_precision_is_held_to_a_wider_tolerance(half: study.Study) -> None:
+    whole = study.begin("embedded", "embedded", "whole", pairs=10)
+    assert precision.tolerance(whole) == 1e-4 < precision.tolerance(half)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_is_known_in_half_precision_too(family: str) -> None:
+    half, whole = (norm_gain(tiny_subject(family, dtype).final_norm)[0] for dtype in (torch.bfloat16, torch.float32))
+    assert torch.allclose(half.float(), whole, atol=0.01)
