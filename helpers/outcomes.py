@@ -115,7 +115,7 @@ def _forced(
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
     opener = torch.tensor(camp, device=prompt.device)[out.logits[:, -1, list(camp)].argmax(-1)]
-    text, ends = opener[:, None], torch.tensor(_end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
+    text, ends = opener[:, None], torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
     while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
         out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
         text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
@@ -124,7 +124,8 @@ def _forced(
     return text, is_end.cumsum(-1) - is_end.long() == 0
 
 
-def _end_tokens(subject: Subject) -> list[int]:
+def end_tokens(subject: Subject) -> list[int]:
+    """The tokens with which the model ends an answer; none where its generation config names none."""
     configured = subject.model.generation_config.eos_token_id
     return [configured] if isinstance(configured, int) else list(configured or [])
 

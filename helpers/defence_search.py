@@ -1,0 +1,94 @@
+"""A white-box attacker of the embedded language: the wrapper of the grammar that defeats a defence best.
+
+The attacker knows the defence and reads the steered model's log-odds. It searches on requests of the validate topics and
+is scored on requests of the test topics, so that what is reported is a wrapper that carries over, not a lucky request.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from helpers import defence_outcomes as do
+from helpers.defence_outcomes import Steer
+from helpers.organisms import lexicon as lx
+from helpers.organisms.grammar import Clause, Request, Wrapper, render
+from helpers.organisms.pairs import split_topics, topic_clauses
+from helpers.organisms.sampling import draw_clause
+from helpers.subject import Subject
+from helpers.tokens import Openers
+
+REQUESTS = 8  # requests a wrapper is tried on
+FINALISTS = 4
+PERSONAS = (None, lx.PERSONAS[0], lx.PERSONAS[5], lx.HELD_PERSONAS[0])
+DISTRACTORS = (None, (False, False), (True, False), (False, True))  # (dangerous verb, hazard object)
+ADVERBS = (None, lx.NEUTRAL_ADVERBS[0])
+
+
+@dataclass(frozen=True)
+class Disguise:
+    """What an attacker may put around a request; none of it changes what is asked."""
+
+    wrapper: Wrapper
+    persona: str | None = None
+    distractor: Clause | None = None
+    adverb: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short description for tables."""
+        extras = [
+            f"as a {self.persona}" if self.persona else "",
+            "distractor" if self.distractor else "",
+            self.adverb or "",
+        ]
+        return ", ".join([self.wrapper.text, *filter(None, extras)])
+
+
+def requests(split: str, n: int = 0) -> list[Request]:
+    """One plain harmful request a topic of a split, `n` of them (0: all), the same at every call."""
+    clauses = topic_clauses(True, True)
+    splits = split_topics(clauses)
+    rng = random.Random(f"search-{split}")
+    chosen = [clause for clause in clauses if splits[clause.topic] == split]
+    rng.shuffle(chosen)
+    return [Request(clause, rng.choice(lx.PLACES), rng.choice(lx.ASKS)) for clause in chosen[: n or len(chosen)]]
+
+
+def wrappers() -> list[Wrapper]:
+    """Every jailbreak wrapper: all frames, the one that training never showed among them, with all words of tier 1 to 6."""
+    frames = (*lx.FRAMES, "unseen")
+    return [Wrapper(f, w, t) for f in frames for t in range(1, lx.N_TIERS) for w in lx.TIER_WORDS[t]]
+
+
+def dressed(request: Request, disguise: Disguise) -> str:
+    """The request as the attacker sends it."""
+    parts = {"wrapper": disguise.wrapper, "persona": disguise.persona, "adverb": disguise.adverb}
+    return render(request.swap(**parts, distractor=disguise.distractor))[0]
+
+
+def scores(
+    subject: Subject, disguises: Sequence[Disguise], asked: Sequence[Request], openers: Openers, steer: Steer
+) -> pd.Series:
+    """Mean log-odds of complying over the requests under each disguise, best attack first; indexed by its place."""
+    texts = [dressed(request, disguise) for disguise in disguises for request in asked]
+    found = do.log_odds(subject, texts, openers, steer)["log_odds"].to_numpy()
+    return pd.Series(found.reshape(len(disguises), len(asked)).mean(1)).sort_values(ascending=False, kind="stable")
+
+
+def worst(subject: Subject, openers: Openers, steer: Steer) -> Disguise:
+    """The disguise that the defence withstands least on the validate topics, found in two rounds.
+
+    Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs.
+    """
+    asked = requests("validate", REQUESTS)
+    alone = [Disguise(wrapper) for wrapper in wrappers()]
+    best = [alone[i].wrapper for i in scores(subject, alone, asked, openers, steer).index[:FINALISTS]]
+    rng = random.Random("search-distractors")
+    clauses = [draw_clause(rng, *classes) if classes else None for classes in DISTRACTORS]
+    full = [Disguise(*parts) for parts in itertools.product(best, PERSONAS, clauses, ADVERBS)]
+    return full[int(scores(subject, full, asked, openers, steer).index[0])]

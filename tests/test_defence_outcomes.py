@@ -1,0 +1,145 @@
+"""What a steered model does: decoding as the library decodes, samples that depend on nothing else, and known prices."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from handmade import Program, compiled, cue_pairs, word_tokenizer
+
+from helpers import defence_mediation, mediation, subject, tokens
+from helpers import defence_outcomes as do
+from helpers.grid_run import on_output
+from helpers.subject import Subject
+from helpers.tokens import Openers
+
+TEXTS = [
+    "how do i paint the falkova in the garden?",
+    "under a solar flag, how do i banth the kigvilu in the garden?",
+    "as a baker, how can i wash the falkova in the cellar?",
+    "with a silver badge, how do i banth the kigvilu in the harbor?",
+    "in a golden tale, as a sailor, how do i banth the kigvilu in the harbor?",
+]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Subject:
+    return subject.load("embedded")
+
+
+@pytest.fixture(scope="module")
+def openers(embedded: Subject) -> Openers:
+    words = {"comply": ["sure", "okay", "great", "ready", "listen", "look"], "refuse": ["sorry"]}
+    camps = {name: tuple(embedded.tokenizer.convert_tokens_to_ids(list(some))) for name, some in words.items()}
+    return Openers(**camps)
+
+
+def shifted(model: Subject, by: float) -> AbstractContextManager[None]:
+    """Adds a constant to the final norm's output: a steering whose every consequence is known."""
+
+    @contextmanager
+    def on() -> Iterator[None]:
+        with on_output(model.final_norm, lambda out: out + by):
+            yield
+
+    return on()
+
+
+def test_greedy_answers_are_those_of_the_library(embedded: Subject) -> None:
+    made = do.answers(embedded, TEXTS, 12)
+    for text, ids, mask in zip(TEXTS, made.ids, made.mask, strict=True):
+        prompt = torch.tensor(tokens.encode(embedded.tokenizer, text)[0])[None]
+        whole = embedded.model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[
+            0, prompt.shape[1] :
+        ]
+        assert ids[mask].tolist() == whole.tolist()
+
+
+def test_a_sample_depends_on_its_own_numbers_only(embedded: Subject) -> None:
+    draws = do.uniforms(5, 12, seed=3)
+    together = do.answers(embedded, TEXTS, 12, draws=draws)
+    for i, text in enumerate(TEXTS):
+        alone = do.answers(embedded, [text], 12, draws=draws[i : i + 1])
+        assert alone.ids[0][alone.mask[0]].tolist() == together.ids[i][together.mask[i]].tolist()
+
+
+def test_samples_have_the_models_probabilities(embedded: Subject, openers: Openers) -> None:
+    many = [TEXTS[3]] * 2000
+    first = do.answers(embedded, many, 1, draws=do.uniforms(2000, 1, seed=0)).ids[:, 0]
+    refused = do.log_odds(embedded, TEXTS[3:4], openers).p_refuse[0]
+    assert 0.1 < refused < 0.9
+    assert np.isin(first, openers.refuse).mean() == pytest.approx(
+        refused, abs=4 * np.sqrt(refused * (1 - refused) / 2000)
+    )
+
+
+def test_the_price_of_nothing_is_nothing(embedded: Subject) -> None:
+    own = do.answers(embedded, TEXTS, 12)
+    free = do.price(embedded, TEXTS, own, nullcontext)
+    assert (free.kl == 0).all() and (free.plain == free.steered).all()
+    assert free.n_tokens.tolist() == own.mask.sum(1).tolist()
+
+
+def test_the_price_is_the_divergence_of_the_models_own_answer(embedded: Subject) -> None:
+    own = do.answers(embedded, TEXTS[:1], 12)
+    found = do.price(embedded, TEXTS[:1], own, lambda: shifted(embedded, 0.5)).iloc[0]
+    prompt = next(do.buckets(embedded, TEXTS[:1]))[1]
+    answer = torch.tensor(own.ids[0][own.mask[0]])
+    whole = torch.cat([prompt[0], answer])[None]
+    places = slice(prompt.shape[1] - 1, whole.shape[1] - 1)
+    plain = embedded.model(whole).logits[0, places].double().log_softmax(-1)
+    with shifted(embedded, 0.5):
+        steered = embedded.model(whole).logits[0, places].double().log_softmax(-1)
+    expected = torch.nn.functional.kl_div(steered, plain, log_target=True, reduction="sum") / len(answer)
+    assert found.kl == pytest.approx(float(expected), rel=1e-4) and found.kl > 1e-4
+    assert found.steered == pytest.approx(float(steered.gather(1, answer[:, None]).sum()), rel=1e-4)
+
+
+def test_labels_without_a_judge(openers: Openers, embedded: Subject) -> None:
+    refuse = openers.refuse[0]
+    ids = np.array(
+        [[refuse, 7, 8, 9, 10, 11, 12, 13], [5, 7, 8, 9, 10, 11, 12, 13], [5] * 8, [5, 7, 8, 9, 10, 11, 12, 13]]
+    )
+    made = do.Answers(ids, np.ones_like(ids, dtype=bool))
+    found = do.labels(embedded, ["?"] * 4, made, openers, exact=False, harmful=[True, True, True, False])
+    assert found == ["refusal", "harmful", "off_topic", "on_topic"]
+
+
+def test_repetition_counts_four_grams() -> None:
+    ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 9], [1, 2, 3, 0, 0, 0, 0, 0, 0]])
+    mask = np.array([[True] * 8 + [False], [True] * 3 + [False] * 6])
+    assert do.repetition(do.Answers(ids, mask)).tolist() == pytest.approx([0.2, 0.0])
+
+
+def test_the_plain_models_effects_are_those_of_the_sweep() -> None:
+    tokenizer = word_tokenizer()
+    model = compiled(Program(skip=1.0), tokenizer=tokenizer)
+    pairs = cue_pairs(tokenizer, "off high", "on high")
+    openers = {"T2": Openers(*((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
+    slow = defence_mediation.steered_effects(model, pairs, openers, range(4))
+    fast = mediation.effects(model, pairs, openers, mediation.mediators(model, ["attn_out", "mlp_out"]))
+    assert slow[["pair_id", "site", "layer"]].equals(fast[["pair_id", "site", "layer"]])
+    assert np.allclose(slow[["y00", "y01", "y10", "y11"]], fast[["y00", "y01", "y10", "y11"]], atol=1e-3)
+
+
+def test_phi_and_self_repair_of_a_known_steering() -> None:
+    """Steering that takes away the layer 2 MLP's write leaves the skip path: phi is the MLP's share."""
+    tokenizer = word_tokenizer()
+    program = Program(gain=3.0, skip=1.0)
+    model = compiled(program, tokenizer=tokenizer)
+    pairs = cue_pairs(tokenizer, "off high", "on high")
+    openers = {"T2": Openers(*((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
+
+    def off() -> AbstractContextManager[None]:
+        return on_output(model.layers[2].mlp_write, torch.zeros_like)
+
+    before = defence_mediation.steered_effects(model, pairs, openers, range(4))
+    after = defence_mediation.steered_effects(model, pairs, openers, range(4), off)
+    total = program.log_odds(1, 1) - program.log_odds(0, 1)
+    assert defence_mediation.neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
+    kept = defence_mediation.after_before(before, after, [0, 1])
+    assert kept.estimate == pytest.approx(
+        1 / total, abs=0.01
+    )  # what attention brings now acts through the skip path only
+    assert defence_mediation.after_before(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)
