@@ -1,0 +1,149 @@
+"""Error rates of the method's own verdicts, from models whose truth is known.
+
+One table holds everything: a row a draw and claim (`VERDICTS`). `truth` is what was built, `verdict` what the unchanged
+pipeline said at the draw's sample size, `population_verdict` what the same rule says on a sample so large that its
+error is negligible. So a wrong verdict has two possible causes: the sample (verdict against population verdict), or the
+rule itself (population verdict against truth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score, roc_auc_score
+from statsmodels.stats.proportion import proportion_confint
+
+NUMBERS = ("estimate", "ci_low", "ci_high", "population")
+VERDICTS = {
+    **dict.fromkeys(("kind", "claim", "truth", "verdict", "population_verdict", "gate", "quantity", "reason", "code"), "str"),
+    **dict.fromkeys(("seed", "topics"), "int"),
+    **dict.fromkeys(("effect", *NUMBERS), "float"),
+}  # fmt: skip
+TRUTHS = ("true", "false", "open")
+OUTCOMES = ("supported", "contradicted", "inconclusive", "not testable")
+ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
+
+
+def rate(hits: int, n: int) -> tuple[float, float, float]:
+    """Share with its exact (Clopper-Pearson) 95 % interval; NaN and the whole range where nothing was drawn.
+
+    >>> [round(x, 3) for x in rate(0, 59)]
+    [0.0, 0.0, 0.061]
+    """
+    if n == 0:
+        return float("nan"), 0.0, 1.0
+    low, high = proportion_confint(hits, n, alpha=0.05, method="beta")
+    return hits / n, float(low), float(high)
+
+
+def upper_bound(hits: int, n: int) -> float:
+    """Exact one-sided 95 % upper bound on a rate.
+
+    >>> round(upper_bound(0, 59), 4)
+    0.0495
+    """
+    return float(proportion_confint(hits, n, alpha=0.10, method="beta")[1]) if n else 1.0
+
+
+def confusion(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
+    """Counts of verdicts by claim and truth, with each row's `share`; on request only of draws that passed the gate."""
+    chosen = table[table.gate == "passed"] if given_gate else table
+    index = pd.MultiIndex.from_product(
+        [sorted(table.claim.unique()), TRUTHS, OUTCOMES], names=["claim", "truth", "verdict"]
+    )
+    counts = chosen.groupby(["claim", "truth", "verdict"]).size().reindex(index, fill_value=0)
+    n = counts.groupby(["claim", "truth"]).transform("sum")
+    return pd.DataFrame({"count": counts, "n": n, "share": counts / n}).reset_index()
+
+
+def errors(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
+    """Per claim: how often "supported" is said of a false claim and "contradicted" of a true one, and the power of both.
+
+    Columns `error` (false supported, false contradicted, power to support, power to contradict), `hits`, `n`,
+    `estimate`, `low`, `high` (exact), and `upper`, the one-sided 95 % bound.
+    """
+    chosen = table[table.gate == "passed"] if given_gate else table
+    asked = (
+        ("false supported", "false", "supported"),
+        ("false contradicted", "true", "contradicted"),
+        ("power to support", "true", "supported"),
+        ("power to contradict", "false", "contradicted"),
+    )
+    rows = []
+    for claim in sorted(table.claim.unique()):
+        for name, truth, verdict in asked:
+            part = chosen[(chosen.claim == claim) & (chosen.truth == truth)]
+            hits = int((part.verdict == verdict).sum())
+            estimate, low, high = rate(hits, len(part))
+            rows.append((claim, name, hits, len(part), estimate, low, high, upper_bound(hits, len(part))))
+    return pd.DataFrame(rows, columns=["claim", "error", "hits", "n", "estimate", "low", "high", "upper"])
+
+
+def severity(table: pd.DataFrame) -> pd.DataFrame:
+    """How often "supported" is said of a claim that is false in a given way: one row a claim and kind of alternative."""
+    false = table[table.truth == "false"]
+    rows = []
+    for (claim, kind), part in false.groupby(["claim", "kind"]):
+        hits = int((part.verdict == "supported").sum())
+        rows.append((claim, kind, hits, len(part), *rate(hits, len(part))))
+    return pd.DataFrame(rows, columns=["claim", "kind", "hits", "n", "estimate", "low", "high"])
+
+
+def split_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """Sampling error (verdict differs from the population verdict) and construct error (the population verdict is wrong).
+
+    Only draws with a population verdict count. A construct error is "supported" of a false or "contradicted" of a true
+    claim: "inconclusive" is no error, but no help either, and is counted as `silent`.
+    """
+    known = table[(table.population_verdict != "") & (table.truth != "open")]
+    wrong = {"true": "contradicted", "false": "supported"}
+    rows = []
+    for claim, part in known.groupby("claim"):
+        construct = part.population_verdict == part.truth.map(wrong)
+        silent = ~part.population_verdict.isin(["supported", "contradicted"])
+        differs = part.verdict != part.population_verdict
+        for name, hit in (("sampling", differs), ("construct", construct), ("silent", silent)):
+            rows.append((claim, name, int(hit.sum()), len(part), *rate(int(hit.sum()), len(part))))
+    return pd.DataFrame(rows, columns=["claim", "error", "hits", "n", "estimate", "low", "high"])
+
+
+def coverage(table: pd.DataFrame) -> pd.DataFrame:
+    """Share of intervals that hold the population value, by claim and quantity; both ends finite."""
+    known = table[np.isfinite(table[list(NUMBERS)]).all(axis=1)]
+    rows = []
+    for (claim, quantity), part in known.groupby(["claim", "quantity"]):
+        hits = int(((part.ci_low <= part.population) & (part.population <= part.ci_high)).sum())
+        rows.append((claim, quantity, hits, len(part), *rate(hits, len(part))))
+    return pd.DataFrame(rows, columns=["claim", "quantity", "hits", "n", "estimate", "low", "high"])
+
+
+def power(table: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Share of right verdicts (supported if true, contradicted if false) by claim, truth and a column (`topics`, `effect`)."""
+    right = {"true": "supported", "false": "contradicted"}
+    rows = []
+    for (claim, truth, value), part in table[table.truth.isin(right)].groupby(["claim", "truth", by]):
+        hits = int((part.verdict == right[truth]).sum())
+        rows.append((claim, truth, value, hits, len(part), *rate(hits, len(part))))
+    return pd.DataFrame(rows, columns=["claim", "truth", by, "hits", "n", "estimate", "low", "high"])
+
+
+def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str, float]:
+    """How well scores find the members of a set: AUROC, average precision and precision at the size of the set.
+
+    NaN where all or none are members.
+
+    >>> ranking_quality([True, False, True, False], [3.0, 0.0, 2.0, 1.0])
+    {'auroc': 1.0, 'average precision': 1.0, 'P@k': 1.0}
+    """
+    member, values = np.asarray(is_part, dtype=bool), np.asarray(score, dtype=float)
+    if member.all() or not member.any():
+        return dict.fromkeys(("auroc", "average precision", "P@k"), float("nan"))
+    k = int(member.sum())
+    top = np.argsort(-values, kind="stable")[:k]
+    return {
+        "auroc": float(roc_auc_score(member, values)),
+        "average precision": float(average_precision_score(member, values)),
+        "P@k": float(member[top].mean()),
+    }

@@ -1,0 +1,110 @@
+"""Error rates on hand-made tables of draws, where they can be counted by eye."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import calibration_stats as cs
+
+
+def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:
+    """`n` draws with the given fields each; the others are those of a right, sampled verdict."""
+    fine = {
+        "kind": "late", "claim": "C1", "truth": "true", "verdict": "supported", "population_verdict": "supported",
+        "gate": "passed", "quantity": "share", "reason": "", "code": "x", "topics": 70, "effect": 1.0, "estimate": 0.7,
+        "ci_low": 0.6, "ci_high": 0.8, "population": 0.7,
+    }  # fmt: skip
+    rows = [{**fine, **fields} for n, fields in groups for _ in range(n)]
+    return pd.DataFrame(rows).assign(seed=range(len(rows)))
+
+
+def one(table: pd.DataFrame, **where: object) -> pd.Series:
+    for name, value in where.items():
+        table = table[table[name] == value]
+    (row,) = table.itertuples(index=False)
+    return pd.Series(row._asdict())
+
+
+NULL = {"truth": "false", "kind": "early", "verdict": "contradicted", "population_verdict": "contradicted"}
+TABLE = draws(
+    (8, {}),
+    (2, {"verdict": "inconclusive"}),
+    (59, NULL),
+    (1, {**NULL, "verdict": "supported", "kind": "middle"}),
+    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}),
+    (3, {"truth": "open", "verdict": "supported"}),
+)
+
+
+def test_shares_of_verdicts_add_up_within_each_truth() -> None:
+    table = cs.confusion(TABLE)
+    assert one(table, truth="true", verdict="supported").share == 0.8
+    assert one(table, truth="false", verdict="supported")["count"] == 1
+    assert table.groupby(["claim", "truth"]).share.sum().round(9).eq(1).all()
+    assert one(cs.confusion(TABLE, given_gate=True), truth="false", verdict="inconclusive")["count"] == 0
+
+
+def test_false_support_has_an_exact_bound() -> None:
+    found = one(cs.errors(TABLE), error="false supported")
+    assert (found.hits, found.n) == (1, 65)
+    assert found.upper == pytest.approx(1 - 0.929, abs=2e-3)  # the rate p with P(at most 1 of 65) = 0.05
+    p = found.upper
+    assert (1 - p) ** 65 + 65 * p * (1 - p) ** 64 == pytest.approx(0.05, abs=1e-6)
+    assert one(cs.errors(TABLE, given_gate=True), error="false supported").n == 60
+
+
+def test_open_truths_count_neither_way() -> None:
+    assert one(cs.errors(TABLE), error="power to support").n == 10
+    assert one(cs.errors(TABLE), error="false contradicted").hits == 0
+
+
+def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
+    assert cs.upper_bound(0, cs.ENOUGH_NULLS) < 0.05 < cs.upper_bound(0, cs.ENOUGH_NULLS - 1)
+    assert cs.upper_bound(0, 0) == 1
+    assert math.isnan(cs.rate(0, 0)[0])
+
+
+def test_severity_tells_kinds_of_alternatives_apart() -> None:
+    table = cs.severity(TABLE)
+    assert one(table, kind="middle").estimate == 1
+    assert one(table, kind="early").estimate == 0
+    assert set(table.kind) == {"early", "middle"}
+
+
+def test_sampling_and_construct_errors_are_told_apart() -> None:
+    table = draws(
+        (6, {}),
+        (1, {"verdict": "inconclusive"}),  # the sample was too small
+        (2, {**NULL, "verdict": "supported", "population_verdict": "supported"}),  # the rule itself errs
+        (1, {"verdict": "inconclusive", "population_verdict": "inconclusive"}),  # the rule cannot say
+        (9, {"population_verdict": ""}),  # no population was drawn
+    )
+    found = cs.split_errors(table)
+    assert {row.error: (row.hits, row.n) for row in found.itertuples()} == {
+        "sampling": (1, 10),
+        "construct": (2, 10),
+        "silent": (1, 10),
+    }
+
+
+def test_coverage_counts_finite_intervals() -> None:
+    table = draws((19, {}), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan}))
+    found = one(cs.coverage(table), quantity="share")
+    assert (found.hits, found.n) == (19, 20)
+
+
+def test_power_grows_in_a_table_where_it_does() -> None:
+    table = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
+    assert cs.power(table, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
+
+
+def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:
+    rng = np.random.default_rng(0)
+    member = rng.random(2000) < 0.1
+    noise = cs.ranking_quality(member, rng.random(2000))
+    assert abs(noise["auroc"] - 0.5) < 0.06 and noise["P@k"] < 0.2
+    perfect = cs.ranking_quality(member, member + 0.1 * rng.random(2000))
+    assert set(perfect.values()) == {1.0}
+    assert math.isnan(cs.ranking_quality([False, False], [1.0, 2.0])["auroc"])
