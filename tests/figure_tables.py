@@ -28,6 +28,8 @@ CHOICES = {
     "panel": ["one", "two"],
     "split": ["discover", "validate", "test"],
     "differ": [False, True],
+    "projection": ["harmfulness", "rejection"],
+    "role": ["random", "fitted"],
 }
 
 

@@ -1,0 +1,157 @@
+"""The figures of notebook 06: steering."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from helpers import plots, plots_steering
+from helpers.figure_spec import BY_LAYER, ESTIMATE, LOG_ODDS, FigureSpec
+
+CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
+HARM = "P(harmful answer)"
+
+SPECS = (
+    FigureSpec(
+        "06_geometry",
+        partial(plots_steering.plane, title="Where do prompts lie along rejection and harmfulness?"),
+        "C6",
+        "Mean positions of prompt groups along the rejection and the harmfulness direction at the decision layer",
+        {"group": "str", "projection": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_laws",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="position along the direction",
+            y_label="coefficient (share of the direction's length)",
+            title="The R-law and the H-law: does the position tell how much steering is needed?",
+        ),
+        "C6",
+        "Coefficient that just changes the answer against the prompt's position, for rejection and for harmfulness",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_tradeoff",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="cost (over-refusal: points; KL: nats)",
+            y_label=HARM,
+            title="What does each point of harm cost? One point a strength",
+        ),
+        "C6",
+        "Harm against over-refusal on borderline prompts and against KL on harmless ones, over strengths, by method",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_budget",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="budget: root mean square of the added norm",
+            y_label=HARM,
+            title="Early, middle or late, with the same budget",
+            log_x=True,
+        ),
+        "C6",
+        "Harm against the L2 budget for early, middle and late layers, adaptive and fixed steering",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_random",
+        partial(
+            plots_steering.null,
+            title="Is the direction better than chance?",
+            x_label="fall of the log-odds of complying, jailbroken prompts",
+        ),
+        "C6",
+        "Fall of the log-odds under 100 isotropic and 100 covariance-matched random directions and under the fitted one",
+        {"family": "str", "role": "str", "value": "float"},
+    ),
+    FigureSpec(
+        "06_methods",
+        partial(
+            plots.dots,
+            row="method",
+            group="measure",
+            title="What does each method change, at the strength chosen on validate?",
+            unit="change in share of prompts (percentage points)",
+            marks=(-2.0, 2.0),
+        ),
+        "C6",
+        "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by method",
+        {"method": "str", "measure": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_families",
+        partial(
+            plots.dots,
+            row="family",
+            group="method",
+            title="Does a defence hold against wrappers that it was not fitted on?",
+            unit="harmful answers (share of prompts), family left out of the fit",
+        ),
+        "C6",
+        "Share of harmful answers by wrapper family, the family left out of fitting and choosing, by method",
+        {"family": "str", "method": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_tiers",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="wrapper tier (1 weak, 6 strong)",
+            y_label=HARM,
+            title="Weak and strong wrappers, mild and severe requests",
+        ),
+        "C6",
+        "Share of harmful answers by wrapper tier, one panel a severity, by method",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_examples",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="fitting examples of each kind",
+            y_label="cosine, or P(harmful answer)",
+            title="How many examples does a direction need?",
+            log_x=True,
+        ),
+        "C6",
+        "Cosine between directions fitted on two samples, and the harm left, over the number of fitting examples",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_mediation",
+        partial(
+            plots.panels,
+            panel="steering",
+            group="site",
+            title="Is the effect gone, and does another component take over?",
+            unit=LOG_ODDS,
+        ),
+        "C6",
+        "Indirect effect of attention and MLP outputs by layer, unsteered and under each kind of steering",
+        {"steering": "str", "site": "str", **BY_LAYER},
+    ),
+    FigureSpec(
+        "06_attack",
+        partial(
+            plots.dots,
+            row="method",
+            group="attack",
+            title="An attacker who knows the defence",
+            unit="harmful answers (share of prompts)",
+        ),
+        "C6",
+        "Share of harmful answers under the prompt set's strong wrappers and under the worst disguise that a search found",
+        {"method": "str", "attack": "str", **ESTIMATE},
+    ),
+)

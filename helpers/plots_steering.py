@@ -1,0 +1,90 @@
+"""Figures of steering: curves with bands in panels, and a null distribution with the effect that is held against it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers.plots import MARKERS, OKABE_ITO, _figure, _lengths
+
+
+def curves(
+    table: pd.DataFrame,
+    *,
+    panel: str,
+    group: str,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool = False,
+    marks: tuple[float, ...] = (),
+) -> Figure:
+    """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
+
+    Points are joined in the order of the rows, so that a trade-off curve follows its strengths; `marks` are dashed
+    horizontal lines.
+    """
+    names, groups = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[group]))
+    figure, axes = _figure(1, len(names), 3.3 * len(names) + 0.7, 3.5, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table[panel] == name]
+        for k, label in enumerate(groups):
+            line = part[part[group] == label]
+            ax.errorbar(
+                line.x, line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.1,
+                capsize=2, label=str(label),
+            )  # fmt: skip
+        for mark in marks:
+            ax.axhline(mark, color="black", lw=0.9, ls="--")
+        if log_x:
+            ax.set_xscale("log")
+            ax.set_xticks(sorted(set(part.x)), [f"{x:g}" for x in sorted(set(part.x))])
+            ax.minorticks_off()
+        ax.set_title(str(name))
+        ax.set_xlabel(x_label)
+    axes[0, 0].set_ylabel(y_label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def plane(table: pd.DataFrame, *, title: str) -> Figure:
+    """Groups of prompts in the plane of the two projections, each with the intervals of both means."""
+    figure, axes = _figure(width=7.0, height=4.2)
+    ax = axes[0, 0]
+    for k, (name, part) in enumerate(table.groupby("group", sort=False)):
+        x, y = (part[part.projection == way] for way in ("harmfulness", "rejection"))
+        if x.empty or y.empty:
+            continue
+        ax.errorbar(
+            x.estimate, y.estimate, xerr=_lengths(x), yerr=_lengths(y), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8],
+            ms=6, ls="none", capsize=2, label=str(name),
+        )  # fmt: skip
+    ax.axhline(0, color="black", lw=0.6)
+    ax.axvline(0, color="black", lw=0.6)
+    ax.set_xlabel("pos_H: share of the way from harmful-complied (0) to benign-complied (1)")
+    ax.set_ylabel("pos_R: share of the way to refused (1)")
+    ax.set_title(title)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def null(table: pd.DataFrame, *, title: str, x_label: str) -> Figure:
+    """Effects of random directions as a histogram, one panel a family; the direction under test as a line."""
+    names = list(dict.fromkeys(table.family))
+    figure, axes = _figure(1, len(names), 3.4 * len(names) + 0.4, 2.8, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table.family == name]
+        drawn, tested = part[part.role == "random"].value, part[part.role != "random"]
+        ax.hist(drawn, bins=np.linspace(table.value.min(), table.value.max() + 1e-9, 30), color="#999999")
+        for k, row in enumerate(tested.itertuples()):
+            ax.axvline(row.value, color=OKABE_ITO[k], lw=2, ls=("-", "--")[k % 2], label=str(row.role))
+        ax.set_title(str(name))
+        ax.set_xlabel(x_label)
+    axes[0, 0].set_ylabel("random directions")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
