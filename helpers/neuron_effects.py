@@ -18,6 +18,7 @@ from torch import Tensor
 
 from helpers import closed_form, grid, mediation, outcomes
 from helpers.errors import InputError
+from helpers.evidence import SATURATED
 from helpers.grid import CleanRun, Patch
 from helpers.grid_patch import projection
 from helpers.mediation import Batch
@@ -28,6 +29,7 @@ from helpers.subject import Subject
 from helpers.subject_parts import written_vectors
 from helpers.tokens import Openers
 
+SATURATION = np.log((1 - SATURATED) / SATURATED)
 BLOCK = 1 << 24  # numbers that are alive at once
 
 
@@ -76,7 +78,10 @@ def measure(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEf
     joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     members = [token_pair.pair for group in groups for token_pair in group]
     named = [(pair.id, pair.topic, pair.split) for pair in members]
-    pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(te=joined.pop("te"))
+    y00, y11 = joined.pop("y00"), joined.pop("y11")
+    pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
+        te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
+    )
     made = PairEffects(treatment, pairs, columns.reset_index(drop=True), joined)
     return made, Ends(treatment, pairs, openers, torch.cat(resid, dim=1), torch.cat(neurons, dim=1))
 
@@ -89,7 +94,7 @@ def _batch_effects(
     clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in (control, treated)]
     shape = (len(batch.pairs), len(columns))
     found = {name: np.zeros(shape) for name in ("nie0", "nie1", "direct")}
-    found["te"] = (clean[1] - clean[0])[:, 0].cpu().numpy()
+    found["y00"], found["y11"] = (odds[:, 0].cpu().numpy() for odds in clean)
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
     for layer in np.unique(layers):
         if torch.equal(control.neurons[layer][:, -1], treated.neurons[layer][:, -1]):

@@ -107,6 +107,24 @@ def cumulative(
     return _effects(subject, ends, pd.DataFrame({"k": ks}), writes)
 
 
+@torch.no_grad()
+def whole_layer(subject: Subject, ends: Ends, is_frozen: bool = False) -> PairEffects:
+    """NIE0 and NIE1 of all last-layer neurons together, the MLP's whole output; a single column.
+
+    With `is_frozen` the final norm keeps the scale of the control run in all four cells, TE's too.
+    """
+    like = ends.resid[0] if is_frozen else None
+    write = (ends.neurons[1] - ends.neurons[0]) @ _vectors(subject)
+    cells = [*ends.resid]
+    for base, sign in ((0, 1), (1, -1)):
+        moved = residual_change(subject, subject.n_layers - 1, ends.neurons[base], sign * write[:, None])[:, 0]
+        cells.append(ends.resid[base] + moved)
+    odds = [outcomes.log_odds(subject, cell, ends.openers, like).cpu().numpy()[:, None] for cell in cells]
+    y00, y11, y01, y10 = odds
+    pairs = ends.pairs.assign(te=(y11 - y00)[:, 0])
+    return PairEffects(ends.treatment, pairs, pd.DataFrame({"set": [0]}), {"nie0": y01 - y00, "nie1": y11 - y10})
+
+
 def _vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
     return written_vectors(projection(subject.layers[-1], "neuron"))
 

@@ -33,7 +33,8 @@ LEVEL = 0.05
 class PairEffects:
     """Effects of many mediators on the pairs of one treatment, in log-odds, not signed.
 
-    `pairs` has a row a pair (pair_id, topic, split, te), `columns` a row a mediator (layer and neuron, or a set);
+    `pairs` has a row a pair (pair_id, topic, split, te; `unsaturated`: both clean runs, for a contrast those of the harmful
+    pair, have p in [0.02, 0.98]), `columns` a row a mediator (layer and neuron, or a set);
     `values` holds arrays (pair, column) by name: "nie0", "nie1", and for neurons "direct".
     """
 

@@ -1,0 +1,229 @@
+"""Evidence for C5a (a sparse last layer) and C7 (adjacency): everything that the neuron analysis knows for the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from helpers import bootstrap as bs
+from helpers import neuron_adjacency as adjacency
+from helpers import neuron_curves as curves
+from helpers import neuron_screen as screening
+from helpers import neurons, relatives
+from helpers.evidence import GATE
+from helpers.evidence_rows import interval, row
+from helpers.neuron_effects import all_neurons
+from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
+from helpers.neurons import PairEffects, in_split, ranking, signed
+from helpers.study import Study
+
+N_RANDOM_ORDERS = 10
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = relatives.RELATIVE_PAIRS, 48
+DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What the neuron sweep gives for one model: single effects and ends, the table of neurons, the screen's trust."""
+
+    measured: Measured
+    table: pd.DataFrame
+    screen: screening.Trust | None
+
+    @property
+    def primary(self) -> str:
+        """The treatment that stands for generation: T2 - T2b where twins exist, else T2, else the first there is."""
+        present = list(self.measured.effects)
+        return next((name for name in ("T2-T2b", "T2") if name in present), present[0])
+
+    @property
+    def benign(self) -> list[str]:
+        """The benign behaviours whose TE passes the gate on discover."""
+        effects = self.measured.effects
+        te = {name: in_split(effects[name], "discover").pairs.te.mean() for name in effects if name[0] == "B"}
+        return sorted(name for name, value in te.items() if abs(value) >= GATE)
+
+
+def sweep(
+    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS
+) -> Neurons:
+    """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
+
+    `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
+    screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
+    comparison, use at most `benign` pairs each.
+    """
+    subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
+    generation = [name for name in study.treatments if name in ("T2", "T2b")]
+    chosen: pd.DataFrame | None = None
+    if screening.is_small(subject) if every is None else every:
+        wide = all_neurons(subject, layers)
+    else:
+        name = "T2-T2b" if study.twins else (generation or [study.treatments[0]])[0]
+        chosen = _screened(study, name)
+        wide = pd.concat([last, chosen[["layer", "neuron"]]]).drop_duplicates()
+        wide = wide.sort_values(["layer", "neuron"], ignore_index=True)
+    columns = {name: wide if name in generation or not generation else last for name in study.treatments}
+    measured = measure_all(_benign_thinned(study, benign), columns)
+    table = pd.concat([neurons.table(effects) for effects in measured.effects.values()], ignore_index=True)
+    made = Neurons(measured, table, None)
+    return made if chosen is None else _with_screen(made, chosen)
+
+
+def _screened(study: Study, treatment: str) -> pd.DataFrame:
+    below = screening.estimates(study, treatment)
+    below = below[below.layer < study.subject.n_layers - 1].reset_index(drop=True)
+    return screening.to_recheck(below)
+
+
+def _with_screen(made: Neurons, chosen: pd.DataFrame) -> Neurons:
+    effects = made.measured.effects[made.primary]
+    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
+    values = {name: array[:, place] for name, array in effects.values.items()}
+    exact = replace(effects, columns=chosen[["layer", "neuron"]], values=values)
+    subject = made.measured.study.subject
+    n_below = (subject.n_layers - 1) * subject.d_mlp
+    return replace(made, screen=screening.trust(chosen, exact, n_below))
+
+
+def _benign_thinned(study: Study, n: int) -> Study:
+    kept = {pair.pair.id for pair in relatives.thinned(study, n).pairs}
+    pairs = tuple(p for p in study.pairs if not p.pair.treatment.startswith("B") or p.pair.id in kept)
+    return replace(study, pairs=pairs)
+
+
+def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | None = None) -> PairEffects:
+    """Joint effects on test of the first k last-layer neurons of an order (by default the discover ranking), signed."""
+    measured, subject = found.measured, found.measured.study.subject
+    ranked = ranking(found.table, treatment, measured.last) if order is None else order
+    return on_contrast(
+        measured, treatment, "test", lambda ends: cumulative(subject, ends, ranked, sizes(subject.d_mlp))
+    )
+
+
+def random_curve(found: Neurons, treatment: str, seed: int = 0) -> PairEffects:
+    """The mean of `curve` over random orders of the neurons."""
+    rng, d_mlp = np.random.default_rng(seed), found.measured.study.subject.d_mlp
+    made = [curve(found, treatment, rng.permutation(d_mlp)) for _ in range(N_RANDOM_ORDERS)]
+    values = {name: np.mean([one.values[name] for one in made], axis=0) for name in made[0].values}
+    return replace(made[0], values=values)
+
+
+def last_layer(effects: PairEffects) -> PairEffects:
+    """The columns of the last layer only."""
+    keep = (effects.columns.layer == effects.columns.layer.max()).to_numpy()
+    values = {name: array[:, keep] for name, array in effects.values.items()}
+    return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
+
+
+def enough(found: Neurons, treatment: str) -> bool:
+    """Whether any neuron has an effect, and discover and test hold pairs of at least two topics each."""
+    effects = found.measured.effects[treatment]
+    pairs = effects.pairs
+    return bool(np.any(effects.nie)) and all(
+        pairs.topic[pairs.split == split].nunique() >= 2 for split in ("discover", "test")
+    )
+
+
+def c5a(found: Neurons, model: str) -> list[dict[str, object]]:
+    """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas for harm, random order and benign behaviours."""
+    name, d_mlp = found.primary, found.measured.study.subject.d_mlp
+    if name not in ("T2", "T2-T2b") or not enough(found, name):
+        return []
+    rows = _psi_rows(found, model)
+    harm = curve(found, name)
+    summaries = {variant: curves.curve_summary(harm, value) for variant, value in DIRECTIONS.items()}
+    by_sign = ranking(found.table, name, found.measured.last, by_sign=True)
+    summaries["ranked by sign"] = curves.curve_summary(curve(found, name, by_sign))
+    summaries["random order"] = curves.curve_summary(random_curve(found, name))
+    n = len(harm.pairs)
+    for variant, estimates in summaries.items():
+        rows += _curve_rows(model, estimates, n, d_mlp, variant)
+    for other in found.benign:
+        if enough(found, other):
+            made = curve(found, other)
+            rows += _curve_rows(model, curves.curve_summary(made), len(made.pairs), d_mlp, "main", f" {other}")
+    test = last_layer(in_split(signed(found.measured.effects[name]), "test"))
+    spread = curves.concentration(test)
+    rows += [row(model, "C5a", label, "main", spread, n, i) for i, label in enumerate(("Gini", "participation ratio"))]
+    passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
+    passed = passed[passed.layer == found.measured.last]
+    counts = {"neurons in the layer": d_mlp, "neurons that pass": int(neurons.passing(passed).sum())}
+    return rows + [_exact_row(model, "C5a", label, value, rows[0]) for label, value in counts.items()]
+
+
+def _psi_rows(found: Neurons, model: str) -> list[dict[str, object]]:
+    """Share of TE that the whole last MLP is necessary (psi1) and sufficient (psi0) for, with robustness checks."""
+    measured, name, rows = found.measured, found.primary, []
+    for variant, is_frozen in (("main", False), ("norm frozen", True), ("unsaturated", False)):
+        test = on_contrast(measured, name, "test", lambda e, f=is_frozen: whole_layer(measured.study.subject, e, f))  # type: ignore[misc]
+        keep = test.pairs.unsaturated.to_numpy() if variant == "unsaturated" else np.ones(len(test.pairs), bool)
+        pairs = test.pairs[keep]
+        if pairs.topic.nunique() < 2:
+            continue
+        for quantity, value in (("psi1", "nie1"), ("psi0", "nie0")):
+            both = np.column_stack([test.values[value][keep, 0], pairs.te])
+            estimates = interval(curves.topic_sums(pairs, both), lambda total, count: total[:, :1] / total[:, 1:])
+            rows.append(row(model, "C5a", quantity, variant, estimates, len(pairs)))
+    return rows
+
+
+def _curve_rows(
+    model: str, estimates: bs.Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
+) -> list[dict[str, object]]:
+    """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
+    settled = estimates.estimate[curves.SUMMARY.index("k90")] <= d_mlp
+    kept = [i for i, label in enumerate(curves.SUMMARY) if label != "psi" and settled]
+    return [row(model, "C5a", curves.SUMMARY[i] + behind, variant, estimates, n_pairs, i) for i in kept]
+
+
+def _exact_row(model: str, claim: str, quantity: str, value: float, like: dict[str, object]) -> dict[str, object]:
+    numbers = dict.fromkeys(("estimate", "ci_low", "ci_high"), float(value))
+    return {**like, "model": model, "claim": claim, "quantity": quantity, "variant": "main", **numbers}
+
+
+def c7(found: Neurons, model: str) -> list[dict[str, object]]:
+    """C7, related neurons are adjacent: Moran's I, and the best window against the best of as many random groups."""
+    name, measured = found.primary, found.measured
+    if name not in ("T2", "T2-T2b") or not enough(found, name):
+        return []
+    effects = complete_layers(found, in_split(signed(measured.effects[name]), "test"))
+    pooled = adjacency.adjacency(effects)
+    n_pairs, n_topics = len(effects.pairs), int(effects.pairs.topic.nunique())
+    like = {"n_pairs": n_pairs, "n_topics": n_topics, "note": f"layers {', '.join(map(str, pooled.layers))}"}
+    exact = {**like, "note": ""}
+    numbers = {"estimate": pooled.estimate, "ci_low": pooled.low, "ci_high": pooled.high}
+    rows = [{**_exact_row(model, "C7", "Moran's I", 0, like), **numbers}]
+    rows.append(_exact_row(model, "C7", "Moran's I, permutation p", pooled.p, exact))
+    if measured.study.subject.d_mlp >= 2 * adjacency.HALF_WIDTH + 1:
+        made = adjacency.contest(measured, name, ranking(found.table, name, measured.last))
+        rows += [row(model, "C7", label, "main", made.shares, n_pairs, i) for i, label in enumerate(adjacency.CONTEST)]
+        rows.append(_exact_row(model, "C7", "best window, permutation p", made.p, exact))
+    return rows
+
+
+def complete_layers(found: Neurons, effects: PairEffects) -> PairEffects:
+    """Only the layers all of whose neurons were measured: places in a sample say nothing about neighbours."""
+    counts = effects.columns.groupby("layer").size()
+    keep = effects.columns.layer.map(counts == found.measured.study.subject.d_mlp).to_numpy()
+    values = {name: array[:, keep] for name, array in effects.values.items()}
+    return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
+
+
+def evidence(study: Study, model: str, *, quick: bool = False) -> list[dict[str, object]]:
+    """Evidence rows for C5a and C7 of any study; none for a claim that its pairs or its model cannot speak to.
+
+    `quick`, for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
+    """
+    if study.subject.d_mlp == 0:  # a mixture of experts has no neurons to name
+        return []
+    if quick:
+        study = replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.split != "validate"))
+        found = sweep(study, every=True, layers=[study.subject.n_layers - 1], benign=BENIGN_PAIRS_QUICK)
+    else:
+        found = sweep(study)
+    return c5a(found, model) + c7(found, model)

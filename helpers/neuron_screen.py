@@ -1,0 +1,118 @@
+"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
+
+How far the estimate can be trusted is measured on the recheck, every time, and said in words where it cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy import stats as st
+from torch import Tensor, nn
+
+from helpers import mediation, screen
+from helpers.neuron_effects import all_neurons
+from helpers.neurons import PairEffects, in_split
+from helpers.progress import progress
+from helpers.study import Study
+from helpers.subject import Subject
+from helpers.tokens import Openers, TokenPair
+
+EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
+TOP = RANDOM = 500
+MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
+
+
+def is_small(subject: Subject) -> bool:
+    """Whether every neuron of every layer is measured exactly: a pure function of the model's shape."""
+    return subject.n_layers * subject.d_mlp <= EXACT_LIMIT
+
+
+def estimates(study: Study, treatment: str) -> pd.DataFrame:
+    """Gradient estimate of the mean NIE on discover of every neuron: layer, neuron, estimate (log-odds, not signed).
+
+    The estimate of NIE0 is taken at the control run and that of NIE1 at the treated run, and the two are averaged; for
+    T2 - T2b those of the twins are subtracted. Source: attribution patching (Nanda 2023; Syed et al. 2023).
+    """
+    pairs = [pair for pair in study.of(treatment.removesuffix("-T2b")) if pair.pair.split == "discover"]
+    total = _mean(study, pairs)
+    if treatment.endswith("-T2b"):
+        twin = {pair.pair.id: pair for pair in study.of("T2b")}
+        total = total - _mean(
+            study, [twin[study.twins[pair.pair.id]] for pair in pairs if _has_twin(study, pair, twin)]
+        )
+    return all_neurons(study.subject).assign(estimate=total.reshape(-1))
+
+
+def _has_twin(study: Study, pair: TokenPair, twin: dict[str, TokenPair]) -> bool:
+    return study.twins.get(pair.pair.id) in twin
+
+
+def _mean(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "layer neuron"]:
+    subject = study.subject
+    total = np.zeros((subject.n_layers, subject.d_mlp))
+    for group in progress(mediation.batches(pairs, subject), desc="gradient screen"):
+        batch = mediation.run_clean(subject, group)
+        openers = study.openers[group[0].pair.treatment]
+        for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
+            found = screen.attribution(subject, base, source, lambda resid, o=openers: log_odds(subject, resid, o))  # type: ignore[misc]
+            total += sign * found.double().sum(0).cpu().numpy() / 2
+    return total / len(pairs)
+
+
+def log_odds(subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers) -> Float[Tensor, "pair"]:
+    """Y1 as `outcomes.log_odds` computes it, but with gradients."""
+    weight, bias = subject.unembedding
+    rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
+    logits = nn.functional.linear(subject.final_norm(resid), weight[rows], None if bias is None else bias[rows])
+    if subject.soft_cap is not None:
+        logits = subject.soft_cap * torch.tanh(logits / subject.soft_cap)
+    n_comply = len(openers.comply)
+    return logits[:, :n_comply].logsumexp(-1) - logits[:, n_comply:].logsumexp(-1)
+
+
+def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: int = 0) -> pd.DataFrame:
+    """The neurons with the largest |estimate| and as many random ones of the others: layer, neuron, `is_top`."""
+    order = found.estimate.abs().sort_values(ascending=False, kind="stable").index
+    others = np.random.default_rng(seed).permutation(order[top:])[:random]
+    chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
+    return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How good a screen was: rank correlation with the exact |NIE|, recall of the top, and a warning ("" if none)."""
+
+    correlation: float
+    recall: float
+    warning: str
+
+
+def trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> Trust:
+    """Compare the screen's estimates with the exact effects of the rechecked neurons, on discover.
+
+    `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
+    random sample, which stands for all neurons that the screen passed over. Recall is of the `top` largest exact effects:
+    how many the screen's top holds, against an estimate of how many it missed (random neurons at least as large as the
+    smallest of those, each standing for many).
+    """
+    size = abs(in_split(exact, "discover").nie.mean(0))
+    is_top = chosen.is_top.to_numpy()
+    if is_top.all():
+        return Trust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0, "")
+    held = np.sort(size[is_top])[::-1][:top]
+    weight = (n_neurons - is_top.sum()) / (~is_top).sum()
+    missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
+    recall = len(held) / (len(held) + missed)
+    correlation = float(st.spearmanr(chosen.estimate.abs()[~is_top], size[~is_top]).statistic)
+    low = [
+        f"{name} {value:.2f} (at least {least})"
+        for name, value, least in (("rank correlation", correlation, MIN_CORRELATION), ("recall", recall, MIN_RECALL))
+        if not value >= least
+    ]
+    text = f"the gradient screen cannot be trusted here: {' and '.join(low)}; only exact rows count" if low else ""
+    return Trust(correlation, float(recall), text)
