@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from helpers import outcomes, tokens
@@ -37,9 +38,11 @@ class Answers:
     mask: Bool[np.ndarray, "prompt step"]
 
 
-def buckets(subject: Subject, texts: Sequence[str], size: int = BATCH) -> Iterator[tuple[np.ndarray, Tensor]]:
+def buckets(
+    subject: Subject, texts: Sequence[str], size: int = BATCH, *, system: str = ""
+) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Prompts of one token length together: their places in the list, and their ids [prompt, pos]."""
-    encoded = [tokens.encode(subject.tokenizer, text)[0] for text in texts]
+    encoded = [encode(subject, text, system) for text in texts]
     lengths = np.array([len(ids) for ids in encoded])
     for length in np.unique(lengths):
         places = np.flatnonzero(lengths == length)
@@ -48,11 +51,29 @@ def buckets(subject: Subject, texts: Sequence[str], size: int = BATCH) -> Iterat
             yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
 
 
+def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
+    """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
+
+    A template that takes no system turn gets the sentence at the head of the user turn.
+    """
+    assert subject.tokenizer is not None
+    if not system:
+        return tokens.encode(subject.tokenizer, text)[0]
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    try:
+        rendered = subject.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return tokens.encode(subject.tokenizer, f"{system} {text}")[0]
+    return np.array(subject.tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+
+
 @torch.no_grad()
-def log_odds(subject: Subject, texts: Sequence[str], openers: Openers, steer: Steer = nullcontext) -> pd.DataFrame:
+def log_odds(
+    subject: Subject, texts: Sequence[str], openers: Openers, steer: Steer = nullcontext, *, system: str = ""
+) -> pd.DataFrame:
     """A row a prompt: Y1 (`log_odds` of complying) and the probability of opening with a refusal (`p_refuse`)."""
     found = np.empty((len(texts), 2))
-    for places, ids in buckets(subject, texts):
+    for places, ids in buckets(subject, texts, system=system):
         with steer():
             logits = subject.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].double()
         comply, refuse = (logits[:, list(camp)].logsumexp(-1) for camp in (openers.comply, openers.refuse))
@@ -73,11 +94,13 @@ def answers(
     steps: int,
     steer: Steer = nullcontext,
     draws: Float[np.ndarray, "prompt step"] | None = None,
+    *,
+    system: str = "",
 ) -> Answers:
     """Answers of at most `steps` tokens: greedy, or sampled at temperature 1 by `draws` in [0, 1)."""
     ends = torch.tensor(outcomes.end_tokens(subject), device=subject.device)
     ids = np.zeros((len(texts), steps), dtype=int)
-    for places, prompt in buckets(subject, texts):
+    for places, prompt in buckets(subject, texts, system=system):
         chosen = None if draws is None else torch.tensor(draws[places, :steps], device=subject.device)
         with steer():
             ids[places] = _decode(subject, prompt, steps, ends, chosen).cpu().numpy()
@@ -115,6 +138,7 @@ def labels(
     """
     if exact:
         kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
+        assert subject.tokenizer is not None  # the prompts were made with it
         decoded = subject.tokenizer.batch_decode(kept, skip_special_tokens=True)
         return [judge(text, answer) for text, answer in zip(texts, decoded, strict=True)]
     refused, stuck = np.isin(made.ids[:, 0], openers.refuse), repetition(made) > STUCK
@@ -133,7 +157,7 @@ def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, "prompt"]:
 
 
 @torch.no_grad()
-def price(subject: Subject, texts: Sequence[str], own: Answers, steer: Steer) -> pd.DataFrame:
+def price(subject: Subject, texts: Sequence[str], own: Answers, steer: Steer, *, system: str = "") -> pd.DataFrame:
     """How far steering moves the model's own unsteered answers, a row a prompt, teacher-forced.
 
     `kl` is the mean over answer tokens of KL(unsteered || steered) in nats; `plain` and `steered` are the summed
@@ -141,10 +165,13 @@ def price(subject: Subject, texts: Sequence[str], own: Answers, steer: Steer) ->
     """
     found = np.empty((len(texts), 4))
     steps, vocab = own.ids.shape[1], int(subject.unembedding[0].shape[0])
-    for places, prompt in buckets(subject, texts, max(1, min(BATCH, LOGIT_BYTES // (16 * steps * vocab)))):
+    size = max(1, min(BATCH, LOGIT_BYTES // (16 * steps * vocab)))
+    for places, prompt in buckets(subject, texts, size):
+        # With a system turn of its own a prompt is longer, by the same number of tokens in every row of a batch.
+        sent = torch.tensor(np.stack([encode(subject, texts[i], system) for i in places]), device=subject.device)
         answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
         plain = _forced(subject, prompt, answer, nullcontext)
-        steered = _forced(subject, prompt, answer, steer)
+        steered = _forced(subject, sent, answer, steer)
         kl = ((plain.exp() * (plain - steered)).sum(-1) * mask).sum(-1)
         spoken = [(at.gather(-1, answer[..., None])[..., 0] * mask).sum(-1) for at in (plain, steered)]
         length = mask.sum(-1)
