@@ -1,0 +1,177 @@
+"""Gate or contributor: the four cells of the factorial experiments on a set of neurons.
+
+Two experiments, each with two switches. *Upstream*: the prompt (control, treated) against the set (closed: its values of
+the control run; open: those of the treated run). *Inside*: the gate pre-activations of the set against its up
+pre-activations, in families whose neurons are a product, act(gate) * up. Every value that is clamped is taken from one of
+the pair's own two runs; nothing is set to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from helpers import grid, mediation, outcomes
+from helpers.errors import InputError
+from helpers.grid import Patch
+from helpers.grid_run import first, on_output
+from helpers.mediation import Batch
+from helpers.progress import progress
+from helpers.subject import Subject
+from helpers.tokens import Openers, TokenPair
+
+CELLS = ("y00", "y01", "y10", "y11")
+# A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
+ROUNDINGS = 64
+
+
+@dataclass(frozen=True)
+class NeuronSet:
+    """Neurons of one layer that are clamped together, at the last token."""
+
+    name: str
+    layer: int
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The two factors of a layer's neurons at the last token: `act`(gate) * up."""
+
+    gate: Float[Tensor, "pair neuron"]
+    up: Float[Tensor, "pair neuron"]
+    act: nn.Module
+
+
+def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
+    """Gate and up pre-activations of the control and the treated run; None for an MLP whose neurons are no product.
+
+    Raises InputError if the MLP has both projections but its neurons are not act(gate) * up.
+    """
+    mlp = subject.layers[layer].mlp
+    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
+    names = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(mlp, name)]
+    if act is None or not names:
+        return None
+    found = []
+    for run in (batch.control, batch.treated):
+        made = Product(*_factors(subject, run.tokens, mlp, names), act)
+        neurons = run.site("neuron", layer)[:, -1]
+        slack = ROUNDINGS * torch.finfo(neurons.dtype).eps * float(neurons.abs().max())
+        if not torch.allclose(act(made.gate) * made.up, neurons, rtol=0, atol=slack):
+            raise InputError(f"the neurons of layer {layer} are not act(gate) * up: leave out the test inside a neuron")
+        found.append(made)
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def _factors(subject: Subject, tokens: Tensor, mlp: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(on_output(getattr(mlp, name), lambda out: seen.append(first(out)[:, -1])))
+        subject.model.base_model(tokens, use_cache=False)
+    gate, up = seen if len(seen) == 2 else seen[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def cells(
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], sets: Sequence[NeuronSet]
+) -> pd.DataFrame:
+    """One row for each pair, set, form and outcome: the four cells, first digit the first switch of the form.
+
+    Forms: "upstream" (outcomes Y1, Y1.frozen, contrast.frozen), "write" (upstream, but only what the set itself writes
+    into the last residual stream changes; contrast.frozen) and "inside" (Y1, Y1.frozen; the mean over both runs as
+    the background; no rows where neurons are no product). `te` is the outcome's total effect in every row.
+    """
+    tables = []
+    for group in progress(mediation.batches(pairs, subject), desc="gates"):
+        batch = mediation.run_clean(subject, group)
+        chosen = openers[group[0].pair.treatment]
+        for one in sets:
+            tables += _upstream(subject, batch, chosen, one) + _inside(subject, batch, chosen, one)
+    return pd.concat(tables, ignore_index=True)
+
+
+def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
+    """The mask of the last token."""
+    mask = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
+    mask[:, -1] = True
+    return mask
+
+
+def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) -> list[pd.DataFrame]:
+    runs = (batch.control, batch.treated)
+    patch = [Patch("neuron", one.layer, last_token(batch), one.neurons)]
+    clean = [run.resid_post[-1][:, -1] for run in runs]
+    made = []
+    for form, effect, names in (
+        ("upstream", grid.interchange, ("Y1", "Y1.frozen", "contrast.frozen")),
+        ("write", grid.direct, ("contrast.frozen",)),
+    ):
+        moved = [effect(subject, runs[base], runs[1 - base], patch)[:, 0, 0] for base in (0, 1)]
+        four = torch.stack([clean[0], moved[0], moved[1], clean[1]], dim=1)  # y00, y01, y10, y11
+        made += [_rows(batch, one, form, name, _score(subject, four, clean, openers, name)) for name in names]
+    return made
+
+
+def _inside(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) -> list[pd.DataFrame]:
+    factors = product(subject, batch, one.layer)
+    if factors is None:
+        return []
+    runs, index = (batch.control, batch.treated), list(one.neurons)
+    crossed = [
+        (factors[gate].act(factors[gate].gate) * factors[up].up)[:, None, index] for gate in (0, 1) for up in (0, 1)
+    ]
+    patches = [Patch("neuron", one.layer, last_token(batch), one.neurons, value) for value in crossed]
+    backgrounds = [grid.interchange(subject, run, run, patches)[:, :, 0] for run in runs]
+    clean, made = [run.resid_post[-1][:, -1] for run in runs], []
+    ends = torch.stack(clean, dim=1)
+    for name in ("Y1", "Y1.frozen"):
+        four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
+        control, treated = _score(subject, ends, clean, openers, name).unbind(1)
+        made.append(_rows(batch, one, "inside", name, four, treated - control))
+    return made
+
+
+def _score(
+    subject: Subject, resid: Float[Tensor, "pair cell d"], clean: Sequence[Tensor], openers: Openers, name: str
+) -> Float[Tensor, "pair cell"]:
+    control, treated = (one[:, None] for one in clean)
+    like = control if name.endswith(".frozen") else None
+    if name.startswith("contrast"):
+        weights = outcomes.camp_weights(subject, control, treated, openers)
+        return outcomes.contrast(subject, resid, openers, like, weights)
+    return outcomes.log_odds(subject, resid, openers, like)
+
+
+def _rows(
+    batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None
+) -> pd.DataFrame:
+    values = four.double().cpu().numpy()
+    members = [token_pair.pair for token_pair in batch.pairs]
+    keys = [(pair.id, pair.topic, pair.treatment, pair.split, one.name, one.layer) for pair in members]
+    table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "set", "layer"])
+    table = table.assign(form=form, outcome=outcome, **{name: values[:, i] for i, name in enumerate(CELLS)})
+    return table.assign(te=table.y11 - table.y00 if te is None else te.double().cpu().numpy())
+
+
+def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
+    """The table with rows of T2 - T2b behind it, pair by pair, where there are twins."""
+    keys = ["set", "layer", "form", "outcome"]
+    numbers = [name for name in (*CELLS, "te", "first", "every") if name in table]
+    harmful = table[table.treatment == "T2"]
+    harmful = harmful.assign(twin_id=harmful.pair_id.map(twins)).dropna(subset=["twin_id"])
+    twin = table.loc[table.treatment == "T2b", ["pair_id", *keys, *numbers]].rename(columns={"pair_id": "twin_id"})
+    joined = harmful.merge(twin, on=["twin_id", *keys], suffixes=("", "_twin"), validate="many_to_one")
+    if joined.empty:
+        return table
+    for name in numbers:
+        joined[name] = joined[name] - joined[f"{name}_twin"]
+    return pd.concat([table, joined[list(table.columns)].assign(treatment="T2-T2b")], ignore_index=True)
