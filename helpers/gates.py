@@ -85,7 +85,7 @@ def gate_index(part: pd.DataFrame) -> Index | None:
     discover, test = (part[part.split == split] for split in ("discover", "test"))
     if discover.empty or test.empty or not (test.y11 - test.y00).any():
         return None
-    both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": _interaction(test)})
+    both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
     signed = interval(stats.cluster_sums(both, ["interaction", "span"]), stats.ratio([1, 0], [0, 1]))
     middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
     means = discover[["y00", "y01", "y10", "y11", "te"]].mean()
@@ -96,7 +96,8 @@ def gate_index(part: pd.DataFrame) -> Index | None:
     return Index(signed, float(middle), float(low), float(high), at_stake, own, len(test))
 
 
-def _interaction(part: pd.DataFrame) -> pd.Series:
+def interaction(part: pd.DataFrame) -> pd.Series:
+    """What the two switches do together beyond the sum of what each does alone, in every pair."""
     return part.y11 - part.y10 - part.y01 + part.y00
 
 

@@ -1,0 +1,211 @@
+"""Evidence for C5b (a gate): which sets are tested, the four tests on them, and the table that names what each can show.
+
+Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
+discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
+the set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers from test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from helpers import bootstrap as bs
+from helpers import evidence as levels
+from helpers import gate_answers as answers
+from helpers import gate_cells, gates, relatives
+from helpers.errors import InputError
+from helpers.evidence_rows import row
+from helpers.gate_cells import NeuronSet
+from helpers.gates import Index
+from helpers.neurons import ranking
+from helpers.study import Study
+
+BENIGN_PAIRS = 60
+ANSWER_PAIRS = 120
+FORMS = {"a": "last layer, upstream x set", "b": "inside last-layer neurons, gate x up", "c": "below, upstream x set"}
+LAST, WHOLE = "last", "whole last layer"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form of the index on the set that it was measured on, with what was seen on discover."""
+
+    form: str
+    set_name: str
+    treatment: str
+    main: Index
+    frozen: Index | None
+    discover: float
+    readout_discover: float
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the four tests give for one model: cells, answer tables, sets by name, and the forms that are defined."""
+
+    study: Study
+    primary: str
+    sets: dict[str, NeuronSet]
+    cells: pd.DataFrame
+    timing: pd.DataFrame
+    cost: pd.DataFrame
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def headline(self) -> Candidate | None:
+        """The form that the verdict reads, chosen on discover: b or c, not a readout if there is one, then the largest."""
+        usable = [one for one in self.candidates if one.form in ("b", "c") and one.main.is_defined]
+        usable = [one for one in usable if one.treatment == self.primary]
+        key = lambda one: (one.readout_discover < gates.READOUT, one.discover)  # noqa: E731
+        return max(usable, key=key, default=None)
+
+
+def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
+    """The sparse set of every layer that an effect reaches, by the discover ranking of a neuron table; and the last layer.
+
+    Layers of which fewer neurons were measured than a sparse set has are left out.
+    """
+    size, last = gates.sparse_size(study.subject.d_mlp), study.subject.n_layers - 1
+    rows = table[(table.treatment == treatment) & (table.split == "discover")]
+    reached = rows[(rows.nie0 != 0) | (rows.nie1 != 0)].groupby("layer").size()
+    found = {}
+    for layer in (int(layer) for layer in reached.index[reached >= size]):
+        chosen = tuple(int(neuron) for neuron in ranking(table, treatment, layer)[:size])
+        name = LAST if layer == last else f"layer {layer}"
+        found[name] = NeuronSet(name, layer, chosen)
+    if LAST in found:
+        found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(study.subject.d_mlp)))
+    return found
+
+
+def measure(study: Study, table: pd.DataFrame) -> Gates:
+    """The four tests on the sparse sets of a neuron table (`neurons.NEURONS`); validate pairs are not used.
+
+    Raises InputError if the study has no jailbreak wrappers (T2), or no neuron of the last layer has an effect.
+    """
+    if not study.of("T2"):
+        raise InputError("gates need pairs with a jailbreak wrapper (T2): supply some")
+    study = replace(study, pairs=tuple(p for p in study.pairs if p.pair.split != "validate"))
+    primary = "T2-T2b" if "T2-T2b" in set(table.treatment) else "T2"
+    sets = sets_of(study, table, primary)
+    if LAST not in sets:
+        raise InputError("no effect reaches a neuron of the last layer: there is no set to test")
+    subject, openers = study.subject, study.openers
+    cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()))
+    cells = pd.concat([gate_cells.difference(cells, study.twins), *_benign_cells(study, table, sets)])
+    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), _candidates(cells, sets, primary))
+    return _with_answers(found)
+
+
+def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -> list[pd.DataFrame]:
+    """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
+    made = []
+    thin = relatives.thinned(study, BENIGN_PAIRS)
+    for name in (name for name in thin.treatments if name.startswith("B")):
+        own = sets_of(study, table, name) if name in set(table.treatment) else {}
+        every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
+        made.append(gate_cells.cells(study.subject, thin.of(name), study.openers, every))
+    return made
+
+
+def _candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
+    below = [name for name in sets if name not in (LAST, WHOLE)]
+    found = [_candidate(cells, form, name, primary) for form in ("a", "b") for name in (LAST, WHOLE)]
+    lower = [one for name in below if (one := _candidate(cells, "c", name, primary)) and one.main.is_defined]
+    best = max(lower, key=lambda one: (one.readout_discover < gates.READOUT, one.discover), default=None)
+    benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
+    own = [_candidate(cells, form, f"own {name}", name) for form in ("a", "b") for name in benign]
+    return tuple(one for one in (*found, best, *own) if one is not None)
+
+
+def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
+    experiment = "inside" if form == "b" else "upstream"
+    parts = [gates.select(cells, treatment, name, experiment, outcome) for outcome in ("Y1", "Y1.frozen")]
+    main, frozen = (gates.gate_index(part) if len(part) else None for part in parts)
+    if main is None:
+        return None
+    discover = parts[0][parts[0].split == "discover"]
+    size = abs(gates.interaction(discover).sum() / (discover.y11 - discover.y00).sum())
+    readout = gates.readout_share(cells, treatment, name, "discover")
+    share = np.inf if readout is None else float(readout.estimate[0])
+    return Candidate(form, name, treatment, main, frozen, float(size), share)
+
+
+def _with_answers(found: Gates) -> Gates:
+    """Timing and perplexity for the last layer's sparse set and for the set that the verdict reads."""
+    study, chosen = found.study, found.headline
+    names = list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
+    sets = [found.sets[name] for name in names]
+    thin = relatives.thinned(study, ANSWER_PAIRS)
+    harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
+    timing = answers.timing(study.subject, harm, study.openers, sets) if harm else pd.DataFrame()
+    timing = gate_cells.difference(timing, study.twins) if len(timing) else timing
+    control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
+    benign = [p for p in relatives.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
+    benign = [pair for pair in benign if pair.pair.split == "test"]
+    tables = [
+        answers.closing_cost(
+            study.subject, benign, study.openers, one, answers.closed_values(study.subject, control, one)
+        )
+        for one in sets
+        if benign and control
+    ]
+    return replace(found, timing=timing, cost=pd.concat(tables) if tables else pd.DataFrame())
+
+
+def gated_benign(found: Gates) -> list[str]:
+    """Benign behaviours whose TE passes the gate on discover: only they have an effect to compare with."""
+    discover = found.cells[(found.cells.split == "discover") & (found.cells.outcome == "Y1")]
+    te = discover[discover.treatment.str.startswith("B")].groupby("treatment")["te"].mean()
+    return sorted(te.index[te.abs() >= levels.GATE])
+
+
+def evidence(found: Gates, model: str) -> list[dict[str, object]]:
+    """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
+    rows: list[dict[str, object]] = []
+    for one in found.candidates:
+        where = "" if one.treatment == found.primary else f" {one.treatment}"
+        label = f"{one.form}: {FORMS[one.form]}" + (", whole layer" if one.set_name == WHOLE else "") + where
+        rows += _index_rows(model, "gate index, form", label, one)
+    chosen = found.headline
+    if chosen:
+        rows += _index_rows(model, "gate index", "main", chosen)
+    for name in dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]):
+        variant = "main" if chosen and name == chosen.set_name else "last layer"
+        rows += _other_rows(found, model, name, variant)
+    return rows
+
+
+def _index_rows(model: str, quantity: str, variant: str, one: Candidate) -> list[dict[str, object]]:
+    made = []
+    note = f"{'' if one.main.is_defined else 'not defined: too little at stake; '}{one.form}, {one.set_name}"
+    for index, behind in ((one.main, ""), (one.frozen, ", norm frozen")):
+        if index is None:
+            continue
+        name = "norm frozen" if variant == "main" and behind else variant + behind
+        base = row(model, "C5b", quantity, name, index.signed, index.n_pairs) | {"note": note}
+        ends = {"estimate": index.estimate, "ci_low": index.low, "ci_high": index.high}
+        made += [base | ends, base | {"quantity": f"{quantity}, signed"}]
+    return made
+
+
+def _other_rows(found: Gates, model: str, name: str, variant: str) -> list[dict[str, object]]:
+    benign = gated_benign(found)
+    harm = gates.select(found.cells, found.primary, name, "upstream", "Y1", "test")
+    measured: Sequence[tuple[str, bs.Estimates | None, int]] = (
+        ("readout share", gates.readout_share(found.cells, found.primary, name), len(harm)),
+        ("benign share", gates.benign_share(found.cells, found.primary, name, benign), len(harm)),
+        ("perplexity ratio", gates.perplexity_ratio(found.cost, name) if len(found.cost) else None, len(found.cost)),
+        ("timing share", gates.timing_share(found.timing, found.primary, name) if len(found.timing) else None,
+         len(found.timing[found.timing.treatment == found.primary]) if len(found.timing) else 0),
+    )  # fmt: skip
+    note = f"{len(benign)} benign behaviours; {name}"
+    return [
+        row(model, "C5b", quantity, variant, estimates, n) | {"note": note}
+        for quantity, estimates, n in measured
+        if estimates is not None
+    ]
