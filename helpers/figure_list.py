@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from helpers import figures_layers, figures_steering
+from helpers import figures_layers, figures_neurons, figures_steering
 
-SPECS = tuple(sorted((*figures_layers.SPECS, *figures_steering.SPECS), key=lambda spec: spec.name[:2]))
+SPECS = tuple(
+    sorted((*figures_layers.SPECS, *figures_neurons.SPECS, *figures_steering.SPECS), key=lambda spec: spec.name[:2])
+)

@@ -28,6 +28,12 @@ CHOICES = {
     "panel": ["one", "two"],
     "split": ["discover", "validate", "test"],
     "differ": [False, True],
+    "order": ["training order", "permuted"],
+    "place": range(12),
+    "passes": [False, True],
+    "series": ["one", "two"],
+    "k": [1, 2, 5],
+    "quantity": ["k50", "k90"],
     "projection": ["harmfulness", "rejection"],
     "role": ["random", "fitted"],
 }

@@ -1,0 +1,148 @@
+"""Drawings of the neuron notebook; each takes one tidy table and computes no statistics."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers.plots import MARKERS, OKABE_ITO, _figure, _points
+
+SHARE = "share of total effect"
+ARROWS = {
+    "neuron's write": ("#D55E00", "-"),
+    "read-out direction": ("#009E73", "-"),
+    "residual stream": ("#0072B2", "-"),
+    "after the write": ("#000000", "-"),
+}
+
+
+def geometry(table: pd.DataFrame) -> Figure:
+    """One neuron's write in the plane that it spans with the residual stream, the norm's sphere, and the read-out."""
+    figure, axes = _figure(width=5.6, height=4.2)
+    ax = axes[0, 0]
+    for row in table.itertuples():
+        item = str(row.item)
+        if item == "sphere":
+            ax.add_patch(plt.Circle((row.x, row.y), row.to_x, fill=False, ec="#999999", ls="--", lw=1))
+        elif item.startswith("normed"):
+            k = 0 if item.endswith("control") else 6
+            ax.plot([row.x], [row.y], MARKERS[k % 8], color=OKABE_ITO[k], ms=7, label=f"{item}: what is read out")
+        else:
+            colour, style = ARROWS.get(item, ("#666666", "-"))
+            ax.annotate(
+                "", (row.to_x, row.to_y), (row.x, row.y), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.8}
+            )
+            ax.plot([row.x, row.to_x], [row.y, row.to_y], style, color=colour, lw=1.5, label=item)
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.axhline(0, color="black", lw=0.5)
+    ax.set_xlabel("along the control run's residual stream")
+    ax.set_ylabel("across it, in the neuron's plane")
+    ax.set_title("A last-layer neuron moves one point; the norm pulls it back to a sphere")
+    ax.legend(fontsize=7, loc="upper left")
+    return figure
+
+
+def by_index(table: pd.DataFrame) -> Figure:
+    """Every neuron's effect at its index, one panel a layer on one y-axis; squares pass the test and the floor."""
+    layers = sorted(table.layer.unique())
+    figure, axes = _figure(len(layers), 1, 7.0, 1.5 * len(layers) + 0.8, sharey=True)
+    for ax, layer in zip(axes[:, 0], layers, strict=True):
+        part = table[table.layer == layer]
+        for k, (name, is_in) in enumerate((("not counted", False), ("passes test and floor", True))):
+            chosen = part[part.passes == is_in]
+            if len(chosen):
+                _points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_title(f"layer {layer}")
+        ax.set_ylabel(SHARE)
+    axes[-1, 0].set_xlabel("index of the neuron")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(
+        "Which single neurons carry the effect at the last token?", fontsize=10, fontweight="bold", x=0.01, ha="left"
+    )
+    return figure
+
+
+def curves(table: pd.DataFrame) -> Figure:
+    """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded."""
+    names = list(dict.fromkeys(table.panel))
+    figure, axes = _figure(1, len(names), 4.0 * len(names), 3.4, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table.panel == name]
+        for k, (label, line) in enumerate(part.groupby("series", sort=False)):
+            ax.plot(
+                line.k, line.estimate, marker=MARKERS[k % 8], color=OKABE_ITO[k % 8], ms=3, lw=1.2, label=str(label)
+            )
+            ax.fill_between(line.k, line.low, line.high, color=OKABE_ITO[k % 8], alpha=0.2, lw=0)
+        ax.axhspan(0.9, 1.1, color="#999999", alpha=0.2, lw=0)
+        ax.set_xscale("log")
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xlabel("neurons swapped together")
+        ax.set_title(name)
+        ax.legend(fontsize=7, loc="upper left")
+    axes[0, 0].set_ylabel("share of the whole layer's effect")
+    title = "How many neurons does it take? Top neurons of discover, swapped together, on test"
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    bounded = table[np.isfinite(table.estimate)]
+    if len(bounded):
+        axes[0, 0].set_ylim(min(-0.2, bounded.estimate.min() - 0.1), min(2.2, max(1.3, bounded.estimate.max() + 0.1)))
+    return figure
+
+
+def adjacency(table: pd.DataFrame) -> Figure:
+    """Single neurons (stems) and windows of neighbours (line) at their index, in one panel for each order of the neurons.
+
+    The neurons with the largest effects keep their number and marker in every panel, so that one can follow them.
+    """
+    names = list(dict.fromkeys(table.order))
+    figure, axes = _figure(len(names), 1, 7.4, 2.3 * len(names) + 0.5, sharey=True)
+    top = table.loc[table.order == names[0]].sort_values("single", key=abs, ascending=False).name.head(5).tolist()
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        part = table[table.order == name].sort_values("place")
+        ax.vlines(part.place, 0, part.single, color="#666666", lw=0.8, label="each neuron alone (exact)")
+        ax.plot(
+            part.place, part.window, "-", color=OKABE_ITO[1], lw=1.4, label="window of neighbours around it (joint)"
+        )
+        for k, one in enumerate(top):
+            row = part[part.name == one]
+            ax.plot(row.place, row.single, MARKERS[k % 8], color=OKABE_ITO[0], ms=6, ls="none")
+            for x, y in zip(row.place, row.single, strict=True):
+                ax.annotate(f"{one}", (x, y), textcoords="offset points", xytext=(5, 2), fontsize=7, color=OKABE_ITO[0])
+        ax.axhline(0, color="black", lw=0.6)
+        ax.set_title(str(name))
+        ax.set_ylabel(SHARE)
+    axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
+    axes[0, 0].legend(fontsize=8)
+    title = "Reordering the neurons leaves the function alone, moves the exact picture, and redraws the windows"
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def permutations(table: pd.DataFrame) -> Figure:
+    """Moran's I under permuted indices as a histogram, the model's own with its interval, and the claim's threshold."""
+    figure, axes = _figure(width=6.0, height=2.9)
+    ax, own = axes[0, 0], table.iloc[0]
+    ax.bar(
+        table.start, table["count"], table.end - table.start, align="edge", color=OKABE_ITO[5], ec="white", lw=0.3,
+        label="permuted indices",
+    )  # fmt: skip
+    height = 0.5 * float(table["count"].max())
+    ends = np.clip([own.observed - own.least, own.most - own.observed], 0, None)[:, None]
+    ax.errorbar(
+        [own.observed],
+        [height],
+        xerr=ends,
+        fmt="D",
+        color=OKABE_ITO[1],
+        ms=5,
+        capsize=3,
+        label="this model, with interval",
+    )
+    ax.axvline(0.05, color="black", lw=0.9, ls="--", label="threshold of C7")
+    ax.set_xlabel("Moran's I of rank |effect|")
+    ax.set_ylabel("permutations")
+    ax.set_title("Are neighbours more alike than chance?")
+    ax.legend(fontsize=8)
+    return figure
