@@ -59,35 +59,30 @@ def sweep(
     """
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
     generation = [name for name in study.treatments if name in ("T2", "T2b")]
-    chosen: pd.DataFrame | None = None
+    below, chosen = None, None
     if screening.is_small(subject) if every is None else every:
         wide = all_neurons(subject, layers)
     else:
         name = "T2-T2b" if study.twins else (generation or [study.treatments[0]])[0]
-        chosen = _screened(study, name)
-        wide = pd.concat([last, chosen[["layer", "neuron"]]]).drop_duplicates()
-        wide = wide.sort_values(["layer", "neuron"], ignore_index=True)
+        below = screening.below_the_last(study, name)
+        chosen = screening.to_recheck(below)
+        wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
     measured = measure_all(_benign_thinned(study, benign), columns)
     table = pd.concat([neurons.table(effects) for effects in measured.effects.values()], ignore_index=True)
     made = Neurons(measured, table, None)
-    return made if chosen is None else _with_screen(made, chosen)
+    return made if below is None or chosen is None else _with_screen(made, below, chosen)
 
 
-def _screened(study: Study, treatment: str) -> pd.DataFrame:
-    below = screening.estimates(study, treatment)
-    below = below[below.layer < study.subject.n_layers - 1].reset_index(drop=True)
-    return screening.to_recheck(below)
-
-
-def _with_screen(made: Neurons, chosen: pd.DataFrame) -> Neurons:
+def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Neurons:
+    """How far the screen can be trusted, and its estimates behind the exact rows."""
     effects = made.measured.effects[made.primary]
     place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
     values = {name: array[:, place] for name, array in effects.values.items()}
     exact = replace(effects, columns=chosen[["layer", "neuron"]], values=values)
-    subject = made.measured.study.subject
-    n_below = (subject.n_layers - 1) * subject.d_mlp
-    return replace(made, screen=screening.trust(chosen, exact, n_below))
+    rows = screening.estimate_rows(below, chosen, effects)
+    table = pd.concat([made.table, rows], ignore_index=True)
+    return replace(made, table=table, screen=screening.trust(chosen, exact, len(below)))
 
 
 def _benign_thinned(study: Study, n: int) -> Study:

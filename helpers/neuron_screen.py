@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from helpers import mediation, screen
 from helpers.neuron_effects import all_neurons
-from helpers.neurons import PairEffects, in_split
+from helpers.neurons import NEURONS, PairEffects, in_split, sign_on_discover
 from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
@@ -73,6 +73,26 @@ def log_odds(subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers)
         logits = subject.soft_cap * torch.tanh(logits / subject.soft_cap)
     n_comply = len(openers.comply)
     return logits[:, :n_comply].logsumexp(-1) - logits[:, n_comply:].logsumexp(-1)
+
+
+def below_the_last(study: Study, treatment: str) -> pd.DataFrame:
+    """`estimates` of the layers below the last that a difference can have reached; the last layer needs none."""
+    found = estimates(study, treatment)
+    is_live = found.estimate.abs().groupby(found.layer).transform("max") > 0
+    return found[is_live & (found.layer < study.subject.n_layers - 1)].reset_index(drop=True)
+
+
+def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffects) -> pd.DataFrame:
+    """Rows of a neuron table for neurons that were not rechecked: the estimate on discover, signed, without an interval."""
+    keys = ["layer", "neuron"]
+    others = below[~pd.MultiIndex.from_frame(below[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))]
+    sign = sign_on_discover(effects.pairs)
+    size = sign * others.estimate
+    made = others[keys].assign(
+        treatment=effects.treatment, split="discover", te=sign * in_split(effects, "discover").pairs.te.mean(),
+        nie0=size, nie1=size, direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
+    )  # fmt: skip
+    return made[list(NEURONS)]
 
 
 def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: int = 0) -> pd.DataFrame:
