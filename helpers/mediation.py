@@ -155,23 +155,37 @@ def effects(
     final norm's scale held at the control run's, in all four cells, so that direct effects add up). `watch` is shown
     every batch of clean runs, for what else is to be read off them.
     """
-    header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
     tables = []
     for group in progress(batches(pairs, subject), desc="mediation"):
-        treatment = group[0].pair.treatment
-        chosen = wanted(treatment) if callable(wanted) else wanted
-        batch = run_clean(subject, group)
-        if watch:
-            watch(batch)
-        patched = final_residuals(subject, batch, chosen, header)
-        for name in names:
-            tables.append(tidy(group, chosen, name, _score(subject, batch, patched, openers[treatment], name)))
+        chosen = wanted(group[0].pair.treatment) if callable(wanted) else wanted
+        tables.append(batch_effects(subject, group, openers, chosen, names, watch=watch))
+    return pd.concat(tables, ignore_index=True)
+
+
+def batch_effects(
+    subject: Subject,
+    group: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    wanted: Sequence[Mediator],
+    names: Sequence[str] = ("Y1",),
+    *,
+    watch: Callable[[Batch], None] | None = None,
+) -> pd.DataFrame:
+    """The rows of `effects` for one batch: pairs of one treatment and one length."""
+    header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
+    batch = run_clean(subject, group)
+    if watch:
+        watch(batch)
+    patched = final_residuals(subject, batch, wanted, header)
+    used = openers[group[0].pair.treatment]
+    tables = [tidy(group, wanted, name, score(subject, batch, patched, used, name)) for name in names]
     return estimands(pd.concat(tables, ignore_index=True))
 
 
-def _score(
+def score(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str
 ) -> dict[str, Float[np.ndarray, "pair mediator"]]:
+    """The four cells of a batch in one outcome of `effects`, from the residual streams of `final_residuals`."""
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     norm_like = control if name.endswith(".frozen") else None
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
