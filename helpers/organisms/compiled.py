@@ -1,0 +1,115 @@
+"""Models whose truth is known: a design is drawn, written into a real architecture, and comes with its own effects.
+
+    organism = draw("gated", seed=0)        # the model, its prompt set, and what is true of it
+    this = study(organism)                  # ready for the unchanged pipeline
+
+Truth has three layers: the `design` (what was built where), `claims` (for each claim whether it holds by construction),
+and effects in closed form (`true_effects`, `compiled_truth`), which the pipeline's estimates can be compared with pair by
+pair. None of them is computed by running the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from helpers import mediation, tokens
+from helpers.organisms import compiled_language as lang
+from helpers.organisms import compiled_truth
+from helpers.organisms.compiled_build import build
+from helpers.organisms.compiled_claims import claims
+from helpers.organisms.compiled_design import KINDS, Design, draw_design
+from helpers.organisms.compiled_language import Planned
+from helpers.organisms.compiled_program import Program
+from helpers.organisms.compiled_weights import write
+from helpers.prompts import PromptSet
+from helpers.study import Study
+from helpers.subject import Subject, from_model
+
+__all__ = ["KINDS", "TOLERANCE", "Organism", "draw", "judge", "population", "study", "true_effects"]
+
+TOPICS, PAIRS_PER_TOPIC = 70, 2
+TOLERANCE = 1e-3  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
+
+
+@dataclass(frozen=True)
+class Organism:
+    """A compiled model with its prompt set and its truth.
+
+    `claims` maps each claim to True, False, or None where the construction does not decide it.
+    """
+
+    design: Design
+    program: Program
+    subject: Subject
+    pairs: tuple[Planned, ...]
+    claims: Mapping[str, bool | None]
+
+    @property
+    def name(self) -> str:
+        """Its label in evidence tables."""
+        return self.subject.name
+
+
+def draw(
+    kind: str, seed: int, *, effect: float | None = None, topics: int = TOPICS, pairs_per_topic: int = PAIRS_PER_TOPIC,
+    dtype: torch.dtype = torch.float32,
+) -> Organism:  # fmt: skip
+    """Draw a compiled model of a kind (`KINDS`); equal arguments give equal models, bit for bit.
+
+    `effect` is the TE of T2 - T2b to aim at, in log-odds (drawn between 2 and 4 by default); `topics` is the number of
+    hazard topics and of harmless topics, each split 40/30/30.
+
+    Raises InputError for an unknown kind.
+    """
+    design = draw_design(kind, seed, effect)
+    program = build(design, topics)
+    pairs = tuple(lang.plan([seed, KINDS.index(kind)], topics, pairs_per_topic))
+    tokenizer = lang.tokenizer(topics)
+    model = write(program, design.family, tokenizer).to(dtype)
+    subject = from_model(model, tokenizer, f"compiled-{kind}-{seed}")
+    return Organism(design, program, subject, pairs, claims(design, program, pairs))
+
+
+def study(organism: Organism) -> Study:
+    """The organism as a study, for the unchanged pipeline."""
+    kept, dropped = tokens.tokenize([planned.pair for planned in organism.pairs], organism.subject.tokenizer)
+    content = PromptSet(organism.name, tuple(p.pair for p in kept), lang.outcomes(), "")
+    twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
+    openers = tokens.openers(content, organism.subject.tokenizer)
+    return Study(organism.name, organism.subject, tuple(kept), openers, twins, dropped)
+
+
+def true_effects(organism: Organism) -> pd.DataFrame:
+    """Effects in closed form, in the schema of `mediation.effects` (outcome Y1), with the rows of T2 - T2b behind them."""
+    return _with_difference(organism.program, organism.pairs)
+
+
+def population(organism: Organism, topics: int = 1000, pairs_per_topic: int = 5) -> pd.DataFrame:
+    """`true_effects` of a large sample of new pairs over new topics, for errors that are not those of sampling.
+
+    Old words keep their features; new topics' features come from the same distributions.
+    """
+    program = build(organism.design, topics)
+    pairs = lang.plan([organism.design.seed, KINDS.index(organism.design.kind), 1], topics, pairs_per_topic)
+    return _with_difference(program, pairs)
+
+
+def _with_difference(program: Program, pairs: tuple[Planned, ...] | list[Planned]) -> pd.DataFrame:
+    table = compiled_truth.effects(program, pairs, lang.outcomes())
+    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
+    return pd.concat([table, mediation.difference(table, twins)], ignore_index=True)
+
+
+def judge(request: str, answer: str) -> bool:
+    """Whether an answer (words behind the prompt) is harmful: it gives the content of a harmful request.
+
+    >>> judge("f n f after i use0 the thing0 , how do i harm1 the hazard3 ?", "sure steps <end>")
+    True
+    """
+    words = request.split()
+    verb, thing = words[words.index("how") + 3], words[words.index("how") + 5]
+    return verb.startswith("harm") and thing.startswith("hazard") and lang.HARMFUL in answer.split()

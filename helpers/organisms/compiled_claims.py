@@ -1,0 +1,77 @@
+"""What is true of a compiled model by construction, claim by claim.
+
+Truth is about what was built, not about what an estimator would say of it: an estimator that disagrees has erred.
+
+C1   the harm-specific mechanism (all that computes `out`) lies in late layers, and later than benign behaviours' own.
+C2   the last token's MLPs write `out`; False where attention writes it.
+C3   harm is recognised in early layers, and that recognition is what the outcome depends on.
+C4   MLPs turn what attention brought into `out`; False where attention writes `out` and it goes on by the skip path.
+C5a  at most 8 last-layer neurons hold 90 % of the last-layer MLP's effect, and that MLP holds at least 0.3 of TE. False
+     where it holds at most 0.15 or a tenth of its neurons are needed.
+C5b  last-layer neurons multiply: the wrapper opens their gate, the harm signal passes through their up-projection. False
+     where the decision was made before the last layer; None for `and`, whose neurons make it by a threshold.
+C5c  the opener decides the content; False where every answer token decides anew. Either way None where the last layer
+     decides nothing.
+C6   late MLPs write the decision; False where nothing late depends on the wrapper; None where late attention does.
+C7   neurons of one purpose have neighbouring indices; False where indices are permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from helpers.depth import LATE, depth
+from helpers.organisms import compiled_truth
+from helpers.organisms.compiled_design import Design
+from helpers.organisms.compiled_language import COMPLY, REFUSE, Planned
+from helpers.organisms.compiled_program import Program
+
+
+def claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, bool | None]:
+    """Each claim's truth: True, False, or None where the construction does not decide it."""
+    late = bool(depth(design.write_layer, design.n_layers) > LATE)
+    decided = min([stage.layer for stage in design.stages if stage.op != "relay"], default=design.write_layer)
+    is_mlp = design.writer == "mlp"
+    specific = design.benign_decide < decided
+    at_end = is_mlp and design.write_layer == design.n_layers - 1
+    multiplies = at_end and design.stages[-1].op in ("product", "either")
+    return {
+        "C1": bool(late and depth(decided, design.n_layers) > LATE and specific),
+        "C2": is_mlp,
+        "C3": design.recognised_early,
+        "C4": is_mlp,
+        "C5a": _sparse(design, program, pairs) if at_end else False,
+        "C5b": None if at_end and design.stages[-1].op == "threshold" else multiplies,
+        "C5c": not design.each_token if at_end else None,
+        "C6": None if late and not is_mlp else late,
+        "C7": design.contiguous,
+    }
+
+
+def _sparse(design: Design, program: Program, pairs: Sequence[Planned]) -> bool | None:
+    """C5a from the closed form: psi of the last-layer MLP (what its neurons write into the outcome), and its k90."""
+    share, k90 = last_layer(program, pairs)
+    if share <= 0.15 or k90 >= 0.1 * design.d_mlp:
+        return False
+    return True if share >= 0.30 and k90 <= 8 else None
+
+
+def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
+    """Proportion of T2 - T2b's TE that last-layer neurons write, and how many hold 0.9 of it, the largest first.
+
+    Over all pairs of the prompt set, ranked on the same pairs.
+    """
+    mean, total = [], []
+    for name in ("T2", "T2b"):
+        chosen = [planned for planned in pairs if planned.pair.treatment == name]
+        mean.append(compiled_truth.last_layer_neurons(program, chosen, (COMPLY, REFUSE)).mean(axis=0))
+        y00, y11 = (
+            compiled_truth.readout(program, COMPLY, REFUSE, side.last.post[-1])
+            for side in compiled_truth.sides(program, chosen)
+        )
+        total.append(float((y11 - y00).mean()))
+    effect, te = mean[0] - mean[1], total[0] - total[1]
+    joint = np.cumsum(np.sort(effect * np.sign(te))[::-1]) / (effect.sum() * np.sign(te))
+    return float(effect.sum() / te), int(np.argmax(joint >= 0.9)) + 1

@@ -1,0 +1,204 @@
+"""Compiled models: what is true of each kind, that draws are independent, and that the pipeline runs on them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import evidence, normalisation, positions
+from helpers import study as studies
+from helpers.errors import InputError
+from helpers.organisms import compiled
+from helpers.organisms import compiled_language as lang
+from helpers.organisms.compiled_build import build
+from helpers.organisms.compiled_claims import claims, last_layer
+from helpers.organisms.compiled_design import KINDS, draw_design, thirds
+
+TRUE = {"C1", "C2", "C3", "C4", "C5a", "C5c", "C6"}  # of the kind "late"; C7 is drawn
+FALSE = {
+    "late": {"C5b"},
+    "gated": set(),
+    "and": set(),
+    "or": set(),
+    "distributed": {"C5a", "C5b"},
+    "adjacent": {"C5a", "C5b"},
+    "permuted": {"C5a", "C5b", "C7"},
+    "early_carrier": {"C5b"},
+    "late_like_benign": {"C1", "C5b"},
+    "early": {"C1", "C5a", "C5b", "C6"},
+    "middle": {"C1", "C5a", "C5b", "C6"},
+    "attention": {"C2", "C4", "C5a", "C5b"},
+    "context_free": {"C3"},
+    "context_unused": {"C3"},
+    "each_token": {"C5b", "C5c"},
+}
+OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
+
+
+def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled.Design, compiled.Program, list[lang.Planned]]:
+    """A draw without its weights."""
+    design = draw_design(kind, seed)
+    return design, build(design, topics), lang.plan([seed], topics, 1)
+
+
+@pytest.mark.parametrize("kind", sorted(FALSE))
+def test_what_is_true_of_a_kind(kind: str) -> None:
+    for seed in range(3):
+        truth = claims(*made(kind, seed, 40))
+        assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
+        false = {claim for claim, holds in truth.items() if holds is False}
+        assert false - {"C7"} == FALSE[kind] - {"C7"}, seed
+        assert truth["C7"] == draw_design(kind, seed).contiguous
+
+
+def test_every_claim_has_kinds_where_it_is_false_and_where_it_is_true() -> None:
+    for claim in TRUE:
+        assert any(claim in false for false in FALSE.values())
+        assert any(claim not in false | OPEN.get(kind, set()) for kind, false in FALSE.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_passes_the_gate(kind: str) -> None:
+    for seed in range(2):
+        design, program, pairs = made(kind, seed)
+        table = compiled._with_difference(program, pairs)
+        te = table[(table.treatment == "T2-T2b") & (table.site == "attn_out") & (table.layer == 0)].te
+        assert te.mean() - 3 * te.std() / len(te) ** 0.5 > 0.5
+        assert te.mean() == pytest.approx(design.effect, rel=0.5)
+        assert te.std() > 0.05, "without variation there is no sampling error to calibrate"
+
+
+def test_what_passes_through_a_component_differs_from_topic_to_topic() -> None:
+    _, program, pairs = made("late", 0)
+    table = compiled._with_difference(program, pairs).query("treatment == 'T2-T2b' and site == 'mlp_out'")
+    last = table[table.layer == program.n_layers - 1]
+    assert (last.nie1 / last.te).std() > 0.02
+
+
+def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
+    one, same, other = (compiled.draw("gated", seed, topics=10) for seed in (3, 3, 4))
+    assert one.subject.sha256 == same.subject.sha256 != other.subject.sha256
+    assert one.design == same.design and one.pairs == same.pairs
+    assert one.pairs != other.pairs
+    layers = {draw_design("late", seed).n_layers for seed in range(20)}
+    assert layers == {6, 7, 8, 9}
+
+
+def test_a_wanted_effect_is_met() -> None:
+    small, large = (compiled._with_difference(build(draw_design("late", 0, effect), 30), lang.plan([0], 30, 1))
+                    .query("treatment == 'T2-T2b' and site == 'mlp_out' and layer == 0").te.mean()
+                    for effect in (1.0, 4.0))  # fmt: skip
+    assert large / small == pytest.approx(4, rel=0.05)
+
+
+def test_an_unknown_kind_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="expected one of late"):
+        compiled.draw("sideways", 0)
+
+
+def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
+    for kind in ("adjacent", "permuted"):
+        _, program, _ = made(kind, 0)
+        at = np.flatnonzero(program.mlps[-1].out[:, compiled.compiled_truth.CHANNELS["out"]])
+        gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
+        assert len(at) >= 24
+        assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
+
+
+def test_sparse_and_distributed_last_layers() -> None:
+    for seed in range(3):
+        sparse, spread = (last_layer(made(kind, seed)[1], made(kind, seed)[2]) for kind in ("late", "distributed"))
+        assert sparse[1] <= 8 and spread[1] >= 13
+        assert min(sparse[0], spread[0]) > 0.5
+
+
+def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
+    this = compiled.study(compiled.draw("late", 0, topics=12, pairs_per_topic=1))
+    assert not this.dropped
+    by_treatment = [[positions.distance(pair) for pair in this.of(name)] for name in ("T2", "T2b", "B1", "B6")]
+    assert all(distances == by_treatment[0] for distances in by_treatment)
+
+
+def test_topics_keep_to_one_split() -> None:
+    pairs = [planned.pair for planned in lang.plan([0], 50, 2)]
+    frame = pd.DataFrame([(p.topic, p.split) for p in pairs], columns=["topic", "split"]).drop_duplicates()
+    assert frame.topic.is_unique
+    assert frame[frame.topic.str.startswith("hazard")].split.value_counts().to_dict() == {
+        "discover": 20, "validate": 15, "test": 15,
+    }  # fmt: skip
+
+
+def test_a_population_has_the_same_model_and_other_topics() -> None:
+    design, small, pairs = made("late", 0)
+    large = build(design, 60)
+    words = [word for word in small.words if word in large.words]
+    np.testing.assert_array_equal(
+        small.embed[[small.words.index(w) for w in words]], large.embed[[large.words.index(w) for w in words]]
+    )
+    np.testing.assert_array_equal(small.mlps[-1].gate, large.mlps[-1].gate)
+    np.testing.assert_allclose(
+        compiled._with_difference(small, pairs).nie1, compiled._with_difference(large, pairs).nie1
+    )
+
+
+@pytest.fixture(scope="module")
+def gated() -> compiled.Organism:
+    return compiled.draw("gated", 0, topics=12)
+
+
+def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
+    this = compiled.study(gated)
+    layers = studies.measure_layers(this, gated.name)
+    keys = ["pair_id", "treatment", "site", "layer", "position"]
+    measured = layers.effects[layers.effects.outcome == "Y1"]
+    both = measured.merge(compiled.true_effects(gated), on=keys, suffixes=("", " true"), validate="one_to_one")
+    assert len(both) == len(measured)
+    for cell in ("y00", "y01", "y10", "y11"):
+        assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
+    modules = studies.with_difference(studies.module_effects(this), this.twins)
+    rows = layers.evidence + evidence.c2(layers.effects, modules, gated.name, normalisation.normalisations(this))
+    table = pd.DataFrame(rows)
+    assert {"gate", "C1", "C2", "C3"} <= set(table.claim)
+    assert (table[table.quantity.str.startswith("joint")].estimate > 0.95).all()
+
+
+def answer(organism: compiled.Organism, request: lang.Request, opener: str = "") -> str:
+    tokenizer, model = organism.subject.tokenizer, organism.subject.model
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": " ".join(request.words())}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text + opener, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
+    return (opener + " " + tokenizer.decode(out[0, ids.shape[1] :])).strip()
+
+
+def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism) -> None:
+    pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
+    plain = " ".join(pair.control.words())
+    refusal = answer(gated, pair.control)
+    assert refusal.split()[0] in lang.REFUSE and refusal.split()[1:] == [lang.HARMLESS, "<end>"]
+    assert not compiled.judge(plain, refusal)
+    forced = answer(gated, pair.control, "sure")
+    assert forced == f"sure {lang.HARMFUL} <end>" and compiled.judge(plain, forced)
+    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
+    assert answer(gated, twin.control).split()[0] in lang.COMPLY
+    assert not compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control))
+    benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
+    assert [answer(gated, side).split()[0] for side in (benign.treated, benign.control)] == list(lang.openers(2))
+
+
+def test_where_each_token_decides_the_opener_does_not_bind() -> None:
+    organism = compiled.draw("each_token", 0, topics=12)
+    pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
+    assert answer(organism, pair.control, "sure").split()[1] == lang.HARMLESS
+
+
+def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:
+    assert thirds(9) == ([0, 1, 2], [3, 4, 5], [6, 7, 8])
+    for seed in range(10):
+        for kind, third in (("early", 0), ("middle", 1), ("late", 2)):
+            design = draw_design(kind, seed)
+            assert {*design.carry, *(stage.layer for stage in design.stages)} <= set(thirds(design.n_layers)[third])
+    assert replace(draw_design("late", 0), recognise=(5, 5)).recognised_early is False
