@@ -48,14 +48,15 @@ def upper_bound(hits: int, n: int) -> float:
 
 
 def confusion(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
-    """Counts of verdicts by claim and truth, with each row's `share`; on request only of draws that passed the gate."""
+    """Counts of verdicts by claim and truth: `hits` of `n`, exact intervals; on request only of draws that passed the gate."""
     chosen = table[table.gate == "passed"] if given_gate else table
     index = pd.MultiIndex.from_product(
         [sorted(table.claim.unique()), TRUTHS, OUTCOMES], names=["claim", "truth", "verdict"]
     )
     counts = chosen.groupby(["claim", "truth", "verdict"]).size().reindex(index, fill_value=0)
-    n = counts.groupby(["claim", "truth"]).transform("sum")
-    return pd.DataFrame({"count": counts, "n": n, "share": counts / n}).reset_index()
+    made = pd.DataFrame({"hits": counts, "n": counts.groupby(["claim", "truth"]).transform("sum")}).reset_index()
+    made[["estimate", "low", "high"]] = [rate(row.hits, row.n) for row in made.itertuples()]
+    return made
 
 
 def errors(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:

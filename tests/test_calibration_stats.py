@@ -40,10 +40,10 @@ TABLE = draws(
 
 def test_shares_of_verdicts_add_up_within_each_truth() -> None:
     table = cs.confusion(TABLE)
-    assert one(table, truth="true", verdict="supported").share == 0.8
-    assert one(table, truth="false", verdict="supported")["count"] == 1
-    assert table.groupby(["claim", "truth"]).share.sum().round(9).eq(1).all()
-    assert one(cs.confusion(TABLE, given_gate=True), truth="false", verdict="inconclusive")["count"] == 0
+    assert one(table, truth="true", verdict="supported").estimate == 0.8
+    assert one(table, truth="false", verdict="supported").hits == 1
+    assert table.groupby(["claim", "truth"]).estimate.sum().round(9).eq(1).all()
+    assert one(cs.confusion(TABLE, given_gate=True), truth="false", verdict="inconclusive").hits == 0
 
 
 def test_false_support_has_an_exact_bound() -> None:

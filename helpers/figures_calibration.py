@@ -1,0 +1,99 @@
+"""The figures of notebook 07."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from helpers import plots, plots_calibration
+from helpers.figure_spec import ESTIMATE, FigureSpec
+
+COUNTS = {"hits": "int", "n": "int", **ESTIMATE}
+SPECS = (
+    FigureSpec(
+        "07_confusion",
+        plots_calibration.confusion,
+        "all",
+        "Counts of verdicts by what is true in compiled models, one matrix a claim",
+        {**dict.fromkeys(("claim", "truth", "verdict"), "str"), **COUNTS},
+    ),
+    FigureSpec(
+        "07_severity",
+        plots_calibration.severity,
+        "all",
+        "How often a claim that is false in a given way is still called supported, claims by kinds of models",
+        {**dict.fromkeys(("claim", "kind"), "str"), **COUNTS},
+    ),
+    FigureSpec(
+        "07_errors",
+        partial(
+            plots.dots,
+            row="claim",
+            group="error",
+            title="How often does a verdict say the opposite of the truth?",
+            unit="rate with exact 95 % interval",
+            marks=(0.05,),
+        ),
+        "all",
+        "Rates of false support and false contradiction by claim with exact intervals; the dashed line is 5 %",
+        {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
+    ),
+    FigureSpec(
+        "07_split",
+        partial(
+            plots.dots,
+            row="claim",
+            group="error",
+            title="Is it the sample or the rule that errs?",
+            unit="share of draws with exact 95 % interval",
+        ),
+        "all",
+        "Sampling error, construct error and silence of the population verdict, by claim",
+        {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
+    ),
+    FigureSpec(
+        "07_power_topics",
+        partial(
+            plots_calibration.rates, x="topics", unit="topics in the prompt set", title="How many topics does a verdict need?"
+        ),
+        "all",
+        "Share of right verdicts against the number of topics, one panel a claim",
+        {**dict.fromkeys(("claim", "truth"), "str"), "topics": "int", **COUNTS},
+    ),
+    FigureSpec(
+        "07_power_effect",
+        partial(
+            plots_calibration.rates, x="effect", unit="total effect (log-odds)", title="How large must the effect be?"
+        ),
+        "all",
+        "Share of right verdicts against the size of the total effect, one panel a claim",
+        {**dict.fromkeys(("claim", "truth"), "str"), "effect": "float", **COUNTS},
+    ),
+    FigureSpec(
+        "07_coverage",
+        partial(
+            plots.dots,
+            row="quantity",
+            group="claim",
+            title="Do 95 % intervals hold the population value?",
+            unit="share of draws with exact 95 % interval",
+            marks=(0.93, 0.97),
+        ),
+        "all",
+        "Share of draws whose interval holds the value in a large sample, by quantity; dashed lines at 93 % and 97 %",
+        {**dict.fromkeys(("claim", "quantity"), "str"), **COUNTS},
+    ),
+    FigureSpec(
+        "07_estimators",
+        partial(
+            plots.dots,
+            row="estimator",
+            group="what",
+            title="Which estimator finds what was built?",
+            unit="area under the ROC curve, mean over models",
+            marks=(0.5, 1.0),
+        ),
+        "all",
+        "How well each estimator ranks the components and neurons of the mechanism above all others",
+        {**dict.fromkeys(("estimator", "what"), "str"), **ESTIMATE},
+    ),
+)  # fmt: skip

@@ -1,0 +1,80 @@
+"""Figures of the calibration: matrices of counts, and rates against sample size or effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from helpers import plots
+
+SHADE = "Blues"
+
+
+def _matrix(ax: Axes, table: pd.DataFrame, row: str, column: str, rows: list[str], columns: list[str]) -> None:
+    """Shares as shades of one colour with counts in the cells; cells that were never drawn stay blank."""
+    share = np.full((len(rows), len(columns)), np.nan)
+    for one in table.itertuples():
+        at = rows.index(getattr(one, row)), columns.index(getattr(one, column))
+        if one.n:
+            share[at] = one.estimate
+            ink = "white" if one.estimate > 0.6 else "black"
+            ax.text(at[1], at[0], f"{one.hits}/{one.n}", ha="center", va="center", fontsize=7, color=ink)
+    ax.imshow(share, cmap=SHADE, vmin=0, vmax=1, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.grid(False)
+
+
+def confusion(table: pd.DataFrame) -> Figure:
+    """One matrix a claim: what is true by construction (rows) against what the pipeline said (columns)."""
+    claims, truths, verdicts = (list(dict.fromkeys(table[name])) for name in ("claim", "truth", "verdict"))
+    n_columns = min(5, len(claims))
+    n_rows = -(-len(claims) // n_columns)
+    figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True)
+    for ax, claim in zip(axes.flat, claims, strict=False):
+        _matrix(ax, table[table.claim == claim], "truth", "verdict", truths, verdicts)
+        ax.set_title(claim)
+    for ax in axes.flat[len(claims) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("truth")
+    figure.suptitle("How often is each verdict right? Truth against verdict, claim by claim", fontsize=10,
+                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    return figure
+
+
+def severity(table: pd.DataFrame) -> Figure:
+    """Claims by ways of being false: how often the pipeline still said "supported"."""
+    claims, kinds = list(dict.fromkeys(table.claim)), sorted(dict.fromkeys(table.kind))
+    figure, axes = plots._figure(width=1.4 + 0.48 * len(kinds), height=1.6 + 0.3 * len(claims))
+    _matrix(axes[0, 0], table, "claim", "kind", claims, kinds)
+    axes[0, 0].set_xlabel("how the claim is false")
+    axes[0, 0].set_title('If the claim were false in this way, how often would we still say "supported"?')
+    return figure
+
+
+def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
+    """Rates with exact intervals against a number, one panel a claim, one line a truth; dashed at 0.8."""
+    claims, truths = list(dict.fromkeys(table.claim)), list(dict.fromkeys(table.truth))
+    n_columns = min(5, len(claims))
+    n_rows = -(-len(claims) // n_columns)
+    figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.6, sharex=True, sharey=True)
+    for ax, claim in zip(axes.flat, claims, strict=False):
+        for k, truth in enumerate(truths):
+            part = table[(table.claim == claim) & (table.truth == truth)].sort_values(x)
+            if len(part):
+                plots._points(ax, part[x].to_numpy(), part, k, truth)
+        ax.axhline(0.8, color="black", lw=0.8, ls="--")
+        ax.set_ylim(-0.05, 1.05)
+        ax.set_title(claim)
+    for ax in axes.flat[len(claims) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel(unit)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of right verdicts")
+    axes[0, 0].legend(fontsize=7, title="the claim is")
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
