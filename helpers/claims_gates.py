@@ -23,6 +23,8 @@ MIDDLE = 0.4  # half way between the two thresholds
 def c5b(rows: Rows) -> Verdict:
     """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: index high <= 0.2 in every form, b and c.
 
+    "Every form" has the whole last layer in it, so that no smaller set of it was overlooked.
+
     Specific: benign share high <= 0.20 and perplexity ratio high <= 1.01. Not a readout: readout share high < 0.5.
     """
     stop = gate(rows, "C5b", generation(rows))
@@ -33,7 +35,9 @@ def c5b(rows: Rows) -> Verdict:
         return _nothing(rows)
     signed, readout = rows.find("C5b", "gate index, signed"), rows.find("C5b", "readout share")
     benign, cost = rows.find("C5b", "benign share"), rows.find("C5b", "perplexity ratio")
-    forms = [row for key in "bc" for name, row in _forms(rows, key).items() if "norm frozen" not in name]
+    forms = [
+        row for key in "bc" for name, row in _forms(rows, key).items() if not name.endswith(("frozen", "read-out"))
+    ]
     is_gate = index.ci_low >= GATE_LOW and signed is not None and signed.ci_low > 0
     is_specific = _below(benign, BENIGN_SHARE) and _below(cost, PERPLEXITY)
     not_readout = readout is not None and readout.ci_high < READOUT

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from helpers import grid, mediation, outcomes
 from helpers.errors import InputError
 from helpers.grid import Patch
-from helpers.grid_run import first, on_output
+from helpers.grid_run import CleanRun, first, on_output
 from helpers.mediation import Batch
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
+# As they are; with the final norm's scale frozen; and with a linear read-out in the log-odds' place as well.
+OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
 CELLS = ("y00", "y01", "y10", "y11")
 # A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
 ROUNDINGS = 64
@@ -61,7 +63,7 @@ def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Produc
         return None
     found = []
     for run in (batch.control, batch.treated):
-        made = Product(*_factors(subject, run.tokens, mlp, names), act)
+        made = Product(*_factors(subject, run, layer, names), act)
         neurons = run.site("neuron", layer)[:, -1]
         slack = ROUNDINGS * torch.finfo(neurons.dtype).eps * float(neurons.abs().max())
         if not torch.allclose(act(made.gate) * made.up, neurons, rtol=0, atol=slack):
@@ -71,31 +73,41 @@ def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Produc
 
 
 @torch.no_grad()
-def _factors(subject: Subject, tokens: Tensor, mlp: nn.Module, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Both projections' outputs at the last token, from the one block run again."""
     seen: list[Tensor] = []
+    parts = subject.layers[layer]
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(on_output(getattr(mlp, name), lambda out: seen.append(first(out)[:, -1])))
-        subject.model.base_model(tokens, use_cache=False)
+            stack.enter_context(on_output(getattr(parts.mlp, name), lambda out: seen.append(first(out)[:, -1])))
+        parts.block(run.resid_pre[layer], **run.calls[layer])
     gate, up = seen if len(seen) == 2 else seen[0].chunk(2, dim=-1)
     return gate, up
 
 
 def cells(
-    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], sets: Sequence[NeuronSet]
+    subject: Subject,
+    pairs: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    sets: Sequence[NeuronSet],
+    inside: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """One row for each pair, set, form and outcome: the four cells, first digit the first switch of the form.
 
-    Forms: "upstream" (outcomes Y1, Y1.frozen, contrast.frozen), "write" (upstream, but only what the set itself writes
-    into the last residual stream changes; contrast.frozen) and "inside" (Y1, Y1.frozen; the mean over both runs as
-    the background; no rows where neurons are no product). `te` is the outcome's total effect in every row.
+    Forms: "upstream", "write" (upstream, but only what the set itself writes into the last residual stream changes;
+    contrast.frozen) and "inside" (the mean over both runs as the background; no rows where neurons are no product; for
+    the sets named in `inside`, by default all). `te` is the outcome's total effect in every row.
     """
     tables = []
     for group in progress(mediation.batches(pairs, subject), desc="gates"):
         batch = mediation.run_clean(subject, group)
         chosen = openers[group[0].pair.treatment]
+        split = [one for one in sets if inside is None or one.name in inside]
+        factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
         for one in sets:
-            tables += _upstream(subject, batch, chosen, one) + _inside(subject, batch, chosen, one)
+            tables += _upstream(subject, batch, chosen, one)
+            found = factors[one.layer] if one in split else None
+            tables += [] if found is None else _inside(subject, batch, chosen, one, found)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -112,7 +124,7 @@ def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) 
     clean = [run.resid_post[-1][:, -1] for run in runs]
     made = []
     for form, effect, names in (
-        ("upstream", grid.interchange, ("Y1", "Y1.frozen", "contrast.frozen")),
+        ("upstream", grid.interchange, OUTCOMES),
         ("write", grid.direct, ("contrast.frozen",)),
     ):
         moved = [effect(subject, runs[base], runs[1 - base], patch)[:, 0, 0] for base in (0, 1)]
@@ -121,10 +133,9 @@ def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) 
     return made
 
 
-def _inside(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) -> list[pd.DataFrame]:
-    factors = product(subject, batch, one.layer)
-    if factors is None:
-        return []
+def _inside(
+    subject: Subject, batch: Batch, openers: Openers, one: NeuronSet, factors: tuple[Product, Product]
+) -> list[pd.DataFrame]:
     runs, index = (batch.control, batch.treated), list(one.neurons)
     crossed = [
         (factors[gate].act(factors[gate].gate) * factors[up].up)[:, None, index] for gate in (0, 1) for up in (0, 1)
@@ -133,7 +144,7 @@ def _inside(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) ->
     backgrounds = [grid.interchange(subject, run, run, patches)[:, :, 0] for run in runs]
     clean, made = [run.resid_post[-1][:, -1] for run in runs], []
     ends = torch.stack(clean, dim=1)
-    for name in ("Y1", "Y1.frozen"):
+    for name in OUTCOMES:
         four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
         control, treated = _score(subject, ends, clean, openers, name).unbind(1)
         made.append(_rows(batch, one, "inside", name, four, treated - control))
@@ -156,10 +167,12 @@ def _rows(
 ) -> pd.DataFrame:
     values = four.double().cpu().numpy()
     members = [token_pair.pair for token_pair in batch.pairs]
-    keys = [(pair.id, pair.topic, pair.treatment, pair.split, one.name, one.layer) for pair in members]
-    table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "set", "layer"])
-    table = table.assign(form=form, outcome=outcome, **{name: values[:, i] for i, name in enumerate(CELLS)})
-    return table.assign(te=table.y11 - table.y00 if te is None else te.double().cpu().numpy())
+    keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
+    columns: dict[str, object] = {name: [getattr(pair, field) for pair in members] for name, field in keys.items()}
+    columns |= {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
+    columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
+    columns["te"] = values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()
+    return pd.DataFrame(columns)
 
 
 def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:

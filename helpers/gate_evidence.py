@@ -2,12 +2,12 @@
 
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers from test.
+the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers from test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from helpers.study import Study
 BENIGN_PAIRS = 60
 ANSWER_PAIRS = 120
 FORMS = {"a": "last layer, upstream x set", "b": "inside last-layer neurons, gate x up", "c": "below, upstream x set"}
+VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 LAST, WHOLE = "last", "whole last layer"
 
 
@@ -38,9 +39,14 @@ class Candidate:
     set_name: str
     treatment: str
     main: Index
-    frozen: Index | None
+    variants: Mapping[str, Index]
     discover: float
     readout_discover: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What is chosen by, on discover: sets that are no readout first, then the larger index."""
+        return (self.readout_discover < gates.READOUT, self.discover)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,9 @@ class Gates:
     @property
     def headline(self) -> Candidate | None:
         """The form that the verdict reads, chosen on discover: b or c, not a readout if there is one, then the largest."""
-        usable = [one for one in self.candidates if one.form in ("b", "c") and one.main.is_defined]
-        usable = [one for one in usable if one.treatment == self.primary]
-        key = lambda one: (one.readout_discover < gates.READOUT, one.discover)  # noqa: E731
-        return max(usable, key=key, default=None)
+        mine = [one for one in self.candidates if one.treatment == self.primary and one.set_name != WHOLE]
+        usable = [one for one in mine if one.form in ("b", "c") and one.main.is_defined]
+        return max(usable, key=lambda one: one.rank, default=None)
 
 
 def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
@@ -95,7 +100,7 @@ def measure(study: Study, table: pd.DataFrame) -> Gates:
     if LAST not in sets:
         raise InputError("no effect reaches a neuron of the last layer: there is no set to test")
     subject, openers = study.subject, study.openers
-    cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()))
+    cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()), (LAST, WHOLE))
     cells = pd.concat([gate_cells.difference(cells, study.twins), *_benign_cells(study, table, sets)])
     found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), _candidates(cells, sets, primary))
     return _with_answers(found)
@@ -108,15 +113,15 @@ def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet])
     for name in (name for name in thin.treatments if name.startswith("B")):
         own = sets_of(study, table, name) if name in set(table.treatment) else {}
         every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
-        made.append(gate_cells.cells(study.subject, thin.of(name), study.openers, every))
+        made.append(gate_cells.cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",)))
     return made
 
 
 def _candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
     below = [name for name in sets if name not in (LAST, WHOLE)]
     found = [_candidate(cells, form, name, primary) for form in ("a", "b") for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _candidate(cells, "c", name, primary)) and one.main.is_defined]
-    best = max(lower, key=lambda one: (one.readout_discover < gates.READOUT, one.discover), default=None)
+    lower = [one for name in below if (one := _candidate(cells, "c", name, primary))]
+    best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
     benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
     own = [_candidate(cells, form, f"own {name}", name) for form in ("a", "b") for name in benign]
     return tuple(one for one in (*found, best, *own) if one is not None)
@@ -124,15 +129,16 @@ def _candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -
 
 def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
     experiment = "inside" if form == "b" else "upstream"
-    parts = [gates.select(cells, treatment, name, experiment, outcome) for outcome in ("Y1", "Y1.frozen")]
-    main, frozen = (gates.gate_index(part) if len(part) else None for part in parts)
+    parts = {label: gates.select(cells, treatment, name, experiment, outcome) for label, outcome in VARIANTS.items()}
+    found = {label: index for label, part in parts.items() if (index := gates.gate_index(part)) is not None}
+    main = found.pop("main", None)
     if main is None:
         return None
-    discover = parts[0][parts[0].split == "discover"]
+    discover = parts["main"][parts["main"].split == "discover"]
     size = abs(gates.interaction(discover).sum() / (discover.y11 - discover.y00).sum())
     readout = gates.readout_share(cells, treatment, name, "discover")
     share = np.inf if readout is None else float(readout.estimate[0])
-    return Candidate(form, name, treatment, main, frozen, float(size), share)
+    return Candidate(form, name, treatment, main, found, float(size), share)
 
 
 def _with_answers(found: Gates) -> Gates:
@@ -183,10 +189,8 @@ def evidence(found: Gates, model: str) -> list[dict[str, object]]:
 def _index_rows(model: str, quantity: str, variant: str, one: Candidate) -> list[dict[str, object]]:
     made = []
     note = f"{'' if one.main.is_defined else 'not defined: too little at stake; '}{one.form}, {one.set_name}"
-    for index, behind in ((one.main, ""), (one.frozen, ", norm frozen")):
-        if index is None:
-            continue
-        name = "norm frozen" if variant == "main" and behind else variant + behind
+    for label, index in {"main": one.main, **one.variants}.items():
+        name = label if variant == "main" else variant + ("" if label == "main" else f", {label}")
         base = row(model, "C5b", quantity, name, index.signed, index.n_pairs) | {"note": note}
         ends = {"estimate": index.estimate, "ci_low": index.low, "ci_high": index.high}
         made += [base | ends, base | {"quantity": f"{quantity}, signed"}]
