@@ -29,12 +29,17 @@ def effects(
     Answer and refusal are the model's own (`outcomes.continuations`), the same words for all four cells of a pair.
     Meant for pairs that share their request (T2, T2b): otherwise an answer to one prompt is off-topic for the other.
     """
+    groups = progress(batches(pairs, subject), desc="full responses")
+    return pd.concat([batch_effects(subject, group, openers, wanted) for group in groups], ignore_index=True)
+
+
+def batch_effects(
+    subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator]
+) -> pd.DataFrame:
+    """The rows of one batch: pairs of one treatment and one length."""
     header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
-    tables = []
-    for group in progress(batches(pairs, subject), desc="full responses"):
-        cells = _cells(subject, group, openers[group[0].pair.treatment], wanted, header)
-        tables.append(tidy(group, wanted, "Y2", cells))
-    return estimands(pd.concat(tables, ignore_index=True))
+    cells = _cells(subject, group, openers[group[0].pair.treatment], wanted, header)
+    return estimands(tidy(group, wanted, "Y2", cells))
 
 
 def _cells(

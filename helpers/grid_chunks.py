@@ -4,7 +4,7 @@ Peak memory of a sweep above the model and the two clean runs is kept below half
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,11 @@ def in_chunks(
 def chunk_events() -> tuple[str, ...]:
     """What did not go as planned since the process started: chunks that were halved for want of memory."""
     return tuple(_events)
+
+
+def note_events(events: Iterable[str]) -> None:
+    """Add events of another process, whose results are used in this one."""
+    _events.extend(events)
 
 
 def _cut(stretches: Sequence[Stretch], end: int, budget: int) -> list[Sequence[Stretch]]:

@@ -10,30 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers import (
-    evidence,
-    grid_chunks,
-    light_cone,
-    mediation,
-    outcomes,
-    positions,
-    probes,
-    prompts,
-    thinning,
-    tokens,
-)
-from helpers import full_response as full_responses
+from helpers import evidence, grid_chunks, mediation, positions, probes, prompts, sweeps, thinning, tokens
 from helpers.depth import depth
 from helpers.errors import InputError
-from helpers.evidence import COMPONENTS
 from helpers.progress import progress
 from helpers.prompts import Pair
 from helpers.subject import Subject, load
 from helpers.tokens import Openers, TokenPair
 
 SMOKE_PAIRS = 24
-LAYER_SITES = ("resid_post", *COMPONENTS)
-DIRECT_SITES = tuple(f"{site}.direct" for site in COMPONENTS)
+LAYER_SITES = sweeps.LAYER_SITES
 
 
 @dataclass(frozen=True)
@@ -106,35 +92,14 @@ def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenP
     return made
 
 
-CLEAN = ["pair_id", "topic", "treatment", "split", "y00", "y11", "te", "joint", "earliest", "distance"]
-
-
 def clean_outcomes(study: Study) -> pd.DataFrame:
     """One row a pair: Y1 of both clean runs, TE, joint probability of the openers, and the light cone.
 
-    `joint` is the smaller of the two prompts' p(comply) + p(refuse); `earliest` the first layer whose residual stream
-    at the last token can differ (the number of layers where none can); `distance` the tokens from the last difference
-    to the last token.
+    The columns are those of `sweeps.clean_rows`.
     """
     groups = progress(mediation.batches(study.pairs, study.subject), desc="clean runs")
-    rows = [row for group in groups for row in _clean_rows(study, mediation.run_clean(study.subject, group))]
-    return pd.DataFrame(rows, columns=CLEAN)
-
-
-def _clean_rows(study: Study, batch: mediation.Batch) -> list[tuple[object, ...]]:
-    openers = study.openers[batch.pairs[0].pair.treatment]
-    final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
-    y00, y11 = (outcomes.log_odds(study.subject, resid, openers).tolist() for resid in final)
-    camps = [outcomes.camp_probabilities(study.subject, resid, openers) for resid in final]
-    joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
-    earliest = light_cone.earliest_layers(batch.control, batch.pairs)
-    rows: list[tuple[object, ...]] = []
-    for i, token_pair in enumerate(batch.pairs):
-        pair = token_pair.pair
-        layer = study.subject.n_layers if earliest[i] is None else earliest[i]
-        values = (y00[i], y11[i], y11[i] - y00[i], float(joint[i]), layer, positions.distance(token_pair))
-        rows.append((pair.id, pair.topic, pair.treatment, pair.split, *values))
-    return rows
+    rows = [sweeps.clean_rows(study, mediation.run_clean(study.subject, group)) for group in groups]
+    return pd.concat(rows, ignore_index=True)
 
 
 def clean_difference(clean: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
@@ -149,8 +114,7 @@ def clean_difference(clean: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFr
 
 def module_effects(study: Study) -> pd.DataFrame:
     """Direct effects of attention and MLP outputs, total and direct effects of heads, at the last token."""
-    wanted = mediation.mediators(study.subject, [*DIRECT_SITES, "head", "head.direct"])
-    return mediation.effects(study.subject, study.pairs, study.openers, wanted, ("Y1", "contrast.frozen"))
+    return sweeps.run(study, "modules")["effects"]
 
 
 def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
@@ -191,23 +155,10 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
     residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
     expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
     """
-    subject, rows = study.subject, []
-    sites = (*LAYER_SITES, *(DIRECT_SITES if direct else ()))
-    names = ("Y1", "Y1.frozen", *(("contrast.frozen",) if direct else ()))
-    last, shared = mediation.mediators(subject, sites), mediation.mediators(subject, ["resid_post"], ["shared"])
-    effects = mediation.effects(
-        subject,
-        study.pairs,
-        study.openers,
-        lambda treatment: [*last, *shared] if treatment == "T1" else last,
-        names,
-        watch=lambda batch: rows.extend(_clean_rows(study, batch)),
-    )
-    clean = pd.DataFrame(rows, columns=CLEAN)
-    generation = study.of("T2", "T2b")
-    if full_response and generation:
-        wanted = mediation.mediators(subject, LAYER_SITES)
-        whole = full_responses.effects(subject, generation, study.openers, wanted)
+    found = sweeps.run(study, "layers with direct effects" if direct else "layers")
+    clean, effects = found["clean"], found["effects"]
+    if full_response and study.of("T2", "T2b"):
+        whole = sweeps.run(study, "whole answers")["effects"]
         effects = pd.concat([effects, whole], ignore_index=True)
     clean = clean_difference(clean, study.twins) if study.twins else clean
     effects = with_difference(effects, study.twins)
