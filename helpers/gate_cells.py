@@ -50,6 +50,11 @@ class Product:
     up: Float[Tensor, "pair neuron"]
     act: nn.Module
 
+    def only(self, one: NeuronSet) -> Product:
+        """The factors of a set's neurons alone."""
+        index = list(one.neurons)
+        return Product(self.gate[:, index], self.up[:, index], self.act)
+
 
 def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
     """Gate and up pre-activations of the control and the treated run; None for an MLP whose neurons are no product.
@@ -129,25 +134,39 @@ def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) 
     ):
         moved = [effect(subject, runs[base], runs[1 - base], patch)[:, 0, 0] for base in (0, 1)]
         four = torch.stack([clean[0], moved[0], moved[1], clean[1]], dim=1)  # y00, y01, y10, y11
-        made += [_rows(batch, one, form, name, _score(subject, four, clean, openers, name)) for name in names]
+        made += [rows_of(batch, one, form, name, _score(subject, four, clean, openers, name)) for name in names]
     return made
 
 
 def _inside(
     subject: Subject, batch: Batch, openers: Openers, one: NeuronSet, factors: tuple[Product, Product]
 ) -> list[pd.DataFrame]:
-    runs, index = (batch.control, batch.treated), list(one.neurons)
-    crossed = [
-        (factors[gate].act(factors[gate].gate) * factors[up].up)[:, None, index] for gate in (0, 1) for up in (0, 1)
+    off, on = (made.only(one) for made in factors)
+    return [
+        rows_of(batch, one, "inside", name, four, te)
+        for name, four, te in clamp_products(subject, batch, openers, one, (off.gate, on.gate), (off.up, on.up), on.act)
     ]
+
+
+def clamp_products(
+    subject: Subject,
+    batch: Batch,
+    openers: Openers,
+    one: NeuronSet,
+    gates: tuple[Tensor, Tensor],
+    ups: tuple[Tensor, Tensor],
+    act: nn.Module,
+) -> list[tuple[str, Float[Tensor, "pair cell"], Float[Tensor, "pair"]]]:
+    """For each outcome: the four cells of gate (off, on) against up (off, on), and TE; the mean over both backgrounds."""
+    runs = (batch.control, batch.treated)
+    crossed = [(act(gate) * up)[:, None] for gate in gates for up in ups]
     patches = [Patch("neuron", one.layer, last_token(batch), one.neurons, value) for value in crossed]
     backgrounds = [grid.interchange(subject, run, run, patches)[:, :, 0] for run in runs]
     clean, made = [run.resid_post[-1][:, -1] for run in runs], []
-    ends = torch.stack(clean, dim=1)
     for name in OUTCOMES:
         four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
-        control, treated = _score(subject, ends, clean, openers, name).unbind(1)
-        made.append(_rows(batch, one, "inside", name, four, treated - control))
+        control, treated = _score(subject, torch.stack(clean, dim=1), clean, openers, name).unbind(1)
+        made.append((name, four, treated - control))
     return made
 
 
@@ -162,9 +181,10 @@ def _score(
     return outcomes.log_odds(subject, resid, openers, like)
 
 
-def _rows(
+def rows_of(
     batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None
 ) -> pd.DataFrame:
+    """Rows of `cells` for one batch, set, form and outcome from its four cells."""
     values = four.double().cpu().numpy()
     members = [token_pair.pair for token_pair in batch.pairs]
     keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
@@ -177,6 +197,8 @@ def _rows(
 
 def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
     """The table with rows of T2 - T2b behind it, pair by pair, where there are twins."""
+    if not set(twins) & set(table.pair_id):
+        return table
     keys = ["set", "layer", "form", "outcome"]
     numbers = [name for name in (*CELLS, "te", "first", "every") if name in table]
     harmful = table[table.treatment == "T2"]

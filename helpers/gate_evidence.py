@@ -2,7 +2,10 @@
 
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers from test.
+the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
+from test. One thing was added after a first look at the embedded model, with the thresholds unchanged: form b with the
+harm signal switched by the twin (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
+that carries the harm never moves.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import pandas as pd
 from helpers import bootstrap as bs
 from helpers import evidence as levels
 from helpers import gate_answers as answers
-from helpers import gate_cells, gates, relatives
+from helpers import gate_cells, gate_twins, gates, relatives
 from helpers.errors import InputError
 from helpers.evidence_rows import row
 from helpers.gate_cells import NeuronSet
@@ -26,7 +29,15 @@ from helpers.study import Study
 
 BENIGN_PAIRS = 60
 ANSWER_PAIRS = 120
-FORMS = {"a": "last layer, upstream x set", "b": "inside last-layer neurons, gate x up", "c": "below, upstream x set"}
+# By experiment (a form of `gate_cells.cells` or `gate_twins.cells`): what stands in the tables. Below the last layer the
+# experiment "upstream" is form c.
+FORMS = {
+    "upstream": "a: last layer, upstream x set",
+    "inside": "b: inside last-layer neurons, gate x up",
+    gate_twins.WRAPPER_HARM: "b: inside last-layer neurons, gate by wrapper x up by harm",
+    gate_twins.HARM_WRAPPER: "b: inside last-layer neurons, gate by harm x up by wrapper",
+    "below": "c: below the last layer, upstream x set",
+}
 VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 LAST, WHOLE = "last", "whole last layer"
 
@@ -36,6 +47,7 @@ class Candidate:
     """A form of the index on the set that it was measured on, with what was seen on discover."""
 
     form: str
+    experiment: str
     set_name: str
     treatment: str
     main: Index
@@ -76,9 +88,9 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     """
     size, last = gates.sparse_size(study.subject.d_mlp), study.subject.n_layers - 1
     rows = table[(table.treatment == treatment) & (table.split == "discover")]
-    reached = rows[(rows.nie0 != 0) | (rows.nie1 != 0)].groupby("layer").size()
+    layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
     found = {}
-    for layer in (int(layer) for layer in reached.index[reached >= size]):
+    for layer in (int(layer) for layer in layers.index[layers["any"] & (layers["size"] >= size)]):
         chosen = tuple(int(neuron) for neuron in ranking(table, treatment, layer)[:size])
         name = LAST if layer == last else f"layer {layer}"
         found[name] = NeuronSet(name, layer, chosen)
@@ -101,9 +113,21 @@ def measure(study: Study, table: pd.DataFrame) -> Gates:
         raise InputError("no effect reaches a neuron of the last layer: there is no set to test")
     subject, openers = study.subject, study.openers
     cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()), (LAST, WHOLE))
-    cells = pd.concat([gate_cells.difference(cells, study.twins), *_benign_cells(study, table, sets)])
+    cells = gate_cells.difference(cells, study.twins)
+    cells = pd.concat([cells, _twin_cells(study, sets, cells), *_benign_cells(study, table, sets)])
     found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), _candidates(cells, sets, primary))
     return _with_answers(found)
+
+
+def _twin_cells(study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame) -> pd.DataFrame:
+    """Gate against up with the harm signal switched by the twin; `te` becomes that of T2 - T2b."""
+    split = [sets[LAST], sets[WHOLE]]
+    made = gate_twins.cells(study.subject, study.of("T2", "T2b"), study.twins, study.openers, split)
+    if made.empty:
+        return made
+    known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
+    keys = ["pair_id", "outcome"]
+    return made.drop(columns="te").merge(known[[*keys, "te"]], on=keys, validate="many_to_one")
 
 
 def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -> list[pd.DataFrame]:
@@ -119,16 +143,16 @@ def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet])
 
 def _candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
     below = [name for name in sets if name not in (LAST, WHOLE)]
-    found = [_candidate(cells, form, name, primary) for form in ("a", "b") for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _candidate(cells, "c", name, primary))]
+    found = [_candidate(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
+    lower = [one for name in below if (one := _candidate(cells, "below", name, primary))]
     best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
     benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
-    own = [_candidate(cells, form, f"own {name}", name) for form in ("a", "b") for name in benign]
+    own = [_candidate(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
     return tuple(one for one in (*found, best, *own) if one is not None)
 
 
 def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
-    experiment = "inside" if form == "b" else "upstream"
+    experiment = "upstream" if form == "below" else form
     parts = {label: gates.select(cells, treatment, name, experiment, outcome) for label, outcome in VARIANTS.items()}
     found = {label: index for label, part in parts.items() if (index := gates.gate_index(part)) is not None}
     main = found.pop("main", None)
@@ -138,7 +162,7 @@ def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Can
     size = abs(gates.interaction(discover).sum() / (discover.y11 - discover.y00).sum())
     readout = gates.readout_share(cells, treatment, name, "discover")
     share = np.inf if readout is None else float(readout.estimate[0])
-    return Candidate(form, name, treatment, main, found, float(size), share)
+    return Candidate(FORMS[form][0], form, name, treatment, main, found, float(size), share)
 
 
 def _with_answers(found: Gates) -> Gates:
@@ -175,7 +199,7 @@ def evidence(found: Gates, model: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for one in found.candidates:
         where = "" if one.treatment == found.primary else f" {one.treatment}"
-        label = f"{one.form}: {FORMS[one.form]}" + (", whole layer" if one.set_name == WHOLE else "") + where
+        label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where
         rows += _index_rows(model, "gate index, form", label, one)
     chosen = found.headline
     if chosen:
@@ -188,7 +212,9 @@ def evidence(found: Gates, model: str) -> list[dict[str, object]]:
 
 def _index_rows(model: str, quantity: str, variant: str, one: Candidate) -> list[dict[str, object]]:
     made = []
-    note = f"{'' if one.main.is_defined else 'not defined: too little at stake; '}{one.form}, {one.set_name}"
+    note = (
+        f"{'' if one.main.is_defined else 'not defined: too little at stake; '}{FORMS[one.experiment]}, {one.set_name}"
+    )
     for label, index in {"main": one.main, **one.variants}.items():
         name = label if variant == "main" else variant + ("" if label == "main" else f", {label}")
         base = row(model, "C5b", quantity, name, index.signed, index.n_pairs) | {"note": note}

@@ -92,7 +92,7 @@ def gate_index(part: pd.DataFrame) -> Index | None:
     unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
     at_stake = abs(means.y11 - means.y00) / unit
     own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
-    own = at_stake if (part.form == "inside").all() else own
+    own = own if part.form.isin(["upstream", "write"]).all() else at_stake
     return Index(signed, float(middle), float(low), float(high), at_stake, own, len(test))
 
 

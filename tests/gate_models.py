@@ -147,3 +147,16 @@ def inside(model: Model, at: tuple[int, int], bits: tuple[tuple[int, int], tuple
         for gate in (0, 1)
         for up in (0, 1)
     ]
+
+
+def crossed(
+    model: Model, at: tuple[int, int], off: tuple[int, int], on: tuple[int, int], harmless: tuple[int, int]
+) -> list[float]:
+    """The four cells of gate by wrapper (`off`, `on`) against up by harm (`harmless`, `on`), mean over both backgrounds."""
+    gates = [run(model, bits)[1][at][0] for bits in (off, on)]
+    ups = [run(model, bits)[1][at][1] for bits in (harmless, on)]
+    return [
+        float(np.mean([run(model, bits, {at: silu(gate) * up})[0] for bits in (off, on)]))
+        for gate in gates
+        for up in ups
+    ]
