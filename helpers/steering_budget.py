@@ -1,0 +1,80 @@
+"""The L2 budget of a steering, so that methods are compared at the same size of intervention.
+
+A prompt's added norm is the square root of the sum, over steered sites and prompt tokens, of the squared norm of what was
+added to the residual stream. The budget is its root mean square over prompts. A gate that stays shut adds nothing, so an
+adaptive method may spend the same budget on fewer prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from helpers import defence_outcomes
+from helpers.errors import InputError
+from helpers.steering import Steering, applied
+from helpers.subject import Subject
+
+TOLERANCE = 0.01  # relative, of a met budget
+TRIES = 12
+
+
+@torch.no_grad()
+def added_norms(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
+    """The added norm of each prompt, in units of the residual stream, measured while the prompts are read."""
+    norms = np.zeros(len(texts))
+    for places, ids in defence_outcomes.buckets(subject, texts, system=steering.system):
+        with applied(subject, steering) as record:
+            subject.model.base_model(ids, use_cache=False)
+        if record.squares:
+            norms[places] = record.squares[0].sqrt().cpu().numpy()
+    return norms
+
+
+@torch.no_grad()
+def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
+    """How far the gate opens for each prompt: 1 where there is no gate, 0 where nothing is steered."""
+    values = np.zeros(len(texts))
+    for places, ids in defence_outcomes.buckets(subject, texts):
+        with applied(subject, steering) as record:
+            subject.model.base_model(ids, use_cache=False)
+        if record.gates:
+            values[places] = record.gates[0].cpu().numpy()
+    return values
+
+
+def rms(norms: Float[np.ndarray, "prompt"]) -> float:
+    """Root mean square over prompts.
+
+    >>> rms(np.array([3.0, 4.0, 0.0, 0.0]))
+    2.5
+    """
+    return float(np.sqrt(np.mean(np.square(norms))))
+
+
+def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], budget: float) -> Steering:
+    """The steering with the strength at which its budget on these prompts is met to 1 %.
+
+    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration.
+
+    Raises:
+        InputError: it adds nothing to these prompts, or the strength does not settle.
+    """
+    if budget <= 0:
+        raise InputError(f"the budget is {budget}; expected a positive norm (leave the model unsteered otherwise)")
+    current = steering if steering.strength else replace(steering, strength=1.0)
+    for _ in range(TRIES):
+        spent = rms(added_norms(subject, current, texts))
+        if not np.isfinite(spent) or spent == 0:
+            raise InputError(
+                f"{steering.name} adds {spent} to these {len(texts)} prompts at strength {current.strength:.3g}: no strength "
+                "meets a budget; is its gate shut, or has every prompt what it steers towards?"
+            )
+        if abs(spent / budget - 1) <= TOLERANCE:
+            return current
+        current = replace(current, strength=current.strength * float(np.clip(budget / spent, 0.2, 5.0)))
+    raise InputError(f"{steering.name}: the strength for a budget of {budget:.3g} did not settle; try a smaller budget")
