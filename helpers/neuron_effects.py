@@ -63,10 +63,11 @@ def measure(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEf
     norm's scale frozen at the base run's; it is the mean of both directions. For the last layer that is its NIE but for
     the norm; for other layers it leaves out whatever later layers make of the write.
     """
-    subject, openers = study.subject, study.openers[treatment]
+    subject = study.subject
     groups = mediation.batches(study.of(treatment), subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
+    openers = study.openers[treatment]
     found: list[dict[str, np.ndarray]] = []
     resid, neurons = [], []
     for group in progress(groups, desc=f"neurons, {treatment}"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,24 +124,30 @@ def enough(found: Neurons, treatment: str) -> bool:
     )
 
 
-def c5a(found: Neurons, model: str) -> list[dict[str, object]]:
-    """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas for harm, random order and benign behaviours."""
-    name, d_mlp = found.primary, found.measured.study.subject.d_mlp
-    if name not in ("T2", "T2-T2b") or not enough(found, name):
-        return []
-    rows = _psi_rows(found, model)
-    harm = curve(found, name)
-    summaries = {variant: curves.curve_summary(harm, value) for variant, value in DIRECTIONS.items()}
+def all_curves(found: Neurons) -> dict[str, PairEffects]:
+    """The curve of the primary treatment ("main"), of the same ranked by sign, of random orders, and of each benign
+    behaviour by its name; none where nothing has an effect.
+    """
+    name = found.primary
+    if not enough(found, name):
+        return {}
     by_sign = ranking(found.table, name, found.measured.last, by_sign=True)
-    summaries["ranked by sign"] = curves.curve_summary(curve(found, name, by_sign))
-    summaries["random order"] = curves.curve_summary(random_curve(found, name))
-    n = len(harm.pairs)
-    for variant, estimates in summaries.items():
-        rows += _curve_rows(model, estimates, n, d_mlp, variant)
-    for other in found.benign:
-        if enough(found, other):
-            made = curve(found, other)
-            rows += _curve_rows(model, curves.curve_summary(made), len(made.pairs), d_mlp, "main", f" {other}")
+    benign = {other: curve(found, other) for other in found.benign if enough(found, other)}
+    made = {"main": curve(found, name), "ranked by sign": curve(found, name, by_sign)}
+    return {**made, "random order": random_curve(found, name), **benign}
+
+
+def c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> list[dict[str, object]]:
+    """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas of `all_curves`; concentration of single effects."""
+    name, d_mlp = found.primary, found.measured.study.subject.d_mlp
+    if name not in ("T2", "T2-T2b") or not made:
+        return []
+    rows, n = _psi_rows(found, model), len(made["main"].pairs)
+    for variant, value in DIRECTIONS.items():
+        rows += _curve_rows(model, curves.curve_summary(made["main"], value), n, d_mlp, variant)
+    for other in (one for one in made if one != "main"):
+        variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
+        rows += _curve_rows(model, curves.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
     test = last_layer(in_split(signed(found.measured.effects[name]), "test"))
     spread = curves.concentration(test)
     rows += [row(model, "C5a", label, "main", spread, n, i) for i, label in enumerate(("Gini", "participation ratio"))]
@@ -181,23 +187,35 @@ def _exact_row(model: str, claim: str, quantity: str, value: float, like: dict[s
     return {**like, "model": model, "claim": claim, "quantity": quantity, "variant": "main", **numbers}
 
 
-def c7(found: Neurons, model: str) -> list[dict[str, object]]:
-    """C7, related neurons are adjacent: Moran's I, and the best window against the best of as many random groups."""
-    name, measured = found.primary, found.measured
-    if name not in ("T2", "T2-T2b") or not enough(found, name):
+def moran(found: Neurons) -> adjacency.Adjacency:
+    """Moran's I of the primary treatment's effects on test, over all layers that were measured completely."""
+    return adjacency.adjacency(complete_layers(found, in_split(signed(found.measured.effects[found.primary]), "test")))
+
+
+def groups(found: Neurons) -> adjacency.Contest | None:
+    """The best window against the best random groups; None where the layer is smaller than a window."""
+    measured, name = found.measured, found.primary
+    if measured.study.subject.d_mlp < 2 * adjacency.HALF_WIDTH + 1:
+        return None
+    return adjacency.contest(measured, name, ranking(found.table, name, measured.last))
+
+
+def c7(
+    found: Neurons, model: str, pooled: adjacency.Adjacency, best: adjacency.Contest | None
+) -> list[dict[str, object]]:
+    """C7, related neurons are adjacent: rows of `moran` and of `groups`."""
+    if found.primary not in ("T2", "T2-T2b"):
         return []
-    effects = complete_layers(found, in_split(signed(measured.effects[name]), "test"))
-    pooled = adjacency.adjacency(effects)
-    n_pairs, n_topics = len(effects.pairs), int(effects.pairs.topic.nunique())
-    like = {"n_pairs": n_pairs, "n_topics": n_topics, "note": f"layers {', '.join(map(str, pooled.layers))}"}
-    exact = {**like, "note": ""}
-    numbers = {"estimate": pooled.estimate, "ci_low": pooled.low, "ci_high": pooled.high}
-    rows = [{**_exact_row(model, "C7", "Moran's I", 0, like), **numbers}]
+    pairs = in_split(found.measured.effects[found.primary], "test").pairs
+    exact: dict[str, object] = {"n_pairs": len(pairs), "n_topics": int(pairs.topic.nunique()), "note": ""}
+    own = {"estimate": pooled.estimate, "ci_low": pooled.low, "ci_high": pooled.high}
+    note = {"note": f"layers {', '.join(map(str, pooled.layers))}"}
+    rows = [{**_exact_row(model, "C7", "Moran's I", 0, exact), **own, **note}]
     rows.append(_exact_row(model, "C7", "Moran's I, permutation p", pooled.p, exact))
-    if measured.study.subject.d_mlp >= 2 * adjacency.HALF_WIDTH + 1:
-        made = adjacency.contest(measured, name, ranking(found.table, name, measured.last))
-        rows += [row(model, "C7", label, "main", made.shares, n_pairs, i) for i, label in enumerate(adjacency.CONTEST)]
-        rows.append(_exact_row(model, "C7", "best window, permutation p", made.p, exact))
+    if best is not None:
+        labels = enumerate(adjacency.CONTEST)
+        rows += [row(model, "C7", label, "main", best.shares, len(pairs), i) for i, label in labels]
+        rows.append(_exact_row(model, "C7", "best window, permutation p", best.p, exact))
     return rows
 
 
@@ -221,4 +239,6 @@ def evidence(study: Study, model: str, *, quick: bool = False) -> list[dict[str,
         found = sweep(study, every=True, layers=[study.subject.n_layers - 1], benign=BENIGN_PAIRS_QUICK)
     else:
         found = sweep(study)
-    return c5a(found, model) + c7(found, model)
+    if not enough(found, found.primary):
+        return []
+    return c5a(found, model, all_curves(found)) + c7(found, model, moran(found), groups(found))

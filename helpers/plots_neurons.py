@@ -20,7 +20,7 @@ ARROWS = {
 
 def geometry(table: pd.DataFrame) -> Figure:
     """One neuron's write in the plane that it spans with the residual stream, the norm's sphere, and the read-out."""
-    figure, axes = _figure(width=5.6, height=4.2)
+    figure, axes = _figure(width=7.0, height=3.6)
     ax = axes[0, 0]
     for row in table.itertuples():
         item = str(row.item)
@@ -35,12 +35,15 @@ def geometry(table: pd.DataFrame) -> Figure:
                 "", (row.to_x, row.to_y), (row.x, row.y), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.8}
             )
             ax.plot([row.x, row.to_x], [row.y, row.to_y], style, color=colour, lw=1.5, label=item)
-    ax.set_aspect("equal", adjustable="datalim")
+    reach = 1.3 * max(0.2, float(table[["y", "to_y"]].abs().max().max()))
+    ax.set_aspect("equal", adjustable="box")
+    ax.set_xlim(min(0, table.to_x.min()) - 0.05, max(1, table.x.max(), table.to_x.max()) + reach)
+    ax.set_ylim(-reach, reach)
     ax.axhline(0, color="black", lw=0.5)
-    ax.set_xlabel("along the control run's residual stream")
-    ax.set_ylabel("across it, in the neuron's plane")
-    ax.set_title("A last-layer neuron moves one point; the norm pulls it back to a sphere")
-    ax.legend(fontsize=7, loc="upper left")
+    ax.set_xlabel("along the control run's residual stream (its length = 1)")
+    ax.set_ylabel("across it")
+    ax.set_title("A neuron moves one point; the norm pulls it back to a sphere")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -58,7 +61,7 @@ def by_index(table: pd.DataFrame) -> Figure:
         ax.set_title(f"layer {layer}")
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("index of the neuron")
-    axes[0, 0].legend(fontsize=8)
+    axes[-1, 0].legend(fontsize=8)
     figure.suptitle(
         "Which single neurons carry the effect at the last token?", fontsize=10, fontweight="bold", x=0.01, ha="left"
     )
@@ -115,7 +118,7 @@ def adjacency(table: pd.DataFrame) -> Figure:
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
     axes[0, 0].legend(fontsize=8)
-    title = "Reordering the neurons leaves the function alone, moves the exact picture, and redraws the windows"
+    title = "Same function, other order: single neurons only move, windows are redrawn"
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 

@@ -1,0 +1,80 @@
+"""Small studies of neurons: tiny random models with pairs in every split, and ends of runs that are set by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from effect_tools import YES_NO
+from families import VOCAB, tiny_subject
+from handmade import random_pairs
+
+from helpers.neuron_effects import Ends
+from helpers.neuron_sets import Measured
+from helpers.neurons import PairEffects
+from helpers.study import Study
+from helpers.subject_parts import Subject
+
+SPLITS = ("discover", "validate", "test")
+
+
+def tiny_study(
+    family: str = "llama", dtype: torch.dtype = torch.float64, n: int = 12, treatments: tuple[str, ...] = ("T2", "T2b")
+) -> Study:
+    """A random model and random pairs of 9 tokens: two topics of every split, T2b pairs as twins of T2 pairs."""
+    pairs = []
+    for seed, name in enumerate(treatments):
+        for i, pair in enumerate(random_pairs(n, 9, VOCAB, seed=seed, treatment=name)):
+            twin = f"T2b {i}" if name == "T2" and "T2b" in treatments else None
+            named = replace(pair.pair, id=f"{name} {i}", topic=f"topic {i % 6}", split=SPLITS[i % 3], twin=twin)
+            pairs.append(replace(pair, pair=named))
+    twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin}
+    return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins, {})
+
+
+def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
+    """Pairs in a cycle of splits, `per_topic` of each topic, with a total effect of 10."""
+    topic = np.arange(n) // per_topic
+    names = [f"topic {i}" for i in topic]
+    split = [SPLITS[i % 3] for i in topic]
+    return pd.DataFrame(
+        {"pair_id": [f"p{i}" for i in range(n)], "topic": names, "split": split, "te": 10.0, "unsaturated": True}
+    )
+
+
+def made_effects(
+    values: np.ndarray, layer: np.ndarray | int = 0, treatment: str = "T2", **settings: int
+) -> PairEffects:
+    """Effects of neurons given as an array (pair, neuron), the same in both directions."""
+    layers = np.broadcast_to(layer, values.shape[1])
+    index = np.concatenate([np.arange((layers == one).sum()) for one in np.unique(layers)])
+    columns = pd.DataFrame({"layer": layers, "neuron": index})
+    arrays = dict.fromkeys(("nie0", "nie1", "direct"), values)
+    return PairEffects(treatment, pair_table(len(values), **settings), columns, arrays)
+
+
+def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
+    """A last layer whose neuron j moves the log-odds by about `writes[j]` whatever the others do, on every pair.
+
+    All neurons write along one direction, read by one token of each camp; a large constant channel keeps the norm still.
+    """
+    subject = tiny_subject("llama", torch.float64)
+    subject = replace(subject, d_mlp=len(writes))
+    with torch.no_grad():
+        subject.final_norm.weight.fill_(1000.0 / subject.d_model**0.5)
+        subject.unembed.weight.zero_()
+        for tokens, sign in ((YES_NO.comply, 0.5), (YES_NO.refuse, -0.5)):
+            subject.unembed.weight[list(tokens), 1] = sign
+        down = torch.zeros(subject.d_model, len(writes), dtype=torch.float64)
+        down[1] = torch.tensor(writes)
+        subject.layers[-1].down_proj.weight = torch.nn.Parameter(down)
+    resid = torch.zeros(2, n, subject.d_model, dtype=torch.float64)
+    resid[..., 0] = 1000.0
+    resid[1, :, 1] = float(np.sum(writes))
+    neurons = torch.stack([torch.zeros(n, len(writes)), torch.ones(n, len(writes))]).double()
+    pairs = pair_table(n).assign(te=float(np.sum(writes)))
+    columns = pd.DataFrame({"layer": subject.n_layers - 1, "neuron": range(len(writes))})
+    values = np.tile(writes, (n, 1)).astype(float)
+    effects = PairEffects("T2", pairs, columns, dict.fromkeys(("nie0", "nie1", "direct"), values))
+    study = Study("made", subject, (), {"T2": YES_NO}, {}, {})
+    return subject, Measured(study, {"T2": effects}, {"T2": Ends("T2", pairs, YES_NO, resid, neurons)})
