@@ -17,7 +17,7 @@ from helpers.prompts import SPAN_NAMES
 from helpers.tokens import TokenPair
 
 TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
-PAIR_GROUPS = ("differ", "shared", "all")
+OVERLAPPING = ("request", "differ", "shared", "others", "all")
 
 
 def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -42,8 +42,8 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     """Masks over token positions for one pair, by group name.
 
     The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
-    A span is where it lies in either prompt of the pair. `differ`, `shared` (equal tokens behind the first
-    difference) and `all` are read off the token ids.
+    A span is where it lies in either prompt of the pair. `request` is verb and object together; `differ`, `shared`
+    (equal tokens behind the first difference), `others` (all but the last token) and `all` are read off the token ids.
     """
     starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
     text = pair.pair.treated
@@ -68,8 +68,10 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     differ = pair.control != pair.treated
     return {
         **masks,
+        "request": masks["verb"] | masks["object"],
         "differ": differ,
         "shared": ~differ & (position > int(np.argmax(differ))),
+        "others": position < len(inside) - 1,
         "all": position >= 0,
     }
 
@@ -105,5 +107,5 @@ def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> l
 
 def present(masks: Mapping[str, Bool[np.ndarray, "pos"]]) -> list[str]:
     """Names of the groups that hold at least one token, in reading order of their first token."""
-    held = [name for name in masks if masks[name].any() and name not in PAIR_GROUPS]
+    held = [name for name in masks if masks[name].any() and name not in OVERLAPPING]
     return sorted(held, key=lambda name: int(np.argmax(masks[name])))

@@ -56,7 +56,8 @@ def test_groups_without_a_system_turn() -> None:
     assert found == {
         "system": ["<bos>"], "header": ["<user>"], "rest": ["please", "on", "do", "it"], "last_instruction": ["now"],
         "template": ["<end>"], "last": ["<assistant>"], "differ": ["on"], "shared": ["do", "it", "now", "<end>", "<assistant>"],
-        "all": ["<bos>", "<user>", "please", "on", "do", "it", "now", "<end>", "<assistant>"],
+        "others": ["<bos>", "<user>", "please", "on", "do", "it", "now", "<end>"],
+            "all": ["<bos>", "<user>", "please", "on", "do", "it", "now", "<end>", "<assistant>"],
     }  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_spaces_around_the_text_move_no_word_to_another_group(template: str, tex
     spans = {"treated": {"verb": [text.index("{"), text.index("{") + 2]}}
     assert groups(tokenizer, text.format("off"), text.format("on")) == plain
     with_span = groups(tokenizer, text.format("off"), text.format("on"), spans)
-    assert with_span == {**{name: words for name, words in plain.items() if name != "rest"}, "verb": ["on"]}
+    assert with_span == {**{name: words for name, words in plain.items() if name != "rest"}, "verb": ["on"], "request": ["on"]}
 
 
 def test_text_that_repeats_the_template() -> None:
@@ -139,7 +140,7 @@ def test_groups_partition_every_prompt(kind: str) -> None:
     for _ in range(40):
         masks = positions.groups(random_pair(rng, tokenizer), header)
         assert (np.sum([masks[name] for name in PARTITION], axis=0) == 1).all()
-        assert set(masks) == {*PARTITION, *positions.PAIR_GROUPS}
+        assert set(masks) == {*PARTITION, *positions.OVERLAPPING}
 
 
 def test_differ_and_shared() -> None:

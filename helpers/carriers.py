@@ -1,0 +1,176 @@
+"""Where the last token takes over, and what carries the signal on from there: MLPs, attention, or nothing (C4).
+
+The residual stream at the last token is set to the other run's value after one layer. Above it, at the last token,
+attention outputs and MLP outputs either react or are held at the base run's values. Comparing the four ways says which of
+them the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from helpers import bootstrap as bs
+from helpers import evidence, grid, mediation, stats
+from helpers.evidence_rows import interval, row
+from helpers.grid import CleanRun, Patch
+from helpers.mediation import Batch, Mediator
+from helpers.progress import progress
+from helpers.study import Study, with_difference
+from helpers.subject import Subject
+
+# Which outputs above the patched layer are held at the base run's values, by the name that the effect table calls it.
+HELD: dict[str, tuple[str, ...]] = {
+    "live": (),
+    "attention held": ("attn_out",),
+    "MLPs held": ("mlp_out",),
+    "both held": ("attn_out", "mlp_out"),
+}
+# Weights of the four effects in each path. MLPs, attention and skip add up to the whole effect.
+PATHS = {
+    "MLPs": {"attention held": 1, "both held": -1},
+    "attention": {"live": 1, "attention held": -1},
+    "skip": {"both held": 1},
+    "MLPs, attention live": {"live": 1, "MLPs held": -1},
+}
+OUTCOMES = ("Y1", "Y1.frozen")
+VARIANTS = tuple(variant for variant in evidence.VARIANTS if variant.name != "full response")
+
+
+def variants(subject: Subject, base: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
+    """For each layer the four interventions of `HELD`: the source's residual stream, and what is held above it."""
+    last = torch.zeros_like(base.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    made = []
+    for layer in layers:
+        for sites in HELD.values():
+            above = [(site, at) for site in sites for at in range(layer + 1, subject.n_layers)]
+            held = (Patch(site, at, last, value=base.site(site, at)) for site, at in above)
+            made.append((Patch("resid_post", layer, last), *held))
+    return made
+
+
+def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
+    both = []
+    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
+        both.append(grid.interchange(subject, base, source, variants(subject, base, layers))[:, :, 0])
+    return both[0], both[1]
+
+
+def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:
+    """Effect of the last token's residual stream after each layer, in the four ways of `HELD` (column `site`).
+
+    Rows as in `mediation.effects`, with T2 - T2b behind the others; by default for every layer but the last, above which
+    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows.
+    """
+    subject, tables = study.subject, []
+    chosen = range(subject.n_layers - 1) if layers is None else layers
+    wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
+    generation = study.of("T2", "T2b") if len(chosen) else []
+    for group in progress(mediation.batches(generation, subject), desc="carriers"):
+        batch = mediation.run_clean(subject, group)
+        patched = cells(subject, batch, chosen)
+        for outcome in OUTCOMES:
+            scored = mediation.score(subject, batch, patched, study.openers[group[0].pair.treatment], outcome)
+            tables.append(mediation.tidy(group, wanted, outcome, scored))
+    if not tables:
+        return pd.DataFrame()
+    return with_difference(mediation.estimands(pd.concat(tables, ignore_index=True)), study.twins)
+
+
+def shares(table: pd.DataFrame, layer: int, value: str = "nie") -> tuple[bs.Estimates, list[str]] | None:
+    """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
+
+    `table` holds signed effects of one treatment and outcome. None where the layer's residual stream has no positive
+    effect on discover, so that there is nothing to share out.
+    """
+    at = table[table.layer == layer]
+    discover = at[(at.split == "discover") & (at.site == "live")]
+    if at.empty or not discover[value].mean() > 0:
+        return None
+    sums = stats.cluster_sums(at[at.split == "test"], value, by=["site"])
+    order = list(sums.columns["site"])
+    top = np.array([[path.get(name, 0) for name in order] for path in PATHS.values()], dtype=float)
+    live = np.tile([float(name == "live") for name in order], (len(PATHS), 1))
+    return interval(sums, stats.ratio(top, live)), list(PATHS)
+
+
+def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live") -> pd.DataFrame:
+    """The first layer after which the last token's residual stream has more than half of the total effect.
+
+    Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer
+    (each is what the other leaves), so this is where the last token overtakes all others. One row: layer, low, high
+    (percentiles of 2000 bootstraps over topics, since a layer is a whole number), n_pairs, n_topics; no row for a split of
+    fewer than two topics. A layer that the table lacks is the last one, which has everything by construction.
+    """
+    part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == site)]
+    part = evidence.signed(part[part.position == "last"])
+    part = part[part.split == split]
+    columns = ["layer", "low", "high", "n_pairs", "n_topics"]
+    if part.topic.nunique() < 2:
+        return pd.DataFrame(columns=columns)
+    sums = stats.cluster_sums(part, ["nie", "te"], by=["layer"])
+    nie, te = ((sums.columns["value"] == name).to_numpy() for name in ("nie", "te"))
+
+    def crossing(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        ahead = total[:, nie] > total[:, te] / 2
+        return np.where(ahead.any(1), ahead.argmax(1), ahead.shape[1])[:, None].astype(float)
+
+    found = interval(sums, crossing)
+    low, high = np.percentile(found.replicates[:, 0], [2.5, 97.5], method="nearest")
+    numbers = (found.estimate[0], low, high, part.pair_id.nunique(), part.topic.nunique())
+    return pd.DataFrame([numbers], columns=columns).astype(int)
+
+
+def by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure."""
+    signed = evidence.signed(evidence.select(table, treatment, VARIANTS[0], list(HELD)))
+    rows = []
+    for layer in sorted(signed.layer.unique()):
+        found = shares(signed, layer)
+        if found:
+            rows.append(found[0].to_frame(pd.DataFrame({"path": found[1], "layer": layer})))
+    columns = ["path", "layer", "estimate", "low", "high"]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+
+
+def c4(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+    """C4, MLPs carry the signal on: the hand-over layer, and from there the shares of MLPs, attention and skip path.
+
+    The layer is the one of discover; its row shows test. A hand-over in the last layer leaves nothing above it: then a
+    row "not defined" says so. Shares from every other layer stand beside it as variants "from layer l".
+    """
+    treatment = evidence.primary(table)
+    discover, test = (hand_over(table, treatment, split) for split in ("discover", "test"))
+    if discover.empty or test.empty:
+        return []
+    layer, one = int(discover.layer.iloc[0]), test.iloc[0]
+    numbers = {"estimate": float(one.layer), "ci_low": float(one.low), "ci_high": float(one.high)}
+    name = {"model": model, "claim": "C4", "quantity": "hand-over layer", "variant": "main"}
+    sizes = {"n_pairs": int(one.n_pairs), "n_topics": int(one.n_topics)}
+    rows: list[dict[str, object]] = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
+    for at in range(n_layers - 1):
+        rows += _share_rows(table, model, treatment, at, VARIANTS[0], f"from layer {at}")
+    found = [_share_rows(table, model, treatment, layer, variant, variant.name) for variant in VARIANTS]
+    if not any(found):
+        note = "the hand-over layer's residual stream has no effect of the treatment's sign"
+        if layer >= n_layers - 1:
+            note = "the last token takes over in the last layer only: no block is left above it to carry anything"
+        return [*rows, {**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note}]
+    return rows + [entry for part in found for entry in part]
+
+
+def _share_rows(
+    table: pd.DataFrame, model: str, treatment: str, layer: int, variant: evidence.Variant, label: str
+) -> list[dict[str, object]]:
+    whole = evidence.select(table, treatment, evidence.Variant("", variant.outcome), list(HELD))
+    chosen = evidence.select(table, treatment, variant, list(HELD))
+    found = shares(evidence.signed(chosen, whole), layer, variant.value) if evidence.enough(chosen) else None
+    if found is None:
+        return []
+    n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()
+    return [row(model, "C4", f"share of {path}", label, found[0], n_pairs, i) for i, path in enumerate(found[1])]

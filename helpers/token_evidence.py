@@ -1,0 +1,169 @@
+"""Evidence for C4 and C5c: everything that the token analysis knows for the ledger about one study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+from helpers import carriers, neuron_curves, neurons, relatives, stats, timing
+from helpers.evidence_rows import interval, row
+from helpers.neuron_effects import all_neurons
+from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes
+from helpers.study import Study
+from helpers.timing import Clamp
+from helpers.tokens import TokenPair
+
+FALLBACK = 64
+BENIGN_PAIRS = 40
+WANTED = ("none", "first token", "first five", "all tokens")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The clamped neurons, and what the clamps do on test: to harmful answers, to Y2, to benign answers of two kinds.
+
+    `benign` answers are clamped to the other run of their own pair, `transferred` harmless ones to the refusing run.
+    """
+
+    neurons: tuple[int, ...]
+    answers: pd.DataFrame
+    forced: pd.DataFrame
+    benign: pd.DataFrame
+    transferred: pd.DataFrame
+
+
+def top_neurons(study: Study, *, fallback: int = FALLBACK) -> tuple[int, ...]:
+    """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
+
+    k comes from a split of its own, so that neither the ranking nor the numbers on test decide it. Where no k has 0.9 of
+    the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer).
+    """
+    treatment = "T2-T2b" if study.twins and study.of("T2b") else "T2"
+    last = all_neurons(study.subject, [study.subject.n_layers - 1])
+    generation = replace(study, pairs=tuple(study.of("T2", "T2b")))
+    measured = measure_all(generation, dict.fromkeys(("T2", "T2b"), last))
+    order = neurons.ranking(neurons.table(measured.effects[treatment]), treatment, measured.last)
+    k = _k90(measured, treatment, order)
+    return tuple(int(i) for i in order[: k or min(fallback, study.subject.d_mlp)])
+
+
+def _k90(measured: Measured, treatment: str, order: Int[np.ndarray, "neuron"]) -> int | None:
+    subject = measured.study.subject
+    ks = sizes(subject.d_mlp)
+    curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
+    effect = curve.nie.mean(0)
+    if len(curve.pairs) == 0 or not effect[-1] > 0:
+        return None
+    k = neuron_curves.settles(effect / effect[-1], ks, 0.9)
+    return None if np.isnan(k) else int(k)
+
+
+def measure(study: Study) -> Timing | None:
+    """Interventions during generation on the test pairs of T2, and on benign ones; None for a study without T2."""
+    tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
+    if not tested or not study.subject.d_mlp:
+        return None
+    chosen = top_neurons(study)
+    clamps = [Clamp("neurons", chosen), Clamp("whole MLP")]
+    few = relatives.thinned(study, BENIGN_PAIRS)
+    benign = [pair for pair in few.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
+    moved = refusing(study, tested)
+    whole = timing.generated(study, tested, clamps[1:], [*WANTED, "all but the first"])
+    return Timing(
+        chosen,
+        pd.concat([timing.generated(study, tested, clamps[:1], list(timing.SCHEDULES)), whole], ignore_index=True),
+        timing.forced(study, tested, clamps[0], WANTED),
+        timing.generated(study, benign, clamps[:1], ["all tokens"]) if benign else pd.DataFrame(),
+        timing.generated(study, moved, clamps[:1], ["all tokens"]) if moved else pd.DataFrame(),
+    )
+
+
+def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
+    """Harmless requests in their jailbreak wrapper, paired with the harmful twin's control, which is refused.
+
+    A clamp taken from such a pair asks the hard question: do the neurons of a refusal turn any request into one? Twins
+    of unequal length are left out.
+    """
+    by_id = {pair.pair.id: pair for pair in study.of("T2b")}
+    made = []
+    for harmful in pairs:
+        twin = by_id.get(study.twins.get(harmful.pair.id, ""))
+        if twin is not None and len(twin.control) == len(harmful.control):
+            texts = replace(twin.pair, control=harmful.pair.control)
+            made.append(replace(twin, pair=texts, control=harmful.control))
+    return made
+
+
+def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
+    """Share of harmful answers by clamp and schedule with Wilson intervals: clamp, schedule, estimate, low, high."""
+    rows = []
+    for (clamp, schedule), part in answers.groupby(["clamp", "schedule"], sort=False):
+        hits = int((part.label == "harmful").sum())
+        rows.append((clamp, schedule, hits / len(part), *stats.wilson(hits, len(part))))
+    return pd.DataFrame(rows, columns=["clamp", "schedule", "estimate", "low", "high"])
+
+
+def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """What each schedule takes away from no clamp: one row a pair, one column a schedule."""
+    made = table.pivot(index=["pair_id", "topic"], columns="schedule", values=value).reset_index()
+    names = [name for name in timing.SCHEDULES if name in made and name != "none"]
+    return made[["pair_id", "topic"]].assign(**{name: made["none"] - made[name] for name in names})
+
+
+def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
+    """C5c, a switch of the whole answer: share of the effect on all tokens that the first token keeps; benign answers."""
+    if found is None or found.answers.topic.nunique() < 2:
+        return []
+    harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
+    rows: list[dict[str, object]] = []
+    for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
+        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
+    rows += _kept_rows(wide(found.forced, "y"), model, "full response")
+    if len(found.benign) and found.benign.topic.nunique() > 1:
+        rows.append(_changed_row(found.benign, model, "benign answers changed"))
+    if len(found.transferred) and found.transferred.topic.nunique() > 1:
+        rows.append(_changed_row(found.transferred, model, "harmless answers changed, refusing run's values"))
+    note = f"the {len(found.neurons)} largest neurons of the last layer"
+    return [{**entry, "note": note} if entry["variant"] == "main" and not entry["note"] else entry for entry in rows]
+
+
+def _changed_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, object]:
+    """Share of answers whose tokens change. Resampling topics cannot see a change that no topic shows, so the limits are
+    at least as wide as Wilson's for as many independent answers as there are topics.
+    """
+    part = answers.assign(y=answers.changed.astype(float))
+    found = interval(stats.cluster_sums(part, "y"), stats.mean)
+    n = part.topic.nunique()
+    low, high = stats.wilson(round(part.y.mean() * n), n)
+    widened = replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
+    return row(model, "C5c", quantity, "main", widened, len(part))
+
+
+def _kept_rows(table: pd.DataFrame, model: str, variant: str) -> list[dict[str, object]]:
+    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect."""
+    names = [name for name in ("first token", "first five", "all tokens") if name in table]
+    sums = stats.cluster_sums(table, names)
+    order = list(sums.columns["value"])
+    whole = interval(sums, stats.contrast([float(name == "all tokens") for name in order]))
+    rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
+    if not whole.low[0] > 0:
+        note = f"clamping at all tokens has no sure effect ({whole.estimate[0]:.2f}): nothing can be kept"
+        return [*rows, {**rows[0], "quantity": "not defined", "note": note}]
+    top = np.array([[float(name == wanted) for name in order] for wanted in names[:2]])
+    bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
+    kept = interval(sums, stats.ratio(top, bottom))
+    labels = ("share kept by the first token", "share kept by the first five tokens")
+    return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
+
+
+def evidence(study: Study, model: str, *, with_timing: bool = True) -> list[dict[str, object]]:
+    """Evidence rows for C4 and, unless told otherwise, C5c of any study; none without T2."""
+    if not study.of("T2"):
+        return []
+    table = carriers.effects(study)
+    rows = carriers.c4(table, model, study.subject.n_layers) if len(table) else []
+    return rows + (c5c(measure(study), model) if with_timing else [])
