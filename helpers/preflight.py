@@ -1,22 +1,34 @@
 """Checks of what a user hands in, before any notebook starts: a mistake shows in seconds, nothing is overwritten."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+from helpers import hub
 from helpers.errors import InputError
 from helpers.paths import ORGANISM, PROMPTS, relative
 from helpers.store import read_json
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a shipped model (`embedded` is seed 0 of the windowed variant) or the folder named."""
+    """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
+
+    Raises InputError for a model of the hub that is not in the cache.
+    """
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
-    return shipped if shipped.is_dir() else Path(name)
+    if shipped.is_dir() or Path(name).is_dir() or hub.parse(name) is None:
+        return shipped if shipped.is_dir() else Path(name)
+    return hub.folder_of(name)
 
 
 def prompts_folder(name: str) -> Path:
     """The folder of a shipped prompt set or the folder named."""
     return PROMPTS / name if (PROMPTS / name).is_dir() else Path(name)
+
+
+def from_caller(given: str) -> Path:
+    """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository."""
+    return Path(os.environ.get("COMPANION_CALLER", "."), Path(given).expanduser())
 
 
 def names(folder: Path) -> list[str]:
@@ -28,19 +40,29 @@ def names(folder: Path) -> list[str]:
 def check_model(name: str) -> None:
     """`InputError` unless `name` is a shipped model or a Hugging Face chat model's folder with safetensors.
 
-    This looks at files only; `helpers.subject.load` checks what is in them.
+    This looks at files only; `helpers.subject.load` checks what is in them. A model of the hub is looked at when it is
+    downloaded.
     """
+    if hub.parse(name) is not None and not Path(name).is_dir():
+        return
     folder = model_folder(name)
     if not folder.is_dir():
         raise InputError(
-            f"no model {name!r}: give a folder or one of the shipped models ({', '.join(names(ORGANISM))})"
+            f"no model {name!r}: give a folder or one of the shipped models ({', '.join(names(ORGANISM))}), "
+            "or a model of the hub as ORG/MODEL"
         )
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no model folder: it has no config.json (give the folder that holds it)")
-    if "auto_map" in _json(folder / "config.json"):
+    config = _json(folder / "config.json")
+    if "auto_map" in config and "model_type" not in config:  # of a known family the library's own code is used
         raise InputError(f"{folder} asks to run code of its own (auto_map), which is never done: use a known family")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors weights: only these are read, convert other formats first")
+    check_chat(folder)
+
+
+def check_chat(folder: Path) -> None:
+    """`InputError` unless a tokenizer and a chat template are in the model's folder."""
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(f"{folder} has no tokenizer files: save the tokenizer into it (save_pretrained)")
     if not _has_template(folder):
@@ -98,7 +120,7 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
 
     folder = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error

@@ -5,17 +5,17 @@ used.
 """
 
 import copy
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import paths
+from helpers import hub, hub_fetch, model_files, model_size, paths
 from helpers.errors import InputError
 from helpers.grid_check import check_sites, clean_pair, verify
 from helpers.subject_parts import LayerParts, Subject, find_parts, hash_files
@@ -27,19 +27,20 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow_slow: bool = False) -> Subject:
-    """A model by name ("embedded", "window-1", "full-0") or by folder, ready and checked.
+    """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
     Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
     is for screening, and `helpers.screen.precision_noise` measures what it does to effects. On a
     GPU float32 products are computed in full float32 (no TF32).
 
     Raises:
-        InputError: no such folder, no config.json, pickled weights, remote code, not a causal language model, an
-            unknown architecture, missing tensors, or a model that cannot be replayed exactly (see `from_model`).
+        InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
+            unknown architecture, too large for memory, missing tensors, or a model that cannot be replayed exactly
+            (see `from_model`).
     """
     folder = _folder(name)
-    _check_folder(folder)
-    model = _load_model(folder, _dtype(dtype)).to(_device(device))
+    model_files.check_folder(folder)
+    model = _load_model(folder, _dtype(dtype), _device(device))
     files = list(folder.glob("*.safetensors"))
     return _checked(find_parts(_quiet(model), _tokenizer(folder), str(name), hash_files(files)), allow_slow)
 
@@ -67,10 +68,20 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
     config = copy.deepcopy(subject.model.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    model = _quiet(model.to(dtype=subject.dtype, device=subject.device))
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
+        )
+    model = _quiet(_placed_like(model.to(subject.dtype), subject))
     twin = find_parts(model, subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, replayable=subject.replayable)
+
+
+def _placed_like(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
+    """The twin of a model whose layers partly wait in the processor's memory is placed as that model is."""
+    where = getattr(subject.model, "hf_device_map", {})
+    if set(where.values()) <= {str(subject.device), subject.device, subject.device.index}:
+        return model.to(subject.device)
+    return dispatch_model(model, where)
 
 
 def bridge(subject: Subject) -> Any:
@@ -111,42 +122,23 @@ def _folder(name: str | Path) -> Path:
     folder = shipped if shipped.is_dir() else Path(name)
     if not folder.is_dir():
         known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
+        if hub.parse(name) is not None:
+            return hub_fetch.fetch(str(name))
         raise InputError(
             f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
-            "download a model into a folder and give its path"
+            "give a folder, or a model of the hub as ORG/MODEL"
         )
     return folder
 
 
-def _check_folder(folder: Path) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{config} is not valid JSON (line {error.lineno}: {error.msg}); download it again") from error
-    if "auto_map" in settings:
-        raise InputError(
-            f"{folder} asks to run code of its own (auto_map), which is never done; use a model of a known family"
-        )
-    if not any(folder.glob("*.safetensors")):
-        pickled = next((path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in folder.glob(suffix)), None)
-        what = f"its weights are pickled ({pickled}), which can run code" if pickled else "it has no weights"
-        raise InputError(f"{folder}: {what}; expected *.safetensors (save_pretrained writes them)")
-    names = settings.get("architectures") or []
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise InputError(
-            f"{folder} holds {', '.join(names) or 'no named architecture'}, not a causal language model; "
-            "expected a class ...ForCausalLM or ...LMHeadModel (of a multimodal model, its text part)"
-        )
-
-
-def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
+    where = model_size.placement(model_size.on_meta(folder, dtype), device)
+    on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type == "cuda" else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True,
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
+            output_loading_info=True, **on_gpu,
         )  # fmt: skip
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         line = str(error).strip().split("\n", 1)[0]
@@ -162,7 +154,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,6 +123,10 @@ def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
     """
     weight = projection.weight
     assert isinstance(weight, Tensor)
+    if weight.is_meta:  # a layer that waits in the processor's memory and comes to the GPU for each call
+        with align_module_device(projection):
+            weight = projection.weight
+            assert isinstance(weight, Tensor)
     return weight.T if isinstance(projection, nn.Linear) else weight
 
 

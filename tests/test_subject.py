@@ -113,7 +113,7 @@ def reshape_tensor(folder: Path) -> None:
         (truncate_weights, "could not be loaded: .*is it complete"),
         (drop_tensor, "lacks 1 tensors, among them model.layers.2.mlp.up_proj.weight"),
         (reshape_tensor, "could not be loaded|lacks 1 tensors"),
-        (lambda f: settings(f, auto_map={"AutoModel": "code.Model"}), "code of its own"),
+        (lambda f: settings(f, model_type="unheard_of", auto_map={"AutoModel": "m.M"}), "code of its own"),
         (lambda f: settings(f, architectures=["BertModel"]), "holds BertModel, not a causal language model"),
         (lambda f: settings(f, architectures=None), "holds no named architecture"),
         (lambda f: settings(f, model_type="unheard_of"), "could not be loaded: .*architecture known"),
@@ -123,6 +123,12 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, spoil, message: str) 
     spoil(folder)
     with pytest.raises(InputError, match=message):
         load(folder)
+
+
+def test_a_known_family_that_brings_code_is_run_with_the_librarys_own(folder: Path) -> None:
+    settings(folder, auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    (folder / "modeling_evil.py").write_text("raise SystemExit('ran foreign code')")
+    assert type(load(folder).model) is hf.Qwen2ForCausalLM
 
 
 def test_wrong_names_of_devices_and_precisions(folder: Path) -> None:

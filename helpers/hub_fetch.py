@@ -1,0 +1,168 @@
+"""Models of the Hugging Face hub: downloaded once into the hub's own cache, safetensors only, checked before the weights.
+
+Files come in two steps: config and tokenizer first, so that a model which cannot be used is refused before gigabytes
+are fetched; then the weights. Without a network, what is in the cache is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from helpers import hub, model_files, preflight
+from helpers.errors import InputError
+from helpers.hub import HubId
+
+SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
+WEIGHTS = ["*.safetensors"]
+# Subfolders hold other formats, and some repositories a second copy of the weights under this name.
+IGNORED = ["*/*", "consolidated*"]
+TOKEN_HELP = "make a token at huggingface.co/settings/tokens and put it into the variable HF_TOKEN"
+FAILURES = (OSError, ValueError, hub_errors.HTTPError)
+
+
+def fetch(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The cached folder of `ORG/MODEL[@REVISION]`, named by its commit; what is missing is downloaded.
+
+    `before_weights` is called with the folder when all but the weights is there, and may refuse it. Raises InputError
+    with one sentence for everything that can go wrong: no access, no network, no such model, no safetensors, no room.
+    """
+    hub_id = hub.parse(name)
+    assert hub_id is not None, "the caller has parsed it"
+    folder = hub.snapshot(hub_id)
+    if not (hub_id.is_pinned and folder is not None and hub.is_complete(folder)):
+        folder = _updated(hub_id, before_weights)
+    model_files.check_folder(folder)
+    return folder
+
+
+def _updated(hub_id: HubId, before_weights: Callable[[Path], object]) -> Path:
+    """Ask the hub what the revision is now; without a network the cached copy serves, if it is complete."""
+    try:
+        info = huggingface_hub.HfApi().model_info(
+            hub_id.repo, revision=hub_id.revision, files_metadata=True, timeout=20
+        )
+    except FAILURES as error:
+        folder = hub.snapshot(hub_id)
+        if is_network(error) and folder is not None and hub.is_complete(folder):
+            return folder
+        raise explain(hub_id, error) from error
+    pinned = HubId(hub_id.repo, str(info.sha))
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    _check_listing(hub_id, files)
+    small = SMALL + (["*.py"] if hub.trusts_code() else [])
+    folder = _download(pinned, small)
+    model_files.check_config(folder)
+    before_weights(folder)
+    wanted = hub.weight_files(folder)
+    _check_room(hub_id, sum(size for file, size in files.items() if file in wanted and not (folder / file).is_file()))
+    return _download(pinned, WEIGHTS)
+
+
+def _download(hub_id: HubId, patterns: list[str]) -> Path:
+    try:
+        place = huggingface_hub.snapshot_download(
+            hub_id.repo, revision=hub_id.revision, allow_patterns=patterns, ignore_patterns=IGNORED
+        )
+    except FAILURES as error:
+        raise explain(hub_id, error) from error
+    return Path(place)
+
+
+def is_network(error: BaseException) -> bool:
+    """Whether the hub could not be reached at all, and did not merely refuse."""
+    unreached = (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    answered = isinstance(error, hub_errors.HfHubHTTPError)
+    return not answered and isinstance(error, (*unreached, hub_errors.HTTPError))
+
+
+def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
+    """One sentence for an error of the hub: what was wrong, and what to do."""
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and isinstance(error.__cause__, hub_errors.HfHubHTTPError):
+        error = error.__cause__  # the library looked into the cache because the hub refused, and that is the reason
+    if is_network(error):
+        return _no_network(hub_id, error)
+    page = f"huggingface.co/{'datasets/' if kind == 'data set' else ''}{hub_id.repo}"
+    if isinstance(error, hub_errors.GatedRepoError):  # it is also a RepositoryNotFoundError, so it comes first
+        what = f"{hub_id.repo} is gated: accept its terms at {page} with your account, then {TOKEN_HELP}"
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        what = f"{hub_id.repo} has no revision {hub_id.revision!r}: see its branches and commits at {page}/commits"
+    elif isinstance(error, hub_errors.RepositoryNotFoundError):
+        what = (
+            f"no {kind} {hub_id.repo!r}: there is no folder of that name here and the hub has none that you may see; "
+            f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
+        )
+    elif isinstance(error, hub_errors.DisabledRepoError):
+        what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
+    elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
+        what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
+    else:
+        what = (
+            f"{hub_id.repo} could not be written to {hub.cache()}: {_line(error)}; HF_HOME names another place for it"
+        )
+    return InputError(what)
+
+
+def _check_listing(hub_id: HubId, files: dict[str, int]) -> None:
+    """Whether the repository can be a model for us, from the names of its files."""
+    top = [name for name in files if "/" not in name]
+    if "config.json" not in top:
+        raise InputError(f"{hub_id.repo} has no config.json, so it is no model that can be loaded; check its id")
+    if not any(Path(name).match("*.safetensors") for name in top):
+        pickled = next((name for name in top if any(Path(name).match(kind) for kind in model_files.PICKLED)), None)
+        raise model_files.no_weights(hub_id.repo, pickled)
+
+
+def _check_room(hub_id: HubId, size: int) -> None:
+    place = next(folder for folder in (hub.cache(), *hub.cache().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError(
+            f"{hub_id.repo} needs {size / 1e9:.1f} GB below {hub.cache()}, where {free / 1e9:.1f} GB are free: "
+            "make room, or set HF_HOME to a folder on a larger disk"
+        )
+
+
+def _no_network(hub_id: HubId, error: Exception) -> InputError:
+    offline = isinstance(error, hub_errors.OfflineModeIsEnabled)
+    why = "HF_HUB_OFFLINE forbids downloads" if offline else f"the hub cannot be reached ({_line(error)})"
+    have = "only a part of it is" if hub.snapshot(hub_id) is not None else "it is not"
+    return InputError(
+        f"{hub_id.repo} at {hub_id.revision!r}: {why}, and {have} in the cache {hub.cache()}; "
+        + ("unset HF_HUB_OFFLINE" if offline else "connect")
+        + ", or copy the cache of a machine that has the model and name it in HF_HOME"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+
+
+def ready(name: str, device: str, dtype: str, report: Callable[[str], object] = print) -> str:
+    """For the command line: the model is downloaded and fits; returns its name with the commit that was resolved.
+
+    Other names than hub ids are returned as they are. Raises as `fetch`, and for a model without a tokenizer or a chat
+    template, of an unknown architecture, or too large for the device's memory.
+    """
+    if hub.parse(name) is None or Path(name).is_dir():
+        return name
+
+    def check(folder: Path) -> None:
+        import torch
+
+        from helpers import model_size
+
+        preflight.check_chat(folder)
+        shapes = model_size.on_meta(folder, getattr(torch, dtype))
+        where = model_size.placement(shapes, torch.device(device))
+        report(f"{name} ({folder.name[:12]}): {model_size.describe(shapes, where)}")
+
+    folder = fetch(name, check)
+    check(folder)
+    hub_id = hub.parse(name)
+    assert hub_id is not None
+    return hub_id.at(folder.name)

@@ -1,0 +1,147 @@
+"""How much memory a model will need, known before its weights are read (or downloaded), and where its layers can lie.
+
+The model is built on torch's meta device: all shapes, no numbers.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers import grid_chunks, hub
+from helpers.errors import InputError
+from helpers.subject_parts import Subject, find_parts
+
+LONGEST = 256  # tokens of a prompt, where none has been read yet
+COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
+USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: of the weights once, of all copies that are alive together, and of a sweep above them."""
+
+    weights: int
+    copies: int
+    sweep: int
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.copies + self.sweep
+
+
+def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
+    """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub.trusts_code())
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+        line = str(error).strip().split("\n", 1)[0]
+        raise InputError(
+            f"{folder.name} could not be loaded: {line}; is its config complete, and its architecture known?"
+        ) from error
+    return find_parts(model.requires_grad_(False), None, folder.name, "no weights yet")
+
+
+def needs(shapes: Subject, n_pos: int = LONGEST) -> Needs:
+    """What a run of all notebooks keeps alive at once, for prompts of at most `n_pos` tokens.
+
+    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read.
+    """
+    from helpers import mediation  # it builds on helpers.subject, which asks here where a model fits
+
+    weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
+    memory = grid_chunks.memory_need(shapes, mediation.pairs_at_once(shapes, n_pos), n_pos)
+    return Needs(weights, round(COPIES.get(shapes.dtype, 2.0) * weights), 2 * memory.clean_run + memory.sweep)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine's memory (a container's limit counts)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with (
+        Path("/proc/meminfo").open(encoding="ascii")
+        if Path("/proc/meminfo").is_file()
+        else Path(os.devnull).open() as file
+    ):
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    free = found.get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits = [_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current")]
+    return free if None in limits else min(free, limits[0] - limits[1])  # type: ignore[operator]
+
+
+def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> dict[str, str] | None:
+    """Where each part lies: None for all of it on `device`, else names of modules with the GPU or "cpu".
+
+    Layers that wait in the processor's memory come to the GPU for each call (the `accelerate` library moves them): the
+    numbers are the same, the run is many times slower. Raises InputError where even that does not fit.
+    """
+    asked, free = needs(shapes, n_pos), int(USABLE * free_memory(device))
+    if asked.total <= free:
+        return None
+    waiting = 0 if device.type == "cpu" else int(USABLE * free_memory(torch.device("cpu")))
+    factor = asked.copies / asked.weights
+    layers = [factor * sum(p.numel() * p.itemsize for p in parts.block.parameters()) for parts in shapes.layers]
+    away, missing = 0, asked.total - free
+    while away < len(layers) - 1 and missing > 0:  # the last layer stays: its neurons are read in closed form
+        missing -= int(layers[away])
+        away += 1
+    if missing > 0 or sum(layers[:away]) > waiting:
+        raise too_large(shapes, asked, device, free, waiting)
+    return _names(shapes, away, str(device))
+
+
+def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, waiting: int) -> InputError:
+    """The error that says what is needed, what there is, and what else can be done."""
+    other = f" and {_gb(waiting)} of the processor's" if device.type != "cpu" else ""
+    half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (half of it, for screening only)"
+    return InputError(
+        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}, with the copy that it is compared with "
+        f"{_gb(asked.copies)}, and a sweep {_gb(asked.sweep)}, but {_gb(free)} of its memory{other} can be used; use a "
+        f"machine with more memory{half} or a smaller model"
+    )
+
+
+def describe(shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST) -> str:
+    """One line on the size of a model and on what does not fit onto its GPU."""
+    asked = needs(shapes, n_pos)
+    away = 0 if where is None else sum(place == "cpu" for place in where.values())
+    slow = f"; {away} of {shapes.n_layers} layers wait in the processor's memory, which is many times slower"
+    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
+    return f"{size:.2f} billion parameters; memory needed at most: {_gb(asked.total)}{slow if away else ''}"
+
+
+def _names(shapes: Subject, away: int, device: str) -> dict[str, str]:
+    """Every module that has parameters or buffers of its own or is a layer, by name, with its place."""
+    blocks = {id(parts.block): i for i, parts in enumerate(shapes.layers)}
+    found: dict[str, str] = {}
+
+    def walk(module: nn.Module, name: str) -> None:
+        if id(module) in blocks:
+            found[name] = "cpu" if blocks[id(module)] < away else device
+        elif any(child is parts.block for parts in shapes.layers for child in module.modules()):
+            for key, child in module.named_children():
+                walk(child, f"{name}.{key}" if name else key)
+        else:
+            found[name] = device
+
+    walk(shapes.model, "")
+    return found
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
