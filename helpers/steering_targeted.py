@@ -8,7 +8,7 @@ the caller.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -42,8 +42,13 @@ class GateRule:
     threshold: float
 
 
-def mid_gate(fit: Fit, *, layer: int | None = None, max_firing: float = MAX_FIRING) -> GateRule:
+def mid_gate(
+    fit: Fit, *, layer: int | None = None, max_firing: float = MAX_FIRING, token: str = "last_instruction"
+) -> GateRule:
     """A calibrated probability that the prompt is harmful, from the residual stream at the last instruction token.
+
+    `token="last"` reads the prompt's last token instead: in a model whose windows do not reach from the request's words to
+    the instruction's end, only that one may know.
 
     The direction is from benign to harmful prompts of discover, slope and threshold come from validate: it opens for at most
     `max_firing` of validate's other prompts (of fewer than 1 / max_firing prompts, for none). The default layer is the one
@@ -55,22 +60,23 @@ def mid_gate(fit: Fit, *, layer: int | None = None, max_firing: float = MAX_FIRI
         if harmful[split].all() or not harmful[split].any():
             raise InputError("a gate needs harmful and other prompts in discover and in validate: supply both kinds")
     mid = [at for at in range(fit.subject.n_layers) if 1 / 3 <= depth(at, fit.subject.n_layers) <= 2 / 3]
-    lines = {at: _line(fit, at) for at in ([layer] if layer is not None else mid or [fit.subject.n_layers // 2])}
-    quality = {
-        at: roc_auc_score(harmful[discover], sp.position(line, fit.instruction[discover, at]))
-        for at, line in lines.items()
+    if token not in ("last", "last_instruction"):
+        raise InputError(f"the gate reads {token!r}; expected last_instruction or last")
+    x = (fit.last["resid_post"] if token == "last" else fit.instruction).astype(float)
+    lines = {
+        at: _line(x[:, at], harmful, discover)
+        for at in ([layer] if layer is not None else mid or [fit.subject.n_layers // 2])
     }
+    quality = {at: roc_auc_score(harmful[discover], sp.position(line, x[discover, at])) for at, line in lines.items()}
     best = max(lines, key=lambda at: (quality[at], -at))
-    at = sp.position(lines[best], fit.instruction[validate, best])
+    at = sp.position(lines[best], x[validate, best])
     weights, offset = sp.logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
     values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
     threshold = float(values[int(max_firing * len(values))])
-    return GateRule(best, fit.tail, lines[best], float(weights[0]), offset, threshold)
+    return GateRule(best, 0 if token == "last" else fit.tail, lines[best], float(weights[0]), offset, threshold)
 
 
-def _line(fit: Fit, layer: int) -> sp.Scale:
-    harmful, discover = sm.harmful_rows(fit), sf.rows(fit, "discover")
-    x = fit.instruction[:, layer].astype(float)
+def _line(x: Float[np.ndarray, "prompt d"], harmful: np.ndarray, discover: np.ndarray) -> sp.Scale:
     return sp.scale(x[discover & ~harmful].mean(0), x[discover & harmful].mean(0))
 
 
@@ -90,6 +96,7 @@ def layer_form(
     *,
     layers: Collection[int] | None = None,
     gated: bool = True,
+    gate: GateRule | None = None,
     where: Where = "last",
     components: int = 8,
 ) -> Steering:
@@ -115,9 +122,9 @@ def layer_form(
         tau = float(means.refused[layer] @ v)
         gaps = tau - m[sf.rows(fit, "discover", "complied"), layer] @ v
         most = max(0.0, float(np.quantile(gaps, GAP_QUANTILE)))
-        loop = partial(_close, *map(torch.tensor, (v, u)), tau, most)
+        loop = partial(_close, torch.tensor(v), torch.tensor(u), tau, most)
         edits.append(Edit(layer, "mlp_out", loop, where))
-    return _gated(fit, Steering("targeted layers", tuple(edits), strength), gated)
+    return _gated(fit, Steering("targeted layers", tuple(edits), strength), gated, gate)
 
 
 def preserving(
@@ -143,6 +150,7 @@ def neuron_form(
     *,
     neurons: Mapping[int, Sequence[int]] | None = None,
     gated: bool = True,
+    gate: GateRule | None = None,
     where: Where = "last",
 ) -> Steering:
     """a_j <- a_j + p(x) (mean refused a_j - a_j) on named neurons {layer: indices} (default: all of the last layer)."""
@@ -160,14 +168,14 @@ def neuron_form(
         mask[list(indices)] = True
         mean = torch.tensor(means[fit.neuron_layers.index(layer)])
         edits.append(Edit(layer, "neurons", partial(_to_mean, mask, mean), where))
-    return _gated(fit, Steering("targeted neurons", tuple(edits), strength), gated)
+    return _gated(fit, Steering("targeted neurons", tuple(edits), strength), gated, gate)
 
 
-def _gated(fit: Fit, steering: Steering, gated: bool) -> Steering:
+def _gated(fit: Fit, steering: Steering, gated: bool, rule: GateRule | None) -> Steering:
     if not gated:
         return steering
-    gate, reads = opening(mid_gate(fit))
-    return Steering(steering.name, steering.edits, steering.strength, gate, reads)
+    gate, reads = opening(rule or mid_gate(fit))
+    return replace(steering, gate=gate, reads=reads)
 
 
 def _close(

@@ -1,0 +1,218 @@
+"""AdaSteer (Zhao et al., arXiv 2504.09466): coefficients that follow a prompt's position, twice.
+
+`adasteer` is the method as published: two directions, coefficients affine in two positions and clipped, fitted here on
+validate. `adasteer_released` follows the published code, in which the second vector is the projection of the harmfulness
+direction on the rejection direction, so that one direction is left, and the coefficients are typed in. Both add their
+vectors at all layers to all tokens of the prompt and to none of the answer. Positions are read at one decision layer each,
+at the last real token, in an unsteered pass: the paper's decision layers are early-middle, so this is not late steering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from helpers import defence_outcomes
+from helpers import steering_fit as sf
+from helpers import steering_methods as sm
+from helpers import steering_positions as sp
+from helpers.depth import depth
+from helpers.errors import InputError
+from helpers.steering import Edit, Prompt, Read, Steering, applied
+from helpers.steering_fit import Fit
+
+GRID = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
+REFUSED = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
+N_FIT = 60  # prompts of a kind on which coefficients are tried
+DECISION = (0.2, 0.5)  # relative depth of decision layers
+RELEASED_SCALE = 100.0
+RELEASED_REJECTION = sp.Affine(0.0025, -0.25, -0.25, 0.0)
+RELEASED_HARMFULNESS = sp.Affine(0.0, 0.0, 0.0, 0.25)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted coefficient: where its position is read, on which line, and the affine rule. The laws predict the sign of
+    the slope: negative for rejection (R-law), positive for harmfulness (H-law); it is reported, not imposed.
+    """
+
+    layer: int
+    line: sp.Scale
+    rule: sp.Affine
+
+
+def adasteer(
+    fit: Fit, strength: float = 1.0, *, layers: Collection[int] | None = None, laws: tuple[Law, Law] | None = None
+) -> Steering:
+    """h <- h + strength (lambda_r(pos_R) v_R + lambda_c(pos_H) v_H) with coefficients from `fit_laws` or given `laws`."""
+    chosen = sm.layers_of(fit, layers)
+    rejection, harmfulness = laws or fit_laws(fit, layers=chosen)
+    vectors = {"r": sf.rejection(fit), "c": sf.harmfulness(fit)}
+    return _adaptive("adasteer", strength, chosen, {"r": rejection, "c": harmfulness}, vectors)
+
+
+def decision_line(fit: Fit, one: str) -> tuple[int, sp.Scale]:
+    """The decision layer and its line from the complied centroid (0) to that of class `one` (1).
+
+    It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover
+    in units of the spread along the line between them.
+    """
+    sf.need(fit, "complied", one)
+    masks = [sf.rows(fit, "discover", name) for name in ("complied", one)]
+    n = fit.subject.n_layers
+    found = {}
+    for layer in [at for at in range(n) if DECISION[0] <= depth(at, n) <= DECISION[1]] or [n // 3]:
+        zero, unit = (fit.last["resid_post"][mask, layer].astype(float) for mask in masks)
+        line = sp.scale(zero.mean(0), unit.mean(0))
+        spread = np.sqrt(np.mean([sp.position(line, x).var() for x in (zero, unit)]))
+        found[layer] = (1 / max(spread, 1e-12), line)
+    best = max(found, key=lambda layer: found[layer][0])
+    return best, found[best][1]
+
+
+def fit_laws(fit: Fit, *, layers: Collection[int] | None = None, grid: Sequence[float] = GRID) -> tuple[Law, Law]:
+    """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate.
+
+    lambda_r is the coefficient at which the regression on position and coefficient gives a harmful prompt 0.95 of refusing.
+    With that in place, lambda_c runs through two points: at position 1 the coefficient at which benign prompts are
+    answered with 0.95; at position 0 the one at which harmful ones would still be refused with 0.95. Both are clipped to
+    [0, largest coefficient tried].
+
+    Raises:
+        InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
+    """
+    chosen = sm.layers_of(fit, layers)
+    harmful, validate = sm.harmful_rows(fit), sf.rows(fit, "validate")
+    kinds = {
+        name: _thinned(np.flatnonzero(validate & (harmful == wanted)))
+        for name, wanted in (("harm", True), ("other", False))
+    }
+    if not all(len(places) for places in kinds.values()):
+        raise InputError("AdaSteer's coefficients need harmful and other prompts in the split validate: supply both")
+    (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
+    pos_r = sp.position(line_r, fit.last["resid_post"][:, at_r].astype(float))
+    pos_h = sp.position(line_h, fit.last["resid_post"][:, at_h].astype(float))
+    high = max(grid)
+    zero = Law(at_h, line_h, sp.Affine(0.0, 0.0, 0.0, high))
+    tried = [adasteer(fit, layers=chosen, laws=(Law(at_r, line_r, sp.Affine(0, c, 0, high)), zero)) for c in grid]
+    law_r = Law(at_r, line_r, _rejection_rule(pos_r[kinds["harm"]], _refused(fit, kinds["harm"], tried), grid))
+    tried = [adasteer(fit, layers=chosen, laws=(law_r, Law(at_h, line_h, sp.Affine(0, c, 0, high)))) for c in grid]
+    anchors = [
+        _anchor(pos_h[places], _refused(fit, places, tried), grid, at, wanted)
+        for places, at, wanted in ((kinds["harm"], 0.0, REFUSED), (kinds["other"], 1.0, 1 - REFUSED))
+    ]
+    return law_r, Law(at_h, line_h, sp.Affine(anchors[1] - anchors[0], anchors[0], 0.0, high))
+
+
+def _thinned(places: np.ndarray) -> np.ndarray:
+    """At most `N_FIT` of them, evenly spaced: prompts of one kind stand together in a prompt set."""
+    return places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
+
+
+def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
+    texts = fit.prompts.text.to_numpy()[places].tolist()
+    odds = [
+        defence_outcomes.log_odds(fit.subject, texts, fit.openers, partial(applied, fit.subject, one)).log_odds
+        for one in tried
+    ]
+    return np.stack([np.asarray(y) < 0 for y in odds])
+
+
+def _response(
+    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], grid: Sequence[float]
+) -> tuple[float, float, float] | None:
+    """Logistic weights of the position and of the coefficient, and the intercept."""
+    table = np.column_stack([np.tile(at, len(grid)), np.repeat(np.asarray(grid, dtype=float), len(at))])
+    found = sp.logistic(table, refused.ravel())
+    return None if found is None else (float(found[0][0]), float(found[0][1]), found[1])
+
+
+def _rejection_rule(
+    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], grid: Sequence[float]
+) -> sp.Affine:
+    if refused.all():
+        return sp.Affine(0.0, 0.0, 0.0, max(grid))
+    made = _response(at, refused, grid)
+    if made is None or made[1] <= 0:
+        raise InputError(
+            f"adding the rejection vector with up to {max(grid)} of its length makes refusals no likelier on validate: "
+            "its role is not rejection in this model; try other layers or check the class labels"
+        )
+    of_position, of_coefficient, intercept = made
+    logit = np.log(REFUSED / (1 - REFUSED))
+    return sp.Affine(-of_position / of_coefficient, (logit - intercept) / of_coefficient, 0.0, max(grid))
+
+
+def _anchor(
+    at: Float[np.ndarray, "prompt"],
+    refused: Bool[np.ndarray, "tried prompt"],
+    grid: Sequence[float],
+    where: float,
+    wanted: float,
+) -> float:
+    """The coefficient at which prompts at position `where` are refused with probability `wanted`, within the grid.
+
+    Where the response is flat or rises, no coefficient helps, and it is 0; always refused harm allows the largest.
+    """
+    if refused.all() and wanted > 0.5:
+        return float(max(grid))
+    made = _response(at, refused, grid)
+    if made is None or made[1] >= 0:
+        return 0.0
+    of_position, of_coefficient, intercept = made
+    coefficient = (np.log(wanted / (1 - wanted)) - intercept - of_position * where) / of_coefficient
+    return float(np.clip(coefficient, 0.0, max(grid)))
+
+
+def adasteer_released(
+    fit: Fit,
+    strength: float = 1.0,
+    *,
+    layers: Collection[int] | None = None,
+    rejection: sp.Affine = RELEASED_REJECTION,
+    harmfulness: sp.Affine = RELEASED_HARMFULNESS,
+) -> Steering:
+    """As the published code does it: h <- h + lambda_r r + lambda_c (projection of v_H on r), positions in hundredths.
+
+    r = mean(complied) - mean(refused), the opposite of the paper's sign, so a *negative* lambda_r raises refusals. The affine
+    clamps are parameters; the defaults are ours, not the authors' (a quarter of r against compliance at position 0, nothing
+    at position 100).
+    """
+    chosen = sm.layers_of(fit, layers)
+    r, h = -sf.rejection(fit), sf.harmfulness(fit)
+    onto = ((h * r).sum(-1) / (r * r).sum(-1))[:, None] * r
+    laws = {
+        name: Law(*decision_line(fit, one), _rescaled(rule))
+        for name, one, rule in (("r", "refused", rejection), ("c", "benign", harmfulness))
+    }
+    return _adaptive("adasteer_released", strength, chosen, laws, {"r": r, "c": onto})
+
+
+def _rescaled(rule: sp.Affine) -> sp.Affine:
+    return sp.Affine(rule.slope * RELEASED_SCALE, rule.offset, rule.low, rule.high)
+
+
+def _adaptive(
+    name: str, strength: float, layers: Sequence[int], laws: dict[str, Law], vectors: dict[str, np.ndarray]
+) -> Steering:
+    edits = []
+    for layer in layers:
+        terms = tuple((key, laws[key], sm.constant(vectors[key][layer])) for key in laws)
+        edits.append(Edit(layer, "resid_post", partial(_sum, terms)))
+    reads = tuple(Read(f"position {key}", law.layer, plain=True) for key, law in laws.items())
+    return Steering(name, tuple(edits), strength, reads=reads)
+
+
+def _sum(
+    terms: Sequence[tuple[str, Law, partial[Tensor]]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
+) -> Float[Tensor, "prompt 1 d"]:
+    made = x.new_zeros(len(x), 1, x.shape[-1])
+    for key, law, vector in terms:
+        at = sp.position_of(law.line, prompt.read[f"position {key}"])
+        made = made + sp.coefficient(law.rule, at).to(x)[:, None, None] * vector(x, prompt)
+    return made
