@@ -137,6 +137,9 @@ def check(subject: Subject, steering: Steering) -> None:
     layers = [*(edit.layer for edit in steering.edits), *(read.layer for read in steering.reads)]
     if wrong := sorted({layer for layer in layers if not 0 <= layer < subject.n_layers}):
         raise InputError(f"{steering.name} steers layer {wrong[0]}; {subject.name} has 0 to {subject.n_layers - 1}")
+    lowest = min((edit.layer for edit in steering.edits), default=subject.n_layers)
+    if late := [read.name for read in steering.reads if not read.plain and read.layer >= lowest]:
+        raise InputError(f"{steering.name} reads {late[0]!r} where it has steered already: read it from a plain pass")
     for edit in steering.edits:
         if edit.part not in PARTS or edit.where not in WHERES:
             raise InputError(f"{edit.part!r} at {edit.where!r}: expected one of {PARTS} at one of {WHERES}")
@@ -235,7 +238,7 @@ def _positions(edit: Edit, prompt: Prompt) -> Bool[Tensor, "prompt pos"]:
 
 
 def _written(subject: Subject, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
-    """What the edit adds in units of the residual stream; of neurons, before a post-norm where there is one."""
+    """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
     if edit.part != "neurons":
         return added
     down = subject.layers[edit.layer].down_proj

@@ -144,7 +144,7 @@ def _rejection_rule(
             "its role is not rejection in this model; try other layers or check the class labels"
         )
     of_position, of_coefficient, intercept = made
-    logit = np.log(REFUSED / (1 - REFUSED))
+    logit = float(np.log(REFUSED / (1 - REFUSED)))
     return sp.Affine(-of_position / of_coefficient, (logit - intercept) / of_coefficient, 0.0, max(grid))
 
 

@@ -46,8 +46,9 @@ def _random(
     for edit in like.edits:
         layer = fit.neuron_layers.index(edit.layer) if edit.part == "neurons" else edit.layer
         benign = fit.last[edit.part][sf.rows(fit, "discover", "benign"), layer].astype(float)
+        drawn: np.ndarray
         if family == "isotropic":
-            drawn: np.ndarray = rng.standard_normal(fit.last[edit.part].shape[-1])
+            drawn = np.asarray(rng.standard_normal(benign.shape[-1]))
         else:
             drawn = rng.standard_normal(len(benign)) @ (benign - benign.mean(0))
         size = np.linalg.norm(sf.rejection(fit, edit.part)[layer])

@@ -1,0 +1,126 @@
+"""Steering directions on disk: safetensors beside a JSON manifest that says for which model they hold.
+
+A direction means nothing without the model, the template and the token it was read at, so these stand in the manifest and
+are compared when it is loaded. Published sample arrays [layer, sample, width] can be read for comparison; pickles are not,
+because loading one runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from helpers import steering_fit as sf
+from helpers import store
+from helpers.errors import InputError
+from helpers.steering_fit import Directions, Fit
+from helpers.subject import Subject
+
+FILE: Final = "directions.safetensors"
+MANIFEST: Final = "directions.json"
+ROLES: Final = {
+    "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
+    "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
+}
+PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
+
+
+def save(directions: Directions, fit: Fit, folder: str | Path) -> Path:
+    """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids)."""
+    folder = Path(folder)
+    means = {name: getattr(directions, name) for name in sf.CLASSES}
+    tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in means.items() if mean is not None}
+    with store.replacing(folder / FILE) as scratch:
+        save_file(tensors, scratch)
+    ids = {name: [_sha(str(one)) for one in fit.prompts.id[sf.rows(fit, "discover", name)]] for name in sf.CLASSES}
+    manifest = {
+        "model_sha256": fit.subject.sha256,
+        "model": fit.subject.name,
+        "template_sha256": template_hash(fit.subject),
+        "token": "last token of the prompt, with the generation prompt",
+        "part": directions.part,
+        "roles": ROLES,
+        "n": directions.counts,
+        "prompt_id_sha256": ids,
+        "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
+    }
+    return store.write_json(manifest, folder / MANIFEST)
+
+
+def load(folder: str | Path, subject: Subject) -> Directions:
+    """The directions of a folder, for this model and template only.
+
+    Raises:
+        InputError: a missing or torn file, or directions of another model, of another chat template, or of other roles.
+    """
+    folder = Path(folder)
+    manifest = store.read_json(folder / MANIFEST)
+    wanted = {"model_sha256": subject.sha256, "template_sha256": template_hash(subject), "roles": ROLES}
+    for name, value in wanted.items():
+        if manifest.get(name) != value:
+            raise InputError(
+                f"{store.relative(folder)} holds directions whose {name} differs from this model's ({subject.name}): a "
+                "direction holds for one model, template and sign convention; fit it again"
+            )
+    path = folder / FILE
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.get("file_sha256"):
+        raise InputError(
+            f"{store.relative(path)} is missing or not the file of its manifest; save the directions again"
+        )
+    tensors = load_file(path)
+    if bad := [
+        name for name, mean in tensors.items() if mean.shape[0] != subject.n_layers and manifest["part"] != "neurons"
+    ]:
+        raise InputError(f"{store.relative(path)}: {bad[0]} has not one row for each of {subject.n_layers} layers")
+    return Directions(manifest["part"], **{name: tensors.get(name) for name in sf.CLASSES}, counts=manifest["n"])
+
+
+def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
+    """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
+
+    Raises:
+        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path.name} is a pickle, which can run code when it is loaded. Convert it on a machine you can lose: "
+            'python -c "import sys, torch; from safetensors.torch import save_file; x = torch.load(sys.argv[1], '
+            'weights_only=True); save_file({k: v.contiguous() for k, v in x.items()}, sys.argv[2])" '
+            f"{path.name} {path.stem}.safetensors"
+        )
+    if path.suffix not in (".safetensors", ".npz"):
+        raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
+    try:
+        arrays = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
+        ) from error
+    for name, array in arrays.items():
+        if array.ndim != 3 or not np.isfinite(array).all():
+            raise InputError(
+                f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]"
+            )
+    return arrays
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def template_hash(subject: Subject) -> str:
+    """sha256 of the chat template; of the empty text where there is no tokenizer."""
+    return _sha("" if subject.tokenizer is None else str(subject.tokenizer.chat_template))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
