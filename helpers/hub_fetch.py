@@ -66,7 +66,11 @@ def _updated(hub_id: HubId, before_weights: Callable[[Path], object]) -> Path:
 def _download(hub_id: HubId, patterns: list[str]) -> Path:
     try:
         place = huggingface_hub.snapshot_download(
-            hub_id.repo, revision=hub_id.revision, allow_patterns=patterns, ignore_patterns=IGNORED
+            hub_id.repo,
+            revision=hub_id.revision,
+            cache_dir=hub.cache(),
+            allow_patterns=patterns,
+            ignore_patterns=IGNORED,
         )
     except FAILURES as error:
         raise explain(hub_id, error) from error

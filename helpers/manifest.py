@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from helpers import hub
 from helpers.freshness import KnownHashes, hash_folder
 from helpers.paths import ROOT
 from helpers.preflight import model_folder, prompts_folder
@@ -37,7 +38,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
     settings = ("DEVICE", "DTYPE", "PROFILE", "PAIRS")
     chunks = results / "chunks.json"
     content = {
-        "model": {"name": model.name, "sha256": hash_folder(model, known)},
+        "model": _model(parameters["MODEL"], model, known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
         **{name.lower(): parameters[name] for name in settings},
         "seed": SEED,
@@ -48,6 +49,15 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "seconds": "run_times.json",
     }
     write_json(content, results / "manifest.json")
+
+
+def _model(given: str, folder: Path, known: KnownHashes) -> dict[str, Any]:
+    """Name and file hashes; of a model of the hub also its id and commit, and whether its own code was allowed to run."""
+    found: dict[str, Any] = {"name": folder.name, "sha256": hash_folder(folder, known)}
+    hub_id = hub.parse(given)
+    if hub_id is not None and folder.is_relative_to(hub.cache()):
+        found |= {"name": hub_id.repo, "revision": folder.name}
+    return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 
 def _release(package: str) -> str:

@@ -1,0 +1,215 @@
+"""Models by hub id: names, the cache, every refusal of the hub, and weights that are only fetched for a usable model."""
+
+import json
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import pytest
+import torch
+import transformers as hf
+from families import tokens
+from hub_cache import REPO, chat_folder, put, serve
+from huggingface_hub import errors
+
+from helpers import hub, hub_fetch, manifest, preflight
+from helpers.errors import InputError
+from helpers.hub import HubId
+from helpers.paths import check_slug
+from helpers.subject import load
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+
+
+@pytest.mark.parametrize(
+    "name", ["window-0", "embedded", "/a/b", "../a/b", "a/b/c", "a/..", "./a/b", "a/.b", "a/b--c", "-a/b", "a/b c"]
+)
+def test_what_is_no_hub_id(name: str) -> None:
+    assert hub.parse(name) is None
+
+
+def test_hub_ids_and_their_revisions() -> None:
+    assert hub.parse("meta-llama/Llama-3.1-8B-Instruct") == HubId("meta-llama/Llama-3.1-8B-Instruct", "main")
+    assert hub.parse("org/m@refs/pr/1") == HubId("org/m", "refs/pr/1")
+    assert hub.parse(f"org/m@{COMMIT}").is_pinned and not hub.parse("org/m@0123").is_pinned
+    for revision in ("", "../x", "a//b", "a/../b", "/x", "a b"):
+        with pytest.raises(InputError, match="names no revision behind its @"):
+            hub.parse(f"org/m@{revision}")
+
+
+@pytest.mark.parametrize("name", ["org/m", "org/m@refs/pr/1", f"org/m@{COMMIT}", "a.b/c_d.e@v1.0", "/x/../y/m"])
+def test_the_name_of_a_runs_folder_stays_in_one_folder(name: str) -> None:
+    assert check_slug(hub.slug(name)) == hub.slug(name)
+    assert (Path("results") / hub.slug(name)).resolve().parent == Path("results").resolve()
+
+
+def test_models_of_the_same_name_by_others_do_not_share_results() -> None:
+    assert len({hub.slug(name) for name in ("a/m", "b/m", "a/m@v1", "a/m@v2")}) == 4
+
+
+def test_a_model_is_downloaded_checked_and_loaded(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    extra = Path(chat_folder(tmp_path / "source"))
+    for name in ("original/consolidated.safetensors", "consolidated.safetensors", "modeling_x.py", "old.bin"):
+        (extra / name).parent.mkdir(exist_ok=True)
+        (extra / name).write_text("not ours")
+    fetched = serve(monkeypatch, extra, cache, COMMIT)
+    subject = load(REPO)
+    weights = [name for name in fetched if name.endswith(".safetensors")]
+    assert len(weights) > 1 and weights == fetched[-len(weights) :]
+    assert not [name for name in fetched if "consolidated" in name or name.endswith((".py", ".bin"))]
+    assert subject.dtype == torch.float32
+    plain = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    torch.testing.assert_close(subject.model(tokens()).logits, plain(tokens()).logits)
+
+
+def test_a_cached_commit_needs_no_network(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(cache, source, [path.name for path in source.iterdir()], COMMIT)
+    refuse(monkeypatch, AssertionError("the hub was asked"))
+    assert load(f"{REPO}@{COMMIT}").n_layers == 4
+    assert preflight.model_folder(REPO) == cache / "models--org--tiny" / "snapshots" / COMMIT
+    assert hub.pinned(REPO) == f"{REPO}@{COMMIT}"
+    assert hub.pinned("window-0") == "window-0"
+
+
+@pytest.mark.parametrize("error", [errors.OfflineModeIsEnabled("off"), ConnectionError("down"), TimeoutError("slow")])
+def test_without_a_network_the_cached_copy_of_a_branch_serves(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    refuse(monkeypatch, error)
+    with pytest.raises(InputError, match=r"and it is not in the cache .*HF_HOME"):
+        load(REPO)
+    names = [path.name for path in source.iterdir()]
+    put(cache, source, [name for name in names if "00002" not in name], COMMIT)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        load(REPO)
+    with pytest.raises(InputError, match=r"not in the hub's cache yet: \./run_all\.sh --model org/tiny"):
+        preflight.model_folder(REPO)
+    put(cache, source, names, COMMIT)
+    assert load(REPO).n_layers == 4
+
+
+def answer(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
+    request = httpx2.Request("GET", "https://hub.invalid")
+    return kind("long story\nof many lines", response=httpx2.Response(401, request=request))
+
+
+def local(cause: Exception) -> Exception:
+    error = errors.LocalEntryNotFoundError("nothing in the cache")
+    error.__cause__ = cause
+    return error
+
+
+REFUSALS = {
+    "gated": (lambda: answer(errors.GatedRepoError), "is gated: accept its terms at huggingface.co/org/tiny .*HF_TOKEN"),
+    "gated, seen late": (lambda: local(answer(errors.GatedRepoError)), "is gated"),
+    "no such id": (lambda: answer(errors.RepositoryNotFoundError), "no model 'org/tiny': there is no folder of that name"),
+    "no such revision": (lambda: answer(errors.RevisionNotFoundError), "no revision 'main': see its branches"),
+    "disabled": (lambda: answer(errors.DisabledRepoError), "was disabled by the hub"),
+    "broken server": (lambda: answer(errors.HfHubHTTPError), "the hub did not give org/tiny: long story; try again"),
+    "offline": (lambda: errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE forbids downloads.*unset HF_HUB_OFFLINE"),
+    "no network": (lambda: errors.HTTPError("no route"), r"cannot be reached \(no route\)"),
+    "nothing cached": (lambda: errors.LocalEntryNotFoundError("none"), r"cannot be reached \(none\)"),
+    "disk": (lambda: PermissionError("read-only"), "could not be written to .*read-only; HF_HOME names another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_every_refusal_is_one_sentence(cache: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    make, message = REFUSALS[case]
+    refuse(monkeypatch, make())
+    with pytest.raises(InputError, match=message) as caught:
+        load(REPO)
+    assert "\n" not in str(caught.value)
+
+
+def spoil(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+UNUSABLE = {
+    "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
+    "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
+    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "its architecture known"),
+    "other parts": (
+        lambda f: spoil(f, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), "unknown architecture: GPTNeoX"
+    ),
+    "own code": (lambda f: spoil(f, model_type="unheard_of", auto_map={"A": "m.M"}), "type --trust-remote-code"),
+    "quantized": (lambda f: spoil(f, quantization_config={"bits": 4}), "holds quantized weights"),
+    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+    "too large": (
+        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "too large for cpu: weights"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+) -> None:
+    damage, message = UNUSABLE[case]
+    folder = chat_folder(tmp_path / "source")
+    damage(folder)
+    fetched = serve(monkeypatch, folder, cache, COMMIT)
+    with pytest.raises(InputError, match=message):
+        hub_fetch.ready(REPO, "cpu", "float32")
+    assert not [name for name in fetched if name.endswith((".safetensors", ".bin", ".py"))]
+
+
+def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = serve(monkeypatch, source, cache, COMMIT)
+    monkeypatch.setattr(hub_fetch.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
+        hub_fetch.ready(REPO, "cpu", "float32")
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+
+
+def test_the_manifest_names_commit_and_file_hashes(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve(monkeypatch, source, cache, COMMIT)
+    name = hub_fetch.ready(REPO, "cpu", "float32")
+    assert name == f"{REPO}@{COMMIT}"
+    assert "billion parameters; memory needed at most" in capsys.readouterr().out
+    given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
+    manifest.write_manifest(tmp_path, given, {})
+    model = json.loads((tmp_path / "manifest.json").read_text())["model"]
+    assert (model["name"], model["revision"]) == (REPO, COMMIT) and "remote_code" not in model
+    assert {path.name for path in source.iterdir()} == set(model["sha256"])
+
+
+def test_remote_code_is_only_trusted_where_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hub.TRUST, "1")
+    hub.trust_code(False)
+    assert not hub.trusts_code()
+    hub.trust_code(True)
+    assert hub.trusts_code()
+    hub.trust_code(False)
