@@ -185,7 +185,10 @@ def adasteer_released(
     """
     chosen = sm.layers_of(fit, layers)
     r, h = -sf.rejection(fit), sf.harmfulness(fit)
-    onto = ((h * r).sum(-1) / (r * r).sum(-1))[:, None] * r
+    length = (r * r).sum(-1)
+    onto = ((h * r).sum(-1) / np.where(length > 0, length, 1.0))[
+        :, None
+    ] * r  # a layer without r has no projection on it
     laws = {
         name: Law(*decision_line(fit, one), _rescaled(rule))
         for name, one, rule in (("r", "refused", rejection), ("c", "benign", harmfulness))

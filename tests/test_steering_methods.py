@@ -1,0 +1,227 @@
+"""Steering methods on models whose mediator was planted by hand, and what their parts promise on made-up activations."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from handmade import GATE_NEURON, OUT, WORDS, Program, compiled, word_tokenizer
+
+from helpers import defence_outcomes, steering, steering_budget, steering_controls, steering_methods, steering_store
+from helpers import steering_adaptive as sa
+from helpers import steering_fit as sf
+from helpers import steering_positions as sp
+from helpers import steering_targeted as tg
+from helpers.errors import InputError
+from helpers.tokens import Openers
+
+
+def prompts() -> pd.DataFrame:
+    """Requests that cue "off" (refused) or "on" (complied), and benign ones without the word; fillers vary."""
+    rows = []
+    cues = (("harmful", True, "off low"), ("harmful", False, "on low"), ("harmless", False, "well low"))
+    for i in range(12):
+        for kind, refused, cue in cues:
+            text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
+            rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
+    return pd.DataFrame(rows, columns=list(sf.COLUMNS))
+
+
+@pytest.fixture(scope="module")
+def fit() -> sf.Fit:
+    subject = compiled(Program(skip=0.0))
+    assert subject.tokenizer is not None
+    yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    return sf.fit(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
+
+
+def log_odds(fit: sf.Fit, made: steering.Steering, wanted: str) -> np.ndarray:
+    texts = fit.prompts.text[fit.prompts["class"] == wanted].tolist()
+    steer = partial(steering.applied, fit.subject, made)
+    return defence_outcomes.log_odds(fit.subject, texts, fit.openers, steer)["log_odds"].to_numpy()
+
+
+def test_a_planted_mediator_is_recovered(fit: sf.Fit) -> None:
+    sizes = np.linalg.norm(sf.rejection(fit, "mlp_out"), axis=-1)
+    assert sizes[2] > 100 * sizes[[0, 1, 3]].max()
+    v = sf.rejection(fit, "mlp_out")[2]
+    assert v[OUT] == pytest.approx(-1.5, rel=0.02) and abs(v[OUT]) > 0.999 * np.linalg.norm(v)
+    neurons = np.abs(sf.rejection(fit, "neurons")[2])
+    assert neurons.argmax() == GATE_NEURON and neurons.sum() < 1.001 * neurons.max()
+
+
+def test_targeted_steering_makes_a_complied_prompt_a_refused_one_and_spares_the_rest(fit: sf.Fit) -> None:
+    plain = {name: log_odds(fit, steering_methods.none(fit), name) for name in sf.CLASSES}
+    assert plain["complied"].mean() - plain["refused"].mean() == pytest.approx(1.5, rel=0.02)
+    layer = tg.layer_form(fit, layers=[2], gated=False, components=0)
+    neuron = tg.neuron_form(fit, neurons={2: [GATE_NEURON]}, gated=False)
+    for made in (layer, neuron):
+        np.testing.assert_allclose(log_odds(fit, made, "complied"), plain["refused"].mean(), atol=0.01)
+        np.testing.assert_allclose(log_odds(fit, made, "refused"), plain["refused"], atol=0.01)
+    wrong = tg.neuron_form(fit, neurons={2: [0, 1]}, gated=False)
+    np.testing.assert_allclose(log_odds(fit, wrong, "complied"), plain["complied"], atol=0.01)
+    half = replace(layer, strength=0.5)
+    assert log_odds(fit, half, "complied").mean() == pytest.approx(
+        (plain["complied"].mean() + plain["refused"].mean()) / 2, abs=0.05
+    )
+
+
+def test_the_gate_opens_for_harm_and_the_shuffled_one_as_often_for_anything(fit: sf.Fit) -> None:
+    gated = tg.layer_form(fit, layers=[2], components=0, gate=tg.mid_gate(fit, token="last", layer=1))
+    texts, harmful = fit.prompts.text.tolist(), (fit.prompts.kind == "harmful").to_numpy()
+    # "off" and "well" leave nothing at the last token to tell them apart in this model, "on" does.
+    values = steering_budget.gate_values(fit.subject, gated, texts)
+    assert (values[~harmful] == 0).all() and (values[(fit.prompts["class"] == "complied").to_numpy()] > 0).all()
+    oracle = steering_controls.oracle_gate(
+        fit, steering=gated, harmful=[t for t, h in zip(texts, harmful, strict=True) if h]
+    )
+    np.testing.assert_array_equal(steering_budget.gate_values(fit.subject, oracle, texts), harmful)
+    shuffled = steering_controls.shuffled_gate(fit, steering=gated)
+    again = steering_budget.gate_values(fit.subject, shuffled, texts[:5])
+    drawn = steering_budget.gate_values(fit.subject, shuffled, texts)
+    np.testing.assert_array_equal(drawn[:5], again)
+    assert 0 < (drawn > 0).mean() < 1 and ((drawn > 0) != (values > 0)).any()
+
+
+def test_every_method_meets_the_same_budget(fit: sf.Fit) -> None:
+    texts = fit.prompts.text[fit.prompts["class"] == "complied"].tolist()
+    like = tg.layer_form(fit, layers=[2], gated=False, components=0)
+    made = [
+        like,
+        tg.neuron_form(fit, neurons={2: [GATE_NEURON]}, gated=False),
+        steering_methods.fixed(fit, layers=[1, 2]),
+        steering_methods.alphasteer(fit, layers=[2], keep=1.0),
+        steering_controls.random_isotropic(fit, like=like, seed=1),
+        steering_controls.elsewhere(fit, layers=[3]),
+    ]
+    for one in made:
+        met = steering_budget.to_budget(fit.subject, one, texts, 0.7)
+        assert steering_budget.rms(steering_budget.added_norms(fit.subject, met, texts)) == pytest.approx(0.7, rel=0.01)
+    with pytest.raises(InputError, match="adds 0"):
+        steering_budget.to_budget(fit.subject, replace(like, gate=lambda p: torch.zeros(len(p.ids))), texts, 0.7)
+
+
+def test_swapping_the_labels_turns_the_direction_around(fit: sf.Fit) -> None:
+    swapped = prompts()
+    harmful = swapped.kind == "harmful"
+    swapped.loc[harmful, "refused"] = ~swapped.loc[harmful, "refused"].astype(bool)
+    other = replace(fit, prompts=swapped.assign(**{"class": sf.classes(swapped)}))
+    np.testing.assert_allclose(sf.rejection(other), -sf.rejection(fit))
+    # The closed loop is one-sided: with the labels swapped it would push towards complying.
+    pushed = tg.layer_form(other, layers=[2], gated=False, components=0)
+    assert log_odds(fit, pushed, "refused").mean() > 1
+
+
+def test_adasteer_steers_as_its_laws_say_and_the_released_one_knows_one_direction(fit: sf.Fit) -> None:
+    flat = sp.Affine(0.0, 0.0, 0.0, 1.0)
+    laws = tuple(sa.Law(*sa.decision_line(fit, one), flat) for one in ("refused", "benign"))
+    law_r, law_c = replace(laws[0], rule=sp.Affine(-1.0, 1.0, 0.0, 1.0)), laws[1]
+    made = sa.adasteer(fit, laws=(law_r, law_c), layers=[2])
+    texts = {name: fit.prompts.text[fit.prompts["class"] == name].tolist() for name in sf.CLASSES}
+    spent = {
+        name: steering_budget.added_norms(fit.subject, made, texts[name]).mean() for name in ("refused", "complied")
+    }
+    assert spent["refused"] < 0.05 * spent["complied"]
+    assert log_odds(fit, made, "complied").mean() < 0.1
+    learned = sa.adasteer(fit, layers=[2])
+    assert log_odds(fit, learned, "complied").mean() < log_odds(fit, steering_methods.none(fit), "complied").mean()
+    released = sa.adasteer_released(fit, layers=[2], harmfulness=sp.Affine(0.0, 0.2, 0.0, 1.0))
+    x = torch.zeros(2, 3, fit.subject.d_model)
+    at = steering.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
+    for name, law in (("r", laws[0]), ("c", laws[1])):
+        at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
+    moved = released.edits[0].delta(x, at)[:, 0].numpy()
+    v = sf.rejection(fit)[2]
+    assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
+
+
+def test_the_null_space_leaves_benign_activations_alone(fit: sf.Fit) -> None:
+    rng = np.random.default_rng(0)
+    benign = rng.normal(size=(40, 8)) @ np.diag([5, 5, 5, 5, 0, 0, 0, 0])
+    np.testing.assert_allclose(benign @ steering_methods.low_variance(benign, 0.5), 0, atol=1e-9)
+    made = steering_methods.alphasteer(fit, layers=[2])
+    texts = {name: fit.prompts.text[fit.prompts["class"] == name].tolist() for name in ("benign", "complied")}
+    spent = {name: steering_budget.added_norms(fit.subject, made, texts[name]).mean() for name in texts}
+    assert spent["benign"] < 0.05 * spent["complied"]
+
+
+def test_random_directions_follow_their_family(fit: sf.Fit) -> None:
+    like = steering_methods.fixed(fit, layers=[2])
+    x, at = torch.zeros(1, 1, fit.subject.d_model), steering.Prompt(*[torch.ones(1, 1, dtype=torch.long)] * 3)
+    varied = fit.last["resid_post"][sf.rows(fit, "discover", "benign"), 2].std(0)
+    for seed in (0, 1):
+        drawn = [
+            make(fit, like=like, seed=seed).edits[0].delta(x, at)[0, 0].numpy()
+            for make in (steering_controls.random_isotropic, steering_controls.random_covariance)
+        ]
+        for vector in drawn:
+            assert np.linalg.norm(vector) == pytest.approx(np.linalg.norm(sf.rejection(fit)[2]), rel=1e-5)
+        assert np.abs(drawn[1][varied == 0]).max() < 1e-6 < np.abs(drawn[0][varied == 0]).max()
+
+
+def test_positions_are_affine_invariant() -> None:
+    rng = np.random.default_rng(0)
+    x, zero, one = rng.normal(size=(5, 6)), rng.normal(size=6), rng.normal(size=6)
+    turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    move = lambda y: 3.0 * y @ turn + 7.0  # noqa: E731
+    before = sp.position(sp.scale(zero, one), x)
+    np.testing.assert_allclose(sp.position(sp.scale(move(zero), move(one)), move(x)), before)
+    np.testing.assert_allclose(sp.position(sp.scale(one, zero), x), 1 - before)
+    np.testing.assert_allclose(sp.position_of(sp.scale(zero, one), torch.tensor(x)), before)
+    np.testing.assert_allclose(sp.position(sp.scale(zero, one), np.stack([zero, one])), [0, 1], atol=1e-12)
+
+
+def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    benign = rng.normal(size=(50, 6)) * np.array([10, 1, 1, 1, 1, 1])
+    v = np.array([1.0, 0.15, 0, 0, 0, 0])
+    with pytest.raises(InputError, match=r"layer 4: .* 0\.1\d of the direction is left"):
+        tg.preserving(v, benign, 1, "layer 4")
+    u = tg.preserving(v + np.array([0, 0.2, 0, 0, 0, 0]), benign, 1, "layer 4")
+    w = v + np.array([0, 0.2, 0, 0, 0, 0])
+    assert u @ w / np.linalg.norm(w) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("gone", "supply"), [("refused", "safety training"), ("complied", "jailbreak"), ("benign", "harmless")]
+)
+def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: sf.Fit, gone: str, supply: str) -> None:
+    left = sf.fit_of(fit, (fit.prompts["class"] != gone).to_numpy())
+    made = sf.directions(left)
+    assert made.counts[gone] == 0 and getattr(made, gone) is None
+    assert (made.rejection is None) == (gone != "benign") and (made.harmfulness is None) == (gone != "refused")
+    with pytest.raises(InputError, match=supply):
+        tg.layer_form(left, gated=False)
+    assert steering_methods.none(left).edits == ()
+
+
+def test_saved_directions_hold_for_one_model_and_template(fit: sf.Fit, tmp_path: Path) -> None:
+    made = sf.directions(fit)
+    steering_store.save(made, fit, tmp_path)
+    again = steering_store.load(tmp_path, fit.subject)
+    assert made.rejection is not None and again.rejection is not None
+    np.testing.assert_array_equal(again.rejection, made.rejection)
+    with pytest.raises(InputError, match="model_sha256"):
+        steering_store.load(tmp_path, replace(fit.subject, sha256="other"))
+    with pytest.raises(InputError, match="template_sha256"):
+        steering_store.load(tmp_path, replace(fit.subject, tokenizer=word_tokenizer("{{ messages }}")))
+    (tmp_path / steering_store.FILE).write_bytes(b"torn")
+    with pytest.raises(InputError, match="not the file of its manifest"):
+        steering_store.load(tmp_path, fit.subject)
+
+
+def test_published_arrays_are_read_and_pickles_are_not(tmp_path: Path) -> None:
+    arrays = {"refused": np.ones((2, 3, 4)), "complied": np.zeros((2, 1, 4))}
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.testing.assert_array_equal(steering_store.read_samples(tmp_path / "a.npz")["refused"], arrays["refused"])
+    np.savez(tmp_path / "b.npz", x=np.array([{"a": 1}], dtype=object))
+    for name, message in (
+        ("b.npz", "cannot be read"),
+        ("c.pt", "safetensors.torch"),
+        ("d.csv", "expected .safetensors"),
+    ):
+        with pytest.raises(InputError, match=message):
+            steering_store.read_samples(tmp_path / name)
