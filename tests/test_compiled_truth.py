@@ -81,8 +81,8 @@ def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gated", "distributed"])
 def test_effects_of_last_layer_neurons_are_those_of_full_forward_passes(kind: str) -> None:
     organism = compiled.draw(kind, 1, topics=10, dtype=torch.float64)
-    pairs, camps = some_pairs(organism, "T2"), lang.outcomes()["T2"]
-    true = compiled_truth.last_layer_neurons(organism.program, pairs, camps)
+    pairs = some_pairs(organism, "T2")
+    true = compiled_truth.last_layer_neurons(organism.program, pairs)
     requests = [[getattr(p, name) for p in pairs] for name in ("control", "treated")]
     down = organism.subject.model.model.layers[-1].mlp.down_proj
     (plain, acts), (_, other) = (hooked(organism, side, down, before=True) for side in requests)
@@ -97,8 +97,8 @@ def test_effects_of_last_layer_neurons_are_those_of_full_forward_passes(kind: st
 def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled.Design]:
     """Mean effects of T2 - T2b of a design without noise, side route, skip or leak."""
     design = replace(draw_design(kind, seed), side=None, skip=0.0, wrapper_leak=0.0, noise=0.0, **changes)
-    pairs = lang.plan([seed], 10, 1)
-    table = compiled._with_difference(build(design, 10), pairs)
+    pairs = [p for p in lang.plan([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
+    table = compiled_truth.table(build(design, 10), pairs)
     table = table[(table.treatment == "T2-T2b") & (table.position == "last")]
     return table.groupby(["site", "layer"])[["te", "nie0", "nie1"]].mean(), design
 
@@ -139,8 +139,7 @@ def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
     design = replace(design, stages=(stage,))
     program = build(design, 10)
     pairs = [p for p in lang.plan([3], 10, 1) if p.pair.treatment == "T2"]
-    both = sides(program, pairs)
-    y00, y11 = (readout(program, lang.COMPLY, lang.REFUSE, side.last.post[-1]) for side in both)
+    te = compiled_truth.total(program, pairs)
     features = {word: program.embed[i] for i, word in enumerate(program.words)}
     at = {name: i for i, name in enumerate(compiled_truth.CHANNELS)}
     for i, pair in enumerate(pairs):
@@ -149,14 +148,14 @@ def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
         harm = (danger - 0.5) / 0.5 * hazard
         # effect at jail 1.15 and harm 1, in proportion to (jail - 0.4) harm; thresholds are jittered by 0.03
         by_hand = design.effect * (jail - 0.4) / (1.15 - 0.4) * harm
-        assert y11[i] - y00[i] == pytest.approx(by_hand, rel=0.1)
+        assert te[i] == pytest.approx(by_hand, rel=0.1)
 
 
 def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
     for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
         design = replace(draw_design(kind, 2), noise=0.0)
-        pairs = lang.plan([2], 10, 3)
-        table = compiled._with_difference(build(design, 10), pairs)
+        pairs = [p for p in lang.plan([2], 10, 3) if p.pair.treatment == "T1"]
+        table = compiled_truth.table(build(design, 10), pairs)
         early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
 

@@ -10,13 +10,13 @@ pair. None of them is computed by running the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
-from helpers import mediation, tokens
+from helpers import tokens
 from helpers.organisms import compiled_language as lang
 from helpers.organisms import compiled_truth
 from helpers.organisms.compiled_build import build
@@ -32,7 +32,7 @@ from helpers.subject import Subject, from_model
 __all__ = ["KINDS", "TOLERANCE", "Organism", "draw", "judge", "population", "study", "true_effects"]
 
 TOPICS, PAIRS_PER_TOPIC = 70, 2
-TOLERANCE = 1e-3  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
+TOLERANCE = 2e-4  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,21 @@ def study(organism: Organism) -> Study:
 
 def true_effects(organism: Organism) -> pd.DataFrame:
     """Effects in closed form, in the schema of `mediation.effects` (outcome Y1), with the rows of T2 - T2b behind them."""
-    return _with_difference(organism.program, organism.pairs)
+    return compiled_truth.table(organism.program, organism.pairs)
 
 
-def population(organism: Organism, topics: int = 1000, pairs_per_topic: int = 5) -> pd.DataFrame:
+def population(
+    organism: Organism, topics: int = 500, pairs_per_topic: int = 10, treatments: Collection[str] = ("T2", "T2b")
+) -> pd.DataFrame:
     """`true_effects` of a large sample of new pairs over new topics, for errors that are not those of sampling.
 
-    Old words keep their features; new topics' features come from the same distributions.
+    Words of the organism keep their features; those of new topics come from the same distributions. By default 5,000
+    pairs of each treatment behind T2 - T2b.
     """
-    program = build(organism.design, topics)
-    pairs = lang.plan([organism.design.seed, KINDS.index(organism.design.kind), 1], topics, pairs_per_topic)
-    return _with_difference(program, pairs)
-
-
-def _with_difference(program: Program, pairs: tuple[Planned, ...] | list[Planned]) -> pd.DataFrame:
-    table = compiled_truth.effects(program, pairs, lang.outcomes())
-    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
-    return pd.concat([table, mediation.difference(table, twins)], ignore_index=True)
+    design = organism.design
+    pairs = lang.plan([design.seed, KINDS.index(design.kind), 1], topics, pairs_per_topic)
+    chosen = [planned for planned in pairs if planned.pair.treatment in treatments]
+    return compiled_truth.table(build(design, topics), chosen)
 
 
 def judge(request: str, answer: str) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 from helpers.depth import LATE, depth
 from helpers.organisms import compiled_truth
 from helpers.organisms.compiled_design import Design
-from helpers.organisms.compiled_language import COMPLY, REFUSE, Planned
+from helpers.organisms.compiled_language import Planned
 from helpers.organisms.compiled_program import Program
 
 
@@ -63,15 +63,9 @@ def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
 
     Over all pairs of the prompt set, ranked on the same pairs.
     """
-    mean, total = [], []
-    for name in ("T2", "T2b"):
-        chosen = [planned for planned in pairs if planned.pair.treatment == name]
-        mean.append(compiled_truth.last_layer_neurons(program, chosen, (COMPLY, REFUSE)).mean(axis=0))
-        y00, y11 = (
-            compiled_truth.readout(program, COMPLY, REFUSE, side.last.post[-1])
-            for side in compiled_truth.sides(program, chosen)
-        )
-        total.append(float((y11 - y00).mean()))
-    effect, te = mean[0] - mean[1], total[0] - total[1]
+    of = {name: [planned for planned in pairs if planned.pair.treatment == name] for name in ("T2", "T2b")}
+    neurons = [compiled_truth.last_layer_neurons(program, chosen).mean(axis=0) for chosen in of.values()]
+    totals = [compiled_truth.total(program, chosen).mean() for chosen in of.values()]
+    effect, te = neurons[0] - neurons[1], totals[0] - totals[1]
     joint = np.cumsum(np.sort(effect * np.sign(te))[::-1]) / (effect.sum() * np.sign(te))
     return float(effect.sum() / te), int(np.argmax(joint >= 0.9)) + 1

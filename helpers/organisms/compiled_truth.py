@@ -16,8 +16,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import expit, logsumexp
 
-from helpers.mediation import estimands
-from helpers.organisms.compiled_language import Camps, Planned, Request
+from helpers.mediation import difference, estimands
+from helpers.organisms.compiled_language import Planned, Request, outcomes
 from helpers.organisms.compiled_program import CHANNELS, Head, Program
 
 State = Float[np.ndarray, "prompt channel"]
@@ -143,15 +143,26 @@ def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: S
     return sides[0] - sides[1]
 
 
-def effects(program: Program, pairs: Sequence[Planned], outcomes: Mapping[str, Camps]) -> pd.DataFrame:
-    """The table of `helpers.mediation.effects` for Y1: layers, attention and MLP outputs, their direct effects at the
-    last token, and for T1 the layers at the shared tokens.
+def table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    """The table of `helpers.mediation.effects` for Y1, with the rows of T2 - T2b behind it.
+
+    Layers, attention and MLP outputs and their direct effects at the last token; for T1 also layers at shared tokens.
     """
-    return pd.concat([_treatment(program, [p for p in pairs if p.pair.treatment == name], sides)
-                      for name, sides in outcomes.items()], ignore_index=True)  # fmt: skip
+    present = {name: [p for p in pairs if p.pair.treatment == name] for name in outcomes()}
+    made = pd.concat([_treatment(program, own) for own in present.values() if own], ignore_index=True)
+    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
+    return pd.concat([made, difference(made, twins)], ignore_index=True) if twins else made
 
 
-def _treatment(program: Program, pairs: Sequence[Planned], camps: Camps) -> pd.DataFrame:
+def total(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair"]:
+    """TE of pairs of one treatment, in log-odds."""
+    camps = outcomes()[pairs[0].pair.treatment]
+    y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in sides(program, pairs))
+    return y11 - y00
+
+
+def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    camps = outcomes()[pairs[0].pair.treatment]
     both = sides(program, pairs)
     y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in both)
     meta = {name: [getattr(p.pair, field) for p in pairs] for name, field in
@@ -189,9 +200,10 @@ def patched(base: Side, source: Side, site: str, layer: int) -> State:
     return run(program, base.found, "last", end, {key: value}, clean).post[-1]
 
 
-def last_layer_neurons(program: Program, pairs: Sequence[Planned], camps: Camps) -> Float[np.ndarray, "pair neuron"]:
+def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair neuron"]:
     """Effect of each last-layer neuron, in log-odds. Nothing follows it, so NIE0, NIE1 and direct effect are the same."""
     control, treated = sides(program, pairs)
     index = {word: i for i, word in enumerate(program.words)}
+    camps = outcomes()[pairs[0].pair.treatment]
     comply, refuse = (program.unembed[[index[word] for word in side]].mean(axis=0) for side in camps)
     return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
