@@ -1,0 +1,113 @@
+"""What a model needs before it is loaded, where its layers lie, and that waiting layers change no number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import tiny_model, tiny_tokenizer, tokens
+
+from helpers import grid, model_size
+from helpers.errors import InputError
+from helpers.grid import Patch
+from helpers.grid_check import verify
+from helpers.model_size import needs, on_meta, placement
+from helpers.subject import load
+from helpers.subject_parts import find_parts
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp(request.param)
+    tiny_tokenizer(place)
+    tiny_model(request.param).save_pretrained(place)
+    return place
+
+
+def memory(monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float) -> None:
+    monkeypatch.setattr(
+        model_size, "free_memory", lambda device: int((gpu if device.type == "cuda" else cpu) / model_size.USABLE) + 1
+    )
+
+
+def test_shapes_are_those_of_the_loaded_model(folder: Path) -> None:
+    shapes, real = on_meta(folder, torch.float32), load(folder)
+    assert all(p.is_meta for p in shapes.model.parameters())
+    assert {n: p.shape for n, p in shapes.model.named_parameters()} == {
+        n: p.shape for n, p in real.model.named_parameters()
+    }
+    weights = sum(p.numel() for p in real.model.parameters())
+    assert needs(shapes).weights == 4 * weights and needs(shapes).copies == 8 * weights
+    half = needs(on_meta(folder, torch.bfloat16))
+    assert (half.weights, half.copies) == (2 * weights, 6 * weights)
+    assert needs(shapes, 128).sweep > needs(shapes, 32).sweep > 0
+
+
+def test_an_8b_model_in_float32_needs_two_copies_of_32_gb(tmp_path: Path) -> None:
+    """The shapes of a Llama with 8.03 billion parameters, in no memory at all."""
+    hf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    asked = needs(on_meta(tmp_path, torch.float32))
+    assert asked.weights == pytest.approx(4 * 8.03e9, rel=0.001)
+    assert 2.0 < asked.total / asked.weights < 2.3
+
+
+def test_layers_wait_only_as_far_as_they_must(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = on_meta(folder, torch.float32)
+    asked = needs(shapes)
+    layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
+    for short, away in ((-1, None), (1, 1), (layer, 1), (layer + 1, 2), (3 * layer, 3)):
+        memory(monkeypatch, asked.total - short, 1e9)
+        where = placement(shapes, GPU)
+        assert (where and list(where.values()).count("cpu")) == away, short
+    blocks = [name for name, module in shapes.model.named_modules() if module in [p.block for p in shapes.layers]]
+    assert [where[name] for name in blocks] == ["cpu"] * 3 + ["cuda:0"]
+    covered = [n for n, _ in shapes.model.named_parameters() if any(n.startswith(f"{name}.") for name in where)]
+    assert covered == [n for n, _ in shapes.model.named_parameters()]
+
+
+@pytest.mark.parametrize(("gpu", "cpu"), [(0, 1e9), (0.9, 0)])
+def test_what_fits_nowhere_is_refused_with_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float
+) -> None:
+    shapes = on_meta(folder, torch.float32)
+    memory(monkeypatch, gpu * needs(shapes).total, cpu)
+    with pytest.raises(InputError, match=r"too large for cuda:0: weights 0.0 GB.*--dtype bfloat16"):
+        placement(shapes, GPU)
+
+
+def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = on_meta(folder, torch.bfloat16)
+    memory(monkeypatch, 0, needs(shapes).total - 1)
+    with pytest.raises(InputError, match="too large for cpu") as caught:
+        load(folder, dtype="bfloat16")
+    assert "--dtype" not in str(caught.value)
+
+
+def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
+    """Layers kept outside of the model and brought in for each call, as on a GPU that is too small; here from the disk."""
+    shapes = on_meta(folder, torch.float32)
+    names = model_size._names(shapes, 3, "cpu:0")
+    where = {name: "disk" if place == "cpu" else "cpu" for name, place in names.items()}
+    assert list(where.values()).count("disk") == 3
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map=where, offload_folder=tmp_path
+    )
+    away = find_parts(model.eval().requires_grad_(False), None, "away", "x")
+    assert sum(p.is_meta for p in away.model.parameters()) > 0
+    verify(away)
+    here = load(folder)
+    last = torch.zeros(3, 9, dtype=torch.bool)
+    last[:, -1] = True
+    patches = [
+        Patch(site, 1, last, 3 if site in ("head", "neuron") else None) for site in ("neuron", "head", "mlp_out")
+    ]
+    one, two = (
+        grid.interchange(s, grid.clean_run(s, tokens()), grid.clean_run(s, tokens(seed=1)), patches)
+        for s in (away, here)
+    )
+    torch.testing.assert_close(one, two)
