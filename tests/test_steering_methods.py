@@ -149,9 +149,10 @@ def test_the_null_space_leaves_benign_activations_alone(fit: sf.Fit) -> None:
 
 
 def test_random_directions_follow_their_family(fit: sf.Fit) -> None:
+    noise = np.random.default_rng(0).normal(size=fit.last["resid_post"].shape) * (np.arange(fit.subject.d_model) < 4)
+    fit = replace(fit, last={**fit.last, "resid_post": fit.last["resid_post"] + noise})
     like = steering_methods.fixed(fit, layers=[2])
     x, at = torch.zeros(1, 1, fit.subject.d_model), steering.Prompt(*[torch.ones(1, 1, dtype=torch.long)] * 3)
-    varied = fit.last["resid_post"][sf.rows(fit, "discover", "benign"), 2].std(0)
     for seed in (0, 1):
         drawn = [
             make(fit, like=like, seed=seed).edits[0].delta(x, at)[0, 0].numpy()
@@ -159,7 +160,7 @@ def test_random_directions_follow_their_family(fit: sf.Fit) -> None:
         ]
         for vector in drawn:
             assert np.linalg.norm(vector) == pytest.approx(np.linalg.norm(sf.rejection(fit)[2]), rel=1e-5)
-        assert np.abs(drawn[1][varied == 0]).max() < 1e-6 < np.abs(drawn[0][varied == 0]).max()
+        assert np.abs(drawn[1][4:]).max() < 0.05 < np.abs(drawn[0][4:]).max()
 
 
 def test_positions_are_affine_invariant() -> None:
