@@ -1,0 +1,163 @@
+"""Joint effects of sets of last-layer neurons against the grid, and what curves of growing sets say."""
+
+import numpy as np
+import pytest
+import torch
+from effect_tools import YES_NO
+from families import FAMILIES
+from neuron_tools import additive, made_effects, tiny_study
+from true_float64 import true_float64
+
+from helpers import grid, mediation, neuron_curves, outcomes
+from helpers.errors import InputError
+from helpers.grid import Patch
+from helpers.mediation import Mediator
+from helpers.neuron_curves import areas, concentration, curve_summary, gini, participation, settles
+from helpers.neuron_effects import all_neurons
+from helpers.neuron_sets import cumulative, joint, measure_all, on_contrast, sizes, whole_layer
+
+SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sets_are_what_the_grid_computes(family: str) -> None:
+    study = tiny_study(family, n=6)
+    subject = study.subject
+    with true_float64(subject.model):
+        measured = measure_all(study, {"T2": all_neurons(subject, [3])})
+        made = joint(subject, measured.ends["T2"], SETS)
+        batch = mediation.run_clean(subject, mediation.batches(study.of("T2"), subject)[0])
+        last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
+        last[:, -1] = True
+        patches = [Patch("neuron", 3, last, tuple(members)) for members in SETS.tolist()]
+        for name, base, source, sign in (
+            ("nie0", batch.control, batch.treated, 1),
+            ("nie1", batch.treated, batch.control, -1),
+        ):
+            after = outcomes.log_odds(subject, grid.interchange(subject, base, source, patches)[:, :, 0], YES_NO)
+            start = outcomes.log_odds(subject, base.resid_post[-1][:, -1:], YES_NO)
+            assert float((after - start).abs().max()) > 0.01
+            np.testing.assert_allclose(made.values[name], (sign * (after - start)).numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+def test_all_neurons_are_the_mlp_output(family: str) -> None:
+    study = tiny_study(family, n=6)
+    with true_float64(study.subject.model):
+        ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
+        plain = mediation.effects(
+            study.subject, study.of("T2"), study.openers, [Mediator("mlp_out", 3)], ["Y1", "Y1.frozen"]
+        )
+        for outcome, is_frozen in (("Y1", False), ("Y1.frozen", True)):
+            wanted = plain[plain.outcome == outcome].set_index("pair_id").loc[ends.pairs.pair_id]
+            made = whole_layer(study.subject, ends, is_frozen)
+            for name in ("nie0", "nie1"):
+                np.testing.assert_allclose(made.values[name][:, 0], wanted[name], atol=1e-9)
+            np.testing.assert_allclose(made.pairs.te, wanted.te, atol=1e-9)
+        every = joint(study.subject, ends, np.arange(48)[None])
+        np.testing.assert_allclose(every.nie, whole_layer(study.subject, ends).nie, atol=1e-9)
+
+
+def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study(n=6)
+    ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
+    order, ks = np.random.default_rng(0).permutation(48), np.array([1, 2, 7, 20, 48])
+    wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
+    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+    monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
+    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+    np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
+
+
+def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
+    study = tiny_study(n=12)
+    measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
+    sign = np.sign(measured.effects["T2-T2b"].pairs.query("split == 'discover'").te.mean())
+    made = on_contrast(measured, "T2-T2b", "test", lambda ends: joint(study.subject, ends, SETS))
+    whole = {name: joint(study.subject, ends, SETS) for name, ends in measured.ends.items()}
+    by_id = {name: dict(zip(one.pairs.pair_id, one.nie, strict=True)) for name, one in whole.items()}
+    assert set(made.pairs.split) == {"test"}
+    assert len(made.pairs) == 4
+    for pair_id, effect in zip(made.pairs.pair_id, made.nie, strict=True):
+        np.testing.assert_allclose(effect, sign * (by_id["T2"][pair_id] - by_id["T2b"][study.twins[pair_id]]))
+
+
+def test_sets_that_name_a_neuron_twice_are_refused() -> None:
+    subject, measured = additive(np.ones(6))
+    for bad in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
+        with pytest.raises(InputError, match="different neurons of 0 to 5"):
+            joint(subject, measured.ends["T2"], np.array(bad))
+
+
+# ---- curves ----
+
+
+def test_k90_must_stay_in_the_band() -> None:
+    ks = np.arange(1, 7)
+    cases = {
+        (0.2, 0.5, 0.9, 0.95, 1.0, 1.0): (2, 3),
+        (0.2, 0.95, 0.8, 0.95, 1.0, 1.0): (2, 4),  # leaves the band below
+        (0.6, 1.0, 1.2, 1.15, 1.05, 1.0): (1, 4),  # overshoots: at 4 it is above, but stays from there on
+        (2.0, 2.0, 2.0, 2.0, 2.0, 1.0): (5, 5),
+        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0): (6, 6),
+    }
+    for share, (k50, k90) in cases.items():
+        assert (settles(np.array(share), ks, 0.5), settles(np.array(share), ks, 0.9)) == (k50, k90), share
+    assert np.isnan(settles(np.array([0.95, 0.95, 0.2]), ks[:3], 0.9))
+    assert np.isnan(settles(np.full(3, np.nan), ks[:3], 0.9))
+    assert settles(np.array([0.5, 1.0]), np.array([10, 200]), 0.9) == 200  # sizes, not places
+
+
+def test_a_layer_of_known_neurons() -> None:
+    """Four neurons of effect 2, one of -1 and the rest nothing: the whole is 7."""
+    writes = np.zeros(40)
+    writes[[3, 17, 22, 39]], writes[8] = 2.0, -1.0
+    subject, measured = additive(writes)
+    order = np.argsort(-abs(writes), kind="stable")
+    curve = on_contrast(measured, "T2", "test", lambda ends: cumulative(subject, ends, order, sizes(40)))
+    np.testing.assert_allclose(curve.nie[0, [0, 3, 4, 39]], [2, 8, 7, 7], rtol=1e-4)
+    made = dict(zip(neuron_curves.SUMMARY, curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (2, 4)  # 8 / 7 is beyond 1.1, but what follows stays within
+    assert made["psi"] == pytest.approx(1, rel=1e-4)
+    by_sign = np.argsort(-writes, kind="stable")
+    late = on_contrast(measured, "T2", "test", lambda ends: cumulative(subject, ends, by_sign, sizes(40)))
+    assert curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
+
+
+def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
+    subject, measured = additive(np.array([1.0, -3.0]))
+    measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
+    curve = on_contrast(measured, "T2", "test", lambda ends: cumulative(subject, ends, np.array([0, 1]), sizes(2)))
+    made = dict(zip(neuron_curves.SUMMARY, curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
+    assert made["psi"] == pytest.approx(-0.4, rel=1e-4)
+    assert neuron_curves.curve_shares(curve, "nie", np.array([1, 2])).empty
+
+
+def test_areas() -> None:
+    ks = np.arange(1, 101)
+    np.testing.assert_allclose(areas(ks / 100, ks), [0.5, 0.5])
+    np.testing.assert_allclose(areas(np.ones(100), ks), [0.995, 0.005])
+    over = np.where(ks < 100, 1.5, 1.0)
+    assert areas(over, ks)[0] > 1.4
+    assert areas(over, ks)[1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_concentration() -> None:
+    rng = np.random.default_rng(0)
+    size = rng.exponential(size=50)
+    dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
+    assert gini(size) == pytest.approx(dense)
+    assert participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
+    made = concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
+    assert made.estimate.tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match="nothing can be concentrated"):
+        concentration(made_effects(np.zeros((12, 4))))
+
+
+def test_set_sizes() -> None:
+    assert sizes(384).tolist() == list(range(1, 385))
+    large = sizes(14336)
+    assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
+    assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
+    assert sizes(1).tolist() == [1]
