@@ -226,3 +226,16 @@ def test_published_arrays_are_read_and_pickles_are_not(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             steering_store.read_samples(tmp_path / name)
+
+
+def test_the_closed_loop_is_one_sided_and_bounded(fit: sf.Fit) -> None:
+    edit = tg.layer_form(fit, layers=[2], gated=False, components=0).edits[0]
+    means = sf.directions(fit, "mlp_out")
+    assert means.refused is not None and means.complied is not None
+    v = means.refused[2] - means.complied[2]
+    along = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])  # 0 at the complied mean, 1 at the refused one
+    x = (torch.tensor(means.complied[2]) + along[:, None] * torch.tensor(v)).float()[:, None]
+    at = steering.Prompt(*[torch.zeros(5, 1, dtype=torch.long)] * 3)
+    moved = edit.delta(x, at)[:, 0].numpy() @ v / (v @ v)
+    np.testing.assert_allclose(moved[1:], [1, 0.5, 0, 0], atol=0.01)
+    assert moved[0] == pytest.approx(1, abs=0.05)
