@@ -71,9 +71,14 @@ def cache() -> Path:
     """The hub's cache, by the variables that its own library reads."""
     if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return _expanded(place)
-    if home := os.environ.get("HF_HOME"):
-        return _expanded(home) / "hub"
-    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+    return home() / "hub"
+
+
+def home() -> Path:
+    """The folder of everything that the hub's libraries keep."""
+    if place := os.environ.get("HF_HOME"):
+        return _expanded(place)
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
 
 
 def snapshot(hub_id: HubId) -> Path | None:

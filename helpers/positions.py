@@ -105,6 +105,16 @@ def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> l
     return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
 
 
+def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """`labels` of one side of a pair, "control" or "treated"; of a sensitive set's user turn only the places are shown."""
+    names = labels(getattr(pair, side), tokenizer)
+    if not pair.pair.sensitive:
+        return names
+    offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
+    inside = (offsets[:, 1] > start) & (offsets[:, 0] < start + len(getattr(pair.pair, side)))
+    return ["(hidden)" if is_inside else name for name, is_inside in zip(names, inside, strict=True)]
+
+
 def present(masks: Mapping[str, Bool[np.ndarray, "pos"]]) -> list[str]:
     """Names of the groups that hold at least one token, in reading order of their first token."""
     held = [name for name in masks if masks[name].any() and name not in OVERLAPPING]

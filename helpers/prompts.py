@@ -43,11 +43,15 @@ class Pair:
     twin: str | None = None
     family: str = ""
     spans: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    sensitive: bool = False
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A checked folder of pairs; `outcomes` maps a treatment to its (comply, refuse) answer openers."""
+    """A checked folder of pairs; `outcomes` maps a treatment to its (comply, refuse) answer openers.
+
+    A set is sensitive if its `set.json` says so; the texts of its pairs are never shown (see `shown`).
+    """
 
     name: str
     pairs: tuple[Pair, ...]
@@ -84,11 +88,33 @@ def load_set(where: str | Path) -> PromptSet:
     pairs = _read_pairs(folder / "pairs.jsonl")
     _check_twins(pairs, folder / "pairs.jsonl")
     pairs = _with_splits(pairs, folder / "pairs.jsonl")
+    pairs = tuple(replace(pair, sensitive=_is_sensitive(folder)) for pair in pairs)
     outcomes = _read_outcomes(folder / "outcome.json", {pair.treatment for pair in pairs})
     digest = hashlib.sha256()
     for name in ("pairs.jsonl", "outcome.json"):
         digest.update((folder / name).read_bytes())
     return PromptSet(folder.name, pairs, outcomes, digest.hexdigest())
+
+
+def shown(pair: Pair, side: str) -> str:
+    """One text of a pair for a reader's eyes, `side` being "control" or "treated"; of a sensitive set its id and hash.
+
+    >>> shown(Pair("p7", "T1", "t", "request 7", "request 8", sensitive=True), "control")
+    '[hidden: p7, sha256 1b95ed56bb99]'
+    """
+    text = str(getattr(pair, side))
+    return f"[hidden: {pair.id}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}]" if pair.sensitive else text
+
+
+def _is_sensitive(folder: Path) -> bool:
+    """A set whose own note cannot be read counts as sensitive."""
+    path = folder / "set.json"
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(_read_text(path)).get("sensitive", True))
+    except (json.JSONDecodeError, AttributeError):
+        return True
 
 
 def _read_text(path: Path) -> str:

@@ -80,8 +80,12 @@ def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenP
 
     Raises InputError if the two prompts have different token lengths, and says which tokens they are.
     """
-    pair = Pair("own", treatment, "own", control, treated)
+    pair = Pair("own", treatment, "own", control, treated, sensitive=any(p.pair.sensitive for p in study.pairs))
     made, _ = tokens.token_pair(pair, study.subject.tokenizer)
+    if made is None and pair.sensitive:
+        raise InputError(
+            "the prompts must have equally many tokens and differ (their texts are not shown for this set)"
+        )
     if made is None:
         sides = [tokens.encode(study.subject.tokenizer, text)[0] for text in (control, treated)]
         shown = [" ".join(positions.labels(ids, study.subject.tokenizer)) for ids in sides]

@@ -85,7 +85,7 @@ def position_map(study: Study, pair: TokenPair, site: str = "resid_post") -> pd.
     scored = mediation.score(subject, batch, (patched[0], patched[1]), study.openers[pair.pair.treatment], "Y1")
     made = mediation.estimands(pd.DataFrame({name: values[0] for name, values in scored.items()}))
     table = pd.DataFrame(places, columns=["layer", "position"]).assign(nie0=made.nie0, nie1=made.nie1)
-    text = [positions.labels(ids, subject.tokenizer) for ids in (pair.control, pair.treated)]
+    text = [positions.token_labels(pair, side, subject.tokenizer) for side in ("control", "treated")]
     tokens = [a if a == b else f"{a}/{b}" for a, b in zip(*text, strict=True)]
     masks = positions.groups(pair, positions.user_header(subject.tokenizer))
     group = {int(at): name for name in positions.present(masks) for at in np.flatnonzero(masks[name])}
