@@ -39,8 +39,8 @@ def morans_i(
     index order within a layer. Values are centred within their layer, so that differences between layers do not count;
     I is N / S0 * sum_ij w_ij z_i z_j / sum_i z_i^2, pooled over layers.
 
-    >>> morans_i(np.array([1.0, -1.0] * 50), np.zeros(100, int), half_width=1).round(6)
-    array(-1.)
+    >>> round(float(morans_i(np.array([1.0, -1.0] * 50), np.zeros(100, int), half_width=1)), 6)
+    -1.0
     """
     product, square, weight = (np.zeros(values.shape[:-1]) for _ in range(3))
     for one in np.unique(layer):
