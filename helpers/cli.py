@@ -7,11 +7,12 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helpers import preflight, runner
+from helpers import model_list, preflight, runner, shard_run
 from helpers.claims_table import claims_table
 from helpers.errors import InputError
 from helpers.manifest import run_times
@@ -44,6 +45,8 @@ def parser() -> Parser:
     new.add_argument("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
     new.add_argument("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
     new.add_argument("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
+    new.add_argument("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
+    new.add_argument("--shards", metavar="N", type=int, default=0, help="share the sweeps among N processes or GPUs")
     new.add_argument("--figures", action="store_true", help="only redraw the figures from results/")
     new.add_argument("--force", action="store_true", help="run what is up to date as well")
     new.add_argument("--list", action="store_true", help="list the notebooks and what is up to date")
@@ -63,6 +66,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
     if flags.pairs < 0 or 0 < flags.pairs < 10:
         raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
+    if not 0 <= flags.shards <= 1000:
+        raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
     if flags.test and len(arguments) > 1:
         raise InputError("--test goes alone: it always checks the embedded model")
     return flags
@@ -109,8 +114,7 @@ def _named(given: str, shipped: Path) -> str:
     """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
     if not given.strip():
         raise InputError("an empty name was given for --model or --prompts")
-    # run_all.sh changes into the repository; what the user typed counts from where it was typed.
-    folder = Path(os.environ.get("COMPANION_CALLER", "."), Path(given).expanduser())
+    folder = preflight.from_caller(given)
     return str(folder.resolve()) if given not in preflight.names(shipped) and folder.is_dir() else given
 
 
@@ -136,6 +140,8 @@ def run_command(flags: argparse.Namespace) -> int:
     if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
         for line in preflight.check_pairs(asked["MODEL"], asked["PROMPTS"], asked["PAIRS"]):
             print(line, flush=True)
+    if not shard_run.prepare(plan, numbers, flags.shards, force=flags.force):
+        return 1
     failed = runner.run(plan, numbers)
     if failed:
         print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
@@ -170,6 +176,29 @@ def figures_command(flags: argparse.Namespace) -> int:
     return 0
 
 
+def models_command(flags: argparse.Namespace) -> int:
+    """Do the same for every entry of a list of models; all entries are checked before the first one starts."""
+    given = [name for name in model_list.KEYS if getattr(flags, name) != parser().get_default(name)]
+    if given:
+        raise InputError(f"--models goes without --{given[0]}: write it into the list")
+    path = preflight.from_caller(flags.models)
+    runs = {}
+    for place, words in enumerate(model_list.read(path), start=1):
+        try:
+            own = parse(words)
+            one = argparse.Namespace(**{**vars(flags), **{name: getattr(own, name) for name in model_list.KEYS}})
+            runs[place] = (parameters(one, one.device)["SLUG"], one)
+        except InputError as error:
+            raise InputError(f"{path}, entry {place}: {error}") from error
+    model_list.refuse_same_names([slug for slug, _ in runs.values()], path)
+    return model_list.in_turn({slug: partial(_command(one), one) for slug, one in runs.values()})
+
+
+def _command(flags: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
+    commands = {"list": list_command, "figures": figures_command}
+    return next((commands[name] for name in commands if getattr(flags, name)), run_command)
+
+
 def check(arguments: Sequence[str]) -> int:
     """What `main` would say of the flags, found with the standard library only: run_all.sh asks before installing."""
     try:
@@ -195,11 +224,15 @@ def main(arguments: Sequence[str]) -> int:
             from helpers import checks
 
             return checks.run_all()
-        commands = {"list": list_command, "figures": figures_command}
-        command = next((commands[name] for name in commands if getattr(flags, name)), run_command)
-        return command(flags)
+        return models_command(flags) if flags.models is not None else _command(flags)(flags)
     except InputError as error:
         return _report(error)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written
+        return _report(
+            InputError(f"{error}: mend that; what finished is kept, and the same command goes on from there")
+        )
     except KeyboardInterrupt:
         print("\nstopped; what finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130

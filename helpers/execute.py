@@ -5,8 +5,11 @@ PARAMETERS injected (none if it is empty). If a cell fails, REPORT says which an
 """
 
 import json
+import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -53,5 +56,15 @@ def _failed(report: Path, failure: dict[str, Any], traceback: str) -> int:
     return 1
 
 
+def end_with_the_runner() -> None:
+    """End this process when the runner's end of its standard input closes, also where the runner was killed.
+
+    The kernel sees that its parent has gone and ends as well. Without this a killed run would go on computing, unseen.
+    """
+    os.read(0, 1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_the_runner, daemon=True).start()
     sys.exit(main(sys.argv[1:]))

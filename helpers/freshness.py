@@ -24,7 +24,8 @@ def hash_file(path: Path, known: KnownHashes) -> str:
     if stat.st_size < _BIG:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     name, seen = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
-    if known.get(name, [])[:2] != seen:
+    entry = known.get(name)
+    if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != seen:
         with path.open("rb") as file:
             known[name] = [*seen, hashlib.file_digest(file, "sha256").hexdigest()]
     return str(known[name][2])
@@ -82,12 +83,41 @@ def note(results: Path, name: str, content: Mapping[str, Any]) -> None:
     write_json(dict(content), results / STATE / f"{name}.json")
 
 
-def is_fresh(results: Path, number: str, key: str) -> bool:
-    """Whether the notebook finished with this key and everything that it wrote is still there."""
+def forget(results: Path, number: str) -> None:
+    """Remove the note that a notebook finished, before its results change.
+
+    Otherwise a run that is killed between two files would leave a mixture that an earlier code's note calls fresh.
+    """
+    (results / STATE / f"{number}.json").unlink(missing_ok=True)
+
+
+def is_fresh(results: Path, number: str, key: str, known: KnownHashes) -> bool:
+    """Whether the notebook finished with this key and everything that it wrote is there as it was written.
+
+    Files that all runs share (the claims table, the index of figures) must be as the last run of any name left them.
+    """
     last = recall(results, number)
-    return last.get("key") == key and all((results / output).exists() for output in last["outputs"])
+    outputs = last.get("outputs")
+    if last.get("key") != key or not isinstance(outputs, dict):
+        return False
+    shared = recall(results.parent, "shared")
+    wanted = {name: shared.get(name, sha) if _is_shared(name, results) else sha for name, sha in outputs.items()}
+    return all((results / name).is_file() and hash_file(results / name, known) == sha for name, sha in wanted.items())
 
 
 def remember(results: Path, number: str, key: str, outputs: Iterable[Path]) -> None:
     """Note that the notebook finished; the paths are kept relative, so that the repository can be moved."""
-    note(results, number, {"key": key, "outputs": sorted(os.path.relpath(path, results) for path in outputs)})
+    hashes = {os.path.relpath(path, results): hash_file(path, {}) for path in sorted(outputs)}
+    shared = {name: sha for name, sha in hashes.items() if _is_shared(name, results)}
+    if shared:
+        note(results.parent, "shared", recall(results.parent, "shared") | shared)
+    note(results, number, {"key": key, "outputs": hashes})
+
+
+def _is_shared(name: str, results: Path) -> bool:
+    """Whether a result file, named from a run's folder, is none of the run's own.
+
+    >>> [_is_shared(name, Path("results/x")) for name in ("02.csv", "../claims.csv", "../../figures/x/02.png")]
+    [False, True, False]
+    """
+    return name.startswith("..") and results.name not in Path(name).parts

@@ -77,10 +77,19 @@ def execute(
 
 
 def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> int:
-    """Exit status of the command. Ctrl-C reaches us alone and is passed on, so that the kernel is shut down."""
+    """Exit status of the command. Ctrl-C reaches us alone and is passed on, so that the kernel is shut down.
+
+    The command holds the other end of a pipe: if this process is killed, it ends too.
+    """
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             return child.wait()

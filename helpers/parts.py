@@ -19,19 +19,19 @@ import numpy as np
 import pandas as pd
 
 from helpers import freshness, grid_chunks, paths, positions, store
+from helpers.staging import PARTS
 from helpers.tokens import TokenPair
 
 if TYPE_CHECKING:
     from helpers.study import Study
     from helpers.sweeps import Sweep
 
-FOLDER = "parts"
 STAMP = "part"
 
 
 def home(slug: str) -> Path:
     """Where a run's parts lie; the folder is there only if the run was sharded."""
-    return paths.RESULTS / paths.check_slug(slug) / FOLDER
+    return paths.RESULTS / paths.check_slug(slug) / PARTS
 
 
 def forget(slug: str) -> None:

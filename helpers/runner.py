@@ -96,17 +96,20 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None)
     known: freshness.KnownHashes = freshness.recall(results, "hashes")
     before = dict(known)
     keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known))
+    plan = Plan(parameters, paths, originals, notebooks, keys, frozenset())
+    stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number, known)}
     if known != before:
         freshness.note(results, "hashes", known)
-    plan = Plan(parameters, paths, originals, notebooks, keys, frozenset())
-    stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number)}
     return Plan(parameters, paths, originals, notebooks, keys, frozenset(stale))
 
 
-def _is_fresh(plan: Plan, number: str) -> bool:
+def _is_fresh(plan: Plan, number: str, known: freshness.KnownHashes) -> bool:
     executed = plan.executed(number)
-    written = executed.is_file() and nb.is_executed(nb.read(executed))
-    return written and freshness.is_fresh(plan.results, number, plan.keys[number])
+    try:
+        written = executed.is_file() and nb.is_executed(nb.read(executed))
+    except InputError:  # a torn copy is made again; a torn notebook of the repository was named before
+        return False
+    return written and freshness.is_fresh(plan.results, number, plan.keys[number], known)
 
 
 def _shared_digest(parameters: Mapping[str, Any], known: freshness.KnownHashes) -> str:
@@ -141,7 +144,7 @@ def run(plan: Plan, numbers: Sequence[str]) -> int:
     """Run the stale ones of `numbers`, one line each; returns how many failed or were not started."""
     check_parameters(plan)
     lost: dict[str, str] = {}
-    with _only_run(plan):
+    with only_run(plan):
         for place, number in enumerate(numbers, start=1):
             print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
             broken = [need for need in NEEDS[number] if need in lost]
@@ -163,7 +166,7 @@ def _finish(plan: Plan, done: set[str]) -> None:
 
 
 @contextmanager
-def _only_run(plan: Plan) -> Iterator[None]:
+def only_run(plan: Plan) -> Iterator[None]:
     """Hold the run's lock, which ends with this process however it ends."""
     folder = plan.results / freshness.STATE
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,6 +195,7 @@ def _run_one(plan: Plan, number: str) -> bool:
             print(f"failed after {seconds:.0f} s", flush=True)
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
             return False
+        freshness.forget(plan.results, number)
         outputs = [*results.publish(), *figures.publish()]
         write_text(text, plan.executed(number))
     freshness.remember(plan.results, number, plan.keys[number], outputs)

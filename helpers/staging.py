@@ -1,6 +1,7 @@
 """A notebook's files take their place only when it has finished: it writes into a stage, a failure leaves nothing."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from helpers.freshness import STATE
 
-_KEPT_OUT = (STATE, "logs", "notebooks")  # the runner's own folders inside a run's results
+PARTS = "parts"  # of sharded sweeps: many, and written whole one by one, so a stage shows the folder itself
+_KEPT_OUT = (STATE, "logs", "notebooks", PARTS)  # the runner's own folders inside a run's results
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,25 @@ def staged(real: Path, slug: str) -> Iterator[Stage]:
     The run's own files are copies, so that no earlier file is touched even by a writer that changes it in place;
     the folders of other runs are links, for reading.
     """
-    shown = real / slug / STATE / "stage"  # on the same disk, so that publishing is a rename
-    if shown.exists():  # a killed run left it behind
-        shutil.rmtree(shown)
+    home = real / slug / STATE  # on the same disk, so that publishing is a rename
+    for left in home.glob("stage*"):  # by a run that was killed
+        shutil.rmtree(left)
+    # A name of its own: what a killed run's notebook still writes for a moment never gets into this one's.
+    shown = home / f"stage-{os.getpid()}-{secrets.token_hex(4)}"
     shown.mkdir(parents=True)
     try:
         for path in real.iterdir():
             if path.name == slug:
-                shutil.copytree(path, shown / slug, ignore=shutil.ignore_patterns(*_KEPT_OUT))
+                shutil.copytree(path, shown / slug, ignore=shutil.ignore_patterns(*_KEPT_OUT, ".*"))
+                if (path / PARTS).is_dir():
+                    (shown / slug / PARTS).symlink_to(path / PARTS, target_is_directory=True)
             elif path.is_dir():
                 (shown / path.name).symlink_to(path, target_is_directory=True)
             else:
                 shutil.copy2(path, shown / path.name)
         yield Stage(real, shown, _files(shown))
     finally:
-        shutil.rmtree(shown)
+        shutil.rmtree(shown, ignore_errors=True)  # the next run removes what is left
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, ...]]:

@@ -40,6 +40,8 @@ FLAGS = {
     "--profile fast": "'fast' (choose from",
     "--pairs 5": "at least 10, or 0 for all",
     "--pairs -1": "at least 10, or 0 for all",
+    "--shards -1": "--shards -1: expected 1 to 1000",
+    "--shards x": "invalid int value: 'x'",
     "--pairs many": "invalid int value: 'many'",
     "--model": "expected one argument",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
@@ -162,7 +164,7 @@ def test_notebooks_that_the_runner_does_not_understand_are_named(toy: Toy) -> No
 
 def test_help_lists_every_flag(toy_done: Toy) -> None:
     text = toy_done.run("--help").stdout
-    flags = "model prompts name device dtype profile pairs only figures force list test"
+    flags = "model prompts name device dtype profile pairs only models shards figures force list test"
     assert all(f"--{flag} " in text for flag in flags.split())
 
 

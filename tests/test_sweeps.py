@@ -76,7 +76,7 @@ def test_a_part_is_made_again_unless_it_is_whole_and_its_own(small: Study, resul
     ):
         effects.write_bytes(damage)
         assert parts.read(place, 1, ("effects", "clean")) is None
-        assert sweeps.run_shard(small, "layers", 0, 1) == (1, len(files(results)) // 2 - 1)
+        assert sweeps.run_shard(small, "layers", 0, 1) == (1, len(sweeps.batches(small, "layers")) - 1)
         assert effects.read_bytes() == good
     clean.unlink()
     assert parts.read(place, 1, ("effects", "clean")) is None
