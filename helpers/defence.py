@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,15 +18,17 @@ from jaxtyping import Bool
 
 from helpers import defence_outcomes as do
 from helpers import defence_prompts as dp
-from helpers import defence_stats
+from helpers import defence_stats, steering
 from helpers.defence_outcomes import Answers, Steer
 from helpers.defence_stats import Change
+from helpers.steering import Steering
 from helpers.study import Study
 from helpers.subject import Subject
 from helpers.tokens import Openers
 
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
+CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
 N_VALIDATE: Final = 100  # prompts of a kind on which strengths are chosen
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
 SEED: Final = 0
@@ -41,6 +44,11 @@ class Arm:
 
 
 PLAIN: Final = Arm("unsteered")
+
+
+def arm_of(subject: Subject, steered: Steering) -> Arm:
+    """A steering method as an arm."""
+    return Arm(steered.name, partial(steering.applied, subject, steered), steered.system)
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,18 @@ class Lab:
 def open_lab(study: Study, prompt_set: str | Path, *, thin: int = 0) -> Lab | str:
     """The lab of a study, or the sentence that says what is missing for one.
 
-    `thin` bounds the prompts of each split and kind (0: all). The openers are T2's, or T1's where there is no T2.
+    `thin` bounds the prompts of each split and kind (0: `CAP`), spread over topics or wrapper families.
+    The openers are T2's, or T1's where there is no T2.
     """
     treatment = next((name for name in ("T2", "T1") if name in study.openers), None)
     if treatment is None:
         return "the prompt set has no harmful request (T1 or T2): nothing to defend against; supply some"
     table = dp.table([p.pair for p in study.pairs], prompt_set)
-    if thin:
-        groups = table.groupby(["split", "kind", "wrapped"], sort=False)
-        table = pd.concat([dp.thinned(part, thin) for _, part in groups]).sort_index().reset_index(drop=True)
+    parts = []
+    for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
+        is_attack = bool(kind == "harmful" and wrapped)
+        parts.append(dp.thinned(part, thin or CAP[is_attack], by=("family", "tier") if is_attack else ("topic",)))
+    table = pd.concat(parts).sort_index().reset_index(drop=True)
     found = do.log_odds(study.subject, table.text, study.openers[treatment])
     table = pd.concat([table, found.assign(refused=found.log_odds < 0)], axis=1)
     return Lab(study.subject, study.openers[treatment], table, dp.is_embedded(table.text))

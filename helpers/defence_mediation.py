@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from helpers import defence_stats, mediation, outcomes, positions, reference
 from helpers.defence_outcomes import Steer
 from helpers.defence_stats import Change
 from helpers.evidence import COMPONENTS
+from helpers.grid_run import CleanRun
+from helpers.mediation import Batch
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
@@ -39,7 +42,7 @@ def steered_effects(
     tables = []
     for group in mediation.batches(pairs, subject):
         with steer():
-            batch = mediation.run_clean(subject, group)
+            batch = _steered_pass(subject, mediation.run_clean(subject, group))
             made = mediation.patches(batch, wanted, header)
             runs = ((batch.control, batch.treated), (batch.treated, batch.control))
             y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in runs)
@@ -50,6 +53,16 @@ def steered_effects(
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(mediation.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
     return mediation.estimands(pd.concat(tables, ignore_index=True))
+
+
+def _steered_pass(subject: Subject, batch: Batch) -> Batch:
+    """The batch without what its hooks saw of a plain pass, which some methods make first to look at the prompt."""
+
+    def last(run: CleanRun) -> CleanRun:
+        names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
+        return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
+
+    return replace(batch, control=last(batch.control), treated=last(batch.treated))
 
 
 def neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:

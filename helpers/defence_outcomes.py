@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from helpers import outcomes, tokens
 from helpers.judge import judge
@@ -57,14 +59,19 @@ def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "po
     A template that takes no system turn gets the sentence at the head of the user turn.
     """
     assert subject.tokenizer is not None
+    return _encoded(subject.tokenizer, text, system)
+
+
+@lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, "pos"]:
     if not system:
-        return tokens.encode(subject.tokenizer, text)[0]
+        return tokens.encode(tokenizer, text)[0]
     turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     try:
-        rendered = subject.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError:
-        return tokens.encode(subject.tokenizer, f"{system} {text}")[0]
-    return np.array(subject.tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+        return tokens.encode(tokenizer, f"{system} {text}")[0]
+    return np.array(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
 
 
 @torch.no_grad()
@@ -165,10 +172,10 @@ def price(subject: Subject, texts: Sequence[str], own: Answers, steer: Steer, *,
     """
     found = np.empty((len(texts), 4))
     steps, vocab = own.ids.shape[1], int(subject.unembedding[0].shape[0])
-    size = max(1, min(BATCH, LOGIT_BYTES // (16 * steps * vocab)))
+    size, listed = max(1, min(BATCH, LOGIT_BYTES // (16 * steps * vocab))), list(texts)
     for places, prompt in buckets(subject, texts, size):
         # With a system turn of its own a prompt is longer, by the same number of tokens in every row of a batch.
-        sent = torch.tensor(np.stack([encode(subject, texts[i], system) for i in places]), device=subject.device)
+        sent = torch.tensor(np.stack([encode(subject, listed[i], system) for i in places]), device=subject.device)
         answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
         plain = _forced(subject, prompt, answer, nullcontext)
         steered = _forced(subject, sent, answer, steer)

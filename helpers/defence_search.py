@@ -49,6 +49,9 @@ class Disguise:
         return ", ".join([self.wrapper.text, *filter(None, extras)])
 
 
+STRONG = Disguise(Wrapper("badge", lx.TIER_WORDS[-1][0], lx.N_TIERS - 1))  # what needs no search
+
+
 def requests(split: str, n: int = 0) -> list[Request]:
     """One plain harmful request a topic of a split, `n` of them (0: all), the same at every call."""
     clauses = topic_clauses(True, True)
@@ -71,24 +74,41 @@ def dressed(request: Request, disguise: Disguise) -> str:
     return render(request.swap(**parts, distractor=disguise.distractor))[0]
 
 
+def as_prompts(asked: Sequence[Request], disguise: Disguise) -> pd.DataFrame:
+    """The requests under one disguise as a table that `defence.answer` takes."""
+    return pd.DataFrame(
+        {
+            "text": [dressed(request, disguise) for request in asked],
+            "kind": "harmful",
+            "topic": [request.clause.topic for request in asked],
+        }
+    )
+
+
 def scores(
-    subject: Subject, disguises: Sequence[Disguise], asked: Sequence[Request], openers: Openers, steer: Steer
+    subject: Subject,
+    disguises: Sequence[Disguise],
+    asked: Sequence[Request],
+    openers: Openers,
+    steer: Steer,
+    *,
+    system: str = "",
 ) -> pd.Series:
     """Mean log-odds of complying over the requests under each disguise, best attack first; indexed by its place."""
     texts = [dressed(request, disguise) for disguise in disguises for request in asked]
-    found = do.log_odds(subject, texts, openers, steer)["log_odds"].to_numpy()
+    found = do.log_odds(subject, texts, openers, steer, system=system)["log_odds"].to_numpy()
     return pd.Series(found.reshape(len(disguises), len(asked)).mean(1)).sort_values(ascending=False, kind="stable")
 
 
-def worst(subject: Subject, openers: Openers, steer: Steer) -> Disguise:
+def worst(subject: Subject, openers: Openers, steer: Steer, *, system: str = "") -> Disguise:
     """The disguise that the defence withstands least on the validate topics, found in two rounds.
 
     Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs.
     """
     asked = requests("validate", REQUESTS)
     alone = [Disguise(wrapper) for wrapper in wrappers()]
-    best = [alone[i].wrapper for i in scores(subject, alone, asked, openers, steer).index[:FINALISTS]]
+    best = [alone[i].wrapper for i in scores(subject, alone, asked, openers, steer, system=system).index[:FINALISTS]]
     rng = random.Random("search-distractors")
     clauses = [draw_clause(rng, *classes) if classes else None for classes in DISTRACTORS]
     full = [Disguise(*parts) for parts in itertools.product(best, PERSONAS, clauses, ADVERBS)]
-    return full[int(scores(subject, full, asked, openers, steer).index[0])]
+    return full[int(scores(subject, full, asked, openers, steer, system=system).index[0])]

@@ -46,7 +46,7 @@ def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d
     seen: list[Tensor] = []
     with torch.no_grad(), on_input(subject.final_norm, seen.append):
         subject.model.base_model(**model_inputs(run.tokens, run.mask), use_cache=False)
-    return seen[0]
+    return seen[-1]  # hooks that look at the prompt in a pass of their own make that one first
 
 
 def warn_slow(subject: Subject, base: CleanRun, n_patches: int) -> None:

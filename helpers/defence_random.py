@@ -1,0 +1,45 @@
+"""Is a direction better than chance? The same sites and budget, directions drawn at random."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Final
+
+import pandas as pd
+
+from helpers import defence, defence_tradeoff, steering_controls
+from helpers import defence_outcomes as do
+from helpers.defence import Lab
+from helpers.defence_tradeoff import Bench
+from helpers.steering import Steering
+from helpers.steering_fit import Fit
+
+FAMILIES: Final = {
+    "isotropic": steering_controls.random_isotropic,
+    "covariance-matched": steering_controls.random_covariance,
+}
+DRAWS: Final = 100
+
+
+def fall(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> float:
+    """Mean fall of the log-odds of complying on these prompts."""
+    arm = defence.arm_of(lab.subject, steered)
+    found = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer, system=arm.system)
+    return float((prompts.log_odds.to_numpy() - found.log_odds.to_numpy()).mean())
+
+
+def null(lab: Lab, fit: Fit, tested: Steering, on: Bench, spend: Bench, draws: int = DRAWS) -> pd.DataFrame:
+    """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `on`).
+
+    Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`).
+    """
+    target = defence_tradeoff.budget(lab, tested, spend)
+    own = fall(lab, tested, on.harmful)
+    rows = []
+    for family, draw in FAMILIES.items():
+        rows.append((family, tested.name, own))
+        make = partial(draw, fit, like=tested)
+        # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
+        strength = defence_tradeoff.at_budget(lab, make(seed=0), target, spend).strength
+        rows += [(family, "random", fall(lab, make(strength, seed=seed), on.harmful)) for seed in range(draws)]
+    return pd.DataFrame(rows, columns=["family", "role", "value"])

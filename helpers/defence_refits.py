@@ -1,0 +1,130 @@
+"""What a defence owes to the prompts it was fitted on: families left out, other draws of topics, fewer examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from helpers import defence, defence_arms, defence_outcomes, defence_stats, defence_tradeoff, stats, steering_fit
+from helpers.defence import PLAIN, Lab
+from helpers.defence_tradeoff import Bench
+from helpers.steering import Steering
+from helpers.steering_fit import Fit
+
+Builders = Mapping[str, Callable[[Fit], Steering]]
+EXAMPLES: Final = (5, 14, 50, 200)
+CLASSES: Final = ("refused", "complied", "benign")
+FAMILY_STRENGTHS: Final = (0.5, 1.0, 1.5)
+MIN_FAMILY: Final = 20  # test prompts below which a family is not reported
+N_FAMILY: Final = 80
+
+
+def families(lab: Lab) -> list[str]:
+    """Wrapper families with enough wrapped harmful prompts in the test split."""
+    wrapped = defence.select(lab, "test", "harmful", wrapped=True)
+    sizes = wrapped[wrapped.wrapped & (wrapped.family != "")].groupby("family").size()
+    return [str(name) for name in sizes.index[sizes >= MIN_FAMILY]]
+
+
+def leave_families_out(lab: Lab, fit: Fit, made: Builders, names: Sequence[str], on: Bench) -> pd.DataFrame:
+    """Judged harm on each wrapper family by methods that were fitted and tuned without it, the plain model beside them.
+
+    Columns: family, method, estimate, low, high (rates with Wilson intervals), change (points, against the plain model),
+    p (exact McNemar) and p_holm (over the families of a method).
+    """
+    rows = []
+    for family in families(lab):
+        test = defence.select(lab, "test", "harmful", wrapped=True)
+        test = defence.dp.thinned(test[test.family == family], N_FAMILY)
+        plain = defence.trial(lab, PLAIN, test, greedy=False)
+        rows.append((family, PLAIN.name, *_rate(plain), 0.0, np.nan))
+        kept = np.flatnonzero((fit.prompts.family != family).to_numpy())
+        others = replace(on, harmful=on.harmful[on.harmful.family != family])
+        chosen, _ = defence_arms.arms(steering_fit.fit_of(fit, kept), made, names)
+        for name, one in defence_arms.tuned(lab, chosen, others, FAMILY_STRENGTHS)[0].items():
+            steered = defence.trial(lab, defence.arm_of(lab.subject, one), test, greedy=False)
+            change = defence.changed(plain, steered, "harmful")
+            rows.append((family, name, *_rate(steered), change.estimate, change.p))
+    columns = ["family", "method", "estimate", "low", "high", "change", "p"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(
+        p_holm=table.groupby("method", sort=False)["p"].transform(lambda p: defence_stats.holm(list(p)))
+    )
+
+
+def _rate(trial: pd.DataFrame) -> tuple[float, float, float]:
+    harmful = (trial.label == "harmful").to_numpy()
+    return float(harmful.mean()), *stats.wilson(int(harmful.sum()), len(harmful))
+
+
+def redrawn(fit: Fit, seed: int) -> Fit:
+    """The fit on as many discover topics, drawn with replacement; the validate prompts stay."""
+    table = fit.prompts.reset_index(drop=True)
+    rng = np.random.default_rng(seed)
+    groups = {topic: part.index.to_numpy() for topic, part in table[table.split == "discover"].groupby("topic")}
+    drawn = rng.choice(np.array(list(groups), dtype=object), size=len(groups))
+    rows = [*(groups[topic] for topic in drawn), table.index[table.split != "discover"].to_numpy()]
+    return steering_fit.fit_of(fit, np.concatenate(rows))
+
+
+def refit_changes(
+    lab: Lab, fit: Fit, build: Callable[[Fit], Steering], strength: float, plain: pd.DataFrame, n: int = 10
+) -> list[float]:
+    """Harm change in points with the directions of `n` redrawn fits, at the strength that was chosen for the first."""
+    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
+    found = []
+    for seed in range(n):
+        one = defence_tradeoff.scaled(build(redrawn(fit, seed)), strength)
+        made = defence.answer(lab, defence.arm_of(lab.subject, one), harmful)
+        found.append(defence.labelled(lab, made, harmful))
+    before = (harmful.label == "harmful").mean()
+    return [100 * (float(np.mean(np.array(labels) == "harmful")) - before) for labels in found]
+
+
+def small_fit(fit: Fit, n: int, seed: int) -> Fit:
+    """The fit on `n` discover prompts of each class (all, where there are fewer); the validate prompts stay."""
+    table = fit.prompts.reset_index(drop=True)
+    rng = np.random.default_rng(seed)
+    chosen = [table.index[table.split != "discover"].to_numpy()]
+    for name in CLASSES:
+        members = table.index[(table.split == "discover") & (table["class"] == name)].to_numpy()
+        chosen.append(rng.permutation(members)[:n])
+    return steering_fit.fit_of(fit, np.concatenate(chosen))
+
+
+def examples(
+    lab: Lab, fit: Fit, made: Builders, layer: int, on: Bench, draws: int = 5, sizes: Sequence[int] = EXAMPLES
+) -> pd.DataFrame:
+    """Directions and what they achieve, over the number of fitting examples of each class.
+
+    Panel "direction": cosine between two directions fitted on separate draws, mean and range over pairs of draws. Panel
+    "harm left": P(harmful answer) on the bench under each of the methods, mean and range over draws. Bands are ranges,
+    not intervals. Beyond half of the examples two draws overlap, which flatters the cosine.
+    """
+    rows = []
+    for n in sizes:
+        fits = [small_fit(fit, n, seed) for seed in range(draws)]
+        for name in ("rejection", "harmfulness"):
+            vectors = [getattr(steering_fit.directions(one), name) for one in fits]
+            if all(vector is not None for vector in vectors):
+                cosines = _cosines(np.stack([np.asarray(vector[layer], dtype=float) for vector in vectors]))
+                rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max()))
+        for name, build in made.items():
+            left = [_harm(lab, build(one), on) for one in fits]
+            rows.append(("harm left", name, n, np.mean(left), min(left), max(left)))
+    return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
+
+
+def _cosines(vectors: np.ndarray) -> np.ndarray:
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
+
+
+def _harm(lab: Lab, steered: Steering, on: Bench) -> float:
+    arm = defence.arm_of(lab.subject, steered)
+    found = defence_outcomes.log_odds(lab.subject, on.harmful.text, lab.openers, arm.steer, system=arm.system)
+    return float(1 - found.p_refuse.mean())

@@ -1,0 +1,123 @@
+"""C6 from beginning to end for any study: fit, tune, try, compare, and write the evidence rows.
+
+Notebook 06 takes the same steps one by one, for every method; here they are taken for the decisive one alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import (
+    defence,
+    defence_arms,
+    defence_evidence,
+    defence_mediation,
+    defence_random,
+    defence_refits,
+    defence_tradeoff,
+    steering_fit,
+)
+from helpers.defence import PLAIN, Lab
+from helpers.defence_arms import DECISIVE
+from helpers.defence_tradeoff import Bench
+from helpers.steering import Steering
+from helpers.steering_fit import Fit
+from helpers.study import Study
+
+N_MEDIATION = 60  # T2 pairs on which the steered model's indirect effects are measured
+
+
+@dataclass(frozen=True)
+class Rivalry:
+    """The decisive arm's rivals at its budget: what they spend, and what they answer to the harmful test prompts."""
+
+    steered: Mapping[str, Steering]
+    spent: Mapping[str, float]
+    trials: Mapping[str, pd.DataFrame]
+
+
+def begin(study: Study, prompt_set: str | Path, *, thin: int = 0) -> tuple[Lab, Fit] | str:
+    """Lab and fit of a study, or the sentence that says why there are none."""
+    lab = defence.open_lab(study, prompt_set, thin=thin)
+    if isinstance(lab, str):
+        return lab
+    if why := defence.missing(lab):
+        return why
+    if not study.of("T2"):
+        return "the prompt set has no jailbreak wrapper (T2): there is no harmful answer to prevent; supply some"
+    return lab, steering_fit.fit(study.subject, lab.openers, lab.prompts)
+
+
+def rivalry(lab: Lab, fit: Fit, late: Steering, on: Bench, plain: pd.DataFrame) -> Rivalry:
+    """Early and middle layers at the budget of the decisive arm, tried on the same harmful prompts."""
+    target = defence_tradeoff.budget(lab, late, on)
+    steered = defence_arms.rivals(lab, fit, target, on)
+    spent = {"late": target, **{zone: defence_tradeoff.budget(lab, one, on) for zone, one in steered.items()}}
+    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
+    trials = {
+        zone: defence.trial(lab, defence.arm_of(lab.subject, one), harmful, greedy=False)
+        for zone, one in steered.items()
+    }
+    return Rivalry(steered, spent, trials)
+
+
+def mediated(study: Study, lab: Lab, steered: Steering | None) -> pd.DataFrame:
+    """Indirect effects of all attention and MLP outputs on test pairs of T2, in the model under a steering (or none)."""
+    pairs = [p for p in study.of("T2") if p.pair.split == "test"][:N_MEDIATION]
+    arm = PLAIN if steered is None else defence.arm_of(lab.subject, steered)
+    layers = range(study.subject.n_layers)
+    return defence_mediation.steered_effects(study.subject, pairs, study.openers, layers, arm.steer)
+
+
+def mediation_rows(
+    model: str, before: pd.DataFrame, after: pd.DataFrame, variant: str = "main"
+) -> list[dict[str, object]]:
+    """phi, and the indirect effects that are left at the late (steered) and at all other layers."""
+    zones = defence_arms.zones(int(before.layer.max()) + 1)
+    others = [layer for zone in ("early", "mid") for layer in zones[zone]]
+    made = [defence_evidence.row(model, "phi", defence_mediation.neutralised(before, after), variant)]
+    for name, layers in (("steered sites", zones["late"]), ("other sites", others)):
+        left = defence_mediation.after_before(before, after, layers)
+        made.append(defence_evidence.row(model, f"NIE after/before, {name}", left, variant))
+    return made
+
+
+def evidence(
+    study: Study, prompt_set: str | Path, model: str, *, thin: int = 0, draws: int = 100, refits: int = 10
+) -> list[dict[str, object]]:
+    """All evidence rows on C6 of a study; one row that says why, where directions cannot be fitted."""
+    begun = begin(study, prompt_set, thin=thin)
+    if isinstance(begun, str):
+        return defence_evidence.not_defined(model, begun)
+    lab, fit = begun
+    build = defence_arms.builders(study.subject.n_layers, None)[DECISIVE]
+    on = defence_tradeoff.bench(lab, "validate")
+    defined, refused = defence_arms.arms(fit, {DECISIVE: build})
+    if refused:
+        return defence_evidence.not_defined(model, refused[DECISIVE])
+    chosen, _ = defence_arms.tuned(lab, defined, on)
+    plain = defence.trial(lab, PLAIN, defence.test_prompts(lab))
+    return decisive_rows(model, study, lab, fit, build, chosen[DECISIVE], plain, on, draws=draws, refits=refits)
+
+
+def decisive_rows(
+    model: str, study: Study, lab: Lab, fit: Fit, build: Callable[[Fit], Steering], late: Steering, plain: pd.DataFrame,
+    on: Bench, *, draws: int, refits: int,
+) -> list[dict[str, object]]:  # fmt: skip
+    """The evidence rows of the decisive arm: outcomes, price, mediation, rivals and random directions."""
+    arm = defence.arm_of(lab.subject, late)
+    trial = defence.trial(lab, arm, plain)
+    changes = defence_refits.refit_changes(lab, fit, build, late.strength, plain, refits)
+    price_on = defence_tradeoff.bench(lab, "test")
+    rows = defence_evidence.outcome_rows(model, plain, trial, changes)
+    rows += defence_evidence.price_rows(model, defence.prices(lab, arm, price_on.free, price_on.own))
+    rows += mediation_rows(model, mediated(study, lab, None), mediated(study, lab, late))
+    found = rivalry(lab, fit, late, on, plain)
+    harmful = trial[trial.kind == "harmful"].reset_index(drop=True)
+    rows += defence_evidence.rival_rows(model, harmful, found.trials, found.spent)
+    null = defence_random.null(lab, fit, late, price_on, on, draws)
+    return rows + defence_evidence.random_rows(model, null)

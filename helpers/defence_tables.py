@@ -1,0 +1,183 @@
+"""The tables behind the figures of notebook 06, tidy, one row an estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from helpers import (
+    defence,
+    defence_arms,
+    defence_geometry,
+    defence_mediation,
+    defence_search,
+    defence_stats,
+    defence_tradeoff,
+    stats,
+    steering_adaptive,
+    steering_methods,
+)
+from helpers import (
+    summary as summaries,
+)
+from helpers.defence import Arm, Lab
+from helpers.defence_outcomes import log_odds
+from helpers.defence_tradeoff import Bench
+from helpers.evidence import averaged
+from helpers.steering import Steering
+from helpers.steering_fit import Directions, Fit
+
+CURVE = ["panel", "group", "x", "estimate", "low", "high"]
+MEASURES = {
+    "harmful": "harmful answers to jailbroken requests",
+    "borderline": "refusals of borderline prompts",
+    "harmless": "right answers lost on harmless prompts",
+}
+N_LAW = 200
+
+
+def laws(
+    lab: Lab, directions: Directions, prompts: pd.DataFrame, placed: pd.DataFrame, layers: list[int]
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """R-law and H-law on these prompts (`placed` holds their positions), and what their figure cannot show.
+
+    The second value has Spearman's correlations and the share of prompts that no coefficient of the grid flips.
+    """
+    answered = prompts[(prompts.kind == "harmful") & ~prompts.refused]
+    answered = defence.dp.thinned(answered, N_LAW)
+    odds = defence_geometry.odds_over(lab, directions, layers, answered, "rejection")
+    need, at = defence_geometry.needed(odds), placed.pos_R[answered.index].to_numpy()
+    if not np.isfinite(need).any():
+        return pd.DataFrame(columns=CURVE), {"jailbroken prompts that no coefficient flips": 1.0}
+    tables = [defence_geometry.law(at, need, answered.topic.to_numpy(), "R-law: needed along v_R", "harmful, answered")]
+    facts = {
+        "R-law, Spearman": defence_geometry.trend(at, need),
+        "jailbroken prompts that no coefficient flips": float(np.isnan(need).mean()),
+    }
+    held = {"rejection": float(np.nanmedian(need))}
+    both, positions = [], []
+    for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
+        part = defence.dp.thinned(prompts[prompts.kind == kind], N_LAW)
+        push = defence_geometry.odds_over(lab, directions, layers, part, "harmfulness", held)
+        bears = defence_geometry.tolerated(push, np.full(len(part), wanted))
+        at = placed.pos_H[part.index].to_numpy()
+        tables.append(defence_geometry.law(at, bears, part.topic.to_numpy(), "H-law: tolerated along v_H", kind))
+        both.append(bears)
+        positions.append(at)
+    facts["H-law, Spearman"] = defence_geometry.trend(np.concatenate(positions), np.concatenate(both))
+    return pd.concat(tables, ignore_index=True), facts
+
+
+def tradeoff(curves: pd.DataFrame) -> pd.DataFrame:
+    """Harm over each of the two costs, one line a method in the order of its strengths.
+
+    At most eight methods are told apart in a figure; the sentence in the system turn is a single point.
+    """
+    wide = curves.pivot_table(
+        index=["method", "strength"], columns="measure", values=["estimate", "low", "high"], sort=False
+    )
+    parts = []
+    for cost, panel in (("over-refusal", "against over-refusal (points)"), ("KL", "against KL (nats a token)")):
+        part = wide.reset_index()[["method"]].set_axis(["group"], axis=1).assign(panel=panel)
+        part["x"] = wide["estimate", cost].to_numpy()
+        for name in ("estimate", "low", "high"):
+            part[name] = wide[name, "harm"].to_numpy()
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)[CURVE]
+
+
+def methods(plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Change of each kind's rate under every method, in points."""
+    rows = []
+    for name, trial in trials.items():
+        for kind, measure in MEASURES.items():
+            if (plain.kind == kind).any():
+                change = defence.changed(plain, trial, kind)
+                rows.append((name, measure, change.estimate, change.low, change.high))
+    return pd.DataFrame(rows, columns=["method", "measure", "estimate", "low", "high"])
+
+
+def summary(
+    lab: Lab, plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame], prices: Mapping[str, pd.DataFrame],
+    before: pd.DataFrame, after: Mapping[str, pd.DataFrame], chosen: Mapping[str, Steering], on: Bench,
+) -> pd.DataFrame:  # fmt: skip
+    """One row a method with everything that is reported about it; rates in points, with 95 % limits."""
+    rows = []
+    for name, trial in trials.items():
+        row: dict[str, object] = {"method": name, "strength": chosen[name].strength}
+        row["budget"] = defence_tradeoff.budget(lab, chosen[name], on)
+        for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
+            change = defence.changed(plain, trial, kind)
+            row |= {short: change.estimate, f"{short}_low": change.low, f"{short}_high": change.high}
+            row |= {"p": change.p} if short == "harm" else {}
+        row["harm_greedy"] = defence.changed(plain, trial, "harmful", "greedy").estimate
+        kl, p95, ratio = defence.divergence(prices[name])
+        row |= {"kl": kl.estimate, "kl_high": kl.high, "kl_p95": p95, "perplexity_ratio": ratio.estimate}
+        row["repetition"] = float(trial.loc[trial.kind == "harmless", "repetition"].mean())
+        phi = defence_mediation.neutralised(before, after[name]) if name in after else None
+        row |= {"phi": phi.estimate, "phi_low": phi.low, "phi_high": phi.high} if phi else {}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=defence_stats.holm(list(table.p))).drop(columns="p")
+
+
+def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)) -> pd.DataFrame:
+    """P(harmful answer) over the budget spent, by zone, for adaptive and fixed steering."""
+    rows = []
+    for panel, make in (
+        ("adaptive (AdaSteer-style)", steering_adaptive.adasteer),
+        ("fixed rejection", steering_methods.fixed),
+    ):
+        for zone, layers in defence_arms.zones(lab.subject.n_layers).items():
+            made, _ = defence_arms.arms(fit, {zone: partial(make, layers=layers)})
+            for one in (defence_tradeoff.scaled(found, s) for found in made.values() for s in strengths):
+                spent = defence_tradeoff.budget(lab, one, on)
+                arm = defence.arm_of(lab.subject, one)
+                left = 1 - log_odds(lab.subject, on.harmful.text, lab.openers, arm.steer).p_refuse
+                change = defence_stats.mean_change(left.to_numpy(), on.harmful.topic.to_numpy())
+                rows.append((panel, zone, spent, change.estimate, change.low, change.high))
+    table = pd.DataFrame(rows, columns=CURVE)
+    return table[table.x > 0]
+
+
+def mediation(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Mean indirect effect of every component in each of the models, with intervals."""
+    return pd.concat(
+        [summaries.cell_means(averaged(table)).assign(steering=name) for name, table in effects.items()],
+        ignore_index=True,
+    )
+
+
+def tiers(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Share of harmful answers by wrapper tier, one panel a severity (one for all, where none is known)."""
+    rows = []
+    for name, trial in trials.items():
+        harmful = trial[(trial.kind == "harmful") & (trial.tier > 0)]
+        panels = harmful.severity.map(lambda s: "all requests" if np.isnan(s) else f"severity {s:+.1f}")
+        for (panel, tier), part in harmful.groupby([panels, "tier"]):
+            hits = int((part.label == "harmful").sum())
+            rows.append((panel, name, float(tier), hits / len(part), *stats.wilson(hits, len(part))))
+    table = pd.DataFrame(rows, columns=CURVE)
+    order = {"all requests": 0.0} | {f"severity {value:+.1f}": value for value in (-0.6, 0.0, 0.6)}
+    return table.sort_values("panel", key=lambda names: names.map(order), kind="stable")
+
+
+def attacks(lab: Lab, arms: Mapping[str, Arm]) -> pd.DataFrame:
+    """Judged harm of every arm under a plain strong wrapper, and under the worst disguise that the search found.
+
+    Both on the requests of the test topics, with one request a topic; rates with Wilson intervals.
+    """
+    asked = defence_search.requests("test")
+    rows = []
+    for name, arm in arms.items():
+        found = defence_search.worst(lab.subject, lab.openers, arm.steer, system=arm.system)
+        for attack, disguise in (("strong wrapper", defence_search.STRONG), ("worst disguise found", found)):
+            prompts = defence_search.as_prompts(asked, disguise)
+            labels = defence.labelled(lab, defence.answer(lab, arm, prompts), prompts)
+            hits = labels.count("harmful")
+            low, high = stats.wilson(hits, len(labels))
+            rows.append((name, attack, disguise.wrapper.frame, disguise.name, hits / len(labels), low, high))
+    return pd.DataFrame(rows, columns=["method", "attack", "family", "disguise", "estimate", "low", "high"])
