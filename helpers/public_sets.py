@@ -1,0 +1,157 @@
+"""Rows of public prompt sets, read on the user's machine through the `datasets` library.
+
+Texts stay in memory and in the user's cache. Errors name columns and row numbers, never a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from helpers import hub_fetch
+from helpers.errors import InputError
+from helpers.hub import HubId
+from helpers.public_list import BENIGN, SETS, Part, PublicSet, matched
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: the set and its row, the kind it is of, and its text. It is known by id and hash."""
+
+    name: str
+    row: int
+    category: str
+    text: str
+
+    @property
+    def id(self) -> str:
+        """The set and the row number, for example "xstest-017"."""
+        return f"{self.name}-{self.row:03d}"
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text, by which a row is recognised without being shown."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Harmful requests of one set and, where it pairs them, the harmless one of each (else None)."""
+
+    harmful: tuple[Request, ...]
+    harmless: tuple[Request | None, ...]
+
+
+def load_rows(part: str) -> Rows:
+    """The requests of one public set (`helpers.public_list.SETS`), by its name, perhaps with `+alpaca` behind it.
+
+    Raises InputError for a set that cannot be loaded (gated, no network), that lacks a column, or whose harmful and
+    harmless rows do not correspond.
+    """
+    name = part.removesuffix(f"+{BENIGN}")
+    public = SETS[name]
+    assert public.harmful is not None, "public_list.parse refuses a set without harmful requests"
+    harmful = read(name, public, public.harmful)
+    if matched(part):
+        return Rows(harmful, (None,) * len(harmful))
+    assert public.harmless is not None, "a set that pairs its rows has both kinds"
+    harmless = read(name, public, public.harmless)
+    return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
+
+
+def read(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:
+    """The requests of one kind, in the order of the set; rows keep their numbers in it."""
+    table = _table(name, public, part)
+    wanted = [public.text, *([public.category] if public.category else []), *part.where]
+    missing = [column for column in wanted if column not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{public.repo} has no column {missing[0]!r} (it has {', '.join(table.column_names)}): the set has changed, "
+            "so adapt its line in helpers/public_list.py"
+        )
+    columns = {column: table[column] for column in wanted}
+    kept = [
+        row for row in range(len(table))
+        if all(str(columns[column][row] or "") in values for column, values in part.where.items())
+    ]  # fmt: skip
+    made = (Request(name, i, _category(columns, public, i), _text(columns[public.text][i])) for i in kept)
+    return tuple(request for request in made if request.text)
+
+
+def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
+    """Row i with row i, after the check that both are as many and of the same categories."""
+    at = {request.row: request for request in harmless}
+    wrong = [request for request in harmful if request.row not in at or at[request.row].category != request.category]
+    if wrong or len(harmful) != len(harmless):
+        where = f"row {wrong[0].row} differs in its category" if wrong else f"{len(harmful)} and {len(harmless)} rows"
+        raise InputError(
+            f"{harmful[0].name}: harmful and harmless rows do not correspond ({where}); "
+            f"name {harmful[0].name}+{BENIGN} to take harmless partners by length"
+        )
+    return Rows(tuple(harmful), tuple(at[request.row] for request in harmful))
+
+
+def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
+    """The i-th harmful request of a category with the i-th harmless one; those without a partner are left out.
+
+    XSTest calls the unsafe counterpart of a type "contrast_" and the type.
+    """
+    waiting: dict[str, list[Request]] = defaultdict(list)
+    for request in harmless:
+        waiting[_kind(request.category)].append(request)
+    pairs = [(request, waiting[kind].pop(0)) for request in harmful if waiting[kind := _kind(request.category)]]
+    if not pairs:
+        raise InputError(f"{harmful[0].name}: no category has harmful and harmless requests; name it with +{BENIGN}")
+    return Rows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+
+
+def _kind(category: str) -> str:
+    return category.removeprefix("contrast_")
+
+
+def _table(name: str, public: PublicSet, part: Part) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(public.repo, *([part.config] if part.config else []))
+    except (*hub_fetch.FAILURES, datasets.exceptions.DatasetsError) as error:
+        raise _explain(name, public, error) from None  # its own story may quote a row
+    if part.split and part.split not in found:
+        raise InputError(
+            f"{public.repo} has no split {part.split!r} (it has {', '.join(found)}): adapt helpers/public_list.py"
+        )
+    return found[part.split or next(iter(found))]
+
+
+def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
+    """`datasets` hides the hub's answer behind an error of its own, so its words are read where its kind says nothing."""
+    hidden = error.__cause__ or error
+    is_gated = "gated" in str(error).lower() or isinstance(hidden, hub_fetch.hub_errors.GatedRepoError)
+    if is_gated:
+        page = f"huggingface.co/datasets/{public.repo}"
+        return InputError(f"{name} is gated: accept its terms at {page} with your account, then {hub_fetch.TOKEN_HELP}")
+    if hub_fetch.is_network(error) or hub_fetch.is_network(hidden):
+        return InputError(
+            f"{name} ({public.repo}) is not in the cache and the hub cannot be reached: connect, unset HF_HUB_OFFLINE and "
+            "HF_DATASETS_OFFLINE, or name in HF_HOME the cache of a machine that has it"
+        )
+    if isinstance(hidden, hub_fetch.hub_errors.HfHubHTTPError):
+        return hub_fetch.explain(HubId(public.repo), hidden, "data set")
+    return InputError(
+        f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
+        f"and do you have access? If it is gated, {hub_fetch.TOKEN_HELP}"
+    )
+
+
+def _category(columns: dict[str, Any], public: PublicSet, row: int) -> str:
+    return str(columns[public.category][row] or "") if public.category else ""
+
+
+def _text(value: Any) -> str:
+    """The user's turn; some sets hold a list of turns, of which the first counts."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first.strip() if isinstance(first, str) else ""
