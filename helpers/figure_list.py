@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from helpers import figures_layers, figures_neurons, figures_steering
+from helpers import figures_layers, figures_neurons, figures_steering, figures_tokens
 
 SPECS = tuple(
-    sorted((*figures_layers.SPECS, *figures_neurons.SPECS, *figures_steering.SPECS), key=lambda spec: spec.name[:2])
+    sorted(
+        (*figures_layers.SPECS, *figures_neurons.SPECS, *figures_tokens.SPECS, *figures_steering.SPECS),
+        key=lambda spec: spec.name[:2],
+    )
 )

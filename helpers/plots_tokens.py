@@ -1,0 +1,65 @@
+"""Figures of the token notebook: maps of position groups or single tokens by layer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from helpers.plots import NAMES, _figure
+
+
+def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
+    """Effects by row and layer; hatched where the architecture lets no difference arrive, a dot where the sign is sure."""
+    grid = part.pivot(index=row, columns="layer", values=value).reindex(rows)
+    image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    place = {name: i for i, name in enumerate(rows)}
+    for name, earliest in part.groupby(row)["earliest"].first().items():
+        width = min(float(earliest), grid.shape[1])
+        if width > 0:
+            ax.axhspan(
+                place[name] - 0.5,
+                place[name] + 0.5,
+                0,
+                width / grid.shape[1],
+                fc="none",
+                ec="#999999",
+                hatch="////",
+                lw=0,
+            )
+    if "low" in part:
+        sure = part[(part.low > 0) | (part.high < 0)]
+        ax.plot(sure["layer"], [place[name] for name in sure[row]], ".", color="black", ms=3)
+    ax.set_xticks(range(grid.shape[1]), grid.columns)
+    ax.set_xlabel("layer")
+    ax.grid(False)
+    return image
+
+
+def groups(table: pd.DataFrame, *, panel: str, title: str, unit: str) -> Figure:
+    """Position groups in reading order against layers, one panel for each value of `panel`, on one scale."""
+    names, rows = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table["group"]))
+    figure, axes = _figure(1, len(names), 2.5 * len(names) + 1.6, 0.9 + 0.26 * len(rows), sharey=True)
+    bound = float(table.estimate.abs().max()) or 1.0
+    for ax, name in zip(axes[0], names, strict=True):
+        image = _map(ax, rows, table[table[panel] == name], "group", "estimate", bound)
+        ax.set_title(NAMES.get(str(name), str(name)))
+    axes[0, 0].set_yticks(range(len(rows)), [str(name).replace("_", " ") for name in rows])
+    figure.colorbar(image, ax=axes, label=unit)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def tokens(table: pd.DataFrame) -> Figure:
+    """Single tokens of one pair against layers: columns layer, position, token, earliest, nie."""
+    rows = sorted(table.position.unique())
+    figure, axes = _figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
+    ax = axes[0, 0]
+    image = _map(ax, rows, table, "position", "nie", float(table.nie.abs().max()) or 1.0)
+    label = table.drop_duplicates("position").set_index("position")["token"]
+    ax.set_yticks(np.arange(len(rows)), [label[at] for at in rows], fontsize=7)
+    ax.set_title("One pair: which token holds the effect after which layer?")
+    figure.colorbar(image, ax=ax, label="effect (log-odds)")
+    return figure
