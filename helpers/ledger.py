@@ -11,21 +11,17 @@ import pandas as pd
 
 from helpers import store
 from helpers.claims import c1, c2, c3
+from helpers.claims_gates import c5b
+from helpers.claims_neurons import c5a, c7
+from helpers.claims_steering import c6
+from helpers.claims_tokens import c4, c5c
 from helpers.controls import UNTRAINED, Rows
 from helpers.errors import InputError
 from helpers.verdicts import Verdict
 
 KEYS = ["model", "claim", "quantity", "variant"]
-# The rules on neurons, gates, tokens and steering; what they need is measured by notebooks 04 to 06.
-RULES: dict[str, Callable[[Rows], Verdict]] = {}
-NOT_COVERED = {
-    "C4": "token-level path analysis",
-    "C5a": "neuron-level analysis",
-    "C5b": "neuron-level gate tests",
-    "C5c": "interventions during generation",
-    "C6": "steering experiments",
-    "C7": "neuron-level analysis",
-}
+# The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
+RULES: dict[str, Callable[[Rows], Verdict]] = {"C4": c4, "C5a": c5a, "C5b": c5b, "C5c": c5c, "C6": c6, "C7": c7}
 
 
 def collect(results: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -49,7 +45,7 @@ def collect(results: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
 def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
     """Verdicts for every model of an evidence table; untrained twins serve as controls only.
 
-    Claims whose analysis is missing are listed, as not testable, for the models that have a run of their own.
+    Claims of notebooks 04 to 06 that were not measured are listed, as not testable, for models with a run of their own.
     """
     verdicts = []
     models = [model for model in evidence.model.unique() if not model.endswith(UNTRAINED)]
@@ -59,8 +55,6 @@ def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
         verdicts += [c1(own, twin), c2(own), c3(own)]
         measured = set(own.table.claim)
         verdicts += [rule(own) for claim, rule in RULES.items() if model in runs or claim in measured]
-        if model in runs:
-            verdicts += [_not_covered(model, claim, needed) for claim, needed in NOT_COVERED.items()]
     return verdicts
 
 
@@ -91,7 +85,3 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
         cells = (one.model, one.claim, one.verdict, numbers, ", ".join(one.tags), one.reason)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _not_covered(model: str, claim: str, needed: str) -> Verdict:
-    return Verdict(model, claim, "not testable", f"needs the {needed}, which these results do not hold")

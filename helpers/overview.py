@@ -12,9 +12,9 @@ from helpers.paths import RESULTS, results_dir
 STEPS = (
     ("prompts", "a folder of\nuser turns", "pairs.jsonl", "01"),
     ("pairs", "tokens of\nequal length", "01_tokens.csv", "01"),
-    ("clean runs", "both prompts,\nevery site kept", "(in memory)", "02, 03"),
-    ("effects", "four cells for each\npair and mediator", "02_layers.parquet\n03_modules.parquet", "02, 03"),
-    ("statistics", "intervals over\ntopics", "02_evidence.csv\n03_evidence.csv", "02, 03"),
+    ("clean runs", "both prompts,\nevery site kept", "(in memory)", "02 to 06"),
+    ("effects", "four cells for each\npair and mediator", "02_layers.parquet\n... 05_tokens.parquet", "02 to 05"),
+    ("statistics", "intervals over\ntopics", "02_evidence.csv\n... 06_evidence.csv", "02 to 06"),
     ("verdicts", "rules fixed\nbeforehand", "claims.json", "08"),
     ("figures", "each drawn from\nits own table", "NN_name.csv", "all"),
 )
