@@ -1,19 +1,10 @@
-"""Evidence for C5b (a gate): which sets are tested, the four tests on them, and the table that names what each can show.
-
-Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
-discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
-from test. One thing was added after a first look at the embedded model, with the thresholds unchanged: form b with the
-harm signal switched by the twin (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
-that carries the harm never moves.
-"""
+"""Evidence for C5b (a gate): which sets are tested, the four tests on them, and the table that names what each can show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
 from helpers import bootstrap as bs
@@ -23,42 +14,15 @@ from helpers import gate_cells, gate_twins, gates, relatives
 from helpers.errors import InputError
 from helpers.evidence_rows import row
 from helpers.gate_cells import NeuronSet
-from helpers.gates import Index
-from helpers.neurons import ranking
+from helpers.gate_choice import FORMS, LAST, WHOLE, Candidate, candidates, sets_of
 from helpers.study import Study
 
 BENIGN_PAIRS = 60
 ANSWER_PAIRS = 120
-# By experiment (a form of `gate_cells.cells` or `gate_twins.cells`): what stands in the tables. Below the last layer the
-# experiment "upstream" is form c.
-FORMS = {
-    "upstream": "a: last layer, upstream x set",
-    "inside": "b: inside last-layer neurons, gate x up",
-    gate_twins.WRAPPER_HARM: "b: inside last-layer neurons, gate by wrapper x up by harm",
-    gate_twins.HARM_WRAPPER: "b: inside last-layer neurons, gate by harm x up by wrapper",
-    "below": "c: below the last layer, upstream x set",
-}
-VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
-LAST, WHOLE = "last", "whole last layer"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A form of the index on the set that it was measured on, with what was seen on discover."""
-
-    form: str
-    experiment: str
-    set_name: str
-    treatment: str
-    main: Index
-    variants: Mapping[str, Index]
-    discover: float
-    readout_discover: float
-
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """What is chosen by, on discover: sets that are no readout first, then the larger index."""
-        return (self.readout_discover < gates.READOUT, self.discover)
+class NothingToTest(InputError):
+    """The study holds no set of neurons of which one could ask whether it is a gate."""
 
 
 @dataclass(frozen=True)
@@ -81,41 +45,23 @@ class Gates:
         return max(usable, key=lambda one: one.rank, default=None)
 
 
-def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
-    """The sparse set of every layer that an effect reaches, by the discover ranking of a neuron table; and the last layer.
-
-    Layers of which fewer neurons were measured than a sparse set has are left out.
-    """
-    size, last = gates.sparse_size(study.subject.d_mlp), study.subject.n_layers - 1
-    rows = table[(table.treatment == treatment) & (table.split == "discover")]
-    layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
-    found = {}
-    for layer in (int(layer) for layer in layers.index[layers["any"] & (layers["size"] >= size)]):
-        chosen = tuple(int(neuron) for neuron in ranking(table, treatment, layer)[:size])
-        name = LAST if layer == last else f"layer {layer}"
-        found[name] = NeuronSet(name, layer, chosen)
-    if LAST in found:
-        found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(study.subject.d_mlp)))
-    return found
-
-
 def measure(study: Study, table: pd.DataFrame) -> Gates:
     """The four tests on the sparse sets of a neuron table (`neurons.NEURONS`); validate pairs are not used.
 
-    Raises InputError if the study has no jailbreak wrappers (T2), or no neuron of the last layer has an effect.
+    Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
     if not study.of("T2"):
-        raise InputError("gates need pairs with a jailbreak wrapper (T2): supply some")
+        raise NothingToTest("gates need pairs with a jailbreak wrapper (T2): supply some")
     study = replace(study, pairs=tuple(p for p in study.pairs if p.pair.split != "validate"))
     primary = "T2-T2b" if "T2-T2b" in set(table.treatment) else "T2"
     sets = sets_of(study, table, primary)
     if LAST not in sets:
-        raise InputError("no effect reaches a neuron of the last layer: there is no set to test")
+        raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
     subject, openers = study.subject, study.openers
     cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()), (LAST, WHOLE))
     cells = gate_cells.difference(cells, study.twins)
     cells = pd.concat([cells, _twin_cells(study, sets, cells), *_benign_cells(study, table, sets)])
-    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), _candidates(cells, sets, primary))
+    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), candidates(cells, sets, primary))
     return _with_answers(found)
 
 
@@ -139,30 +85,6 @@ def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet])
         every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
         made.append(gate_cells.cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",)))
     return made
-
-
-def _candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
-    below = [name for name in sets if name not in (LAST, WHOLE)]
-    found = [_candidate(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _candidate(cells, "below", name, primary))]
-    best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
-    benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
-    own = [_candidate(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
-    return tuple(one for one in (*found, best, *own) if one is not None)
-
-
-def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
-    experiment = "upstream" if form == "below" else form
-    parts = {label: gates.select(cells, treatment, name, experiment, outcome) for label, outcome in VARIANTS.items()}
-    found = {label: index for label, part in parts.items() if (index := gates.gate_index(part)) is not None}
-    main = found.pop("main", None)
-    if main is None:
-        return None
-    discover = parts["main"][parts["main"].split == "discover"]
-    size = abs(gates.interaction(discover).sum() / (discover.y11 - discover.y00).sum())
-    readout = gates.readout_share(cells, treatment, name, "discover")
-    share = np.inf if readout is None else float(readout.estimate[0])
-    return Candidate(FORMS[form][0], form, name, treatment, main, found, float(size), share)
 
 
 def _with_answers(found: Gates) -> Gates:
@@ -194,7 +116,15 @@ def gated_benign(found: Gates) -> list[str]:
     return sorted(te.index[te.abs() >= levels.GATE])
 
 
-def evidence(found: Gates, model: str) -> list[dict[str, object]]:
+def evidence(study: Study, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
+    """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
+    try:
+        return c5b(measure(study, table), model)
+    except NothingToTest:
+        return []
+
+
+def c5b(found: Gates, model: str) -> list[dict[str, object]]:
     """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
     rows: list[dict[str, object]] = []
     for one in found.candidates:

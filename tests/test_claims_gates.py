@@ -1,5 +1,7 @@
 """C5b's rule on evidence written by hand, and the evidence of hand-made models."""
 
+from dataclasses import replace
+
 import gate_models as gm
 import pandas as pd
 import pytest
@@ -89,7 +91,7 @@ def study(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] |
 
 def measured(made: Study) -> tuple[gate_evidence.Gates, pd.DataFrame]:
     found = gate_evidence.measure(made, neuron_evidence.sweep(made, every=True).table)
-    return found, pd.DataFrame(gate_evidence.evidence(found, "m"), columns=list(EVIDENCE))
+    return found, pd.DataFrame(gate_evidence.c5b(found, "m"), columns=list(EVIDENCE))
 
 
 def test_evidence_finds_the_gate_inside_a_neuron_and_calls_it_a_readout() -> None:
@@ -105,6 +107,12 @@ def test_evidence_finds_the_gate_below_the_last_layer() -> None:
     assert found.headline is not None and found.headline.form == "c"
     main = table[table.variant == "main"].set_index("quantity").estimate
     assert main["gate index"] == pytest.approx(1, abs=0.02) and main["readout share"] == pytest.approx(0, abs=1e-3)
+
+
+def test_no_wrapper_no_evidence() -> None:
+    made = study(GATE, ("off high", "on high"), None)
+    table = neuron_evidence.sweep(made, every=True).table
+    assert gate_evidence.evidence(replace(made, pairs=()), table, "m") == []
 
 
 def test_evidence_of_a_contributor_contradicts_once_the_gate_is_passed() -> None:
