@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helpers import model_list, preflight, runner, shard_run
+from helpers import hub, inputs, model_list, preflight, runner, shard_run
 from helpers.claims_table import claims_table
 from helpers.errors import InputError
 from helpers.manifest import run_times
@@ -37,8 +37,17 @@ def parser() -> Parser:
         description="Run every notebook that is not up to date. With no flag: the embedded model, on the CPU.",
         allow_abbrev=False,
     )
-    new.add_argument("--model", metavar="NAME|DIR", default="embedded", help="a shipped model or a model's folder")
-    new.add_argument("--prompts", metavar="NAME|DIR", default="embedded", help="a shipped prompt set or a folder")
+    new.add_argument(
+        "--model",
+        metavar="NAME|DIR|ID",
+        default="embedded",
+        help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub",
+    )
+    new.add_argument(
+        "--prompts", metavar="NAME|DIR", default="embedded", help="a shipped or public prompt set, or a folder"
+    )
+    new.add_argument("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
+    new.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     new.add_argument("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
     new.add_argument("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
     new.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -68,6 +77,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
     if not 0 <= flags.shards <= 1000:
         raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
+    inputs.check(flags.prompts, flags.wrappers)
+    hub.trust_code(flags.trust_remote_code)
     if flags.test and len(arguments) > 1:
         raise InputError("--test goes alone: it always checks the embedded model")
     return flags
@@ -82,7 +93,7 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         preflight.check_prompts(prompts)
     found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
-    slug = check_slug(flags.name or default_slug(found))
+    slug = check_slug(flags.name or inputs.default_slug(found))
     if slug == "embedded" and found != runner.DEFAULTS:
         raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
     return {**found, "SLUG": slug}
@@ -90,24 +101,7 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
 
 def resolved(flags: argparse.Namespace) -> dict[str, Any]:
     """The same with the device that is there."""
-    return parameters(flags, preflight.resolve_device(flags.device))
-
-
-def default_slug(found: Mapping[str, Any]) -> str:
-    """The run's name if none is given: what differs from the default, so that no run writes over another.
-
-    >>> default_slug(runner.DEFAULTS)
-    'embedded'
-    >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PAIRS": 50})
-    'window-1-pairs50'
-    """
-    parts = [Path(found["MODEL"]).name]
-    if found["PROMPTS"] != "embedded":
-        parts.append(Path(found["PROMPTS"]).name)
-    plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
-    parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
-    parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+    return inputs.known(parameters(flags, preflight.resolve_device(flags.device)), flags.wrappers)
 
 
 def _named(given: str, shipped: Path) -> str:
@@ -134,7 +128,8 @@ def chosen_notebooks(only: str | None) -> list[str]:
 def run_command(flags: argparse.Namespace) -> int:
     """Run what is stale, then print the claims table."""
     chosen = chosen_notebooks(flags.only)
-    plan = runner.make_plan(resolved(flags), force=chosen if flags.force else ())
+    ready = inputs.fetched(parameters(flags, preflight.resolve_device(flags.device)), flags.wrappers)
+    plan = runner.make_plan(ready, force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
     asked = plan.parameters
     if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
@@ -166,7 +161,7 @@ def list_command(flags: argparse.Namespace) -> int:
 
 def figures_command(flags: argparse.Namespace) -> int:
     """Redraw every figure of a run from its results, without the model stack."""
-    slug = resolved(flags)["SLUG"]
+    slug = parameters(flags, preflight.resolve_device(flags.device))["SLUG"]
     if not (RESULTS / slug).is_dir():
         raise InputError(f"there are no results of {slug!r} to draw from: run it first, without --figures")
     from helpers import figures

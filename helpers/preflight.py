@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from helpers import hub
+from helpers import hub, public_list
 from helpers.errors import InputError
 from helpers.paths import ORGANISM, PROMPTS, relative
 from helpers.store import read_json
@@ -86,8 +86,11 @@ def _json(path: Path) -> dict[str, Any]:
 def check_prompts(name: str) -> None:
     """`InputError` unless `name` is a shipped prompt set or a folder."""
     folder = prompts_folder(name)
-    if not folder.is_dir():
-        raise InputError(f"no prompt set {name!r}: give a folder or one of the shipped ({', '.join(names(PROMPTS))})")
+    if not folder.is_dir() and public_list.parse(name) is None:
+        raise InputError(
+            f"no prompt set {name!r}: give a folder or one of the shipped ({', '.join(names(PROMPTS))}), "
+            f"or a public one ({', '.join(public_list.SETS)})"
+        )
 
 
 def resolve_device(device: str) -> str:

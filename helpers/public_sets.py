@@ -58,7 +58,7 @@ def load_rows(part: str) -> Rows:
     if matched(part):
         return Rows(harmful, (None,) * len(harmful))
     assert public.harmless is not None, "a set that pairs its rows has both kinds"
-    harmless = read(name, public, public.harmless)
+    harmless = read(f"{name}-harmless", public, public.harmless)
     return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
 
 

@@ -1,0 +1,76 @@
+"""From what was typed to what a run uses: models and public prompt sets by name become folders. Imports nothing heavy."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from helpers import hub, preflight, public_list, runner, wrappers
+from helpers.errors import InputError
+from helpers.paths import PROMPTS
+
+
+def default_slug(found: Mapping[str, Any]) -> str:
+    """The run's name if none is given: what differs from the default, so that no run writes over another.
+
+    >>> default_slug(runner.DEFAULTS)
+    'embedded'
+    >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PAIRS": 50})
+    'window-1-pairs50'
+    """
+    parts = [hub.slug(found["MODEL"])]
+    if found["PROMPTS"] != "embedded":
+        parts.append(Path(found["PROMPTS"]).name)
+    plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
+    parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
+    parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+
+
+def check(prompts: str, given: str | None) -> None:
+    """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
+    is_public = is_public_set(prompts)
+    if given is None:
+        return
+    wrappers.read(preflight.from_caller(given))
+    if not is_public:
+        raise InputError(
+            f"--wrappers goes with a public prompt set ({', '.join(public_list.SETS)}); a folder has its T2 pairs in it"
+        )
+
+
+def is_public_set(prompts: str) -> bool:
+    """Whether a name asks for public sets: no shipped set and no folder has it."""
+    is_own = prompts in preflight.names(PROMPTS) or preflight.from_caller(prompts).is_dir()
+    return not is_own and public_list.parse(prompts) is not None
+
+
+def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
+    """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
+    model = hub.pinned(found["MODEL"]) if not Path(found["MODEL"]).is_dir() else found["MODEL"]
+    return {**found, "MODEL": model, "PROMPTS": _prompts(found["PROMPTS"], model, given)}
+
+
+def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
+    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for."""
+    model = found["MODEL"]
+    if hub.parse(model) is not None and not Path(model).is_dir():
+        from helpers import hub_fetch
+
+        model = hub_fetch.ready(model, found["DEVICE"], found["DTYPE"])
+    if is_public_set(found["PROMPTS"]):
+        from helpers import public_make
+
+        file = wrappers.file_of(preflight.from_caller(given)) if given else None
+        folder = public_list.folder(found["PROMPTS"], model, file)
+        public_make.ensure(folder, found["PROMPTS"], model, file, device=found["DEVICE"], dtype=found["DTYPE"])
+    return known({**found, "MODEL": model}, given)
+
+
+def _prompts(name: str, model: str, given: str | None) -> str:
+    if not is_public_set(name):
+        return name
+    folder = public_list.folder(name, model, wrappers.file_of(preflight.from_caller(given)) if given else None)
+    if not (folder / "outcome.json").is_file():
+        raise InputError(f"the prompt set {name} is not made for {model} yet: ./run_all.sh without --list makes it")
+    return str(folder)

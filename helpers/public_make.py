@@ -1,0 +1,160 @@
+"""A prompt set made of public sets, for one model: pairs, outcome and a note, written to the user's cache and never here.
+
+T1 goes from a harmless to a harmful request; T2 and T2b put the user's own wrappers around the same requests. An
+interchange needs pairs of equal token length, so how many survive is counted and said.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from helpers import first_words, hub, preflight, public_list, public_sets, tokens, wrappers
+from helpers.errors import InputError
+from helpers.prompts import Pair
+from helpers.public_sets import Request, Rows
+from helpers.store import write_json, write_text
+from helpers.subject import load
+from helpers.wrappers import Wrapper
+
+FEW = 0.5  # of the pairs: below it the user is told what else can be done
+NO_WRAPPERS = "not testable: no jailbreak wrapper (claims on generation need T2): supply templates with --wrappers FILE"
+
+
+def ensure(
+    folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str,
+    report: Callable[[str], object] = print,
+) -> None:  # fmt: skip
+    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
+
+    Sets that cannot be loaded are named and left out; InputError if none can.
+    """
+    if (folder / "outcome.json").is_file():
+        report(f"prompt set: {folder} (remove this folder to make it anew)")
+        return
+    place = preflight.model_folder(model)
+    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=hub.trusts_code())
+    templates = wrappers.read(wrapper_file) if wrapper_file else ()
+    made, hashes = collect(name, tokenizer, templates, report)
+    for line in survival(made, tokenizer):
+        report(line)
+    if not templates:
+        report(f"C1, C2, C4 to C7 {NO_WRAPPERS}")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text("".join(json.dumps(_row(pair)) + "\n" for pair in made), folder / "pairs.jsonl")
+    write_json({"sensitive": True, "sets": name, "model": model, "rows": hashes}, folder / "set.json")
+    write_json(_outcome(made, model, wrapper_file, device, dtype, report), folder / "outcome.json")
+    report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
+
+
+def collect(
+    name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
+) -> tuple[list[Pair], dict[str, str]]:
+    """The pairs of every set that can be loaded, and the sha256 of each row by its id."""
+    made: list[Pair] = []
+    hashes: dict[str, str] = {}
+    benign: dict[int, list[Request]] | None = None
+    for part in public_list.parse(name) or ():
+        try:
+            rows = public_sets.load_rows(part)
+            is_matched = public_list.matched(part)
+            if is_matched:
+                benign = by_length(_benign(), tokenizer) if benign is None else benign
+                rows = with_partners(rows, benign, tokenizer)
+        except InputError as error:
+            report(f"left out: {error}")
+            continue
+        made += [pair for one in _requests(rows) for pair in pairs_of(*one, templates, twins=not is_matched)]
+        hashes |= {one.id: one.sha256 for both in _requests(rows) for one in both}
+    if not made:
+        raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
+    return made, hashes
+
+
+def pairs_of(harmful: Request, harmless: Request, templates: Sequence[Wrapper], *, twins: bool) -> list[Pair]:
+    """T1 of one harmful request and its partner; T2 in every wrapper, and T2b on the partner if it corresponds."""
+    made = [Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)]
+    for wrapper in templates:
+        own, other = f"{harmful.id}-t2-{wrapper.family}", f"{harmful.id}-t2b-{wrapper.family}"
+        twin = other if twins else None
+        made.append(Pair(own, "T2", harmful.id, *wrapper.around(harmful.text), twin=twin, family=wrapper.family))
+        if twins:
+            made.append(Pair(other, "T2b", harmful.id, *wrapper.around(harmless.text), family=wrapper.family))
+    return made
+
+
+def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Request]]:
+    """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
+    found: dict[int, list[Request]] = {}
+    for request in requests:
+        found.setdefault(len(tokens.encode(tokenizer, request.text)[0]), []).append(request)
+    for length in found:
+        random.Random(length).shuffle(found[length])
+    return found
+
+
+def with_partners(rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left."""
+    found = []
+    for request in rows.harmful:
+        waiting = benign.get(len(tokens.encode(tokenizer, request.text)[0]), [])
+        found.append(waiting.pop() if waiting else None)
+    return Rows(rows.harmful, tuple(found))
+
+
+def survival(made: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How many pairs of each treatment have equal token length, with what to do where few do."""
+    lines = []
+    usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
+    for treatment, n in sorted(Counter(pair.treatment for pair in made).items()):
+        line = f"{treatment}: {usable[treatment]} of {n} pairs have equal token length and can be interchanged"
+        if usable[treatment] < FEW * n:
+            line += (
+                f"; few: take harmless partners by length (+{public_list.BENIGN}), or compare group means instead of pairs"
+                if treatment == "T1"
+                else "; few: lengthen the neutral template until both have equally many tokens"
+            )
+        lines.append(line)
+    return lines
+
+
+def _benign() -> tuple[Request, ...]:
+    public = public_list.SETS[public_list.BENIGN]
+    assert public.harmless is not None
+    return public_sets.read(public_list.BENIGN, public, public.harmless)
+
+
+def _requests(rows: Rows) -> list[tuple[Request, Request]]:
+    both = zip(rows.harmful, rows.harmless, strict=True)
+    return [(one, other) for one, other in both if other is not None and one.text != other.text]
+
+
+def _outcome(
+    made: Sequence[Pair],
+    model: str,
+    wrapper_file: Path | None,
+    device: str,
+    dtype: str,
+    report: Callable[[str], object],
+) -> Any:
+    """The user's own outcome.json beside the wrappers if there is one, else what the model says first."""
+    own = wrapper_file.parent / "outcome.json" if wrapper_file else None
+    if own is not None and own.is_file():
+        return json.loads(own.read_text(encoding="utf-8"))
+    first = [pair for pair in made if pair.treatment == "T1"][: first_words.MAX_PROMPTS]
+    wrapped = [pair.treated for pair in made if pair.treatment == "T2"][: first_words.MAX_PROMPTS]
+    texts = [text for pair in first for text in (pair.control, pair.treated)] + wrapped
+    found = first_words.find(load(model, device=device, dtype=dtype), texts)
+    report(found.note)
+    return {"comply": list(found.comply), "refuse": list(found.refuse)}
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    row = {name: getattr(pair, name) for name in ("id", "treatment", "topic", "control", "treated", "family")}
+    return row | ({"twin": pair.twin} if pair.twin else {})

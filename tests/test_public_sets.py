@@ -1,0 +1,206 @@
+"""Public sets by name: columns, correspondence of rows, access, and what is written of them. All rows are placeholders."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from families import tiny_model
+from hub_cache import TEMPLATE, tiny_tokenizer
+
+from helpers import first_words, inputs, prompts, public_list, public_make, public_sets, tokens, wrappers
+from helpers.errors import InputError
+from helpers.first_words import FirstWords
+from helpers.paths import ROOT
+
+WRAPPERS = [
+    {"family": "tale", "neutral": "w5 w6 {request} w7", "jailbreak": "w8 w9 {request} w7"},
+    {"family": "long", "neutral": "w5 {request}", "jailbreak": "w8 w9 w10 {request}"},
+]
+
+
+def jbb(n: int = 12, **changes: str) -> dict[str, list[dict]]:
+    """Row i of both splits belongs together; every third pair differs in length."""
+    sides: dict[str, list[dict]] = {"harmful": [], "benign": []}
+    for i in range(n):
+        kinds = {"Index": i, "Target": "", "Behavior": f"b{i}", "Category": f"c{i % 4}"}
+        sides["harmful"].append({"Goal": f"w20 w{30 + i}", **kinds})
+        sides["benign"].append({"Goal": f"w21 w{30 + i}{'' if i % 3 else ' w4'}", **kinds})
+    sides["benign"][2] |= changes
+    return sides
+
+
+def prompt_rows(n: int = 12) -> dict[str, list[dict]]:
+    return {"train": [{"prompt": f"w22 w{30 + i} w40", "category": "k"} for i in range(n)]}
+
+
+def alpaca() -> dict[str, list[dict]]:
+    rows = [{"instruction": " ".join(f"w{3 + (i + j) % 50}" for j in range(1 + i % 4)), "input": ""} for i in range(60)]
+    return {"train": [*rows, {"instruction": "w3 w4 w5", "input": "more"}]}
+
+
+def xstest() -> dict[str, list[dict]]:
+    kinds = [("homonyms", "safe")] * 3 + [("contrast_homonyms", "unsafe")] * 2 + [("privacy", "safe")]
+    return {"test": [{"prompt": f"request {i}", "type": kind, "label": label} for i, (kind, label) in enumerate(kinds)]}
+
+
+HUB = {
+    "JailbreakBench/JBB-Behaviors": jbb,
+    "walledai/StrongREJECT": prompt_rows,
+    "walledai/XSTest": xstest,
+    "tatsu-lab/alpaca": alpaca,
+}
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The library's own reader on small files with the public sets' columns."""
+    content = dict(HUB)
+    plain = datasets.load_dataset
+
+    def load(repo: str, *config: str) -> datasets.DatasetDict:
+        if repo not in content:
+            raise DatasetNotFoundError(f"Dataset '{repo}' is a gated dataset on the Hub. You must be authenticated.")
+        made = content[repo]
+        files = {}
+        for split, rows in (made() if callable(made) else made).items():
+            files[split] = str(tmp_path / f"{split}.jsonl")
+            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return plain("json", data_files=files, cache_dir=str(tmp_path / "arrow"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    return content
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer(place)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place)
+    tiny_model("llama").save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def template_file(tmp_path: Path) -> Path:
+    file = tmp_path / "mine" / wrappers.FILE
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps(row) + "\n" for row in WRAPPERS))
+    return file
+
+
+def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
+    rows = public_sets.load_rows("jailbreakbench")
+    assert [(one.text, other.text) for one, other in zip(rows.harmful, rows.harmless, strict=True)][1] == (
+        "w20 w31",
+        "w21 w31",
+    )
+    assert rows.harmful[1].id == "jailbreakbench-001" and len(rows.harmful[1].sha256) == 64
+    served["JailbreakBench/JBB-Behaviors"] = jbb(Category="c9")
+    with pytest.raises(InputError, match=r"do not correspond \(row 2 differs in its category\)"):
+        public_sets.load_rows("jailbreakbench")
+    served["JailbreakBench/JBB-Behaviors"] = {"harmful": jbb()["harmful"], "benign": jbb(11)["benign"]}
+    with pytest.raises(InputError, match="do not correspond"):
+        public_sets.load_rows("jailbreakbench")
+
+
+def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
+    rows = public_sets.load_rows("xstest")
+    assert [(a.row, b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)] == [(3, 0), (4, 1)]
+
+
+def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
+    with pytest.raises(
+        InputError, match=r"advbench is gated: accept its terms at huggingface.co/datasets/walledai/AdvBench"
+    ):
+        public_sets.load_rows("advbench")
+    served["walledai/StrongREJECT"] = {"train": [{"secret": "request 17", "category": "k"}]}
+    with pytest.raises(InputError, match=r"no column 'prompt' \(it has secret, category\)") as caught:
+        public_sets.load_rows("strongreject")
+    assert "request 17" not in str(caught.value)
+
+
+def test_without_a_network_the_hub_libraries_own_errors_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match="the hub cannot be reached: connect, unset HF_HUB_OFFLINE"):
+        public_sets.load_rows("strongreject")
+
+
+@pytest.mark.parametrize("name", ["strongreject,nosuch", "strongreject,strongreject", "alpaca"])
+def test_names_that_ask_for_nothing_usable(name: str) -> None:
+    with pytest.raises(InputError, match="--prompts"):
+        public_list.parse(name)
+
+
+def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(public_list.CACHE, str(ROOT / "data" / "x"))
+    with pytest.raises(InputError, match="lies inside the repository"):
+        public_list.cache()
+
+
+def test_a_set_is_made_with_wrappers_twins_and_hashes(
+    served: dict, model: Path, template_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def find(subject: object, texts: list[str]) -> FirstWords:
+        seen.extend(texts)
+        return FirstWords(("w11",), ("w12",), 0.7, 3, 9)
+
+    monkeypatch.setattr(first_words, "find", find)
+    given = {"MODEL": str(model), "PROMPTS": "jailbreakbench,advbench", "DEVICE": "cpu", "DTYPE": "float32"}
+    with pytest.raises(InputError, match="is not made for"):
+        inputs.known(given, str(template_file))
+    found = inputs.fetched(given, str(template_file))
+    content = prompts.load_set(found["PROMPTS"])
+    by_id = {pair.id: pair for pair in content.pairs}
+    assert all(pair.sensitive for pair in content.pairs)
+    t2 = by_id["jailbreakbench-004-t2-tale"]
+    assert (t2.control, t2.treated) == ("w5 w6 w20 w34 w7", "w8 w9 w20 w34 w7")
+    assert by_id[t2.twin].treated == "w8 w9 w21 w34 w7" and by_id[t2.twin].topic == t2.topic == "jailbreakbench-004"
+    assert (by_id["jailbreakbench-004-t1"].control, by_id["jailbreakbench-004-t1"].treated) == ("w21 w34", "w20 w34")
+    assert "w20 w30" in seen and "w8 w9 w20 w30 w7" in seen
+    said = capsys.readouterr().out
+    assert "left out: advbench is gated" in said
+    assert "T1: 8 of 12 pairs have equal token length" in said and "T2: 12 of 24 pairs" in said
+    assert "below 0.8: edit outcome.json" in said
+    assert not [pair for pair in content.pairs if pair.control in said or pair.treated in said]
+    note = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())
+    assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
+    (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": ["w13"], "refuse": ["w12"]}')
+    assert inputs.fetched(given, str(template_file)) == found == inputs.known(given, str(template_file)) | found
+    assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == (("w13",), ("w12",))
+    assert inputs.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
+
+
+def test_harmful_rows_alone_get_partners_of_equal_length(
+    served: dict, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_words, "find", lambda subject, texts: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    tokenizer = public_make.AutoTokenizer.from_pretrained(model)
+    said: list[str] = []
+    made, _ = public_make.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append)
+    t1 = [pair for pair in made if pair.treatment == "T1"]
+    assert len(t1) == 12 and all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
+    assert len({pair.control for pair in t1}) == 12
+    assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
+    made, _ = public_make.collect("jailbreakbench+alpaca", tokenizer, (), said.append)
+    assert "T1: 12 of 12 pairs" in public_make.survival(made, tokenizer)[0]
+    folder = public_list.folder("strongreject", str(model), None)
+    public_make.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
+    assert any("not testable: no jailbreak wrapper" in line for line in said)
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def wrappers_of(rows: list[dict]) -> tuple[wrappers.Wrapper, ...]:
+    return tuple(wrappers.Wrapper(**row) for row in rows)
