@@ -78,7 +78,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not 0 <= flags.shards <= 1000:
         raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
     inputs.check(flags.prompts, flags.wrappers)
-    hub.trust_code(flags.trust_remote_code)
     if flags.test and len(arguments) > 1:
         raise InputError("--test goes alone: it always checks the embedded model")
     return flags
@@ -215,6 +214,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         flags = parse(arguments)
+        hub.trust_code(flags.trust_remote_code)
         if flags.test:
             from helpers import checks
 
