@@ -18,7 +18,7 @@ from helpers import (
     defence_tradeoff,
     neuron_effects,
     steering_adaptive,
-    steering_controls,
+    steering_fit,
     steering_methods,
     steering_targeted,
 )
@@ -26,7 +26,7 @@ from helpers.defence import Lab
 from helpers.defence_tradeoff import Bench
 from helpers.depth import EARLY, LATE, depth
 from helpers.errors import InputError
-from helpers.steering import Steering
+from helpers.steering import Edit, Steering
 from helpers.steering_fit import Fit
 from helpers.study import Study
 
@@ -109,6 +109,13 @@ def _steps(steered: Steering, strengths: Sequence[float]) -> Sequence[float]:
     return strengths if steered.edits else (1.0,)
 
 
+def transplanted(fit: Fit, strength: float = 1.0, *, layers: Sequence[int]) -> Steering:
+    """The last layer's rejection vector added to the residual stream at other layers, at all prompt tokens."""
+    vector = steering_fit.rejection(fit)[-1]
+    edits = tuple(Edit(layer, "resid_post", steering_methods.constant(vector), "prompt") for layer in layers)
+    return Steering("transplanted", edits, strength)
+
+
 def rivals(lab: Lab, fit: Fit, target: float, on: Bench) -> dict[str, Steering]:
     """The best early and the best middle steering with the same budget, chosen on the validate bench.
 
@@ -121,7 +128,7 @@ def rivals(lab: Lab, fit: Fit, target: float, on: Bench) -> dict[str, Steering]:
         made = {
             f"AdaSteer-style, {zone} layers": partial(steering_adaptive.adasteer, layers=groups[zone]),
             f"fixed rejection, {zone} layers": partial(steering_methods.fixed, layers=groups[zone]),
-            f"late vector at {zone} layers": partial(steering_controls.elsewhere, layers=groups[zone]),
+            f"late vector at {zone} layers": partial(transplanted, layers=groups[zone]),
         }
         candidates = []
         for one in arms(fit, made)[0].values():

@@ -37,6 +37,7 @@ MEASURES = {
     "harmless": "right answers lost on harmless prompts",
 }
 N_LAW = 200
+NOT_DRAWN = ("prompting", "fixed rejection, all layers", "AdaSteer, as released")
 
 
 def laws(
@@ -74,8 +75,10 @@ def laws(
 def tradeoff(curves: pd.DataFrame) -> pd.DataFrame:
     """Harm over each of the two costs, one line a method in the order of its strengths.
 
-    At most eight methods are told apart in a figure; the sentence in the system turn is a single point.
+    Eight methods can be told apart in a figure: left out are the single point of the prompting baseline, and two variants
+    of methods that are drawn (`NOT_DRAWN`).
     """
+    curves = curves[~curves.method.isin(NOT_DRAWN)]
     wide = curves.pivot_table(
         index=["method", "strength"], columns="measure", values=["estimate", "low", "high"], sort=False
     )
