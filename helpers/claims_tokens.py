@@ -88,4 +88,8 @@ def c5c(rows: Rows) -> Verdict:
     hard = rows.find("C5c", "harmless answers changed, refusing run's values")
     reason += f"; with a refusing run's values {interval(hard)} of harmless answers change" if hard is not None else ""
     made = verdict(rows, kept, decision, checks, reason)
-    return replace(made, tags=tags(rows, False, made.verdict))
+    # Not a part of the rule: benign pairs whose two runs agree cannot show it.
+    is_blunt = hard is not None and effect is not None and hard.ci_low > SPECIFIC * effect.estimate
+    return replace(
+        made, tags=(*tags(rows, False, made.verdict), *(("closes harmless answers too",) if is_blunt else ()))
+    )

@@ -60,6 +60,6 @@ def tokens(table: pd.DataFrame) -> Figure:
     image = _map(ax, rows, table, "position", "nie", float(table.nie.abs().max()) or 1.0)
     label = table.drop_duplicates("position").set_index("position")["token"]
     ax.set_yticks(np.arange(len(rows)), [label[at] for at in rows], fontsize=7)
-    ax.set_title("One pair: which token holds the effect after which layer?")
+    ax.set_title("Which token holds the effect?")
     figure.colorbar(image, ax=ax, label="effect (log-odds)")
     return figure
