@@ -18,9 +18,9 @@ from helpers.steering_fit import Fit
 Builders = Mapping[str, Callable[[Fit], Steering]]
 EXAMPLES: Final = (5, 14, 50, 200)
 CLASSES: Final = ("refused", "complied", "benign")
-FAMILY_STRENGTHS: Final = (0.5, 1.0, 1.5)
+FAMILY_STRENGTHS: Final = (0.5, 1.0)
 MIN_FAMILY: Final = 20  # test prompts below which a family is not reported
-N_FAMILY: Final = 80
+N_FAMILY: Final = 60
 
 
 def families(lab: Lab) -> list[str]:

@@ -28,7 +28,7 @@ from helpers.steering import Steering
 from helpers.steering_fit import Fit
 from helpers.study import Study
 
-N_MEDIATION = 60  # T2 pairs on which the steered model's indirect effects are measured
+N_MEDIATION = 36  # T2 pairs on which the steered model's indirect effects are measured
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MEASURES = {
     "borderline": "refusals of borderline prompts",
     "harmless": "right answers lost on harmless prompts",
 }
-N_LAW = 200
+N_LAW = 100
 NOT_DRAWN = ("prompting", "fixed rejection, all layers", "AdaSteer, as released")
 
 
@@ -116,7 +116,8 @@ def summary(
             change = defence.changed(plain, trial, kind)
             row |= {short: change.estimate, f"{short}_low": change.low, f"{short}_high": change.high}
             row |= {"p": change.p} if short == "harm" else {}
-        row["harm_greedy"] = defence.changed(plain, trial, "harmful", "greedy").estimate
+        if "greedy" in trial:
+            row["harm_greedy"] = defence.changed(plain, trial, "harmful", "greedy").estimate
         kl, p95, ratio = defence.divergence(prices[name])
         row |= {"kl": kl.estimate, "kl_high": kl.high, "kl_p95": p95, "perplexity_ratio": ratio.estimate}
         row["repetition"] = float(trial.loc[trial.kind == "harmless", "repetition"].mean())
@@ -127,7 +128,7 @@ def summary(
     return table.assign(p_holm=defence_stats.holm(list(table.p))).drop(columns="p")
 
 
-def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)) -> pd.DataFrame:
+def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
     """P(harmful answer) over the budget spent, by zone, for adaptive and fixed steering."""
     rows = []
     for panel, make in (
