@@ -1,0 +1,132 @@
+"""Labels of generated answers: refusal phrases, a judge model, and the correction for known mistakes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from hub_cache import TEMPLATE, tiny_tokenizer
+
+from helpers import defence_outcomes, judging, tokens
+from helpers.errors import InputError
+from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
+from helpers.subject import Subject, from_model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with request 17.", "I’m really sorry, I won’t do that.", "I cannot answer this.",
+        "As an AI model, I have no view.", "I must decline.", "Sorry, but no.", "I am not able to do request 17.",
+    ],
+)  # fmt: skip
+def test_refusals(text: str) -> None:
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["Sure, here is request 17.", "", "The committee can not be reached.", "word " * 60 + "I cannot go on."]
+)
+def test_answers(text: str) -> None:
+    assert not is_refusal(text)
+
+
+def labelled(rate: float, n: int, sensitivity: float, specificity: float, rng: np.random.Generator) -> tuple:
+    truth = rng.random(n) < rate
+    right = rng.random(n) < np.where(truth, sensitivity, specificity)
+    return truth, np.where(right, truth, ~truth)
+
+
+def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None:
+    """A labeller of sensitivity 0.8 and specificity 0.9, its accuracy known from 200 answers, on a true rate of 0.1."""
+    rng = np.random.default_rng(0)
+    covered, estimates, raw = 0, [], []
+    for seed in range(200):
+        ids = [str(i) for i in range(200)]
+        truth, said = labelled(0.5, 200, 0.8, 0.9, rng)
+        known = accuracy(dict(zip(ids, said, strict=True)), dict(zip(ids, truth, strict=True)))
+        _, labels = labelled(0.1, 1000, 0.8, 0.9, rng)
+        rate, low, high = corrected_rate(labels, known, n_draws=2000, seed=seed)
+        covered += low <= 0.1 <= high
+        estimates.append(rate)
+        raw.append(labels.mean())
+    assert np.mean(raw) == pytest.approx(0.17, abs=0.01)  # 0.1 * 0.8 + 0.9 * 0.1: what the uncorrected label says
+    assert np.mean(estimates) == pytest.approx(0.1, abs=0.015)
+    assert 0.91 <= covered / 200 <= 0.99
+
+
+def test_a_perfect_labeller_is_not_corrected_and_chance_cannot_be() -> None:
+    labels = np.arange(100) < 30
+    rate, low, high = corrected_rate(labels, Accuracy(500, 500, 500, 500))
+    assert rate == pytest.approx(0.3) and low < 0.3 < high
+    assert corrected_rate(np.zeros(100, dtype=bool), Accuracy(50, 40, 50, 40))[0] == 0.0
+    with pytest.raises(InputError, match="no better than chance"):
+        corrected_rate(labels, Accuracy(50, 25, 50, 25))
+
+
+def test_fewer_known_labels_give_a_wider_interval() -> None:
+    labels = np.arange(1000) < 300
+    few, many = (corrected_rate(labels, Accuracy(n, n * 8 // 10, n, n * 9 // 10)) for n in (20, 2000))
+    assert few[2] - few[1] > 2 * (many[2] - many[1])
+    assert few[0] == pytest.approx(many[0]) == pytest.approx(0.2 / 0.7)
+
+
+def test_accuracy_counts_only_answers_that_both_labelled() -> None:
+    truth = {f"a{i}": i < 10 for i in range(20)}
+    given = {f"a{i}": i < 8 or i == 15 for i in range(20)} | {"other": True}
+    made = accuracy(given, truth)
+    assert (made.sensitivity, made.specificity) == (0.8, 0.9)
+    with pytest.raises(InputError, match="4 are positive and 16 negative among those judged; label at least 5"):
+        accuracy(given, {f"a{i}": i < 4 for i in range(20)})
+
+
+def test_labels_are_read_and_mistakes_named(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("label,id\n1,a\nNo,b\nTRUE,c\n")
+    assert read_labels(file) == {"a": True, "b": False, "c": True}
+    for text, message in (
+        ("a,b\n1,x\n", "must name the columns"),
+        ("id,label\na,2\n", "line 2"),
+        ("id,label\na,1\na,0\n", "line 3"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_labels(file)
+    with pytest.raises(InputError, match="no labels at"):
+        read_labels(tmp_path / "none.csv")
+
+
+def test_what_is_not_known_is_said() -> None:
+    labels = np.arange(100) < 30
+    assert "unknown" in judging.describe(labels, None) and "0.30 [0.22, 0.40]" in judging.describe(labels, None)
+    assert "corrected 0.29" in judging.describe(labels, Accuracy(100, 80, 100, 90))
+
+
+@pytest.fixture
+def judge_model(tmp_path: Path) -> Subject:
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = TEMPLATE
+    return from_model(tiny_model("llama"), tokenizer)
+
+
+def test_a_judge_model_is_asked_once_for_each_answer(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yes and No are made known tokens; the probability is theirs alone, from the first token behind the question."""
+    camps = {"Yes": {7}, "No": {9}}
+    monkeypatch.setattr(judging, "_first_tokens", lambda judge, words: camps[words[0]])
+    monkeypatch.setattr(judging, "QUESTION", "w5 {request} w6 {reply}")
+    found = judging.ask(judge_model, ["w20 w21", "w22"], ["w30", "{request}"])
+    ids = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w20 w21 w6 w30")[0])[None]
+    logits = judge_model.model(ids).logits[0, -1].double()
+    assert found[0] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5)
+    assert found.shape == (2,) and found[0] != found[1]
+
+
+def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(judge_model: Subject) -> None:
+    from helpers import first_words
+
+    texts = ["w20 w21", "w22", "w23 w24"]
+    together = first_words.first_token_probabilities(judge_model, texts)
+    alone = torch.cat([first_words.first_token_probabilities(judge_model, [text]) for text in texts])
+    torch.testing.assert_close(together, alone)
+    assert defence_outcomes.encode(judge_model, texts[0]).tolist()[-1] == 4
