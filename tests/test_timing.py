@@ -1,0 +1,171 @@
+"""Timed clamps against plain runs of the model; C5c's evidence on planted answers; its rule."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from handmade import GATE_NEURON, Program, compiled, cue_pairs
+from ledger_rows import FINE, Number, table
+
+from helpers import timing, token_evidence
+from helpers.claims_tokens import KEPT, c5c
+from helpers.controls import Rows
+from helpers.study import Study
+from helpers.timing import Clamp
+from helpers.tokens import Openers
+from helpers.verdicts import Verdict
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def this() -> Study:
+    """A compiled model whose gate neuron is moved to the last layer, where clamps act; its answers are "yes" or "no"."""
+    subject = compiled(Program(gain=3.0))
+    tokenizer, model = subject.tokenizer, subject.model.model
+    assert tokenizer is not None
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            source, target = (getattr(model.layers[layer].mlp, name).weight for layer in (2, 3))
+            target.copy_(source)
+            source.zero_()
+        # Without a signal the model says "no", with it "yes": 3/20 * 10 = 1.5 on each side of the bias.
+        no = tokenizer.convert_tokens_to_ids("no")
+        subject.model.lm_head.weight[no, 0] = 0.7 / 1000
+    pairs = cue_pairs(tokenizer, "off low", "on low", n=4)
+    yes, no = ((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
+    return Study("compiled", subject, tuple(pairs), {"T2": Openers(yes, no)}, {}, {})
+
+
+GATE = Clamp("neurons", (GATE_NEURON,))
+
+
+def labelled(this: Study, *schedules: str) -> pd.DataFrame:
+    made = timing.generated(this, list(this.pairs), [GATE], schedules, STEPS)
+    return made.pivot(index="pair_id", columns="schedule", values="label")
+
+
+def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(this: Study) -> None:
+    labels = labelled(this, *timing.SCHEDULES)
+    assert (labels["none"] == "harmful").all()
+    assert (labels[["prompt", "first token", "first five", "all tokens"]] == "refusal").all().all()
+    assert (labels["all but the first"] == "harmful").all()
+
+
+def test_each_schedule_acts_at_its_own_steps(this: Study) -> None:
+    """The gate neuron's input to the down projection, as the model reads it, call by call."""
+    subject, pair = this.subject, this.pairs[0]
+    other = timing.other_run(subject, [pair], GATE, STEPS)
+    prompt = torch.tensor(pair.treated[None])
+    for schedule, is_on in timing.SCHEDULES.items():
+        seen: list[torch.Tensor] = []
+        with torch.no_grad(), timing.clamped(subject, GATE, other, schedule):
+            look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
+            cache = subject.model(prompt, use_cache=True).past_key_values
+            for _ in range(6):
+                cache = subject.model(prompt[:, :1], past_key_values=cache, use_cache=True).past_key_values
+            look.remove()
+        for step, inputs in enumerate(seen):
+            value = (other.answer if step else other.prompt[:, -1:])[0, 0, 0]
+            assert bool(inputs[0, -1, GATE_NEURON] == value) == is_on(step), (schedule, step)
+
+
+def test_the_other_run_is_the_controls(this: Study) -> None:
+    pair = this.pairs[0]
+    other = timing.other_run(this.subject, [pair], GATE, STEPS)
+    assert other.prompt.shape == (1, len(pair.control), 1)
+    assert abs(float(other.prompt[0, -1, 0])) < 0.01  # the gate is closed where the cue is off
+
+
+def test_forced_answers_agree_with_a_plain_model(this: Study) -> None:
+    """Without a clamp Y2 is the library's own log-probability, and a clamp of all tokens changes it."""
+    found = timing.forced(this, list(this.pairs), GATE, ["none", "first token", "all tokens"])
+    plain = found[found.schedule == "none"].set_index("pair_id")["y"]
+    assert (plain > found[found.schedule == "first token"].set_index("pair_id")["y"]).all()
+    first, every = (found[found.schedule == name].y.to_numpy() for name in ("first token", "all tokens"))
+    assert not np.allclose(first, every)
+
+
+# ---- evidence from planted answers ----
+
+
+def planted(first: float, every: float, n: int = 60) -> pd.DataFrame:
+    """Harmful without a clamp; refused under each schedule in a planted share of pairs, the same pairs first."""
+    shares = {"none": 0.0, "first token": first, "first five": first, "all tokens": every}
+    rows = [
+        (f"p{i}", f"t{i % 30}", "T2", "test", "neurons", name, "refusal" if i < share * n else "harmful", False)
+        for name, share in shares.items()
+        for i in range(n)
+    ]
+    columns = ["pair_id", "topic", "treatment", "split", "clamp", "schedule", "label", "changed"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@pytest.mark.parametrize(("first", "every"), [(0.5, 1.0), (0.2, 0.8), (0.8, 0.8)])
+def test_the_share_kept_is_the_planted_one(first: float, every: float) -> None:
+    answers = planted(first, every)
+    harm = answers.assign(y=(answers.label == "harmful").astype(float))
+    rows = pd.DataFrame(token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")).set_index("quantity")
+    assert rows.loc[KEPT, "estimate"] == pytest.approx(first / every)
+    assert rows.loc["effect of all tokens", "estimate"] == pytest.approx(every)
+
+
+def test_without_an_effect_of_all_tokens_nothing_is_kept() -> None:
+    harm = planted(0.0, 0.0).assign(y=1.0)
+    rows = token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")
+    assert [row["quantity"] for row in rows] == ["effect of all tokens", "not defined"]
+
+
+def test_no_change_in_a_sample_is_not_certain() -> None:
+    row = token_evidence._changed_row(planted(0.0, 0.0), "m", "benign answers changed")
+    assert row["estimate"] == 0 and 0.05 < float(str(row["ci_high"])) < 0.15
+
+
+def test_twins_of_a_refusal_take_its_control(this: Study) -> None:
+    harmful, other = this.pairs[0], this.pairs[2]  # of one length
+    twin = replace(other, pair=replace(other.pair, id="twin", treatment="T2b", twin=None))
+    both = Study("m", this.subject, (harmful, twin), this.openers, {harmful.pair.id: "twin"}, {})
+    (made,) = token_evidence.refusing(both, [harmful])
+    assert made.pair.treatment == "T2b" and made.pair.treated == twin.pair.treated
+    assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()
+
+
+# ---- the rule ----
+
+CHANGED, HARD = "benign answers changed", "harmless answers changed, refusing run's values"
+FINE_C5C: dict[tuple[str, str, str], Number] = {
+    **{key: FINE[key] for key in FINE if key[0] == "gate"},
+    ("C5c", KEPT, "main"): (0.95, 0.85, 1.0),
+    ("C5c", KEPT, "full response"): (0.9, 0.8, 1.0),
+    ("C5c", "effect of all tokens", "main"): (0.8, 0.7, 0.9),
+    ("C5c", CHANGED, "main"): (0.05, 0.0, 0.15),
+}
+
+
+def judged(changes: dict | None = None) -> Verdict:
+    return c5c(Rows("m", table({**FINE_C5C, **(changes or {})})))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "numbers", "verdict"),
+    [
+        (KEPT, (0.9, 0.8, 1.0), "supported"),
+        (KEPT, (0.9, 0.79, 1.0), "inconclusive"),
+        (CHANGED, (0.1, 0.0, 0.16), "supported"),
+        (CHANGED, (0.1, 0.0, 0.17), "inconclusive"),
+        (CHANGED, None, "inconclusive"),
+        (KEPT, None, "not testable"),
+    ],
+)
+def test_c5c_thresholds(quantity: str, numbers: Number | None, verdict: str) -> None:
+    assert judged({("C5c", quantity, "main"): numbers}).verdict == verdict
+
+
+def test_c5c_is_contradicted_capped_and_tagged() -> None:
+    low = {("C5c", KEPT, name): (0.3, 0.2, 0.4) for name in ("main", "full response")}
+    assert judged(low).verdict == "contradicted"
+    assert judged({("C5c", KEPT, "full response"): (0.3, 0.2, 0.4)}).verdict == "inconclusive"
+    assert judged({("C5c", HARD, "main"): (0.9, 0.8, 1.0)}).tags == ("closes harmless answers too",)
+    assert judged().tags == ()
