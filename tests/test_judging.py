@@ -122,6 +122,24 @@ def test_a_judge_model_is_asked_once_for_each_answer(judge_model: Subject, monke
     assert found.shape == (2,) and found[0] != found[1]
 
 
+def test_labels_come_from_answers_up_to_their_end(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of the answer decide, words behind its end do not; with a judge its word decides alone."""
+    made = defence_outcomes.Answers(
+        np.array([[20, 21, 2, 30], [20, 30, 2, 0]]), np.array([[1, 1, 1, 0]] * 2, dtype=bool)
+    )
+    monkeypatch.setattr(judging, "is_refusal", lambda text: "w30" in text)
+    assert judging.complied(judge_model, ["w5", "w5"], made).tolist() == [True, False]
+    seen: list = []
+
+    def ask(judge: Subject, requests: list[str], replies: list[str]) -> np.ndarray:
+        seen.extend(zip(requests, replies, strict=True))
+        return np.array([0.2, 0.9])
+
+    monkeypatch.setattr(judging, "ask", ask)
+    assert judging.complied(judge_model, ["w5", "w6"], made, judge_model).tolist() == [False, True]
+    assert seen == [("w5", "w20 w21"), ("w6", "w20 w30")]
+
+
 def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(judge_model: Subject) -> None:
     from helpers import first_words
 
