@@ -54,22 +54,30 @@ def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(t
     assert (labels["all but the first"] == "harmful").all()
 
 
-def test_each_schedule_acts_at_its_own_steps(this: Study) -> None:
+AT = {
+    "none": [], "prompt": [0], "first token": [0], "first five": [0, 1, 2, 3, 4], "all tokens": [0, 1, 2, 3, 4, 5],
+    "all but the first": [1, 2, 3, 4, 5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", timing.SCHEDULES)
+def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, schedule: str) -> None:
     """The gate neuron's input to the down projection, as the model reads it, call by call."""
-    subject, pair = this.subject, this.pairs[0]
-    other = timing.other_run(subject, [pair], GATE, STEPS)
-    prompt = torch.tensor(pair.treated[None])
-    for schedule, is_on in timing.SCHEDULES.items():
-        seen: list[torch.Tensor] = []
-        with torch.no_grad(), timing.clamped(subject, GATE, other, schedule):
-            look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
-            cache = subject.model(prompt, use_cache=True).past_key_values
-            for _ in range(6):
-                cache = subject.model(prompt[:, :1], past_key_values=cache, use_cache=True).past_key_values
-            look.remove()
-        for step, inputs in enumerate(seen):
-            value = (other.answer if step else other.prompt[:, -1:])[0, 0, 0]
-            assert bool(inputs[0, -1, GATE_NEURON] == value) == is_on(step), (schedule, step)
+    subject, prompt = this.subject, torch.tensor(this.pairs[0].treated[None])
+    n_pos = prompt.shape[1]
+    other = timing.Other(100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1), torch.full((1, 1, 1), 77.0))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), timing.clamped(subject, GATE, other, schedule):
+        look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        cache = subject.model(prompt, use_cache=True).past_key_values
+        for _ in range(5):
+            cache = subject.model(prompt[:, :1], past_key_values=cache, use_cache=True).past_key_values
+        look.remove()
+    for step, inputs in enumerate(seen):
+        expected = 77.0 if step else 100.0 + n_pos - 1
+        assert (float(inputs[0, -1, GATE_NEURON]) == expected) == (step in AT[schedule])
+    whole = seen[0][0, :, GATE_NEURON] == other.prompt[0, :, 0]
+    assert int(whole.sum()) == {"prompt": n_pos, "none": 0, "all but the first": 0}.get(schedule, 1)
 
 
 def test_the_other_run_is_the_controls(this: Study) -> None:
