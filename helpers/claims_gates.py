@@ -42,7 +42,7 @@ def c5b(rows: Rows) -> Verdict:
     is_specific = _below(benign, BENIGN_SHARE) and _below(cost, PERPLEXITY)
     not_readout = readout is not None and readout.ci_high < READOUT
     checks = {
-        "specificity": "not run" if benign is None or cost is None else "passed",
+        "specificity measured": "not run" if benign is None or cost is None else "passed",
         "final norm frozen": controls.same_side(rows, "C5b", "gate index", "norm frozen", MIDDLE),
         "joint probability": controls.joint(rows, "T2"),
     }

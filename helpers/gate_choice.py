@@ -25,11 +25,11 @@ from helpers.study import Study
 # By experiment (a form of `gate_cells.cells` or `gate_twins.cells`): what stands in the tables. Below the last layer the
 # experiment "upstream" is form c.
 FORMS = {
-    "upstream": "a: last layer, upstream x set",
-    "inside": "b: inside last-layer neurons, gate x up",
-    gate_twins.WRAPPER_HARM: "b: inside last-layer neurons, gate by wrapper x up by harm",
-    gate_twins.HARM_WRAPPER: "b: inside last-layer neurons, gate by harm x up by wrapper",
-    "below": "c: below the last layer, upstream x set",
+    "upstream": "a: last layer, prompt x set",
+    "inside": "b: gate x up",
+    gate_twins.WRAPPER_HARM: f"b: {gate_twins.WRAPPER_HARM}",
+    gate_twins.HARM_WRAPPER: f"b: {gate_twins.HARM_WRAPPER}",
+    "below": "c: below the last layer, prompt x set",
 }
 VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 LAST, WHOLE = "last", "whole last layer"

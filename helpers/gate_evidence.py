@@ -17,7 +17,7 @@ from helpers.gate_cells import NeuronSet
 from helpers.gate_choice import FORMS, LAST, WHOLE, Candidate, candidates, sets_of
 from helpers.study import Study
 
-BENIGN_PAIRS = 60
+BENIGN_PAIRS = 48
 ANSWER_PAIRS = 120
 
 

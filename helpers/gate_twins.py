@@ -23,7 +23,7 @@ from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
-WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper, up by harm", "gate by harm, up by wrapper"
+WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
 
 
 @dataclass(frozen=True)

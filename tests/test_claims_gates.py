@@ -9,7 +9,7 @@ from handmade import FIRST, OUT, cue_pairs
 from test_gates import TOKENIZER, YES_NO
 from test_gates_twins import GATE
 
-from helpers import gate_evidence, neuron_evidence
+from helpers import gate_evidence, gate_twins, neuron_evidence
 from helpers.claims_gates import c5b
 from helpers.controls import Rows
 from helpers.gate_answers import STEPS
@@ -96,7 +96,7 @@ def measured(made: Study) -> tuple[gate_evidence.Gates, pd.DataFrame]:
 
 def test_evidence_finds_the_gate_inside_a_neuron_and_calls_it_a_readout() -> None:
     found, table = measured(study(GATE, ("off high", "on high"), ("off low", "on low")))
-    assert found.headline is not None and found.headline.experiment == "gate by wrapper, up by harm"
+    assert found.headline is not None and found.headline.experiment == gate_twins.WRAPPER_HARM
     main = table[table.variant == "main"].set_index("quantity").estimate
     assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
     assert main["timing share"] == pytest.approx(1 / STEPS, abs=1e-3)  # this model decides anew at every token
