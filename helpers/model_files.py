@@ -55,6 +55,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         content = json.loads(config.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{config} is not valid JSON (line {error.lineno}: {error.msg}); download it again") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{config} is not UTF-8 text; download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{config} holds no JSON object; download it again")
     return content

@@ -13,7 +13,7 @@ from typing import Any
 
 from helpers.errors import InputError
 from helpers.paths import ORGANISM, PROMPTS
-from helpers.preflight import names
+from helpers.preflight import expanded, names
 
 KEYS: Mapping[str, type] = {
     "model": str,
@@ -99,7 +99,7 @@ def _placed(key: str, value: Any, folder: Path) -> Any:
     """A folder named in the list as an absolute path; a shipped name, and all else, as it is."""
     if key not in FOLDERS or not value.strip() or value in names(FOLDERS[key]):
         return value
-    placed = folder / Path(value).expanduser()
+    placed = folder / expanded(value)
     return placed.resolve() if placed.is_dir() else value
 
 

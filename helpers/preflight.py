@@ -28,7 +28,17 @@ def prompts_folder(name: str) -> Path:
 
 def from_caller(given: str) -> Path:
     """A path that a user typed, counted from where it was typed: run_all.sh changes into the repository."""
-    return Path(os.environ.get("COMPANION_CALLER", "."), Path(given).expanduser())
+    return Path(os.environ.get("COMPANION_CALLER", "."), expanded(given))
+
+
+def expanded(given: str) -> Path:
+    """The path with `~` replaced, where it names a home; `InputError` for what no path may hold."""
+    if "\0" in given:
+        raise InputError(f"{given!r} holds a null character, which no path may: take it out")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # a folder whose name begins with "~"
+        return Path(given)
 
 
 def names(folder: Path) -> list[str]:
@@ -124,8 +134,8 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     folder = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # damaged files make the library raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
     chosen = thinning.limit(prompt_set.pairs, pairs)
     usable, dropped = tokens.tokenize(chosen, tokenizer)

@@ -145,6 +145,7 @@ def run(plan: Plan, numbers: Sequence[str]) -> int:
     check_parameters(plan)
     lost: dict[str, str] = {}
     with only_run(plan):
+        staging.tidy([plan.results, FIGURES / plan.slug, *([NOTEBOOKS] if plan.is_default else [])])
         for place, number in enumerate(numbers, start=1):
             print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
             broken = [need for need in NEEDS[number] if need in lost]

@@ -1,9 +1,10 @@
 """A notebook's files take their place only when it has finished: it writes into a stage, a failure leaves nothing."""
 
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from helpers.freshness import STATE
 
 PARTS = "parts"  # of sharded sweeps: many, and written whole one by one, so a stage shows the folder itself
 _KEPT_OUT = (STATE, "logs", "notebooks", PARTS)  # the runner's own folders inside a run's results
+
+_SCRATCH = re.compile(r"\..+\.\d+-[0-9a-f]{8}(\.\w+)?")  # the names that helpers.store gives to files half written
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class Stage:
         return moved
 
 
+def tidy(folders: Iterable[Path]) -> None:
+    """Remove what a killed run left in these folders: stages, and files that had not taken their place yet."""
+    for folder in folders:
+        for left in folder.glob(f"{STATE}/stage*"):
+            shutil.rmtree(left)
+        for left in [*folder.glob(".*"), *folder.glob(f"{STATE}/.*")]:
+            if _SCRATCH.fullmatch(left.name) and left.is_file():
+                left.unlink()
+
+
 @contextmanager
 def staged(real: Path, slug: str) -> Iterator[Stage]:
     """A scratch view of `real` (the folder of all results, or of all figures) for the run `slug`.
@@ -42,8 +55,6 @@ def staged(real: Path, slug: str) -> Iterator[Stage]:
     the folders of other runs are links, for reading.
     """
     home = real / slug / STATE  # on the same disk, so that publishing is a rename
-    for left in home.glob("stage*"):  # by a run that was killed
-        shutil.rmtree(left)
     # A name of its own: what a killed run's notebook still writes for a moment never gets into this one's.
     shown = home / f"stage-{os.getpid()}-{secrets.token_hex(4)}"
     shown.mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +71,19 @@ def begin(
     content = prompts.load_set(prompt_set)
     chosen = thinning.limit(content.pairs, pairs or (SMOKE_PAIRS if profile == "smoke" else 0))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
+    _check_vocabulary(subject, kept)
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
+
+
+def _check_vocabulary(subject: Subject, pairs: Sequence[TokenPair]) -> None:
+    rows = subject.model.get_input_embeddings().weight.shape[0]
+    largest = max(int(side.max()) for pair in pairs for side in (pair.control, pair.treated))
+    if largest >= rows:
+        raise InputError(
+            f"{subject.name}: its tokenizer gives token {largest}, but the model embeds {rows}; they do not belong "
+            "together: save the model's own tokenizer into its folder"
+        )
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import hub, hub_fetch, model_files, model_size, paths
@@ -140,7 +139,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
             output_loading_info=True, **on_gpu,
         )  # fmt: skip
-    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files make the libraries raise anything
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(
             f"{folder} could not be loaded: {line}; is it complete, and its architecture known?"
@@ -154,7 +153,11 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+    except Exception as error:  # the same
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,125 @@
+"""Whatever is in the files that a user hands in, the answer is a result or one clear sentence, never a traceback."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import cli, model_list, paths, preflight, prompts
+from helpers.errors import InputError
+
+quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
+)  # fmt: skip
+FIELDS = st.sampled_from([*prompts.REQUIRED, *prompts.OPTIONAL, "other"])
+ROWS = st.dictionaries(FIELDS, VALUES, max_size=9)
+
+
+def pair(number: int) -> dict[str, Any]:
+    return {"id": f"p{number}", "treatment": "T1", "topic": f"t{number}", "control": "say a", "treated": "say b"}
+
+
+def answered(call: Any, *arguments: Any) -> Any:
+    """What the call returns, or the InputError's text: one that says something."""
+    try:
+        return call(*arguments)
+    except InputError as error:
+        assert len(str(error)) > 15
+        return str(error)
+
+
+def written(folder: Path, pairs: bytes, outcome: bytes) -> Path:
+    (folder / "pairs.jsonl").write_bytes(pairs)
+    (folder / "outcome.json").write_bytes(outcome)
+    return folder
+
+
+GOOD = ("\n".join(json.dumps(pair(n)) for n in range(12)) + "\n").encode()
+OUTCOME = b'{"comply": ["a"], "refuse": ["b"]}'
+
+
+@quick
+@given(extra=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3), base=st.booleans())
+def test_a_strange_pair(tmp_path: Path, extra: dict[str, Any], base: bool) -> None:
+    row = (pair(99) if base else {}) | extra
+    found = answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+    assert isinstance(found, prompts.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
+
+
+@quick
+@given(content=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
+def test_a_strange_pairs_file_or_outcome_file(tmp_path: Path, content: bytes) -> None:
+    for files in ((GOOD + content, OUTCOME), (content, OUTCOME), (GOOD, content)):
+        found = answered(prompts.load_set, written(tmp_path, *files))
+        assert isinstance(found, prompts.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
+
+
+@quick
+@given(spans=st.dictionaries(st.sampled_from(["control", "treated", "x"]), VALUES, max_size=2), twin=SCALARS)
+def test_strange_spans_and_twins(tmp_path: Path, spans: dict[str, Any], twin: Any) -> None:
+    row = pair(99) | {"spans": spans, "twin": twin, "treatment": "T2"}
+    answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+
+
+NAMES = st.text(max_size=120) | st.text(alphabet="./\\~ab\0\n -", min_size=1, max_size=12)
+WORDS = st.sampled_from(["--model", "--name", "--pairs", "--device", "--only", "--profile", "--models", "--shards"])
+
+
+@quick
+@given(words=st.lists(WORDS | NAMES | st.integers().map(str), max_size=6))
+def test_strange_flags(words: list[str]) -> None:
+    answered(cli.parse, words)
+
+
+@quick
+@given(name=NAMES)
+def test_a_name_never_escapes_results(name: str) -> None:
+    found = answered(lambda: cli.parameters(cli.parse([f"--name={name}", "--pairs=20"]), "cpu"))
+    if isinstance(found, dict):
+        folder = (paths.RESULTS / found["SLUG"]).resolve()
+        assert folder.parent == paths.RESULTS and folder != paths.RESULTS
+
+
+@quick
+@given(name=NAMES)
+def test_a_strange_model_or_prompt_set(name: str) -> None:
+    for flag in ("model", "prompts"):
+        words = [f"--{flag}={name}", "--pairs=20"]
+        assert isinstance(answered(lambda words: cli.parameters(cli.parse(words), "cpu"), words), dict | str)
+
+
+@quick
+@given(content=st.binary(max_size=80) | st.text(alphabet=string.printable, max_size=80).map(str.encode))
+def test_a_strange_list_of_models(tmp_path: Path, content: bytes) -> None:
+    for text in (content, b"models:\n- " + content, b"models:\n- name: " + content):
+        (tmp_path / "models.yml").write_bytes(text)
+        found = answered(model_list.read, tmp_path / "models.yml")
+        assert isinstance(found, list) or "models.yml" in found
+
+
+@quick
+@given(entry=st.dictionaries(st.sampled_from([*model_list.KEYS, "x"]), VALUES, max_size=4))
+def test_a_strange_entry(tmp_path: Path, entry: dict[str, Any]) -> None:
+    (tmp_path / "models.yml").write_text(json.dumps({"models": [entry]}), encoding="utf-8")
+    found = answered(model_list.read, tmp_path / "models.yml")
+    assert isinstance(found, str) or all(word.startswith("--") for word in found[0])
+
+
+@quick
+@given(config=st.binary(max_size=40) | VALUES.map(lambda value: json.dumps(value).encode()))
+def test_a_strange_config(tmp_path: Path, config: bytes) -> None:
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(config)
+    answered(preflight.check_model, str(tmp_path))
+
+
+def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"no pairs\.jsonl"):
+        prompts.load_set(tmp_path)

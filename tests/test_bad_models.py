@@ -1,0 +1,126 @@
+"""Folders that are no sound model: one clear sentence from the check before a run or from loading, never a traceback."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from helpers import preflight, subject, tokens
+from helpers.errors import InputError
+from helpers.paths import ORGANISM
+from helpers.prompts import load_set
+from helpers.study import begin
+
+MODEL = ORGANISM / "window-0"
+
+
+def missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(sorted(tensors)[3])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def torn_weights(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def pickle_under_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+
+
+def other_shape(folder: Path) -> None:
+    changed(folder, hidden_size=64)
+
+
+def more_layers(folder: Path) -> None:
+    changed(folder, num_hidden_layers=99)
+
+
+def unknown_family(folder: Path) -> None:
+    changed(folder, model_type="no-such-family")
+
+
+def small_vocabulary(folder: Path) -> None:
+    """Weights for fewer tokens than the tokenizer has."""
+    tensors = load_file(folder / "model.safetensors")
+    n = json.loads((folder / "config.json").read_text())["vocab_size"]
+    cut = {name: (value[:10].clone() if value.shape[:1] == (n,) else value) for name, value in tensors.items()}
+    save_file(cut, folder / "model.safetensors", metadata={"format": "pt"})
+    changed(folder, vocab_size=10)
+
+
+def dangling_link(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder.parent / "nowhere.safetensors")
+
+
+def changed(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+BROKEN: dict[Callable[[Path], None], str] = {
+    missing_tensor: "lacks 1 tensors",
+    torn_weights: "could not be loaded",
+    pickled_weights: "no \\*.safetensors weights",
+    pickle_under_another_name: "could not be loaded",
+    other_shape: "lacks|could not be loaded",
+    more_layers: "lacks|could not be loaded",
+    unknown_family: "could not be loaded",
+    small_vocabulary: "token",
+    dangling_link: "could not be loaded",
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_folder_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    damage(folder)
+    with pytest.raises(InputError, match=BROKEN[damage]):
+        preflight.check_model(str(folder))
+        begin(str(folder), "embedded", "x", pairs=10)
+
+
+def test_links_to_weights_elsewhere_are_followed(tmp_path: Path) -> None:
+    """Download caches consist of links; what they lead to is what is hashed."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in MODEL.iterdir():
+        (folder / path.name).symlink_to(path)
+    preflight.check_model(str(folder))
+    assert subject.load(folder).sha256 == subject.load(MODEL).sha256
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    place=st.floats(0, 1),
+    name=st.sampled_from(["config.json", "tokenizer.json", "model.safetensors"]),
+    cut=st.booleans(),
+)
+def test_damage_anywhere(tmp_path: Path, place: float, name: str, cut: bool) -> None:
+    folder = tmp_path / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in MODEL.iterdir():
+        os.link(path, folder / path.name) if path.name != name else shutil.copy2(path, folder)
+    data = (folder / name).read_bytes()
+    at = int(place * (len(data) - 1))
+    (folder / name).write_bytes(data[:at] if cut else data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+    try:
+        preflight.check_model(str(folder))
+        one = subject.load(folder)
+        assert one.tokenizer is not None
+        tokens.tokenize(load_set("embedded").pairs[:20], one.tokenizer)
+    except InputError as error:
+        assert len(str(error)) > 15

@@ -1,0 +1,153 @@
+"""Kills, a full disk and damaged files: the next run goes on, and ends where an undisturbed run does."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toys import Toy, environment
+
+from helpers import freshness
+
+SLOW = "_ = __import__('time').sleep(0.3)"
+TABLE = '_ = [store.write_text("{0}\\n", out / "{0}_toy.csv"), store.write_text("svg", figures / "{0}_toy.svg")]'
+
+
+def results(toy: Toy) -> dict[str, bytes]:
+    """What must be equal in the end: everything but times and logs."""
+    return {name: data for name, data in toy.contents().items() if "/logs/" not in name and "run_times" not in name}
+
+
+def kill_after(toy: Toy, seconds: float, *flags: str) -> None:
+    """SIGKILL to the runner alone, as the kernel does when memory is short."""
+    running = toy.start(*flags)
+    time.sleep(seconds)
+    running.kill()
+    running.communicate()
+
+
+def disturbed(toy: Toy, kills: int) -> None:
+    """Two notebooks, forced anew by a changed cell each time, killed at seeded moments; then run to the end."""
+    for number in ("01", "02"):
+        toy.write(number, SLOW, TABLE.format(number), SLOW)
+    start = time.monotonic()
+    assert toy.run("--only", "02").returncode == 0
+    whole, expected = time.monotonic() - start, results(toy)
+    moments = random.Random(0)
+    for _ in range(kills):
+        toy.write("01", SLOW, TABLE.format("01"), SLOW)  # unexecuted: both run again
+        kill_after(toy, moments.uniform(0.0, whole), "--only", "02", "--force")
+        for name, data in results(toy).items():  # at no moment half a file
+            if name.endswith((".json", ".ipynb")):
+                json.loads(data)
+            elif name in expected and not name.endswith(".md"):
+                assert data == expected[name], name
+        assert toy.run("--list").returncode == 0
+    done = toy.run("--only", "02")
+    assert done.returncode == 0, done.stderr
+    assert results(toy) == expected
+    assert not list(toy.root.rglob("stage*")) and not list(toy.root.rglob(".0*"))
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(toy: Toy) -> None:
+    disturbed(toy, kills=3)
+
+
+@pytest.mark.slow
+def test_twenty_killed_runs_go_on_and_end_the_same(toy: Toy) -> None:
+    disturbed(toy, kills=20)
+
+
+def test_a_killed_runner_leaves_nothing_running(toy: Toy) -> None:
+    note = toy.root / "kernel.txt"
+    toy.write("01", f'import os, time\nstore.write_text(str(os.getpid()), "{note}")\ntime.sleep(60)')
+    running = toy.start("--only", "01")
+    end = time.monotonic() + 30
+    while not note.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    running.kill()
+    running.communicate()
+    kernel = Path("/proc") / note.read_text()
+    while kernel.exists():
+        assert time.monotonic() < end, "the kernel goes on without its runner"
+        time.sleep(0.2)
+
+
+def shrunk(toy: Toy, size: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command line where no file may grow beyond `size` bytes, as on a disk that is full."""
+    command = [sys.executable, "-m", "helpers.cli", *flags]
+    return subprocess.run(
+        command, cwd=toy.root, env=environment(PYTHONDONTWRITEBYTECODE="1"), capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int) -> None:
+    toy.write("02", 'store.write_text("value\\nlonger\\n" * 10_000, out / "02_toy.csv")')
+    before = results(toy)
+    done = shrunk(toy, size, "--only", "02")
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert results(toy) == before
+    assert toy.run("--only", "02").returncode == 0
+    assert (toy.root / "results/embedded/02_toy.csv").stat().st_size > 100_000
+
+
+DAMAGES = {
+    "torn": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "foreign": lambda data: data + b"x\n",
+}
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_every_damaged_file_is_made_again_or_named(toy: Toy, first: int) -> None:
+    """Each file in turn; with all three values of `first` each kind of damage meets each file."""
+    expected = results(toy)
+    for place, name in enumerate(sorted(expected), start=first):
+        kind = list(DAMAGES)[place % len(DAMAGES)]
+        (toy.root / name).write_bytes(DAMAGES[kind](expected[name]))
+        if name.startswith("notebooks/"):  # a source, which no run can make
+            assert kind == "foreign" or f"{name} is not valid JSON" in toy.run().stderr
+            (toy.root / name).write_bytes(expected[name])
+    for path in sorted((toy.root / "results").rglob(".state/*.json"))[::2]:
+        path.write_bytes(b"[1, 2")
+    done = toy.run()
+    assert done.returncode == 0, done.stderr
+    assert results(toy) == expected
+
+
+def test_a_note_of_another_shape_only_costs_time(toy: Toy) -> None:
+    for content in ({"key": 1}, {"key": "x", "outputs": [1]}, [], {"hashes": {"a": "b"}}):
+        for path in (toy.root / "results/embedded/.state").glob("*.json"):
+            path.write_text(json.dumps(content))
+        done = toy.run("--list")
+        assert (done.returncode, done.stderr, done.stdout.count(" stale ")) == (0, "", 5)
+
+
+def test_a_changed_shared_file_is_made_again_by_its_notebook(toy: Toy) -> None:
+    (toy.root / "results/claims.csv").write_text("mine\n")
+    stale = [line[:2] for line in toy.run("--list").stdout.splitlines() if " stale " in line]
+    assert stale == ["08"]
+
+
+def test_a_mixture_is_never_called_fresh(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a")
+    freshness.remember(tmp_path, "02", "key", [tmp_path / "a.csv"])
+    assert freshness.is_fresh(tmp_path, "02", "key", {})
+    freshness.forget(tmp_path, "02")  # before anything is published
+    assert not freshness.is_fresh(tmp_path, "02", "key", {})
+
+
+def test_the_executing_process_ends_with_its_runner() -> None:
+    code = "import threading, time; from helpers import execute as e; e.end_with_the_runner()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+    assert process.stdin is not None and process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=20) == -signal.SIGKILL
