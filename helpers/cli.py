@@ -47,6 +47,7 @@ def parser() -> Parser:
         "--prompts", metavar="NAME|DIR", default="embedded", help="a shipped or public prompt set, or a folder"
     )
     new.add_argument("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
+    new.add_argument("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
     new.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     new.add_argument("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
     new.add_argument("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
@@ -92,7 +93,7 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         preflight.check_prompts(prompts)
     found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
-    slug = check_slug(flags.name or inputs.default_slug(found))
+    slug = check_slug(flags.name or inputs.default_slug(found, flags.judge))
     if slug == "embedded" and found != runner.DEFAULTS:
         raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
     return {**found, "SLUG": slug}
@@ -215,6 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         flags = parse(arguments)
         hub.trust_code(flags.trust_remote_code)
+        hub.choose_judge(flags.judge and _named(flags.judge, ORGANISM))
         if flags.test:
             from helpers import checks
 

@@ -13,6 +13,7 @@ from helpers.errors import InputError
 from helpers.store import read_json
 
 TRUST = "COMPANION_TRUST_REMOTE_CODE"
+JUDGE = "COMPANION_JUDGE"  # the model that labels answers, if one was chosen
 _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"{_PART}/{_PART}")
 _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
@@ -129,6 +130,13 @@ def trust_code(is_trusted: bool) -> None:
     os.environ.pop(TRUST, None)
     if is_trusted:
         os.environ[TRUST] = "1"
+
+
+def choose_judge(name: str | None) -> None:
+    """Let this process and the notebooks that it starts label answers by this model, or by phrases (None)."""
+    os.environ.pop(JUDGE, None)
+    if name:
+        os.environ[JUDGE] = name
 
 
 def trusts_code() -> bool:

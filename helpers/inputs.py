@@ -1,5 +1,6 @@
 """From what was typed to what a run uses: models and public prompt sets by name become folders. Imports nothing heavy."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from helpers.errors import InputError
 from helpers.paths import PROMPTS
 
 
-def default_slug(found: Mapping[str, Any]) -> str:
+def default_slug(found: Mapping[str, Any], judge: str | None = None) -> str:
     """The run's name if none is given: what differs from the default, so that no run writes over another.
 
     >>> default_slug(runner.DEFAULTS)
@@ -24,6 +25,7 @@ def default_slug(found: Mapping[str, Any]) -> str:
     plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
     parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
     parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
+    parts += [f"judge-{hub.slug(judge)}"] if judge else []
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
 
 
@@ -58,6 +60,12 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         from helpers import hub_fetch
 
         model = hub_fetch.ready(model, found["DEVICE"], found["DTYPE"])
+    judge = os.environ.get(hub.JUDGE)
+    if judge:
+        from helpers import hub_fetch
+
+        preflight.check_model(judge)
+        hub.choose_judge(hub_fetch.ready(judge, found["DEVICE"], "bfloat16"))
     if is_public_set(found["PROMPTS"]):
         from helpers import public_make
 

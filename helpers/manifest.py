@@ -3,6 +3,7 @@
 `manifest.json` is deterministic apart from the git commit; times vary from run to run and stand in `run_times.json`.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "model": _model(parameters["MODEL"], model, known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
         **{name.lower(): parameters[name] for name in settings},
+        **({"judge": os.environ[hub.JUDGE]} if os.environ.get(hub.JUDGE) else {}),
         "seed": SEED,
         "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",

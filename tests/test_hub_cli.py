@@ -43,6 +43,8 @@ def test_what_cannot_be_had_is_one_line(toy_done: Toy, tmp_path: Path, cache: Pa
         ("--list", "--model", "org/tiny"): "is not in the hub's cache yet",
         ("--model", "org/tiny@../x"): "names no revision behind its @",
         ("--prompts", "xstest,nosuch"): "public sets, each once, joined by commas; known are jailbreakbench",
+        ("--judge", "nowhere"): "no model 'nowhere': give a folder",
+        ("--judge", "org/tiny"): "HF_HUB_OFFLINE forbids downloads",
         ("--wrappers", "nowhere"): "expected a file of JSON lines",
     }
     for flags, message in cases.items():

@@ -1,5 +1,6 @@
 """Labels of generated answers: refusal phrases, a judge model, and the correction for known mistakes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import defence_outcomes, judging, tokens
+from helpers import defence_outcomes, hub, judging, tokens
 from helpers.errors import InputError
 from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
 from helpers.subject import Subject, from_model
@@ -138,6 +139,26 @@ def test_labels_come_from_answers_up_to_their_end(judge_model: Subject, monkeypa
     monkeypatch.setattr(judging, "ask", ask)
     assert judging.complied(judge_model, ["w5", "w6"], made, judge_model).tolist() == [False, True]
     assert seen == [("w5", "w20 w21"), ("w6", "w20 w30")]
+
+
+def test_a_chosen_judge_decides_alone_and_a_phrase_adds_to_openers(
+    judge_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = defence_outcomes.Answers(np.array([[20, 21], [22, 30], [23, 24]]), np.ones((3, 2), dtype=bool))
+    monkeypatch.setattr(judging, "is_refusal", lambda text: "w30" in text)
+    monkeypatch.delenv(hub.JUDGE, raising=False)
+    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
+    assert judging.refused(replace(judge_model, tokenizer=None), ["w5"] * 3, made, [20]).tolist() == [
+        True,
+        False,
+        False,
+    ]
+    hub.choose_judge("some/judge")
+    monkeypatch.setattr(judging, "_judge", lambda name, device: {"some/judge": judge_model}[name])
+    monkeypatch.setattr(judging, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
+    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [False, False, True]
+    hub.choose_judge(None)
+    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
 
 
 def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(judge_model: Subject) -> None:
