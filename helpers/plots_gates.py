@@ -52,8 +52,7 @@ def indices(table: pd.DataFrame) -> Figure:
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel("signed gate index (interaction as a share of the whole effect)")
-    ax.set_title(
-        "Does the set act only together with the signal (1), just add (0), or stand in for it (-1)?", fontsize=9
-    )
+    title = "Gate or contributor: only together (1), added (0), either one (-1)?"
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
