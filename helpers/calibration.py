@@ -1,0 +1,106 @@
+"""One draw of the calibration: a model whose truth is known goes through the unchanged pipeline and its rules.
+
+    verdicts, localisation = one_draw("early", seed=3)
+
+A draw is measured in two parts, which rest on different sweeps: `layers` (C1 to C4, C5c) and `neurons` (C5a, C5b, C7).
+Steering (C6) is not calibrated: there is no row of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import calibration_localise, calibration_population, freshness, paths, pipeline, verdicts
+from helpers.calibration_stats import VERDICTS
+from helpers.controls import Rows
+from helpers.ledger import ledger
+from helpers.organisms import compiled
+from helpers.pipeline import STAGES
+from helpers.verdicts import Verdict
+
+TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
+TRUTH = {True: "true", False: "false", None: "open"}
+
+
+def one_draw(
+    kind: str, seed: int, topics: int = TOPICS, effect: float | None = None, *,
+    parts: Collection[str] = tuple(STAGES), population: bool = False, full_response: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    """Verdicts (`calibration_stats.VERDICTS`) and how well each estimator finds the mechanism (`calibration_localise.SCHEMA`).
+
+    One pair a topic and treatment. `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4).
+    `population` adds what the rules say without sampling error; `full_response` adds Y2 to the estimators.
+    """
+    organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=1)
+    this = compiled.study(organism)
+    measured = pipeline.measure(this, organism.name, parts, full_response=full_response)
+    rows = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
+    found = {verdict.claim: verdict for verdict in ledger(measured.rows, (organism.name,))}
+    at_large = {}
+    for part in parts if population else ():
+        at_large |= calibration_population.verdicts(organism, this, measured.rows, part)
+    same = {"kind": kind, "seed": seed, "topics": topics, "effect": float(organism.design.effect), "code": code()}
+    table = []
+    for claim in (claim for part in parts for claim in STAGES[part]):
+        own = _fields(found[claim], rows) | {"truth": TRUTH[organism.claims[claim]]}
+        table.append({**same, **own, **_at_large(found[claim], at_large.get(claim))})
+    return pd.DataFrame(table)[list(VERDICTS)], calibration_localise.localise(organism, this, measured)
+
+
+def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:
+    treatment = "T1" if verdict.claim == "C3" else verdicts.generation(rows)
+    stopped = verdicts.gate(rows, verdict.claim, treatment) is not None
+    numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
+    return {
+        "claim": verdict.claim,
+        "verdict": verdict.verdict,
+        "reason": verdict.reason,
+        "gate": "stopped" if stopped else "passed",
+        "quantity": verdict.quantity,
+        **{name: math.nan if value is None else value for name, value in numbers.items()},
+    }
+
+
+def _at_large(verdict: Verdict, known: tuple[Verdict, pd.DataFrame] | None) -> dict[str, object]:
+    """The population's verdict, and its value of the quantity that the sample's verdict shows (NaN where unknown)."""
+    if known is None:
+        return {"population": math.nan, "population_verdict": ""}
+    other, rows = known
+    row = Rows(verdict.model, rows[rows.model == verdict.model]).find(verdict.claim, verdict.quantity)
+    is_known = row is not None and row.ci_low == row.ci_high
+    return {
+        "population": float(row.estimate) if row is not None and is_known else math.nan,
+        "population_verdict": other.verdict,
+    }
+
+
+@cache
+def code() -> str:
+    """Hash of every helper that a draw's numbers can rest on: this one and all that it imports, at any depth."""
+    seen: set[Path] = set()
+    waiting = [Path(__file__)]
+    while waiting:
+        path = waiting.pop()
+        if path not in seen:
+            seen.add(path)
+            waiting += _imports(path)
+    return freshness.digest({path.name: freshness.hash_file(path, {}) for path in seen})[:12]
+
+
+def _imports(path: Path) -> list[Path]:
+    """Files of the helpers that a file imports."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = [
+        name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers")
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    ]
+    files = [paths.ROOT / (str(name).replace(".", "/") + ".py") for name in names]
+    return [file for file in files if file.is_file()]

@@ -1,0 +1,86 @@
+"""What the rules say of a compiled model when sampling error is gone: the same rules on effects in closed form.
+
+The closed form gives effects on the first answer token. So C1, C2, C3 and C5a have a population verdict and the others have
+none. Rows that the closed form knows take the place of the sample's, with intervals of no width; what needs a run of the
+model (probe, benign neurons, untrained twin, joint probability, patch norms) stays as it was measured.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from helpers import evidence
+from helpers.depth import deepest_early_layer
+from helpers.ledger import ledger
+from helpers.normalisation import normalisations
+from helpers.organisms import compiled_language as lang
+from helpers.organisms import compiled_truth
+from helpers.organisms.compiled import KINDS, Organism
+from helpers.organisms.compiled_build import build
+from helpers.organisms.compiled_claims import last_layer
+from helpers.study import Study
+from helpers.verdicts import Verdict
+
+CLAIMS = {"layers": ("C1", "C2", "C3"), "neurons": ("C5a",)}
+TOPICS, DISCOVER = 500, 0.2  # four fifths of the topics count as test: 19 times as many as in a draw of 70 topics
+BENIGN = tuple(f"B{i + 1}" for i in range(lang.BEHAVIOURS))
+
+
+def verdicts(organism: Organism, this: Study, rows: pd.DataFrame, part: str) -> dict[str, tuple[Verdict, pd.DataFrame]]:
+    """For each claim of a part that has one: the population verdict, and the evidence rows that it rests on."""
+    label = organism.name
+    program, pairs = build(organism.design, TOPICS), planned(organism, part)
+    table = split_anew(compiled_truth.table(program, pairs))
+    known = gate_rows(table)
+    if part == "layers":
+        known |= layer_rows(table, this, label)
+    else:
+        share, k90 = last_layer(program, [one for one in pairs if one.pair.treatment in ("T2", "T2b")])
+        known |= {("C5a", "psi1", "main"): share, ("C5a", "k90", "main"): float(k90)}
+        known |= {("C5a", "psi1", name): share for name in ("norm frozen", "unsaturated")}
+    replaced = with_values(rows, label, known)
+    found = {verdict.claim: verdict for verdict in ledger(replaced, (label,))}
+    return {claim: (found[claim], replaced) for claim in CLAIMS[part]}
+
+
+def planned(organism: Organism, part: str) -> list[lang.Planned]:
+    """New pairs of the same model over new topics, one a topic and treatment."""
+    design = organism.design
+    pairs = lang.plan([design.seed, KINDS.index(design.kind), 1], TOPICS, 1)
+    wanted = ("T1", "T2", "T2b", *(BENIGN if part == "layers" else ()))
+    return [one for one in pairs if one.pair.treatment in wanted]
+
+
+def split_anew(table: pd.DataFrame) -> pd.DataFrame:
+    """Every fifth topic is for choices (discover), all others for numbers (test)."""
+    number = table.topic.str.extract(r"(\d+)$")[0].astype(int)
+    return table.assign(split=np.where(number % round(1 / DISCOVER) == 0, "discover", "test"))
+
+
+def gate_rows(table: pd.DataFrame) -> dict[tuple[str, str, str], float]:
+    """TE of every treatment."""
+    test = table[table.split == "test"].drop_duplicates(["treatment", "pair_id"])
+    return {("gate", f"TE {name}", "main"): float(value) for name, value in test.groupby("treatment").te.mean().items()}
+
+
+def layer_rows(table: pd.DataFrame, this: Study, label: str) -> dict[tuple[str, str, str], float]:
+    """C1, C2, and psi0 of C3. The program's arithmetic has no norm, so freezing its scale changes nothing."""
+    frozen = table.assign(outcome="Y1.frozen")
+    linear = table[table.site.str.endswith(".direct")].assign(outcome="contrast.frozen")
+    whole = pd.concat([table, frozen, linear], ignore_index=True)
+    rows = evidence.c1(whole, label, this.subject.n_layers)
+    rows += evidence.c2(whole, whole, label, normalisations(this))
+    found = {(str(one["claim"]), str(one["quantity"]), str(one["variant"])): float(one["estimate"]) for one in rows}  # type: ignore[arg-type]
+    early = table[(table.treatment == "T1") & (table.position == "shared") & (table.split == "test")]
+    early = early[early.layer == deepest_early_layer(this.subject.n_layers)]
+    return found | {("C3", "psi0 early, shared tokens", "main"): float(early.nie0.sum() / early.te.sum())}
+
+
+def with_values(rows: pd.DataFrame, label: str, known: dict[tuple[str, str, str], float]) -> pd.DataFrame:
+    """The evidence with the known values in place of the sample's, as intervals of no width."""
+    made = rows.copy()
+    for (claim, quantity, variant), value in known.items():
+        at = (made.model == label) & (made.claim == claim) & (made.quantity == quantity) & (made.variant == variant)
+        made.loc[at, ["estimate", "ci_low", "ci_high"]] = value
+    return made

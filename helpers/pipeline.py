@@ -1,0 +1,79 @@
+"""The pipeline of notebooks 02 to 05 in one call: all evidence rows of any study, from the functions that they call.
+
+Notebook 06 (steering, claim C6) is not part of it. Pairs of the validate split are left out where no rule reads them: they
+only choose how many neurons notebook 05 clamps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from helpers import evidence as levels
+from helpers import gate_evidence, neuron_evidence, normalisation, relatives, study, token_evidence
+from helpers.controls import UNTRAINED
+from helpers.neuron_evidence import Neurons
+from helpers.store import EVIDENCE
+from helpers.study import Layers, Study
+from helpers.subject import untrained_twin
+
+# What is measured together, and the claims that it is measured for.
+STAGES = {"layers": ("C1", "C2", "C3", "C4", "C5c"), "neurons": ("C5a", "C5b", "C7")}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evidence rows (`store.EVIDENCE`) with the tables behind them, for whoever compares estimators."""
+
+    rows: pd.DataFrame
+    layers: Layers | None
+    neurons: Neurons | None
+
+
+def evidence(study: Study, *, label: str) -> pd.DataFrame:
+    """Evidence rows of every claim but C6, under a model label, with those of the untrained twin behind them."""
+    return measure(study, label, full_response=True).rows
+
+
+def measure(
+    this: Study, label: str, stages: Collection[str] = tuple(STAGES), *, full_response: bool = False
+) -> Measured:
+    """The same with the tables behind it, for some stages; `full_response` adds Y2, which no verdict rests on.
+
+    The gate's rows are always there.
+    """
+    core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
+    rows: list[dict[str, object]] = []
+    layers = neurons = None
+    if "layers" in stages:
+        layers = study.measure_layers(core, label, full_response=full_response, direct=True)
+        table = layers.effects
+        rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(core))
+        rows += twin_rows(core, label) + token_evidence.evidence(this, label)
+    else:
+        clean = study.clean_outcomes(core)
+        clean = study.clean_difference(clean, core.twins) if core.twins else clean
+        rows += study.gate_rows(clean, label, core.subject.n_layers)
+    if "neurons" in stages and core.subject.d_mlp:
+        neurons = neuron_evidence.sweep(core)
+        rows += neuron_rows(neurons, label) + gate_evidence.evidence(core, neurons.table, label)
+    return Measured(pd.DataFrame(rows, columns=list(EVIDENCE)), layers, neurons)
+
+
+def twin_rows(this: Study, label: str) -> list[dict[str, object]]:
+    """Rows of the untrained twin; without T1, since the one control that reads a twin is that of C1."""
+    thin = relatives.thinned(this, relatives.RELATIVE_PAIRS)
+    pairs = tuple(pair for pair in thin.pairs if pair.pair.treatment != "T1")
+    twin = replace(thin, pairs=pairs, subject=untrained_twin(this.subject))
+    return study.measure_layers(twin, label + UNTRAINED).evidence
+
+
+def neuron_rows(found: Neurons, label: str) -> list[dict[str, object]]:
+    """Rows of C5a and C7; none where no neuron has an effect or a split has too few topics."""
+    if not neuron_evidence.enough(found, found.primary):
+        return []
+    curves = neuron_evidence.all_curves(found)
+    pooled, best = neuron_evidence.moran(found), neuron_evidence.groups(found)
+    return neuron_evidence.c5a(found, label, curves) + neuron_evidence.c7(found, label, pooled, best)
