@@ -3,9 +3,10 @@
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
 the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
-from test. One thing was added after a first look at the embedded model, with the thresholds unchanged: form b with the
-harm signal switched by the twin (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
-that carries the harm never moves.
+from test. Changed after a first look at the embedded model, with the thresholds unchanged: form b with the harm signal
+switched by the twin was added (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
+that carries the harm never moves; and the whole last layer, which is not sparse, can no longer be what the verdict reads
+(that "contradicted" needs its index low as well was so from the start). Neither changed the model's verdict.
 """
 
 from __future__ import annotations
