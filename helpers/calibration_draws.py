@@ -88,10 +88,10 @@ def measure(draw: Draw) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows.assign(purpose=draw.purpose), found if is_main else found.iloc[:0]
 
 
-def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None = None) -> None:
+def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None = None) -> int:
     """Measure every draw of this share ("2/3": the second of three) that has no file yet, and join what there is.
 
-    Several shares may run at once. Stopping loses at most one draw.
+    Several shares may run at once. Stopping loses at most one draw. Returns 0, the exit status.
     """
     own = list(plan() if draws is None else draws)[slice(*_every(share))]
     missing = [draw for draw in own if not _paths(folder, draw)[0].is_file()]
@@ -105,6 +105,7 @@ def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None 
             print(f"{done}/{len(missing)} {draw.name}: {each:.0f} s a draw, about {left:.0f} min left", flush=True)
     finally:
         print("joined:", join(folder), "rows of verdicts", flush=True)
+    return 0
 
 
 def _every(share: str) -> tuple[int, None, int]:

@@ -58,6 +58,7 @@ def parser() -> Parser:
     new.add_argument("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
     new.add_argument("--shards", metavar="N", type=int, default=0, help="share the sweeps among N processes or GPUs")
     new.add_argument("--figures", action="store_true", help="only redraw the figures from results/")
+    new.add_argument("--recalibrate", metavar="I/N", nargs="?", const="1/1", help="measure known models for 07 (hours)")
     new.add_argument("--force", action="store_true", help="run what is up to date as well")
     new.add_argument("--list", action="store_true", help="list the notebooks and what is up to date")
     new.add_argument("--test", action="store_true", help="run all tests, and check every notebook's outputs")
@@ -221,6 +222,10 @@ def main(arguments: Sequence[str]) -> int:
             from helpers import checks
 
             return checks.run_all()
+        if flags.recalibrate:
+            from helpers import calibration_draws
+
+            return calibration_draws.run(flags.recalibrate)
         return models_command(flags) if flags.models is not None else _command(flags)(flags)
     except InputError as error:
         return _report(error)
