@@ -1,0 +1,84 @@
+"""Random-weight folders of the nine families, each sent through all notebooks by the command that users type.
+
+    OMP_NUM_THREADS=1 python -m tests.nine_families                   # all of them; docs/families.md has the output
+    OMP_NUM_THREADS=1 python -m tests.nine_families --families gpt2 --only 03
+
+Random weights mean nothing: what is shown is that each notebook runs on each architecture, with prompts of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from helpers.paths import ROOT
+from tests.families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<s> w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
+)
+TREATMENTS = ("T1", "T2", "T2b", "B1", "B2", "B3", "B4", "B5")
+
+
+def model_folder(family: str, folder: Path) -> Path:
+    """A model folder as a user would hand it in: config, safetensors, tokenizer, chat template."""
+    tiny_model(family).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def prompt_folder(folder: Path, topics: int = 24) -> Path:
+    """All treatments over the tiny vocabulary; a pair differs in one word, a T2 pair names its twin."""
+    folder.mkdir(parents=True)
+    rows = [_pair(treatment, topic) for treatment in TREATMENTS for topic in range(topics)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    outcome = {"comply": ["w10", "w11"], "refuse": ["w12", "w13"]}
+    (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    return folder
+
+
+def _pair(treatment: str, topic: int) -> dict[str, object]:
+    place = TREATMENTS.index(treatment)
+    words = [f"w{14 + (7 * topic + 3 * place + step) % (VOCAB - 20)}" for step in range(4)]
+    control, treated = (" ".join([words[0], f"w{6 + side}", *words[1:]]) for side in (0, 1))
+    row: dict[str, object] = {"id": f"{treatment}-{topic}", "treatment": treatment, "topic": f"t{topic}"}
+    twin = {"twin": f"T2b-{topic}"} if treatment == "T2" else {}
+    return row | {"control": control, "treated": treated} | twin
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One line a family; exit status 1 if one did not come through."""
+    parser = argparse.ArgumentParser(prog="tests.nine_families", description="Nine families through all notebooks.")
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--only", help="the last notebook to run (default: all)")
+    options = parser.parse_args(arguments)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = prompt_folder(Path(folder) / "prompts")
+        for family in options.families.split(","):
+            model = model_folder(family, Path(folder) / family)
+            flags = ["--model", str(model), "--prompts", str(prompts), "--profile", "smoke", "--name", f"tiny-{family}"]
+            failed += _through(family, [*flags, *(["--only", options.only] if options.only else [])], Path(folder))
+    return int(failed > 0)
+
+
+def _through(family: str, flags: Sequence[str], folder: Path) -> bool:
+    import os
+
+    places = {"COMPANION_RESULTS": str(folder / "results"), "COMPANION_FIGURES": str(folder / "figures")}
+    start = time.monotonic()
+    command = [sys.executable, "-m", "helpers.cli", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | places, capture_output=True, text=True, check=False)
+    made = [line.split("] ")[1].split()[0][:2] for line in done.stdout.splitlines() if line.startswith("[")]
+    verdict = f"notebooks {' '.join(made)}" if done.returncode == 0 else f"FAILED: {done.stderr.strip()}"
+    print(f"{family:<8} {time.monotonic() - start:4.0f} s  {verdict}", flush=True)
+    return done.returncode != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
