@@ -20,4 +20,4 @@ def test_a_folder_of_a_family_is_measured(tmp_path: Path, family: str) -> None:
     top = found.effects.query("site == 'resid_post' and position == 'last' and outcome == 'Y1'")
     top = top[top.layer == top.layer.max()]
     assert (top.nie0 - top.te).abs().max() < 1e-4 * top.te.abs().max()  # the last residual stream carries everything
-    assert {row["claim"] for row in found.evidence} >= {"gate", "C1", "C3"}
+    assert {row["claim"] for row in found.evidence} >= {"gate", "C3"}
