@@ -129,11 +129,16 @@ def summary(
 
 
 def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
-    """P(harmful answer) over the budget spent, by zone, for adaptive and fixed steering."""
+    """P(harmful answer) over the budget spent, by zone: adaptive, fixed, and the last layer's vector injected there.
+
+    Where a direction is rounding noise (nothing has arrived yet) the method spends next to nothing: below a thousandth of
+    the largest budget its points are left out.
+    """
     rows = []
     for panel, make in (
         ("adaptive (AdaSteer-style)", steering_adaptive.adasteer),
         ("fixed rejection", steering_methods.fixed),
+        ("last layer's vector", defence_arms.transplanted),
     ):
         for zone, layers in defence_arms.zones(lab.subject.n_layers).items():
             made, _ = defence_arms.arms(fit, {zone: partial(make, layers=layers)})
@@ -144,7 +149,7 @@ def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.5, 
                 change = defence_stats.mean_change(left.to_numpy(), on.harmful.topic.to_numpy())
                 rows.append((panel, zone, spent, change.estimate, change.low, change.high))
     table = pd.DataFrame(rows, columns=CURVE)
-    return table[table.x > 0]
+    return table[table.x > table.x.max() / 1000]
 
 
 def mediation(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

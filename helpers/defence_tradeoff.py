@@ -20,7 +20,7 @@ from helpers.defence_outcomes import Answers
 from helpers.defence_stats import Change
 from helpers.steering import Steering
 
-STRENGTHS: Final = (0.25, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 COLUMNS: Final = ("method", "strength", "budget", "measure", "estimate", "low", "high")
 
 

@@ -66,7 +66,7 @@ SPECS = (
         partial(
             plots_steering.null,
             title="Is the direction better than chance?",
-            x_label="fall of the log-odds of complying, jailbroken prompts",
+            x_label="fall of the log-odds of complying",
         ),
         "C6",
         "Fall of the log-odds under 100 isotropic and 100 covariance-matched random directions and under the fitted one",
@@ -78,7 +78,7 @@ SPECS = (
             plots.dots,
             row="method",
             group="measure",
-            title="What does each method change, at the strength chosen on validate?",
+            title="What does each method change?",
             unit="change in share of prompts (percentage points)",
             marks=(-2.0, 2.0),
         ),
