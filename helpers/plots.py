@@ -133,7 +133,11 @@ def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel(unit)
-    axes[0, 0].legend(fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(handles) > 4:  # too many to stand beside the lines
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(5, len(handles)))
+    else:
+        axes[0, 0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 
