@@ -42,7 +42,7 @@ def one_draw(
     measured = pipeline.measure(this, organism.name, parts, full_response=full_response)
     rows = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
     found = {verdict.claim: verdict for verdict in ledger(measured.rows, (organism.name,))}
-    at_large = {}
+    at_large: dict[str, tuple[Verdict, pd.DataFrame]] = {}
     for part in parts if population else ():
         at_large |= calibration_population.verdicts(organism, this, measured.rows, part)
     same = {"kind": kind, "seed": seed, "topics": topics, "effect": float(organism.design.effect), "code": code()}

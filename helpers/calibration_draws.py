@@ -1,7 +1,8 @@
 """All draws of the calibration: the plan, fixed before any result, and a run of it that can stop and go on.
 
 Each draw is a pair of files below `data/calibration/.parts`, written whole or not at all. What is there is not measured
-again, also if the code has changed since: a row names the code that made it, and notebook 07 measures some draws anew.
+again, also if the code has changed since: a row names the code that made it, and notebook 07 measures some draws anew. To
+measure everything again, remove `data/calibration`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from helpers.calibration import TOPICS
 from helpers.calibration_stats import VERDICTS
 from helpers.errors import InputError
 from helpers.organisms.compiled_design import KINDS
+from helpers.pipeline import STAGES
 
 Purpose = Literal["main", "topics", "effect"]
 FOLDER = paths.DATA / "calibration"
@@ -38,6 +40,7 @@ POWER_TOPICS, POWER_EFFECTS = (30, 50, 120), (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {"layers": ("late", "early", "attention"), "neurons": ("late", "distributed", "gated")}
 POPULATION = {"layers": 4, "neurons": 2}  # every so many seeds also have a population verdict
 FULL_RESPONSE = 4  # every so many seeds Y2 is among the estimators
+PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None 
     Several shares may run at once. Stopping loses at most one draw. Returns 0, the exit status.
     """
     own = list(plan() if draws is None else draws)[slice(*_every(share))]
-    missing = [draw for draw in own if not _paths(folder, draw)[0].is_file()]
+    known = shipped(folder)
+    missing = [draw for draw in own if key(draw) not in known and not _paths(folder, draw)[0].is_file()]
     print(f"calibration: {len(own) - len(missing)} of {len(own)} draws are there", flush=True)
     start = time.monotonic()
     try:
@@ -106,6 +110,21 @@ def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None 
     finally:
         print("joined:", join(folder), "rows of verdicts", flush=True)
     return 0
+
+
+def shipped(folder: Path) -> set[tuple[object, ...]]:
+    """Keys of the draws that the shipped table holds, as of a clone of the repository."""
+    if not (folder / "verdicts.parquet").is_file():
+        return set()
+    table = read(folder)[0].assign(part=lambda rows: rows.claim.map(PART_OF))
+    columns = [table[name] for name in ("purpose", "part", "kind", "seed", "topics")]
+    effects = table.effect.where(table.purpose != "main").round(6)
+    return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
+
+
+def key(draw: Draw) -> tuple[object, ...]:
+    """What tells a draw from all others."""
+    return draw.purpose, draw.part, draw.kind, draw.seed, draw.topics, draw.effect
 
 
 def _every(share: str) -> tuple[int, None, int]:

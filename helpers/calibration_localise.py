@@ -68,7 +68,10 @@ def localise(organism: Organism, this: Study, measured: Measured) -> pd.DataFram
     if measured.neurons:
         member = neurons(organism).ravel()
         for name, score in neuron_scores(measured.neurons, this).items():
-            found += [(name, f"neurons, {what}", value) for what, value in ranking_quality(member, score).items()]
+            found += [
+                (name, f"neurons, {what}", value)
+                for what, value in ranking_quality(member.tolist(), score.tolist()).items()
+            ]
     table = pd.DataFrame(found, columns=["estimator", "what", "value"])
     return table.assign(kind=organism.design.kind, seed=organism.design.seed)[list(SCHEMA)]
 
