@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy import stats as st
+from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -113,11 +114,12 @@ def odds_over(
     lab: Lab, directions: steering_fit.Directions, layers: Sequence[int], prompts: pd.DataFrame, name: str,
     held: dict[str, float] | None = None,
 ) -> Float[np.ndarray, "coefficient prompt"]:  # fmt: skip
-    """Log-odds of complying under each coefficient of `GRID` along one direction, the `held` ones constant."""
+    """Log-odds of not refusing under each coefficient of `GRID` along one direction, the `held` ones constant."""
     rows = []
     for size in GRID:
         arm = defence.arm_of(lab.subject, along(directions, layers, {**(held or {}), name: float(size)}))
-        rows.append(do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer).log_odds.to_numpy())
+        refusing = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer).p_refuse.to_numpy()
+        rows.append(-logit(refusing))
     return np.stack(rows)
 
 

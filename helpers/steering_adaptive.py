@@ -116,11 +116,12 @@ def _thinned(places: np.ndarray) -> np.ndarray:
 
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
     texts = fit.prompts.text.to_numpy()[places].tolist()
-    odds = [
-        defence_outcomes.log_odds(fit.subject, texts, fit.openers, partial(applied, fit.subject, one)).log_odds
+    # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
+    refusing = [
+        defence_outcomes.log_odds(fit.subject, texts, fit.openers, partial(applied, fit.subject, one)).p_refuse
         for one in tried
     ]
-    return np.stack([np.asarray(y) < 0 for y in odds])
+    return np.stack([np.asarray(p) > 0.5 for p in refusing])
 
 
 def _response(

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import defence, defence_arms, defence_evidence, defence_geometry, defence_search, defence_tradeoff
+from helpers import defence, defence_arms, defence_evidence, defence_geometry, defence_search, defence_tradeoff, study
 from helpers.claims_steering import c6
 from helpers.controls import Rows
 from helpers.judge import is_harmful
@@ -133,3 +133,10 @@ def test_no_disguise_changes_what_is_asked() -> None:
         assert all(is_harmful(text) and disguise.wrapper.text in text for text in texts)
     topics = {split: {one.clause.topic for one in defence_search.requests(split)} for split in ("validate", "test")}
     assert not topics["validate"] & topics["test"]
+
+
+def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal() -> None:
+    lab = defence.open_lab(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=10)
+    assert isinstance(lab, defence.Lab) and defence.missing(lab) == ""
+    benign = lab.prompts[lab.prompts.suite.str.fullmatch(r"B\d")]
+    assert (benign.log_odds < 0).any() and not benign.refused.any()
