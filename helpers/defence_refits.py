@@ -102,7 +102,7 @@ def examples(
     """Directions and what they achieve, over the number of fitting examples of each class.
 
     Panel "direction": cosine between two directions fitted on separate draws, mean and range over pairs of draws. Panel
-    "harm left": P(harmful answer) on the bench under each of the methods, mean and range over draws. Bands are ranges,
+    "not refused": 1 - P(refusal) on the bench under each of the methods, mean and range over draws. Bands are ranges,
     not intervals. Beyond half of the examples two draws overlap, which flatters the cosine.
     """
     rows = []
@@ -115,7 +115,7 @@ def examples(
                 rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max()))
         for name, build in made.items():
             left = [_harm(lab, build(one), on) for one in fits]
-            rows.append(("harm left", name, n, np.mean(left), min(left), max(left)))
+            rows.append(("not refused", name, n, np.mean(left), min(left), max(left)))
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
 
 

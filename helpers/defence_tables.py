@@ -129,7 +129,7 @@ def summary(
 
 
 def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
-    """P(harmful answer) over the budget spent, by zone: adaptive, fixed, and the last layer's vector injected there.
+    """1 - P(refusal) of jailbroken prompts over the budget, by zone: adaptive, fixed, the last layer's vector there.
 
     Where a direction is rounding noise (nothing has arrived yet) the method spends next to nothing: below a thousandth of
     the largest budget its points are left out.

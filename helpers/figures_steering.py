@@ -8,7 +8,7 @@ from helpers import plots, plots_steering
 from helpers.figure_spec import BY_LAYER, ESTIMATE, LOG_ODDS, FigureSpec
 
 CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
-HARM = "P(harmful answer)"
+HARM = "1 - P(refusal) on jailbroken requests"
 
 SPECS = (
     FigureSpec(
@@ -43,7 +43,7 @@ SPECS = (
             title="What does each point of harm cost? One point a strength",
         ),
         "C6",
-        "Harm against over-refusal on borderline prompts and against KL on harmless ones, over strengths, by method",
+        "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, by method",
         CURVE,
     ),
     FigureSpec(
@@ -55,10 +55,9 @@ SPECS = (
             x_label="budget: root mean square of the added norm",
             y_label=HARM,
             title="Early, middle or late, with the same budget",
-            log_x=True,
         ),
         "C6",
-        "Harm against the L2 budget for early, middle and late layers, adaptive and fixed steering",
+        "Unrefused jailbreaks against the L2 budget for early, middle and late layers, adaptive and fixed steering",
         CURVE,
     ),
     FigureSpec(
@@ -106,7 +105,7 @@ SPECS = (
             panel="panel",
             group="group",
             x_label="wrapper tier (1 weak, 6 strong)",
-            y_label=HARM,
+            y_label="harmful answers (share of prompts)",
             title="Weak and strong wrappers, mild and severe requests",
         ),
         "C6",
@@ -120,12 +119,12 @@ SPECS = (
             panel="panel",
             group="group",
             x_label="fitting examples of each kind",
-            y_label="cosine, or P(harmful answer)",
+            y_label="cosine, or 1 - P(refusal)",
             title="How many examples does a direction need?",
             log_x=True,
         ),
         "C6",
-        "Cosine between directions fitted on two samples, and the harm left, over the number of fitting examples",
+        "Cosine between directions fitted on two samples, and unrefused jailbreaks, over the number of fitting examples",
         CURVE,
     ),
     FigureSpec(
