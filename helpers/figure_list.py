@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from helpers import figures_gates, figures_layers, figures_neurons, figures_steering, figures_tokens
+from helpers import (
+    figures_calibration,
+    figures_gates,
+    figures_layers,
+    figures_neurons,
+    figures_steering,
+    figures_tokens,
+)
 
 SPECS = tuple(
     sorted(
@@ -12,6 +19,7 @@ SPECS = tuple(
             *figures_gates.SPECS,
             *figures_tokens.SPECS,
             *figures_steering.SPECS,
+            *figures_calibration.SPECS,
         ),
         key=lambda spec: spec.name[:2],
     )

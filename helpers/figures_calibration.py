@@ -30,7 +30,7 @@ SPECS = (
             row="claim",
             group="error",
             title="How often does a verdict say the opposite of the truth?",
-            unit="rate with exact 95 % interval",
+            unit="share of draws with exact 95 % interval",
             marks=(0.05,),
         ),
         "all",
@@ -62,11 +62,11 @@ SPECS = (
     FigureSpec(
         "07_power_effect",
         partial(
-            plots_calibration.rates, x="effect", unit="total effect (log-odds)", title="How large must the effect be?"
+            plots_calibration.rates, x="log_odds", unit="total effect (log-odds)", title="How large must the effect be?"
         ),
         "all",
         "Share of right verdicts against the size of the total effect, one panel a claim",
-        {**dict.fromkeys(("claim", "truth"), "str"), "effect": "float", **COUNTS},
+        {**dict.fromkeys(("claim", "truth"), "str"), "log_odds": "float", **COUNTS},
     ),
     FigureSpec(
         "07_coverage",
@@ -89,7 +89,7 @@ SPECS = (
             row="estimator",
             group="what",
             title="Which estimator finds what was built?",
-            unit="area under the ROC curve, mean over models",
+            unit="share of pairs ranked right (area under the ROC curve), mean over models",
             marks=(0.5, 1.0),
         ),
         "all",

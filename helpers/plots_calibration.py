@@ -39,7 +39,7 @@ def confusion(table: pd.DataFrame) -> Figure:
     for ax in axes.flat[len(claims) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel("truth")
+        ax.set_ylabel("truth (shares)")
     figure.suptitle("How often is each verdict right? Truth against verdict, claim by claim", fontsize=10,
                     fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return figure
@@ -48,9 +48,9 @@ def confusion(table: pd.DataFrame) -> Figure:
 def severity(table: pd.DataFrame) -> Figure:
     """Claims by ways of being false: how often the pipeline still said "supported"."""
     claims, kinds = list(dict.fromkeys(table.claim)), sorted(dict.fromkeys(table.kind))
-    figure, axes = plots._figure(width=1.4 + 0.48 * len(kinds), height=1.6 + 0.3 * len(claims))
+    figure, axes = plots._figure(width=3.0 + 0.48 * len(kinds), height=1.6 + 0.3 * len(claims))
     _matrix(axes[0, 0], table, "claim", "kind", claims, kinds)
-    axes[0, 0].set_xlabel("how the claim is false")
+    axes[0, 0].set_xlabel("how the claim is false (shade: share of draws)")
     axes[0, 0].set_title('If the claim were false in this way, how often would we still say "supported"?')
     return figure
 

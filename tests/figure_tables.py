@@ -36,6 +36,13 @@ CHOICES = {
     "quantity": ["k50", "k90"],
     "projection": ["harmfulness", "rejection"],
     "role": ["random", "fitted"],
+    "truth": ["true", "false"],
+    "error": ["false supported", "false contradicted"],
+    "kind": ["early", "middle"],
+    "estimator": ["total", "direct"],
+    "what": ["components", "neurons"],
+    "topics": [30, 70],
+    "log_odds": [0.5, 2.0],
 }
 
 
@@ -47,7 +54,7 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
         crossed = ["position"]  # the token drawing: one row a position
     if {"state", "position"} <= set(crossed):
         crossed = ["panel", "layer", "position"]
-    if "verdict" in crossed:
+    if {"verdict", "model"} <= set(crossed):
         crossed = ["model", "claim"]
     values = [CHOICES[name] for name in crossed] or [range(5)]
     made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)

@@ -17,7 +17,7 @@ from helpers.errors import InputError
 from helpers.figure_list import SPECS
 from helpers.figures import describe, index, spec
 
-MAPS = ("03_heads", "05_groups", "05_components")  # effects are colours there, and a dot says that the sign is sure
+MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity")  # numbers are colours there
 
 
 @pytest.fixture
