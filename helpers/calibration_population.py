@@ -1,6 +1,6 @@
 """What the rules say of a compiled model when sampling error is gone: the same rules on effects in closed form.
 
-The closed form gives effects on the first answer token. So C1, C2, C3 and C5a have a population verdict and the others have
+The closed form gives effects on the first answer token. So C1 to C4 and C5a have a population verdict and the others have
 none. Rows that the closed form knows take the place of the sample's, with intervals of no width; what needs a run of the
 model (probe, benign neurons, untrained twin, joint probability, patch norms) stays as it was measured.
 """
@@ -10,7 +10,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from helpers import evidence
+from helpers import calibration_carriers, carriers, evidence
+from helpers.claims_tokens import CARRIED
+from helpers.controls import Rows
 from helpers.depth import deepest_early_layer
 from helpers.ledger import ledger
 from helpers.normalisation import normalisations
@@ -22,7 +24,7 @@ from helpers.organisms.compiled_claims import last_layer
 from helpers.study import Study
 from helpers.verdicts import Verdict
 
-CLAIMS = {"layers": ("C1", "C2", "C3"), "neurons": ("C5a",)}
+CLAIMS = {"layers": ("C1", "C2", "C3", "C4"), "neurons": ("C5a",)}
 TOPICS, DISCOVER = 500, 0.2  # four fifths of the topics count as test: 19 times as many as in a draw of 70 topics
 BENIGN = tuple(f"B{i + 1}" for i in range(lang.BEHAVIOURS))
 
@@ -35,13 +37,17 @@ def verdicts(organism: Organism, this: Study, rows: pd.DataFrame, part: str) -> 
     known = gate_rows(table)
     if part == "layers":
         known |= layer_rows(table, this, label)
+        generation = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
+        known |= carrier_rows(split_anew(calibration_carriers.table(program, generation)), label, program.n_layers)
     else:
         share, k90 = last_layer(program, [one for one in pairs if one.pair.treatment in ("T2", "T2b")])
         known |= {("C5a", "psi1", "main"): share, ("C5a", "k90", "main"): float(k90)}
         known |= {("C5a", "psi1", name): share for name in ("norm frozen", "unsaturated")}
     replaced = with_values(rows, label, known)
     found = {verdict.claim: verdict for verdict in ledger(replaced, (label,))}
-    return {claim: (found[claim], replaced) for claim in CLAIMS[part]}
+    # Without anything above the hand-over layer, in the population or in the sample, C4 has no share that could be compared.
+    has_c4 = ("C4", CARRIED, "main") in known and Rows(label, rows[rows.model == label]).find("C4", CARRIED) is not None
+    return {claim: (found[claim], replaced) for claim in CLAIMS[part] if claim != "C4" or has_c4}
 
 
 def planned(organism: Organism, part: str) -> list[lang.Planned]:
@@ -71,10 +77,21 @@ def layer_rows(table: pd.DataFrame, this: Study, label: str) -> dict[tuple[str, 
     whole = pd.concat([table, frozen, linear], ignore_index=True)
     rows = evidence.c1(whole, label, this.subject.n_layers)
     rows += evidence.c2(whole, whole, label, normalisations(this))
-    found = {(str(one["claim"]), str(one["quantity"]), str(one["variant"])): float(one["estimate"]) for one in rows}  # type: ignore[arg-type]
+    found = estimates(rows)
     early = table[(table.treatment == "T1") & (table.position == "shared") & (table.split == "test")]
     early = early[early.layer == deepest_early_layer(this.subject.n_layers)]
     return found | {("C3", "psi0 early, shared tokens", "main"): float(early.nie0.sum() / early.te.sum())}
+
+
+def carrier_rows(table: pd.DataFrame, label: str, n_layers: int) -> dict[tuple[str, str, str], float]:
+    """C4; freezing the norm's scale changes nothing here either."""
+    whole = pd.concat([table, table.assign(outcome="Y1.frozen")], ignore_index=True)
+    return estimates(carriers.c4(whole, label, n_layers))
+
+
+def estimates(rows: list[dict[str, object]]) -> dict[tuple[str, str, str], float]:
+    """The estimates of evidence rows, by claim, quantity and variant."""
+    return {(str(one["claim"]), str(one["quantity"]), str(one["variant"])): float(one["estimate"]) for one in rows}  # type: ignore[arg-type]
 
 
 def with_values(rows: pd.DataFrame, label: str, known: dict[tuple[str, str, str], float]) -> pd.DataFrame:

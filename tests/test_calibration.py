@@ -10,8 +10,10 @@ import pytest
 
 from helpers import (
     calibration,
+    calibration_carriers,
     calibration_draws,
     calibration_population,
+    carriers,
     evidence,
     neuron_evidence,
     normalisation,
@@ -190,3 +192,27 @@ def test_the_population_agrees_with_a_large_sample(
     sample = measured.rows.set_index(KEYS).loc[at]
     assert rows.loc[at].ci_low == rows.loc[at].ci_high
     assert rows.loc[at].estimate == pytest.approx(sample.estimate, abs=0.2)
+
+
+def test_the_carriers_in_closed_form_are_those_of_the_model(organism: compiled.Organism) -> None:
+    pairs = [one for one in organism.pairs if one.pair.treatment in ("T2", "T2b")]
+    keys = ["pair_id", "treatment", "site", "layer"]
+    truth = calibration_carriers.table(organism.program, pairs)
+    measured = carriers.effects(study_of(organism)).query("outcome == 'Y1'")
+    both = measured.merge(truth, on=keys, suffixes=("", " true"), validate="one_to_one")
+    assert len(both) == len(truth) == len(measured)
+    for cell in ("y00", "y01", "y10", "y11"):
+        assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
+
+
+def test_c1_to_c4_have_a_population_verdict(
+    organism: compiled.Organism, measured: pipeline.Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_population, "TOPICS", 30)
+    found = calibration_population.verdicts(organism, study_of(organism), measured.rows, "layers")
+    assert {"C1", "C2", "C3"} <= set(found)
+    rows = found["C1"][1].set_index(KEYS)
+    replaced = rows.loc[
+        [(organism.name, "C1", "late share", "main"), (organism.name, "C2", "MLP share of NIE", "main")]
+    ]
+    assert (replaced.ci_low == replaced.ci_high).all()
