@@ -87,7 +87,11 @@ def test_spaces_around_the_text_move_no_word_to_another_group(template: str, tex
     spans = {"treated": {"verb": [text.index("{"), text.index("{") + 2]}}
     assert groups(tokenizer, text.format("off"), text.format("on")) == plain
     with_span = groups(tokenizer, text.format("off"), text.format("on"), spans)
-    assert with_span == {**{name: words for name, words in plain.items() if name != "rest"}, "verb": ["on"], "request": ["on"]}
+    assert with_span == {
+        **{name: words for name, words in plain.items() if name != "rest"},
+        "verb": ["on"],
+        "request": ["on"],
+    }
 
 
 def test_text_that_repeats_the_template() -> None:
