@@ -1,6 +1,7 @@
 """Rule of C5b: the sparse set gates harmful generation, it does not just contribute to it.
 
-Two choices were fixed, as everything here, before the shipped models were measured.
+Two choices were fixed, as all thresholds here, before the shipped models were measured (what the index may be read from was
+widened after a first look: `gate_choice`).
 A last-layer neuron only adds into the last residual stream, so the plain factorial (form a) is near zero there whatever
 was learned, and the verdict reads the forms in which a gate could show: inside a neuron (b) and below the last layer (c).
 And "not a readout" means that less than half of the set's effect is what it writes into the logits itself.
@@ -21,7 +22,8 @@ MIDDLE = 0.4  # half way between the two thresholds
 
 
 def c5b(rows: Rows) -> Verdict:
-    """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: index high <= 0.2 in every form, b and c.
+    """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: index high <= 0.2 in every form, b and c, that is
+    defined.
 
     "Every form" has the whole last layer in it, so that no smaller set of it was overlooked.
 

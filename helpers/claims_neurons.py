@@ -28,7 +28,6 @@ def c5a(rows: Rows) -> Verdict:
     k90, benign = rows.find("C5a", "k90"), _benign_k90(rows)
     few, many = max(0.01 * size.estimate, FEW), 0.1 * size.estimate
     is_sparse = k90 is not None and k90.estimate <= few and (not benign or k90.estimate < np.median(benign))
-    random = rows.find("C5a", "k90", "random order")
     checks = {
         "benign behaviours": "not run" if not benign else "passed" if len(benign) >= MIN_BENIGN else "failed",
         "final norm frozen": controls.same_side(rows, "C5a", "psi1", "norm frozen", PSI_MIDDLE),

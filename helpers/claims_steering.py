@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 from helpers import controls
 from helpers.controls import Rows
-from helpers.verdicts import Verdict, decide, gate, generation, interval, verdict
+from helpers.verdicts import Verdict, decide, gate, generation, interval, tags, verdict
 
 POINTS = 2.0  # smallest harm change that counts, largest harmless loss, and how near counts as equal
 PHI = 0.75
@@ -51,7 +53,8 @@ def c6(rows: Rows) -> Verdict:
     }
     if decision == "supported":  # what else preservation asks for can spoil this verdict, and no other
         checks |= {f"{name} margin": _within(rows, name, most) for name, most in MARGINS.items()}
-    return verdict(rows, harm, decision, checks, _reason(rows, harm, phi, loss))
+    made = verdict(rows, harm, decision, checks, _reason(rows, harm, phi, loss))
+    return replace(made, tags=tags(rows, False, made.verdict))
 
 
 def _missing(rows: Rows) -> str:
