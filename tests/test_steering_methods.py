@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from handmade import GATE_NEURON, OUT, WORDS, Program, compiled, word_tokenizer
+from handmade import BIAS, GATE_NEURON, OUT, SIZE, WORDS, Program, compiled, word_tokenizer
 
 from helpers import defence_outcomes, steering, steering_budget, steering_controls, steering_methods, steering_store
 from helpers import steering_adaptive as sa
@@ -35,6 +35,8 @@ def fit() -> sf.Fit:
     subject = compiled(Program(skip=0.0))
     assert subject.tokenizer is not None
     yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
+        subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
     return sf.fit(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
 
 
