@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ STYLE = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
-    "unit tests and doctests": ["pytest", "--quiet"],
 }
+UNIT = ("unit tests and doctests", ["pytest", "--quiet"])
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
 
 
@@ -34,13 +35,18 @@ def run_all() -> int:
     unseen = launch.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         scratch = Path(folder).resolve()
+        # Notebooks and unit tests use one core each: side by side they take as long as the longer of the two.
+        units = pool.submit(_aside, *UNIT, unseen, scratch / "unit.log")
         results, figures = scratch / "results", scratch / "figures"
         variables = launch.environment(results, figures, scratch) | launch.threads("embedded")
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
         outcomes.append(compare(results))
+        print(f"\n== {UNIT[0]}", flush=True)
+        outcomes.append(units.result())
+        print((scratch / "unit.log").read_text(encoding="utf-8"), flush=True)
     return _report(outcomes)
 
 
@@ -51,6 +57,15 @@ def _step(name: str, module: list[str], variables: dict[str, str]) -> Outcome:
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=variables, check=False)
+    return name, done.returncode == 0, time.monotonic() - start
+
+
+def _aside(name: str, module: list[str], variables: dict[str, str], log: Path) -> Outcome:
+    """A step beside others, which writes what it has to say into a file."""
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", *module]
+        done = subprocess.run(command, cwd=ROOT, env=variables, check=False, stdout=file, stderr=subprocess.STDOUT)
     return name, done.returncode == 0, time.monotonic() - start
 
 
