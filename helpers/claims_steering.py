@@ -102,7 +102,7 @@ def _reason(rows: Rows, harm: pd.Series, phi: pd.Series, loss: pd.Series) -> str
     ]
     for rival in RIVALS:
         row = rows.find("C6", f"advantage over {rival}")
-        parts += [] if row is None else [f"{interval(row)} points better than {rival} layers"]
+        parts += [] if row is None else [f"advantage over {rival} layers {interval(row)} points"]
     for family in RANDOM:
         row = rows.find("C6", f"p {family}")
         parts += [] if row is None else [f"p {row.estimate:.2f} among {family} directions"]
