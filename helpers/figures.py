@@ -6,7 +6,6 @@ A figure is a function of its CSV and of nothing else, so a notebook and `./run_
 from __future__ import annotations
 
 import json
-import os
 import re
 
 import matplotlib
@@ -101,5 +100,5 @@ def _cell_of(name: str) -> str:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for number, cell in enumerate(cells, start=1):
             if re.search(rf"figures\.show\(\s*[\"']{name}[\"']", "".join(cell["source"])):
-                return f"[{path.name}]({os.path.relpath(path, FIGURES)}), cell {number}"
+                return f"[{path.name}](../notebooks/{path.name}), cell {number}"
     return "not shown"

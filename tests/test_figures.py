@@ -186,3 +186,8 @@ def test_names_are_unique_and_claims_are_claims() -> None:
     assert len(set(NAMES)) == len(NAMES)
     assert {entry.claim for entry in SPECS} <= {"all", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7"}
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NAMES)
+
+
+def test_the_index_links_to_the_notebooks_wherever_a_run_is_staged(folders: Path) -> None:
+    assert "](../notebooks/02_layers.ipynb), cell" in figures.index()
+    assert "../../" not in figures.index()
