@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import settings
 from toys import Toy, copy_repository
+
+# The same strange inputs at every run: a new one that fails is looked for on purpose, not met by chance in somebody's check.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from helpers import cli, model_list, paths, preflight, prompts
@@ -88,6 +88,7 @@ def test_a_name_never_escapes_results(name: str) -> None:
 
 @quick
 @given(name=NAMES)
+@example(name="--")
 def test_a_strange_model_or_prompt_set(name: str) -> None:
     for flag in ("model", "prompts"):
         words = [f"--{flag}={name}", "--pairs=20"]
