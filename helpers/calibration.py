@@ -1,6 +1,6 @@
 """One draw of the calibration: a model whose truth is known goes through the unchanged pipeline and its rules.
 
-    verdicts, localisation = one_draw("early", seed=3)
+    drawn = one_draw("early", seed=3)
 
 A draw is measured in two parts, which rest on different sweeps: `layers` (C1 to C4, C5c) and `neurons` (C5a, C5b, C7).
 Steering (C6) is not calibrated: there is no row of it.
@@ -11,12 +11,13 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from helpers import calibration_localise, calibration_population, freshness, paths, pipeline, verdicts
+from helpers import calibration_localise, calibration_population, claims_corrected, freshness, paths, pipeline, verdicts
 from helpers.calibration_stats import VERDICTS
 from helpers.controls import Rows
 from helpers.ledger import ledger
@@ -28,11 +29,22 @@ TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 3
 TRUTH = {True: "true", False: "false", None: "open"}
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Verdicts (`calibration_stats.VERDICTS`) of the registered and the corrected rules, how well each estimator finds the
+    mechanism (`calibration_localise.SCHEMA`), and the evidence rows (`store.EVIDENCE`) that the verdicts rest on.
+    """
+
+    verdicts: pd.DataFrame
+    localisation: pd.DataFrame
+    evidence: pd.DataFrame
+
+
 def one_draw(
     kind: str, seed: int, topics: int = TOPICS, effect: float | None = None, *,
     parts: Collection[str] = tuple(STAGES), population: bool = False, full_response: bool = False,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
-    """Verdicts (`calibration_stats.VERDICTS`) and how well each estimator finds the mechanism (`calibration_localise.SCHEMA`).
+) -> Drawn:  # fmt: skip
+    """Measure one model with the unchanged pipeline, and ask every rule of the given parts.
 
     One pair a topic and treatment. `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4).
     `population` adds what the rules say without sampling error; `full_response` adds Y2 to the estimators.
@@ -40,17 +52,26 @@ def one_draw(
     organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=1)
     this = compiled.study(organism)
     measured = pipeline.measure(this, organism.name, parts, full_response=full_response)
-    rows = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
-    found = {verdict.claim: verdict for verdict in ledger(measured.rows, (organism.name,))}
     at_large: dict[str, tuple[Verdict, pd.DataFrame]] = {}
     for part in parts if population else ():
         at_large |= calibration_population.verdicts(organism, this, measured.rows, part)
     same = {"kind": kind, "seed": seed, "topics": topics, "effect": float(organism.design.effect), "code": code()}
     table = []
-    for claim in (claim for part in parts for claim in STAGES[part]):
-        own = _fields(found[claim], rows) | {"truth": TRUTH[organism.claims[claim]]}
-        table.append({**same, **own, **_at_large(found[claim], at_large.get(claim))})
-    return pd.DataFrame(table)[list(VERDICTS)], calibration_localise.localise(organism, this, measured)
+    for rule, one in judged(measured.rows, organism.name, parts):
+        truth = TRUTH[organism.claims[one.claim]]
+        own = _fields(one, Rows(organism.name, measured.rows[measured.rows.model == organism.name]))
+        known = at_large.get(one.claim) if rule == "registered" else None
+        table.append({**same, "rule": rule, "truth": truth, **own, **_at_large(one, known)})
+    found = calibration_localise.localise(organism, this, measured)
+    return Drawn(pd.DataFrame(table)[list(VERDICTS)], found, measured.rows)
+
+
+def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(STAGES)) -> list[tuple[str, Verdict]]:
+    """What the registered and the corrected rules say of a model's evidence, on the claims of some parts."""
+    asked = {claim for part in parts for claim in STAGES[part]}
+    own = Rows(model, evidence[evidence.model == model])
+    rules = {"registered": ledger(evidence, (model,)), "corrected": claims_corrected.rules(own)}
+    return [(rule, one) for rule, verdicts in rules.items() for one in verdicts if one.claim in asked]
 
 
 def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,26 +20,38 @@ from helpers import calibration, calibration_localise, paths, store
 from helpers.calibration import TOPICS
 from helpers.calibration_stats import VERDICTS
 from helpers.errors import InputError
-from helpers.organisms.compiled_design import KINDS
 from helpers.pipeline import STAGES
 
-Purpose = Literal["main", "topics", "effect"]
+Purpose = Literal["main", "topics", "effect", "first look"]
 FOLDER = paths.DATA / "calibration"
-SCHEMA = {**VERDICTS, "purpose": "str"}
-# The first rounds: kinds with nulls of C1 to C4 and C5c, then kinds that tell the neuron claims apart.
-FIRST = {
-    "layers": (
-        "early", "middle", "late_like_benign", "attention", "skip_only", "context_free", "context_unused", "late",
-        "each_token",
-    ),
-    "neurons": ("distributed", "permuted", "gated", "late", "adjacent", "attention", "middle", "or"),
+LABEL = {"purpose": "str"}
+SCHEMAS = {
+    "verdicts": {**VERDICTS, **LABEL},
+    "localisation": calibration_localise.SCHEMA,
+    "evidence": {**dict.fromkeys(("kind", "part"), "str"), "seed": "int", **store.EVIDENCE},
+}
+KEYS = {
+    "verdicts": ["purpose", "kind", "seed", "topics", "effect", "claim", "rule"],
+    "localisation": ["kind", "seed", "estimator", "what"],
+    "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
+}
+# How many models of each kind: at least 59 that make a claim false and pass its gate, for every claim but C6.
+COUNTS = {
+    "layers": {
+        "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 30, "context_free": 30,
+        "context_unused": 30, "late": 15, "early_carrier": 15, "each_token": 60,
+    },
+    "neurons": {
+        "distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15, "or": 15,
+        "and": 15,
+    },
 }  # fmt: skip
-SEEDS, SEEDS_EACH_TOKEN = 30, 60  # draws of a kind; `each_token` is the only null of C5c
-POWER_SEEDS, POWER_FROM = 10, 100  # models of their own for the power curves
+FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
+EACH_ROUND = {"each_token": 2}  # the only null of C5c
+POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
 POWER_TOPICS, POWER_EFFECTS = (30, 50, 120), (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {"layers": ("late", "early", "attention"), "neurons": ("late", "distributed", "gated")}
-POPULATION = {"layers": 4, "neurons": 2}  # every so many seeds also have a population verdict
-FULL_RESPONSE = 4  # every so many seeds Y2 is among the estimators
+POPULATION, FULL_RESPONSE = 5, 5  # every so many seeds also have a population verdict, and Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 
 
@@ -62,14 +74,16 @@ class Draw:
 
 
 def plan() -> list[Draw]:
-    """All draws in the order in which they are measured: round by round, the most informative kinds first."""
-    made = [Draw("main", part, kind, seed) for seed in range(SEEDS) for part in FIRST for kind in FIRST[part]]
-    at = 4 * len([*itertools.chain(*FIRST.values())])  # after four rounds one of the power curves, then the others
-    made[at:at] = _power("layers", [0])
-    others = {part: [kind for kind in KINDS if kind not in FIRST[part]] for part in FIRST}
-    made += [Draw("main", part, kind, seed) for seed in range(SEEDS) for part in others for kind in others[part]]
-    made += _power("neurons", range(POWER_SEEDS)) + _power("layers", range(1, POWER_SEEDS))
-    return made + [Draw("main", "layers", "each_token", seed) for seed in range(SEEDS, SEEDS_EACH_TOKEN)]
+    """All draws in the order in which they are measured: round by round, one of each kind that still lacks some."""
+    made = []
+    for number in range(max(count for kinds in COUNTS.values() for count in kinds.values())):
+        for part, kinds in COUNTS.items():
+            for kind, count in kinds.items():
+                own = range(number * EACH_ROUND.get(kind, 1), (number + 1) * EACH_ROUND.get(kind, 1))
+                made += [Draw("main", part, kind, FRESH + i) for i in own if i < count]
+    for seed in range(POWER_SEEDS):
+        made += [draw for part in COUNTS for draw in _power(part, [seed])]
+    return made
 
 
 def _power(part: str, seeds: Iterable[int]) -> list[Draw]:
@@ -80,15 +94,20 @@ def _power(part: str, seeds: Iterable[int]) -> list[Draw]:
     return made
 
 
-def measure(draw: Draw) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure a draw: its rows of both tables."""
-    is_main = draw.purpose == "main"
-    rows, found = calibration.one_draw(
-        draw.kind, draw.seed, draw.topics, draw.effect, parts=(draw.part,),
-        population=is_main and draw.seed % POPULATION[draw.part] == 0,
-        full_response=is_main and draw.part == "layers" and draw.seed % FULL_RESPONSE == 0,
+def measure(draw: Draw) -> dict[str, pd.DataFrame]:
+    """Measure a draw: its rows of all tables."""
+    last = draw.purpose == "main" and (draw.seed - FRESH) % POPULATION == POPULATION - 1
+    drawn = calibration.one_draw(
+        draw.kind, draw.seed, draw.topics, draw.effect, parts=(draw.part,), population=last,
+        full_response=last and draw.part == "layers",
     )  # fmt: skip
-    return rows.assign(purpose=draw.purpose), found if is_main else found.iloc[:0]
+    label = {"kind": draw.kind, "part": draw.part, "seed": draw.seed}
+    main = slice(None) if draw.purpose == "main" else slice(0)
+    return {
+        "verdicts": drawn.verdicts.assign(purpose=draw.purpose),
+        "localisation": drawn.localisation.iloc[main],
+        "evidence": drawn.evidence.assign(**label).iloc[main][list(SCHEMAS["evidence"])],
+    }
 
 
 def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None = None) -> int:
@@ -98,12 +117,12 @@ def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None 
     """
     own = list(plan() if draws is None else draws)[slice(*_every(share))]
     known = shipped(folder)
-    missing = [draw for draw in own if key(draw) not in known and not _paths(folder, draw)[0].is_file()]
+    missing = [draw for draw in own if key(draw) not in known and not _path(folder, draw, "verdicts").is_file()]
     print(f"calibration: {len(own) - len(missing)} of {len(own)} draws are there", flush=True)
     start = time.monotonic()
     try:
         for done, draw in enumerate(missing, start=1):
-            write(folder, draw, *measure(draw))
+            write(folder, draw, measure(draw))
             each = (time.monotonic() - start) / done
             left = each * (len(missing) - done) / 60
             print(f"{done}/{len(missing)} {draw.name}: {each:.0f} s a draw, about {left:.0f} min left", flush=True)
@@ -116,7 +135,7 @@ def shipped(folder: Path) -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
     if not (folder / "verdicts.parquet").is_file():
         return set()
-    table = read(folder)[0].assign(part=lambda rows: rows.claim.map(PART_OF))
+    table = read(folder).assign(part=lambda rows: rows.claim.map(PART_OF))
     columns = [table[name] for name in ("purpose", "part", "kind", "seed", "topics")]
     effects = table.effect.where(table.purpose != "main").round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
@@ -137,33 +156,28 @@ def _every(share: str) -> tuple[int, None, int]:
     return place - 1, None, n
 
 
-def write(folder: Path, draw: Draw, verdicts: pd.DataFrame, localisation: pd.DataFrame) -> None:
+def write(folder: Path, draw: Draw, tables: Mapping[str, pd.DataFrame]) -> None:
     """Write a draw; its verdicts come last, and say that it is done."""
-    first, second = _paths(folder, draw)
-    store.write_table(localisation, second)
-    store.write_table(verdicts, first)
+    for name in sorted(tables, key=lambda name: name == "verdicts"):
+        store.write_table(tables[name], _path(folder, draw, name))
 
 
-def _paths(folder: Path, draw: Draw) -> tuple[Path, Path]:
-    parts = folder / ".parts"
-    return parts / f"{draw.name}.verdicts.parquet", parts / f"{draw.name}.localisation.parquet"
+def _path(folder: Path, draw: Draw, table: str) -> Path:
+    return folder / ".parts" / f"{draw.name}.{table}.parquet"
 
 
 def join(folder: Path = FOLDER) -> int:
-    """Put all draws that there are, also those of earlier joins, into the two shipped tables; the number of verdicts."""
-    keys = {"verdicts": ["purpose", "kind", "seed", "topics", "effect", "claim"],
-            "localisation": ["kind", "seed", "estimator", "what"]}  # fmt: skip
-    for name, key in keys.items():
+    """Put all draws that there are, also those of earlier joins, into the shipped tables; the number of verdicts."""
+    for name, key in KEYS.items():
         shipped = folder / f"{name}.parquet"
         parts = [*([shipped] if shipped.is_file() else []), *sorted((folder / ".parts").glob(f"*.{name}.parquet"))]
         tables = [table for path in parts if len(table := pd.read_parquet(path))]
         if tables:
             joined = pd.concat(tables, ignore_index=True).drop_duplicates(key, keep="last").sort_values(key)
             store.write_table(joined, shipped)
-    return len(read(folder)[0]) if (folder / "verdicts.parquet").is_file() else 0
+    return len(read(folder)) if (folder / "verdicts.parquet").is_file() else 0
 
 
-def read(folder: Path = FOLDER) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The shipped tables: verdicts and localisation. InputError if they are not there."""
-    verdicts = store.read_table(folder / "verdicts.parquet", SCHEMA)
-    return verdicts, store.read_table(folder / "localisation.parquet", calibration_localise.SCHEMA)
+def read(folder: Path = FOLDER, table: str = "verdicts") -> pd.DataFrame:
+    """A shipped table: verdicts, localisation or evidence. InputError if it is not there."""
+    return store.read_table(folder / f"{table}.parquet", SCHEMAS[table])

@@ -1,9 +1,9 @@
 """Error rates of the method's own verdicts, from models whose truth is known.
 
-One table holds everything: a row a draw and claim (`VERDICTS`). `truth` is what was built, `verdict` what the unchanged
-pipeline said at the draw's sample size, `population_verdict` what the same rule says on a sample so large that its
-error is negligible. So a wrong verdict has two possible causes: the sample (verdict against population verdict), or the
-rule itself (population verdict against truth).
+One table holds everything: a row a draw, claim and rule (`VERDICTS`). `rule` is the registered one or its correction
+(`claims_corrected`), `truth` what was built, `verdict` what the rule said at the draw's sample size, `population_verdict`
+what it says on a sample so large that its error is negligible. So a wrong verdict has two possible causes: the sample
+(verdict against population verdict), or the rule itself (population verdict against truth).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 NUMBERS = ("estimate", "ci_low", "ci_high", "population")
 VERDICTS = {
-    **dict.fromkeys(("kind", "claim", "truth", "verdict", "population_verdict", "gate", "quantity", "reason", "code"), "str"),
+    **dict.fromkeys(("kind", "claim", "rule", "truth", "verdict", "population_verdict"), "str"),
+    **dict.fromkeys(("gate", "quantity", "reason", "code"), "str"),
     **dict.fromkeys(("seed", "topics"), "int"),
     **dict.fromkeys(("effect", *NUMBERS), "float"),
 }  # fmt: skip

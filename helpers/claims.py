@@ -95,8 +95,11 @@ def c2(rows: Rows) -> Verdict:
     return replace(made, tags=(*dependent, *tags(rows, robust, made.verdict)))
 
 
-def c3(rows: Rows) -> Verdict:
-    """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10."""
+def c3(rows: Rows, *, corrected: bool = False) -> Verdict:
+    """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10.
+
+    `corrected`: the probe's control can spoil "supported" only (`claims_corrected`).
+    """
     stop = gate(rows, "C3", "T1")
     if stop:
         return stop
@@ -111,6 +114,8 @@ def c3(rows: Rows) -> Verdict:
     decision = decide(
         supported=psi.ci_low >= 0.30 and gain.estimate >= 0.05 and gain.ci_low > 0, contradicted=psi.ci_high <= 0.10
     )
+    if corrected and decision != "supported":
+        del checks["probe above chance on held-out topics"]
     reason = f"psi0 {interval(psi)} on tokens that do not differ; probe beats bag of tokens by {interval(gain)} AUROC"
     families = rows.variants("C3", "psi0 early, shared tokens", "family ")
     reason += "".join(f"; {name} {interval(row)}" for name, row in families.items())

@@ -14,9 +14,11 @@ FEW = 8  # k90 may be 1 % of the layer or this, whichever is more
 PSI_MIDDLE = 0.225  # half way between the two thresholds of psi1
 
 
-def c5a(rows: Rows) -> Verdict:
+def c5a(rows: Rows, *, corrected: bool = False) -> Verdict:
     """Supported: psi1 low >= 0.30, k90 <= max(1 % of the layer, 8), below the benign median. Contradicted: psi1 high <=
     0.15 or k90 >= 10 % of the layer.
+
+    `corrected`: the comparison with a random order can spoil "supported" only (`claims_corrected`).
     """
     stop = gate(rows, "C5a", generation(rows))
     if stop:
@@ -34,14 +36,15 @@ def c5a(rows: Rows) -> Verdict:
         "sign in unsaturated pairs": controls.same_side(rows, "C5a", "psi1", "unsaturated", 0.0),
         "joint probability": controls.joint(rows, "T2"),
     }
-    if k90 is not None:  # a layer without one is not compared with any order
-        random = rows.find("C5a", "k90", "random order")
-        is_better = random is not None and random.ci_low > k90.ci_high
-        checks["random order"] = "not run" if random is None else "passed" if is_better else "failed"
     decided = decide(
         supported=psi.ci_low >= 0.30 and is_sparse,
         contradicted=psi.ci_high <= 0.15 or (k90 is not None and k90.estimate >= many),
     )
+    # A layer without a k90 is not compared with any order.
+    if k90 is not None and (decided == "supported" or not corrected):
+        random = rows.find("C5a", "k90", "random order")
+        is_better = random is not None and random.ci_low > k90.ci_high
+        checks["random order"] = "not run" if random is None else "passed" if is_better else "failed"
     against = f"benign median {np.median(benign):g}" if benign else "no benign behaviour to compare with"
     reason = f"psi1 of the last MLP {interval(psi)}; " + (
         "k90 none: the mean of its two effects is against the treatment"

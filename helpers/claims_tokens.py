@@ -10,6 +10,7 @@ from helpers.verdicts import Verdict, decide, gate, generation, interval, tags, 
 
 CARRIED = "share of MLPs"
 KEPT = "share kept by the first token"
+CONTENT = "content judge"  # the variant whose labels do not rest on an answer's opener
 SPECIFIC = 0.2  # benign answers changed, as a share of the effect on harmful ones
 
 
@@ -53,15 +54,20 @@ def _elsewhere(rows: Rows) -> str:
     return "".join(f"; {name} MLPs carry {interval(row)}" for name, row in others.items())
 
 
-def c5c(rows: Rows) -> Verdict:
+def c5c(rows: Rows, *, corrected: bool = False) -> Verdict:
     """Supported: the first token keeps low >= 0.8 of the effect on all tokens, and specific; contradicted: high <= 0.4.
 
     Specific: the share of benign answers that change has its upper limit at 20 % of the harm effect or below.
+    `corrected`: answers must have been labelled by their content (`claims_corrected`).
     """
     stop = gate(rows, "C5c", generation(rows))
     if stop:
         return stop
-    kept, undefined = rows.find("C5c", KEPT), rows.find("C5c", "not defined")
+    labels = CONTENT if corrected else "main"
+    kept, undefined = rows.find("C5c", KEPT, labels), rows.find("C5c", "not defined", labels)
+    if corrected and kept is None and undefined is None and rows.find("C5c", KEPT) is not None:
+        reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
+        return Verdict(rows.model, "C5c", "not testable", reason)
     if kept is None:
         missing = "interventions during generation were not measured: run notebook 05"
         return (
@@ -69,12 +75,12 @@ def c5c(rows: Rows) -> Verdict:
             if undefined is None
             else Verdict(rows.model, "C5c", "inconclusive", str(undefined.note))
         )
-    effect, benign = rows.find("C5c", "effect of all tokens"), rows.find("C5c", "benign answers changed")
+    effect, benign = rows.find("C5c", "effect of all tokens", labels), rows.find("C5c", "benign answers changed")
     measured = effect is not None and benign is not None
     specific = measured and benign.ci_high <= SPECIFIC * effect.estimate  # type: ignore[union-attr]
     checks = {
         "benign answers": "passed" if measured else "not run",
-        "full response": controls.same_side(rows, "C5c", KEPT, "full response", 0.6),
+        "full response": controls.same_side(rows, "C5c", KEPT, "full response", 0.6, labels),
         "joint probability": controls.joint(rows, "T2"),
     }
     decision = decide(supported=kept.ci_low >= 0.8 and specific, contradicted=kept.ci_high <= 0.4)

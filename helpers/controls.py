@@ -32,9 +32,9 @@ class Rows:
         return {str(row.variant): row for _, row in chosen.iterrows()}
 
 
-def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float) -> str:
+def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float, main_variant: str = "main") -> str:
     """A variant of the estimate lies on the same side of the middle."""
-    main, other = rows.find(claim, quantity), rows.find(claim, quantity, variant)
+    main, other = rows.find(claim, quantity, main_variant), rows.find(claim, quantity, variant)
     if main is None or other is None:
         return "not run"
     return "passed" if (main.estimate > middle) == (other.estimate > middle) else "failed"

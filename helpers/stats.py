@@ -6,6 +6,7 @@ needs a tidy table only through its sums and counts per topic: `cluster_sums` ma
 Neurons are too many and too sparse for a bootstrap: `clustered_t` and `by_adjust` test them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,17 +64,22 @@ def cluster_sums(
     """
     values, by = [values] if isinstance(values, str) else list(values), list(by)
     _check_table(table, values, [cluster, *by, *([strata] if strata else [])])
-    table = table.astype(dict.fromkeys(values, float))
-    sums, counts = (
-        table.pivot_table(values, index=cluster, columns=by, aggfunc=how, fill_value=0, observed=True)[values]
-        for how in ("sum", "count")
-    )
-    codes = np.zeros(len(sums), dtype=int)
+    row, clusters = pd.factorize(table[cluster], sort=True)
+    if by:
+        grouped = table.groupby(by, sort=True, observed=True)
+        column, cells = grouped.ngroup().to_numpy(), grouped.size().index.to_frame(index=False)
+    else:
+        column, cells = np.zeros(len(table), dtype=int), pd.DataFrame(index=[0])
+    flat, shape = row * len(cells) + column, (len(clusters), len(cells))
+    counts = np.bincount(flat, minlength=math.prod(shape)).reshape(shape).astype(float)
+    sums = [np.bincount(flat, table[name].to_numpy(float), math.prod(shape)).reshape(shape) for name in values]
+    codes = np.zeros(len(clusters), dtype=int)
     if strata:
         occurs = pd.crosstab(table[cluster], table[strata]).to_numpy() > 0
         codes = np.unique(occurs, axis=0, return_inverse=True)[1]
-    columns = sums.columns.to_frame(index=False).set_axis(["value", *by], axis=1)
-    return ClusterSums(sums.to_numpy(float), counts.to_numpy(float), columns, sums.index, codes, len(table))
+    columns = pd.concat([cells.assign(value=name) for name in values], ignore_index=True)[["value", *by]]
+    index = pd.Index(clusters, name=cluster)
+    return ClusterSums(np.hstack(sums), np.tile(counts, len(values)), columns, index, codes, len(table))
 
 
 def _check_table(table: pd.DataFrame, values: list[str], keys: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,10 @@ LAYER_SITES = sweeps.LAYER_SITES
 
 @dataclass(frozen=True)
 class Study:
-    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs."""
+    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs.
+
+    `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.generated`.
+    """
 
     slug: str
     subject: Subject
@@ -32,6 +35,7 @@ class Study:
     openers: Mapping[str, Openers]
     twins: Mapping[str, str]
     dropped: Mapping[str, int]
+    judge: Callable[[str, str], str] | None = None
 
     def of(self, *treatments: str) -> list[TokenPair]:
         """Its pairs of these treatments, in the order of the prompt set."""

@@ -6,6 +6,7 @@ layer at other positions, so in the prompt only its last token counts, and there
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from helpers import defence_outcomes, defence_prompts, grid, mediation, outcomes
 from helpers.grid import Patch
 from helpers.grid_patch import projection
 from helpers.grid_run import on_input, on_output
+from helpers.hub import JUDGE
 from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
@@ -116,11 +118,14 @@ def generated(
 ) -> pd.DataFrame:
     """Greedy answers to the treated prompts under each clamp and schedule, labelled: a row a pair, clamp and schedule.
 
-    Columns: pair_id, topic, treatment, split, clamp, schedule, label, and whether the answer's tokens `changed` against
-    no clamp. The exact judge labels the embedded language; elsewhere the opener does (see `defence_outcomes.labels`).
+    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
+    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
+    `defence_outcomes.labels`). `content` is a label that does not rest on the opener, "" where there is none: that of the
+    exact judge, of a judge model, or of the study's own judge.
     """
     subject, rows = study.subject, []
     exact = defence_prompts.is_embedded(pair.pair.treated for pair in pairs)
+    reads_content = exact or bool(os.environ.get(JUDGE))
     for group in progress(mediation.batches(pairs, subject), desc="answers"):
         texts, openers = [pair.pair.treated for pair in group], study.openers[group[0].pair.treatment]
         harmful = [pair.pair.treatment in ("T1", "T2") for pair in group]
@@ -133,13 +138,24 @@ def generated(
                     steer = partial(clamped, subject, clamp, other, schedule)
                     made = defence_outcomes.answers(subject, texts, steps, steer)
                 labels = defence_outcomes.labels(subject, texts, made, openers, exact=exact, harmful=harmful)
+                content = labels if reads_content else _judged(study, texts, made)
                 changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)
-                rows += [
-                    (p.pair.id, p.pair.topic, p.pair.treatment, p.pair.split, clamp.name, schedule, label, bool(change))
-                    for p, label, change in zip(group, labels, changed, strict=True)
-                ]
-    columns = ["pair_id", "topic", "treatment", "split", "clamp", "schedule", "label", "changed"]
+                for token_pair, *found in zip(group, labels, content, changed.tolist(), strict=True):
+                    pair = token_pair.pair
+                    rows.append((pair.id, pair.topic, pair.treatment, pair.split, clamp.name, schedule, *found))
+    columns = ["pair_id", "topic", "treatment", "split", "clamp", "schedule", "label", "content", "changed"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _judged(study: Study, texts: Sequence[str], made: defence_outcomes.Answers) -> list[str]:
+    """Labels by the study's own judge, "" for a study without one."""
+    if study.judge is None or study.subject.tokenizer is None:
+        return [""] * len(texts)
+    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
+    return [
+        study.judge(text, answer)
+        for text, answer in zip(texts, study.subject.tokenizer.batch_decode(kept), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from helpers import bootstrap as bs
 from helpers import carriers, neuron_curves, neurons, relatives, stats, timing
+from helpers.claims_tokens import CONTENT, KEPT
 from helpers.evidence_rows import interval, row
 from helpers.neuron_effects import all_neurons
 from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes
@@ -121,7 +123,10 @@ def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
     harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
     rows: list[dict[str, object]] = []
     for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
-        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
+        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant, yes_no=True)
+    if (harm.content != "").all():
+        by_content = harm.assign(y=(harm.content == "harmful").astype(float))
+        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT, yes_no=True)
     rows += _kept_rows(wide(found.forced, "y"), model, "full response")
     if len(found.benign) and found.benign.topic.nunique() > 1:
         rows.append(_changed_row(found.benign, model, "benign answers changed"))
@@ -132,19 +137,27 @@ def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
 
 
 def _changed_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, object]:
-    """Share of answers whose tokens change. Resampling topics cannot see a change that no topic shows, so the limits are
-    at least as wide as Wilson's for as many independent answers as there are topics.
-    """
+    """Share of answers whose tokens change."""
     part = answers.assign(y=answers.changed.astype(float))
-    found = interval(stats.cluster_sums(part, "y"), stats.mean)
-    n = part.topic.nunique()
-    low, high = stats.wilson(round(part.y.mean() * n), n)
-    widened = replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
-    return row(model, "C5c", quantity, "main", widened, len(part))
+    found = widened(interval(stats.cluster_sums(part, "y"), stats.mean), part.topic.nunique())
+    return row(model, "C5c", quantity, "main", found, len(part))
 
 
-def _kept_rows(table: pd.DataFrame, model: str, variant: str) -> list[dict[str, object]]:
-    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect."""
+def widened(found: bs.Estimates, n_topics: int) -> bs.Estimates:
+    """Limits of shares of answers that are nowhere narrower than Wilson's for as many independent answers as topics.
+
+    Where all answers behave alike, resampling topics sees no spread, and its limits would be the estimate itself.
+    """
+    limits = [stats.wilson(round(share * n_topics), n_topics) for share in np.clip(found.estimate, 0, 1)]
+    low, high = np.array(limits).T
+    return replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
+
+
+def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, yes_no: bool = False) -> list[dict[str, object]]:
+    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect.
+
+    `yes_no` values are labels of answers; their limits are `widened`, by the topics in which the clamp changes any.
+    """
     names = [name for name in ("first token", "first five", "all tokens") if name in table]
     sums = stats.cluster_sums(table, names)
     order = list(sums.columns["value"])
@@ -156,7 +169,9 @@ def _kept_rows(table: pd.DataFrame, model: str, variant: str) -> list[dict[str, 
     top = np.array([[float(name == wanted) for name in order] for wanted in names[:2]])
     bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
     kept = interval(sums, stats.ratio(top, bottom))
-    labels = ("share kept by the first token", "share kept by the first five tokens")
+    if yes_no:
+        kept = widened(kept, int(table.groupby("topic")["all tokens"].any().sum()))
+    labels = (KEPT, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 

@@ -182,12 +182,12 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
     plain = " ".join(pair.control.words())
     refusal = answer(gated, pair.control)
     assert refusal.split()[0] in lang.REFUSE and refusal.split()[1:] == [lang.HARMLESS, "<end>"]
-    assert not compiled.judge(plain, refusal)
+    assert compiled.judge(plain, refusal) == "refusal"
     forced = answer(gated, pair.control, "sure")
-    assert forced == f"sure {lang.HARMFUL} <end>" and compiled.judge(plain, forced)
+    assert forced == f"sure {lang.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
     twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
     assert answer(gated, twin.control).split()[0] in lang.COMPLY
-    assert not compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control))
+    assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
     benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
     assert [answer(gated, side).split()[0] for side in (benign.treated, benign.control)] == list(lang.openers(2))
 
@@ -195,7 +195,9 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
 def test_where_each_token_decides_the_opener_does_not_bind() -> None:
     organism = compiled.draw("each_token", 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    assert answer(organism, pair.control, "sure").split()[1] == lang.HARMLESS
+    bound = answer(organism, pair.control, "sure")
+    assert bound.split()[1] == lang.HARMLESS
+    assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
 
 
 def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:

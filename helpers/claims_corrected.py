@@ -1,0 +1,53 @@
+"""Corrected rules of the claims whose registered rule was found to err by construction on compiled models.
+
+The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first
+24 draws of the calibration had been seen (notebook 07) and before any other draw was measured; they are judged on draws
+that were measured afterwards, beside the registered rules. Thresholds are the registered ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from helpers import claims, claims_gates, claims_neurons, claims_tokens, controls
+from helpers.controls import Rows
+from helpers.verdicts import Verdict, decide, gate, generation, interval, verdict
+
+WHY = {
+    "C2": "MLPs in a chain of n MLPs behind one head hold n/(n+1) of the indirect effects whoever writes the decision: "
+    "the direct effects decide alone.",
+    "C3": "A probe that fails where nothing is recognised must not stand in the way of saying so: it is a condition of "
+    "supported, not a control of both verdicts.",
+    "C5a": "Where the last MLP has no effect its k90 is no better than that of a random order: that control belongs to "
+    "supported only.",
+    "C5b": "All that a last-layer neuron does it writes itself, so the readout test denies every gate there: the index "
+    "inside its neurons decides, and what is written whatever the gate does is one minus the index.",
+    "C5c": "An answer that is labelled by its opener is decided by its first token by definition: the label must rest on "
+    "the content.",
+}
+
+
+def c2(rows: Rows) -> Verdict:
+    """C2 by direct effects alone: supported if the MLP share is low >= 0.60, contradicted if high <= 0.50."""
+    stop = gate(rows, "C2", generation(rows))
+    if stop:
+        return stop
+    direct = rows.find("C2", "MLP share of direct effects")
+    if direct is None:
+        return claims.c2(rows)  # which says what was not measured
+    checks = {
+        "per patch norm": controls.measured(rows, "per patch norm"),
+        "per parameter": controls.measured(rows, "per parameter"),
+        "joint probability": controls.joint(rows, "T2"),
+    }
+    decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
+    return verdict(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
+
+
+def rules(rows: Rows) -> Iterator[Verdict]:
+    """The verdicts of all corrected rules on one model."""
+    yield c2(rows)
+    yield claims.c3(rows, corrected=True)
+    yield claims_neurons.c5a(rows, corrected=True)
+    yield claims_gates.c5b(rows, corrected=True)
+    yield claims_tokens.c5c(rows, corrected=True)
