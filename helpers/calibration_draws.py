@@ -37,20 +37,30 @@ KEYS = {
 }
 # How many models of each kind: at least 59 that make a claim false and pass its gate, for every claim but C6.
 COUNTS = {
+    "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
     "layers": {
-        "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 30, "context_free": 30,
-        "context_unused": 30, "late": 15, "early_carrier": 15, "each_token": 60,
+        "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 30, "late": 15, "early_carrier": 15,
     },
+    "timing": {"each_token": 60, "late": 15, "gated": 15},
     "neurons": {
         "distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15, "or": 15,
         "and": 15,
     },
 }  # fmt: skip
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-EACH_ROUND = {"each_token": 2}  # the only null of C5c
+EACH_ROUND = {
+    "context_free": 2,
+    "context_unused": 2,
+    "skip_only": 2,
+    "attention": 2,
+    "each_token": 4,
+}  # kinds with more
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
 POWER_TOPICS, POWER_EFFECTS = (30, 50, 120), (0.5, 1.0, 2.0, 3.0)
-POWER_KINDS = {"layers": ("late", "early", "attention"), "neurons": ("late", "distributed", "gated")}
+POWER_KINDS = {
+    "context": ("late",), "layers": ("late", "early", "attention"), "timing": ("late",),
+    "neurons": ("late", "distributed", "gated"),
+}  # fmt: skip
 POPULATION, FULL_RESPONSE = 5, 5  # every so many seeds also have a population verdict, and Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 

@@ -24,7 +24,7 @@ from helpers.organisms.compiled_claims import last_layer
 from helpers.study import Study
 from helpers.verdicts import Verdict
 
-CLAIMS = {"layers": ("C1", "C2", "C3", "C4"), "neurons": ("C5a",)}
+CLAIMS = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": (), "neurons": ("C5a",)}
 TOPICS, DISCOVER = 500, 0.2  # four fifths of the topics count as test: 19 times as many as in a draw of 70 topics
 BENIGN = tuple(f"B{i + 1}" for i in range(lang.BEHAVIOURS))
 
@@ -32,10 +32,16 @@ BENIGN = tuple(f"B{i + 1}" for i in range(lang.BEHAVIOURS))
 def verdicts(organism: Organism, this: Study, rows: pd.DataFrame, part: str) -> dict[str, tuple[Verdict, pd.DataFrame]]:
     """For each claim of a part that has one: the population verdict, and the evidence rows that it rests on."""
     label = organism.name
+    if not CLAIMS[part]:
+        return {}
     program, pairs = build(organism.design, TOPICS), planned(organism, part)
     table = split_anew(compiled_truth.table(program, pairs))
     known = gate_rows(table)
-    if part == "layers":
+    if part == "context":
+        early = table[(table.position == "shared") & (table.split == "test")]
+        early = early[early.layer == deepest_early_layer(this.subject.n_layers)]
+        known |= {("C3", "psi0 early, shared tokens", "main"): float(early.nie0.sum() / early.te.sum())}
+    elif part == "layers":
         known |= layer_rows(table, this, label)
         generation = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
         known |= carrier_rows(split_anew(calibration_carriers.table(program, generation)), label, program.n_layers)
@@ -54,7 +60,7 @@ def planned(organism: Organism, part: str) -> list[lang.Planned]:
     """New pairs of the same model over new topics, one a topic and treatment."""
     design = organism.design
     pairs = lang.plan([design.seed, KINDS.index(design.kind), 1], TOPICS, 1)
-    wanted = ("T1", "T2", "T2b", *(BENIGN if part == "layers" else ()))
+    wanted = ("T1",) if part == "context" else ("T2", "T2b", *(BENIGN if part == "layers" else ()))
     return [one for one in pairs if one.pair.treatment in wanted]
 
 
@@ -71,16 +77,13 @@ def gate_rows(table: pd.DataFrame) -> dict[tuple[str, str, str], float]:
 
 
 def layer_rows(table: pd.DataFrame, this: Study, label: str) -> dict[tuple[str, str, str], float]:
-    """C1, C2, and psi0 of C3. The program's arithmetic has no norm, so freezing its scale changes nothing."""
+    """C1 and C2. The program's arithmetic has no norm, so freezing its scale changes nothing."""
     frozen = table.assign(outcome="Y1.frozen")
     linear = table[table.site.str.endswith(".direct")].assign(outcome="contrast.frozen")
     whole = pd.concat([table, frozen, linear], ignore_index=True)
     rows = evidence.c1(whole, label, this.subject.n_layers)
     rows += evidence.c2(whole, whole, label, normalisations(this))
-    found = estimates(rows)
-    early = table[(table.treatment == "T1") & (table.position == "shared") & (table.split == "test")]
-    early = early[early.layer == deepest_early_layer(this.subject.n_layers)]
-    return found | {("C3", "psi0 early, shared tokens", "main"): float(early.nie0.sum() / early.te.sum())}
+    return estimates(rows)
 
 
 def carrier_rows(table: pd.DataFrame, label: str, n_layers: int) -> dict[tuple[str, str, str], float]:

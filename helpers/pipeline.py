@@ -20,7 +20,8 @@ from helpers.study import Layers, Study
 from helpers.subject import untrained_twin
 
 # What is measured together, and the claims that it is measured for.
-STAGES = {"layers": ("C1", "C2", "C3", "C4", "C5c"), "neurons": ("C5a", "C5b", "C7")}
+STAGES = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7")}
+KEYS = ["model", "claim", "quantity", "variant"]
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,36 @@ def measure(
 ) -> Measured:
     """The same with the tables behind it, for some stages; `full_response` adds Y2, which no verdict rests on.
 
-    The gate's rows are always there.
+    Every stage has the gate's rows of the treatments that its rules ask about.
     """
     core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
+    harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
     rows: list[dict[str, object]] = []
     layers = neurons = None
     if "layers" in stages:
-        layers = study.measure_layers(core, label, full_response=full_response, direct=True)
+        layers = study.measure_layers(harm, label, full_response=full_response, direct=True)
         table = layers.effects
-        rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(core))
-        rows += twin_rows(core, label) + token_evidence.evidence(this, label)
-    else:
-        clean = study.clean_outcomes(core)
+        rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(harm))
+        rows += twin_rows(harm, label) + token_evidence.evidence(this, label, with_timing=False)
+    elif {"timing", "neurons"} & set(stages):
+        clean = study.clean_outcomes(harm)
         clean = study.clean_difference(clean, core.twins) if core.twins else clean
         rows += study.gate_rows(clean, label, core.subject.n_layers)
+    if "context" in stages and core.of("T1"):
+        rows += study.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
+    if "timing" in stages:
+        rows += token_evidence.c5c(token_evidence.measure(this), label)
     if "neurons" in stages and core.subject.d_mlp:
         neurons = neuron_evidence.sweep(core)
         rows += neuron_rows(neurons, label) + gate_evidence.evidence(core, neurons.table, label)
-    return Measured(pd.DataFrame(rows, columns=list(EVIDENCE)), layers, neurons)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
+    return Measured(table, layers, neurons)
 
 
-def twin_rows(this: Study, label: str) -> list[dict[str, object]]:
+def twin_rows(harm: Study, label: str) -> list[dict[str, object]]:
     """Rows of the untrained twin; without T1, since the one control that reads a twin is that of C1."""
-    thin = relatives.thinned(this, relatives.RELATIVE_PAIRS)
-    pairs = tuple(pair for pair in thin.pairs if pair.pair.treatment != "T1")
-    twin = replace(thin, pairs=pairs, subject=untrained_twin(this.subject))
+    thin = relatives.thinned(harm, relatives.RELATIVE_PAIRS)
+    twin = replace(thin, subject=untrained_twin(harm.subject))
     return study.measure_layers(twin, label + UNTRAINED).evidence
 
 
