@@ -23,8 +23,9 @@ from helpers import steering_methods as sm
 from helpers import steering_positions as sp
 from helpers.depth import depth
 from helpers.errors import InputError
-from helpers.steering import Edit, Prompt, Read, Steering, applied
+from helpers.steering import Edit, Prompt, Read, Steering
 from helpers.steering_fit import Fit
+from helpers.steering_resume import Switch
 
 GRID = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
 REFUSED = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
@@ -118,7 +119,7 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
     refusing = [
-        defence_outcomes.log_odds(fit.subject, texts, fit.openers, partial(applied, fit.subject, one)).p_refuse
+        defence_outcomes.log_odds(fit.subject, texts, fit.openers, Switch(fit.subject, one)).p_refuse
         for one in tried
     ]
     return np.stack([np.asarray(p) > 0.5 for p in refusing])

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helpers import defence_outcomes, defence_prompts, grid, mediation, outcomes
+from helpers import defence_outcomes, defence_prompts, grid, judge, mediation, outcomes
 from helpers.grid import Patch
 from helpers.grid_patch import projection
 from helpers.grid_run import on_input, on_output
@@ -120,7 +120,7 @@ def generated(
     no clamp. The exact judge labels the embedded language; elsewhere the opener does (see `defence_outcomes.labels`).
     """
     subject, rows = study.subject, []
-    exact = defence_prompts.is_embedded(pair.pair.treated for pair in pairs)
+    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
     for group in progress(mediation.batches(pairs, subject), desc="answers"):
         texts, openers = [pair.pair.treated for pair in group], study.openers[group[0].pair.treatment]
         harmful = [pair.pair.treatment in ("T1", "T2") for pair in group]
@@ -132,7 +132,7 @@ def generated(
                 if schedule != "none":
                     steer = partial(clamped, subject, clamp, other, schedule)
                     made = defence_outcomes.answers(subject, texts, steps, steer)
-                labels = defence_outcomes.labels(subject, texts, made, openers, exact=exact, harmful=harmful)
+                labels = defence_outcomes.labels(subject, texts, made, openers, judge=exact, harmful=harmful)
                 changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)
                 rows += [
                     (p.pair.id, p.pair.topic, p.pair.treatment, p.pair.split, clamp.name, schedule, label, bool(change))
