@@ -10,7 +10,7 @@ to keep, and models that cannot be replayed, are read from the bottom every time
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from helpers.grid_edit import only_tokens
 from helpers.grid_run import CleanRun, clean_run, first
+from helpers.grid_sweep import Prefix
 from helpers.steering import Prompt, Record, Steering, applied
 from helpers.subject_parts import Subject
 
@@ -82,13 +83,14 @@ def _size(subject: Subject, ids: Tensor) -> int:
     return ids.numel() * subject.n_layers * 3 * subject.d_model * subject.dtype.itemsize
 
 
-def opened(steering: Steering, run: CleanRun) -> Prompt:
-    """The batch as the steering sees it: what its reads name, and its gate."""
+def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
+    """The batch as the steering sees it: what its reads name (some of it `changed` by an intervention), and its gate."""
     n_prompts, n_pos = run.tokens.shape
     real = torch.ones_like(run.tokens, dtype=torch.bool)
     prompt = Prompt(run.tokens, real, torch.full((n_prompts,), n_pos - 1, device=run.tokens.device))
     for read in steering.reads:  # below the lowest edit the steered run's own residual stream is the plain one
         prompt.read[read.name] = run.resid_post[read.layer][:, max(n_pos - 1 - read.back, 0)]
+    prompt.read.update(changed or {})
     is_open = torch.ones(n_prompts, device=run.tokens.device)
     prompt.opened.append(is_open if steering.gate is None else steering.gate(prompt))
     return prompt
@@ -162,7 +164,7 @@ def climb(
     start = min(edit.layer for edit in steering.edits)
     is_known = all(edit.part == "resid_post" for edit in steering.edits if edit.layer == start)
     cache = cache_of(run, start + is_known) if cached else None
-    column = slice(-1, None) if _at_last_token(steering) else slice(None)
+    column = slice(-1, None) if at_last_token(steering) else slice(None)
     hidden = run.resid_pre[start][:, column]
     for layer in range(start, n_layers):
         block = subject.layers[layer].block
@@ -178,16 +180,29 @@ def climb(
     return hidden[:, -1], cache
 
 
-def _at_last_token(steering: Steering) -> bool:
+def replayed(
+    subject: Subject, run: CleanRun, layer: int, hidden: Float[Tensor, "prompt pos d"]
+) -> Float[Tensor, "prompt pos d"]:
+    """A layer of the run on other inputs: at all positions, or at the last one behind the run's own tokens."""
+    is_last = hidden.shape[1] < run.tokens.shape[1]
+    before = Prefix(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1]) if is_last else None
+    call = _call(run, layer, slice(-1, None) if is_last else slice(None))
+    made: Tensor = first(subject.layers[layer].block(hidden, **call, past_key_values=before))
+    return made
+
+
+def at_last_token(steering: Steering) -> bool:
     """Whether the prompt's last token alone is edited, so that no other position differs from the plain run."""
     return all(edit.where == "last" for edit in steering.edits)
 
 
 def _seen(steering: Steering, part: Part) -> Prompt:
     """The prompt as the hooks see it in `climb`: all of it, or its last token where nothing else is computed."""
-    prompt = part.prompt
-    if not _at_last_token(steering):
-        return prompt
+    return last_column(part.prompt) if at_last_token(steering) else part.prompt
+
+
+def last_column(prompt: Prompt) -> Prompt:
+    """The prompt as hooks see it where its last token alone is computed."""
     last = torch.zeros_like(prompt.last)
     return Prompt(prompt.ids[:, -1:], prompt.real[:, -1:], last, prompt.read, prompt.opened)
 
