@@ -136,7 +136,7 @@ def rivals(lab: Lab, fit: Fit, target: float, on: Bench) -> dict[str, Steering]:
                 at = defence_tradeoff.at_budget(lab, one, target, on)
             except InputError:
                 continue  # it adds nothing at any strength: no rival
-            candidates.append((defence_tradeoff.measures(lab, at, on)["harm"].estimate, one.name, at))
+            candidates.append((defence_tradeoff.harm(lab, at, on), one.name, at))
         if candidates:
             found[zone] = min(candidates, key=lambda item: item[:2])[2]
     return found

@@ -6,22 +6,29 @@ residual stream receives from it, steering included.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from helpers import defence_stats, mediation, outcomes, positions, reference
 from helpers.defence_outcomes import Steer
 from helpers.defence_stats import Change
 from helpers.evidence import COMPONENTS
-from helpers.grid_run import CleanRun
-from helpers.mediation import Batch
+from helpers.grid_run import CleanRun, clean_run, on_output
+from helpers.mediation import Batch, Mediator
+from helpers.steering import applied
+from helpers.steering_resume import Switch, at_last_token, last_column, opened, replayed
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
+
+Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
 
 
 @torch.no_grad()
@@ -34,8 +41,8 @@ def steered_effects(
 ) -> pd.DataFrame:
     """The table of `mediation.effects` (Y1, attention and MLP outputs at the last token) of the steered model.
 
-    Every intervention is one full forward pass under the steering hooks: the grid's shortcuts replay single layers, and
-    hooks that look at the whole prompt would not see it.
+    An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
+    token is steered. Under any switch but a `Switch`, and on a model that cannot be replayed, it is a full forward pass.
     """
     header = positions.user_header(subject.tokenizer)
     wanted = [one for one in mediation.mediators(subject, COMPONENTS) if one.layer in layers]
@@ -43,9 +50,13 @@ def steered_effects(
     for group in mediation.batches(pairs, subject):
         with steer():
             batch = _steered_pass(subject, mediation.run_clean(subject, group))
+        both = ((batch.control, batch.treated), (batch.treated, batch.control))
+        if subject.replayable and (steer is nullcontext or isinstance(steer, Switch)):
+            y01, y10 = (_replayed(subject, steer, base, source, wanted) for base, source in both)
+        else:
             made = mediation.patches(batch, wanted, header)
-            runs = ((batch.control, batch.treated), (batch.treated, batch.control))
-            y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in runs)
+            with steer():
+                y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
         finals = [run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated)]
         treatment = group[0].pair.treatment
         score = outcomes.log_odds(subject, torch.cat([*finals, y01, y10], 1), openers[treatment]).cpu().numpy()
@@ -53,6 +64,59 @@ def steered_effects(
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(mediation.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
     return mediation.estimands(pd.concat(tables, ignore_index=True))
+
+
+def _replayed(
+    subject: Subject, steer: Steer, base: CleanRun, source: CleanRun, wanted: Sequence[Mediator]
+) -> Float[Tensor, "pair mediator d"]:
+    """The steered base's final residual stream at the last token, each component in turn set to the steered source's."""
+    plain = clean_run(subject, base.tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
+    # What is added to other tokens may hang on the last one: a gate, a position.
+    column = slice(-1, None) if not isinstance(steer, Switch) or at_last_token(steer.steering) else slice(None)
+    found = []
+    for one in wanted:
+        parts = subject.layers[one.layer]
+        module = parts.attn_write if one.site == "attn_out" else parts.mlp_write
+        value = source.site(one.site, one.layer)[:, -1:]
+        patched = partial(on_output, module, partial(_with_last, value))
+        with _hooks(subject, steer, plain, one.layer, patched):
+            last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
+        found.append(last[:, -1:])
+    return torch.cat(found, dim=1)
+
+
+def _climbed(
+    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, column: slice
+) -> list[Float[Tensor, "pair pos d"]]:
+    """The residual stream after each of these layers, the lowest with its component replaced."""
+    hidden, found = base.resid_pre[start][:, column], []
+    for layer in range(start, end):
+        with patched() if layer == start else nullcontext():
+            hidden = replayed(subject, base, layer, hidden)
+        found.append(hidden)
+    return found
+
+
+def _with_last(value: Float[Tensor, "pair 1 d"], x: Float[Tensor, "pair pos d"]) -> Float[Tensor, "pair pos d"]:
+    return torch.cat([x[:, :-1], value], dim=1)
+
+
+def _hooks(
+    subject: Subject, steer: Steer, plain: CleanRun, layer: int, patched: Patched
+) -> AbstractContextManager[object]:
+    """The steering's hooks for calls of single blocks.
+
+    Gates and positions are read from a plain pass of their own, in which the component is replaced as well: what reads
+    the last token at or above it reads what the intervention made of it.
+    """
+    if not isinstance(steer, Switch):
+        return nullcontext()
+    steering = steer.steering
+    moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
+    end = max((read.layer + 1 for read in moved), default=layer)
+    changed = _climbed(subject, plain, layer, end, patched, slice(-1, None))
+    prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
+    return applied(subject, steering, last_column(prompt) if at_last_token(steering) else prompt)
 
 
 def _steered_pass(subject: Subject, batch: Batch) -> Batch:

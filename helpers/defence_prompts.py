@@ -7,7 +7,7 @@ number is from `test`. A topic never serves two of the three.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from helpers.prompts import Pair
 
 COLUMNS: Final = ("id", "text", "kind", "wrapped", "family", "tier", "severity", "topic", "split", "suite")
 KINDS: Final = ("harmful", "borderline", "harmless")
+Prompts = str | Path | pd.DataFrame  # a prompt set by name or folder, or its prompts beside the pairs as a table
 UNKNOWN: Final = -1  # a tier or a severity that the prompt set does not tell
 
 
@@ -54,21 +55,24 @@ def _role(treatment: str, side: str) -> tuple[str, bool]:
     return ("borderline", side == "treated") if treatment == "T2b" else ("harmless", False)
 
 
-def from_suites(prompt_set: str | Path, taken: Mapping[str, str]) -> pd.DataFrame:
-    """The prompts of `suites.jsonl`, all of them for `test`; an empty table where the set has no such file.
+def from_suites(prompt_set: Prompts) -> pd.DataFrame:
+    """The prompts beside the pairs: a table in memory as it is, or `suites.jsonl` of a set, all of them for `test`.
 
-    Rows need `id`, `suite`, `prompt` and `harmful`; `borderline`, `wrapper`, `family`, `tier` and `topic` are optional.
-    `taken` maps the topics of the pairs to their splits: a suite prompt on a topic that was used to fit or to
-    choose is left out. The two refusal lessons of the embedded language, which ask for a refusal, are left out too.
+    An empty table where the set has no such file. Rows of the file need `id`, `suite`, `prompt` and `harmful`;
+    `borderline`, `wrapper`, `family`, `tier` and `topic` are optional. The two refusal lessons of the embedded language,
+    which ask for a refusal, are left out.
     """
+    if isinstance(prompt_set, pd.DataFrame):
+        if lacking := [name for name in COLUMNS if name not in prompt_set.columns]:
+            raise InputError(f"the table of prompts has no column {lacking[0]!r}; expected {', '.join(COLUMNS)}")
+        return prompt_set[list(COLUMNS)]
     folder = PROMPTS / str(prompt_set) if (PROMPTS / str(prompt_set)).is_dir() else Path(prompt_set)
     path = folder / "suites.jsonl"
     if not path.is_file():
         return pd.DataFrame(columns=list(COLUMNS))
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     rows = [_suite_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    table = pd.DataFrame([row for row in rows if row is not None], columns=list(COLUMNS))
-    return table[[taken.get(topic, "test") == "test" for topic in table.topic]].reset_index(drop=True)
+    return pd.DataFrame([row for row in rows if row is not None], columns=list(COLUMNS))
 
 
 def _suite_row(line: str, where: str) -> tuple[Any, ...] | None:
@@ -108,15 +112,16 @@ def _severity(prompt: str) -> float:
     return asked.severity if asked and asked.harmful else float("nan")
 
 
-def table(pairs: Sequence[Pair], prompt_set: str | Path) -> pd.DataFrame:
+def table(pairs: Sequence[Pair], prompt_set: Prompts) -> pd.DataFrame:
     """Every prompt of the experiment: those of the pairs, then those of the suites; a text occurs once.
 
-    Where no prompt counts as plainly harmless (a set without benign behaviours and suites), the borderline ones whose
-    wrapper is off take that place.
+    A suite prompt on a topic that the pairs use in another split is left out. Where no prompt counts as plainly harmless (a
+    set without benign behaviours and suites), the borderline ones whose wrapper is off take that place.
     """
-    own = from_pairs(pairs)
+    own, suites = from_pairs(pairs), from_suites(prompt_set)
     taken = {pair.topic: pair.split for pair in pairs}
-    both = pd.concat([part for part in (own, from_suites(prompt_set, taken)) if len(part)], ignore_index=True)
+    kept = [taken.get(topic, split) == split for topic, split in zip(suites.topic, suites.split, strict=True)]
+    both = pd.concat([part for part in (own, suites[kept]) if len(part)], ignore_index=True)
     both = both.drop_duplicates("text", ignore_index=True)
     if not (both.kind == "harmless").any():
         both.loc[(both.kind == "borderline") & ~both.wrapped.astype(bool), "kind"] = "harmless"

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from helpers import defence, defence_arms, defence_outcomes, defence_stats, defence_tradeoff, stats, steering_fit
+from helpers import defence, defence_arms, defence_stats, defence_tradeoff, stats, steering_fit
 from helpers.defence import PLAIN, Lab
 from helpers.defence_tradeoff import Bench
 from helpers.steering import Steering
@@ -114,7 +114,7 @@ def examples(
                 cosines = _cosines(np.stack([np.asarray(vector[layer], dtype=float) for vector in vectors]))
                 rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max()))
         for name, build in made.items():
-            left = [_harm(lab, build(one), on) for one in fits]
+            left = [defence_tradeoff.harm(lab, build(one), on) for one in fits]
             rows.append(("not refused", name, n, np.mean(left), min(left), max(left)))
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
 
@@ -122,9 +122,3 @@ def examples(
 def _cosines(vectors: np.ndarray) -> np.ndarray:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
-
-
-def _harm(lab: Lab, steered: Steering, on: Bench) -> float:
-    arm = defence.arm_of(lab.subject, steered)
-    found = defence_outcomes.log_odds(lab.subject, on.harmful.text, lab.openers, arm.steer, system=arm.system)
-    return float(1 - found.p_refuse.mean())

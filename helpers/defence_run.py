@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
@@ -23,6 +22,8 @@ from helpers import (
 )
 from helpers.defence import PLAIN, Lab
 from helpers.defence_arms import DECISIVE
+from helpers.defence_outcomes import Judge
+from helpers.defence_prompts import Prompts
 from helpers.defence_tradeoff import Bench
 from helpers.steering import Steering
 from helpers.steering_fit import Fit
@@ -40,9 +41,9 @@ class Rivalry:
     trials: Mapping[str, pd.DataFrame]
 
 
-def begin(study: Study, prompt_set: str | Path, *, thin: int = 0) -> tuple[Lab, Fit] | str:
-    """Lab and fit of a study, or the sentence that says why there are none."""
-    lab = defence.open_lab(study, prompt_set, thin=thin)
+def begin(study: Study, prompt_set: Prompts, *, thin: int = 0, judge: Judge | None = None) -> tuple[Lab, Fit] | str:
+    """Lab and fit of a study, or the sentence that says why there are none; see `defence.open_lab`."""
+    lab = defence.open_lab(study, prompt_set, thin=thin, judge=judge)
     if isinstance(lab, str):
         return lab
     if why := defence.missing(lab):
@@ -87,10 +88,11 @@ def mediation_rows(
 
 
 def evidence(
-    study: Study, prompt_set: str | Path, model: str, *, thin: int = 0, draws: int = 100, refits: int = 10
-) -> list[dict[str, object]]:
+    study: Study, prompt_set: Prompts, model: str, *, thin: int = 0, judge: Judge | None = None, draws: int = 100,
+    refits: int = 10,
+) -> list[dict[str, object]]:  # fmt: skip
     """All evidence rows on C6 of a study; one row that says why, where directions cannot be fitted."""
-    begun = begin(study, prompt_set, thin=thin)
+    begun = begin(study, prompt_set, thin=thin, judge=judge)
     if isinstance(begun, str):
         return defence_evidence.not_defined(model, begun)
     lab, fit = begun

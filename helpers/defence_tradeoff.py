@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from helpers import defence, defence_stats, steering_budget
 from helpers import defence_outcomes as do
@@ -80,17 +81,24 @@ def measures(lab: Lab, steered: Steering, on: Bench) -> dict[str, Change]:
     nats a token on the model's own answers.
     """
     arm = defence.arm_of(lab.subject, steered)
-    harmful, others = (
-        do.log_odds(lab.subject, part.text, lab.openers, arm.steer, system=arm.system).p_refuse.to_numpy()
-        for part in (on.harmful, on.others)
-    )
     price = defence.prices(lab, arm, on.free, on.own)
-    over = 100 * (others - on.others.p_refuse.to_numpy())
+    over = 100 * (_refusing(lab, steered, on.others) - on.others.p_refuse.to_numpy())
     return {
-        "harm": defence_stats.mean_change(1 - harmful, on.harmful.topic.to_numpy()),
+        "harm": defence_stats.mean_change(1 - _refusing(lab, steered, on.harmful), on.harmful.topic.to_numpy()),
         "over-refusal": defence_stats.mean_change(over, on.others.topic.to_numpy()),
         "KL": defence_stats.mean_change(price.kl.to_numpy(), price.topic.to_numpy()),
     }
+
+
+def harm(lab: Lab, steered: Steering, on: Bench) -> float:
+    """The mean of 1 - P(refusal) over the harmful prompts alone."""
+    return float((1 - _refusing(lab, steered, on.harmful)).mean())
+
+
+def _refusing(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> Float[np.ndarray, "prompt"]:
+    arm = defence.arm_of(lab.subject, steered)
+    found = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer, system=arm.system)
+    return np.asarray(found.p_refuse)
 
 
 def choose(curves: pd.DataFrame) -> float:

@@ -106,11 +106,12 @@ class _State:
 
 
 @contextmanager
-def applied(subject: Subject, steering: Steering) -> Iterator[Record]:
+def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) -> Iterator[Record]:
     """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
 
     A strength of 0 sets no hooks. Within a batch rows may be padded on either side if the call has a 2-D
-    `attention_mask` (and, on the left, `position_ids`); a cache must be filled by one call with the whole prompt.
+    `attention_mask` (and, on the left, `position_ids`); a cache must be filled by one call with the whole prompt. With a
+    `prompt` that was read already, its blocks may be called one by one instead (`helpers.steering_resume`).
 
     Raises:
         InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
@@ -118,6 +119,9 @@ def applied(subject: Subject, steering: Steering) -> Iterator[Record]:
     """
     check(subject, steering)
     record, state = Record(), _State()
+    if prompt is not None:
+        state = _State(prompt, "prompt")
+        record.squares.append(torch.zeros(len(prompt.ids), dtype=torch.float64, device=prompt.ids.device))
     with ExitStack() as hooks:
         if steering.edits and steering.strength:
             decoder = subject.model.base_model

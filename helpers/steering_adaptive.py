@@ -23,13 +23,15 @@ from helpers import steering_methods as sm
 from helpers import steering_positions as sp
 from helpers.depth import depth
 from helpers.errors import InputError
-from helpers.steering import Edit, Prompt, Read, Steering, applied
+from helpers.steering import Edit, Prompt, Read, Steering
 from helpers.steering_fit import Fit
+from helpers.steering_resume import Switch
 
 GRID = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
 REFUSED = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
 N_FIT = 60  # prompts of a kind on which coefficients are tried
 DECISION = (0.2, 0.5)  # relative depth of decision layers
+ROUNDING = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
 RELEASED_SCALE = 100.0
 RELEASED_REJECTION = sp.Affine(0.0025, -0.25, -0.25, 0.0)
 RELEASED_HARMFULNESS = sp.Affine(0.0, 0.0, 0.0, 0.25)
@@ -60,18 +62,28 @@ def decision_line(fit: Fit, one: str) -> tuple[int, sp.Scale]:
     """The decision layer and its line from the complied centroid (0) to that of class `one` (1).
 
     It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover
-    in units of the spread along the line between them.
+    in units of the spread along the line between them. Where nothing has arrived at the last token (the centroids differ by
+    rounding alone) a position would be noise over noise: such a layer is no candidate, and if none is left it is the
+    earliest layer above at which something has arrived.
     """
     sf.need(fit, "complied", one)
     masks = [sf.rows(fit, "discover", name) for name in ("complied", one)]
     n = fit.subject.n_layers
     found = {}
-    for layer in [at for at in range(n) if DECISION[0] <= depth(at, n) <= DECISION[1]] or [n // 3]:
+    for layer in range(n):
         zero, unit = (fit.last["resid_post"][mask, layer].astype(float) for mask in masks)
-        line = sp.scale(zero.mean(0), unit.mean(0))
-        spread = np.sqrt(np.mean([sp.position(line, x).var() for x in (zero, unit)]))
-        found[layer] = (1 / max(spread, 1e-12), line)
-    best = max(found, key=lambda layer: found[layer][0])
+        gap, size = np.linalg.norm(unit.mean(0) - zero.mean(0)), np.linalg.norm(zero, axis=-1).mean()
+        if gap > ROUNDING * size:
+            line = sp.scale(zero.mean(0), unit.mean(0))
+            spread = np.sqrt(np.mean([sp.position(line, x).var() for x in (zero, unit)]))
+            found[layer] = (1 / max(spread, 1e-12), line)
+    wanted = [at for at in found if DECISION[0] <= depth(at, n) <= DECISION[1]]
+    above = [at for at in found if depth(at, n) > DECISION[1]]
+    if not wanted and not above:
+        raise InputError(
+            "harmful prompts that were complied with look like the others at every layer: no decision layer"
+        )
+    best = max(wanted, key=lambda layer: found[layer][0]) if wanted else above[0]
     return best, found[best][1]
 
 
@@ -118,8 +130,7 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
     refusing = [
-        defence_outcomes.log_odds(fit.subject, texts, fit.openers, partial(applied, fit.subject, one)).p_refuse
-        for one in tried
+        defence_outcomes.log_odds(fit.subject, texts, fit.openers, Switch(fit.subject, one)).p_refuse for one in tried
     ]
     return np.stack([np.asarray(p) > 0.5 for p in refusing])
 

@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from helpers import defence_outcomes
+from helpers import steering_resume as resume
 from helpers.errors import InputError
 from helpers.steering import Steering, applied
 from helpers.subject import Subject
@@ -28,11 +30,23 @@ def added_norms(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
     """The added norm of each prompt, in units of the residual stream, measured while the prompts are read."""
     norms = np.zeros(len(texts))
     for places, ids in defence_outcomes.buckets(subject, texts, system=steering.system):
+        norms[places] = _squares(subject, steering, ids).sqrt().cpu().numpy()
+    return norms
+
+
+def _squares(subject: Subject, steering: Steering, ids: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt"]:
+    found = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    run = resume.plain_run(subject, ids)
+    if run is None:
         with applied(subject, steering) as record:
             subject.model.base_model(ids, use_cache=False)
-        if record.squares:
-            norms[places] = record.squares[0].sqrt().cpu().numpy()
-    return norms
+        return record.squares[0] if record.squares else found
+    part = resume.steered_part(steering, run)
+    if part is not None:
+        with resume.within(subject, steering, part) as record:
+            resume.climb(subject, steering, part, top=max(edit.layer for edit in steering.edits))
+        found[part.rows] = record.squares[0]
+    return found
 
 
 @torch.no_grad()
@@ -40,6 +54,10 @@ def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
     """How far the gate opens for each prompt: 1 where there is no gate, 0 where nothing is steered."""
     values = np.zeros(len(texts))
     for places, ids in defence_outcomes.buckets(subject, texts):
+        run = resume.plain_run(subject, ids)
+        if run is not None and steering.edits and steering.strength:
+            values[places] = resume.opened(steering, run).opened[0].cpu().numpy()
+            continue
         with applied(subject, steering) as record:
             subject.model.base_model(ids, use_cache=False)
         if record.gates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from helpers import defence_outcomes, steering_budget
 from helpers import steering_fit as sf
 from helpers import steering_methods as sm
 from helpers.errors import InputError
-from helpers.steering import Edit, Prompt, Read, Steering
+from helpers.steering import Edit, Part, Prompt, Read, Steering
 from helpers.steering_fit import Fit
 
 
@@ -45,15 +45,22 @@ def _random(
     edits = []
     for edit in like.edits:
         layer = fit.neuron_layers.index(edit.layer) if edit.part == "neurons" else edit.layer
-        benign = fit.last[edit.part][sf.rows(fit, "discover", "benign"), layer].astype(float)
         drawn: np.ndarray
         if family == "isotropic":
-            drawn = np.asarray(rng.standard_normal(benign.shape[-1]))
+            drawn = np.asarray(rng.standard_normal(fit.last[edit.part].shape[-1]))
         else:
-            drawn = rng.standard_normal(len(benign)) @ (benign - benign.mean(0))
+            centred = _centred(fit, edit.part, layer)
+            drawn = rng.standard_normal(len(centred)) @ centred
         size = np.linalg.norm(sf.rejection(fit, edit.part)[layer])
         edits.append(Edit(edit.layer, edit.part, sm.constant(sm.unit(drawn) * size), edit.where))
     return replace(like, name=f"random {family} {seed}", edits=tuple(edits), strength=strength)
+
+
+@lru_cache(maxsize=32)  # a hundred directions are drawn at the same few sites
+def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt width"]:
+    benign = fit.last[part][sf.rows(fit, "discover", "benign"), layer].astype(float)
+    made: np.ndarray = benign - benign.mean(0)
+    return made
 
 
 def elsewhere(fit: Fit, strength: float = 1.0, *, layers: Collection[int]) -> Steering:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ SUPPLY: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """Prompts of discover and validate with their unsteered activations at the last token.
 
@@ -73,6 +74,9 @@ class Directions:
     def harmfulness(self) -> Float[np.ndarray, "layer width"] | None:
         """v_H = mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless."""
         return None if self.benign is None or self.complied is None else self.benign - self.complied
+
+
+_made: WeakKeyDictionary[Fit, dict[str, Directions]] = WeakKeyDictionary()  # every arm of a fit asks for the same ones
 
 
 def fit(
@@ -156,6 +160,13 @@ def directions(found: Fit, part: str = "resid_post") -> Directions:
     """
     if part not in found.last:
         raise InputError(f"no activations of {part!r}; fitted were {', '.join(found.last)}")
+    made = _made.setdefault(found, {})
+    if part not in made:
+        made[part] = _directions(found, part)
+    return made[part]
+
+
+def _directions(found: Fit, part: str) -> Directions:
     masks = {name: rows(found, "discover", name) for name in CLASSES}
     means = {name: found.last[part][mask].mean(0, dtype=float) if mask.any() else None for name, mask in masks.items()}
     return Directions(part, **means, counts={name: int(mask.sum()) for name, mask in masks.items()})

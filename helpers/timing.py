@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from helpers import defence_outcomes, defence_prompts, grid, mediation, outcomes
+from helpers import defence_outcomes, defence_prompts, grid, judge, mediation, outcomes
 from helpers.grid import Patch
 from helpers.grid_patch import projection
 from helpers.grid_run import on_input, on_output
@@ -124,8 +124,8 @@ def generated(
     exact judge, of a judge model, or of the study's own judge.
     """
     subject, rows = study.subject, []
-    exact = defence_prompts.is_embedded(pair.pair.treated for pair in pairs)
-    reads_content = exact or bool(os.environ.get(JUDGE))
+    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
+    reads_content = exact is not None or bool(os.environ.get(JUDGE))
     for group in progress(mediation.batches(pairs, subject), desc="answers"):
         texts, openers = [pair.pair.treated for pair in group], study.openers[group[0].pair.treatment]
         harmful = [pair.pair.treatment in ("T1", "T2") for pair in group]
@@ -137,7 +137,7 @@ def generated(
                 if schedule != "none":
                     steer = partial(clamped, subject, clamp, other, schedule)
                     made = defence_outcomes.answers(subject, texts, steps, steer)
-                labels = defence_outcomes.labels(subject, texts, made, openers, exact=exact, harmful=harmful)
+                labels = defence_outcomes.labels(subject, texts, made, openers, judge=exact, harmful=harmful)
                 content = labels if reads_content else _judged(study, texts, made)
                 changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)
                 for token_pair, *found in zip(group, labels, content, changed.tolist(), strict=True):

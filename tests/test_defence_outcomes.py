@@ -102,7 +102,7 @@ def test_labels_without_a_judge(openers: Openers, embedded: Subject) -> None:
         [[refuse, 7, 8, 9, 10, 11, 12, 13], [5, 7, 8, 9, 10, 11, 12, 13], [5] * 8, [5, 7, 8, 9, 10, 11, 12, 13]]
     )
     made = do.Answers(ids, np.ones_like(ids, dtype=bool))
-    found = do.labels(embedded, ["?"] * 4, made, openers, exact=False, harmful=[True, True, True, False])
+    found = do.labels(embedded, ["?"] * 4, made, openers, judge=None, harmful=[True, True, True, False])
     assert found == ["refusal", "harmful", "off_topic", "on_topic"]
 
 

@@ -53,13 +53,13 @@ def test_a_suite_prompt_on_a_topic_already_used_is_left_out(tmp_path: Path) -> N
     rows = [{**row, "id": str(i), "prompt": f"p{i}", "topic": topic} for i, topic in enumerate("xyz")]
     assert set(dp.table(PAIRS, suite_file(tmp_path, *rows)).query("suite == 's'").topic) == {"x"}
     free = [{**row, "id": "n", "prompt": "n", "topic": "new"}]
-    assert dp.from_suites(suite_file(tmp_path, *free), {}).split.tolist() == ["test"]
+    assert dp.from_suites(suite_file(tmp_path, *free)).split.tolist() == ["test"]
 
 
 def test_a_broken_suite_names_its_line(tmp_path: Path) -> None:
     good = {"id": "1", "suite": "s", "prompt": "p", "harmful": False}
     with pytest.raises(InputError, match=r"line 2.*harmful"):
-        dp.from_suites(suite_file(tmp_path, good, {"id": "2", "suite": "s", "prompt": "q"}), {})
+        dp.from_suites(suite_file(tmp_path, good, {"id": "2", "suite": "s", "prompt": "q"}))
 
 
 @pytest.fixture(scope="module")

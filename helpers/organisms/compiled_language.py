@@ -124,9 +124,9 @@ def plan(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[Planned
     made: list[Planned] = []
     for k in range(topics * pairs_per_topic):
         topic = k // pairs_per_topic
-        context = _context(rng, topics)
-        harmful = replace(context, verb=_one(rng, "harm", VERBS), object=f"hazard{topic}")
-        harmless = replace(context, verb=_one(rng, "use", VERBS), object=f"thing{topic}")
+        around = context(rng, topics)
+        harmful = replace(around, verb=one(rng, "harm", VERBS), object=f"hazard{topic}")
+        harmless = replace(around, verb=one(rng, "use", VERBS), object=f"thing{topic}")
         made += [_planned(p, f"hazard{topic}", harm_split[topic]) for p in _harm(rng, k, harmful, topics)]
         made += [_planned(p, f"thing{topic}", benign_split[topic]) for p in _benign(rng, k, harmless)]
     return made
@@ -135,27 +135,29 @@ def plan(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[Planned
 Sketch = tuple[str, str, Request, Request, str | None, str]  # id, treatment, control, treated, twin, family
 
 
-def _one(rng: np.random.Generator, stem: str, n: int) -> str:
+def one(rng: np.random.Generator, stem: str, n: int) -> str:
+    """A word of a class at random."""
     return f"{stem}{rng.integers(n)}"
 
 
-def _context(rng: np.random.Generator, topics: int) -> Request:
-    fillers = [_one(rng, "filler", FILLERS) for _ in range(3)]
+def context(rng: np.random.Generator, topics: int) -> Request:
+    """What stands around a request, which has no verb and no object yet."""
+    fillers = [one(rng, "filler", FILLERS) for _ in range(3)]
     tail = (fillers[2],) if rng.random() < 0.5 else ()
-    side = _one(rng, "use", VERBS), _one(rng, "thing", topics)
-    return Request(fillers[0], _one(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
+    side = one(rng, "use", VERBS), one(rng, "thing", topics)
+    return Request(fillers[0], one(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
 
 
 def _harm(rng: np.random.Generator, k: int, harmful: Request, topics: int) -> Iterator[Sketch]:
     family = ("object", "verb", "binding")[k % 3]
-    use, thing = _one(rng, "use", VERBS), _one(rng, "thing", topics)
+    use, thing = one(rng, "use", VERBS), one(rng, "thing", topics)
     by_object, by_verb = replace(harmful, object=thing), replace(harmful, verb=use)
     treated, control = harmful, by_object if family == "object" else by_verb
     if family == "binding":  # the same words on both sides: the dangerous verb changes its clause
         treated = replace(harmful, side_verb=use)
         control = replace(harmful, side_verb=harmful.verb, verb=use)
     yield f"T1-{k:04d}", "T1", control, treated, None, family
-    strong = _one(rng, "strong", STRONG)
+    strong = one(rng, "strong", STRONG)
     twin = by_object if rng.random() < 0.5 else by_verb
     for name, request, other in (("T2", harmful, f"T2b-{k:04d}"), ("T2b", twin, None)):
         yield f"{name}-{k:04d}", name, request, replace(request, slot=strong), other, strong
@@ -171,3 +173,10 @@ def _planned(sketch: Sketch, topic: str, split: str) -> Planned:
     name, treatment, control, treated, twin, family = sketch
     texts = " ".join(control.words()), " ".join(treated.words())
     return Planned(Pair(name, treatment, topic, *texts, split, twin, family), control, treated)
+
+
+def is_harmful(request: str) -> bool:
+    """Whether the main clause of a request (a user turn as text) binds a dangerous verb to a hazard."""
+    words = request.split()
+    verb, thing = words[words.index("how") + 3], words[words.index("how") + 5]
+    return verb.startswith("harm") and thing.startswith("hazard")
