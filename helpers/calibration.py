@@ -2,8 +2,7 @@
 
     drawn = one_draw("early", seed=3)
 
-A draw is measured in two parts, which rest on different sweeps: `layers` (C1 to C4, C5c) and `neurons` (C5a, C5b, C7).
-Steering (C6) is not calibrated: there is no row of it.
+A draw is measured in parts, the stages of the pipeline: each gives the verdicts of some claims.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from helpers import calibration_localise, calibration_population, claims_correct
 from helpers.calibration_stats import VERDICTS
 from helpers.controls import Rows
 from helpers.ledger import ledger
-from helpers.organisms import compiled
+from helpers.organisms import compiled, compiled_suites
 from helpers.pipeline import STAGES
 from helpers.verdicts import Verdict
 
@@ -51,7 +50,8 @@ def one_draw(
     """
     organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=1)
     this = compiled.study(organism)
-    measured = pipeline.measure(this, organism.name, parts, full_response=full_response)
+    prompts = compiled_suites.suites(organism.pairs, seed) if "steering" in parts else None
+    measured = pipeline.measure(this, organism.name, parts, full_response=full_response, prompt_set=prompts)
     at_large: dict[str, tuple[Verdict, pd.DataFrame]] = {}
     for part in parts if population else ():
         at_large |= calibration_population.verdicts(organism, this, measured.rows, part)

@@ -24,7 +24,7 @@ from helpers.organisms.compiled_claims import last_layer
 from helpers.study import Study
 from helpers.verdicts import Verdict
 
-CLAIMS = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": (), "neurons": ("C5a",)}
+CLAIMS = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": (), "neurons": ("C5a",), "steering": ()}
 TOPICS, DISCOVER = 500, 0.2  # four fifths of the topics count as test: 19 times as many as in a draw of 70 topics
 BENIGN = tuple(f"B{i + 1}" for i in range(lang.BEHAVIOURS))
 

@@ -1,6 +1,6 @@
-"""The pipeline of notebooks 02 to 05 in one call: all evidence rows of any study, from the functions that they call.
+"""The pipeline of notebooks 02 to 06 in one call: all evidence rows of any study, from the functions that they call.
 
-Notebook 06 (steering, claim C6) is not part of it. Pairs of the validate split are left out where no rule reads them: they
+Pairs of the validate split are left out where no rule reads them: they
 only choose how many neurons notebook 05 clamps.
 """
 
@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from helpers import evidence as levels
-from helpers import gate_evidence, neuron_evidence, normalisation, relatives, study, token_evidence
+from helpers import defence_run, gate_evidence, neuron_evidence, normalisation, relatives, study, token_evidence
 from helpers.controls import UNTRAINED
+from helpers.defence_prompts import Prompts
 from helpers.neuron_evidence import Neurons
 from helpers.store import EVIDENCE
 from helpers.study import Layers, Study
 from helpers.subject import untrained_twin
 
 # What is measured together, and the claims that it is measured for.
-STAGES = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7")}
+STAGES = {
+    "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"), "steering": ("C6",)
+}  # fmt: skip
 KEYS = ["model", "claim", "quantity", "variant"]
 
 
@@ -33,17 +36,14 @@ class Measured:
     neurons: Neurons | None
 
 
-def evidence(study: Study, *, label: str) -> pd.DataFrame:
-    """Evidence rows of every claim but C6, under a model label, with those of the untrained twin behind them."""
-    return measure(study, label, full_response=True).rows
-
-
 def measure(
-    this: Study, label: str, stages: Collection[str] = tuple(STAGES), *, full_response: bool = False
-) -> Measured:
-    """The same with the tables behind it, for some stages; `full_response` adds Y2, which no verdict rests on.
+    this: Study, label: str, stages: Collection[str] = tuple(STAGES), *, full_response: bool = False,
+    prompt_set: Prompts | None = None,
+) -> Measured:  # fmt: skip
+    """Evidence rows under a model label, with those of the untrained twin behind them, for some stages.
 
-    Every stage has the gate's rows of the treatments that its rules ask about.
+    `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on,
+    and is judged by the study's judge. Every stage has the gate's rows of the treatments that its rules ask about.
     """
     core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
     harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
@@ -54,7 +54,7 @@ def measure(
         table = layers.effects
         rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(harm))
         rows += twin_rows(harm, label) + token_evidence.evidence(this, label, with_timing=False)
-    elif {"timing", "neurons"} & set(stages):
+    elif {"timing", "neurons", "steering"} & set(stages):
         clean = study.clean_outcomes(harm)
         clean = study.clean_difference(clean, core.twins) if core.twins else clean
         rows += study.gate_rows(clean, label, core.subject.n_layers)
@@ -65,6 +65,8 @@ def measure(
     if "neurons" in stages and core.subject.d_mlp:
         neurons = neuron_evidence.sweep(core)
         rows += neuron_rows(neurons, label) + gate_evidence.evidence(core, neurons.table, label)
+    if "steering" in stages and prompt_set is not None:
+        rows += defence_run.evidence(this, prompt_set, label, judge=this.judge)
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
     return Measured(table, layers, neurons)
 
