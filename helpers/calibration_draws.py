@@ -8,6 +8,7 @@ measure everything again, remove `data/calibration`.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,15 +19,13 @@ import pandas as pd
 
 from helpers import calibration, calibration_localise, paths, store
 from helpers.calibration import TOPICS
-from helpers.calibration_stats import VERDICTS
+from helpers.calibration_stats import STORED
 from helpers.errors import InputError
 from helpers.pipeline import STAGES
 
 Purpose = Literal["main", "topics", "effect", "first look"]
-FOLDER = paths.DATA / "calibration"
-LABEL = {"purpose": "str"}
 SCHEMAS = {
-    "verdicts": {**VERDICTS, **LABEL},
+    "verdicts": STORED,
     "localisation": calibration_localise.SCHEMA,
     "evidence": {**dict.fromkeys(("kind", "part"), "str"), "seed": "int", **store.EVIDENCE},
 }
@@ -35,7 +34,7 @@ KEYS = {
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
 }
-# How many models of each kind: at least 59 that make a claim false and pass its gate, for every claim but C6.
+# How many models of each kind: at least 59 that make a claim false and pass its gate, for every claim.
 COUNTS = {
     "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
     "layers": {
@@ -46,15 +45,10 @@ COUNTS = {
         "distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15, "or": 15,
         "and": 15,
     },
+    "steering": {"early": 30, "middle": 30, "late": 15},
 }  # fmt: skip
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-EACH_ROUND = {
-    "context_free": 2,
-    "context_unused": 2,
-    "skip_only": 2,
-    "attention": 2,
-    "each_token": 4,
-}  # kinds with more
+ROUNDS = 15  # of the plan
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
 POWER_TOPICS, POWER_EFFECTS = (30, 50, 120), (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {
@@ -86,13 +80,12 @@ class Draw:
 def plan() -> list[Draw]:
     """All draws in the order in which they are measured: round by round, one of each kind that still lacks some."""
     made = []
-    for number in range(max(count for kinds in COUNTS.values() for count in kinds.values())):
-        for part, kinds in COUNTS.items():
-            for kind, count in kinds.items():
-                own = range(number * EACH_ROUND.get(kind, 1), (number + 1) * EACH_ROUND.get(kind, 1))
-                made += [Draw("main", part, kind, FRESH + i) for i in own if i < count]
+    for number, (part, kinds) in itertools.product(range(ROUNDS), COUNTS.items()):
+        for kind, count in kinds.items():
+            each = math.ceil(count / ROUNDS)
+            made += [Draw("main", part, kind, FRESH + i) for i in range(number * each, min(count, (number + 1) * each))]
     for seed in range(POWER_SEEDS):
-        made += [draw for part in COUNTS for draw in _power(part, [seed])]
+        made += [draw for part in POWER_KINDS for draw in _power(part, [seed])]
     return made
 
 
@@ -120,7 +113,7 @@ def measure(draw: Draw) -> dict[str, pd.DataFrame]:
     }
 
 
-def run(share: str = "1/1", folder: Path = FOLDER, draws: Iterable[Draw] | None = None) -> int:
+def run(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[Draw] | None = None) -> int:
     """Measure every draw of this share ("2/3": the second of three) that has no file yet, and join what there is.
 
     Several shares may run at once. Stopping loses at most one draw. Returns 0, the exit status.
@@ -176,7 +169,7 @@ def _path(folder: Path, draw: Draw, table: str) -> Path:
     return folder / ".parts" / f"{draw.name}.{table}.parquet"
 
 
-def join(folder: Path = FOLDER) -> int:
+def join(folder: Path = paths.CALIBRATION) -> int:
     """Put all draws that there are, also those of earlier joins, into the shipped tables; the number of verdicts."""
     for name, key in KEYS.items():
         shipped = folder / f"{name}.parquet"
@@ -188,6 +181,6 @@ def join(folder: Path = FOLDER) -> int:
     return len(read(folder)) if (folder / "verdicts.parquet").is_file() else 0
 
 
-def read(folder: Path = FOLDER, table: str = "verdicts") -> pd.DataFrame:
+def read(folder: Path = paths.CALIBRATION, table: str = "verdicts") -> pd.DataFrame:
     """A shipped table: verdicts, localisation or evidence. InputError if it is not there."""
     return store.read_table(folder / f"{table}.parquet", SCHEMAS[table])

@@ -22,6 +22,7 @@ VERDICTS = {
     **dict.fromkeys(("seed", "topics"), "int"),
     **dict.fromkeys(("effect", *NUMBERS), "float"),
 }  # fmt: skip
+STORED = {**VERDICTS, "purpose": "str"}  # as shipped: with what a draw was made for
 TRUTHS = ("true", "false", "open")
 OUTCOMES = ("supported", "contradicted", "inconclusive", "not testable")
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
-from helpers import store
+from helpers import claims_corrected, store
+from helpers.calibration_rates import Rates, beside
 from helpers.claims import c1, c2, c3
 from helpers.claims_gates import c5b
 from helpers.claims_neurons import c5a, c7
@@ -58,30 +59,52 @@ def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
     return verdicts
 
 
-def records(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
-    """The ledger for `claims.json`, where an interval without limits and `error_rates` not measured are None."""
+def corrected(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict[tuple[str, str], Verdict]:
+    """What the corrected rules say, by model and claim, of the claims that `ledger` lists; the registered verdicts stand."""
+    listed = {(one.model, one.claim) for one in ledger(evidence, runs)}
+    models = {model for model, _ in listed}
+    found = [one for m in models for one in claims_corrected.rules(Rows(m, evidence[evidence.model == m]))]
+    return {(one.model, one.claim): one for one in found if (one.model, one.claim) in listed}
+
+
+def records(verdicts: Sequence[Verdict], rates: Rates | None = None) -> list[dict[str, object]]:
+    """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None."""
     made = []
     for verdict in verdicts:
         numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
         finite = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
-        made.append({**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": None})
+        known = (rates or {}).get(verdict.claim)
+        made.append({**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": known})
     return made
 
 
-def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """The ledger as a table for people, numbers to two decimals, the reason last."""
+def table(
+    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
+) -> pd.DataFrame:
+    """The ledger as a table for people, numbers to two decimals, the reason last.
+
+    `error_rate` says what the calibration knows of such a verdict, `corrected_rule` what that claim's corrected rule says.
+    """
     frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
+    frame["error_rate"] = [beside(one.claim, one.verdict, rates or {}) for one in verdicts]
+    found = [(others or {}).get((one.model, one.claim)) for one in verdicts]
+    frame["corrected_rule"] = ["" if one is None else one.verdict for one in found]
     frame["tags"] = frame["tags"].map(", ".join)
-    return frame[[*(name for name in frame.columns if name not in ("tags", "reason")), "tags", "reason"]]
+    last = ["error_rate", "corrected_rule", "tags", "reason"]
+    return frame[[*(name for name in frame.columns if name not in last), *last]]
 
 
-def markdown(verdicts: Sequence[Verdict]) -> str:
+def markdown(
+    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
+) -> str:
     """The ledger as a Markdown table."""
-    lines = ["| model | claim | verdict | estimate | tags | reason |", "| --- | --- | --- | --- | --- | --- |"]
-    for one in verdicts:
+    names = ("model", "claim", "verdict", "estimate", "error rate", "corrected rule", "tags", "reason")
+    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    shown = table(verdicts, rates, others)
+    for one, row in zip(verdicts, shown.itertuples(), strict=True):
         numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
-        cells = (one.model, one.claim, one.verdict, numbers, ", ".join(one.tags), one.reason)
+        cells = (one.model, one.claim, one.verdict, numbers, row.error_rate, row.corrected_rule, row.tags, one.reason)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

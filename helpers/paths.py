@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
 ORGANISM = DATA / "organism"
 PROMPTS = DATA / "prompts"
+CALIBRATION = DATA / "calibration"
 NOTEBOOKS = ROOT / "notebooks"
 
 # A test run must not write over what is committed, so these two can be moved.

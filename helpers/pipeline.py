@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from helpers import evidence as levels
 from helpers import defence_run, gate_evidence, neuron_evidence, normalisation, relatives, study, token_evidence
+from helpers import evidence as levels
 from helpers.controls import UNTRAINED
 from helpers.defence_prompts import Prompts
 from helpers.neuron_evidence import Neurons

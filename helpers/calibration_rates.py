@@ -1,0 +1,78 @@
+"""What the calibration says of a claim's rule, for the ledger: its error rates on models whose truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from helpers import calibration_stats, paths, store
+from helpers.calibration_stats import ENOUGH_NULLS, STORED
+
+Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
+CORRECTED = "*"  # behind a claim's name: its corrected rule
+
+
+def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts of the draws that rates are computed from; a claim judged by its corrected rule has a name of its own.
+
+    >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
+    ['C2', 'C2*']
+    """
+    table = store.read_table(folder / "verdicts.parquet", STORED)
+    table = table[table.purpose == "main"]
+    return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
+
+
+def by_claim(folder: Path = paths.CALIBRATION) -> Rates:
+    """For each claim (a corrected rule: "C2*") and error: `hits` of `n` draws, `rate`, and `upper`, the exact 95 % bound.
+
+    The errors are those of `calibration_stats.errors`. Empty where no draws are shipped.
+    """
+    if not (folder / "verdicts.parquet").is_file():
+        return {}
+    found: dict[str, dict[str, dict[str, object]]] = {}
+    for row in calibration_stats.errors(main_draws(folder), given_gate=True).itertuples():
+        if row.n:
+            rate = {
+                "hits": int(row.hits),
+                "n": int(row.n),
+                "rate": round(row.estimate, 4),
+                "upper": round(row.upper, 4),
+            }
+            found.setdefault(str(row.claim), {})[str(row.error).replace(" ", "_")] = rate
+    return found
+
+
+def beside(claim: str, verdict: str, rates: Rates) -> str:
+    """The rate that a reader of this verdict must know, as a phrase; "" where nothing was measured.
+
+    Beside "supported": how often it is said of a false claim. Beside "contradicted": of a true one. Beside "inconclusive": how
+    often a true claim is left so or worse.
+
+    >>> rates = {"C2": {"false_supported": {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.0487}}}
+    >>> beside("C2", "supported", rates)
+    'said of 0 of 60 false claims (at most 5 %)'
+    """
+    own = rates.get(claim, {})
+    words = {
+        "supported": ("false_supported", "said of {hits} of {n} false claims (at most {upper:.0%})"),
+        "contradicted": ("false_contradicted", "said of {hits} of {n} true claims (at most {upper:.0%})"),
+        "inconclusive": ("power_to_support", "true claims supported: {hits} of {n}"),
+    }
+    error, phrase = words.get(verdict, ("", ""))
+    return phrase.format(**own[error]).replace("%", " %") if error in own else ""
+
+
+def state(row: pd.Series) -> str:
+    """Whether a rate of false support shows the 5 % target.
+
+    >>> state(pd.Series({"n": 20, "upper": 0.14, "low": 0.0}))
+    'not enough draws'
+    """
+    if row.upper <= 0.05:
+        return "target shown"
+    if row.low > 0.05:
+        return "target missed"
+    return "not enough draws" if row.n < ENOUGH_NULLS else "target not shown"
