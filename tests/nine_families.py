@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from helpers.paths import ROOT
@@ -91,7 +92,7 @@ def texts_in(folder: Path, said: str) -> tuple[int, list[str]]:
     """
     lines = (folder / "prompts" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)[side].split() for line in lines for side in ("control", "treated")]
-    pieces = {f"{one} {two}" for words in texts for one, two in zip(words, words[1:], strict=False)}
+    pieces = {f"{one} {two}" for words in texts for one, two in pairwise(words)}
     places = [path for kind in ("results", "figures") for path in (folder / kind).rglob("*") if path.is_file()]
     kept = [path for path in places if path.suffix != ".png"]
     found = [path.relative_to(folder).as_posix() for path in kept if _holds(_readable(path), pieces)]
@@ -101,7 +102,7 @@ def texts_in(folder: Path, said: str) -> tuple[int, list[str]]:
 def _holds(text: str, pieces: set[str]) -> bool:
     """Whether two words of a prompt follow each other, whatever stands between them: also as rows of a table."""
     words = re.findall(r"\bw\d+\b", text)
-    return bool(pieces & {f"{one} {two}" for one, two in zip(words, words[1:], strict=False)})
+    return bool(pieces & {f"{one} {two}" for one, two in pairwise(words)})
 
 
 def _readable(path: Path) -> str:
