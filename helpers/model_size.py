@@ -107,7 +107,7 @@ def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
     """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
     if device.type == "cpu":
         return {}
-    others = range(1, torch.cuda.device_count()) if device.index is None else ()
+    others = range(1, torch.cuda.device_count() if device.index is None else 1)
     rooms = {f"cuda:{i}": int(USABLE * free_memory(torch.device("cuda", i))) - sweep for i in others}
     return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
 

@@ -46,12 +46,11 @@ def is_apart(model: nn.Module) -> bool:
 
 def weight_here(module: nn.Module) -> Tensor:
     """A projection's weight where the activations are, wherever it lies."""
-    if isinstance(module.weight, Tensor) and module.weight.is_meta:
-        with align_module_device(module):
-            weight = module.weight
-    else:
-        weight = module.weight
+    weight = module.weight
     assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        with align_module_device(module):
+            weight = module.get_parameter("weight")
     home: Any = getattr(module, HOME, weight)
     return weight.to(home)
 
