@@ -93,7 +93,7 @@ def texts_in(folder: Path, said: str) -> tuple[int, list[str]]:
     lines = (folder / "prompts" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)[side].split() for line in lines for side in ("control", "treated")]
     pieces = {f"{one} {two}" for words in texts for one, two in pairwise(words)}
-    places = [path for kind in ("results", "figures") for path in (folder / kind).rglob("*") if path.is_file()]
+    places = [path for kind in ("results", "figures") for path in sorted((folder / kind).rglob("*")) if path.is_file()]
     kept = [path for path in places if path.suffix != ".png"]
     found = [path.relative_to(folder).as_posix() for path in kept if _holds(_readable(path), pieces)]
     return len(kept), found + (["the terminal"] if _holds(said, pieces) else [])
