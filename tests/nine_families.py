@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from helpers.paths import ROOT
-from tests.families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from tests.families import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s> w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
@@ -31,7 +31,7 @@ TREATMENTS = ("T1", "T2", "T2b", "B1", "B2", "B3", "B4", "B5")
 def model_folder(family: str, folder: Path) -> Path:
     """A model folder as a user would hand it in: config, safetensors, tokenizer, chat template."""
     tiny_model(family).save_pretrained(folder)
-    tiny_tokenizer(folder)
+    (tiny_qwen_tokenizer if family == "qwen2" else tiny_tokenizer)(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 
