@@ -165,3 +165,31 @@ def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").mkdir()
     with pytest.raises(InputError, match=r"no pairs\.jsonl"):
         prompts.load_set(tmp_path)
+
+
+def test_links_out_of_the_folder_and_in_a_circle(tmp_path: Path) -> None:
+    """What a link leads to is read like a file, and never quoted; a circle is no file."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("word17 word18\n")
+    place = tmp_path / "set"
+    place.mkdir()
+    written(place, GOOD, OUTCOME)
+    for name, call in (
+        ("pairs.jsonl", prompts.load_set),
+        ("outcome.json", prompts.load_set),
+        ("config.json", preflight.check_model),
+    ):
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(secret)
+        found = answered(call, str(place))
+        assert name in found and "word17" not in found
+        (place / name).unlink()
+        (place / name).symlink_to(place / name)
+        found = answered(call, str(place))
+        assert f"no {name}" in found
+        (place / name).unlink()
+        written(place, GOOD, OUTCOME)
+    (place / "loop").symlink_to(place / "loop")
+    for call in (preflight.check_model, preflight.check_prompts):
+        assert str(place / "loop") in answered(call, str(place / "loop"))
+    assert secret.read_text() == "word17 word18\n"
