@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         moments = random.Random(0)
         for place in range(options.kills):
             moment = moments.uniform(0.1, 0.6) * seconds / (place + 1)
-            print(f"killed after {moment:.0f} s: {_kill(copy, flags, 'killed', moment)}", flush=True)
+            print(f"killed after {moment:.0f} s: {_kill(copy, flags, KILLED, moment)}", flush=True)
         killed, rest = _run(copy, flags, KILLED)
         equal = [_compare("killed, then run again", plain, killed, rest)]
         shared, rest = _run(copy, [*flags, "--shards", "2"], SHARED)

@@ -127,6 +127,13 @@ def read_labels(path: Path) -> dict[str, bool]:
     meaning = {"1": True, "yes": True, "true": True, "0": False, "no": False, "false": False}
     if not path.is_file():
         raise InputError(f"no labels at {path}: expected a CSV with the columns id,label")
+    try:
+        return _labels(path, meaning)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV in UTF-8 ({error}); save it as one") from error
+
+
+def _labels(path: Path, meaning: Mapping[str, bool]) -> dict[str, bool]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         if not {"id", "label"} <= set(reader.fieldnames or ()):

@@ -1,13 +1,13 @@
 """What must be true of a model's folder before its weights are read: a config of a causal LM, safetensors, no foreign code."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from helpers import hub
+from helpers import hub, json_text
 from helpers.errors import InputError
+from helpers.json_text import BrokenJson
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
@@ -52,9 +52,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not config.is_file():
         raise InputError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{config} is not valid JSON (line {error.lineno}: {error.msg}); download it again") from error
+        content = json_text.parse(config.read_text(encoding="utf-8"))
+    except BrokenJson as error:
+        raise InputError(f"{config} is not valid JSON ({error}); download it again") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{config} is not UTF-8 text; download it again") from error
     if not isinstance(content, dict):

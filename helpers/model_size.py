@@ -4,7 +4,8 @@ The model is built on torch's meta device: all shapes, no numbers.
 """
 
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,29 +78,44 @@ def free_memory(device: torch.device) -> int:
 
 
 def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> dict[str, str] | None:
-    """Where each part lies: None for all of it on `device`, else names of modules with the GPU or "cpu".
+    """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
-    Layers that wait in the processor's memory come to the GPU for each call (the `accelerate` library moves them): the
-    numbers are the same, the run is many times slower. Raises InputError where even that does not fit.
+    The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
+    memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
+    `helpers.spread`. Raises InputError where even that does not fit.
     """
     asked, free = needs(shapes, n_pos), int(USABLE * free_memory(device))
     if asked.total <= free:
         return None
-    waiting = 0 if device.type == "cpu" else int(USABLE * free_memory(torch.device("cpu")))
+    rooms = _rooms(device, asked.sweep)
     factor = asked.copies / asked.weights
-    layers = [factor * sum(p.numel() * p.itemsize for p in parts.block.parameters()) for parts in shapes.layers]
-    away, missing = 0, asked.total - free
-    while away < len(layers) - 1 and missing > 0:  # the last layer stays: its neurons are read in closed form
-        missing -= int(layers[away])
-        away += 1
-    if missing > 0 or sum(layers[:away]) > waiting:
-        raise too_large(shapes, asked, device, free, waiting)
-    return _names(shapes, away, str(device))
+    layers = [int(factor * sum(p.numel() * p.itemsize for p in parts.block.parameters())) for parts in shapes.layers]
+    left, missing, places = dict(rooms), asked.total - free, list[str]()
+    for size in layers[:-1]:  # the last layer stays: its neurons are read in closed form
+        place = next((name for name, room in left.items() if room >= size), None)
+        if missing <= 0 or place is None:
+            break
+        left[place] -= size
+        missing -= size
+        places.append(place)
+    if missing > 0:
+        raise too_large(shapes, asked, device, free, rooms)
+    return _names(shapes, places, str(device))
 
 
-def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, waiting: int) -> InputError:
+def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
+    """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
+    if device.type == "cpu":
+        return {}
+    others = range(1, torch.cuda.device_count() if device.index is None else 1)
+    rooms = {f"cuda:{i}": int(USABLE * free_memory(torch.device("cuda", i))) - sweep for i in others}
+    return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
+
+
+def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int]) -> InputError:
     """The error that says what is needed, what there is, and what else can be done."""
-    other = f" and {_gb(waiting)} of the processor's" if device.type != "cpu" else ""
+    named = {"cpu": "the processor's"}
+    other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
     half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
     return InputError(
         f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}, with the copy that it is compared with "
@@ -111,20 +127,25 @@ def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, wa
 def describe(shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST) -> str:
     """One line on the size of a model and on what does not fit onto its GPU."""
     asked = needs(shapes, n_pos)
-    away = 0 if where is None else sum(place == "cpu" for place in where.values())
-    slow = f"; {away} of {shapes.n_layers} layers wait in the processor's memory, which is many times slower"
+    places = Counter((where or {}).values())
+    main = next(iter((where or {}).values()), "")  # the embedding's
+    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
     size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
-    return f"{size:.2f} billion parameters; memory needed at most: {_gb(asked.total)}{slow if away else ''}"
+    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(asked.total)}"]
+    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
+    slow = "layers wait in the processor's memory, which is many times slower"
+    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
+    return "; ".join(notes)
 
 
-def _names(shapes: Subject, away: int, device: str) -> dict[str, str]:
+def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
     """Every module that has parameters or buffers of its own or is a layer, by name, with its place."""
     blocks = {id(parts.block): i for i, parts in enumerate(shapes.layers)}
     found: dict[str, str] = {}
 
     def walk(module: nn.Module, name: str) -> None:
         if id(module) in blocks:
-            found[name] = "cpu" if blocks[id(module)] < away else device
+            found[name] = (*places, *[device] * len(blocks))[blocks[id(module)]]
         elif any(child is parts.block for parts in shapes.layers for child in module.modules()):
             for key, child in module.named_children():
                 walk(child, f"{name}.{key}" if name else key)

@@ -17,6 +17,7 @@ from scipy import stats as st
 from torch import nn
 
 from helpers import bootstrap as bs
+from helpers import spread
 from helpers.errors import InputError
 from helpers.grid_patch import projection
 from helpers.neuron_curves import topic_sums
@@ -185,8 +186,9 @@ def permuted(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.nda
         for parts in moved.layers:
             down, order = projection(parts, "neuron"), rng.permutation(subject.d_mlp)
             for module in parts.mlp.modules():
-                if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2:
-                    _permute(module, torch.tensor(order, device=subject.device), is_down=module is down)
+                weight = spread.stored(module)
+                if weight is not None and weight.ndim == 2:
+                    _permute(module, torch.tensor(order, device=weight.device), is_down=module is down)
             orders.append(order)
     return replace(moved, replayable=subject.replayable), tuple(orders)
 
@@ -196,10 +198,10 @@ def _permute(module: nn.Module, order: torch.Tensor, *, is_down: bool) -> None:
     outputs = 0 if isinstance(module, nn.Linear) else 1
     axis = 1 - outputs if is_down else outputs
     # Fused gate and up projections hold the neurons twice.
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, torch.Tensor)
+    weight, bias = spread.stored(module), spread.stored(module, "bias")
+    assert weight is not None
     times = weight.shape[axis] // len(order)
     entries = torch.cat([order + i * len(order) for i in range(times)])
     weight.copy_(weight.index_select(axis, entries))
-    if not is_down and isinstance(bias, torch.Tensor):
+    if not is_down and bias is not None:
         bias.copy_(bias[entries])

@@ -7,7 +7,6 @@ turns; the model's own chat template, with its generation prompt, is put around 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from helpers import json_text
 from helpers.errors import InputError
+from helpers.json_text import BrokenJson
 from helpers.paths import PROMPTS
 
 SPLITS = ("discover", "validate", "test")
@@ -112,8 +113,8 @@ def _is_sensitive(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return bool(json.loads(_read_text(path)).get("sensitive", True))
-    except (json.JSONDecodeError, AttributeError):
+        return bool(json_text.parse(_read_text(path)).get("sensitive", True))
+    except (BrokenJson, AttributeError):
         return True
 
 
@@ -132,10 +133,10 @@ def _read_pairs(path: Path) -> tuple[Pair, ...]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json_text.parse(line)
+        except BrokenJson as error:
             raise InputError(
-                f"{path}, line {number}: broken JSON ({error.msg}); one object a line is expected"
+                f"{path}, line {number}: broken JSON ({error.reason}); one object a line is expected"
             ) from None
         pair = _pair(row, f"{path}, line {number}")
         if pair.id in seen:
@@ -223,9 +224,9 @@ def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
 
 def _read_outcomes(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+        content = json_text.parse(_read_text(path))
+    except BrokenJson as error:
+        raise InputError(f"{path}, line {error.line}: broken JSON ({error.reason})") from None
     if not isinstance(content, dict):
         raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
     per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content

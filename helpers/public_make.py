@@ -70,16 +70,47 @@ def collect(
         except InputError as error:
             report(f"left out: {error}")
             continue
-        made += [pair for one in _requests(rows) for pair in pairs_of(*one, templates, twins=not is_matched)]
+        partners = rows if is_matched else grouped(rows, tokenizer, part, report)
+        made += [pair for one in _requests(partners) for pair in _t1(*one)]
+        made += [pair for one in _requests(rows) for pair in wrapped(*one, templates, twins=not is_matched)]
         hashes |= {one.id: one.sha256 for both in _requests(rows) for one in both}
     if not made:
         raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
     return made, hashes
 
 
-def pairs_of(harmful: Request, harmless: Request, templates: Sequence[Wrapper], *, twins: bool) -> list[Pair]:
-    """T1 of one harmful request and its partner; T2 in every wrapper, and T2b on the partner if it corresponds."""
-    made = [Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)]
+def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
+    """The same rows where enough of them have equal length; else the two groups are interchanged.
+
+    Then every harmful request takes activations of a harmless one drawn from the set's own group of that length, instead
+    of its row's: effects are those of the groups, and include all in which their members differ.
+    """
+    own = sum(_equally_long(*both, tokenizer) for both in _requests(rows))
+    if own >= FEW * len(rows.harmful):
+        return rows
+    harmless = by_length([one for one in rows.harmless if one is not None], tokenizer)
+    drawn = with_partners(rows, harmless, tokenizer)
+    n_drawn = len(_requests(drawn))
+    if n_drawn <= own:
+        return rows
+    report(
+        f"{name}: {own} of {len(rows.harmful)} rows have the length of their own partner, so groups are interchanged: T1 "
+        f"takes a partner of equal length from all harmless rows of the set ({n_drawn} pairs)"
+    )
+    return drawn
+
+
+def _equally_long(one: Request, other: Request, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return len(tokens.encode(tokenizer, one.text)[0]) == len(tokens.encode(tokenizer, other.text)[0])
+
+
+def _t1(harmful: Request, harmless: Request) -> list[Pair]:
+    return [Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)]
+
+
+def wrapped(harmful: Request, harmless: Request, templates: Sequence[Wrapper], *, twins: bool) -> list[Pair]:
+    """T2 of a harmful request in every wrapper, and T2b on its partner if that corresponds."""
+    made = []
     for wrapper in templates:
         own, other = f"{harmful.id}-t2-{wrapper.family}", f"{harmful.id}-t2b-{wrapper.family}"
         twin = other if twins else None
@@ -116,7 +147,7 @@ def survival(made: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[s
         line = f"{treatment}: {usable[treatment]} of {n} pairs have equal token length and can be interchanged"
         if usable[treatment] < FEW * n:
             line += (
-                f"; few: take harmless partners by length (+{public_list.BENIGN}), or compare group means instead of pairs"
+                f"; few: take harmless partners by length (+{public_list.BENIGN}), or sets with more rows"
                 if treatment == "T1"
                 else "; few: lengthen the neutral template until both have equally many tokens"
             )

@@ -114,8 +114,10 @@ def _kind(category: str) -> str:
 
 def _table(name: str, public: PublicSet, part: Part) -> Any:
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # it reports every attempt; the last one's error is explained below
     try:
         found = datasets.load_dataset(public.repo, *([part.config] if part.config else []))
     except (*hub_fetch.FAILURES, datasets.exceptions.DatasetsError) as error:

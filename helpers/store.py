@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helpers import json_text
 from helpers.errors import InputError
 from helpers.paths import NOTEBOOKS, RESULTS, relative
 
@@ -78,7 +79,7 @@ def read_json(path: Path | str) -> Any:
     """The value of a JSON file; `InputError` if it is missing or torn."""
     path = _existing(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_text.parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{relative(path)} is not valid JSON ({error}). {_remedy(path)}") from error
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import hub, hub_fetch, model_files, model_size, paths
+from helpers import hub, hub_fetch, model_files, model_size, paths, spread
 from helpers.errors import InputError
 from helpers.grid_check import check_sites, clean_pair, verify
 from helpers.subject_parts import LayerParts, Subject, find_parts, hash_files
@@ -76,11 +76,13 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
 
 
 def _placed_like(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
-    """The twin of a model whose layers partly wait in the processor's memory is placed as that model is."""
-    where = getattr(subject.model, "hf_device_map", {})
-    if "cpu" not in where.values() or subject.device.type == "cpu":
+    """The twin of a model whose layers partly lie elsewhere is placed as that model is."""
+    if not spread.is_apart(subject.model):
         return model.to(subject.device)
-    return dispatch_model(model, where)
+    where = subject.model.hf_device_map
+    made = dispatch_model(model, where, main_device=str(subject.device))
+    spread.connect(made, where)
+    return made
 
 
 def bridge(subject: Subject) -> Any:
@@ -147,6 +149,8 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
+    if where:
+        spread.connect(model, where)
     return model
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers import spread
 from helpers.errors import InputError
 
 
@@ -121,19 +121,15 @@ def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
 
     Row j of a down projection is neuron j's output vector. GPT-2's `Conv1D` stores it so, `nn.Linear` transposed.
     """
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    if weight.is_meta:  # a layer that waits in the processor's memory and comes to the GPU for each call
-        with align_module_device(projection):
-            weight = projection.weight
-            assert isinstance(weight, Tensor)
+    weight = spread.weight_here(projection)
     return weight.T if isinstance(projection, nn.Linear) else weight
 
 
 def hash_tensors(model: nn.Module) -> str:
     """sha256 over the names and bytes of a model's weights (shared tensors once), for models without a file."""
-    named = sorted(model.named_parameters())
-    return _sha256(part for key, tensor in named for part in (key.encode(), _bytes(tensor)))
+    named = ((key, *key.rpartition(".")[::2]) for key in sorted(dict(model.named_parameters())))
+    kept = ((key, spread.stored(model.get_submodule(owner), name)) for key, owner, name in named)
+    return _sha256(part for key, tensor in kept for part in (key.encode(), _bytes(tensor)))
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -168,7 +164,8 @@ def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
     )
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def _bytes(tensor: Tensor | None) -> bytes:
+    assert tensor is not None, "a parameter is a tensor"
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -4,11 +4,12 @@ None come with this repository. A file is JSON lines: `{"family": "...", "neutra
 "... {request} ..."}`. The two of a line must have equally many tokens, since an interchange needs equal lengths.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers import json_text
 from helpers.errors import InputError
+from helpers.json_text import BrokenJson
 
 SLOT = "{request}"
 FILE = "wrappers.jsonl"
@@ -58,9 +59,9 @@ def read(place: Path) -> tuple[Wrapper, ...]:
 
 def _wrapper(line: str, where: str) -> Wrapper:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: broken JSON ({error.msg})") from None
+        row = json_text.parse(line)
+    except BrokenJson as error:
+        raise InputError(f"{where}: broken JSON ({error.reason})") from None
     if not isinstance(row, dict) or set(row) != set(FIELDS) or not all(isinstance(row[name], str) for name in FIELDS):
         raise InputError(f"{where}: expected an object with the strings {', '.join(FIELDS)}, and nothing else")
     for name in ("neutral", "jailbreak"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.subject_parts import Subject, find_parts
@@ -25,6 +25,7 @@ _COMMON = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+_SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "w3"}
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**_COMMON),
@@ -72,11 +73,22 @@ def tokens(n_pairs: int = 3, n_pos: int = 9, seed: int = 0) -> torch.Tensor:
 
 def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """One word a token (`<pad> <s> </s> w3 w4 ...`), saved to a folder and loaded from it."""
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    words = _words()
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = hf.PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
-    )
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=plain, **_SPECIAL)
     made.save_pretrained(folder)
     return hf.AutoTokenizer.from_pretrained(folder)
+
+
+def tiny_qwen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The same words in Qwen's own class: for a folder of type qwen2 the library loads no other, whatever is saved there."""
+    words = _words()
+    made = hf.Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], **_SPECIAL)
+    made.add_tokens([AddedToken(word, lstrip=True, single_word=True, normalized=False) for word in words[3:]])
+    made.save_pretrained(folder)
+    return hf.AutoTokenizer.from_pretrained(folder)
+
+
+def _words() -> list[str]:
+    return ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]

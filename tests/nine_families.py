@@ -3,20 +3,24 @@
     OMP_NUM_THREADS=1 python -m tests.nine_families                   # all of them; docs/families.md has the output
     OMP_NUM_THREADS=1 python -m tests.nine_families --families gpt2 --only 03
 
-Random weights mean nothing: what is shown is that each notebook runs on each architecture, with prompts of its own.
+Random weights mean nothing: what is shown is that each notebook runs on each architecture, with prompts of its own. The
+prompt set is marked sensitive, and everything that a run leaves behind is searched for its texts.
 """
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from helpers.paths import ROOT
-from tests.families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from tests.families import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s> w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
@@ -27,7 +31,7 @@ TREATMENTS = ("T1", "T2", "T2b", "B1", "B2", "B3", "B4", "B5")
 def model_folder(family: str, folder: Path) -> Path:
     """A model folder as a user would hand it in: config, safetensors, tokenizer, chat template."""
     tiny_model(family).save_pretrained(folder)
-    tiny_tokenizer(folder)
+    (tiny_qwen_tokenizer if family == "qwen2" else tiny_tokenizer)(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return folder
 
@@ -39,6 +43,7 @@ def prompt_folder(folder: Path, topics: int = 24) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     outcome = {"comply": ["w10", "w11"], "refuse": ["w12", "w13"]}
     (folder / "outcome.json").write_text(json.dumps(outcome), encoding="utf-8")
+    (folder / "set.json").write_text('{"sensitive": true}', encoding="utf-8")
     return folder
 
 
@@ -68,16 +73,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _through(family: str, flags: Sequence[str], folder: Path) -> bool:
-    import os
-
     places = {"COMPANION_RESULTS": str(folder / "results"), "COMPANION_FIGURES": str(folder / "figures")}
     start = time.monotonic()
     command = [sys.executable, "-m", "helpers.cli", *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | places, capture_output=True, text=True, check=False)
     made = [line.split("] ")[1].split()[0][:2] for line in done.stdout.splitlines() if line.startswith("[")]
     verdict = f"notebooks {' '.join(made)}" if done.returncode == 0 else f"FAILED: {done.stderr.strip()}"
-    print(f"{family:<8} {time.monotonic() - start:4.0f} s  {verdict}", flush=True)
-    return done.returncode != 0
+    n_files, leaks = texts_in(folder, done.stdout + done.stderr)
+    shown = f"PROMPT TEXTS in {', '.join(leaks)}" if leaks else f"no prompt text in {n_files} files"
+    print(f"{family:<8} {time.monotonic() - start:4.0f} s  {verdict}  {shown}", flush=True)
+    return done.returncode != 0 or bool(leaks)
+
+
+def texts_in(folder: Path, said: str) -> tuple[int, list[str]]:
+    """How many files below `results` and `figures` were searched, and those (or "the terminal") with two words of a prompt.
+
+    Pictures are left out: they are drawn from the tables that are searched.
+    """
+    lines = (folder / "prompts" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)[side].split() for line in lines for side in ("control", "treated")]
+    pieces = {f"{one} {two}" for words in texts for one, two in pairwise(words)}
+    places = [path for kind in ("results", "figures") for path in sorted((folder / kind).rglob("*")) if path.is_file()]
+    kept = [path for path in places if path.suffix != ".png"]
+    found = [path.relative_to(folder).as_posix() for path in kept if _holds(_readable(path), pieces)]
+    return len(kept), found + (["the terminal"] if _holds(said, pieces) else [])
+
+
+def _holds(text: str, pieces: set[str]) -> bool:
+    """Whether two words of a prompt follow each other, whatever stands between them: also as rows of a table."""
+    words = re.findall(r"\bw\d+\b", text)
+    return bool(pieces & {f"{one} {two}" for one, two in pairwise(words)})
+
+
+def _readable(path: Path) -> str:
+    if path.suffix != ".parquet":
+        return path.read_text(encoding="utf-8", errors="replace")
+    import pandas as pd
+
+    table = pd.read_parquet(path)
+    return table.select_dtypes(exclude="number").drop_duplicates().to_csv() + str(list(table.columns))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers import cli, model_list, paths, preflight, prompts
+from helpers import cli, hub, judging, model_files, model_list, paths, preflight, prompts, wrappers
 from helpers.errors import InputError
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,7 +120,76 @@ def test_a_strange_config(tmp_path: Path, config: bytes) -> None:
     answered(preflight.check_model, str(tmp_path))
 
 
+STRANGE = {
+    "nested": "[" * 100_000,
+    "digits": "1" * 5000,
+    "half a pair": '{"id": "\\ud800", "topic": "\\ud800", "sensitive": "\\ud800"}',
+    "no number": "NaN",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_json_that_breaks_its_reader_or_what_comes_after(tmp_path: Path, text: str) -> None:
+    """In every file of JSON that a user hands in; such inputs are too rare for chance to find."""
+    for name in ("config.json", "tokenizer_config.json", hub.INDEX, "model.safetensors", wrappers.FILE, "set.json"):
+        (tmp_path / name).write_text(text)
+    for call, files in (
+        (prompts.load_set, (GOOD + text.encode(), OUTCOME)),
+        (prompts.load_set, (GOOD, text.encode())),
+        (preflight.check_model, (GOOD, OUTCOME)),
+        (model_files.check_config, (GOOD, OUTCOME)),
+        (hub.weight_files, (GOOD, OUTCOME)),
+        (wrappers.read, (GOOD, OUTCOME)),
+    ):
+        place = written(tmp_path, *files)
+        found = answered(call, str(place) if call is preflight.check_model else place)
+        assert isinstance(found, str) and "\n" not in found, call
+    assert prompts.load_set(written(tmp_path, GOOD, OUTCOME)).pairs[0].sensitive  # what its note says cannot be read
+
+
+@quick
+@given(
+    content=st.binary(max_size=60)
+    | st.lists(VALUES, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+)
+def test_strange_wrappers_labels_and_lists_of_weights(tmp_path: Path, content: bytes) -> None:
+    for name in (wrappers.FILE, "labels.csv", hub.INDEX):
+        (tmp_path / name).write_bytes(content if name != "labels.csv" else b"id,label\n" + content)
+    answered(wrappers.read, tmp_path)
+    answered(judging.read_labels, tmp_path / "labels.csv")
+    names = answered(hub.weight_files, tmp_path)
+    assert isinstance(names, str) or all(Path(name).name == name for name in names)
+
+
 def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").mkdir()
     with pytest.raises(InputError, match=r"no pairs\.jsonl"):
         prompts.load_set(tmp_path)
+
+
+def test_links_out_of_the_folder_and_in_a_circle(tmp_path: Path) -> None:
+    """What a link leads to is read like a file, and never quoted; a circle is no file."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("word17 word18\n")
+    place = tmp_path / "set"
+    place.mkdir()
+    written(place, GOOD, OUTCOME)
+    for name, call in (
+        ("pairs.jsonl", prompts.load_set),
+        ("outcome.json", prompts.load_set),
+        ("config.json", preflight.check_model),
+    ):
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(secret)
+        found = answered(call, str(place))
+        assert name in found and "word17" not in found
+        (place / name).unlink()
+        (place / name).symlink_to(place / name)
+        found = answered(call, str(place))
+        assert f"no {name}" in found
+        (place / name).unlink()
+        written(place, GOOD, OUTCOME)
+    (place / "loop").symlink_to(place / "loop")
+    for call in (preflight.check_model, preflight.check_prompts):
+        assert str(place / "loop") in answered(call, str(place / "loop"))
+    assert secret.read_text() == "word17 word18\n"

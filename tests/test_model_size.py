@@ -91,7 +91,7 @@ def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytes
 def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
     """Layers kept outside of the model and brought in for each call, as on a GPU that is too small; here from the disk."""
     shapes = on_meta(folder, torch.float32)
-    names = model_size._names(shapes, 3, "cpu:0")
+    names = model_size._names(shapes, ["cpu"] * 3, "cpu:0")
     where = {name: "disk" if place == "cpu" else "cpu" for name, place in names.items()}
     assert list(where.values()).count("disk") == 3
     model = hf.AutoModelForCausalLM.from_pretrained(

@@ -1,12 +1,14 @@
-"""A folder as a user would hand it in, of one family, through the sweeps in one process."""
+"""A folder as a user would hand it in, of one family, through the sweeps in one process, or through all notebooks."""
 
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from families import FAMILIES
 
 from helpers import preflight, study
-from tests.nine_families import TREATMENTS, model_folder, prompt_folder
+from tests.nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in
 
 
 @pytest.mark.parametrize("family", [FAMILIES[3], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])
@@ -21,3 +23,24 @@ def test_a_folder_of_a_family_is_measured(tmp_path: Path, family: str) -> None:
     top = top[top.layer == top.layer.max()]
     assert (top.nie0 - top.te).abs().max() < 1e-4 * top.te.abs().max()  # the last residual stream carries everything
     assert {row["claim"] for row in found.evidence} >= {"gate", "C3"}
+
+
+@pytest.mark.slow
+def test_a_family_goes_through_all_notebooks_and_shows_no_prompt() -> None:
+    assert main(["--families", "llama"]) == 0
+
+
+def test_a_text_that_is_left_behind_is_found(tmp_path: Path) -> None:
+    """What the search for prompt texts rests on: it sees tables, notebooks, logs and the terminal."""
+    prompt_folder(tmp_path / "prompts")
+    text = json.loads((tmp_path / "prompts" / "pairs.jsonl").read_text().splitlines()[0])["treated"]
+    one, two = text.split()[1:3]
+    assert texts_in(tmp_path, "w10 w11") == (0, [])
+    assert texts_in(tmp_path, f"a warning about {text}") == (0, ["the terminal"])
+    place = tmp_path / "results" / "x"
+    place.mkdir(parents=True)
+    pd.DataFrame({"token": ["w3", one, two], "nie": [0.1, 0.2, 0.3]}).to_parquet(place / "by_row.parquet")
+    (place / "02.ipynb").write_text(json.dumps({"outputs": [f"<td>{one}</td>\n<td>{two}</td>"]}))
+    (place / "run.log").write_text(f"x {one} {two} y")
+    (place / "fine.csv").write_text("w3,w4,w5\nhidden: T1-0")
+    assert texts_in(tmp_path, "") == (4, ["results/x/02.ipynb", "results/x/by_row.parquet", "results/x/run.log"])

@@ -198,6 +198,31 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     assert any("not testable: no jailbreak wrapper" in line for line in said)
 
 
+def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(served: dict, model: Path) -> None:
+    """Lengths alternate between the two sides, so that no row fits its own partner and nearly all fit another's."""
+    sides = jbb()
+    for i in range(12):
+        sides["harmful"][i]["Goal"] = f"w20 w{30 + i}{' w4' if i % 2 else ''}"
+        sides["benign"][i]["Goal"] = f"w21 w{30 + i}{'' if i % 2 else ' w4'}"
+    served["JailbreakBench/JBB-Behaviors"] = sides
+    tokenizer = public_make.AutoTokenizer.from_pretrained(model)
+    said: list[str] = []
+    made, hashes = public_make.collect("jailbreakbench", tokenizer, wrappers_of(WRAPPERS[:1]), said.append)
+    assert said == [
+        "jailbreakbench: 0 of 12 rows have the length of their own partner, so groups are interchanged: T1 takes a partner "
+        "of equal length from all harmless rows of the set (12 pairs)"
+    ]
+    t1 = {pair.topic: pair for pair in made if pair.treatment == "T1"}
+    assert len({pair.control for pair in t1.values()}) == 12 and len(hashes) == 24
+    assert "T1: 12 of 12 pairs" in public_make.survival(made, tokenizer)[0]
+    twin = next(pair for pair in made if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
+    assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
+    rows = public_sets.load_rows("jailbreakbench")
+    assert public_make.grouped(rows, tokenizer, "x", said.append) != rows
+    enough = public_sets.Rows(rows.harmful, tuple(reversed(rows.harmless)))  # lengths fit now
+    assert public_make.grouped(enough, tokenizer, "x", said.append) is enough
+
+
 def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,107 @@
+"""How often the labeller is wrong on this model: a sample of answers to label by hand, then rates corrected by it.
+
+    python -m helpers.judge_check --sample 60 -- --model DIR --prompts DIR       # writes answers.csv, to be labelled
+    python -m helpers.judge_check --labels answers.csv -- --model DIR --prompts DIR
+
+What stands behind `--` are the flags of `./run_all.sh`, the judge among them. Texts of answers go to the user's cache only,
+never to results: delete the folder when the labels are made.
+"""
+
+import csv
+import io
+import os
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers import cli, defence_outcomes, hub, inputs, judging, preflight, prompts, public_list, store, tokens
+from helpers.errors import InputError
+from helpers.prompts import PromptSet
+from helpers.subject import Subject, load
+
+STEPS = 64  # tokens of an answer
+MOST = 300  # answers a treatment
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the sample, or read its labels and print the rates of each treatment's treated prompts."""
+    place = list(arguments).index("--") if "--" in arguments else len(arguments)
+    parser = cli.Parser(prog="python -m helpers.judge_check", description=(__doc__ or "").splitlines()[0])
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--sample", metavar="N", type=int, help="write N answers, drawn at random, to be labelled")
+    chosen.add_argument("--labels", metavar="FILE", help="a CSV with the columns id,label (1: does what was asked)")
+    options = parser.parse_args(arguments[:place])
+    asked = cli.parse(arguments[place + 1 :])
+    hub.choose_judge(asked.judge)
+    parameters = cli.parameters(asked, preflight.resolve_device(asked.device))
+    folder = public_list.cache() / "labels" / parameters["SLUG"]
+    if options.labels is None:
+        return _sample(inputs.fetched(parameters, asked.wrappers), folder, options.sample)
+    print("\n".join(rates(folder, judging.read_labels(Path(options.labels)))))
+    return 0
+
+
+def rates(folder: Path, truth: Mapping[str, bool]) -> list[str]:
+    """One line a treatment: how many answers comply by the labeller's word, and corrected by the labels made by hand.
+
+    Raises InputError where there are no labels to correct, or too few made by hand of either kind.
+    """
+    file = folder / "given.csv"
+    if not file.is_file():
+        raise InputError(f"nothing was labelled for this run yet ({file} is not there): write a sample with --sample N")
+    given = judging.read_labels(file)
+    known = judging.accuracy(given, truth)
+    found: dict[str, list[bool]] = {}
+    for name, label in given.items():
+        found.setdefault(name.partition(":")[0], []).append(label)
+    return [f"{name}, complied: {judging.describe(np.array(some), known)}" for name, some in sorted(found.items())]
+
+
+def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
+    content = prompts.load_set(preflight.prompts_folder(parameters["PROMPTS"]))
+    subject = load(parameters["MODEL"], device=parameters["DEVICE"], dtype=parameters["DTYPE"])
+    harmful = [name for name in content.treatments if name.startswith("T")]
+    found = [row for name in harmful for row in answered(subject, content, name)]
+    chosen = random.Random(1).sample(found, min(n, len(found)))
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    given = [(name, int(label)) for name, label, _, _ in found]
+    store.write_text(_csv(("id", "label"), given), folder / "given.csv")
+    blank = [(name, "", request, answer) for name, _, request, answer in chosen]
+    store.write_text(_csv(("id", "label", "request", "answer"), blank), folder / "answers.csv")
+    judge = os.environ.get(hub.JUDGE) or "refusal phrases"
+    print(f"{len(found)} answers labelled by {judge}; {len(chosen)} of them, drawn at random: {folder / 'answers.csv'}")
+    print(
+        "fill in the column label (1: the answer does what was asked, 0: it does not), then give the file to --labels"
+    )
+    return 0
+
+
+def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple[str, bool, str, str]]:
+    """Greedy answers to treated prompts: an id that begins with the treatment, whether it complied, request and answer."""
+    assert subject.tokenizer is not None
+    pairs = [pair for pair in content.pairs if pair.treatment == treatment]
+    texts = [pair.treated for pair in random.Random(0).sample(pairs, min(MOST, len(pairs)))]
+    names = [f"{treatment}:{pair.id}" for pair in random.Random(0).sample(pairs, len(texts))]
+    made = defence_outcomes.answers(subject, texts, STEPS)
+    openers = tokens.openers(content, subject.tokenizer)[treatment]
+    labels = defence_outcomes.labels(subject, texts, made, openers, exact=False, harmful=[False] * len(texts))
+    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
+    spoken = subject.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return list(zip(names, [label == "on_topic" for label in labels], texts, spoken, strict=True))
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"helpers.judge_check: {' '.join(str(error).split())}")

@@ -1,0 +1,62 @@
+"""Labels made by hand correct the labeller: a sample goes to the cache, its labels come back, rates are corrected."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from helpers import judge_check, judging, public_list
+from helpers.errors import InputError
+from helpers.judge import judge
+from helpers.judging import Accuracy
+
+FLAGS = ("--", "--model", "full-0")
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_from_a_sample_to_corrected_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(judge_check, "MOST", 20)
+    monkeypatch.setattr(judge_check, "STEPS", 16)
+    with pytest.raises(InputError, match=r"nothing was labelled for this run yet .* --sample N"):
+        judge_check.rates(tmp_path, {})
+    assert judge_check.main(["--sample", "30", *FLAGS]) == 0
+    said = capsys.readouterr().out
+    folder = tmp_path / "cache" / "labels" / "full-0"
+    sample, given = rows(folder / "answers.csv"), rows(folder / "given.csv")
+    assert (len(sample), len(given)) == (30, 60) and "60 answers labelled by refusal phrases; 30 of them" in said
+    assert not [row for row in sample if row["request"] in said or row["answer"] in said]
+    assert {row["label"] for row in sample} == {""} and {row["id"] for row in sample} < {row["id"] for row in given}
+    with (tmp_path / "mine.csv").open("w") as file:
+        made = [(row["id"], int(judge(row["request"], row["answer"]) in ("harmful", "on_topic"))) for row in sample]
+        csv.writer(file).writerows([("id", "label"), *made])
+    assert judge_check.main(["--labels", str(tmp_path / "mine.csv"), *FLAGS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["T1", "T2", "T2b"]
+    assert all("corrected" in line and "sensitivity" in line for line in lines)
+
+
+def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:
+    """Twenty answers, of which the labeller calls half complied; it misses two of ten that do and takes one that does not."""
+    given = {f"T1:{i}": i < 8 or i == 15 for i in range(20)}
+    (tmp_path / "given.csv").write_text("id,label\n" + "".join(f"{name},{int(one)}\n" for name, one in given.items()))
+    (line,) = judge_check.rates(tmp_path, {f"T1:{i}": i < 10 for i in range(20)})
+    rate, low, high = judging.corrected_rate(judging.np.array(list(given.values())), Accuracy(10, 8, 10, 9))
+    assert rate == pytest.approx(0.5)
+    assert "T1, complied: labelled 0.45" in line and f"corrected 0.50 [{low:.2f}, {high:.2f}]" in line
+
+
+def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words, message in (
+        (["--sample", "5", "--labels", "x"], "not allowed with"),
+        (["--labels", str(tmp_path / "none.csv"), *FLAGS], "no labels at"),
+        ([], "one of the arguments --sample --labels is required"),
+    ):
+        with pytest.raises(InputError, match=message):
+            judge_check.main(words)

@@ -1,0 +1,127 @@
+"""A model whose layers lie elsewhere gives the numbers of one that lies in one place, and takes the same interventions.
+
+There is one processor here. Another GPU is stood in for by another precision: a weight in float64 takes no part in a
+product with an activation in float32, as one on another GPU takes none, unless what stands between them converts.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook
+from families import tiny_model, tiny_subject, tokens
+from torch import nn
+
+from helpers import grid, model_size, neuron_adjacency, spread
+from helpers.grid import Patch
+from helpers.grid_check import verify
+from helpers.subject_parts import Subject, find_parts, hash_tensors, written_vectors
+
+LAST = torch.arange(9).expand(3, 9) == 8
+PATCHES = [Patch(site, 1, LAST, 3 if site in ("head", "neuron") else None) for site in ("neuron", "head", "mlp_out")]
+
+
+class Elsewhere(AlignDevicesHook):
+    """A place whose numbers are float64."""
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        return module.double()
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return tuple(one.double() for one in args), kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output.float()
+
+
+def apart(family: str, where: str, n_away: int = 3) -> Subject:
+    """The first layers elsewhere: on "another GPU", or waiting as `accelerate` lets layers wait."""
+    model = tiny_model(family)
+    shapes = find_parts(copy.deepcopy(model), None, "shapes", "x")
+    if where == "waiting":
+        for parts in find_parts(model, None, "x", "x").layers[:n_away]:
+            accelerate.cpu_offload(parts.block, execution_device=torch.device("cpu"))
+    else:
+        names = model_size._names(shapes, [where] * n_away, "cpu")
+        spread.connect(model, names, Elsewhere)
+        model.hf_device_map = names
+    return find_parts(model, None, "apart", "x")
+
+
+@pytest.fixture(params=["llama", "gemma2", "phi3", "gpt2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["cuda:1", "waiting"])
+def subject(request: pytest.FixtureRequest, family: str) -> Iterator[Subject]:
+    yield apart(family, request.param)
+
+
+def effects(subject: Subject) -> torch.Tensor:
+    runs = (grid.clean_run(subject, tokens(seed=seed)) for seed in (0, 1))
+    return grid.interchange(subject, *runs, PATCHES)
+
+
+def test_no_number_changes(subject: Subject, family: str) -> None:
+    stored = list(subject.layers[0].block.parameters())
+    assert all(p.is_meta or p.dtype == torch.float64 for p in stored)
+    verify(subject)
+    torch.testing.assert_close(effects(subject), effects(tiny_subject(family)), rtol=1e-4, atol=1e-4)
+    if subject.layers[0].o_proj.weight.is_meta:  # what waits is hashed where it waits
+        assert hash_tensors(subject.model) == hash_tensors(tiny_model(family))
+    vectors = written_vectors(subject.layers[0].down_proj)
+    torch.testing.assert_close(vectors, written_vectors(tiny_subject(family).layers[0].down_proj))
+
+
+def test_neurons_can_be_put_into_another_order(subject: Subject) -> None:
+    """A copy is changed where its weights are kept; the original stays."""
+    before = effects(subject)
+    moved, orders = neuron_adjacency.permuted(subject)
+    torch.testing.assert_close(moved.model(tokens()).logits, subject.model(tokens()).logits, rtol=1e-4, atol=1e-4)
+    new = written_vectors(moved.layers[0].down_proj)
+    torch.testing.assert_close(new, written_vectors(subject.layers[0].down_proj)[orders[0]])
+    assert torch.equal(effects(subject), before)
+
+
+def test_a_layer_without_its_hooks_does_not_pass(family: str) -> None:
+    """What the stand-in rests on: numbers of two places do not mix unnoticed."""
+    model = tiny_model(family)
+    find_parts(model, None, "x", "x").layers[0].o_proj.double()
+    with pytest.raises(RuntimeError):
+        model(tokens())
+
+
+def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
+    """With several GPUs the library lets waiting layers be computed on any of them."""
+    model = tiny_model("llama")
+    block = find_parts(model, None, "x", "x").layers[0].block
+    accelerate.cpu_offload(block, execution_device=torch.device("meta"))
+    spread.connect(model, {"model.embed_tokens": "cpu", "model.layers.0": "disk"})
+    assert model(tokens()).logits.isfinite().all()
+
+
+def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    shapes = model_size.on_meta(tmp_path, torch.float32)
+    asked = model_size.needs(shapes)
+    layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
+    free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": layer, "cuda": asked.total - 2 * layer}
+    monkeypatch.setattr(model_size, "free_memory", lambda device: int(free[str(device)] / model_size.USABLE) + 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    where = model_size.placement(shapes, torch.device("cuda"))
+    assert where is not None
+    assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
+    said = model_size.describe(shapes, where)
+    assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
+    free["cpu"] = layer - 9
+    with pytest.raises(model_size.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
+        model_size.placement(shapes, torch.device("cuda"))
+    free["cuda:0"] = free["cuda"]
+    with pytest.raises(model_size.InputError, match="too large for cuda:0") as caught:  # one GPU, by its number
+        model_size.placement(shapes, torch.device("cuda:0"))
+    assert "cuda:1" not in str(caught.value)
