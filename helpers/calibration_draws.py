@@ -184,3 +184,18 @@ def join(folder: Path = paths.CALIBRATION) -> int:
 def read(folder: Path = paths.CALIBRATION, table: str = "verdicts") -> pd.DataFrame:
     """A shipped table: verdicts, localisation or evidence. InputError if it is not there."""
     return store.read_table(folder / f"{table}.parquet", SCHEMAS[table])
+
+
+def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.DataFrame:
+    """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
+
+    Columns: part, kind, seed, claim, rule, verdict, stored.
+    """
+    stored = read(folder)
+    known = stored[stored.purpose == "main"].set_index(["kind", "seed", "claim", "rule"]).verdict
+    groups = list(read(folder, "evidence").groupby(["part", "kind", "seed"]))
+    rows = []
+    for (part, kind, seed), evidence in groups[::every]:
+        for rule, one in calibration.judged(evidence, f"compiled-{kind}-{seed}", (part,)):
+            rows.append((part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule]))
+    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored"])
