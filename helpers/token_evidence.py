@@ -15,6 +15,7 @@ from helpers.neuron_effects import all_neurons
 from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes
 from helpers.study import Study
 from helpers.timing import Clamp
+from helpers.timing_answers import generated
 from helpers.tokens import TokenPair
 
 FALLBACK = 64
@@ -68,17 +69,17 @@ def measure(study: Study) -> Timing | None:
     if not tested or not study.subject.d_mlp:
         return None
     chosen = top_neurons(study)
-    clamps = [Clamp("neurons", chosen), Clamp("whole MLP")]
-    few = relatives.thinned(study, BENIGN_PAIRS)
-    benign = [pair for pair in few.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
-    moved = refusing(study, tested)
-    whole = timing.generated(study, tested, clamps[1:], [*WANTED, "all but the first"])
+    few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
+    arms = [*((few, name) for name in timing.SCHEDULES), *((whole, name) for name in (*WANTED, "all but the first"))]
+    thin = relatives.thinned(study, BENIGN_PAIRS)
+    benign = [pair for pair in thin.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
+    moved, always = refusing(study, tested), [(few, "all tokens")]
     return Timing(
         chosen,
-        pd.concat([timing.generated(study, tested, clamps[:1], list(timing.SCHEDULES)), whole], ignore_index=True),
-        timing.forced(study, tested, clamps[0], WANTED),
-        timing.generated(study, benign, clamps[:1], ["all tokens"]) if benign else pd.DataFrame(),
-        timing.generated(study, moved, clamps[:1], ["all tokens"]) if moved else pd.DataFrame(),
+        generated(study, tested, arms),
+        timing.forced(study, tested, few, WANTED),
+        generated(study, benign, always) if benign else pd.DataFrame(),
+        generated(study, moved, always) if moved else pd.DataFrame(),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from handmade import GATE_NEURON, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from helpers import timing, token_evidence
+from helpers import timing, timing_answers, token_evidence
 from helpers.claims_tokens import KEPT, c5c
 from helpers.controls import Rows
 from helpers.study import Study
@@ -43,7 +43,7 @@ GATE = Clamp("neurons", (GATE_NEURON,))
 
 
 def labelled(this: Study, *schedules: str) -> pd.DataFrame:
-    made = timing.generated(this, list(this.pairs), [GATE], schedules, STEPS)
+    made = timing_answers.generated(this, list(this.pairs), [(GATE, name) for name in schedules], STEPS)
     return made.pivot(index="pair_id", columns="schedule", values="label")
 
 
@@ -67,7 +67,7 @@ def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, sc
     n_pos = prompt.shape[1]
     other = timing.Other(100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1), torch.full((1, 1, 1), 77.0))
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), timing.clamped(subject, GATE, other, schedule):
+    with torch.no_grad(), timing.clamped(subject, [(GATE, schedule)], {GATE: other}):
         look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         cache = subject.model(prompt, use_cache=True).past_key_values
         for _ in range(5):
