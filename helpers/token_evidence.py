@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from scipy import stats as st
 
+from helpers import bootstrap as bs
 from helpers import carriers, neuron_curves, neurons, relatives, stats, timing
 from helpers.evidence_rows import interval, row
 from helpers.neuron_effects import all_neurons
@@ -123,7 +125,7 @@ def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
         rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
-    rows += _kept_rows(wide(found.forced, "y"), model, "full response")
+    rows += _kept_rows(wide(found.forced, "y"), model, "full response", is_judged=False)
     if len(found.benign) and found.benign.topic.nunique() > 1:
         rows.append(_changed_row(found.benign, model, "benign answers changed"))
     if len(found.transferred) and found.transferred.topic.nunique() > 1:
@@ -144,12 +146,30 @@ def _changed_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, 
     return row(model, "C5c", quantity, "main", widened, len(part))
 
 
-def _kept_rows(table: pd.DataFrame, model: str, variant: str) -> list[dict[str, object]]:
-    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect."""
+def at_least_exact(found: bs.Estimates, n: int) -> bs.Estimates:
+    """Shares of answers with limits at least as wide as Clopper and Pearson's (1934) for `n` independent answers.
+
+    Where every answer behaves alike all resamples are alike too, and the bootstrap's interval has no width: it cannot see
+    what no topic shows. The exact binomial limits can, with topics as the trials (pairs of one topic may all be alike):
+    all of 36 topics leave room for 1 in 10 that are otherwise. Elsewhere the wider of the two limits stands.
+    """
+    hits = np.clip(found.estimate, 0, 1) * n
+    low = np.where(hits > 0, st.beta.ppf(0.025, np.maximum(hits, 1e-9), n - hits + 1), 0.0)
+    high = np.where(hits < n, st.beta.ppf(0.975, hits + 1, np.maximum(n - hits, 1e-9)), 1.0)
+    return replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
+
+
+def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool = True) -> list[dict[str, object]]:
+    """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect.
+
+    Judged answers are counts, so their limits are those of `at_least_exact`; the trials are all topics for the effect, and
+    for what is kept of it the topics that have some.
+    """
     names = [name for name in ("first token", "first five", "all tokens") if name in table]
     sums = stats.cluster_sums(table, names)
     order = list(sums.columns["value"])
     whole = interval(sums, stats.contrast([float(name == "all tokens") for name in order]))
+    whole = at_least_exact(whole, len(sums.clusters)) if is_judged else whole
     rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
     if not whole.low[0] > 0:
         note = f"clamping at all tokens has no sure effect ({whole.estimate[0]:.2f}): nothing can be kept"
@@ -157,14 +177,15 @@ def _kept_rows(table: pd.DataFrame, model: str, variant: str) -> list[dict[str, 
     top = np.array([[float(name == wanted) for name in order] for wanted in names[:2]])
     bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
     kept = interval(sums, stats.ratio(top, bottom))
+    kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
     labels = ("share kept by the first token", "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 
-def evidence(study: Study, model: str, *, with_timing: bool = True) -> list[dict[str, object]]:
-    """Evidence rows for C4 and, unless told otherwise, C5c of any study; none without T2."""
+def evidence(study: Study, model: str) -> list[dict[str, object]]:
+    """Evidence rows for C4 and C5c of any study; none without T2."""
     if not study.of("T2"):
         return []
     table = carriers.effects(study)
     rows = carriers.c4(table, model, study.subject.n_layers) if len(table) else []
-    return rows + (c5c(measure(study), model) if with_timing else [])
+    return rows + c5c(measure(study), model)

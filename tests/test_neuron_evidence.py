@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from helpers import neuron_evidence, neuron_screen, store
 from helpers.neuron_effects import all_neurons
-from helpers.neuron_evidence import all_curves, c5a, complete_layers, curve, evidence, sweep
+from helpers.neuron_evidence import all_curves, c5a, complete_layers, curve, evidence, quick, sweep
 from helpers.neuron_screen import Trust, estimates, is_small, to_recheck, trust
 from helpers.neurons import NEURONS, in_split
 from helpers.study import Study
@@ -23,7 +23,7 @@ def study() -> Study:
 
 
 def test_rows_are_evidence(study: Study) -> None:
-    rows = pd.DataFrame(evidence(study, "m"))
+    rows = pd.DataFrame(evidence(sweep(study), "m"))
     assert set(rows) == set(store.EVIDENCE)
     assert not rows.duplicated(["claim", "quantity", "variant"]).any()
     found = rows.set_index(["claim", "quantity", "variant"])
@@ -52,11 +52,12 @@ def test_psi_is_that_of_the_whole_layer(study: Study) -> None:
 def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     alone = replace(study, pairs=tuple(study.of("T2")), twins={})
     assert sweep(alone).primary == "T2"
-    assert {row["claim"] for row in evidence(alone, "m")} == {"C5a", "C7"}
+    assert {row["claim"] for row in evidence(sweep(alone), "m")} == {"C5a", "C7"}
     recognition = replace(study, pairs=tuple(study.of("T1", "B1")), twins={})
     assert sweep(recognition).primary == "T1"
-    assert evidence(recognition, "m") == []
-    assert evidence(replace(study, subject=replace(study.subject, d_mlp=0)), "m") == []
+    assert evidence(sweep(recognition), "m") == []
+    assert quick(recognition) is None
+    assert quick(replace(study, subject=replace(study.subject, d_mlp=0))) is None and evidence(None, "m") == []
 
 
 def test_a_model_that_does_nothing_gives_no_rows() -> None:
@@ -64,7 +65,7 @@ def test_a_model_that_does_nothing_gives_no_rows() -> None:
     with torch.no_grad():
         for parts in study.subject.layers:
             parts.o_proj.weight.zero_()  # no difference ever reaches the last token
-    assert evidence(study, "m") == []
+    assert evidence(sweep(study), "m") == []
 
 
 def test_which_layers_are_measured(study: Study) -> None:
