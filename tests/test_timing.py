@@ -149,18 +149,18 @@ def test_answers_that_are_all_alike_leave_room_for_others() -> None:
     assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
 
 
-@pytest.mark.parametrize("share", [0.9, 0.97])
+@pytest.mark.parametrize("share", [0.95, 0.97])
 def test_the_share_kept_covers_its_truth_near_one(share: float) -> None:
     """36 topics of three pairs that behave alike: the resampled topics alone miss the truth where no topic strays."""
     rng, held = np.random.default_rng(0), {True: 0, False: 0}
-    for _ in range(200):
+    for _ in range(60):
         is_kept = np.repeat(rng.random(36) < share, 3).astype(float)
         topic = np.repeat([f"t{i}" for i in range(36)], 3)
         table = pd.DataFrame({"pair_id": range(108), "topic": topic, "first token": is_kept, "first five": is_kept})
         for is_judged in held:
             row = token_evidence._kept_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
             held[is_judged] += row["ci_low"] <= share <= row["ci_high"]
-    assert held[True] >= 0.93 * 200 and held[True] > held[False]
+    assert held[True] >= 0.93 * 60 and held[True] > held[False]
 
 
 def test_twins_of_a_refusal_take_its_control(this: Study) -> None:
