@@ -60,6 +60,18 @@ def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     assert quick(replace(study, subject=replace(study.subject, d_mlp=0))) is None and evidence(None, "m") == []
 
 
+def test_the_quick_sweep_agrees_with_the_whole_one_where_it_looks(study: Study) -> None:
+    """The last layer, discover and test, without recognition: the same means of the contrast."""
+    swept, whole = quick(study), sweep(study)
+    assert swept is not None and set(swept.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
+    assert set(swept.table.layer) == {3} and set(swept.table.split) == {"discover", "test", "all"}
+    chosen = [
+        table[(table.treatment == "T2-T2b") & (table.split == "test") & (table.layer == 3)].set_index("neuron").nie1
+        for table in (swept.table, whole.table)
+    ]
+    assert np.abs(chosen[0] - chosen[1]).max() < 1e-5
+
+
 def test_a_model_that_does_nothing_gives_no_rows() -> None:
     study = tiny_study(n=12)
     with torch.no_grad():
