@@ -98,13 +98,13 @@ def closing_cost(
     used = 0
     for group in progress(batches(pairs, subject), desc="perplexity"):
         prompt = prompt_tokens(subject, group)[1]
-        texts = outcomes.continuations(subject, prompt, prompt, openers[group[0].pair.treatment], STEPS)
+        answer, mask = outcomes.opened_with(subject, prompt, openers[group[0].pair.treatment].comply, STEPS)
         value = closed[(used + torch.arange(len(group), device=closed.device)) % len(closed)][:, None]
         used += len(group)
-        lost = _lost(subject, prompt, texts.answer, texts.answer_mask, one, value).cpu().numpy()
+        lost = _lost(subject, prompt, answer, mask, one, value).cpu().numpy()
         for i, token_pair in enumerate(group):
             pair = token_pair.pair
-            n_tokens = float(texts.answer_mask[i].sum())
+            n_tokens = float(mask[i].sum())
             rows.append((pair.id, pair.topic, pair.treatment, pair.split, one.name, lost[i], n_tokens))
     return pd.DataFrame(rows, columns=["pair_id", "topic", "treatment", "split", "set", "lost", "n_tokens"])
 

@@ -227,18 +227,21 @@ def complete_layers(found: Neurons, effects: PairEffects) -> PairEffects:
     return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
 
 
-def evidence(study: Study, model: str, *, quick: bool = False) -> list[dict[str, object]]:
-    """Evidence rows for C5a and C7 of any study; none for a claim that its pairs or its model cannot speak to.
+def quick(study: Study) -> Neurons | None:
+    """The sweep for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
 
-    `quick`, for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
+    Without recognition (T1), which no claim about neurons reads. None where there is nothing to measure: no T2, or an MLP
+    without neurons to name (a mixture of experts).
     """
-    if study.subject.d_mlp == 0:  # a mixture of experts has no neurons to name
-        return []
-    if quick:
-        study = replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.split != "validate"))
-        found = sweep(study, every=True, layers=[study.subject.n_layers - 1], benign=BENIGN_PAIRS_QUICK)
-    else:
-        found = sweep(study)
-    if not enough(found, found.primary):
+    if study.subject.d_mlp == 0 or not study.of("T2"):
+        return None
+    kept = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
+    last = [study.subject.n_layers - 1]
+    return sweep(replace(study, pairs=kept), every=True, layers=last, benign=BENIGN_PAIRS_QUICK)
+
+
+def evidence(found: Neurons | None, model: str) -> list[dict[str, object]]:
+    """Evidence rows for C5a and C7 from a sweep; none for a claim that its pairs or its model cannot speak to."""
+    if found is None or not enough(found, found.primary):
         return []
     return c5a(found, model, all_curves(found)) + c7(found, model, moran(found), groups(found))

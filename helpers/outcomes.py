@@ -103,15 +103,16 @@ def continuations(
     token after the control prompt; both go on greedily. One text of each kind serves both prompts of a pair, so that
     Y2 compares how likely the *same* words are. Nothing is decoded to text.
     """
-    answer, answer_mask = _forced(subject, treated, openers.comply, steps)
-    refusal, refusal_mask = _forced(subject, control, openers.refuse, steps)
+    answer, answer_mask = opened_with(subject, treated, openers.comply, steps)
+    refusal, refusal_mask = opened_with(subject, control, openers.refuse, steps)
     return Continuations(answer, answer_mask, refusal, refusal_mask)
 
 
 @torch.no_grad()
-def _forced(
+def opened_with(
     subject: Subject, prompt: Int[Tensor, "pair pos"], camp: Sequence[int], steps: int
 ) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
+    """The likeliest token of a camp behind each prompt and its greedy continuation; the mask is False on padding."""
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
     opener = torch.tensor(camp, device=prompt.device)[out.logits[:, -1, list(camp)].argmax(-1)]

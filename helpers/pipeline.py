@@ -53,7 +53,7 @@ def measure(
         layers = study.measure_layers(harm, label, full_response=full_response, direct=True)
         table = layers.effects
         rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(harm))
-        rows += twin_rows(harm, label) + token_evidence.evidence(this, label, with_timing=False)
+        rows += twin_rows(harm, label) + token_evidence.c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
         clean = study.clean_outcomes(harm)
         clean = study.clean_difference(clean, core.twins) if core.twins else clean
@@ -64,7 +64,7 @@ def measure(
         rows += token_evidence.c5c(token_evidence.measure(this), label)
     if "neurons" in stages and core.subject.d_mlp:
         neurons = neuron_evidence.sweep(core)
-        rows += neuron_rows(neurons, label) + gate_evidence.evidence(core, neurons.table, label)
+        rows += neuron_evidence.evidence(neurons, label) + gate_evidence.evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
         rows += defence_run.evidence(this, prompt_set, label, judge=this.judge)
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
@@ -76,12 +76,3 @@ def twin_rows(harm: Study, label: str) -> list[dict[str, object]]:
     thin = relatives.thinned(harm, relatives.RELATIVE_PAIRS)
     twin = replace(thin, subject=untrained_twin(harm.subject))
     return study.measure_layers(twin, label + UNTRAINED).evidence
-
-
-def neuron_rows(found: Neurons, label: str) -> list[dict[str, object]]:
-    """Rows of C5a and C7; none where no neuron has an effect or a split has too few topics."""
-    if not neuron_evidence.enough(found, found.primary):
-        return []
-    curves = neuron_evidence.all_curves(found)
-    pooled, best = neuron_evidence.moran(found), neuron_evidence.groups(found)
-    return neuron_evidence.c5a(found, label, curves) + neuron_evidence.c7(found, label, pooled, best)

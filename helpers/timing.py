@@ -6,22 +6,22 @@ layer at other positions, so in the prompt only its last token counts, and there
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
-from helpers import defence_outcomes, defence_prompts, grid, judge, mediation, outcomes
+from helpers import grid, mediation, outcomes
+from helpers.defence_outcomes import Answers
 from helpers.grid import Patch
 from helpers.grid_patch import projection
 from helpers.grid_run import on_input, on_output
-from helpers.hub import JUDGE
 from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
@@ -51,6 +51,14 @@ class Clamp:
         """The site that is set."""
         return "mlp_out" if self.neurons is None else "neuron"
 
+    @property
+    def kept(self) -> str:
+        """What a clean run must keep for it."""
+        return "mlp_out" if self.neurons is None else "neurons"
+
+
+Arm = tuple[Clamp, str]  # what is set, and the schedule of when
+
 
 @dataclass(frozen=True)
 class Other:
@@ -68,15 +76,23 @@ def other_run(subject: Subject, pairs: Sequence[TokenPair], clamp: Clamp, steps:
     another; the refusing run's mean, its end token included, stands for all of them.
     """
     prompt, _ = mediation.prompt_tokens(subject, pairs)
-    texts = [pair.pair.control for pair in pairs]
-    made = defence_outcomes.answers(subject, texts, steps)
-    answer, mask = (torch.tensor(x, device=subject.device) for x in (made.ids, made.mask))
-    keep = ("neurons",) if clamp.neurons is not None else ("mlp_out",)
-    run = grid.clean_run(subject, torch.cat([prompt, answer], dim=1), keep=("resid", *keep))
-    values = run.site(clamp.site, subject.n_layers - 1)[..., _index(clamp)]
-    n, weight = prompt.shape[1], mask[..., None].to(values)
-    mean = (values[:, n:] * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-    return Other(values[:, :n], mean)
+    return other_runs(subject, prompt, greedy(subject, prompt, steps), [clamp])[clamp]
+
+
+def other_runs(
+    subject: Subject, prompt: Int[Tensor, "pair pos"], answer: Int[Tensor, "pair step"], clamps: Sequence[Clamp]
+) -> dict[Clamp, Other]:
+    """The same for several clamps, from prompts of the control run and its own answers."""
+    mask = torch.tensor(written(subject, answer).mask, device=prompt.device)
+    used = int(mask.any(0).sum())  # what stands behind the last end token of a batch is never read
+    tokens, mask = torch.cat([prompt, answer[:, :used]], dim=1), mask[:, :used]
+    run = grid.clean_run(subject, tokens, keep=("resid", *{clamp.kept for clamp in clamps}))
+    found, n, weight = {}, prompt.shape[1], mask[..., None]
+    for clamp in clamps:
+        values = run.site(clamp.site, subject.n_layers - 1)[..., _index(clamp)]
+        mean = (values[:, n:] * weight.to(values)).sum(1, keepdim=True) / weight.to(values).sum(1, keepdim=True)
+        found[clamp] = Other(values[:, :n], mean)
+    return found
 
 
 def _index(clamp: Clamp) -> slice | list[int]:
@@ -84,78 +100,66 @@ def _index(clamp: Clamp) -> slice | list[int]:
 
 
 @contextmanager
-def clamped(subject: Subject, clamp: Clamp, other: Other, schedule: str) -> Iterator[None]:
-    """The clamp during one greedy answer: the first call of the model reads the prompt, every later one a token.
+def clamped(subject: Subject, arms: Sequence[Arm], others: Mapping[Clamp, Other]) -> Iterator[None]:
+    """The arms during greedy answers: the first call of the model reads the prompt, every later one a token.
 
-    "prompt" sets every token of the prompt, "first token" its last one only; a single batch in the order of `other`.
+    Rows are pairs (in the order of `others`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
+    the first call, all others its last one only.
     """
-    calls = 0
-
-    def edit(tensor: Tensor) -> Tensor | None:
-        nonlocal calls
-        step, calls = calls, calls + 1
-        if not SCHEDULES[schedule](step):
-            return None
-        new = tensor.clone()
-        if step:
-            new[:, -1:, _index(clamp)] = other.answer
-        elif schedule == "prompt":
-            new[..., _index(clamp)] = other.prompt
-        else:
-            new[:, -1:, _index(clamp)] = other.prompt[:, -1:]
-        return new
-
     parts = subject.layers[-1]
-    hook = on_output(parts.mlp_write, edit) if clamp.neurons is None else on_input(projection(parts, "neuron"), edit)
     with ExitStack() as stack:
-        stack.enter_context(hook)
+        for clamp in dict.fromkeys(clamp for clamp, _ in arms):
+            mine = [(i, schedule) for i, (other, schedule) in enumerate(arms) if other == clamp]
+            edit = _Edit(clamp, others[clamp], mine, len(arms))
+            whole = clamp.neurons is None
+            at = on_output(parts.mlp_write, edit) if whole else on_input(projection(parts, "neuron"), edit)
+            stack.enter_context(at)
         yield
 
 
+@dataclass
+class _Edit:
+    """Sets one clamp's values, and counts the calls."""
+
+    clamp: Clamp
+    other: Other
+    schedules: Sequence[tuple[int, str]]
+    n_arms: int
+    calls: int = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor | None:
+        step, self.calls = self.calls, self.calls + 1
+        acting = [(i, schedule) for i, schedule in self.schedules if SCHEDULES[schedule](step)]
+        new = tensor.clone()
+        for i, schedule in acting:
+            cells = new[i :: self.n_arms]
+            if step:
+                cells[:, -1:, _index(self.clamp)] = self.other.answer
+            elif schedule == "prompt":
+                cells[..., _index(self.clamp)] = self.other.prompt
+            else:
+                cells[:, -1:, _index(self.clamp)] = self.other.prompt[:, -1:]
+        return new if acting else None
+
+
 @torch.no_grad()
-def generated(
-    study: Study, pairs: Sequence[TokenPair], clamps: Sequence[Clamp], schedules: Sequence[str], steps: int = STEPS
-) -> pd.DataFrame:
-    """Greedy answers to the treated prompts under each clamp and schedule, labelled: a row a pair, clamp and schedule.
-
-    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
-    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
-    `defence_outcomes.labels`). `content` is a label that does not rest on the opener, "" where there is none: that of the
-    exact judge, of a judge model, or of the study's own judge.
-    """
-    subject, rows = study.subject, []
-    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
-    reads_content = exact is not None or bool(os.environ.get(JUDGE))
-    for group in progress(mediation.batches(pairs, subject), desc="answers"):
-        texts, openers = [pair.pair.treated for pair in group], study.openers[group[0].pair.treatment]
-        harmful = [pair.pair.treatment in ("T1", "T2") for pair in group]
-        plain = defence_outcomes.answers(subject, texts, steps)
-        for clamp in clamps:
-            other = other_run(subject, group, clamp, steps)
-            for schedule in schedules:
-                made = plain
-                if schedule != "none":
-                    steer = partial(clamped, subject, clamp, other, schedule)
-                    made = defence_outcomes.answers(subject, texts, steps, steer)
-                labels = defence_outcomes.labels(subject, texts, made, openers, judge=exact, harmful=harmful)
-                content = labels if reads_content else _judged(study, texts, made)
-                changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)
-                for token_pair, *found in zip(group, labels, content, changed.tolist(), strict=True):
-                    pair = token_pair.pair
-                    rows.append((pair.id, pair.topic, pair.treatment, pair.split, clamp.name, schedule, *found))
-    columns = ["pair_id", "topic", "treatment", "split", "clamp", "schedule", "label", "content", "changed"]
-    return pd.DataFrame(rows, columns=columns)
+def greedy(
+    subject: Subject, tokens: Int[Tensor, "row pos"], steps: int, cache: DynamicCache | None = None
+) -> Int[Tensor, "row step"]:
+    """Greedy continuations, read on from a cache if one is given; filled with the end token once every row has ended."""
+    ends = torch.tensor(outcomes.end_tokens(subject), device=tokens.device)
+    out = subject.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    text = out.logits[:, -1:].argmax(-1)
+    while text.shape[1] < steps and not bool(torch.isin(text, ends).any(-1).all()):
+        out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
+    return torch.nn.functional.pad(text, (0, steps - text.shape[1]), value=int(ends[0]) if len(ends) else 0)
 
 
-def _judged(study: Study, texts: Sequence[str], made: defence_outcomes.Answers) -> list[str]:
-    """Labels by the study's own judge, "" for a study without one."""
-    if study.judge is None or study.subject.tokenizer is None:
-        return [""] * len(texts)
-    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
-    return [
-        study.judge(text, answer)
-        for text, answer in zip(texts, study.subject.tokenizer.batch_decode(kept), strict=True)
-    ]
+def written(subject: Subject, ids: Int[Tensor, "row step"]) -> Answers:
+    """The answers up to their end tokens, which belong to them."""
+    is_end = np.isin(ids.cpu().numpy(), outcomes.end_tokens(subject))
+    return Answers(ids.cpu().numpy(), is_end.cumsum(-1) - is_end == 0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from scipy import stats as st
 
 from helpers import bootstrap as bs
 from helpers import carriers, neuron_curves, neurons, relatives, stats, timing
@@ -17,6 +18,7 @@ from helpers.neuron_effects import all_neurons
 from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes
 from helpers.study import Study
 from helpers.timing import Clamp
+from helpers.timing_answers import generated
 from helpers.tokens import TokenPair
 
 FALLBACK = 64
@@ -70,17 +72,17 @@ def measure(study: Study) -> Timing | None:
     if not tested or not study.subject.d_mlp:
         return None
     chosen = top_neurons(study)
-    clamps = [Clamp("neurons", chosen), Clamp("whole MLP")]
-    few = relatives.thinned(study, BENIGN_PAIRS)
-    benign = [pair for pair in few.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
-    moved = refusing(study, tested)
-    whole = timing.generated(study, tested, clamps[1:], [*WANTED, "all but the first"])
+    few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
+    arms = [*((few, name) for name in timing.SCHEDULES), *((whole, name) for name in (*WANTED, "all but the first"))]
+    thin = relatives.thinned(study, BENIGN_PAIRS)
+    benign = [pair for pair in thin.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
+    moved, always = refusing(study, tested), [(few, "all tokens")]
     return Timing(
         chosen,
-        pd.concat([timing.generated(study, tested, clamps[:1], list(timing.SCHEDULES)), whole], ignore_index=True),
-        timing.forced(study, tested, clamps[0], WANTED),
-        timing.generated(study, benign, clamps[:1], ["all tokens"]) if benign else pd.DataFrame(),
-        timing.generated(study, moved, clamps[:1], ["all tokens"]) if moved else pd.DataFrame(),
+        generated(study, tested, arms),
+        timing.forced(study, tested, few, WANTED),
+        generated(study, benign, always) if benign else pd.DataFrame(),
+        generated(study, moved, always) if moved else pd.DataFrame(),
     )
 
 
@@ -123,11 +125,11 @@ def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
     harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
     rows: list[dict[str, object]] = []
     for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
-        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant, yes_no=True)
+        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
     if (harm.content != "").all():
         by_content = harm.assign(y=(harm.content == "harmful").astype(float))
-        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT, yes_no=True)
-    rows += _kept_rows(wide(found.forced, "y"), model, "full response")
+        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT)
+    rows += _kept_rows(wide(found.forced, "y"), model, "full response", is_judged=False)
     if len(found.benign) and found.benign.topic.nunique() > 1:
         rows.append(_changed_row(found.benign, model, "benign answers changed"))
     if len(found.transferred) and found.transferred.topic.nunique() > 1:
@@ -137,31 +139,36 @@ def c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
 
 
 def _changed_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, object]:
-    """Share of answers whose tokens change."""
+    """Share of answers whose tokens change, with exact limits: resampling topics cannot see a change that no topic shows."""
     part = answers.assign(y=answers.changed.astype(float))
-    found = widened(interval(stats.cluster_sums(part, "y"), stats.mean), part.topic.nunique())
+    found = at_least_exact(interval(stats.cluster_sums(part, "y"), stats.mean), part.topic.nunique())
     return row(model, "C5c", quantity, "main", found, len(part))
 
 
-def widened(found: bs.Estimates, n_topics: int) -> bs.Estimates:
-    """Limits of shares of answers that are nowhere narrower than Wilson's for as many independent answers as topics.
+def at_least_exact(found: bs.Estimates, n: int) -> bs.Estimates:
+    """Shares of answers with limits at least as wide as Clopper and Pearson's (1934) for `n` independent answers.
 
-    Where all answers behave alike, resampling topics sees no spread, and its limits would be the estimate itself.
+    Where every answer behaves alike all resamples are alike too, and the bootstrap's interval has no width: it cannot see
+    what no topic shows. The exact binomial limits can, with topics as the trials (pairs of one topic may all be alike):
+    all of 36 topics leave room for 1 in 10 that are otherwise. Elsewhere the wider of the two limits stands.
     """
-    limits = [stats.wilson(round(share * n_topics), n_topics) for share in np.clip(found.estimate, 0, 1)]
-    low, high = np.array(limits).T
+    hits = np.clip(found.estimate, 0, 1) * n
+    low = np.where(hits > 0, st.beta.ppf(0.025, np.maximum(hits, 1e-9), n - hits + 1), 0.0)
+    high = np.where(hits < n, st.beta.ppf(0.975, hits + 1, np.maximum(n - hits, 1e-9)), 1.0)
     return replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
 
 
-def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, yes_no: bool = False) -> list[dict[str, object]]:
+def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool = True) -> list[dict[str, object]]:
     """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect.
 
-    `yes_no` values are labels of answers; their limits are `widened`, by the topics in which the clamp changes any.
+    Judged answers are counts, so their limits are those of `at_least_exact`; the trials are all topics for the effect, and
+    for what is kept of it the topics that have some.
     """
     names = [name for name in ("first token", "first five", "all tokens") if name in table]
     sums = stats.cluster_sums(table, names)
     order = list(sums.columns["value"])
     whole = interval(sums, stats.contrast([float(name == "all tokens") for name in order]))
+    whole = at_least_exact(whole, len(sums.clusters)) if is_judged else whole
     rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
     if not whole.low[0] > 0:
         note = f"clamping at all tokens has no sure effect ({whole.estimate[0]:.2f}): nothing can be kept"
@@ -169,16 +176,17 @@ def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, yes_no: bool = 
     top = np.array([[float(name == wanted) for name in order] for wanted in names[:2]])
     bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
     kept = interval(sums, stats.ratio(top, bottom))
-    if yes_no:
-        kept = widened(kept, int(table.groupby("topic")["all tokens"].any().sum()))
+    kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
     labels = (KEPT, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 
-def evidence(study: Study, model: str, *, with_timing: bool = True) -> list[dict[str, object]]:
-    """Evidence rows for C4 and, unless told otherwise, C5c of any study; none without T2."""
-    if not study.of("T2"):
-        return []
-    table = carriers.effects(study)
-    rows = carriers.c4(table, model, study.subject.n_layers) if len(table) else []
-    return rows + (c5c(measure(study), model) if with_timing else [])
+def c4(study: Study, model: str) -> list[dict[str, object]]:
+    """Evidence rows for C4 of any study; none without T2."""
+    table = carriers.effects(study) if study.of("T2") else pd.DataFrame()
+    return carriers.c4(table, model, study.subject.n_layers) if len(table) else []
+
+
+def evidence(study: Study, model: str) -> list[dict[str, object]]:
+    """Evidence rows for C4 and C5c of any study; none without T2."""
+    return c4(study, model) + (c5c(measure(study), model) if study.of("T2") else [])

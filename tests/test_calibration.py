@@ -126,7 +126,7 @@ def test_the_pipeline_gives_the_rows_of_the_notebooks(organism: compiled.Organis
     layers = studies.measure_layers(this, organism.name)
     modules = studies.with_difference(studies.module_effects(this), this.twins)
     rows = layers.evidence + evidence.c2(layers.effects, modules, organism.name, normalisation.normalisations(this))
-    rows += neuron_evidence.evidence(this, organism.name)
+    rows += neuron_evidence.evidence(neuron_evidence.sweep(this), organism.name)
     mine = measured.rows.set_index(KEYS)
     notebook = pd.DataFrame(rows).set_index(KEYS)
     assert {"gate", "C1", "C2", "C3", "C5a", "C7"} == set(notebook.reset_index().claim)

@@ -109,6 +109,15 @@ def test_evidence_finds_the_gate_below_the_last_layer() -> None:
     assert main["gate index"] == pytest.approx(1, abs=0.02) and main["readout share"] == pytest.approx(0, abs=1e-3)
 
 
+def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
+    swept = neuron_evidence.quick(study(GATE, ("off high", "on high"), ("off low", "on low")))
+    assert swept is not None
+    table = pd.DataFrame(gate_evidence.evidence(swept.measured.study, swept.table, "m"), columns=list(EVIDENCE))
+    assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
+    main = table[table.variant == "main"].set_index("quantity").estimate
+    assert main["gate index"] == pytest.approx(1, abs=1e-3)
+
+
 def test_no_wrapper_no_evidence() -> None:
     made = study(GATE, ("off high", "on high"), None)
     table = neuron_evidence.sweep(made, every=True).table

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from helpers import neuron_evidence, neuron_screen, store
 from helpers.neuron_effects import all_neurons
-from helpers.neuron_evidence import all_curves, c5a, complete_layers, curve, evidence, sweep
+from helpers.neuron_evidence import all_curves, c5a, complete_layers, curve, evidence, quick, sweep
 from helpers.neuron_screen import Trust, estimates, is_small, to_recheck, trust
 from helpers.neurons import NEURONS, in_split
 from helpers.study import Study
@@ -23,7 +23,7 @@ def study() -> Study:
 
 
 def test_rows_are_evidence(study: Study) -> None:
-    rows = pd.DataFrame(evidence(study, "m"))
+    rows = pd.DataFrame(evidence(sweep(study), "m"))
     assert set(rows) == set(store.EVIDENCE)
     assert not rows.duplicated(["claim", "quantity", "variant"]).any()
     found = rows.set_index(["claim", "quantity", "variant"])
@@ -52,11 +52,24 @@ def test_psi_is_that_of_the_whole_layer(study: Study) -> None:
 def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     alone = replace(study, pairs=tuple(study.of("T2")), twins={})
     assert sweep(alone).primary == "T2"
-    assert {row["claim"] for row in evidence(alone, "m")} == {"C5a", "C7"}
+    assert {row["claim"] for row in evidence(sweep(alone), "m")} == {"C5a", "C7"}
     recognition = replace(study, pairs=tuple(study.of("T1", "B1")), twins={})
     assert sweep(recognition).primary == "T1"
-    assert evidence(recognition, "m") == []
-    assert evidence(replace(study, subject=replace(study.subject, d_mlp=0)), "m") == []
+    assert evidence(sweep(recognition), "m") == []
+    assert quick(recognition) is None
+    assert quick(replace(study, subject=replace(study.subject, d_mlp=0))) is None and evidence(None, "m") == []
+
+
+def test_the_quick_sweep_agrees_with_the_whole_one_where_it_looks(study: Study) -> None:
+    """The last layer, discover and test, without recognition: the same means of the contrast."""
+    swept, whole = quick(study), sweep(study)
+    assert swept is not None and set(swept.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
+    assert set(swept.table.layer) == {3} and set(swept.table.split) == {"discover", "test", "all"}
+    chosen = [
+        table[(table.treatment == "T2-T2b") & (table.split == "test") & (table.layer == 3)].set_index("neuron").nie1
+        for table in (swept.table, whole.table)
+    ]
+    assert np.abs(chosen[0] - chosen[1]).max() < 1e-5
 
 
 def test_a_model_that_does_nothing_gives_no_rows() -> None:
@@ -64,7 +77,7 @@ def test_a_model_that_does_nothing_gives_no_rows() -> None:
     with torch.no_grad():
         for parts in study.subject.layers:
             parts.o_proj.weight.zero_()  # no difference ever reaches the last token
-    assert evidence(study, "m") == []
+    assert evidence(sweep(study), "m") == []
 
 
 def test_which_layers_are_measured(study: Study) -> None:

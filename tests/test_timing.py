@@ -9,7 +9,7 @@ import torch
 from handmade import GATE_NEURON, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from helpers import timing, token_evidence
+from helpers import timing, timing_answers, token_evidence
 from helpers.claims_tokens import KEPT, c5c
 from helpers.controls import Rows
 from helpers.study import Study
@@ -43,7 +43,7 @@ GATE = Clamp("neurons", (GATE_NEURON,))
 
 
 def labelled(this: Study, *schedules: str) -> pd.DataFrame:
-    made = timing.generated(this, list(this.pairs), [GATE], schedules, STEPS)
+    made = timing_answers.generated(this, list(this.pairs), [(GATE, name) for name in schedules], STEPS)
     return made.pivot(index="pair_id", columns="schedule", values="label")
 
 
@@ -67,7 +67,7 @@ def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, sc
     n_pos = prompt.shape[1]
     other = timing.Other(100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1), torch.full((1, 1, 1), 77.0))
     seen: list[torch.Tensor] = []
-    with torch.no_grad(), timing.clamped(subject, GATE, other, schedule):
+    with torch.no_grad(), timing.clamped(subject, [(GATE, schedule)], {GATE: other}):
         look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         cache = subject.model(prompt, use_cache=True).past_key_values
         for _ in range(5):
@@ -85,6 +85,17 @@ def test_the_other_run_is_the_controls(this: Study) -> None:
     other = timing.other_run(this.subject, [pair], GATE, STEPS)
     assert other.prompt.shape == (1, len(pair.control), 1)
     assert abs(float(other.prompt[0, -1, 0])) < 0.01  # the gate is closed where the cue is off
+
+
+def test_arms_side_by_side_are_the_arms_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of every clamp and schedule are the same however many arms share a batch, and the pairs' own."""
+    arms = [(clamp, name) for clamp in (GATE, Clamp("whole MLP")) for name in timing.SCHEDULES]
+    together = timing_answers.generated(this, list(this.pairs), arms, STEPS)
+    monkeypatch.setattr(timing_answers, "rows_at_once", lambda *_: 1)
+    keys = ["pair_id", "clamp", "schedule"]
+    alone = pd.concat(timing_answers.generated(this, [pair], arms, STEPS) for pair in this.pairs)
+    pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (together, alone)))
+    assert set(together.label) == {"harmful", "refusal"} and together.changed.any()
 
 
 def test_forced_answers_agree_with_a_plain_model(this: Study) -> None:
@@ -129,6 +140,27 @@ def test_without_an_effect_of_all_tokens_nothing_is_kept() -> None:
 def test_no_change_in_a_sample_is_not_certain() -> None:
     row = token_evidence._changed_row(planted(0.0, 0.0), "m", "benign answers changed")
     assert row["estimate"] == 0 and 0.05 < float(str(row["ci_high"])) < 0.15
+
+
+def test_answers_that_are_all_alike_leave_room_for_others() -> None:
+    harm = planted(1.0, 1.0).assign(y=lambda table: (table.label == "harmful").astype(float))
+    rows = pd.DataFrame(token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")).set_index("quantity")
+    kept = rows.loc[KEPT]
+    assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
+
+
+@pytest.mark.parametrize("share", [0.95, 0.97])
+def test_the_share_kept_covers_its_truth_near_one(share: float) -> None:
+    """36 topics of three pairs that behave alike: the resampled topics alone miss the truth where no topic strays."""
+    rng, held = np.random.default_rng(0), {True: 0, False: 0}
+    for _ in range(60):
+        is_kept = np.repeat(rng.random(36) < share, 3).astype(float)
+        topic = np.repeat([f"t{i}" for i in range(36)], 3)
+        table = pd.DataFrame({"pair_id": range(108), "topic": topic, "first token": is_kept, "first five": is_kept})
+        for is_judged in held:
+            row = token_evidence._kept_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
+            held[is_judged] += row["ci_low"] <= share <= row["ci_high"]
+    assert held[True] >= 0.93 * 60 and held[True] > held[False]
 
 
 def test_twins_of_a_refusal_take_its_control(this: Study) -> None:

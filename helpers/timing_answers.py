@@ -1,0 +1,117 @@
+"""Answers that a model generates while last-layer neurons are clamped, on the schedules of `helpers.timing`, labelled.
+
+Decoding is shared where it is the same: the unclamped answers of both prompts of a pair, and what is read before the
+prompt's last token. All arms of a batch are decoded side by side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool
+
+from helpers import defence_outcomes, defence_prompts, grid_chunks, judge, mediation
+from helpers.defence_outcomes import Answers, Judge
+from helpers.hub import JUDGE
+from helpers.progress import progress
+from helpers.study import Study
+from helpers.subject import Subject
+from helpers.timing import STEPS, Arm, Clamp, clamped, greedy, other_runs, written
+from helpers.tokens import Openers, TokenPair
+
+PLAIN: Arm = (Clamp("no clamp", ()), "none")
+
+
+@torch.no_grad()
+def generated(study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], steps: int = STEPS) -> pd.DataFrame:
+    """Greedy answers to the treated prompts in each arm (clamp, schedule), labelled: a row a pair and arm.
+
+    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
+    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
+    `defence_outcomes.labels`). `content` is a label that does not rest on the opener, "" where there is none: that of the
+    exact judge, of a judge model, or of the study's own judge.
+    """
+    subject, parts = study.subject, []
+    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
+    for group in progress(_of_one_length(subject, pairs), desc="answers"):
+        made = _answers(subject, group, arms, steps)
+        for treatment in dict.fromkeys(p.pair.treatment for p in group):
+            at = np.array([p.pair.treatment == treatment for p in group])
+            parts += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _of_one_length(subject: Subject, pairs: Sequence[TokenPair]) -> list[list[TokenPair]]:
+    """Pairs of one token length, whatever their treatment: nothing that is decoded depends on it."""
+    ordered = sorted(pairs, key=lambda pair: len(pair.control))
+    found: list[list[TokenPair]] = []
+    for length, members in groupby(ordered, key=lambda pair: len(pair.control)):
+        run, step = list(members), mediation.pairs_at_once(subject, length)
+        found += [run[start : start + step] for start in range(0, len(run), step)]
+    return found
+
+
+def _answers(subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int) -> dict[Arm, Answers]:
+    """Answers of one batch in every arm, and without a clamp (`PLAIN`).
+
+    Tokens before the prompt's last one are read once for all arms but "prompt": no other arm acts there.
+    """
+    control, treated = mediation.prompt_tokens(subject, group)
+    free, plain = greedy(subject, torch.cat([control, treated]), steps).chunk(2)
+    others = other_runs(subject, control, free, list(dict.fromkeys(clamp for clamp, _ in arms)))
+    found = {arm: written(subject, plain) for arm in (PLAIN, *(arm for arm in arms if arm[1] == "none"))}
+    whole = [arm for arm in arms if arm[1] == "prompt"]
+    for arm in whole:
+        with clamped(subject, [arm], others):
+            found[arm] = written(subject, greedy(subject, treated, steps))
+    rest = [arm for arm in arms if arm not in found]
+    at_once = max(1, rows_at_once(subject, treated.shape[1] + steps) // len(group))
+    for start in range(0, len(rest), at_once):
+        some = rest[start : start + at_once]
+        cache = subject.model(treated[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(some))
+        with clamped(subject, some, others):
+            ids = greedy(subject, treated[:, -1:].repeat_interleave(len(some), 0), steps, cache)
+        found |= {arm: written(subject, ids[i :: len(some)]) for i, arm in enumerate(some)}
+    return found
+
+
+def rows_at_once(subject: Subject, n_pos: int) -> int:
+    """How many rows of this length are decoded together: as many as clean runs fit into 1 GiB, a pure function of shapes."""
+    return mediation.CLEAN_RUN_BYTES // grid_chunks.memory_need(subject, 1, n_pos).clean_run
+
+
+def _rows(
+    study: Study,
+    group: Sequence[TokenPair],
+    arm: Arm,
+    answers: Mapping[Arm, Answers],
+    at: Bool[np.ndarray, "pair"],
+    *,
+    exact: Judge | None,
+) -> pd.DataFrame:
+    """Rows of `generated` for the pairs `at` (of one treatment) of a batch, in one arm."""
+    chosen = [pair.pair for pair, keep in zip(group, at, strict=True) if keep]
+    treatment = chosen[0].treatment
+    texts, harmful = [pair.treated for pair in chosen], [treatment in ("T1", "T2")] * len(chosen)
+    made, plain = answers[arm], answers[PLAIN]
+    own, openers = Answers(made.ids[at], made.mask[at]), study.openers[treatment]
+    changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)[at]
+    keys = [(pair.id, pair.topic, treatment, pair.split, arm[0].name, arm[1]) for pair in chosen]
+    table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "clamp", "schedule"])
+    labels = defence_outcomes.labels(study.subject, texts, own, openers, judge=exact, harmful=harmful)
+    reads_content = exact is not None or bool(os.environ.get(JUDGE))
+    return table.assign(label=labels, content=labels if reads_content else _judged(study, texts, own), changed=changed)
+
+
+def _judged(study: Study, texts: Sequence[str], made: Answers) -> list[str]:
+    """Labels by the study's own judge, "" for a study without one."""
+    if study.judge is None:
+        return [""] * len(texts)
+    none = Openers((), ())
+    return defence_outcomes.labels(study.subject, texts, made, none, judge=study.judge, harmful=[False] * len(texts))
