@@ -30,7 +30,7 @@ from helpers.tokens import Openers
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
 CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
-N_VALIDATE: Final = 100  # prompts of a kind on which strengths are chosen
+N_CURVE: Final = 300  # harmful prompts, and others, of curves and random directions
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
 SEED: Final = 0
 

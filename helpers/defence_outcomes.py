@@ -47,7 +47,12 @@ def log_odds(
 
 
 def labels(
-    subject: Subject, texts: Sequence[str], made: Answers, openers: Openers, *, judge: Judge | None,
+    subject: Subject,
+    texts: Sequence[str],
+    made: Answers,
+    openers: Openers,
+    *,
+    judge: Judge | None,
     harmful: Sequence[bool],
 ) -> list[str]:
     """One label an answer: refusal, on_topic, harmful or off_topic.

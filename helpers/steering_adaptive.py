@@ -80,7 +80,9 @@ def decision_line(fit: Fit, one: str) -> tuple[int, sp.Scale]:
     wanted = [at for at in found if DECISION[0] <= depth(at, n) <= DECISION[1]]
     above = [at for at in found if depth(at, n) > DECISION[1]]
     if not wanted and not above:
-        raise InputError("harmful prompts that were complied with look like the others at every layer: no decision layer")
+        raise InputError(
+            "harmful prompts that were complied with look like the others at every layer: no decision layer"
+        )
     best = max(wanted, key=lambda layer: found[layer][0]) if wanted else above[0]
     return best, found[best][1]
 
@@ -128,8 +130,7 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
     refusing = [
-        defence_outcomes.log_odds(fit.subject, texts, fit.openers, Switch(fit.subject, one)).p_refuse
-        for one in tried
+        defence_outcomes.log_odds(fit.subject, texts, fit.openers, Switch(fit.subject, one)).p_refuse for one in tried
     ]
     return np.stack([np.asarray(p) > 0.5 for p in refusing])
 
