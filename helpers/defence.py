@@ -151,7 +151,8 @@ def labelled(lab: Lab, made: Answers, prompts: pd.DataFrame) -> list[str]:
 def trial(lab: Lab, arm: Arm, prompts: pd.DataFrame, *, greedy: bool = True) -> pd.DataFrame:
     """The prompts with what the arm does: `arm`, `label` (temperature 1), `repetition`; `greedy` for the harmful ones."""
     sampled = answer(lab, arm, prompts)
-    made = prompts.assign(arm=arm.name, label=labelled(lab, sampled, prompts), repetition=do.repetition(sampled))
+    own = prompts.drop(columns="greedy", errors="ignore")  # the plain trial's, where its table is tried again
+    made = own.assign(arm=arm.name, label=labelled(lab, sampled, prompts), repetition=do.repetition(sampled))
     if not greedy:
         return made
     harmful = prompts[prompts.kind == "harmful"]

@@ -77,7 +77,8 @@ def laws(
 def tradeoff(curves: pd.DataFrame, refits: pd.DataFrame | None = None) -> pd.DataFrame:
     """Harm over each of the two costs, one line a method in the order of its strengths.
 
-    Seven methods and the refits can be told apart in a figure; `NOT_DRAWN` are left out. Refits are one point more: their means, and the range of their harm.
+    Seven methods and the refits can be told apart in a figure; `NOT_DRAWN` are left out. Refits are one point more: their
+    means, and the range of their harm.
     """
     curves = curves[~curves.method.isin(NOT_DRAWN)]
     wide = curves.pivot_table(
