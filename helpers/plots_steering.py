@@ -48,7 +48,7 @@ def curves(
         if log_x:
             ax.set_xscale("log")
         if log_x and part.x.nunique() <= 4:  # few sizes that were chosen: name each
-            ax.set_xticks(sorted(set(part.x)), [f"{x:g}" for x in sorted(set(part.x))])
+            ax.set_xticks(sorted(set(part.x)), [f"{x:.3g}" for x in sorted(set(part.x))])
             ax.minorticks_off()
         ax.set_title(str(name))
         ax.set_xlabel(x_label)

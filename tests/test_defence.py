@@ -143,7 +143,7 @@ def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal() -> None
 
 
 def test_greedy_labels_are_an_arms_own_and_of_harmful_prompts_only() -> None:
-    lab = defence.open_lab(study.begin("embedded", "embedded", "m", pairs=4), "embedded", thin=4)
+    lab = defence.open_lab(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=4)
     assert isinstance(lab, defence.Lab)
     prompts = pd.concat([defence.select(lab, "test", kind, n=2) for kind in ("harmful", "harmless")], ignore_index=True)
     plain = defence.trial(lab, defence.PLAIN, prompts)
