@@ -30,7 +30,7 @@ from helpers.tokens import Openers
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
 CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
-N_VALIDATE: Final = 100  # prompts of a kind on which strengths are chosen
+N_CURVE: Final = 300  # harmful prompts, and others, of curves and random directions
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
 SEED: Final = 0
 
@@ -151,7 +151,8 @@ def labelled(lab: Lab, made: Answers, prompts: pd.DataFrame) -> list[str]:
 def trial(lab: Lab, arm: Arm, prompts: pd.DataFrame, *, greedy: bool = True) -> pd.DataFrame:
     """The prompts with what the arm does: `arm`, `label` (temperature 1), `repetition`; `greedy` for the harmful ones."""
     sampled = answer(lab, arm, prompts)
-    made = prompts.assign(arm=arm.name, label=labelled(lab, sampled, prompts), repetition=do.repetition(sampled))
+    own = prompts.drop(columns="greedy", errors="ignore")  # the plain trial's, where its table is tried again
+    made = own.assign(arm=arm.name, label=labelled(lab, sampled, prompts), repetition=do.repetition(sampled))
     if not greedy:
         return made
     harmful = prompts[prompts.kind == "harmful"]

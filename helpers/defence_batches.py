@@ -86,11 +86,11 @@ def read(
     steering, run = begun
     part = resume.steered_part(steering, run)
     left, groups = resume.untouched(run, part), []
-    if len(left) and plain is None:
+    if len(left) and plain is not None:
+        groups.append((left, plain[left]))
+    elif len(left):
         cache = resume.cache_of(resume.rows_of(run, left)) if cached else None
         groups.append((left, use(left, logits_of(subject, run.resid_post[-1][left, -1]), cache)))
-    elif len(left):
-        groups.append((left, plain[left]))
     if part is not None:
         with resume.within(subject, steering, part):
             last, cache = resume.climb(subject, steering, part, cached=cached)

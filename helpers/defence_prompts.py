@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,9 @@ from helpers.prompts import Pair
 
 COLUMNS: Final = ("id", "text", "kind", "wrapped", "family", "tier", "severity", "topic", "split", "suite")
 KINDS: Final = ("harmful", "borderline", "harmless")
-Prompts = str | Path | pd.DataFrame  # a prompt set by name or folder, or its prompts beside the pairs as a table
+Prompts: TypeAlias = (
+    str | Path | pd.DataFrame
+)  # a prompt set by name or folder, or its prompts beside the pairs as a table
 UNKNOWN: Final = -1  # a tier or a severity that the prompt set does not tell
 
 

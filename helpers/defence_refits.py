@@ -71,18 +71,26 @@ def redrawn(fit: Fit, seed: int) -> Fit:
     return steering_fit.fit_of(fit, np.concatenate(rows))
 
 
-def refit_changes(
-    lab: Lab, fit: Fit, build: Callable[[Fit], Steering], strength: float, plain: pd.DataFrame, n: int = 10
-) -> list[float]:
-    """Harm change in points with the directions of `n` redrawn fits, at the strength that was chosen for the first."""
+def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int = 10) -> list[Steering]:
+    """The method with the directions of `n` redrawn fits, at the strength that was chosen for the first."""
+    return [defence_tradeoff.scaled(build(redrawn(fit, seed)), strength) for seed in range(n)]
+
+
+def refit_changes(lab: Lab, refits: Sequence[Steering], plain: pd.DataFrame) -> list[float]:
+    """Harm change in points of each refit."""
     harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
-    found = []
-    for seed in range(n):
-        one = defence_tradeoff.scaled(build(redrawn(fit, seed)), strength)
-        made = defence.answer(lab, defence.arm_of(lab.subject, one), harmful)
-        found.append(defence.labelled(lab, made, harmful))
     before = (harmful.label == "harmful").mean()
-    return [100 * (float(np.mean(np.array(labels) == "harmful")) - before) for labels in found]
+    found = []
+    for one in refits:
+        labels = defence.labelled(lab, defence.answer(lab, defence.arm_of(lab.subject, one), harmful), harmful)
+        found.append(100 * (float(np.mean(np.array(labels) == "harmful")) - before))
+    return found
+
+
+def refit_curve(lab: Lab, refits: Sequence[Steering], name: str, on: Bench) -> pd.DataFrame:
+    """Where the refits of a method lie on its trade-off curve: a row a refit and measure, as in `defence_tradeoff.curve`."""
+    tables = [defence_tradeoff.curve(lab, replace(one, name=f"{name}, refits"), on, (1.0,)) for one in refits]
+    return pd.concat([table.assign(strength=i) for i, table in enumerate(tables)], ignore_index=True)
 
 
 def small_fit(fit: Fit, n: int, seed: int) -> Fit:

@@ -20,7 +20,7 @@ from helpers import (
     defence_tradeoff,
     steering_fit,
 )
-from helpers.defence import PLAIN, Lab
+from helpers.defence import N_CURVE, PLAIN, Lab
 from helpers.defence_arms import DECISIVE
 from helpers.defence_outcomes import Judge
 from helpers.defence_prompts import Prompts
@@ -29,7 +29,7 @@ from helpers.steering import Steering
 from helpers.steering_fit import Fit
 from helpers.study import Study
 
-N_MEDIATION = 36  # T2 pairs on which the steered model's indirect effects are measured
+N_MEDIATION = 300  # test pairs of T2 at most on which the steered model's indirect effects are measured
 
 
 @dataclass(frozen=True)
@@ -89,32 +89,35 @@ def mediation_rows(
 
 def evidence(
     study: Study, prompt_set: Prompts, model: str, *, thin: int = 0, judge: Judge | None = None, draws: int = 100,
-    refits: int = 10,
+    refits: int = 10, curve: int = N_CURVE,
 ) -> list[dict[str, object]]:  # fmt: skip
-    """All evidence rows on C6 of a study; one row that says why, where directions cannot be fitted."""
+    """All evidence rows on C6 of a study; one row that says why, where directions cannot be fitted.
+
+    `curve` bounds the harmful prompts on which strengths are chosen and random directions compared.
+    """
     begun = begin(study, prompt_set, thin=thin, judge=judge)
     if isinstance(begun, str):
         return defence_evidence.not_defined(model, begun)
     lab, fit = begun
     build = defence_arms.builders(study.subject.n_layers, None)[DECISIVE]
-    on = defence_tradeoff.bench(lab, "validate")
+    on = defence_tradeoff.bench(lab, "validate", curve)
     defined, refused = defence_arms.arms(fit, {DECISIVE: build})
     if refused:
         return defence_evidence.not_defined(model, refused[DECISIVE])
     chosen, _ = defence_arms.tuned(lab, defined, on)
     plain = defence.trial(lab, PLAIN, defence.test_prompts(lab))
-    return decisive_rows(model, study, lab, fit, build, chosen[DECISIVE], plain, on, draws=draws, refits=refits)
+    return decisive_rows(model, study, lab, fit, build, chosen[DECISIVE], plain, on, draws, refits, curve)
 
 
 def decisive_rows(
     model: str, study: Study, lab: Lab, fit: Fit, build: Callable[[Fit], Steering], late: Steering, plain: pd.DataFrame,
-    on: Bench, *, draws: int, refits: int,
+    on: Bench, draws: int, refits: int, curve: int,
 ) -> list[dict[str, object]]:  # fmt: skip
     """The evidence rows of the decisive arm: outcomes, price, mediation, rivals and random directions."""
     arm = defence.arm_of(lab.subject, late)
     trial = defence.trial(lab, arm, plain)
-    changes = defence_refits.refit_changes(lab, fit, build, late.strength, plain, refits)
-    price_on = defence_tradeoff.bench(lab, "test")
+    changes = defence_refits.refit_changes(lab, defence_refits.refitted(fit, build, late.strength, refits), plain)
+    price_on = defence_tradeoff.bench(lab, "test", curve)
     rows = defence_evidence.outcome_rows(model, plain, trial, changes)
     rows += defence_evidence.price_rows(model, defence.prices(lab, arm, price_on.free, price_on.own))
     rows += mediation_rows(model, mediated(study, lab, None), mediated(study, lab, late))

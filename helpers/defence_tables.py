@@ -11,6 +11,7 @@ import pandas as pd
 from helpers import (
     defence,
     defence_arms,
+    defence_compare,
     defence_geometry,
     defence_mediation,
     defence_search,
@@ -27,6 +28,7 @@ from helpers.defence import Arm, Lab
 from helpers.defence_outcomes import log_odds
 from helpers.defence_tradeoff import Bench
 from helpers.evidence import averaged
+from helpers.figures_steering import COSTS
 from helpers.steering import Steering
 from helpers.steering_fit import Directions, Fit
 
@@ -37,7 +39,7 @@ MEASURES = {
     "harmless": "right answers lost on harmless prompts",
 }
 N_LAW = 100
-NOT_DRAWN = ("prompting", "fixed rejection, all layers", "AdaSteer, as released")
+NOT_DRAWN = ("prompting", "fixed rejection, all layers", "AdaSteer, as released", "ablation of harmfulness")
 
 
 def laws(
@@ -72,24 +74,32 @@ def laws(
     return pd.concat(tables, ignore_index=True), facts
 
 
-def tradeoff(curves: pd.DataFrame) -> pd.DataFrame:
+def tradeoff(curves: pd.DataFrame, refits: pd.DataFrame | None = None) -> pd.DataFrame:
     """Harm over each of the two costs, one line a method in the order of its strengths.
 
-    Eight methods can be told apart in a figure: left out are the single point of the prompting baseline, and two variants
-    of methods that are drawn (`NOT_DRAWN`).
+    Seven methods and the refits can be told apart in a figure; `NOT_DRAWN` are left out. Refits are one point more: their
+    means, and the range of their harm.
     """
     curves = curves[~curves.method.isin(NOT_DRAWN)]
     wide = curves.pivot_table(
         index=["method", "strength"], columns="measure", values=["estimate", "low", "high"], sort=False
     )
     parts = []
-    for cost, panel in (("over-refusal", "against over-refusal (points)"), ("KL", "against KL (nats a token)")):
+    for cost, panel in COSTS.items():
         part = wide.reset_index()[["method"]].set_axis(["group"], axis=1).assign(panel=panel)
         part["x"] = wide["estimate", cost].to_numpy()
         for name in ("estimate", "low", "high"):
             part[name] = wide[name, "harm"].to_numpy()
         parts.append(part)
+        if refits is not None:
+            parts.append(_refit_point(refits, cost, panel))
     return pd.concat(parts, ignore_index=True)[CURVE]
+
+
+def _refit_point(refits: pd.DataFrame, cost: str, panel: str) -> pd.DataFrame:
+    harm, paid = (refits.estimate[refits.measure == name] for name in ("harm", cost))
+    row = (panel, f"{len(harm)} refits: mean and range", paid.mean(), harm.mean(), harm.min(), harm.max())
+    return pd.DataFrame([row], columns=CURVE)
 
 
 def methods(plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -120,6 +130,7 @@ def summary(
             row["harm_greedy"] = defence.changed(plain, trial, "harmful", "greedy").estimate
         kl, p95, ratio = defence.divergence(prices[name])
         row |= {"kl": kl.estimate, "kl_high": kl.high, "kl_p95": p95, "perplexity_ratio": ratio.estimate}
+        row |= defence_compare.rates(trial) | defence_compare.firing(lab, chosen[name], trial)
         row["repetition"] = float(trial.loc[trial.kind == "harmless", "repetition"].mean())
         phi = defence_mediation.neutralised(before, after[name]) if name in after else None
         row |= {"phi": phi.estimate, "phi_low": phi.low, "phi_high": phi.high} if phi else {}

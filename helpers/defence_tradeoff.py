@@ -16,7 +16,7 @@ from jaxtyping import Float
 from helpers import defence, defence_stats, steering_budget
 from helpers import defence_outcomes as do
 from helpers.claims_steering import MARGINS
-from helpers.defence import N_PRICE, N_VALIDATE, PLAIN, Lab
+from helpers.defence import N_CURVE, N_PRICE, PLAIN, Lab
 from helpers.defence_outcomes import Answers
 from helpers.defence_stats import Change
 from helpers.steering import Steering
@@ -35,10 +35,12 @@ class Bench:
     own: Answers
 
 
-def bench(lab: Lab, split: str) -> Bench:
-    """Wrapped harmful prompts, borderline and harmless ones, and a few harmless ones for the divergence."""
-    harmful = defence.select(lab, split, "harmful", wrapped=True, n=N_VALIDATE)
-    others = pd.concat([defence.select(lab, split, kind, n=N_VALIDATE) for kind in ("borderline", "harmless")])
+def bench(lab: Lab, split: str, n: int = N_CURVE) -> Bench:
+    """`n` wrapped harmful prompts (or all there are), as many borderline and harmless ones together, and a few harmless
+    ones for the divergence.
+    """
+    harmful = defence.select(lab, split, "harmful", wrapped=True, n=n)
+    others = pd.concat([defence.select(lab, split, kind, n=n // 2) for kind in ("borderline", "harmless")])
     free = defence.select(lab, split, "harmless", n=N_PRICE)
     return Bench(harmful, others, free, defence.answer(lab, PLAIN, free, greedy=True))
 
@@ -74,20 +76,21 @@ def curve(lab: Lab, steered: Steering, on: Bench, strengths: Sequence[float] = S
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def measures(lab: Lab, steered: Steering, on: Bench) -> dict[str, Change]:
+def measures(lab: Lab, steered: Steering, on: Bench, *, priced: bool = True) -> dict[str, Change]:
     """What a method does on the first token, and its price.
 
     harm: mean of 1 - P(refusal) over the harmful prompts; over-refusal: rise of P(refusal) on the others, in points; KL:
-    nats a token on the model's own answers.
+    nats a token on the model's own answers (where `priced`).
     """
-    arm = defence.arm_of(lab.subject, steered)
-    price = defence.prices(lab, arm, on.free, on.own)
     over = 100 * (_refusing(lab, steered, on.others) - on.others.p_refuse.to_numpy())
-    return {
+    found = {
         "harm": defence_stats.mean_change(1 - _refusing(lab, steered, on.harmful), on.harmful.topic.to_numpy()),
         "over-refusal": defence_stats.mean_change(over, on.others.topic.to_numpy()),
-        "KL": defence_stats.mean_change(price.kl.to_numpy(), price.topic.to_numpy()),
     }
+    if priced:
+        price = defence.prices(lab, defence.arm_of(lab.subject, steered), on.free, on.own)
+        found["KL"] = defence_stats.mean_change(price.kl.to_numpy(), price.topic.to_numpy())
+    return found
 
 
 def harm(lab: Lab, steered: Steering, on: Bench) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from helpers import plots, plots_steering
+from helpers.claims_steering import MARGINS
 from helpers.figure_spec import BY_LAYER, ESTIMATE, LOG_ODDS, FigureSpec
 
 CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
+COSTS = {"over-refusal": "against over-refusal (points)", "KL": "against KL (nats a token)"}
 HARM = "1 - P(refusal) on jailbroken requests"
 
 SPECS = (
@@ -25,7 +27,7 @@ SPECS = (
             panel="panel",
             group="group",
             x_label="position along the direction",
-            y_label="coefficient (share of the direction's length)",
+            y_label="coefficient (direction lengths)",
             title="The R-law and the H-law: does the position tell how much steering is needed?",
         ),
         "C6",
@@ -38,9 +40,10 @@ SPECS = (
             plots_steering.curves,
             panel="panel",
             group="group",
-            x_label="cost (over-refusal: points; KL: nats)",
+            x_label="cost",
             y_label=HARM,
-            title="What does each point of harm cost? One point a strength",
+            title="What does each point of harm cost? One point a strength, dashed: the margin",
+            margins={COSTS["over-refusal"]: MARGINS["over-refusal"], COSTS["KL"]: MARGINS["KL"]},
         ),
         "C6",
         "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, by method",
@@ -58,6 +61,22 @@ SPECS = (
         ),
         "C6",
         "Unrefused jailbreaks against the L2 budget for early, middle and late layers, adaptive and fixed steering",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_equal",
+        partial(
+            plots_steering.curves,
+            panel="panel",
+            group="group",
+            x_label="budget: root mean square of the added norm",
+            y_label="see the panel's title",
+            title="The targeted form and its rivals with the same budget",
+            log_x=True,
+            sharey=False,
+        ),
+        "C6",
+        "Unrefused jailbreaks and over-refusal against the L2 budget: targeted layers and neurons, CAST, fixed, adaptive",
         CURVE,
     ),
     FigureSpec(
@@ -79,6 +98,7 @@ SPECS = (
             group="measure",
             title="What does each method change?",
             unit="change in share of prompts (percentage points)",
+            below=True,
             marks=(-2.0, 2.0),
         ),
         "C6",
@@ -93,6 +113,7 @@ SPECS = (
             group="method",
             title="Does a defence hold against wrappers that it was not fitted on?",
             unit="harmful answers (share of prompts), family left out of the fit",
+            below=True,
         ),
         "C6",
         "Share of harmful answers by wrapper family, the family left out of fitting and choosing, by method",
@@ -148,6 +169,7 @@ SPECS = (
             group="attack",
             title="An attacker who knows the defence",
             unit="harmful answers (share of prompts)",
+            below=True,
         ),
         "C6",
         "Share of harmful answers under the prompt set's strong wrappers and under the worst disguise that a search found",

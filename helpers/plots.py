@@ -176,10 +176,12 @@ def dots(
     unit: str,
     marks: Sequence[float] = (),
     limits: tuple[float, float] | None = None,
+    below: bool = False,
 ) -> Figure:
     """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
 
-    `limits` cut the axis; an interval that leaves the frame is wider than what can be said.
+    `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
+    axis, where no corner of the frame is free.
     """
     rows = list(dict.fromkeys(table[row]))
     groups = list(dict.fromkeys(table[group]))
@@ -202,7 +204,11 @@ def dots(
     ax.set_title(title)
     if limits:
         ax.set_xlim(*limits)
-    ax.legend(fontsize=8)
+    if below:
+        figure.set_size_inches(7.0, figure.get_size_inches()[1] + 0.4)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    else:
+        ax.legend(fontsize=8)
     return figure
 
 

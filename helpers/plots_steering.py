@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,42 +20,48 @@ def curves(
     y_label: str,
     title: str,
     log_x: bool = False,
-    marks: tuple[float, ...] = (),
+    sharey: bool = True,
+    margins: Mapping[str, float] | None = None,
 ) -> Figure:
     """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
 
-    Points are joined in the order of the rows, so that a trade-off curve follows its strengths; `marks` are dashed
-    horizontal lines.
+    Points are joined in the order of the rows, so that a trade-off curve follows its strengths. In a panel with a margin
+    (a dashed line) `x` is linear up to it and logarithmic beyond.
     """
     names, groups = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[group]))
-    figure, axes = _figure(1, len(names), 3.3 * len(names) + 0.7, 3.5, sharey=True)
+    width, columns = min(3.3, 8.4 / len(names)), min(3, len(groups))
+    height = 3.2 + 0.2 * -(-len(groups) // columns)
+    figure, axes = _figure(1, len(names), width * len(names) + 0.7, height, sharey=sharey)
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table[panel] == name]
         for k, label in enumerate(groups):
             line = part[part[group] == label]
+            if line.empty:
+                continue
             ax.errorbar(
                 line.x, line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.1,
                 capsize=2, label=str(label),
             )  # fmt: skip
-        for mark in marks:
-            ax.axhline(mark, color="black", lw=0.9, ls="--")
+        if margins and name in margins:
+            ax.set_xscale("symlog", linthresh=margins[name])
+            ax.axvline(margins[name], color="black", lw=0.9, ls="--")
         if log_x:
             ax.set_xscale("log")
         if log_x and part.x.nunique() <= 4:  # few sizes that were chosen: name each
-            ax.set_xticks(sorted(set(part.x)), [f"{x:g}" for x in sorted(set(part.x))])
+            ax.set_xticks(sorted(set(part.x)), [f"{x:.3g}" for x in sorted(set(part.x))])
             ax.minorticks_off()
         ax.set_title(str(name))
         ax.set_xlabel(x_label)
     axes[0, 0].set_ylabel(y_label)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
+    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
 def plane(table: pd.DataFrame, *, title: str) -> Figure:
     """Groups of prompts in the plane of the two projections, each with the intervals of both means."""
-    figure, axes = _figure(width=7.0, height=4.2)
+    figure, axes = _figure(width=7.0, height=4.8)
     ax = axes[0, 0]
     for k, (name, part) in enumerate(table.groupby("group", sort=False)):
         x, y = (part[part.projection == way] for way in ("harmfulness", "rejection"))
@@ -68,7 +76,7 @@ def plane(table: pd.DataFrame, *, title: str) -> Figure:
     ax.set_xlabel("pos_H: share of the way from harmful-complied (0) to benign-complied (1)")
     ax.set_ylabel("pos_R: share of the way to refused (1)")
     ax.set_title(title)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

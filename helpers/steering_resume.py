@@ -116,7 +116,7 @@ def rows_of(run: CleanRun, rows: Int[Tensor, "row"]) -> CleanRun:
     if len(rows) == len(run.tokens):
         return run
     names = ("resid_pre", "resid_post", "keys", "values")
-    kept = {name: tuple(x[rows] for x in getattr(run, name)) for name in names}
+    kept: dict[str, Any] = {name: tuple(x[rows] for x in getattr(run, name)) for name in names}
     calls = tuple({name: _cut(value, rows, len(run.tokens)) for name, value in call.items()} for call in run.calls)
     return replace(run, tokens=run.tokens[rows], calls=calls, **kept)
 

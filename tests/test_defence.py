@@ -140,3 +140,12 @@ def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal() -> None
     assert isinstance(lab, defence.Lab) and defence.missing(lab) == ""
     benign = lab.prompts[lab.prompts.suite.str.fullmatch(r"B\d")]
     assert (benign.log_odds < 0).any() and not benign.refused.any()
+
+
+def test_greedy_labels_are_an_arms_own_and_of_harmful_prompts_only() -> None:
+    lab = defence.open_lab(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=4)
+    assert isinstance(lab, defence.Lab)
+    prompts = pd.concat([defence.select(lab, "test", kind, n=2) for kind in ("harmful", "harmless")], ignore_index=True)
+    plain = defence.trial(lab, defence.PLAIN, prompts)
+    assert ((plain.greedy != "") == (plain.kind == "harmful")).all()
+    assert "greedy" not in defence.trial(lab, defence.PLAIN, plain, greedy=False)

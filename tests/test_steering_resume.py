@@ -1,0 +1,90 @@
+"""Runs that set in above the plain model's give what full forward passes give, and touch nothing that is not steered."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, tiny_subject, tokens
+from torch import Tensor
+
+from helpers import defence_batches, grid_run
+from helpers import steering as st
+from helpers import steering_resume as resume
+from helpers.subject import Subject
+
+
+def following_last(x: Tensor, prompt: st.Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token."""
+    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
+
+
+def half_shut(prompt: st.Prompt) -> Tensor:
+    """Shut for the first prompt, and open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) > 0)
+
+
+READ = (st.Read("g", 1, back=1, plain=True),)
+STEERINGS = {
+    "late, all tokens": st.Steering("a", (st.Edit(2, "resid_post", following_last), st.Edit(3, "mlp_out", following_last))),
+    "last token": st.Steering("b", (st.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
+    "neurons": st.Steering("c", (st.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), gate=half_shut, reads=READ),
+    "every token": st.Steering("d", (st.Edit(1, "resid_post", lambda x, _: -0.5 * x, "every"),)),
+}  # fmt: skip
+
+
+def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: object) -> Tensor:
+    """Logits before each of three given answer tokens."""
+    rest = subject.model(answer[rows, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat([logits[:, None], rest], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", STEERINGS)
+@torch.no_grad()
+def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
+    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
+    use, steering = partial(said, subject, answer), STEERINGS[name]
+    full = defence_batches.read(subject, ids, partial(st.applied, subject, steering), use)
+    fast = defence_batches.read(subject, ids, resume.Switch(subject, steering), use)
+    torch.testing.assert_close(fast, full, atol=2e-4, rtol=1e-4)
+    plain = use(torch.arange(4), *_plain(subject, ids))
+    assert (full[1:] - plain[1:]).abs().amax((1, 2)).min() > 1e-3
+    if steering.gate is not None:
+        torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=1e-4)
+
+
+def _plain(subject: Subject, ids: Tensor) -> tuple[Tensor, object]:
+    out = subject.model(ids, use_cache=True)
+    return out.logits[:, -1], out.past_key_values
+
+
+def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, made = tiny_subject("llama"), []
+    real = grid_run.clean_run
+    monkeypatch.setattr(resume, "clean_run", lambda *a, **k: made.append(1) or real(*a, **k))
+    first, second = tokens(2, 8, seed=1), tokens(2, 8, seed=2)
+    assert resume.plain_run(subject, first) is resume.plain_run(subject, first) and len(made) == 1
+    one = 2 * 8 * subject.n_layers * 3 * subject.d_model * 4
+    monkeypatch.setattr(resume, "KEPT_BYTES", one)
+    resume.plain_run(subject, second)
+    resume.plain_run(subject, first)
+    assert len(made) == 3
+    monkeypatch.setattr(resume, "BATCH_BYTES", one - 1)
+    assert resume.plain_run(subject, first) is None
+
+
+def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
+    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    steering = STEERINGS["last token"]
+    asked: list[list[int]] = []
+
+    def use(rows: Tensor, logits: Tensor, cache: object) -> Tensor:
+        asked.append(rows.tolist())
+        return logits[:, :1]
+
+    known = torch.full((4, 1), 77.0)
+    with torch.no_grad():
+        found = defence_batches.read(subject, ids, resume.Switch(subject, steering), use, plain=known)
+    assert asked == [[1, 2, 3]]
+    assert np.array_equal((found == 77).flatten(), [True, False, False, False])
