@@ -62,9 +62,9 @@ def folded(title: str, text: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{text.strip()}\n\n</details>"
 
 
-def heading(one: Exercise | Question, level: str) -> str:
+def heading(one: Exercise | Question, level: str, mark: str = "##") -> str:
     """Number, title, difficulty and minutes."""
-    return f"### Exercise {one.number}: {one.title}\n\n*{level}, about {one.minutes} minutes*"
+    return f"{mark} Exercise {one.number}: {one.title}\n\n*{level}, about {one.minutes} minutes*"
 
 
 def students_cells(one: Exercise) -> list[nb.Cell]:
@@ -108,10 +108,10 @@ def section(number: str, path: Path) -> list[nb.Cell]:
     cells = [cell("markdown", text, f"{number}-exercises", (TAG,))]
     for one in of_notebook(number):
         solution = f"```python\n{inspect.getsource(one.solution).strip()}\n```"
-        parts = (heading(one, LEVELS[one.level]), one.task, folded("Hint", one.hint), folded("Solution", solution))
+        parts = (heading(one, LEVELS[one.level], "###"), one.task, folded("Hint", one.hint), folded("Solution", solution))
         cells.append(cell("markdown", "\n\n".join(parts), f"exercise-{one.number}", (f"{TAG}-{one.number}",)))
     last = QUESTIONS[number]
-    asked = "\n\n".join((heading(last, "open question"), last.task, folded("Hint", last.hint)))
+    asked = "\n\n".join((heading(last, "open question", "###"), last.task, folded("Hint", last.hint)))
     return [*cells, cell("markdown", asked, f"exercise-{last.number}", (f"{TAG}-{last.number}",))]
 
 

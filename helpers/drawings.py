@@ -118,7 +118,7 @@ def estimands(table: pd.DataFrame) -> Figure:
         axes.add_patch(FancyArrowPatch((x0 + dx, y0 + dy), (x1 - dx, y1 - dy), **style))
         # The diagonal's words stand above its middle, those of an edge outside it.
         below = -1 if y0 == y1 == 0 else 1
-        at = (0.7, 0.6) if dx and dy else ((x0 + x1) / 2 + (0.05 if x0 else -0.05) * (not dx), (y0 + y1) / 2)
+        at = (0.73, 0.64) if dx and dy else ((x0 + x1) / 2 + (0.05 if x0 else -0.05) * (not dx), (y0 + y1) / 2)
         shift = 0.09 * below if not dy else 0.0
         align = "center" if dx else ("left" if x0 else "right")
         axes.text(at[0], at[1] + shift, f"{row.estimand}\n{row.reads}", ha=align, va="center", fontsize=8)
