@@ -13,7 +13,7 @@ nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 html_theme = "sphinx_book_theme"
-html_theme_options = {"use_download_button": False, "home_page_in_toc": True, "show_toc_level": 2}
+html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 html_copy_source = False
 html_static_path = [str(Path(jupyter_server_mathjax.__file__).parent / "static"), "_static"]
 html_css_files = ["book.css"]
@@ -22,8 +22,13 @@ myst_update_mathjax = False
 mathjax_path = "MathJax.js?config=TeX-AMS-MML_HTMLorMML-full,Safe"
 mathjax2_config: dict[str, object] = {
     "messageStyle": "none",
-    "jax": ["input/TeX", "output/SVG"],
-    "SVG": {"linebreaks": {"automatic": True}},
+    "HTML-CSS": {
+        "availableFonts": [],
+        "imageFont": None,
+        "preferredFont": None,
+        "webFont": "STIX-Web",
+        "linebreaks": {"automatic": True},
+    },
 }
 mathjax_options: dict[str, str] = {}
 nitpicky = True

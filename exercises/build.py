@@ -108,7 +108,12 @@ def section(number: str, path: Path) -> list[nb.Cell]:
     cells = [cell("markdown", text, f"{number}-exercises", (TAG,))]
     for one in of_notebook(number):
         solution = f"```python\n{inspect.getsource(one.solution).strip()}\n```"
-        parts = (heading(one, LEVELS[one.level], "###"), one.task, folded("Hint", one.hint), folded("Solution", solution))
+        parts = (
+            heading(one, LEVELS[one.level], "###"),
+            one.task,
+            folded("Hint", one.hint),
+            folded("Solution", solution),
+        )
         cells.append(cell("markdown", "\n\n".join(parts), f"exercise-{one.number}", (f"{TAG}-{one.number}",)))
     last = QUESTIONS[number]
     asked = "\n\n".join((heading(last, "open question", "###"), last.task, folded("Hint", last.hint)))

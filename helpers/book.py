@@ -25,8 +25,8 @@ ASKED = ROOT / "requirements-book.in"
 # What becomes a page, and what pages show or link to.
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "models.example.yml", "docs/*.md", "notebooks/*.ipynb",
-    "exercises/README.md", "exercises/[0-9]*.ipynb", "exercises/*.py", "data/**/README.md", "figures/INDEX.md", "figures/embedded/*",
-    "figures/benchmarks/*", "results/claims.md", "results/benchmarks/*.csv",
+    "exercises/README.md", "exercises/[0-9]*.ipynb", "exercises/*.py", "data/**/README.md", "figures/INDEX.md",
+    "figures/embedded/*", "figures/benchmarks/*", "results/claims.md", "results/benchmarks/*.csv",
 )  # fmt: skip
 
 
@@ -95,7 +95,9 @@ def broken_links(html: Path) -> Iterator[str]:
             if parts.scheme or parts.netloc:
                 continue
             other = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            there = other.exists() and (not parts.fragment or other not in pages or unquote(parts.fragment) in pages[other].ids)
+            there = other.exists() and (
+                not parts.fragment or other not in pages or unquote(parts.fragment) in pages[other].ids
+            )
             if not there:
                 yield f"{path.relative_to(html.resolve())}: {target} leads nowhere"
 
