@@ -1,6 +1,6 @@
 """Make what students see from the sources: `python -m exercises.build`.
 
-Writes the notebooks of this folder (stubs and checks), and into every notebook of the companion its section *Exercises* and
+Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the companion its section *Exercises* and
 the links to the glossary. Both are Markdown cells found by their tags or links, so a second run changes nothing, no code
 changes, and nothing has to be run again. With `--check` it writes nothing and says what is out of date.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from exercises import guide
 from exercises.glossary import linked
 from exercises.judging import LEVELS, NUMBERS, Exercise, of_notebook
 from exercises.questions import QUESTIONS, Question
@@ -133,7 +134,7 @@ def with_section(notebook: nb.Notebook, number: str, path: Path) -> nb.Notebook:
 
 def made() -> dict[Path, str]:
     """Every file that is made here, with its content."""
-    files: dict[Path, str] = {}
+    files = {guide.GUIDE: guide.filled(guide.GUIDE.read_text(encoding="utf-8"))}
     for number in NUMBERS:
         (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
         files[FOLDER / path.name] = nb.text(students_notebook(number, path))

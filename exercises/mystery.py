@@ -1,11 +1,12 @@
 """Things of unknown nature for the open questions: models, prompt sets, vectors, rules, called A, B and C.
 
-`code` shuffles which is which, and draws other models: a teacher hands a class a number of its own, and `key` has the
-answers to it. They follow from how the things are made, not from a measurement.
+`code` shuffles which is which, and draws other models: a teacher hands a class a number of its own, and `python -m exercises.mystery
+CODE` prints the answers to it. They follow from how the things are made, not from a measurement.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -157,3 +158,8 @@ def _set(table: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
 def verdict(table: pd.DataFrame) -> str:
     """What the ledger says of C1, for a table of `evidence`."""
     return next(one.verdict for one in ledger.ledger(table, ["embedded"]) if one.claim == "C1")
+
+
+if __name__ == "__main__":
+    for number, found in keys(int(sys.argv[1]) if len(sys.argv) > 1 else 1).items():
+        print(number, *(f"{letter}: {nature}" for letter, nature in found.items()), sep="  ")

@@ -120,7 +120,8 @@ QUESTIONS: dict[str, Question] = {
         "from exercises import mystery\nfrom helpers import mediation, outcomes, study\n\n"
         f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
         "vectors = mystery.vectors(this, CODE)\n"
-        'batch = mediation.run_clean(this.subject, this.of("T2")[:8])\n',
+        'of_one_length = mediation.batches(this.of("T2"), this.subject)[0]\n'
+        "batch = mediation.run_clean(this.subject, of_one_length)\n",
     ),
     "07": Question(
         "07-open",

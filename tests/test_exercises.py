@@ -14,7 +14,7 @@ import torch
 from scipy.stats import beta
 
 import exercises
-from exercises import build, glossary
+from exercises import build, glossary, guide, mystery
 from exercises.judging import NUMBERS, Case, Exercise, find, judge, of_notebook, same
 from exercises.questions import QUESTIONS
 from helpers import notebook as nb
@@ -192,3 +192,13 @@ def test_a_check_that_cannot_be_failed_would_be_seen() -> None:
     one = find("02-2")
     blind = Exercise(**{**vars(one), "cases": (Case((np.ones(2), np.ones(2)), 1.0),)})
     assert judge(blind, one.mistakes[0].answer) == "", "on equal pairs a mean of ratios is a ratio of means"
+
+
+def test_the_instructor_guide_has_the_key_and_every_message() -> None:
+    text = guide.GUIDE.read_text(encoding="utf-8")
+    assert text == guide.filled(text), "run python -m exercises.build"
+    assert all(f"- {mistake.says}\n" in text for one in EXERCISES for mistake in one.mistakes)
+    for number, found in mystery.keys(1).items():
+        assert f"| {number} | {' | '.join(found.values())} |" in text
+    with pytest.raises(ValueError, match="made: key"):
+        guide.filled(text.replace("<!-- end: key -->", ""))
