@@ -1,8 +1,9 @@
 """Make what students see from the sources: `python -m exercises.build`.
 
-Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the companion its section *Exercises* and
-the links to the glossary. Both are Markdown cells found by their tags or links, so a second run changes nothing, no code
-changes, and nothing has to be run again. With `--check` it writes nothing and says what is out of date.
+Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the
+companion its section *Exercises* and the links to the glossary. The latter two are Markdown, found by tags and links: a
+second run changes nothing, no code changes, and nothing has to be run again. With `--check` it writes nothing and says
+what is out of date.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Things of unknown nature for the open questions: models, prompt sets, vectors, rules, called A, B and C.
 
-`code` shuffles which is which, and draws other models: a teacher hands a class a number of its own, and `python -m exercises.mystery
-CODE` prints the answers to it. They follow from how the things are made, not from a measurement.
+`code` shuffles which is which, and draws other models: a teacher hands a class a number of its own, and
+`python -m exercises.mystery CODE` prints the answers to it. They follow from how the things are made, not from a measurement.
 """
 
 from __future__ import annotations
