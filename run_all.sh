@@ -47,7 +47,7 @@ python="$place/bin/python"
 if ! is_311 "$python" || ! stamp check; then
   if is_311 "$python"; then base="$python"; else base="$(find_311)"; fi
   case "$*" in
-    --help | -h | --list) exec "$base" -m helpers.cli "$@" ;; # these need no packages
+    --help | -h | --list | --book) exec "$base" -m helpers.cli "$@" ;; # these need no packages
   esac
   # A mistake in the flags should show now, not after minutes of installing.
   "$base" -c 'import sys; from helpers import cli; sys.exit(cli.check(sys.argv[1:]))' "$@"

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helpers import hub, inputs, model_list, preflight, runner, shard_run
+from helpers import alone, hub, inputs, model_list, preflight, runner, shard_run
 from helpers.claims_table import claims_table
 from helpers.errors import InputError
 from helpers.manifest import run_times
@@ -58,10 +58,9 @@ def parser() -> Parser:
     new.add_argument("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
     new.add_argument("--shards", metavar="N", type=int, default=0, help="share the sweeps among N processes or GPUs")
     new.add_argument("--figures", action="store_true", help="only redraw the figures from results/")
-    new.add_argument("--recalibrate", metavar="I/N", nargs="?", const="1/1", help="measure known models for 07 (hours)")
     new.add_argument("--force", action="store_true", help="run what is up to date as well")
     new.add_argument("--list", action="store_true", help="list the notebooks and what is up to date")
-    new.add_argument("--test", action="store_true", help="run all tests, and check every notebook's outputs")
+    alone.add_flags(new)
     return new
 
 
@@ -82,8 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if not 0 <= flags.shards <= 1000:
         raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
     inputs.check(flags.prompts, flags.wrappers)
-    if flags.test and len(arguments) > 1:
-        raise InputError("--test goes alone: it always checks the embedded model")
+    alone.check(flags, len(arguments))
     return flags
 
 
@@ -220,14 +218,9 @@ def main(arguments: Sequence[str]) -> int:
         flags = parse(arguments)
         hub.trust_code(flags.trust_remote_code)
         hub.choose_judge(flags.judge and _named(flags.judge, ORGANISM))
-        if flags.test:
-            from helpers import checks
-
-            return checks.run_all()
-        if flags.recalibrate:
-            from helpers import calibration_draws
-
-            return calibration_draws.run(flags.recalibrate)
+        done = alone.run(flags)
+        if done is not None:
+            return done
         return models_command(flags) if flags.models is not None else _command(flags)(flags)
     except InputError as error:
         return _report(error)

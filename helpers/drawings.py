@@ -1,4 +1,4 @@
-"""Drawings: the pipeline, a pair of prompts token by token, and the grid of cells that an intervention recomputes."""
+"""Drawings: the pipeline, the four cells, a pair of prompts token by token, the cells that an intervention recomputes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ GROUP_COLOURS = {
     "template": "#DDDDDD",
     "last": "#F4E27A",
 }
+
+
+CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
@@ -100,4 +103,30 @@ def pipeline(table: pd.DataFrame) -> Figure:
     axes.set_xlim(-0.1, 1.55 * len(table))
     axes.set_ylim(-0.5, 1.3)
     axes.set_title("Data flows one way, and every step reads what an earlier one left")
+    return figure
+
+
+def estimands(table: pd.DataFrame) -> Figure:
+    """The four cells as corners, effects as arrows between them; columns: estimand, from_cell, to_cell, reads."""
+    figure, axes = _blank(7.0, 4.2)
+    for name, (x, y) in CORNERS.items():
+        axes.text(x, y, f"${name[0]}_{{{name[1:]}}}$", ha="center", va="center", fontsize=15)
+    for k, row in enumerate(table.itertuples()):
+        (x0, y0), (x1, y1) = CORNERS[str(row.from_cell)], CORNERS[str(row.to_cell)]
+        dx, dy = 0.13 * (x1 - x0), 0.13 * (y1 - y0)
+        style = {"arrowstyle": "-|>", "mutation_scale": 14, "lw": 1.8, "color": OKABE_ITO[k % 8]}
+        axes.add_patch(FancyArrowPatch((x0 + dx, y0 + dy), (x1 - dx, y1 - dy), **style))
+        # The diagonal's words stand above its middle, those of an edge outside it.
+        below = -1 if y0 == y1 == 0 else 1
+        at = (0.73, 0.64) if dx and dy else ((x0 + x1) / 2 + (0.05 if x0 else -0.05) * (not dx), (y0 + y1) / 2)
+        shift = 0.09 * below if not dy else 0.0
+        align = "center" if dx else ("left" if x0 else "right")
+        axes.text(at[0], at[1] + shift, f"{row.estimand}\n{row.reads}", ha=align, va="center", fontsize=8)
+    for x, text in ((0, "mediator as in control"), (1, "mediator as in treated")):
+        axes.text(x, 1.28, text, ha="center", fontsize=9, fontweight="bold")
+    for y, text in ((1, "control\nprompt"), (0, "treated\nprompt")):
+        axes.text(-0.62, y, text, ha="center", va="center", fontsize=9, fontweight="bold")
+    axes.set_xlim(-0.8, 1.6)
+    axes.set_ylim(-0.25, 1.42)
+    axes.set_title("Four cells, and every effect is a difference of two")
     return figure

@@ -36,7 +36,18 @@ def describe(entry: FigureSpec, table: pd.DataFrame) -> str:
     where = ", ".join(
         f"{k} {top[k]}" for k in entry.columns if k not in (*ESTIMATE, "band_low", "band_high", "earliest")
     )
-    return f"{entry.shows}. Largest: {top.estimate:.2f} [{top.low:.2f}, {top.high:.2f}] at {where}."
+    return f"{entry.shows}. Largest: {top.estimate:.2f} [{top.low:.2f}, {top.high:.2f}] at {where}.{_of_each(entry, table)}"
+
+
+def _of_each(entry: FigureSpec, table: pd.DataFrame) -> str:
+    """The largest estimate of each line or panel, if there are two to eight."""
+    names = [name for name, kind in entry.columns.items() if kind == "str"]
+    parts = list(table.groupby(names, sort=False)) if names else []
+    if not 1 < len(parts) <= 8 or len(parts) == len(table):
+        return ""
+    tops = [(" ".join(map(str, of)), part.loc[part.estimate.abs().idxmax()]) for of, part in parts]
+    at = [f" at layer {top.layer}" if "layer" in top else "" for _, top in tops]
+    return " Of each: " + "; ".join(f"{of} {top.estimate:.2f}{w}" for (of, top), w in zip(tops, at, strict=True)) + "."
 
 
 def save_figure(figure: Figure, name: str, slug: str, *, alt: str) -> None:

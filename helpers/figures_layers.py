@@ -12,14 +12,24 @@ SPECS = (
         "00_pipeline",
         drawings.pipeline,
         "all",
-        "Flow chart from prompts over pairs, clean runs, effects and statistics to figures and verdicts",
+        "Seven boxes in a row, prompts, pairs, clean runs, effects, statistics, verdicts and figures, each with the file that it "
+        "leaves and the notebook that makes it; arrows lead to the right only",
         dict.fromkeys(("step", "what", "file", "notebook"), "str"),
+    ),
+    FigureSpec(
+        "00_estimands",
+        drawings.estimands,
+        "all",
+        "The four cells as corners of a square: prompt control above, treated below, mediator control left, treated right. "
+        "Arrows along the upper and lower edge are NIE0 and NIE1, down the left and right edge NDE0 and NDE1, the diagonal is TE",
+        dict.fromkeys(("estimand", "from_cell", "to_cell", "reads"), "str"),
     ),
     FigureSpec(
         "01_tokens",
         drawings.tokens,
         "all",
-        "Control and treated prompt of one pair, token under token, coloured by position group",
+        "Control and treated prompt of one pair, token under token, coloured by position group from system turn to last token; "
+        "only outlined tokens differ, all others are the same in both prompts",
         {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
     ),
     FigureSpec(
@@ -32,7 +42,8 @@ SPECS = (
             unit="share of answers, greedy decoding",
         ),
         "all",
-        "Rates of on-topic answers, refusals and harmful answers by prompt suite with Wilson intervals",
+        "Rates of on-topic answers, refusals and harmful answers with Wilson intervals, one row for each kind of prompt from "
+        "harmless over plainly harmful and wrapped to never seen",
         {"suite": "str", "label": "str", **ESTIMATE},
     ),
     FigureSpec(
@@ -46,7 +57,8 @@ SPECS = (
             marks=(0.5,),
         ),
         "all",
-        "Probability of complying with a harmful request by wrapper, from weak to strong, for every model",
+        "Probability of complying with a harmful request, one row a wrapper from none to the strongest, one symbol a model; "
+        "a dashed line marks one half",
         {"wrapper": "str", "model": "str", **ESTIMATE},
     ),
     FigureSpec(
@@ -60,14 +72,16 @@ SPECS = (
             marks=(-0.5, 0.5),
         ),
         "all",
-        "Total effect of every treatment with intervals; dashed lines mark the gate of 0.5 log-odds",
+        "Total effect of every treatment in log-odds with intervals, discover, validate and test side by side; dashed lines mark "
+        "the gate at 0.5 to either side of 0",
         {"treatment": "str", "split": "str", **ESTIMATE},
     ),
     FigureSpec(
         "02_grid",
         drawings.grid,
         "all",
-        "Cells of the layer by position grid that an intervention recomputes, beside those kept from the clean run",
+        "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the right of it, a "
+        "patch at the last token only the column above it; the rest is kept from the clean run",
         {"panel": "str", "layer": "int", "position": "int", "state": "str", "token": "str"},
     ),
     FigureSpec(
@@ -87,7 +101,8 @@ SPECS = (
             unit="increment (share of total effect)",
         ),
         "C1",
-        "What each layer adds to the cumulative share of the total effect, trained model beside its untrained twin",
+        "What each layer adds to the cumulative share of the total effect, trained model beside its untrained twin, with "
+        "intervals that tell whether the two differ in any layer",
         {"model": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -99,7 +114,8 @@ SPECS = (
             unit=LOG_ODDS,
         ),
         "C1",
-        "Indirect effect of attention and MLP outputs by layer, intervals as bars, simultaneous band shaded",
+        "Indirect effect of attention and MLP outputs at the last token by layer, in log-odds; bars are pointwise intervals, the "
+        "shaded band holds for all cells at once",
         {"site": "str", **BY_LAYER, "band_low": "float", "band_high": "float"},
     ),
     FigureSpec(
@@ -112,7 +128,8 @@ SPECS = (
             unit=LOG_ODDS,
         ),
         "C1",
-        "Indirect effects of attention and MLP outputs by layer, one panel a treatment",
+        "Indirect effects of attention and MLP outputs by layer, one panel for recognition (T1), generation (T2), the wrapper on "
+        "a harmless request (T2b) and the contrast T2 - T2b; up is towards complying",
         {"treatment": "str", "site": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -125,7 +142,8 @@ SPECS = (
             unit="share of total effect",
         ),
         "C1",
-        "Component shares of the total effect for harm, for the mean benign behaviour, and their difference",
+        "Shares of the total effect by layer for attention and MLP outputs in three panels: harm, the mean benign behaviour, and "
+        "harm minus benign, which is flat at 0 where harm is decided like anything else",
         {"contrast": "str", "site": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -138,7 +156,8 @@ SPECS = (
             unit="share of total effect",
         ),
         "C1",
-        "Component shares of the total effect by layer for three seeds each of the windowed and full-attention model",
+        "Shares of the total effect by layer for attention and MLP outputs, one panel a model: seeds of the windowed model, then "
+        "of the same model with full attention",
         {"model": "str", "site": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -151,7 +170,8 @@ SPECS = (
             unit="share of total effect",
         ),
         "C2",
-        "Indirect (total) and direct effects of attention and MLP outputs by layer as shares of the total effect",
+        "Attention and MLP outputs by layer in two panels, left what passes through them (indirect effects), right what they "
+        "write themselves (direct effects), both as shares of the total effect",
         {"effect": "str", "site": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -179,7 +199,8 @@ SPECS = (
             unit=LOG_ODDS,
         ),
         "C2",
-        "NIE0 (sufficiency), NIE1 (necessity) and their difference, the mediated interaction, by layer and module",
+        "By layer, one panel for attention and one for MLP outputs: NIE0 (sufficient), NIE1 (necessary), and NIE1 - NIE0, the "
+        "interaction, above 0 where a component needs others and below where others would do",
         {"site": "str", "estimand": "str", **BY_LAYER},
     ),
     FigureSpec(
@@ -193,14 +214,16 @@ SPECS = (
             unit=LOG_ODDS,
         ),
         "C2",
-        "Indirect and direct effect of every attention head at the last token, layer by head",
+        "Two maps of attention heads, layer by head, indirect and direct effect on one scale from against to with the treatment; "
+        "a dot marks an interval that excludes 0",
         {"layer": "int", "head": "int", "effect": "str", **ESTIMATE},
     ),
     FigureSpec(
         "08_claims",
         plots.verdicts,
         "all",
-        "Verdict on every claim for every model",
+        "Table of verdicts, a row for each model and a column for each claim, by colour and letter: supported, contradicted, "
+        "inconclusive or not testable",
         dict.fromkeys(("model", "claim", "verdict"), "str"),
     ),
 )

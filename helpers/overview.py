@@ -18,12 +18,24 @@ STEPS = (
     ("verdicts", "rules fixed\nbeforehand", "claims.json", "08"),
     ("figures", "each drawn from\nits own table", "NN_name.csv", "all"),
 )
+ESTIMANDS = (
+    ("TE", "y00", "y11", "what the treatment does"),
+    ("NIE0", "y00", "y01", "is the treated value enough?"),
+    ("NIE1", "y10", "y11", "is it needed?"),
+    ("NDE0", "y00", "y10", "what does not\npass through"),
+    ("NDE1", "y01", "y11", "the same, mediator\nas in treated"),
+)
 VERDICTS = {**dict.fromkeys(("model", "claim", "verdict", "tags", "reason"), "str"), "estimate": "float"}
 
 
 def pipeline_steps() -> pd.DataFrame:
     """The steps of the pipeline in order, with the file each leaves and the notebook that takes it."""
     return pd.DataFrame(STEPS, columns=["step", "what", "file", "notebook"])
+
+
+def estimands() -> pd.DataFrame:
+    """The effects, each with the two cells whose difference it is."""
+    return pd.DataFrame(ESTIMANDS, columns=["estimand", "from_cell", "to_cell", "reads"])
 
 
 def run_time_table(slug: str) -> pd.DataFrame:

@@ -18,6 +18,8 @@ CHOICES = {
     "effect": ["indirect", "direct"],
     "contrast": ["harm", "benign", "difference"],
     "estimand": ["NIE0", "NIE1", "INT"],
+    "from_cell": ["y00", "y10"],
+    "to_cell": ["y01", "y11"],
     "state": list(drawings.CELLS),
     "verdict": [*plots.VERDICTS, "not testable"],
     "claim": ["C1", "C2", "C3"],

@@ -49,6 +49,8 @@ FLAGS = {
     "--figures --name none": "no results of 'none'",
     "--figures": "no result tables in results/embedded",
     "--test --force": "--test goes alone",
+    "--book --only 02": "--book goes alone",
+    "--lab --force": "--lab goes alone",
 }
 
 

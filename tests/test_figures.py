@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from figure_tables import NAMES, drawn, numbers, table_for
 from matplotlib.colors import to_hex
@@ -15,6 +16,7 @@ from PIL import Image
 from helpers import figures, paths, plots, store
 from helpers.errors import InputError
 from helpers.figure_list import SPECS
+from helpers.figure_spec import FigureSpec
 from helpers.figures import describe, index, spec
 
 MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity")  # numbers are colours there
@@ -136,6 +138,21 @@ def test_alternative_text_says_what_and_where(name: str) -> None:
         for column in set(entry.columns) & {"site", "layer", "treatment", "model", "head"}:
             assert f"{column} {top[column]}" in alt
     assert describe(entry, table.head(0)) == f"{entry.shows}."
+
+
+@pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
+def test_alternative_text_is_a_sentence_about_what_is_seen(entry: FigureSpec) -> None:
+    words = entry.shows.split()
+    assert len(words) >= (12 if entry.name < "04" else 8), entry.shows
+    assert not re.match(r"(a |the )?(figure|plot|chart|image|picture|graph)\b", entry.shows, re.IGNORECASE)
+
+
+def test_alternative_text_has_a_number_for_each_line() -> None:
+    entry = spec("02_cumulative")
+    table = pd.DataFrame(
+        {"model": ["a", "a", "b"], "layer": [0, 1, 1], "estimate": [0.2, 1.0, -0.5], "low": 0.0, "high": 1.0}
+    )
+    assert describe(entry, table).endswith("Of each: a 1.00 at layer 1; b -0.50 at layer 1.")
 
 
 def test_a_figure_draws_its_csv_only(folders: Path) -> None:

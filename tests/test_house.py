@@ -127,7 +127,9 @@ def test_what_a_notebook_needs_comes_with_it(monkeypatch: pytest.MonkeyPatch) ->
     assert runner.with_needs(["08"], paths) == ["01", "02", "03", "08"]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("helpers/**/*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("helpers/**/*.py"), *ROOT.glob("exercises/*.py")]), ids=lambda path: path.stem
+)
 def test_a_helper_is_one_topic(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 250, "which two topics are in it?"
@@ -139,7 +141,9 @@ def test_a_helper_is_one_topic(path: Path) -> None:
 def own_files() -> list[Path]:
     """Text files of the repository, without environments, caches and what a run makes."""
     kinds = (".py", ".md", ".sh", ".toml", ".yml", ".cff", ".in")
-    below = [path for folder in ("helpers", "tests", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*")]
+    below = [
+        path for folder in ("helpers", "exercises", "tests", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*")
+    ]
     return [path for path in (*below, *ROOT.glob("*")) if path.suffix in kinds and path.is_file()]
 
 

@@ -1,0 +1,162 @@
+"""Make what students see from the sources: `python -m exercises.build`.
+
+Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the
+companion its section *Exercises* and the links to the glossary. The latter two are Markdown, found by tags and links: a
+second run changes nothing, no code changes, and nothing has to be run again. With `--check` it writes nothing and says
+what is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from exercises import guide
+from exercises.glossary import linked
+from exercises.judging import LEVELS, NUMBERS, Exercise, of_notebook
+from exercises.questions import QUESTIONS, Question
+from helpers import notebook as nb
+from helpers.paths import NOTEBOOKS, ROOT, relative
+from helpers.store import write_text
+
+FOLDER = ROOT / "exercises"
+NEXT = "**Next →**"
+TAG = "exercise"
+EMPTY = "    return None  # your answer\n"
+SETUP = """import sys
+
+sys.path.insert(0, "..")
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from exercises import check
+"""
+
+
+def stub(solution: Callable[..., Any]) -> str:
+    """A solution's source without its body: decorators, signature, docstring and an empty place for the answer."""
+    source = inspect.getsource(solution)
+    closing = source.index('"""', source.index('"""') + 3) + 3
+    return source[: closing + 1] + EMPTY
+
+
+def cell(kind: str, text: str, name: str, tags: tuple[str, ...] = ()) -> nb.Cell:
+    """A notebook cell that was never run."""
+    metadata = {"tags": list(tags)} if tags else {}
+    made: nb.Cell = {
+        "cell_type": kind,
+        "id": name,
+        "metadata": metadata,
+        "source": text.strip().splitlines(keepends=True),
+    }
+    return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
+
+
+def folded(title: str, text: str) -> str:
+    """Text that shows when its title is clicked."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text.strip()}\n\n</details>"
+
+
+def heading(one: Exercise | Question, level: str, mark: str = "##") -> str:
+    """Number, title, difficulty and minutes."""
+    return f"{mark} Exercise {one.number}: {one.title}\n\n*{level}, about {one.minutes} minutes*"
+
+
+def students_cells(one: Exercise) -> list[nb.Cell]:
+    """Task, stub and check of one exercise."""
+    text = f"{heading(one, LEVELS[one.level])}\n\n{one.task}\n\n{folded('Hint', one.hint)}"
+    ask = f'check("{one.number}", {one.solution.__name__})'
+    return [
+        cell("markdown", text, f"{one.number}-task"),
+        cell("code", stub(one.solution), f"{one.number}-answer"),
+        cell("code", ask, f"{one.number}-check"),
+    ]
+
+
+def question_cells(one: Question) -> list[nb.Cell]:
+    """Task and starting point of an open question."""
+    text = f"{heading(one, 'open question')}\n\n{one.task}\n\n{folded('Hint', one.hint)}"
+    return [cell("markdown", text, f"{one.number}-task"), cell("code", one.start, f"{one.number}-start")]
+
+
+def students_notebook(number: str, path: Path) -> nb.Notebook:
+    """The notebook of this folder that goes with the companion's notebook at `path`."""
+    top = (
+        f"# Exercises of [{path.stem}](../notebooks/{path.name})\n\nWrite the body of each function, run its cell, then the "
+        "check below it. The check tries tiny inputs and says what is probably wrong. Hints and solutions are folded at the "
+        "end of the notebook itself. This file is made from `exercises/*.py`: work on a copy."
+    )
+    cells = [cell("markdown", top, f"{number}-top"), cell("code", SETUP, f"{number}-setup")]
+    cells += [made for one in of_notebook(number) for made in students_cells(one)]
+    cells += question_cells(QUESTIONS[number])
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+
+
+def section(number: str, path: Path) -> list[nb.Cell]:
+    """The Markdown cells *Exercises* of a notebook of the companion."""
+    file = f"[exercises/{path.name}](../exercises/{path.name})"
+    text = (
+        f"## Exercises\n\nStubs with checks that name the likely mistake: {file}. Hints and solutions are folded here."
+    )
+    cells = [cell("markdown", text, f"{number}-exercises", (TAG,))]
+    for one in of_notebook(number):
+        solution = f"```python\n{inspect.getsource(one.solution).strip()}\n```"
+        parts = (
+            heading(one, LEVELS[one.level], "###"),
+            one.task,
+            folded("Hint", one.hint),
+            folded("Solution", solution),
+        )
+        cells.append(cell("markdown", "\n\n".join(parts), f"exercise-{one.number}", (f"{TAG}-{one.number}",)))
+    last = QUESTIONS[number]
+    asked = "\n\n".join((heading(last, "open question", "###"), last.task, folded("Hint", last.hint)))
+    return [*cells, cell("markdown", asked, f"exercise-{last.number}", (f"{TAG}-{last.number}",))]
+
+
+def with_section(notebook: nb.Notebook, number: str, path: Path) -> nb.Notebook:
+    """The notebook with its section *Exercises* before the line that leads on, and its terms linked."""
+    kept = [one for one in notebook["cells"] if not any(tag.split("-")[0] == TAG for tag in nb.tags(one))]
+    place = max(i for i, one in enumerate(kept) if one["cell_type"] == "markdown" and NEXT in nb.source(one))
+    before, _, after = nb.source(kept[place]).partition(NEXT)
+    ends = [{**kept[place], "source": before.rstrip().splitlines(keepends=True)}] if before.strip() else []
+    last = cell("markdown", NEXT + after, f"{number}-next") if before.strip() else kept[place]
+    cells = [*kept[:place], *ends, *section(number, path), last, *kept[place + 1 :]]
+    return {**notebook, "cells": linked(cells)}
+
+
+def made() -> dict[Path, str]:
+    """Every file that is made here, with its content."""
+    files = {guide.GUIDE: guide.filled(guide.GUIDE.read_text(encoding="utf-8"))}
+    for number in NUMBERS:
+        (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+        files[FOLDER / path.name] = nb.text(students_notebook(number, path))
+        files[path] = nb.text(with_section(nb.read(path), number, path))
+    return files
+
+
+def stale() -> list[Path]:
+    """The files that are not what their sources say."""
+    return [path for path, text in made().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+
+
+def main(arguments: list[str]) -> int:
+    """Write what is out of date; with `--check` only name it, exit status 1 if anything is."""
+    files = made()
+    for path in (found := stale()):
+        print(("out of date: " if arguments else "written: ") + relative(path))
+        if not arguments:
+            write_text(files[path], path)
+    return 1 if arguments and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""The parts of the instructor guide that follow from the exercises: minutes, the key, and the expected wrong answers."""
+
+from __future__ import annotations
+
+import re
+
+from exercises import mystery
+from exercises.judging import LEVELS, NUMBERS, of_notebook
+from exercises.questions import QUESTIONS
+from helpers.paths import ROOT
+
+GUIDE = ROOT / "docs" / "teaching.md"
+
+
+def minutes() -> str:
+    """A line for each notebook: its exercises with their minutes."""
+    lines = ["| notebook | exercises (minutes) | open question | together |", "| --- | --- | --- | --- |"]
+    for number in NUMBERS:
+        own, last = of_notebook(number), QUESTIONS[number]
+        each = ", ".join(f"{one.title} ({one.minutes}, {LEVELS[one.level]})" for one in own)
+        total = sum(one.minutes for one in own) + last.minutes
+        lines.append(f"| {number} | {each} | {last.title} ({last.minutes}) | {total} |")
+    return "\n".join(lines)
+
+
+def key(code: int = 1) -> str:
+    """The answers to the open questions."""
+    lines = ["| notebook | A | B | C |", "| --- | --- | --- | --- |"]
+    lines += [f"| {number} | {' | '.join(found.values())} |" for number, found in mystery.keys(code).items()]
+    return "\n".join(lines)
+
+
+def wrong_answers() -> str:
+    """Every message that a check can give, by exercise."""
+    lines = []
+    for number in NUMBERS:
+        for one in of_notebook(number):
+            lines += [f"**{one.number}, {one.title}**", "", *(f"- {mistake.says}" for mistake in one.mistakes), ""]
+    return "\n".join(lines).rstrip()
+
+
+PARTS = {"minutes": minutes, "key": key, "wrong answers": wrong_answers}
+
+
+def filled(text: str) -> str:
+    """The guide with its made parts written anew, each between two comments that name it."""
+    for name, part in PARTS.items():
+        ends = f"<!-- made: {name} -->", f"<!-- end: {name} -->"
+        between = re.compile(f"{re.escape(ends[0])}.*?{re.escape(ends[1])}", re.S)
+        if len(between.findall(text)) != 1:
+            raise ValueError(f"docs/teaching.md must have one part between {ends[0]} and {ends[1]}")
+        made = f"{ends[0]}\n\n{part()}\n\n{ends[1]}"
+        text = between.sub(lambda _, made=made: made, text)  # type: ignore[misc]
+    return text

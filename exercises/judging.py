@@ -1,0 +1,142 @@
+"""What an exercise is, and how an answer to it is judged: on tiny inputs, with a message that names the likely mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08")
+LEVELS = {1: "easy", 2: "medium", 3: "hard"}
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny input and the answer to it, worked out by hand and not by the solution."""
+
+    args: tuple[Any, ...]
+    gives: Any
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A typical wrong answer: what the message says of it, and the function that makes it."""
+
+    says: str
+    answer: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: `number` is the notebook's and its own, `level` 1 to 3, `task` and `hint` are Markdown."""
+
+    number: str
+    title: str
+    level: int
+    minutes: int
+    task: str
+    hint: str
+    solution: Callable[..., Any]
+    cases: tuple[Case, ...]
+    mistakes: tuple[Mistake, ...]
+
+
+def of_notebook(number: str) -> tuple[Exercise, ...]:
+    """The exercises of one notebook."""
+    found: tuple[Exercise, ...] = import_module(f"exercises.nb{number}").EXERCISES
+    return found
+
+
+def find(number: str) -> Exercise:
+    """The exercise with this number, such as `02-1`; `KeyError` if there is none."""
+    book = number.split("-")[0]
+    found = {one.number: one for one in of_notebook(book)} if book in NUMBERS else {}
+    if number not in found:
+        raise KeyError(f"there is no exercise {number!r}; numbers look like '02-1'")
+    return found[number]
+
+
+def check(number: str, answer: Callable[..., Any]) -> None:
+    """Print whether the answer is right, or what is probably wrong with it."""
+    problem = judge(find(number), answer)
+    print(f"{number}: {problem}" if problem else f"{number}: right.")
+
+
+def judge(exercise: Exercise, answer: Callable[..., Any]) -> str:
+    """What is wrong with an answer; empty if it is right on every case."""
+    got = []
+    for case in exercise.cases:
+        try:
+            got.append(answer(*map(_copy, case.args)))
+        except Exception as error:
+            return f"it stopped with {type(error).__name__}: {error}"
+    if all(one is None for one in got):
+        return "it returned None: is the body still empty, or a `return` missing?"
+    if all(same(one, case.gives) for one, case in zip(got, exercise.cases, strict=True)):
+        return ""
+    for mistake in exercise.mistakes:
+        if _agrees(mistake.answer, exercise.cases, got):
+            return mistake.says
+    return _first_difference(exercise.cases, got)
+
+
+def _agrees(wrong: Callable[..., Any], cases: Sequence[Case], got: Sequence[Any]) -> bool:
+    """Whether the wrong function gives just these answers; one that cannot take an input makes no such answer."""
+    try:
+        return all(same(one, wrong(*map(_copy, case.args))) for one, case in zip(got, cases, strict=True))
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _first_difference(cases: Sequence[Case], got: Sequence[Any]) -> str:
+    case, one = next((c, g) for c, g in zip(cases, got, strict=True) if not same(g, c.gives))
+    expected, given = _shape(case.gives), _shape(one)
+    if expected != given:
+        return f"expected a result of shape {expected}, got {given}"
+    return f"for the input {_short(case.args)} the answer is {_short(case.gives)}, yours is {_short(one)}"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two answers are the same: numbers within 1e-5, arrays and tensors with their shapes, the rest exactly.
+
+    >>> same({"te": 1.0}, {"te": 1.0000001}), same([1, 2], np.array([1, 2])), same(1, [1, 1])
+    (True, True, False)
+    """
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if a is None or b is None or isinstance(a, str) or isinstance(b, str):
+        return bool(a is b or (isinstance(a, str) and a == b))
+    left, right = _array(a), _array(b)
+    if left.shape != right.shape or left.dtype.kind not in "biuf" or right.dtype.kind not in "biuf":
+        return left.shape == right.shape and left.tolist() == right.tolist()
+    return bool(np.allclose(left.astype(float), right.astype(float), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _copy(value: Any) -> Any:
+    """An answer that works in place must not change the next case."""
+    return value.clone() if isinstance(value, torch.Tensor) else value.copy() if hasattr(value, "copy") else value
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"dictionary with {', '.join(map(str, value))}"
+    if isinstance(value, tuple | str) or value is None:
+        return type(value).__name__
+    shape = _array(value).shape
+    return str(shape) if shape else "one value"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 160 else text[:157] + "..."

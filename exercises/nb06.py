@@ -1,0 +1,121 @@
+"""Exercises of notebook 06: where a prompt lies, what a defence wins, what chance does."""
+
+import numpy as np
+import torch
+
+from exercises.judging import Case, Exercise, Mistake
+
+
+def place_along(h: torch.Tensor, complied: torch.Tensor, refused: torch.Tensor) -> torch.Tensor:
+    """Where activations (prompt, width) lie along the rejection direction, shape (prompt,).
+
+    `complied` and `refused` (width,) are the means of the two classes: the first lies at 0, the second at 1.
+    """
+    v = refused - complied
+    return (h - complied) @ v / (v @ v)
+
+
+def phi(plain: np.ndarray, jailbroken: np.ndarray, steered: np.ndarray) -> float:
+    """The share of the jailbreak's effect that steering takes back; log-odds of complying, shape (pair,).
+
+    0: nothing gained; 1: the steered jailbroken prompt is answered like the plain one.
+    """
+    return float(1 - (plain - steered).mean() / (plain - jailbroken).mean())
+
+
+def rank_p(fitted: float, random: np.ndarray) -> float:
+    """p-value of a fitted direction among random ones, shape (draw,), itself included; a larger value is better."""
+    return (1 + int((random >= fitted).sum())) / (len(random) + 1)
+
+
+H = torch.tensor([[1.0, 1.0], [3.0, 1.0], [2.0, 5.0], [5.0, 0.0]])
+COMPLIED, REFUSED = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0])
+PLAIN, BROKEN, STEERED = np.array([-4.0, -3.0]), np.array([2.0, -1.0]), np.array([-3.2, -2.2])
+RANDOM = np.array([0.1, -0.5, 0.9, 0.3, 0.2, -0.9, 0.5, 0.0, 0.4])
+
+
+EXERCISES = (
+    Exercise(
+        "06-1",
+        "A map with two landmarks",
+        2,
+        8,
+        "Write `place_along`, the position that an adaptive method reads its strength from.",
+        "Move the origin to the class that complied, project, and choose the unit so that the other class lies at 1.",
+        place_along,
+        (Case((H, COMPLIED, REFUSED), torch.tensor([0.0, 1.0, 0.5, 2.0])),),
+        (
+            Mistake(
+                "the origin is missing: subtract the mean of the class that complied before projecting",
+                lambda h, c, r: h @ (r - c) / ((r - c) @ (r - c)),
+            ),
+            Mistake(
+                "divide by |v|², not by |v|: as it is, the class that refused lies at |v| and not at 1",
+                lambda h, c, r: (h - c) @ (r - c) / (r - c).norm(),
+            ),
+            Mistake(
+                "the projection without a unit: divide by |v|², so that the two classes lie at 0 and 1",
+                lambda h, c, r: (h - c) @ (r - c),
+            ),
+            Mistake(
+                "the direction is turned round: 0 is the class that complied, 1 the one that refused",
+                lambda h, c, r: place_along(h, r, c),
+            ),
+        ),
+    ),
+    Exercise(
+        "06-2",
+        "How much of the jailbreak is undone?",
+        1,
+        8,
+        "Write `phi`. On which side of 1 does a defence lie that pushes jailbroken prompts further than plain ones?",
+        "The gap that is left, over the gap that was there: each averaged over pairs first.",
+        phi,
+        (Case((PLAIN, BROKEN, STEERED), 0.8),),
+        (
+            Mistake(
+                "mean of ratios instead of ratio of means: average the gaps over pairs, then divide once",
+                lambda p, j, s: float((1 - (p - s) / (p - j)).mean()),
+            ),
+            Mistake(
+                "that is the gap that is *left*: phi is one minus it",
+                lambda p, j, s: float((p - s).mean() / (p - j).mean()),
+            ),
+            Mistake(
+                "what was gained is measured against the plain outcome itself: divide by the gap plain minus jailbroken",
+                lambda p, j, s: float((s - j).mean() / p.mean()),
+            ),
+        ),
+    ),
+    Exercise(
+        "06-3",
+        "Would any direction do?",
+        2,
+        8,
+        "Write `rank_p`: how surprising is the fitted direction among random ones of the same length?",
+        "With nine draws, p can be 1/10, 2/10, ...: never 0.",
+        rank_p,
+        (Case((0.9, RANDOM), 0.2), Case((2.0, RANDOM), 0.1), Case((-0.7, RANDOM), 0.9)),
+        (
+            Mistake(
+                "off by one: the fitted direction is itself one of the draws, (1 + number) / (n + 1), so p is never 0",
+                lambda f, r: float((r >= f).mean()),
+            ),
+            Mistake(
+                "off by one: the fitted direction counts in the denominator as well, n + 1",
+                lambda f, r: (1 + int((r >= f).sum())) / len(r),
+            ),
+            Mistake(
+                "two-sided: a random direction that is as strong the *other* way is no rival of a defence",
+                lambda f, r: (1 + int((np.abs(r) >= abs(f)).sum())) / (len(r) + 1),
+            ),
+            Mistake(
+                "ties count against the method: >= and not >", lambda f, r: (1 + int((r > f).sum())) / (len(r) + 1)
+            ),
+            Mistake(
+                "the wrong tail: count the random directions that do at least as *well*",
+                lambda f, r: (1 + int((r <= f).sum())) / (len(r) + 1),
+            ),
+        ),
+    ),
+)

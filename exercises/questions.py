@@ -1,0 +1,149 @@
+"""The open question of each notebook: the answer is known, follows from how the thing was made, and is not "
+"printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Question:
+    """One open question; `start` is the code a student begins with."""
+
+    number: str
+    title: str
+    minutes: int
+    task: str
+    hint: str
+    start: str
+
+
+_CODE = "CODE = 1  # your teacher may give you another number: it draws other things"
+_MODELS = """from exercises import mystery
+from helpers import mediation
+
+%s
+models = mystery.models("%s", CODE)
+for letter, study in models.items():
+    print(letter, study.subject.n_layers, "layers", study.treatments)
+"""
+
+
+def _models(number: str) -> str:
+    return _MODELS % (_CODE, number)
+
+
+QUESTIONS: dict[str, Question] = {
+    "00": Question(
+        "00-open",
+        "Three mediators",
+        10,
+        "`mystery.cells(CODE)` holds the four cells of three mediators, called A, B and C, on forty pairs. One "
+        "*adds* its part whatever "
+        "else happens, one matters only *together* with the rest of the network, and for one of them the rest "
+        "would do as well. Which is which?",
+        "Exercise 00-1 on every row, then look at the sign of the mean interaction.",
+        f"from exercises import mystery\n\n{_CODE}\nmystery.cells(CODE).head()\n",
+    ),
+    "01": Question(
+        "01-open",
+        "Which prompt set would you use?",
+        20,
+        "Three versions of the same T2 pairs. One is sound. In one, topics are split across splits; in one, "
+        "control and treated are exchanged in half of the "
+        "pairs. Which is which, and what would each fault do to an effect or its interval?",
+        "For the first fault: in how many splits does a topic occur? For the second: `helpers.prompts` knows "
+        "texts, and you know which wrapper words are "
+        "neutral from the sound pairs: count how often each wrapper word stands on either side.",
+        f"from exercises import mystery\n\n{_CODE}\nsets = mystery.prompt_sets(CODE)\n"
+        'for letter, pairs in sets.items():\n    print(letter, len(pairs), "|", pairs[0].control, "|", '
+        "pairs[0].treated)\n",
+    ),
+    "02": Question(
+        "02-open",
+        "Early, middle or late?",
+        25,
+        "Three models whose weights were written by hand. In one the decision is written in an early layer, in "
+        "one in a middle layer, in one in a "
+        "late layer. Which is which? Say which picture you used, and why the cumulative curve of the residual "
+        "stream would not do.",
+        '`mediation.effects(study.subject, study.of("T2"), study.openers, mediation.mediators(study.subject, '
+        '["mlp_out.direct"]))`, then the mean of '
+        "`nie0` by layer. Each model also has a smaller side route.",
+        _models("02"),
+    ),
+    "03": Question(
+        "03-open",
+        "Which has its mechanism in attention?",
+        20,
+        "Three models. In two of them MLPs write the decision into the residual stream, in one an attention "
+        "layer does. Which one? Would the *indirect* "
+        "effects have told you?",
+        "Direct effects (`attn_out.direct`, `mlp_out.direct`): who writes? All attention outputs together carry "
+        "the whole effect in all three.",
+        _models("03"),
+    ),
+    "04": Question(
+        "04-open",
+        "Side by side?",
+        25,
+        "Three models. In one the decision is made by many last-layer neurons that lie side by side, in one by "
+        "many that are scattered, in one by at most 8. "
+        "Which is which? Decide without a window.",
+        '`neuron_effects.measure(study, "T2", neuron_effects.all_neurons(study.subject, [last]))` and '
+        "`neurons.table` of its first part; sort by |effect|, then "
+        "look at the indices.",
+        _models("04").replace("import mediation", "import neuron_effects, neurons"),
+    ),
+    "05": Question(
+        "05-open",
+        "When has the signal left?",
+        25,
+        "In each of three models the prompts of a pair differ in one wrapper word. Patch the residual stream at "
+        "that token (position group `differ`), layer by "
+        "layer. After which layer does it carry less than half of the total effect? That layer's attention "
+        "fetched it.",
+        '`mediation.mediators(study.subject, ["resid_post"], ["differ"])`; patching after layer *l* reaches what '
+        "later layers fetch from there.",
+        _models("05"),
+    ),
+    "06": Question(
+        "06-open",
+        "Three vectors",
+        20,
+        "Three vectors of one length for the last layer's residual stream at the last token. One moves prompts "
+        "towards refusing, one towards complying, one was "
+        "drawn at random. Which is which? How many random draws would you want to see before you believe your "
+        "answer?",
+        "`mediation.run_clean`, add half of a vector to `resid_post[-1][:, -1]`, and read `outcomes.log_odds` "
+        "before and after.",
+        "from exercises import mystery\nfrom helpers import mediation, outcomes, study\n\n"
+        f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
+        "vectors = mystery.vectors(this, CODE)\n"
+        'of_one_length = mediation.batches(this.of("T2"), this.subject)[0]\n'
+        "batch = mediation.run_clean(this.subject, of_one_length)\n",
+    ),
+    "07": Question(
+        "07-open",
+        "Which interval keeps its promise?",
+        20,
+        "Three rules that turn effects and topics into a 95 % interval, as their authors say. One does; one is "
+        "too narrow, one too wide. Find out by imagining many "
+        "experiments: `mystery.sample(rng)` draws one, whose true mean is 1. How many do you need to be sure?",
+        "Exercise 07-3. The standard error of a coverage of 0.95 over n experiments is about 0.22 / √n.",
+        f"from exercises import mystery\n\n{_CODE}\nrules = mystery.interval_rules(CODE)\n"
+        "effect, topic = mystery.sample(np.random.default_rng(0))\nprint({letter: rule(effect, topic) for "
+        "letter, rule in rules.items()})\n",
+    ),
+    "08": Question(
+        "08-open",
+        "Be the ledger",
+        20,
+        "Three evidence tables for C1. Two were tampered with. What does the rule say of each: supported, "
+        "contradicted, inconclusive? Write your verdicts and reasons "
+        "down first; only then ask `mystery.verdict(table)`.",
+        "The rule of C1 reads two rows; then come the controls, among them the final norm frozen.",
+        f"from exercises import mystery\n\n{_CODE}\ntables = mystery.evidence(CODE)\n"
+        'tables["A"][["model", "claim", "quantity", "variant", "estimate", "ci_low", "ci_high"]].round(2)\n',
+    ),
+}

@@ -1,0 +1,45 @@
+"""The book: what it is made of, and that its links are looked at."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers import book
+from helpers.paths import NOTEBOOKS, ROOT
+
+
+def site(folder: Path, body: str) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "other.html").write_text("<p id='here'>x</p>")
+    (folder / "index.html").write_text(body)
+    return list(book.broken_links(folder))
+
+
+@pytest.mark.parametrize("target", ["other.html", "other.html#here", "#top", "https://example.org/x", "mailto:a@b"])
+def test_a_link_that_leads_somewhere_is_fine(tmp_path: Path, target: str) -> None:
+    assert site(tmp_path, f"<a id='top' href='{target}'>x</a>") == []
+
+
+@pytest.mark.parametrize("target", ["none.html", "other.html#there", "#bottom", "../outside/none.png"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None:
+    assert site(tmp_path, f"<a href='{target}'>x</a>") == [f"index.html: {target} leads nowhere"]
+    assert site(tmp_path, f"<img src='{target}'>") == [f"index.html: {target} leads nowhere"]
+
+
+def test_every_document_has_its_page(tmp_path: Path) -> None:
+    book.stage(tmp_path / "source")
+    staged = {
+        path.relative_to(tmp_path / "source").as_posix() for path in (tmp_path / "source").rglob("*") if path.is_file()
+    }
+    assert {f"notebooks/{path.name}" for path in NOTEBOOKS.glob("*.ipynb")} <= staged
+    listed = (tmp_path / "source" / "index.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert f"docs/{path.stem}" in listed, f"put docs/{path.stem} into book/index.md"
+    assert (tmp_path / "source" / "results" / "claims.md").read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_book_asks_nothing_of_the_web() -> None:
+    settings = (ROOT / "book" / "conf.py").read_text(encoding="utf-8")
+    assert 'nb_execution_mode = "off"' in settings and "http" not in settings
+    assert re.search(r'^mathjax_path = "MathJax', settings, re.M)

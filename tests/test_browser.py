@@ -1,0 +1,147 @@
+"""JupyterLab as a person uses it: Kernel, Restart Kernel and Run All Cells, on a copy with cleared outputs."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from helpers import lab
+from helpers import notebook as nb
+from helpers.paths import ROOT
+from helpers.store import write_text
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-sync", "--no-first-run"]
+TOKEN = "companion"
+FOLDERS = ("CONFIG_DIR", "RUNTIME_DIR", "DATA_DIR")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A copy of the repository, and the address under which JupyterLab shows it."""
+
+    root: Path
+    url: str
+
+
+def copied(root: Path) -> None:
+    """Copy what a user has, without environments, history and figures; clear the outputs of 00 and 02."""
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "figures", "benchmarks", "tests")
+    shutil.copytree(ROOT, root, ignore=left_out)
+    for path in sorted((root / "notebooks").glob("0[02]_*.ipynb")):
+        book = nb.read(path)
+        for cell in book["cells"]:
+            if cell["cell_type"] == "code":
+                cell |= {"outputs": [], "execution_count": None}
+            if "parameters" in nb.tags(cell) and path.name.startswith("02"):
+                text = (
+                    nb.source(cell)
+                    .replace('PROFILE = "full"', 'PROFILE = "smoke"')
+                    .replace('SLUG = "embedded"', 'SLUG = "seen"')
+                )
+                cell["source"] = text
+        write_text(nb.text(book), path)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    pytest.importorskip("playwright", reason="no playwright: pip install -r requirements-browser.in")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on the path (Debian, Ubuntu: apt install chromium)")
+    home = tmp_path_factory.mktemp("lab")
+    copied(home / "repository")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    variables = lab.environment() | {f"JUPYTER_{name}": str(home / name) for name in FOLDERS}
+    variables |= {f"JUPYTERLAB_{name}_DIR": str(home / name) for name in ("WORKSPACES", "SETTINGS")}
+    options = ("--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}")
+    with (home / "log").open("w") as log:
+        command = lab.command(home / "repository", lab.FIRST, *options)
+        server = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=home / "repository")
+    try:
+        yield Served(home / "repository", wait_for(f"http://127.0.0.1:{port}", server))
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], seconds: int = 60) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/api?token={TOKEN}", timeout=2)
+            return url
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("JupyterLab did not answer")
+
+
+def run_all_cells(served: Served, name: str, seconds: int) -> tuple[list[str], int]:
+    """Restart and run all cells through the menus; returns the prompts in the saved notebook and how many errors it has."""
+    from playwright.sync_api import sync_playwright
+
+    path = served.root / "notebooks" / name
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{served.url}/lab/tree/notebooks/{name}?token={TOKEN}")
+        page.locator(".jp-Notebook").first.wait_for(timeout=60_000)
+        page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
+        page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Kernel$")).click()
+        page.locator(".lm-Menu-itemLabel", has_text="Restart Kernel and Run All Cells").click()
+        page.locator(".jp-Dialog .jp-mod-warn").click()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not nb.is_executed(nb.read(path)):
+            page.wait_for_timeout(2000)
+            page.keyboard.press("Control+s")
+        page.locator(".jp-OutputArea-output img").first.wait_for(timeout=10_000, state="attached")
+        browser.close()
+    cells = nb.code_cells(nb.read(path))
+    errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    return [str(cell["execution_count"]) for cell in cells], len(errors)
+
+
+def images(path: Path) -> int:
+    outputs = [out for cell in nb.code_cells(nb.read(path)) for out in cell["outputs"]]
+    return sum("image/png" in out.get("data", {}) for out in outputs)
+
+
+def test_the_map_runs_from_the_menus_and_shows_its_figures(served: Served) -> None:
+    prompts, errors = run_all_cells(served, "00_start_here.ipynb", seconds=90)
+    assert prompts == [str(place) for place in range(1, len(prompts) + 1)] and not errors
+    assert (served.root / "figures" / "embedded" / "00_pipeline.png").is_file()
+    assert images(served.root / "notebooks" / "00_start_here.ipynb") == 2
+
+
+@pytest.mark.slow
+def test_the_layers_run_from_the_menus_and_show_their_figures(served: Served) -> None:
+    prompts, errors = run_all_cells(served, "02_layers.ipynb", seconds=600)
+    assert prompts == [str(place) for place in range(1, len(prompts) + 1)] and not errors
+    drawn = sorted(path.stem for path in (served.root / "figures" / "seen").glob("02_*.png"))
+    assert len(drawn) == 7 and images(served.root / "notebooks" / "02_layers.ipynb") == 7
+
+
+def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
+    """A kernel called python3 that the user has elsewhere must not win."""
+    kernel = tmp_path / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "mine", "language": "python"}')
+    ask = "from jupyter_client.kernelspec import get_kernel_spec as g; print(g('python3').argv[0])"
+    seen = []
+    for variables in (lab.environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
+        done = subprocess.run(
+            [lab.command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        seen.append(done.stdout.strip())
+    assert seen[1] == "/nowhere/python" != seen[0], "the second line shows that the kernel elsewhere would have won"

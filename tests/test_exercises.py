@@ -1,0 +1,204 @@
+"""The exercises: solutions, checks that name the likely mistake, and the notebooks that are made from them."""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta
+
+import exercises
+from exercises import build, glossary, guide, mystery
+from exercises.judging import NUMBERS, Case, Exercise, find, judge, of_notebook, same
+from exercises.questions import QUESTIONS
+from helpers import notebook as nb
+from helpers.paths import NOTEBOOKS
+
+EXERCISES = [one for number in NUMBERS for one in of_notebook(number)]
+each = pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.number)
+each_notebook = pytest.mark.parametrize("number", NUMBERS)
+
+
+def notebook_of(number: str) -> Path:
+    (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    return path
+
+
+@each_notebook
+def test_a_notebook_has_two_to_four_exercises_and_one_is_open(number: str) -> None:
+    numbers = [one.number for one in of_notebook(number)]
+    assert numbers == [f"{number}-{place}" for place in range(1, len(numbers) + 1)]
+    assert 2 <= len(numbers) + 1 <= 4
+    assert QUESTIONS[number].number == f"{number}-open"
+
+
+@each
+def test_the_solution_is_right_and_stands_alone(one: Exercise) -> None:
+    assert judge(one, one.solution) == ""
+    names: dict[str, Any] = {"np": np, "torch": torch, "math": math, "Callable": Callable, "beta": beta}
+    exec(inspect.getsource(one.solution), names)
+    assert judge(one, names[one.solution.__name__]) == "", "a reader of the folded solution cannot run it"
+
+
+@each
+def test_typical_mistakes_are_named(one: Exercise) -> None:
+    assert len(one.mistakes) >= 3
+    says = [mistake.says for mistake in one.mistakes]
+    assert len(set(says)) == len(says)
+    for mistake in one.mistakes:
+        assert judge(one, mistake.answer) == mistake.says
+
+
+@each
+def test_an_empty_answer_is_told_from_a_wrong_one(one: Exercise) -> None:
+    assert "empty" in judge(one, lambda *args: None)
+    assert "TypeError" in judge(one, lambda: 1)
+
+
+def cut_by_pair(topics: list[str]) -> list[str]:
+    """A student's own words for a listed mistake."""
+    n = len(topics)
+    return ["discover"] * round(0.4 * n + 0.4) + ["validate"] * 4 + ["test"] * (n - round(0.4 * n + 0.4) - 4)
+
+
+def in_place(blocks: Any, outcome: Any, control: Any, treated: Any, layer: int, position: int) -> Any:
+    """Patches the treated run with the control's cell, by loops of its own."""
+    runs = {"c": [control], "t": [treated]}
+    for block in blocks:
+        for run in runs.values():
+            run.append(run[-1] + block(run[-1]))
+    mixed = runs["t"][layer + 1].clone()
+    mixed[position] = runs["c"][layer + 1][position]
+    for block in blocks[layer + 1 :]:
+        mixed = mixed + block(mixed)
+    return outcome(mixed) - outcome(runs["t"][-1])
+
+
+def up_and_down(p: np.ndarray) -> np.ndarray:
+    order, m = np.argsort(p), len(p)
+    adjusted = np.minimum.accumulate((p[order] * m / np.arange(1, m + 1))[::-1])[::-1]
+    passed = np.empty(m, dtype=bool)
+    passed[order] = adjusted <= 0.05
+    return passed
+
+
+INDEPENDENT: list[tuple[str, Callable[..., Any], str]] = [
+    ("01-1", lambda z, c, r: torch.log_softmax(z, -1)[:, -2, c].exp().sum(1).log()
+        - torch.log_softmax(z, -1)[:, -2, r].exp().sum(1).log(), "position is off by one"),
+    ("01-2", cut_by_pair, "a topic is split across folds"),
+    ("02-1", in_place, "wrong direction"),
+    ("02-2", lambda nie, te: sum(a / b for a, b in zip(nie, te, strict=True)) / len(te), "mean of ratios"),
+    ("04-2", up_and_down, "Benjamini-Hochberg"),
+    ("04-3", lambda g, u, d, o: (g[o], u[o], torch.stack([d[:, i] for i in range(3)], 1)), "indices permuted"),
+    ("06-3", lambda f, r: (np.sum(abs(r) >= abs(f)) + 1) / (r.size + 1), "two-sided"),
+    ("06-3", lambda f, r: np.mean(r >= f), "off by one"),
+    ("08-2", lambda e, t: np.std(e, ddof=1) / 3, "pairs were the unit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "says"), INDEPENDENT, ids=lambda value: value if "-" in str(value) else ""
+)
+def test_the_same_mistake_in_other_words_is_named_too(number: str, answer: Callable[..., Any], says: str) -> None:
+    assert says in judge(find(number), answer)
+
+
+def test_what_is_no_typical_mistake_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "shape" in judge(find("01-1"), lambda z, c, r: z)
+    assert "the answer is 0.5, yours is 7" in judge(find("02-2"), lambda nie, te: 7)
+    exercises.check("02-2", lambda nie, te: nie.sum() / te.sum())
+    assert capsys.readouterr().out == "02-2: right.\n"
+    with pytest.raises(KeyError, match="no exercise '02-9'"):
+        find("02-9")
+
+
+def test_an_answer_that_works_in_place_cannot_spoil_a_case() -> None:
+    one = find("05-1")
+
+    def spoil(control: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return control.zero_()
+
+    judge(one, spoil)
+    assert judge(one, one.solution) == ""
+
+
+def test_answers_are_compared_by_value_and_shape() -> None:
+    assert same(torch.tensor(1.0), 1) and same((1, "a"), (1.0, "a")) and same(None, None)
+    assert not same(torch.ones(2), 1.0) and not same({"a": 1}, {"b": 1}) and not same("a", None)
+    assert not same(np.array([True]), np.array([False])) and not same((1,), (1, 2))
+
+
+@each_notebook
+def test_what_is_made_from_the_sources_is_up_to_date(number: str) -> None:
+    path = notebook_of(number)
+    students = build.FOLDER / path.name
+    advice = "run python -m exercises.build"
+    assert students.read_text(encoding="utf-8") == nb.text(build.students_notebook(number, path)), advice
+    assert path.read_text(encoding="utf-8") == nb.text(build.with_section(nb.read(path), number, path)), advice
+
+
+@each_notebook
+def test_the_section_comes_before_next_and_is_put_in_once(number: str) -> None:
+    path = notebook_of(number)
+    once = build.with_section(nb.read(path), number, path)
+    assert build.with_section(once, number, path) == once
+    texts = [nb.source(cell) for cell in once["cells"]]
+    places = [place for place, text in enumerate(texts) if re.match(r"##+ Exercise", text)]
+    assert places == list(range(places[0], places[0] + len(of_notebook(number)) + 2))
+    assert texts[places[-1] + 1].startswith(build.NEXT)
+    assert nb.code_cells(once) == nb.code_cells(nb.read(path)), "code changed, so everything would run again"
+    assert len({cell["id"] for cell in once["cells"]}) == len(texts)
+
+
+@each_notebook
+def test_a_students_notebook_runs_unsolved_and_solved(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = nb.code_cells(json.loads((build.FOLDER / notebook_of(number).name).read_text(encoding="utf-8")))
+    names: dict[str, Any] = {}
+    solutions = {one.solution.__name__: one.solution for one in of_notebook(number)}
+    for cell in cells[:-1]:
+        exec(nb.source(cell), names)
+    assert capsys.readouterr().out.count("empty") == len(solutions)
+    for cell in cells[1:-1]:
+        exec(nb.source(cell), names | solutions)
+    assert capsys.readouterr().out.count("right.") == len(solutions)
+
+
+@each_notebook
+def test_the_first_use_of_a_term_is_linked(number: str) -> None:
+    cells = nb.read(notebook_of(number))["cells"]
+    prose = [c for c in cells if c["cell_type"] == "markdown" and not any("exercise" in tag for tag in nb.tags(c))]
+    whole = "\n".join(nb.source(cell) for cell in prose)
+    for name, words in glossary.terms().items():
+        link = whole.find(f"]({glossary.LINK}{name})")
+        use = glossary.first_use(whole, words)
+        assert use is None or -1 < link < use.start(), f"{name} at {whole[use.start() - 40 : use.end()]!r}"
+    assert whole.count(glossary.LINK) == len(set(re.findall(re.escape(glossary.LINK) + r"([\w-]+)", whole)))
+
+
+def test_every_glossary_link_has_its_entry() -> None:
+    text = glossary.GLOSSARY.read_text(encoding="utf-8")
+    anchors = {glossary.anchor(name) for name in re.findall(r"^#+ (.+)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+    assert len(glossary.terms()) == text.count("*also: ") >= 40
+
+
+def test_a_check_that_cannot_be_failed_would_be_seen() -> None:
+    one = find("02-2")
+    blind = Exercise(**{**vars(one), "cases": (Case((np.ones(2), np.ones(2)), 1.0),)})
+    assert judge(blind, one.mistakes[0].answer) == "", "on equal pairs a mean of ratios is a ratio of means"
+
+
+def test_the_instructor_guide_has_the_key_and_every_message() -> None:
+    text = guide.GUIDE.read_text(encoding="utf-8")
+    assert text == guide.filled(text), "run python -m exercises.build"
+    assert all(f"- {mistake.says}\n" in text for one in EXERCISES for mistake in one.mistakes)
+    for number, found in mystery.keys(1).items():
+        assert f"| {number} | {' | '.join(found.values())} |" in text
+    with pytest.raises(ValueError, match="made: key"):
+        guide.filled(text.replace("<!-- end: key -->", ""))
