@@ -88,7 +88,7 @@ def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple
     names = [f"{treatment}:{pair.id}" for pair in random.Random(0).sample(pairs, len(texts))]
     made = defence_outcomes.answers(subject, texts, STEPS)
     openers = tokens.openers(content, subject.tokenizer)[treatment]
-    labels = defence_outcomes.labels(subject, texts, made, openers, exact=False, harmful=[False] * len(texts))
+    labels = defence_outcomes.labels(subject, texts, made, openers, judge=None, harmful=[False] * len(texts))
     kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
     spoken = subject.tokenizer.batch_decode(kept, skip_special_tokens=True)
     return list(zip(names, [label == "on_topic" for label in labels], texts, spoken, strict=True))
