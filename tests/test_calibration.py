@@ -13,6 +13,7 @@ from helpers import (
     calibration_carriers,
     calibration_draws,
     calibration_population,
+    calibration_rates,
     carriers,
     evidence,
     neuron_evidence,
@@ -22,7 +23,7 @@ from helpers import (
 from helpers import calibration_localise as localise
 from helpers import study as studies
 from helpers.calibration_draws import Draw
-from helpers.calibration_stats import ENOUGH_NULLS, VERDICTS
+from helpers.calibration_stats import ENOUGH_NULLS
 from helpers.controls import UNTRAINED
 from helpers.errors import InputError
 from helpers.organisms import compiled
@@ -30,10 +31,15 @@ from helpers.organisms.compiled_design import draw_design
 from helpers.study import Study
 
 NULLS = {
-    "C1": ("early", "middle", "late_like_benign"), "C2": ("attention", "skip_only"), "C4": ("attention", "skip_only"),
-    "C3": ("context_free", "context_unused"), "C5c": ("each_token",),
-    "C5a": ("distributed", "attention", "early", "middle"), "C5b": ("late", "early"), "C7": ("permuted", "late", "early"),
-}  # fmt: skip
+    "C1": ("early", "middle", "late_like_benign", "skip_only"),
+    "C2": ("attention", "skip_only"),
+    "C3": ("context_free", "context_unused"),
+    "C4": ("attention", "skip_only"),
+    "C5a": ("distributed", "attention", "early", "middle", "permuted"),
+    "C5b": ("late", "distributed", "adjacent", "permuted", "middle"),
+    "C5c": ("each_token",),
+    "C6": ("early", "middle"),
+}
 
 
 def test_the_plan_has_enough_nulls_of_every_claim() -> None:
@@ -42,6 +48,22 @@ def test_the_plan_has_enough_nulls_of_every_claim() -> None:
     counts = Counter((draw.part, draw.kind) for draw in draws if draw.purpose == "main")
     for claim, kinds in NULLS.items():
         assert sum(counts[calibration_draws.PART_OF[claim], kind] for kind in kinds) >= ENOUGH_NULLS, claim
+    neurons = [draw for draw in draws if draw.purpose == "main" and draw.part == "neurons"]
+    assert sum(not draw_design(draw.kind, draw.seed).contiguous for draw in neurons) >= ENOUGH_NULLS, "C7"
+
+
+def test_the_kinds_that_are_counted_make_their_claims_false() -> None:
+    for claim, kinds in NULLS.items():
+        for kind in kinds:
+            made = compiled.draw(kind, calibration_draws.FRESH, topics=10, pairs_per_topic=1)
+            assert made.claims[claim] is False, (claim, kind)
+
+
+def test_no_draw_that_was_seen_before_the_corrections_is_counted() -> None:
+    assert min(draw.seed for draw in calibration_draws.plan()) == calibration_draws.FRESH
+    old = calibration_draws.read().query("purpose == 'first look'")
+    assert len(old) and old.seed.max() < calibration_draws.FRESH and set(old.rule) == {"registered"}
+    assert not set(calibration_rates.main_draws().seed) & set(old.seed)
 
 
 def test_power_models_are_not_those_of_the_error_rates() -> None:
@@ -52,14 +74,15 @@ def test_power_models_are_not_those_of_the_error_rates() -> None:
     assert not seeds[True] & seeds[False]
 
 
-def fake(draw: Draw) -> tuple[pd.DataFrame, pd.DataFrame]:
+def fake(draw: Draw) -> dict[str, pd.DataFrame]:
     """Tables of the right kind without a model."""
-    texts = {name: "x" for name, kind in VERDICTS.items() if kind == "str"}
-    numbers = {name: 0.5 for name, kind in VERDICTS.items() if kind == "float"}
-    own = {"claim": "C1", "kind": draw.kind, "seed": draw.seed, "topics": draw.topics, "purpose": draw.purpose}
-    row = {**texts, **numbers, **own, "effect": 2.5 if draw.effect is None else draw.effect}
-    found = {"kind": draw.kind, "seed": draw.seed, "estimator": "total", "what": "layer error", "value": 1.0}
-    return pd.DataFrame([row])[list(calibration_draws.SCHEMA)], pd.DataFrame([found])
+    made = {}
+    for name, schema in calibration_draws.SCHEMAS.items():
+        row = {column: {"str": "x", "int": 1, "float": 0.5}[kind] for column, kind in schema.items()}
+        known = {"claim": "C1", "kind": draw.kind, "part": draw.part, "seed": draw.seed, "topics": draw.topics}
+        known |= {"purpose": draw.purpose, "effect": 2.5 if draw.effect is None else draw.effect}
+        made[name] = pd.DataFrame([row | {key: value for key, value in known.items() if key in row}])
+    return made
 
 
 DRAWS = [Draw("main", "layers", "late", seed) for seed in range(3)] + [
@@ -70,7 +93,7 @@ DRAWS = [Draw("main", "layers", "late", seed) for seed in range(3)] + [
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def measure(draw: Draw) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def measure(draw: Draw) -> dict[str, pd.DataFrame]:
         asked.append(draw.name)
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -79,8 +102,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(calibration_draws, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         calibration_draws.run("1/1", tmp_path, DRAWS)
-    verdicts, found = calibration_draws.read(tmp_path)
-    assert len(verdicts) == len(found) == 2, "what was measured is joined"
+    assert {len(calibration_draws.read(tmp_path, name)) for name in calibration_draws.SCHEMAS} == {2}, "joined"
     calibration_draws.run("1/1", tmp_path, DRAWS)
     assert asked == [*(draw.name for draw in DRAWS[:3]), *(draw.name for draw in DRAWS[2:])]
     before = (tmp_path / "verdicts.parquet").read_bytes()
@@ -94,7 +116,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 def test_shares_split_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_draws, "measure", fake)
     calibration_draws.run("2/2", tmp_path, DRAWS)
-    assert list(calibration_draws.read(tmp_path)[0].seed) == [100, 1]
+    assert list(calibration_draws.read(tmp_path).seed) == [100, 1]
     with pytest.raises(InputError, match="such as 1/2"):
         calibration_draws.run("0/2", tmp_path, DRAWS)
 
@@ -136,7 +158,7 @@ def test_the_pipeline_gives_the_rows_of_the_notebooks(organism: compiled.Organis
     np.testing.assert_allclose(mine.loc[exact, "estimate"], notebook.loc[exact, "estimate"], atol=2e-5)
 
 
-def test_all_claims_but_c6_have_rows_and_the_twin_has_its_own(measured: pipeline.Measured) -> None:
+def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own(measured: pipeline.Measured) -> None:
     own = measured.rows[~measured.rows.model.str.endswith(UNTRAINED)]
     assert {"gate", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C7"} == set(own.claim)
     twin = measured.rows[measured.rows.model.str.endswith(UNTRAINED)]
@@ -150,7 +172,8 @@ def test_the_code_of_a_draw_covers_its_rules_and_models() -> None:
 
 
 def test_too_few_topics_stop_every_claim_at_the_gate() -> None:
-    verdicts, found = calibration.one_draw("late", 0, topics=5, parts=("layers",))
+    drawn = calibration.one_draw("late", 0, topics=5, parts=("layers",))
+    verdicts, found = drawn.verdicts, drawn.localisation
     assert set(verdicts.claim) == set(pipeline.STAGES["layers"])
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
     assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
@@ -210,7 +233,10 @@ def test_c1_to_c4_have_a_population_verdict(
 ) -> None:
     monkeypatch.setattr(calibration_population, "TOPICS", 30)
     found = calibration_population.verdicts(organism, study_of(organism), measured.rows, "layers")
-    assert {"C1", "C2", "C3"} <= set(found)
+    assert {"C1", "C2"} <= set(found)
+    early = calibration_population.verdicts(organism, study_of(organism), measured.rows, "context")["C3"][1]
+    psi = early[(early.quantity == "psi0 early, shared tokens") & (early.variant == "main")].iloc[0]
+    assert psi.ci_low == psi.ci_high == pytest.approx(psi.estimate)
     rows = found["C1"][1].set_index(KEYS)
     replaced = rows.loc[
         [(organism.name, "C1", "late share", "main"), (organism.name, "C2", "MLP share of NIE", "main")]

@@ -129,15 +129,28 @@ def test_tables_of_the_ledger() -> None:
     assert frame.columns[-1] == "reason"
     lines = ledger.markdown(made).splitlines()
     assert len(lines) == 2 + 9
-    assert lines[2].startswith("| m | C1 | supported | 0.70 [0.60, 0.80] | robust |")
-    assert all(line.count("|") == 7 for line in lines)
+    assert lines[2].startswith("| m | C1 | supported | 0.70 [0.60, 0.80] |  |  | robust |")
+    assert all(line.count("|") == 9 for line in lines)
+
+
+def test_the_ledger_says_how_often_a_rule_errs_and_what_its_correction_says() -> None:
+    evidence = pd.concat([table(FINE), table(TWIN, "m" + UNTRAINED)], ignore_index=True)
+    made = ledger.ledger(evidence, runs=("m",))
+    rates = {"C1": {"false_supported": {"hits": 3, "n": 60, "rate": 0.05, "upper": 0.12}}}
+    others = ledger.corrected(evidence, runs=("m",))
+    frame = ledger.table(made, rates, others).set_index("claim")
+    assert frame.loc["C1", "error_rate"] == "said of 3 of 60 false claims (at most 12 %)"
+    assert frame.loc["C1", "corrected_rule"] == "" and frame.loc["C2", "corrected_rule"] == "supported"
+    assert frame.loc["C2", "error_rate"] == ""
+    by_claim = {one["claim"]: one for one in ledger.records(made, rates)}
+    assert by_claim["C1"]["error_rates"] == rates["C1"] and by_claim["C2"]["error_rates"] is None
 
 
 def test_a_reason_does_not_break_the_markdown_table() -> None:
     made = ledger.ledger(table(FINE | row("gate", "TE T1", (0.1, 0.0, 0.2))))
     line = ledger.markdown(made).splitlines()[4]
     assert "(gate: \\|TE\\| >= 0.5) |" in line
-    assert line.replace("\\|", "").count("|") == 7
+    assert line.replace("\\|", "").count("|") == 9
 
 
 def run(results: Path, name: str, model: str, estimate: float) -> None:
