@@ -62,13 +62,18 @@ def _rate(trial: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def redrawn(fit: Fit, seed: int) -> Fit:
-    """The fit on as many discover topics, drawn with replacement; the validate prompts stay."""
+    """The fit on as many discover topics, drawn with replacement; the validate prompts stay.
+
+    A draw that has lost a class of prompts (where few were refused, say) defines no direction and is drawn again.
+    """
     table = fit.prompts.reset_index(drop=True)
     rng = np.random.default_rng(seed)
     groups = {topic: part.index.to_numpy() for topic, part in table[table.split == "discover"].groupby("topic")}
-    drawn = rng.choice(np.array(list(groups), dtype=object), size=len(groups))
-    rows = [*(groups[topic] for topic in drawn), table.index[table.split != "discover"].to_numpy()]
-    return steering_fit.fit_of(fit, np.concatenate(rows))
+    classes = set(table["class"][table.split == "discover"])
+    while True:
+        drawn = np.concatenate([groups[topic] for topic in rng.choice(np.array([*groups], dtype=object), len(groups))])
+        if set(table["class"][drawn]) == classes:
+            return steering_fit.fit_of(fit, np.r_[drawn, table.index[table.split != "discover"].to_numpy()])
 
 
 def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int = 10) -> list[Steering]:
