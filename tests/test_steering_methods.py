@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from handmade import BIAS, GATE_NEURON, OUT, SIZE, WORDS, Program, compiled, word_tokenizer
+from handmade import GATE_NEURON, OUT, word_tokenizer
+from steering_lab import fitted, prompts
 
 from helpers import defence_outcomes, steering, steering_budget, steering_controls, steering_methods, steering_store
 from helpers import steering_adaptive as sa
@@ -16,28 +16,11 @@ from helpers import steering_fit as sf
 from helpers import steering_positions as sp
 from helpers import steering_targeted as tg
 from helpers.errors import InputError
-from helpers.tokens import Openers
-
-
-def prompts() -> pd.DataFrame:
-    """Requests that cue "off" (refused) or "on" (complied), and benign ones without the word; fillers vary."""
-    rows = []
-    cues = (("harmful", True, "off low"), ("harmful", False, "on low"), ("harmless", False, "well low"))
-    for i in range(12):
-        for kind, refused, cue in cues:
-            text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
-            rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
-    return pd.DataFrame(rows, columns=list(sf.COLUMNS))
 
 
 @pytest.fixture(scope="module")
 def fit() -> sf.Fit:
-    subject = compiled(Program(skip=0.0))
-    assert subject.tokenizer is not None
-    yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
-        subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
-    return sf.fit(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
+    return fitted()
 
 
 def log_odds(fit: sf.Fit, made: steering.Steering, wanted: str) -> np.ndarray:

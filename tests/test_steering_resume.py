@@ -1,5 +1,7 @@
 """Runs that set in above the plain model's give what full forward passes give, and touch nothing that is not steered."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -57,6 +59,34 @@ def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
 def _plain(subject: Subject, ids: Tensor) -> tuple[Tensor, object]:
     out = subject.model(ids, use_cache=True)
     return out.logits[:, -1], out.past_key_values
+
+
+@torch.no_grad()
+def test_no_strength_changes_no_bit_of_a_resumed_run() -> None:
+    subject, ids, answer = tiny_subject("llama"), tokens(4, 9), tokens(4, 3, seed=7)
+    use = partial(said, subject, answer)
+    plain = defence_batches.read(subject, ids, nullcontext, use)
+    for steering in STEERINGS.values():
+        switch = resume.Switch(subject, replace(steering, strength=0.0))
+        assert torch.equal(defence_batches.read(subject, ids, switch, use), plain)
+
+
+@torch.no_grad()
+def test_after_an_exception_in_a_resumed_run_the_model_is_as_it_was() -> None:
+    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    before = subject.model(ids).logits
+
+    def broken(x: Tensor, prompt: st.Prompt) -> Tensor:
+        raise RuntimeError("in the middle of a block")
+
+    for first in (following_last, broken):  # in the block that is replaced by its known output, and above it
+        edits = (st.Edit(1, "resid_post", first), st.Edit(2, "mlp_out", broken))
+        with pytest.raises(RuntimeError, match="middle"):
+            switch = resume.Switch(subject, st.Steering("broken", edits))
+            defence_batches.read(subject, ids, switch, lambda rows, logits, cache: logits)
+    modules = list(subject.model.modules())
+    assert not [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    assert torch.equal(subject.model(ids).logits, before)
 
 
 def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

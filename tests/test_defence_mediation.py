@@ -1,0 +1,60 @@
+"""Mediation in the steered model: block by block from the intervention upwards, against full forward passes."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import VOCAB, tiny_subject
+from handmade import random_pairs, word_tokenizer
+from torch import Tensor
+
+from helpers import defence_mediation, reference
+from helpers import steering as st
+from helpers.steering_resume import Switch
+from helpers.subject import Subject
+from helpers.tokens import Openers
+
+CELLS = ["y00", "y01", "y10", "y11"]
+OPENERS = {"T2": Openers((5, 6), (7,))}
+
+
+def following_last(x: Tensor, prompt: st.Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token."""
+    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
+
+
+def as_far_as_read(prompt: st.Prompt) -> Tensor:
+    return torch.sigmoid(2 * prompt.read["g"].sum(-1))
+
+
+READ = st.Read("g", 1, plain=True)  # at the last token, so an intervention at layer 0 or 1 moves the gate
+STEERINGS = {
+    "all tokens": st.Steering("a", (st.Edit(2, "resid_post", following_last), st.Edit(3, "mlp_out", following_last))),
+    "last token": st.Steering("b", (st.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), 2.0, as_far_as_read, (READ,)),
+    "gated, all tokens": st.Steering("c", (st.Edit(2, "resid_post", following_last),), 2.0, as_far_as_read, (READ,)),
+    "neurons": st.Steering("d", (st.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), 1.0, as_far_as_read, (READ,)),
+}  # fmt: skip
+
+
+def effects(subject: Subject, steer: object) -> pd.DataFrame:
+    pairs = random_pairs(4, 9, VOCAB)
+    return defence_mediation.steered_effects(subject, pairs, OPENERS, range(subject.n_layers), steer)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", STEERINGS)
+def test_a_replayed_intervention_is_that_of_a_full_pass(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, steering = replace(tiny_subject(family), tokenizer=word_tokenizer()), STEERINGS[name]
+    slow = effects(subject, partial(st.applied, subject, steering))
+    monkeypatch.setattr(reference, "interchange", None)  # the fast path does without
+    fast = effects(subject, Switch(subject, steering))
+    assert fast[["pair_id", "site", "layer"]].equals(slow[["pair_id", "site", "layer"]])
+    np.testing.assert_allclose(fast[CELLS], slow[CELLS], atol=2e-4, rtol=1e-4)
+    plain = effects(subject, defence_mediation.nullcontext)
+    assert (slow[CELLS] - plain[CELLS]).abs().max().min() > 0.01
+    assert (slow.y01 - slow.y00).abs().groupby(slow.layer).max().min() > 0.01
