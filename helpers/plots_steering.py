@@ -47,7 +47,7 @@ def curves(
             ax.axvline(margins[name], color="black", lw=0.9, ls="--")
         if log_x:
             ax.set_xscale("log")
-        if log_x and part.x.nunique() <= 4:  # few sizes that were chosen: name each
+        if log_x and part.x.nunique() <= 5:  # few sizes that were chosen: name each
             ax.set_xticks(sorted(set(part.x)), [f"{x:.3g}" for x in sorted(set(part.x))])
             ax.minorticks_off()
         ax.set_title(str(name))

@@ -53,7 +53,7 @@ def test_figures_have_titles_and_units(name: str) -> None:
     assert any(len(title) > 10 for title in titles)
     if "estimate" in spec(name).columns:
         axis = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
-        assert re.search("log-odds|share|P\\(", axis)
+        assert re.search("log-odds|share|P\\(|direction lengths", axis)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec(name).columns and name not in MAPS])
