@@ -1,5 +1,7 @@
 """Methods on equal terms, on a model in which a budget buys a known number of log-odds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,3 +114,12 @@ def test_a_refit_curve_has_each_refit_at_its_own_strength(room: Lab) -> None:
     assert wide.harm.tolist() == pytest.approx([expit(ON - 0.5), expit(ON - 2.0)], abs=1e-3)
     assert wide["over-refusal"].tolist() == pytest.approx([100 * (expit(x) - 0.5) for x in (0.5, 2.0)], abs=0.1)
     assert 0 < wide.KL[0] < wide.KL[1]
+
+
+def test_a_redraw_keeps_every_class_of_prompts(fit: Fit) -> None:
+    rare = fit.prompts.assign(topic=fit.prompts.index % 3 + 3 * (fit.prompts["class"] == "refused"))
+    rare.loc[(rare["class"] == "refused") & (rare.split == "discover"), "topic"] = 99
+    for seed in range(10):  # a plain bootstrap of 7 topics misses the one in a third of the draws
+        drawn = defence_refits.redrawn(replace(fit, prompts=rare), seed).prompts
+        assert set(drawn["class"][drawn.split == "discover"]) == {"refused", "complied", "benign"}
+        assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
