@@ -134,7 +134,7 @@ def run(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[Dr
     return 0
 
 
-def shipped(folder: Path) -> set[tuple[object, ...]]:
+def shipped(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
     if not (folder / "verdicts.parquet").is_file():
         return set()
