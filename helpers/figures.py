@@ -60,7 +60,8 @@ def save_figure(figure: Figure, name: str, slug: str, *, alt: str) -> None:
             ("svg", {"Description": alt, "Date": None}),
         ):
             with store.replacing(folder / f"{name}.{suffix}") as scratch:
-                figure.savefig(scratch, metadata=metadata)
+                small = {"pil_kwargs": {"optimize": True}} if suffix == "png" else {}  # notebooks hold it too
+                figure.savefig(scratch, metadata=metadata, **small)
 
 
 def show(name: str, slug: str) -> Image:

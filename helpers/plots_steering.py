@@ -29,7 +29,7 @@ def curves(
     (a dashed line) `x` is linear up to it and logarithmic beyond.
     """
     names, groups = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[group]))
-    width, columns = min(3.3, 8.4 / len(names)), min(3, len(groups))
+    width, columns = min(3.3, 7.2 / len(names)), min(3, len(groups))
     height = 3.2 + 0.2 * -(-len(groups) // columns)
     figure, axes = _figure(1, len(names), width * len(names) + 0.7, height, sharey=sharey)
     for ax, name in zip(axes[0], names, strict=True):
