@@ -4,6 +4,7 @@
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "packages": {name: _release(name) for name in requirement_names(ROOT / "requirements.in")},
+        "processor": processor(),
         "git": git_state(ROOT),
         "seconds": "run_times.json",
     }
@@ -60,6 +62,17 @@ def _model(given: str, folder: Path, known: KnownHashes) -> dict[str, Any]:
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
     return found | ({"remote_code": True} if hub.trusts_code() else {})
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What rounds the last bits: the processor's model, and the widest vectors that it computes with."""
+    if not cpuinfo.is_file():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    named = [fields.get(name, "") for name in ("model name", "cpu family", "model")]
+    flags = set(fields.get("flags", "").split())
+    return ", ".join([*filter(None, named), *(one for one in ("avx2", "avx512f", "amx_bf16") if one in flags)])
 
 
 def _release(package: str) -> str:
