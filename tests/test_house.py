@@ -191,13 +191,28 @@ def test_the_citation_is_valid() -> None:
     assert "MIT License" in (ROOT / "LICENSE").read_text()
 
 
+def _committed(folder: Path, value: float, processor: str) -> None:
+    (folder / "embedded").mkdir(parents=True)
+    (folder / "embedded" / "02_a.csv").write_text(f"site,te\nhead,{value}\n")
+    (folder / "embedded" / "manifest.json").write_text(json.dumps({"processor": processor}))
+
+
 def test_committed_tables_are_compared_with_a_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "RESULTS", tmp_path / "old")
     for folder, value in (("old", 1.0), ("new", 1.0005), ("far", 1.01)):
-        (tmp_path / folder / "embedded").mkdir(parents=True)
-        (tmp_path / folder / "embedded" / "02_a.csv").write_text(f"site,te\nhead,{value}\n")
-        (tmp_path / folder / "embedded" / "manifest.json").write_text(json.dumps({"folder": folder}))
+        _committed(tmp_path / folder, value, manifest.processor())
     assert checks.compare(tmp_path / "new")[1]
     assert not checks.compare(tmp_path / "far")[1]
     (tmp_path / "new" / "embedded" / "02_a.csv").unlink()
     assert not checks.compare(tmp_path / "new")[1]
+
+
+def test_on_another_processor_the_verdicts_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "RESULTS", tmp_path / "old")
+    claims = {"old": "supported", "same": "supported", "other": "contradicted"}
+    for value, (folder, verdict) in enumerate(claims.items()):
+        _committed(tmp_path / folder, value, "a processor of long ago")
+        row = {"model": "embedded", "claim": "C1", "verdict": verdict}
+        (tmp_path / folder / "claims.json").write_text(json.dumps([row]))
+    assert checks.compare(tmp_path / "same")[1]
+    assert not checks.compare(tmp_path / "other")[1]
