@@ -2,7 +2,7 @@
 
 The mechanism of T2 - T2b is everything on the last token's way from the wrapper to the outcome: heads that fetch the
 wrapper, stages that compute from it, whatever writes the decision, and the side route. Components are attention or MLP
-outputs of a layer. The component that writes the decision is `writer`.
+outputs of a layer. The component that writes the decision is `writer`, the one that makes it `decider`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def writer(organism: Organism) -> tuple[str, int]:
     return ("mlp_out" if design.writer == "mlp" else "attn_out"), design.write_layer
 
 
+def decider(organism: Organism) -> tuple[str, int]:
+    """The component (site, layer), at whatever token, in which wrapper and request become the decision."""
+    computing = [stage.layer for stage in organism.design.stages if stage.op != "relay"]
+    return ("mlp_out", computing[0]) if computing else writer(organism)
+
+
 def components(organism: Organism) -> set[tuple[str, int]]:
     """All components (site, layer) of the mechanism at the last token; what is copied from `<end>` enters by the copying."""
     design, side = organism.design, organism.design.side
@@ -64,7 +70,11 @@ def localise(organism: Organism, this: Study, measured: Measured) -> pd.DataFram
         for name, variant in COMPONENTS.items():
             sites = [site + (".direct" if name == "direct" else "") for site in evidence.COMPONENTS]
             table = evidence.select(measured.layers.effects, "T2-T2b", variant, sites)
-            found += component_rows(organism, name, evidence.signed(table)) if len(table) else []
+            if len(table):
+                effects = evidence.signed(table)
+                found += component_rows(organism, name, effects) + decision_rows(organism, name, effects)
+    if measured.computed is not None and len(measured.computed):
+        found += decision_rows(organism, "computed", evidence.signed(measured.computed))
     if measured.neurons:
         member = neurons(organism).ravel()
         for name, score in neuron_scores(measured.neurons, this).items():
@@ -88,6 +98,17 @@ def component_rows(organism: Organism, name: str, table: pd.DataFrame) -> list[t
         *found,
         (name, "layer error", float(abs(layer - true_layer))),
         (name, "module accuracy", float(site == true_site)),
+    ]
+
+
+def decision_rows(organism: Organism, name: str, table: pd.DataFrame) -> list[tuple[str, str, float]]:
+    """Whether the largest effect is that of the component which makes the decision, and how many layers off it is."""
+    table = table.assign(site=table.site.str.removesuffix(".direct"))
+    found = table.groupby(["site", "layer"])["nie"].mean().idxmax()
+    true = decider(organism)
+    return [
+        (name, "decision found", float(found == true)),
+        (name, "decision, layer error", float(abs(found[1] - true[1]))),
     ]
 
 

@@ -1,8 +1,9 @@
 """Corrected rules of the claims whose registered rule was found to err by construction on compiled models.
 
 The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first
-24 draws of the calibration had been seen (notebook 07) and before any other draw was measured; they are judged on draws
-that were measured afterwards, beside the registered rules. Thresholds are the registered ones.
+24 draws of the calibration had been seen (notebook 07) and before any other draw was measured, that of C1 after all draws of
+C1 had been seen; each is judged on draws that were measured afterwards, beside the registered rules. Thresholds are the
+registered ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from helpers import claims, claims_gates, claims_neurons, claims_tokens, control
 from helpers.controls import Rows
 from helpers.verdicts import Verdict, decide, gate, generation, interval, verdict
 
+COMPUTED = "late share of what is computed"  # measured by `origin`
 WHY = {
+    "C1": "An indirect effect is as large where a decision is only copied or fetched as where it is made: what counts is "
+    "where wrapper and request together become more than their sum.",
     "C2": "MLPs in a chain of n MLPs behind one head hold n/(n+1) of the indirect effects whoever writes the decision: "
     "the direct effects decide alone.",
     "C3": "A probe that fails where nothing is recognised must not stand in the way of saying so: it is a condition of "
@@ -25,6 +29,30 @@ WHY = {
     "C5c": "An answer that is labelled by its opener is decided by its first token by definition: the label must rest on "
     "the content.",
 }
+
+
+def c1(rows: Rows) -> Verdict | None:
+    """C1 by where the interaction is computed; None where that was not measured, as without twins of one length.
+
+    Supported: late share of it low >= 0.50, and the centroid difference low >= 0.05 as registered. Contradicted: late share
+    high <= 0.40. A centroid difference alone contradicts nothing, since what fetches the wrapper moves it too.
+    """
+    share, centroid = rows.find("C1", COMPUTED), rows.find("C1", "centroid difference")
+    if share is None:
+        return None
+    stop = gate(rows, "C1", generation(rows))
+    if stop:
+        return stop
+    checks = {
+        "benign behaviours": controls.benign(rows),
+        "unsaturated pairs": controls.same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
+        "joint probability": controls.joint(rows, "T2"),
+    }
+    later = centroid is not None and centroid.ci_low >= 0.05
+    decision = decide(supported=share.ci_low >= 0.50 and later, contradicted=share.ci_high <= 0.40)
+    against_benign = "no benign behaviour to compare with" if centroid is None else interval(centroid)
+    reason = f"late share {interval(share)} of what is computed; depth centroid, harm - benign: {against_benign}"
+    return verdict(rows, share, decision, checks, reason)
 
 
 def c2(rows: Rows) -> Verdict:
@@ -46,6 +74,8 @@ def c2(rows: Rows) -> Verdict:
 
 def rules(rows: Rows) -> Iterator[Verdict]:
     """The verdicts of all corrected rules on one model."""
+    if (first := c1(rows)) is not None:
+        yield first
     yield c2(rows)
     yield claims.c3(rows, corrected=True)
     yield claims_neurons.c5a(rows, corrected=True)

@@ -31,12 +31,13 @@ def fall(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> float:
 def null(lab: Lab, fit: Fit, tested: Steering, on: Bench, spend: Bench, draws: int = DRAWS) -> pd.DataFrame:
     """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `on`).
 
-    Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`).
+    Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
+    rows where the method adds nothing there: then nothing has its size.
     """
     target = defence_tradeoff.budget(lab, tested, spend)
     own = fall(lab, tested, on.harmful)
-    rows = []
-    for family, draw in FAMILIES.items():
+    rows: list[tuple[str, str, float]] = []
+    for family, draw in FAMILIES.items() if target else ():
         rows.append((family, tested.name, own))
         make = partial(draw, fit, like=tested)
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.

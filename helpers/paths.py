@@ -11,6 +11,7 @@ DATA = ROOT / "data"
 ORGANISM = DATA / "organism"
 PROMPTS = DATA / "prompts"
 CALIBRATION = DATA / "calibration"
+PLANTS = DATA / "plants"
 NOTEBOOKS = ROOT / "notebooks"
 
 # A test run must not write over what is committed, so these two can be moved.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from helpers import defence_run, gate_evidence, neuron_evidence, normalisation, relatives, study, token_evidence
+from helpers import defence_run, gate_evidence, neuron_evidence, normalisation, origin, relatives, study, token_evidence
 from helpers import evidence as levels
 from helpers.controls import UNTRAINED
 from helpers.defence_prompts import Prompts
@@ -34,6 +34,7 @@ class Measured:
     rows: pd.DataFrame
     layers: Layers | None
     neurons: Neurons | None
+    computed: pd.DataFrame | None  # effects of what each component computes (`origin`)
 
 
 def measure(
@@ -48,11 +49,13 @@ def measure(
     core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
     harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
     rows: list[dict[str, object]] = []
-    layers = neurons = None
+    layers = neurons = computed = None
     if "layers" in stages:
         layers = study.measure_layers(harm, label, full_response=full_response, direct=True)
         table = layers.effects
         rows += layers.evidence + levels.c2(table, table, label, normalisation.normalisations(harm))
+        computed = origin.effects(core)
+        rows += origin.c1(computed, label, core.subject.n_layers)
         rows += twin_rows(harm, label) + token_evidence.c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
         clean = study.clean_outcomes(harm)
@@ -68,7 +71,7 @@ def measure(
     if "steering" in stages and prompt_set is not None:
         rows += defence_run.evidence(this, prompt_set, label, judge=this.judge)
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
-    return Measured(table, layers, neurons)
+    return Measured(table, layers, neurons, computed)
 
 
 def twin_rows(harm: Study, label: str) -> list[dict[str, object]]:

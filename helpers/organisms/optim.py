@@ -60,10 +60,18 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, lr_matrix: float, lr_rest: float, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices, AdamW on embeddings, norms and biases."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [Muon(matrices, lr_matrix, dtype), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.0)]
+    """Muon on the blocks' matrices, AdamW on embeddings, norms and biases, of what requires a gradient.
+
+    Each keeps its full learning rate as `initial_lr`.
+    """
+    free = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in free if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in free if p.ndim != 2 or "embed" in n]
+    made: list[torch.optim.Optimizer] = [Muon(matrices, lr_matrix, dtype)] if matrices else []
+    made += [torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.0)] if rest else []
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return made
 
 
 def schedule(step: int, n_steps: int) -> float:

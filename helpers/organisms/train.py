@@ -53,9 +53,9 @@ def train_step(
     loss = batch_loss(model, batch, recipe)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    for optimizer, lr in zip(optimizers, (recipe.lr_matrix, recipe.lr_rest), strict=True):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor
+            group["lr"] = group["initial_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())

@@ -1,0 +1,160 @@
+"""Plants through the unchanged pipeline: where it says the effect passes and is written, beside where it was learned.
+
+A plant is measured on the pairs that the embedded model's relatives are measured on. Its verdicts are no calibration, since
+nobody knows what is true of a trained model; they show what the rules say when we know only where it was trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import calibration_localise, evidence, paths, pipeline, relatives, store, study, sweeps
+from helpers.calibration_stats import ranking_quality
+from helpers.evidence import Variant
+from helpers.neuron_evidence import Neurons
+from helpers.organisms import evaluate, plants
+from helpers.organisms.plants import KINDS, SEEDS, Plant
+from helpers.organisms.suites import suite_rows
+from helpers.study import Study
+from helpers.subject import from_model
+
+PARTS = ("context", "layers", "timing", "neurons")
+EFFECTS = {"total": Variant("main"), "direct": Variant("", outcome="contrast.frozen")}
+TOP = 8  # neurons, as many as C5a allows to a small model
+SCHEMAS = {
+    "plants": {
+        **dict.fromkeys(("kind", "treatment", "effect", "site"), "str"),
+        **dict.fromkeys(("seed", "layer"), "int"),
+        "learned": "bool",
+        "share": "float",
+    },
+    "plant_scores": calibration_localise.SCHEMA,
+    "plant_evidence": store.EVIDENCE,
+}
+
+
+def plan() -> list[Plant]:
+    """All plants, seed by seed."""
+    return [Plant(kind, seed) for seed in SEEDS for kind in KINDS]
+
+
+def study_of(plant: Plant, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Study:
+    """A plant with the default prompt set, as few pairs as a relative has."""
+    this = study.begin("embedded", "embedded", plant.name)
+    return relatives.thinned(replace(this, subject=from_model(model, tokenizer, plant.name)), relatives.RELATIVE_PAIRS)
+
+
+def measure(plant: Plant) -> dict[str, pd.DataFrame]:
+    """Grow a plant and measure it: its rows of all tables (`SCHEMAS`)."""
+    model, tokenizer = plants.grow(plant)
+    this = study_of(plant, model, tokenizer)
+    measured = pipeline.measure(this, plant.name, PARTS)
+    assert measured.layers is not None and measured.neurons is not None
+    context = sweeps.run(replace(this, pairs=tuple(this.of("T1")), twins={}), "layers with direct effects")["effects"]
+    found = pd.concat([components(plant, context, "T1"), components(plant, measured.layers.effects, "T2-T2b")])
+    scores = [*behaviour(model, tokenizer), *planted_neurons(plant, measured.neurons, this)]
+    return {
+        "plants": found.assign(kind=plant.kind, seed=plant.seed)[list(SCHEMAS["plants"])],
+        "plant_scores": pd.DataFrame(scores, columns=["estimator", "what", "value"]).assign(
+            kind=plant.kind, seed=plant.seed
+        )[list(calibration_localise.SCHEMA)],
+        "plant_evidence": measured.rows,
+    }
+
+
+def components(plant: Plant, effects: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Total and direct effect of each component at the last token on test, as shares of the mean total effect.
+
+    Columns treatment, effect, site, layer, `learned` (whether the component holds parameters that could move), share.
+    The direct effects are those of the frozen-norm linear contrast, whose shares add up to one.
+    """
+    tables = []
+    for name, variant in EFFECTS.items():
+        sites = [site + (".direct" if name == "direct" else "") for site in evidence.COMPONENTS]
+        table = evidence.signed(evidence.select(effects, treatment, variant, sites))
+        cells = table[table.split == "test"].groupby(["site", "layer"])[["nie", "te"]].mean()
+        shares = (cells.nie / cells.te).rename("share").reset_index()
+        shares["site"] = shares.site.str.removesuffix(".direct")
+        tables.append(shares.assign(treatment=treatment, effect=name))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(learned=[(row.site, row.layer) in plants.components(plant) for row in table.itertuples()])
+
+
+def behaviour(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, float]]:
+    """Mean P(refuse) of the first answer token on each suite: whether the plant learned to refuse at all."""
+    table = pd.DataFrame(list(suite_rows()))
+    refuse = tokenizer.convert_tokens_to_ids(evaluate.lx.REFUSAL_OPENER)
+    logp = evaluate.first_token_logprobs(model, tokenizer, table["prompt"].tolist())
+    means = table.assign(p=logp[:, refuse].exp().numpy()).groupby("suite").p.mean()
+    return [("behaviour", str(suite), float(value)) for suite, value in means.items()]
+
+
+def planted_neurons(plant: Plant, found: Neurons, this: Study) -> list[tuple[str, str, float]]:
+    """How well estimates rank the neurons that could move above the last layer's others; and the share of the top 8."""
+    d_mlp = this.subject.d_mlp
+    chosen = plant.neurons(d_mlp)
+    rows: list[tuple[str, str, float]] = []
+    for name, score in calibration_localise.neuron_scores(found, this).items() if len(chosen) else ():
+        last = score.reshape(-1, d_mlp)[-1]
+        member = np.isin(np.arange(d_mlp), chosen)
+        rows += [(name, what, value) for what, value in ranking_quality(member.tolist(), last.tolist()).items()]
+        rows.append(
+            (name, f"learned among the top {TOP}", float(member[np.argsort(-last, kind="stable")[:TOP]].mean()))
+        )
+    return rows
+
+
+def run(folder: Path = paths.CALIBRATION, chosen: Iterable[Plant] | None = None) -> int:
+    """Measure every plant that has no file yet, and join what there is; returns 0, the exit status."""
+    todo = [plant for plant in (plan() if chosen is None else chosen) if not _is_there(folder, plant)]
+    print(f"plants: {len(todo)} to grow and measure", flush=True)
+    start = time.monotonic()
+    for done, plant in enumerate(todo, start=1):
+        for name, table in measure(plant).items():
+            store.write_table(table, _path(folder, plant, name))
+        each = (time.monotonic() - start) / done
+        print(
+            f"{done}/{len(todo)} {plant.name}: {each:.0f} s each, {each * (len(todo) - done) / 60:.0f} min left",
+            flush=True,
+        )
+    join(folder)
+    return 0
+
+
+def _path(folder: Path, plant: Plant, table: str) -> Path:
+    return folder / ".parts" / f"{plant.name}.{table}.parquet"
+
+
+def _is_there(folder: Path, plant: Plant) -> bool:
+    known = folder / "plants.parquet"
+    if known.is_file() and ((read(folder).kind == plant.kind) & (read(folder).seed == plant.seed)).any():
+        return True
+    return all(_path(folder, plant, name).is_file() for name in SCHEMAS)
+
+
+def join(folder: Path = paths.CALIBRATION) -> None:
+    """Put all plants that there are, also those of earlier joins, into the shipped tables."""
+    for name, schema in SCHEMAS.items():
+        key = [
+            column for column in schema if schema[column] != "float" and column not in ("note", "n_pairs", "n_topics")
+        ]
+        shipped = folder / f"{name}.parquet"
+        parts = [
+            *([shipped] if shipped.is_file() else []),
+            *sorted((folder / ".parts").glob(f"plant-*.{name}.parquet")),
+        ]
+        if parts:
+            table = pd.concat([pd.read_parquet(path) for path in parts], ignore_index=True)
+            store.write_table(table.drop_duplicates(key, keep="last").sort_values(key, ignore_index=True), shipped)
+
+
+def read(folder: Path = paths.CALIBRATION, table: str = "plants") -> pd.DataFrame:
+    """A shipped table of the plants. InputError if it is not there."""
+    return store.read_table(folder / f"{table}.parquet", SCHEMAS[table])
