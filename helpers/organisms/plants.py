@@ -148,11 +148,11 @@ def load(plant: Plant, folder: Path = PLANTS) -> tuple[PreTrainedModel, PreTrain
 
 def train_base(out: Path = PLANTS, recipe: Recipe = FLOAT32, seed: int = 0) -> Path:
     """Train the helpful-only stage alone, in float32, and write it as a model folder; the folder."""
-    folder = out / "base"
+    folder, recipe = out / "base", replace(recipe, steps_tune=0)
     (folder / ".work").mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model("window", seed, len(tokenizer), attention="sdpa")
-    progress = train_stage(model, tokenizer, replace(recipe, steps_tune=0), "base", seed, folder / ".work")
+    progress = train_stage(model, tokenizer, recipe, "base", seed, folder / ".work")
     gap = base_gap(model.eval(), tokenizer)
     facts = {
         "variant": "window", "seed": seed, "recipe": asdict(recipe), "loss": round(progress.recent(), 4),
