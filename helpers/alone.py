@@ -46,7 +46,9 @@ def run(flags: argparse.Namespace) -> int | None:
 
         return lab.run()
     if flags.recalibrate:
-        from helpers import calibration_draws
+        from helpers import calibration_draws, calibration_plants
 
-        return calibration_draws.run(flags.recalibrate)
+        calibration_draws.run(flags.recalibrate)
+        calibration_plants.run(flags.recalibrate)
+        return 0
     return None

@@ -119,12 +119,12 @@ def measure(draw: Draw) -> dict[str, pd.DataFrame]:
     }
 
 
-def run(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[Draw] | None = None) -> int:
+def run(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[Draw] | None = None) -> None:
     """Measure every draw of this share ("2/3": the second of three) that has no file yet, and join what there is.
 
-    Several shares may run at once. Stopping loses at most one draw. Returns 0, the exit status.
+    Several shares may run at once. Stopping loses at most one draw.
     """
-    own = list(plan() if draws is None else draws)[slice(*_every(share))]
+    own = list(plan() if draws is None else draws)[slice(*every(share))]
     known = shipped(folder)
     missing = [draw for draw in own if key(draw) not in known and not _path(folder, draw, "verdicts").is_file()]
     print(f"calibration: {len(own) - len(missing)} of {len(own)} draws are there", flush=True)
@@ -137,7 +137,6 @@ def run(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[Dr
             print(f"{done}/{len(missing)} {draw.name}: {each:.0f} s a draw, about {left:.0f} min left", flush=True)
     finally:
         print("joined:", join(folder), "rows of verdicts", flush=True)
-    return 0
 
 
 def shipped(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
@@ -155,7 +154,8 @@ def key(draw: Draw) -> tuple[object, ...]:
     return draw.purpose, draw.part, draw.kind, draw.seed, draw.topics, draw.effect
 
 
-def _every(share: str) -> tuple[int, None, int]:
+def every(share: str) -> tuple[int, None, int]:
+    """Start, stop and step of a share such as "2/3": the second of three. InputError for anything else."""
     try:
         place, n = (int(word) for word in share.split("/"))
     except ValueError:

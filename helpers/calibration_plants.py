@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import calibration_localise, evidence, paths, pipeline, relatives, store, study, sweeps
+from helpers import calibration_draws, calibration_localise, evidence, paths, pipeline, relatives, store, study, sweeps
 from helpers.calibration_stats import ranking_quality
 from helpers.evidence import Variant
 from helpers.neuron_evidence import Neurons
@@ -57,8 +57,7 @@ def measure(plant: Plant) -> dict[str, pd.DataFrame]:
     this = study_of(plant, model, tokenizer)
     measured = pipeline.measure(this, plant.name, PARTS)
     assert measured.layers is not None and measured.neurons is not None
-    context = sweeps.run(replace(this, pairs=tuple(this.of("T1")), twins={}), "layers with direct effects")["effects"]
-    found = pd.concat([components(plant, context, "T1"), components(plant, measured.layers.effects, "T2-T2b")])
+    found = pd.concat([components(plant, measured.layers.effects, "T2-T2b"), recognition(plant, this)])
     scores = [*behaviour(model, tokenizer), *planted_neurons(plant, measured.neurons, this)]
     return {
         "plants": found.assign(kind=plant.kind, seed=plant.seed)[list(SCHEMAS["plants"])],
@@ -67,6 +66,12 @@ def measure(plant: Plant) -> dict[str, pd.DataFrame]:
         )[list(calibration_localise.SCHEMA)],
         "plant_evidence": measured.rows,
     }
+
+
+def recognition(plant: Plant, this: Study) -> pd.DataFrame:
+    """`components` of harmless against harmful requests (T1)."""
+    harmful = replace(this, pairs=tuple(this.of("T1")), twins={})
+    return components(plant, sweeps.run(harmful, "layers with direct effects")["effects"], "T1")
 
 
 def components(plant: Plant, effects: pd.DataFrame, treatment: str) -> pd.DataFrame:
@@ -111,9 +116,10 @@ def planted_neurons(plant: Plant, found: Neurons, this: Study) -> list[tuple[str
     return rows
 
 
-def run(folder: Path = paths.CALIBRATION, chosen: Iterable[Plant] | None = None) -> int:
-    """Measure every plant that has no file yet, and join what there is; returns 0, the exit status."""
-    todo = [plant for plant in (plan() if chosen is None else chosen) if not _is_there(folder, plant)]
+def run(share: str = "1/1", folder: Path = paths.CALIBRATION, chosen: Iterable[Plant] | None = None) -> None:
+    """Measure every plant of this share ("2/3": the second of three) that has no file yet, and join what there is."""
+    own = list(plan() if chosen is None else chosen)[slice(*calibration_draws.every(share))]
+    todo = [plant for plant in own if not _is_there(folder, plant)]
     print(f"plants: {len(todo)} to grow and measure", flush=True)
     start = time.monotonic()
     for done, plant in enumerate(todo, start=1):
@@ -125,7 +131,6 @@ def run(folder: Path = paths.CALIBRATION, chosen: Iterable[Plant] | None = None)
             flush=True,
         )
     join(folder)
-    return 0
 
 
 def _path(folder: Path, plant: Plant, table: str) -> Path:

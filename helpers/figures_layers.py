@@ -161,6 +161,20 @@ SPECS = (
         {"model": "str", "site": "str", **BY_LAYER},
     ),
     FigureSpec(
+        "02_computed",
+        partial(
+            plots.panels,
+            panel="panel",
+            group="site",
+            title="What is passed on, and what is computed?",
+            unit="share of total effect",
+        ),
+        "C1",
+        "Attention and MLP outputs by layer, for each model what passes through them beside what they compute from wrapper and "
+        "request together, which few components do",
+        {"panel": "str", "site": "str", **BY_LAYER},
+    ),
+    FigureSpec(
         "03_total_direct",
         partial(
             plots.panels,

@@ -11,9 +11,33 @@ from helpers.claims_tokens import CONTENT, KEPT
 from helpers.controls import Rows
 
 
+def computed(share: lr.Number, centroid: lr.Number = (0.2, 0.1, 0.3)) -> Rows:
+    numbers = {("C1", claims_corrected.COMPUTED, variant): share for variant in ("main", "unsaturated")}
+    return Rows("m", lr.table(lr.FINE | numbers | {("C1", "centroid difference", "main"): centroid}, "m"))
+
+
 def test_every_correction_says_why_and_is_asked() -> None:
-    made = [one.claim for one in claims_corrected.rules(Rows("m", lr.table({}, "m")))]
+    made = [one.claim for one in claims_corrected.rules(computed((0.9, 0.8, 1.0)))]
     assert made == list(claims_corrected.WHY)
+
+
+def test_c1_has_no_corrected_verdict_where_the_interaction_was_not_measured() -> None:
+    assert "C1" not in [one.claim for one in claims_corrected.rules(Rows("m", lr.table(lr.FINE, "m")))]
+
+
+@pytest.mark.parametrize(
+    ("share", "centroid", "said"),
+    [
+        ((0.9, 0.8, 1.0), (0.2, 0.1, 0.3), "supported"),
+        ((0.9, 0.8, 1.0), (0.0, -0.1, 0.1), "inconclusive"),  # computed late, as benign decisions are
+        ((0.9, 0.8, 1.0), (-0.2, -0.3, -0.1), "inconclusive"),  # what fetches the wrapper is early: no contradiction
+        ((0.5, 0.3, 0.7), (0.2, 0.1, 0.3), "inconclusive"),
+        ((0.2, 0.1, 0.3), (0.2, 0.1, 0.3), "contradicted"),  # copied late, computed before
+    ],
+)
+def test_c1_asks_where_the_interaction_is_computed(share: lr.Number, centroid: lr.Number, said: str) -> None:
+    made = claims_corrected.c1(computed(share, centroid))
+    assert made is not None and made.verdict == said
 
 
 @pytest.mark.parametrize(
