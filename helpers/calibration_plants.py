@@ -1,7 +1,8 @@
 """Plants through the unchanged pipeline: where it says the effect passes and is written, beside where it was learned.
 
-A plant is measured on the pairs that the embedded model's relatives are measured on. Its verdicts are no calibration, since
-nobody knows what is true of a trained model; they show what the rules say when we know only where it was trained.
+A plant is measured on a subset of the default prompt set, and not by what needs generated answers (C5c, C6). Its verdicts
+are no calibration, since nobody knows what is true of a trained model; they show what the rules say when we know only where
+it was trained.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from helpers.organisms.suites import suite_rows
 from helpers.study import Study
 from helpers.subject import from_model
 
-PARTS = ("context", "layers", "timing", "neurons")
+PARTS = ("context", "layers", "neurons")
+PAIRS = 72  # a treatment: 21 topics in the test split, one more than the gate asks for
+SUITES = ("a_harmless", "b_plain_harm", "c_wrapped_harm")
 EFFECTS = {"total": Variant("main"), "direct": Variant("", outcome="contrast.frozen")}
 TOP = 8  # neurons, as many as C5a allows to a small model
 SCHEMAS = {
@@ -46,9 +49,9 @@ def plan() -> list[Plant]:
 
 
 def study_of(plant: Plant, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Study:
-    """A plant with the default prompt set, as few pairs as a relative has."""
+    """A plant with some pairs of the default prompt set."""
     this = study.begin("embedded", "embedded", plant.name)
-    return relatives.thinned(replace(this, subject=from_model(model, tokenizer, plant.name)), relatives.RELATIVE_PAIRS)
+    return relatives.thinned(replace(this, subject=from_model(model, tokenizer, plant.name)), PAIRS)
 
 
 def measure(plant: Plant) -> dict[str, pd.DataFrame]:
@@ -93,8 +96,8 @@ def components(plant: Plant, effects: pd.DataFrame, treatment: str) -> pd.DataFr
 
 
 def behaviour(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, float]]:
-    """Mean P(refuse) of the first answer token on each suite: whether the plant learned to refuse at all."""
-    table = pd.DataFrame(list(suite_rows()))
+    """Mean P(refuse) of the first answer token by suite: whether the plant learned to refuse, and when not to."""
+    table = pd.DataFrame([row for row in suite_rows() if row["suite"] in SUITES])
     refuse = tokenizer.convert_tokens_to_ids(evaluate.lx.REFUSAL_OPENER)
     logp = evaluate.first_token_logprobs(model, tokenizer, table["prompt"].tolist())
     means = table.assign(p=logp[:, refuse].exp().numpy()).groupby("suite").p.mean()
@@ -163,3 +166,23 @@ def join(folder: Path = paths.CALIBRATION) -> None:
 def read(folder: Path = paths.CALIBRATION, table: str = "plants") -> pd.DataFrame:
     """A shipped table of the plants. InputError if it is not there."""
     return store.read_table(folder / f"{table}.parquet", SCHEMAS[table])
+
+
+def by_kind(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """For the figure: mean shares over seeds, a row a kind, effect and component ("attn 4"); kinds in the order of the plan."""
+    part = table[table.treatment == treatment]
+    part = part.assign(component=part.site.str.removesuffix("_out") + " " + part.layer.astype(str))
+    names = {"total": "passes through (indirect effect)", "direct": "writes (direct effect)"}
+    keys = ["kind", "effect", "site", "layer", "component", "learned"]
+    mean = part.groupby(keys, sort=False).share.mean().rename("estimate").reset_index()
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    mean = mean.assign(place=mean.kind.map(order), first=mean.effect != "total").sort_values(
+        ["first", "place", "site", "layer"]
+    )
+    return mean.assign(effect=mean.effect.map(names))[["kind", "effect", "component", "learned", "estimate"]]
+
+
+def found(table: pd.DataFrame) -> pd.DataFrame:
+    """For each plant, treatment and effect: the component with the largest share, and whether the plant learned there."""
+    top = table.loc[table.groupby(["kind", "seed", "treatment", "effect"]).share.idxmax()]
+    return top.assign(component=top.site.str.removesuffix("_out") + " " + top.layer.astype(str))

@@ -8,11 +8,11 @@ what it says on a sample so large that its error is negligible. So a wrong verdi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
 NUMBERS = ("estimate", "ci_low", "ci_high", "population")
@@ -130,6 +130,24 @@ def power(table: pd.DataFrame, by: str) -> pd.DataFrame:
         hits = int((part.verdict == right[truth]).sum())
         rows.append((claim, truth, value, hits, len(part), *rate(hits, len(part))))
     return pd.DataFrame(rows, columns=["claim", "truth", by, "hits", "n", "estimate", "low", "high"])
+
+
+def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float]]) -> pd.DataFrame:
+    """Receiver operating curves: for each score the shares of false and of true cases above every threshold, and the area.
+
+    A case without a score counts as 0, since a test that found nothing to measure called nothing.
+
+    >>> roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0]
+    1.0
+    """
+    member = np.array(list(truth.values()), dtype=bool)
+    tables = []
+    for name, known in scores.items():
+        values = np.array([known.get(case, 0.0) for case in truth])
+        false, true, _ = roc_curve(member, values)
+        area = float(roc_auc_score(member, values))
+        tables.append(pd.DataFrame({"score": name, "false_rate": false, "true_rate": true, "auroc": area}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str, float]:

@@ -96,4 +96,20 @@ SPECS = (
         "How well each estimator ranks the components and neurons of the mechanism above all others",
         {**dict.fromkeys(("estimator", "what"), "str"), **ESTIMATE},
     ),
+    FigureSpec(
+        "07_gate_roc",
+        plots_calibration.roc,
+        "C5b",
+        "Share of models with a gate against share without one above each threshold of the index, one curve a form of the index: "
+        "how far a curve bends to the upper left says how well that form tells them apart",
+        {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc"), "float")},
+    ),
+    FigureSpec(
+        "07_plants",
+        plots_calibration.plants,
+        "all",
+        "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, right what they "
+        "write; frames mark where each plant was trained, and the strong colours often lie elsewhere",
+        {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", "estimate": "float"},
+    ),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from helpers import plots
 
@@ -77,4 +78,47 @@ def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
         ax.set_ylabel("share of right verdicts")
     axes[0, 0].legend(fontsize=7, title="the claim is")
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def roc(table: pd.DataFrame) -> Figure:
+    """One stepped curve a score: share of true cases above a threshold against that of false ones; the area in the legend."""
+    figure, axes = plots._figure(width=7.0, height=3.6)
+    ax = axes[0, 0]
+    for k, (score, part) in enumerate(table.groupby("score", sort=False)):
+        label = f"{score} ({part.auroc.iloc[0]:.2f})"
+        style = {"color": plots.OKABE_ITO[k % 8], "ls": ["-", "--", "-.", ":"][k % 4], "lw": 1.6}
+        ax.step(part.false_rate, part.true_rate, where="post", label=label, **style)
+    ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
+    ax.set_aspect("equal")
+    ax.set_xlabel("share of models without a gate, above the threshold")
+    ax.set_ylabel("share of models with one")
+    ax.set_title("Does the gate index tell gates from contributors?")
+    ax.legend(title="index (area under the curve)", loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8)
+    return figure
+
+
+def plants(table: pd.DataFrame) -> Figure:
+    """Kinds of plants by components, one panel an effect: shares as colours and numbers; framed where the plant learned."""
+    kinds, effects = (list(dict.fromkeys(table[name])) for name in ("kind", "effect"))
+    columns = list(dict.fromkeys(table.component))
+    figure, axes = plots._figure(1, len(effects), 4.6 * len(effects) + 1.6, 1.3 + 0.32 * len(kinds), sharey=True)
+    for ax, effect in zip(axes[0], effects, strict=True):
+        part = table[table.effect == effect]
+        grid = part.pivot(index="kind", columns="component", values="estimate").loc[kinds, columns].to_numpy()
+        ax.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        for row in part.itertuples():
+            x, y = columns.index(str(row.component)), kinds.index(str(row.kind))
+            if abs(row.estimate) >= 0.05:
+                ink = "white" if abs(row.estimate) > 0.6 else "black"
+                ax.text(x, y, f"{row.estimate:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
+            if row.learned:
+                ax.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, ec="black", lw=1.4))
+        ax.set_xticks(range(len(columns)), columns, rotation=90)
+        ax.set_yticks(range(len(kinds)), kinds)
+        ax.grid(False)
+        ax.set_title(effect)
+        ax.set_xlabel("component at the last token")
+    figure.suptitle("Where a plant learned (framed), and where mediation sees it: share of the total effect", fontsize=10,
+                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return figure
