@@ -20,16 +20,17 @@ from helpers.paths import DATA, FIGURES, NOTEBOOKS, RESULTS, ROOT, relative
 from helpers.preflight import model_folder, prompts_folder
 from helpers.store import write_text
 
-# Each notebook and those whose results it reads. 00 is the first to read and the last to run: it reports the run.
+# Each notebook and those that it needs: it reads their results, or, of 01, takes the model and prompts as checked. 00 is the
+# first to read and the last to run: it reports the run.
 NEEDS: dict[str, tuple[str, ...]] = {
     "01": (),
     "02": ("01",),
     "03": ("02",),
-    "04": ("03",),
-    "05": ("04",),
-    "06": ("05",),
-    "07": ("06",),
-    "08": ("07",),
+    "04": ("01",),
+    "05": ("01",),
+    "06": ("01",),
+    "07": (),
+    "08": ("02", "03", "04", "05", "06", "07"),
     "00": ("08",),
 }
 
@@ -77,7 +78,10 @@ class Plan:
 
 
 def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Notebooks by number, each after those that it needs; `InputError` for one that nobody gave a place."""
+    """Notebooks by number, each after those that it needs, else in the order of their numbers.
+
+    `InputError` for one that nobody gave a place.
+    """
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
         number = path.name[:2]
@@ -86,8 +90,17 @@ def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str
         if number not in needs:
             raise InputError(f"{relative(path)} has no line in NEEDS of helpers/runner.py: say there what it needs")
         found[number] = path
-    sorter = TopologicalSorter({number: sorted(needs[number]) for number in found})
-    return {number: found[number] for number in sorter.static_order() if number in found}
+    sorter = TopologicalSorter({number: needs[number] for number in found})
+    sorter.prepare()
+    ready: list[str] = []
+    ordered: dict[str, Path] = {}
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()])
+        number = ready.pop(0)
+        sorter.done(number)
+        if number in found:
+            ordered[number] = found[number]
+    return ordered
 
 
 def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None) -> Plan:
