@@ -16,8 +16,21 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import calibration_draws, calibration_localise, evidence, paths, pipeline, relatives, store, study, sweeps
+from helpers import (
+    calibration,
+    calibration_draws,
+    calibration_localise,
+    evidence,
+    paths,
+    pipeline,
+    relatives,
+    store,
+    study,
+    sweeps,
+)
+from helpers.calibration_rates import CORRECTED
 from helpers.calibration_stats import ranking_quality
+from helpers.controls import UNTRAINED
 from helpers.evidence import Variant
 from helpers.neuron_evidence import Neurons
 from helpers.organisms import evaluate, plants
@@ -186,3 +199,23 @@ def found(table: pd.DataFrame) -> pd.DataFrame:
     """For each plant, treatment and effect: the component with the largest share, and whether the plant learned there."""
     top = table.loc[table.groupby(["kind", "seed", "treatment", "effect"]).share.idxmax()]
     return top.assign(component=top.site.str.removesuffix("_out") + " " + top.layer.astype(str))
+
+
+def own_evidence(seed: int = 0) -> pd.DataFrame:
+    """The shipped evidence of the plants of one seed and of their untrained twins."""
+    table = read(table="plant_evidence")
+    names = [Plant(kind, seed).name for kind in KINDS]
+    return table[table.model.str.removesuffix(UNTRAINED).isin(names)].reset_index(drop=True)
+
+
+def tally(evidence: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for plant in plan():
+        for rule, one in calibration.judged(evidence, plant.name, PARTS):
+            if rule == "registered" or one.claim == "C1":
+                name = one.claim + (CORRECTED if rule == "corrected" else "")
+                said.setdefault((plant.kind, name), []).append(one.verdict)
+    cells = {key: (v.count("supported"), v.count("contradicted"), len(v)) for key, v in said.items()}
+    text = {key: f"{yes} / {no} / {n - yes - no}" for key, (yes, no, n) in cells.items()}
+    return pd.Series(text).unstack().loc[[kind for kind in KINDS if (kind, "C1") in text]]
