@@ -35,6 +35,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from exercises import check
 """

@@ -45,8 +45,8 @@ EXERCISES = (
         10,
         "Write `upper_bound`: the largest error rate at which so few errors would still turn up in 5 % of samples. How many "
         "draws without an error does it take to show that a rate is at most 5 %?",
-        "`from scipy.stats import beta`, then `beta.ppf` with the parameters `errors + 1` and `n - errors`; without an error "
-        "the bound is $1 - 0.05^{1/n}$.",
+        "`beta.ppf` (of `scipy.stats`) with the parameters `errors + 1` and `n - errors`; without an error the bound is "
+        "$1 - 0.05^{1/n}$.",
         upper_bound,
         (Case((0, 59), 0.0495064), Case((1, 10), 0.3941633), Case((3, 3), 1.0)),
         (
