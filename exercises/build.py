@@ -35,6 +35,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from exercises import check
 """
@@ -91,7 +92,8 @@ def students_notebook(number: str, path: Path) -> nb.Notebook:
     top = (
         f"# Exercises of [{path.stem}](../notebooks/{path.name})\n\nWrite the body of each function, run its cell, then the "
         "check below it. The check tries tiny inputs and says what is probably wrong. Hints and solutions are folded at the "
-        "end of the notebook itself. This file is made from `exercises/*.py`: work on a copy."
+        "end of the notebook itself. This file is made from `exercises/*.py`: work on a copy in the "
+        "same folder."
     )
     cells = [cell("markdown", top, f"{number}-top"), cell("code", SETUP, f"{number}-setup")]
     cells += [made for one in of_notebook(number) for made in students_cells(one)]

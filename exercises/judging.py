@@ -13,6 +13,10 @@ import torch
 NUMBERS = ("00", "01", "02", "03", "04", "05", "06", "07", "08")
 LEVELS = {1: "easy", 2: "medium", 3: "hard"}
 TOLERANCE = 1e-5
+IN_PLACE = (
+    "the values are right, but an input was changed in place: work on a copy, or the next use of that run begins with a "
+    "patched one"
+)
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,26 @@ def check(number: str, answer: Callable[..., Any]) -> None:
 
 def judge(exercise: Exercise, answer: Callable[..., Any]) -> str:
     """What is wrong with an answer; empty if it is right on every case."""
-    got = []
+    got, spoilt = [], False
     for case in exercise.cases:
+        args = tuple(map(_copy, case.args))
         try:
-            got.append(answer(*map(_copy, case.args)))
+            got.append(answer(*args))
         except Exception as error:
-            return f"it stopped with {type(error).__name__}: {error}"
+            return f"it stopped with {type(error).__name__}: {error}; the input was {_short(case.args)}"
+        spoilt = spoilt or not _untouched(case.args, args)
     if all(one is None for one in got):
         return "it returned None: is the body still empty, or a `return` missing?"
     if all(same(one, case.gives) for one, case in zip(got, exercise.cases, strict=True)):
-        return ""
-    for mistake in exercise.mistakes:
-        if _agrees(mistake.answer, exercise.cases, got):
-            return mistake.says
-    return _first_difference(exercise.cases, got)
+        return IN_PLACE if spoilt else ""
+    named = [mistake.says for mistake in exercise.mistakes if _agrees(mistake.answer, exercise.cases, got)]
+    return named[0] if named else _first_difference(exercise.cases, got)
+
+
+def _untouched(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether arrays and tensors among the arguments still have their values."""
+    arrays = [(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, torch.Tensor | np.ndarray)]
+    return all(same(a, b) for a, b in arrays)
 
 
 def _agrees(wrong: Callable[..., Any], cases: Sequence[Case], got: Sequence[Any]) -> bool:
@@ -97,7 +107,7 @@ def _first_difference(cases: Sequence[Case], got: Sequence[Any]) -> str:
     case, one = next((c, g) for c, g in zip(cases, got, strict=True) if not same(g, c.gives))
     expected, given = _shape(case.gives), _shape(one)
     if expected != given:
-        return f"expected a result of shape {expected}, got {given}"
+        return f"for the input {_short(case.args)} expected a result of shape {expected}, got {given}"
     return f"for the input {_short(case.args)} the answer is {_short(case.gives)}, yours is {_short(one)}"
 
 
@@ -130,7 +140,7 @@ def _copy(value: Any) -> Any:
 
 def _shape(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"dictionary with {', '.join(map(str, value))}"
+        return f"dictionary with the keys {', '.join(map(str, value))}"
     if isinstance(value, tuple | str) or value is None:
         return type(value).__name__
     shape = _array(value).shape

@@ -41,6 +41,12 @@ def _last_only(control: torch.Tensor, treated: torch.Tensor, groups: list[str], 
     return patched
 
 
+def _first_only(control: torch.Tensor, treated: torch.Tensor, groups: list[str], name: str) -> torch.Tensor:
+    patched = control.clone()
+    patched[groups.index(name)] = treated[groups.index(name)]
+    return patched
+
+
 def _shifted(control: torch.Tensor, treated: torch.Tensor, groups: list[str], name: str) -> torch.Tensor:
     return patch_group(control, treated, [*groups[1:], ""], name)
 
@@ -63,8 +69,9 @@ EXERCISES = (
         "One group of tokens",
         1,
         5,
-        "Write `patch_group`: which part of the prompt holds the signal at this layer?",
-        "A mask over positions, broadcast over the width, and `torch.where`.",
+        "Write `patch_group`: put one group's tokens of the treated run into the control run. Done for every group, it shows "
+        "which part of the prompt holds the signal at this layer.",
+        "A mask over positions, `[group == name for group in groups]`, broadcast over the width, and `torch.where`.",
         patch_group,
         (Case((CONTROL, TREATED, GROUPS, "wrapper"), PATCHED),),
         (
@@ -74,6 +81,7 @@ EXERCISES = (
             ),
             Mistake("that is the whole treated run: only the group's tokens were asked for", lambda c, t, g, n: t),
             Mistake("only the group's last token was patched: a group can have several", _last_only),
+            Mistake("only the group's first token was patched: a group can have several", _first_only),
             Mistake("positions are off by one: the patch begins one token too early", _shifted),
         ),
     ),
@@ -82,8 +90,9 @@ EXERCISES = (
         "What do MLPs carry on?",
         2,
         10,
-        "Write `carried_by_mlps`. With attention frozen, what is lost when the MLPs are frozen, too, is what they carried.",
-        "One difference above, another below, each summed over pairs before you divide.",
+        "Write `carried_by_mlps`. With attention frozen, what is lost when the MLPs are frozen, too, is what they carried. Give "
+        "it as a share of the whole effect of the patch, with everything live.",
+        "One difference above the line, another below it, each summed over pairs before you divide.",
         carried_by_mlps,
         (Case((LIVE, FROZEN, FULL, BASE), 0.5),),
         (
@@ -100,6 +109,10 @@ EXERCISES = (
                 lambda live, f, p, b: float((live - f).sum() / p.sum()),
             ),
             Mistake(
+                "the denominator is the effect with attention frozen: the share is of the whole effect, everything live",
+                lambda live, f, p, b: float((live - f).sum() / (live - b).sum()),
+            ),
+            Mistake(
                 "that is the other order: what is lost when MLPs are held while all else is live",
                 lambda live, f, p, b: float((p - f).sum() / (p - b).sum()),
             ),
@@ -110,8 +123,9 @@ EXERCISES = (
         "Prompts of unequal length",
         2,
         10,
-        "Write `meeting_places`: where may one vector of the source prompt be put into the base prompt?",
-        "A dictionary keeps the last value that was written under a key.",
+        "Write `meeting_places`: for each group that both prompts have, which token of the source prompt may be put in place of "
+        "which token of the base prompt?",
+        "A dictionary keeps the last value that was written under a key; make one for each prompt.",
         meeting_places,
         (Case((LONG, SHORT), {"header": (0, 0), "wrapper": (3, 1), "verb": (4, 3), "last": (6, 4)}),),
         (
@@ -126,6 +140,10 @@ EXERCISES = (
             Mistake(
                 "source and base are exchanged: the first position is the one that is *read*",
                 lambda s, b: {g: (q, p) for g, (p, q) in meeting_places(s, b).items()},
+            ),
+            Mistake(
+                "the prompts were read side by side: they differ in length, so look each group up in each prompt by itself",
+                lambda s, b: {g: (i, i) for i, (g, h) in enumerate(zip(s, b, strict=False)) if g == h},
             ),
             Mistake(
                 "off by one: positions are counted from 0",

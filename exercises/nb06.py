@@ -31,6 +31,7 @@ def rank_p(fitted: float, random: np.ndarray) -> float:
 H = torch.tensor([[1.0, 1.0], [3.0, 1.0], [2.0, 5.0], [5.0, 0.0]])
 COMPLIED, REFUSED = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 1.0])
 PLAIN, BROKEN, STEERED = np.array([-4.0, -3.0]), np.array([2.0, -1.0]), np.array([-3.2, -2.2])
+PUSHED_PAST = np.array([-6.0, -5.0])
 RANDOM = np.array([0.1, -0.5, 0.9, 0.3, 0.2, -0.9, 0.5, 0.0, 0.4])
 
 
@@ -40,8 +41,10 @@ EXERCISES = (
         "A map with two landmarks",
         2,
         8,
-        "Write `place_along`, the position that an adaptive method reads its strength from.",
-        "Move the origin to the class that complied, project, and choose the unit so that the other class lies at 1.",
+        "Write `place_along`, the position of a prompt from which an adaptive method reads how strongly to steer it: 0 at the "
+        "mean of the class that complied, 1 at the mean of the class that refused.",
+        "Move the origin to the class that complied, project on $v$, the way from one mean to the other, and choose the unit "
+        "so that the other class lies at 1: divide by $v \\cdot v$.",
         place_along,
         (Case((H, COMPLIED, REFUSED), torch.tensor([0.0, 1.0, 0.5, 2.0])),),
         (
@@ -58,6 +61,22 @@ EXERCISES = (
                 lambda h, c, r: (h - c) @ (r - c),
             ),
             Mistake(
+                "the origin is the wrong class: 0 belongs to the class that complied",
+                lambda h, c, r: (h - r) @ (r - c) / ((r - c) @ (r - c)),
+            ),
+            Mistake(
+                "the vector points the wrong way: from the class that complied to the one that refused",
+                lambda h, c, r: (h - c) @ (c - r) / ((r - c) @ (r - c)),
+            ),
+            Mistake(
+                "a cosine is no position: it forgets how far along the vector the prompt lies",
+                lambda h, c, r: torch.cosine_similarity(h - c, (r - c)[None]),
+            ),
+            Mistake(
+                "a distance is no position: what lies beside the vector must not count",
+                lambda h, c, r: (h - c).norm(dim=1) / (r - c).norm(),
+            ),
+            Mistake(
                 "the direction is turned round: 0 is the class that complied, 1 the one that refused",
                 lambda h, c, r: place_along(h, r, c),
             ),
@@ -68,10 +87,11 @@ EXERCISES = (
         "How much of the jailbreak is undone?",
         1,
         8,
-        "Write `phi`. On which side of 1 does a defence lie that pushes jailbroken prompts further than plain ones?",
-        "The gap that is left, over the gap that was there: each averaged over pairs first.",
+        "Write `phi`. On which side of 1 does a defence lie after which jailbroken prompts are refused even more surely than "
+        "plain ones?",
+        "One minus the gap that is left over the gap that was there, each averaged over pairs first. A gap keeps its sign.",
         phi,
-        (Case((PLAIN, BROKEN, STEERED), 0.8),),
+        (Case((PLAIN, BROKEN, STEERED), 0.8), Case((PLAIN, BROKEN, PUSHED_PAST), 1.5)),
         (
             Mistake(
                 "mean of ratios instead of ratio of means: average the gaps over pairs, then divide once",
@@ -80,6 +100,14 @@ EXERCISES = (
             Mistake(
                 "that is the gap that is *left*: phi is one minus it",
                 lambda p, j, s: float((p - s).mean() / (p - j).mean()),
+            ),
+            Mistake(
+                "the sign of the gap is lost: a defence that pushes past the plain prompts has phi above 1",
+                lambda p, j, s: float(1 - abs((p - s).mean()) / abs((p - j).mean())),
+            ),
+            Mistake(
+                "phi was held at 1: a defence that pushes past the plain prompts lies above it, and that should be seen",
+                lambda p, j, s: float(np.clip(1 - (p - s).mean() / (p - j).mean(), 0, 1)),
             ),
             Mistake(
                 "what was gained is measured against the plain outcome itself: divide by the gap plain minus jailbroken",
@@ -92,7 +120,8 @@ EXERCISES = (
         "Would any direction do?",
         2,
         8,
-        "Write `rank_p`: how surprising is the fitted direction among random ones of the same length?",
+        "Write `rank_p`: how surprising is the fitted direction among random ones of the same length? The values say how much "
+        "each direction lowers the log-odds of complying.",
         "With nine draws, p can be 1/10, 2/10, ...: never 0.",
         rank_p,
         (Case((0.9, RANDOM), 0.2), Case((2.0, RANDOM), 0.1), Case((-0.7, RANDOM), 0.9)),

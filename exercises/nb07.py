@@ -18,18 +18,18 @@ def false_supported(truth: list[bool | None], verdicts: list[str]) -> float:
 
 
 def coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
-    """Share of intervals that hold the truth, all of shape (draw,)."""
+    """Share of intervals that hold the truth, all of shape (draw,); the ends belong to an interval."""
     return float(((low <= truth) & (truth <= high)).mean())
 
 
-TRUTH = [True, False, False, None, False, True, None, False, True, True]
+TRUTH = [True, False, False, None, False, True, None, False, True, True, False, True]
 SAID = [
-    *("supported", "supported", "inconclusive", "supported", "contradicted"),
-    *("inconclusive", "contradicted", "inconclusive", "supported", "supported"),
+    *("supported", "supported", "inconclusive", "supported", "contradicted", "inconclusive"),
+    *("contradicted", "inconclusive", "supported", "supported", "contradicted", "supported"),
 ]
-LOW = np.array([0.1, 0.5, 0.2, 0.6, -0.2, -0.3, -0.1, -0.1])
-HIGH = np.array([0.4, 0.9, 0.3, 0.8, 0.2, 0.5, 0.3, 0.1])
-AT = np.array([0.3, 0.4, 0.5, 0.7, 0.0, 0.6, 0.1, 0.0])
+LOW = np.array([0.1, 0.5, 0.2, 0.6, -0.2, -0.3, -0.1, -0.1, 8.0, -0.2])
+HIGH = np.array([0.4, 0.9, 0.3, 0.8, 0.2, 0.5, 0.3, 0.1, 8.0, 0.7])
+AT = np.array([0.3, 0.4, 0.5, 0.7, 0.0, 0.6, 0.1, 0.0, 8.0, 0.5])
 
 
 def _rate(truth: list[bool | None], verdicts: list[str], kept: tuple[bool | None, ...]) -> float:
@@ -43,8 +43,10 @@ EXERCISES = (
         "No error seen: how sure is that?",
         2,
         10,
-        "Write `upper_bound`. How many draws without an error does it take to show that a rate is at most 5 %?",
-        "`scipy.stats.beta.ppf`; without an error the bound is $1 - 0.05^{1/n}$.",
+        "Write `upper_bound`: the largest error rate at which so few errors would still turn up in 5 % of samples. How many "
+        "draws without an error does it take to show that a rate is at most 5 %?",
+        "`beta.ppf` (of `scipy.stats`) with the parameters `errors + 1` and `n - errors`; without an error the bound is "
+        "$1 - 0.05^{1/n}$.",
         upper_bound,
         (Case((0, 59), 0.0495064), Case((1, 10), 0.3941633), Case((3, 3), 1.0)),
         (
@@ -59,7 +61,15 @@ EXERCISES = (
             ),
             Mistake(
                 "the rule of three (3 / n) is an approximation and holds for no errors only",
-                lambda k, n: 1.0 if k == n else (k + 3) / n,
+                lambda k, n: 3 / n,
+            ),
+            Mistake(
+                "that is the bound for no errors: with errors it takes the quantile of a Beta distribution",
+                lambda k, n: 1 - 0.05 ** (1 / n),
+            ),
+            Mistake(
+                "with all n wrong Beta(n + 1, 0) is not defined: the bound is 1",
+                lambda k, n: float(beta.ppf(0.95, k + 1, n - k)),
             ),
         ),
     ),
@@ -71,7 +81,7 @@ EXERCISES = (
         "Write `false_supported`. Which draws are its denominator?",
         "The condition comes first: among the draws in which the claim is false.",
         false_supported,
-        (Case((TRUTH, SAID), 0.25),),
+        (Case((TRUTH, SAID), 0.2),),
         (
             Mistake(
                 "over all draws: the more true claims are drawn, the better any rule looks. Divide by the false ones",
@@ -87,6 +97,12 @@ EXERCISES = (
                 "open truths were counted as false: `not None` is True; ask `is False`",
                 lambda t, v: _rate(t, v, (False, None)),
             ),
+            Mistake(
+                "'inconclusive' was counted as an error: it is no answer, and only 'supported' is wrong of a false claim",
+                lambda t, v: (
+                    sum(b is False and s != "contradicted" for b, s in zip(t, v, strict=True)) / t.count(False)
+                ),
+            ),
             Mistake("that is the power, among the *true* claims", lambda t, v: _rate(t, v, (True,))),
         ),
     ),
@@ -96,10 +112,18 @@ EXERCISES = (
         1,
         5,
         "Write `coverage`: what share of 95 % intervals holds the value that is true of the population?",
-        "Both ends, and then a mean.",
+        "Compare with both ends, draw by draw, and take the mean.",
         coverage,
-        (Case((LOW, HIGH, AT), 0.625),),
+        (Case((LOW, HIGH, AT), 0.7),),
         (
+            Mistake(
+                "the ends belong to the interval: one of no width (a whole number such as k90, say) holds its own value",
+                lambda a, b, t: float(((a < t) & (t < b)).mean()),
+            ),
+            Mistake(
+                "every draw has its own true value: compare draw by draw, not with their mean",
+                lambda a, b, t: float(((a <= t.mean()) & (t.mean() <= b)).mean()),
+            ),
             Mistake("one side only: the truth can also lie above the interval", lambda a, b, t: float((a <= t).mean())),
             Mistake("one side only: the truth can also lie below the interval", lambda a, b, t: float((t <= b).mean())),
             Mistake(

@@ -34,6 +34,10 @@ def _turned(verdict: str, controls: dict[str, str]) -> str:
     return {"supported": "contradicted", "contradicted": "supported"}[verdict] if stopped else verdict
 
 
+def _capable(verdict: str) -> bool:
+    return verdict in ("supported", "contradicted")
+
+
 def _always(verdict: str, controls: dict[str, str]) -> str:
     return "inconclusive" if any(outcome != "passed" for outcome in controls.values()) else verdict
 
@@ -57,6 +61,14 @@ EXERCISES = (
         ),
         (
             Mistake("a control that was not run has not passed: it caps the verdict as well", _only_failed),
+            Mistake(
+                "every control must have passed: one that has not is enough to cap (`any`, not `all`)",
+                lambda v, c: "inconclusive" if _capable(v) and all(out != "passed" for out in c.values()) else v,
+            ),
+            Mistake(
+                "two things: a control that was not run has not passed, and 'not testable' stays what it is",
+                lambda v, c: "inconclusive" if "failed" in c.values() else v,
+            ),
             Mistake("a failed control does not prove the opposite: it leaves the question open", _turned),
             Mistake(
                 "'not testable' was turned into 'inconclusive': a control cannot add evidence that is missing", _always
@@ -80,6 +92,10 @@ EXERCISES = (
             Mistake(
                 "pairs were the unit: pairs of one topic share their words, and the interval comes out too narrow",
                 lambda e, t: float(e.std(ddof=1) / np.sqrt(len(e))),
+            ),
+            Mistake(
+                "the spread is that of pairs: average within topics first, and take the spread of those averages",
+                lambda e, t: float(e.std(ddof=1) / np.sqrt(len(np.unique(t)))),
             ),
             Mistake(
                 "a standard deviation, not a standard error: divide by the square root of the number of topics",

@@ -1,5 +1,4 @@
-"""The open question of each notebook: the answer is known, follows from how the thing was made, and is not "
-"printed."""
+"""The open question of each notebook: the answer is known, follows from how the thing was made, and is not printed."""
 
 from __future__ import annotations
 
@@ -99,24 +98,26 @@ QUESTIONS: dict[str, Question] = {
         "05-open",
         "When has the signal left?",
         25,
-        "In each of three models the prompts of a pair differ in one wrapper word. Patch the residual stream at "
+        "In each of three models the two prompts of a T2 pair differ in one wrapper word. Patch the residual stream at "
         "that token (position group `differ`), layer by "
-        "layer. After which layer does it carry less than half of the total effect? That layer's attention "
-        "fetched it.",
-        '`mediation.mediators(study.subject, ["resid_post"], ["differ"])`; patching after layer *l* reaches what '
-        "later layers fetch from there.",
+        "layer. Which is the first layer (counted from 0) after which it carries less than half of the total effect? That "
+        "layer's attention fetched the signal. Give one layer for each model.",
+        '`mediation.effects(study.subject, study.of("T2"), study.openers, mediation.mediators(study.subject, '
+        '["resid_post"], ["differ"]))`, then the mean of `nie0` by layer over the mean of `te`. Patching after layer *l* '
+        "reaches only what later layers fetch from there.",
         _models("05"),
     ),
     "06": Question(
         "06-open",
         "Three vectors",
         20,
-        "Three vectors of one length for the last layer's residual stream at the last token. One moves prompts "
+        "Three vectors of one length for the last layer's residual stream at the last token. One moves *jailbroken* prompts "
         "towards refusing, one towards complying, one was "
         "drawn at random. Which is which? How many random draws would you want to see before you believe your "
-        "answer?",
-        "`mediation.run_clean`, add half of a vector to `resid_post[-1][:, -1]`, and read `outcomes.log_odds` "
-        "before and after.",
+        "answer? Then add them to the prompts with a neutral wrapper: what do you see, and which gotcha of notebook 06 is it?",
+        "With `resid = batch.treated.resid_post[-1][:, -1]`, the jailbroken prompts, compare "
+        '`outcomes.log_odds(this.subject, resid + vector / 2, this.openers["T2"])` with the same without the vector. The '
+        "outcome is the log-odds of complying. Draw random vectors of the same length for comparison, as in exercise 06-3.",
         "from exercises import mystery\nfrom helpers import mediation, outcomes, study\n\n"
         f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
         "vectors = mystery.vectors(this, CODE)\n"
@@ -142,8 +143,13 @@ QUESTIONS: dict[str, Question] = {
         "Three evidence tables for C1. Two were tampered with. What does the rule say of each: supported, "
         "contradicted, inconclusive? Write your verdicts and reasons "
         "down first; only then ask `mystery.verdict(table)`.",
-        "The rule of C1 reads two rows; then come the controls, among them the final norm frozen.",
+        "The rule stands in the table at the top of notebook 08. For C1 it reads two rows, `late share` and `centroid "
+        "difference`, both `main`; then come the controls, among them the final norm frozen: each must stay on its side of the "
+        "threshold.",
         f"from exercises import mystery\n\n{_CODE}\ntables = mystery.evidence(CODE)\n"
-        'tables["A"][["model", "claim", "quantity", "variant", "estimate", "ci_low", "ci_high"]].round(2)\n',
+        'shown = ["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]\n'
+        "for letter, table in tables.items():\n"
+        '    rows = table[(table.model == "embedded") & (table.claim == "C1")]\n'
+        '    print(letter, rows[shown].round(2).to_string(index=False), sep="\\n")\n',
     ),
 }

@@ -96,8 +96,12 @@ INDEPENDENT: list[tuple[str, Callable[..., Any], str]] = [
     ("02-2", lambda nie, te: sum(a / b for a, b in zip(nie, te, strict=True)) / len(te), "mean of ratios"),
     ("04-2", up_and_down, "Benjamini-Hochberg"),
     ("04-3", lambda g, u, d, o: (g[o], u[o], torch.stack([d[:, i] for i in range(3)], 1)), "indices permuted"),
+    ("05-1", lambda c, t, g, n: torch.where(torch.tensor([x == n for x in g]), t, c), "the input was"),
+    ("06-2", lambda p, j, s: 1 - abs((p - s).mean() / (p - j).mean()), "sign of the gap"),
     ("06-3", lambda f, r: (np.sum(abs(r) >= abs(f)) + 1) / (r.size + 1), "two-sided"),
     ("06-3", lambda f, r: np.mean(r >= f), "off by one"),
+    ("07-2", lambda t, v: np.mean([s != "contradicted" for b, s in zip(t, v, strict=True) if b is False]), "no answer"),
+    ("08-1", lambda v, c: "inconclusive" if "failed" in c.values() else v, "two things"),
     ("08-2", lambda e, t: np.std(e, ddof=1) / 3, "pairs were the unit"),
 ]  # fmt: skip
 
@@ -126,6 +130,18 @@ def test_an_answer_that_works_in_place_cannot_spoil_a_case() -> None:
 
     judge(one, spoil)
     assert judge(one, one.solution) == ""
+
+
+def test_an_answer_that_is_right_and_changes_its_input_is_told() -> None:
+    one = find("05-1")
+
+    def in_the_run_itself(control: torch.Tensor, treated: torch.Tensor, groups: list[str], name: str) -> torch.Tensor:
+        inside = torch.tensor([group == name for group in groups])
+        control[inside] = treated[inside]
+        return control
+
+    assert "in place" in judge(one, in_the_run_itself)
+    assert judge(one, lambda control, *rest: in_the_run_itself(control.clone(), *rest)) == ""
 
 
 def test_answers_are_compared_by_value_and_shape() -> None:
