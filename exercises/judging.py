@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -79,14 +80,14 @@ def judge(exercise: Exercise, answer: Callable[..., Any]) -> str:
         try:
             got.append(answer(*args))
         except Exception as error:
-            return f"it stopped with {type(error).__name__}: {error}; the input was {_short(case.args)}"
+            return f"it stopped with {type(error).__name__}: {error}; the input was {_inputs(exercise, case)}"
         spoilt = spoilt or not _untouched(case.args, args)
     if all(one is None for one in got):
-        return "it returned None: is the body still empty, or a `return` missing?"
+        return "it returned None on every input: is the body still empty, or a `return` missing?"
     if all(same(one, case.gives) for one, case in zip(got, exercise.cases, strict=True)):
         return IN_PLACE if spoilt else ""
     named = [mistake.says for mistake in exercise.mistakes if _agrees(mistake.answer, exercise.cases, got)]
-    return named[0] if named else _first_difference(exercise.cases, got)
+    return named[0] if named else _first_difference(exercise, got)
 
 
 def _untouched(before: Sequence[Any], after: Sequence[Any]) -> bool:
@@ -103,12 +104,17 @@ def _agrees(wrong: Callable[..., Any], cases: Sequence[Case], got: Sequence[Any]
         return False
 
 
-def _first_difference(cases: Sequence[Case], got: Sequence[Any]) -> str:
-    case, one = next((c, g) for c, g in zip(cases, got, strict=True) if not same(g, c.gives))
-    expected, given = _shape(case.gives), _shape(one)
-    if expected != given:
-        return f"for the input {_short(case.args)} expected a result of shape {expected}, got {given}"
-    return f"for the input {_short(case.args)} the answer is {_short(case.gives)}, yours is {_short(one)}"
+def _first_difference(exercise: Exercise, got: Sequence[Any]) -> str:
+    case, one = next((c, g) for c, g in zip(exercise.cases, got, strict=True) if not same(g, c.gives))
+    expected, given = _form(case.gives), _form(one)
+    if expected != given and case.gives is not None and one is not None:
+        return f"for {_inputs(exercise, case)} expected {expected}, got {given}"
+    return f"for {_inputs(exercise, case)} the answer is {_short(case.gives)}, yours is {_short(one)}"
+
+
+def _inputs(exercise: Exercise, case: Case) -> str:
+    names = inspect.signature(exercise.solution).parameters
+    return ", ".join(f"{name} = {_short(value, 70)}" for name, value in zip(names, case.args, strict=False))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -138,15 +144,19 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value.copy() if hasattr(value, "copy") else value
 
 
-def _shape(value: Any) -> str:
+def _form(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"dictionary with the keys {', '.join(map(str, value))}"
-    if isinstance(value, tuple | str) or value is None:
-        return type(value).__name__
+        return f"a dictionary with the keys {', '.join(map(str, value))}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if isinstance(value, str) or value is None:
+        return "a text" if value is not None else "None"
     shape = _array(value).shape
-    return str(shape) if shape else "one value"
+    return f"a result of shape {shape}" if shape else "one value"
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, length: int = 160) -> str:
+    if callable(value) or (isinstance(value, list) and value and all(map(callable, value))):
+        return "a function" if callable(value) else f"{len(value)} functions"
     text = " ".join(str(value).split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -55,6 +55,14 @@ EXERCISES = (
                 lambda a, b, c, d: _cells(d - a, b - a, d - c, (b - a) - (d - c)),
             ),
             Mistake(
+                "the sign of NIE1: what the treated run loses without the mediator's treated value is y11 - y10",
+                lambda a, b, c, d: _cells(d - a, b - a, c - d, (d - c) - (b - a)),
+            ),
+            Mistake(
+                "INT is not what is missing from TE, but the difference of two effects of one mediator: NIE1 - NIE0",
+                lambda a, b, c, d: _cells(d - a, b - a, d - c, (d - a) - (b - a) - (d - c)),
+            ),
+            Mistake(
                 "all signs are turned round: an effect is treated minus control",
                 lambda a, b, c, d: _cells(a - d, a - b, c - d, (c - d) - (a - b)),
             ),
@@ -92,6 +100,18 @@ EXERCISES = (
             Mistake(
                 "what is not supported is not contradicted: there must be room for 'inconclusive'",
                 lambda low, high, s, c: "supported" if low >= s else "contradicted",
+            ),
+            Mistake(
+                "`contradicted_to` is not used: an interval between the two thresholds is inconclusive",
+                lambda low, high, s, c: verdict(low, high, s, s - 1e-9),
+            ),
+            Mistake(
+                "one end decides everything: 'contradicted' needs the *upper* end at or below `contradicted_to`",
+                lambda low, high, s, c: verdict(low, low, s, c),
+            ),
+            Mistake(
+                "*at* a threshold counts: 'at or above' and 'at or below' include it",
+                lambda low, high, s, c: verdict(low, high, s + 1e-9, c - 1e-9),
             ),
         ),
     ),

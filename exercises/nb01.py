@@ -66,6 +66,12 @@ def _wilson_at(hits: int, n: int, z: float) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def _parts(hits: int, n: int, centre: float, divisor: float, z: float = 1.96) -> tuple[float, float]:
+    rate = hits / n
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / divisor
+    return centre - half, centre + half
+
+
 # Three positions, five tokens; the logits are logarithms, so the log-sum-exps can be done in the head.
 LOGITS = torch.tensor(
     [[[4.0, 1, 1, 1, 1], [1, 1, 1, 1, 2], [3, 3, 2, 1, 9]], [[1.0, 2, 3, 1, 1], [5, 1, 2, 2, 1], [1, 1, 5, 3, 1]]]
@@ -82,7 +88,8 @@ EXERCISES = (
         "From logits to log-odds",
         1,
         8,
-        "Write `log_odds`: the log-odds of any opener that complies against any that refuses, read behind the last token.",
+        "Write `log_odds`: log p(any opener that complies) − log p(any opener that refuses), for the first token of the answer. "
+        "All other tokens count for neither.",
         "The probability of a camp is the *sum* of its tokens' probabilities; its logarithm is a log-sum-exp of logits.",
         log_odds,
         (Case((LOGITS, [0, 1], [2, 3]), torch.tensor([2.0, 0.25]).log()),),
@@ -102,6 +109,22 @@ EXERCISES = (
             Mistake(
                 "logits were averaged or added: add probabilities, that is, take logsumexp",
                 lambda z, c, r: z[:, -1][:, c].mean(1) - z[:, -1][:, r].mean(1),
+            ),
+            Mistake(
+                "logits or log-probabilities of a camp were added: that multiplies probabilities; take logsumexp",
+                lambda z, c, r: z[:, -1][:, c].sum(1) - z[:, -1][:, r].sum(1),
+            ),
+            Mistake(
+                "that is log p / (1 − p) of complying: here complying stands against *refusing*, not against all else",
+                lambda z, c, r: z[:, -1].softmax(1)[:, c].sum(1).logit(),
+            ),
+            Mistake(
+                "the ratio of the two probabilities: its logarithm is missing",
+                lambda z, c, r: _camps(z[:, -1], c, r).exp(),
+            ),
+            Mistake(
+                "that is the first position: the first answer token is predicted at the last one",
+                lambda z, c, r: _camps(z[:, 0], c, r),
             ),
             Mistake("the sign: complying is up, so comply minus refuse", lambda z, c, r: _camps(z[:, -1], r, c)),
         ),
@@ -139,8 +162,9 @@ EXERCISES = (
         "An interval for a rate of zero",
         2,
         10,
-        "No refusal among 20 harmless prompts: what is the interval of the refusal rate? Write `wilson`. (Its square root "
-        "contains $\\hat p(1-\\hat p)/n + z^2/4n^2$; the centre is pulled towards one half; all is divided by $1 + z^2/n$.)",
+        "No refusal among 20 harmless prompts: what is the interval of the refusal rate? Write `wilson`: all rates p with "
+        "$|\\hat p - p| \\le z\\sqrt{p(1-p)/n}$, where $\\hat p$ is the rate that was seen. (Solved for p, the centre is "
+        "$\\hat p + z^2/2n$, the half-width $z\\sqrt{\\hat p(1-\\hat p)/n + z^2/4n^2}$, and both are divided by $1 + z^2/n$.)",
         "With 0 hits the low end is 0 and the high end is z² / (n + z²): never an interval of no width.",
         wilson,
         (Case((0, 20), (0.0, 0.161130)), Case((5, 10), (0.236593, 0.763407)), Case((48, 50), (0.865402, 0.988958))),
@@ -155,6 +179,22 @@ EXERCISES = (
             Mistake(
                 "z = 1.645 makes a 90 % interval (one-sided 95 %): two-sided 95 % takes 1.96",
                 lambda hits, n: _wilson_at(hits, n, 1.645),
+            ),
+            Mistake(
+                "the centre is still the rate itself: it must be pulled towards one half, to p + z²/2n over 1 + z²/n",
+                lambda hits, n: _parts(hits, n, hits / n, 1 + 1.96**2 / n),
+            ),
+            Mistake(
+                "the half-width is not divided by 1 + z²/n",
+                lambda hits, n: _parts(hits, n, sum(wilson(hits, n)) / 2, 1.0),
+            ),
+            Mistake(
+                "centre and half-width are not divided by 1 + z²/n",
+                lambda hits, n: _parts(hits, n, hits / n + 1.96**2 / (2 * n), 1.0),
+            ),
+            Mistake(
+                "the factor z in front of the square root is missing",
+                lambda hits, n: _parts(hits, n, sum(wilson(hits, n)) / 2, 1.96 * (1 + 1.96**2 / n)),
             ),
             Mistake(
                 "low and high are exchanged, or the half-width has the wrong sign",

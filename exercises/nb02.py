@@ -64,25 +64,37 @@ CONTROL = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
 TREATED = torch.tensor([[1.0, 0.0], [2.0, 1.0], [1.0, -1.0], [0.0, 2.0]])
 
 
-def _everywhere(blocks, outcome, control, treated, layer, position):  # type: ignore[no-untyped-def]
-    for block in blocks[: layer + 1]:
-        control, treated = control + block(control), treated + block(treated)
-    clean, resid = control, treated
-    for block in blocks[layer + 1 :]:
-        clean, resid = clean + block(clean), resid + block(resid)
-    return outcome(resid) - outcome(clean)
+def _after(blocks, resid):  # type: ignore[no-untyped-def]
+    for block in blocks:
+        resid = resid + block(resid)
+    return resid
 
 
 def _clean(blocks, outcome, resid):  # type: ignore[no-untyped-def]
-    for block in blocks:
-        resid = resid + block(resid)
-    return outcome(resid)
+    return outcome(_after(blocks, resid))
+
+
+def _later_held(blocks, outcome, control, treated, layer, position):  # type: ignore[no-untyped-def]
+    below, final = blocks[: layer + 1], _after(blocks, control).clone()
+    final[position] += (_after(below, treated) - _after(below, control))[position]
+    return outcome(final) - _clean(blocks, outcome, control)
 
 
 def _embedding_patched(blocks, outcome, control, treated, position):  # type: ignore[no-untyped-def]
     mixed = control.clone()
     mixed[position] = treated[position]
     return _clean(blocks, outcome, mixed) - _clean(blocks, outcome, control)
+
+
+def _alone(block: Block) -> Block:
+    return lambda resid: block(resid) - resid
+
+
+def _write_patched(blocks, outcome, control, treated, layer, position):  # type: ignore[no-untyped-def]
+    below, treated = _after(blocks[:layer], control), _after(blocks[:layer], treated)
+    write = blocks[layer](below).clone()
+    write[position] = blocks[layer](treated)[position]
+    return _clean(blocks[layer + 1 :], outcome, below + write) - _clean(blocks, outcome, control)
 
 
 def _share(effect: np.ndarray, depth: np.ndarray) -> float:
@@ -128,8 +140,29 @@ EXERCISES = (
             ),
             Mistake(
                 "every position was replaced, not one cell: then the whole run is the treated one and the effect is TE",
-                _everywhere,
+                lambda b, y, c, t, layer, p: _clean(b, y, t) - _clean(b, y, c),
             ),
+            Mistake(
+                "nothing changed: was the clean run overwritten together with the patched one (no `.clone()`)?",
+                lambda b, y, c, t, layer, p: torch.tensor(0.0),
+            ),
+            Mistake(
+                "the blocks above were not run again on the patched stream: that is a *direct* effect (notebook 03)",
+                _later_held,
+            ),
+            Mistake(
+                "only what `blocks[layer]` adds was replaced: the residual stream is the sum, with all that came before",
+                _write_patched,
+            ),
+            Mistake(
+                "a block's output is what it *adds*: the residual stream after it is `resid + block(resid)`",
+                lambda b, y, c, t, layer, p: patched_nie0([_alone(one) for one in b], y, c, t, layer, p),
+            ),
+            Mistake(
+                "that is NIE1: the control's value in the treated run, taken from the treated run's outcome",
+                lambda b, y, c, t, layer, p: -patched_nie0(b, y, t, c, layer, p),
+            ),
+            Mistake("the sign: patched minus clean", lambda b, y, c, t, layer, p: -patched_nie0(b, y, c, t, layer, p)),
             Mistake(
                 "that is y01, the outcome itself: subtract y00, the clean control run's",
                 lambda b, y, c, t, layer, p: patched_nie0(b, y, c, t, layer, p) + _clean(b, y, c),
@@ -141,14 +174,21 @@ EXERCISES = (
         "The proportion mediated",
         1,
         5,
-        "Write `share_of_te` for many pairs. In one pair TE is nearly 0: what does it do to your number?",
+        "Write `share_of_te` for many pairs. If TE is nearly 0 in one pair, what does that pair do to your number?",
         "Divide once, at the very end.",
         share_of_te,
-        (Case((np.array([1.0, 1.9, 0.35]), np.array([4.0, 2.0, 0.5])), 0.5),),
+        (
+            Case((np.array([1.0, 1.9, 0.35]), np.array([4.0, 2.0, 0.5])), 0.5),
+            Case((np.array([3.0, -1.0, 2.0]), np.array([4.0, -1.0, 5.0])), 0.5),
+        ),
         (
             Mistake(
                 "mean of ratios instead of ratio of means: one pair with a TE near 0 then decides everything",
                 lambda nie, te: float((nie / te).mean()),
+            ),
+            Mistake(
+                "absolute values: a pair in which the mediator works against the treatment then counts for it",
+                lambda nie, te: float(np.abs(nie).sum() / np.abs(te).sum()),
             ),
             Mistake("the ratio is upside down: NIE over TE", lambda nie, te: float(te.sum() / nie.sum())),
             Mistake("the median of ratios is not the ratio of means", lambda nie, te: float(np.median(nie / te))),
@@ -186,6 +226,14 @@ EXERCISES = (
             ),
             Mistake(
                 "negative effects are in the sums: a share of a sum with both signs can be anything", _share_signed
+            ),
+            Mistake(
+                "the negative effects are still in the denominator: late positive ones over *all positive* ones",
+                lambda effect: late_share(effect) * float(np.clip(effect, 0, None).sum() / effect.sum()),
+            ),
+            Mistake(
+                "layers were counted, not their effects added",
+                lambda effect: late_share((effect > 0).astype(float)),
             ),
             Mistake(
                 "negative effects were made positive: C1 asks for the share of the *positive* ones",

@@ -44,12 +44,33 @@ def _first_crossing(share: np.ndarray) -> int | None:
 
 def _no_ceiling(share: np.ndarray) -> int | None:
     below = np.flatnonzero(share < 0.9)
-    return int(below[-1]) + 2 if len(below) else 1
+    k = int(below[-1]) + 2 if len(below) else 1
+    return k if k <= len(share) else None
 
 
 def _index(share: np.ndarray) -> int | None:
     k = k90(share)
     return None if k is None else k - 1
+
+
+def _open_band(share: np.ndarray) -> int | None:
+    inside = (share > 0.9) & (share < 1.1)
+    return k90(np.where(inside, share, 0.0))
+
+
+def _step_down(p: np.ndarray, level: float = 0.05) -> np.ndarray:
+    """Ranks pass until the first one above its line."""
+    m, order = len(p), np.argsort(p, kind="stable")
+    line = level * np.arange(1, m + 1) / (m * (1 / np.arange(1, m + 1)).sum())
+    passed = np.zeros(m, dtype=bool)
+    passed[order] = np.cumprod(p[order] <= line).astype(bool)
+    return passed
+
+
+def _from_zero(p: np.ndarray, level: float = 0.05) -> np.ndarray:
+    m, rising = len(p), np.sort(p)
+    below = np.flatnonzero(rising <= level * np.arange(m) / (m * (1 / np.arange(1, m + 1)).sum()))
+    return p <= (rising[below[-1]] if len(below) else -1.0)
 
 
 def _hochberg(p: np.ndarray, level: float = 0.05) -> np.ndarray:
@@ -64,6 +85,7 @@ def _no_step_up(p: np.ndarray, level: float = 0.05) -> np.ndarray:
 
 CURVE = np.array([0.5, 0.93, 1.2, 1.15, 0.85, 0.95, 1.05, 1.0])
 OVERSHOOTS = np.array([0.4, 0.95, 1.3, 1.05, 1.0])
+EDGES = np.array([0.5, 0.9, 1.1, 1.0])
 WRONG_WAY = np.array([0.2, 0.1, -0.3])
 P_VALUES = np.array([0.2, 0.001, 0.0085, 0.013, 0.9, 0.0088])  # BY's lines: 0.0034, 0.0068, 0.0102, 0.0136, ...
 GATE = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -79,7 +101,13 @@ EXERCISES = (
         "Write `k90`. The curve of the *signed* order overshoots and comes back: the first crossing is not the answer.",
         "Look from the right: the last k that is outside the band decides.",
         k90,
-        (Case((CURVE,), 6), Case((OVERSHOOTS,), 4), Case((WRONG_WAY,), None), Case((np.array([1.0, 1.0]),), 1)),
+        (
+            Case((CURVE,), 6),
+            Case((OVERSHOOTS,), 4),
+            Case((WRONG_WAY,), None),
+            Case((np.array([1.0, 1.0]),), 1),
+            Case((EDGES,), 2),
+        ),
         (
             Mistake(
                 "the first crossing: the curve leaves the band again later, so it had not arrived", _first_crossing
@@ -91,6 +119,11 @@ EXERCISES = (
                 "no ceiling: a set that does 120 % of what the layer does is not the layer; stay below 1.1, too",
                 _no_ceiling,
             ),
+            Mistake("the ends of the band belong to it: 0.9 has arrived, and 1.1 has not left", _open_band),
+            Mistake(
+                "where the curve never arrives the answer is None, not the number of neurons",
+                lambda share: k90(share) or len(share),
+            ),
         ),
     ),
     Exercise(
@@ -99,13 +132,15 @@ EXERCISES = (
         3,
         15,
         "Write `sure`: Benjamini-Yekutieli. Sort the p-values; the line for rank k is level · k / (m · c) with "
-        "$c = 1 + 1/2 + \\dots + 1/m$; everything up to the *last* rank below its line passes.",
+        "$c = 1 + 1/2 + \\dots + 1/m$; everything up to the *last* rank at or below its line passes.",
         "Find the largest rank that is below its own line, and let all smaller ranks pass with it. Then undo the sorting.",
         sure,
         (
             Case((P_VALUES,), np.array([False, True, True, True, False, True])),
             Case((np.array([0.02, 0.04, 0.03]),), np.array([False, False, False])),
             Case((np.array([0.02, 0.045, 0.9]),), np.array([False, False, False])),
+            Case((np.array([0.018, 0.005, 0.5]),), np.array([True, True, False])),
+            Case((np.array([0.018, 0.005, 0.1]), 0.2), np.array([True, True, True])),
         ),
         (
             Mistake(
@@ -114,13 +149,25 @@ EXERCISES = (
                 _hochberg,
             ),
             Mistake(
-                "Bonferroni: safe, and for a sparse set among thousands far too strict", lambda p: p <= 0.05 / len(p)
+                "Bonferroni: safe, and for a sparse set among thousands far too strict",
+                lambda p, level=0.05: p <= level / len(p),
             ),
             Mistake(
                 "each p-value is held against its own line only: all ranks before the last one below the line pass, too",
                 _no_step_up,
             ),
-            Mistake("no correction at all: of 1,000 neurons without effect 50 would pass", lambda p: p <= 0.05),
+            Mistake(
+                "no correction at all: of 1,000 neurons without effect 50 would pass", lambda p, level=0.05: p <= level
+            ),
+            Mistake(
+                "it stops at the first rank above its line: what counts is the *last* rank below its line", _step_down
+            ),
+            Mistake(
+                "the answer is in sorted order: put every verdict back to its own p-value",
+                lambda p, level=0.05: sure(np.sort(p), level),
+            ),
+            Mistake("ranks start at 1: with 0 the smallest p-value is held against a line of 0", _from_zero),
+            Mistake("`level` is not used", lambda p, level=0.05: sure(p)),
         ),
     ),
     Exercise(

@@ -50,10 +50,10 @@ QUESTIONS: dict[str, Question] = {
         20,
         "Three versions of the same T2 pairs. One is sound. In one, topics are split across splits; in one, "
         "control and treated are exchanged in half of the "
-        "pairs. Which is which, and what would each fault do to an effect or its interval?",
-        "For the first fault: in how many splits does a topic occur? For the second: `helpers.prompts` knows "
-        "texts, and you know which wrapper words are "
-        "neutral from the sound pairs: count how often each wrapper word stands on either side.",
+        "pairs. Which is which, and what would each fault do to an effect or its interval? (A pair has `topic`, "
+        "`split`, `control` and `treated`.)",
+        "For the first fault: in how many splits does a topic occur? For the second: which words differ within a "
+        "pair? Count how often each wrapper word stands on either side.",
         f"from exercises import mystery\n\n{_CODE}\nsets = mystery.prompt_sets(CODE)\n"
         'for letter, pairs in sets.items():\n    print(letter, len(pairs), "|", pairs[0].control, "|", '
         "pairs[0].treated)\n",
@@ -67,8 +67,9 @@ QUESTIONS: dict[str, Question] = {
         "late layer. Which is which? Say which picture you used, and why the cumulative curve of the residual "
         "stream would not do.",
         '`mediation.effects(study.subject, study.of("T2"), study.openers, mediation.mediators(study.subject, '
-        '["mlp_out.direct"]))`, then the mean of '
-        "`nie0` by layer. Each model also has a smaller side route.",
+        '["attn_out", "mlp_out"]))`, then the means of `nie0` and `nie1` by site and layer. An MLP may only pass on what one '
+        'below it has found: the last large one writes the decision (`"mlp_out.direct"` leaves passing on out; it is '
+        "explained in notebook 03). Each model also has a smaller side route.",
         _models("02"),
     ),
     "03": Question(
@@ -90,8 +91,8 @@ QUESTIONS: dict[str, Question] = {
         "many that are scattered, in one by at most 8. "
         "Which is which? Decide without a window.",
         '`neuron_effects.measure(study, "T2", neuron_effects.all_neurons(study.subject, [last]))` and '
-        "`neurons.table` of its first part; sort by |effect|, then "
-        "look at the indices.",
+        "`neurons.table` of its first part (or `neuron_evidence.sweep(study).table`, as in the notebook, which measures more); "
+        "sort by |effect|, then look at the indices.",
         _models("04").replace("import mediation", "import neuron_effects, neurons"),
     ),
     "05": Question(

@@ -80,11 +80,22 @@ def in_place(blocks: Any, outcome: Any, control: Any, treated: Any, layer: int, 
     return outcome(mixed) - outcome(runs["t"][-1])
 
 
-def up_and_down(p: np.ndarray) -> np.ndarray:
+def in_place_of_the_clean_run(blocks: Any, outcome: Any, control: Any, treated: Any, layer: int, position: int) -> Any:
+    """Two names for one tensor: the patch changes the clean run, too."""
+    for block in blocks[: layer + 1]:
+        control, treated = control + block(control), treated + block(treated)
+    mixed = control
+    mixed[position] = treated[position]
+    for block in blocks[layer + 1 :]:
+        control, mixed = control + block(control), mixed + block(mixed)
+    return outcome(mixed) - outcome(control)
+
+
+def up_and_down(p: np.ndarray, level: float = 0.05) -> np.ndarray:
     order, m = np.argsort(p), len(p)
     adjusted = np.minimum.accumulate((p[order] * m / np.arange(1, m + 1))[::-1])[::-1]
     passed = np.empty(m, dtype=bool)
-    passed[order] = adjusted <= 0.05
+    passed[order] = adjusted <= level
     return passed
 
 
@@ -95,6 +106,13 @@ INDEPENDENT: list[tuple[str, Callable[..., Any], str]] = [
     ("02-1", in_place, "wrong direction"),
     ("02-2", lambda nie, te: sum(a / b for a, b in zip(nie, te, strict=True)) / len(te), "mean of ratios"),
     ("04-2", up_and_down, "Benjamini-Hochberg"),
+    ("01-1", lambda z, c, r: torch.logit(z.softmax(-1)[:, -1, c].sum(-1)), "against *refusing*"),
+    ("02-1", in_place_of_the_clean_run, "no `.clone()`"),
+    ("02-2", lambda nie, te: abs(nie).mean() / abs(te).mean(), "absolute values"),
+    ("03-2", lambda m, d, t: np.mean(m[d > 0]), "components were counted"),
+    ("03-3", lambda z, o, h, n: o.reshape(len(o), -1, n)[:, h] @ z.reshape(-1, n)[h], "as wide as there are heads"),
+    ("04-1", lambda s: next((k + 1 for k in range(len(s)) if ((s[k:] >= 0.9) & (s[k:] <= 1.1)).all()), len(s)), "is None"),
+    ("04-2", lambda p, level=0.05: up_and_down(p * sum(1 / k for k in range(1, len(p) + 1))), "`level` is not used"),
     ("04-3", lambda g, u, d, o: (g[o], u[o], torch.stack([d[:, i] for i in range(3)], 1)), "indices permuted"),
     ("05-1", lambda c, t, g, n: torch.where(torch.tensor([x == n for x in g]), t, c), "the input was"),
     ("06-2", lambda p, j, s: 1 - abs((p - s).mean() / (p - j).mean()), "sign of the gap"),
@@ -114,7 +132,13 @@ def test_the_same_mistake_in_other_words_is_named_too(number: str, answer: Calla
 
 
 def test_what_is_no_typical_mistake_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "shape" in judge(find("01-1"), lambda z, c, r: z)
+    assert "expected a result of shape (2,), got a result of shape (2, 3, 5)" in judge(find("01-1"), lambda z, c, r: z)
+    assert "keys TE, NIE0, NIE1, INT, got a tuple of 4" in judge(find("00-1"), lambda *four: four)
+    assert "the answer is None, yours is 7" in judge(
+        find("04-1"), lambda s: 7 if s[-1] < 0 else find("04-1").solution(s)
+    )
+    shown = judge(find("02-1"), lambda *rest: torch.tensor(7.0))
+    assert "blocks = 3 functions" in shown and "layer = 0, position = 2 the answer is" in shown
     assert "the answer is 0.5, yours is 7" in judge(find("02-2"), lambda nie, te: 7)
     exercises.check("02-2", lambda nie, te: nie.sum() / te.sum())
     assert capsys.readouterr().out == "02-2: right.\n"
