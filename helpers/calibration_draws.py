@@ -47,11 +47,14 @@ COUNTS = {
     },
     "steering": {"early": 30, "middle": 30, "late": 15},
 }  # fmt: skip
-# The corrected C1 was written after all draws of C1 above: models of its own, from this seed on.
-COUNTS_C1 = {
-    "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10, "early_carrier": 10,
+# The corrected C1 and C6 were written after all draws of these claims above: models of their own, from this seed on.
+COUNTS_LATER = {
+    "layers": {
+        "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10, "early_carrier": 10,
+    },
+    "steering": {"late": 15, "early": 15, "middle": 15},
 }  # fmt: skip
-FRESH_C1 = 200
+FRESH_LATER = 200
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 ROUNDS = 15  # of the plan
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
@@ -89,7 +92,8 @@ def plan() -> list[Draw]:
         for kind, count in kinds.items():
             each = math.ceil(count / ROUNDS)
             made += [Draw("main", part, kind, FRESH + i) for i in range(number * each, min(count, (number + 1) * each))]
-    made += [Draw("main", "layers", kind, FRESH_C1 + i) for kind, count in COUNTS_C1.items() for i in range(count)]
+    for part, kinds in COUNTS_LATER.items():
+        made += [Draw("main", part, kind, FRESH_LATER + i) for kind, count in kinds.items() for i in range(count)]
     for seed in range(POWER_SEEDS):
         made += [draw for part in POWER_KINDS for draw in _power(part, [seed])]
     return made

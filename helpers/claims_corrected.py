@@ -1,16 +1,16 @@
 """Corrected rules of the claims whose registered rule was found to err by construction on compiled models.
 
-The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first
-24 draws of the calibration had been seen (notebook 07) and before any other draw was measured, that of C1 after all draws of
-C1 had been seen; each is judged on draws that were measured afterwards, beside the registered rules. Thresholds are the
-registered ones.
+The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first 24
+draws of the calibration had been seen (notebook 07) and before any other draw was measured; those of C1 and C6 after all
+draws of these claims had been seen. Each is judged on draws that were measured afterwards, beside the registered rules.
+Thresholds are the registered ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from helpers import claims, claims_gates, claims_neurons, claims_tokens, controls
+from helpers import claims, claims_gates, claims_neurons, claims_steering, claims_tokens, controls
 from helpers.controls import Rows
 from helpers.verdicts import Verdict, decide, gate, generation, interval, verdict
 
@@ -28,6 +28,8 @@ WHY = {
     "inside its neurons decides, and what is written whatever the gate does is one minus the index.",
     "C5c": "An answer that is labelled by its opener is decided by its first token by definition: the label must rest on "
     "the content.",
+    "C6": "What is added in early or middle layers reaches the late ones by the skip path: that it defends as well does not "
+    "speak against late layers, and stands in the way of supported only.",
 }
 
 
@@ -81,3 +83,4 @@ def rules(rows: Rows) -> Iterator[Verdict]:
     yield claims_neurons.c5a(rows, corrected=True)
     yield claims_gates.c5b(rows, corrected=True)
     yield claims_tokens.c5c(rows, corrected=True)
+    yield claims_steering.c6(rows, corrected=True)

@@ -24,11 +24,11 @@ STEERED: dict[tuple[str, str, str], Number] = {
 }
 
 
-def judged(changes: dict | None = None, *, n_harmless: int = 400) -> Verdict:
+def judged(changes: dict | None = None, *, n_harmless: int = 400, corrected: bool = False) -> Verdict:
     numbers = {**{key: SHARED[key] for key in SHARED if key[0] == "gate"}, **STEERED, **(changes or {})}
     made = table(numbers)
     made.loc[made.quantity == "harmless loss", "n_pairs"] = n_harmless
-    return c6(Rows("m", made))
+    return c6(Rows("m", made), corrected=corrected)
 
 
 def row(quantity: str, numbers: Number | None, variant: str = "main") -> dict:
@@ -115,3 +115,12 @@ def test_no_gate_no_verdict() -> None:
     weak = judged({("gate", "TE T2-T2b", "main"): (0.3, 0.2, 0.4)})
     assert weak.verdict == "inconclusive" and "nothing to mediate" in weak.reason
     assert c6(Rows("m", pd.DataFrame(table({})))).verdict == "not testable"
+
+
+def test_an_equal_rival_contradicts_by_the_registered_rule_only() -> None:
+    equal = row("advantage over mid", (0.0, -1.0, 1.0))
+    assert judged(equal).verdict == "contradicted"
+    assert judged(equal, corrected=True).verdict == "inconclusive"
+    assert judged(corrected=True).verdict == "supported"
+    chance, loss = row("p isotropic", (0.6, 0.6, 0.6)), row("harmless loss", (5.0, 4.0, 6.0))
+    assert judged(chance, corrected=True).verdict == judged(loss, corrected=True).verdict == "contradicted"
