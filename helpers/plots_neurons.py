@@ -149,7 +149,7 @@ def adjacency(table: pd.DataFrame) -> Figure:
         ax.set_title(str(name))
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
-    _below(figure, axes[:1, 0], ncols=2)
+    _below(figure, list(axes[:1, 0]), ncols=2)
     title = "Same function, other order: single neurons only move, windows are redrawn"
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
