@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from helpers import plots, plots_neurons
+from helpers import plots_neurons
 from helpers.figure_spec import ESTIMATE, FigureSpec
 
 SPECS = (
@@ -33,13 +31,7 @@ SPECS = (
     ),
     FigureSpec(
         "04_sparsity",
-        partial(
-            plots.dots,
-            row="behaviour",
-            group="quantity",
-            title="Does harm need fewer neurons than any other behaviour?",
-            unit="neurons until 0.5 (k50) or 0.9 (k90) of the whole layer's share is reached for good",
-        ),
+        plots_neurons.sparsity,
         "C5a",
         "k50 and k90 of the last layer for harm and for each benign behaviour",
         {"behaviour": "str", "quantity": "str", **ESTIMATE},

@@ -25,6 +25,7 @@ NAMES = {
     "resid_post": "residual stream",
     "attn_out.direct": "attention, direct",
     "mlp_out.direct": "MLP, direct",
+    "last_instruction": "last instruction",
 }
 STYLE = {
     "figure.dpi": 110,

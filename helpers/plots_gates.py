@@ -23,7 +23,7 @@ def drawing(table: pd.DataFrame) -> Figure:
         for row in part[part.kind == "arrow"].itertuples():
             ends = (row.x, row.y), (row.to_x, row.to_y)
             ax.add_patch(
-                FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=11, shrinkA=27, shrinkB=16, color="black")
+                FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=16, color="black")
             )
         for row in part[part.kind == "box"].itertuples():
             style = {"boxstyle": "round,pad=0.35", "fc": COLOURS.get(str(row.colour), "#FFFFFF"), "ec": "black"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from helpers.plots import MARKERS, OKABE_ITO, _figure, _points
+from helpers.plots import MARKERS, OKABE_ITO, _figure, _points, dots
 
 SHARE = "share of total effect"
 ARROWS = {
@@ -16,6 +20,12 @@ ARROWS = {
     "residual stream": ("#0072B2", "-"),
     "after the write": ("#000000", "-"),
 }
+
+
+def _below(figure: Figure, axes: Sequence[Axes], ncols: int) -> None:
+    """One legend under the axes, where it can hide no point; an entry that several panels share stands there once."""
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=8)
 
 
 def geometry(table: pd.DataFrame) -> Figure:
@@ -36,9 +46,13 @@ def geometry(table: pd.DataFrame) -> Figure:
             )
             ax.plot([row.x, row.to_x], [row.y, row.to_y], style, color=colour, lw=1.5, label=item)
     reach = 1.3 * max(0.2, float(table[["y", "to_y"]].abs().max().max()))
+    ends = min(0, table.to_x.min()) - 0.05, max(1, table.x.max(), table.to_x.max()) + reach
     ax.set_aspect("equal", adjustable="box")
-    ax.set_xlim(min(0, table.to_x.min()) - 0.05, max(1, table.x.max(), table.to_x.max()) + reach)
+    ax.set_xlim(*ends)
     ax.set_ylim(-reach, reach)
+    figure.set_size_inches(
+        7.0, float(np.clip(4.2 * 2 * reach / (ends[1] - ends[0]) + 0.9, 2.4, 5.0))
+    )  # no empty margins
     ax.axhline(0, color="black", lw=0.5)
     ax.set_xlabel("along the control run's residual stream (its length = 1)")
     ax.set_ylabel("across it")
@@ -61,7 +75,7 @@ def by_index(table: pd.DataFrame) -> Figure:
         ax.set_title(f"layer {layer}")
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("index of the neuron")
-    axes[-1, 0].legend(fontsize=8)
+    _below(figure, [ax for ax in axes[:, 0] if len(ax.get_legend_handles_labels()[0])], ncols=2)
     figure.suptitle(
         "Which single neurons carry the effect at the last token?", fontsize=10, fontweight="bold", x=0.01, ha="left"
     )
@@ -71,7 +85,7 @@ def by_index(table: pd.DataFrame) -> Figure:
 def curves(table: pd.DataFrame) -> Figure:
     """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded."""
     names = list(dict.fromkeys(table.panel))
-    figure, axes = _figure(1, len(names), 4.0 * len(names), 3.4, sharey=True)
+    figure, axes = _figure(1, len(names), 4.0 * len(names), 3.7, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table.panel == name]
         for k, (label, line) in enumerate(part.groupby("series", sort=False)):
@@ -84,13 +98,31 @@ def curves(table: pd.DataFrame) -> Figure:
         ax.axhline(0, color="black", lw=0.8)
         ax.set_xlabel("neurons swapped together")
         ax.set_title(name)
-        ax.legend(fontsize=7, loc="upper left")
+        # Under the axis: every corner of the frame may hold a curve.
+        ax.legend(
+            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2 if part.series.nunique() < 5 else 4
+        )
     axes[0, 0].set_ylabel("share of the whole layer's effect")
     title = "How many neurons does it take? Top neurons of discover, swapped together, on test"
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     bounded = table[np.isfinite(table.estimate)]
     if len(bounded):
         axes[0, 0].set_ylim(min(-0.2, bounded.estimate.min() - 0.1), min(2.2, max(1.3, bounded.estimate.max() + 0.1)))
+    return figure
+
+
+def sparsity(table: pd.DataFrame) -> Figure:
+    """k50 and k90 with intervals, one row a behaviour, on an axis of whole numbers."""
+    figure = dots(
+        table,
+        row="behaviour",
+        group="quantity",
+        title="Does harm need fewer neurons than any other behaviour?",
+        unit="neurons until 0.5 (k50) or 0.9 (k90) of the whole layer's share is reached for good",
+        below=True,
+    )
+    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[0].set_xlim(left=0)
     return figure
 
 
@@ -117,7 +149,7 @@ def adjacency(table: pd.DataFrame) -> Figure:
         ax.set_title(str(name))
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
-    axes[0, 0].legend(fontsize=8)
+    _below(figure, list(axes[:1, 0]), ncols=2)
     title = "Same function, other order: single neurons only move, windows are redrawn"
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
@@ -147,5 +179,5 @@ def permutations(table: pd.DataFrame) -> Figure:
     ax.set_xlabel("Moran's I of rank |effect|")
     ax.set_ylabel("permutations")
     ax.set_title("Are neighbours more alike than chance?")
-    ax.legend(fontsize=8)
+    _below(figure, [ax], ncols=3)
     return figure

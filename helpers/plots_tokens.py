@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from helpers.plots import NAMES, _figure
+from helpers.plots import NAMES, _figure, by_layer
 
 
 def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
@@ -52,7 +52,7 @@ def groups(table: pd.DataFrame, *, panel: str, title: str, unit: str) -> Figure:
     return figure
 
 
-def tokens(table: pd.DataFrame) -> Figure:
+def tokens(table: pd.DataFrame, *, unit: str) -> Figure:
     """Single tokens of one pair against layers: columns layer, position, token, earliest, nie."""
     rows = sorted(table.position.unique())
     figure, axes = _figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
@@ -61,5 +61,22 @@ def tokens(table: pd.DataFrame) -> Figure:
     label = table.drop_duplicates("position").set_index("position")["token"]
     ax.set_yticks(np.arange(len(rows)), [label[at] for at in rows], fontsize=7)
     ax.set_title("Which token holds the effect?")
-    figure.colorbar(image, ax=ax, label="effect (log-odds)")
+    figure.colorbar(image, ax=ax, label=unit)
+    return figure
+
+
+def carriers(table: pd.DataFrame) -> Figure:
+    """Shares of the paths by layer; the axis begins at the first layer that has an effect to share out."""
+    figure = by_layer(
+        table,
+        group="path",
+        title="What carries the last token's signal on?",
+        unit="share of the residual stream's effect",
+        late=False,
+    )
+    ax = figure.axes[0]
+    ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
+    handles = ax.get_legend_handles_labels()
+    ax.get_legend().remove()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -78,16 +78,19 @@ def compare(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> tuple[
     """Both views by group, with intervals, and Spearman's rank correlation of their sizes.
 
     The activations' view is the mean indirect effect of the group's residual stream after the first layer, before much
-    has moved. Rows: view, position, estimate, low, high (log-odds, signed by TE on discover).
+    has moved. Rows, groups in the order of `table`: view, position, estimate, low, high (log-odds, signed by TE on discover).
     """
     part = evidence.signed(table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.layer == 0)])
     part = part[(part.split == "test") & (part.site == "resid_post")]
     discover = table[(table.treatment == treatment) & (table.split == "discover")]
     signed = inputs.assign(effect=inputs.effect * np.sign(discover.te.mean()))
-    common = [name for name in dict.fromkeys(signed.position) if name in set(part.position)]
+    common = [name for name in dict.fromkeys(part.position) if name in set(signed.position)]
+    rank = {name: place for place, name in enumerate(common)}
     views = {"activations": (part, "nie"), "input": (signed, "effect")}
     made = [
-        summary.cell_means(rows[rows.position.isin(common)], value, ["position"]).assign(view=name)
+        summary.cell_means(rows[rows.position.isin(common)], value, ["position"])
+        .sort_values("position", key=lambda names: names.map(rank))
+        .assign(view=name)
         for name, (rows, value) in views.items()
     ]
     both = pd.concat(made, ignore_index=True)[["view", "position", "estimate", "low", "high"]]

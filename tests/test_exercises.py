@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ each_notebook = pytest.mark.parametrize("number", NUMBERS)
 def notebook_of(number: str) -> Path:
     (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
     return path
+
+
+@cache
+def with_section(number: str) -> nb.Notebook:
+    """A notebook with its section put in anew; several tests read it, none changes it."""
+    path = notebook_of(number)
+    return build.with_section(nb.read(path), number, path)
 
 
 @each_notebook
@@ -180,13 +188,13 @@ def test_what_is_made_from_the_sources_is_up_to_date(number: str) -> None:
     students = build.FOLDER / path.name
     advice = "run python -m exercises.build"
     assert students.read_text(encoding="utf-8") == nb.text(build.students_notebook(number, path)), advice
-    assert path.read_text(encoding="utf-8") == nb.text(build.with_section(nb.read(path), number, path)), advice
+    assert path.read_text(encoding="utf-8") == nb.text(with_section(number)), advice
 
 
 @each_notebook
 def test_the_section_comes_before_next_and_is_put_in_once(number: str) -> None:
     path = notebook_of(number)
-    once = build.with_section(nb.read(path), number, path)
+    once = with_section(number)
     assert build.with_section(once, number, path) == once
     texts = [nb.source(cell) for cell in once["cells"]]
     places = [place for place, text in enumerate(texts) if re.match(r"##+ Exercise", text)]

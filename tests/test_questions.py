@@ -1,6 +1,7 @@
 """The open questions: the key follows from how things are made, and what a student would measure agrees with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,21 @@ import pytest
 from exercises import mystery
 from exercises.judging import NUMBERS
 from exercises.questions import QUESTIONS
-from helpers import mediation, neuron_effects, neurons, outcomes, study
+from helpers import mediation, neuron_effects, neurons, outcomes, prompts, study
 from helpers.depth import EARLY, LATE, depth
+from helpers.organisms import compiled
 from helpers.study import Study
 
 CODES = range(6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made_once() -> Iterator[None]:
+    """Questions share compiled models and the embedded prompt set: each is made once for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "draw", cache(compiled.draw))
+        patch.setattr(prompts, "load_set", cache(prompts.load_set))
+        yield
 
 
 def test_every_question_has_a_key_of_three_letters_that_the_code_shuffles() -> None:

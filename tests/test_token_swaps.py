@@ -124,3 +124,4 @@ def test_a_perfect_order_has_rank_correlation_one() -> None:
     views, rho = token_swaps.compare(table, made, "T2")
     assert rho == pytest.approx(1)
     assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
+    assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"
