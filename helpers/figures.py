@@ -73,7 +73,7 @@ def _fewer_colours(path: Path) -> None:
     with pil.open(path) as full:
         said = PngInfo()
         for key, text in full.info.items():
-            if isinstance(text, str):
+            if isinstance(key, str) and isinstance(text, str):
                 said.add_text(key, text)
         small = full.convert("RGB").quantize(method=pil.Quantize.MAXCOVERAGE, dither=pil.Dither.NONE)
         small.save(path, optimize=True, pnginfo=said, dpi=full.info["dpi"])
