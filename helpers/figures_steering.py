@@ -60,7 +60,7 @@ SPECS = (
             title="Early, middle or late, with the same budget",
         ),
         "C6",
-        "Unrefused jailbreaks against the L2 budget for early, middle and late layers, adaptive and fixed steering",
+        "Unrefused jailbreaks against the L2 budget for early, middle and late layers: adaptive, fixed, the last layer's vector",
         CURVE,
     ),
     FigureSpec(
@@ -87,7 +87,7 @@ SPECS = (
             x_label="fall of the log-odds of complying",
         ),
         "C6",
-        "Fall of the log-odds under 100 isotropic and 100 covariance-matched random directions and under the fitted one",
+        "Fall of the log-odds under isotropic and covariance-matched random directions, as histograms, and under the fitted one",
         {"family": "str", "role": "str", "value": "float"},
     ),
     FigureSpec(
@@ -128,6 +128,7 @@ SPECS = (
             x_label="wrapper tier (1 weak, 6 strong)",
             y_label="harmful answers (share of prompts)",
             title="Weak and strong wrappers, mild and severe requests",
+            apart=0.07,
         ),
         "C6",
         "Share of harmful answers by wrapper tier, one panel a severity, by method",

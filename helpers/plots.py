@@ -188,11 +188,11 @@ def dots(
     groups = list(dict.fromkeys(table[group]))
     figure, axes = _figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
     ax = axes[0, 0]
+    here = {value: [name for name in groups if name in set(part[group])] for value, part in table.groupby(row)}
     for k, name in enumerate(groups):
         part = table[table[group] == name]
-        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * (k - (len(groups) - 1) / 2) / max(
-            1, len(groups)
-        )
+        places = [here[value].index(name) - (len(here[value]) - 1) / 2 for value in part[row]]
+        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * np.array(places) / max(1, len(groups))
         ax.errorbar(
             part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
             label=NAMES.get(str(name), str(name)),
@@ -207,7 +207,9 @@ def dots(
         ax.set_xlim(*limits)
     if below:
         figure.set_size_inches(7.0, figure.get_size_inches()[1] + 0.4)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+        figure.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(groups) < 5 else 5, fontsize=8
+        )
     else:
         ax.legend(fontsize=8)
     return figure
@@ -226,7 +228,7 @@ def verdicts(table: pd.DataFrame) -> Figure:
         x, y = claims.index(str(row.claim)), models.index(str(row.model))
         ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fc=colour, ec="#BBBBBB", lw=0.6))
         ax.text(x, y, sign, ha="center", va="center", fontweight="bold")
-    for name, (colour, sign) in {**VERDICTS, "not testable": ("#FFFFFF", " ")}.items():
+    for name, (colour, sign) in {**VERDICTS, "not testable,\n  or not measured": ("#FFFFFF", " ")}.items():
         ax.plot([], [], "s", color=colour, mec="#BBBBBB", ms=9, label=f"{sign} {name}")
     ax.set_xlim(-0.6, len(claims) - 0.4)
     ax.set_ylim(len(models) - 0.4, -0.6)

@@ -30,17 +30,23 @@ def _matrix(ax: Axes, table: pd.DataFrame, row: str, column: str, rows: list[str
 
 def confusion(table: pd.DataFrame) -> Figure:
     """One matrix a claim: what is true by construction (rows) against what the pipeline said (columns)."""
-    claims, truths, verdicts = (list(dict.fromkeys(table[name])) for name in ("claim", "truth", "verdict"))
+    drawn = table[table.n > 0]  # a truth of which nothing was drawn is no row
+    truths = list(dict.fromkeys(drawn.truth if len(drawn) else table.truth))
+    claims, verdicts = (list(dict.fromkeys(table[name])) for name in ("claim", "verdict"))
     n_columns = min(5, len(claims))
     n_rows = -(-len(claims) // n_columns)
     figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True)
     for ax, claim in zip(axes.flat, claims, strict=False):
-        _matrix(ax, table[table.claim == claim], "truth", "verdict", truths, verdicts)
+        part = table[(table.claim == claim) & table.truth.isin(truths)]
+        _matrix(ax, part, "truth", "verdict", truths, verdicts)
         ax.set_title(claim)
-    for ax in axes.flat[len(claims) :]:
-        ax.set_visible(False)
+    for ax in axes.flat[len(claims) :]:  # nothing but the names of the columns above
+        ax.set_xticks(range(len(verdicts)), verdicts, rotation=40, ha="right")
+        ax.tick_params(left=False, bottom=False)
+        ax.spines[:].set_visible(False)
+        ax.grid(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel("truth (shares)")
+        ax.set_ylabel("built to be (shares)")
     figure.suptitle("How often is each verdict right? Truth against verdict, claim by claim", fontsize=10,
                     fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return figure
@@ -61,22 +67,30 @@ def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
     claims, truths = list(dict.fromkeys(table.claim)), list(dict.fromkeys(table.truth))
     n_columns = min(5, len(claims))
     n_rows = -(-len(claims) // n_columns)
-    figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.6, sharex=True, sharey=True)
+    figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.9, sharex=True, sharey=True)
+    apart = 0.012 * (table[x].max() - table[x].min() or 10)  # so that the two intervals at one number are both seen
     for ax, claim in zip(axes.flat, claims, strict=False):
         for k, truth in enumerate(truths):
             part = table[(table.claim == claim) & (table.truth == truth)].sort_values(x)
             if len(part):
-                plots._points(ax, part[x].to_numpy(), part, k, truth)
+                plots._points(ax, part[x].to_numpy() + apart * (2 * k - 1), part, k, truth)
         ax.axhline(0.8, color="black", lw=0.8, ls="--")
         ax.set_ylim(-0.05, 1.05)
+        ax.margins(x=0.1 if table[x].nunique() > 1 else 1)
+        if table[x].nunique() <= 5:  # few numbers that were chosen: name each
+            ax.set_xticks(sorted(set(table[x])))
         ax.set_title(claim)
     for ax in axes.flat[len(claims) :]:
         ax.set_visible(False)
+    for ax in axes.flat[max(0, len(claims) - n_columns) : len(claims)]:
+        ax.tick_params(labelbottom=True)
     for ax in axes[-1]:
         ax.set_xlabel(unit)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of right verdicts")
-    axes[0, 0].legend(fontsize=7, title="the claim is")
+    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = [f"the claim is {truth}" for truth in named]
+    figure.legend(named.values(), labels, loc="outside lower center", ncols=2, fontsize=8)
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
 

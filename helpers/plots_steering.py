@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.plots import MARKERS, OKABE_ITO, _figure, _lengths
@@ -22,11 +23,13 @@ def curves(
     log_x: bool = False,
     sharey: bool = True,
     margins: Mapping[str, float] | None = None,
+    apart: float = 0.0,
 ) -> Figure:
     """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
 
     Points are joined in the order of the rows, so that a trade-off curve follows its strengths. In a panel with a margin
-    (a dashed line) `x` is linear up to it and logarithmic beyond.
+    (a dashed line) `x` is linear up to it and logarithmic beyond. `apart` moves lines sideways, in units of `x`, so that
+    intervals at one `x` do not hide each other.
     """
     names, groups = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[group]))
     width, columns = min(3.3, 7.2 / len(names)), min(3, len(groups))
@@ -39,24 +42,35 @@ def curves(
             if line.empty:
                 continue
             ax.errorbar(
-                line.x, line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.1,
+                line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8],
+                marker=MARKERS[k % 8], ms=4 if k % 8 < 7 else 7, mec="black" if k % 8 == 7 else None, mew=0.6, lw=1.1,
                 capsize=2, label=str(label),
             )  # fmt: skip
         if margins and name in margins:
-            ax.set_xscale("symlog", linthresh=margins[name])
-            ax.axvline(margins[name], color="black", lw=0.9, ls="--")
+            _up_to(ax, margins[name])
         if log_x:
             ax.set_xscale("log")
         if log_x and part.x.nunique() <= 5:  # few sizes that were chosen: name each
             ax.set_xticks(sorted(set(part.x)), [f"{x:.3g}" for x in sorted(set(part.x))])
             ax.minorticks_off()
         ax.set_title(str(name))
+    for ax in axes[0] if len(names) < 3 else axes[0, 1:2]:  # three panels are too narrow for one label each
         ax.set_xlabel(x_label)
     axes[0, 0].set_ylabel(y_label)
     named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
+
+
+def _up_to(ax: Axes, margin: float) -> None:
+    """A cost axis: linear up to the margin, logarithmic beyond, with numbers that are read off and not powers of ten."""
+    ax.set_xscale("symlog", linthresh=margin)
+    ax.axvline(margin, color="black", lw=0.9, ls="--")
+    low, high = ax.get_xlim()
+    ticks = [x for x in margin * np.array([0, 0.5, 1, 2, 5, 10, 20, 50]) if low <= x <= high]
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
 
 
 def plane(table: pd.DataFrame, *, title: str) -> Figure:

@@ -120,6 +120,8 @@ def test_alternative_text_is_in_both_files(folders: Path) -> None:
     with Image.open(folders / "figures" / "made" / "02_components.png") as image:
         assert image.text["Description"] == alt
         assert "Creation Time" not in image.text
+        assert image.mode == "P"  # few colours: small files
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     svg = (folders / "figures" / "made" / "02_components.svg").read_text(encoding="utf-8")
     assert alt in svg
     assert "attention" in svg  # text stays text

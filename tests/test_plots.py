@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from figure_tables import numbers, table_for
 
-from helpers import drawings, plots
+from helpers import drawings, plots, plots_calibration, plots_steering
 from helpers.figures import spec
 
 # ---- the kinds of drawing ----
@@ -109,3 +109,46 @@ def test_the_grid_counts_its_cells() -> None:
     ax = drawings.grid(table).axes[0]
     assert "30%" in ax.get_title() + ax.get_title(loc="left")
     assert len(ax.patches) == 10
+
+
+def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
+    rows = [("both", "a", 1.0), ("both", "b", 2.0), ("one", "b", 3.0)]
+    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(low=0.0, high=4.0)
+    ax = plots.dots(table, row="row", group="group", title="", unit="").axes[0]
+    at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
+    assert at[3.0] == 1.0
+    assert at[1.0] < 0.0 < at[2.0]
+
+
+def test_costs_are_linear_up_to_the_margin_and_read_as_numbers() -> None:
+    table = pd.DataFrame(
+        {"panel": "cost", "group": "g", "x": [0.0, 1.0, 9.0], "estimate": 0.5, "low": 0.4, "high": 0.6}
+    )
+    words = {"x_label": "cost", "y_label": "harm", "title": ""}
+    figure = plots_steering.curves(table, panel="panel", group="group", margins={"cost": 2.0}, **words)
+    ax = figure.axes[0]
+    assert ax.get_xscale() == "symlog"
+    assert [label.get_text() for label in ax.get_xticklabels()][:4] == ["0", "1", "2", "4"]
+    assert ax.get_xlabel() == "cost"
+
+
+def test_three_panels_share_one_axis_label() -> None:
+    table = pd.DataFrame({"panel": list("abc"), "group": "g", "x": 1.0, "estimate": 0.5, "low": 0.4, "high": 0.6})
+    figure = plots_steering.curves(table, panel="panel", group="group", x_label="budget", y_label="harm", title="")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "budget", ""]
+
+
+def test_a_truth_of_which_nothing_was_drawn_is_no_row() -> None:
+    rows = [(truth, said, n) for truth, n in (("true", 4), ("open", 0)) for said in ("supported", "inconclusive")]
+    table = pd.DataFrame(rows, columns=["truth", "verdict", "n"])
+    table = table.assign(claim="C1", hits=table.n // 2, estimate=0.5, low=0.0, high=1.0)
+    ax = plots_calibration.confusion(table).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["true"]
+
+
+def test_the_two_truths_at_one_number_stand_apart() -> None:
+    table = pd.DataFrame({"claim": "C1", "truth": ["false", "true"], "topics": 70, "estimate": 0.5})
+    ax = plots_calibration.rates(table.assign(low=0.4, high=0.6), x="topics", unit="topics", title="").axes[0]
+    at = [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() in plots.MARKERS]
+    assert at[0] < 70 < at[1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["70"]
