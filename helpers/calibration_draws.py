@@ -199,7 +199,8 @@ def read(folder: Path = paths.CALIBRATION, table: str = "verdicts") -> pd.DataFr
 def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.DataFrame:
     """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
 
-    Columns: part, kind, seed, claim, rule, verdict, stored.
+    A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
+    verdict, stored.
     """
     stored = read(folder)
     known = stored[stored.purpose == "main"].set_index(["kind", "seed", "claim", "rule"]).verdict
@@ -207,5 +208,6 @@ def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.Data
     rows = []
     for (part, kind, seed), evidence in groups[::every]:
         for rule, one in calibration.judged(evidence, f"compiled-{kind}-{seed}", (part,)):
-            rows.append((part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule]))
+            if (kind, seed, one.claim, rule) in known.index:
+                rows.append((part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule]))
     return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored"])

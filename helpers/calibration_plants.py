@@ -30,7 +30,6 @@ from helpers import (
 )
 from helpers.calibration_rates import CORRECTED
 from helpers.calibration_stats import ranking_quality
-from helpers.controls import UNTRAINED
 from helpers.evidence import Variant
 from helpers.neuron_evidence import Neurons
 from helpers.organisms import evaluate, plants
@@ -199,13 +198,6 @@ def found(table: pd.DataFrame) -> pd.DataFrame:
     """For each plant, treatment and effect: the component with the largest share, and whether the plant learned there."""
     top = table.loc[table.groupby(["kind", "seed", "treatment", "effect"]).share.idxmax()]
     return top.assign(component=top.site.str.removesuffix("_out") + " " + top.layer.astype(str))
-
-
-def own_evidence(seed: int = 0) -> pd.DataFrame:
-    """The shipped evidence of the plants of one seed and of their untrained twins."""
-    table = read(table="plant_evidence")
-    names = [Plant(kind, seed).name for kind in KINDS]
-    return table[table.model.str.removesuffix(UNTRAINED).isin(names)].reset_index(drop=True)
 
 
 def tally(evidence: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from helpers import calibration_stats, paths, store
 from helpers.calibration_stats import ENOUGH_NULLS, STORED
+from helpers.controls import UNTRAINED
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
 CORRECTED = "*"  # behind a claim's name: its corrected rule
@@ -76,3 +77,13 @@ def state(row: pd.Series) -> str:
     if row.low > 0.05:
         return "target missed"
     return "not enough draws" if row.n < ENOUGH_NULLS else "target not shown"
+
+
+def plants(seed: int = 0, folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Evidence of the plants of one seed and of their untrained twins, for the ledger; empty where none is shipped."""
+    path = folder / "plant_evidence.parquet"
+    if not path.is_file():
+        return pd.DataFrame(columns=list(store.EVIDENCE))
+    table = store.read_table(path, store.EVIDENCE)
+    owner = table.model.str.removesuffix(UNTRAINED)
+    return table[owner.str.startswith("plant-") & owner.str.endswith(f"-{seed}")].reset_index(drop=True)
