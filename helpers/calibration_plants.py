@@ -181,17 +181,23 @@ def read(folder: Path = paths.CALIBRATION, table: str = "plants") -> pd.DataFram
 
 
 def by_kind(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """For the figure: mean shares over seeds, a row a kind, effect and component ("attn 4"); kinds in the order of the plan."""
+    """For the figure: mean share and range over seeds, a row a kind, effect and component ("attn 4").
+
+    Kinds stand in the order of the plan.
+    """
     part = table[table.treatment == treatment]
     part = part.assign(component=part.site.str.removesuffix("_out") + " " + part.layer.astype(str))
     names = {"total": "passes through (indirect effect)", "direct": "writes (direct effect)"}
     keys = ["kind", "effect", "site", "layer", "component", "learned"]
-    mean = part.groupby(keys, sort=False).share.mean().rename("estimate").reset_index()
+    shares = part.groupby(keys, sort=False).share
+    mean = shares.agg(estimate="mean", low="min", high="max").reset_index()
     order = {kind: i for i, kind in enumerate(KINDS)}
     mean = mean.assign(place=mean.kind.map(order), first=mean.effect != "total").sort_values(
         ["first", "place", "site", "layer"]
     )
-    return mean.assign(effect=mean.effect.map(names))[["kind", "effect", "component", "learned", "estimate"]]
+    return mean.assign(effect=mean.effect.map(names))[
+        ["kind", "effect", "component", "learned", "estimate", "low", "high"]
+    ]
 
 
 def found(table: pd.DataFrame) -> pd.DataFrame:

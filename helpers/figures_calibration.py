@@ -114,6 +114,6 @@ SPECS = (
         "all",
         "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, right what they "
         "write; frames mark where each plant was trained, and the strong colours often lie elsewhere",
-        {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", "estimate": "float"},
+        {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", **ESTIMATE},
     ),
 )  # fmt: skip

@@ -113,17 +113,20 @@ def roc(table: pd.DataFrame) -> Figure:
 
 
 def plants(table: pd.DataFrame) -> Figure:
-    """Kinds of plants by components, one panel an effect: shares as colours and numbers; framed where the plant learned."""
+    """Kinds of plants by components, one panel an effect: shares as colours, framed where the plant learned.
+
+    A number stands where all seeds agree on a share beyond 0.05.
+    """
     kinds, effects = (list(dict.fromkeys(table[name])) for name in ("kind", "effect"))
     columns = list(dict.fromkeys(table.component))
     figure, axes = plots._figure(1, len(effects), 4.6 * len(effects) + 1.6, 1.3 + 0.32 * len(kinds), sharey=True)
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="component", values="estimate").loc[kinds, columns].to_numpy()
-        ax.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        image = ax.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         for row in part.itertuples():
             x, y = columns.index(str(row.component)), kinds.index(str(row.kind))
-            if abs(row.estimate) >= 0.05:
+            if row.low > 0.05 or row.high < -0.05:  # all seeds agree
                 ink = "white" if abs(row.estimate) > 0.6 else "black"
                 ax.text(x, y, f"{row.estimate:.1f}", ha="center", va="center", fontsize=6.5, color=ink)
             if row.learned:
@@ -133,6 +136,7 @@ def plants(table: pd.DataFrame) -> Figure:
         ax.grid(False)
         ax.set_title(effect)
         ax.set_xlabel("component at the last token")
-    figure.suptitle("Where a plant learned (framed), and where mediation sees it: share of the total effect", fontsize=10,
+    figure.colorbar(image, ax=axes[0].tolist(), label="share of total effect", shrink=0.8)
+    figure.suptitle("Where a plant learned (framed), and where mediation sees it", fontsize=10,
                     fontweight="bold", x=0.01, ha="left")  # fmt: skip
     return figure

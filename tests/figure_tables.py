@@ -43,6 +43,7 @@ CHOICES = {
     "kind": ["early", "middle"],
     "estimator": ["total", "direct"],
     "what": ["components", "neurons"],
+    "component": ["attn 0", "mlp 5"],
     "topics": [30, 70],
     "log_odds": [0.5, 2.0],
 }
@@ -63,7 +64,8 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
     for name, kind in entry.columns.items():
         if name in made or name in ("estimate", "low", "high", "band_low", "band_high"):
             continue
-        options = list(CHOICES.get(name, [f"{name} {i}" for i in range(4)] if kind == "str" else [3]))
+        usual = {"str": [f"{name} {i}" for i in range(4)], "bool": [True, False]}
+        options = list(CHOICES.get(name, usual.get(kind, [3])))
         made[name] = [options[i % len(options)] for i in range(len(made))]
     if "estimate" in entry.columns:
         made["estimate"] = rng.normal(size=len(made))

@@ -19,7 +19,14 @@ from helpers.figure_list import SPECS
 from helpers.figure_spec import FigureSpec
 from helpers.figures import describe, index, spec
 
-MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity")  # numbers are colours there
+MAPS = (
+    "03_heads",
+    "05_groups",
+    "05_components",
+    "07_confusion",
+    "07_severity",
+    "07_plants",
+)  # numbers are colours there
 
 
 @pytest.fixture
