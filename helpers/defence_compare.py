@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -51,14 +52,15 @@ def equal_budgets(
     """
     rows = []
     for name, one in methods.items():
+        steered = {}
         for share in shares:
-            try:
-                at = defence_tradeoff.at_budget(lab, one, share * largest, spend)
-            except InputError:
-                continue
-            found = defence_tradeoff.measures(lab, at, on, priced=False)
+            with suppress(InputError):
+                steered[share] = defence_tradeoff.at_budget(lab, one, share * largest, spend)
+        found = defence_tradeoff.measures(lab, list(steered.values()), on, priced=False) if steered else []
+        for share, measured in zip(steered, found, strict=True):
             for key, panel in PANELS.items():
-                rows.append((panel, name, share * largest, found[key].estimate, found[key].low, found[key].high))
+                change = measured[key]
+                rows.append((panel, name, share * largest, change.estimate, change.low, change.high))
     table = pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
     return table.sort_values("panel", kind="stable", ignore_index=True)
 

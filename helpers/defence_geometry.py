@@ -18,8 +18,8 @@ from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from helpers import defence, defence_stats, steering_fit, steering_positions
 from helpers import defence_outcomes as do
+from helpers import defence_stats, steering_fit, steering_positions
 from helpers.defence import Lab
 from helpers.grid_run import clean_run
 from helpers.steering import Edit, Steering
@@ -115,12 +115,9 @@ def odds_over(
     held: dict[str, float] | None = None,
 ) -> Float[np.ndarray, "coefficient prompt"]:  # fmt: skip
     """Log-odds of not refusing under each coefficient of `GRID` along one direction, the `held` ones constant."""
-    rows = []
-    for size in GRID:
-        arm = defence.arm_of(lab.subject, along(directions, layers, {**(held or {}), name: float(size)}))
-        refusing = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer).p_refuse.to_numpy()
-        rows.append(-logit(refusing))
-    return np.stack(rows)
+    steered = [along(directions, layers, {**(held or {}), name: float(size)}) for size in GRID]
+    found = do.log_odds_each(lab.subject, prompts.text, lab.openers, steered)
+    return np.stack([-logit(one.p_refuse.to_numpy()) for one in found])
 
 
 def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:

@@ -24,7 +24,7 @@ from helpers.evidence import COMPONENTS
 from helpers.grid_run import CleanRun, clean_run, on_output
 from helpers.mediation import Batch, Mediator
 from helpers.steering import applied
-from helpers.steering_resume import Switch, at_last_token, last_column, opened, replayed
+from helpers.steering_resume import Switch, at_last_token, opened, replayed
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
@@ -116,7 +116,7 @@ def _hooks(
     end = max((read.layer + 1 for read in moved), default=layer)
     changed = _climbed(subject, plain, layer, end, patched, slice(-1, None))
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
-    return applied(subject, steering, last_column(prompt) if at_last_token(steering) else prompt)
+    return applied(subject, steering, prompt)
 
 
 def _steered_pass(subject: Subject, batch: Batch) -> Batch:
