@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from helpers import defence, defence_outcomes, defence_tradeoff, stats, steering_budget, steering_controls
+from helpers import defence, defence_answers, defence_tradeoff, stats, steering_budget, steering_controls
 from helpers.defence import PLAIN, Lab
 from helpers.defence_outcomes import uniforms
 from helpers.defence_tradeoff import Bench
@@ -92,7 +92,8 @@ def rates(trial: pd.DataFrame) -> dict[str, float]:
 def costs(lab: Lab, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repeats: int = 2) -> pd.Series:
     """Seconds to read a prompt and answer it, over the unsteered model's, the least of some rounds.
 
-    Every arm reads its prompts from the bottom, as it would in use, with no plain run remembered and no answer copied.
+    Every arm reads its prompts from the bottom and in one padded batch, as it would in use, with no plain run remembered
+    and no answer copied.
     """
     some = prompts.iloc[np.linspace(0, len(prompts) - 1, min(N_TIMED, len(prompts))).astype(int)]
     arms = {PLAIN.name: Steering(PLAIN.name), **chosen}
@@ -103,7 +104,7 @@ def costs(lab: Lab, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repea
             steps = defence.STEPS[lab.exact]
             draws = uniforms(len(some), steps, lab.seed)
             on = partial(applied, lab.subject, one)
-            defence_outcomes.answers(lab.subject, list(some.text), steps, on, draws, system=one.system)
+            defence_answers.answers_at_once(lab.subject, list(some.text), steps, on, draws, system=one.system)
             best[name] = min(best[name], time.perf_counter() - start)
     return pd.Series(
         {name: value / best[PLAIN.name] for name, value in best.items()}, name="seconds, steered / unsteered"
