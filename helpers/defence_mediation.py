@@ -23,7 +23,7 @@ from helpers.defence_stats import Change
 from helpers.evidence import COMPONENTS
 from helpers.grid_run import CleanRun, clean_run, on_output
 from helpers.mediation import Batch, Mediator
-from helpers.steering import applied
+from helpers.steering import Read, Steering, applied
 from helpers.steering_resume import Switch, at_last_token, opened, replayed
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
@@ -71,8 +71,6 @@ def _replayed(
 ) -> Float[Tensor, "pair mediator d"]:
     """The steered base's final residual stream at the last token, each component in turn set to the steered source's."""
     plain = clean_run(subject, base.tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
-    # What is added to other tokens may hang on the last one: a gate, a position.
-    column = slice(-1, None) if not isinstance(steer, Switch) or at_last_token(steer.steering) else slice(None)
     found = []
     for one in wanted:
         parts = subject.layers[one.layer]
@@ -80,17 +78,40 @@ def _replayed(
         value = source.site(one.site, one.layer)[:, -1:]
         patched = partial(on_output, module, partial(_with_last, value))
         with _hooks(subject, steer, plain, one.layer, patched):
-            last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
+            wide = _wide_from(subject, steer, one.layer)
+            last = _climbed(subject, base, one.layer, subject.n_layers, patched, wide)[-1]
         found.append(last[:, -1:])
     return torch.cat(found, dim=1)
 
 
+def _wide_from(subject: Subject, steer: Steer, layer: int) -> int:
+    """From which layer on other tokens than the last can differ: what is added to them may hang on the last one.
+
+    That is so where a gate or a position is read from the last token at or above the intervention, and where an edit looks
+    at activations.
+    """
+    if not isinstance(steer, Switch) or at_last_token(steer.steering):
+        return subject.n_layers
+    edits = steer.steering.edits
+    is_fixed = all(edit.blind or edit.where == "last" for edit in edits) and not _moved(steer.steering, layer)
+    return subject.n_layers if is_fixed else max(layer, min(edit.layer for edit in edits))
+
+
+def _moved(steering: Steering, layer: int) -> list[Read]:
+    return [read for read in steering.reads if read.back == 0 and read.layer >= layer]
+
+
 def _climbed(
-    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, column: slice
+    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, wide: int
 ) -> list[Float[Tensor, "pair pos d"]]:
-    """The residual stream after each of these layers, the lowest with its component replaced."""
-    hidden, found = base.resid_pre[start][:, column], []
+    """The residual stream after each of these layers, the lowest with its component replaced.
+
+    Below the layer `wide` at the last token alone, the others being the base's.
+    """
+    hidden, found = base.resid_pre[start][:, -1:], []
     for layer in range(start, end):
+        if layer == wide:
+            hidden = torch.cat([base.resid_pre[layer][:, :-1], hidden], dim=1)
         with patched() if layer == start else nullcontext():
             hidden = replayed(subject, base, layer, hidden)
         found.append(hidden)
@@ -112,9 +133,9 @@ def _hooks(
     if not isinstance(steer, Switch):
         return nullcontext()
     steering = steer.steering
-    moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
+    moved = _moved(steering, layer)
     end = max((read.layer + 1 for read in moved), default=layer)
-    changed = _climbed(subject, plain, layer, end, patched, slice(-1, None))
+    changed = _climbed(subject, plain, layer, end, patched, subject.n_layers)
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
     return applied(subject, steering, prompt)
 
