@@ -53,7 +53,9 @@ def separation(lab: Lab, fit: Fit) -> pd.DataFrame:
     """AUROC on validate, by layer: pos_R tells refused from complied harmful prompts, pos_H benign from harmful ones."""
     directions = steering_fit.directions(fit)
     prompts = lab.prompts[lab.prompts.split == "validate"].reset_index(drop=True)
-    at = residuals(lab, prompts)
+    validate = steering_fit.rows(fit, "validate")  # the fit has read them
+    assert list(fit.prompts.text[validate]) == list(prompts.text), "the fit is of another lab"
+    at = fit.last["resid_post"][validate]
     harmful = (prompts.kind == "harmful").to_numpy()
     rows = []
     for layer in range(lab.subject.n_layers):
