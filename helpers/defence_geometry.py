@@ -16,10 +16,9 @@ from jaxtyping import Float
 from scipy import stats as st
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from helpers import defence_outcomes as do
-from helpers import defence_stats, steering_fit, steering_positions
+from helpers import defence_stats, steering_fit, steering_methods, steering_positions
 from helpers.defence import Lab
 from helpers.grid_run import clean_run
 from helpers.steering import Edit, Steering
@@ -101,13 +100,9 @@ def plane(prompts: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 def along(directions: steering_fit.Directions, layers: Sequence[int], coefficients: dict[str, float]) -> Steering:
     """Constant steering: so many times each direction at these layers, at all prompt tokens."""
 
-    def added(layer: int) -> Tensor:
-        parts = [size * np.asarray(getattr(directions, name)[layer]) for name, size in coefficients.items()]
-        return torch.tensor(np.sum(parts, axis=0))
-
     def edit(layer: int) -> Edit:
-        vector = added(layer)
-        return Edit(layer, "resid_post", lambda x, _: vector.to(x), "prompt")
+        parts = [size * np.asarray(getattr(directions, name)[layer]) for name, size in coefficients.items()]
+        return Edit(layer, "resid_post", steering_methods.constant(np.sum(parts, axis=0)), blind=True)
 
     return Steering("constant", tuple(edit(layer) for layer in layers))
 

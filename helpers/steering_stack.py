@@ -62,4 +62,6 @@ def _scaled(prompt: Prompt, strength: float) -> Prompt:
 def _each(
     deltas: Sequence[Delta], places: Sequence[slice], x: Float[Tensor, "row pos width"], prompt: Prompt
 ) -> Float[Tensor, "row #pos width"]:
-    return torch.cat([delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)])
+    made = [delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)]
+    width = max(one.shape[1] for one in made)
+    return torch.cat([one.expand(at.stop - at.start, width, -1) for one, at in zip(made, places, strict=True)])

@@ -25,6 +25,11 @@ def following_last(size: float, x: Tensor, prompt: Prompt) -> Tensor:
     return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
 
 
+def own_state(size: float, x: Tensor, prompt: Prompt) -> Tensor:
+    """The same for every token by itself, generated ones too."""
+    return size * x.tanh() * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
 def gate(shut: int, prompt: Prompt) -> Tensor:
     """Shut for one prompt (or none), open for the others as far as what was read says."""
     return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
@@ -34,7 +39,7 @@ def steerings(part: st.Part, where: st.Where) -> list[st.Steering]:
     """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
 
     def one(size: float, strength: float, layer: int, opening: st.Opening | None) -> st.Steering:
-        delta = partial(following_last, size)
+        delta = partial(own_state if where == "every" else following_last, size)
         edits = (st.Edit(2, part, delta, where), st.Edit(3, "mlp_out", delta, where))
         return st.Steering(f"{size}", edits, strength, opening, (st.Read("g", layer, plain=True),))
 
