@@ -1,7 +1,8 @@
 """Prompts of one length together, read under a switch that steers the model or leaves it alone.
 
-Nothing is padded. Where the plain model's run over a batch is kept, a steered run sets in above it
-(`helpers.steering_resume`); any other switch reads the batch from the bottom.
+Nothing is padded; steerings of the same sites can share a batch (`helpers.steering_stack`). Where the plain model's run
+over a batch is kept, a steered run sets in above it (`helpers.steering_resume`); any other switch reads the batch from the
+bottom.
 """
 
 from __future__ import annotations

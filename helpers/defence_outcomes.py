@@ -1,6 +1,6 @@
 """What a model does with prompts while it is steered: log-odds, sampled answers, labels, and the price of steering.
 
-Prompts of one length share a batch, so nothing is padded. Steering is switched on by a context manager around the
+Prompts of one length are read in one batch, without padding. Steering is switched on by a context manager around the
 model's calls.
 """
 
