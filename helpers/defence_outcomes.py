@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from helpers.defence_answers import Answers, answers, repetition, uniforms
 from helpers.defence_batches import BATCH, Steer, Use, buckets, encode, read, read_each
@@ -31,6 +33,7 @@ __all__ = [
 # Labels one answer to one request: refusal, on_topic, harmful or off_topic.
 Judge = Callable[[str, str], str]
 LOGIT_BYTES = 2**28  # of the log-probabilities of one batch of answers
+_spoken: WeakKeyDictionary[PreTrainedModel, dict[tuple[tuple[int, ...], ...], Tensor]] = WeakKeyDictionary()
 STUCK = 0.5  # share of repeated 4-grams from which an answer counts as degenerate
 
 
@@ -140,13 +143,27 @@ def _prices(
         sent = torch.tensor(np.stack([encode(subject, listed[i], system) for i in places]), device=subject.device)
         answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
         forced = partial(_forced, subject, answer)
-        plain = read(subject, prompt, nullcontext, forced)
+        plain = _plainly(subject, prompt, answer, forced)
         for k, steered in enumerate(steered_read(sent, forced, None if system else plain)):
             kl = ((plain.exp() * (plain - steered)).sum(-1) * mask).sum(-1)
             spoken = [(at.gather(-1, answer[..., None])[..., 0] * mask).sum(-1) for at in (plain, steered)]
             length = mask.sum(-1)
             found[k, places] = torch.stack([kl / length, *spoken, length.double()], dim=-1).cpu().numpy()
     return [pd.DataFrame(one, columns=["kl", "plain", "steered", "n_tokens"]) for one in found]
+
+
+def _plainly(subject: Subject, prompt: Tensor, answer: Tensor, forced: Use) -> Float[Tensor, "prompt step vocab"]:
+    """The plain model's log-probabilities, from memory if they were asked for lately: every arm is held against them."""
+    kept, key = (
+        _spoken.setdefault(subject.model, {}),
+        (tuple(prompt.flatten().tolist()), tuple(answer.flatten().tolist())),
+    )
+    if key not in kept:
+        made = read(subject, prompt, nullcontext, forced)
+        if sum(one.nbytes for one in kept.values()) + made.nbytes > LOGIT_BYTES:
+            kept.clear()
+        kept[key] = made
+    return kept[key]
 
 
 def _forced(

@@ -113,4 +113,6 @@ def test_tables_of_several_steerings_are_those_of_each() -> None:
         switch = resume.Switch(fit.subject, one)
         pd.testing.assert_frame_equal(odds[i], do.log_odds(fit.subject, texts, fit.openers, switch), rtol=1e-5)
         pd.testing.assert_frame_equal(prices[i], do.price(fit.subject, list(texts), own, switch), rtol=1e-4, atol=1e-6)
+    again = do.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
+    assert all(one.equals(two) for one, two in zip(prices, again, strict=True))
     assert (prices[1].kl > prices[0].kl).all() and (odds[1].p_refuse > odds[0].p_refuse).all()
