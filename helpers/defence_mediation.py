@@ -23,8 +23,8 @@ from helpers.defence_stats import Change
 from helpers.evidence import COMPONENTS
 from helpers.grid_run import CleanRun, clean_run, on_output
 from helpers.mediation import Mediator
-from helpers.steering import Read, Steering, applied
-from helpers.steering_resume import Switch, at_last_token, opened, replayed
+from helpers.steering import applied
+from helpers.steering_resume import ALL, LAST, Switch, at_last_token, opened, replayed
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
@@ -83,6 +83,8 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
     with steer():
         base = _steered_pass(subject, clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache")))
     plain = clean_run(subject, tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
+    # What is added to other tokens may hang on the last one: a gate, a position.
+    column = LAST if not isinstance(steer, Switch) or at_last_token(steer.steering) else ALL
     found = []
     for one in wanted:
         parts = subject.layers[one.layer]
@@ -90,40 +92,17 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
         value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
         patched = partial(on_output, module, partial(_with_last, value))
         with _hooks(subject, steer, plain, one.layer, patched):
-            wide = _wide_from(subject, steer, one.layer)
-            last = _climbed(subject, base, one.layer, subject.n_layers, patched, wide)[-1]
+            last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
     return base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
 
 
-def _wide_from(subject: Subject, steer: Steer, layer: int) -> int:
-    """From which layer on other tokens than the last can differ: what is added to them may hang on the last one.
-
-    That is so where a gate or a position is read from the last token at or above the intervention, and where an edit looks
-    at activations.
-    """
-    if not isinstance(steer, Switch) or at_last_token(steer.steering):
-        return subject.n_layers
-    edits = steer.steering.edits
-    is_fixed = all(edit.blind or edit.where == "last" for edit in edits) and not _moved(steer.steering, layer)
-    return subject.n_layers if is_fixed else max(layer, min(edit.layer for edit in edits))
-
-
-def _moved(steering: Steering, layer: int) -> list[Read]:
-    return [read for read in steering.reads if read.back == 0 and read.layer >= layer]
-
-
 def _climbed(
-    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, wide: int
+    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, column: slice
 ) -> list[Float[Tensor, "pair pos d"]]:
-    """The residual stream after each of these layers, the lowest with its component replaced.
-
-    Below the layer `wide` at the last token alone, the others being the base's.
-    """
-    hidden, found = base.resid_pre[start][:, -1:], []
+    """The residual stream after each of these layers, the lowest with its component replaced."""
+    hidden, found = base.resid_pre[start][:, column], []
     for layer in range(start, end):
-        if layer == wide:
-            hidden = torch.cat([base.resid_pre[layer][:, :-1], hidden], dim=1)
         with patched() if layer == start else nullcontext():
             hidden = replayed(subject, base, layer, hidden)
         found.append(hidden)
@@ -145,9 +124,9 @@ def _hooks(
     if not isinstance(steer, Switch):
         return nullcontext()
     steering = steer.steering
-    moved = _moved(steering, layer)
+    moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
     end = max((read.layer + 1 for read in moved), default=layer)
-    changed = _climbed(subject, plain, layer, end, patched, subject.n_layers)
+    changed = _climbed(subject, plain, layer, end, patched, LAST)
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
     return applied(subject, steering, prompt)
 
