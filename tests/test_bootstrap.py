@@ -144,7 +144,7 @@ def test_t_of_a_resample_is_the_t_statistic_of_its_clusters():
     strata, x = np.repeat([0, 1], [12, 8]), np.random.default_rng(7).normal(size=20)
     cells = np.eye(2)[strata]
     result = bs.bootstrap(arrays(x[:, None] * cells, cells, strata), mean, n_boot=100)
-    weights = bs._weights(strata, 100, 0).astype(int)
+    weights = bs._weights(tuple(strata.tolist()), 100, 0).astype(int)
     for draw in range(0, 100, 9):
         for stratum in (0, 1):
             drawn = np.repeat(x, weights[draw] * (strata == stratum))
