@@ -7,6 +7,7 @@ whose vectors are added at late layers only. AdaSteer as published adds them at 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -112,7 +113,9 @@ def _steps(steered: Steering, strengths: Sequence[float]) -> Sequence[float]:
 def transplanted(fit: Fit, strength: float = 1.0, *, layers: Sequence[int]) -> Steering:
     """The last layer's rejection vector added to the residual stream at other layers, at all prompt tokens."""
     vector = steering_fit.rejection(fit)[-1]
-    edits = tuple(Edit(layer, "resid_post", steering_methods.constant(vector), "prompt") for layer in layers)
+    edits = tuple(
+        Edit(layer, "resid_post", steering_methods.constant(vector), "prompt", blind=True) for layer in layers
+    )
     return Steering("transplanted", edits, strength)
 
 
@@ -132,11 +135,9 @@ def rivals(lab: Lab, fit: Fit, target: float, on: Bench) -> dict[str, Steering]:
         }
         candidates = []
         for one in arms(fit, made)[0].values():
-            try:
-                at = defence_tradeoff.at_budget(lab, one, target, on)
-            except InputError:
-                continue  # it adds nothing at any strength: no rival
-            candidates.append((defence_tradeoff.harm(lab, at, on), one.name, at))
+            with suppress(InputError):  # it adds nothing at any strength: no rival
+                candidates.append(defence_tradeoff.at_budget(lab, one, target, on))
         if candidates:
-            found[zone] = min(candidates, key=lambda item: item[:2])[2]
+            left = [defence_tradeoff.harms(lab, [one], on)[0] for one in candidates]
+            found[zone] = min(zip(left, candidates, strict=True), key=lambda item: (item[0], item[1].name))[1]
     return found

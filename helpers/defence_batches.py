@@ -1,7 +1,8 @@
 """Prompts of one length together, read under a switch that steers the model or leaves it alone.
 
-Nothing is padded. Where the plain model's run over a batch is kept, a steered run sets in above it
-(`helpers.steering_resume`); any other switch reads the batch from the bottom.
+Nothing is padded; steerings of the same sites can share a batch (`helpers.steering_stack`). Where the plain model's run
+over a batch is kept, a steered run sets in above it (`helpers.steering_resume`); any other switch reads the batch from the
+bottom.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from helpers import steering_resume as resume
-from helpers import tokens
+from helpers import steering_stack, tokens
+from helpers.grid_run import CleanRun
 from helpers.readout import logits as logits_of
+from helpers.steering import Steering, applied
 from helpers.subject import Subject
 
 # Switches steering on for the calls inside it; `nullcontext` is no steering.
@@ -83,19 +86,52 @@ def read(
         with steer():
             out = subject.model(ids, use_cache=cached, logits_to_keep=1)
             return use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values)
-    steering, run = begun
-    part = resume.steered_part(steering, run)
-    left, groups = resume.untouched(run, part), []
-    if len(left) and plain is not None:
-        groups.append((left, plain[left]))
-    elif len(left):
-        cache = resume.cache_of(resume.rows_of(run, left)) if cached else None
-        groups.append((left, use(left, logits_of(subject, run.resid_post[-1][left, -1]), cache)))
-    if part is not None:
-        with resume.within(subject, steering, part):
-            last, cache = resume.climb(subject, steering, part, cached=cached)
-            groups.append((part.rows, use(part.rows, logits_of(subject, last), cache)))
-    made = groups[0][1].new_empty(len(ids), *groups[0][1].shape[1:])
-    for rows, found in groups:
-        made[rows] = found
-    return made
+    return _resumed(subject, [begun[0]], begun[1], use, cached, plain)[0]
+
+
+def read_each(
+    subject: Subject,
+    ids: Int[Tensor, "prompt pos"],
+    steerings: Sequence[Steering],
+    use: Use,
+    *,
+    cached: bool = True,
+    plain: Tensor | None = None,
+    rows: int = steering_stack.ROWS,
+) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+    """`read` under each of the steerings; those of the same sites share the model's calls, in batches of `rows`."""
+    run = resume.plain_run(subject, ids)
+    if run is None:
+        switches = [resume.Switch(subject, one) for one in steerings]
+        return torch.stack([read(subject, ids, switch, use, cached=cached, plain=plain) for switch in switches])
+    groups = steering_stack.fitting(steerings, len(ids), rows)
+    return torch.cat([_resumed(subject, group, run, use, cached, plain) for group in groups])
+
+
+def _resumed(
+    subject: Subject, steerings: Sequence[Steering], run: CleanRun, use: Use, cached: bool, plain: Tensor | None
+) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+    """Steerings of the same sites in one climb. What none of them touches in a prompt is the plain model's."""
+    parts = {i: part for i, one in enumerate(steerings) if (part := resume.steered_part(one, run)) is not None}
+    touched = torch.zeros(len(steerings), len(run.tokens), dtype=torch.bool, device=run.tokens.device)
+    for i, part in parts.items():
+        touched[i, part.rows] = True
+    left = (~touched).any(0).nonzero().flatten()
+    if len(left) and plain is None:
+        cache = resume.cache_of(resume.untouched(run, left)) if cached else None
+        made = use(left, logits_of(subject, run.resid_post[-1][left, -1]), cache)
+        plain = made.new_empty(len(run.tokens), *made.shape[1:])
+        plain[left] = made
+    if not parts:
+        assert plain is not None  # nothing is touched, so all of it was left
+        return plain.expand(len(steerings), *plain.shape)
+    steering, whole, places = steering_stack.stacked([steerings[i] for i in parts], list(parts.values()))
+    with applied(subject, steering, whole.prompt):
+        last, cache = resume.climb(subject, steering, whole, cached=cached)
+        made = use(whole.rows, logits_of(subject, last), cache)
+    found = made.new_empty(*touched.shape, *made.shape[1:])
+    if plain is not None:
+        found[:] = plain
+    for (i, part), at in zip(parts.items(), places, strict=True):
+        found[i, part.rows] = made[at]
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from helpers import defence, defence_outcomes, defence_tradeoff, stats, steering_budget, steering_controls
+from helpers import defence, defence_answers, defence_tradeoff, stats, steering_budget, steering_controls
 from helpers.defence import PLAIN, Lab
 from helpers.defence_outcomes import uniforms
 from helpers.defence_tradeoff import Bench
@@ -51,14 +52,15 @@ def equal_budgets(
     """
     rows = []
     for name, one in methods.items():
+        steered = {}
         for share in shares:
-            try:
-                at = defence_tradeoff.at_budget(lab, one, share * largest, spend)
-            except InputError:
-                continue
-            found = defence_tradeoff.measures(lab, at, on, priced=False)
+            with suppress(InputError):
+                steered[share] = defence_tradeoff.at_budget(lab, one, share * largest, spend)
+        found = defence_tradeoff.measures(lab, list(steered.values()), on, priced=False) if steered else []
+        for share, measured in zip(steered, found, strict=True):
             for key, panel in PANELS.items():
-                rows.append((panel, name, share * largest, found[key].estimate, found[key].low, found[key].high))
+                change = measured[key]
+                rows.append((panel, name, share * largest, change.estimate, change.low, change.high))
     table = pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
     return table.sort_values("panel", kind="stable", ignore_index=True)
 
@@ -90,7 +92,8 @@ def rates(trial: pd.DataFrame) -> dict[str, float]:
 def costs(lab: Lab, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repeats: int = 2) -> pd.Series:
     """Seconds to read a prompt and answer it, over the unsteered model's, the least of some rounds.
 
-    Every arm reads its prompts from the bottom, as it would in use, with no plain run remembered and no answer copied.
+    Every arm reads its prompts from the bottom and in one padded batch, as it would in use, with no plain run remembered
+    and no answer copied.
     """
     some = prompts.iloc[np.linspace(0, len(prompts) - 1, min(N_TIMED, len(prompts))).astype(int)]
     arms = {PLAIN.name: Steering(PLAIN.name), **chosen}
@@ -101,7 +104,7 @@ def costs(lab: Lab, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repea
             steps = defence.STEPS[lab.exact]
             draws = uniforms(len(some), steps, lab.seed)
             on = partial(applied, lab.subject, one)
-            defence_outcomes.answers(lab.subject, list(some.text), steps, on, draws, system=one.system)
+            defence_answers.answers_at_once(lab.subject, list(some.text), steps, on, draws, system=one.system)
             best[name] = min(best[name], time.perf_counter() - start)
     return pd.Series(
         {name: value / best[PLAIN.name] for name, value in best.items()}, name="seconds, steered / unsteered"

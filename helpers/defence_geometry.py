@@ -16,10 +16,9 @@ from jaxtyping import Float
 from scipy import stats as st
 from scipy.special import logit
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
-from helpers import defence, defence_stats, steering_fit, steering_positions
 from helpers import defence_outcomes as do
+from helpers import defence_stats, steering_fit, steering_methods, steering_positions
 from helpers.defence import Lab
 from helpers.grid_run import clean_run
 from helpers.steering import Edit, Steering
@@ -53,7 +52,9 @@ def separation(lab: Lab, fit: Fit) -> pd.DataFrame:
     """AUROC on validate, by layer: pos_R tells refused from complied harmful prompts, pos_H benign from harmful ones."""
     directions = steering_fit.directions(fit)
     prompts = lab.prompts[lab.prompts.split == "validate"].reset_index(drop=True)
-    at = residuals(lab, prompts)
+    validate = steering_fit.rows(fit, "validate")  # the fit has read them
+    assert list(fit.prompts.text[validate]) == list(prompts.text), "the fit is of another lab"
+    at = fit.last["resid_post"][validate]
     harmful = (prompts.kind == "harmful").to_numpy()
     rows = []
     for layer in range(lab.subject.n_layers):
@@ -99,13 +100,9 @@ def plane(prompts: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 def along(directions: steering_fit.Directions, layers: Sequence[int], coefficients: dict[str, float]) -> Steering:
     """Constant steering: so many times each direction at these layers, at all prompt tokens."""
 
-    def added(layer: int) -> Tensor:
-        parts = [size * np.asarray(getattr(directions, name)[layer]) for name, size in coefficients.items()]
-        return torch.tensor(np.sum(parts, axis=0))
-
     def edit(layer: int) -> Edit:
-        vector = added(layer)
-        return Edit(layer, "resid_post", lambda x, _: vector.to(x), "prompt")
+        parts = [size * np.asarray(getattr(directions, name)[layer]) for name, size in coefficients.items()]
+        return Edit(layer, "resid_post", steering_methods.constant(np.sum(parts, axis=0)), blind=True)
 
     return Steering("constant", tuple(edit(layer) for layer in layers))
 
@@ -115,12 +112,9 @@ def odds_over(
     held: dict[str, float] | None = None,
 ) -> Float[np.ndarray, "coefficient prompt"]:  # fmt: skip
     """Log-odds of not refusing under each coefficient of `GRID` along one direction, the `held` ones constant."""
-    rows = []
-    for size in GRID:
-        arm = defence.arm_of(lab.subject, along(directions, layers, {**(held or {}), name: float(size)}))
-        refusing = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer).p_refuse.to_numpy()
-        rows.append(-logit(refusing))
-    return np.stack(rows)
+    steered = [along(directions, layers, {**(held or {}), name: float(size)}) for size in GRID]
+    found = do.log_odds_each(lab.subject, prompts.text, lab.openers, steered)
+    return np.stack([-logit(one.p_refuse.to_numpy()) for one in found])
 
 
 def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:

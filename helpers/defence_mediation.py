@@ -22,13 +22,15 @@ from helpers.defence_outcomes import Steer
 from helpers.defence_stats import Change
 from helpers.evidence import COMPONENTS
 from helpers.grid_run import CleanRun, clean_run, on_output
-from helpers.mediation import Batch, Mediator
+from helpers.mediation import Mediator
 from helpers.steering import applied
-from helpers.steering_resume import Switch, at_last_token, last_column, opened, replayed
+from helpers.steering_resume import ALL, LAST, Switch, at_last_token, opened, replayed
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
+# Of control and treated prompts [pair, 1, d], and of each with its components replaced [pair, mediator, d].
+Residuals = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 @torch.no_grad()
@@ -48,41 +50,51 @@ def steered_effects(
     wanted = [one for one in mediation.mediators(subject, COMPONENTS) if one.layer in layers]
     tables = []
     for group in mediation.batches(pairs, subject):
-        with steer():
-            batch = _steered_pass(subject, mediation.run_clean(subject, group))
-        both = ((batch.control, batch.treated), (batch.treated, batch.control))
         if subject.replayable and (steer is nullcontext or isinstance(steer, Switch)):
-            y01, y10 = (_replayed(subject, steer, base, source, wanted) for base, source in both)
+            final, patched = _replayed(subject, steer, group, wanted)
         else:
-            made = mediation.patches(batch, wanted, header)
-            with steer():
-                y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
-        finals = [run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated)]
+            final, patched = _in_full(subject, steer, group, wanted, header)
         treatment = group[0].pair.treatment
-        score = outcomes.log_odds(subject, torch.cat([*finals, y01, y10], 1), openers[treatment]).cpu().numpy()
+        score = outcomes.log_odds(subject, torch.cat([*final, *patched], 1), openers[treatment]).cpu().numpy()
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(mediation.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
     return mediation.estimands(pd.concat(tables, ignore_index=True))
 
 
-def _replayed(
-    subject: Subject, steer: Steer, base: CleanRun, source: CleanRun, wanted: Sequence[Mediator]
-) -> Float[Tensor, "pair mediator d"]:
-    """The steered base's final residual stream at the last token, each component in turn set to the steered source's."""
-    plain = clean_run(subject, base.tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
+def _in_full(
+    subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator], header: str
+) -> Residuals:
+    """Final residual streams of `_replayed`, by one full forward pass an intervention."""
+    with steer():
+        batch = mediation.run_clean(subject, group)
+        control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
+        made = mediation.patches(replace(batch, control=control, treated=treated), wanted, header)
+        both = ((control, treated), (treated, control))
+        y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
+    return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)
+
+
+def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
+    """Final residual streams at the last token: of control and treated prompts under the steering, and of both with each
+    component in turn set to the other side's. Both sides stand in one batch.
+    """
+    tokens = torch.cat(mediation.prompt_tokens(subject, group))
+    with steer():
+        base = _steered_pass(subject, clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache")))
+    plain = clean_run(subject, tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
     # What is added to other tokens may hang on the last one: a gate, a position.
-    column = slice(-1, None) if not isinstance(steer, Switch) or at_last_token(steer.steering) else slice(None)
+    column = LAST if not isinstance(steer, Switch) or at_last_token(steer.steering) else ALL
     found = []
     for one in wanted:
         parts = subject.layers[one.layer]
         module = parts.attn_write if one.site == "attn_out" else parts.mlp_write
-        value = source.site(one.site, one.layer)[:, -1:]
+        value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
         patched = partial(on_output, module, partial(_with_last, value))
         with _hooks(subject, steer, plain, one.layer, patched):
             last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
-    return torch.cat(found, dim=1)
+    return base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
 
 
 def _climbed(
@@ -114,19 +126,15 @@ def _hooks(
     steering = steer.steering
     moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
     end = max((read.layer + 1 for read in moved), default=layer)
-    changed = _climbed(subject, plain, layer, end, patched, slice(-1, None))
+    changed = _climbed(subject, plain, layer, end, patched, LAST)
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
-    return applied(subject, steering, last_column(prompt) if at_last_token(steering) else prompt)
+    return applied(subject, steering, prompt)
 
 
-def _steered_pass(subject: Subject, batch: Batch) -> Batch:
-    """The batch without what its hooks saw of a plain pass, which some methods make first to look at the prompt."""
-
-    def last(run: CleanRun) -> CleanRun:
-        names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
-        return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
-
-    return replace(batch, control=last(batch.control), treated=last(batch.treated))
+def _steered_pass(subject: Subject, run: CleanRun) -> CleanRun:
+    """The run without what its hooks saw of a plain pass, which some methods make first to look at the prompt."""
+    names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
+    return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
 
 
 def neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 import pandas as pd
 
-from helpers import defence, defence_tradeoff, steering_controls
 from helpers import defence_outcomes as do
+from helpers import defence_tradeoff, steering_controls
 from helpers.defence import Lab
 from helpers.defence_tradeoff import Bench
 from helpers.steering import Steering
@@ -21,11 +22,10 @@ FAMILIES: Final = {
 DRAWS: Final = 100
 
 
-def fall(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> float:
-    """Mean fall of the log-odds of complying on these prompts."""
-    arm = defence.arm_of(lab.subject, steered)
-    found = do.log_odds(lab.subject, prompts.text, lab.openers, arm.steer, system=arm.system)
-    return float((prompts.log_odds.to_numpy() - found.log_odds.to_numpy()).mean())
+def falls(lab: Lab, steered: Sequence[Steering], prompts: pd.DataFrame) -> list[float]:
+    """Mean fall of the log-odds of complying on these prompts under each steering."""
+    found = do.log_odds_each(lab.subject, prompts.text, lab.openers, steered)
+    return [float((prompts.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
 
 
 def null(lab: Lab, fit: Fit, tested: Steering, on: Bench, spend: Bench, draws: int = DRAWS) -> pd.DataFrame:
@@ -35,12 +35,13 @@ def null(lab: Lab, fit: Fit, tested: Steering, on: Bench, spend: Bench, draws: i
     rows where the method adds nothing there: then nothing has its size.
     """
     target = defence_tradeoff.budget(lab, tested, spend)
-    own = fall(lab, tested, on.harmful)
+    (own,) = falls(lab, [tested], on.harmful)
     rows: list[tuple[str, str, float]] = []
     for family, draw in FAMILIES.items() if target else ():
         rows.append((family, tested.name, own))
         make = partial(draw, fit, like=tested)
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
         strength = defence_tradeoff.at_budget(lab, make(seed=0), target, spend).strength
-        rows += [(family, "random", fall(lab, make(strength, seed=seed), on.harmful)) for seed in range(draws)]
+        drawn = falls(lab, [make(strength, seed=seed) for seed in range(draws)], on.harmful)
+        rows += [(family, "random", value) for value in drawn]
     return pd.DataFrame(rows, columns=["family", "role", "value"])

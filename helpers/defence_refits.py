@@ -94,8 +94,7 @@ def refit_changes(lab: Lab, refits: Sequence[Steering], plain: pd.DataFrame) -> 
 
 def refit_curve(lab: Lab, refits: Sequence[Steering], name: str, on: Bench) -> pd.DataFrame:
     """Where the refits of a method lie on its trade-off curve: a row a refit and measure, as in `defence_tradeoff.curve`."""
-    tables = [defence_tradeoff.curve(lab, replace(one, name=f"{name}, refits"), on, (1.0,)) for one in refits]
-    return pd.concat([table.assign(strength=i) for i, table in enumerate(tables)], ignore_index=True)
+    return defence_tradeoff.points(lab, f"{name}, refits", refits, range(len(refits)), on)
 
 
 def small_fit(fit: Fit, n: int, seed: int) -> Fit:
@@ -127,7 +126,7 @@ def examples(
                 cosines = _cosines(np.stack([np.asarray(vector[layer], dtype=float) for vector in vectors]))
                 rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max()))
         for name, build in made.items():
-            left = [defence_tradeoff.harm(lab, build(one), on) for one in fits]
+            left = defence_tradeoff.harms(lab, [build(one) for one in fits], on)
             rows.append(("not refused", name, n, np.mean(left), min(left), max(left)))
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
 

@@ -25,7 +25,7 @@ from helpers import (
     summary as summaries,
 )
 from helpers.defence import Arm, Lab
-from helpers.defence_outcomes import log_odds
+from helpers.defence_outcomes import log_odds_each
 from helpers.defence_tradeoff import Bench
 from helpers.evidence import averaged
 from helpers.figures_steering import COSTS
@@ -153,12 +153,14 @@ def budgets(lab: Lab, fit: Fit, on: Bench, strengths: tuple[float, ...] = (0.5, 
     ):
         for zone, layers in defence_arms.zones(lab.subject.n_layers).items():
             made, _ = defence_arms.arms(fit, {zone: partial(make, layers=layers)})
-            for one in (defence_tradeoff.scaled(found, s) for found in made.values() for s in strengths):
-                spent = defence_tradeoff.budget(lab, one, on)
-                arm = defence.arm_of(lab.subject, one)
-                left = 1 - log_odds(lab.subject, on.harmful.text, lab.openers, arm.steer).p_refuse
-                change = defence_stats.mean_change(left.to_numpy(), on.harmful.topic.to_numpy())
-                rows.append((panel, zone, spent, change.estimate, change.low, change.high))
+            steered = [defence_tradeoff.scaled(found, s) for found in made.values() for s in strengths]
+            if not steered:
+                continue
+            spent = defence_tradeoff.budgets(lab, steered, on)
+            found = log_odds_each(lab.subject, on.harmful.text, lab.openers, steered)
+            for norm, odds in zip(spent, found, strict=True):
+                change = defence_stats.mean_change(1 - odds.p_refuse.to_numpy(), on.harmful.topic.to_numpy())
+                rows.append((panel, zone, norm, change.estimate, change.low, change.high))
     table = pd.DataFrame(rows, columns=CURVE)
     return table[table.x > table.x.max() / 1000]
 

@@ -16,32 +16,18 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from helpers.errors import InputError
 from helpers.grid_run import on_input, on_output
+from helpers.steering_prompt import Prompt, of_call, tail
 from helpers.subject_parts import Subject, written_vectors
 
 Part = Literal["resid_post", "mlp_out", "neurons"]
 Where = Literal["prompt", "last", "every"]
 PARTS: Final = ("resid_post", "mlp_out", "neurons")
 WHERES: Final = ("prompt", "last", "every")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The batch under steering: what an edit or a gate may look at. `real` is False on padding, on either side.
-
-    `last` is the index of each prompt's last real token; `read` holds the activations that the steering's reads name, and
-    `opened` the gate once it was asked.
-    """
-
-    ids: Int[Tensor, "prompt pos"]
-    real: Bool[Tensor, "prompt pos"]
-    last: Int[Tensor, "prompt"]
-    read: dict[str, Tensor] = field(default_factory=dict)
-    opened: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
 
 Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
@@ -54,13 +40,15 @@ class Edit:
 
     `part` is the residual stream after the block, what the MLP writes into it (behind a post-norm where there is one),
     or the MLP's neurons (the down projection's input). `where`: all tokens of the prompt, its last one, or all of the
-    prompt and the generated ones.
+    prompt and the generated ones. `blind` says that the delta looks at the prompt alone and is the same at all positions:
+    what it adds is then known without a forward pass.
     """
 
     layer: int
     part: Part
     delta: Delta
     where: Where = "prompt"
+    blind: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,22 +161,12 @@ def _begin(
             raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
         state.phase = "generated"
         return
-    state.prompt = _prompt(call.get("input_ids"), call.get("attention_mask"))
+    state.prompt = of_call(call.get("input_ids"), call.get("attention_mask"))
     record.squares.append(torch.zeros(len(state.prompt.ids), dtype=torch.float64, device=state.prompt.ids.device))
     if needs_plain:
         state.phase = "plain"
         decoder(**{**call, "past_key_values": None, "use_cache": False})
     state.phase = "prompt"
-
-
-def _prompt(ids: Any, mask: Any) -> Prompt:
-    if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
-        raise InputError("a steered call needs input_ids and, if padded, an attention_mask of the same shape")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not bool(real.any(-1).all()):
-        raise InputError("a prompt of the batch has no real token: every row of attention_mask needs a 1")
-    place = torch.arange(ids.shape[1], device=ids.device)
-    return Prompt(ids, real, (place * real).argmax(-1))
 
 
 def _end(state: _State, decoder: nn.Module, args: Any, output: Any) -> None:
@@ -217,6 +195,8 @@ def _add(
     assert prompt is not None
     if len(x) != len(prompt.ids):
         raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
+    if state.phase == "prompt":
+        prompt = tail(prompt, x.shape[1])  # `helpers.steering_resume` leaves out positions on which nothing hangs
     scale = steering.strength * _gate(steering, prompt, record).to(x)[:, None, None]
     added = scale * edit.delta(x, prompt).to(x)
     if state.phase == "prompt":

@@ -23,9 +23,9 @@ from helpers import steering_methods as sm
 from helpers import steering_positions as sp
 from helpers.depth import depth
 from helpers.errors import InputError
-from helpers.steering import Edit, Prompt, Read, Steering
+from helpers.steering import Edit, Read, Steering
 from helpers.steering_fit import Fit
-from helpers.steering_resume import Switch
+from helpers.steering_prompt import Prompt
 
 GRID = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
 REFUSED = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
@@ -129,10 +129,8 @@ def _thinned(places: np.ndarray) -> np.ndarray:
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
-    refusing = [
-        defence_outcomes.log_odds(fit.subject, texts, fit.openers, Switch(fit.subject, one)).p_refuse for one in tried
-    ]
-    return np.stack([np.asarray(p) > 0.5 for p in refusing])
+    found = defence_outcomes.log_odds_each(fit.subject, texts, fit.openers, tried)
+    return np.stack([np.asarray(one.p_refuse) > 0.5 for one in found])
 
 
 def _response(
@@ -218,7 +216,7 @@ def _adaptive(
     edits = []
     for layer in layers:
         terms = tuple((key, laws[key], sm.constant(vectors[key][layer])) for key in laws)
-        edits.append(Edit(layer, "resid_post", partial(_sum, terms)))
+        edits.append(Edit(layer, "resid_post", partial(_sum, terms), blind=True))
     reads = tuple(Read(f"position {key}", law.layer, plain=True) for key, law in laws.items())
     return Steering(name, tuple(edits), strength, reads=reads)
 

@@ -15,38 +15,69 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers import defence_outcomes
+from helpers import defence_outcomes, steering_stack
 from helpers import steering_resume as resume
 from helpers.errors import InputError
 from helpers.steering import Steering, applied
+from helpers.steering_prompt import tail
 from helpers.subject import Subject
 
 TOLERANCE = 0.01  # relative, of a met budget
 TRIES = 12
 
 
-@torch.no_grad()
 def added_norms(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
     """The added norm of each prompt, in units of the residual stream, measured while the prompts are read."""
-    norms = np.zeros(len(texts))
-    for places, ids in defence_outcomes.buckets(subject, texts, system=steering.system):
-        norms[places] = _squares(subject, steering, ids).sqrt().cpu().numpy()
+    made: np.ndarray = added_norms_each(subject, [steering], texts)[0]
+    return made
+
+
+@torch.no_grad()
+def added_norms_each(
+    subject: Subject, steered: Sequence[Steering], texts: Sequence[str]
+) -> Float[np.ndarray, "steering prompt"]:
+    """`added_norms` under each of the steerings; together where they have the same sites."""
+    norms = np.zeros((len(steered), len(texts)))
+    for places, ids in defence_outcomes.buckets(subject, texts, system=defence_outcomes.common_system(steered)):
+        groups = steering_stack.fitting(steered, len(ids))
+        squares = torch.cat([_squares(subject, group, ids) for group in groups])
+        norms[:, places] = squares.sqrt().cpu().numpy()
     return norms
 
 
-def _squares(subject: Subject, steering: Steering, ids: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt"]:
-    found = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+def _squares(
+    subject: Subject, steered: Sequence[Steering], ids: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "steering prompt"]:
+    found = torch.zeros(len(steered), len(ids), dtype=torch.float64, device=ids.device)
     run = resume.plain_run(subject, ids)
     if run is None:
-        with applied(subject, steering) as record:
-            subject.model.base_model(ids, use_cache=False)
-        return record.squares[0] if record.squares else found
-    part = resume.steered_part(steering, run)
-    if part is not None:
-        with resume.within(subject, steering, part) as record:
-            resume.climb(subject, steering, part, top=max(edit.layer for edit in steering.edits))
-        found[part.rows] = record.squares[0]
+        for squares, one in zip(found, steered, strict=True):
+            with applied(subject, one) as record:
+                subject.model.base_model(ids, use_cache=False)
+            squares += record.squares[0] if record.squares else 0.0
+        return found
+    parts = {i: part for i, one in enumerate(steered) if (part := resume.steered_part(one, run)) is not None}
+    if parts and all(edit.blind and edit.part != "neurons" for edit in steered[0].edits):
+        for i, part in parts.items():
+            found[i, part.rows] = _blind_squares(steered[i], part)
+    elif parts:
+        steering, whole, places = steering_stack.stacked([steered[i] for i in parts], list(parts.values()))
+        with applied(subject, steering, whole.prompt) as record:
+            resume.climb(subject, steering, whole, top=max(edit.layer for edit in steering.edits))
+        for (i, part), at in zip(parts.items(), places, strict=True):
+            found[i, part.rows] = record.squares[0][at]
     return found
+
+
+def _blind_squares(steering: Steering, part: resume.Part) -> Float[Tensor, "row"]:
+    """The squared norm of edits that add the same whatever the activations are: nothing has to be computed for it."""
+    prompt, total = part.prompt, torch.zeros(len(part.rows), dtype=torch.float64, device=part.rows.device)
+    for edit in steering.edits:
+        x = part.of(part.run.resid_post[edit.layer][:, -1:])
+        added = steering.strength * prompt.opened[0].to(x)[:, None, None] * edit.delta(x, tail(prompt, 1)).to(x)
+        n_tokens = 1 if edit.where == "last" else prompt.ids.shape[1]
+        total += n_tokens * added.double().square().sum((1, 2))
+    return total
 
 
 @torch.no_grad()

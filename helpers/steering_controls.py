@@ -16,8 +16,9 @@ from helpers import defence_outcomes, steering_budget
 from helpers import steering_fit as sf
 from helpers import steering_methods as sm
 from helpers.errors import InputError
-from helpers.steering import Edit, Part, Prompt, Read, Steering
+from helpers.steering import Edit, Part, Read, Steering
 from helpers.steering_fit import Fit
+from helpers.steering_prompt import Prompt
 
 
 def random_isotropic(fit: Fit, strength: float = 1.0, *, like: Steering, seed: int = 0) -> Steering:
@@ -52,7 +53,7 @@ def _random(
             centred = _centred(fit, edit.part, layer)
             drawn = rng.standard_normal(len(centred)) @ centred
         size = np.linalg.norm(sf.rejection(fit, edit.part)[layer])
-        edits.append(Edit(edit.layer, edit.part, sm.constant(sm.unit(drawn) * size), edit.where))
+        edits.append(Edit(edit.layer, edit.part, sm.constant(sm.unit(drawn) * size), edit.where, blind=True))
     return replace(like, name=f"random {family} {seed}", edits=tuple(edits), strength=strength)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from helpers import steering_fit as sf
 from helpers import steering_positions as sp
 from helpers.errors import InputError
-from helpers.steering import Edit, Prompt, Read, Steering, Where
+from helpers.steering import Edit, Read, Steering, Where
 from helpers.steering_fit import Fit
+from helpers.steering_prompt import Prompt
 
 SENTENCE = "Refuse requests that could cause harm, however they are worded."
 EMBEDDED_SENTENCE = "say no to the harmful"  # in words that its tokenizer can spell; no training showed it
@@ -47,7 +48,9 @@ def fixed(
 ) -> Steering:
     """The same rejection vector for every prompt: h <- h + strength v_R."""
     vectors = sf.rejection(fit)
-    edits = tuple(Edit(layer, "resid_post", constant(vectors[layer]), where) for layer in layers_of(fit, layers))
+    edits = tuple(
+        Edit(layer, "resid_post", constant(vectors[layer]), where, blind=True) for layer in layers_of(fit, layers)
+    )
     return Steering("fixed", edits, strength)
 
 

@@ -3,7 +3,8 @@
 The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered
 run (`climb`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate or an
 adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
-edits of the last token alone are computed at the last token alone. All of it is exact. Batches whose plain run is too large
+edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys
+and values alone are wanted. All of it is exact. Batches whose plain run is too large
 to keep, and models that cannot be replayed, are read from the bottom every time.
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -21,14 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from helpers.grid_edit import only_tokens
 from helpers.grid_run import CleanRun, clean_run, first
 from helpers.grid_sweep import Prefix
-from helpers.steering import Prompt, Record, Steering, applied
+from helpers.steering import Record, Steering, applied
+from helpers.steering_prompt import Prompt, some
 from helpers.subject_parts import Subject
 
 KEPT_BYTES: Final = 2**29  # of the plain runs of one model that are kept
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
+ALL, LAST = slice(None), slice(-1, None)  # positions
 
 _kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[bytes, CleanRun]] = WeakKeyDictionary()
 
@@ -47,11 +50,22 @@ class Switch:
 
 @dataclass(frozen=True)
 class Part:
-    """The prompts of a batch to which a steering adds something: their rows, their plain run, and what it read there."""
+    """The prompts of a batch to which steering adds something: their rows in its plain run, and what was read there.
+
+    A row may occur more than once (`helpers.steering_stack`).
+    """
 
     rows: Int[Tensor, "row"]
     run: CleanRun
     prompt: Prompt
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        return torch.equal(self.rows, torch.arange(len(self.run.tokens), device=self.rows.device))
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of one of the run's tensors."""
+        return x if self._is_whole else x[self.rows]
 
 
 def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:
@@ -102,53 +116,27 @@ def steered_part(steering: Steering, run: CleanRun) -> Part | None:
         return None
     prompt = opened(steering, run)
     rows = prompt.opened[0].nonzero().flatten()
-    if len(rows) == len(run.tokens):
-        return Part(rows, run, prompt)
-    if not len(rows):
-        return None
-    read = {name: x[rows] for name, x in prompt.read.items()}
-    chosen = Prompt(prompt.ids[rows], prompt.real[rows], prompt.last[rows], read, [prompt.opened[0][rows]])
-    return Part(rows, rows_of(run, rows), chosen)
+    return Part(rows, run, some(prompt, rows)) if len(rows) else None
 
 
-def rows_of(run: CleanRun, rows: Int[Tensor, "row"]) -> CleanRun:
-    """The run of some of its prompts."""
-    if len(rows) == len(run.tokens):
-        return run
-    names = ("resid_pre", "resid_post", "keys", "values")
-    kept: dict[str, Any] = {name: tuple(x[rows] for x in getattr(run, name)) for name in names}
-    calls = tuple({name: _cut(value, rows, len(run.tokens)) for name, value in call.items()} for call in run.calls)
-    return replace(run, tokens=run.tokens[rows], calls=calls, **kept)
+def untouched(run: CleanRun, rows: Int[Tensor, "row"]) -> Part:
+    """Some prompts of a batch to which nothing is added."""
+    return Part(rows, run, some(opened(Steering("none"), run), rows))
 
 
-def _cut(value: Any, rows: Tensor, n_rows: int) -> Any:
+def _cut(value: Any, part: Part) -> Any:
     if isinstance(value, tuple):
-        return tuple(_cut(part, rows, n_rows) for part in value)
-    is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == n_rows > 1
-    return value[rows] if is_batch else value
+        return tuple(_cut(one, part) for one in value)
+    is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(part.run.tokens) > 1
+    return part.of(value) if is_batch else value
 
 
-def cache_of(run: CleanRun, below: int | None = None) -> DynamicCache:
-    """A cache that holds the run's keys and values (of the layers below one), for going on from it."""
+def cache_of(part: Part, below: int | None = None) -> DynamicCache:
+    """A cache that holds the plain run's keys and values (of the layers below one), for going on from it."""
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(zip(run.keys[:below], run.values[:below], strict=True)):
-        cache.update(keys, values, layer)
+    for layer, (keys, values) in enumerate(zip(part.run.keys[:below], part.run.values[:below], strict=True)):
+        cache.update(part.of(keys), part.of(values), layer)
     return cache
-
-
-def untouched(run: CleanRun, part: Part | None) -> Int[Tensor, "row"]:
-    """The rows of a batch that a steering leaves to the plain model."""
-    left = torch.ones(len(run.tokens), dtype=torch.bool, device=run.tokens.device)
-    if part is not None:
-        left[part.rows] = False
-    return left.nonzero().flatten()
-
-
-@contextmanager
-def within(subject: Subject, steering: Steering, part: Part) -> Iterator[Record]:
-    """The steering's hooks, for `climb` and for the answer that is generated from its cache."""
-    with applied(subject, steering, _seen(steering, part)) as record:
-        yield record
 
 
 @torch.no_grad()
@@ -157,27 +145,58 @@ def climb(
 ) -> tuple[Float[Tensor, "row d"], DynamicCache | None]:
     """The final residual stream at the last token, with the filled cache if it is wanted.
 
-    It stands in a block of `within`, or nothing is added. `top` stops above that layer: all
+    It stands in a block of `applied` to the part's prompt, or nothing is added. `top` stops above that layer: all
     that was added up to there is then recorded in full.
     """
-    run, n_layers = part.run, subject.n_layers if top is None else top + 1
+    run, end = part.run, subject.n_layers if top is None else top + 1
     start = min(edit.layer for edit in steering.edits)
     is_known = all(edit.part == "resid_post" for edit in steering.edits if edit.layer == start)
-    cache = cache_of(run, start + is_known) if cached else None
-    column = slice(-1, None) if at_last_token(steering) else slice(None)
-    hidden = run.resid_pre[start][:, column]
-    for layer in range(start, n_layers):
+    cache = cache_of(part, start + is_known) if cached else None
+    column = LAST if at_last_token(steering) else ALL
+    hidden = part.of(run.resid_pre[start][:, column])
+    for layer in range(start, end):
         block = subject.layers[layer].block
         if layer == start and is_known:  # only its output is edited, and that is known
-            with _returning(block, run.resid_post[start][:, column]):
+            with _returning(block, part.of(run.resid_post[start][:, column])):
                 hidden = first(block(hidden))
             continue
-        held = cache if cached or column == slice(None) else DynamicCache()
-        if held is not None and column != slice(None):
-            held.update(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1], layer)
-        with _top_mlp(subject, steering, layer, hidden, whole=top is not None):
-            hidden = first(block(hidden, **_call(run, layer, column), past_key_values=held))
+        held: Any = cache
+        if column == LAST or (layer == subject.n_layers - 1 and top is None):  # nobody looks at other tokens above it
+            is_own = column == LAST or layer == start  # of a run whose earlier tokens are the plain ones up to here
+            keys, values = _own(part, layer) if is_own else _heard(subject, part, layer, hidden)
+            held, hidden, column = _behind(cache, layer, keys, values), hidden[:, LAST], LAST
+        hidden = first(block(hidden, **_call(run, layer, column, part), past_key_values=held))
     return hidden[:, -1], cache
+
+
+def _own(part: Part, layer: int) -> tuple[Tensor, Tensor]:
+    return part.of(part.run.keys[layer]), part.of(part.run.values[layer])
+
+
+def _behind(cache: DynamicCache | None, layer: int, keys: Tensor, values: Tensor) -> DynamicCache | Prefix:
+    """What the last token alone is computed behind: the keys and values of all tokens before it."""
+    if cache is None:
+        return Prefix(keys[:, :, :-1], values[:, :, :-1])
+    cache.update(keys[:, :, :-1], values[:, :, :-1], layer)
+    return cache
+
+
+class _Heard(Exception):
+    """Keys and values that a layer has made; nothing else of it is wanted."""
+
+
+class _Ear:
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _Heard(keys, values)
+
+
+def _heard(subject: Subject, part: Part, layer: int, hidden: Float[Tensor, "row pos d"]) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, which is left as soon as the library hands them to its cache."""
+    try:
+        subject.layers[layer].block(hidden, **_call(part.run, layer, ALL, part), past_key_values=_Ear())
+    except _Heard as heard:
+        return heard.args
+    raise AssertionError("the layer asked for no cache")
 
 
 def replayed(
@@ -186,7 +205,7 @@ def replayed(
     """A layer of the run on other inputs: at all positions, or at the last one behind the run's own tokens."""
     is_last = hidden.shape[1] < run.tokens.shape[1]
     before = Prefix(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1]) if is_last else None
-    call = _call(run, layer, slice(-1, None) if is_last else slice(None))
+    call = _call(run, layer, LAST if is_last else ALL)
     made: Tensor = first(subject.layers[layer].block(hidden, **call, past_key_values=before))
     return made
 
@@ -196,40 +215,17 @@ def at_last_token(steering: Steering) -> bool:
     return all(edit.where == "last" for edit in steering.edits)
 
 
-def _seen(steering: Steering, part: Part) -> Prompt:
-    """The prompt as the hooks see it in `climb`: all of it, or its last token where nothing else is computed."""
-    return last_column(part.prompt) if at_last_token(steering) else part.prompt
-
-
-def last_column(prompt: Prompt) -> Prompt:
-    """The prompt as hooks see it where its last token alone is computed."""
-    last = torch.zeros_like(prompt.last)
-    return Prompt(prompt.ids[:, -1:], prompt.real[:, -1:], last, prompt.read, prompt.opened)
-
-
-def _call(run: CleanRun, layer: int, column: slice) -> dict[str, Any]:
-    """The library's own arguments to a layer, for all positions or for the last."""
+def _call(run: CleanRun, layer: int, column: slice, part: Part | None = None) -> dict[str, Any]:
+    """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
     call = dict(run.calls[layer])
-    if column == slice(None):
-        return call
-    if call.get("attention_mask") is not None:
-        call["attention_mask"] = call["attention_mask"][:, :, -1:]
-    if call.get("position_embeddings") is not None:
-        call["position_embeddings"] = tuple(part[:, -1:] for part in call["position_embeddings"])
-    if call.get("position_ids") is not None:
-        call["position_ids"] = call["position_ids"][:, -1:]
-    return call
-
-
-def _top_mlp(
-    subject: Subject, steering: Steering, layer: int, hidden: Tensor, *, whole: bool
-) -> AbstractContextManager[None]:
-    """Above the last layer nobody looks at other tokens than the last, so its MLP computes that one alone."""
-    inside = any(edit.layer == layer and edit.part == "neurons" for edit in steering.edits)
-    if whole or inside or layer != subject.n_layers - 1 or hidden.shape[1] == 1:
-        return nullcontext()
-    last = torch.arange(hidden.shape[1], device=hidden.device) == hidden.shape[1] - 1
-    return only_tokens(subject.layers[layer].mlp, last)
+    if column == LAST:
+        if call.get("attention_mask") is not None:
+            call["attention_mask"] = call["attention_mask"][:, :, LAST]
+        if call.get("position_embeddings") is not None:
+            call["position_embeddings"] = tuple(one[:, LAST] for one in call["position_embeddings"])
+        if call.get("position_ids") is not None:
+            call["position_ids"] = call["position_ids"][:, LAST]
+    return call if part is None else {name: _cut(value, part) for name, value in call.items()}
 
 
 @contextmanager

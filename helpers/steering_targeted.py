@@ -22,8 +22,9 @@ from helpers import steering_methods as sm
 from helpers import steering_positions as sp
 from helpers.depth import depth
 from helpers.errors import InputError
-from helpers.steering import Edit, Opening, Prompt, Read, Steering, Where
+from helpers.steering import Edit, Opening, Read, Steering, Where
 from helpers.steering_fit import Fit
+from helpers.steering_prompt import Prompt
 
 MIN_KEPT = 0.2  # share of a direction's norm that must survive the removal of benign components
 MAX_FIRING = 0.01  # share of benign prompts of validate for which the gate may open

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Int
@@ -58,14 +59,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, n
     if not tokenizer.is_fast:
         raise InputError("the tokenizer gives no character offsets: put its tokenizer.json into the model's folder")
     rendered = render(tokenizer, text)
-    # Found by a stand-in, because the text itself may also occur in the template ("user", "assistant").
-    start = render(tokenizer, STAND_IN).find(STAND_IN)
+    start = _user_turn(tokenizer, str(tokenizer.chat_template))
     is_whole, is_stripped = (rendered.startswith(part, start) for part in (text.rstrip(), text.strip()))
     if start < 0 or not (is_whole or is_stripped):
         raise InputError("the chat template changes the user turn's text, so its tokens cannot be located")
     start -= 0 if is_whole else len(text) - len(text.lstrip())
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
     return np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"]), start
+
+
+@lru_cache(maxsize=8)  # a template has one; it would be rendered again for every prompt
+def _user_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Where the user turn starts, found by a stand-in: the text itself may also occur in the template ("user")."""
+    return render(tokenizer, STAND_IN).find(STAND_IN)
 
 
 def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPair | None, str]:

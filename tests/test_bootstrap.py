@@ -44,6 +44,20 @@ def test_bca_agrees_with_scipy_when_every_row_is_a_cluster():
         assert abs(here.high[0] - percentile) > 2 * tolerance, "data too symmetric to tell BCa from percentiles"
 
 
+def test_draws_of_the_same_strata_are_made_once_and_those_of_others_anew():
+    """Half of the topics in a second stratum are other draws; and no statistic may write into what others read."""
+    values = np.random.default_rng(0).lognormal(size=(20, 1))
+    one, two = arrays(values), arrays(values, strata=np.repeat([0, 1], 10))
+    first = [bs.bootstrap(sums, mean).replicates for sums in (one, two, one)]
+    bs._weights.cache_clear()
+    again = [bs.bootstrap(sums, mean).replicates for sums in (two, one, two)]
+    assert np.array_equal(first[0], first[2]) and np.array_equal(first[0], again[1])
+    assert np.array_equal(first[1], again[0]) and not np.array_equal(first[0], first[1])
+    assert bs._weights.cache_info().misses == 2
+    with pytest.raises(ValueError, match="read-only"):
+        bs._weights((0,) * 20, 2000, 0)[0, 0] = 1
+
+
 def test_without_bias_and_skewness_the_limit_is_the_plain_quantile():
     ordered = np.sort(np.random.default_rng(0).normal(size=(1000, 2)), axis=0)
     limit = bs._bca_limit(ordered, np.median(ordered, axis=0), np.full(2, -1.5), np.zeros(2))
@@ -130,7 +144,7 @@ def test_t_of_a_resample_is_the_t_statistic_of_its_clusters():
     strata, x = np.repeat([0, 1], [12, 8]), np.random.default_rng(7).normal(size=20)
     cells = np.eye(2)[strata]
     result = bs.bootstrap(arrays(x[:, None] * cells, cells, strata), mean, n_boot=100)
-    weights = bs._weights(strata, 100, 0).astype(int)
+    weights = bs._weights(tuple(strata.tolist()), 100, 0).astype(int)
     for draw in range(0, 100, 9):
         for stratum in (0, 1):
             drawn = np.repeat(x, weights[draw] * (strata == stratum))

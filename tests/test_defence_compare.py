@@ -93,11 +93,11 @@ def test_rates_count_the_label_that_matters_for_a_kind() -> None:
 
 
 def test_costs_are_relative_to_the_unsteered_model(room: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only `answers` moves: the unsteered model takes 2 and 3 seconds, the other 8 and 6."""
+    """A clock that only answering moves: the unsteered model takes 2 and 3 seconds, the other 8 and 6."""
     now, spent = [0.0], iter([2.0, 8.0, 3.0, 6.0])
     monkeypatch.setattr(defence_compare.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(
-        defence_compare.defence_outcomes, "answers", lambda *_, **__: now.__setitem__(0, now[0] + next(spent))
+        defence_compare.defence_answers, "answers_at_once", lambda *_, **__: now.__setitem__(0, now[0] + next(spent))
     )
     found = defence_compare.costs(room, {"late": towards_no("late", 1.0)}, room.prompts[:4])
     assert found.to_dict() == {PLAIN.name: 1.0, "late": 3.0}

@@ -34,6 +34,8 @@ READ = st.Read("g", 1, plain=True)  # at the last token, so an intervention at l
 STEERINGS = {
     "all tokens": st.Steering("a", (st.Edit(2, "resid_post", following_last), st.Edit(3, "mlp_out", following_last))),
     "last token": st.Steering("b", (st.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), 2.0, as_far_as_read, (READ,)),
+    "blind": st.Steering("e", (st.Edit(2, "resid_post", lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1),
+                                       blind=True),), 2.0, as_far_as_read, (READ,)),
     "gated, all tokens": st.Steering("c", (st.Edit(2, "resid_post", following_last),), 2.0, as_far_as_read, (READ,)),
     "neurons": st.Steering("d", (st.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), 1.0, as_far_as_read, (READ,)),
 }  # fmt: skip

@@ -2,15 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, tiny_subject
+from families import tokens as some_tokens
 from handmade import Program, compiled, cue_pairs, word_tokenizer
+from transformers import DynamicCache
 
-from helpers import defence_mediation, mediation, subject, tokens
+from helpers import defence_decoding, defence_mediation, mediation, subject, tokens
 from helpers import defence_outcomes as do
+from helpers.defence_answers import answers_at_once
 from helpers.grid_run import on_output
+from helpers.steering import Edit, Steering, applied
+from helpers.steering_resume import Switch
 from helpers.subject import Subject
 from helpers.tokens import Openers
 
@@ -62,6 +69,49 @@ def test_a_sample_depends_on_its_own_numbers_only(embedded: Subject) -> None:
     for i, text in enumerate(TEXTS):
         alone = do.answers(embedded, [text], 12, draws=draws[i : i + 1])
         assert alone.ids[0][alone.mask[0]].tolist() == together.ids[i][together.mask[i]].tolist()
+
+
+def test_answers_are_the_same_alone_together_and_padded(embedded: Subject) -> None:
+    """Together, one by one, and in one padded batch; steered below the last layer, so that caches differ, and at all tokens."""
+    draws, push = do.uniforms(5, 12, seed=4), torch.randn(128, generator=torch.Generator().manual_seed(0))
+    plain = do.answers(embedded, TEXTS, 12, draws=draws)
+    for where, size in (("prompt", 60.0), ("every", 30.0)):
+        edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1), where),)
+        switch = Switch(embedded, Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float()))
+        made = do.answers(embedded, TEXTS, 12, switch, draws)
+        at_once = answers_at_once(embedded, TEXTS, 12, partial(applied, embedded, switch.steering), draws)
+        assert (made.ids[:, 0] != plain.ids[:, 0]).any()
+        for i, text in enumerate(TEXTS):
+            alone = do.answers(embedded, [text], 12, switch, draws[i : i + 1])
+            wanted = alone.ids[0][alone.mask[0]].tolist()
+            assert made.ids[i][made.mask[i]].tolist() == wanted
+            assert at_once.ids[i][at_once.mask[i]].tolist() == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_cache_goes_on_like_the_ones_it_was_made_of(family: str) -> None:
+    model, ends = tiny_subject(family), torch.tensor([7])
+    scores: dict[int, list[torch.Tensor]] = {}
+
+    def choose(logits: torch.Tensor, places: np.ndarray, step: int) -> torch.Tensor:
+        scores.setdefault(step, []).append(logits)
+        return (logits.argmax(-1) + torch.tensor(places)) % 40
+
+    def begun() -> list[defence_decoding.Begun]:
+        made = []
+        for place, n in ((0, 9), (2, 6)):
+            cache = DynamicCache()
+            logits = model.model(some_tokens(2, n, seed=n), past_key_values=cache).logits[:, -1]
+            made.append(defence_decoding.Begun(np.arange(2) + place, logits, cache, torch.full((2,), n)))
+        return made
+
+    with torch.no_grad():
+        alone = [defence_decoding.decode(model, one, 4, ends, choose, shrink=False) for one in begun()]
+        apart, scores = {step: torch.cat(found) for step, found in scores.items()}, {}
+        joined = defence_decoding.decode(model, defence_decoding.together(begun()), 4, ends, choose, shrink=False)
+    assert np.array_equal(np.concatenate(alone), joined)
+    for step, found in scores.items():
+        torch.testing.assert_close(found[0], apart[step], atol=2e-4, rtol=1e-4)
 
 
 def test_samples_have_the_models_probabilities(embedded: Subject, openers: Openers) -> None:
