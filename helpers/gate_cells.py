@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -31,6 +32,8 @@ OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
 CELLS = ("y00", "y01", "y10", "y11")
 # A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
 ROUNDINGS = 64
+
+Rows = dict[str, np.ndarray]  # columns of a table, by name
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,16 @@ def cells(
     contrast.frozen) and "inside" (the mean over both runs as the background; no rows where neurons are no product; for
     the sets named in `inside`, by default all). `te` is the outcome's total effect in every row.
     """
-    tables = []
+    rows: list[Rows] = []
     for group in progress(mediation.batches(pairs, subject), desc="gates"):
         batch = mediation.run_clean(subject, group)
         chosen = openers[group[0].pair.treatment]
         split = [one for one in sets if inside is None or one.name in inside]
         factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
-        for one in sets:
-            tables += _upstream(subject, batch, chosen, one)
-            found = factors[one.layer] if one in split else None
-            tables += [] if found is None else _inside(subject, batch, chosen, one, found)
-    return pd.concat(tables, ignore_index=True)
+        rows += _upstream(subject, batch, chosen, sets)
+        products = {one: found for one in split if (found := factors[one.layer]) is not None}
+        rows += _inside(subject, batch, chosen, products)
+    return table_of(rows)
 
 
 def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
@@ -123,57 +125,63 @@ def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
     return mask
 
 
-def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) -> list[pd.DataFrame]:
+def _upstream(subject: Subject, batch: Batch, openers: Openers, sets: Sequence[NeuronSet]) -> list[Rows]:
     runs = (batch.control, batch.treated)
-    patch = [Patch("neuron", one.layer, last_token(batch), one.neurons)]
+    patches = [Patch("neuron", one.layer, last_token(batch), one.neurons) for one in sets]
     clean = [run.resid_post[-1][:, -1] for run in runs]
     made = []
     for form, effect, names in (
         ("upstream", grid.interchange, OUTCOMES),
         ("write", grid.direct, ("contrast.frozen",)),
     ):
-        moved = [effect(subject, runs[base], runs[1 - base], patch)[:, 0, 0] for base in (0, 1)]
-        four = torch.stack([clean[0], moved[0], moved[1], clean[1]], dim=1)  # y00, y01, y10, y11
-        made += [rows_of(batch, one, form, name, _score(subject, four, clean, openers, name)) for name in names]
+        moved = [effect(subject, runs[base], runs[1 - base], patches)[:, :, 0] for base in (0, 1)]
+        off, on = (one[:, None].expand_as(moved[0]) for one in clean)
+        four = torch.stack([off, *moved, on], dim=2)  # y00, y01, y10, y11
+        for name in names:
+            found = _score(subject, four, clean, openers, name)
+            made += [rows_of(batch, one, form, name, found[:, i]) for i, one in enumerate(sets)]
     return made
 
 
 def _inside(
-    subject: Subject, batch: Batch, openers: Openers, one: NeuronSet, factors: tuple[Product, Product]
-) -> list[pd.DataFrame]:
-    off, on = (made.only(one) for made in factors)
-    return [
-        rows_of(batch, one, "inside", name, four, te)
-        for name, four, te in clamp_products(subject, batch, openers, one, (off.gate, on.gate), (off.up, on.up), on.act)
-    ]
+    subject: Subject, batch: Batch, openers: Openers, products: Mapping[NeuronSet, tuple[Product, Product]]
+) -> list[Rows]:
+    crossings = {}
+    for one, factors in products.items():
+        off, on = (made.only(one) for made in factors)
+        crossings[one] = crossed((off.gate, on.gate), (off.up, on.up), on.act)
+    return clamp_products(subject, batch, openers, "inside", crossings) if crossings else []
+
+
+def crossed(gates: tuple[Tensor, Tensor], ups: tuple[Tensor, Tensor], act: nn.Module) -> list[Tensor]:
+    """What neurons are with each gate (off, on) against each up (off, on), as values of a patch."""
+    return [(act(gate) * up)[:, None] for gate in gates for up in ups]
 
 
 def clamp_products(
-    subject: Subject,
-    batch: Batch,
-    openers: Openers,
-    one: NeuronSet,
-    gates: tuple[Tensor, Tensor],
-    ups: tuple[Tensor, Tensor],
-    act: nn.Module,
-) -> list[tuple[str, Float[Tensor, "pair cell"], Float[Tensor, "pair"]]]:
-    """For each outcome: the four cells of gate (off, on) against up (off, on), and TE; the mean over both backgrounds."""
+    subject: Subject, batch: Batch, openers: Openers, form: str, crossings: Mapping[NeuronSet, Sequence[Tensor]]
+) -> list[Rows]:
+    """Rows of a form from the values of `crossed` for each set: the mean over both backgrounds, with their own TE."""
     runs = (batch.control, batch.treated)
-    crossed = [(act(gate) * up)[:, None] for gate in gates for up in ups]
-    patches = [Patch("neuron", one.layer, last_token(batch), one.neurons, value) for value in crossed]
-    backgrounds = [grid.interchange(subject, run, run, patches)[:, :, 0] for run in runs]
+    at = last_token(batch)
+    patches = [
+        Patch("neuron", one.layer, at, one.neurons, value) for one, values in crossings.items() for value in values
+    ]
+    backgrounds = [
+        grid.interchange(subject, run, run, patches)[:, :, 0].unflatten(1, (len(crossings), len(CELLS))) for run in runs
+    ]
     clean, made = [run.resid_post[-1][:, -1] for run in runs], []
     for name in OUTCOMES:
         four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
-        control, treated = _score(subject, torch.stack(clean, dim=1), clean, openers, name).unbind(1)
-        made.append((name, four, treated - control))
+        control, treated = _score(subject, torch.stack(clean, dim=1)[:, None], clean, openers, name)[:, 0].unbind(1)
+        made += [rows_of(batch, one, form, name, four[:, i], treated - control) for i, one in enumerate(crossings)]
     return made
 
 
 def _score(
-    subject: Subject, resid: Float[Tensor, "pair cell d"], clean: Sequence[Tensor], openers: Openers, name: str
-) -> Float[Tensor, "pair cell"]:
-    control, treated = (one[:, None] for one in clean)
+    subject: Subject, resid: Float[Tensor, "pair set cell d"], clean: Sequence[Tensor], openers: Openers, name: str
+) -> Float[Tensor, "pair set cell"]:
+    control, treated = (one[:, None, None] for one in clean)
     like = control if name.endswith(".frozen") else None
     if name.startswith("contrast"):
         weights = outcomes.camp_weights(subject, control, treated, openers)
@@ -181,18 +189,24 @@ def _score(
     return outcomes.log_odds(subject, resid, openers, like)
 
 
-def rows_of(
-    batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None
-) -> pd.DataFrame:
+def rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
     """Rows of `cells` for one batch, set, form and outcome from its four cells."""
     values = four.double().cpu().numpy()
     members = [token_pair.pair for token_pair in batch.pairs]
     keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    columns: dict[str, object] = {name: [getattr(pair, field) for pair in members] for name, field in keys.items()}
-    columns |= {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
+    columns = {name: np.array([getattr(pair, field) for pair in members], object) for name, field in keys.items()}
+    constant = {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
+    columns |= {
+        name: np.full(len(members), value, None if name == "layer" else object) for name, value in constant.items()
+    }
     columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
     columns["te"] = values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()
-    return pd.DataFrame(columns)
+    return columns
+
+
+def table_of(rows: Sequence[Rows]) -> pd.DataFrame:
+    """One table of the rows of all batches, made at once: a frame for each would cost more than what it holds."""
+    return pd.DataFrame({name: np.concatenate([part[name] for part in rows]) for name in rows[0]})
 
 
 def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:

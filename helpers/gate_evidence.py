@@ -19,6 +19,7 @@ from helpers.study import Study
 
 BENIGN_PAIRS = 48
 ANSWER_PAIRS = 120
+NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
 
 
 class NothingToTest(InputError):
@@ -61,6 +62,7 @@ def measure(study: Study, table: pd.DataFrame) -> Gates:
     cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()), (LAST, WHOLE))
     cells = gate_cells.difference(cells, study.twins)
     cells = pd.concat([cells, _twin_cells(study, sets, cells), *_benign_cells(study, table, sets)])
+    cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
     found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), candidates(cells, sets, primary))
     return _with_answers(found)
 

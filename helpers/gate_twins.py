@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from helpers import mediation
-from helpers.gate_cells import NeuronSet, Product, clamp_products, product, rows_of
-from helpers.mediation import Batch
+from helpers.gate_cells import NeuronSet, Product, Rows, clamp_products, crossed, product, table_of
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
@@ -50,34 +49,27 @@ def cells(
     layer = sets[0].layer
     harmless = _harmless(subject, [pair for pair in pairs if pair.pair.treatment == "T2b"], layer)
     harmful = [p for p in pairs if p.pair.treatment == "T2" and harmless and twin_of.get(p.pair.id) in harmless.row]
-    tables = []
+    rows: list[Rows] = []
     for group in progress(mediation.batches(harmful, subject), desc="gates, twins"):
         batch = mediation.run_clean(subject, group)
         factors = product(subject, batch, layer)
         assert factors is not None and harmless is not None
-        rows = [harmless.row[twin_of[pair.pair.id]] for pair in group]
-        twin = Product(harmless.gate[rows], harmless.up[rows], factors[1].act)
-        for one in sets:
-            off, on, without = (made.only(one) for made in (*factors, twin))
-            tables += _roles(subject, batch, openers["T2"], one, (off, on), without)
-    return pd.concat(tables, ignore_index=True).assign(treatment="T2-T2b") if tables else pd.DataFrame()
+        at = [harmless.row[twin_of[pair.pair.id]] for pair in group]
+        twin = Product(harmless.gate[at], harmless.up[at], factors[1].act)
+        for form, crossings in _roles(sets, factors, twin).items():
+            rows += clamp_products(subject, batch, openers["T2"], form, crossings)
+    return table_of(rows).assign(treatment="T2-T2b") if rows else pd.DataFrame()
 
 
 def _roles(
-    subject: Subject,
-    batch: Batch,
-    openers: Openers,
-    one: NeuronSet,
-    factors: tuple[Product, Product],
-    twin: Product,
-) -> list[pd.DataFrame]:
-    (off, on), (gate, up), made = factors, (twin.gate, twin.up), []
-    for form, gates, ups in (
-        (WRAPPER_HARM, (off.gate, on.gate), (up, on.up)),
-        (HARM_WRAPPER, (gate, on.gate), (off.up, on.up)),
-    ):
-        for name, four, te in clamp_products(subject, batch, openers, one, gates, ups, on.act):
-            made.append(rows_of(batch, one, form, name, four, te))
+    sets: Sequence[NeuronSet], factors: tuple[Product, Product], twin: Product
+) -> dict[str, dict[NeuronSet, list[Tensor]]]:
+    """For each role the values of `crossed` for every set."""
+    made: dict[str, dict[NeuronSet, list[Tensor]]] = {WRAPPER_HARM: {}, HARM_WRAPPER: {}}
+    for one in sets:
+        off, on, without = (product.only(one) for product in (*factors, twin))
+        made[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
+        made[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
     return made
 
 
