@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 
 from helpers import bootstrap as bs
-from helpers import evidence, grid, mediation, stats
+from helpers import evidence, mediation, stats
 from helpers.evidence_rows import interval, row
 from helpers.grid import CleanRun, Patch
+from helpers.grid_both import both_ways
 from helpers.mediation import Batch, Mediator
 from helpers.progress import progress
 from helpers.study import Study, with_difference
@@ -55,10 +56,10 @@ def variants(subject: Subject, base: CleanRun, layers: Sequence[int]) -> list[tu
 
 def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
-    both = []
-    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
-        both.append(grid.interchange(subject, base, source, variants(subject, base, layers))[:, :, 0])
-    return both[0], both[1]
+    control, treated = batch.control, batch.treated
+    into = (variants(subject, run, layers) for run in (control, treated))
+    at_once = mediation.pairs_at_once(subject, control.tokens.shape[1])
+    return both_ways(subject, control, treated, *into, at_once=at_once)
 
 
 def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:

@@ -101,14 +101,11 @@ def _with_answers(found: Gates) -> Gates:
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
     benign = [p for p in relatives.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
-    tables = [
-        answers.closing_cost(
-            study.subject, benign, study.openers, one, answers.closed_values(study.subject, control, one)
-        )
-        for one in sets
-        if benign and control
-    ]
-    return replace(found, timing=timing, cost=pd.concat(tables) if tables else pd.DataFrame())
+    cost = pd.DataFrame()
+    if benign and control:
+        closed = answers.closed_values(study.subject, control, sets)
+        cost = answers.closing_cost(study.subject, benign, study.openers, closed)
+    return replace(found, timing=timing, cost=cost)
 
 
 def gated_benign(found: Gates) -> list[str]:

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers import closed_form, grid, mediation, outcomes
+from helpers import closed_form, mediation, outcomes
 from helpers.errors import InputError
 from helpers.evidence import SATURATED
-from helpers.grid import CleanRun, Patch
+from helpers.grid import CleanRun
+from helpers.grid_neurons import each_neuron
 from helpers.grid_patch import projection
 from helpers.mediation import Batch
 from helpers.neurons import PairEffects
@@ -120,13 +121,7 @@ def _after_each(
     if layer == subject.n_layers - 1:
         every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
         return every[:, chosen]
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    patches = [Patch("neuron", layer, last, int(neuron)) for neuron in chosen.tolist()]
-    read = grid.interchange(
-        subject, base, source, patches, readout=lambda resid: outcomes.log_odds(subject, resid, openers)
-    )
-    return read[:, :, 0]
+    return each_neuron(subject, base, source, layer, chosen, lambda resid: outcomes.log_odds(subject, resid, openers))
 
 
 def _own_write(

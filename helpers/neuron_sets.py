@@ -25,7 +25,7 @@ from helpers.study import Study
 from helpers.subject import Subject
 from helpers.subject_parts import written_vectors
 
-PAIRS = 64  # pairs at once
+PAIRS = 16  # pairs at once: few enough for what is made of them to stay in a cache
 EVERY = 512  # up to here every set size is measured
 
 # Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.

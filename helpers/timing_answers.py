@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -38,22 +37,12 @@ def generated(study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], ste
     """
     subject, parts = study.subject, []
     exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
-    for group in progress(_of_one_length(subject, pairs), desc="answers"):
+    for group in progress(mediation.batches(pairs, subject, mixed=True), desc="answers"):
         made = _answers(subject, group, arms, steps)
         for treatment in dict.fromkeys(p.pair.treatment for p in group):
             at = np.array([p.pair.treatment == treatment for p in group])
             parts += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
     return pd.concat(parts, ignore_index=True)
-
-
-def _of_one_length(subject: Subject, pairs: Sequence[TokenPair]) -> list[list[TokenPair]]:
-    """Pairs of one token length, whatever their treatment: nothing that is decoded depends on it."""
-    ordered = sorted(pairs, key=lambda pair: len(pair.control))
-    found: list[list[TokenPair]] = []
-    for length, members in groupby(ordered, key=lambda pair: len(pair.control)):
-        run, step = list(members), mediation.pairs_at_once(subject, length)
-        found += [run[start : start + step] for start in range(0, len(run), step)]
-    return found
 
 
 def _answers(subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int) -> dict[Arm, Answers]:
