@@ -7,7 +7,7 @@ them the signal needs on its way to the output. What is held is a value, so noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -62,11 +62,14 @@ def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.
     return both_ways(subject, control, treated, *into, at_once=at_once)
 
 
-def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:
+def effects(
+    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], None] | None = None
+) -> pd.DataFrame:
     """Effect of the last token's residual stream after each layer, in the four ways of `HELD` (column `site`).
 
     Rows as in `mediation.effects`, with T2 - T2b behind the others; by default for every layer but the last, above which
-    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows.
+    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows. `watch` is shown
+    every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
     chosen = range(subject.n_layers - 1) if layers is None else layers
@@ -74,6 +77,8 @@ def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:
     generation = study.of("T2", "T2b") if len(chosen) else []
     for group in progress(mediation.batches(generation, subject), desc="carriers"):
         batch = mediation.run_clean(subject, group)
+        if watch:
+            watch(batch)
         patched = cells(subject, batch, chosen)
         for outcome in OUTCOMES:
             scored = mediation.score(subject, batch, patched, study.openers[group[0].pair.treatment], outcome)

@@ -28,7 +28,7 @@ from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
 from helpers.subject_parts import written_vectors
-from helpers.tokens import Openers
+from helpers.tokens import Openers, TokenPair
 
 SATURATION = np.log((1 - SATURATED) / SATURATED)
 BLOCK = 1 << 24  # numbers that are alive at once
@@ -41,6 +41,16 @@ class Ends:
     treatment: str
     pairs: pd.DataFrame
     openers: Openers
+    resid: Float[Tensor, "side pair d"]
+    neurons: Float[Tensor, "side pair neuron"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch's pairs, effects by name (pair, column) with both clean outcomes, and ends."""
+
+    pairs: tuple[TokenPair, ...]
+    values: dict[str, np.ndarray]
     resid: Float[Tensor, "side pair d"]
     neurons: Float[Tensor, "side pair neuron"]
 
@@ -64,28 +74,35 @@ def measure(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEf
     norm's scale frozen at the base run's; it is the mean of both directions. For the last layer that is its NIE but for
     the norm; for other layers it leaves out whatever later layers make of the write.
     """
-    subject = study.subject
-    groups = mediation.batches(study.of(treatment), subject)
+    groups = mediation.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
-    openers = study.openers[treatment]
-    found: list[dict[str, np.ndarray]] = []
-    resid, neurons = [], []
-    for group in progress(groups, desc=f"neurons, {treatment}"):
-        batch = mediation.run_clean(subject, group)
-        found.append(_batch_effects(subject, batch, columns, openers))
-        runs = (batch.control, batch.treated)
-        resid.append(torch.stack([run.resid_post[-1][:, -1] for run in runs]))
-        neurons.append(torch.stack([run.neurons[-1][:, -1] for run in runs]))
-    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    members = [token_pair.pair for group in groups for token_pair in group]
+    batches = (mediation.run_clean(study.subject, group) for group in progress(groups, desc=f"neurons, {treatment}"))
+    return assembled(study, treatment, columns, [part_of(study, batch, columns) for batch in batches])
+
+
+def part_of(study: Study, batch: Batch, columns: pd.DataFrame) -> Part:
+    """What `measure` takes from one batch of clean runs."""
+    found = _batch_effects(study.subject, batch, columns, study.openers[batch.pairs[0].pair.treatment])
+    runs = (batch.control, batch.treated)
+    resid, neurons = (
+        torch.stack([getattr(run, name)[-1][:, -1] for run in runs]) for name in ("resid_post", "neurons")
+    )
+    return Part(batch.pairs, found, resid, neurons)
+
+
+def assembled(study: Study, treatment: str, columns: pd.DataFrame, parts: Sequence[Part]) -> tuple[PairEffects, Ends]:
+    """What `measure` gives, from the parts of all batches of a treatment."""
+    joined = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    members = [token_pair.pair for part in parts for token_pair in part.pairs]
     named = [(pair.id, pair.topic, pair.split) for pair in members]
     y00, y11 = joined.pop("y00"), joined.pop("y11")
     pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
         te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
     )
     made = PairEffects(treatment, pairs, columns.reset_index(drop=True), joined)
-    return made, Ends(treatment, pairs, openers, torch.cat(resid, dim=1), torch.cat(neurons, dim=1))
+    resid, neurons = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("resid", "neurons"))
+    return made, Ends(treatment, pairs, study.openers[treatment], resid, neurons)
 
 
 def _batch_effects(

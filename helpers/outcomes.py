@@ -104,9 +104,18 @@ def continuations(
     Y2 compares how likely the *same* words are. Nothing is decoded to text.
     """
     own = [openers] * len(control) if isinstance(openers, Openers) else openers
-    answer, answer_mask = opened_with(subject, treated, [one.comply for one in own], steps)
-    refusal, refusal_mask = opened_with(subject, control, [one.refuse for one in own], steps)
+    camps = [*(one.comply for one in own), *(one.refuse for one in own)]
+    texts = [found.split(len(own)) for found in opened_with(subject, torch.cat([treated, control]), camps, steps)]
+    (answer, answer_mask), (refusal, refusal_mask) = (_trimmed(*text) for text in zip(*texts, strict=True))
     return Continuations(answer, answer_mask, refusal, refusal_mask)
+
+
+def _trimmed(
+    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
+) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
+    """Without the steps that are padding in every row."""
+    used = int(mask.any(0).sum())
+    return text[:, :used], mask[:, :used]
 
 
 @torch.no_grad()

@@ -35,14 +35,26 @@ def generated(study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], ste
     `defence_outcomes.labels`). `content` is a label that does not rest on the opener, "" where there is none: that of the
     exact judge, of a judge model, or of the study's own judge.
     """
-    subject, parts = study.subject, []
-    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
+    return generated_each(study, [pairs], arms, steps)[0]
+
+
+@torch.no_grad()
+def generated_each(
+    study: Study, lists: Sequence[Sequence[TokenPair]], arms: Sequence[Arm], steps: int = STEPS
+) -> list[pd.DataFrame]:
+    """`generated` of several lists of pairs, decoded together; an empty table for an empty list."""
+    subject, parts = study.subject, [[] for _ in lists]
+    pairs = [pair for one in lists for pair in one]
+    home = {id(pair): i for i, one in enumerate(lists) for pair in one}  # one pair may be in two lists, as two objects
+    embedded = [defence_prompts.is_embedded(pair.pair.treated for pair in one) for one in lists]
     for group in progress(mediation.batches(pairs, subject, mixed=True), desc="answers"):
         made = _answers(subject, group, arms, steps)
-        for treatment in dict.fromkeys(p.pair.treatment for p in group):
-            at = np.array([p.pair.treatment == treatment for p in group])
-            parts += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
-    return pd.concat(parts, ignore_index=True)
+        kinds = [(home[id(pair)], pair.pair.treatment) for pair in group]
+        for kind in dict.fromkeys(kinds):
+            at = np.array([other == kind for other in kinds])
+            exact = judge.judge if embedded[kind[0]] else None
+            parts[kind[0]] += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
+    return [pd.concat(part, ignore_index=True) if part else pd.DataFrame() for part in parts]
 
 
 def _answers(subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int) -> dict[Arm, Answers]:
