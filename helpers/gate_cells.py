@@ -9,8 +9,6 @@ the pair's own two runs; nothing is set to zero.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,79 +16,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from helpers import grid, mediation, outcomes
-from helpers.errors import InputError
+from helpers import gate_ends, grid, mediation, outcomes
+from helpers.gate_ends import End, NeuronSet, Product, product
 from helpers.grid import Patch
-from helpers.grid_run import CleanRun, first, on_output
 from helpers.mediation import Batch
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
+__all__ = ["End", "NeuronSet", "Product", "cells", "difference", "product"]
+
 # As they are; with the final norm's scale frozen; and with a linear read-out in the log-odds' place as well.
 OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
 CELLS = ("y00", "y01", "y10", "y11")
-# A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
-ROUNDINGS = 64
 
 Rows = dict[str, np.ndarray]  # columns of a table, by name
-
-
-@dataclass(frozen=True)
-class NeuronSet:
-    """Neurons of one layer that are clamped together, at the last token."""
-
-    name: str
-    layer: int
-    neurons: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Product:
-    """The two factors of a layer's neurons at the last token: `act`(gate) * up."""
-
-    gate: Float[Tensor, "pair neuron"]
-    up: Float[Tensor, "pair neuron"]
-    act: nn.Module
-
-    def only(self, one: NeuronSet) -> Product:
-        """The factors of a set's neurons alone."""
-        index = list(one.neurons)
-        return Product(self.gate[:, index], self.up[:, index], self.act)
-
-
-def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
-    """Gate and up pre-activations of the control and the treated run; None for an MLP whose neurons are no product.
-
-    Raises InputError if the MLP has both projections but its neurons are not act(gate) * up.
-    """
-    mlp = subject.layers[layer].mlp
-    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    names = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(mlp, name)]
-    if act is None or not names:
-        return None
-    found = []
-    for run in (batch.control, batch.treated):
-        made = Product(*_factors(subject, run, layer, names), act)
-        neurons = run.site("neuron", layer)[:, -1]
-        slack = ROUNDINGS * torch.finfo(neurons.dtype).eps * float(neurons.abs().max())
-        if not torch.allclose(act(made.gate) * made.up, neurons, rtol=0, atol=slack):
-            raise InputError(f"the neurons of layer {layer} are not act(gate) * up: leave out the test inside a neuron")
-        found.append(made)
-    return found[0], found[1]
-
-
-@torch.no_grad()
-def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Both projections' outputs at the last token, from the one block run again."""
-    seen: list[Tensor] = []
-    parts = subject.layers[layer]
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(on_output(getattr(parts.mlp, name), lambda out: seen.append(first(out)[:, -1])))
-        parts.block(run.resid_pre[layer], **run.calls[layer])
-    gate, up = seen if len(seen) == 2 else seen[0].chunk(2, dim=-1)
-    return gate, up
 
 
 def cells(
@@ -106,16 +46,58 @@ def cells(
     contrast.frozen) and "inside" (the mean over both runs as the background; no rows where neurons are no product; for
     the sets named in `inside`, by default all). `te` is the outcome's total effect in every row.
     """
+    return measured(subject, pairs, openers, sets, inside)[0]
+
+
+def measured(
+    subject: Subject,
+    pairs: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    sets: Sequence[NeuronSet],
+    inside: Sequence[str] | None = None,
+) -> tuple[pd.DataFrame, dict[str, End]]:
+    """The table of `cells`, and what it kept of the last layer, by treatment."""
     rows: list[Rows] = []
+    split = [one for one in sets if inside is None or one.name in inside]
+    below = [one for one in sets if one.layer < subject.n_layers - 1]
+    kept: list[tuple[str, End]] = []
     for group in progress(mediation.batches(pairs, subject), desc="gates"):
-        batch = mediation.run_clean(subject, group)
-        chosen = openers[group[0].pair.treatment]
-        split = [one for one in sets if inside is None or one.name in inside]
+        batch, name = mediation.run_clean(subject, group), group[0].pair.treatment
         factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
-        rows += _upstream(subject, batch, chosen, sets)
-        products = {one: found for one in split if (found := factors[one.layer]) is not None}
-        rows += _inside(subject, batch, chosen, products)
-    return table_of(rows)
+        rows += _rows(subject, batch, openers[name], below, {one: factors[one.layer] for one in below if one in split})
+        kept.append((name, End(gate_ends.last_column(batch), factors.get(subject.n_layers - 1))))
+        del batch  # before the next one is made
+    ends = gate_ends.by_treatment(kept)
+    for name, end in ends.items():
+        rows += _top_rows(subject, end, openers[name], sets, split)
+    return table_of(rows), ends
+
+
+def of_end(
+    subject: Subject, end: End, openers: Openers, sets: Sequence[NeuronSet], inside: Sequence[str]
+) -> pd.DataFrame:
+    """The table of `cells` for one treatment whose end is known; sets below the last layer are left out."""
+    return table_of(_top_rows(subject, end, openers, sets, [one for one in sets if one.name in inside]))
+
+
+def _top_rows(
+    subject: Subject, end: End, openers: Openers, sets: Sequence[NeuronSet], split: Sequence[NeuronSet]
+) -> list[Rows]:
+    top = [one for one in sets if one.layer == subject.n_layers - 1]
+    return _rows(subject, end.batch, openers, top, {one: end.factors for one in top if one in split})
+
+
+def _rows(
+    subject: Subject,
+    batch: Batch,
+    openers: Openers,
+    sets: Sequence[NeuronSet],
+    factors: Mapping[NeuronSet, tuple[Product, Product] | None],
+) -> list[Rows]:
+    """Rows of every form; `factors` of the sets that are split into gate and up."""
+    products = {one: found for one, found in factors.items() if found is not None}
+    upstream = _upstream(subject, batch, openers, sets) if sets else []
+    return upstream + _inside(subject, batch, openers, products)
 
 
 def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:

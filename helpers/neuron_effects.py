@@ -6,7 +6,7 @@ reached are exact zeros that cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,18 +67,26 @@ def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.Dat
     return index.to_frame(index=False)
 
 
-def measure(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEffects, Ends]:
+def measure(
+    study: Study, treatment: str, columns: pd.DataFrame, watch: Callable[[Batch], None] | None = None
+) -> tuple[PairEffects, Ends]:
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
     norm's scale frozen at the base run's; it is the mean of both directions. For the last layer that is its NIE but for
-    the norm; for other layers it leaves out whatever later layers make of the write.
+    the norm; for other layers it leaves out whatever later layers make of the write. `watch` is shown every batch of clean
+    runs.
     """
     groups = mediation.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
-    batches = (mediation.run_clean(study.subject, group) for group in progress(groups, desc=f"neurons, {treatment}"))
-    return assembled(study, treatment, columns, [part_of(study, batch, columns) for batch in batches])
+    parts = []
+    for group in progress(groups, desc=f"neurons, {treatment}"):
+        batch = mediation.run_clean(study.subject, group)
+        parts.append(part_of(study, batch, columns))
+        if watch:
+            watch(batch)
+    return assembled(study, treatment, columns, parts)
 
 
 def part_of(study: Study, batch: Batch, columns: pd.DataFrame) -> Part:

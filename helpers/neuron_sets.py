@@ -19,6 +19,7 @@ from torch import Tensor
 from helpers import outcomes
 from helpers.errors import InputError
 from helpers.grid_patch import projection
+from helpers.mediation import Batch
 from helpers.neuron_effects import BLOCK, Ends, measure, residual_change
 from helpers.neuron_reads import Reads, cumulative_effects, joint_effects, products, reads
 from helpers.neurons import PairEffects, difference, sign_on_discover
@@ -51,10 +52,13 @@ class Measured:
         return self.study.subject.n_layers - 1
 
 
-def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
+def measure_all(
+    study: Study, columns: Mapping[str, pd.DataFrame], watch: Callable[[Batch], None] | None = None
+) -> Measured:
     """`measure` for each treatment that `columns` names and the study has, and the contrast T2 - T2b where it can be."""
     return collected(
-        study, {name: measure(study, name, wanted) for name, wanted in columns.items() if name in study.treatments}
+        study,
+        {name: measure(study, name, wanted, watch) for name, wanted in columns.items() if name in study.treatments},
     )
 
 
