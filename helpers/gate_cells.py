@@ -84,7 +84,7 @@ def _top_rows(
     subject: Subject, end: End, openers: Openers, sets: Sequence[NeuronSet], split: Sequence[NeuronSet]
 ) -> list[Rows]:
     top = [one for one in sets if one.layer == subject.n_layers - 1]
-    return _rows(subject, end.batch, openers, top, {one: end.factors for one in top if one in split})
+    return _rows(gate_ends.still(subject), end.batch, openers, top, {one: end.factors for one in top if one in split})
 
 
 def _rows(

@@ -90,6 +90,11 @@ def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) 
     return gate, up
 
 
+def still(subject: Subject) -> Subject:
+    """The subject for interventions on an end: no layer is called, so none must be replayable."""
+    return replace(subject, replayable=True)
+
+
 def last_column(batch: Batch) -> Batch:
     """The last layer's sites at the last token, as runs of a single token; what lies below is empty."""
     return replace(batch, control=_last_column(batch.control), treated=_last_column(batch.treated))

@@ -48,7 +48,7 @@ def cells(
     twin = replace(treated, gate=treated.gate[at], up=treated.up[at])
     rows: list[Rows] = []
     for form, crossings in _roles(sets, (off, on), twin).items():
-        rows += clamp_products(subject, batch, openers["T2"], form, crossings)
+        rows += clamp_products(gate_ends.still(subject), batch, openers["T2"], form, crossings)
     return table_of(rows).assign(treatment="T2-T2b")
 
 
