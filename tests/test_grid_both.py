@@ -15,7 +15,7 @@ from helpers.grid_both import both_ways
 @pytest.mark.parametrize("n_pairs", [1, 5])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen2", "mistral"])
 def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = tiny_subject(family)
+    subject = tiny_subject(family, torch.float64)
     with true_float64(subject.model):
         batch = mediation.run_clean(subject, random_pairs(n_pairs, 9, 60))
         runs = (batch.control, batch.treated)

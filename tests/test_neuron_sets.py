@@ -81,13 +81,15 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
 
 def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_study(n=6)
-    ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
     order, ks = np.random.default_rng(0).permutation(48), np.array([1, 2, 7, 20, 48])
-    wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
-    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
-    monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
-    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
-    np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
+    with true_float64(study.subject.model):
+        ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
+        wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
+        np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+        monkeypatch.setattr("helpers.neuron_sets.SMALL", 0)
+        monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
+        np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+        np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
 
 
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
