@@ -65,13 +65,14 @@ def joint_effects(
     change: Float[Tensor, "pair neuron"],
     members: Int[Tensor, "set member"],
     known: Float[Tensor, "set member member"],
+    outputs: Float[Tensor, "set member row"],
 ) -> Float[Tensor, "pair set"]:
-    """Change of Y1 if each set's neurons change together; `known` are their `products`."""
+    """Change of Y1 if each set's neurons change together; `known` are their `products`, `outputs` what they write."""
     resid, change = _centred(one, resid), change.double()
     own = change[:, members].transpose(0, 1)
     square = ((own @ known) * own).sum(-1).T
     inner = (change * (resid @ one.vectors.T))[:, members].sum(-1)
-    return _after(one, resid, inner, square, (own @ one.outputs[members]).transpose(0, 1))
+    return _after(one, resid, inner, square, (own @ outputs).transpose(0, 1))
 
 
 def cumulative_effects(

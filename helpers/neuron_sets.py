@@ -154,11 +154,11 @@ def _vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
 
 def _joint_scores(known: Reads, members: Int[Tensor, "set member"], step: int) -> Scores:
     parts = [members[first : first + step] for first in range(0, len(members), step)]
-    made = [(part, products(known, part)) for part in parts]
+    made = [(part, products(known, part), known.outputs[part]) for part in parts]
 
     def scores(resid: Tensor, _: Tensor, change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
-        for i, (part, theirs) in enumerate(made):
-            yield i * step + np.arange(len(part)), joint_effects(known, resid, change, part, theirs)
+        for i, (part, *theirs) in enumerate(made):
+            yield i * step + np.arange(len(part)), joint_effects(known, resid, change, part, *theirs)
 
     return scores
 
