@@ -85,11 +85,13 @@ def measure(
     thin = relatives.thinned(study, BENIGN_PAIRS)
     benign = [pair for pair in thin.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
     moved, always = refusing(study, tested), [(few, "all tokens")]
+    seen: timing.Others = {}
+    harmful = generated(study, tested, arms, seen=seen)
     clamped_always = generated_each(study, [benign, moved], always)
     return Timing(
         chosen,
-        generated(study, tested, arms),
-        timing.forced(study, tested, few, WANTED),
+        harmful,
+        timing.forced(study, tested, few, WANTED, seen),
         *clamped_always,
     )
 
