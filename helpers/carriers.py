@@ -7,16 +7,17 @@ them the signal needs on its way to the output. What is held is a value, so noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
 from helpers import bootstrap as bs
-from helpers import evidence, grid, mediation, stats
+from helpers import evidence, mediation, stats
 from helpers.evidence_rows import interval, row
 from helpers.grid import CleanRun, Patch
+from helpers.grid_both import both_ways
 from helpers.mediation import Batch, Mediator
 from helpers.progress import progress
 from helpers.study import Study, with_difference
@@ -55,17 +56,20 @@ def variants(subject: Subject, base: CleanRun, layers: Sequence[int]) -> list[tu
 
 def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
-    both = []
-    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
-        both.append(grid.interchange(subject, base, source, variants(subject, base, layers))[:, :, 0])
-    return both[0], both[1]
+    control, treated = batch.control, batch.treated
+    into = (variants(subject, run, layers) for run in (control, treated))
+    at_once = mediation.pairs_at_once(subject, control.tokens.shape[1])
+    return both_ways(subject, control, treated, *into, at_once=at_once)
 
 
-def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:
+def effects(
+    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], None] | None = None
+) -> pd.DataFrame:
     """Effect of the last token's residual stream after each layer, in the four ways of `HELD` (column `site`).
 
     Rows as in `mediation.effects`, with T2 - T2b behind the others; by default for every layer but the last, above which
-    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows.
+    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows. `watch` is shown
+    every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
     chosen = range(subject.n_layers - 1) if layers is None else layers
@@ -73,6 +77,8 @@ def effects(study: Study, layers: Sequence[int] | None = None) -> pd.DataFrame:
     generation = study.of("T2", "T2b") if len(chosen) else []
     for group in progress(mediation.batches(generation, subject), desc="carriers"):
         batch = mediation.run_clean(subject, group)
+        if watch:
+            watch(batch)
         patched = cells(subject, batch, chosen)
         for outcome in OUTCOMES:
             scored = mediation.score(subject, batch, patched, study.openers[group[0].pair.treatment], outcome)

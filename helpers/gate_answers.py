@@ -30,9 +30,9 @@ def timing(
     Answer and refusal are the model's own words (`outcomes.continuations`), the same for all runs of a pair.
     """
     rows: list[tuple[object, ...]] = []
-    for group in progress(batches(pairs, subject), desc="timing"):
+    for group in progress(batches(pairs, subject, mixed=True), desc="timing"):
         prompts = prompt_tokens(subject, group)
-        texts = outcomes.continuations(subject, *prompts, openers[group[0].pair.treatment], STEPS)
+        texts = outcomes.continuations(subject, *prompts, [openers[pair.pair.treatment] for pair in group], STEPS)
         effect = _forced(subject, prompts, texts.answer, texts.answer_mask, sets)
         effect -= _forced(subject, prompts, texts.refusal, texts.refusal_mask, sets)
         for i, token_pair in enumerate(group):
@@ -74,48 +74,51 @@ def _between(run: CleanRun, start: int, end: int) -> Bool[Tensor, "pair pos"]:
     return mask
 
 
-def closed_values(subject: Subject, pairs: Sequence[TokenPair], one: NeuronSet) -> Float[Tensor, "pair neuron"]:
-    """The set's values at the last token of the control prompts: what "closed" looks like."""
-    found = []
+Closed = dict[NeuronSet, Float[Tensor, "run neuron"]]
+
+
+def closed_values(subject: Subject, pairs: Sequence[TokenPair], sets: Sequence[NeuronSet]) -> Closed:
+    """Each set's values at the last token of the control prompts: what "closed" looks like."""
+    found: dict[NeuronSet, list[Tensor]] = {one: [] for one in sets}
     for group in batches(pairs, subject):
         run = grid.clean_run(subject, prompt_tokens(subject, group)[0], keep=("neurons",))
-        found.append(run.neurons[one.layer][:, -1, list(one.neurons)])
-    return torch.cat(found)
+        for one, values in found.items():
+            values.append(run.neurons[one.layer][:, -1, list(one.neurons)])
+    return {one: torch.cat(values) for one, values in found.items()}
 
 
 def closing_cost(
-    subject: Subject,
-    pairs: Sequence[TokenPair],
-    openers: Mapping[str, Openers],
-    one: NeuronSet,
-    closed: Float[Tensor, "run neuron"],
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], closed: Closed
 ) -> pd.DataFrame:
-    """Nats that the model's own answers to treated prompts lose if the set is held closed at every answer token.
+    """Nats that the model's own answers to treated prompts lose if a set is held closed at every answer token.
 
     Each pair is given the closed values of one real run, in turn. Columns `lost` (summed over the answer) and `n_tokens`.
     """
     rows: list[tuple[object, ...]] = []
-    used = 0
-    for group in progress(batches(pairs, subject), desc="perplexity"):
+    turn = {pair.pair.id: i for i, pair in enumerate(pair for group in batches(pairs, subject) for pair in group)}
+    for group in progress(batches(pairs, subject, mixed=True), desc="perplexity"):
         prompt = prompt_tokens(subject, group)[1]
-        answer, mask = outcomes.opened_with(subject, prompt, openers[group[0].pair.treatment].comply, STEPS)
-        value = closed[(used + torch.arange(len(group), device=closed.device)) % len(closed)][:, None]
-        used += len(group)
-        lost = _lost(subject, prompt, answer, mask, one, value).cpu().numpy()
+        camps = [openers[pair.pair.treatment].comply for pair in group]
+        answer, mask = outcomes.opened_with(subject, prompt, camps, STEPS)
+        turns = torch.tensor([turn[pair.pair.id] for pair in group], device=prompt.device)
+        values = {one: runs[turns % len(runs)][:, None] for one, runs in closed.items()}
+        lost = _lost(subject, prompt, answer, mask, values).cpu().numpy()
+        n_tokens = mask.sum(1).cpu().numpy().astype(float)
         for i, token_pair in enumerate(group):
             pair = token_pair.pair
-            n_tokens = float(mask[i].sum())
-            rows.append((pair.id, pair.topic, pair.treatment, pair.split, one.name, lost[i], n_tokens))
+            keys = (pair.id, pair.topic, pair.treatment, pair.split)
+            rows += [(*keys, one.name, lost[i, k], n_tokens[i]) for k, one in enumerate(closed)]
     return pd.DataFrame(rows, columns=["pair_id", "topic", "treatment", "split", "set", "lost", "n_tokens"])
 
 
 def _lost(
-    subject: Subject, prompt: Tensor, tokens: Tensor, mask: Tensor, one: NeuronSet, value: Tensor
-) -> Float[Tensor, "pair"]:
+    subject: Subject, prompt: Tensor, tokens: Tensor, mask: Tensor, values: Mapping[NeuronSet, Tensor]
+) -> Float[Tensor, "pair set"]:
     start, n_steps = prompt.shape[1] - 1, tokens.shape[1]
     run = grid.clean_run(subject, torch.cat([prompt, tokens[:, :-1]], dim=1))
     read = range(start, start + n_steps)
-    clean = outcomes.sequence_log_prob(subject, run.resid_post[-1][:, list(read)], tokens, mask)
-    patch = Patch("neuron", one.layer, _between(run, start, start + n_steps), one.neurons, value)
-    moved = grid.interchange(subject, run, run, [patch], read=tuple(read))[:, 0]
+    clean = outcomes.sequence_log_prob(subject, run.resid_post[-1][:, None, list(read)], tokens, mask)
+    at = _between(run, start, start + n_steps)
+    patches = [Patch("neuron", one.layer, at, one.neurons, value) for one, value in values.items()]
+    moved = grid.interchange(subject, run, run, patches, read=tuple(read))
     return clean - outcomes.sequence_log_prob(subject, moved, tokens, mask)

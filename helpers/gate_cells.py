@@ -9,85 +9,28 @@ the pair's own two runs; nothing is set to zero.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from helpers import grid, mediation, outcomes
-from helpers.errors import InputError
+from helpers import gate_ends, grid, mediation, outcomes
+from helpers.gate_ends import End, NeuronSet, Product, product
 from helpers.grid import Patch
-from helpers.grid_run import CleanRun, first, on_output
 from helpers.mediation import Batch
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
 
+__all__ = ["End", "NeuronSet", "Product", "cells", "difference", "product"]
+
 # As they are; with the final norm's scale frozen; and with a linear read-out in the log-odds' place as well.
 OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
 CELLS = ("y00", "y01", "y10", "y11")
-# A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
-ROUNDINGS = 64
 
-
-@dataclass(frozen=True)
-class NeuronSet:
-    """Neurons of one layer that are clamped together, at the last token."""
-
-    name: str
-    layer: int
-    neurons: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Product:
-    """The two factors of a layer's neurons at the last token: `act`(gate) * up."""
-
-    gate: Float[Tensor, "pair neuron"]
-    up: Float[Tensor, "pair neuron"]
-    act: nn.Module
-
-    def only(self, one: NeuronSet) -> Product:
-        """The factors of a set's neurons alone."""
-        index = list(one.neurons)
-        return Product(self.gate[:, index], self.up[:, index], self.act)
-
-
-def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
-    """Gate and up pre-activations of the control and the treated run; None for an MLP whose neurons are no product.
-
-    Raises InputError if the MLP has both projections but its neurons are not act(gate) * up.
-    """
-    mlp = subject.layers[layer].mlp
-    act = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
-    names = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(mlp, name)]
-    if act is None or not names:
-        return None
-    found = []
-    for run in (batch.control, batch.treated):
-        made = Product(*_factors(subject, run, layer, names), act)
-        neurons = run.site("neuron", layer)[:, -1]
-        slack = ROUNDINGS * torch.finfo(neurons.dtype).eps * float(neurons.abs().max())
-        if not torch.allclose(act(made.gate) * made.up, neurons, rtol=0, atol=slack):
-            raise InputError(f"the neurons of layer {layer} are not act(gate) * up: leave out the test inside a neuron")
-        found.append(made)
-    return found[0], found[1]
-
-
-@torch.no_grad()
-def _factors(subject: Subject, run: CleanRun, layer: int, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Both projections' outputs at the last token, from the one block run again."""
-    seen: list[Tensor] = []
-    parts = subject.layers[layer]
-    with ExitStack() as stack:
-        for name in names:
-            stack.enter_context(on_output(getattr(parts.mlp, name), lambda out: seen.append(first(out)[:, -1])))
-        parts.block(run.resid_pre[layer], **run.calls[layer])
-    gate, up = seen if len(seen) == 2 else seen[0].chunk(2, dim=-1)
-    return gate, up
+Rows = dict[str, np.ndarray]  # columns of a table, by name
 
 
 def cells(
@@ -103,17 +46,58 @@ def cells(
     contrast.frozen) and "inside" (the mean over both runs as the background; no rows where neurons are no product; for
     the sets named in `inside`, by default all). `te` is the outcome's total effect in every row.
     """
-    tables = []
+    return measured(subject, pairs, openers, sets, inside)[0]
+
+
+def measured(
+    subject: Subject,
+    pairs: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    sets: Sequence[NeuronSet],
+    inside: Sequence[str] | None = None,
+) -> tuple[pd.DataFrame, dict[str, End]]:
+    """The table of `cells`, and what it kept of the last layer, by treatment."""
+    rows: list[Rows] = []
+    split = [one for one in sets if inside is None or one.name in inside]
+    below = [one for one in sets if one.layer < subject.n_layers - 1]
+    kept: list[tuple[str, End]] = []
     for group in progress(mediation.batches(pairs, subject), desc="gates"):
-        batch = mediation.run_clean(subject, group)
-        chosen = openers[group[0].pair.treatment]
-        split = [one for one in sets if inside is None or one.name in inside]
+        batch, name = mediation.run_clean(subject, group), group[0].pair.treatment
         factors = {layer: product(subject, batch, layer) for layer in {one.layer for one in split}}
-        for one in sets:
-            tables += _upstream(subject, batch, chosen, one)
-            found = factors[one.layer] if one in split else None
-            tables += [] if found is None else _inside(subject, batch, chosen, one, found)
-    return pd.concat(tables, ignore_index=True)
+        rows += _rows(subject, batch, openers[name], below, {one: factors[one.layer] for one in below if one in split})
+        kept.append((name, End(gate_ends.last_column(batch), factors.get(subject.n_layers - 1))))
+        del batch  # before the next one is made
+    ends = gate_ends.by_treatment(kept)
+    for name, end in ends.items():
+        rows += _top_rows(subject, end, openers[name], sets, split)
+    return table_of(rows), ends
+
+
+def of_end(
+    subject: Subject, end: End, openers: Openers, sets: Sequence[NeuronSet], inside: Sequence[str]
+) -> pd.DataFrame:
+    """The table of `cells` for one treatment whose end is known; sets below the last layer are left out."""
+    return table_of(_top_rows(subject, end, openers, sets, [one for one in sets if one.name in inside]))
+
+
+def _top_rows(
+    subject: Subject, end: End, openers: Openers, sets: Sequence[NeuronSet], split: Sequence[NeuronSet]
+) -> list[Rows]:
+    top = [one for one in sets if one.layer == subject.n_layers - 1]
+    return _rows(gate_ends.still(subject), end.batch, openers, top, {one: end.factors for one in top if one in split})
+
+
+def _rows(
+    subject: Subject,
+    batch: Batch,
+    openers: Openers,
+    sets: Sequence[NeuronSet],
+    factors: Mapping[NeuronSet, tuple[Product, Product] | None],
+) -> list[Rows]:
+    """Rows of every form; `factors` of the sets that are split into gate and up."""
+    products = {one: found for one, found in factors.items() if found is not None}
+    upstream = _upstream(subject, batch, openers, sets) if sets else []
+    return upstream + _inside(subject, batch, openers, products)
 
 
 def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
@@ -123,57 +107,63 @@ def last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
     return mask
 
 
-def _upstream(subject: Subject, batch: Batch, openers: Openers, one: NeuronSet) -> list[pd.DataFrame]:
+def _upstream(subject: Subject, batch: Batch, openers: Openers, sets: Sequence[NeuronSet]) -> list[Rows]:
     runs = (batch.control, batch.treated)
-    patch = [Patch("neuron", one.layer, last_token(batch), one.neurons)]
+    patches = [Patch("neuron", one.layer, last_token(batch), one.neurons) for one in sets]
     clean = [run.resid_post[-1][:, -1] for run in runs]
     made = []
     for form, effect, names in (
         ("upstream", grid.interchange, OUTCOMES),
         ("write", grid.direct, ("contrast.frozen",)),
     ):
-        moved = [effect(subject, runs[base], runs[1 - base], patch)[:, 0, 0] for base in (0, 1)]
-        four = torch.stack([clean[0], moved[0], moved[1], clean[1]], dim=1)  # y00, y01, y10, y11
-        made += [rows_of(batch, one, form, name, _score(subject, four, clean, openers, name)) for name in names]
+        moved = [effect(subject, runs[base], runs[1 - base], patches)[:, :, 0] for base in (0, 1)]
+        off, on = (one[:, None].expand_as(moved[0]) for one in clean)
+        four = torch.stack([off, *moved, on], dim=2)  # y00, y01, y10, y11
+        for name in names:
+            found = _score(subject, four, clean, openers, name)
+            made += [rows_of(batch, one, form, name, found[:, i]) for i, one in enumerate(sets)]
     return made
 
 
 def _inside(
-    subject: Subject, batch: Batch, openers: Openers, one: NeuronSet, factors: tuple[Product, Product]
-) -> list[pd.DataFrame]:
-    off, on = (made.only(one) for made in factors)
-    return [
-        rows_of(batch, one, "inside", name, four, te)
-        for name, four, te in clamp_products(subject, batch, openers, one, (off.gate, on.gate), (off.up, on.up), on.act)
-    ]
+    subject: Subject, batch: Batch, openers: Openers, products: Mapping[NeuronSet, tuple[Product, Product]]
+) -> list[Rows]:
+    crossings = {}
+    for one, factors in products.items():
+        off, on = (made.only(one) for made in factors)
+        crossings[one] = crossed((off.gate, on.gate), (off.up, on.up), on.act)
+    return clamp_products(subject, batch, openers, "inside", crossings) if crossings else []
+
+
+def crossed(gates: tuple[Tensor, Tensor], ups: tuple[Tensor, Tensor], act: nn.Module) -> list[Tensor]:
+    """What neurons are with each gate (off, on) against each up (off, on), as values of a patch."""
+    return [(act(gate) * up)[:, None] for gate in gates for up in ups]
 
 
 def clamp_products(
-    subject: Subject,
-    batch: Batch,
-    openers: Openers,
-    one: NeuronSet,
-    gates: tuple[Tensor, Tensor],
-    ups: tuple[Tensor, Tensor],
-    act: nn.Module,
-) -> list[tuple[str, Float[Tensor, "pair cell"], Float[Tensor, "pair"]]]:
-    """For each outcome: the four cells of gate (off, on) against up (off, on), and TE; the mean over both backgrounds."""
+    subject: Subject, batch: Batch, openers: Openers, form: str, crossings: Mapping[NeuronSet, Sequence[Tensor]]
+) -> list[Rows]:
+    """Rows of a form from the values of `crossed` for each set: the mean over both backgrounds, with their own TE."""
     runs = (batch.control, batch.treated)
-    crossed = [(act(gate) * up)[:, None] for gate in gates for up in ups]
-    patches = [Patch("neuron", one.layer, last_token(batch), one.neurons, value) for value in crossed]
-    backgrounds = [grid.interchange(subject, run, run, patches)[:, :, 0] for run in runs]
+    at = last_token(batch)
+    patches = [
+        Patch("neuron", one.layer, at, one.neurons, value) for one, values in crossings.items() for value in values
+    ]
+    backgrounds = [
+        grid.interchange(subject, run, run, patches)[:, :, 0].unflatten(1, (len(crossings), len(CELLS))) for run in runs
+    ]
     clean, made = [run.resid_post[-1][:, -1] for run in runs], []
     for name in OUTCOMES:
         four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
-        control, treated = _score(subject, torch.stack(clean, dim=1), clean, openers, name).unbind(1)
-        made.append((name, four, treated - control))
+        control, treated = _score(subject, torch.stack(clean, dim=1)[:, None], clean, openers, name)[:, 0].unbind(1)
+        made += [rows_of(batch, one, form, name, four[:, i], treated - control) for i, one in enumerate(crossings)]
     return made
 
 
 def _score(
-    subject: Subject, resid: Float[Tensor, "pair cell d"], clean: Sequence[Tensor], openers: Openers, name: str
-) -> Float[Tensor, "pair cell"]:
-    control, treated = (one[:, None] for one in clean)
+    subject: Subject, resid: Float[Tensor, "pair set cell d"], clean: Sequence[Tensor], openers: Openers, name: str
+) -> Float[Tensor, "pair set cell"]:
+    control, treated = (one[:, None, None] for one in clean)
     like = control if name.endswith(".frozen") else None
     if name.startswith("contrast"):
         weights = outcomes.camp_weights(subject, control, treated, openers)
@@ -181,18 +171,24 @@ def _score(
     return outcomes.log_odds(subject, resid, openers, like)
 
 
-def rows_of(
-    batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None
-) -> pd.DataFrame:
+def rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
     """Rows of `cells` for one batch, set, form and outcome from its four cells."""
     values = four.double().cpu().numpy()
     members = [token_pair.pair for token_pair in batch.pairs]
     keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    columns: dict[str, object] = {name: [getattr(pair, field) for pair in members] for name, field in keys.items()}
-    columns |= {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
+    columns = {name: np.array([getattr(pair, field) for pair in members], object) for name, field in keys.items()}
+    constant = {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
+    columns |= {
+        name: np.full(len(members), value, None if name == "layer" else object) for name, value in constant.items()
+    }
     columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
     columns["te"] = values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()
-    return pd.DataFrame(columns)
+    return columns
+
+
+def table_of(rows: Sequence[Rows]) -> pd.DataFrame:
+    """One table of the rows of all batches, made at once: a frame for each would cost more than what it holds."""
+    return pd.DataFrame({name: np.concatenate([part[name] for part in rows]) for name in rows[0]})
 
 
 def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:

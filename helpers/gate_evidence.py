@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -13,12 +13,14 @@ from helpers import gate_answers as answers
 from helpers import gate_cells, gate_twins, gates, relatives
 from helpers.errors import InputError
 from helpers.evidence_rows import row
-from helpers.gate_cells import NeuronSet
+from helpers.gate_cells import End, NeuronSet
 from helpers.gate_choice import FORMS, LAST, WHOLE, Candidate, candidates, sets_of
 from helpers.study import Study
+from helpers.tokens import TokenPair
 
 BENIGN_PAIRS = 48
 ANSWER_PAIRS = 120
+NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
 
 
 class NothingToTest(InputError):
@@ -45,8 +47,10 @@ class Gates:
         return max(usable, key=lambda one: one.rank, default=None)
 
 
-def measure(study: Study, table: pd.DataFrame) -> Gates:
+def measure(study: Study, table: pd.DataFrame, ends: Mapping[str, End] | None = None) -> Gates:
     """The four tests on the sparse sets of a neuron table (`neurons.NEURONS`); validate pairs are not used.
+
+    `ends` of the study's own pairs (`neuron_evidence.quick`) save the runs where every set is of the last layer.
 
     Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
@@ -57,18 +61,42 @@ def measure(study: Study, table: pd.DataFrame) -> Gates:
     sets = sets_of(study, table, primary)
     if LAST not in sets:
         raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
-    subject, openers = study.subject, study.openers
-    cells = gate_cells.cells(subject, study.of("T2", "T2b"), openers, list(sets.values()), (LAST, WHOLE))
+    cells, ends = _harm_cells(study, sets, _usable(study, sets, ends))
     cells = gate_cells.difference(cells, study.twins)
-    cells = pd.concat([cells, _twin_cells(study, sets, cells), *_benign_cells(study, table, sets)])
+    cells = pd.concat([cells, _twin_cells(study, sets, cells, ends), *_benign_cells(study, table, sets, ends)])
+    cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
     found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), candidates(cells, sets, primary))
     return _with_answers(found)
 
 
-def _twin_cells(study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame) -> pd.DataFrame:
+def _usable(study: Study, sets: dict[str, NeuronSet], ends: Mapping[str, End] | None) -> dict[str, End]:
+    """The ends of treatments of which every pair is in them, if no set needs more."""
+    if ends is None or any(one.layer < study.subject.n_layers - 1 for one in sets.values()):
+        return {}
+    wanted = {name: {pair.pair.id for pair in _pairs(study, name)} for name in study.treatments}
+    return {
+        name: end for name, end in ends.items() if {pair.pair.id for pair in end.batch.pairs} == wanted.get(name, set())
+    }
+
+
+def _pairs(study: Study, treatment: str) -> list[TokenPair]:
+    return (relatives.thinned(study, BENIGN_PAIRS) if treatment.startswith("B") else study).of(treatment)
+
+
+def _harm_cells(study: Study, sets: dict[str, NeuronSet], known: dict[str, End]) -> tuple[pd.DataFrame, dict[str, End]]:
+    subject, openers, every, inside = study.subject, study.openers, list(sets.values()), (LAST, WHOLE)
+    present = [name for name in ("T2", "T2b") if study.of(name)]
+    if not set(present) <= set(known):
+        cells, ends = gate_cells.measured(subject, study.of("T2", "T2b"), openers, every, inside)
+        return cells, known | ends
+    tables = [gate_cells.of_end(subject, known[name], openers[name], every, inside) for name in present]
+    return pd.concat(tables, ignore_index=True), known
+
+
+def _twin_cells(study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame, ends: dict[str, End]) -> pd.DataFrame:
     """Gate against up with the harm signal switched by the twin; `te` becomes that of T2 - T2b."""
     split = [sets[LAST], sets[WHOLE]]
-    made = gate_twins.cells(study.subject, study.of("T2", "T2b"), study.twins, study.openers, split)
+    made = gate_twins.cells(study.subject, ends, study.twins, study.openers, split)
     if made.empty:
         return made
     known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
@@ -76,14 +104,18 @@ def _twin_cells(study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame) -
     return made.drop(columns="te").merge(known[[*keys, "te"]], on=keys, validate="many_to_one")
 
 
-def _benign_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -> list[pd.DataFrame]:
+def _benign_cells(
+    study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], ends: dict[str, End]
+) -> list[pd.DataFrame]:
     """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
-    made = []
-    thin = relatives.thinned(study, BENIGN_PAIRS)
-    for name in (name for name in thin.treatments if name.startswith("B")):
+    made, subject, openers = [], study.subject, study.openers
+    for name in (name for name in study.treatments if name.startswith("B")):
         own = sets_of(study, table, name) if name in set(table.treatment) else {}
         every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
-        made.append(gate_cells.cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",)))
+        if name in ends:
+            made.append(gate_cells.of_end(subject, ends[name], openers[name], every, (f"own {name}",)))
+        else:
+            made.append(gate_cells.cells(subject, _pairs(study, name), openers, every, (f"own {name}",)))
     return made
 
 
@@ -99,14 +131,11 @@ def _with_answers(found: Gates) -> Gates:
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
     benign = [p for p in relatives.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
-    tables = [
-        answers.closing_cost(
-            study.subject, benign, study.openers, one, answers.closed_values(study.subject, control, one)
-        )
-        for one in sets
-        if benign and control
-    ]
-    return replace(found, timing=timing, cost=pd.concat(tables) if tables else pd.DataFrame())
+    cost = pd.DataFrame()
+    if benign and control:
+        closed = answers.closed_values(study.subject, control, sets)
+        cost = answers.closing_cost(study.subject, benign, study.openers, closed)
+    return replace(found, timing=timing, cost=cost)
 
 
 def gated_benign(found: Gates) -> list[str]:
@@ -116,10 +145,12 @@ def gated_benign(found: Gates) -> list[str]:
     return sorted(te.index[te.abs() >= levels.GATE])
 
 
-def evidence(study: Study, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
+def evidence(
+    study: Study, table: pd.DataFrame, model: str, ends: Mapping[str, End] | None = None
+) -> list[dict[str, object]]:
     """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
     try:
-        return c5b(measure(study, table), model)
+        return c5b(measure(study, table, ends), model)
     except NothingToTest:
         return []
 

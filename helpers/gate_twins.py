@@ -9,87 +9,56 @@ way round. Values come from real runs; only those of the last token are taken, s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pandas as pd
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from helpers import mediation
-from helpers.gate_cells import NeuronSet, Product, clamp_products, product, rows_of
-from helpers.mediation import Batch
-from helpers.progress import progress
+from helpers import gate_ends
+from helpers.gate_cells import End, NeuronSet, Product, Rows, clamp_products, crossed, table_of
 from helpers.subject import Subject
-from helpers.tokens import Openers, TokenPair
+from helpers.tokens import Openers
 
 WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
 
 
-@dataclass(frozen=True)
-class _Harmless:
-    """Factors of a layer in the treated runs of harmless twins, and each twin's row."""
-
-    gate: Float[Tensor, "twin neuron"]
-    up: Float[Tensor, "twin neuron"]
-    row: Mapping[str, int]
-
-
 def cells(
     subject: Subject,
-    pairs: Sequence[TokenPair],
+    ends: Mapping[str, End],
     twin_of: Mapping[str, str],
     openers: Mapping[str, Openers],
     sets: Sequence[NeuronSet],
 ) -> pd.DataFrame:
     """Rows as in `gate_cells.cells` with the two roles as forms, for T2 pairs with a twin, as treatment T2 - T2b.
 
-    Sets are of one layer. The wrapper is switched by the pair itself, harm by the treated prompts of pair and twin. `te`
-    is that of T2; the caller knows the twin's. No rows where neurons are no product or no pair has a twin.
+    `ends` are those of `gate_cells.measured`, sets are of the last layer. The wrapper is switched by the pair itself, harm
+    by the treated prompts of pair and twin. `te` is that of T2; the caller knows the twin's. No rows where neurons are no
+    product or no pair has a twin.
     """
-    layer = sets[0].layer
-    harmless = _harmless(subject, [pair for pair in pairs if pair.pair.treatment == "T2b"], layer)
-    harmful = [p for p in pairs if p.pair.treatment == "T2" and harmless and twin_of.get(p.pair.id) in harmless.row]
-    tables = []
-    for group in progress(mediation.batches(harmful, subject), desc="gates, twins"):
-        batch = mediation.run_clean(subject, group)
-        factors = product(subject, batch, layer)
-        assert factors is not None and harmless is not None
-        rows = [harmless.row[twin_of[pair.pair.id]] for pair in group]
-        twin = Product(harmless.gate[rows], harmless.up[rows], factors[1].act)
-        for one in sets:
-            off, on, without = (made.only(one) for made in (*factors, twin))
-            tables += _roles(subject, batch, openers["T2"], one, (off, on), without)
-    return pd.concat(tables, ignore_index=True).assign(treatment="T2-T2b") if tables else pd.DataFrame()
+    harmful, harmless = ends.get("T2"), ends.get("T2b")
+    if harmful is None or harmless is None or harmful.factors is None or harmless.factors is None:
+        return pd.DataFrame()
+    row = {pair.pair.id: i for i, pair in enumerate(harmless.batch.pairs)}
+    own = [i for i, pair in enumerate(harmful.batch.pairs) if twin_of.get(pair.pair.id) in row]
+    if not own:
+        return pd.DataFrame()
+    batch = gate_ends.only(harmful.batch, own)
+    off, on = (replace(side, gate=side.gate[own], up=side.up[own]) for side in harmful.factors)
+    at, treated = [row[twin_of[pair.pair.id]] for pair in batch.pairs], harmless.factors[1]
+    twin = replace(treated, gate=treated.gate[at], up=treated.up[at])
+    rows: list[Rows] = []
+    for form, crossings in _roles(sets, (off, on), twin).items():
+        rows += clamp_products(gate_ends.still(subject), batch, openers["T2"], form, crossings)
+    return table_of(rows).assign(treatment="T2-T2b")
 
 
 def _roles(
-    subject: Subject,
-    batch: Batch,
-    openers: Openers,
-    one: NeuronSet,
-    factors: tuple[Product, Product],
-    twin: Product,
-) -> list[pd.DataFrame]:
-    (off, on), (gate, up), made = factors, (twin.gate, twin.up), []
-    for form, gates, ups in (
-        (WRAPPER_HARM, (off.gate, on.gate), (up, on.up)),
-        (HARM_WRAPPER, (gate, on.gate), (off.up, on.up)),
-    ):
-        for name, four, te in clamp_products(subject, batch, openers, one, gates, ups, on.act):
-            made.append(rows_of(batch, one, form, name, four, te))
+    sets: Sequence[NeuronSet], factors: tuple[Product, Product], twin: Product
+) -> dict[str, dict[NeuronSet, list[Tensor]]]:
+    """For each role the values of `crossed` for every set."""
+    made: dict[str, dict[NeuronSet, list[Tensor]]] = {WRAPPER_HARM: {}, HARM_WRAPPER: {}}
+    for one in sets:
+        off, on, without = (product.only(one) for product in (*factors, twin))
+        made[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
+        made[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
     return made
-
-
-def _harmless(subject: Subject, pairs: Sequence[TokenPair], layer: int) -> _Harmless | None:
-    found, names = [], []
-    for group in mediation.batches(pairs, subject):
-        factors = product(subject, mediation.run_clean(subject, group), layer)
-        if factors is None:
-            return None
-        found.append(factors[1])
-        names += [pair.pair.id for pair in group]
-    if not found:
-        return None
-    gate, up = (torch.cat([getattr(made, side) for made in found]) for side in ("gate", "up"))
-    return _Harmless(gate, up, {name: i for i, name in enumerate(names)})

@@ -71,9 +71,8 @@ def select(
     table: pd.DataFrame, treatment: str, name: str, form: str, outcome: str, split: str | None = None
 ) -> pd.DataFrame:
     """Rows of one treatment, set, form and outcome, in one split or in all."""
-    chosen = table[(table.treatment == treatment) & (table["set"] == name)]
-    chosen = chosen[(chosen.form == form) & (chosen.outcome == outcome)]
-    return chosen if split is None else chosen[chosen.split == split]
+    keep = (table.treatment == treatment) & (table["set"] == name) & (table.form == form) & (table.outcome == outcome)
+    return table[keep if split is None else keep & (table.split == split)]
 
 
 def gate_index(part: pd.DataFrame) -> Index | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from helpers import grid, grid_chunks, outcomes, positions
 from helpers.grid import CleanRun, Patch
+from helpers.grid_both import both_ways
 from helpers.progress import progress
 from helpers.subject import Subject
 from helpers.tokens import Openers, TokenPair
@@ -84,15 +85,21 @@ def pairs_at_once(subject: Subject, n_pos: int) -> int:
     return max(1, min(BATCH, CLEAN_RUN_BYTES // one))
 
 
-def batches(pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH) -> list[list[TokenPair]]:
+def batches(
+    pairs: Sequence[TokenPair], subject: Subject | None = None, *, size: int = BATCH, mixed: bool = False
+) -> list[list[TokenPair]]:
     """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
     A pure function of the list of pairs, so that a rerun and a sharded run put the same pairs together and give the
-    same bytes; pairs of one length need no padding.
+    same bytes; pairs of one length need no padding. `mixed` groups by length alone, for what does not depend on the
+    treatment, such as decoding.
     """
-    ordered = sorted(pairs, key=lambda p: (p.pair.treatment, len(p.control)))
+
+    def key(pair: TokenPair) -> tuple[str, int]:
+        return "" if mixed else pair.pair.treatment, len(pair.control)
+
     found = []
-    for (_, length), members in itertools.groupby(ordered, key=lambda p: (p.pair.treatment, len(p.control))):
+    for (_, length), members in itertools.groupby(sorted(pairs, key=key), key=key):
         run = list(members)
         step = min(size, pairs_at_once(subject, length)) if subject else size
         found += [run[start : start + step] for start in range(0, len(run), step)]
@@ -128,16 +135,19 @@ def final_residuals(
     subject: Subject, batch: Batch, wanted: Sequence[Mediator], header: str
 ) -> tuple[Float[Tensor, "pair mediator d"], Float[Tensor, "pair mediator d"]]:
     """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
-    both = []
-    made = patches(batch, wanted, header)
-    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
-        cells = torch.empty(len(batch.pairs), len(wanted), subject.d_model, dtype=subject.dtype, device=subject.device)
-        for effect, is_direct in ((grid.interchange, False), (grid.direct, True)):
-            chosen = [i for i, mediator in enumerate(wanted) if mediator.is_direct == is_direct]
-            if chosen:
-                cells[:, chosen] = effect(subject, base, source, [made[i] for i in chosen])[:, :, 0]
-        both.append(cells)
-    return both[0], both[1]
+    made, runs = patches(batch, wanted, header), (batch.control, batch.treated)
+    shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
+    cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
+    for is_direct in {mediator.is_direct for mediator in wanted}:
+        chosen = [i for i, mediator in enumerate(wanted) if mediator.is_direct == is_direct]
+        some = [made[i] for i in chosen]
+        if is_direct:
+            found = [grid.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
+        else:
+            found = list(both_ways(subject, *runs, some, some, at_once=at_once))
+        for cell, values in zip(cells, found, strict=True):
+            cell[:, chosen] = values
+    return cells[0], cells[1]
 
 
 def effects(

@@ -6,7 +6,7 @@ reached are exact zeros that cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from helpers import closed_form, grid, mediation, outcomes
+from helpers import closed_form, mediation, outcomes
 from helpers.errors import InputError
 from helpers.evidence import SATURATED
-from helpers.grid import CleanRun, Patch
+from helpers.grid import CleanRun
+from helpers.grid_neurons import each_neuron
 from helpers.grid_patch import projection
 from helpers.mediation import Batch
 from helpers.neurons import PairEffects
@@ -27,7 +28,7 @@ from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
 from helpers.subject_parts import written_vectors
-from helpers.tokens import Openers
+from helpers.tokens import Openers, TokenPair
 
 SATURATION = np.log((1 - SATURATED) / SATURATED)
 BLOCK = 1 << 24  # numbers that are alive at once
@@ -44,6 +45,16 @@ class Ends:
     neurons: Float[Tensor, "side pair neuron"]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One batch's pairs, effects by name (pair, column) with both clean outcomes, and ends."""
+
+    pairs: tuple[TokenPair, ...]
+    values: dict[str, np.ndarray]
+    resid: Float[Tensor, "side pair d"]
+    neurons: Float[Tensor, "side pair neuron"]
+
+
 def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.DataFrame:
     """One row (layer, neuron) for every neuron of the layers (all by default).
 
@@ -56,35 +67,50 @@ def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.Dat
     return index.to_frame(index=False)
 
 
-def measure(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEffects, Ends]:
+def measure(
+    study: Study, treatment: str, columns: pd.DataFrame, watch: Callable[[Batch], None] | None = None
+) -> tuple[PairEffects, Ends]:
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
     norm's scale frozen at the base run's; it is the mean of both directions. For the last layer that is its NIE but for
-    the norm; for other layers it leaves out whatever later layers make of the write.
+    the norm; for other layers it leaves out whatever later layers make of the write. `watch` is shown every batch of clean
+    runs.
     """
-    subject = study.subject
-    groups = mediation.batches(study.of(treatment), subject)
+    groups = mediation.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
-    openers = study.openers[treatment]
-    found: list[dict[str, np.ndarray]] = []
-    resid, neurons = [], []
+    parts = []
     for group in progress(groups, desc=f"neurons, {treatment}"):
-        batch = mediation.run_clean(subject, group)
-        found.append(_batch_effects(subject, batch, columns, openers))
-        runs = (batch.control, batch.treated)
-        resid.append(torch.stack([run.resid_post[-1][:, -1] for run in runs]))
-        neurons.append(torch.stack([run.neurons[-1][:, -1] for run in runs]))
-    joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    members = [token_pair.pair for group in groups for token_pair in group]
+        batch = mediation.run_clean(study.subject, group)
+        parts.append(part_of(study, batch, columns))
+        if watch:
+            watch(batch)
+    return assembled(study, treatment, columns, parts)
+
+
+def part_of(study: Study, batch: Batch, columns: pd.DataFrame) -> Part:
+    """What `measure` takes from one batch of clean runs."""
+    found = _batch_effects(study.subject, batch, columns, study.openers[batch.pairs[0].pair.treatment])
+    runs = (batch.control, batch.treated)
+    resid, neurons = (
+        torch.stack([getattr(run, name)[-1][:, -1] for run in runs]) for name in ("resid_post", "neurons")
+    )
+    return Part(batch.pairs, found, resid, neurons)
+
+
+def assembled(study: Study, treatment: str, columns: pd.DataFrame, parts: Sequence[Part]) -> tuple[PairEffects, Ends]:
+    """What `measure` gives, from the parts of all batches of a treatment."""
+    joined = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    members = [token_pair.pair for part in parts for token_pair in part.pairs]
     named = [(pair.id, pair.topic, pair.split) for pair in members]
     y00, y11 = joined.pop("y00"), joined.pop("y11")
     pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
         te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
     )
     made = PairEffects(treatment, pairs, columns.reset_index(drop=True), joined)
-    return made, Ends(treatment, pairs, openers, torch.cat(resid, dim=1), torch.cat(neurons, dim=1))
+    resid, neurons = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("resid", "neurons"))
+    return made, Ends(treatment, pairs, study.openers[treatment], resid, neurons)
 
 
 def _batch_effects(
@@ -120,13 +146,7 @@ def _after_each(
     if layer == subject.n_layers - 1:
         every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
         return every[:, chosen]
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    patches = [Patch("neuron", layer, last, int(neuron)) for neuron in chosen.tolist()]
-    read = grid.interchange(
-        subject, base, source, patches, readout=lambda resid: outcomes.log_odds(subject, resid, openers)
-    )
-    return read[:, :, 0]
+    return each_neuron(subject, base, source, layer, chosen, lambda resid: outcomes.log_odds(subject, resid, openers))
 
 
 def _own_write(

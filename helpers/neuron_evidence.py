@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
 from helpers import bootstrap as bs
+from helpers import gate_ends, neurons, relatives
 from helpers import neuron_adjacency as adjacency
 from helpers import neuron_curves as curves
 from helpers import neuron_screen as screening
-from helpers import neurons, relatives
 from helpers.evidence import GATE
 from helpers.evidence_rows import interval, row
+from helpers.gate_ends import End
+from helpers.mediation import Batch
 from helpers.neuron_effects import all_neurons
 from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
-from helpers.neurons import PairEffects, in_split, ranking, signed
+from helpers.neurons import PairEffects, in_columns, in_split, last_layer, ranking, signed
 from helpers.study import Study
 
 N_RANDOM_ORDERS = 10
@@ -28,11 +31,14 @@ DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 @dataclass(frozen=True)
 class Neurons:
-    """What the neuron sweep gives for one model: single effects and ends, the table of neurons, the screen's trust."""
+    """What the neuron sweep gives for one model: single effects and ends, the table of neurons, the screen's trust, and by
+    treatment what `gate_evidence` needs of the last layer, where it was kept.
+    """
 
     measured: Measured
     table: pd.DataFrame
     screen: screening.Trust | None
+    ends: Mapping[str, End] | None = None
 
     @property
     def primary(self) -> str:
@@ -49,13 +55,18 @@ class Neurons:
 
 
 def sweep(
-    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS
+    study: Study,
+    *,
+    every: bool | None = None,
+    layers: Sequence[int] | None = None,
+    benign: int = BENIGN_PAIRS,
+    watch: Callable[[Batch], None] | None = None,
 ) -> Neurons:
     """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
     screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
-    comparison, use at most `benign` pairs each.
+    comparison, use at most `benign` pairs each. `watch` sees every batch.
     """
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
     generation = [name for name in study.treatments if name in ("T2", "T2b")]
@@ -68,7 +79,7 @@ def sweep(
         chosen = screening.to_recheck(below)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
-    measured = measure_all(_benign_thinned(study, benign), columns)
+    measured = measure_all(_benign_thinned(study, benign), columns, watch)
     table = pd.concat([neurons.table(effects) for effects in measured.effects.values()], ignore_index=True)
     made = Neurons(measured, table, None)
     return made if below is None or chosen is None else _with_screen(made, below, chosen)
@@ -87,8 +98,7 @@ def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Ne
 
 def _benign_thinned(study: Study, n: int) -> Study:
     kept = {pair.pair.id for pair in relatives.thinned(study, n).pairs}
-    pairs = tuple(p for p in study.pairs if not p.pair.treatment.startswith("B") or p.pair.id in kept)
-    return replace(study, pairs=pairs)
+    return replace(study, pairs=tuple(p for p in study.pairs if p.pair.treatment[0] != "B" or p.pair.id in kept))
 
 
 def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | None = None) -> PairEffects:
@@ -108,18 +118,10 @@ def random_curve(found: Neurons, treatment: str, seed: int = 0) -> PairEffects:
     return replace(made[0], values=values)
 
 
-def last_layer(effects: PairEffects) -> PairEffects:
-    """The columns of the last layer only."""
-    keep = (effects.columns.layer == effects.columns.layer.max()).to_numpy()
-    values = {name: array[:, keep] for name, array in effects.values.items()}
-    return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
-
-
 def enough(found: Neurons, treatment: str) -> bool:
     """Whether any neuron has an effect, and discover and test hold pairs of at least two topics each."""
-    effects = found.measured.effects[treatment]
-    pairs = effects.pairs
-    return bool(np.any(effects.nie)) and all(
+    pairs = found.measured.effects[treatment].pairs
+    return bool(np.any(found.measured.effects[treatment].nie)) and all(
         pairs.topic[pairs.split == split].nunique() >= 2 for split in ("discover", "test")
     )
 
@@ -222,9 +224,7 @@ def c7(
 def complete_layers(found: Neurons, effects: PairEffects) -> PairEffects:
     """Only the layers all of whose neurons were measured: places in a sample say nothing about neighbours."""
     counts = effects.columns.groupby("layer").size()
-    keep = effects.columns.layer.map(counts == found.measured.study.subject.d_mlp).to_numpy()
-    values = {name: array[:, keep] for name, array in effects.values.items()}
-    return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
+    return in_columns(effects, effects.columns.layer.map(counts == found.measured.study.subject.d_mlp).to_numpy())
 
 
 def quick(study: Study) -> Neurons | None:
@@ -237,7 +237,10 @@ def quick(study: Study) -> Neurons | None:
         return None
     kept = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
     last = [study.subject.n_layers - 1]
-    return sweep(replace(study, pairs=kept), every=True, layers=last, benign=BENIGN_PAIRS_QUICK)
+    ends: list[tuple[str, End]] = []
+    watch = partial(gate_ends.keep, study.subject, ends)
+    found = sweep(replace(study, pairs=kept), every=True, layers=last, benign=BENIGN_PAIRS_QUICK, watch=watch)
+    return replace(found, ends=gate_ends.by_treatment(ends))
 
 
 def evidence(found: Neurons | None, model: str) -> list[dict[str, object]]:

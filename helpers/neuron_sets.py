@@ -19,17 +19,23 @@ from torch import Tensor
 from helpers import outcomes
 from helpers.errors import InputError
 from helpers.grid_patch import projection
+from helpers.mediation import Batch
 from helpers.neuron_effects import BLOCK, Ends, measure, residual_change
+from helpers.neuron_reads import Reads, cumulative_effects, joint_effects, products, reads
 from helpers.neurons import PairEffects, difference, sign_on_discover
 from helpers.study import Study
 from helpers.subject import Subject
 from helpers.subject_parts import written_vectors
 
-PAIRS = 64  # pairs at once
+PAIRS = 16  # pairs at once: few enough for what is made of them to stay in a cache
+# Up to here the vectors' products with each other cost less than a vector for each set: members of a set, neurons of a layer.
+FEW, SMALL = 32, 1024
 EVERY = 512  # up to here every set size is measured
 
 # Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.
 Writes = Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]]
+# Takes residual streams, neurons and their change; gives which columns, and the change of Y1 for each.
+Scores = Callable[[Tensor, Tensor, Tensor], Iterator[tuple[np.ndarray, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,18 @@ class Measured:
         return self.study.subject.n_layers - 1
 
 
-def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
+def measure_all(
+    study: Study, columns: Mapping[str, pd.DataFrame], watch: Callable[[Batch], None] | None = None
+) -> Measured:
     """`measure` for each treatment that `columns` names and the study has, and the contrast T2 - T2b where it can be."""
-    found = {name: measure(study, name, wanted) for name, wanted in columns.items() if name in study.treatments}
+    return collected(
+        study,
+        {name: measure(study, name, wanted, watch) for name, wanted in columns.items() if name in study.treatments},
+    )
+
+
+def collected(study: Study, found: Mapping[str, tuple[PairEffects, Ends]]) -> Measured:
+    """What was measured of each treatment, with the contrast T2 - T2b where it can be."""
     effects = {name: made for name, (made, _) in found.items()}
     if study.twins and {"T2", "T2b"} <= set(effects):
         effects["T2-T2b"] = difference(effects["T2"], effects["T2b"], study.twins)
@@ -73,8 +88,11 @@ def joint(subject: Subject, ends: Ends, members: Int[np.ndarray, "set member"]) 
         raise InputError(
             f"sets of neurons {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}"
         )
-    vectors = _vectors(subject)
+    vectors, known = _vectors(subject), reads(subject, ends.openers)
     step = max(1, BLOCK // (max(PAIRS, members.shape[1]) * subject.d_model))
+    columns = pd.DataFrame({"set": range(len(members))})
+    if known is not None and members.shape[1] <= FEW:
+        return _effects(ends, columns, _joint_scores(known, torch.tensor(members, device=vectors.device), step))
 
     def writes(change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
         for first in range(0, len(members), step):
@@ -84,7 +102,7 @@ def joint(subject: Subject, ends: Ends, members: Int[np.ndarray, "set member"]) 
                 torch.einsum("psm,smd->psd", change[:, part], vectors[part]),
             )
 
-    return _effects(subject, ends, pd.DataFrame({"set": range(len(members))}), writes)
+    return _effects(ends, columns, _formed(subject, ends, writes))
 
 
 @torch.no_grad()
@@ -92,8 +110,13 @@ def cumulative(
     subject: Subject, ends: Ends, order: Int[np.ndarray, "neuron"], ks: Sequence[int] | Int[np.ndarray, "size"]
 ) -> PairEffects:
     """NIE0 and NIE1 of the first k neurons of an order together, for each k (increasing); a column is one k."""
-    vectors, ks = _vectors(subject), np.asarray(ks)
+    vectors, ks, known = _vectors(subject), np.asarray(ks), reads(subject, ends.openers)
     step = max(1, BLOCK // (PAIRS * subject.d_model))
+    columns = pd.DataFrame({"k": ks})
+
+    if known is not None and subject.d_mlp <= SMALL:
+        first = torch.tensor(order[: int(ks[-1])].copy(), device=vectors.device)
+        return _effects(ends, columns, _cumulative_scores(known, first, ks))
 
     def writes(change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
         total = change.new_zeros(len(change), 1, subject.d_model)
@@ -104,7 +127,7 @@ def cumulative(
             at = np.flatnonzero((ks > first) & (ks <= first + len(part)))
             yield at, running[:, ks[at] - first - 1]
 
-    return _effects(subject, ends, pd.DataFrame({"k": ks}), writes)
+    return _effects(ends, columns, _formed(subject, ends, writes))
 
 
 @torch.no_grad()
@@ -129,18 +152,47 @@ def _vectors(subject: Subject) -> Float[Tensor, "neuron d"]:
     return written_vectors(projection(subject.layers[-1], "neuron"))
 
 
-def _effects(subject: Subject, ends: Ends, columns: pd.DataFrame, writes: Writes) -> PairEffects:
+def _joint_scores(known: Reads, members: Int[Tensor, "set member"], step: int) -> Scores:
+    parts = [members[first : first + step] for first in range(0, len(members), step)]
+    made = [(part, products(known, part), known.outputs[part]) for part in parts]
+
+    def scores(resid: Tensor, _: Tensor, change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for i, (part, *theirs) in enumerate(made):
+            yield i * step + np.arange(len(part)), joint_effects(known, resid, change, part, *theirs)
+
+    return scores
+
+
+def _cumulative_scores(known: Reads, order: Int[Tensor, "neuron"], ks: Int[np.ndarray, "size"]) -> Scores:
+    theirs = products(known, order)
+
+    def scores(resid: Tensor, _: Tensor, change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        yield np.arange(len(ks)), cumulative_effects(known, resid, change, order, theirs)[:, ks - 1]
+
+    return scores
+
+
+def _formed(subject: Subject, ends: Ends, writes: Writes) -> Scores:
+    """The change of Y1 from the change of the MLP's output, formed for each set."""
+
+    def scores(resid: Tensor, neurons: Tensor, change: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+        start = outcomes.log_odds(subject, resid[:, None], ends.openers)
+        for at, write in writes(change):
+            moved = resid[:, None] + residual_change(subject, subject.n_layers - 1, neurons, write)
+            yield at, outcomes.log_odds(subject, moved, ends.openers) - start
+
+    return scores
+
+
+def _effects(ends: Ends, columns: pd.DataFrame, scores: Scores) -> PairEffects:
     values = {}
     for name, base, sign in (("nie0", 0, 1), ("nie1", 1, -1)):
         found = np.empty((len(ends.pairs), len(columns)))
         for first in range(0, len(found), PAIRS):
             rows = slice(first, first + PAIRS)
-            clean, inputs = ends.resid[base, rows][:, None], ends.neurons[base, rows]
-            start = outcomes.log_odds(subject, clean, ends.openers)
-            for at, write in writes(ends.neurons[1 - base, rows] - inputs):
-                moved = clean + residual_change(subject, subject.n_layers - 1, inputs, write)
-                after = outcomes.log_odds(subject, moved, ends.openers)
-                found[rows, at] = sign * (after - start).cpu().numpy()
+            resid, neurons, others = ends.resid[base, rows], ends.neurons[base, rows], ends.neurons[1 - base, rows]
+            for at, change in scores(resid, neurons, others - neurons):
+                found[rows, at] = sign * change.cpu().numpy()
         values[name] = found
     return PairEffects(ends.treatment, ends.pairs, columns, values)
 

@@ -83,6 +83,17 @@ def in_split(effects: PairEffects, split: str) -> PairEffects:
     return replace(effects, pairs=effects.pairs[keep].reset_index(drop=True), values=values)
 
 
+def in_columns(effects: PairEffects, keep: Bool[np.ndarray, "column"]) -> PairEffects:
+    """Some of the mediators."""
+    values = {name: array[:, keep] for name, array in effects.values.items()}
+    return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
+
+
+def last_layer(effects: PairEffects) -> PairEffects:
+    """The neurons of the last layer only."""
+    return in_columns(effects, (effects.columns.layer == effects.columns.layer.max()).to_numpy())
+
+
 def table(effects: PairEffects) -> pd.DataFrame:
     """One row for each neuron and split (`NEURONS`): means over pairs, interval by topic, Benjamini-Yekutieli q-value.
 

@@ -94,29 +94,43 @@ def continuations(
     subject: Subject,
     control: Int[Tensor, "pair pos"],
     treated: Int[Tensor, "pair pos"],
-    openers: Openers,
+    openers: Openers | Sequence[Openers],
     steps: int = 24,
 ) -> Continuations:
-    """The model's own answer and refusal to each pair, for Y2.
+    """The model's own answer and refusal to each pair, for Y2; `openers` are those of all pairs, or of each pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
     token after the control prompt; both go on greedily. One text of each kind serves both prompts of a pair, so that
     Y2 compares how likely the *same* words are. Nothing is decoded to text.
     """
-    answer, answer_mask = opened_with(subject, treated, openers.comply, steps)
-    refusal, refusal_mask = opened_with(subject, control, openers.refuse, steps)
+    own = [openers] * len(control) if isinstance(openers, Openers) else openers
+    camps = [*(one.comply for one in own), *(one.refuse for one in own)]
+    texts = [found.split(len(own)) for found in opened_with(subject, torch.cat([treated, control]), camps, steps)]
+    (answer, answer_mask), (refusal, refusal_mask) = (_trimmed(*text) for text in zip(*texts, strict=True))
     return Continuations(answer, answer_mask, refusal, refusal_mask)
+
+
+def _trimmed(
+    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
+) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
+    """Without the steps that are padding in every row."""
+    used = int(mask.any(0).sum())
+    return text[:, :used], mask[:, :used]
 
 
 @torch.no_grad()
 def opened_with(
-    subject: Subject, prompt: Int[Tensor, "pair pos"], camp: Sequence[int], steps: int
+    subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequence[Sequence[int]], steps: int
 ) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
-    """The likeliest token of a camp behind each prompt and its greedy continuation; the mask is False on padding."""
+    """The likeliest token of its camp behind each prompt and its greedy continuation; the mask is False on padding."""
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
-    opener = torch.tensor(camp, device=prompt.device)[out.logits[:, -1, list(camp)].argmax(-1)]
-    text, ends = opener[:, None], torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
+    likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
+    openers = [camp[int(at)] for camp, at in zip(camps, torch.stack(likeliest).tolist(), strict=True)]
+    text, ends = (
+        torch.tensor(openers, device=prompt.device)[:, None],
+        torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype),
+    )
     while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
         out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
         text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)

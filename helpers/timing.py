@@ -68,6 +68,10 @@ class Other:
     answer: Float[Tensor, "pair 1 width"]
 
 
+# By the ids of a batch's pairs.
+Others = dict[tuple[str, ...], dict[Clamp, Other]]
+
+
 @torch.no_grad()
 def other_run(subject: Subject, pairs: Sequence[TokenPair], clamp: Clamp, steps: int = STEPS) -> Other:
     """Values of the control run: of each prompt token, and averaged over the tokens of its own greedy answer.
@@ -163,18 +167,21 @@ def written(subject: Subject, ids: Int[Tensor, "row step"]) -> Answers:
 
 
 @torch.no_grad()
-def forced(study: Study, pairs: Sequence[TokenPair], clamp: Clamp, schedules: Sequence[str]) -> pd.DataFrame:
+def forced(
+    study: Study, pairs: Sequence[TokenPair], clamp: Clamp, schedules: Sequence[str], seen: Others | None = None
+) -> pd.DataFrame:
     """Y2 = log p(answer) - log p(refusal) after the treated prompt under a clamp, teacher-forced, in nats.
 
     Columns: pair_id, topic, treatment, split, schedule, y. Answer and refusal are the model's own, as in
     `outcomes.continuations`. It needs no judge, so it is there for every model; the texts are fixed, so a clamp of later
-    tokens cannot break an answer, only make it less likely.
+    tokens cannot break an answer, only make it less likely. `seen`: other runs that are known (`timing_answers.generated`).
     """
     subject, rows = study.subject, []
     for group in progress(mediation.batches(pairs, subject), desc="forced answers"):
         control, treated = mediation.prompt_tokens(subject, group)
         texts = outcomes.continuations(subject, control, treated, study.openers[group[0].pair.treatment], STEPS)
-        other = other_run(subject, group, clamp)
+        known = (seen or {}).get(tuple(pair.pair.id for pair in group), {})
+        other = known.get(clamp) or other_run(subject, group, clamp)
         answer = _text_log_prob(subject, treated, (texts.answer, texts.answer_mask), clamp, other, schedules)
         refusal = _text_log_prob(subject, treated, (texts.refusal, texts.refusal_mask), clamp, other, schedules)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 import numpy as np
 import pandas as pd
@@ -21,14 +20,16 @@ from helpers.hub import JUDGE
 from helpers.progress import progress
 from helpers.study import Study
 from helpers.subject import Subject
-from helpers.timing import STEPS, Arm, Clamp, clamped, greedy, other_runs, written
+from helpers.timing import STEPS, Arm, Clamp, Other, Others, clamped, greedy, other_runs, written
 from helpers.tokens import Openers, TokenPair
 
 PLAIN: Arm = (Clamp("no clamp", ()), "none")
 
 
 @torch.no_grad()
-def generated(study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], steps: int = STEPS) -> pd.DataFrame:
+def generated(
+    study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], steps: int = STEPS, seen: Others | None = None
+) -> pd.DataFrame:
     """Greedy answers to the treated prompts in each arm (clamp, schedule), labelled: a row a pair and arm.
 
     Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
@@ -36,28 +37,38 @@ def generated(study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], ste
     `defence_outcomes.labels`). `content` is a label that does not rest on the opener, "" where there is none: that of the
     exact judge, of a judge model, or of the study's own judge.
     """
-    subject, parts = study.subject, []
-    exact = judge.judge if defence_prompts.is_embedded(pair.pair.treated for pair in pairs) else None
-    for group in progress(_of_one_length(subject, pairs), desc="answers"):
-        made = _answers(subject, group, arms, steps)
-        for treatment in dict.fromkeys(p.pair.treatment for p in group):
-            at = np.array([p.pair.treatment == treatment for p in group])
-            parts += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
-    return pd.concat(parts, ignore_index=True)
+    return generated_each(study, [pairs], arms, steps, seen)[0]
 
 
-def _of_one_length(subject: Subject, pairs: Sequence[TokenPair]) -> list[list[TokenPair]]:
-    """Pairs of one token length, whatever their treatment: nothing that is decoded depends on it."""
-    ordered = sorted(pairs, key=lambda pair: len(pair.control))
-    found: list[list[TokenPair]] = []
-    for length, members in groupby(ordered, key=lambda pair: len(pair.control)):
-        run, step = list(members), mediation.pairs_at_once(subject, length)
-        found += [run[start : start + step] for start in range(0, len(run), step)]
-    return found
+@torch.no_grad()
+def generated_each(
+    study: Study,
+    lists: Sequence[Sequence[TokenPair]],
+    arms: Sequence[Arm],
+    steps: int = STEPS,
+    seen: Others | None = None,
+) -> list[pd.DataFrame]:
+    """`generated` of several lists of pairs, decoded together; an empty table for an empty list."""
+    subject, parts = study.subject, [[] for _ in lists]
+    pairs = [pair for one in lists for pair in one]
+    home = {id(pair): i for i, one in enumerate(lists) for pair in one}  # one pair may be in two lists, as two objects
+    embedded = [defence_prompts.is_embedded(pair.pair.treated for pair in one) for one in lists]
+    for group in progress(mediation.batches(pairs, subject, mixed=True), desc="answers"):
+        made, others = _answers(subject, group, arms, steps)
+        if seen is not None:
+            seen[tuple(pair.pair.id for pair in group)] = others
+        kinds = [(home[id(pair)], pair.pair.treatment) for pair in group]
+        for kind in dict.fromkeys(kinds):
+            at = np.array([other == kind for other in kinds])
+            exact = judge.judge if embedded[kind[0]] else None
+            parts[kind[0]] += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
+    return [pd.concat(part, ignore_index=True) if part else pd.DataFrame() for part in parts]
 
 
-def _answers(subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int) -> dict[Arm, Answers]:
-    """Answers of one batch in every arm, and without a clamp (`PLAIN`).
+def _answers(
+    subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int
+) -> tuple[dict[Arm, Answers], dict[Clamp, Other]]:
+    """Answers of one batch in every arm, and without a clamp (`PLAIN`); and what the clamps were set to.
 
     Tokens before the prompt's last one are read once for all arms but "prompt": no other arm acts there.
     """
@@ -78,7 +89,7 @@ def _answers(subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], 
         with clamped(subject, some, others):
             ids = greedy(subject, treated[:, -1:].repeat_interleave(len(some), 0), steps, cache)
         found |= {arm: written(subject, ids[i :: len(some)]) for i, arm in enumerate(some)}
-    return found
+    return found, others
 
 
 def rows_at_once(subject: Subject, n_pos: int) -> int:

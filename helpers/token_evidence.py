@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,11 +14,12 @@ from helpers import bootstrap as bs
 from helpers import carriers, neuron_curves, neurons, relatives, stats, timing
 from helpers.claims_tokens import CONTENT, KEPT
 from helpers.evidence_rows import interval, row
-from helpers.neuron_effects import all_neurons
-from helpers.neuron_sets import Measured, cumulative, measure_all, on_contrast, sizes
+from helpers.mediation import Batch
+from helpers.neuron_effects import Part, all_neurons, assembled, part_of
+from helpers.neuron_sets import Measured, collected, cumulative, measure_all, on_contrast, sizes
 from helpers.study import Study
 from helpers.timing import Clamp
-from helpers.timing_answers import generated
+from helpers.timing_answers import generated, generated_each
 from helpers.tokens import TokenPair
 
 FALLBACK = 64
@@ -40,16 +41,17 @@ class Timing:
     transferred: pd.DataFrame
 
 
-def top_neurons(study: Study, *, fallback: int = FALLBACK) -> tuple[int, ...]:
+def top_neurons(study: Study, measured: Measured | None = None, *, fallback: int = FALLBACK) -> tuple[int, ...]:
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
     k comes from a split of its own, so that neither the ranking nor the numbers on test decide it. Where no k has 0.9 of
-    the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer).
+    the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`: the last layer of T2
+    and T2b, where it is known.
     """
     treatment = "T2-T2b" if study.twins and study.of("T2b") else "T2"
-    last = all_neurons(study.subject, [study.subject.n_layers - 1])
-    generation = replace(study, pairs=tuple(study.of("T2", "T2b")))
-    measured = measure_all(generation, dict.fromkeys(("T2", "T2b"), last))
+    if measured is None:
+        last = all_neurons(study.subject, [study.subject.n_layers - 1])
+        measured = measure_all(study, dict.fromkeys(("T2", "T2b"), last))
     order = neurons.ranking(neurons.table(measured.effects[treatment]), treatment, measured.last)
     k = _k90(measured, treatment, order)
     return tuple(int(i) for i in order[: k or min(fallback, study.subject.d_mlp)])
@@ -66,23 +68,31 @@ def _k90(measured: Measured, treatment: str, order: Int[np.ndarray, "neuron"]) -
     return None if np.isnan(k) else int(k)
 
 
-def measure(study: Study) -> Timing | None:
-    """Interventions during generation on the test pairs of T2, and on benign ones; None for a study without T2."""
+def measure(
+    study: Study, schedules: Sequence[str] = tuple(timing.SCHEDULES), measured: Measured | None = None
+) -> Timing | None:
+    """Interventions during generation on the test pairs of T2, and on benign ones; None for a study without T2.
+
+    `schedules` of harmful answers; `c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
+    """
     tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
     if not tested or not study.subject.d_mlp:
         return None
-    chosen = top_neurons(study)
+    chosen = top_neurons(study, measured)
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
-    arms = [*((few, name) for name in timing.SCHEDULES), *((whole, name) for name in (*WANTED, "all but the first"))]
+    # For the whole MLP "prompt" is "first token" again: the others are enough.
+    arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
     thin = relatives.thinned(study, BENIGN_PAIRS)
     benign = [pair for pair in thin.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
     moved, always = refusing(study, tested), [(few, "all tokens")]
+    seen: timing.Others = {}
+    harmful = generated(study, tested, arms, seen=seen)
+    clamped_always = generated_each(study, [benign, moved], always)
     return Timing(
         chosen,
-        generated(study, tested, arms),
-        timing.forced(study, tested, few, WANTED),
-        generated(study, benign, always) if benign else pd.DataFrame(),
-        generated(study, moved, always) if moved else pd.DataFrame(),
+        harmful,
+        timing.forced(study, tested, few, WANTED, seen),
+        *clamped_always,
     )
 
 
@@ -181,12 +191,22 @@ def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 
-def c4(study: Study, model: str) -> list[dict[str, object]]:
-    """Evidence rows for C4 of any study; none without T2."""
-    table = carriers.effects(study) if study.of("T2") else pd.DataFrame()
+def c4(study: Study, model: str, watch: Callable[[Batch], None] | None = None) -> list[dict[str, object]]:
+    """Evidence rows for C4 of any study; none without T2. `watch` as in `carriers.effects`."""
+    table = carriers.effects(study, watch=watch) if study.of("T2") else pd.DataFrame()
     return carriers.c4(table, model, study.subject.n_layers) if len(table) else []
 
 
 def evidence(study: Study, model: str) -> list[dict[str, object]]:
-    """Evidence rows for C4 and C5c of any study; none without T2."""
-    return c4(study, model) + (c5c(measure(study), model) if study.of("T2") else [])
+    """Evidence rows for C4 and C5c of any study, from one pass over its clean runs; none without T2."""
+    if not study.of("T2") or not study.subject.d_mlp:
+        return c4(study, model)
+    last = all_neurons(study.subject, [study.subject.n_layers - 1])
+    parts: dict[str, list[Part]] = {}
+
+    def watch(batch: Batch) -> None:
+        parts.setdefault(batch.pairs[0].pair.treatment, []).append(part_of(study, batch, last))
+
+    rows = c4(study, model, watch)
+    found = {name: assembled(study, name, last, some) for name, some in parts.items()}
+    return rows + c5c(measure(study, WANTED, collected(study, found) if found else None), model)

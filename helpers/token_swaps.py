@@ -53,25 +53,25 @@ def input_effects(study: Study, treatment: str, names: Sequence[str], n: int = 8
     rows = []
     chosen = [pair for pair in study.of(treatment) if pair.pair.split == "test"][:n]
     for group in mediation.batches(chosen, study.subject):
-        plain = _log_odds(study.subject, np.stack([p.treated for p in group]), study.openers[treatment])
         masks = [positions.groups(p, header) for p in group]
-        for name in names:
-            members = [i for i, found in enumerate(masks) if found[name].any()]
-            made = [swapped(group[i], masks[i][name], neutral) for i in members]
-            if not made:
-                continue
-            after = _log_odds(study.subject, np.stack([ids for ids, _ in made]), study.openers[treatment])
-            for i, value, (_, differs) in zip(members, after, made, strict=True):
-                pair = group[i].pair
-                key = (pair.id, pair.topic, pair.treatment, pair.split, name)
-                rows.append((*key, float(plain[i] - value), differs))
+        places = [(i, name) for name in names for i, found in enumerate(masks) if found[name].any()]
+        made = [swapped(group[i], masks[i][name], neutral) for i, name in places]
+        ids = np.stack([*(p.treated for p in group), *(ids for ids, _ in made)])
+        plain, after = np.split(_log_odds(study.subject, ids, study.openers[treatment]), [len(group)])
+        for (i, name), value, (_, differs) in zip(places, after, made, strict=True):
+            pair = group[i].pair
+            key = (pair.id, pair.topic, pair.treatment, pair.split, name)
+            rows.append((*key, float(plain[i] - value), differs))
     columns = ["pair_id", "topic", "treatment", "split", "position", "effect", "swapped"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _log_odds(subject: Subject, ids: Int[np.ndarray, "pair pos"], openers: Openers) -> np.ndarray:
-    run = grid.clean_run(subject, torch.tensor(ids, device=subject.device), keep=("resid",))
-    return outcomes.log_odds(subject, run.resid_post[-1][:, -1], openers).cpu().numpy()
+def _log_odds(subject: Subject, ids: Int[np.ndarray, "prompt pos"], openers: Openers) -> np.ndarray:
+    found, step = [], mediation.pairs_at_once(subject, ids.shape[1])
+    for part in torch.tensor(ids, device=subject.device).split(step):
+        run = grid.clean_run(subject, part, keep=("resid",))
+        found.append(outcomes.log_odds(subject, run.resid_post[-1][:, -1], openers).cpu().numpy())
+    return np.concatenate(found)
 
 
 def compare(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> tuple[pd.DataFrame, float]:

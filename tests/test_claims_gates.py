@@ -112,7 +112,10 @@ def test_evidence_finds_the_gate_below_the_last_layer() -> None:
 def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
     swept = neuron_evidence.quick(study(GATE, ("off high", "on high"), ("off low", "on low")))
     assert swept is not None
-    table = pd.DataFrame(gate_evidence.evidence(swept.measured.study, swept.table, "m"), columns=list(EVIDENCE))
+    this = swept.measured.study
+    table = pd.DataFrame(gate_evidence.evidence(this, swept.table, "m", swept.ends), columns=list(EVIDENCE))
+    again = pd.DataFrame(gate_evidence.evidence(this, swept.table, "m"), columns=list(EVIDENCE))
+    pd.testing.assert_frame_equal(table, again)  # the runs of the sweep are those that it would make
     assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
     main = table[table.variant == "main"].set_index("quantity").estimate
     assert main["gate index"] == pytest.approx(1, abs=1e-3)

@@ -71,15 +71,16 @@ def test_timing_is_that_of_hooked_runs(one: NeuronSet, when: str) -> None:
 
 def test_closing_cost_is_that_of_a_hooked_run() -> None:
     subject, pairs, one = tiny_subject("llama"), random_pairs(3, 9, 60), SETS[1]
-    closed = gate_answers.closed_values(subject, pairs, one)
+    closed = gate_answers.closed_values(subject, pairs, SETS)
     control, treated = prompt_tokens(subject, pairs)
-    torch.testing.assert_close(closed, values(subject, control, one)[:, -1], rtol=0, atol=1e-6)
-    got = gate_answers.closing_cost(subject, pairs, OPENERS, one, closed[:2])
+    torch.testing.assert_close(closed[one], values(subject, control, one)[:, -1], rtol=0, atol=1e-6)
+    got = gate_answers.closing_cost(subject, pairs, OPENERS, {each: runs[:2] for each, runs in closed.items()})
+    got = got[got["set"] == one.name]
     texts = outcomes.continuations(subject, treated, treated, OPENERS["T2"], gate_answers.STEPS)
 
     def edit(own: torch.Tensor) -> torch.Tensor:
         new = own.clone()
-        new[:, 8:] = closed[[0, 1, 0], None]
+        new[:, 8:] = closed[one][[0, 1, 0], None]
         return new
 
     text = (texts.answer, texts.answer_mask)

@@ -25,8 +25,9 @@ def measured(model: gm.Model) -> pd.DataFrame:
     twins = {pair.pair.id: str(pair.pair.twin) for pair in harmful}
     subject, openers = gm.build(model), {"T2": YES_NO, "T2b": YES_NO}
     pairs = [*harmful, *harmless]
-    made = gate_cells.difference(gate_cells.cells(subject, pairs, openers, [ONE]), twins)
-    return pd.concat([made, gate_twins.cells(subject, pairs, twins, openers, [ONE])], ignore_index=True)
+    made, ends = gate_cells.measured(subject, pairs, openers, [ONE])
+    twin_cells = gate_twins.cells(subject, ends, twins, openers, [ONE])
+    return pd.concat([gate_cells.difference(made, twins), twin_cells], ignore_index=True)
 
 
 def index(table: pd.DataFrame, form: str) -> float:
@@ -55,4 +56,6 @@ def test_a_neuron_that_adds_wrapper_and_harm_is_no_gate() -> None:
 def test_nothing_is_measured_without_products_or_twins() -> None:
     pairs = random_pairs(4, 9, 60)
     for family in ("gpt2", "llama"):
-        assert gate_twins.cells(tiny_subject(family), pairs, {}, {"T2": YES_NO}, [ONE]).empty
+        subject, openers = tiny_subject(family), {"T2": YES_NO}
+        ends = gate_cells.measured(subject, pairs, openers, [ONE])[1]
+        assert gate_twins.cells(subject, ends, {}, openers, [ONE]).empty

@@ -25,6 +25,10 @@ def test_batches_are_of_one_treatment_and_length() -> None:
     assert all(len({(pair.pair.treatment, len(pair.control)) for pair in batch}) == 1 for batch in made)
     assert sorted(len(batch) for batch in made) == [1] * 4 + [2] * 4
     assert made == mediation.batches(pairs, size=2)
+    mixed = mediation.batches(pairs, mixed=True)
+    assert [{len(pair.control) for pair in batch} for batch in mixed] == [
+        {n} for n in sorted({len(p.control) for p in pairs})
+    ]
 
 
 def test_rows_belong_to_their_pairs() -> None:

@@ -1,5 +1,7 @@
 """Joint effects of sets of last-layer neurons against the grid, and what curves of growing sets say."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,25 @@ def test_sets_are_what_the_grid_computes(family: str) -> None:
             np.testing.assert_allclose(made.values[name], (sign * (after - start)).numpy(), atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study(family, n=6)
+    order, ks = np.random.default_rng(0).permutation(48), sizes(48)
+    with true_float64(study.subject.model):
+        ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
+        idle = replace(ends, neurons=ends.neurons[:1].expand(2, -1, -1))  # nothing differs, so nothing has an effect
+        made = []
+        for few, small in ((32, 1024), (0, 0)):
+            monkeypatch.setattr("helpers.neuron_sets.FEW", few)
+            monkeypatch.setattr("helpers.neuron_sets.SMALL", small)
+            made.append([joint(study.subject, ends, SETS), cumulative(study.subject, ends, order, ks)])
+            assert not joint(study.subject, idle, SETS).nie.any()
+    for fast, slow in zip(*made, strict=True):
+        assert abs(slow.nie).max() > 0.01
+        for name in ("nie0", "nie1"):
+            np.testing.assert_allclose(fast.values[name], slow.values[name], atol=1e-11)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
 def test_all_neurons_are_the_mlp_output(family: str) -> None:
     study = tiny_study(family, n=6)
@@ -60,13 +81,15 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
 
 def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_study(n=6)
-    ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
     order, ks = np.random.default_rng(0).permutation(48), np.array([1, 2, 7, 20, 48])
-    wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
-    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
-    monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
-    np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
-    np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
+    with true_float64(study.subject.model):
+        ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
+        wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
+        np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+        monkeypatch.setattr("helpers.neuron_sets.SMALL", 0)
+        monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
+        np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
+        np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
 
 
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:

@@ -1,5 +1,6 @@
 """Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from true_float64 import true_float64
 from helpers import grid, mediation, neurons, outcomes, store
 from helpers.errors import InputError
 from helpers.grid import Patch
+from helpers.grid_neurons import each_neuron
 from helpers.neuron_effects import all_neurons, measure
 from helpers.neurons import NEURONS, difference, in_split, passing, ranking, signed, table
 from helpers.study import Study
@@ -65,6 +67,25 @@ def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
                 assert effects.values["nie1"][i, c] == pytest.approx(
                     y11 - hooked(study, x1, x0, layer, neuron), abs=1e-9
                 )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
+def test_many_neurons_at_once_are_those_of_one_intervention_each(family: str) -> None:
+    study = tiny_study(family, n=6)
+    subject, chosen = study.subject, torch.tensor([0, 7, 30, 47, 2])
+    with true_float64(subject.model):
+        batch = mediation.run_clean(subject, mediation.batches(study.of("T2"), subject)[0])
+        last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
+        last[:, -1] = True
+        unmoved = replace(batch.treated, neurons=tuple(layer.clone() for layer in batch.treated.neurons))
+        for layer in range(subject.n_layers):
+            unmoved.neurons[layer][:, -1, 30] = batch.control.neurons[layer][:, -1, 30]
+            patches = [Patch("neuron", layer, last, neuron) for neuron in chosen.tolist()]
+            expected = grid.interchange(subject, batch.control, unmoved, patches)[:, :, 0]
+            found = each_neuron(subject, batch.control, unmoved, layer, chosen, lambda resid: resid)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+            assert torch.equal(found[:, 2], batch.control.resid_post[-1][:, -1])
+            assert not torch.allclose(found[:, 0], found[:, 2])
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])

@@ -153,6 +153,19 @@ def test_continuations_are_greedy_behind_the_forced_opener(settings: dict) -> No
     assert min(lengths) < max(lengths)
 
 
+def test_each_pair_may_have_openers_of_its_own() -> None:
+    subject = tiny_subject("llama")
+    control, treated = tokens(3, 7, seed=1), tokens(3, 7, seed=2)
+    own = [OPENERS, Openers((21, 8), (44,)), OPENERS]
+    found = outcomes.continuations(subject, control, treated, own, steps=5)
+    for i, openers in enumerate(own):
+        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], openers, steps=5)
+        for name in ("answer", "refusal"):
+            text, mask = getattr(alone, name)[0], getattr(alone, f"{name}_mask")[0]
+            assert getattr(found, name)[i][: len(text)][mask].tolist() == text[mask].tolist()
+    assert found.answer[1, 0] in (21, 8) and found.refusal[1, 0] == 44
+
+
 def test_continuations_of_a_model_without_an_end_token() -> None:
     subject = tiny_subject("llama")
     subject.model.generation_config.eos_token_id = None

@@ -41,6 +41,14 @@ def test_without_a_judge_content_is_empty_and_the_opener_labels(this: Study) -> 
     assert (found.content == "").all() and (found.label == "harmful").all()
 
 
+def test_lists_that_are_decoded_together_give_the_tables_of_each(this: Study) -> None:
+    few, more = list(this.pairs[:1]), [replace(pair) for pair in this.pairs]  # the same pair stands in both
+    together = timing_answers.generated_each(this, [few, more, []], ARMS, 3)
+    for pairs, found in zip((few, more), together, strict=False):
+        pd.testing.assert_frame_equal(found, timing_answers.generated(this, pairs, ARMS, 3))
+    assert together[2].empty
+
+
 def test_the_studys_own_judge_reads_request_and_answer_and_leaves_the_label(this: Study) -> None:
     asked: list[tuple[str, str]] = []
 
