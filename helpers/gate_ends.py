@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -118,7 +119,9 @@ def joined_batch(batches: Sequence[Batch]) -> Batch:
 
 
 def _joined(runs: Sequence[CleanRun]) -> CleanRun:
-    kept = {name: tuple(map(_cat, zip(*(getattr(run, name) for run in runs), strict=True))) for name in SITES}
+    kept: dict[str, Any] = {
+        name: tuple(map(_cat, zip(*(getattr(run, name) for run in runs), strict=True))) for name in SITES
+    }
     return replace(runs[0], tokens=_cat([run.tokens for run in runs]), **kept)
 
 
@@ -131,7 +134,7 @@ def only(batch: Batch, rows: Sequence[int]) -> Batch:
     at = list(rows)
 
     def chosen(run: CleanRun) -> CleanRun:
-        kept = {name: tuple(t[at] if len(t) else t for t in getattr(run, name)) for name in SITES}
+        kept: dict[str, Any] = {name: tuple(t[at] if len(t) else t for t in getattr(run, name)) for name in SITES}
         return replace(run, tokens=run.tokens[at], **kept)
 
     return Batch(tuple(batch.pairs[i] for i in at), chosen(batch.control), chosen(batch.treated))

@@ -49,7 +49,8 @@ def generated_each(
     seen: Others | None = None,
 ) -> list[pd.DataFrame]:
     """`generated` of several lists of pairs, decoded together; an empty table for an empty list."""
-    subject, parts = study.subject, [[] for _ in lists]
+    subject = study.subject
+    parts: list[list[pd.DataFrame]] = [[] for _ in lists]
     pairs = [pair for one in lists for pair in one]
     home = {id(pair): i for i, one in enumerate(lists) for pair in one}  # one pair may be in two lists, as two objects
     embedded = [defence_prompts.is_embedded(pair.pair.treated for pair in one) for one in lists]
