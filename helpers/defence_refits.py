@@ -12,6 +12,7 @@ import pandas as pd
 from helpers import defence, defence_arms, defence_stats, defence_tradeoff, stats, steering_fit
 from helpers.defence import PLAIN, Lab
 from helpers.defence_tradeoff import Bench
+from helpers.errors import InputError
 from helpers.steering import Steering
 from helpers.steering_fit import Fit
 
@@ -77,8 +78,18 @@ def redrawn(fit: Fit, seed: int) -> Fit:
 
 
 def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int = 10) -> list[Steering]:
-    """The method with the directions of `n` redrawn fits, at the strength that was chosen for the first."""
-    return [defence_tradeoff.scaled(build(redrawn(fit, seed)), strength) for seed in range(n)]
+    """The method with the directions of `n` redrawn fits, at the strength that was chosen for the first.
+
+    Fewer where a redraw does not define the method, as one on which no layer separates the classes: the number of refits
+    stands beside their spread.
+    """
+    found = []
+    for seed in range(n):
+        try:
+            found.append(defence_tradeoff.scaled(build(redrawn(fit, seed)), strength))
+        except InputError:
+            continue  # this draw of topics defines no such steering: one refit fewer
+    return found
 
 
 def refit_changes(lab: Lab, refits: Sequence[Steering], plain: pd.DataFrame) -> list[float]:

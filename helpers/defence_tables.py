@@ -91,7 +91,7 @@ def tradeoff(curves: pd.DataFrame, refits: pd.DataFrame | None = None) -> pd.Dat
         for name in ("estimate", "low", "high"):
             part[name] = wide[name, "harm"].to_numpy()
         parts.append(part)
-        if refits is not None:
+        if refits is not None and len(refits):
             parts.append(_refit_point(refits, cost, panel))
     return pd.concat(parts, ignore_index=True)[CURVE]
 

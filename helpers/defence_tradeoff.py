@@ -77,8 +77,9 @@ def curve(lab: Lab, steered: Steering, on: Bench, strengths: Sequence[float] = S
 
 def points(lab: Lab, name: str, steered: Sequence[Steering], at: Sequence[float], on: Bench) -> pd.DataFrame:
     """The rows of one curve of this name: those of each steering, placed at its strength (or number)."""
-    rows = []
-    for strength, spent, found in zip(at, budgets(lab, steered, on), measures(lab, steered, on), strict=True):
+    rows: list[tuple[object, ...]] = []
+    known = zip(at, budgets(lab, steered, on), measures(lab, steered, on), strict=True) if steered else ()
+    for strength, spent, found in known:
         for measure, change in found.items():
             rows.append((name, strength, spent, measure, change.estimate, change.low, change.high))
     return pd.DataFrame(rows, columns=list(COLUMNS))

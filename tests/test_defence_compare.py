@@ -9,9 +9,11 @@ import torch
 from scipy.special import expit
 from steering_lab import ON, fitted, lab, opens_for, towards_no
 
-from helpers import defence_compare, defence_refits, steering_budget
+from helpers import defence_compare, defence_evidence, defence_random, defence_refits, defence_tables, steering_budget
 from helpers.defence import PLAIN, Lab, answer
 from helpers.defence_tradeoff import Bench
+from helpers.errors import InputError
+from helpers.steering import Steering
 from helpers.steering_fit import Fit
 
 
@@ -123,3 +125,28 @@ def test_a_redraw_keeps_every_class_of_prompts(fit: Fit) -> None:
         drawn = defence_refits.redrawn(replace(fit, prompts=rare), seed).prompts
         assert set(drawn["class"][drawn.split == "discover"]) == {"refused", "complied", "benign"}
         assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
+
+
+def test_a_redraw_that_defines_no_steering_is_one_refit_fewer(fit: Fit, room: Lab) -> None:
+    made = iter([towards_no("first", 0.5), None, towards_no("third", 0.5)])
+
+    def build(_: Fit) -> Steering:
+        one = next(made)
+        if one is None:
+            raise InputError("no decision layer")
+        return one
+
+    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
+    assert [one.strength for one in defence_refits.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
+    none = defence_refits.refit_curve(room, [], "late", bench(room, "validate", "on"))
+    curve = defence_refits.refit_curve(room, [towards_no("first", 0.5)], "late", bench(room, "validate", "on"))
+    named = curve.assign(method="CAST (threshold gate)")
+    assert len(defence_tables.tradeoff(named, none)) == len(defence_tables.tradeoff(named))
+    assert len(defence_tables.tradeoff(named, curve)) > len(defence_tables.tradeoff(named))
+
+
+def test_a_steering_that_adds_nothing_has_no_random_rivals(fit: Fit, room: Lab) -> None:
+    shut = towards_no("shut", 1.0, lambda prompt: torch.zeros(len(prompt.ids)))
+    on = bench(room, "validate", "on")
+    found = defence_random.null(room, fit, shut, on, on, 3)
+    assert found.empty and defence_evidence.random_rows("m", found) == []
