@@ -43,7 +43,8 @@ EXERCISES = (
         "No error seen: how sure is that?",
         2,
         10,
-        "Write `upper_bound`: the largest error rate at which this many errors, or fewer, would still turn up in 5 % of samples. How many "
+        "Write `upper_bound`: the largest error rate at which this many errors, or fewer, would still turn up in 5 % of "
+        "samples. How many "
         "draws without an error does it take to show that a rate is at most 5 %?",
         "`beta.ppf` (of `scipy.stats`) with the parameters `errors + 1` and `n - errors`; without an error the bound is "
         "$1 - 0.05^{1/n}$.",
