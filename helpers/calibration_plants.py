@@ -30,6 +30,7 @@ from helpers import (
 )
 from helpers.calibration_rates import CORRECTED
 from helpers.calibration_stats import ranking_quality
+from helpers.controls import UNTRAINED
 from helpers.evidence import Variant
 from helpers.neuron_evidence import Neurons
 from helpers.organisms import evaluate, plants
@@ -209,8 +210,9 @@ def found(table: pd.DataFrame) -> pd.DataFrame:
 def tally(evidence: pd.DataFrame) -> pd.DataFrame:
     """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
     said: dict[tuple[str, str], list[str]] = {}
+    owner = evidence.model.str.removesuffix(UNTRAINED)
     for plant in plan():
-        for rule, one in calibration.judged(evidence, plant.name, PARTS):
+        for rule, one in calibration.judged(evidence[owner == plant.name], plant.name, PARTS):
             if rule == "registered" or one.claim == "C1":
                 name = one.claim + (CORRECTED if rule == "corrected" else "")
                 said.setdefault((plant.kind, name), []).append(one.verdict)
