@@ -177,7 +177,7 @@ def test_too_few_topics_stop_every_claim_at_the_gate() -> None:
     assert set(verdicts.claim) == set(pipeline.STAGES["layers"])
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
     assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
-    assert {"total", "direct"} == set(found.estimator)
+    assert {"total", "direct", "computed"} == set(found.estimator)
 
 
 def test_the_writer_has_the_largest_direct_effect(organism: compiled.Organism, measured: pipeline.Measured) -> None:
@@ -185,12 +185,14 @@ def test_the_writer_has_the_largest_direct_effect(organism: compiled.Organism, m
     assert table["direct", "layer error"] == 0 and table["direct", "module accuracy"] == 1
     assert table["total", "neurons, auroc"] > 0.95
     assert localise.neurons(organism).sum() >= 2
-    assert {"total", "direct", "window", "gradient screen"} == set(table.index.get_level_values(0))
+    assert {"total", "direct", "computed", "window", "gradient screen"} == set(table.index.get_level_values(0))
+    assert table["computed", "decision found"] == 1 and table["computed", "decision, layer error"] == 0
 
 
 def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
     made = compiled.draw("skip_only", 0, topics=10, pairs_per_topic=1)
     assert localise.writer(made) == ("attn_out", made.design.write_layer)
+    assert localise.decider(made) == ("mlp_out", made.design.stages[0].layer)
     assert {site for site, _ in localise.components(replace(made, design=replace(made.design, side=None)))} == {
         "attn_out"
     }
