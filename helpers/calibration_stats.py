@@ -137,7 +137,7 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
 
     A case without a score counts as 0, since a test that found nothing to measure called nothing.
 
-    >>> roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0]
+    >>> float(roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0])
     1.0
     """
     member = np.array(list(truth.values()), dtype=bool)
