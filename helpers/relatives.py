@@ -36,15 +36,33 @@ def thinned(study: Study, n: int) -> Study:
     return replace(study, pairs=tuple(pair for pair in study.pairs if pair.pair.id in kept))
 
 
-def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
+def labels(study: Study, model: str, profile: str) -> tuple[str, ...]:
     """What a model is compared with: its untrained twin and, for a shipped model, its relatives and their twins.
 
-    A twin has the same architecture and fresh random weights. The smoke profile has the model's own twin only.
+    The smoke profile has the model's own twin only.
+    """
+    names = (study.slug, *compared(model, profile))
+    return tuple(label for name in names for label in (name, name + UNTRAINED))[1:]
+
+
+def compared(model: str, profile: str) -> tuple[str, ...]:
+    """The relatives that the profile asks for: all, or in the smoke profile none."""
+    return relatives(model) if profile == "full" else ()
+
+
+def member(study: Study, model: str, label: str) -> Study:
+    """The study of one of `labels`. A twin has the same architecture and fresh random weights.
+
     Comparisons use at most 120 pairs a treatment (in the default set: one for each topic).
     """
-    study = thinned(study, RELATIVE_PAIRS)
-    yield study.slug + UNTRAINED, replace(study, subject=untrained_twin(study.subject))
-    for seed, name in enumerate(relatives(model) if profile == "full" else (), start=1):
-        subject = load(name, device=str(study.subject.device), dtype="float32")
-        yield name, replace(study, subject=subject)
-        yield name + UNTRAINED, replace(study, subject=untrained_twin(subject, seed))
+    name, is_twin = label.removesuffix(UNTRAINED), label.endswith(UNTRAINED)
+    own = name not in relatives(model)
+    subject = study.subject if own else load(name, device=str(study.subject.device), dtype="float32")
+    seed = 0 if own else 1 + relatives(model).index(name)
+    return replace(thinned(study, RELATIVE_PAIRS), subject=untrained_twin(subject, seed) if is_twin else subject)
+
+
+def family(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
+    """The study of everything that a model is compared with, by label."""
+    for label in labels(study, model, profile):
+        yield label, member(study, model, label)
