@@ -40,22 +40,29 @@ class Drawn:
 
 
 def one_draw(
-    kind: str, seed: int, topics: int = TOPICS, effect: float | None = None, *,
+    kind: str, seed: int, topics: int = TOPICS, effect: float | None = None, *, pairs: int = 1,
     parts: Collection[str] = tuple(STAGES), population: bool = False, full_response: bool = False,
 ) -> Drawn:  # fmt: skip
     """Measure one model with the unchanged pipeline, and ask every rule of the given parts.
 
-    One pair a topic and treatment. `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4).
+    `pairs` of each topic and treatment. `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4).
     `population` adds what the rules say without sampling error; `full_response` adds Y2 to the estimators.
     """
-    organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=1)
+    organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=pairs)
     this = compiled.study(organism)
     prompts = compiled_suites.suites(organism.pairs, seed) if "steering" in parts else None
     measured = pipeline.measure(this, organism.name, parts, full_response=full_response, prompt_set=prompts)
     at_large: dict[str, tuple[Verdict, pd.DataFrame]] = {}
     for part in parts if population else ():
         at_large |= calibration_population.verdicts(organism, this, measured.rows, part)
-    same = {"kind": kind, "seed": seed, "topics": topics, "effect": float(organism.design.effect), "code": code()}
+    same = {
+        "kind": kind,
+        "seed": seed,
+        "topics": topics,
+        "pairs": pairs,
+        "effect": float(organism.design.effect),
+        "code": code(),
+    }
     table = []
     for rule, one in judged(measured.rows, organism.name, parts):
         truth = TRUTH[organism.claims[one.claim]]

@@ -23,14 +23,14 @@ from helpers.calibration_stats import STORED
 from helpers.errors import InputError
 from helpers.pipeline import STAGES
 
-Purpose = Literal["main", "topics", "effect", "first look"]
+Purpose = Literal["main", "topics", "pairs", "effect", "first look"]
 SCHEMAS = {
     "verdicts": STORED,
     "localisation": calibration_localise.SCHEMA,
     "evidence": {**dict.fromkeys(("kind", "part"), "str"), "seed": "int", **store.EVIDENCE},
 }
 KEYS = {
-    "verdicts": ["purpose", "kind", "seed", "topics", "effect", "claim", "rule"],
+    "verdicts": ["purpose", "kind", "seed", "topics", "pairs", "effect", "claim", "rule"],
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
 }
@@ -58,7 +58,8 @@ FRESH_LATER = 200
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 ROUNDS = 15  # of the plan
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
-POWER_TOPICS, POWER_EFFECTS = (30, 50, 120), (0.5, 1.0, 2.0, 3.0)
+# Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
+POWER_TOPICS, POWER_PAIRS, POWER_EFFECTS = (120, 200), 3, (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {
     "context": ("late",), "layers": ("late", "early", "attention"), "timing": ("late",),
     "neurons": ("late", "distributed", "gated"),
@@ -77,12 +78,14 @@ class Draw:
     seed: int
     topics: int = TOPICS
     effect: float | None = None
+    pairs: int = 1  # of a topic and treatment
 
     @property
     def name(self) -> str:
         """Its file's name."""
         effect = "" if self.effect is None else f"-{self.effect:g}"
-        return f"{self.part}-{self.kind}-{self.seed}-{self.topics}{effect}"
+        pairs = "" if self.pairs == 1 else f"x{self.pairs}"
+        return f"{self.part}-{self.kind}-{self.seed}-{self.topics}{pairs}{effect}"
 
 
 def plan() -> list[Draw]:
@@ -102,8 +105,9 @@ def plan() -> list[Draw]:
 def _power(part: str, seeds: Iterable[int]) -> list[Draw]:
     made = []
     for seed, kind in itertools.product((POWER_FROM + i for i in seeds), POWER_KINDS[part]):
-        made += [Draw("topics", part, kind, seed, topics=n, effect=3.0) for n in POWER_TOPICS]
         made += [Draw("effect", part, kind, seed, effect=size) for size in POWER_EFFECTS]
+        made += [Draw("topics", part, kind, seed, topics=n, effect=max(POWER_EFFECTS)) for n in POWER_TOPICS]
+        made.append(Draw("pairs", part, kind, seed, effect=max(POWER_EFFECTS), pairs=POWER_PAIRS))
     return made
 
 
@@ -111,7 +115,7 @@ def measure(draw: Draw) -> dict[str, pd.DataFrame]:
     """Measure a draw: its rows of all tables."""
     last = draw.purpose == "main" and (draw.seed - FRESH) % POPULATION == POPULATION - 1
     drawn = calibration.one_draw(
-        draw.kind, draw.seed, draw.topics, draw.effect, parts=(draw.part,), population=last,
+        draw.kind, draw.seed, draw.topics, draw.effect, pairs=draw.pairs, parts=(draw.part,), population=last,
         full_response=last and draw.part == "layers",
     )  # fmt: skip
     label = {"kind": draw.kind, "part": draw.part, "seed": draw.seed}
@@ -148,14 +152,14 @@ def shipped(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     if not (folder / "verdicts.parquet").is_file():
         return set()
     table = read(folder).assign(part=lambda rows: rows.claim.map(PART_OF))
-    columns = [table[name] for name in ("purpose", "part", "kind", "seed", "topics")]
+    columns = [table[name] for name in ("purpose", "part", "kind", "seed", "topics", "pairs")]
     effects = table.effect.where(table.purpose != "main").round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
 
 
 def key(draw: Draw) -> tuple[object, ...]:
     """What tells a draw from all others."""
-    return draw.purpose, draw.part, draw.kind, draw.seed, draw.topics, draw.effect
+    return draw.purpose, draw.part, draw.kind, draw.seed, draw.topics, draw.pairs, draw.effect
 
 
 def every(share: str) -> tuple[int, None, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +21,21 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
     ['C2', 'C2*']
     """
+    return _draws(("main",), folder)
+
+
+def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts, named as in `main_draws`, of the models that were measured with several effects, topics and pairs a topic.
+
+    Every model is there with each of them, so what differs along a curve is that number alone.
+    """
+    table = _draws(("effect", "topics", "pairs"), folder)
+    return table.assign(effect=table.effect.round(3))
+
+
+def _draws(purposes: Sequence[str], folder: Path) -> pd.DataFrame:
     table = store.read_table(folder / "verdicts.parquet", STORED)
-    table = table[table.purpose == "main"]
+    table = table[table.purpose.isin(purposes)]
     return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
 
 

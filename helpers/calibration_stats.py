@@ -19,7 +19,7 @@ NUMBERS = ("estimate", "ci_low", "ci_high", "population")
 VERDICTS = {
     **dict.fromkeys(("kind", "claim", "rule", "truth", "verdict", "population_verdict"), "str"),
     **dict.fromkeys(("gate", "quantity", "reason", "code"), "str"),
-    **dict.fromkeys(("seed", "topics"), "int"),
+    **dict.fromkeys(("seed", "topics", "pairs"), "int"),
     **dict.fromkeys(("effect", *NUMBERS), "float"),
 }  # fmt: skip
 STORED = {**VERDICTS, "purpose": "str"}  # as shipped: with what a draw was made for

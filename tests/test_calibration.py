@@ -79,7 +79,14 @@ def fake(draw: Draw) -> dict[str, pd.DataFrame]:
     made = {}
     for name, schema in calibration_draws.SCHEMAS.items():
         row = {column: {"str": "x", "int": 1, "float": 0.5}[kind] for column, kind in schema.items()}
-        known = {"claim": "C1", "kind": draw.kind, "part": draw.part, "seed": draw.seed, "topics": draw.topics}
+        known = {
+            "claim": "C1",
+            "kind": draw.kind,
+            "part": draw.part,
+            "seed": draw.seed,
+            "topics": draw.topics,
+            "pairs": draw.pairs,
+        }
         known |= {"purpose": draw.purpose, "effect": 2.5 if draw.effect is None else draw.effect}
         made[name] = pd.DataFrame([row | {key: value for key, value in known.items() if key in row}])
     return made

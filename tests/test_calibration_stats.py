@@ -13,8 +13,8 @@ def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:
     """`n` draws with the given fields each; the others are those of a right, sampled verdict."""
     fine = {
         "kind": "late", "claim": "C1", "truth": "true", "verdict": "supported", "population_verdict": "supported",
-        "gate": "passed", "quantity": "share", "reason": "", "code": "x", "topics": 70, "effect": 1.0, "estimate": 0.7,
-        "ci_low": 0.6, "ci_high": 0.8, "population": 0.7,
+        "gate": "passed", "quantity": "share", "reason": "", "code": "x", "topics": 70, "pairs": 1, "effect": 1.0,
+        "estimate": 0.7, "ci_low": 0.6, "ci_high": 0.8, "population": 0.7,
     }  # fmt: skip
     rows = [{**fine, **fields} for n, fields in groups for _ in range(n)]
     return pd.DataFrame(rows).assign(seed=range(len(rows)))
