@@ -9,11 +9,14 @@ from exercises.judging import Case, Exercise, Mistake
 def k90(share: np.ndarray) -> int | None:
     """k90 of a curve: `share[k - 1]` is the joint effect of the top k neurons over the whole layer's.
 
-    The smallest k whose share is at least 0.9 and stays within [0.9, 1.1] for all larger k; None if there is none.
+    The smallest k whose share is at least 0.9 and after which it stays within [0.9, 1.1] for all larger k; None if there
+    is none. At k itself the share may be above 1.1.
     """
-    outside = np.flatnonzero((share < 0.9) | (share > 1.1))
-    k = int(outside[-1]) + 2 if len(outside) else 1
-    return k if k <= len(share) else None
+    inside = (share >= 0.9) & (share <= 1.1)
+    for k in range(1, len(share) + 1):
+        if share[k - 1] >= 0.9 and inside[k:].all():
+            return k
+    return None
 
 
 def sure(p: np.ndarray, level: float = 0.05) -> np.ndarray:
@@ -53,9 +56,14 @@ def _index(share: np.ndarray) -> int | None:
     return None if k is None else k - 1
 
 
+def _ceiling_at_k(share: np.ndarray) -> int | None:
+    outside = np.flatnonzero((share < 0.9) | (share > 1.1))
+    k = int(outside[-1]) + 2 if len(outside) else 1
+    return k if k <= len(share) else None
+
+
 def _open_band(share: np.ndarray) -> int | None:
-    inside = (share > 0.9) & (share < 1.1)
-    return k90(np.where(inside, share, 0.0))
+    return k90(np.where((share == 0.9) | (share == 1.1), 0.0, share))
 
 
 def _step_down(p: np.ndarray, level: float = 0.05) -> np.ndarray:
@@ -98,12 +106,14 @@ EXERCISES = (
         "When has a curve arrived?",
         2,
         10,
-        "Write `k90`. The curve of the *signed* order overshoots and comes back: the first crossing is not the answer.",
-        "Look from the right: the last k that is outside the band decides.",
+        "Write `k90`. The curve of the *signed* order overshoots and comes back: the first crossing is not the answer. The "
+        "band binds all *larger* k; at k itself only 0.9 is asked, so [0.5, 1.2, 1.0] has arrived at 2.",
+        "Look from the right: the last k that is outside the band decides. Below the band it is one too early, above the "
+        "band it is the answer itself.",
         k90,
         (
             Case((CURVE,), 6),
-            Case((OVERSHOOTS,), 4),
+            Case((OVERSHOOTS,), 3),
             Case((WRONG_WAY,), None),
             Case((np.array([1.0, 1.0]),), 1),
             Case((EDGES,), 2),
@@ -116,8 +126,12 @@ EXERCISES = (
                 "off by one: `share[0]` belongs to k = 1, so an index is one less than a number of neurons", _index
             ),
             Mistake(
-                "no ceiling: a set that does 120 % of what the layer does is not the layer; stay below 1.1, too",
+                "no ceiling: a curve that still goes above 1.1 after k has not arrived; what is added must keep below, too",
                 _no_ceiling,
+            ),
+            Mistake(
+                "the band was asked of k itself: there at least 0.9 is enough, and [0.9, 1.1] holds for all larger k",
+                _ceiling_at_k,
             ),
             Mistake("the ends of the band belong to it: 0.9 has arrived, and 1.1 has not left", _open_band),
             Mistake(

@@ -30,13 +30,14 @@ def settles(
 ) -> Float[np.ndarray, "..."]:
     """The smallest k whose share is at least `level` and after which it stays in [level, 2 - level]; NaN if none.
 
-    With level 0.9 this is k90: a curve that overshoots 1.1 has not arrived, however early it first passed 0.9, because
-    neurons are still to come that undo a part of it. With the set of all neurons the share is 1, so a k always exists
-    where the whole layer has an effect of the treatment's sign.
+    With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, however early it first passed
+    0.9, because neurons are to come that undo a part of it. The band binds all larger k; at k itself the share may be
+    above it, as in the third curve below. With the set of all neurons the share is 1, so a k always exists where the whole
+    layer has an effect of the treatment's sign.
 
     >>> ks = np.array([1, 2, 3, 4])
-    >>> settles(np.array([[0.5, 0.95, 1.0, 1.0], [0.95, 0.8, 1.0, 1.0]]), ks, 0.9)
-    array([2., 3.])
+    >>> settles(np.array([[0.5, 0.95, 1.0, 1.0], [0.95, 0.8, 1.0, 1.0], [0.5, 1.2, 1.0, 1.0]]), ks, 0.9)
+    array([2., 3., 2.])
     """
     inside = (share >= level) & (share <= 2 - level)
     stays = np.flip(np.minimum.accumulate(np.flip(inside, -1), axis=-1), -1)

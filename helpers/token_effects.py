@@ -27,6 +27,7 @@ def groups(study: Study) -> tuple[list[str], list[str]]:
     """Position groups that some pair of the generation and recognition treatments has, in reading order; and those none has.
 
     The span of the request (verb and object), the differing tokens and all tokens come last: they overlap the others.
+    The first generated tokens are no group: Y1 is decided before them, so that their effect on it is 0 by construction.
     """
     header = positions.user_header(study.subject.tokenizer)
     first: dict[str, list[float]] = {}

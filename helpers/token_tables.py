@@ -61,6 +61,17 @@ def by_group(study: Study, table: pd.DataFrame, treatment: str, names: list[str]
     return means[["treatment", "site", "group", "earliest", "layer", "estimate", "low", "high"]]
 
 
+def by_direction(table: pd.DataFrame, treatment: str, names: list[str]) -> pd.DataFrame:
+    """The residual stream's mean effects on test, one block of rows for sufficiency (NIE0) and one for necessity (NIE1).
+
+    Rows are direction and group, columns layers. Where no pair of the treatment has a group, its row is left out.
+    """
+    means = token_effects.summarise(table, treatment).query("site == 'resid_post'")
+    wide = means.pivot(index=["direction", "position"], columns="layer", values="estimate")
+    rows = [(way, name) for way in ("sufficiency", "necessity") for name in names if (way, name) in wide.index]
+    return wide.loc[rows].rename_axis(index=["direction", "group"])
+
+
 def hand_over_curves(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
     """Share of TE in the residual stream of some places by layer, on test: treatment, where, layer, estimate, low, high."""
     part = table[(table.treatment == treatment) & (table.site == "resid_post") & (table.outcome == "Y1")]

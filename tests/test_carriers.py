@@ -4,12 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import FAMILIES, tiny_subject, tokens
 from handmade import BIAS, FIRST, OUT, SIZE, WORDS, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from helpers import carriers, evidence
+from helpers import carriers, evidence, grid
 from helpers.claims_tokens import c4
 from helpers.controls import Rows
+from helpers.grid import Patch
 from helpers.study import Study
 from helpers.subject import Subject
 from helpers.tokens import Openers
@@ -78,6 +80,22 @@ def test_mlps_cannot_carry_what_has_not_arrived() -> None:
     """Below the layer whose attention brings the signal, the last token's residual stream is the same in both runs."""
     table = carriers.effects(study_of(compiled(Program())), [0])
     assert (table[["nie0", "nie1"]] == 0).all().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mlp_carries_anything_from_an_earlier_token(family: str) -> None:
+    """Attention outputs of the last token held, every other token changed: the last one stays what it was, bit for bit."""
+    subject = tiny_subject(family)
+    base, source = (grid.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
+    last = torch.zeros_like(base.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    for layer in range(subject.n_layers - 1):
+        earlier = Patch("resid_post", layer, ~last)
+        above = range(layer + 1, subject.n_layers)
+        held = [Patch("attn_out", at, last, value=base.site("attn_out", at)) for at in above]
+        live, frozen = grid.interchange(subject, base, source, [earlier, (earlier, *held)])[:, :, 0].unbind(1)
+        assert torch.equal(frozen, base.resid_post[-1][:, -1])
+        assert ((live - frozen).abs().amax(-1) > 1e-3).all(), "attention must have had something to bring"
 
 
 def synthetic(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.DataFrame:

@@ -53,6 +53,23 @@ def test_groups_that_no_pair_has_are_named(this: Study) -> None:
     assert names[-3:] == ["differ", "others", "all"] and "request" not in names
 
 
+def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
+    """An OR of two groups, 4 log-odds: sufficiency 4, necessity 0; a group that must have everything shows 4 twice."""
+    key = {"treatment": "T2", "outcome": "Y1", "y00": 0.0, "y11": 4.0, "te": 4.0}
+    effects = {("wrapper", 0): (4.0, 0.0), ("rest", 0): (4.0, 0.0), ("wrapper", 1): (0.0, 0.0), ("last", 1): (4.0, 4.0)}
+    rows = [
+        {**key, "pair_id": f"p{i}", "topic": f"t{i}", "split": "discover" if i < 3 else "test", "site": site, "layer": layer,
+         "position": name, "nie0": nie0, "nie1": nie1, "y01": nie0, "y10": 4 - nie1}
+        for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
+    ]  # fmt: skip
+    made = token_tables.by_direction(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
+    assert [*made.index] == [
+        (way, name) for way in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")
+    ]
+    assert made[0].tolist()[:2] == [4, 4] and made[0].tolist()[3:5] == [0, 0]
+    assert made.loc[("sufficiency", "last"), 1] == made.loc[("necessity", "last"), 1] == 4
+
+
 # ---- the input's side ----
 
 
