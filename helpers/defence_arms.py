@@ -95,9 +95,9 @@ def tuned(
     lab: Lab, steered: Mapping[str, Steering], on: Bench, strengths: Sequence[float] = defence_tradeoff.STRENGTHS
 ) -> tuple[dict[str, Steering], pd.DataFrame]:
     """Every arm at the strength chosen on the validate bench, and the curves that it was chosen from."""
-    curves = pd.concat(
-        [defence_tradeoff.curve(lab, one, on, _steps(one, strengths)) for one in steered.values()], ignore_index=True
-    )
+    made = [defence_tradeoff.curve(lab, one, on, _steps(one, strengths)) for one in steered.values()]
+    empty = pd.DataFrame(columns=list(defence_tradeoff.COLUMNS))
+    curves = pd.concat(made, ignore_index=True) if made else empty
     chosen = {
         name: defence_tradeoff.scaled(one, defence_tradeoff.choose(curves[curves.method == name]))
         for name, one in steered.items()

@@ -66,11 +66,16 @@ def equal_budgets(
 
 
 def firing(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:
-    """Share of the prompts of each kind for which a method's gate opens; empty without a gate."""
+    """Share of the prompts of each kind for which a method's gate opens, with Wilson limits; empty without a gate."""
     if steered.gate is None:
         return {}
     is_open = steering_budget.gate_values(lab.subject, steered, list(prompts.text)) > 0
-    return {f"fires_{kind}": float(is_open[(prompts.kind == kind).to_numpy()].mean()) for kind in prompts.kind.unique()}
+    row: dict[str, float] = {}
+    for kind in prompts.kind.unique():
+        mine = is_open[(prompts.kind == kind).to_numpy()]
+        low, high = stats.wilson(int(mine.sum()), len(mine))
+        row |= {f"fires_{kind}": float(mine.mean()), f"fires_{kind}_low": low, f"fires_{kind}_high": high}
+    return row
 
 
 def rates(trial: pd.DataFrame) -> dict[str, float]:

@@ -85,10 +85,14 @@ def groups(prompts: pd.DataFrame) -> pd.Series:
     return pd.Series(np.select([mask for _, mask in names], [name for name, _ in names], "other"), prompts.index)
 
 
-def plane(prompts: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """Mean position of every group along both directions, with intervals over topics; for the figure."""
+def plane(prompts: pd.DataFrame, found: pd.DataFrame, by: pd.Series | None = None) -> pd.DataFrame:
+    """Mean position of every group along both directions, with intervals over topics; for the figure.
+
+    `by` names each prompt's group (by default `groups`); prompts of group "" are left out, and groups of one topic.
+    """
     rows = []
-    table = prompts.reset_index(drop=True).assign(**found, group=groups(prompts.reset_index(drop=True)))
+    named = groups(prompts.reset_index(drop=True)) if by is None else by.to_numpy()
+    table = prompts.reset_index(drop=True).assign(**found, group=named).query("group != ''")
     for group, part in table.groupby("group", sort=True):
         if part.topic.nunique() > 1:
             for name, column in WAYS.items():

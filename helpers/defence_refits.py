@@ -22,6 +22,7 @@ CLASSES: Final = ("refused", "complied", "benign")
 FAMILY_STRENGTHS: Final = (0.5, 1.0)
 MIN_FAMILY: Final = 20  # test prompts below which a family is not reported
 N_FAMILY: Final = 60
+REDRAWS: Final = 20
 
 
 def families(lab: Lab) -> list[str]:
@@ -34,32 +35,40 @@ def families(lab: Lab) -> list[str]:
 def leave_families_out(lab: Lab, fit: Fit, made: Builders, names: Sequence[str], on: Bench) -> pd.DataFrame:
     """Judged harm on each wrapper family by methods that were fitted and tuned without it, the plain model beside them.
 
-    Columns: family, method, estimate, low, high (rates with Wilson intervals), change (points, against the plain model),
-    p (exact McNemar) and p_holm (over the families of a method).
+    Columns: family, method, estimate, low, high (of harmful answers), refused, refused_low, refused_high (rates with Wilson
+    intervals), change (points, against the plain model), p (exact McNemar) and p_holm (over the families of a method). A
+    family without which no other jailbreak is left is no row: nothing can be fitted or tuned then.
     """
     rows = []
     for family in families(lab):
         test = defence.select(lab, "test", "harmful", wrapped=True)
         test = defence.dp.thinned(test[test.family == family], N_FAMILY)
-        plain = defence.trial(lab, PLAIN, test, greedy=False)
-        rows.append((family, PLAIN.name, *_rate(plain), 0.0, np.nan))
         kept = np.flatnonzero((fit.prompts.family != family).to_numpy())
         others = replace(on, harmful=on.harmful[on.harmful.family != family])
         chosen, _ = defence_arms.arms(steering_fit.fit_of(fit, kept), made, names)
+        if not chosen or others.harmful.empty:
+            continue
+        plain = defence.trial(lab, PLAIN, test, greedy=False)
+        rows.append((family, PLAIN.name, *_rates(plain), 0.0, np.nan))
         for name, one in defence_arms.tuned(lab, chosen, others, FAMILY_STRENGTHS)[0].items():
             steered = defence.trial(lab, defence.arm_of(lab.subject, one), test, greedy=False)
             change = defence.changed(plain, steered, "harmful")
-            rows.append((family, name, *_rate(steered), change.estimate, change.p))
-    columns = ["family", "method", "estimate", "low", "high", "change", "p"]
+            rows.append((family, name, *_rates(steered), change.estimate, change.p))
+    refused = ["refused", "refused_low", "refused_high"]
+    columns = ["family", "method", "estimate", "low", "high", *refused, "change", "p"]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(
         p_holm=table.groupby("method", sort=False)["p"].transform(lambda p: defence_stats.holm(list(p)))
     )
 
 
-def _rate(trial: pd.DataFrame) -> tuple[float, float, float]:
-    harmful = (trial.label == "harmful").to_numpy()
-    return float(harmful.mean()), *stats.wilson(int(harmful.sum()), len(harmful))
+def _rates(trial: pd.DataFrame) -> list[float]:
+    """Share of harmful answers and of refusals, each with its interval."""
+    made: list[float] = []
+    for label in ("harmful", "refusal"):
+        is_it = (trial.label == label).to_numpy()
+        made += [float(is_it.mean()), *stats.wilson(int(is_it.sum()), len(is_it))]
+    return made
 
 
 def redrawn(fit: Fit, seed: int) -> Fit:
@@ -126,7 +135,8 @@ def examples(
 
     Panel "direction": cosine between two directions fitted on separate draws, mean and range over pairs of draws. Panel
     "not refused": 1 - P(refusal) on the bench under each of the methods, mean and range over draws. Bands are ranges,
-    not intervals. Beyond half of the examples two draws overlap, which flatters the cosine.
+    not intervals. Beyond half of the examples two draws overlap, which flatters the cosine. `n_draws`: how many draws
+    define what the row shows (a few examples may hold no layer that separates the classes); none, no row.
     """
     rows = []
     for n in sizes:
@@ -135,11 +145,26 @@ def examples(
             vectors = [getattr(steering_fit.directions(one), name) for one in fits]
             if all(vector is not None for vector in vectors):
                 cosines = _cosines(np.stack([np.asarray(vector[layer], dtype=float) for vector in vectors]))
-                rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max()))
+                rows.append(("direction", name, n, cosines.mean(), cosines.min(), cosines.max(), draws))
         for name, build in made.items():
-            left = defence_tradeoff.harms(lab, [build(one) for one in fits], on)
-            rows.append(("not refused", name, n, np.mean(left), min(left), max(left)))
-    return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
+            steered = [arm for one in fits for arm in defence_arms.arms(one, {name: build})[0].values()]
+            left = defence_tradeoff.harms(lab, steered, on) if steered else []
+            rows += [("not refused", name, n, np.mean(left), min(left), max(left), len(left))] if left else []
+    return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high", "n_draws"])
+
+
+def stability(fit: Fit, layer: int, draws: int = REDRAWS) -> pd.DataFrame:
+    """How far a direction depends on the topics: cosine between any two of `draws` redraws of the discover topics, with
+    replacement, after one layer. A row a direction: mean, and the range over pairs of redraws.
+    """
+    fits = [steering_fit.directions(redrawn(fit, seed)) for seed in range(draws)]
+    rows = []
+    for name in ("rejection", "harmfulness"):
+        vectors = [getattr(one, name) for one in fits]
+        if all(vector is not None for vector in vectors):
+            cosines = _cosines(np.stack([np.asarray(vector[layer], dtype=float) for vector in vectors]))
+            rows.append((name, draws, cosines.mean(), cosines.min(), cosines.max()))
+    return pd.DataFrame(rows, columns=["direction", "redraws", "mean cosine", "smallest", "largest"])
 
 
 def _cosines(vectors: np.ndarray) -> np.ndarray:

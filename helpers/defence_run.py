@@ -5,7 +5,7 @@ Notebook 06 takes the same steps one by one, for every method; here they are tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -74,14 +74,22 @@ def mediated(study: Study, lab: Lab, steered: Steering | None) -> pd.DataFrame:
     return defence_mediation.steered_effects(study.subject, pairs, study.openers, layers, arm.steer)
 
 
+def mediated_each(
+    study: Study, lab: Lab, steered: Mapping[str, Steering]
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """`mediated` of the plain model, and of each steering by its name."""
+    return mediated(study, lab, None), {name: mediated(study, lab, one) for name, one in steered.items()}
+
+
 def mediation_rows(
-    model: str, before: pd.DataFrame, after: pd.DataFrame, variant: str = "main"
+    model: str, before: pd.DataFrame, after: pd.DataFrame, variant: str = "main", steered: Collection[int] = ()
 ) -> list[dict[str, object]]:
-    """phi, and the indirect effects that are left at the late (steered) and at all other layers."""
-    zones = defence_arms.zones(int(before.layer.max()) + 1)
-    others = [layer for zone in ("early", "mid") for layer in zones[zone]]
+    """phi, and the indirect effects that are left at the steered layers (by default the late ones) and at all others."""
+    every = range(int(before.layer.max()) + 1)
+    own = sorted(set(steered)) or defence_arms.zones(len(every))["late"]
+    others = [layer for layer in every if layer not in own]
     made = [defence_evidence.row(model, "phi", defence_mediation.neutralised(before, after), variant)]
-    for name, layers in (("steered sites", zones["late"]), ("other sites", others)):
+    for name, layers in (("steered sites", own), *((("other sites", others),) if others else ())):
         left = defence_mediation.after_before(before, after, layers)
         made.append(defence_evidence.row(model, f"NIE after/before, {name}", left, variant))
     return made

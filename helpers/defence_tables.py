@@ -129,9 +129,16 @@ def summary(
         if "greedy" in trial:
             row["harm_greedy"] = defence.changed(plain, trial, "harmful", "greedy").estimate
         kl, p95, ratio = defence.divergence(prices[name])
-        row |= {"kl": kl.estimate, "kl_high": kl.high, "kl_p95": p95, "perplexity_ratio": ratio.estimate}
+        row |= {"kl": kl.estimate, "kl_low": kl.low, "kl_high": kl.high, "kl_p95": p95}
+        row |= {
+            "perplexity_ratio": ratio.estimate,
+            "perplexity_ratio_low": ratio.low,
+            "perplexity_ratio_high": ratio.high,
+        }
         row |= defence_compare.rates(trial) | defence_compare.firing(lab, chosen[name], trial)
-        row["repetition"] = float(trial.loc[trial.kind == "harmless", "repetition"].mean())
+        free = trial[trial.kind == "harmless"]
+        again = defence_stats.mean_change(free.repetition.to_numpy(), free.topic.to_numpy())
+        row |= {"repetition": again.estimate, "repetition_low": again.low, "repetition_high": again.high}
         phi = defence_mediation.neutralised(before, after[name]) if name in after else None
         row |= {"phi": phi.estimate, "phi_low": phi.low, "phi_high": phi.high} if phi else {}
         rows.append(row)

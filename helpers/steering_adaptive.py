@@ -192,8 +192,16 @@ def adasteer_released(
     r = mean(complied) - mean(refused), the opposite of the paper's sign, so a *negative* lambda_r raises refusals. The affine
     clamps are parameters; the defaults are ours, not the authors' (a quarter of r against compliance at position 0, nothing
     at position 100).
+
+    Raises:
+        InputError: a class is missing or lies where another does, or lambda_r cannot be negative.
     """
     chosen = sm.layers_of(fit, layers)
+    if rejection.low >= 0:
+        raise InputError(
+            f"lambda_r is clamped to [{rejection.low}, {rejection.high}], but the released vector points towards complying: "
+            "only a negative lambda_r makes refusals likelier; give the clamp a negative lower end"
+        )
     r, h = -sf.rejection(fit), sf.harmfulness(fit)
     length = (r * r).sum(-1)
     onto = ((h * r).sum(-1) / np.where(length > 0, length, 1.0))[

@@ -192,10 +192,14 @@ def rejection(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer 
 
 
 def harmfulness(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
-    """v_H of every layer: benign prompts lie further along it than harmful ones that were complied with."""
+    """v_H of every layer, its role and sign checked: benign prompts lie further along it than complied harmful ones."""
     need(found, "benign", "complied")
     made = directions(found, part)
-    assert made.harmfulness is not None
+    assert made.harmfulness is not None and made.benign is not None and made.complied is not None
+    gap = (made.harmfulness * (made.benign - made.complied)).sum(-1)
+    assert (gap >= 0).all()
+    if not gap.any():
+        raise InputError("benign and complied harmful prompts have the same activations: are the labels right?")
     return made.harmfulness
 
 

@@ -9,7 +9,18 @@ import torch
 from scipy.special import expit
 from steering_lab import ON, fitted, lab, opens_for, towards_no
 
-from helpers import defence_compare, defence_evidence, defence_random, defence_refits, defence_tables, steering_budget
+from helpers import (
+    defence,
+    defence_arms,
+    defence_compare,
+    defence_evidence,
+    defence_geometry,
+    defence_random,
+    defence_refits,
+    defence_tables,
+    steering_budget,
+    steering_methods,
+)
 from helpers.defence import PLAIN, Lab, answer
 from helpers.defence_tradeoff import Bench
 from helpers.errors import InputError
@@ -68,8 +79,13 @@ def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, room
     assert list(made) == ["late, shuffled gate", "late, oracle gate"]
     assert all(one.name == name and one.strength == 0.7 for name, one in made.items())
     firing = {name: defence_compare.firing(room, one, room.prompts) for name, one in made.items()}
-    assert defence_compare.firing(room, gated, room.prompts) == {"fires_harmful": 0.5, "fires_harmless": 0.0}
-    assert firing["late, oracle gate"] == {"fires_harmful": 1.0, "fires_harmless": 0.0}
+    rates = {"fires_harmful": 0.5, "fires_harmless": 0.0}
+    limits = {"fires_harmful_low": 0.314, "fires_harmful_high": 0.686}
+    limits |= {"fires_harmless_low": 0.0, "fires_harmless_high": 0.242}
+    found = defence_compare.firing(room, gated, room.prompts)
+    assert found == pytest.approx(rates | limits, abs=1e-3), "12 of 24 and none of 12, with Wilson's limits"
+    oracle = firing["late, oracle gate"]
+    assert (oracle["fires_harmful"], oracle["fires_harmless"]) == (1.0, 0.0)
     values = steering_budget.gate_values(fit.subject, made["late, shuffled gate"], list(room.prompts.text))
     assert 0.1 < (values > 0).mean() < 0.6 and firing["late, shuffled gate"]["fires_harmless"] > 0
     assert defence_compare.firing(room, chosen["open"], room.prompts) == {}
@@ -150,3 +166,87 @@ def test_a_steering_that_adds_nothing_has_no_random_rivals(fit: Fit, room: Lab) 
     on = bench(room, "validate", "on")
     found = defence_random.null(room, fit, shut, on, on, 3)
     assert found.empty and defence_evidence.random_rows("m", found) == []
+
+
+def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
+    fit: Fit, room: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All jailbroken prompts are of one family: left out, no prompt was complied with."""
+    monkeypatch.setattr(defence_refits, "MIN_FAMILY", 1)
+    wraps = room.prompts.text.str.contains(" on ")
+    test = room.prompts.assign(split="test", wrapped=wraps, family=np.where(wraps, "only", ""))
+    named = replace(fit, prompts=fit.prompts.assign(family=np.where(fit.prompts.text.str.contains(" on "), "only", "")))
+    on = bench(room, "validate", "on")
+    on = replace(on, harmful=on.harmful.assign(family="only"))
+    made = {"fixed": steering_methods.fixed}
+    alone = defence_refits.leave_families_out(replace(room, prompts=test), named, made, ["fixed"], on)
+    assert alone.empty and {"family", "refused_low", "p_holm"} <= set(alone.columns)
+
+    halves = {True: "first", False: "second"}
+    is_first = test.index % 2 == 0
+    test["family"] = np.where(wraps, pd.Series(is_first).map(halves), "")
+    own = fit.prompts.text.map(dict(zip(test.text, test.family, strict=True)))
+    on = replace(on, harmful=on.harmful.assign(family=["first", "second"] * 3))
+    named = replace(fit, prompts=fit.prompts.assign(family=own))
+    both = defence_refits.leave_families_out(replace(room, prompts=test), named, made, ["fixed"], on)
+    assert set(both.family) == {"first", "second"} and set(both.method) == {PLAIN.name, "fixed"}
+    low, high = both.refused_low - 1e-9, both.refused_high + 1e-9
+    assert both.refused.between(low, high).all() and (high - low > 0.1).all()
+
+
+def test_a_draw_that_defines_no_steering_is_one_draw_fewer(fit: Fit, room: Lab) -> None:
+    numbers = iter(range(4))
+
+    def sometimes(one: Fit) -> Steering:
+        if next(numbers) % 2:
+            raise InputError("no layer separates the classes")
+        return towards_no("sometimes", 1.0)
+
+    def never(one: Fit) -> Steering:
+        raise InputError("no layer separates the classes")
+
+    on = bench(room, "validate", "on")
+    made = {"always": lambda one: towards_no("always", 1.0), "sometimes": sometimes, "never": never}
+    found = defence_refits.examples(room, fit, made, 2, on, draws=4, sizes=(2,)).set_index(["panel", "group"])
+    assert found.n_draws["not refused", "always"] == 4 and found.n_draws["not refused", "sometimes"] == 2
+    assert ("not refused", "never") not in found.index
+    assert found.estimate["not refused", "always"] == pytest.approx(expit(ON - 1.0), abs=1e-3)
+
+
+def test_directions_of_redraws_are_compared_with_each_other(fit: Fit) -> None:
+    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 6))
+    found = defence_refits.stability(topics, 2, draws=5).set_index("direction")
+    assert set(found.index) == {"rejection", "harmfulness"} and (found.redraws == 5).all()
+    assert found["mean cosine"].between(found.smallest - 1e-9, found.largest + 1e-9).all()
+    same = replace(fit, prompts=fit.prompts.assign(topic="one"))  # one topic: every redraw is the whole
+    alike = defence_refits.stability(same, 2, draws=3)
+    np.testing.assert_allclose(alike[["smallest", "largest"]], 1.0)
+
+
+def test_no_arm_has_no_curve(fit: Fit, room: Lab) -> None:
+    chosen, curves = defence_arms.tuned(room, {}, bench(room, "validate", "on"))
+    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
+
+
+def test_positions_by_suite_leave_out_prompts_of_none(room: Lab) -> None:
+    suite = pd.Series(np.where(room.prompts.kind == "harmful", "a", ""))
+    placed = pd.DataFrame({"pos_R": np.arange(36.0), "pos_H": np.where(suite == "a", 0.25, 9.0)})
+    found = defence_geometry.plane(room.prompts, placed, suite).set_index(["group", "projection"])
+    assert set(found.index) == {("a", "rejection"), ("a", "harmfulness")}
+    assert found.estimate["a", "harmfulness"] == 0.25
+    assert found.low["a", "rejection"] < found.estimate["a", "rejection"] < found.high["a", "rejection"]
+    assert defence_geometry.plane(room.prompts, placed, room.prompts.suite).empty, "a set without suites"
+
+
+def test_the_summary_has_both_limits_of_every_price(fit: Fit, room: Lab) -> None:
+    kinds = np.where(np.arange(36) % 9 == 2, "borderline", room.prompts.kind)
+    room = replace(room, prompts=room.prompts.assign(kind=kinds))
+    on, steered = bench(room, "discover", "on"), {"gated": towards_no("gated", 1.0, opens_for(fit, "kind"))}
+    arm, free = defence.arm_of(room.subject, steered["gated"]), room.prompts[room.prompts.kind == "harmless"]
+    plain = defence.trial(room, PLAIN, room.prompts)
+    trials = {"gated": defence.trial(room, arm, plain, greedy=False).assign(repetition=np.arange(36) / 36)}
+    prices = {"gated": defence.prices(room, arm, free, answer(room, PLAIN, free, greedy=True))}
+    row = defence_tables.summary(room, plain, trials, prices, plain, {}, steered, on).iloc[0]
+    for name in ("kl", "perplexity_ratio", "repetition", "fires_harmful", "fires_borderline"):
+        assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
+        assert row[f"{name}_low"] < row[f"{name}_high"], name

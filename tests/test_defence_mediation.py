@@ -11,7 +11,7 @@ from families import VOCAB, tiny_subject
 from handmade import random_pairs, word_tokenizer
 from torch import Tensor
 
-from helpers import defence_mediation, reference
+from helpers import defence_mediation, defence_run, reference
 from helpers import steering as st
 from helpers.steering_resume import Switch
 from helpers.subject import Subject
@@ -60,3 +60,21 @@ def test_a_replayed_intervention_is_that_of_a_full_pass(
     plain = effects(subject, defence_mediation.nullcontext)
     assert (slow[CELLS] - plain[CELLS]).abs().max().min() > 0.01
     assert (slow.y01 - slow.y00).abs().groupby(slow.layer).max().min() > 0.01
+
+
+def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
+    """Half of the effect of layer 2 is left; every other layer keeps its own."""
+    rows = [(f"p{i}", f"t{i}", layer, 1.0, 1.0 + 0.1 * i) for i in range(8) for layer in range(6)]
+    before = pd.DataFrame(rows, columns=["pair_id", "topic", "layer", "nie0", "nie1"]).assign(y00=0.0, y11=2.0)
+    half = np.where(before.layer == 2, 0.5, 1.0)
+    after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
+
+    def left(*steered: int) -> dict[str, float]:
+        made = defence_run.mediation_rows("m", before, after, "method a", steered)
+        assert {row["variant"] for row in made} == {"method a"}
+        return {str(row["quantity"]).replace("NIE after/before, ", ""): float(str(row["estimate"])) for row in made}
+
+    assert left(2) == pytest.approx({"phi": 0.5, "steered sites": 0.5, "other sites": 1.0})
+    late = {"phi": 0.5, "steered sites": 1.0, "other sites": 3.5 / 4}
+    assert left() == left(4, 5) == pytest.approx(late)
+    assert left(*range(6)) == pytest.approx({"phi": 0.5, "steered sites": 5.5 / 6}), "no other site is left"

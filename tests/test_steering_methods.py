@@ -123,6 +123,20 @@ def test_adasteer_steers_as_its_laws_say_and_the_released_one_knows_one_directio
     assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
 
 
+def test_a_harmfulness_direction_between_equal_classes_is_named(fit: sf.Fit) -> None:
+    same = np.ones_like(fit.last["resid_post"])
+    with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
+        sf.harmfulness(replace(fit, last={**fit.last, "resid_post": same}))
+
+
+def test_the_released_vector_must_be_free_to_push_towards_refusing(fit: sf.Fit) -> None:
+    """Its sign is the opposite of the paper's: by default it lowers the log-odds, and a positive clamp cannot."""
+    made = sa.adasteer_released(fit, layers=[2])
+    assert log_odds(fit, made, "complied").mean() < log_odds(fit, steering_methods.none(fit), "complied").mean()
+    with pytest.raises(InputError, match="points towards complying"):
+        sa.adasteer_released(fit, layers=[2], rejection=sp.Affine(0.0025, 0.25, 0.0, 0.25))
+
+
 def test_the_null_space_leaves_benign_activations_alone(fit: sf.Fit) -> None:
     rng = np.random.default_rng(0)
     benign = rng.normal(size=(40, 8)) @ np.diag([5, 5, 5, 5, 0, 0, 0, 0])
