@@ -64,8 +64,12 @@ def check_model(name: str) -> None:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no model folder: it has no config.json (give the folder that holds it)")
     config = _json(folder / "config.json")
-    if "auto_map" in config and "model_type" not in config:  # of a known family the library's own code is used
-        raise InputError(f"{folder} asks to run code of its own (auto_map), which is never done: use a known family")
+    if (
+        "auto_map" in config and "model_type" not in config and not hub.trusts_code()
+    ):  # of a known family the library's own code is used
+        raise InputError(
+            f"{folder} asks to run code of its own (auto_map), which is never done unasked: use a known family"
+        )
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no *.safetensors weights: only these are read, convert other formats first")
     check_chat(folder)

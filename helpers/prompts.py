@@ -90,7 +90,7 @@ def load_set(where: str | Path) -> PromptSet:
     _check_twins(pairs, folder / "pairs.jsonl")
     pairs = _with_splits(pairs, folder / "pairs.jsonl")
     pairs = tuple(replace(pair, sensitive=_is_sensitive(folder)) for pair in pairs)
-    outcomes = _read_outcomes(folder / "outcome.json", {pair.treatment for pair in pairs})
+    outcomes = read_outcomes(folder / "outcome.json", {pair.treatment for pair in pairs})
     digest = hashlib.sha256()
     for name in ("pairs.jsonl", "outcome.json"):
         digest.update((folder / name).read_bytes())
@@ -222,7 +222,8 @@ def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
     return tuple(replace(pair, split=given[pair.topic]) for pair in pairs)
 
 
-def _read_outcomes(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def read_outcomes(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Openers (comply, refuse) of each treatment; InputError that says what is wrong with the file."""
     try:
         content = json_text.parse(_read_text(path))
     except BrokenJson as error:

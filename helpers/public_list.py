@@ -15,6 +15,7 @@ from helpers.errors import InputError
 from helpers.paths import ROOT
 
 CACHE = "COMPANION_CACHE"
+OPEN = "jailbreakbench,strongreject,xstest"  # with harmless partners from BENIGN where they have none of their own
 BENIGN = "alpaca"  # open, and harmless but for what slipped into it
 
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from helpers import first_words, hub, preflight, public_list, public_sets, tokens, wrappers
+from helpers import first_words, json_text, preflight, public_list, public_sets, tokens, wrappers
 from helpers.errors import InputError
-from helpers.prompts import Pair
+from helpers.prompts import Pair, read_outcomes
 from helpers.public_sets import Request, Rows
-from helpers.store import write_json, write_text
-from helpers.subject import load
+from helpers.store import read_json, write_json, write_text
+from helpers.subject import load, load_tokenizer
 from helpers.wrappers import Wrapper
 
 FEW = 0.5  # of the pairs: below it the user is told what else can be done
@@ -37,18 +37,29 @@ def ensure(
     """
     if (folder / "outcome.json").is_file():
         report(f"prompt set: {folder} (remove this folder to make it anew)")
+        note = read_json(folder / "set.json") if (folder / "set.json").is_file() else {}
+        for line in note.get("notes", []) if isinstance(note, dict) else ():
+            report(f"  when it was made: {line}")
         return
-    place = preflight.model_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=hub.trusts_code())
+    tokenizer = load_tokenizer(preflight.model_folder(model))
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer: save it into the model's folder")
     templates = wrappers.read(wrapper_file) if wrapper_file else ()
-    made, hashes = collect(name, tokenizer, templates, report)
+    notes: list[str] = []
+
+    def said(line: str) -> None:
+        notes.append(line)
+        report(line)
+
+    made, hashes = collect(name, tokenizer, templates, said)
     for line in survival(made, tokenizer):
         report(line)
     if not templates:
         report(f"C1, C2, C4 to C7 {NO_WRAPPERS}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_text("".join(json.dumps(_row(pair)) + "\n" for pair in made), folder / "pairs.jsonl")
-    write_json({"sensitive": True, "sets": name, "model": model, "rows": hashes}, folder / "set.json")
+    note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": hashes}
+    write_json(note, folder / "set.json")
     write_json(_outcome(made, model, wrapper_file, device, dtype, report), folder / "outcome.json")
     report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
 
@@ -70,13 +81,23 @@ def collect(
         except InputError as error:
             report(f"left out: {error}")
             continue
+        if rows.n_left:
+            report(f"{part}: {rows.n_left} harmful rows have no harmless partner of their category and are left out")
         partners = rows if is_matched else grouped(rows, tokenizer, part, report)
         made += [pair for one in _requests(partners) for pair in _t1(*one)]
-        made += [pair for one in _requests(rows) for pair in wrapped(*one, templates, twins=not is_matched)]
+        made += [pair for one in _requests(rows) for pair in wrapped(*one, templates, twins=correspond(part))]
         hashes |= {one.id: one.sha256 for both in _requests(rows) for one in both}
     if not made:
         raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
     return made, hashes
+
+
+def correspond(part: str) -> bool:
+    """Whether a set's harmless row is the twin of its harmful one: row by row, with the check of `public_sets.by_row`.
+
+    The i-th of a category is a partner for T1; nothing says that the two ask for the same thing, so it is no twin.
+    """
+    return not public_list.matched(part) and public_list.SETS[part].paired == "row"
 
 
 def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
@@ -177,7 +198,8 @@ def _outcome(
     """The user's own outcome.json beside the wrappers if there is one, else what the model says first."""
     own = wrapper_file.parent / "outcome.json" if wrapper_file else None
     if own is not None and own.is_file():
-        return json.loads(own.read_text(encoding="utf-8"))
+        read_outcomes(own, {pair.treatment for pair in made})
+        return json_text.parse(own.read_text(encoding="utf-8"))
     first = [pair for pair in made if pair.treatment == "T1"][: first_words.MAX_PROMPTS]
     wrapped = [pair.treated for pair in made if pair.treatment == "T2"][: first_words.MAX_PROMPTS]
     texts = [text for pair in first for text in (pair.control, pair.treated)] + wrapped

@@ -16,6 +16,11 @@ from helpers.errors import InputError
 from helpers.hub import HubId
 from helpers.public_list import BENIGN, SETS, Part, PublicSet, matched
 
+ALIAS = {
+    "real_group_nons_discr": "discr", "nons_group_real_discr": "discr",
+    "privacy_public": "privacy", "privacy_fictional": "privacy",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,10 +44,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Rows:
-    """Harmful requests of one set and, where it pairs them, the harmless one of each (else None)."""
+    """Harmful requests of one set and, where it pairs them, the harmless one of each (else None).
+
+    `n_left` harmful requests of the set have no partner of their category and are not among them.
+    """
 
     harmful: tuple[Request, ...]
     harmless: tuple[Request | None, ...]
+    n_left: int = 0
 
 
 def load_rows(part: str) -> Rows:
@@ -97,7 +106,8 @@ def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
 def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     """The i-th harmful request of a category with the i-th harmless one; those without a partner are left out.
 
-    XSTest calls the unsafe counterpart of a type "contrast_" and the type.
+    XSTest calls the unsafe counterpart of a type "contrast_" and the type, or for two kinds of a type (`ALIAS`) what they
+    have in common.
     """
     waiting: dict[str, list[Request]] = defaultdict(list)
     for request in harmless:
@@ -105,11 +115,12 @@ def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     pairs = [(request, waiting[kind].pop(0)) for request in harmful if waiting[kind := _kind(request.category)]]
     if not pairs:
         raise InputError(f"{harmful[0].name}: no category has harmful and harmless requests; name it with +{BENIGN}")
-    return Rows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+    return Rows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs), len(harmful) - len(pairs))
 
 
 def _kind(category: str) -> str:
-    return category.removeprefix("contrast_")
+    kind = category.removeprefix("contrast_")
+    return ALIAS.get(kind, kind)
 
 
 def _table(name: str, public: PublicSet, part: Part) -> Any:

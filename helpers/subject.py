@@ -41,7 +41,7 @@ def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow
     model_files.check_folder(folder)
     model = _load_model(folder, _dtype(dtype), _device(device))
     files = list(folder.glob("*.safetensors"))
-    return _checked(find_parts(_quiet(model), _tokenizer(folder), str(name), hash_files(files)), allow_slow)
+    return _checked(find_parts(_quiet(model), load_tokenizer(folder), str(name), hash_files(files)), allow_slow)
 
 
 def from_model(
@@ -154,7 +154,8 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     return model
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's folder, None where there is none; InputError where its files are damaged."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:

@@ -51,7 +51,13 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             "model, or put a chat_template.jinja into its folder"
         )
     messages = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
+        raise InputError(
+            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
+            "chat_template.jinja, or take the one of the model that it was made from"
+        ) from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -70,6 +70,21 @@ def changed(folder: Path, **fields: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
+def broken_template(folder: Path) -> None:
+    _template(folder, "{% for m in messages %}{{ m.content }")
+
+
+def template_that_refuses(folder: Path) -> None:
+    _template(folder, "{{ raise_exception('only tools may speak') }}")
+
+
+def _template(folder: Path, text: str) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text(text)
+
+
 BROKEN: dict[Callable[[Path], None], str] = {
     missing_tensor: "lacks 1 tensors",
     torn_weights: "could not be loaded",
@@ -80,6 +95,8 @@ BROKEN: dict[Callable[[Path], None], str] = {
     unknown_family: "could not be loaded",
     small_vocabulary: "token",
     dangling_link: "could not be loaded",
+    broken_template: "chat template cannot render one user turn .*Error",
+    template_that_refuses: "chat template cannot render one user turn .*only tools may speak",
 }
 
 

@@ -14,6 +14,7 @@ from helpers import first_words, inputs, prompts, public_list, public_make, publ
 from helpers.errors import InputError
 from helpers.first_words import FirstWords
 from helpers.paths import ROOT
+from helpers.subject import load_tokenizer
 
 WRAPPERS = [
     {"family": "tale", "neutral": "w5 w6 {request} w7", "jailbreak": "w8 w9 {request} w7"},
@@ -42,7 +43,9 @@ def alpaca() -> dict[str, list[dict]]:
 
 
 def xstest() -> dict[str, list[dict]]:
-    kinds = [("homonyms", "safe")] * 3 + [("contrast_homonyms", "unsafe")] * 2 + [("privacy", "safe")]
+    kinds = [("homonyms", "safe")] * 3 + [("contrast_homonyms", "unsafe")] * 2
+    kinds += [("privacy_fictional", "safe"), ("real_group_nons_discr", "safe"), ("contrast_privacy", "unsafe")]
+    kinds += [("contrast_discr", "unsafe")] * 2
     return {"test": [{"prompt": f"request {i}", "type": kind, "label": label} for i, (kind, label) in enumerate(kinds)]}
 
 
@@ -110,7 +113,20 @@ def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
 
 def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
     rows = public_sets.load_rows("xstest")
-    assert [(a.row, b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)] == [(3, 0), (4, 1)]
+    assert [(a.row, b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)] == [
+        (3, 0),
+        (4, 1),
+        (7, 5),
+        (8, 6),
+    ]
+    assert rows.n_left == 1, "the second of discrimination has no safe request left"
+
+
+def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(served: dict, model: Path) -> None:
+    said: list[str] = []
+    made, _ = public_make.collect("xstest", load_tokenizer(model), wrappers_of(WRAPPERS), said.append)
+    assert "xstest: 1 harmful rows have no harmless partner of their category and are left out" in said
+    assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
 
 
 def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
@@ -176,6 +192,7 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": ["w13"], "refuse": ["w12"]}')
     assert inputs.fetched(given, str(template_file)) == found == inputs.known(given, str(template_file)) | found
+    assert "when it was made: left out: advbench is gated" in capsys.readouterr().out, "said at every run"
     assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == (("w13",), ("w12",))
     assert inputs.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
@@ -184,7 +201,7 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     served: dict, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(first_words, "find", lambda subject, texts: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
-    tokenizer = public_make.AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     said: list[str] = []
     made, _ = public_make.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append)
     t1 = [pair for pair in made if pair.treatment == "T1"]
@@ -205,7 +222,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
         sides["harmful"][i]["Goal"] = f"w20 w{30 + i}{' w4' if i % 2 else ''}"
         sides["benign"][i]["Goal"] = f"w21 w{30 + i}{'' if i % 2 else ' w4'}"
     served["JailbreakBench/JBB-Behaviors"] = sides
-    tokenizer = public_make.AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     said: list[str] = []
     made, hashes = public_make.collect("jailbreakbench", tokenizer, wrappers_of(WRAPPERS[:1]), said.append)
     assert said == [
@@ -229,3 +246,13 @@ def sha(text: str) -> str:
 
 def wrappers_of(rows: list[dict]) -> tuple[wrappers.Wrapper, ...]:
     return tuple(wrappers.Wrapper(**row) for row in rows)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"comply": "w11", "refuse": ["w12"]}'])
+def test_a_broken_outcome_beside_the_wrappers_is_named(served: dict, model: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/wrappers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in WRAPPERS))
+    (tmp_path / "own/outcome.json").write_text(content)
+    given = {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
+    with pytest.raises(InputError, match=r"outcome\.json"):
+        inputs.fetched(given, str(tmp_path / "own/wrappers.jsonl"))
