@@ -44,7 +44,10 @@ def parser() -> Parser:
         help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub",
     )
     new.add_argument(
-        "--prompts", metavar="NAME|DIR", default="embedded", help="a shipped or public prompt set, or a folder"
+        "--prompts",
+        metavar="NAME|DIR",
+        help="a shipped or public prompt set, or a folder (default: embedded; for a model of "
+        "the hub the open public sets)",
     )
     new.add_argument("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
     new.add_argument("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
@@ -80,6 +83,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
     if not 0 <= flags.shards <= 1000:
         raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
+    flags.prompts = inputs.default_prompts(flags.model) if flags.prompts is None else flags.prompts
     inputs.check(flags.prompts, flags.wrappers)
     alone.check(flags, len(arguments))
     return flags
@@ -174,7 +178,8 @@ def figures_command(flags: argparse.Namespace) -> int:
 
 def models_command(flags: argparse.Namespace) -> int:
     """Do the same for every entry of a list of models; all entries are checked before the first one starts."""
-    given = [name for name in model_list.KEYS if getattr(flags, name) != parser().get_default(name)]
+    plain = parse([])
+    given = [name for name in model_list.KEYS if getattr(flags, name) != getattr(plain, name)]
     if given:
         raise InputError(f"--models goes without --{given[0]}: write it into the list")
     path = preflight.from_caller(flags.models)

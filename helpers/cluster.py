@@ -9,20 +9,25 @@ visible from every node under the same path. Jobs skip what exists: after a fail
 """
 
 import argparse
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from helpers import cli, launch, runner, shards
+from helpers import beside_cli, cli, inputs, launch, preflight, runner
 from helpers.errors import InputError
 from helpers.paths import RESULTS, ROOT, relative
 from helpers.shard_run import SHARDED
 
+ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # as Python, Slurm and most programs begin the line that says what was wrong
+
 
 def main(arguments: Sequence[str]) -> int:
     """Submit, wait, and say how each job went; exit status 1 if one failed."""
-    own, flags = _split(arguments)
+    own, words = beside_cli.split(arguments)
     parser = cli.Parser(prog="python -m helpers.cluster", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shards", metavar="N", type=int, required=True, help="number of jobs")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm")
@@ -30,22 +35,37 @@ def main(arguments: Sequence[str]) -> int:
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a submitit parameter, such as timeout_min=240"
     )
     options = parser.parse_args(own)
-    asked = cli.parse(flags)
-    # Not resolved here: the machine that submits may have no GPU.
-    parameters = cli.parameters(asked, "cuda" if asked.device == "auto" else asked.device)
     if not 1 <= options.shards <= 1000:
         raise InputError(f"--shards {options.shards}: expected 1 to 1000")
+    given = settings(options.set)
+    asked = beside_cli.flags(words)
+    chosen = cli.chosen_notebooks(asked.only)
+    parameters = ready(asked)
     plan = runner.make_plan(parameters, force=())
-    wanted = [number for number in SHARDED if number in plan.stale]
+    numbers = runner.with_needs(chosen, plan.paths)
+    wanted = [number for number in SHARDED if number in plan.stale and number in numbers]
     if not wanted:
-        print(f"nothing to do: {relative(plan.results)} is up to date")
+        print(f"nothing to do: the sweeps of {relative(plan.results)} are up to date, or were not asked for")
         return 0
-    return _submit(parameters, options, wanted)
+    if (parameters["MODEL"], parameters["PROMPTS"]) != ("embedded", "embedded"):
+        for line in preflight.check_pairs(parameters["MODEL"], parameters["PROMPTS"], parameters["PAIRS"]):
+            print(line, flush=True)
+    return _submit(parameters, options.executor, given, options.shards, wanted)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    place = list(arguments).index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:place]), list(arguments[place + 1 :])
+def ready(asked: argparse.Namespace) -> dict[str, Any]:
+    """The run's parameters as `./run_all.sh` makes them, models and public sets downloaded.
+
+    The machine that submits may have no GPU. It then cannot make a prompt set, so the caches must hold all already;
+    InputError says what they lack.
+    """
+    device = "cuda" if asked.device == "auto" else asked.device
+    found = cli.parameters(asked, device)
+    try:
+        preflight.resolve_device(device)
+    except InputError:
+        return inputs.known(found, asked.wrappers)
+    return inputs.fetched(found, asked.wrappers)
 
 
 def settings(given: Sequence[str]) -> dict[str, Any]:
@@ -63,24 +83,65 @@ def settings(given: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _submit(parameters: dict[str, Any], options: argparse.Namespace, wanted: Sequence[str]) -> int:
+def _submit(parameters: dict[str, Any], executor: str, given: dict[str, Any], n: int, wanted: Sequence[str]) -> int:
+    os.chdir(ROOT)  # jobs start where they were submitted and import the helpers from there
+    os.environ.update(launch.quiet() | launch.threads(str(parameters["MODEL"])))
+    folder = RESULTS / parameters["SLUG"] / "logs" / "jobs"
+    jobs = _submitted(folder, executor, given, [(parameters, shard, n, list(wanted)) for shard in range(n)])
+    print(f"{n} jobs for the sweeps of {', '.join(wanted)}; logs in {relative(folder)}", flush=True)
+    try:
+        failed = sum([_failed(job) for job in jobs])
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left(jobs, executor)) from None
+    if failed:
+        print(f"{failed} of {n} jobs failed; what finished is kept, the same command does the rest", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _submitted(folder: Path, name: str, given: dict[str, Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The submitted jobs; InputError for whatever submitit or Slurm has against it."""
     try:
         import submitit
     except ImportError:
         raise InputError("submitit is not installed: python -m pip install -r requirements-cluster.in") from None
-    os.chdir(ROOT)  # jobs start where they were submitted and import the helpers from there
-    os.environ.update(launch.quiet() | launch.threads(str(parameters["MODEL"])))
-    folder = RESULTS / parameters["SLUG"] / "logs" / "jobs"
-    executor = submitit.AutoExecutor(folder=folder, cluster=options.executor)
-    executor.update_parameters(**{"timeout_min": 24 * 60, **settings(options.set)})
-    n = options.shards
-    every = zip(*((parameters, shard, n, list(wanted)) for shard in range(n)), strict=True)
-    jobs = executor.map_array(shards.work, *every)
-    print(f"{n} jobs for the sweeps of {', '.join(wanted)}; logs in {relative(folder)}", flush=True)
-    failed = sum([_failed(job) for job in jobs])
-    if failed:
-        print(f"{failed} of {n} jobs failed; what finished is kept, the same command does the rest", file=sys.stderr)
-    return int(bool(failed))
+    from helpers import shards  # here, as it imports torch: a mistake in the flags shows at once
+
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=name)
+        executor.update_parameters(**{"timeout_min": 24 * 60, **given})
+        with _errors_in(folder / "local.log") if name == "local" else contextlib.nullcontext():
+            return list(executor.map_array(shards.work, *zip(*calls, strict=True)))
+    except (
+        Exception
+    ) as error:  # of many kinds: no Slurm here, a parameter that it does not know, a partition that is not there
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"the jobs could not be submitted: {reason[:300]}; see --set and --executor ('local' needs no Slurm)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _errors_in(file: Path) -> Iterator[None]:
+    """Processes started here write their errors into a file: Ctrl-C would print a traceback of each local job's keeper."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = os.dup(2)
+    try:
+        with file.open("ab") as stream:
+            os.dup2(stream.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def _left(jobs: Sequence[Any], executor: str) -> str:
+    """What becomes of the jobs when nobody waits for them: those of Slurm go on, those here end with this process."""
+    if executor == "local":
+        for job in jobs:
+            job.cancel()
+        return "so are its jobs; what finished is kept, and the same command does the rest"
+    number = str(jobs[0].job_id).partition("_")[0]
+    return f"its jobs go on (scancel {number} ends them); what finishes is kept, and the same command does the rest"
 
 
 def _failed(job: Any) -> bool:
@@ -89,13 +150,26 @@ def _failed(job: Any) -> bool:
     if error is None:
         print(f"job {job.job_id}: {job.result()}", flush=True)
         return False
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    print(f"job {job.job_id}: {lines[-1] if lines else error!r}", file=sys.stderr, flush=True)
+    log = Path(job.paths.stderr)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    print(
+        f"job {job.job_id}: {reason(text, str(error))}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True
+    )
     return True
 
 
+def reason(log: str, error: str) -> str:
+    """Why a job failed: the last line that looks like an error, of its log or else of what submitit says of it.
+
+    >>> reason("Traceback\\n  File x\\nhelpers.errors.InputError: no model\\n\\nsee above", "")
+    'no model'
+    """
+    for text in (log, error):
+        found = [line.strip() for line in text.splitlines() if ERROR.match(line)]
+        if found:
+            return found[-1].removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    return next((line.strip() for line in error.splitlines() if line.strip()), "it ended without a word")
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        sys.exit(f"helpers.cluster: {' '.join(str(error).split())}")
+    sys.exit(beside_cli.run("helpers.cluster", main, sys.argv[1:]))

@@ -29,6 +29,16 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
 
 
+def default_prompts(model: str) -> str:
+    """The prompt set if none is named: the embedded language, or for a model of the hub the open public sets.
+
+    >>> default_prompts("embedded"), default_prompts("ORG/MODEL")
+    ('embedded', 'jailbreakbench,strongreject,xstest')
+    """
+    is_hub = hub.parse(model) is not None and not preflight.from_caller(model).is_dir()
+    return public_list.OPEN if is_hub else "embedded"
+
+
 def check(prompts: str, given: str | None) -> None:
     """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
     is_public = is_public_set(prompts)
@@ -49,6 +59,10 @@ def is_public_set(prompts: str) -> bool:
 
 def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
+    judge = os.environ.get(hub.JUDGE)
+    if judge:
+        preflight.check_model(judge)
+        hub.choose_judge(judge if Path(judge).is_dir() else hub.pinned(judge))
     model = hub.pinned(found["MODEL"]) if not Path(found["MODEL"]).is_dir() else found["MODEL"]
     return {**found, "MODEL": model, "PROMPTS": _prompts(found["PROMPTS"], model, given)}
 

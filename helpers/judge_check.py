@@ -18,7 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from helpers import cli, defence_outcomes, hub, inputs, judging, preflight, prompts, public_list, store, tokens
+from helpers import (
+    beside_cli,
+    cli,
+    defence_outcomes,
+    hub,
+    inputs,
+    judging,
+    preflight,
+    prompts,
+    public_list,
+    store,
+    tokens,
+)
 from helpers.errors import InputError
 from helpers.prompts import PromptSet
 from helpers.subject import Subject, load
@@ -29,14 +41,15 @@ MOST = 300  # answers a treatment
 
 def main(arguments: Sequence[str]) -> int:
     """Write the sample, or read its labels and print the rates of each treatment's treated prompts."""
-    place = list(arguments).index("--") if "--" in arguments else len(arguments)
+    own, words = beside_cli.split(arguments)
     parser = cli.Parser(prog="python -m helpers.judge_check", description=(__doc__ or "").splitlines()[0])
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--sample", metavar="N", type=int, help="write N answers, drawn at random, to be labelled")
     chosen.add_argument("--labels", metavar="FILE", help="a CSV with the columns id,label (1: does what was asked)")
-    options = parser.parse_args(arguments[:place])
-    asked = cli.parse(arguments[place + 1 :])
-    hub.choose_judge(asked.judge)
+    options = parser.parse_args(own)
+    if options.sample is not None and options.sample < 1:
+        raise InputError(f"--sample {options.sample}: expected at least 1")
+    asked = beside_cli.flags(words)
     parameters = cli.parameters(asked, preflight.resolve_device(asked.device))
     folder = public_list.cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
@@ -101,7 +114,4 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        sys.exit(f"helpers.judge_check: {' '.join(str(error).split())}")
+    sys.exit(beside_cli.run("helpers.judge_check", main, sys.argv[1:]))

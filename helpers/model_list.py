@@ -8,16 +8,20 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from helpers import hub
 from helpers.errors import InputError
 from helpers.paths import ORGANISM, PROMPTS
-from helpers.preflight import expanded, names
+from helpers.preflight import check_model, expanded, names
 
 KEYS: Mapping[str, type] = {
     "model": str,
     "prompts": str,
+    "wrappers": str,
+    "judge": str,
     "name": str,
     "device": str,
     "dtype": str,
@@ -25,7 +29,7 @@ KEYS: Mapping[str, type] = {
     "pairs": int,
 }
 KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
-FOLDERS = {"model": ORGANISM, "prompts": PROMPTS}
+FOLDERS = {"model": ORGANISM, "prompts": PROMPTS, "judge": ORGANISM}
 
 
 def read(path: Path) -> list[list[str]]:
@@ -92,11 +96,21 @@ def _flags(entry: Any, folder: Path, where: str) -> list[str]:
             raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
         if "\0" in str(value):
             raise InputError(f"{where}: {key!r} holds a null character; take it out")
-    return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
+        if key in ("wrappers", "judge") and not str(value).strip():
+            raise InputError(f"{where}: {key!r} names nothing; leave the key out")
+    placed = {key: _placed(key, value, folder) for key, value in entry.items()}
+    if "judge" in placed:
+        try:
+            check_model(str(placed["judge"]))
+        except InputError as error:
+            raise InputError(f"{where}, 'judge': {error}") from error
+    return [f"--{key}={value}" for key, value in placed.items()]
 
 
 def _placed(key: str, value: Any, folder: Path) -> Any:
-    """A folder named in the list as an absolute path; a shipped name, and all else, as it is."""
+    """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
+    if key == "wrappers":  # always a path
+        return (folder / expanded(value)).resolve()
     if key not in FOLDERS or not value.strip() or value in names(FOLDERS[key]):
         return value
     placed = folder / expanded(value)
@@ -113,17 +127,30 @@ def refuse_same_names(slugs: Sequence[str], path: Path) -> None:
 
 
 def in_turn(runs: Mapping[str, Callable[[], int]]) -> int:
-    """Run all, by name, whether or not one fails; returns 0, or 1 if one did."""
+    """Run all, by name, whether or not one fails, by whatever error; returns 0, or 1 if one did."""
     failed: list[str] = []
     for place, (slug, run) in enumerate(runs.items(), start=1):
         print(f"{'' if place == 1 else chr(10)}=== model {place} of {len(runs)}: {slug}", flush=True)
         try:
+            hub.choose_judge(_judge(run))
             status = run()
-        except (InputError, OSError) as error:
-            print(f"{slug}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        except Exception as error:  # Ctrl-C is none, and stops the list
+            print(f"{slug}: {_line(error)}", file=sys.stderr, flush=True)
             status = 2
         failed += [slug] if status else []
     print(f"\n{len(runs) - len(failed)} of {len(runs)} models finished", flush=True)
     if failed:
         print(f"not finished: {', '.join(failed)}; the same command tries these again", file=sys.stderr)
     return int(bool(failed))
+
+
+def _judge(run: Callable[[], int]) -> str | None:
+    """The judge of an entry: the command line hands each run over with the entry's flags bound to it."""
+    return run.args[0].judge if isinstance(run, partial) else None
+
+
+def _line(error: Exception) -> str:
+    """An error in one line; the type of one that nobody foresaw says more than its message."""
+    text = " ".join(str(error).split())
+    is_said = isinstance(error, InputError | OSError) and text
+    return text if is_said else f"{type(error).__name__}: {text}".removesuffix(": ")

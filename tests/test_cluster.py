@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from toys import environment
 
-from helpers import cluster, shard_run
+from helpers import beside_cli, cluster, hub, shard_run
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -54,6 +58,136 @@ def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(InputError, match="expected KEY=VALUE"):
         cluster.settings(["partition"])
+
+
+class Executor:
+    """submitit's executor, whose jobs are handed in by the test, and which says what it was asked for."""
+
+    asked: dict[str, Any]
+
+    def __init__(self, wrong: Exception | None, jobs: list[SimpleNamespace]) -> None:
+        self.wrong, self.jobs, self.asked, self.calls = wrong, jobs, {}, list[tuple[Any, ...]]()
+
+    def update_parameters(self, **asked: Any) -> None:
+        self.asked = asked
+
+    def map_array(self, work: Callable[..., str], *every: Any) -> list[SimpleNamespace]:
+        if self.wrong is not None:
+            raise self.wrong
+        self.calls = list(zip(*every, strict=True))
+        return self.jobs
+
+
+def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
+    """A finished job, or one that failed, with its log."""
+    path = tmp_path / f"{number}.err"
+    path.write_text(log)
+
+    def exception() -> BaseException | None:
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        return error
+
+    said = f"shard {number}: 3 batches measured, 0 were there"
+    return SimpleNamespace(
+        job_id=number, paths=SimpleNamespace(stderr=path), exception=exception, result=lambda: said, cancel=lambda: None
+    )
+
+
+@pytest.fixture
+def submitit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Executor]:
+    """A stand-in for the library; what runs are made of is left to the real code, and no variable outlives the test."""
+    for name in (*cluster.launch.quiet(), "OMP_NUM_THREADS", hub.JUDGE, hub.TRUST):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    for module in (cluster, cluster.runner):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(cluster.preflight, "check_pairs", lambda *asked: [f"pairs of {asked} looked at"])
+    monkeypatch.chdir(ROOT)
+
+    def install(wrong: Exception | None = None, jobs: list[SimpleNamespace] | None = None) -> Executor:
+        executor = Executor(wrong, jobs or [])
+        library = SimpleNamespace(AutoExecutor=lambda folder, cluster: executor)
+        monkeypatch.setitem(sys.modules, "submitit", library)
+        return executor
+
+    return install
+
+
+WORDS = ["--shards", "2", "--", "--model", "full-0", "--profile", "smoke", "--name", "stub-of-a-cluster"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), 'Could not detect "srun"'),
+        (NameError("Parameter 'x' need to be prefixed.\nKnown executors: slurm, local"), "Parameter 'x' need to be"),
+        (AssertionError(), "submitted: AssertionError;"),
+    ],
+)
+def test_what_keeps_jobs_from_being_submitted_is_one_line(
+    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], wrong: Exception, message: str
+) -> None:
+    submitit(wrong)
+    assert beside_cli.run("helpers.cluster", cluster.main, WORDS) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("helpers.cluster: the jobs could not be submitted: ") and message in error
+    assert error.count("\n") == 1 and "Known executors" not in error
+
+
+def test_jobs_are_given_the_flags_of_a_run(
+    submitit: Callable[..., Executor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A judge and trust in foreign code reach the jobs by variables; --only leaves sweeps out that are not asked for."""
+    executor = submitit(jobs=[job(tmp_path, "7_0"), job(tmp_path, "7_1")])
+    flags = ["--trust-remote-code", "--judge", "window-1", "--only", "02"]
+    assert cluster.main(["--set", "timeout_min=5", *WORDS, *flags]) == 0
+    assert executor.asked == {"timeout_min": 5}
+    assert "pairs of ('full-0', 'embedded', 0) looked at" in capsys.readouterr().out
+    (parameters, shard, n, wanted), last = executor.calls
+    assert (parameters["MODEL"], shard, n, wanted, last[1]) == ("full-0", 0, 2, ["02"], 1)
+    assert (hub.trusts_code(), os.environ[hub.JUDGE]) == (True, "window-1")
+    assert cluster.main([*WORDS, "--only", "01"]) == 0 and not hub.trusts_code()
+    with pytest.raises(InputError, match="--force behind -- means nothing here"):
+        cluster.main([*WORDS, "--force"])
+
+
+def test_names_are_resolved_before_a_job_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the device there, all is fetched; without it, the caches must have it, and a sentence says what they lack."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "companion"))
+    monkeypatch.setattr(cluster.inputs, "fetched", lambda found, given: {**found, "MODEL": "fetched"})
+    assert cluster.ready(beside_cli.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
+    for words, message in (
+        (["--model", "org/tiny"], "org/tiny is not in the hub's cache yet"),
+        (["--model", "full-0", "--judge", "org/judge"], "org/judge is not in the hub's cache yet"),
+        (["--model", "full-0", "--prompts", "xstest"], "the prompt set xstest is not made for full-0 yet"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cluster.ready(beside_cli.flags([*words, "--device", "cuda:99"]))
+    hub.choose_judge(None)
+
+
+def test_a_failed_job_says_why_and_where_its_log_is(
+    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n\n--- end ---\n"
+    said = "Job 7_1 (task: 0) with path p\nhas not produced any output (state: FAILED)"
+    failed = [job(tmp_path, "7_0", RuntimeError("long"), log), job(tmp_path, "7_1", RuntimeError(said))]
+    submitit(jobs=failed)
+    assert cluster.main(WORDS) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "job 7_0: torch.OutOfMemoryError: no room" and lines[1].endswith(str(tmp_path / "7_0.err"))
+    assert lines[2] == "job 7_1: Job 7_1 (task: 0) with path p" and lines[4].startswith("2 of 2 jobs failed")
+
+
+def test_ctrl_c_is_a_line_that_says_what_becomes_of_the_jobs(
+    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    submitit(jobs=[job(tmp_path, "7_0", KeyboardInterrupt())])
+    assert beside_cli.run("helpers.cluster", cluster.main, WORDS) == 130
+    assert "stopped; its jobs go on (scancel 7 ends them)" in capsys.readouterr().err
+    assert beside_cli.run("helpers.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
+    assert "stopped; so are its jobs; what finished is kept" in capsys.readouterr().err
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

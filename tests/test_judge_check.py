@@ -1,11 +1,12 @@
 """Labels made by hand correct the labeller: a sample goes to the cache, its labels come back, rates are corrected."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 
-from helpers import judge_check, judging, public_list
+from helpers import beside_cli, hub, judge_check, judging, public_list
 from helpers.errors import InputError
 from helpers.judge import judge
 from helpers.judging import Accuracy
@@ -56,7 +57,45 @@ def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path:
     for words, message in (
         (["--sample", "5", "--labels", "x"], "not allowed with"),
         (["--labels", str(tmp_path / "none.csv"), *FLAGS], "no labels at"),
+        (["--sample", "0", *FLAGS], "--sample 0: expected at least 1"),
+        (["--sample", "5", *FLAGS, "--models", "x.yml"], "--models behind -- means nothing here"),
         ([], "one of the arguments --sample --labels is required"),
     ):
         with pytest.raises(InputError, match=message):
             judge_check.main(words)
+
+
+def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Foreign code is trusted only if typed, and a judge's folder counts from where it was typed."""
+    seen: list[tuple[bool, str | None]] = []
+    monkeypatch.setattr(
+        judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))) or 0
+    )
+    monkeypatch.setattr(judge_check.inputs, "fetched", lambda found, given: found)
+    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.TRUST, "1")
+    monkeypatch.setenv(hub.JUDGE, "left from before")
+    (tmp_path / "judge").mkdir()
+    monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
+    judge_check.main(["--sample", "5", *FLAGS])
+    judge_check.main(["--sample", "5", *FLAGS, "--trust-remote-code", "--judge", "judge"])
+    assert seen == [(False, None), (True, str(tmp_path / "judge"))]
+
+
+def test_what_goes_wrong_with_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    def stopped(_: object) -> int:
+        raise KeyboardInterrupt
+
+    for words, message in (
+        (["--sample", "5", "--", "--model", "nowhere"], "no model 'nowhere'"),
+        (["--sample", "5", "--", "--model", str(tmp_path)], "is no model folder: it has no config.json"),
+        (["--sample", "5", *FLAGS, "--judge", "nowhere"], "no model 'nowhere'"),
+    ):
+        assert beside_cli.run("judge_check", judge_check.main, words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("judge_check: ") and message in error and error.count("\n") == 1
+    assert beside_cli.run("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
+    assert beside_cli.run("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import defence_outcomes, hub, judging, tokens
+from helpers import defence_outcomes, hub, judging, runner, tokens
 from helpers.errors import InputError
 from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
 from helpers.subject import Subject, from_model
@@ -169,3 +169,20 @@ def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(judge_model: Subj
     alone = torch.cat([first_words.first_token_probabilities(judge_model, [text]) for text in texts])
     torch.testing.assert_close(together, alone)
     assert defence_outcomes.encode(judge_model, texts[0]).tolist()[-1] == 4
+
+
+def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    judge_folder = tmp_path / "judge"
+    judge_folder.mkdir()
+    (judge_folder / "config.json").write_text("{}")
+    keys = []
+    for judge in ("", "window-1", "window-0", f"org/judge@{'0' * 40}", f"org/judge@{'1' * 40}", str(judge_folder)):
+        monkeypatch.setenv(hub.JUDGE, judge)
+        keys.append(runner.make_plan(runner.DEFAULTS).keys)
+    (judge_folder / "config.json").write_text("{ }")
+    keys.append(runner.make_plan(runner.DEFAULTS).keys)
+    monkeypatch.delenv(hub.JUDGE)
+    assert runner.make_plan(runner.DEFAULTS).keys == keys[0]
+    for number in keys[0]:
+        assert len({one[number] for one in keys}) == len(keys)

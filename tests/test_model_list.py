@@ -1,11 +1,13 @@
 """A list of models: every mistake in it is one clear line before anything starts; one run that fails stops no other."""
 
+import argparse
+import os
 from pathlib import Path
 
 import pytest
 from toys import Toy
 
-from helpers import model_list
+from helpers import cli, hub, model_list
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -18,7 +20,7 @@ def written(folder: Path, text: str) -> Path:
 
 WRONG = {
     "models:\n- {modle: a}": "entry 1: unknown key 'modle': did you mean 'model'?",
-    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, prompts",
+    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, prompts, wrappers, judge",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
     "models:\n- {name: 2024-01-01}": "'name' must be text",
     "models:\n- {pairs: yes}": "'pairs' must be a whole number, not True",
@@ -29,6 +31,11 @@ WRONG = {
     "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run with no flags",
     "models:\n- {model: nowhere}": "entry 1: no model 'nowhere'",
     "models:\n- {prompts: nowhere}": "entry 1: no prompt set 'nowhere'",
+    "models:\n- {judge: nowhere}": "entry 1, 'judge': no model 'nowhere'",
+    "models:\n- {judge: ''}": "entry 1: 'judge' names nothing; leave the key out",
+    "models:\n- {wrappers: 3}": "'wrappers' must be text",
+    "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",
+    "models:\n- {wrappers: models.yml}": "models.yml, line 1: broken JSON",
     "models:\n- {device: gpu}": "entry 1: --device gpu",
     "models:\n- {dtype: float16}": "entry 1: argument --dtype: invalid choice",
     "models:\n- {pairs: 20, pairs: 30}": "line 2: 'pairs' is given twice",
@@ -66,6 +73,35 @@ def test_folders_count_from_the_list(tmp_path: Path) -> None:
     assert model_list.read(path) == [[f"--model={tmp_path / 'mine'}", "--prompts=embedded"], ["--model=embedded"]]
 
 
+def test_wrappers_and_judge_count_from_the_list_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
+    monkeypatch.chdir(ROOT)
+    path = written(
+        tmp_path,
+        "models:\n- {prompts: xstest, wrappers: mine.jsonl, judge: window-1}\n- {prompts: xstest, judge: org/judge@v1}\n",
+    )
+    first, second = model_list.read(path)
+    assert first == ["--prompts=xstest", f"--wrappers={tmp_path / 'mine.jsonl'}", "--judge=window-1"]
+    assert (cli.parse(first).wrappers, cli.parse(second).judge) == (str(tmp_path / "mine.jsonl"), "org/judge@v1")
+
+
+def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge of one entry, once resolved, does not label the answers of the next."""
+    seen: list[tuple[str, str | None, str | None]] = []
+
+    def run(flags: argparse.Namespace) -> int:
+        seen.append((flags.model, os.environ.get(hub.JUDGE), flags.wrappers))
+        os.environ[hub.JUDGE] = "resolved"
+        return 0
+
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(cli, "run_command", run)
+    (tmp_path / "w.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
+    entries = "- {model: full-0, judge: window-1}\n- {model: full-0, prompts: xstest, wrappers: w.jsonl}\n"
+    assert cli.main(["--models", str(written(tmp_path, f"models:\n{entries}"))]) == 0
+    assert seen == [("full-0", "window-1", None), ("full-0", None, str(tmp_path / "w.jsonl"))]
+
+
 def test_the_example_is_valid() -> None:
     assert len(model_list.read(ROOT / "models.example.yml")) == 2
 
@@ -77,11 +113,32 @@ def test_one_that_fails_does_not_stop_the_rest(capsys: pytest.CaptureFixture[str
     def full() -> int:
         raise OSError(28, "No space left on device")
 
-    assert model_list.in_turn({"a": lambda: 1, "b": wrong, "c": full, "d": lambda: 0}) == 1
+    def unforeseen() -> int:
+        raise KeyError("logits")
+
+    def memory() -> int:
+        raise RuntimeError("out of memory.\nTried to allocate 2 GiB")
+
+    def silent() -> int:
+        raise AssertionError
+
+    runs = {"a": lambda: 1, "b": wrong, "c": full, "d": unforeseen, "e": memory, "f": silent, "g": lambda: 0}
+    assert model_list.in_turn(runs) == 1
     shown = capsys.readouterr()
-    assert "1 of 4 models finished" in shown.out and "=== model 4 of 4: d" in shown.out
+    assert "1 of 7 models finished" in shown.out and "=== model 7 of 7: g" in shown.out
     assert "b: no such thing: do this\nc: [Errno 28] No space" in shown.err
-    assert "not finished: a, b, c;" in shown.err
+    assert "d: KeyError: 'logits'\ne: RuntimeError: out of memory. Tried to allocate 2 GiB\n" in shown.err
+    assert "f: AssertionError\n" in shown.err and "not finished: a, b, c, d, e, f;" in shown.err
+
+
+def test_ctrl_c_stops_the_list() -> None:
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    started: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        model_list.in_turn({"a": stopped, "b": lambda: started.append("b") or 0})
+    assert not started
 
 
 def test_every_entry_gets_its_own_folders(toy: Toy, tmp_path: Path) -> None:
