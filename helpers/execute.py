@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -63,6 +64,14 @@ def end_with_the_runner() -> None:
     """
     os.read(0, 1)
     os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def has_runner() -> bool:
+    """Whether a runner started this process: in a session of its own, with a pipe as its standard input.
+
+    One that was started by hand goes on to its end, whatever its standard input is.
+    """
+    return os.getsid(0) == os.getpid() and stat.S_ISFIFO(os.fstat(0).st_mode)
 
 
 if __name__ == "__main__":

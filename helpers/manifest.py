@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helpers import hub
+from helpers import freshness, hub
+from helpers.errors import InputError
 from helpers.freshness import KnownHashes, hash_folder
 from helpers.paths import ROOT
 from helpers.preflight import model_folder, prompts_folder
@@ -35,7 +36,7 @@ def requirement_names(path: Path) -> list[str]:
 
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
-    """Write `manifest.json` into the run's results."""
+    """Write `manifest.json` into the run's results, and note its hash, so that damage to it is seen."""
     model, prompts = model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"])
     settings = ("DEVICE", "DTYPE", "PROFILE", "PAIRS")
     chunks = results / "chunks.json"
@@ -52,7 +53,14 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "git": git_state(ROOT),
         "seconds": "run_times.json",
     }
-    write_json(content, results / "manifest.json")
+    path = write_json(content, results / "manifest.json")
+    freshness.note(results, "manifest", {"sha256": freshness.hash_file(path, {})})
+
+
+def is_as_written(results: Path) -> bool:
+    """Whether `manifest.json` is there as the last run wrote it."""
+    path = results / "manifest.json"
+    return path.is_file() and freshness.recall(results, "manifest").get("sha256") == freshness.hash_file(path, {})
 
 
 def _model(given: str, folder: Path, known: KnownHashes) -> dict[str, Any]:
@@ -98,9 +106,30 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def run_times(results: Path) -> dict[str, int]:
-    """Seconds that each notebook last took, by its name; empty before the first run."""
-    path = results / "run_times.json"
-    return dict(read_json(path)) if path.is_file() else {}
+    """Seconds that each notebook last took, by its name; empty before the first run.
+
+    They are only shown, so a damaged file costs no more than the times in it.
+    """
+    try:
+        found = read_json(results / "run_times.json")
+    except InputError:
+        return {}
+    return {name: value for name, value in found.items() if _is_time(value)} if isinstance(found, dict) else {}
+
+
+def _is_time(value: object) -> bool:
+    return type(value) is int and 0 < value < 10**9
+
+
+def mend_times(results: Path) -> None:
+    """Write a damaged `run_times.json` anew with what can be read of it; one that is whole or missing stays so."""
+    path, times = results / "run_times.json", run_times(results)
+    try:
+        whole = not path.is_file() or read_json(path) == times
+    except InputError:
+        whole = False
+    if not whole:
+        write_json(times, path)
 
 
 def note_time(results: Path, name: str, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from helpers import freshness, launch, staging
+from helpers import freshness, hub, launch, staging
 from helpers import notebook as nb
 from helpers.errors import InputError
-from helpers.manifest import note_time, run_times, write_manifest
+from helpers.manifest import is_as_written, mend_times, note_time, run_times, write_manifest
 from helpers.paths import DATA, FIGURES, NOTEBOOKS, RESULTS, ROOT, relative
 from helpers.preflight import model_folder, prompts_folder
 from helpers.store import write_text
@@ -129,13 +130,22 @@ def _is_fresh(plan: Plan, number: str, known: freshness.KnownHashes) -> bool:
 
 
 def _shared_digest(parameters: Mapping[str, Any], known: freshness.KnownHashes) -> str:
-    """What all notebooks rest on: helpers, lock, shipped data, and the model and the prompts that were handed in."""
+    """What all notebooks rest on: helpers, lock, shipped data, and the model, the prompts and the judge handed in."""
     folders = [DATA]
     given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]))
     folders += [folder for folder in given if not folder.is_relative_to(DATA)]
     parts = [freshness.hash_folder(ROOT / "helpers", known, "*.py")]
     parts += [freshness.hash_folder(folder, known) for folder in folders]
-    return freshness.digest(parts, freshness.hash_file(ROOT / "requirements.lock", known))
+    return freshness.digest(parts, freshness.hash_file(ROOT / "requirements.lock", known), *_judge(known))
+
+
+def _judge(known: freshness.KnownHashes) -> list[Any]:
+    """The model that labels answers, if one was chosen: its name, and the files of a folder (the hub's has its commit)."""
+    judge = os.environ.get(hub.JUDGE)
+    if not judge:
+        return []
+    is_hub = hub.parse(judge) is not None and not Path(judge).is_dir()
+    return [judge, {} if is_hub else freshness.hash_folder(model_folder(judge), known)]
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
@@ -177,7 +187,8 @@ def run(plan: Plan, numbers: Sequence[str]) -> int:
 
 
 def _finish(plan: Plan, done: set[str]) -> None:
-    if done or not (plan.results / "manifest.json").is_file():
+    mend_times(plan.results)
+    if done or not is_as_written(plan.results):
         known: freshness.KnownHashes = freshness.recall(plan.results, "hashes")
         write_manifest(plan.results, plan.parameters, known)
 

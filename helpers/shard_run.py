@@ -67,12 +67,13 @@ def measure(parameters: Mapping[str, Any], asked: int, notebooks: Sequence[str])
 def _start(
     parameters: Mapping[str, Any], shard: int, n_shards: int, notebooks: Sequence[str], log: Path
 ) -> subprocess.Popen[bytes]:
+    """Start a shard. It holds the other end of a pipe: if this process is killed, it ends too."""
     words = [json.dumps(dict(parameters)), str(shard), str(n_shards), ",".join(notebooks)]
     command = [sys.executable, "-m", "helpers.shards", *words]
     with log.open("w", encoding="utf-8") as file:
         variables = launch.quiet() | threads(str(parameters["MODEL"]), n_shards) | gpu(parameters["DEVICE"], shard)
         return subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 

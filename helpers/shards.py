@@ -8,10 +8,11 @@ and started again at any time.
 
 import json
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from helpers import relatives, study, sweeps
+from helpers import execute, relatives, study, sweeps
 from helpers.errors import InputError
 from helpers.study import Study
 
@@ -42,6 +43,8 @@ def work(parameters: Mapping[str, Any], shard: int, n_shards: int, notebooks: Se
 
 
 if __name__ == "__main__":
+    if execute.has_runner():
+        threading.Thread(target=execute.end_with_the_runner, daemon=True).start()
     try:
         settings, shard, n_shards, numbers = sys.argv[1:]
         print(work(json.loads(settings), int(shard), int(n_shards), numbers.split(",")))

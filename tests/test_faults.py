@@ -1,6 +1,7 @@
 """Kills, a full disk and damaged files: the next run goes on, and ends where an undisturbed run does."""
 
 import json
+import os
 import random
 import resource
 import signal
@@ -8,14 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toys import Toy, environment
 
-from helpers import freshness
+from helpers import freshness, runner
+from helpers.paths import ROOT
 
+TIMES, MANIFEST = "results/embedded/run_times.json", "results/embedded/manifest.json"
 SLOW = "_ = __import__('time').sleep(0.3)"
 TABLE = '_ = [store.write_text("{0}\\n", out / "{0}_toy.csv"), store.write_text("svg", figures / "{0}_toy.svg")]'
+
+
+FLAGS: dict[str, Any] = runner.DEFAULTS | {"MODEL": "full-0", "SLUG": "shared"}
 
 
 def results(toy: Toy) -> dict[str, bytes]:
@@ -108,14 +115,31 @@ DAMAGES = {
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_every_damaged_file_is_made_again_or_named(toy: Toy, first: int) -> None:
-    """Each file in turn; with all three values of `first` each kind of damage meets each file."""
-    expected = results(toy)
-    for place, name in enumerate(sorted(expected), start=first):
-        kind = list(DAMAGES)[place % len(DAMAGES)]
-        (toy.root / name).write_bytes(DAMAGES[kind](expected[name]))
+    """Each file alone, then a run; with all three values of `first` each kind of damage meets each file."""
+    expected, times = results(toy), toy.root / TIMES
+    assert {MANIFEST, "results/claims.csv", "results/embedded/02_toy.csv", "figures/embedded/02_toy.svg"} <= set(
+        expected
+    )
+    for place, name in enumerate([*sorted(expected), TIMES], start=first):
+        path, kind = toy.root / name, list(DAMAGES)[place % len(DAMAGES)]
+        whole = path.read_bytes()
+        path.write_bytes(DAMAGES[kind](whole))
+        done = toy.run()
         if name.startswith("notebooks/"):  # a source, which no run can make
-            assert kind == "foreign" or f"{name} is not valid JSON" in toy.run().stderr
-            (toy.root / name).write_bytes(expected[name])
+            assert done.returncode == 2 and f"{name} is not valid JSON" in done.stderr, (name, kind)
+            path.write_bytes(whole)
+            continue
+        assert (done.returncode, done.stderr) == (0, ""), (name, kind)
+        assert results(toy) == expected, (name, kind)
+        assert json.loads(times.read_text()).keys() <= {f"{number}_toy" for number in ("00", "01", "02", "03", "08")}
+    assert toy.run("--list").stdout.count(" fresh ") == 5
+
+
+def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:
+    expected = results(toy)
+    for place, name in enumerate(sorted(expected)):
+        if not name.startswith("notebooks/"):
+            (toy.root / name).write_bytes(DAMAGES[list(DAMAGES)[place % len(DAMAGES)]](expected[name]))
     for path in sorted((toy.root / "results").rglob(".state/*.json"))[::2]:
         path.write_bytes(b"[1, 2")
     done = toy.run()
@@ -151,3 +175,36 @@ def test_the_executing_process_ends_with_its_runner() -> None:
     assert process.stdin is not None and process.poll() is None
     process.stdin.close()
     assert process.wait(timeout=20) == -signal.SIGKILL
+
+
+def test_a_killed_runner_leaves_no_shard_running(tmp_path: Path) -> None:
+    code = f"from helpers import shard_run; shard_run.measure({FLAGS!r}, 2, ['02', '03'])"
+    variables = environment(COMPANION_RESULTS=str(tmp_path), COMPANION_FIGURES=str(tmp_path))
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    end = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.parquet"))) < 2:  # at work
+        assert time.monotonic() < end and running.poll() is None
+        time.sleep(0.1)
+    shards = [Path("/proc") / pid for pid in children.read_text().split()]
+    running.kill()
+    running.wait()
+    assert len(shards) == 2
+    end = time.monotonic() + 5
+    try:
+        while any(shard.exists() for shard in shards):
+            assert time.monotonic() < end, "a shard goes on without its runner"
+            time.sleep(0.1)
+    finally:
+        for shard in shards:
+            if shard.exists():
+                os.kill(int(shard.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "words", [{"stdin": subprocess.PIPE}, {"stdin": subprocess.DEVNULL, "start_new_session": True}]
+)
+def test_a_shard_started_by_hand_needs_no_runner(words: dict[str, Any]) -> None:
+    code = "from helpers import execute; print(execute.has_runner())"
+    done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, **words)
+    assert done.communicate()[0] == "False\n"
