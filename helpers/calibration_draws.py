@@ -19,6 +19,7 @@ import pandas as pd
 
 from helpers import calibration, calibration_localise, paths, store
 from helpers.calibration import TOPICS
+from helpers.calibration_rates import FRESH_LATER
 from helpers.calibration_stats import STORED
 from helpers.errors import InputError
 from helpers.pipeline import STAGES
@@ -54,7 +55,6 @@ COUNTS_LATER = {
     },
     "steering": {"late": 15, "early": 15, "middle": 15},
 }  # fmt: skip
-FRESH_LATER = 200
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 ROUNDS = 15  # of the plan
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves

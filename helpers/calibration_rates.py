@@ -12,6 +12,9 @@ from helpers.calibration_stats import ENOUGH_NULLS, STORED
 from helpers.controls import UNTRAINED
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
+FRESH_LATER = 200  # the first seed of models that were planned after the corrections of C1 and C6
+# Planned before them, but measured only afterwards.
+UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 CORRECTED = "*"  # behind a claim's name: its corrected rule
 
 
@@ -35,8 +38,18 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
 
 def _draws(purposes: Sequence[str], folder: Path) -> pd.DataFrame:
     table = store.read_table(folder / "verdicts.parquet", STORED)
-    table = table[table.purpose.isin(purposes)]
+    table = table[table.purpose.isin(purposes) & ~_seen(table)]
     return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
+
+
+def _seen(table: pd.DataFrame) -> pd.Series:
+    """Rows of the youngest corrections on draws that had been looked at when they were written: they would flatter them.
+
+    The shipped table has none; one that is measured anew from the first draw on has them.
+    """
+    known = pd.Series(list(zip(table.kind, table.seed, strict=True)), table.index)
+    late = (table.rule == "corrected") & table.claim.isin(["C1", "C6"]) & (table.purpose == "main")
+    return late & (table.seed < FRESH_LATER) & ~known.isin(UNSEEN)
 
 
 def by_claim(folder: Path = paths.CALIBRATION) -> Rates:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers import beside_cli, cli, inputs, launch, preflight, runner
+from helpers import cli, inputs, launch, preflight, run_flags, runner
 from helpers.errors import InputError
 from helpers.paths import RESULTS, ROOT, relative
 from helpers.shard_run import SHARDED
@@ -27,7 +27,7 @@ ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # as Python, Slurm and most programs
 
 def main(arguments: Sequence[str]) -> int:
     """Submit, wait, and say how each job went; exit status 1 if one failed."""
-    own, words = beside_cli.split(arguments)
+    own, words = run_flags.split(arguments)
     parser = cli.Parser(prog="python -m helpers.cluster", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shards", metavar="N", type=int, required=True, help="number of jobs")
     parser.add_argument("--executor", choices=("slurm", "local"), default="slurm")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 1 <= options.shards <= 1000:
         raise InputError(f"--shards {options.shards}: expected 1 to 1000")
     given = settings(options.set)
-    asked = beside_cli.flags(words)
+    asked = run_flags.flags(words)
     chosen = cli.chosen_notebooks(asked.only)
     parameters = ready(asked)
     plan = runner.make_plan(parameters, force=())
@@ -111,9 +111,7 @@ def _submitted(folder: Path, name: str, given: dict[str, Any], calls: Sequence[t
         executor.update_parameters(**{"timeout_min": 24 * 60, **given})
         with _errors_in(folder / "local.log") if name == "local" else contextlib.nullcontext():
             return list(executor.map_array(shards.work, *zip(*calls, strict=True)))
-    except (
-        Exception
-    ) as error:  # of many kinds: no Slurm here, a parameter that it does not know, a partition that is not there
+    except Exception as error:  # of many kinds: no Slurm here, an unknown parameter, a partition that is not there
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"the jobs could not be submitted: {reason[:300]}; see --set and --executor ('local' needs no Slurm)"
@@ -172,4 +170,4 @@ def reason(log: str, error: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(beside_cli.run("helpers.cluster", main, sys.argv[1:]))
+    sys.exit(run_flags.run("helpers.cluster", main, sys.argv[1:]))

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from helpers import (
-    beside_cli,
     cli,
     defence_outcomes,
     hub,
@@ -28,6 +27,7 @@ from helpers import (
     preflight,
     prompts,
     public_list,
+    run_flags,
     store,
     tokens,
 )
@@ -41,7 +41,7 @@ MOST = 300  # answers a treatment
 
 def main(arguments: Sequence[str]) -> int:
     """Write the sample, or read its labels and print the rates of each treatment's treated prompts."""
-    own, words = beside_cli.split(arguments)
+    own, words = run_flags.split(arguments)
     parser = cli.Parser(prog="python -m helpers.judge_check", description=(__doc__ or "").splitlines()[0])
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--sample", metavar="N", type=int, help="write N answers, drawn at random, to be labelled")
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if options.sample is not None and options.sample < 1:
         raise InputError(f"--sample {options.sample}: expected at least 1")
-    asked = beside_cli.flags(words)
+    asked = run_flags.flags(words)
     parameters = cli.parameters(asked, preflight.resolve_device(asked.device))
     folder = public_list.cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
@@ -114,4 +114,4 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(beside_cli.run("helpers.judge_check", main, sys.argv[1:]))
+    sys.exit(run_flags.run("helpers.judge_check", main, sys.argv[1:]))

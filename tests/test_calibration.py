@@ -251,3 +251,17 @@ def test_c1_to_c4_have_a_population_verdict(
         [(organism.name, "C1", "late share", "main"), (organism.name, "C2", "MLP share of NIE", "main")]
     ]
     assert (replaced.ci_low == replaced.ci_high).all()
+
+
+def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_path: Path) -> None:
+    table = calibration_draws.read().query("purpose == 'main'")
+    starred = calibration_rates.main_draws().query("claim in ['C1*', 'C6*']")
+    assert starred.groupby("claim").size().to_dict() == {"C1*": 111, "C6*": 45}
+    old = table[(table.rule == "registered") & table.claim.isin(["C1", "C6"])]
+    anew = pd.concat([table, old.assign(rule="corrected")]).drop_duplicates(
+        ["kind", "seed", "claim", "rule", "purpose"]
+    )
+    calibration_draws.store.write_table(anew, tmp_path / "verdicts.parquet")
+    again = calibration_rates.main_draws(tmp_path).query("claim in ['C1*', 'C6*']")
+    names = ["claim", "kind", "seed"]
+    assert len(anew) > len(table) and again[names].value_counts().to_dict() == starred[names].value_counts().to_dict()

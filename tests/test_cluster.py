@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from toys import environment
 
-from helpers import beside_cli, cluster, hub, shard_run
+from helpers import cluster, hub, run_flags, shard_run
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -128,7 +128,7 @@ def test_what_keeps_jobs_from_being_submitted_is_one_line(
     submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], wrong: Exception, message: str
 ) -> None:
     submitit(wrong)
-    assert beside_cli.run("helpers.cluster", cluster.main, WORDS) == 2
+    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 2
     error = capsys.readouterr().err
     assert error.startswith("helpers.cluster: the jobs could not be submitted: ") and message in error
     assert error.count("\n") == 1 and "Known executors" not in error
@@ -156,14 +156,14 @@ def test_names_are_resolved_before_a_job_starts(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "companion"))
     monkeypatch.setattr(cluster.inputs, "fetched", lambda found, given: {**found, "MODEL": "fetched"})
-    assert cluster.ready(beside_cli.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
+    assert cluster.ready(run_flags.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
     for words, message in (
         (["--model", "org/tiny"], "org/tiny is not in the hub's cache yet"),
         (["--model", "full-0", "--judge", "org/judge"], "org/judge is not in the hub's cache yet"),
         (["--model", "full-0", "--prompts", "xstest"], "the prompt set xstest is not made for full-0 yet"),
     ):
         with pytest.raises(InputError, match=message):
-            cluster.ready(beside_cli.flags([*words, "--device", "cuda:99"]))
+            cluster.ready(run_flags.flags([*words, "--device", "cuda:99"]))
     hub.choose_judge(None)
 
 
@@ -184,9 +184,9 @@ def test_ctrl_c_is_a_line_that_says_what_becomes_of_the_jobs(
     submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     submitit(jobs=[job(tmp_path, "7_0", KeyboardInterrupt())])
-    assert beside_cli.run("helpers.cluster", cluster.main, WORDS) == 130
+    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 130
     assert "stopped; its jobs go on (scancel 7 ends them)" in capsys.readouterr().err
-    assert beside_cli.run("helpers.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
+    assert run_flags.run("helpers.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
     assert "stopped; so are its jobs; what finished is kept" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import beside_cli, hub, judge_check, judging, public_list
+from helpers import hub, judge_check, judging, public_list, run_flags
 from helpers.errors import InputError
 from helpers.judge import judge
 from helpers.judging import Accuracy
@@ -94,8 +94,8 @@ def test_what_goes_wrong_with_a_model_is_one_line(tmp_path: Path, capsys: pytest
         (["--sample", "5", "--", "--model", str(tmp_path)], "is no model folder: it has no config.json"),
         (["--sample", "5", *FLAGS, "--judge", "nowhere"], "no model 'nowhere'"),
     ):
-        assert beside_cli.run("judge_check", judge_check.main, words) == 2
+        assert run_flags.run("judge_check", judge_check.main, words) == 2
         error = capsys.readouterr().err
         assert error.startswith("judge_check: ") and message in error and error.count("\n") == 1
-    assert beside_cli.run("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
-    assert beside_cli.run("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err
+    assert run_flags.run("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
+    assert run_flags.run("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err
