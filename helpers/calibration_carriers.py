@@ -31,18 +31,19 @@ def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
     fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
     meta = {name: [getattr(one.pair, field) for one in pairs] for name, field in fields.items()}
     tables = []
-    for layer in range(program.n_layers - 1):
-        for name, held in carriers.HELD.items():
-            y01, y10 = (readout(program, *camps, final(a, b, layer, held)) for a, b in (both, both[::-1]))
+    for layer in range(program.n_layers):
+        for name in carriers.HELD:
+            y01, y10 = (readout(program, *camps, final(a, b, layer, name)) for a, b in (both, both[::-1]))
             cells = {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
             place = {"site": name, "layer": layer, "position": "last", "head": -1, "outcome": "Y1"}
             tables.append(pd.DataFrame({**meta, **place, **cells}))
     return pd.concat(tables, ignore_index=True)
 
 
-def final(base: Side, source: Side, layer: int, held: Sequence[str]) -> Float[np.ndarray, "prompt channel"]:
-    """Final state of the last token with the source's state after a layer, and the base's outputs held above it."""
+def final(base: Side, source: Side, layer: int, name: str) -> Float[np.ndarray, "prompt channel"]:
+    """Final state of the last token with the source's state after a layer, and the base's outputs held by `carriers.HELD`."""
     clean, above = base.last, range(layer + 1, base.program.n_layers)
-    do = {(site, at): getattr(clean, PARTS[site])[at] for site in held for at in above}
-    do[("resid_post", layer)] = source.last.post[layer]
+    do = {(site, at): getattr(clean, PARTS[site])[at] for site in carriers.HELD[name] for at in above}
+    own = clean.mlp[layer] - source.last.mlp[layer] if name == "all held" else 0.0
+    do[("resid_post", layer)] = source.last.post[layer] + own
     return run(base.program, base.found, "last", base.end.pre, do, clean).post[-1]

@@ -19,7 +19,7 @@ import pandas as pd
 
 from helpers import calibration, calibration_localise, paths, store
 from helpers.calibration import TOPICS
-from helpers.calibration_rates import FRESH_LATER
+from helpers.calibration_rates import FRESH_LAST, FRESH_LATER
 from helpers.calibration_stats import STORED
 from helpers.errors import InputError
 from helpers.pipeline import STAGES
@@ -54,6 +54,13 @@ COUNTS_LATER = {
         "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10, "early_carrier": 10,
     },
     "steering": {"late": 15, "early": 15, "middle": 15},
+}  # fmt: skip
+# The corrected C4 came last, after all draws above: models of its own again, from this seed on. C6 gets the nulls it lacked.
+COUNTS_LAST = {
+    "layers": {
+        "skip_only": 30, "attention": 30, "middle": 25, "early": 10, "late": 10, "late_like_benign": 10, "early_carrier": 10,
+    },
+    "steering": {"early": 15, "middle": 15},
 }  # fmt: skip
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 ROUNDS = 15  # of the plan
@@ -95,8 +102,9 @@ def plan() -> list[Draw]:
         for kind, count in kinds.items():
             each = math.ceil(count / ROUNDS)
             made += [Draw("main", part, kind, FRESH + i) for i in range(number * each, min(count, (number + 1) * each))]
-    for part, kinds in COUNTS_LATER.items():
-        made += [Draw("main", part, kind, FRESH_LATER + i) for kind, count in kinds.items() for i in range(count)]
+    for first, counts in ((FRESH_LATER, COUNTS_LATER), (FRESH_LAST, COUNTS_LAST)):
+        for part, kinds in counts.items():
+            made += [Draw("main", part, kind, first + i) for kind, count in kinds.items() for i in range(count)]
     for seed in range(POWER_SEEDS):
         made += [draw for part in POWER_KINDS for draw in _power(part, [seed])]
     return made

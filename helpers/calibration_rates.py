@@ -12,8 +12,10 @@ from helpers.calibration_stats import ENOUGH_NULLS, STORED
 from helpers.controls import UNTRAINED
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
-FRESH_LATER = 200  # the first seed of models that were planned after the corrections of C1 and C6
-# Planned before them, but measured only afterwards.
+# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
+FRESH_LATER, FRESH_LAST = 200, 300
+JUDGED_FROM = {"C1": FRESH_LATER, "C6": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
+# Planned before the corrections of C1 and C6, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 CORRECTED = "*"  # behind a claim's name: its corrected rule
 
@@ -48,8 +50,8 @@ def _seen(table: pd.DataFrame) -> pd.Series:
     The shipped table has none; one that is measured anew from the first draw on has them.
     """
     known = pd.Series(list(zip(table.kind, table.seed, strict=True)), table.index)
-    late = (table.rule == "corrected") & table.claim.isin(["C1", "C6"]) & (table.purpose == "main")
-    return late & (table.seed < FRESH_LATER) & ~known.isin(UNSEEN)
+    late = (table.rule == "corrected") & table.claim.isin(list(JUDGED_FROM)) & (table.purpose == "main")
+    return late & (table.seed < table.claim.map(JUDGED_FROM)) & ~((table.claim == "C1") & known.isin(UNSEEN))
 
 
 def by_claim(folder: Path = paths.CALIBRATION) -> Rates:

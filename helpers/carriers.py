@@ -7,7 +7,7 @@ them the signal needs on its way to the output. What is held is a value, so noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,35 +29,40 @@ HELD: dict[str, tuple[str, ...]] = {
     "attention held": ("attn_out",),
     "MLPs held": ("mlp_out",),
     "both held": ("attn_out", "mlp_out"),
+    "all held": ("attn_out", "mlp_out"),  # and the MLP output of the patched layer itself
 }
-# Weights of the four effects in each path. MLPs, attention and skip add up to the whole effect.
+# Weights of the effects in each path. MLPs, attention and skip add up to the whole effect.
 PATHS = {
     "MLPs": {"attention held": 1, "both held": -1},
     "attention": {"live": 1, "attention held": -1},
     "skip": {"both held": 1},
     "MLPs, attention live": {"live": 1, "MLPs held": -1},
 }
+# The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
+OWN = "MLPs from this layer on"
+WITH_OWN = {OWN: {"attention held": 1, "all held": -1}}
 OUTCOMES = ("Y1", "Y1.frozen")
 VARIANTS = tuple(variant for variant in evidence.VARIANTS if variant.name != "full response")
 
 
-def variants(subject: Subject, base: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
-    """For each layer the four interventions of `HELD`: the source's residual stream, and what is held above it."""
+def variants(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
+    """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
     last = torch.zeros_like(base.tokens, dtype=torch.bool)
     last[:, -1] = True
     made = []
     for layer in layers:
-        for sites in HELD.values():
+        own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
+        for name, sites in HELD.items():
             above = [(site, at) for site in sites for at in range(layer + 1, subject.n_layers)]
             held = (Patch(site, at, last, value=base.site(site, at)) for site, at in above)
-            made.append((Patch("resid_post", layer, last), *held))
+            made.append((Patch("resid_post", layer, last, value=own if name == "all held" else None), *held))
     return made
 
 
 def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
     control, treated = batch.control, batch.treated
-    into = (variants(subject, run, layers) for run in (control, treated))
+    into = (variants(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
     at_once = mediation.pairs_at_once(subject, control.tokens.shape[1])
     return both_ways(subject, control, treated, *into, at_once=at_once)
 
@@ -65,16 +70,15 @@ def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.
 def effects(
     study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], None] | None = None
 ) -> pd.DataFrame:
-    """Effect of the last token's residual stream after each layer, in the four ways of `HELD` (column `site`).
+    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
 
-    Rows as in `mediation.effects`, with T2 - T2b behind the others; by default for every layer but the last, above which
-    nothing is left to hold. Treatments are T2 and T2b. A network of one layer has no such layer: no rows. `watch` is shown
-    every batch of clean runs, for what else is to be read off them.
+    Rows as in `mediation.effects`, with T2 - T2b behind the others; by default for every layer. Treatments are T2 and T2b.
+    `watch` is shown every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
-    chosen = range(subject.n_layers - 1) if layers is None else layers
+    chosen = range(subject.n_layers) if layers is None else layers
     wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
-    generation = study.of("T2", "T2b") if len(chosen) else []
+    generation = study.of("T2", "T2b")
     for group in progress(mediation.batches(generation, subject), desc="carriers"):
         batch = mediation.run_clean(subject, group)
         if watch:
@@ -88,7 +92,9 @@ def effects(
     return with_difference(mediation.estimands(pd.concat(tables, ignore_index=True)), study.twins)
 
 
-def shares(table: pd.DataFrame, layer: int, value: str = "nie") -> tuple[bs.Estimates, list[str]] | None:
+def shares(
+    table: pd.DataFrame, layer: int, value: str = "nie", paths: Mapping[str, Mapping[str, int]] = PATHS
+) -> tuple[bs.Estimates, list[str]] | None:
     """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
 
     `table` holds signed effects of one treatment and outcome. None where the layer's residual stream has no positive
@@ -100,9 +106,9 @@ def shares(table: pd.DataFrame, layer: int, value: str = "nie") -> tuple[bs.Esti
         return None
     sums = stats.cluster_sums(at[at.split == "test"], value, by=["site"])
     order = list(sums.columns["site"])
-    top = np.array([[path.get(name, 0) for name in order] for path in PATHS.values()], dtype=float)
-    live = np.tile([float(name == "live") for name in order], (len(PATHS), 1))
-    return interval(sums, stats.ratio(top, live)), list(PATHS)
+    top = np.array([[path.get(name, 0) for name in order] for path in paths.values()], dtype=float)
+    live = np.tile([float(name == "live") for name in order], (len(paths), 1))
+    return interval(sums, stats.ratio(top, live)), list(paths)
 
 
 def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live") -> pd.DataFrame:
@@ -111,7 +117,7 @@ def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live
     Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer
     (each is what the other leaves), so this is where the last token overtakes all others. One row: layer, low, high
     (percentiles of 2000 bootstraps over topics, since a layer is a whole number), n_pairs, n_topics; no row for a split of
-    fewer than two topics. A layer that the table lacks is the last one, which has everything by construction.
+    fewer than two topics. Without a crossing it is the last layer, which has everything by construction.
     """
     part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == site)]
     part = evidence.signed(part[part.position == "last"])
@@ -124,7 +130,7 @@ def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live
 
     def crossing(total: np.ndarray, count: np.ndarray) -> np.ndarray:
         ahead = total[:, nie] > total[:, te] / 2
-        return np.where(ahead.any(1), ahead.argmax(1), ahead.shape[1])[:, None].astype(float)
+        return np.where(ahead.any(1), ahead.argmax(1), ahead.shape[1] - 1)[:, None].astype(float)
 
     found = interval(sums, crossing)
     low, high = np.percentile(found.replicates[:, 0], [2.5, 97.5], method="nearest")
@@ -133,11 +139,14 @@ def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live
 
 
 def by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure."""
+    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure.
+
+    In the last layer, above which nothing stands, only the path that counts its own MLP.
+    """
     signed = evidence.signed(evidence.select(table, treatment, VARIANTS[0], list(HELD)))
     rows = []
     for layer in sorted(signed.layer.unique()):
-        found = shares(signed, layer)
+        found = shares(signed, layer, paths=WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN)
         if found:
             rows.append(found[0].to_frame(pd.DataFrame({"path": found[1], "layer": layer})))
     columns = ["path", "layer", "estimate", "low", "high"]
@@ -148,7 +157,8 @@ def c4(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]
     """C4, MLPs carry the signal on: the hand-over layer, and from there the shares of MLPs, attention and skip path.
 
     The layer is the one of discover; its row shows test. A hand-over in the last layer leaves nothing above it: then a
-    row "not defined" says so. Shares from every other layer stand beside it as variants "from layer l".
+    row "not defined" says so. Shares from every other layer stand beside it as variants "from layer l". The share that
+    counts the hand-over layer's own MLP is defined in the last layer, too.
     """
     treatment = evidence.primary(table)
     discover, test = (hand_over(table, treatment, split) for split in ("discover", "test"))
@@ -158,24 +168,27 @@ def c4(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]
     numbers = {"estimate": float(one.layer), "ci_low": float(one.low), "ci_high": float(one.high)}
     name = {"model": model, "claim": "C4", "quantity": "hand-over layer", "variant": "main"}
     sizes = {"n_pairs": int(one.n_pairs), "n_topics": int(one.n_topics)}
+    is_last = layer >= n_layers - 1
     rows: list[dict[str, object]] = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
     for at in range(n_layers - 1):
-        rows += _share_rows(table, model, treatment, at, VARIANTS[0], f"from layer {at}")
-    found = [_share_rows(table, model, treatment, layer, variant, variant.name) for variant in VARIANTS]
-    if not any(found):
+        rows += _share_rows(table, model, treatment, at, VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
+    paths = WITH_OWN if is_last else PATHS | WITH_OWN
+    found = [_share_rows(table, model, treatment, layer, variant, paths, variant.name) for variant in VARIANTS]
+    if is_last or not any(found):
         note = "the hand-over layer's residual stream has no effect of the treatment's sign"
-        if layer >= n_layers - 1:
+        if is_last:
             note = "the last token takes over in the last layer only: no block is left above it to carry anything"
-        return [*rows, {**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note}]
+        rows.append({**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note})
     return rows + [entry for part in found for entry in part]
 
 
 def _share_rows(
-    table: pd.DataFrame, model: str, treatment: str, layer: int, variant: evidence.Variant, label: str
-) -> list[dict[str, object]]:
+    table: pd.DataFrame, model: str, treatment: str, layer: int, variant: evidence.Variant,
+    paths: Mapping[str, Mapping[str, int]], label: str,
+) -> list[dict[str, object]]:  # fmt: skip
     whole = evidence.select(table, treatment, evidence.Variant("", variant.outcome), list(HELD))
     chosen = evidence.select(table, treatment, variant, list(HELD))
-    found = shares(evidence.signed(chosen, whole), layer, variant.value) if evidence.enough(chosen) else None
+    found = shares(evidence.signed(chosen, whole), layer, variant.value, paths) if evidence.enough(chosen) else None
     if found is None:
         return []
     n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()

@@ -1,8 +1,8 @@
 """Corrected rules of the claims whose registered rule was found to err by construction on compiled models.
 
 The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first 24
-draws of the calibration had been seen (notebook 07) and before any other draw was measured; those of C1 and C6 after all
-draws of these claims had been seen. Each is judged on draws that were measured afterwards, beside the registered rules.
+draws of the calibration had been seen (notebook 07) and before any other draw was measured; those of C1, C4 and C6 after
+all draws of these claims had been seen. Each is judged on draws that were measured afterwards, beside the registered rules.
 Thresholds are the registered ones.
 """
 
@@ -22,6 +22,8 @@ WHY = {
     "the direct effects decide alone.",
     "C3": "A probe that fails where nothing is recognised must not stand in the way of saying so: it is a condition of "
     "supported, not a control of both verdicts.",
+    "C4": "An MLP that reads what the attention of its own layer brought, and writes the decision, leaves nothing to the layers "
+    "above it: the hand-over layer's own MLP is one of those that carry on.",
     "C5a": "Where the last MLP has no effect its k90 is no better than that of a random order: that control belongs to "
     "supported only.",
     "C5b": "All that a last-layer neuron does it writes itself, so the readout test denies every gate there: the index "
@@ -80,6 +82,8 @@ def rules(rows: Rows) -> Iterator[Verdict]:
         yield first
     yield c2(rows)
     yield claims.c3(rows, corrected=True)
+    if rows.variants("C4", claims_tokens.CARRIED_OWN, ""):  # older draws do not have it
+        yield claims_tokens.c4(rows, corrected=True)
     yield claims_neurons.c5a(rows, corrected=True)
     yield claims_gates.c5b(rows, corrected=True)
     yield claims_tokens.c5c(rows, corrected=True)

@@ -9,17 +9,22 @@ from helpers.controls import Rows
 from helpers.verdicts import Verdict, decide, gate, generation, interval, tags, verdict
 
 CARRIED = "share of MLPs"
+CARRIED_OWN = "share of MLPs from this layer on"  # the hand-over layer's own MLP among them
 KEPT = "share kept by the first token"
 CONTENT = "content judge"  # the variant whose labels do not rest on an answer's opener
 SPECIFIC = 0.2  # benign answers changed, as a share of the effect on harmful ones
 
 
-def c4(rows: Rows) -> Verdict:
-    """Supported: MLPs alone carry low >= 0.60 of the hand-over residual stream's effect; contradicted: high <= 0.40."""
+def c4(rows: Rows, *, corrected: bool = False) -> Verdict:
+    """Supported: MLPs alone carry low >= 0.60 of the hand-over residual stream's effect; contradicted: high <= 0.40.
+
+    `corrected`: the hand-over layer's own MLP is one of them (`claims_corrected`).
+    """
     stop = gate(rows, "C4", generation(rows))
     if stop:
         return stop
-    share, undefined = rows.find("C4", CARRIED), rows.find("C4", "not defined")
+    carried = CARRIED_OWN if corrected else CARRIED
+    share, undefined = rows.find("C4", carried), rows.find("C4", "not defined")
     if share is None and undefined is None:
         return Verdict(
             rows.model, "C4", "not testable", "the paths above the hand-over were not measured: run notebook 05"
@@ -28,13 +33,14 @@ def c4(rows: Rows) -> Verdict:
         assert undefined is not None
         return Verdict(rows.model, "C4", "inconclusive", f"{undefined.note}{_elsewhere(rows)}")
     checks = {
-        "final norm frozen": controls.same_side(rows, "C4", CARRIED, "norm frozen", 0.5),
-        "unsaturated pairs": controls.same_side(rows, "C4", CARRIED, "unsaturated", 0.5),
+        "final norm frozen": controls.same_side(rows, "C4", carried, "norm frozen", 0.5),
+        "unsaturated pairs": controls.same_side(rows, "C4", carried, "unsaturated", 0.5),
         "joint probability": controls.joint(rows, "T2"),
     }
     decision = decide(supported=share.ci_low >= 0.60, contradicted=share.ci_high <= 0.40)
-    parts = [f"MLPs carry {interval(share)} of the effect above the hand-over layer"]
-    for name in ("attention", "skip"):
+    where = "from the hand-over layer's own on" if corrected else "above the hand-over layer"
+    parts = [f"MLPs {where} carry {interval(share)} of the effect"]
+    for name in () if corrected else ("attention", "skip"):
         other = rows.find("C4", f"share of {name}")
         parts += [] if other is None else [f"{name} {interval(other)}"]
     layer = rows.find("C4", "hand-over layer")

@@ -103,13 +103,16 @@ def synthetic(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.Dat
     rng, rows = np.random.default_rng(0), []
     for i in range(60):
         te = 4 + rng.normal(0, 0.3)
-        for layer in range(n_layers - 1):
-            live = te * (0.8 if layer >= layer_of_takeover else 0.2)
+        for layer in range(n_layers):
+            is_last = layer == n_layers - 1
+            live = te * (1.0 if is_last else 0.8 if layer >= layer_of_takeover else 0.2)
+            above = live if is_last else (1 - share) * live
             held = {
                 "live": live,
                 "attention held": live,
-                "MLPs held": (1 - share) * live,
-                "both held": (1 - share) * live,
+                "MLPs held": above,
+                "both held": above,
+                "all held": 0.2 * live,
             }
             for site, effect in held.items():
                 topic, split = f"t{i % 30}", "discover" if i % 30 < 15 else "test"
@@ -118,6 +121,12 @@ def synthetic(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.Dat
     names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "head", "outcome"]
     made = pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"])
     return made.assign(te=made.y11 - made.y00, nie0=made.y01 - made.y00, nie1=made.y11 - made.y10)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_a_layers_own_mlp_counts_from_it_on(layer: int) -> None:
+    rows = pd.DataFrame(carriers.c4(synthetic(0.7, layer), "m", 4)).set_index(["quantity", "variant"])
+    assert rows.loc[("share of MLPs from this layer on", "main"), "estimate"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -132,6 +141,29 @@ def test_a_take_over_in_the_last_layer_is_not_defined() -> None:
     rows = pd.DataFrame(carriers.c4(synthetic(0.7, 3), "m", 4))
     assert "no block is left above" in rows.loc[rows.quantity == "not defined", "note"].item()
     assert "main" not in set(rows.loc[rows.quantity == "share of MLPs", "variant"])
+
+
+@pytest.mark.parametrize(("layer", "above", "own"), [(1, 1, 1), (2, 0, 1), (3, 0, 0)])
+def test_the_mlp_that_decides_counts_from_its_own_layer_on(layer: int, above: float, own: float) -> None:
+    """Layer 2's MLP decides: from layer 2 on nothing is left to the MLPs above, and all to it and them together."""
+    table = evidence.averaged(carriers.effects(study_of(compiled(Program())), [layer]))
+    found = table[table.outcome == "Y1"].groupby("site")["nie"].mean()
+    assert (found["attention held"] - found["both held"]) / found["live"] == pytest.approx(above, abs=1e-4)
+    assert (found["attention held"] - found["all held"]) / found["live"] == pytest.approx(own, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_held_the_last_residual_is_a_sum(family: str) -> None:
+    """What the source's residual stream has after a layer without its MLP's output, plus all that is held."""
+    subject = tiny_subject(family)
+    base, source = (grid.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
+    for layer in range(subject.n_layers):
+        patches = carriers.variants(subject, base, source, [layer])
+        held = grid.interchange(subject, base, source, [patches[list(carriers.HELD).index("all held")]])[:, 0, 0]
+        expected = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
+        for at in range(layer + 1, subject.n_layers):
+            expected = expected + base.site("attn_out", at) + base.site("mlp_out", at)
+        assert (held - expected[:, -1]).abs().max() < 1e-4 * expected[:, -1].abs().max()
 
 
 SHARE = "share of MLPs"
