@@ -46,9 +46,10 @@ def run(flags: argparse.Namespace) -> int | None:
 
         return lab.run()
     if flags.recalibrate:
-        from helpers import calibration_draws, calibration_plants
+        from helpers import calibration_at_large, calibration_draws, calibration_plants
 
         calibration_draws.run(flags.recalibrate)
+        calibration_at_large.run(flags.recalibrate)
         calibration_plants.run(flags.recalibrate)
         return 0
     return None

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import calibration_localise, calibration_population, claims_corrected, freshness, paths, pipeline, verdicts
-from helpers.calibration_stats import VERDICTS
+from helpers import calibration_localise, claims_corrected, freshness, paths, pipeline, verdicts
+from helpers.calibration_stats import MEASURED
 from helpers.controls import Rows
 from helpers.ledger import ledger
 from helpers.organisms import compiled, compiled_suites
@@ -30,7 +30,7 @@ TRUTH = {True: "true", False: "false", None: "open"}
 
 @dataclass(frozen=True)
 class Drawn:
-    """Verdicts (`calibration_stats.VERDICTS`) of the registered and the corrected rules, how well each estimator finds the
+    """Verdicts (`calibration_stats.MEASURED`) of the registered and the corrected rules, how well each estimator finds the
     mechanism (`calibration_localise.SCHEMA`), and the evidence rows (`store.EVIDENCE`) that the verdicts rest on.
     """
 
@@ -41,20 +41,17 @@ class Drawn:
 
 def one_draw(
     kind: str, seed: int, topics: int = TOPICS, effect: float | None = None, *, pairs: int = 1,
-    parts: Collection[str] = tuple(STAGES), population: bool = False, full_response: bool = False,
+    parts: Collection[str] = tuple(STAGES), full_response: bool = False,
 ) -> Drawn:  # fmt: skip
     """Measure one model with the unchanged pipeline, and ask every rule of the given parts.
 
     `pairs` of each topic and treatment. `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4).
-    `population` adds what the rules say without sampling error; `full_response` adds Y2 to the estimators.
+    `full_response` adds Y2 to the estimators.
     """
     organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=pairs)
     this = compiled.study(organism)
     prompts = compiled_suites.suites(organism.pairs, seed) if "steering" in parts else None
     measured = pipeline.measure(this, organism.name, parts, full_response=full_response, prompt_set=prompts)
-    at_large: dict[str, tuple[Verdict, pd.DataFrame]] = {}
-    for part in parts if population else ():
-        at_large |= calibration_population.verdicts(organism, this, measured.rows, part)
     same = {
         "kind": kind,
         "seed": seed,
@@ -67,10 +64,9 @@ def one_draw(
     for rule, one in judged(measured.rows, organism.name, parts):
         truth = TRUTH[organism.claims[one.claim]]
         own = _fields(one, Rows(organism.name, measured.rows[measured.rows.model == organism.name]))
-        known = at_large.get(one.claim) if rule == "registered" else None
-        table.append({**same, "rule": rule, "truth": truth, **own, **_at_large(one, known)})
+        table.append({**same, "rule": rule, "truth": truth, **own})
     found = calibration_localise.localise(organism, this, measured)
-    return Drawn(pd.DataFrame(table)[list(VERDICTS)], found, measured.rows)
+    return Drawn(pd.DataFrame(table)[list(MEASURED)], found, measured.rows)
 
 
 def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(STAGES)) -> list[tuple[str, Verdict]]:
@@ -95,24 +91,11 @@ def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:
     }
 
 
-def _at_large(verdict: Verdict, known: tuple[Verdict, pd.DataFrame] | None) -> dict[str, object]:
-    """The population's verdict, and its value of the quantity that the sample's verdict shows (NaN where unknown)."""
-    if known is None:
-        return {"population": math.nan, "population_verdict": ""}
-    other, rows = known
-    row = Rows(verdict.model, rows[rows.model == verdict.model]).find(verdict.claim, verdict.quantity)
-    is_known = row is not None and row.ci_low == row.ci_high
-    return {
-        "population": float(row.estimate) if row is not None and is_known else math.nan,
-        "population_verdict": other.verdict,
-    }
-
-
 @cache
-def code() -> str:
-    """Hash of every helper that a draw's numbers can rest on: this one and all that it imports, at any depth."""
+def code(module: str = __file__) -> str:
+    """Hash of every helper that a draw's numbers can rest on: a module's file and all that it imports, at any depth."""
     seen: set[Path] = set()
-    waiting = [Path(__file__)]
+    waiting = [Path(module)]
     while waiting:
         path = waiting.pop()
         if path not in seen:
@@ -122,13 +105,12 @@ def code() -> str:
 
 
 def _imports(path: Path) -> list[Path]:
-    """Files of the helpers that a file imports."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    names = [
-        name
-        for node in nodes
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("helpers")
-        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-    ]
-    files = [paths.ROOT / (str(name).replace(".", "/") + ".py") for name in names]
+    """Files of the helpers that a file imports, also those of its own package."""
+    package = ".".join(path.resolve().parent.relative_to(paths.ROOT).parts)
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, (package if node.level else "", node.module)))
+            names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    files = [paths.ROOT / (name.replace(".", "/") + ".py") for name in names if name.startswith("helpers")]
     return [file for file in files if file.is_file()]

@@ -71,7 +71,7 @@ POWER_KINDS = {
     "context": ("late",), "layers": ("late", "early", "attention"), "timing": ("late",),
     "neurons": ("late", "distributed", "gated"),
 }  # fmt: skip
-POPULATION, FULL_RESPONSE = 5, 5  # every so many seeds also have a population verdict, and Y2 among the estimators
+FULL_RESPONSE = 5  # every so many seeds also have Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 
 
@@ -121,10 +121,11 @@ def _power(part: str, seeds: Iterable[int]) -> list[Draw]:
 
 def measure(draw: Draw) -> dict[str, pd.DataFrame]:
     """Measure a draw: its rows of all tables."""
-    last = draw.purpose == "main" and (draw.seed - FRESH) % POPULATION == POPULATION - 1
+    is_whole = (
+        draw.purpose == "main" and draw.part == "layers" and (draw.seed - FRESH) % FULL_RESPONSE == FULL_RESPONSE - 1
+    )
     drawn = calibration.one_draw(
-        draw.kind, draw.seed, draw.topics, draw.effect, pairs=draw.pairs, parts=(draw.part,), population=last,
-        full_response=last and draw.part == "layers",
+        draw.kind, draw.seed, draw.topics, draw.effect, pairs=draw.pairs, parts=(draw.part,), full_response=is_whole
     )  # fmt: skip
     label = {"kind": draw.kind, "part": draw.part, "seed": draw.seed}
     main = slice(None) if draw.purpose == "main" else slice(0)
@@ -199,7 +200,7 @@ def join(folder: Path = paths.CALIBRATION) -> int:
         tables = [table for path in parts if len(table := pd.read_parquet(path))]
         if tables:
             joined = pd.concat(tables, ignore_index=True).drop_duplicates(key, keep="last").sort_values(key)
-            store.write_table(joined, shipped)
+            store.write_table(joined[list(SCHEMAS[name])], shipped)
     return len(read(folder)) if (folder / "verdicts.parquet").is_file() else 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from helpers import evidence, neuron_screen
+from helpers import bootstrap, evidence, neuron_screen
 from helpers.calibration_stats import ranking_quality
 from helpers.evidence import Variant
 from helpers.neuron_adjacency import HALF_WIDTH
@@ -25,6 +25,14 @@ from helpers.pipeline import Measured
 from helpers.study import Study
 
 SCHEMA = {**dict.fromkeys(("kind", "estimator", "what"), "str"), "seed": "int", "value": "float"}
+ESTIMATORS = ("total", "full response", "direct", "computed", "gradient screen", "window")
+MEASURES = ("members ranked above others (AUROC)", "members among the k largest (P@k)")
+WHAT: Mapping[str, Mapping[str, str]] = {
+    **{
+        what: dict(zip(MEASURES, (f"{what}, auroc", f"{what}, P@k"), strict=True)) for what in ("components", "neurons")
+    },
+    "the deciding component": {MEASURES[1]: "decision found"},
+}
 COMPONENTS = {
     "total": Variant("main"),
     "full response": Variant("", outcome="Y2"),
@@ -84,6 +92,29 @@ def localise(organism: Organism, this: Study, measured: Measured) -> pd.DataFram
             ]
     table = pd.DataFrame(found, columns=["estimator", "what", "value"])
     return table.assign(kind=organism.design.kind, seed=organism.design.seed)[list(SCHEMA)]
+
+
+def compared(table: pd.DataFrame) -> pd.DataFrame:
+    """For the figure: the mean of each measure and its interval, a row an estimator and what it looks for, on common models.
+
+    The models of a row are those that all estimators of the same thing were asked about. The decision is one component, so its
+    P@k is the share of models in which the largest is it.
+    """
+    rows = []
+    for what, of in WHAT.items():
+        asked = {measure: table[table.what == name].dropna() for measure, name in of.items()}
+        for measure, part in asked.items():
+            wide = part.pivot(index=["kind", "seed"], columns="estimator", values="value").dropna()
+            models = np.array([f"{kind} {seed}" for kind, seed in wide.index])
+            for estimator in ESTIMATORS:
+                if estimator in wide and len(wide) > 1:
+                    found = bootstrap.mean_ci(wide[estimator].to_numpy(), models)
+                    rows.append((measure, estimator, what, found.estimate, found.low, found.high, len(wide)))
+    made = pd.DataFrame(rows, columns=["measure", "estimator", "what", "estimate", "low", "high", "models"])
+    places = {name: i for i, name in enumerate([*MEASURES, *ESTIMATORS])}
+    return made.sort_values(
+        ["measure", "estimator"], key=lambda names: names.map(places), kind="stable", ignore_index=True
+    )
 
 
 def component_rows(organism: Organism, name: str, table: pd.DataFrame) -> list[tuple[str, str, float]]:

@@ -1,8 +1,8 @@
 """Plants through the unchanged pipeline: where it says the effect passes and is written, beside where it was learned.
 
-A plant is measured on a subset of the default prompt set, and not by what needs generated answers (C5c, C6). Its verdicts
-are no calibration, since nobody knows what is true of a trained model; they show what the rules say when we know only where
-it was trained.
+A plant is measured on a subset of the default prompt set; what needs generated answers (C5c, C6), the dearest part, is asked
+of one seed of each kind. Its verdicts are no calibration, since nobody knows what is true of a trained model; they show what
+the rules say when we know only where it was trained.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ from helpers.study import Study
 from helpers.subject import from_model
 
 PARTS = ("context", "layers", "neurons")
+ANSWERED = SEEDS[:1]  # plants of these seeds are asked for answers, too
+PROMPTS = "embedded"
 PAIRS = 72  # a treatment: 21 topics in the test split, one more than the gate asks for
 SUITES = ("a_harmless", "b_plain_harm", "c_wrapped_harm")
 EFFECTS = {"total": Variant("main"), "direct": Variant("", outcome="contrast.frozen")}
 TOP = 8  # neurons, as many as C5a allows to a small model
 SCHEMAS = {
     "plants": {
-        **dict.fromkeys(("kind", "treatment", "effect", "site"), "str"),
+        **dict.fromkeys(("kind", "treatment", "effect", "site", "code"), "str"),
         **dict.fromkeys(("seed", "layer"), "int"),
         "learned": "bool",
         "share": "float",
@@ -63,7 +65,7 @@ def plan() -> list[Plant]:
 
 def study_of(plant: Plant, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Study:
     """A plant with some pairs of the default prompt set."""
-    this = study.begin("embedded", "embedded", plant.name)
+    this = study.begin("embedded", PROMPTS, plant.name)
     return relatives.thinned(replace(this, subject=from_model(model, tokenizer, plant.name)), PAIRS)
 
 
@@ -71,12 +73,15 @@ def measure(plant: Plant) -> dict[str, pd.DataFrame]:
     """Grow a plant and measure it: its rows of all tables (`SCHEMAS`)."""
     model, tokenizer = plants.grow(plant)
     this = study_of(plant, model, tokenizer)
-    measured = pipeline.measure(this, plant.name, PARTS)
+    parts = tuple(pipeline.STAGES) if plant.seed in ANSWERED else PARTS
+    measured = pipeline.measure(this, plant.name, parts, prompt_set=PROMPTS)
     assert measured.layers is not None and measured.neurons is not None
     found = pd.concat([components(plant, measured.layers.effects, "T2-T2b"), recognition(plant, this)])
     scores = [*behaviour(model, tokenizer), *planted_neurons(plant, measured.neurons, this)]
     return {
-        "plants": found.assign(kind=plant.kind, seed=plant.seed)[list(SCHEMAS["plants"])],
+        "plants": found.assign(kind=plant.kind, seed=plant.seed, code=calibration.code(__file__))[
+            list(SCHEMAS["plants"])
+        ],
         "plant_scores": pd.DataFrame(scores, columns=["estimator", "what", "value"]).assign(
             kind=plant.kind, seed=plant.seed
         )[list(calibration_localise.SCHEMA)],
@@ -164,7 +169,9 @@ def join(folder: Path = paths.CALIBRATION) -> None:
     """Put all plants that there are, also those of earlier joins, into the shipped tables."""
     for name, schema in SCHEMAS.items():
         key = [
-            column for column in schema if schema[column] != "float" and column not in ("note", "n_pairs", "n_topics")
+            column
+            for column in schema
+            if schema[column] != "float" and column not in ("note", "n_pairs", "n_topics", "code")
         ]
         shipped = folder / f"{name}.parquet"
         parts = [

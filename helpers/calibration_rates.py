@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers import calibration_stats, paths, store
-from helpers.calibration_stats import ENOUGH_NULLS, STORED
+from helpers.calibration_stats import AT_LARGE, ENOUGH_NULLS, STORED
 from helpers.controls import UNTRAINED
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
@@ -41,7 +41,19 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
 def _draws(purposes: Sequence[str], folder: Path) -> pd.DataFrame:
     table = store.read_table(folder / "verdicts.parquet", STORED)
     table = table[table.purpose.isin(purposes) & ~_seen(table)]
+    if "main" in purposes:
+        known = at_large(folder).drop(columns="code")
+        table = table.merge(known, how="left", on=["kind", "seed", "claim", "rule"], validate="one_to_one")
+        table["population_verdict"] = table.population_verdict.fillna("")
     return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
+
+
+def at_large(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Population verdicts (`calibration_stats.AT_LARGE`); empty where none are shipped."""
+    path = folder / "population.parquet"
+    if path.is_file():
+        return store.read_table(path, AT_LARGE)
+    return pd.DataFrame(columns=list(AT_LARGE)).astype({"seed": "int64", "population": "float64"})
 
 
 def _seen(table: pd.DataFrame) -> pd.Series:
@@ -95,16 +107,29 @@ def beside(claim: str, verdict: str, rates: Rates) -> str:
 
 
 def state(row: pd.Series) -> str:
-    """Whether a rate of false support shows the 5 % target.
+    """Whether a rate of false support shows the 5 % target: its one-sided 95 % bounds against it.
 
-    >>> state(pd.Series({"n": 20, "upper": 0.14, "low": 0.0}))
+    >>> state(pd.Series({"n": 20, "upper": 0.14, "lower": 0.0}))
     'not enough draws'
     """
     if row.upper <= 0.05:
         return "target shown"
-    if row.low > 0.05:
+    if row.lower > 0.05:
         return "target missed"
     return "not enough draws" if row.n < ENOUGH_NULLS else "target not shown"
+
+
+def power_state(row: pd.Series) -> str:
+    """The same of the power to support, whose target is 80 %; a rule that supports nothing cannot err by supporting.
+
+    >>> power_state(pd.Series({"hits": 0, "lower": 0.0, "upper": 0.1}))
+    'never says supported, so that its bound on false support is no evidence'
+    """
+    if not row.hits:
+        return "never says supported, so that its bound on false support is no evidence"
+    if row.lower >= 0.8:
+        return "80 % shown"
+    return "80 % missed" if row.upper < 0.8 else "80 % neither shown nor missed"
 
 
 def plants(seed: int = 0, folder: Path = paths.CALIBRATION) -> pd.DataFrame:

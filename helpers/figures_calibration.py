@@ -87,18 +87,11 @@ SPECS = (
     ),
     FigureSpec(
         "07_estimators",
-        partial(
-            plots.dots,
-            row="estimator",
-            group="what",
-            title="Which estimator finds what was built?",
-            unit="share of pairs ranked right (area under the ROC curve), mean over models",
-            marks=(0.5, 1.0),
-            below=True,
-        ),
+        plots_calibration.estimators,
         "all",
-        "How well each estimator ranks the components and neurons of the mechanism above all others",
-        {**dict.fromkeys(("estimator", "what"), "str"), **ESTIMATE},
+        "How well each estimator finds components, neurons and the decision of the mechanism: left by ranking members above all "
+        "others, right by the share of members among as many at the top",
+        {**dict.fromkeys(("measure", "estimator", "what"), "str"), **ESTIMATE, "models": "int"},
     ),
     FigureSpec(
         "07_gate_roc",

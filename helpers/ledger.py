@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers import claims_corrected, store
-from helpers.calibration_rates import Rates, beside
+from helpers.calibration_rates import CORRECTED, Rates, beside
 from helpers.claims import c1, c2, c3
 from helpers.claims_gates import c5b
 from helpers.claims_neurons import c5a, c7
@@ -67,15 +67,25 @@ def corrected(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict[tuple[
     return {(one.model, one.claim): one for one in found if (one.model, one.claim) in listed}
 
 
-def records(verdicts: Sequence[Verdict], rates: Rates | None = None) -> list[dict[str, object]]:
-    """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None."""
+def records(
+    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
+) -> list[dict[str, object]]:
+    """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
+
+    `corrected` is what the claim's corrected rule says, with error rates of its own; None where there is none.
+    """
     made = []
     for verdict in verdicts:
-        numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
-        finite = {name: x if x is not None and math.isfinite(x) else None for name, x in numbers.items()}
-        known = (rates or {}).get(verdict.claim)
-        made.append({**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": known})
+        other = (others or {}).get((verdict.model, verdict.claim))
+        corrected = None if other is None else _record(other, rates, other.claim + CORRECTED)
+        made.append({**_record(verdict, rates, verdict.claim), "corrected": corrected})
     return made
+
+
+def _record(verdict: Verdict, rates: Rates | None, name: str) -> dict[str, object]:
+    numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
+    finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+    return {**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": (rates or {}).get(name)}
 
 
 def table(
@@ -83,7 +93,8 @@ def table(
 ) -> pd.DataFrame:
     """The ledger as a table for people, numbers to two decimals, the reason last.
 
-    `error_rate` says what the calibration knows of such a verdict, `corrected_rule` what that claim's corrected rule says.
+    `error_rate` says what the calibration knows of such a verdict, `corrected_rule` what that claim's corrected rule says, with
+    its own `corrected_error_rate`.
     """
     frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
     numbers = ["estimate", "ci_low", "ci_high"]
@@ -91,8 +102,11 @@ def table(
     frame["error_rate"] = [beside(one.claim, one.verdict, rates or {}) for one in verdicts]
     found = [(others or {}).get((one.model, one.claim)) for one in verdicts]
     frame["corrected_rule"] = ["" if one is None else one.verdict for one in found]
+    frame["corrected_error_rate"] = [
+        "" if one is None else beside(one.claim + CORRECTED, one.verdict, rates or {}) for one in found
+    ]
     frame["tags"] = frame["tags"].map(", ".join)
-    last = ["error_rate", "corrected_rule", "tags", "reason"]
+    last = ["error_rate", "corrected_rule", "corrected_error_rate", "tags", "reason"]
     return frame[[*(name for name in frame.columns if name not in last), *last]]
 
 
@@ -100,11 +114,22 @@ def markdown(
     verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
 ) -> str:
     """The ledger as a Markdown table."""
-    names = ("model", "claim", "verdict", "estimate", "error rate", "corrected rule", "tags", "reason")
+    names = (
+        "model",
+        "claim",
+        "verdict",
+        "estimate",
+        "error rate",
+        "corrected rule",
+        "its error rate",
+        "tags",
+        "reason",
+    )
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     shown = table(verdicts, rates, others)
     for one, row in zip(verdicts, shown.itertuples(), strict=True):
         numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
-        cells = (one.model, one.claim, one.verdict, numbers, row.error_rate, row.corrected_rule, row.tags, one.reason)
+        rules = (row.error_rate, row.corrected_rule, row.corrected_error_rate)
+        cells = (one.model, one.claim, one.verdict, numbers, *rules, row.tags, one.reason)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

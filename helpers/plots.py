@@ -184,23 +184,12 @@ def dots(
     `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
     axis, where no corner of the frame is free.
     """
-    rows = list(dict.fromkeys(table[row]))
-    groups = list(dict.fromkeys(table[group]))
+    rows, groups = (list(dict.fromkeys(table[name])) for name in (row, group))
     figure, axes = _figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
     ax = axes[0, 0]
-    here = {value: [name for name in groups if name in set(part[group])] for value, part in table.groupby(row)}
-    for k, name in enumerate(groups):
-        part = table[table[group] == name]
-        places = [here[value].index(name) - (len(here[value]) - 1) / 2 for value in part[row]]
-        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * np.array(places) / max(1, len(groups))
-        ax.errorbar(
-            part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
-            label=NAMES.get(str(name), str(name)),
-        )  # fmt: skip
+    draw_dots(ax, table, row, group, rows, groups)
     for mark in marks:
         ax.axvline(mark, color="black", lw=0.9, ls="--")
-    ax.set_yticks(range(len(rows)), [NAMES.get(str(r), str(r)) for r in rows])
-    ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.set_title(title)
     if limits:
@@ -213,6 +202,21 @@ def dots(
     else:
         ax.legend(fontsize=8)
     return figure
+
+
+def draw_dots(ax: Axes, table: pd.DataFrame, row: str, group: str, rows: Sequence[str], groups: Sequence[str]) -> None:
+    """Estimates with intervals, a row of the axis for each of `rows`, a colour and symbol for each of `groups`."""
+    here = {value: [name for name in groups if name in set(part[group])] for value, part in table.groupby(row)}
+    for k, name in enumerate(groups):
+        part = table[table[group] == name]
+        places = [here[value].index(name) - (len(here[value]) - 1) / 2 for value in part[row]]
+        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * np.array(places) / max(1, len(groups))
+        ax.errorbar(
+            part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
+            label=NAMES.get(str(name), str(name)),
+        )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [NAMES.get(str(r), str(r)) for r in rows])
+    ax.invert_yaxis()
 
 
 VERDICTS = {"supported": ("#009E73", "+"), "contradicted": ("#D55E00", "-"), "inconclusive": ("#E5E5E5", "?")}

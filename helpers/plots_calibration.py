@@ -95,6 +95,23 @@ def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
     return figure
 
 
+def estimators(table: pd.DataFrame) -> Figure:
+    """One panel a measure: how well each estimator (rows) finds what was built (symbols); dashed where all is found."""
+    measures, rows, groups = (list(dict.fromkeys(table[name])) for name in ("measure", "estimator", "what"))
+    figure, axes = plots._figure(1, len(measures), 3.7 * len(measures) + 0.8, 1.5 + 0.32 * len(rows), sharey=True)
+    for ax, measure in zip(axes[0], measures, strict=True):
+        plots.draw_dots(ax, table[table.measure == measure], "estimator", "what", rows, groups)
+        ax.axvline(1.0, color="black", lw=0.9, ls="--")
+        ax.set_xlim(-0.04, 1.04)
+        ax.set_xlabel("mean over models")
+        ax.set_title(measure)
+    axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # shared, so one panel's turn would undo another's
+    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(groups), fontsize=8)
+    figure.suptitle("Which estimator finds what was built?", fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
 def roc(table: pd.DataFrame) -> Figure:
     """One stepped curve a score: share of true cases above a threshold against that of false ones; the area in the legend."""
     figure, axes = plots._figure(width=7.0, height=3.6)

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import (
     calibration,
+    calibration_at_large,
     calibration_carriers,
     calibration_draws,
     calibration_population,
@@ -23,6 +24,7 @@ from helpers import (
 from helpers import calibration_localise as localise
 from helpers import study as studies
 from helpers.calibration_draws import Draw
+from helpers.calibration_rates import FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from helpers.calibration_stats import ENOUGH_NULLS
 from helpers.controls import UNTRAINED
 from helpers.errors import InputError
@@ -50,6 +52,13 @@ def test_the_plan_has_enough_nulls_of_every_claim() -> None:
         assert sum(counts[calibration_draws.PART_OF[claim], kind] for kind in kinds) >= ENOUGH_NULLS, claim
     neurons = [draw for draw in draws if draw.purpose == "main" and draw.part == "neurons"]
     assert sum(not draw_design(draw.kind, draw.seed).contiguous for draw in neurons) >= ENOUGH_NULLS, "C7"
+    # A corrected rule that is younger than some draws is judged on the others only.
+    fresh = Counter((draw.part, draw.kind, draw.seed) for draw in draws if draw.purpose == "main")
+    for claim, first in JUDGED_FROM.items():
+        part = calibration_draws.PART_OF[claim]
+        assert sum(
+            n for (at, kind, seed), n in fresh.items() if at == part and kind in NULLS[claim] and seed >= first
+        ) >= (ENOUGH_NULLS), claim
 
 
 def test_the_kinds_that_are_counted_make_their_claims_false() -> None:
@@ -60,9 +69,10 @@ def test_the_kinds_that_are_counted_make_their_claims_false() -> None:
 
 
 def test_no_draw_that_was_seen_before_the_corrections_is_counted() -> None:
+    """The first look is history: no plan measures it again, so a table that is made anew has none."""
     assert min(draw.seed for draw in calibration_draws.plan()) == calibration_draws.FRESH
     old = calibration_draws.read().query("purpose == 'first look'")
-    assert len(old) and old.seed.max() < calibration_draws.FRESH and set(old.rule) == {"registered"}
+    assert (old.seed < calibration_draws.FRESH).all() and set(old.rule) <= {"registered"}
     assert not set(calibration_rates.main_draws().seed) & set(old.seed)
 
 
@@ -219,7 +229,8 @@ def test_the_population_agrees_with_a_large_sample(
 ) -> None:
     monkeypatch.setattr(calibration_population, "TOPICS", 60)
     found = calibration_population.verdicts(organism, study_of(organism), measured.rows, "neurons")
-    rows = found["C5a"][1].set_index(KEYS)
+    assert set(found) == {("C5a", "registered"), ("C5a", "corrected")}
+    rows = found["C5a", "registered"][1].set_index(KEYS)
     at = (organism.name, "C5a", "psi1", "main")
     sample = measured.rows.set_index(KEYS).loc[at]
     assert rows.loc[at].ci_low == rows.loc[at].ci_high
@@ -242,26 +253,84 @@ def test_c1_to_c4_have_a_population_verdict(
 ) -> None:
     monkeypatch.setattr(calibration_population, "TOPICS", 30)
     found = calibration_population.verdicts(organism, study_of(organism), measured.rows, "layers")
-    assert {"C1", "C2"} <= set(found)
-    early = calibration_population.verdicts(organism, study_of(organism), measured.rows, "context")["C3"][1]
+    assert {("C1", "registered"), ("C2", "registered"), ("C2", "corrected"), ("C4", "corrected")} <= set(found)
+    assert ("C1", "corrected") not in found, "the closed form does not know where a decision is computed"
+    context = calibration_population.verdicts(organism, study_of(organism), measured.rows, "context")
+    early = context["C3", "registered"][1]
     psi = early[(early.quantity == "psi0 early, shared tokens") & (early.variant == "main")].iloc[0]
     assert psi.ci_low == psi.ci_high == pytest.approx(psi.estimate)
-    rows = found["C1"][1].set_index(KEYS)
+    rows = found["C1", "registered"][1].set_index(KEYS)
     replaced = rows.loc[
         [(organism.name, "C1", "late share", "main"), (organism.name, "C2", "MLP share of NIE", "main")]
     ]
     assert (replaced.ci_low == replaced.ci_high).all()
 
 
+def test_population_verdicts_stand_beside_the_verdicts_and_go_on_where_they_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("verdicts", "evidence"):
+        table = calibration_draws.read(table=name)
+        chosen = table[(table.kind == "late") & table.seed.isin([11, 12])]
+        calibration_draws.store.write_table(chosen[chosen.claim.isin(["gate", "C5a"])], tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(calibration_population, "TOPICS", 40)
+    asked: list[calibration_at_large.Draw] = []
+    original = calibration_at_large.measure
+
+    def measure(draw: calibration_at_large.Draw, evidence: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+        asked.append(draw)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return original(draw, evidence, stored)
+
+    monkeypatch.setattr(calibration_at_large, "measure", measure)
+    monkeypatch.setattr(
+        calibration_at_large, "wanted", lambda evidence: [("neurons", "late", 11), ("neurons", "late", 12)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        calibration_at_large.run("1/1", tmp_path)
+    calibration_at_large.run("1/1", tmp_path)
+    calibration_at_large.run("1/1", tmp_path)
+    assert asked == [("neurons", "late", 11)] + [("neurons", "late", 12)] * 2
+    joined = calibration_rates.main_draws(tmp_path).set_index(["claim", "seed"])
+    assert set(joined.population_verdict) == {"supported"} and joined.population.notna().all()
+    assert {("C5a", 11), ("C5a*", 12)} <= set(joined.index)
+
+
+def test_estimators_are_compared_on_the_same_models() -> None:
+    row = {"kind": "late", "what": "components, auroc", "value": 1.0}
+    table = pd.DataFrame(
+        [{**row, "estimator": "total", "seed": seed} for seed in range(4)]
+        + [{**row, "estimator": "direct", "seed": seed, "value": 0.5} for seed in range(2)]
+        + [{**row, "estimator": "total", "seed": seed, "what": "decision found", "value": 0.0} for seed in (8, 9)]
+    )
+    found = localise.compared(table).set_index(["what", "estimator"])
+    assert found.models.to_dict() == {
+        ("components", "total"): 2,
+        ("components", "direct"): 2,
+        ("the deciding component", "total"): 2,
+    }
+    assert found.loc[("components", "direct"), "estimate"] == 0.5
+
+
 def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_path: Path) -> None:
     table = calibration_draws.read().query("purpose == 'main'")
-    starred = calibration_rates.main_draws().query("claim in ['C1*', 'C6*']")
-    assert starred.groupby("claim").size().to_dict() == {"C1*": 111, "C6*": 45}
-    old = table[(table.rule == "registered") & table.claim.isin(["C1", "C6"])]
+    youngest = "claim in ['C1*', 'C4*', 'C6*']"
+    starred = calibration_rates.main_draws().query(youngest)
+    planned = Counter(
+        (draw.part, draw.seed >= FRESH_LAST) for draw in calibration_draws.plan() if draw.seed >= FRESH_LATER
+    )
+    n_last = planned["layers", True]
+    assert starred.groupby("claim").size().to_dict() == {
+        "C1*": planned["layers", False] + len(UNSEEN) + n_last,
+        "C4*": n_last,
+        "C6*": planned["steering", False] + planned["steering", True],
+    }
+    old = table[(table.rule == "registered") & table.claim.isin(["C1", "C4", "C6"])]
     anew = pd.concat([table, old.assign(rule="corrected")]).drop_duplicates(
         ["kind", "seed", "claim", "rule", "purpose"]
     )
     calibration_draws.store.write_table(anew, tmp_path / "verdicts.parquet")
-    again = calibration_rates.main_draws(tmp_path).query("claim in ['C1*', 'C6*']")
+    again = calibration_rates.main_draws(tmp_path).query(youngest)
     names = ["claim", "kind", "seed"]
     assert len(anew) > len(table) and again[names].value_counts().to_dict() == starred[names].value_counts().to_dict()

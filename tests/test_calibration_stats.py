@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from helpers import calibration_rates
 from helpers import calibration_stats as cs
 
 
@@ -53,6 +54,8 @@ def test_false_support_has_an_exact_bound() -> None:
     p = found.upper
     assert (1 - p) ** 65 + 65 * p * (1 - p) ** 64 == pytest.approx(0.05, abs=1e-6)
     assert one(cs.errors(TABLE, given_gate=True), error="false supported").n == 60
+    untestable = draws((4, NULL), (3, {**NULL, "verdict": "not testable"}))
+    assert one(cs.errors(untestable, given_gate=True), error="false supported").n == 4
 
 
 def test_open_truths_count_neither_way() -> None:
@@ -66,11 +69,26 @@ def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
     assert math.isnan(cs.rate(0, 0)[0])
 
 
+def test_a_target_is_held_against_one_sided_bounds() -> None:
+    """7 of 64: the two-sided limits reach below 5 %, the one-sided one does not."""
+    found = cs.errors(draws((57, NULL), (7, {**NULL, "verdict": "supported"})))
+    missed = one(found, error="false supported")
+    assert missed.low < 0.05 < missed.lower and calibration_rates.state(missed) == "target missed"
+    powers = cs.errors(draws((30, {}), (5, {"verdict": "inconclusive"})))
+    assert calibration_rates.power_state(one(powers, error="power to support")) == "80 % neither shown nor missed"
+    for n, said in ((0, "80 % shown"), (30, "80 % missed")):
+        powers = cs.errors(draws((30, {}), (n, {"verdict": "inconclusive"})))
+        assert calibration_rates.power_state(one(powers, error="power to support")) == said
+    silent = cs.errors(draws((30, {"verdict": "inconclusive"})))
+    assert "never says supported" in calibration_rates.power_state(one(silent, error="power to support"))
+
+
 def test_severity_tells_kinds_of_alternatives_apart() -> None:
     table = cs.severity(TABLE)
     assert one(table, kind="middle").estimate == 1
     assert one(table, kind="early").estimate == 0
     assert set(table.kind) == {"early", "middle"}
+    assert one(table, kind="early").upper == cs.upper_bound(0, 64)
 
 
 def test_sampling_and_construct_errors_are_told_apart() -> None:
@@ -90,7 +108,10 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
 
 
 def test_coverage_counts_finite_intervals() -> None:
-    table = draws((19, {}), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan}))
+    rounding = {"ci_low": 1.0, "ci_high": 1.0, "population": 0.9999}  # no width, and off by the network's rounding
+    table = draws(
+        (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
+    )
     found = one(cs.coverage(table), quantity="share")
     assert (found.hits, found.n) == (19, 20)
 

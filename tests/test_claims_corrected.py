@@ -7,12 +7,22 @@ from test_claims_neurons import MINE
 from test_timing import FINE_C5C
 
 from helpers import claims, claims_corrected, claims_gates, claims_neurons, claims_tokens
-from helpers.claims_tokens import CONTENT, KEPT
+from helpers.claims_tokens import CARRIED, CARRIED_OWN, CONTENT, KEPT
 from helpers.controls import Rows
+
+
+def carried(share: lr.Number, above: lr.Number = (0.0, -0.1, 0.1)) -> dict[tuple[str, str, str], lr.Number]:
+    """C4's rows: the share of MLPs from the hand-over layer's own on, and of those above it."""
+    variants = ("main", "norm frozen", "unsaturated")
+    numbers = {
+        ("C4", name, variant): value for name, value in ((CARRIED_OWN, share), (CARRIED, above)) for variant in variants
+    }
+    return {**numbers, ("C4", "hand-over layer", "main"): (3, 3, 4)}
 
 
 def computed(share: lr.Number, centroid: lr.Number = (0.2, 0.1, 0.3)) -> Rows:
     numbers = {("C1", claims_corrected.COMPUTED, variant): share for variant in ("main", "unsaturated")}
+    numbers |= carried((0.9, 0.8, 1.0))
     return Rows("m", lr.table(lr.FINE | numbers | {("C1", "centroid difference", "main"): centroid}, "m"))
 
 
@@ -49,6 +59,21 @@ def test_c2_reads_direct_effects_alone(share: tuple[float, float, float], said: 
     evidence = Rows("m", lr.table(lr.FINE | half, "m"))
     assert claims_corrected.c2(evidence).verdict == said
     assert claims.c2(evidence).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [((0.9, 0.6, 1.0), "supported"), ((0.9, 0.59, 1.0), "inconclusive"), ((0.2, 0.1, 0.4), "contradicted")],
+)
+def test_c4_counts_the_hand_over_layers_own_mlp(share: lr.Number, said: str) -> None:
+    evidence = Rows("m", lr.table(lr.FINE | carried(share)))
+    assert claims_tokens.c4(evidence, corrected=True).verdict == said
+    assert claims_tokens.c4(evidence).verdict == "contradicted", "nothing is left to the MLPs above"
+
+
+def test_c4_has_no_corrected_verdict_where_its_share_was_not_measured() -> None:
+    old = {key: value for key, value in carried((0.9, 0.8, 1.0)).items() if key[1] != CARRIED_OWN}
+    assert "C4" not in [one.claim for one in claims_corrected.rules(Rows("m", lr.table(lr.FINE | old)))]
 
 
 def test_a_probe_that_fails_spoils_a_support_of_c3_and_no_contradiction() -> None:

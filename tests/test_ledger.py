@@ -129,20 +129,27 @@ def test_tables_of_the_ledger() -> None:
     assert frame.columns[-1] == "reason"
     lines = ledger.markdown(made).splitlines()
     assert len(lines) == 2 + 9
-    assert lines[2].startswith("| m | C1 | supported | 0.70 [0.60, 0.80] |  |  | robust |")
-    assert all(line.count("|") == 9 for line in lines)
+    assert lines[2].startswith("| m | C1 | supported | 0.70 [0.60, 0.80] |  |  |  | robust |")
+    assert all(line.count("|") == 10 for line in lines)
 
 
 def test_the_ledger_says_how_often_a_rule_errs_and_what_its_correction_says() -> None:
     evidence = pd.concat([table(FINE), table(TWIN, "m" + UNTRAINED)], ignore_index=True)
     made = ledger.ledger(evidence, runs=("m",))
-    rates = {"C1": {"false_supported": {"hits": 3, "n": 60, "rate": 0.05, "upper": 0.12}}}
+    rates = {
+        "C1": {"false_supported": {"hits": 3, "n": 60, "rate": 0.05, "upper": 0.12}},
+        "C2*": {"false_supported": {"hits": 1, "n": 90, "rate": 0.0111, "upper": 0.051}},
+    }
     others = ledger.corrected(evidence, runs=("m",))
     frame = ledger.table(made, rates, others).set_index("claim")
     assert frame.loc["C1", "error_rate"] == "said of 3 of 60 false claims (at most 12 %)"
     assert frame.loc["C1", "corrected_rule"] == "" and frame.loc["C2", "corrected_rule"] == "supported"
     assert frame.loc["C2", "error_rate"] == ""
-    by_claim = {one["claim"]: one for one in ledger.records(made, rates)}
+    assert frame.loc["C2", "corrected_error_rate"] == "said of 1 of 90 false claims (at most 5 %)"
+    by_claim = {one["claim"]: one for one in ledger.records(made, rates, others)}
+    assert by_claim["C1"]["corrected"] is None
+    assert by_claim["C2"]["corrected"]["verdict"] == "supported"
+    assert by_claim["C2"]["corrected"]["error_rates"] == rates["C2*"]
     assert by_claim["C1"]["error_rates"] == rates["C1"] and by_claim["C2"]["error_rates"] is None
 
 
@@ -150,7 +157,7 @@ def test_a_reason_does_not_break_the_markdown_table() -> None:
     made = ledger.ledger(table(FINE | row("gate", "TE T1", (0.1, 0.0, 0.2))))
     line = ledger.markdown(made).splitlines()[4]
     assert "(gate: \\|TE\\| >= 0.5) |" in line
-    assert line.replace("\\|", "").count("|") == 9
+    assert line.replace("\\|", "").count("|") == 10
 
 
 def run(results: Path, name: str, model: str, estimate: float) -> None:
