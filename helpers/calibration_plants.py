@@ -215,12 +215,16 @@ def found(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tally(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
+    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither".
+
+    A claim counts the seeds in which it was measured.
+    """
     said: dict[tuple[str, str], list[str]] = {}
     owner = evidence.model.str.removesuffix(UNTRAINED)
     for plant in plan():
-        for rule, one in calibration.judged(evidence[owner == plant.name], plant.name, PARTS):
-            if rule == "registered" or one.claim == "C1":
+        own = evidence[owner == plant.name]
+        for rule, one in calibration.judged(own, plant.name):
+            if one.claim in set(own.claim) and (rule == "registered" or one.claim == "C1"):
                 name = one.claim + (CORRECTED if rule == "corrected" else "")
                 said.setdefault((plant.kind, name), []).append(one.verdict)
     cells = {key: (v.count("supported"), v.count("contradicted"), len(v)) for key, v in said.items()}

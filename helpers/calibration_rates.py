@@ -9,7 +9,6 @@ import pandas as pd
 
 from helpers import calibration_stats, paths, store
 from helpers.calibration_stats import AT_LARGE, ENOUGH_NULLS, STORED
-from helpers.controls import UNTRAINED
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
 # The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
@@ -132,11 +131,9 @@ def power_state(row: pd.Series) -> str:
     return "80 % missed" if row.upper < 0.8 else "80 % neither shown nor missed"
 
 
-def plants(seed: int = 0, folder: Path = paths.CALIBRATION) -> pd.DataFrame:
-    """Evidence of the plants of one seed and of their untrained twins, for the ledger; empty where none is shipped."""
+def plants(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Evidence of the plants and of their untrained twins, for the ledger; empty where none is shipped."""
     path = folder / "plant_evidence.parquet"
     if not path.is_file():
         return pd.DataFrame(columns=list(store.EVIDENCE))
-    table = store.read_table(path, store.EVIDENCE)
-    owner = table.model.str.removesuffix(UNTRAINED)
-    return table[owner.str.startswith("plant-") & owner.str.endswith(f"-{seed}")].reset_index(drop=True)
+    return store.read_table(path, store.EVIDENCE)
