@@ -1,7 +1,7 @@
 """Population verdicts of the calibration's draws: from the evidence that is stored, so that no model is run again.
 
-Every draw whose claims have a closed form gets one, but of the layers' draws before the last, whose closed form takes a quarter
-of a minute, only every fifth.
+Every draw whose claims have a closed form gets one, but of the layers' draws, whose closed form takes a quarter of a minute,
+only every fifth.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pandas as pd
 
 from helpers import calibration, calibration_draws, calibration_population, paths, store
 from helpers.calibration_draws import FRESH, TOPICS
-from helpers.calibration_rates import FRESH_LAST, at_large
+from helpers.calibration_rates import at_large
 from helpers.calibration_stats import AT_LARGE
 from helpers.controls import Rows
 from helpers.organisms import compiled
@@ -32,7 +32,7 @@ def wanted(evidence: pd.DataFrame) -> list[Draw]:
         (part, kind, seed)
         for part, kind, seed in draws
         if part in calibration_population.CLAIMS
-        and (part != "layers" or seed >= FRESH_LAST or (seed - FRESH) % EVERY == EVERY - 1)
+        and (part != "layers" or (seed - FRESH) % EVERY == EVERY - 1)
     ]
 
 

@@ -60,7 +60,7 @@ COUNTS_LAST = {
     "layers": {
         "skip_only": 30, "attention": 30, "middle": 25, "early": 10, "late": 10, "late_like_benign": 10, "early_carrier": 10,
     },
-    "steering": {"early": 15, "middle": 15},
+    "steering": {"early": 18, "middle": 18},
 }  # fmt: skip
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 ROUNDS = 15  # of the plan
