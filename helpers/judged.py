@@ -48,11 +48,12 @@ def differences(
     """The same of differences of rates on the same prompts, first - second of each pair of labels, as shares.
 
     The labelled difference has the interval of `defence_stats.rate_change` (topics drawn; at least Newcombe's), the
-    corrected one that of `corrected_difference`. `topic` is the prompts' and holds for every group.
+    corrected one that of `corrected_difference`. `topic` is the prompts' and holds for every group; one topic alone gives
+    no row, for there is nothing to draw.
     """
     measured = None if exact else _measured(slug)
     rows = []
-    for name, (one, other) in groups.items():
+    for name, (one, other) in groups.items() if len(set(topic)) > 1 else ():
         change = defence_stats.rate_change(np.asarray(other, dtype=bool), np.asarray(one, dtype=bool), topic)
         labelled = (change.estimate / 100, change.low / 100, change.high / 100)
         known = None if measured is None else corrected_difference(Change(*labelled, change.n, 0), measured.accuracy)

@@ -86,6 +86,7 @@ def test_a_difference_is_divided_by_what_the_labeller_keeps_of_it(results: Path)
     plain, _ = judged.differences({"all tokens": (one, other)}, topic, "x", exact=True)
     assert plain.corrected_low[0] == plain.low[0] and (plain.low[0] < 0.42 < plain.high[0])
     assert judged.differences({"back": (other, one)}, topic, "x", exact=True)[0].labelled[0] == pytest.approx(-0.42)
+    assert judged.differences({"back": (other, one)}, topic * 0, "x", exact=True)[0].empty
 
 
 def test_the_corrected_difference_covers_the_true_one() -> None:
@@ -149,7 +150,9 @@ def flags(tmp_path: Path) -> list[str]:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     tiny_model("llama").save_pretrained(model)
-    rows = [(f"{kind}-{i}", kind, f"t{i}", f"w5 w{20 + i}", f"w6 w{20 + i}") for kind in ("T1", "T2") for i in range(20)]
+    rows = [
+        (f"{kind}-{i}", kind, f"t{i}", f"w5 w{20 + i}", f"w6 w{20 + i}") for kind in ("T1", "T2") for i in range(20)
+    ]
     keys = ("id", "treatment", "topic", "control", "treated")
     prompts.mkdir()
     (prompts / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
@@ -193,7 +196,7 @@ def test_labels_of_an_unknown_sample_are_not_kept(results: Path, tmp_path: Path)
     for file in (folder / "given.csv", tmp_path / "mine.csv"):
         file.write_text(lines)
     words = ["--labels", str(tmp_path / "mine.csv"), "--", "--model", "full-0"]
-    with pytest.raises(InputError, match="nothing says which run .* write a new sample"):
+    with pytest.raises(InputError, match=r"nothing says which run .* write a new sample"):
         judge_check.main(words)
     (folder / "given.json").write_text(json.dumps({"given": "another", "source": {}, "exact": False}))
     with pytest.raises(InputError, match="nothing says which run"):
