@@ -67,17 +67,21 @@ def ensure(
 def collect(
     name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
 ) -> tuple[list[Pair], dict[str, str]]:
-    """The pairs of every set that can be loaded, and the sha256 of each row by its id."""
+    """The pairs of every set that can be loaded, and the sha256 of each row by its id.
+
+    A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
+    """
     made: list[Pair] = []
     hashes: dict[str, str] = {}
+    seen: set[str] = set()
     benign: dict[int, list[Request]] | None = None
     for part in public_list.parse(name) or ():
         try:
-            rows = public_sets.load_rows(part)
+            rows = once(public_sets.load_rows(part), seen, part, report)
             is_matched = public_list.matched(part)
             if is_matched:
                 benign = by_length(_benign(), tokenizer) if benign is None else benign
-                rows = with_partners(rows, benign, tokenizer)
+                rows = with_partners(rows, benign, tokenizer, seen)
         except InputError as error:
             report(f"left out: {error}")
             continue
@@ -90,6 +94,17 @@ def collect(
     if not made:
         raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
     return made, hashes
+
+
+def once(rows: Rows, seen: set[str], name: str, report: Callable[[str], object]) -> Rows:
+    """The rows whose requests no earlier row or set had (`public_sets.unseen`); says how many were left out."""
+    kept = public_sets.unseen(rows, seen)
+    if n := len(rows.harmful) - len(kept.harmful):
+        report(
+            f"{name}: {n} rows have a request that an earlier row or set has too (but for case, spacing or closing "
+            "punctuation) and are left out, since topics must be independent"
+        )
+    return kept
 
 
 def correspond(part: str) -> bool:
@@ -151,12 +166,21 @@ def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -
     return found
 
 
-def with_partners(rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left."""
+def with_partners(
+    rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase, seen: set[str] | None = None
+) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left.
+
+    With `seen` no partner has a text that another topic has (`Request.same`), and it is added.
+    """
     found = []
     for request in rows.harmful:
         waiting = benign.get(len(tokens.encode(tokenizer, request.text)[0]), [])
+        while waiting and seen is not None and waiting[-1].same in seen:
+            waiting.pop()
         found.append(waiting.pop() if waiting else None)
+        if seen is not None and found[-1] is not None:
+            seen.add(found[-1].same)
     return Rows(rows.harmful, tuple(found))
 
 
