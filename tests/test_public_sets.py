@@ -192,7 +192,10 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": ["w13"], "refuse": ["w12"]}')
     assert inputs.fetched(given, str(template_file)) == found == inputs.known(given, str(template_file)) | found
-    assert "when it was made: left out: advbench is gated" in capsys.readouterr().out, "said at every run"
+    again = capsys.readouterr().out
+    assert "when it was made: left out: advbench is gated" in again, "said at every run"
+    for told in (said, again):
+        assert f"to try the sets again that were left out: rm -r {found['PROMPTS']}, then the same command" in told
     assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == (("w13",), ("w12",))
     assert inputs.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
@@ -212,7 +215,7 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     assert "T1: 12 of 12 pairs" in public_make.survival(made, tokenizer)[0]
     folder = public_list.folder("strongreject", str(model), None)
     public_make.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
-    assert any("not testable: no jailbreak wrapper" in line for line in said)
+    assert f"C1, C2, C4 to C7: {wrappers.NONE}" in said and not any("rm -r" in line for line in said)
 
 
 def test_a_request_of_two_sets_makes_one_topic(served: dict, model: Path) -> None:
