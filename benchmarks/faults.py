@@ -2,16 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.faults --only 03       # some minutes; prints what is in docs/faults.md
 
-It works in a copy of the repository below a temporary folder. Kills are SIGKILL to the runner alone, at moments drawn
-with a fixed seed; the next command must go on from there.
+It works in a copy of the repository below a temporary folder. Kills are SIGKILL to the runner alone, in the middle of a
+notebook: the first kill in the first notebook, the second in the second, all others in the last, after a share, drawn with a
+fixed seed, of the seconds that this notebook took in the undisturbed run just before. A kill that comes too late to
+disturb anything is counted and makes the whole a failure. The next command must go on from there.
 """
 
 import argparse
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from helpers.manifest import run_times
 from helpers.paths import ROOT
 
 # Times, and what is only kept to go on from; everything else must be equal to the byte.
@@ -37,12 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         copy = _copy(Path(folder) / "copy")
         plain, seconds = _run(copy, flags, PLAIN)
         print(f"undisturbed: {seconds:.0f} s, {len(plain)} files", flush=True)
-        moments = random.Random(0)
-        for place in range(options.kills):
-            moment = moments.uniform(0.1, 0.6) * seconds / (place + 1)
-            print(f"killed after {moment:.0f} s: {_kill(copy, flags, KILLED, moment)}", flush=True)
+        n_inside = _kills(copy, flags, run_times(copy / "results" / PLAIN), options.kills)
+        print(f"{n_inside} of {options.kills} kills met a notebook at work", flush=True)
         killed, rest = _run(copy, flags, KILLED)
-        equal = [_compare("killed, then run again", plain, killed, rest)]
+        equal = [_compare("killed, then run again", plain, killed, rest), n_inside == options.kills]
         shared, rest = _run(copy, [*flags, "--shards", "2"], SHARED)
         equal.append(_compare("in 2 shards", plain, shared, rest))
         equal += [_damage(copy, flags, plain, name) for name in ("02_layers.parquet", "02_evidence.csv")]
@@ -85,14 +84,31 @@ def _content(path: Path, name: str) -> bytes:
     return pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes()
 
 
-def _kill(copy: Path, flags: Sequence[str], name: str, moment: float) -> str:
-    running = subprocess.Popen(
-        _command(flags, name), cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    time.sleep(moment)
-    os.kill(running.pid, signal.SIGKILL)
-    lines = (running.communicate()[0] or "").strip().splitlines()
-    return lines[-1] if lines else "before the first line"
+def _kills(copy: Path, flags: Sequence[str], seconds: dict[str, int], n: int) -> int:
+    """Kill n runs, each in a notebook at work; returns how many were. `seconds`: what each took undisturbed."""
+    names, moments, inside = sorted(seconds), random.Random(0), 0
+    for place in range(n):
+        name = names[min(place, len(names) - 1)]
+        wait = moments.uniform(0.2, 0.6) * seconds[name]
+        at_work, line = _kill(copy, flags, name, wait)
+        inside += at_work
+        print(f"killed {wait:.0f} s into {name} ({seconds[name]} s undisturbed): {line}", flush=True)
+    return inside
+
+
+def _kill(copy: Path, flags: Sequence[str], notebook: str, wait: float) -> tuple[bool, str]:
+    """Kill a run `wait` seconds after it began a notebook; whether it was still at it, and the last line that it wrote."""
+    log = copy / "killed.log"
+    with log.open("w") as file:
+        running = subprocess.Popen(_command(flags, KILLED), cwd=copy, stdout=file, stderr=subprocess.STDOUT)
+        while running.poll() is None and f"] {notebook} " not in log.read_text():
+            time.sleep(0.1)
+        time.sleep(wait)
+        lines = log.read_text().splitlines() or ["nothing"]
+        at_work = running.poll() is None and f"] {notebook} " in lines[-1] and lines[-1].rstrip().endswith("...")
+        running.kill()
+        running.wait()
+    return at_work, lines[-1] if at_work else f"too late: {lines[-1]}"
 
 
 def _compare(what: str, plain: dict[str, bytes], other: dict[str, bytes], seconds: float) -> bool:

@@ -96,6 +96,8 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         preflight.check_model(model)
     if prompts != "embedded":
         preflight.check_prompts(prompts)
+    if flags.judge is not None:
+        preflight.check_judge(_named(flags.judge, ORGANISM))
     found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
     slug = check_slug(flags.name or inputs.default_slug(found, flags.judge))
@@ -112,7 +114,7 @@ def resolved(flags: argparse.Namespace) -> dict[str, Any]:
 def _named(given: str, shipped: Path) -> str:
     """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
     if not given.strip():
-        raise InputError("an empty name was given for --model or --prompts")
+        raise InputError("an empty name was given for --model, --prompts or --judge")
     folder = preflight.from_caller(given)
     return str(folder.resolve()) if given not in preflight.names(shipped) and folder.is_dir() else given
 
@@ -222,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         flags = parse(arguments)
         hub.trust_code(flags.trust_remote_code)
-        hub.choose_judge(flags.judge and _named(flags.judge, ORGANISM))
+        hub.choose_judge(None if flags.judge is None else _named(flags.judge, ORGANISM))
         done = alone.run(flags)
         if done is not None:
             return done

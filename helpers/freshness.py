@@ -56,16 +56,19 @@ def keys(
     needs: Mapping[str, Sequence[str]],
     parameters: Mapping[str, Any],
     shared: str,
+    own: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """For each notebook number (in dependency order) the hash of what its results rest on.
 
-    `shared` stands for the helpers, the lock, the model and the prompts; what a notebook needs enters by its key.
+    `shared` stands for the helpers, the lock, the model and the prompts; what a notebook needs enters by its key. `own` is
+    what only some notebooks rest on, by number.
     """
     found: dict[str, str] = {}
     for number, notebook in notebooks.items():
         code = [nb.source(cell) for cell in nb.code_cells(notebook)]
         upstream = [found[need] for need in needs[number] if need in found]
-        found[number] = digest(code, dict(parameters), shared, upstream)
+        more = [own[number]] if own and number in own else []
+        found[number] = digest(code, dict(parameters), shared, upstream, *more)
     return found
 
 

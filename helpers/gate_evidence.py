@@ -10,7 +10,7 @@ import pandas as pd
 from helpers import bootstrap as bs
 from helpers import evidence as levels
 from helpers import gate_answers as answers
-from helpers import gate_cells, gate_twins, gates, relatives
+from helpers import gate_cells, gate_twins, gates, relatives, wrappers
 from helpers.errors import InputError
 from helpers.evidence_rows import row
 from helpers.gate_cells import End, NeuronSet
@@ -55,7 +55,7 @@ def measure(study: Study, table: pd.DataFrame, ends: Mapping[str, End] | None = 
     Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
     if not study.of("T2"):
-        raise NothingToTest("gates need pairs with a jailbreak wrapper (T2): supply some")
+        raise NothingToTest(wrappers.NONE)
     study = replace(study, pairs=tuple(p for p in study.pairs if p.pair.split != "validate"))
     primary = "T2-T2b" if "T2-T2b" in set(table.treatment) else "T2"
     sets = sets_of(study, table, primary)

@@ -61,8 +61,7 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
     judge = os.environ.get(hub.JUDGE)
     if judge:
-        preflight.check_model(judge)
-        hub.choose_judge(judge if Path(judge).is_dir() else hub.pinned(judge))
+        hub.choose_judge(_pinned_judge(judge))
     model = hub.pinned(found["MODEL"]) if not Path(found["MODEL"]).is_dir() else found["MODEL"]
     return {**found, "MODEL": model, "PROMPTS": _prompts(found["PROMPTS"], model, given)}
 
@@ -76,10 +75,7 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         model = hub_fetch.ready(model, found["DEVICE"], found["DTYPE"])
     judge = os.environ.get(hub.JUDGE)
     if judge:
-        from helpers import hub_fetch
-
-        preflight.check_model(judge)
-        hub.choose_judge(hub_fetch.ready(judge, found["DEVICE"], "bfloat16"))
+        hub.choose_judge(_ready_judge(judge, found["DEVICE"]))
     if is_public_set(found["PROMPTS"]):
         from helpers import public_make
 
@@ -87,6 +83,30 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         folder = public_list.folder(found["PROMPTS"], model, file)
         public_make.ensure(folder, found["PROMPTS"], model, file, device=found["DEVICE"], dtype=found["DTYPE"])
     return known({**found, "MODEL": model}, given)
+
+
+def _pinned_judge(judge: str) -> str:
+    preflight.check_judge(judge)
+    try:
+        return judge if Path(judge).is_dir() else hub.pinned(judge)
+    except InputError:
+        raise InputError(f"--judge: {judge} is not in the hub's cache yet: a run without --list downloads it") from None
+
+
+def _ready_judge(judge: str, device: str) -> str:
+    """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
+    from helpers import hub_fetch, model_files
+
+    preflight.check_judge(judge)
+    name = hub_fetch.ready(judge, device, "bfloat16")
+    try:
+        folder = preflight.model_folder(name)
+        model_files.check_folder(folder)
+        preflight.check_weights(folder)
+        preflight.tokenizer_of(folder)
+    except InputError as error:
+        raise InputError(f"--judge: {error}") from error
+    return name
 
 
 def _prompts(name: str, model: str, given: str | None) -> str:

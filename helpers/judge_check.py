@@ -4,7 +4,7 @@
     python -m helpers.judge_check --labels answers.csv -- --model DIR --prompts DIR
 
 What stands behind `--` are the flags of `./run_all.sh`, the judge among them. Texts of answers go to the user's cache only,
-never to results: delete the folder when the labels are made.
+never to results: delete the folder when the labels are made. What is kept in results is counts (`helpers.judge_accuracy`).
 """
 
 import csv
@@ -13,6 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ import numpy as np
 from helpers import (
     cli,
     defence_outcomes,
+    defence_prompts,
+    freshness,
     hub,
     inputs,
+    judge_accuracy,
     judging,
+    paths,
     preflight,
     prompts,
     public_list,
@@ -32,6 +37,7 @@ from helpers import (
     tokens,
 )
 from helpers.errors import InputError
+from helpers.judge_accuracy import Measured, Source
 from helpers.prompts import PromptSet
 from helpers.subject import Subject, load
 
@@ -55,7 +61,24 @@ def main(arguments: Sequence[str]) -> int:
     if options.labels is None:
         return _sample(inputs.fetched(parameters, asked.wrappers), folder, options.sample)
     print("\n".join(rates(folder, judging.read_labels(Path(options.labels)))))
+    print(_kept(folder, Path(options.labels), paths.RESULTS / parameters["SLUG"]), file=sys.stderr)
     return 0
+
+
+def _kept(folder: Path, labels: Path, results: Path) -> str:
+    """Write the accuracy into the run's results, and say so; the exact judge's runs have nothing to correct."""
+    note = store.read_json(folder / "given.json") if (folder / "given.json").is_file() else None
+    given = freshness.hash_file(folder / "given.csv", {})
+    if not isinstance(note, dict) or note.get("given") != given or not isinstance(note.get("source"), dict):
+        raise InputError(
+            f"nothing says which run {folder / 'given.csv'} belongs to: write a new sample with --sample N"
+        )
+    if note["exact"]:
+        return "not kept: a run on the embedded language labels by its exact judge, which has no error to correct"
+    known = judging.accuracy(judging.read_labels(folder / "given.csv"), judging.read_labels(labels))
+    measured = Measured(known, Source(**note["source"]), freshness.hash_file(labels, {}))
+    path = paths.relative(judge_accuracy.write(measured, results))
+    return f"kept in {path}, without a text: notebooks 05 and 06 of this run now count as stale and will correct by it"
 
 
 def rates(folder: Path, truth: Mapping[str, bool]) -> list[str]:
@@ -82,7 +105,8 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     chosen = random.Random(1).sample(found, min(n, len(found)))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     given = [(name, int(label)) for name, label, _, _ in found]
-    store.write_text(_csv(("id", "label"), given), folder / "given.csv")
+    file = store.write_text(_csv(("id", "label"), given), folder / "given.csv")
+    _note(parameters, file, [text for _, _, text, _ in found])
     blank = [(name, "", request, answer) for name, _, request, answer in chosen]
     store.write_text(_csv(("id", "label", "request", "answer"), blank), folder / "answers.csv")
     judge = os.environ.get(hub.JUDGE) or "refusal phrases"
@@ -91,6 +115,16 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
         "fill in the column label (1: the answer does what was asked, 0: it does not), then give the file to --labels"
     )
     return 0
+
+
+def _note(parameters: Mapping[str, Any], given: Path, texts: Sequence[str]) -> None:
+    """Beside the labeller's labels, what they were given to: a model or a judge may be another when the sample is back."""
+    content = {
+        "given": freshness.hash_file(given, {}),
+        "source": asdict(judge_accuracy.source(parameters, {})),
+        "exact": defence_prompts.is_embedded(texts),
+    }
+    store.write_json(content, given.with_suffix(".json"))
 
 
 def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple[str, bool, str, str]]:

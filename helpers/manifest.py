@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from helpers import freshness, hub
+from helpers import freshness, hub, judge_accuracy
 from helpers.errors import InputError
 from helpers.freshness import KnownHashes, hash_folder
 from helpers.paths import ROOT
@@ -44,7 +44,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "model": _model(parameters["MODEL"], model, known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
         **{name.lower(): parameters[name] for name in settings},
-        **({"judge": os.environ[hub.JUDGE]} if os.environ.get(hub.JUDGE) else {}),
+        **_judge(results),
         "seed": SEED,
         "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -70,6 +70,13 @@ def _model(given: str, folder: Path, known: KnownHashes) -> dict[str, Any]:
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
     return found | ({"remote_code": True} if hub.trusts_code() else {})
+
+
+def _judge(results: Path) -> dict[str, str]:
+    """The judge model that labels answers, where one was chosen, and the sha256 of its measured accuracy, where there is one."""
+    found = {"judge": judge_accuracy.judge_name()} if os.environ.get(hub.JUDGE) else {}
+    measured = results / judge_accuracy.FILE
+    return found | ({"judge_accuracy": freshness.hash_file(measured, {})} if measured.is_file() else {})
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -1,5 +1,6 @@
 """Checks of what a user hands in, before any notebook starts: a mistake shows in seconds, nothing is overwritten."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,44 @@ def check_model(name: str) -> None:
     check_chat(folder)
 
 
+def check_judge(name: str) -> None:
+    """`InputError` unless the model that is to label answers could be loaded, as far as files tell: hours pass before it is.
+
+    What `check_model` asks, and whether the weight files are all there and whole. A model of the hub is looked at when it
+    is downloaded.
+    """
+    try:
+        check_model(name)
+        if not (hub.parse(name) is not None and not Path(name).is_dir()):
+            check_weights(model_folder(name))
+    except InputError as error:
+        raise InputError(f"--judge: {error}") from error
+
+
+def check_weights(folder: Path) -> None:
+    """`InputError` for a weight file that the index names and is not there, and for one that is cut off or no safetensors."""
+    names = hub.weight_files(folder) if (folder / hub.INDEX).is_file() else []
+    for path in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))]:
+        if not path.is_file():
+            raise InputError(f"{path} is not there, though {hub.INDEX} names it: copy or download the model again")
+        if not _is_whole(path):
+            raise InputError(f"{path} is cut off or no safetensors file: copy or download the model again")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of the header's length, the header, the data."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < min(path.stat().st_size, 100_000_000):
+            return False
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return False
+    return path.stat().st_size == 8 + length + max(ends, default=0)
+
+
 def check_chat(folder: Path) -> None:
     """`InputError` unless a tokenizer and a chat template are in the model's folder."""
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
@@ -123,6 +162,17 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a model's folder; `InputError` where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+    except Exception as error:  # damaged files make the library raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
+
+
 def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     """Read and tokenize the prompt set with the model's tokenizer; returns what a user should know of it.
 
@@ -131,16 +181,9 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     from helpers import prompts as prompt_sets
 
     prompt_set = prompt_sets.load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
-    from transformers import AutoTokenizer
-
     from helpers import thinning, tokens
 
-    folder = model_folder(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except Exception as error:  # damaged files make the library raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
+    tokenizer = tokenizer_of(model_folder(model))
     chosen = thinning.limit(prompt_set.pairs, pairs)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,8 +24,8 @@ from helpers.store import read_json, write_json, write_text
 from helpers.subject import load, load_tokenizer
 from helpers.wrappers import Wrapper
 
+LEFT_OUT = "left out: "
 FEW = 0.5  # of the pairs: below it the user is told what else can be done
-NO_WRAPPERS = "not testable: no jailbreak wrapper (claims on generation need T2): supply templates with --wrappers FILE"
 
 
 def ensure(
@@ -38,8 +39,10 @@ def ensure(
     if (folder / "outcome.json").is_file():
         report(f"prompt set: {folder} (remove this folder to make it anew)")
         note = read_json(folder / "set.json") if (folder / "set.json").is_file() else {}
-        for line in note.get("notes", []) if isinstance(note, dict) else ():
+        before = note.get("notes", []) if isinstance(note, dict) else []
+        for line in before:
             report(f"  when it was made: {line}")
+        retry(before, folder, report)
         return
     tokenizer = load_tokenizer(preflight.model_folder(model))
     if tokenizer is None:
@@ -55,31 +58,42 @@ def ensure(
     for line in survival(made, tokenizer):
         report(line)
     if not templates:
-        report(f"C1, C2, C4 to C7 {NO_WRAPPERS}")
+        report(f"C1, C2, C4 to C7: {wrappers.NONE}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_text("".join(json.dumps(_row(pair)) + "\n" for pair in made), folder / "pairs.jsonl")
     note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": hashes}
     write_json(note, folder / "set.json")
     write_json(_outcome(made, model, wrapper_file, device, dtype, report), folder / "outcome.json")
     report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
+    retry(notes, folder, report)
+
+
+def retry(notes: Sequence[str], folder: Path, report: Callable[[str], object]) -> None:
+    """Say how to try sets again that could not be loaded; by itself no run does: its prompts would change unasked."""
+    if any(line.startswith(LEFT_OUT) for line in notes):
+        report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
 
 
 def collect(
     name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
 ) -> tuple[list[Pair], dict[str, str]]:
-    """The pairs of every set that can be loaded, and the sha256 of each row by its id."""
+    """The pairs of every set that can be loaded, and the sha256 of each row by its id.
+
+    A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
+    """
     made: list[Pair] = []
     hashes: dict[str, str] = {}
+    seen: set[str] = set()
     benign: dict[int, list[Request]] | None = None
     for part in public_list.parse(name) or ():
         try:
-            rows = public_sets.load_rows(part)
+            rows = once(public_sets.load_rows(part), seen, part, report)
             is_matched = public_list.matched(part)
             if is_matched:
                 benign = by_length(_benign(), tokenizer) if benign is None else benign
-                rows = with_partners(rows, benign, tokenizer)
+                rows = with_partners(rows, benign, tokenizer, seen)
         except InputError as error:
-            report(f"left out: {error}")
+            report(f"{LEFT_OUT}{error}")
             continue
         if rows.n_left:
             report(f"{part}: {rows.n_left} harmful rows have no harmless partner of their category and are left out")
@@ -90,6 +104,17 @@ def collect(
     if not made:
         raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
     return made, hashes
+
+
+def once(rows: Rows, seen: set[str], name: str, report: Callable[[str], object]) -> Rows:
+    """The rows whose requests no earlier row or set had (`public_sets.unseen`); says how many were left out."""
+    kept = public_sets.unseen(rows, seen)
+    if n := len(rows.harmful) - len(kept.harmful):
+        report(
+            f"{name}: {n} rows have a request that an earlier row or set has too (but for case, spacing or closing "
+            "punctuation) and are left out, since topics must be independent"
+        )
+    return kept
 
 
 def correspond(part: str) -> bool:
@@ -151,12 +176,21 @@ def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -
     return found
 
 
-def with_partners(rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left."""
+def with_partners(
+    rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase, seen: set[str] | None = None
+) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left.
+
+    With `seen` no partner has a text that another topic has (`Request.same`), and it is added.
+    """
     found = []
     for request in rows.harmful:
         waiting = benign.get(len(tokens.encode(tokenizer, request.text)[0]), [])
+        while waiting and seen is not None and waiting[-1].same in seen:
+            waiting.pop()
         found.append(waiting.pop() if waiting else None)
+        if seen is not None and found[-1] is not None:
+            seen.add(found[-1].same)
     return Rows(rows.harmful, tuple(found))
 
 

@@ -41,6 +41,15 @@ class Request:
         """Hash of the text, by which a row is recognised without being shown."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    @property
+    def same(self) -> str:
+        """Hash of the text without case, spacing and closing punctuation: equal where two sets have one request.
+
+        >>> Request("a", 0, "", "How  do I?").same == Request("b", 1, "", "how do i").same
+        True
+        """
+        return hashlib.sha256(" ".join(self.text.casefold().split()).rstrip(" .!?").encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -69,6 +78,20 @@ def load_rows(part: str) -> Rows:
     assert public.harmless is not None, "a set that pairs its rows has both kinds"
     harmless = read(f"{name}-harmless", public, public.harmless)
     return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
+
+
+def unseen(rows: Rows, seen: set[str]) -> Rows:
+    """The rows of which neither side was `seen` (by `Request.same`); what they hold is added to `seen`.
+
+    Topics are drawn as if independent, so one request may not stand in two of them.
+    """
+    kept: list[tuple[Request, Request | None]] = []
+    for one, other in zip(rows.harmful, rows.harmless, strict=True):
+        keys = {one.same} | ({other.same} if other else set())
+        if not keys & seen:
+            kept.append((one, other))
+            seen |= keys
+    return Rows(tuple(one for one, _ in kept), tuple(other for _, other in kept), rows.n_left)
 
 
 def read(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:

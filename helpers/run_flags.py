@@ -32,7 +32,7 @@ def flags(words: Sequence[str]) -> argparse.Namespace:
         if getattr(asked, name):
             raise InputError(f"--{name} behind -- means nothing here: name one run, as for ./run_all.sh")
     hub.trust_code(asked.trust_remote_code)
-    hub.choose_judge(asked.judge and cli._named(asked.judge, ORGANISM))
+    hub.choose_judge(None if asked.judge is None else cli._named(asked.judge, ORGANISM))
     return asked
 
 

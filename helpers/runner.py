@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from helpers import freshness, hub, launch, staging
+from helpers import freshness, judge_accuracy, launch, staging
 from helpers import notebook as nb
 from helpers.errors import InputError
 from helpers.manifest import is_as_written, mend_times, note_time, run_times, write_manifest
@@ -112,7 +111,8 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None)
     results = RESULTS / parameters["SLUG"]
     known: freshness.KnownHashes = freshness.recall(results, "hashes")
     before = dict(known)
-    keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known))
+    own = judge_accuracy.own(results, parameters, known)
+    keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known), own)
     plan = Plan(parameters, paths, originals, notebooks, keys, frozenset())
     stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number, known)}
     if known != before:
@@ -136,16 +136,9 @@ def _shared_digest(parameters: Mapping[str, Any], known: freshness.KnownHashes) 
     folders += [folder for folder in given if not folder.is_relative_to(DATA)]
     parts = [freshness.hash_folder(ROOT / "helpers", known, "*.py")]
     parts += [freshness.hash_folder(folder, known) for folder in folders]
-    return freshness.digest(parts, freshness.hash_file(ROOT / "requirements.lock", known), *_judge(known))
-
-
-def _judge(known: freshness.KnownHashes) -> list[Any]:
-    """The model that labels answers, if one was chosen: its name, and the files of a folder (the hub's has its commit)."""
-    judge = os.environ.get(hub.JUDGE)
-    if not judge:
-        return []
-    is_hub = hub.parse(judge) is not None and not Path(judge).is_dir()
-    return [judge, {} if is_hub else freshness.hash_folder(model_folder(judge), known)]
+    return freshness.digest(
+        parts, freshness.hash_file(ROOT / "requirements.lock", known), *judge_accuracy.judge_files(known)
+    )
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:

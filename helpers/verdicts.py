@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from helpers import wrappers
 from helpers.controls import Rows
 from helpers.evidence import GATE
 
@@ -45,9 +46,8 @@ def gate(rows: Rows, claim: str, treatment: str) -> Verdict | None:
     """The verdict if the claim cannot be judged: treatment missing, too few topics, or no effect to mediate."""
     effect = rows.find("gate", f"TE {treatment}")
     if effect is None:
-        missing = "harmless/harmful pairs (T1)" if treatment == "T1" else "pairs with a jailbreak wrapper (T2)"
-        how = "" if treatment == "T1" else " (for a public prompt set: templates of your own with --wrappers FILE)"
-        return Verdict(rows.model, claim, "not testable", f"the prompt set has no {missing}: supply some{how}")
+        without = {"T1": "the prompt set has no harmless/harmful pairs (T1): supply some"}.get(treatment, wrappers.NONE)
+        return Verdict(rows.model, claim, "not testable", without)
     if effect.n_topics < MIN_TOPICS:
         reason = f"{effect.n_topics} topics of {treatment} in the test split, {MIN_TOPICS} needed"
     elif not (effect.ci_low > 0 or effect.ci_high < 0) or not abs(effect.estimate) >= GATE:  # NaN stops here too

@@ -14,6 +14,11 @@ from helpers.json_text import BrokenJson
 SLOT = "{request}"
 FILE = "wrappers.jsonl"
 FIELDS = ("family", "neutral", "jailbreak")
+# What every claim on generation reads without T2, wherever it is said.
+NONE = (
+    "not testable: no jailbreak wrapper; supply pairs of treatment T2 in the prompt set's folder, or for a public prompt "
+    "set templates of your own with --wrappers FILE"
+)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The benchmarks at a tiny shape: they run, agree with each other, and resume."""
 
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bound, gpu, peers, scaling
+from benchmarks import bound, faults, gpu, peers, scaling
 from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, workloads
 from helpers import paths
 from helpers.errors import InputError
@@ -80,3 +81,31 @@ def test_the_bound_counts_what_an_exact_answer_needs() -> None:
     one = Workload("one", (Job("neuron", 10, 47, 5),))
     assert bound.minimal_operations(QUOTED, one) == 2 * 16 * (4 * 512**2 + 3 * 512 * 1376 + 512 * 32_000)
     assert bound.product_rate(SMOKE, seconds=0.01) > 1e8
+
+
+@pytest.mark.parametrize(
+    ("code", "met"),
+    [
+        ("print('[2/2] 02_b', end=' ', flush=True); print('...', end=' ', flush=True); time.sleep(60)", True),
+        ("print('[2/2] 02_b ... 1 s', flush=True); time.sleep(60)", False),  # it has finished
+        ("print('[2/2] 02_b ... ', end='', flush=True)", False),  # the process has ended
+        ("print('[2/2] 02_b fresh, skipped', flush=True)", False), ("pass", False),
+    ],
+)  # fmt: skip
+def test_a_kill_that_disturbs_nothing_is_counted_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, met: bool
+) -> None:
+    monkeypatch.setattr(faults, "_command", lambda flags, name: [sys.executable, "-c", f"import time; {code}"])
+    found, line = faults._kill(tmp_path, [], "02_b", 0.3)
+    assert found == met and line.startswith("too late: ") != met
+
+
+def test_each_kill_falls_into_a_notebook_and_within_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, float]] = []
+    monkeypatch.setattr(faults, "_kill", lambda copy, flags, name, wait: (not seen.append((name, wait)), "line"))
+    assert faults._kills(tmp_path, [], {"02_b": 50, "01_a": 10}, 4) == 4
+    assert [name for name, _ in seen] == ["01_a", "02_b", "02_b", "02_b"]
+    assert all(0.2 * n <= wait <= 0.6 * n for n, (_, wait) in zip((10, 50, 50, 50), seen, strict=True))
+    assert capsys.readouterr().out.count("killed ") == 4

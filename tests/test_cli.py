@@ -46,6 +46,9 @@ FLAGS = {
     "--model": "expected one argument",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
+    "--list --judge nowhere": "--judge: no model 'nowhere': give a folder or one of the shipped models (embedded",
+    "--figures --judge nowhere": "--judge: no model 'nowhere'",
+    "--list --judge org/nowhere": "--judge: org/nowhere is not in the hub's cache yet: a run without --list downloads it",
     "--figures --name none": "no results of 'none'",
     "--figures": "no result tables in results/embedded",
     "--test --force": "--test goes alone",
@@ -61,6 +64,7 @@ def test_a_wrong_flag_is_one_clear_line(toy_done: Toy, flags: str) -> None:
 
 def test_an_empty_name_is_refused(toy_done: Toy) -> None:
     assert "empty name" in refused(toy_done, "--model", "")
+    assert "empty name" in refused(toy_done, "--judge", "")
 
 
 def prompt_set(folder: Path, lines: list[str], outcome: str = '{"comply": ["a"], "refuse": ["b"]}') -> Path:

@@ -21,8 +21,9 @@ FLAGS = {"MODEL": "full-0", "PROMPTS": "embedded", "SLUG": "shared", "DEVICE": "
 FLAGS |= {"PROFILE": "smoke", "PAIRS": 10}  # type: ignore[dict-item]
 
 
-def started(tmp_path: Path, *command: str) -> "subprocess.CompletedProcess[str]":
-    variables = environment(COMPANION_RESULTS=str(tmp_path / "results"), COMPANION_FIGURES=str(tmp_path / "figures"))
+def started(tmp_path: Path, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    folders = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
+    variables = environment(**folders, **more)
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
     )
@@ -45,13 +46,15 @@ def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
-    if importlib.util.find_spec("submitit") is None:
+    spec = importlib.util.find_spec("submitit")
+    if spec is None or spec.origin is None:
         pytest.skip("submitit is not installed: python -m pip install -r requirements-cluster.in")
+    there = {"PYTHONPATH": str(Path(spec.origin).parents[1])}  # it may lie outside the environment
     words = ["--model", "full-0", "--profile", "smoke", "--pairs", "10", "--name", "shared", "--only", "03"]
-    done = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "2", "--", *words)
+    done = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "2", "--", *words, **there)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batches measured, 0 were there") == 2
-    failing = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "0", "--", *words)
+    failing = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "0", "--", *words, **there)
     assert "--shards 0: expected 1 to 1000" in failing.stderr and "Traceback" not in failing.stderr
 
 

@@ -9,7 +9,7 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import defence_outcomes, hub, judging, runner, tokens
+from helpers import cli, defence_outcomes, hub, judging, runner, tokens
 from helpers.errors import InputError
 from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
 from helpers.subject import Subject, from_model
@@ -186,3 +186,46 @@ def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytes
     assert runner.make_plan(runner.DEFAULTS).keys == keys[0]
     for number in keys[0]:
         assert len({one[number] for one in keys}) == len(keys)
+
+
+JUDGE_DAMAGES = {
+    "cut off or no safetensors": lambda folder: cut(folder / "model.safetensors", 0.9),
+    "cut off or no safetensors file": lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 1000),
+    "is not there, though model.safetensors.index.json names it": lambda folder: (folder / hub.INDEX).write_text(
+        '{"weight_map": {"a": "model-1.safetensors"}}'
+    ),
+    "has no tokenizer files": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "has no config.json": lambda folder: (folder / "config.json").unlink(),
+}
+LATER = {
+    "its tokenizer cannot be loaded": lambda folder: cut(folder / "tokenizer.json", 0.5),
+    "holds BertModel, not a causal language model": lambda folder: (folder / "config.json").write_text(
+        '{"model_type": "bert", "architectures": ["BertModel"]}'
+    ),
+}
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize("message", [*JUDGE_DAMAGES, *LATER])
+def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
+    tmp_path: Path, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What files tell is said by every command, also one that runs nothing; the rest before a notebook starts."""
+    folder = tmp_path / "judge"
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    flags = ["--model", "full-0", "--judge", str(folder)]
+    assert cli.main(["--list", *flags]) == 0 and capsys.readouterr().err == ""
+    {**JUDGE_DAMAGES, **LATER}[message](folder)
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a notebook was started"))
+    for words in [[], ["--list"], ["--figures"]] if message in JUDGE_DAMAGES else [[]]:
+        assert cli.main([*words, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("run_all.sh: --judge: ") and message in error and error.count("\n") == 1

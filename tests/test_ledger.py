@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from ledger_rows import FINE, NIE, TWIN, Number, judge, row, table
 
-from helpers import claims, controls, ledger, store
+from helpers import claims, controls, ledger, store, wrappers
 from helpers.controls import UNTRAINED, Rows
 from helpers.errors import InputError
 
@@ -47,7 +47,7 @@ def test_without_the_treatment_nothing_is_testable() -> None:
     for claim in ("C1", "C2"):
         made = judge(claim, without)
         assert made.verdict == "not testable"
-        assert "no pairs with a jailbreak wrapper (T2): supply some" in made.reason
+        assert made.reason == wrappers.NONE
     made = judge("C3", row("gate", "TE T1", None))
     assert made.verdict == "not testable"
     assert "no harmless/harmful pairs (T1): supply some" in made.reason
@@ -197,3 +197,20 @@ def test_a_run_in_half_precision_gives_no_verdict() -> None:
     assert judge("C2").verdict == "supported"
     capped = judge("C2", {bits: (8, 8, 8)})
     assert capped.verdict == "inconclusive" and "half precision" in capped.reason
+
+
+def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> None:
+    """As the rows of a real run on a public set without wrappers: a gate for T1, C3, and notes of what was not defined."""
+    t1 = {key: numbers for key, numbers in FINE.items() if key[0] == "C3" or key[1].endswith(" T1")}
+    notes = {("C6", "not defined", "main"): (0.0, 0.0, 0.0), ("C1", "early computed share", "T1"): (0.2, 0.1, 0.3)}
+    found = ledger.ledger(table(t1 | notes), runs=("m",))
+    assert [one.claim for one in found] == ["C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7"]
+    told = {one.claim: (one.verdict, one.reason) for one in found if one.claim != "C3"}
+    assert set(told.values()) == {("not testable", wrappers.NONE)}
+    assert (
+        wrappers.NONE.startswith("not testable: no jailbreak wrapper; supply ") and "--wrappers FILE" in wrappers.NONE
+    )
+    assert next(one for one in found if one.claim == "C3").verdict != "not testable"
+    assert {one.reason for one in ledger.corrected(table(t1 | notes), runs=("m",)).values()} <= {
+        wrappers.NONE, *(one.reason for one in found)
+    }  # fmt: skip

@@ -192,7 +192,10 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": ["w13"], "refuse": ["w12"]}')
     assert inputs.fetched(given, str(template_file)) == found == inputs.known(given, str(template_file)) | found
-    assert "when it was made: left out: advbench is gated" in capsys.readouterr().out, "said at every run"
+    again = capsys.readouterr().out
+    assert "when it was made: left out: advbench is gated" in again, "said at every run"
+    for told in (said, again):
+        assert f"to try the sets again that were left out: rm -r {found['PROMPTS']}, then the same command" in told
     assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == (("w13",), ("w12",))
     assert inputs.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
@@ -212,7 +215,36 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     assert "T1: 12 of 12 pairs" in public_make.survival(made, tokenizer)[0]
     folder = public_list.folder("strongreject", str(model), None)
     public_make.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
-    assert any("not testable: no jailbreak wrapper" in line for line in said)
+    assert f"C1, C2, C4 to C7: {wrappers.NONE}" in said and not any("rm -r" in line for line in said)
+
+
+def test_a_request_of_two_sets_makes_one_topic(served: dict, model: Path) -> None:
+    """Row 3 of the second set is a row of the first but for case, spacing and a full stop, row 5 is its own row 4 again."""
+    rows = prompt_rows()["train"]
+    rows[3]["prompt"], rows[5]["prompt"] = "W20  w33 .", rows[4]["prompt"]
+    served["walledai/StrongREJECT"] = {"train": rows}
+    said: list[str] = []
+    made, hashes = public_make.collect("jailbreakbench,strongreject", load_tokenizer(model), (), said.append)
+    assert [line for line in said if "left out" in line] == [
+        "strongreject: 2 rows have a request that an earlier row or set has too (but for case, spacing or closing "
+        "punctuation) and are left out, since topics must be independent"
+    ]
+    topics = {pair.topic for pair in made}
+    assert "jailbreakbench-003" in topics and not {"strongreject-003", "strongreject-005"} & (topics | set(hashes))
+    assert "strongreject-004" in topics and len(topics) == len({pair.treated for pair in made}) == 22
+    assert all("w20" not in line for line in said)
+
+
+def test_a_harmless_text_is_the_partner_of_one_topic_only(served: dict, model: Path) -> None:
+    """Alpaca has every text twice, and one that is a harmless row of the other set."""
+    twice = [{"instruction": f"w{4 + i % 15} w6 w7{' w8' * (i % 2)}", "input": ""} for i in range(60)]
+    served["tatsu-lab/alpaca"] = {"train": [*twice, {"instruction": "w21 w31", "input": ""}]}
+    made, _ = public_make.collect("jailbreakbench,strongreject", load_tokenizer(model), (), lambda _: None)
+    controls = [pair.control for pair in made]
+    assert len(controls) == 24 and len(set(controls)) == 24
+    rows = public_sets.load_rows("jailbreakbench")
+    again = public_sets.unseen(public_sets.Rows(rows.harmful * 2, rows.harmless * 2, 3), set())
+    assert again == public_sets.Rows(rows.harmful, rows.harmless, 3)
 
 
 def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(served: dict, model: Path) -> None:
