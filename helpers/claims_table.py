@@ -24,14 +24,22 @@ def claims_table(path: Path, slug: str, width: int) -> str:
 def aligned(rows: list[list[str]], width: int) -> list[str]:
     """Lines of a table whose columns are padded and whose last column is wrapped.
 
+    Where the padded columns leave it too little room, it stands below each row instead.
+
     >>> aligned([["claim", "why"], ["C1", "one two three"]], 15)
     ['claim  why', 'C1     one two', '       three']
+    >>> aligned([["claim" + 8 * "-", "why"], ["C1", "one two three"]], 15)
+    ['claim--------', '  why', 'C1', '  one two three']
     """
     *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
     indent = sum(widths) + 2 * len(widths)
+    is_narrow = indent > width / 2
     lines = []
     for *cells, last in rows:
         first = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
+        if is_narrow:
+            lines += [first.rstrip(), *textwrap.wrap(last, width, initial_indent="  ", subsequent_indent="  ")]
+            continue
         wrapped = textwrap.wrap(last, max(width - indent, 8)) or [""]
         lines += [(first + wrapped[0]).rstrip(), *(" " * indent + line for line in wrapped[1:])]
     return lines

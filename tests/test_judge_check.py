@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import hub, judge_check, judging, public_list, run_flags
 from helpers.errors import InputError
 from helpers.judge import judge
 from helpers.judging import Accuracy
+from helpers.paths import ORGANISM
 
 FLAGS = ("--", "--model", "full-0")
 
@@ -75,7 +77,7 @@ def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv(hub.TRUST, "1")
     monkeypatch.setenv(hub.JUDGE, "left from before")
-    (tmp_path / "judge").mkdir()
+    shutil.copytree(ORGANISM / "window-1", tmp_path / "judge")
     monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
     judge_check.main(["--sample", "5", *FLAGS])
     judge_check.main(["--sample", "5", *FLAGS, "--trust-remote-code", "--judge", "judge"])
