@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -51,24 +51,28 @@ def equal_budgets(
     `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. A budget
     that a method cannot spend has a row without numbers, whose `why` says so.
     """
-    rows: list[dict[str, object]] = []
-    for name, one in methods.items():
-        budgets = [share * largest for share in shares]
-        met = defence_tradeoff.at_budgets(lab, one, budgets, spend)
-        steered = [made for made in met if not isinstance(made, str)]
-        found = iter(defence_tradeoff.measures(lab, steered, on, priced=False) if steered else [])
-        for budget, made in zip(budgets, met, strict=True):
-            measured = None if isinstance(made, str) else next(found)
-            for key, panel in PANELS.items():
-                row = {"row": which_layers(lab, one), "panel": panel, "group": name, "x": budget}
-                if measured is None:
-                    rows.append(row | {"why": made})
-                else:
-                    point = measured[key]
-                    row |= {"estimate": point.estimate, "low": point.low, "high": point.high}
-                    rows.append(row | {"strength": made.strength, "why": ""})
+    budgets = [share * largest for share in shares]
+    rows = [row for name, one in methods.items() for row in _at_each(lab, name, one, budgets, spend, on)]
     table = pd.DataFrame(rows, columns=["row", "panel", "group", "x", "estimate", "low", "high", "strength", "why"])
     return table.sort_values(["row", "panel"], kind="stable", ignore_index=True)
+
+
+def _at_each(
+    lab: Lab, name: str, one: Steering, budgets: Sequence[float], spend: Bench, on: Bench
+) -> Iterator[dict[str, object]]:
+    """The rows of one method, all budgets measured together."""
+    met = defence_tradeoff.at_budgets(lab, one, budgets, spend)
+    steered = [made for made in met if not isinstance(made, str)]
+    found = iter(defence_tradeoff.measures(lab, steered, on, priced=False) if steered else [])
+    for budget, made in zip(budgets, met, strict=True):
+        measured = None if isinstance(made, str) else next(found)
+        for key, panel in PANELS.items():
+            row: dict[str, object] = {"row": which_layers(lab, one), "panel": panel, "group": name, "x": budget}
+            if measured is None or isinstance(made, str):
+                yield row | {"why": made}
+            else:
+                limits = {"estimate": measured[key].estimate, "low": measured[key].low, "high": measured[key].high}
+                yield row | limits | {"strength": made.strength, "why": ""}
 
 
 def which_layers(lab: Lab, steered: Steering) -> str:
