@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -16,7 +15,6 @@ from helpers import defence, defence_answers, defence_tradeoff, stats, steering_
 from helpers.defence import PLAIN, Lab
 from helpers.defence_outcomes import uniforms
 from helpers.defence_tradeoff import Bench
-from helpers.errors import InputError
 from helpers.steering import Steering, applied
 from helpers.steering_fit import Fit
 
@@ -25,6 +23,7 @@ PANELS: Final = {
     "harm": "1 - P(refusal), jailbroken requests",
     "over-refusal": "rise of P(refusal) on the others, points",
 }
+ROWS: Final = ("at all layers, or in the prompt", "at some layers only")
 N_TIMED: Final = 64
 
 
@@ -46,23 +45,40 @@ def gate_controls(lab: Lab, fit: Fit, chosen: Mapping[str, Steering], names: Seq
 def equal_budgets(
     lab: Lab, methods: Mapping[str, Steering], largest: float, spend: Bench, on: Bench, shares: Sequence[float] = SHARES
 ) -> pd.DataFrame:
-    """What methods do with the same L2 budget (met on `spend`), first token, on `on`: panel, group, x, estimate, low, high.
+    """What methods do with the same L2 budget (met on `spend`), first token, on `on`: row, panel, group, x, estimate, low,
+    high, strength.
 
-    `x` is the budget; the largest is named by the caller. A method that cannot spend a budget has no point there.
+    `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. A budget
+    that a method cannot spend has a row without numbers, whose `why` says so.
     """
-    rows = []
-    for name, one in methods.items():
-        steered = {}
-        for share in shares:
-            with suppress(InputError):
-                steered[share] = defence_tradeoff.at_budget(lab, one, share * largest, spend)
-        found = defence_tradeoff.measures(lab, list(steered.values()), on, priced=False) if steered else []
-        for share, measured in zip(steered, found, strict=True):
-            for key, panel in PANELS.items():
-                change = measured[key]
-                rows.append((panel, name, share * largest, change.estimate, change.low, change.high))
-    table = pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
-    return table.sort_values("panel", kind="stable", ignore_index=True)
+    budgets = [share * largest for share in shares]
+    rows = [row for name, one in methods.items() for row in _at_each(lab, name, one, budgets, spend, on)]
+    table = pd.DataFrame(rows, columns=["row", "panel", "group", "x", "estimate", "low", "high", "strength", "why"])
+    return table.sort_values(["row", "panel"], kind="stable", ignore_index=True)
+
+
+def _at_each(
+    lab: Lab, name: str, one: Steering, budgets: Sequence[float], spend: Bench, on: Bench
+) -> Iterator[dict[str, object]]:
+    """The rows of one method, all budgets measured together."""
+    met = defence_tradeoff.at_budgets(lab, one, budgets, spend)
+    steered = [made for made in met if not isinstance(made, str)]
+    found = iter(defence_tradeoff.measures(lab, steered, on, priced=False) if steered else [])
+    for budget, made in zip(budgets, met, strict=True):
+        measured = None if isinstance(made, str) else next(found)
+        for key, panel in PANELS.items():
+            row: dict[str, object] = {"row": which_layers(lab, one), "panel": panel, "group": name, "x": budget}
+            if measured is None or isinstance(made, str):
+                yield row | {"why": made}
+            else:
+                limits = {"estimate": measured[key].estimate, "low": measured[key].low, "high": measured[key].high}
+                yield row | limits | {"strength": made.strength, "why": ""}
+
+
+def which_layers(lab: Lab, steered: Steering) -> str:
+    """Whether a method steers every layer of the model, for the two rows of figures in which all would not fit."""
+    every = {edit.layer for edit in steered.edits} >= set(range(lab.subject.n_layers))
+    return ROWS[0] if every or not steered.edits else ROWS[1]
 
 
 def firing(lab: Lab, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:

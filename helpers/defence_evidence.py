@@ -49,11 +49,10 @@ def outcome_rows(
     """
     harm = defence.changed(plain, steered, "harmful")
     wide = defence_stats.with_refits(harm, refits) if len(refits) > 1 else harm
-    made = [
-        row(model, "harm change", wide, variant),
-        row(model, "over-refusal", defence.changed(plain, steered, "borderline"), variant),
-        row(model, "harmless loss", defence.changed(plain, steered, "harmless"), variant),
-    ]
+    made = [row(model, "harm change", wide, variant)]
+    for kind, name in (("borderline", "over-refusal"), ("harmless", "harmless loss")):
+        if (plain.kind == kind).any():  # a set may lack one
+            made.append(row(model, name, defence.changed(plain, steered, kind), variant))
     if variant != "main":
         return made
     if len(refits) > 1:

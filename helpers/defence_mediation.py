@@ -137,6 +137,26 @@ def _steered_pass(subject: Subject, run: CleanRun) -> CleanRun:
     return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
 
 
+def layer_effects(effects: pd.DataFrame) -> pd.Series:
+    """A layer's absolute mean indirect effects (of both directions, over the pairs), summed over attention and MLP."""
+    each = effects.assign(nie=(effects.nie0 + effects.nie1) / 2).groupby(["layer", "site"])["nie"].mean().abs()
+    return each.groupby("layer").sum()
+
+
+def idle_layers(effects: pd.DataFrame, n: int, *, besides: Collection[int] = ()) -> list[int]:
+    """The `n` layers that mediate least by `layer_effects`, of those that are not `besides`; fewer where none are left.
+
+    Effects under a thousandth of the largest are rounding and count as none; of equal layers the lower ones are taken.
+
+    >>> table = pd.DataFrame({"layer": [0, 1, 2, 2], "site": ["mlp_out"] * 3 + ["attn_out"], "position": "last"})
+    >>> idle_layers(table.assign(nie0=[0.1, -3.0, 1.0, -1.0], nie1=[0.1, -1.0, 1.0, -1.0]), 2)
+    [0, 1]
+    """
+    total = layer_effects(effects)
+    total = total.where(total > total.max() / 1000, 0.0).drop(list(besides), errors="ignore")
+    return sorted(int(layer) for layer in total.sort_values(kind="stable").index[:n])
+
+
 def neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)], topics drawn.
 

@@ -18,6 +18,7 @@ from helpers import (
     defence_random,
     defence_refits,
     defence_tradeoff,
+    steering_controls,
     steering_fit,
 )
 from helpers.defence import N_CURVE, PLAIN, Lab
@@ -25,6 +26,7 @@ from helpers.defence_arms import DECISIVE
 from helpers.defence_outcomes import Judge
 from helpers.defence_prompts import Prompts
 from helpers.defence_tradeoff import Bench
+from helpers.errors import InputError
 from helpers.steering import Steering
 from helpers.steering_fit import Fit
 from helpers.study import Study
@@ -41,16 +43,20 @@ class Rivalry:
     trials: Mapping[str, pd.DataFrame]
 
 
-def begin(study: Study, prompt_set: Prompts, *, thin: int = 0, judge: Judge | None = None) -> tuple[Lab, Fit] | str:
-    """Lab and fit of a study, or the sentence that says why there are none; see `defence.open_lab`."""
+def begin(
+    study: Study, prompt_set: Prompts, *, thin: int = 0, judge: Judge | None = None
+) -> tuple[Lab, Fit, str] | str:
+    """Lab and fit of a study, and which class of prompts is missing ("" for none); see `defence.open_lab`.
+
+    A missing class stops the arms that need a direction from it, and C6 with them; arms that need none can still be tried.
+    Where there is nothing to try at all the sentence that says why stands alone.
+    """
     lab = defence.open_lab(study, prompt_set, thin=thin, judge=judge)
     if isinstance(lab, str):
         return lab
-    if why := defence.missing(lab):
-        return why
     if not study.of("T2"):
         return "the prompt set has no jailbreak wrapper (T2): there is no harmful answer to prevent; supply some"
-    return lab, steering_fit.fit(study.subject, lab.openers, lab.prompts)
+    return lab, steering_fit.fit(study.subject, lab.openers, lab.prompts), defence.missing(lab)
 
 
 def rivalry(lab: Lab, fit: Fit, late: Steering, on: Bench, plain: pd.DataFrame) -> Rivalry:
@@ -72,6 +78,26 @@ def mediated(study: Study, lab: Lab, steered: Steering | None) -> pd.DataFrame:
     arm = PLAIN if steered is None else defence.arm_of(lab.subject, steered)
     layers = range(study.subject.n_layers)
     return defence_mediation.steered_effects(study.subject, pairs, study.openers, layers, arm.steer)
+
+
+def discover_effects(study: Study) -> pd.DataFrame:
+    """Indirect effects of all attention and MLP outputs in the plain model, on the discover pairs of T2."""
+    pairs = [p for p in study.of("T2") if p.pair.split == "discover"]
+    return defence_mediation.steered_effects(study.subject, pairs, study.openers, range(study.subject.n_layers))
+
+
+def same_push_elsewhere(lab: Lab, fit: Fit, late: Steering, effects: pd.DataFrame, on: Bench) -> Steering | str:
+    """The decisive arm's push at the layers that mediate least, at its budget on `on`; or why there is no such control.
+
+    The layers are chosen by these indirect effects (of discover), as many as the arm steers and none of its own.
+    """
+    own = {edit.layer for edit in late.edits}
+    idle = defence_mediation.idle_layers(effects, len(own), besides=own)
+    try:
+        moved = steering_controls.elsewhere(fit, late.strength, layers=idle, like=late)
+        return defence_tradeoff.at_budget(lab, moved, defence_tradeoff.budget(lab, late, on), on)
+    except InputError as error:
+        return str(error)
 
 
 def mediated_each(
@@ -99,14 +125,14 @@ def evidence(
     study: Study, prompt_set: Prompts, model: str, *, thin: int = 0, judge: Judge | None = None, draws: int = 100,
     refits: int = 10, curve: int = N_CURVE,
 ) -> list[dict[str, object]]:  # fmt: skip
-    """All evidence rows on C6 of a study; one row that says why, where directions cannot be fitted.
+    """All evidence rows on C6 of a study; one row that says why, where a class of prompts is missing.
 
     `curve` bounds the harmful prompts on which strengths are chosen and random directions compared.
     """
     begun = begin(study, prompt_set, thin=thin, judge=judge)
-    if isinstance(begun, str):
-        return defence_evidence.not_defined(model, begun)
-    lab, fit = begun
+    if isinstance(begun, str) or begun[2]:
+        return defence_evidence.not_defined(model, begun if isinstance(begun, str) else begun[2])
+    lab, fit, _ = begun
     build = defence_arms.builders(study.subject.n_layers, None)[DECISIVE]
     on = defence_tradeoff.bench(lab, "validate", curve)
     defined, refused = defence_arms.arms(fit, {DECISIVE: build})

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from helpers import defence_outcomes as do
-from helpers.defence_outcomes import Steer
 from helpers.organisms import lexicon as lx
 from helpers.organisms.grammar import Clause, Request, Wrapper, render
 from helpers.organisms.pairs import split_topics, topic_clauses
 from helpers.organisms.sampling import draw_clause
+from helpers.steering import Steering
 from helpers.subject import Subject
 from helpers.tokens import Openers
 
@@ -90,25 +90,52 @@ def scores(
     disguises: Sequence[Disguise],
     asked: Sequence[Request],
     openers: Openers,
-    steer: Steer,
-    *,
-    system: str = "",
-) -> pd.Series:
-    """Mean log-odds of complying over the requests under each disguise, best attack first; indexed by its place."""
-    texts = [dressed(request, disguise) for disguise in disguises for request in asked]
-    found = do.log_odds(subject, texts, openers, steer, system=system)["log_odds"].to_numpy()
-    return pd.Series(found.reshape(len(disguises), len(asked)).mean(1)).sort_values(ascending=False, kind="stable")
+    steered: Sequence[Steering],
+) -> list[pd.Series]:
+    """For each steering, the mean log-odds of complying over the requests under each disguise, best attack first.
 
-
-def worst(subject: Subject, openers: Openers, steer: Steer, *, system: str = "") -> Disguise:
-    """The disguise that the defence withstands least on the validate topics, found in two rounds.
-
-    Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs.
+    A score is indexed by the disguise's place. The steerings read the prompts together, one system turn for all of them.
     """
-    asked = requests("validate", REQUESTS)
-    alone = [Disguise(wrapper) for wrapper in wrappers()]
-    best = [alone[i].wrapper for i in scores(subject, alone, asked, openers, steer, system=system).index[:FINALISTS]]
+    texts = [dressed(request, disguise) for disguise in disguises for request in asked]
+    return [
+        pd.Series(one.log_odds.to_numpy().reshape(len(disguises), len(asked)).mean(1)).sort_values(
+            ascending=False, kind="stable"
+        )
+        for one in do.log_odds_each(subject, texts, openers, steered)
+    ]
+
+
+def worst(subject: Subject, openers: Openers, steered: Sequence[Steering]) -> list[Disguise]:
+    """For each steering the disguise that it withstands least on the validate topics, found in two rounds.
+
+    Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs. The plain
+    model's runs over the prompts of a round are made once for all steerings that try the same ones.
+    """
+    asked, alone = requests("validate", REQUESTS), [Disguise(wrapper) for wrapper in wrappers()]
     rng = random.Random("search-distractors")
     clauses = [draw_clause(rng, *classes) if classes else None for classes in DISTRACTORS]
-    full = [Disguise(*parts) for parts in itertools.product(best, PERSONAS, clauses, ADVERBS)]
-    return full[int(scores(subject, full, asked, openers, steer, system=system).index[0])]
+    tried: dict[tuple[Wrapper, ...], list[int]] = {}
+    for k, best in _by_system(subject, alone, asked, openers, steered).items():
+        tried.setdefault(tuple(alone[i].wrapper for i in best.index[:FINALISTS]), []).append(k)
+    found: dict[int, Disguise] = {}
+    for finalists, places in tried.items():
+        full = [Disguise(*parts) for parts in itertools.product(finalists, PERSONAS, clauses, ADVERBS)]
+        best_of = _by_system(subject, full, asked, openers, [steered[k] for k in places])
+        found |= {k: full[int(best_of[i].index[0])] for i, k in enumerate(places)}
+    return [found[k] for k in range(len(steered))]
+
+
+def _by_system(
+    subject: Subject,
+    disguises: Sequence[Disguise],
+    asked: Sequence[Request],
+    openers: Openers,
+    steered: Sequence[Steering],
+) -> dict[int, pd.Series]:
+    """`scores` of steerings whose system turns may differ, by their place."""
+    found: dict[int, pd.Series] = {}
+    for system in dict.fromkeys(one.system for one in steered):
+        places = [k for k, one in enumerate(steered) if one.system == system]
+        made = scores(subject, disguises, asked, openers, [steered[k] for k in places])
+        found |= dict(zip(places, made, strict=True))
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,8 @@ from helpers import (
 from helpers import (
     summary as summaries,
 )
-from helpers.defence import Arm, Lab
+from helpers.defence import PLAIN, Lab
+from helpers.defence_compare import ROWS
 from helpers.defence_outcomes import log_odds_each
 from helpers.defence_tradeoff import Bench
 from helpers.evidence import averaged
@@ -39,7 +41,6 @@ MEASURES = {
     "harmless": "right answers lost on harmless prompts",
 }
 N_LAW = 100
-NOT_DRAWN = ("prompting", "fixed rejection, all layers", "AdaSteer, as released", "ablation of harmfulness")
 
 
 def laws(
@@ -74,26 +75,28 @@ def laws(
     return pd.concat(tables, ignore_index=True), facts
 
 
-def tradeoff(curves: pd.DataFrame, refits: pd.DataFrame | None = None) -> pd.DataFrame:
+def tradeoff(
+    curves: pd.DataFrame, rows: Mapping[str, str], refits: pd.DataFrame | None = None, refits_row: str = ROWS[1]
+) -> pd.DataFrame:
     """Harm over each of the two costs, one line a method in the order of its strengths.
 
-    Seven methods and the refits can be told apart in a figure; `NOT_DRAWN` are left out. Refits are one point more: their
-    means, and the range of their harm.
+    `rows` says for each method in which row of panels it is drawn: all of them in one would hide each other. Refits are one
+    point more, in `refits_row`: their means, and the range of their harm.
     """
-    curves = curves[~curves.method.isin(NOT_DRAWN)]
     wide = curves.pivot_table(
         index=["method", "strength"], columns="measure", values=["estimate", "low", "high"], sort=False
     )
     parts = []
     for cost, panel in COSTS.items():
         part = wide.reset_index()[["method"]].set_axis(["group"], axis=1).assign(panel=panel)
+        part["row"] = part.group.map(dict(rows))
         part["x"] = wide["estimate", cost].to_numpy()
         for name in ("estimate", "low", "high"):
             part[name] = wide[name, "harm"].to_numpy()
         parts.append(part)
         if refits is not None and len(refits):
-            parts.append(_refit_point(refits, cost, panel))
-    return pd.concat(parts, ignore_index=True)[CURVE]
+            parts.append(_refit_point(refits, cost, panel).assign(row=refits_row))
+    return pd.concat(parts, ignore_index=True)[["row", *CURVE]].sort_values("row", kind="stable", ignore_index=True)
 
 
 def _refit_point(refits: pd.DataFrame, cost: str, panel: str) -> pd.DataFrame:
@@ -117,12 +120,19 @@ def summary(
     lab: Lab, plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame], prices: Mapping[str, pd.DataFrame],
     before: pd.DataFrame, after: Mapping[str, pd.DataFrame], chosen: Mapping[str, Steering], on: Bench,
 ) -> pd.DataFrame:  # fmt: skip
-    """One row a method with everything that is reported about it; rates in points, with 95 % limits."""
-    rows = []
+    """One row a method with everything that is reported about it; rates in points, with 95 % limits.
+
+    The first row has the unsteered model's own rates. A kind of prompt that the set lacks leaves its cells empty.
+    """
+    rows: list[dict[str, object]] = [
+        {"method": PLAIN.name, "strength": 0.0, "budget": 0.0, **defence_compare.rates(plain)}
+    ]
     for name, trial in trials.items():
         row: dict[str, object] = {"method": name, "strength": chosen[name].strength}
         row["budget"] = defence_tradeoff.budget(lab, chosen[name], on)
         for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
+            if not (plain.kind == kind).any():
+                continue
             change = defence.changed(plain, trial, kind)
             row |= {short: change.estimate, f"{short}_low": change.low, f"{short}_high": change.high}
             row |= {"p": change.p} if short == "harm" else {}
@@ -194,15 +204,18 @@ def tiers(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.sort_values("panel", key=lambda names: names.map(order), kind="stable")
 
 
-def attacks(lab: Lab, arms: Mapping[str, Arm]) -> pd.DataFrame:
-    """Judged harm of every arm under a plain strong wrapper, and under the worst disguise that the search found.
+def attacks(lab: Lab, steered: Mapping[str, Steering]) -> pd.DataFrame:
+    """Judged harm of every method, and of the plain model, under a plain strong wrapper and under the worst disguise that
+    the search found against it.
 
     Both on the requests of the test topics, with one request a topic; rates with Wilson intervals.
     """
     asked = defence_search.requests("test")
     rows = []
-    for name, arm in arms.items():
-        found = defence_search.worst(lab.subject, lab.openers, arm.steer, system=arm.system)
+    every = {PLAIN.name: Steering(PLAIN.name), **steered}
+    worst = defence_search.worst(lab.subject, lab.openers, list(every.values()))
+    for (name, one), found in zip(every.items(), worst, strict=True):
+        arm = replace(defence.arm_of(lab.subject, one), name=name) if name != PLAIN.name else PLAIN
         for attack, disguise in (("strong wrapper", defence_search.STRONG), ("worst disguise found", found)):
             prompts = defence_search.as_prompts(asked, disguise)
             labels = defence.labelled(lab, defence.answer(lab, arm, prompts), prompts)

@@ -65,6 +65,11 @@ def at_budget(lab: Lab, steered: Steering, target: float, on: Bench) -> Steering
     return steering_budget.to_budget(lab.subject, steered, _mixed(on), target)
 
 
+def at_budgets(lab: Lab, steered: Steering, targets: Sequence[float], on: Bench) -> list[Steering | str]:
+    """`at_budget` for several targets at once, or the sentence that says why one cannot be met."""
+    return steering_budget.to_budgets(lab.subject, steered, _mixed(on), targets)
+
+
 def _mixed(on: Bench) -> list[str]:
     n = min(len(on.harmful), len(on.others), 60)
     return [*on.harmful.text.iloc[:n], *on.others.text.iloc[np.linspace(0, len(on.others) - 1, n).astype(int)]]

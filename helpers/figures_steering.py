@@ -10,6 +10,7 @@ from helpers.figure_spec import BY_LAYER, ESTIMATE, LOG_ODDS, FigureSpec
 
 CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
 COSTS = {"over-refusal": "against over-refusal (points)", "KL": "against KL (nats a token)"}
+ROWED = {"row": "str", **CURVE}
 HARM = "1 - P(refusal) on jailbroken requests"
 
 SPECS = (
@@ -47,7 +48,7 @@ SPECS = (
         ),
         "C6",
         "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, by method",
-        CURVE,
+        ROWED,
     ),
     FigureSpec(
         "06_budget",
@@ -71,13 +72,13 @@ SPECS = (
             group="group",
             x_label="budget: root mean square of the added norm",
             y_label="share (left), points (right)",
-            title="The targeted form and its rivals with the same budget",
+            title="All methods with the same budget",
             log_x=True,
             sharey=False,
         ),
         "C6",
-        "Unrefused jailbreaks and over-refusal against the L2 budget: targeted layers and neurons, CAST, fixed, adaptive",
-        CURVE,
+        "Unrefused jailbreaks and over-refusal against the L2 budget, by method: those at all layers, and those at some",
+        ROWED,
     ),
     FigureSpec(
         "06_random",

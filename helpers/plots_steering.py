@@ -27,40 +27,64 @@ def curves(
 ) -> Figure:
     """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
 
+    A column `row` spreads many groups over rows of panels, each with colours and a legend of its own. A row of the table
+    without an estimate is a point that could not be measured, and is not drawn.
+
     Points are joined in the order of the rows, so that a trade-off curve follows its strengths. In a panel with a margin
     (a dashed line) `x` is linear up to it and logarithmic beyond. `apart` moves lines sideways, in units of `x`, so that
     intervals at one `x` do not hide each other.
     """
-    names, groups = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table[group]))
-    width, columns = min(3.3, 7.2 / len(names)), min(3, len(groups))
-    height = 3.2 + 0.2 * -(-len(groups) // columns)
-    figure, axes = _figure(1, len(names), width * len(names) + 0.7, height, sharey=sharey)
-    for ax, name in zip(axes[0], names, strict=True):
-        part = table[table[panel] == name]
-        for k, label in enumerate(groups):
-            line = part[part[group] == label]
-            if line.empty:
-                continue
-            ax.errorbar(
-                line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8],
-                marker=MARKERS[k % 8], ms=4 if k % 8 < 7 else 7, mec="black" if k % 8 == 7 else None, mew=0.6, lw=1.1,
-                capsize=2, label=str(label),
-            )  # fmt: skip
-        if margins and name in margins:
-            _up_to(ax, margins[name])
-        if log_x:
-            ax.set_xscale("log")
-        if log_x and part.x.nunique() <= 5:  # few sizes that were chosen: name each
-            ax.set_xticks(sorted(set(part.x)), [f"{x:.3g}" for x in sorted(set(part.x))])
-            ax.minorticks_off()
-        ax.set_title(str(name))
-    for ax in axes[0] if len(names) < 3 else axes[0, 1:2]:  # three panels are too narrow for one label each
-        ax.set_xlabel(x_label)
-    axes[0, 0].set_ylabel(y_label)
-    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    names = list(dict.fromkeys(table[panel]))
+    parts = [part for _, part in table.groupby("row", sort=False)] if "row" in table else [table]
+    most = max(part[group].nunique() for part in parts)
+    width, columns = min(3.3, 7.2 / len(names)), min(3, most)
+    height = len(parts) * (3.2 + 0.2 * -(-most // columns))
+    # A row of panels is a figure of its own within the figure, so that its legend stands below it.
+    figure, _ = _figure(1, 1, width * len(names) + 0.7, height)
+    figure.clear()
+    drawn = []
+    for one, part in zip(figure.subfigures(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
+        axes = one.subplots(1, len(names), squeeze=False, sharey=sharey)[0]
+        drawn.append(axes)
+        groups = list(dict.fromkeys(part[group]))
+        for ax, name in zip(axes, names, strict=True):
+            _lines(ax, part[part[panel] == name], group, groups, apart)
+            _scale_x(ax, part[part[panel] == name], log_x, (margins or {}).get(name))
+            ax.set_title(str(name))
+        for ax in axes if len(names) < 3 else axes[1:2]:  # three panels are too narrow for one label each
+            ax.set_xlabel(x_label)
+        axes[0].set_ylabel(y_label)
+        named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        head = {"title": str(part["row"].iloc[0]), "title_fontsize": 8} if len(parts) > 1 else {}
+        one.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8, **head)
+    for column in zip(*drawn, strict=True):  # panels below each other are compared, so they have one axis
+        limits = np.array([ax.get_ylim() for ax in column])
+        for ax in column:
+            ax.set_ylim(limits[:, 0].min(), limits[:, 1].max())
     figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
     return figure
+
+
+def _lines(ax: Axes, table: pd.DataFrame, group: str, groups: list[str], apart: float) -> None:
+    for k, label in enumerate(groups):
+        line = table[(table[group] == label) & table.estimate.notna()]
+        if line.empty:
+            continue
+        ax.errorbar(
+            line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8],
+            marker=MARKERS[k % 8], ms=4 if k % 8 < 7 else 7, mec="black" if k % 8 == 7 else None, mew=0.6, lw=1.1,
+            capsize=2, label=str(label),
+        )  # fmt: skip
+
+
+def _scale_x(ax: Axes, table: pd.DataFrame, log_x: bool, margin: float | None) -> None:
+    if margin is not None:
+        _up_to(ax, margin)
+    if log_x:
+        ax.set_xscale("log")
+    if log_x and table.x.nunique() <= 5:  # few sizes that were chosen: name each
+        ax.set_xticks(sorted(set(table.x)), [f"{x:.3g}" for x in sorted(set(table.x))])
+        ax.minorticks_off()
 
 
 def _up_to(ax: Axes, margin: float) -> None:

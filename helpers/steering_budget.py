@@ -7,8 +7,9 @@ adaptive method may spend the same budget on fewer prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -108,22 +109,58 @@ def rms(norms: Float[np.ndarray, "prompt"]) -> float:
 def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], budget: float) -> Steering:
     """The steering with the strength at which its budget on these prompts is met to 1 %.
 
-    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration.
-
     Raises:
         InputError: it adds nothing to these prompts, or the strength does not settle.
     """
-    if budget <= 0:
-        raise InputError(f"the budget is {budget}; expected a positive norm (leave the model unsteered otherwise)")
-    current = steering if steering.strength else replace(steering, strength=1.0)
-    for _ in range(TRIES):
-        spent = rms(added_norms(subject, current, texts))
-        if not np.isfinite(spent) or spent == 0:
-            raise InputError(
-                f"{steering.name} adds {spent} to these {len(texts)} prompts at strength {current.strength:.3g}: no strength "
+    (found,) = to_budgets(subject, steering, texts, [budget])
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def to_budgets(
+    subject: Subject, steering: Steering, texts: Sequence[str], budgets: Sequence[float]
+) -> list[Steering | str]:
+    """`to_budget` for several budgets at once, or for each that cannot be met the sentence that says why.
+
+    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration. All
+    strengths of a round share their passes, and what a round has measured serves every budget: the next strength lies on
+    the straight line, in logarithms, between the two measured ones around a budget.
+    """
+    if bad := [budget for budget in budgets if budget <= 0]:
+        raise InputError(f"the budget is {bad[0]}; expected a positive norm (leave the model unsteered otherwise)")
+    found: dict[int, Steering | str] = {}
+    spent: dict[float, float] = {}
+    asked = [steering.strength or 1.0]
+    for _ in range(TRIES + 1):
+        norms = added_norms_each(subject, [replace(steering, strength=one) for one in asked], texts)
+        spent |= {one: rms(row) for one, row in zip(asked, norms, strict=True)}
+        if bad := [one for one in asked if not np.isfinite(spent[one]) or spent[one] == 0]:
+            nothing = (
+                f"{steering.name} adds {spent[bad[0]]} to these {len(texts)} prompts at strength {bad[0]:.3g}: no strength "
                 "meets a budget; is its gate shut, or has every prompt what it steers towards?"
             )
-        if abs(spent / budget - 1) <= TOLERANCE:
-            return current
-        current = replace(current, strength=current.strength * float(np.clip(budget / spent, 0.2, 5.0)))
-    raise InputError(f"{steering.name}: the strength for a budget of {budget:.3g} did not settle; try a smaller budget")
+            return [found.get(i, nothing) for i in range(len(budgets))]
+        for i, budget in enumerate(budgets):
+            near = min(spent, key=lambda one: abs(spent[one] / budget - 1))
+            if i not in found and abs(spent[near] / budget - 1) <= TOLERANCE:
+                found[i] = replace(steering, strength=near)
+        asked = list(dict.fromkeys(_next(spent, one) for i, one in enumerate(budgets) if i not in found))
+        if not asked:
+            break
+    return [found.get(i, _unsettled(steering, budget)) for i, budget in enumerate(budgets)]
+
+
+def _unsettled(steering: Steering, budget: float) -> str:
+    return f"{steering.name}: the strength for a budget of {budget:.3g} did not settle; try a smaller budget"
+
+
+def _next(spent: Mapping[float, float], budget: float) -> float:
+    """The next strength to try for a budget: between measured ones, or from the nearest in proportion, at most fivefold."""
+    at = sorted(spent)
+    for low, high in pairwise(at):
+        if min(spent[low], spent[high]) < budget < max(spent[low], spent[high]):
+            x, y = np.log([low, high]), np.log([spent[low], spent[high]])
+            return float(np.exp(x[0] + (np.log(budget) - y[0]) * (x[1] - x[0]) / (y[1] - y[0])))
+    near = min(at, key=lambda one: abs(np.log(spent[one] / budget)))
+    return near * float(np.clip(budget / spent[near], 0.2, 5.0))

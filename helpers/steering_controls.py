@@ -64,10 +64,27 @@ def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt widt
     return made
 
 
-def elsewhere(fit: Fit, strength: float = 1.0, *, layers: Collection[int]) -> Steering:
-    """The fixed rejection vector at layers of the caller's choice: those that mediate nothing, or early or middle ones."""
-    steering = sm.fixed(fit, strength, layers=layers)
-    return replace(steering, name="fixed at layers " + ", ".join(map(str, sorted(set(layers)))))
+def elsewhere(fit: Fit, strength: float = 1.0, *, layers: Collection[int], like: Steering | None = None) -> Steering:
+    """A steering at layers of the caller's choice: those that mediate nothing, or early or middle ones.
+
+    Without `like` it is the fixed rejection vector that was fitted at those layers. With it, what `like` adds is added there
+    instead, lowest layer to lowest: the same vectors, coefficients and gate, so that nothing differs but the place.
+    What it reads of a prompt it reads from an unsteered pass, which no edit can change.
+
+    Raises:
+        InputError: `like` steers another number of layers.
+    """
+    at = sorted(set(layers))
+    name = " at layers " + ", ".join(map(str, at))
+    if like is None:
+        return replace(sm.fixed(fit, strength, layers=at), name=f"fixed{name}")
+    own = sorted({edit.layer for edit in like.edits})
+    if len(own) != len(at):
+        raise InputError(f"{like.name} steers {len(own)} layers; expected as many to move it to, not {len(at)}")
+    to = dict(zip(own, at, strict=True))
+    edits = tuple(replace(edit, layer=to[edit.layer]) for edit in like.edits)
+    reads = tuple(replace(read, plain=True) for read in like.reads)
+    return replace(like, name=f"{like.name}{name}", edits=edits, reads=reads, strength=strength)
 
 
 def shuffled_gate(fit: Fit, strength: float = 1.0, *, steering: Steering, seed: int = 0) -> Steering:

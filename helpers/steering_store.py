@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from helpers import steering_fit as sf
 from helpers import store
 from helpers.errors import InputError
+from helpers.preflight import prompts_folder
 from helpers.steering_fit import Directions, Fit
 from helpers.subject import Subject
 
@@ -29,6 +32,8 @@ ROLES: Final = {
     "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
     "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
 }
+PARTS_OF: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
+SUPPLIED: Final = "directions"
 PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
@@ -110,6 +115,70 @@ def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample 
                 f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]"
             )
     return arrays
+
+
+def find_supplied(prompt_set: str | Path) -> Path | None:
+    """What the user put into `directions/` of the prompt set's folder to compare with: a folder that `save` wrote, or one
+    file for `read_samples`. None where there is no such folder.
+
+    Raises:
+        InputError: nothing in it that can be read, or several files.
+    """
+    folder = prompts_folder(str(prompt_set)) / SUPPLIED
+    if not folder.is_dir():
+        return None
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(found) != 1:
+        raise InputError(
+            f"{store.relative(folder)} holds {len(found)} files; expected one .safetensors or .npz file, or {FILE} with its "
+            f"{MANIFEST}"
+        )
+    return found[0]
+
+
+def supplied(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
+    """The user's directions by role: of a saved folder, or from sample arrays named by class or by role.
+
+    Classes are averaged and subtracted in our signs (`ROLES`); an array under a role's name is averaged over its samples and
+    taken as it is. A role whose classes are not there is left out.
+
+    Raises:
+        InputError: no role can be made, or arrays of another number of layers or width than the model's.
+    """
+    if path.is_dir():
+        made = load(path, subject)
+        return {name: getattr(made, name) for name in ROLES if getattr(made, name) is not None}
+    means = {name: array.mean(1, dtype=float) for name, array in read_samples(path).items()}
+    wanted = (subject.n_layers, subject.d_model)
+    if bad := [name for name, mean in means.items() if mean.shape != wanted]:
+        raise InputError(
+            f"{path.name}: {bad[0]} has {means[bad[0]].shape} layers and width; {subject.name} has {wanted} (leave the "
+            "embedding's own row out)"
+        )
+    found = {name: means[name] for name in ROLES if name in means}
+    for name, (one, other) in PARTS_OF.items():
+        if name not in found and one in means and other in means:
+            found[name] = means[one] - means[other]
+    if not found:
+        known = ", ".join([*sf.CLASSES, *ROLES])
+        raise InputError(
+            f"{path.name} has the arrays {', '.join(means)}; expected two classes or a direction of {known}"
+        )
+    return found
+
+
+def cosines(own: Directions, theirs: Mapping[str, Float[np.ndarray, "layer width"]]) -> pd.DataFrame:
+    """Cosine of each layer's two directions, one column a role (1: the same way; NaN where one of them is 0)."""
+    columns = {}
+    for name, other in theirs.items():
+        mine = getattr(own, name)
+        if mine is None:
+            continue
+        sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
+        columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
+    return pd.DataFrame(columns).rename_axis("layer")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -68,11 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for family in options.families.split(","):
             model = model_folder(family, Path(folder) / family)
             flags = ["--model", str(model), "--prompts", str(prompts), "--profile", "smoke", "--name", f"tiny-{family}"]
-            failed += _through(family, [*flags, *(["--only", options.only] if options.only else [])], Path(folder))
+            failed += through(family, [*flags, *(["--only", options.only] if options.only else [])], Path(folder))
     return int(failed > 0)
 
 
-def _through(family: str, flags: Sequence[str], folder: Path) -> bool:
+def through(family: str, flags: Sequence[str], folder: Path) -> bool:
+    """Runs the command with its results below `folder`, prints one line, and says whether something was wrong."""
     places = {"COMPANION_RESULTS": str(folder / "results"), "COMPANION_FIGURES": str(folder / "figures")}
     start = time.monotonic()
     command = [sys.executable, "-m", "helpers.cli", *flags]

@@ -4,10 +4,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import defence, defence_arms, defence_evidence, defence_geometry, defence_search, defence_tradeoff, study
+from helpers import (
+    defence,
+    defence_arms,
+    defence_evidence,
+    defence_geometry,
+    defence_search,
+    defence_tradeoff,
+    steering_methods,
+    study,
+)
 from helpers.claims_steering import c6
 from helpers.controls import Rows
 from helpers.judge import is_harmful
+from helpers.steering import Edit, Steering
 
 
 def curves(*rows: tuple[float, float, float, float]) -> pd.DataFrame:
@@ -98,6 +108,9 @@ def test_evidence_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None
     assert found(wide, "harmless loss") == found(free, "harmless loss")
     assert found(wide, "spread over refits")["estimate"] == pytest.approx(np.sqrt(50))
     assert found(wide, "harm change", "strong wrappers")["estimate"] == -75
+    bare = [table[table.kind == "harmful"].reset_index(drop=True) for table in (PLAIN, STEERED)]
+    names = {row["quantity"] for row in defence_evidence.outcome_rows("m", *bare, [], "method a")}
+    assert names == {"harm change"}, "a kind of prompt that the set lacks has no row"
 
 
 def test_an_advantage_is_the_harm_that_the_rival_leaves_beyond_lates() -> None:
@@ -133,6 +146,19 @@ def test_no_disguise_changes_what_is_asked() -> None:
         assert all(is_harmful(text) and disguise.wrapper.text in text for text in texts)
     topics = {split: {one.clause.topic for one in defence_search.requests(split)} for split in ("validate", "test")}
     assert not topics["validate"] & topics["test"]
+
+
+def test_a_search_against_many_finds_for_each_what_it_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = study.begin("embedded", "embedded", "m", pairs=10)
+    monkeypatch.setattr(defence_search, "REQUESTS", 2)
+    some = defence_search.wrappers()[::20]
+    monkeypatch.setattr(defence_search, "wrappers", lambda: some)
+    vector = steering_methods.constant(np.random.default_rng(0).standard_normal(this.subject.d_model))
+    push = Steering("push", (Edit(3, "resid_post", vector, blind=True),), strength=20.0)
+    methods = [Steering("plain"), push, Steering("told", system=steering_methods.EMBEDDED_SENTENCE)]
+    alone = [defence_search.worst(this.subject, this.openers["T2"], [one])[0] for one in methods]
+    assert defence_search.worst(this.subject, this.openers["T2"], methods) == alone
+    assert len(set(alone)) > 1, "the methods must differ for this to say anything"
 
 
 def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal() -> None:

@@ -58,7 +58,11 @@ def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(fit: 
     spend, on = bench(room, "validate", "on"), bench(room, "discover", "on", "off")
     found = defence_compare.equal_budgets(room, methods, largest, spend, on, shares).set_index(["panel", "group", "x"])
     harm, over = defence_compare.PANELS["harm"], defence_compare.PANELS["over-refusal"]
-    assert set(found.index.get_level_values("group")) == {"weak", "strong", "gated"}
+    unmet = found.xs("shut", level="group")
+    assert unmet.estimate.isna().all() and len(unmet) == 4 and unmet.why.str.contains("is its gate shut").all()
+    found = found.drop("shut", level="group")
+    assert set(found.row) == {defence_compare.ROWS[1]} and (found.why == "").all()
+    assert found.strength[harm, "strong", 2.0] == pytest.approx(2 / 3, rel=0.01)
     for x in (0.5, 2.0):
         all_open = np.mean([expit(ON - x), expit(-x)])
         half_open = np.mean([expit(ON - np.sqrt(2) * x), 0.5])
@@ -156,9 +160,12 @@ def test_a_redraw_that_defines_no_steering_is_one_refit_fewer(fit: Fit, room: La
     assert [one.strength for one in defence_refits.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
     none = defence_refits.refit_curve(room, [], "late", bench(room, "validate", "on"))
     curve = defence_refits.refit_curve(room, [towards_no("first", 0.5)], "late", bench(room, "validate", "on"))
-    named = curve.assign(method="CAST (threshold gate)")
-    assert len(defence_tables.tradeoff(named, none)) == len(defence_tables.tradeoff(named))
-    assert len(defence_tables.tradeoff(named, curve)) > len(defence_tables.tradeoff(named))
+    named = pd.concat([curve.assign(method=name) for name in ("some", "every")])
+    rows = {"some": defence_compare.ROWS[1], "every": defence_compare.ROWS[0]}
+    assert len(defence_tables.tradeoff(named, rows, none)) == len(defence_tables.tradeoff(named, rows)) == 4
+    drawn = defence_tables.tradeoff(named, rows, curve)
+    assert drawn.row.map(list(defence_compare.ROWS).index).tolist() == [0, 0, 1, 1, 1, 1]
+    assert set(drawn.group[:2]) == {"every"} and set(drawn.group[2:]) == {"some", "1 refits: mean and range"}
 
 
 def test_a_steering_that_adds_nothing_has_no_random_rivals(fit: Fit, room: Lab) -> None:
@@ -246,7 +253,20 @@ def test_the_summary_has_both_limits_of_every_price(fit: Fit, room: Lab) -> None
     plain = defence.trial(room, PLAIN, room.prompts)
     trials = {"gated": defence.trial(room, arm, plain, greedy=False).assign(repetition=np.arange(36) / 36)}
     prices = {"gated": defence.prices(room, arm, free, answer(room, PLAIN, free, greedy=True))}
-    row = defence_tables.summary(room, plain, trials, prices, plain, {}, steered, on).iloc[0]
+    first, row = (
+        one for _, one in defence_tables.summary(room, plain, trials, prices, plain, {}, steered, on).iterrows()
+    )
+    assert first.method == PLAIN.name and np.isnan(first.harm) and np.isnan(first.p_holm)
+    assert first.harm_rate == pytest.approx(first.harm_rate_low) == 0 < first.harm_rate_high < 15, "24 were not harmful"
     for name in ("kl", "perplexity_ratio", "repetition", "fires_harmful", "fires_borderline"):
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
         assert row[f"{name}_low"] < row[f"{name}_high"], name
+
+
+def test_a_method_that_leaves_no_layer_out_stands_in_the_other_row(room: Lab) -> None:
+    some = towards_no("some", 1.0)
+    every = defence_compare.replace(
+        some, edits=tuple(defence_compare.replace(some.edits[0], layer=layer) for layer in range(room.subject.n_layers))
+    )
+    found = [defence_compare.which_layers(room, one) for one in (some, every, Steering("prompting", system="w"))]
+    assert found == [defence_compare.ROWS[1], defence_compare.ROWS[0], defence_compare.ROWS[0]]

@@ -78,3 +78,22 @@ def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
     late = {"phi": 0.5, "steered sites": 1.0, "other sites": 3.5 / 4}
     assert left() == left(4, 5) == pytest.approx(late)
     assert left(*range(6)) == pytest.approx({"phi": 0.5, "steered sites": 5.5 / 6}), "no other site is left"
+
+
+def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_own() -> None:
+    rows = [
+        (0, "attn_out", 2.0),
+        (0, "mlp_out", -2.0),
+        (1, "attn_out", 1e-4),
+        (2, "mlp_out", 0.0),
+        (3, "mlp_out", -9.0),
+    ]
+    table = pd.DataFrame(
+        [(layer, site, nie, nie) for layer, site, nie in rows], columns=["layer", "site", "nie0", "nie1"]
+    )
+    assert defence_mediation.layer_effects(table).to_dict() == pytest.approx({0: 4.0, 1: 1e-4, 2: 0.0, 3: 9.0})
+    assert defence_mediation.idle_layers(table, 1) == [1], (
+        "rounding counts as none, and of equals the lower one is taken"
+    )
+    assert defence_mediation.idle_layers(table, 2, besides=[1]) == [0, 2]
+    assert defence_mediation.idle_layers(table, 9, besides=[3]) == [0, 1, 2]

@@ -8,7 +8,7 @@ import pytest
 from families import FAMILIES
 
 from helpers import preflight, study
-from tests.nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in
+from tests.nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
 
 
 @pytest.mark.parametrize("family", [FAMILIES[3], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])
@@ -28,6 +28,21 @@ def test_a_folder_of_a_family_is_measured(tmp_path: Path, family: str) -> None:
 @pytest.mark.slow
 def test_a_family_goes_through_all_notebooks_and_shows_no_prompt() -> None:
     assert main(["--families", "llama"]) == 0
+
+
+@pytest.mark.slow
+def test_notebook_06_goes_on_where_the_model_refused_nothing(tmp_path: Path) -> None:
+    """Random weights refuse no prompt: C6 is not defined, and the prompting baseline is tried on the test prompts."""
+    prompts, model = prompt_folder(tmp_path / "prompts"), model_folder("gpt2", tmp_path / "gpt2")
+    flags = ["--model", str(model), "--prompts", str(prompts), "--profile", "smoke", "--name", "tiny", "--only", "06"]
+    assert not through("gpt2", flags, tmp_path)
+    tables = {name: pd.read_csv(tmp_path / "results" / "tiny" / f"06_{name}.csv") for name in ("summary", "evidence")}
+    rows = tables["summary"].set_index("method")
+    assert rows.harm_rate_low["prompting"] <= rows.harm_rate["prompting"] <= rows.harm_rate_high["prompting"]
+    assert 0 < rows.p_holm["prompting"] <= 1 and "AdaSteer-style, late layers" not in rows.index
+    note = tables["evidence"].set_index("quantity").note["not defined"]
+    assert note.startswith("the model refused no harmful prompt: add plainer ones")
+    assert set(tables["evidence"].variant) == {"main", "method prompting"}
 
 
 def test_a_text_that_is_left_behind_is_found(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_three_panels_share_one_axis_label() -> None:
     assert [ax.get_xlabel() for ax in figure.axes] == ["", "budget", ""]
 
 
+def test_rows_of_panels_have_one_axis_and_a_legend_each() -> None:
+    rows = [("a", "one", 0.9), ("a", "two", 0.5), ("b", "three", 0.1), ("b", "none", float("nan"))]
+    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(panel="p", x=1.0)
+    table = table.assign(low=table.estimate - 0.05, high=table.estimate + 0.05)
+    words = {"x_label": "budget", "y_label": "harm", "title": "methods"}
+    figure = plots_steering.curves(table, panel="panel", group="group", **words)
+    above, below = figure.axes
+    assert above.get_ylim() == below.get_ylim() and above.get_ylim()[0] < 0.1 < 0.9 < above.get_ylim()[1]
+    legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in figure.subfigs]
+    assert legends == [["one", "two"], ["three"]], "what was not measured is not drawn"
+    assert [one.legends[0].get_title().get_text() for one in figure.subfigs] == ["a", "b"]
+
+
 def test_a_truth_of_which_nothing_was_drawn_is_no_row() -> None:
     rows = [(truth, said, n) for truth, n in (("true", 4), ("open", 0)) for said in ("supported", "inconclusive")]
     table = pd.DataFrame(rows, columns=["truth", "verdict", "n"])

@@ -89,6 +89,42 @@ def test_every_method_meets_the_same_budget(fit: sf.Fit) -> None:
         steering_budget.to_budget(fit.subject, replace(like, gate=lambda p: torch.zeros(len(p.ids))), texts, 0.7)
 
 
+def test_several_budgets_are_met_from_one_set_of_measurements(fit: sf.Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method whose spending rises with the square of its strength: proportional steps alone would swing around it."""
+    texts = fit.prompts.text[fit.prompts["class"] == "complied"].tolist()
+    rounds = []
+
+    def squared(_: object, steered: list[steering.Steering], texts: list[str]) -> np.ndarray:
+        rounds.append(len(steered))
+        return np.array([[one.strength**2] * len(texts) for one in steered])
+
+    monkeypatch.setattr(steering_budget, "added_norms_each", squared)
+    wanted = [0.01, 0.3, 1.0, 90.0]
+    found = steering_budget.to_budgets(fit.subject, steering.Steering("square"), texts, wanted)
+    assert [one.strength**2 for one in found if not isinstance(one, str)] == pytest.approx(wanted, rel=0.01)
+    assert len(rounds) <= 6 and rounds[0] == 1 and rounds[1] == 3, "one passes at once, the others share their rounds"
+
+    def bounded(_: object, steered: list[steering.Steering], texts: list[str]) -> np.ndarray:
+        return np.array([[min(one.strength, 2.0)] * len(texts) for one in steered])
+
+    monkeypatch.setattr(steering_budget, "added_norms_each", bounded)
+    near, far = steering_budget.to_budgets(fit.subject, steering.Steering("bounded"), texts, [0.5, 3.0])
+    assert not isinstance(near, str) and near.strength == pytest.approx(0.5, rel=0.01)
+    assert isinstance(far, str) and "did not settle" in far
+
+
+def test_a_push_is_moved_with_all_that_it_looks_at(fit: sf.Fit) -> None:
+    texts = fit.prompts.text.tolist()
+    late = sa.adasteer_released(fit, 0.5, layers=[3])
+    moved = steering_controls.elsewhere(fit, 0.5, layers=[1], like=late)
+    assert [edit.layer for edit in moved.edits] == [1] and moved.gate is late.gate
+    norms = steering_budget.added_norms(fit.subject, late, texts)
+    np.testing.assert_allclose(steering_budget.added_norms(fit.subject, moved, texts), norms, rtol=1e-6)
+    assert norms.max() > 0
+    with pytest.raises(InputError, match="steers 1 layers; expected as many"):
+        steering_controls.elsewhere(fit, layers=[0, 1], like=late)
+
+
 def test_swapping_the_labels_turns_the_direction_around(fit: sf.Fit) -> None:
     swapped = prompts()
     harmful = swapped.kind == "harmful"
@@ -211,6 +247,53 @@ def test_saved_directions_hold_for_one_model_and_template(fit: sf.Fit, tmp_path:
     (tmp_path / steering_store.FILE).write_bytes(b"torn")
     with pytest.raises(InputError, match="not the file of its manifest"):
         steering_store.load(tmp_path, fit.subject)
+
+
+def test_saved_directions_are_the_same_bytes_every_time(fit: sf.Fit, tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        steering_store.save(sf.directions(fit), fit, folder)
+    for name in (steering_store.FILE, steering_store.MANIFEST):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+
+
+def test_a_users_directions_are_compared_layer_by_layer(fit: sf.Fit, tmp_path: Path) -> None:
+    own, folder = sf.directions(fit), tmp_path / steering_store.SUPPLIED
+    assert steering_store.find_supplied(tmp_path) is None
+    steering_store.save(own, fit, folder)
+    assert steering_store.find_supplied(tmp_path) == folder
+    same = steering_store.cosines(own, steering_store.supplied(folder, fit.subject))
+    np.testing.assert_allclose(same[["rejection", "harmfulness"]].loc[2], 1.0)
+    (folder / steering_store.MANIFEST).unlink()
+    (folder / steering_store.FILE).unlink()
+    assert own.refused is not None and own.complied is not None
+    samples = {"refused": own.complied[:, None].repeat(2, 1), "complied": own.refused[:, None]}
+    np.savez(folder / "theirs.npz", **samples)
+    path = steering_store.find_supplied(tmp_path)
+    assert path is not None
+    turned = steering_store.cosines(own, steering_store.supplied(path, fit.subject))
+    assert list(turned.columns) == ["rejection"], "no class to make the harmfulness direction of"
+    assert turned.rejection[2] == pytest.approx(-1.0)
+    still = steering_store.cosines(own, {"rejection": np.zeros((fit.subject.n_layers, fit.subject.d_model))})
+    assert still.rejection.isna().all()
+
+
+def test_what_cannot_be_compared_says_what_was_expected(fit: sf.Fit, tmp_path: Path) -> None:
+    folder = tmp_path / steering_store.SUPPLIED
+    folder.mkdir()
+    with pytest.raises(InputError, match="holds 0 files; expected one"):
+        steering_store.find_supplied(tmp_path)
+    wide = (fit.subject.n_layers + 1, 1, fit.subject.d_model)
+    for arrays, message in (
+        ({"rejection": np.ones(wide)}, "leave the embedding's own row out"),
+        ({"north": np.ones((fit.subject.n_layers, 1, fit.subject.d_model))}, "expected two classes or a direction"),
+    ):
+        np.savez(folder / "a.npz", **arrays)
+        with pytest.raises(InputError, match=message):
+            steering_store.supplied(folder / "a.npz", fit.subject)
+    (folder / "b.npz").write_bytes(b"")
+    with pytest.raises(InputError, match="holds 2 files"):
+        steering_store.find_supplied(tmp_path)
 
 
 def test_published_arrays_are_read_and_pickles_are_not(tmp_path: Path) -> None:
