@@ -20,6 +20,7 @@ from helpers import (
     defence_tradeoff,
     steering_controls,
     steering_fit,
+    wrappers,
 )
 from helpers.defence import N_CURVE, PLAIN, Lab
 from helpers.defence_arms import DECISIVE
@@ -55,7 +56,7 @@ def begin(
     if isinstance(lab, str):
         return lab
     if not study.of("T2"):
-        return "the prompt set has no jailbreak wrapper (T2): there is no harmful answer to prevent; supply some"
+        return wrappers.NONE
     return lab, steering_fit.fit(study.subject, lab.openers, lab.prompts), defence.missing(lab)
 
 
