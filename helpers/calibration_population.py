@@ -42,7 +42,8 @@ def verdicts(
     if part == "context":
         early = table[(table.position == "shared") & (table.split == "test")]
         early = early[early.layer == deepest_early_layer(this.subject.n_layers)]
-        known |= {("C3", "psi0 early, shared tokens", "main"): float(early.nie0.sum() / early.te.sum())}
+        psi = float(early.nie0.sum() / early.te.sum())
+        known |= {("C3", "psi0 early, shared tokens", name): psi for name in ("main", "unsaturated")}
     elif part == "layers":
         known |= layer_rows(table, this, label)
         generation = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
