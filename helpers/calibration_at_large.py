@@ -31,8 +31,7 @@ def wanted(evidence: pd.DataFrame) -> list[Draw]:
     return [
         (part, kind, seed)
         for part, kind, seed in draws
-        if part in calibration_population.CLAIMS
-        and (part != "layers" or (seed - FRESH) % EVERY == EVERY - 1)
+        if part in calibration_population.CLAIMS and (part != "layers" or (seed - FRESH) % EVERY == EVERY - 1)
     ]
 
 
