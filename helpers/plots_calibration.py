@@ -103,7 +103,7 @@ def estimators(table: pd.DataFrame) -> Figure:
         plots.draw_dots(ax, table[table.measure == measure], "estimator", "what", rows, groups)
         ax.axvline(1.0, color="black", lw=0.9, ls="--")
         ax.set_xlim(-0.04, 1.04)
-        ax.set_xlabel("mean over models")
+        ax.set_xlabel("share, mean over models")
         ax.set_title(measure)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # shared, so one panel's turn would undo another's
     named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
