@@ -207,3 +207,10 @@ def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:
             design = draw_design(kind, seed)
             assert {*design.carry, *(stage.layer for stage in design.stages)} <= set(thirds(design.n_layers)[third])
     assert replace(draw_design("late", 0), recognise=(5, 5)).recognised_early is False
+
+
+def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
+    """In `or` some neurons undo a part of what others write: the first neuron alone overshoots, and has not arrived."""
+    made = compiled.draw("or", 11, topics=20, pairs_per_topic=1)
+    share, k90 = last_layer(made.program, made.pairs)
+    assert share > 0.3 and 1 < k90 <= 8

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.depth import LATE, depth
+from helpers.neuron_curves import settles
 from helpers.organisms import compiled_truth
 from helpers.organisms.compiled_design import Design
 from helpers.organisms.compiled_language import Planned
@@ -59,7 +60,8 @@ def _sparse(design: Design, program: Program, pairs: Sequence[Planned]) -> bool 
 
 
 def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
-    """Proportion of T2 - T2b's TE that last-layer neurons write, and how many hold 0.9 of it, the largest first.
+    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90, as the pipeline defines it: ranked by size, since
+    some may undo what others write, and past 0.9 for good (`settles`).
 
     Over all pairs of the prompt set, ranked on the same pairs.
     """
@@ -67,5 +69,6 @@ def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
     neurons = [compiled_truth.last_layer_neurons(program, chosen).mean(axis=0) for chosen in of.values()]
     totals = [compiled_truth.total(program, chosen).mean() for chosen in of.values()]
     effect, te = neurons[0] - neurons[1], totals[0] - totals[1]
-    joint = np.cumsum(np.sort(effect * np.sign(te))[::-1]) / (effect.sum() * np.sign(te))
-    return float(effect.sum() / te), int(np.argmax(joint >= 0.9)) + 1
+    joint = np.cumsum(effect[np.argsort(-abs(effect))]) / effect.sum()
+    k90 = settles(joint, np.arange(1, len(joint) + 1), 0.9)
+    return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)
