@@ -22,7 +22,8 @@ def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: 
         where = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
         where[0, 2:5], where[-1, 4:] = True, True  # other positions in other pairs
         plain = [Patch("resid_post", 0, where), Patch("attn_out", 1, where), Patch("neuron", 2, where, (0, 3))]
-        lists = [[*plain, *variants(subject, run, [0, 2])] for run in runs]  # and values of the base's own
+        # and values of the base's own, or of both
+        lists = [[*plain, *variants(subject, *pair, [0, 2])] for pair in (runs, runs[::-1])]
         expected = [
             grid.interchange(subject, *order, some)[:, :, 0]
             for order, some in zip((runs, runs[::-1]), lists, strict=True)
