@@ -2,7 +2,7 @@
 
     later = beside.start(this, relatives_evidence.tokens, this, MODEL, "full-0")
     ...                              # the notebook goes on
-    rows = later.result              # waits for it, or makes it here if the other process has not come to it
+    rows = later.result              # makes it here if the other process has not come to it; else waits, and does not idle
 
 Arguments and results travel through a pipe between the two processes; nothing of them is written to disk.
 """
@@ -17,9 +17,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -38,27 +38,49 @@ class Later(Generic[T]):
     """A result that is asked for now and used later; what no other process has begun is computed when it is read."""
 
     work: Callable[[], T]
-    future: Future[bytes] | None
+    there: Future[bytes] | None  # in the second process; None without one
+    here: Future[T] = field(default_factory=Future)  # what this process did itself
 
     @cached_property
     def result(self) -> T:
-        """What the call gives, or the exception that it raised. InputError if the second process has died."""
-        if self.future is None or self.future.cancel():
+        """What the call gives, or the exception that it raised. InputError if the second process has died.
+
+        As long as the second process works on it, this one does what waits last in the line.
+        """
+        if self.there is None:
             return self.work()
+        self._take()
+        while _waiting and not (self.here.done() or self.there.done()):
+            _waiting.pop()._take()
+        if self.here.done():
+            return self.here.result()
         try:
-            return pickle.loads(self.future.result())
+            return pickle.loads(self.there.result())
         except BrokenProcessPool:
             raise InputError(
                 "the process that works beside this notebook ended before its work was done (was there enough "
                 f"memory?): run again, with {SWITCH}=0 in the environment to do everything in one process"
             ) from None
 
+    def _take(self) -> None:
+        """Does it here, unless it was begun. What is raised is kept for whoever reads the result."""
+        if not self.here.done() and self.there is not None and self.there.cancel():
+            try:
+                self.here.set_result(self.work())
+            except Exception as error:
+                self.here.set_exception(error)
+
+
+_waiting: list[Later[Any]] = []  # in the order of their start; those that were begun are passed over
+
 
 def start(study: Study, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Later[T]:
     """Call a function of a module beside the notebook. Calls are done one after the other, in the order of their start."""
     work = partial(function, *args, **kwargs)
     # Copied here and now: the executor would do it while the next cell has its hooks on the model.
-    return Later(work, _line().submit(_there, pickle.dumps(work)) if pays(study) else None)
+    later = Later(work, _line().submit(_there, pickle.dumps(work)) if pays(study) else None)
+    _waiting[:] = [one for one in (*_waiting, later) if one.there is not None and not one.there.done()]
+    return later
 
 
 def pays(study: Study) -> bool:

@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import pandas as pd
 
@@ -108,21 +109,25 @@ def scores(
 def worst(subject: Subject, openers: Openers, steered: Sequence[Steering]) -> list[Disguise]:
     """For each steering the disguise that it withstands least on the validate topics, found in two rounds.
 
-    Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs. The plain
-    model's runs over the prompts of a round are made once for all steerings that try the same ones.
+    Round 1 tries every wrapper alone; round 2 the best four with personas, distracting clauses and adverbs. Round 2 goes by
+    wrapper, so that the plain model's run over a disguised request is made once for all steerings that meet it.
     """
     asked, alone = requests("validate", REQUESTS), [Disguise(wrapper) for wrapper in wrappers()]
     rng = random.Random("search-distractors")
     clauses = [draw_clause(rng, *classes) if classes else None for classes in DISTRACTORS]
-    tried: dict[tuple[Wrapper, ...], list[int]] = {}
-    for k, best in _by_system(subject, alone, asked, openers, steered).items():
-        tried.setdefault(tuple(alone[i].wrapper for i in best.index[:FINALISTS]), []).append(k)
-    found: dict[int, Disguise] = {}
-    for finalists, places in tried.items():
-        full = [Disguise(*parts) for parts in itertools.product(finalists, PERSONAS, clauses, ADVERBS)]
-        best_of = _by_system(subject, full, asked, openers, [steered[k] for k in places])
-        found |= {k: full[int(best_of[i].index[0])] for i, k in enumerate(places)}
-    return [found[k] for k in range(len(steered))]
+    extras = list(itertools.product(PERSONAS, clauses, ADVERBS))
+    ranked = _by_system(subject, alone, asked, openers, steered)
+    finalists = [[alone[i].wrapper for i in one.index[:FINALISTS]] for one in ranked]
+    best: list[dict[Wrapper, tuple[float, Disguise]]] = [{} for _ in steered]
+    for wrapper in dict.fromkeys(itertools.chain(*finalists)):
+        places = [k for k, chosen in enumerate(finalists) if wrapper in chosen]
+        full = [Disguise(wrapper, *extra) for extra in extras]
+        found = _by_system(subject, full, asked, openers, [steered[k] for k in places])
+        for k, one in zip(places, found, strict=True):
+            best[k][wrapper] = float(one.iloc[0]), full[int(one.index[0])]
+    # Of equal scores the wrapper that did better alone wins, in whatever order they were tried.
+    ordered = [[mine[wrapper] for wrapper in chosen] for mine, chosen in zip(best, finalists, strict=True)]
+    return [max(tried, key=itemgetter(0))[1] for tried in ordered]
 
 
 def _by_system(
@@ -131,11 +136,11 @@ def _by_system(
     asked: Sequence[Request],
     openers: Openers,
     steered: Sequence[Steering],
-) -> dict[int, pd.Series]:
-    """`scores` of steerings whose system turns may differ, by their place."""
+) -> list[pd.Series]:
+    """`scores` of steerings whose system turns may differ."""
     found: dict[int, pd.Series] = {}
     for system in dict.fromkeys(one.system for one in steered):
         places = [k for k, one in enumerate(steered) if one.system == system]
         made = scores(subject, disguises, asked, openers, [steered[k] for k in places])
         found |= dict(zip(places, made, strict=True))
-    return found
+    return [found[k] for k in range(len(steered))]

@@ -32,8 +32,8 @@ def layer_effects(this: Study) -> pd.DataFrame:
 
 def begun(later: beside.Later[T]) -> beside.Later[T]:
     """The same, once the other process has it: before that it would be computed here."""
-    assert later.future is not None
-    while not (later.future.running() or later.future.done()):
+    assert later.there is not None
+    while not (later.there.running() or later.there.done()):
         time.sleep(0.01)
     return later
 
@@ -76,6 +76,17 @@ def test_what_still_waits_when_it_is_read_is_computed_here(large: Study) -> None
 
 
 @pytest.mark.usefixtures("two")
+def test_who_waits_does_the_last_in_the_line_meanwhile(large: Study) -> None:
+    busy = begun(beside.start(large, time.sleep, 1))
+    first, last = beside.start(large, process), beside.start(large, process)
+    wrong = beside.start(large, refuse, "no wrapper: supply one")
+    assert busy.result is None, "an error of what is done meanwhile is not this one's"
+    assert last.here.result() == last.result == first.result == os.getpid()
+    with pytest.raises(InputError, match="no wrapper: supply one"):
+        _ = wrong.result
+
+
+@pytest.mark.usefixtures("two")
 def test_an_error_arrives_with_its_own_words(large: Study) -> None:
     with pytest.raises(InputError, match="no wrapper: supply one"):
         _ = begun(beside.start(large, refuse, "no wrapper: supply one")).result
@@ -83,10 +94,10 @@ def test_an_error_arrives_with_its_own_words(large: Study) -> None:
 
 @pytest.mark.usefixtures("two")
 def test_a_process_that_dies_is_named_and_replaced(large: Study) -> None:
-    dead, queued = begun(beside.start(large, die)), beside.start(large, process)
+    dead = begun(beside.start(large, die))
     with pytest.raises(InputError, match=f"enough memory.*{beside.SWITCH}=0"):
         _ = dead.result
-    assert begun(queued).result != os.getpid(), "the next call has a new process"
+    assert begun(beside.start(large, process)).result != os.getpid(), "the next call has a new process"
 
 
 @pytest.mark.usefixtures("two")
@@ -112,7 +123,7 @@ def test_one_processor_or_the_switch_or_few_pairs_keep_all_in_one_process(
     monkeypatch.setenv(beside.SWITCH, "0")
     assert not beside.pays(large)
     later = beside.start(large, process)
-    assert later.future is None and later.result == os.getpid()
+    assert later.there is None and later.result == os.getpid()
     monkeypatch.setenv(beside.SWITCH, "1")
     monkeypatch.setattr(beside, "_processors", lambda: 1)
     assert not beside.pays(large)
