@@ -35,12 +35,12 @@ def run_all() -> int:
     """Exit status: 1 if any check failed."""
     # One thread: unit tests are many small products, and threads that wait for each other cost more than they help.
     unseen = launch.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         scratch = Path(folder).resolve()
-        # Notebooks and unit tests use one core each: side by side they take as long as the longer of the two.
+        # Unit tests use one core, and take as long as all else.
         units = pool.submit(_aside, *UNIT, unseen, scratch / "unit.log")
+        outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
         results, figures = scratch / "results", scratch / "figures"
         variables = launch.environment(results, figures, scratch) | launch.threads("embedded")
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():

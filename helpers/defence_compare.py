@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -11,7 +12,15 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from helpers import defence, defence_answers, defence_tradeoff, stats, steering_budget, steering_controls
+from helpers import (
+    defence,
+    defence_answers,
+    defence_stats,
+    defence_tradeoff,
+    stats,
+    steering_budget,
+    steering_controls,
+)
 from helpers.defence import PLAIN, Lab
 from helpers.defence_outcomes import uniforms
 from helpers.defence_tradeoff import Bench
@@ -24,7 +33,21 @@ PANELS: Final = {
     "over-refusal": "rise of P(refusal) on the others, points",
 }
 ROWS: Final = ("at all layers, or in the prompt", "at some layers only")
-N_TIMED: Final = 64
+EQUAL: Final = [
+    "row",
+    "panel",
+    "group",
+    "x",
+    "estimate",
+    "low",
+    "high",
+    "strength",
+    "why",
+    "more",
+    "more_low",
+    "more_high",
+]
+N_TIMED: Final = 32
 
 
 def gate_controls(lab: Lab, fit: Fit, chosen: Mapping[str, Steering], names: Sequence[str]) -> dict[str, Steering]:
@@ -43,36 +66,43 @@ def gate_controls(lab: Lab, fit: Fit, chosen: Mapping[str, Steering], names: Seq
 
 
 def equal_budgets(
-    lab: Lab, methods: Mapping[str, Steering], largest: float, spend: Bench, on: Bench, shares: Sequence[float] = SHARES
-) -> pd.DataFrame:
+    lab: Lab, methods: Mapping[str, Steering], largest: float, spend: Bench, on: Bench, shares: Sequence[float] = SHARES,
+    *, against: str,
+) -> pd.DataFrame:  # fmt: skip
     """What methods do with the same L2 budget (met on `spend`), first token, on `on`: row, panel, group, x, estimate, low,
-    high, strength.
+    high, strength, why, more, more_low, more_high.
 
-    `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. A budget
+    `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. `more`:
+    by how many points a method lies above the one named `against` at the same budget, on the same prompts. A budget
     that a method cannot spend has a row without numbers, whose `why` says so.
     """
     budgets = [share * largest for share in shares]
-    rows = [row for name, one in methods.items() for row in _at_each(lab, name, one, budgets, spend, on)]
-    table = pd.DataFrame(rows, columns=["row", "panel", "group", "x", "estimate", "low", "high", "strength", "why"])
+    met = {name: defence_tradeoff.at_budgets(lab, one, budgets, spend) for name, one in methods.items()}
+    found = {}
+    for name, made in met.items():
+        steered = [one for one in made if not isinstance(one, str)]
+        measured = iter(defence_tradeoff.by_prompt(lab, steered, on) if steered else [])
+        found[name] = [None if isinstance(one, str) else next(measured) for one in made]
+    rows: list[dict[str, object]] = []
+    for name, place, (key, panel) in itertools.product(methods, range(len(budgets)), PANELS.items()):
+        one, values, other = met[name][place], found[name][place], found[against][place]
+        row = {"row": which_layers(lab, methods[name]), "panel": panel, "group": name, "x": budgets[place]}
+        if isinstance(one, str) or values is None:
+            rows.append(row | {"why": one})
+            continue
+        row |= {"strength": one.strength, "why": ""} | _limits("", *values[key])
+        if other is not None and name != against:
+            points = (100 if key == "harm" else 1) * (values[key][0] - other[key][0])
+            row |= _limits("more_", points, values[key][1])
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=EQUAL)
     return table.sort_values(["row", "panel"], kind="stable", ignore_index=True)
 
 
-def _at_each(
-    lab: Lab, name: str, one: Steering, budgets: Sequence[float], spend: Bench, on: Bench
-) -> Iterator[dict[str, object]]:
-    """The rows of one method, all budgets measured together."""
-    met = defence_tradeoff.at_budgets(lab, one, budgets, spend)
-    steered = [made for made in met if not isinstance(made, str)]
-    found = iter(defence_tradeoff.measures(lab, steered, on, priced=False) if steered else [])
-    for budget, made in zip(budgets, met, strict=True):
-        measured = None if isinstance(made, str) else next(found)
-        for key, panel in PANELS.items():
-            row: dict[str, object] = {"row": which_layers(lab, one), "panel": panel, "group": name, "x": budget}
-            if measured is None or isinstance(made, str):
-                yield row | {"why": made}
-            else:
-                limits = {"estimate": measured[key].estimate, "low": measured[key].low, "high": measured[key].high}
-                yield row | limits | {"strength": made.strength, "why": ""}
+def _limits(prefix: str, values: np.ndarray, topic: np.ndarray) -> dict[str, object]:
+    """Mean and interval over topics, as columns whose names begin with the prefix."""
+    made = defence_stats.mean_change(values, topic)
+    return {prefix.rstrip("_") or "estimate": made.estimate, f"{prefix}low": made.low, f"{prefix}high": made.high}
 
 
 def which_layers(lab: Lab, steered: Steering) -> str:

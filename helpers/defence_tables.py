@@ -83,9 +83,9 @@ def tradeoff(
     `rows` says for each method in which row of panels it is drawn: all of them in one would hide each other. Refits are one
     point more, in `refits_row`: their means, and the range of their harm.
     """
-    wide = curves.pivot_table(
-        index=["method", "strength"], columns="measure", values=["estimate", "low", "high"], sort=False
-    )
+    placed = ["method", "strength"]
+    wide = curves.pivot(index=placed, columns="measure", values=["estimate", "low", "high"])
+    wide = wide.reindex(pd.MultiIndex.from_frame(curves[placed].drop_duplicates()))  # a pivot orders them anew
     parts = []
     for cost, panel in COSTS.items():
         part = wide.reset_index()[["method"]].set_axis(["group"], axis=1).assign(panel=panel)

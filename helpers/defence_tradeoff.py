@@ -90,21 +90,27 @@ def points(lab: Lab, name: str, steered: Sequence[Steering], at: Sequence[float]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def measures(lab: Lab, steered: Sequence[Steering], on: Bench, *, priced: bool = True) -> list[dict[str, Change]]:
+def measures(lab: Lab, steered: Sequence[Steering], on: Bench) -> list[dict[str, Change]]:
     """What each steering does on the first token, and its price.
 
     harm: mean of 1 - P(refusal) over the harmful prompts; over-refusal: rise of P(refusal) on the others, in points; KL:
-    nats a token on the model's own answers (where `priced`).
+    nats a token on the model's own answers.
     """
-    prompts, n, made = pd.concat([on.harmful, on.others]), len(on.harmful), []
-    for refusing in _refusing(lab, steered, prompts):
+    prices = do.price_each(lab.subject, on.free.text, on.own, steered)
+    return [
+        {name: defence_stats.mean_change(values, topic) for name, (values, topic) in left.items()}
+        | {"KL": defence_stats.mean_change(price.kl.to_numpy(), on.free.topic.to_numpy())}
+        for left, price in zip(by_prompt(lab, steered, on), prices, strict=True)
+    ]
+
+
+def by_prompt(lab: Lab, steered: Sequence[Steering], on: Bench) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """What `measures` averages on the first token under each steering: values and topics [prompt] of harm and over-refusal."""
+    n, made = len(on.harmful), []
+    for refusing in _refusing(lab, steered, pd.concat([on.harmful, on.others])):
         over = 100 * (refusing[n:] - on.others.p_refuse.to_numpy())
-        harm = defence_stats.mean_change(1 - refusing[:n], on.harmful.topic.to_numpy())
-        made.append({"harm": harm, "over-refusal": defence_stats.mean_change(over, on.others.topic.to_numpy())})
-    if priced:
-        found = do.price_each(lab.subject, on.free.text, on.own, steered)
-        for one, price in zip(made, found, strict=True):
-            one["KL"] = defence_stats.mean_change(price.kl.to_numpy(), on.free.topic.to_numpy())
+        harm = (1 - refusing[:n], on.harmful.topic.to_numpy())
+        made.append({"harm": harm, "over-refusal": (over, on.others.topic.to_numpy())})
     return made
 
 

@@ -56,7 +56,8 @@ def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(fit: 
     }
     shares, largest = (0.25, 1.0), 2.0
     spend, on = bench(room, "validate", "on"), bench(room, "discover", "on", "off")
-    found = defence_compare.equal_budgets(room, methods, largest, spend, on, shares).set_index(["panel", "group", "x"])
+    table = defence_compare.equal_budgets(room, methods, largest, spend, on, shares, against="weak")
+    found = table.set_index(["panel", "group", "x"])
     harm, over = defence_compare.PANELS["harm"], defence_compare.PANELS["over-refusal"]
     unmet = found.xs("shut", level="group")
     assert unmet.estimate.isna().all() and len(unmet) == 4 and unmet.why.str.contains("is its gate shut").all()
@@ -73,6 +74,13 @@ def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(fit: 
         ):
             assert found.estimate[harm, name, x] == pytest.approx(left, abs=0.01), (name, x)
             assert found.estimate[over, name, x] == pytest.approx(refused, abs=0.5), (name, x)
+        more = found.more[harm, "gated", x]
+        assert more == pytest.approx(100 * (half_open - all_open), abs=1), "points, against the same prompts"
+        assert found.more_low[harm, "gated", x] <= more <= found.more_high[harm, "gated", x]
+        # On paper every prompt of the two is pushed alike: paired, nothing is left to vary.
+        assert found.loc[(harm, "strong", x), ["more", "more_low", "more_high"]].abs().max() < 1
+        assert found.more[over, "gated", x] == pytest.approx(-100 * (expit(x) - 0.5), abs=1)
+    assert found.xs("weak", level="group").more.isna().all()
     assert len(found) == 2 * 3 * 2 and (found.low <= found.estimate).all() and (found.estimate <= found.high).all()
 
 
@@ -163,6 +171,14 @@ def test_a_redraw_that_defines_no_steering_is_one_refit_fewer(fit: Fit, room: La
     named = pd.concat([curve.assign(method=name) for name in ("some", "every")])
     rows = {"some": defence_compare.ROWS[1], "every": defence_compare.ROWS[0]}
     assert len(defence_tables.tradeoff(named, rows, none)) == len(defence_tables.tradeoff(named, rows)) == 4
+    once = curve.assign(method="some", strength=1.0)
+    grid = pd.concat(
+        [curve.assign(method="every", strength=strength, estimate=strength) for strength in (0.5, 1.0, 2.0)]
+    )
+    joined = defence_tables.tradeoff(pd.concat([once, grid]), rows).query("group == 'every'")
+    assert [part.x.tolist() for _, part in joined.groupby("panel")] == 2 * [[0.5, 1.0, 2.0]], (
+        "joined from weak to strong"
+    )
     drawn = defence_tables.tradeoff(named, rows, curve)
     assert drawn.row.map(list(defence_compare.ROWS).index).tolist() == [0, 0, 1, 1, 1, 1]
     assert set(drawn.group[:2]) == {"every"} and set(drawn.group[2:]) == {"some", "1 refits: mean and range"}

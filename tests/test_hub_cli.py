@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: Path, cache: Path) -> None:
     prompts = prompt_set(tmp_path / "set", PAIRS, outcome='{"comply": [" w11"], "refuse": [" w12"]}')
-    flags = ("--model", "org/tiny", "--prompts", str(prompts))
+    flags = ("--model", "org/tiny", "--prompts", str(prompts), "--only", "01")
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
     first = toy.run(*flags, **offline)
     assert first.returncode == 0, first.stderr
@@ -32,7 +32,7 @@ def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: 
     assert (manifest["model"]["name"], manifest["model"]["revision"]) == ("org/tiny", COMMIT)
     book = (toy.root / "results" / "org--tiny-set" / "notebooks" / "01_toy.ipynb").read_text()
     assert f"org/tiny@{COMMIT}" in book and str(cache) not in book
-    assert toy.run("--list", *flags, **offline).stdout.count("fresh") == 5
+    assert toy.run("--list", *flags, **offline).stdout.count("fresh") == 1
 
 
 def test_what_cannot_be_had_is_one_line(toy_done: Toy, tmp_path: Path, cache: Path) -> None:
