@@ -8,7 +8,6 @@ measured again, never trusted.
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -32,11 +31,6 @@ STAMP = "part"
 def home(slug: str) -> Path:
     """Where a run's parts lie; the folder is there only if the run was sharded."""
     return paths.RESULTS / paths.check_slug(slug) / PARTS
-
-
-def forget(slug: str) -> None:
-    """Remove a run's parts."""
-    shutil.rmtree(home(slug), ignore_errors=True)
 
 
 def place(study: Study, sweep: str) -> Path | None:
