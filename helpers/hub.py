@@ -82,13 +82,17 @@ def home() -> Path:
     return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
 
 
+def ref(hub_id: HubId) -> Path:
+    """The file of the cache that holds the commit which a branch or tag was when it was last downloaded."""
+    return _place(hub_id) / "refs" / hub_id.revision
+
+
 def snapshot(hub_id: HubId) -> Path | None:
     """The folder of a revision in the cache, if one is there; it may be incomplete (see `is_complete`)."""
-    place = cache() / f"models--{hub_id.repo.replace('/', '--')}"
-    ref = place / "refs" / hub_id.revision
-    commit = hub_id.revision if hub_id.is_pinned else ref.read_text().strip() if ref.is_file() else None
-    folder = None if commit is None or not _COMMIT.fullmatch(commit) else place / "snapshots" / commit
-    return folder if folder is not None and folder.is_dir() else None
+    file = ref(hub_id)
+    commit = hub_id.revision if hub_id.is_pinned else file.read_text().strip() if file.is_file() else ""
+    folder = _place(hub_id) / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -142,6 +146,10 @@ def choose_judge(name: str | None) -> None:
 def trusts_code() -> bool:
     """Whether `--trust-remote-code` was typed."""
     return os.environ.get(TRUST) == "1"
+
+
+def _place(hub_id: HubId) -> Path:
+    return cache() / f"models--{hub_id.repo.replace('/', '--')}"
 
 
 def _expanded(place: str) -> Path:

@@ -16,6 +16,7 @@ from huggingface_hub import errors as hub_errors
 from helpers import hub, model_files, preflight
 from helpers.errors import InputError
 from helpers.hub import HubId
+from helpers.store import write_text
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
@@ -60,7 +61,20 @@ def _updated(hub_id: HubId, before_weights: Callable[[Path], object]) -> Path:
     before_weights(folder)
     wanted = hub.weight_files(folder)
     _check_room(hub_id, sum(size for file, size in files.items() if file in wanted and not (folder / file).is_file()))
-    return _download(pinned, WEIGHTS)
+    folder = _download(pinned, WEIGHTS)
+    _remember(hub_id, folder.name)
+    return folder
+
+
+def _remember(hub_id: HubId, commit: str) -> None:
+    """Note which commit the revision is: the hub's library does so only where it is asked for a branch, not a commit."""
+    file = hub.ref(hub_id)
+    if hub_id.is_pinned or (file.is_file() and file.read_text() == commit):  # a cache for reading only is left alone
+        return
+    try:
+        write_text(commit, file)
+    except OSError as error:
+        raise explain(hub_id, error) from error
 
 
 def _download(hub_id: HubId, patterns: list[str]) -> Path:

@@ -109,6 +109,40 @@ def test_without_a_network_the_cached_copy_of_a_branch_serves(
     assert load(REPO).n_layers == 4
 
 
+@pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
+def test_what_was_downloaded_by_branch_is_there_without_a_network(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    """The branch moves only when all of its new commit is there."""
+    name = REPO + revision
+    for commit in (COMMIT, COMMIT[::-1]):
+        serve(monkeypatch, source, cache, commit)
+        assert hub_fetch.ready(name, "cpu", "float32") == f"{REPO}@{commit}"
+        refuse(monkeypatch, errors.OfflineModeIsEnabled("off"))
+        assert hub.pinned(name) == f"{REPO}@{commit}" == hub_fetch.ready(name, "cpu", "float32")
+    assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
+    serve(monkeypatch, source, cache, "f" * 40)
+    download = huggingface_hub.snapshot_download
+
+    def cut(repo: str, *, allow_patterns: list, **given: object) -> str:
+        if allow_patterns == hub_fetch.WEIGHTS:
+            raise ConnectionError("down")
+        return download(repo, allow_patterns=allow_patterns, **given)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        hub_fetch.ready(name, "cpu", "float32")
+    assert hub.pinned(name) == f"{REPO}@{commit}"
+
+
+def test_a_commit_asked_for_by_its_hash_moves_no_branch(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, source, cache, COMMIT)
+    assert hub_fetch.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
+    assert not list(cache.rglob("refs/*"))
+
+
 def answer(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
     request = httpx2.Request("GET", "https://hub.invalid")
     return kind("long story\nof many lines", response=httpx2.Response(401, request=request))
