@@ -23,7 +23,8 @@ WEIGHTS = ["*.safetensors"]
 # Subfolders hold other formats, and some repositories a second copy of the weights under this name.
 IGNORED = ["*/*", "consolidated*"]
 TOKEN_HELP = "make a token at huggingface.co/settings/tokens and put it into the variable HF_TOKEN"
-FAILURES = (OSError, ValueError, hub_errors.HTTPError)
+FAILURES = (OSError, ValueError, RuntimeError, hub_errors.HTTPError)  # hf_xet raises RuntimeError if the network goes
+AGAIN = "run the same command again, it goes on from there"
 
 
 def fetch(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
@@ -118,6 +119,8 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
         what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
         what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
+    elif isinstance(error, RuntimeError):
+        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
     else:
         what = (
             f"{hub_id.repo} could not be written to {hub.cache()}: {_line(error)}; HF_HOME names another place for it"

@@ -177,6 +177,15 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
         )
     if isinstance(hidden, hub_fetch.hub_errors.HfHubHTTPError):
         return hub_fetch.explain(HubId(public.repo), hidden, "data set")
+    if isinstance(hidden, RuntimeError) and "scripts are no longer supported" in str(hidden):
+        return InputError(
+            f"{name} ({public.repo}) is read by a script of its own, which the installed library datasets runs no more: name "
+            "another set, or adapt its line in helpers/public_list.py to a copy of its rows"
+        )
+    if isinstance(hidden, RuntimeError):
+        return InputError(
+            f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {hub_fetch.AGAIN}"
+        )
     return InputError(
         f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
         f"and do you have access? If it is gated, {hub_fetch.TOKEN_HELP}"

@@ -164,6 +164,9 @@ REFUSALS = {
     "offline": (lambda: errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE forbids downloads.*unset HF_HUB_OFFLINE"),
     "no network": (lambda: errors.HTTPError("no route"), r"cannot be reached \(no route\)"),
     "nothing cached": (lambda: errors.LocalEntryNotFoundError("none"), r"cannot be reached \(none\)"),
+    "network lost in the middle": (
+        lambda: RuntimeError("Data processing error: reset\nand more"), "org/tiny broke off: .*: reset; run the same command"
+    ),
     "disk": (lambda: PermissionError("read-only"), "could not be written to .*read-only; HF_HOME names another"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
@@ -140,13 +140,44 @@ def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
     assert "request 17" not in str(caught.value)
 
 
-def test_without_a_network_the_hub_libraries_own_errors_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def caused(cause: Exception) -> Exception:
+    error = DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = cause
+    return error
+
+
+REFUSALS = {
+    "no network": (
+        ConnectionError("Couldn't reach the Hub"),
+        "the hub cannot be reached: connect, unset HF_HUB_OFFLINE",
+    ),
+    "script": (
+        RuntimeError("Dataset scripts are no longer supported, but found StrongREJECT.py"),
+        r"^strongreject \(walledai/StrongREJECT\) is read by a script of its own.*: name another set",
+    ),
+    "broken off": (
+        RuntimeError("request 17"),
+        r"^the transfer of strongreject \(.*\) broke off .*: run the same command",
+    ),
+    "broken off, hidden": (
+        caused(RuntimeError("request 17")),
+        r"broke off \(RuntimeError\): run the same command again",
+    ),
+    "anything else": (caused(ValueError("request 17")), r"could not be loaded \(DatasetGenerationError\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_every_error_of_the_datasets_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    error, message = REFUSALS[case]
+
     def fail(*_: object) -> None:
-        raise ConnectionError("Couldn't reach the Hub")
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match="the hub cannot be reached: connect, unset HF_HUB_OFFLINE"):
+    with pytest.raises(InputError, match=message) as caught:
         public_sets.load_rows("strongreject")
+    assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
 
 
 @pytest.mark.parametrize("name", ["strongreject,nosuch", "strongreject,strongreject", "alpaca"])
