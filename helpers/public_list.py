@@ -15,6 +15,8 @@ from helpers.errors import InputError
 from helpers.paths import ROOT
 
 CACHE = "COMPANION_CACHE"
+OUTCOME = "outcome.json"
+FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
 OPEN = "jailbreakbench,strongreject,xstest"  # with harmless partners from BENIGN where they have none of their own
 BENIGN = "alpaca"  # open, and harmless but for what slipped into it
 
@@ -129,7 +131,19 @@ def cache() -> Path:
 
 
 def folder(name: str, model: str, wrappers: Path | None) -> Path:
-    """Where the prompt set is kept that was made of public sets for one model and one file of wrappers."""
-    content = wrappers.read_bytes() if wrappers else b""
+    """Where the prompt set is kept that was made of public sets for one model, wrappers, and the outcome beside them."""
+    files = (wrappers, own_outcome(wrappers))
+    content = b"".join(file.read_bytes() for file in files if file)
     key = hashlib.sha256(f"{name}\n{model}\n".encode() + content).hexdigest()[:12]
     return cache() / "prompts" / f"{name.replace(',', '-').replace('+', '-')}-{key}"
+
+
+def own_outcome(wrappers: Path | None) -> Path | None:
+    """The user's own outcome.json beside the wrappers, if there is one."""
+    file = wrappers.parent / OUTCOME if wrappers else None
+    return file if file and file.is_file() else None
+
+
+def is_made(place: Path) -> bool:
+    """Whether a prompt set's folder holds all that belongs to it."""
+    return all((place / name).is_file() for name in FILES)
