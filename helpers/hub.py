@@ -20,6 +20,7 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # one of them at least
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,15 @@ def slug(name: str) -> str:
 def cache() -> Path:
     """The hub's cache, by the variables that its own library reads."""
     if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return _expanded(place)
+        return expanded(place)
     return home() / "hub"
 
 
 def home() -> Path:
     """The folder of everything that the hub's libraries keep."""
     if place := os.environ.get("HF_HOME"):
-        return _expanded(place)
-    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+        return expanded(place)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
 
 
 def ref(hub_id: HubId) -> Path:
@@ -109,8 +110,9 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether config and all weights of a cached model are there."""
-    return (folder / "config.json").is_file() and all((folder / name).is_file() for name in weight_files(folder))
+    """Whether config, tokenizer and all weights of a cached model are there."""
+    has = {name: (folder / name).is_file() for name in ("config.json", *TOKENIZER, *weight_files(folder))}
+    return any(has[name] for name in TOKENIZER) and all(has[name] for name in has if name not in TOKENIZER)
 
 
 def folder_of(name: str) -> Path:
@@ -152,5 +154,10 @@ def _place(hub_id: HubId) -> Path:
     return cache() / f"models--{hub_id.repo.replace('/', '--')}"
 
 
-def _expanded(place: str) -> Path:
-    return Path(os.path.expandvars(place)).expanduser()
+def expanded(place: str) -> Path:
+    """A path with variables and `~` replaced where they are known, as the hub's library does it."""
+    path = Path(os.path.expandvars(place))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # nobody of that name, or a user without a home
+        return path

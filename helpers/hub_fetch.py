@@ -61,6 +61,10 @@ def _updated(hub_id: HubId, before_weights: Callable[[Path], object]) -> Path:
     model_files.check_config(folder)
     before_weights(folder)
     wanted = hub.weight_files(folder)
+    if missing := [file for file in wanted if file not in files]:
+        raise InputError(
+            f"{hub_id.repo} has no file {missing[0]}, where its weights should be: use a copy that save_pretrained wrote"
+        )
     _check_room(hub_id, sum(size for file, size in files.items() if file in wanted and not (folder / file).is_file()))
     folder = _download(pinned, WEIGHTS)
     _remember(hub_id, folder.name)
@@ -172,6 +176,8 @@ def ready(name: str, device: str, dtype: str, report: Callable[[str], object] = 
     if hub.parse(name) is None or Path(name).is_dir():
         return name
 
+    seen: set[Path] = set()
+
     def check(folder: Path) -> None:
         import torch
 
@@ -181,9 +187,11 @@ def ready(name: str, device: str, dtype: str, report: Callable[[str], object] = 
         shapes = model_size.on_meta(folder, getattr(torch, dtype))
         where = model_size.placement(shapes, torch.device(device))
         report(f"{name} ({folder.name[:12]}): {model_size.describe(shapes, where)}")
+        seen.add(folder)
 
     folder = fetch(name, check)
-    check(folder)
+    if folder not in seen:  # all of it was in the cache
+        check(folder)
     hub_id = hub.parse(name)
     assert hub_id is not None
     return hub_id.at(folder.name)

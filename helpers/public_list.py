@@ -108,8 +108,12 @@ def parse(name: str) -> tuple[str, ...] | None:
         return None
     if not all(known) or len(set(asked)) < len(asked):
         raise InputError(f"--prompts {name}: public sets, each once, joined by commas; known are {', '.join(SETS)}")
-    if SETS[asked[0].removesuffix(f"+{BENIGN}")].harmful is None:
-        raise InputError(f"--prompts {name}: {asked[0]} has harmless requests only, name a set of harmful ones as well")
+    harmless = [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]
+    if harmless:
+        raise InputError(
+            f"--prompts {name}: {harmless[0]} has harmless requests only; it goes behind a set of harmful ones, as in "
+            f"jailbreakbench+{BENIGN}"
+        )
     return asked
 
 
@@ -124,7 +128,7 @@ def cache() -> Path:
     `COMPANION_CACHE` names it; without it, it lies in `HF_HOME`, else in the user's cache.
     """
     named = os.environ.get(CACHE)
-    place = Path(os.path.expandvars(named)).expanduser() if named else hub.home() / "companion"
+    place = hub.expanded(named) if named else hub.home() / "companion"
     if place.resolve().is_relative_to(ROOT):
         raise InputError(f"{CACHE}={place} lies inside the repository, where public prompts must not be: name another")
     return place.resolve()

@@ -62,6 +62,12 @@ def test_the_name_of_a_runs_folder_stays_in_one_folder(name: str) -> None:
     assert (Path("results") / hub.slug(name)).resolve().parent == Path("results").resolve()
 
 
+def test_a_home_that_nobody_has_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/cache")
+    assert hub.cache() == Path("~nobody-of-this-name/cache/hub")
+
+
 def test_models_of_the_same_name_by_others_do_not_share_results() -> None:
     assert len({hub.slug(name) for name in ("a/m", "b/m", "a/m@v1", "a/m@v2")}) == 4
 
@@ -107,6 +113,10 @@ def test_without_a_network_the_cached_copy_of_a_branch_serves(
         preflight.model_folder(REPO)
     put(cache, source, names, COMMIT)
     assert load(REPO).n_layers == 4
+    for name in hub.TOKENIZER:
+        (cache / "models--org--tiny" / "snapshots" / COMMIT / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        load(f"{REPO}@{COMMIT}")
 
 
 @pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
@@ -192,6 +202,8 @@ def pickle(folder: Path) -> None:
 
 
 UNUSABLE = {
+    "no index": (lambda f: (f / hub.INDEX).unlink(), "has no file model.safetensors, where its weights should be"),
+    "a shard of the index": (lambda f: next(f.glob("*-00002-*")).unlink(), r"has no file model-00002-of-\d+.safetensors"),
     "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
     "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
@@ -235,7 +247,8 @@ def test_the_manifest_names_commit_and_file_hashes(
     serve(monkeypatch, source, cache, COMMIT)
     name = hub_fetch.ready(REPO, "cpu", "float32")
     assert name == f"{REPO}@{COMMIT}"
-    assert "billion parameters; memory needed at most" in capsys.readouterr().out
+    assert hub_fetch.ready(name, "cpu", "float32") == name
+    assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 2, "once a call"
     given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
     manifest.write_manifest(tmp_path, given, {})
     model = json.loads((tmp_path / "manifest.json").read_text())["model"]

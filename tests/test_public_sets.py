@@ -195,7 +195,9 @@ def test_every_error_of_the_datasets_library_is_one_sentence(monkeypatch: pytest
     assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
 
 
-@pytest.mark.parametrize("name", ["strongreject,nosuch", "strongreject,strongreject", "alpaca"])
+@pytest.mark.parametrize(
+    "name", ["strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"]
+)
 def test_names_that_ask_for_nothing_usable(name: str) -> None:
     with pytest.raises(InputError, match="--prompts"):
         public_list.parse(name)
