@@ -123,12 +123,12 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
         what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
         what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
-    elif isinstance(error, RuntimeError):
-        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
-    else:
+    elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own
         what = (
             f"{hub_id.repo} could not be written to {hub.cache()}: {_line(error)}; HF_HOME names another place for it"
         )
+    else:
+        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
     return InputError(what)
 
 

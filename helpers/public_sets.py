@@ -121,7 +121,8 @@ def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     at = {request.row: request for request in harmless}
     wrong = [request for request in harmful if request.row not in at or at[request.row].category != request.category]
     if wrong or len(harmful) != len(harmless):
-        where = f"row {wrong[0].row} differs in its category" if wrong else f"{len(harmful)} and {len(harmless)} rows"
+        lacks = "differs in its category" if wrong and wrong[0].row in at else "has no harmless request"
+        where = f"row {wrong[0].row} {lacks}" if wrong else f"{len(harmful)} and {len(harmless)} rows"
         raise InputError(
             f"{harmful[0].name}: harmful and harmless rows do not correspond ({where}); "
             f"name {harmful[0].name}+{BENIGN} to take harmless partners by length"

@@ -177,7 +177,8 @@ REFUSALS = {
     "network lost in the middle": (
         lambda: RuntimeError("Data processing error: reset\nand more"), "org/tiny broke off: .*: reset; run the same command"
     ),
-    "disk": (lambda: PermissionError("read-only"), "could not be written to .*read-only; HF_HOME names another"),
+    "file cut off": (lambda: OSError("Consistency check failed: 7 bytes"), "org/tiny broke off: Consistency check failed"),
+    "disk": (lambda: OSError(30, "read-only"), "could not be written to .*read-only; HF_HOME names another"),
 }  # fmt: skip
 
 

@@ -119,6 +119,9 @@ def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
     served["JailbreakBench/JBB-Behaviors"] = jbb(Category="c9")
     with pytest.raises(InputError, match=r"do not correspond \(row 2 differs in its category\)"):
         public_sets.load_rows("jailbreakbench")
+    served["JailbreakBench/JBB-Behaviors"] = jbb(Goal=" ")
+    with pytest.raises(InputError, match=r"do not correspond \(row 2 has no harmless request\)"):
+        public_sets.load_rows("jailbreakbench")
     served["JailbreakBench/JBB-Behaviors"] = {"harmful": jbb()["harmful"], "benign": jbb(11)["benign"]}
     with pytest.raises(InputError, match="do not correspond"):
         public_sets.load_rows("jailbreakbench")
