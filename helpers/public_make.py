@@ -123,7 +123,10 @@ def collect(
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         n_requests += len(rows.harmful)
     if not made:
-        raise InputError(f"--prompts {name}: none of these sets could be loaded, or no request has a partner")
+        raise InputError(
+            f"--prompts {name}: none of these sets could be loaded, or no request has a partner: "
+            "mend what the lines above say, or name others"
+        )
     return Collected(tuple(made), hashes, n_requests)
 
 
