@@ -70,6 +70,66 @@ HUB = {
 }
 
 
+# What each set's page says: (configuration, split) to columns. Independent of helpers.public_list, whose lines it checks.
+PAGES: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+    "JailbreakBench/JBB-Behaviors": {
+        ("behaviors", split): ("Index", "Goal", "Target", "Behavior", "Category") for split in ("harmful", "benign")
+    },
+    "walledai/StrongREJECT": {("", "train"): ("prompt", "category")},
+    "walledai/MaliciousInstruct": {("", "train"): ("prompt",)},
+    "walledai/XSTest": {("", "test"): ("prompt", "type", "label")},
+    "bench-llm/or-bench": {
+        (config, "train"): ("prompt", "category") for config in ("or-bench-80k", "or-bench-hard-1k", "or-bench-toxic")
+    },
+    "tatsu-lab/alpaca": {("", "train"): ("instruction", "input", "output")},
+    "walledai/AdvBench": {("", "train"): ("prompt", "target")},
+    "walledai/HarmBench": {
+        (config, "train"): ("prompt", "category") for config in ("standard", "contextual", "copyright")
+    },
+    "allenai/wildjailbreak": {("train", "train"): ("vanilla", "adversarial", "completion", "data_type")},
+    "sorry-bench/sorry-bench-202503": {("", "train"): ("question_id", "category", "turns", "prompt_style")},
+    "allenai/wildguardmix": {
+        ("wildguardtest", "test"): ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory"),
+        ("wildguardtrain", "train"): ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory"),
+    },
+}
+MARKED = {  # values that tell harmful from harmless rows, of a column
+    "label": ("unsafe", "safe"),
+    "data_type": ("vanilla_harmful", "vanilla_benign", "adversarial_harmful"),
+    "prompt_harm_label": ("harmful", "unharmful"),
+    "prompt_style": ("base", "slang"),
+}
+
+
+def test_every_set_is_read_by_the_columns_and_configurations_of_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(repo: str, *config: str) -> datasets.DatasetDict:
+        splits = {split: columns for (name, split), columns in PAGES[repo].items() if name == "".join(config)}
+        if not splits:
+            raise ValueError(f"BuilderConfig {config} not found")
+        return datasets.DatasetDict(
+            {s: datasets.Dataset.from_list([row(c, i) for i in range(6)]) for s, c in splits.items()}
+        )
+
+    def row(columns: tuple[str, ...], i: int) -> dict:
+        made = {name: MARKED[name][i % len(MARKED[name])] if name in MARKED else f"{name} {i}" for name in columns}
+        return (
+            made
+            | ({"turns": [f"turns {i}", "more"]} if "turns" in columns else {})
+            | {name: "same" for name in ("category", "Category", "type") if name in columns}
+            | ({"input": ""} if "input" in columns else {})
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert {public.repo for public in public_list.SETS.values()} == set(PAGES)
+    for name, public in public_list.SETS.items():
+        for part in (public.harmful, public.harmless):
+            found = public_sets.read(name, public, part) if part is not None else ()
+            assert len({request.text for request in found}) == len(found)
+            assert part is None or found
+            marked = [column for column in (part.where if part else ()) if column in MARKED]
+            assert len(found) == (0 if part is None else 6 / len(MARKED[marked[0]]) if marked else 6), name
+
+
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The library's own reader on small files with the public sets' columns."""
