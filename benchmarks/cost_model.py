@@ -46,26 +46,30 @@ def token_operations(shape: Shape) -> float:
     return 2.0 * shape.d_model * (2 * shape.d_model + 2 * keys + 3 * shape.d_mlp)
 
 
-def last_token(shape: Shape, sites: int = len(SITES), read_rows: int = 2) -> float:
-    """Every layer's interventions at the last token, one pair, one direction: layers above, own MLPs, what is read."""
+def last_token(shape: Shape, sites: int = len(SITES), feeding: int = 1, read_rows: int = 2) -> float:
+    """Every layer's interventions at the last token, one pair, one direction: layers above, own MLPs, what is read.
+
+    `feeding` of the `sites` feed their own layer's MLP: of the three of a layer one (attention), of heads all.
+    """
     layers = shape.n_layers
     above = layers * (layers - 1) / 2 * token_operations(shape)
-    own = layers * 2.0 * 3 * shape.d_model * shape.d_mlp / 3  # one site in three feeds its own layer's MLP
-    return sites * (above + own + layers * 2.0 * shape.d_model * read_rows)
+    own = layers * 2.0 * 3 * shape.d_model * shape.d_mlp
+    return sites * (above + layers * 2.0 * shape.d_model * read_rows) + feeding * own
 
 
 def sweeps(shape: Shape, design: Design) -> dict[str, float]:
     """Operations of each sweep on all pairs, both directions, with the clean runs that it makes."""
     clean = 2 * shape.n_pos * shape.n_layers * token_operations(shape)
     shared = shape.n_layers * (shape.n_layers - 1) / 2 * token_operations(shape) * shape.n_pos
-    plain, n = last_token(shape), design.answer_tokens
+    plain, heads = last_token(shape), last_token(shape, sites=shape.n_heads, feeding=shape.n_heads)
+    n = design.answer_tokens
     answers = 2 * 2 * n * last_token(shape, read_rows=shape.vocabulary)  # answer and refusal, both directions
     layers = design.pairs * (clean + 2 * plain) + design.recognition * 2 * shared
     return {
         "layers": layers,
         "untrained twin": design.twin_share * layers,
         "whole answers": design.generation * (answers + 3 * clean),
-        "modules and heads": design.pairs * (clean + 2 * last_token(shape, sites=shape.n_heads)),
+        "modules and heads": design.pairs * (clean + 2 * heads),
     }
 
 
@@ -96,21 +100,19 @@ def _rounded(time: float) -> str:
     return f"{time:.0f}" if time >= 10 else f"{time:.1g}" if time < 1 else f"{time:.1f}"
 
 
-def main() -> None:
-    """Print the table."""
-    design = Design()
-    lines = []
-    print("| model | weights, float32 | memory a process | " + " | ".join(machine.name for machine in MACHINES) + " |")
-    print("| --- " * (3 + len(MACHINES)) + "|")
+def table() -> list[str]:
+    """The table of docs/scaling.md, and below it what each sweep takes of the whole."""
+    design, rows, below = Design(), [], []
+    head = "| model | weights, float32 | memory a process | " + " | ".join(machine.name for machine in MACHINES) + " |"
     for name, shape in (("8B", LLAMA_8B), ("70B", LLAMA_70B)):
         times = [f"{_rounded(hours(shape, design, machine))} h" for machine in MACHINES]
         memory = f"{parameters(shape) * 4 / 1e9:.0f} GB | {gigabytes(shape):.0f} GB"
-        print(f"| {name} | {memory} | " + " | ".join(times) + " |")
+        rows.append(f"| {name} | {memory} | " + " | ".join(times) + " |")
         total = sum(sweeps(shape, design).values())
         shares = ", ".join(f"{sweep} {value / total:.0%}" for sweep, value in sweeps(shape, design).items())
-        lines.append(f"{name}: {total:.2g} operations; {shares}")
-    print("", *lines, sep="\n")
+        below.append(f"{name}: {total:.2g} operations; {shares}")
+    return [head, "| --- " * (3 + len(MACHINES)) + "|", *rows, "", *below]
 
 
 if __name__ == "__main__":
-    main()
+    print(*table(), sep="\n")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bound, faults, gpu, peers, scaling
+from benchmarks import bound, faults, gpu, peers, scaling, sweeps
 from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, workloads
 from helpers import paths
 from helpers.errors import InputError
@@ -53,6 +53,15 @@ def test_scaling(results: Path) -> None:
     assert table.factor.nunique() == 5
     assert (table.bound > 0).all()
     assert (table.groupby("factor").bound.apply(list).apply(lambda b: b == sorted(b))).all()
+
+
+def test_whole_sweeps_are_timed_where_every_token_may_change(results: Path) -> None:
+    sweeps.main(["--shape", "smoke"])
+    table = pd.read_csv(results / "sweeps_smoke.csv")
+    assert len(table) == 8 and (table.seconds > 0).all() and (table.operations > 0).all()
+    assert (table.groupby(["sweep", "treatment"]).operations.apply(list).apply(lambda n: n == sorted(n))).all()
+    for pair in sweeps.study(SMOKE, "T1").pairs:  # else fewer cells would be computed than the formula counts
+        assert (pair.control != pair.treated).tolist() == [True] + [False] * (SMOKE.n_pos - 1)
 
 
 def test_the_gpu_study_resumes(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

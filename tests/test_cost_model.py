@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from benchmarks import bound, cost_model
+from benchmarks import bound, cost_model, sweeps
 from benchmarks.shapes import LLAMA_8B, QUOTED, SITES, Job, Workload
 from helpers.paths import ROOT
 
@@ -32,6 +32,22 @@ def test_the_formula_holds_at_the_measured_points(factor: str) -> None:
     rate = bound.minimal_operations(QUOTED, Workload("x", jobs)) / at_quoted.bound  # of that machine's products
     for _, row in table[table.factor == factor].iterrows():
         assert 1 / FACTOR < row.seconds / predicted(row, rate) < FACTOR, row
+
+
+def test_the_formula_holds_for_whole_sweeps_as_a_run_makes_them() -> None:
+    table = pd.read_csv(ROOT / "results" / "benchmarks" / "sweeps.csv")
+    design = cost_model.sweeps(QUOTED, cost_model.Design())
+    assert set(table.sweep) == set(design) - {"untrained twin"}  # which is the first of them once more
+    for row in table.itertuples():
+        shape = replace(QUOTED, n_layers=row.layers, n_pairs=row.pairs)
+        assert row.operations == pytest.approx(sweeps.counted(row.sweep, row.treatment, shape), rel=1e-4)
+        assert 1 / FACTOR < row.seconds * row.rate / (cost_model.OVERHEAD * row.operations) < FACTOR, row
+
+
+def test_the_page_has_the_table_of_the_code() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    missing = [line for line in cost_model.table() if line not in page]
+    assert not missing
 
 
 def test_the_overhead_is_within_what_was_measured() -> None:
