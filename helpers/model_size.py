@@ -20,6 +20,12 @@ from helpers.subject_parts import Subject, find_parts
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
+VERSIONS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,32 @@ def needs(shapes: Subject, n_pos: int = LONGEST) -> Needs:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the machine's memory (a container's limit counts)."""
+    """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with (
-        Path("/proc/meminfo").open(encoding="ascii")
-        if Path("/proc/meminfo").is_file()
-        else Path(os.devnull).open() as file
-    ):
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-    free = found.get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limits = [_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current")]
-    return free if None in limits else min(free, limits[0] - limits[1])  # type: ignore[operator]
+    free = _fields(MEMINFO).get("MemAvailable:")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
+    return max(0, min([machine, *_left_by_limits()]))
+
+
+def _left_by_limits() -> list[int]:
+    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
+
+    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
+    """
+    lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.is_file() else []
+    groups = [line.split(":", 2)[1:] for line in lines]
+    found = []
+    for kind, limit, used, cached in VERSIONS:
+        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
+        names = [name for name in own.split("/") if name]
+        parts = [] if ".." in names else names  # it lies outside of what this process may see
+        for n in range(len(parts) + 1):
+            folder = Path(GROUPS, kind, *parts[:n])
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None:
+                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
+    return found
 
 
 def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> dict[str, str] | None:
@@ -157,11 +177,15 @@ def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str
 
 
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    """The number in a file, None where the file is not there or says "max"."""
+    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The first number behind each name, a line each; nothing where the file is not there."""
+    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
+    return {name: int(value) for name, value, *_ in (line.split() for line in lines)}
 
 
 def _gb(size: float) -> str:
