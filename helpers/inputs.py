@@ -75,7 +75,7 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         model = hub_fetch.ready(model, found["DEVICE"], found["DTYPE"])
     judge = os.environ.get(hub.JUDGE)
     if judge:
-        hub.choose_judge(_ready_judge(judge, found["DEVICE"]))
+        hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
         from helpers import public_make
 
@@ -93,17 +93,21 @@ def _pinned_judge(judge: str) -> str:
         raise InputError(f"--judge: {judge} is not in the hub's cache yet: a run without --list downloads it") from None
 
 
-def _ready_judge(judge: str, device: str) -> str:
+def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
-    from helpers import hub_fetch, model_files
+    from helpers import hub_fetch, judging, model_files, model_size
 
     preflight.check_judge(judge)
-    name = hub_fetch.ready(judge, device, "bfloat16")
+    device = found["DEVICE"]
+    # It answers in the notebook's process, where the model under study and what that is compared with stay in memory.
+    beside = model_size.taken(preflight.model_folder(found["MODEL"]), device, found["DTYPE"])
     try:
+        name = hub_fetch.ready(judge, device, judging.DTYPE, copies=1, beside=beside)
         folder = preflight.model_folder(name)
         model_files.check_folder(folder)
         preflight.check_weights(folder)
-        preflight.tokenizer_of(folder)
+        judging.answer_tokens(preflight.tokenizer_of(folder), folder.name)
+        model_size.checked(folder, device, judging.DTYPE, copies=1, beside=beside)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
     return name

@@ -56,16 +56,18 @@ def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     return find_parts(model.requires_grad_(False), None, folder.name, "no weights yet")
 
 
-def needs(shapes: Subject, n_pos: int = LONGEST) -> Needs:
+def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) -> Needs:
     """What a run of all notebooks keeps alive at once, for prompts of at most `n_pos` tokens.
 
-    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read.
+    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
+    its weights otherwise: 1 for a model that nothing is compared with.
     """
     from helpers import mediation  # it builds on helpers.subject, which asks here where a model fits
 
     weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
     memory = grid_chunks.memory_need(shapes, mediation.pairs_at_once(shapes, n_pos), n_pos)
-    return Needs(weights, round(COPIES.get(shapes.dtype, 2.0) * weights), 2 * memory.clean_run + memory.sweep)
+    alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
+    return Needs(weights, round(alive * weights), 2 * memory.clean_run + memory.sweep)
 
 
 def free_memory(device: torch.device) -> int:
@@ -97,14 +99,33 @@ def _left_by_limits() -> list[int]:
     return found
 
 
-def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> dict[str, str] | None:
+def checked(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
+    """One line on the size of a folder's model, its weights unread; `InputError` as `on_meta` and `placement` raise it."""
+    shapes = on_meta(folder, getattr(torch, dtype))
+    where = placement(shapes, torch.device(device), copies=copies, beside=beside)
+    return describe(shapes, where, copies=copies)
+
+
+def taken(folder: Path, device: str, dtype: str) -> int:
+    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `checked` raises it.
+
+    0 where a part of it must lie elsewhere: how much is then left is only known when it has been loaded.
+    """
+    shapes = on_meta(folder, getattr(torch, dtype))
+    return needs(shapes).total if placement(shapes, torch.device(device)) is None else 0
+
+
+def placement(
+    shapes: Subject, device: torch.device, n_pos: int = LONGEST, *, copies: float | None = None, beside: int = 0
+) -> dict[str, str] | None:
     """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
     The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
     memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
-    `helpers.spread`. Raises InputError where even that does not fit.
+    `helpers.spread`. `copies` is that of `needs`; `beside` are bytes of `device` that are free now and will not be. Raises
+    InputError where even that does not fit.
     """
-    asked, free = needs(shapes, n_pos), int(USABLE * free_memory(device))
+    asked, free = needs(shapes, n_pos, copies), max(0, int(USABLE * free_memory(device)) - beside)
     if asked.total <= free:
         return None
     rooms = _rooms(device, asked.sweep)
@@ -119,7 +140,7 @@ def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> di
         missing -= size
         places.append(place)
     if missing > 0:
-        raise too_large(shapes, asked, device, free, rooms)
+        raise too_large(shapes, asked, device, free, rooms, beside)
     return _names(shapes, places, str(device))
 
 
@@ -132,21 +153,27 @@ def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
     return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
 
 
-def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int]) -> InputError:
+def too_large(
+    shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
+) -> InputError:
     """The error that says what is needed, what there is, and what else can be done."""
     named = {"cpu": "the processor's"}
     other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
     half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
+    next_to = " beside the model under study" if beside else ""
+    copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""
     return InputError(
-        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}, with the copy that it is compared with "
-        f"{_gb(asked.copies)}, and a sweep {_gb(asked.sweep)}, but {_gb(free)} of its memory{other} can be used; use a "
-        f"machine with more memory{half} or a smaller model"
+        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}{copy}, and a sweep {_gb(asked.sweep)}, but "
+        f"{_gb(free)} of its memory{other} can be used{next_to}; use a machine with more "
+        f"memory{half} or a smaller model"
     )
 
 
-def describe(shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST) -> str:
+def describe(
+    shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST, copies: float | None = None
+) -> str:
     """One line on the size of a model and on what does not fit onto its GPU."""
-    asked = needs(shapes, n_pos)
+    asked = needs(shapes, n_pos, copies)
     places = Counter((where or {}).values())
     main = next(iter((where or {}).values()), "")  # the embedding's
     spread = sum(n for place, n in places.items() if place not in ("cpu", main))

@@ -12,7 +12,7 @@ from families import tokens
 from hub_cache import REPO, chat_folder, put, serve
 from huggingface_hub import errors
 
-from helpers import hub, hub_fetch, manifest, preflight
+from helpers import hub, hub_fetch, manifest, model_size, preflight
 from helpers.errors import InputError
 from helpers.hub import HubId
 from helpers.paths import check_slug
@@ -190,6 +190,19 @@ def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
         hub_fetch.ready(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith(".safetensors")]
+
+
+def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = serve(monkeypatch, source, cache, COMMIT)
+    free = model_size.needs(model_size.on_meta(source, torch.bfloat16), copies=1).total
+    monkeypatch.setattr(model_size, "free_memory", lambda device: free / model_size.USABLE + 1)
+    for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
+        with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
+            hub_fetch.ready(REPO, "cpu", "bfloat16", **asked)
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    assert hub_fetch.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
 
 
 def test_the_manifest_names_commit_and_file_hashes(
