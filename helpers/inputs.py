@@ -1,23 +1,50 @@
 """From what was typed to what a run uses: models and public prompt sets by name become folders. Imports nothing heavy."""
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from helpers import hub, preflight, public_list, runner, wrappers
+from helpers import freshness, hub, preflight, public_list, runner, wrappers
 from helpers.errors import InputError
-from helpers.paths import PROMPTS
+from helpers.paths import PROMPTS, check_slug, relative
+
+LONGEST = 90  # characters of a name that nobody chose
 
 
-def default_slug(found: Mapping[str, Any], judge: str | None = None) -> str:
-    """The run's name if none is given: what differs from the default, so that no run writes over another.
+def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
+    """The run's name, as given or by default; `given` are its wrappers.
+
+    Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
+    """
+    chosen = check_slug(name or default_slug(found, judge, given))
+    if chosen == "embedded" and (judge or found != runner.DEFAULTS):
+        raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
+    before = freshness.recall(runner.RESULTS / chosen, runner.MADE_FROM)
+    for kind, now in made_from(found, judge, given).items():
+        then = before.get(kind, now)
+        if then != now and not _is_moved(then, now):
+            has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (then, now))
+            raise InputError(
+                f"the results of {chosen!r} were made with {has}, and now it would be {asked}: give this run a name of its "
+                "own with --name"
+            )
+    return chosen
+
+
+def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str | None = None) -> str:
+    """The run's name if none is given: what differs from the default, and a hash in place of the end of a long one.
+
+    Inputs that lie elsewhere and are called the same have the same name, which is why `slug` looks where they lie.
 
     >>> default_slug(runner.DEFAULTS)
     'embedded'
     >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PAIRS": 50})
     'window-1-pairs50'
+    >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
+    'embedded-xstest-wrappers-own'
     """
     parts = [hub.slug(found["MODEL"])]
     if found["PROMPTS"] != "embedded":
@@ -25,8 +52,45 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None) -> str:
     plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
     parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
     parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
+    if given:
+        place = preflight.from_caller(given).resolve()
+        parts.append(f"wrappers-{place.name if place.is_dir() else place.stem}")
     parts += [f"judge-{hub.slug(judge)}"] if judge else []
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+    whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
+    if len(whole) <= LONGEST:
+        return whole
+    tail = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{whole[: LONGEST - 9]}-{tail}"
+
+
+def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
+    """What a run is asked to study: its model, prompts, wrappers and judge, by name or by the place where each lies.
+
+    Of a model of the hub its repository: another revision is the same model changed, as is a folder whose files changed.
+    """
+    prompts = found["PROMPTS"]
+    sets = public_list.parse(prompts) if is_public_set(prompts) else None
+    return {
+        "model": _place(found["MODEL"]),
+        "prompts": ",".join(sets) if sets else relative(preflight.prompts_folder(prompts)),
+        "wrappers": relative(wrappers.file_of(preflight.from_caller(given))) if given else None,
+        "judge": _place(judge) if judge else None,
+    }
+
+
+def _place(model: str) -> str:
+    hub_id = None if Path(model).is_dir() else hub.parse(model)
+    return hub_id.repo if hub_id else relative(preflight.model_folder(model))
+
+
+def _is_moved(then: str | None, now: str | None) -> bool:
+    """Whether two folders may be one: it is no longer where it was."""
+    return (
+        bool(then and now)
+        and Path(str(then)).is_absolute()
+        and Path(str(now)).is_absolute()
+        and not Path(str(then)).exists()
+    )
 
 
 def default_prompts(model: str) -> str:

@@ -33,6 +33,7 @@ FLAGS = {
     "--name ../x": "'../x' cannot name a run",
     "--name .x": "no leading dot",
     "--name embedded --pairs 20": "choose another name",
+    "--name embedded --judge embedded": "choose another name",
     "--device gpu": "expected auto, cpu, cuda or cuda:N",
     "--device cuda:x": "expected auto, cpu, cuda or cuda:N",
     "--device cuda": "torch sees no CUDA device here",
