@@ -73,6 +73,7 @@ def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) ->
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what this process used and gave up counts as taken
         return int(torch.cuda.mem_get_info(device)[0])
     free = _fields(MEMINFO).get("MemAvailable:")
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
@@ -84,8 +85,7 @@ def _left_by_limits() -> list[int]:
 
     What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
     """
-    lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.is_file() else []
-    groups = [line.split(":", 2)[1:] for line in lines]
+    groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
     found = []
     for kind, limit, used, cached in VERSIONS:
         own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
@@ -205,14 +205,20 @@ def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str
 
 def _number(path: Path) -> int | None:
     """The number in a file, None where the file is not there or says "max"."""
-    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    text = _text(path).strip()
     return int(text) if text.isdigit() else None
 
 
 def _fields(path: Path) -> dict[str, int]:
     """The first number behind each name, a line each; nothing where the file is not there."""
-    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
-    return {name: int(value) for name, value, *_ in (line.split() for line in lines)}
+    return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a group that this user may not look into
+        return ""
 
 
 def _gb(size: float) -> str:

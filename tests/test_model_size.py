@@ -165,3 +165,14 @@ def test_free_memory_where_linux_says_nothing_is_all_of_the_machines(
         monkeypatch.setattr(model_size, name, tmp_path / "none")
     monkeypatch.setattr(model_size.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
     assert model_size.free_memory(torch.device("cpu")) == 4096000
+
+
+def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"free": 10, "given up": 5}
+
+    def empty() -> None:
+        held.update(free=held["free"] + held["given up"])
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
+    assert model_size.free_memory(GPU) == 15
