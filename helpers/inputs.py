@@ -19,7 +19,7 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
 
     Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
     """
-    chosen = check_slug(name or default_slug(found, judge, given))
+    chosen = check_slug(default_slug(found, judge, given) if name is None else name)
     if chosen == "embedded" and (judge or found != runner.DEFAULTS):
         raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
     before = freshness.recall(runner.RESULTS / chosen, runner.MADE_FROM)
@@ -85,12 +85,7 @@ def _place(model: str) -> str:
 
 def _is_moved(then: str | None, now: str | None) -> bool:
     """Whether two folders may be one: it is no longer where it was."""
-    return (
-        bool(then and now)
-        and Path(str(then)).is_absolute()
-        and Path(str(now)).is_absolute()
-        and not Path(str(then)).exists()
-    )
+    return all(isinstance(one, str) and Path(one).is_absolute() for one in (then, now)) and not Path(str(then)).exists()
 
 
 def default_prompts(model: str) -> str:
@@ -108,6 +103,8 @@ def check(prompts: str, given: str | None) -> None:
     is_public = is_public_set(prompts)
     if given is None:
         return
+    if not given.strip():
+        raise InputError("--wrappers names nothing: give a file of wrappers, or leave the flag out")
     wrappers.read(preflight.from_caller(given))
     if not is_public:
         raise InputError(
@@ -162,9 +159,10 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     from helpers import hub_fetch, judging, model_files, model_size
 
     preflight.check_judge(judge)
-    device = found["DEVICE"]
-    # It answers in the notebook's process, where the model under study and what that is compared with stay in memory.
-    beside = model_size.taken(preflight.model_folder(found["MODEL"]), device, found["DTYPE"])
+    # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
+    # on the GPU of that model's embedding.
+    beside = model_size.taken(preflight.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
         name = hub_fetch.ready(judge, device, judging.DTYPE, copies=1, beside=beside)
         folder = preflight.model_folder(name)

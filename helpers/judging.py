@@ -88,8 +88,7 @@ def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Floa
     assert judge.tokenizer is not None
     sides = answer_tokens(judge.tokenizer, judge.name)
     questions = [
-        QUESTION.replace("{request}", request).replace("{reply}", reply)
-        for request, reply in zip(requests, replies, strict=True)
+        QUESTION.format(request=request, reply=reply) for request, reply in zip(requests, replies, strict=True)
     ]
     found = np.empty(len(questions))
     for places, ids in defence_outcomes.buckets(judge, questions, 16):

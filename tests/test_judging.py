@@ -11,7 +11,7 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import cli, defence_outcomes, hub, judging, model_size, preflight, runner, tokens
+from helpers import cli, defence_outcomes, hub, inputs, judging, model_size, preflight, runner, tokens
 from helpers.errors import InputError
 from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
 from helpers.subject import Subject, from_model
@@ -116,11 +116,14 @@ def judge_model(tmp_path: Path) -> Subject:
 def test_a_judge_model_is_asked_once_for_each_answer(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probability is that of Yes and No alone, from the first token behind the question."""
     monkeypatch.setattr(judging, "QUESTION", "w5 {request} w6 {reply}")
-    found = judging.ask(judge_model, ["w20 w21", "w22"], ["w30", "{request}"])
+    found = judging.ask(judge_model, ["w20 w21", "w22", "{reply}"], ["w30", "{request}", "w30"])
     ids = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w20 w21 w6 w30")[0])[None]
     logits = judge_model.model(ids).logits[0, -1].double()
     assert found[0] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5)
-    assert found.shape == (2,) and found[0] != found[1]
+    assert found.shape == (3,) and found[0] != found[1]
+    unknown = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w3 w6 w30")[0])[None]
+    logits = judge_model.model(unknown).logits[0, -1].double()
+    assert found[2] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5), "a slot in a text is text"
 
 
 @pytest.mark.parametrize("named", [{}, {9: "No"}, {7: "YES", 8: "yes"}])
@@ -303,3 +306,19 @@ def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
     assert "copy" not in error
     monkeypatch.setattr(model_size, "free_memory", lambda device: judge.total)
     assert judging._judge.__wrapped__(str(folder), "cpu").n_layers == 4
+
+
+def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room on another GPU is none for a judge: it is loaded where the model's embedding lies."""
+    folder = judge_folder(tmp_path)
+    model = model_size.needs(model_size.on_meta(preflight.model_folder("full-0"), torch.float32))
+    judge = model_size.needs(model_size.on_meta(folder, torch.bfloat16), copies=1)
+    free = {"cuda": model.total, "cuda:0": model.total + judge.total, "cuda:1": 10**12, "cpu": 0}
+    monkeypatch.setattr(model_size, "USABLE", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model_size, "free_memory", lambda device: free[str(device)])
+    given = {"MODEL": "full-0", "DEVICE": "cuda", "DTYPE": "float32"}
+    assert inputs._ready_judge(str(folder), given) == str(folder)
+    free["cuda:0"] -= 1
+    with pytest.raises(InputError, match="--judge: judge is too large for cuda:0"):
+        inputs._ready_judge(str(folder), given)

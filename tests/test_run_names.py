@@ -48,7 +48,7 @@ def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
     assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
 
-@pytest.mark.parametrize("name", ["x" * 101, "a b", ".x"])
+@pytest.mark.parametrize("name", ["x" * 101, "a b", ".x", ""])
 def test_a_name_that_cannot_be_says_how_to_give_another(name: str) -> None:
     with pytest.raises(InputError, match=r"cannot name a run: .*; --name gives another"):
         named("--name", name)
