@@ -156,7 +156,7 @@ def _pinned_judge(judge: str) -> str:
 
 def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
-    from helpers import hub_fetch, judging, model_files, model_size
+    from helpers import hub_fetch, judging, model_files, model_size, tokens
 
     preflight.check_judge(judge)
     # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
@@ -168,7 +168,9 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
         folder = preflight.model_folder(name)
         model_files.check_folder(folder)
         preflight.check_weights(folder)
-        judging.answer_tokens(preflight.tokenizer_of(folder), folder.name)
+        tokenizer = preflight.tokenizer_of(folder)
+        judging.answer_tokens(tokenizer, folder.name)
+        tokens.encode(tokenizer, judging.QUESTION)
         model_size.checked(folder, device, judging.DTYPE, copies=1, beside=beside)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error

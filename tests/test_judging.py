@@ -242,6 +242,10 @@ LATER = {
         folder, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400
     ),
     "Yes and No do not begin with known tokens of their own": lambda folder: words(folder, {}),
+    "chat template cannot render one user turn": lambda folder: (folder / "chat_template.jinja").write_text("{{ x( }}"),
+    "the chat template changes the user turn's text": lambda folder: (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content | upper }}"
+    ),
 }
 
 
