@@ -169,7 +169,7 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
         model_files.check_folder(folder)
         preflight.check_weights(folder)
         tokenizer = preflight.tokenizer_of(folder)
-        judging.answer_tokens(tokenizer, folder.name)
+        judging.answer_tokens(tokenizer, hub.name_of(folder))
         tokens.encode(tokenizer, judging.QUESTION)
         model_size.checked(folder, device, judging.DTYPE, copies=1, beside=beside)
     except InputError as error:

@@ -51,9 +51,9 @@ def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     except Exception as error:  # damaged files make the libraries raise anything
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(
-            f"{folder.name} could not be loaded: {line}; is its config complete, and its architecture known?"
+            f"{hub.name_of(folder)} could not be loaded: {line}; is its config complete, and its architecture known?"
         ) from error
-    return find_parts(model.requires_grad_(False), None, folder.name, "no weights yet")
+    return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
 
 
 def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) -> Needs:

@@ -158,7 +158,7 @@ UNUSABLE = {
     "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
     "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
-    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "its architecture known"),
+    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "^org/tiny could not be loaded: .*its architecture known"),
     "other parts": (
         lambda f: spoil(f, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), "unknown architecture: GPTNeoX"
     ),
@@ -166,7 +166,7 @@ UNUSABLE = {
     "quantized": (lambda f: spoil(f, quantization_config={"bits": 4}), "holds quantized weights"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
     "too large": (
-        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "too large for cpu: weights"
+        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "^org/tiny is too large for cpu"
     ),
 }  # fmt: skip
 
