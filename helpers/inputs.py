@@ -25,7 +25,7 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
     before = freshness.recall(runner.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
         then = before.get(kind, now)
-        if then != now and not _is_moved(then, now):
+        if isinstance(then, str | None) and then != now and not _is_moved(then, now):
             has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (then, now))
             raise InputError(
                 f"the results of {chosen!r} were made with {has}, and now it would be {asked}: give this run a name of its "
@@ -85,7 +85,9 @@ def _place(model: str) -> str:
 
 def _is_moved(then: str | None, now: str | None) -> bool:
     """Whether two folders may be one: it is no longer where it was."""
-    return all(isinstance(one, str) and Path(one).is_absolute() for one in (then, now)) and not Path(str(then)).exists()
+    if then is None or now is None:
+        return False
+    return Path(then).is_absolute() and Path(now).is_absolute() and not Path(then).exists()
 
 
 def default_prompts(model: str) -> str:
