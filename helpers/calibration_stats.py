@@ -103,14 +103,13 @@ def errors(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "error", *COUNTED, "lower", "upper"])
 
 
-def severity(table: pd.DataFrame) -> pd.DataFrame:
-    """How often "supported" is said of a claim that is false in a given way: one row a claim and kind of alternative.
+def supported_by_kind(table: pd.DataFrame, truth: str) -> pd.DataFrame:
+    """How often "supported" is said of a claim that is false (or true) in a given way: one row a claim and kind of model.
 
-    `upper` is the one-sided exact 95 % bound.
+    Of false claims this is the severity of a rule, of true ones its power. `upper` is the one-sided exact 95 % bound.
     """
-    false = table[table.truth == "false"]
     rows = []
-    for (claim, kind), part in false.groupby(["claim", "kind"]):
+    for (claim, kind), part in table[table.truth == truth].groupby(["claim", "kind"]):
         hits = int((part.verdict == "supported").sum())
         rows.append((claim, kind, hits, len(part), *rate(hits, len(part)), upper_bound(hits, len(part))))
     return pd.DataFrame(rows, columns=["claim", "kind", *COUNTED, "upper"])
@@ -158,7 +157,8 @@ def power(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float]]) -> pd.DataFrame:
     """Receiver operating curves: for each score the shares of false and of true cases above every threshold, and the area.
 
-    A case without a score counts as 0, since a test that found nothing to measure called nothing.
+    `auroc` has a 95 % interval, `low` to `high`: true and false cases redrawn, each among themselves (it has no width where
+    the scores do not overlap). A case without a score counts as 0, since a test that found nothing to measure called nothing.
 
     >>> float(roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0])
     1.0
@@ -168,9 +168,20 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
     for name, known in scores.items():
         values = np.array([known.get(case, 0.0) for case in truth])
         false, true, _ = roc_curve(member, values)
-        area = float(roc_auc_score(member, values))
-        tables.append(pd.DataFrame({"score": name, "false_rate": false, "true_rate": true, "auroc": area}))
+        low, high = _area_interval(values[member], values[~member])
+        area = {"auroc": float(roc_auc_score(member, values)), "low": low, "high": high}
+        tables.append(pd.DataFrame({"score": name, "false_rate": false, "true_rate": true, **area}))
     return pd.concat(tables, ignore_index=True)
+
+
+def _area_interval(true: np.ndarray, false: np.ndarray) -> tuple[float, float]:
+    """The area is the share of (true, false) couples that are ranked rightly, so redrawing cases only weights the couples."""
+    right = (true[:, None] > false) + 0.5 * (true[:, None] == false)
+    rng = np.random.default_rng(0)
+    n_true, n_false = right.shape
+    times = [rng.multinomial(n, np.full(n, 1 / n), size=2000) for n in (n_true, n_false)]
+    low, high = np.quantile(((times[0] @ right) * times[1]).sum(1) / right.size, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str, float]:

@@ -90,7 +90,8 @@ def c5c(rows: Rows, *, corrected: bool = False) -> Verdict:
         "joint probability": controls.joint(rows, "T2"),
     }
     decision = decide(supported=kept.ci_low >= 0.8 and specific, contradicted=kept.ci_high <= 0.4)
-    reason = f"the first token alone keeps {interval(kept)} of the effect on all tokens ({kept.note})"
+    reason = f"the first token alone keeps {interval(kept)} of the effect on all tokens"
+    reason += f" ({kept.note})" if kept.note else ""
     reason += f"; effect of all tokens {interval(effect)}" if effect is not None else ""
     reason += (
         f"; benign answers changed {interval(benign)}, {'' if specific else 'not '}specific"

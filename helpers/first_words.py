@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,35 +42,50 @@ class FirstWords:
     @property
     def note(self) -> str:
         """One line for the user."""
-        found = f"comply {', '.join(map(repr, self.comply))}; refuse {', '.join(map(repr, self.refuse))}"
-        seen = f"{self.n_refused} of {self.n_prompts} prompts refused; joint probability {self.joint:.2f}"
-        low = f", below {JOINT}: edit outcome.json" if self.joint < JOINT else ""
-        return f"answers open with: {found} ({seen}{low})"
+        seen = f"{self.n_refused} of {self.n_prompts} prompts refused; "
+        return f"answers open with: {described(self.comply, self.refuse, self.joint, seen)}"
 
 
-def find(subject: Subject, texts: Sequence[str]) -> FirstWords:
+def described(comply: Sequence[str], refuse: Sequence[str], joint: float, seen: str = "") -> str:
+    """Both camps and how much of the first token's probability they hold, with what to do where that is little."""
+    found = f"comply {', '.join(map(repr, comply))}; refuse {', '.join(map(repr, refuse))}"
+    low = f", below {JOINT}: edit outcome.json" if joint < JOINT else ""
+    return f"{found} ({seen}joint probability {joint:.2f}{low})"
+
+
+def find(subject: Subject, texts: Sequence[str], own: Path) -> FirstWords:
     """The camps of one model on these user turns, at least some of which it refuses and some of which it answers.
 
-    Raises InputError where fewer than five are refused, or answered: nothing is known of that camp then.
+    Raises InputError where fewer than five are refused, or answered: nothing is known of that camp then. `own` is the
+    file in which the user may name them instead.
     """
     assert subject.tokenizer is not None
+    remedy = f'write {{"comply": [...], "refuse": [...]}} of your own into {own}, then the same command'
     made = defence_outcomes.answers(subject, texts, STEPS)
     kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
     refused = np.array([is_refusal(text) for text in subject.tokenizer.batch_decode(kept, skip_special_tokens=True)])
     for count, what in ((refused.sum(), "refused"), ((~refused).sum(), "answered")):
         if count < MIN_SIDE:
             raise InputError(
-                f"the model {what} {count} of {len(texts)} prompts, so its first words then are not known: put an "
-                'outcome.json ({"comply": [...], "refuse": [...]}) of your own beside the wrappers, or use another set'
+                f"the model {what} {count} of {len(texts)} prompts, so its first words then are not known: {remedy}, or "
+                "use another set"
             )
     probabilities = first_token_probabilities(subject, texts)
     comply, refuse = camps(probabilities, torch.tensor(refused))
     strings = [_strings(subject, camp) for camp in (comply, refuse)]
     if not all(strings):
-        raise InputError("the model's first tokens cannot be written as text: write outcome.json yourself")
-    spoken = [id for side in strings for id in side]
-    joint = float(probabilities[:, spoken].sum(-1).mean())
-    return FirstWords(tuple(strings[0].values()), tuple(strings[1].values()), joint, int(refused.sum()), len(texts))
+        raise InputError(f"the model's first tokens cannot be written as text: {remedy}")
+    held = joint(probabilities, [id for side in strings for id in side])
+    return FirstWords(tuple(strings[0].values()), tuple(strings[1].values()), held, int(refused.sum()), len(texts))
+
+
+def joint(probabilities: Float[Tensor, "prompt vocab"], ids: Sequence[int]) -> float:
+    """How much of the first token's probability these tokens hold, on the mean over prompts.
+
+    >>> joint(torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]), [0, 1])
+    0.875
+    """
+    return float(probabilities[:, list(ids)].sum(-1).mean())
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # one of them at least
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,28 @@ def slug(name: str) -> str:
 def cache() -> Path:
     """The hub's cache, by the variables that its own library reads."""
     if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return _expanded(place)
+        return expanded(place)
     return home() / "hub"
 
 
 def home() -> Path:
     """The folder of everything that the hub's libraries keep."""
     if place := os.environ.get("HF_HOME"):
-        return _expanded(place)
-    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+        return expanded(place)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+
+
+def ref(hub_id: HubId) -> Path:
+    """The file of the cache that holds the commit which a branch or tag was when it was last downloaded."""
+    return _place(hub_id) / "refs" / hub_id.revision
 
 
 def snapshot(hub_id: HubId) -> Path | None:
     """The folder of a revision in the cache, if one is there; it may be incomplete (see `is_complete`)."""
-    place = cache() / f"models--{hub_id.repo.replace('/', '--')}"
-    ref = place / "refs" / hub_id.revision
-    commit = hub_id.revision if hub_id.is_pinned else ref.read_text().strip() if ref.is_file() else None
-    folder = None if commit is None or not _COMMIT.fullmatch(commit) else place / "snapshots" / commit
-    return folder if folder is not None and folder.is_dir() else None
+    file = ref(hub_id)
+    commit = hub_id.revision if hub_id.is_pinned else file.read_text().strip() if file.is_file() else ""
+    folder = _place(hub_id) / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
 def name_of(folder: Path) -> str:
@@ -112,8 +117,9 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether config and all weights of a cached model are there."""
-    return (folder / "config.json").is_file() and all((folder / name).is_file() for name in weight_files(folder))
+    """Whether config, tokenizer and all weights of a cached model are there."""
+    has = {name: (folder / name).is_file() for name in ("config.json", *TOKENIZER, *weight_files(folder))}
+    return any(has[name] for name in TOKENIZER) and all(has[name] for name in has if name not in TOKENIZER)
 
 
 def folder_of(name: str) -> Path:
@@ -151,5 +157,14 @@ def trusts_code() -> bool:
     return os.environ.get(TRUST) == "1"
 
 
-def _expanded(place: str) -> Path:
-    return Path(os.path.expandvars(place)).expanduser()
+def _place(hub_id: HubId) -> Path:
+    return cache() / f"models--{hub_id.repo.replace('/', '--')}"
+
+
+def expanded(place: str) -> Path:
+    """A path with variables and `~` replaced where they are known, as the hub's library does it."""
+    path = Path(os.path.expandvars(place))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # nobody of that name, or a user without a home
+        return path

@@ -16,13 +16,15 @@ from huggingface_hub import errors as hub_errors
 from helpers import hub, model_files, preflight
 from helpers.errors import InputError
 from helpers.hub import HubId
+from helpers.store import write_text
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
 # Subfolders hold other formats, and some repositories a second copy of the weights under this name.
 IGNORED = ["*/*", "consolidated*"]
 TOKEN_HELP = "make a token at huggingface.co/settings/tokens and put it into the variable HF_TOKEN"
-FAILURES = (OSError, ValueError, hub_errors.HTTPError)
+FAILURES = (OSError, ValueError, RuntimeError, hub_errors.HTTPError)  # hf_xet raises RuntimeError if the network goes
+AGAIN = "run the same command again, it goes on from there"
 
 
 def fetch(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
@@ -59,8 +61,25 @@ def _updated(hub_id: HubId, before_weights: Callable[[Path], object]) -> Path:
     model_files.check_config(folder)
     before_weights(folder)
     wanted = hub.weight_files(folder)
+    if missing := [file for file in wanted if file not in files]:
+        raise InputError(
+            f"{hub_id.repo} has no file {missing[0]}, where its weights should be: use a copy that save_pretrained wrote"
+        )
     _check_room(hub_id, sum(size for file, size in files.items() if file in wanted and not (folder / file).is_file()))
-    return _download(pinned, WEIGHTS)
+    folder = _download(pinned, WEIGHTS)
+    _remember(hub_id, folder.name)
+    return folder
+
+
+def _remember(hub_id: HubId, commit: str) -> None:
+    """Note which commit the revision is: the hub's library does so only where it is asked for a branch, not a commit."""
+    file = hub.ref(hub_id)
+    if hub_id.is_pinned or (file.is_file() and file.read_text() == commit):  # a cache for reading only is left alone
+        return
+    try:
+        write_text(commit, file)
+    except OSError as error:
+        raise explain(hub_id, error) from error
 
 
 def _download(hub_id: HubId, patterns: list[str]) -> Path:
@@ -104,10 +123,12 @@ def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
         what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
     elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
         what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
-    else:
+    elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own
         what = (
             f"{hub_id.repo} could not be written to {hub.cache()}: {_line(error)}; HF_HOME names another place for it"
         )
+    else:
+        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
     return InputError(what)
 
 
@@ -164,6 +185,8 @@ def ready(
     if hub.parse(name) is None or Path(name).is_dir():
         return name
 
+    seen: set[Path] = set()
+
     def check(folder: Path) -> None:
         from helpers import model_size
 
@@ -171,9 +194,11 @@ def ready(
         report(
             f"{name} ({folder.name[:12]}): {model_size.checked(folder, device, dtype, copies=copies, beside=beside)}"
         )
+        seen.add(folder)
 
     folder = fetch(name, check)
-    check(folder)
+    if folder not in seen:  # all of it was in the cache
+        check(folder)
     hub_id = hub.parse(name)
     assert hub_id is not None
     return hub_id.at(folder.name)

@@ -183,6 +183,6 @@ def _prompts(name: str, model: str, given: str | None) -> str:
     if not is_public_set(name):
         return name
     folder = public_list.folder(name, model, wrappers.file_of(preflight.from_caller(given)) if given else None)
-    if not (folder / "outcome.json").is_file():
+    if not public_list.is_made(folder):
         raise InputError(f"the prompt set {name} is not made for {model} yet: ./run_all.sh without --list makes it")
     return str(folder)

@@ -30,12 +30,13 @@ def check_config(folder: Path) -> None:
     """The part of `check_folder` that needs no weights, so that it can be asked before they are downloaded."""
     settings = _settings(folder)
     # Many models of known families name code of their own beside it; the library's own code is used for those.
-    if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING and not hub.trusts_code():
+    if "auto_map" in settings and str(settings.get("model_type")) not in CONFIG_MAPPING and not hub.trusts_code():
         raise InputError(
             f"{folder} asks to run code of its own (auto_map), which is never done unasked; use a model of a known "
             "family, or read that code and type --trust-remote-code"
         )
-    names = settings.get("architectures") or []
+    named = settings.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise InputError(
             f"{folder} holds {', '.join(names) or 'no named architecture'}, not a causal language model; "

@@ -13,7 +13,9 @@ from helpers import plots
 SHADE = "Blues"
 
 
-def _matrix(ax: Axes, table: pd.DataFrame, row: str, column: str, rows: list[str], columns: list[str]) -> None:
+def _matrix(
+    ax: Axes, table: pd.DataFrame, row: str, column: str, rows: list[str], columns: list[str], of: str = "/"
+) -> None:
     """Shares as shades of one colour with counts in the cells; cells that were never drawn stay blank."""
     share = np.full((len(rows), len(columns)), np.nan)
     for one in table.itertuples():
@@ -21,7 +23,7 @@ def _matrix(ax: Axes, table: pd.DataFrame, row: str, column: str, rows: list[str
         if one.n:
             share[at] = one.estimate
             ink = "white" if one.estimate > 0.6 else "black"
-            ax.text(at[1], at[0], f"{one.hits}/{one.n}", ha="center", va="center", fontsize=7, color=ink)
+            ax.text(at[1], at[0], f"{one.hits}{of}{one.n}", ha="center", va="center", fontsize=7, color=ink)
     ax.imshow(share, cmap=SHADE, vmin=0, vmax=1, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     ax.set_yticks(range(len(rows)), rows)
@@ -38,7 +40,7 @@ def confusion(table: pd.DataFrame) -> Figure:
     figure, axes = plots._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True)
     for ax, claim in zip(axes.flat, claims, strict=False):
         part = table[(table.claim == claim) & table.truth.isin(truths)]
-        _matrix(ax, part, "truth", "verdict", truths, verdicts)
+        _matrix(ax, part, "truth", "verdict", truths, verdicts, of="\n/")
         ax.set_title(claim)
     for ax in axes.flat[len(claims) :]:  # nothing but the names of the columns above
         ax.set_xticks(range(len(verdicts)), verdicts, rotation=40, ha="right")
@@ -114,10 +116,11 @@ def estimators(table: pd.DataFrame) -> Figure:
 
 def roc(table: pd.DataFrame) -> Figure:
     """One stepped curve a score: share of true cases above a threshold against that of false ones; the area in the legend."""
-    figure, axes = plots._figure(width=7.0, height=3.6)
+    figure, axes = plots._figure(width=8.2, height=3.6)
     ax = axes[0, 0]
     for k, (score, part) in enumerate(table.groupby("score", sort=False)):
-        label = f"{score} ({part.auroc.iloc[0]:.2f})"
+        first = part.iloc[0]
+        label = f"{score} ({first.auroc:.2f} [{first.low:.2f}, {first.high:.2f}])"
         style = {"color": plots.OKABE_ITO[k % 8], "ls": ["-", "--", "-.", ":"][k % 4], "lw": 1.6}
         ax.step(part.false_rate, part.true_rate, where="post", label=label, **style)
     ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
@@ -125,7 +128,9 @@ def roc(table: pd.DataFrame) -> Figure:
     ax.set_xlabel("share of models without a gate, above the threshold")
     ax.set_ylabel("share of models with one")
     ax.set_title("Does the gate index tell gates from contributors?")
-    ax.legend(title="index (area under the curve)", loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8)
+    ax.legend(
+        title="index (area under the curve, 95 % interval)", loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8
+    )
     return figure
 
 

@@ -109,9 +109,9 @@ def _is_whole(path: Path) -> bool:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return False
-    return path.stat().st_size == 8 + length + max(ends, default=0)
+    return all(type(end) is int for end in ends) and path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def check_chat(folder: Path) -> None:

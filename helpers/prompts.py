@@ -7,6 +7,7 @@ turns; the model's own chat template, with its generation prompt, is put around 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ SPLIT_SHARES = (0.4, 0.3, 0.3)
 MIN_PAIRS = 10
 REQUIRED = ("id", "treatment", "topic", "control", "treated")
 OPTIONAL = ("twin", "family", "split", "spans")
+TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
 SPAN_NAMES = ("wrapper", "distractor", "verb", "object")
 
 
@@ -156,6 +158,8 @@ def _pair(row: Any, where: str) -> Pair:
     for name in REQUIRED:
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise InputError(f"{where}: '{name}' must be a non-empty string")
+    if not TREATMENT.fullmatch(row["treatment"]):
+        raise InputError(f"{where}: treatment {row['treatment']!r:.40} is not one of T1, T2, T2b, B1, B2, ...")
     unknown = sorted(set(row) - set(REQUIRED) - set(OPTIONAL))
     if unknown:
         raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
@@ -203,6 +207,11 @@ def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
         if pair.treatment != "T2" or twin is None or twin.treatment != "T2b":
             raise InputError(
                 f"{path}: pair '{pair.id}' names the twin '{pair.twin}'; a T2 pair names a T2b pair of this file"
+            )
+        if twin.topic != pair.topic:
+            raise InputError(
+                f"{path}: pair '{pair.id}' is of topic '{pair.topic}', its twin '{pair.twin}' of '{twin.topic}'; "
+                "twins share a topic, or one of them could be chosen on and the other tested"
             )
 
 

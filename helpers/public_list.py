@@ -15,6 +15,8 @@ from helpers.errors import InputError
 from helpers.paths import ROOT
 
 CACHE = "COMPANION_CACHE"
+OUTCOME = "outcome.json"
+FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
 OPEN = "jailbreakbench,strongreject,xstest"  # with harmless partners from BENIGN where they have none of their own
 BENIGN = "alpaca"  # open, and harmless but for what slipped into it
 
@@ -106,8 +108,12 @@ def parse(name: str) -> tuple[str, ...] | None:
         return None
     if not all(known) or len(set(asked)) < len(asked):
         raise InputError(f"--prompts {name}: public sets, each once, joined by commas; known are {', '.join(SETS)}")
-    if SETS[asked[0].removesuffix(f"+{BENIGN}")].harmful is None:
-        raise InputError(f"--prompts {name}: {asked[0]} has harmless requests only, name a set of harmful ones as well")
+    harmless = [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]
+    if harmless:
+        raise InputError(
+            f"--prompts {name}: {harmless[0]} has harmless requests only; it goes behind a set of harmful ones, as in "
+            f"jailbreakbench+{BENIGN}"
+        )
     return asked
 
 
@@ -122,14 +128,26 @@ def cache() -> Path:
     `COMPANION_CACHE` names it; without it, it lies in `HF_HOME`, else in the user's cache.
     """
     named = os.environ.get(CACHE)
-    place = Path(os.path.expandvars(named)).expanduser() if named else hub.home() / "companion"
+    place = hub.expanded(named) if named else hub.home() / "companion"
     if place.resolve().is_relative_to(ROOT):
         raise InputError(f"{CACHE}={place} lies inside the repository, where public prompts must not be: name another")
     return place.resolve()
 
 
 def folder(name: str, model: str, wrappers: Path | None) -> Path:
-    """Where the prompt set is kept that was made of public sets for one model and one file of wrappers."""
-    content = wrappers.read_bytes() if wrappers else b""
+    """Where the prompt set is kept that was made of public sets for one model, wrappers, and the outcome beside them."""
+    files = (wrappers, own_outcome(wrappers))
+    content = b"".join(file.read_bytes() for file in files if file)
     key = hashlib.sha256(f"{name}\n{model}\n".encode() + content).hexdigest()[:12]
     return cache() / "prompts" / f"{name.replace(',', '-').replace('+', '-')}-{key}"
+
+
+def own_outcome(wrappers: Path | None) -> Path | None:
+    """The user's own outcome.json beside the wrappers, if there is one."""
+    file = wrappers.parent / OUTCOME if wrappers else None
+    return file if file and file.is_file() else None
+
+
+def is_made(place: Path) -> bool:
+    """Whether a prompt set's folder holds all that belongs to it."""
+    return all((place / name).is_file() for name in FILES)

@@ -53,14 +53,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Rows:
-    """Harmful requests of one set and, where it pairs them, the harmless one of each (else None).
-
-    `n_left` harmful requests of the set have no partner of their category and are not among them.
-    """
+    """Harmful requests of one set and, where it pairs them, the harmless one of each (else None)."""
 
     harmful: tuple[Request, ...]
     harmless: tuple[Request | None, ...]
-    n_left: int = 0
 
 
 def load_rows(part: str) -> Rows:
@@ -91,7 +87,7 @@ def unseen(rows: Rows, seen: set[str]) -> Rows:
         if not keys & seen:
             kept.append((one, other))
             seen |= keys
-    return Rows(tuple(one for one, _ in kept), tuple(other for _, other in kept), rows.n_left)
+    return Rows(tuple(one for one, _ in kept), tuple(other for _, other in kept))
 
 
 def read(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:
@@ -110,7 +106,14 @@ def read(name: str, public: PublicSet, part: Part) -> tuple[Request, ...]:
         if all(str(columns[column][row] or "") in values for column, values in part.where.items())
     ]  # fmt: skip
     made = (Request(name, i, _category(columns, public, i), _text(columns[public.text][i])) for i in kept)
-    return tuple(request for request in made if request.text)
+    found = tuple(request for request in made if request.text)
+    if not found:
+        where = "".join(f", {column} {' or '.join(map(repr, values))}" for column, values in part.where.items())
+        raise InputError(
+            f"{name}: none of the {len(table)} rows of {public.repo} holds a request (column {public.text}{where}): the set "
+            "has changed, so adapt its line in helpers/public_list.py"
+        )
+    return found
 
 
 def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
@@ -118,7 +121,8 @@ def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     at = {request.row: request for request in harmless}
     wrong = [request for request in harmful if request.row not in at or at[request.row].category != request.category]
     if wrong or len(harmful) != len(harmless):
-        where = f"row {wrong[0].row} differs in its category" if wrong else f"{len(harmful)} and {len(harmless)} rows"
+        lacks = "differs in its category" if wrong and wrong[0].row in at else "has no harmless request"
+        where = f"row {wrong[0].row} {lacks}" if wrong else f"{len(harmful)} and {len(harmless)} rows"
         raise InputError(
             f"{harmful[0].name}: harmful and harmless rows do not correspond ({where}); "
             f"name {harmful[0].name}+{BENIGN} to take harmless partners by length"
@@ -127,7 +131,7 @@ def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
 
 
 def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
-    """The i-th harmful request of a category with the i-th harmless one; those without a partner are left out.
+    """The i-th harmful request of a category with the i-th harmless one; None where there is none left.
 
     XSTest calls the unsafe counterpart of a type "contrast_" and the type, or for two kinds of a type (`ALIAS`) what they
     have in common.
@@ -135,10 +139,11 @@ def by_order(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     waiting: dict[str, list[Request]] = defaultdict(list)
     for request in harmless:
         waiting[_kind(request.category)].append(request)
-    pairs = [(request, waiting[kind].pop(0)) for request in harmful if waiting[kind := _kind(request.category)]]
-    if not pairs:
+    lists = [waiting[_kind(request.category)] for request in harmful]
+    partners = tuple(one.pop(0) if one else None for one in lists)
+    if not any(partners):
         raise InputError(f"{harmful[0].name}: no category has harmful and harmless requests; name it with +{BENIGN}")
-    return Rows(tuple(one for one, _ in pairs), tuple(other for _, other in pairs), len(harmful) - len(pairs))
+    return Rows(tuple(harmful), partners)
 
 
 def _kind(category: str) -> str:
@@ -154,8 +159,8 @@ def _table(name: str, public: PublicSet, part: Part) -> Any:
     huggingface_hub.logging.set_verbosity_error()  # it reports every attempt; the last one's error is explained below
     try:
         found = datasets.load_dataset(public.repo, *([part.config] if part.config else []))
-    except (*hub_fetch.FAILURES, datasets.exceptions.DatasetsError) as error:
-        raise _explain(name, public, error) from None  # its own story may quote a row
+    except Exception as error:  # foreign files make the library raise anything; its own story may quote a row
+        raise _explain(name, public, error) from None
     if part.split and part.split not in found:
         raise InputError(
             f"{public.repo} has no split {part.split!r} (it has {', '.join(found)}): adapt helpers/public_list.py"
@@ -177,9 +182,18 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
         )
     if isinstance(hidden, hub_fetch.hub_errors.HfHubHTTPError):
         return hub_fetch.explain(HubId(public.repo), hidden, "data set")
+    if isinstance(hidden, RuntimeError) and "scripts are no longer supported" in str(hidden):
+        return InputError(
+            f"{name} ({public.repo}) is read by a script of its own, which the installed library datasets runs no more: name "
+            "another set, or adapt its line in helpers/public_list.py to a copy of its rows"
+        )
+    if isinstance(hidden, RuntimeError):
+        return InputError(
+            f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {hub_fetch.AGAIN}"
+        )
     return InputError(
         f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
-        f"and do you have access? If it is gated, {hub_fetch.TOKEN_HELP}"
+        f"does it hold rows, and do you have access? If it is gated, {hub_fetch.TOKEN_HELP}"
     )
 
 

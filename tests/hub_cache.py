@@ -55,7 +55,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, source: Path, cache: Path, commit: st
         names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
         chosen = list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         fetched.extend(chosen)
-        return str(put(cache, source, chosen, commit))
+        return str(put(cache, source, chosen, commit, ref=revision if revision != commit else None))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -60,6 +60,23 @@ def test_a_strange_pairs_file_or_outcome_file(tmp_path: Path, content: bytes) ->
         assert isinstance(found, prompts.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
 
 
+@pytest.mark.parametrize("name", ["t2", "T2B", " T1", "B0", "B", "harm"])
+def test_an_unknown_treatment_is_named(tmp_path: Path, name: str) -> None:
+    """It would serve no claim, and the verdict would name something else as missing."""
+    row = pair(99) | {"treatment": name}
+    found = answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+    assert repr(name) in found and "line 13" in found
+
+
+def test_a_twin_of_another_topic_is_named(tmp_path: Path) -> None:
+    rows = [pair(98) | {"treatment": "T2b"}, pair(99) | {"treatment": "T2", "twin": "p98"}]
+    files = GOOD + "\n".join(map(json.dumps, rows)).encode(), OUTCOME
+    assert "twins share a topic" in answered(prompts.load_set, written(tmp_path, *files))
+    rows[0]["topic"] = "t99"
+    files = GOOD + "\n".join(map(json.dumps, rows)).encode(), OUTCOME
+    assert isinstance(answered(prompts.load_set, written(tmp_path, *files)), prompts.PromptSet)
+
+
 @quick
 @given(spans=st.dictionaries(st.sampled_from(["control", "treated", "x"]), VALUES, max_size=2), twin=SCALARS)
 def test_strange_spans_and_twins(tmp_path: Path, spans: dict[str, Any], twin: Any) -> None:
@@ -68,13 +85,18 @@ def test_strange_spans_and_twins(tmp_path: Path, spans: dict[str, Any], twin: An
 
 
 NAMES = st.text(max_size=120) | st.text(alphabet="./\\~ab\0\n -", min_size=1, max_size=12)
-WORDS = st.sampled_from(["--model", "--name", "--pairs", "--device", "--only", "--profile", "--models", "--shards"])
+WORDS = st.sampled_from(
+    ["--model", "--prompts", "--wrappers", "--judge", "--name", "--pairs", "--device", "--dtype", "--only", "--profile",
+     "--models", "--shards", "--force", "--list", "--figures", "--trust-remote-code"]
+)  # fmt: skip
 
 
 @quick
 @given(words=st.lists(WORDS | NAMES | st.integers().map(str), max_size=6))
 def test_strange_flags(words: list[str]) -> None:
-    answered(cli.parse, words)
+    found = answered(cli.parse, words)
+    if not isinstance(found, str):
+        assert isinstance(answered(cli.parameters, found, "cpu"), dict | str)
 
 
 @quick
@@ -118,6 +140,44 @@ def test_a_strange_config(tmp_path: Path, config: bytes) -> None:
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(config)
     answered(preflight.check_model, str(tmp_path))
+
+
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "architectures": VALUES | st.lists(st.sampled_from(["LlamaForCausalLM", "BertModel", None, 1]), max_size=2),
+        "auto_map": VALUES,
+        "model_type": VALUES | st.just("llama"),
+        "quantization_config": VALUES,
+    },
+)
+
+
+@quick
+@given(settings=SETTINGS)
+@example(settings={"architectures": [None]})
+@example(settings={"architectures": 5})
+@example(settings={"auto_map": {}, "model_type": ["llama"]})
+def test_strange_settings_of_a_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = answered(model_files.check_config, tmp_path)
+    is_causal = "LlamaForCausalLM" in str(settings.get("architectures"))
+    assert (
+        found is None if is_causal and set(settings) == {"architectures"} else found is None or str(tmp_path) in found
+    )
+
+
+@quick
+@given(
+    header=st.dictionaries(st.text(max_size=5), VALUES | st.fixed_dictionaries({"data_offsets": VALUES}), max_size=3)
+)
+@example(header={"a": {"data_offsets": ["0", "4"]}})
+@example(header={"a": {"data_offsets": [0, None]}})
+def test_a_strange_header_of_weights(tmp_path: Path, header: dict[str, Any]) -> None:
+    for text in (json.dumps(header), "[" * 100_000):
+        data = text.encode()
+        (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+        answered(preflight.check_weights, tmp_path)
 
 
 STRANGE = {

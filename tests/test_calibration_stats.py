@@ -84,7 +84,7 @@ def test_a_target_is_held_against_one_sided_bounds() -> None:
 
 
 def test_severity_tells_kinds_of_alternatives_apart() -> None:
-    table = cs.severity(TABLE)
+    table = cs.supported_by_kind(TABLE, "false")
     assert one(table, kind="middle").estimate == 1
     assert one(table, kind="early").estimate == 0
     assert set(table.kind) == {"early", "middle"}
@@ -105,6 +105,25 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
         "construct": (2, 10),
         "silent": (1, 10),
     }
+
+
+def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
+    rng = np.random.default_rng(1)
+    truth = {i: i < 30 for i in range(130)}
+    noise = {i: float(rng.random()) for i in truth}
+    table = cs.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
+    areas = table.groupby("score")[["auroc", "low", "high"]].first()
+    assert areas.loc["perfect"].tolist() == [1.0, 1.0, 1.0]
+    chance = areas.loc["noise"]
+    assert chance.low < chance.auroc < chance.high and chance.low < 0.5 < chance.high
+    # Hanley and McNeil's standard error at an area of one half, for 30 and 100 cases
+    assert (chance.high - chance.low) / (2 * 1.96) == pytest.approx((131 / (12 * 30 * 100)) ** 0.5, rel=0.2)
+
+
+def test_power_by_kind_counts_true_claims_only() -> None:
+    table = cs.supported_by_kind(TABLE, "true")
+    assert set(table.kind) == set(TABLE[TABLE.truth == "true"].kind)
+    assert table.n.sum() == (TABLE.truth == "true").sum()
 
 
 def test_coverage_counts_finite_intervals() -> None:

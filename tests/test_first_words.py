@@ -1,5 +1,7 @@
 """Outcome tokens found from the model itself: on a shipped model they are those that its prompt set names."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
     monkeypatch.setattr(first_words, "is_refusal", lambda text: text.strip().startswith(lexicon.REFUSAL_OPENER))
     content = load_set("embedded")
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
-    found = first_words.find(embedded, [text for pair in pairs for text in (pair.control, pair.treated)])
+    found = first_words.find(embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own"))
     known = tokens.openers(content, embedded.tokenizer)["T1"]
     context = tokens.render(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
@@ -36,8 +38,8 @@ def test_a_model_that_refuses_nothing_is_not_guessed_at(embedded: Subject, monke
     texts = [pair.control for pair in load_set("embedded").pairs[:12]]
     for answer, what in ((False, "refused 0 of 12"), (True, "answered 0 of 12")):
         monkeypatch.setattr(first_words, "is_refusal", lambda text, answer=answer: answer)
-        with pytest.raises(InputError, match=f"{what} prompts.*outcome.json"):
-            first_words.find(embedded, texts)
+        with pytest.raises(InputError, match=f"{what} prompts.*of your own into here/outcome.json, then the same"):
+            first_words.find(embedded, texts, Path("here/outcome.json"))
 
 
 def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:

@@ -62,6 +62,12 @@ def test_the_name_of_a_runs_folder_stays_in_one_folder(name: str) -> None:
     assert (Path("results") / hub.slug(name)).resolve().parent == Path("results").resolve()
 
 
+def test_a_home_that_nobody_has_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/cache")
+    assert hub.cache() == Path("~nobody-of-this-name/cache/hub")
+
+
 def test_models_of_the_same_name_by_others_do_not_share_results() -> None:
     assert len({hub.slug(name) for name in ("a/m", "b/m", "a/m@v1", "a/m@v2")}) == 4
 
@@ -107,6 +113,44 @@ def test_without_a_network_the_cached_copy_of_a_branch_serves(
         preflight.model_folder(REPO)
     put(cache, source, names, COMMIT)
     assert load(REPO).n_layers == 4
+    for name in hub.TOKENIZER:
+        (cache / "models--org--tiny" / "snapshots" / COMMIT / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        load(f"{REPO}@{COMMIT}")
+
+
+@pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
+def test_what_was_downloaded_by_branch_is_there_without_a_network(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    """The branch moves only when all of its new commit is there."""
+    name = REPO + revision
+    for commit in (COMMIT, COMMIT[::-1]):
+        serve(monkeypatch, source, cache, commit)
+        assert hub_fetch.ready(name, "cpu", "float32") == f"{REPO}@{commit}"
+        refuse(monkeypatch, errors.OfflineModeIsEnabled("off"))
+        assert hub.pinned(name) == f"{REPO}@{commit}" == hub_fetch.ready(name, "cpu", "float32")
+    assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
+    serve(monkeypatch, source, cache, "f" * 40)
+    download = huggingface_hub.snapshot_download
+
+    def cut(repo: str, *, allow_patterns: list, **given: object) -> str:
+        if allow_patterns == hub_fetch.WEIGHTS:
+            raise ConnectionError("down")
+        return download(repo, allow_patterns=allow_patterns, **given)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        hub_fetch.ready(name, "cpu", "float32")
+    assert hub.pinned(name) == f"{REPO}@{commit}"
+
+
+def test_a_commit_asked_for_by_its_hash_moves_no_branch(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, source, cache, COMMIT)
+    assert hub_fetch.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
+    assert not list(cache.rglob("refs/*"))
 
 
 def answer(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
@@ -130,7 +174,11 @@ REFUSALS = {
     "offline": (lambda: errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE forbids downloads.*unset HF_HUB_OFFLINE"),
     "no network": (lambda: errors.HTTPError("no route"), r"cannot be reached \(no route\)"),
     "nothing cached": (lambda: errors.LocalEntryNotFoundError("none"), r"cannot be reached \(none\)"),
-    "disk": (lambda: PermissionError("read-only"), "could not be written to .*read-only; HF_HOME names another"),
+    "network lost in the middle": (
+        lambda: RuntimeError("Data processing error: reset\nand more"), "org/tiny broke off: .*: reset; run the same command"
+    ),
+    "file cut off": (lambda: OSError("Consistency check failed: 7 bytes"), "org/tiny broke off: Consistency check failed"),
+    "disk": (lambda: OSError(30, "read-only"), "could not be written to .*read-only; HF_HOME names another"),
 }  # fmt: skip
 
 
@@ -155,6 +203,8 @@ def pickle(folder: Path) -> None:
 
 
 UNUSABLE = {
+    "no index": (lambda f: (f / hub.INDEX).unlink(), "has no file model.safetensors, where its weights should be"),
+    "a shard of the index": (lambda f: next(f.glob("*-00002-*")).unlink(), r"has no file model-00002-of-\d+.safetensors"),
     "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
     "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
@@ -211,7 +261,8 @@ def test_the_manifest_names_commit_and_file_hashes(
     serve(monkeypatch, source, cache, COMMIT)
     name = hub_fetch.ready(REPO, "cpu", "float32")
     assert name == f"{REPO}@{COMMIT}"
-    assert "billion parameters; memory needed at most" in capsys.readouterr().out
+    assert hub_fetch.ready(name, "cpu", "float32") == name
+    assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 2, "once a call"
     given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
     manifest.write_manifest(tmp_path, given, {})
     model = json.loads((tmp_path / "manifest.json").read_text())["model"]

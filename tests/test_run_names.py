@@ -89,7 +89,10 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
     made(*name, "--model", "org/m@v1", "--prompts", "xstest+alpaca")
     for words, message in (
         (("--model", "org/n", "--prompts", "xstest+alpaca"), "with model org/m, and now it would be model org/n"),
-        (("--model", "org/m", "--prompts", "xstest,alpaca"), "with prompts xstest.alpaca, .* be prompts xstest,alpaca"),
+        (
+            ("--model", "org/m", "--prompts", "xstest,advbench"),
+            r"with prompts xstest\+alpaca, .* be prompts xstest,advbench",
+        ),
         (("--model", "org/m", "--prompts", "embedded"), "and now it would be prompts data/prompts/embedded"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", *own), "with no wrappers, and now it would be wrappers /"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", "--judge", "full-0"), "no judge, .* data/organism/full-0"),
