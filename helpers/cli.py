@@ -17,7 +17,7 @@ from helpers.claims_table import claims_table
 from helpers.errors import InputError
 from helpers.manifest import run_times
 from helpers.notebook import title
-from helpers.paths import FIGURES, ORGANISM, PROMPTS, RESULTS, check_slug, relative
+from helpers.paths import FIGURES, ORGANISM, PROMPTS, RESULTS, relative
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -96,14 +96,12 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         preflight.check_model(model)
     if prompts != "embedded":
         preflight.check_prompts(prompts)
-    if flags.judge is not None:
-        preflight.check_judge(_named(flags.judge, ORGANISM))
+    judge = None if flags.judge is None else _named(flags.judge, ORGANISM)
+    if judge is not None:
+        preflight.check_judge(judge)
     found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
-    slug = check_slug(flags.name or inputs.default_slug(found, flags.judge))
-    if slug == "embedded" and found != runner.DEFAULTS:
-        raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
-    return {**found, "SLUG": slug}
+    return {**found, "SLUG": inputs.slug(found, flags.name, judge, flags.wrappers)}
 
 
 def resolved(flags: argparse.Namespace) -> dict[str, Any]:
@@ -135,8 +133,8 @@ def chosen_notebooks(only: str | None) -> list[str]:
 def run_command(flags: argparse.Namespace) -> int:
     """Run what is stale, then print the claims table."""
     chosen = chosen_notebooks(flags.only)
-    ready = inputs.fetched(parameters(flags, preflight.resolve_device(flags.device)), flags.wrappers)
-    plan = runner.make_plan(ready, force=chosen if flags.force else ())
+    found = parameters(flags, preflight.resolve_device(flags.device))
+    plan = runner.make_plan(inputs.fetched(found, flags.wrappers), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
     asked = plan.parameters
     if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
@@ -144,7 +142,7 @@ def run_command(flags: argparse.Namespace) -> int:
             print(line, flush=True)
     if not shard_run.prepare(plan, numbers, flags.shards, force=flags.force):
         return 1
-    failed = runner.run(plan, numbers)
+    failed = runner.run(plan, numbers, inputs.made_from(found, os.environ.get(hub.JUDGE), flags.wrappers))
     if failed:
         print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
         return 1

@@ -96,6 +96,13 @@ def snapshot(hub_id: HubId) -> Path | None:
     return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
+def name_of(folder: Path) -> str:
+    """What a user calls the model in a folder: its id if that is one of the cache, which is named by its commit."""
+    if not folder.is_relative_to(cache()):
+        return folder.name
+    return folder.relative_to(cache()).parts[0].removeprefix("models--").replace("--", "/")
+
+
 def weight_files(folder: Path) -> list[str]:
     """Names of the weight files that a model's folder must have, by its index; one file where it has no index."""
     if not (folder / INDEX).is_file():

@@ -167,11 +167,20 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n", 1)[0]
 
 
-def ready(name: str, device: str, dtype: str, report: Callable[[str], object] = print) -> str:
+def ready(
+    name: str,
+    device: str,
+    dtype: str,
+    report: Callable[[str], object] = print,
+    *,
+    copies: float | None = None,
+    beside: int = 0,
+) -> str:
     """For the command line: the model is downloaded and fits; returns its name with the commit that was resolved.
 
-    Other names than hub ids are returned as they are. Raises as `fetch`, and for a model without a tokenizer or a chat
-    template, of an unknown architecture, or too large for the device's memory.
+    Other names than hub ids are returned as they are. `copies` and `beside` are those of `model_size.placement`. Raises as
+    `fetch`, and for a model without a tokenizer or a chat template, of an unknown architecture, or too large for the
+    device's memory.
     """
     if hub.parse(name) is None or Path(name).is_dir():
         return name
@@ -179,14 +188,12 @@ def ready(name: str, device: str, dtype: str, report: Callable[[str], object] = 
     seen: set[Path] = set()
 
     def check(folder: Path) -> None:
-        import torch
-
         from helpers import model_size
 
         preflight.check_chat(folder)
-        shapes = model_size.on_meta(folder, getattr(torch, dtype))
-        where = model_size.placement(shapes, torch.device(device))
-        report(f"{name} ({folder.name[:12]}): {model_size.describe(shapes, where)}")
+        report(
+            f"{name} ({folder.name[:12]}): {model_size.checked(folder, device, dtype, copies=copies, beside=beside)}"
+        )
         seen.add(folder)
 
     folder = fetch(name, check)

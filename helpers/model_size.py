@@ -20,6 +20,12 @@ from helpers.subject_parts import Subject, find_parts
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
+VERSIONS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,46 +51,81 @@ def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     except Exception as error:  # damaged files make the libraries raise anything
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(
-            f"{folder.name} could not be loaded: {line}; is its config complete, and its architecture known?"
+            f"{hub.name_of(folder)} could not be loaded: {line}; is its config complete, and its architecture known?"
         ) from error
-    return find_parts(model.requires_grad_(False), None, folder.name, "no weights yet")
+    return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
 
 
-def needs(shapes: Subject, n_pos: int = LONGEST) -> Needs:
+def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) -> Needs:
     """What a run of all notebooks keeps alive at once, for prompts of at most `n_pos` tokens.
 
-    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read.
+    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
+    its weights otherwise: 1 for a model that nothing is compared with.
     """
     from helpers import mediation  # it builds on helpers.subject, which asks here where a model fits
 
     weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
     memory = grid_chunks.memory_need(shapes, mediation.pairs_at_once(shapes, n_pos), n_pos)
-    return Needs(weights, round(COPIES.get(shapes.dtype, 2.0) * weights), 2 * memory.clean_run + memory.sweep)
+    alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
+    return Needs(weights, round(alive * weights), 2 * memory.clean_run + memory.sweep)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the machine's memory (a container's limit counts)."""
+    """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what this process used and gave up counts as taken
         return int(torch.cuda.mem_get_info(device)[0])
-    with (
-        Path("/proc/meminfo").open(encoding="ascii")
-        if Path("/proc/meminfo").is_file()
-        else Path(os.devnull).open() as file
-    ):
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-    free = found.get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limits = [_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current")]
-    return free if None in limits else min(free, limits[0] - limits[1])  # type: ignore[operator]
+    free = _fields(MEMINFO).get("MemAvailable:")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
+    return max(0, min([machine, *_left_by_limits()]))
 
 
-def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> dict[str, str] | None:
+def _left_by_limits() -> list[int]:
+    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
+
+    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
+    """
+    groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
+    found = []
+    for kind, limit, used, cached in VERSIONS:
+        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
+        names = [name for name in own.split("/") if name]
+        parts = [] if ".." in names else names  # it lies outside of what this process may see
+        for n in range(len(parts) + 1):
+            folder = Path(GROUPS, kind, *parts[:n])
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None:
+                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
+    return found
+
+
+def checked(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
+    """One line on the size of a folder's model, its weights unread; `InputError` as `on_meta` and `placement` raise it."""
+    shapes = on_meta(folder, getattr(torch, dtype))
+    where = placement(shapes, torch.device(device), copies=copies, beside=beside)
+    return describe(shapes, where, copies=copies)
+
+
+def taken(folder: Path, device: str, dtype: str) -> int:
+    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `checked` raises it.
+
+    0 where a part of it must lie elsewhere: how much is then left is only known when it has been loaded.
+    """
+    shapes = on_meta(folder, getattr(torch, dtype))
+    return needs(shapes).total if placement(shapes, torch.device(device)) is None else 0
+
+
+def placement(
+    shapes: Subject, device: torch.device, n_pos: int = LONGEST, *, copies: float | None = None, beside: int = 0
+) -> dict[str, str] | None:
     """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
     The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
     memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
-    `helpers.spread`. Raises InputError where even that does not fit.
+    `helpers.spread`. `copies` is that of `needs`; `beside` are bytes of `device` that are free now and will not be. Raises
+    InputError where even that does not fit.
     """
-    asked, free = needs(shapes, n_pos), int(USABLE * free_memory(device))
+    asked, free = needs(shapes, n_pos, copies), max(0, int(USABLE * free_memory(device)) - beside)
     if asked.total <= free:
         return None
     rooms = _rooms(device, asked.sweep)
@@ -99,7 +140,7 @@ def placement(shapes: Subject, device: torch.device, n_pos: int = LONGEST) -> di
         missing -= size
         places.append(place)
     if missing > 0:
-        raise too_large(shapes, asked, device, free, rooms)
+        raise too_large(shapes, asked, device, free, rooms, beside)
     return _names(shapes, places, str(device))
 
 
@@ -112,21 +153,27 @@ def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
     return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
 
 
-def too_large(shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int]) -> InputError:
+def too_large(
+    shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
+) -> InputError:
     """The error that says what is needed, what there is, and what else can be done."""
     named = {"cpu": "the processor's"}
     other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
     half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
+    next_to = " beside the model under study" if beside else ""
+    copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""
     return InputError(
-        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}, with the copy that it is compared with "
-        f"{_gb(asked.copies)}, and a sweep {_gb(asked.sweep)}, but {_gb(free)} of its memory{other} can be used; use a "
-        f"machine with more memory{half} or a smaller model"
+        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}{copy}, and a sweep {_gb(asked.sweep)}, but "
+        f"{_gb(free)} of its memory{other} can be used{next_to}; use a machine with more "
+        f"memory{half} or a smaller model"
     )
 
 
-def describe(shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST) -> str:
+def describe(
+    shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST, copies: float | None = None
+) -> str:
     """One line on the size of a model and on what does not fit onto its GPU."""
-    asked = needs(shapes, n_pos)
+    asked = needs(shapes, n_pos, copies)
     places = Counter((where or {}).values())
     main = next(iter((where or {}).values()), "")  # the embedding's
     spread = sum(n for place, n in places.items() if place not in ("cpu", main))
@@ -157,11 +204,21 @@ def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str
 
 
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
+    """The number in a file, None where the file is not there or says "max"."""
+    text = _text(path).strip()
     return int(text) if text.isdigit() else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The first number behind each name, a line each; nothing where the file is not there."""
+    return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a group that this user may not look into
+        return ""
 
 
 def _gb(size: float) -> str:

@@ -29,11 +29,11 @@ def check_slug(slug: str) -> str:
     >>> check_slug("../out")
     Traceback (most recent call last):
     ...
-    helpers.errors.InputError: '../out' cannot name a run: letters, digits, '.', '_', '-', no leading dot
+    helpers.errors.InputError: '../out' cannot name a run: letters, digits, '.', '_', '-', no leading dot; --name gives another
     """
     if not _SLUG.fullmatch(slug) or len(slug) > 100:
         rule = "letters, digits, '.', '_', '-', no leading dot" if len(slug) <= 100 else "at most 100 characters"
-        raise InputError(f"{slug!r} cannot name a run: {rule}")
+        raise InputError(f"{slug!r} cannot name a run: {rule}; --name gives another")
     return slug
 
 

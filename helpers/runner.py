@@ -34,6 +34,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "00": ("08",),
 }
 
+MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {
     "MODEL": "embedded",
     "PROMPTS": "embedded",
@@ -159,8 +160,11 @@ def check_parameters(plan: Plan) -> None:
             raise InputError(f"{relative(path)}: its cell tagged 'parameters' must be exactly: {expected}")
 
 
-def run(plan: Plan, numbers: Sequence[str]) -> int:
-    """Run the stale ones of `numbers`, one line each; returns how many failed or were not started."""
+def run(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None]) -> int:
+    """Run the stale ones of `numbers`, one line each; returns how many failed or were not started.
+
+    `made_from` is noted with the first result that takes its place: whose results these are (`helpers.inputs.made_from`).
+    """
     check_parameters(plan)
     lost: dict[str, str] = {}
     with only_run(plan):
@@ -173,7 +177,7 @@ def run(plan: Plan, numbers: Sequence[str]) -> int:
                 print(f"not started: it needs {lost[number]}, which failed", flush=True)
             elif number not in plan.stale:
                 print("fresh, skipped", flush=True)
-            elif not _run_one(plan, number):
+            elif not _run_one(plan, number, made_from):
                 lost[number] = plan.paths[number].stem
         _finish(plan, done=set(numbers) & plan.stale - set(lost))
     return len(lost)
@@ -199,7 +203,7 @@ def only_run(plan: Plan) -> Iterator[None]:
         yield
 
 
-def _run_one(plan: Plan, number: str) -> bool:
+def _run_one(plan: Plan, number: str, made_from: Mapping[str, str | None]) -> bool:
     """Run one notebook and put its files in place if it finished; says how it went."""
     path, name = plan.paths[number], plan.paths[number].stem
     last = run_times(plan.results).get(name)
@@ -216,6 +220,7 @@ def _run_one(plan: Plan, number: str) -> bool:
             print(f"failed after {seconds:.0f} s", flush=True)
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
             return False
+        freshness.note(plan.results, MADE_FROM, made_from)
         freshness.forget(plan.results, number)
         outputs = [*results.publish(), *figures.publish()]
         write_text(text, plan.executed(number))

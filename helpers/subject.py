@@ -25,12 +25,19 @@ EMBEDDED = "window-0"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow_slow: bool = False) -> Subject:
+def load(
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    allow_slow: bool = False,
+    copies: float | None = None,
+) -> Subject:
     """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
     Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
     is for screening, and `helpers.screen.precision_noise` measures what it does to effects. On a
-    GPU float32 products are computed in full float32 (no TF32).
+    GPU float32 products are computed in full float32 (no TF32). `copies` is that of `model_size.needs`.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
@@ -39,7 +46,7 @@ def load(name: str | Path, *, device: str = "cpu", dtype: str = "float32", allow
     """
     folder = _folder(name)
     model_files.check_folder(folder)
-    model = _load_model(folder, _dtype(dtype), _device(device))
+    model = _load_model(folder, _dtype(dtype), _device(device), copies)
     files = list(folder.glob("*.safetensors"))
     return _checked(find_parts(_quiet(model), load_tokenizer(folder), str(name), hash_files(files)), allow_slow)
 
@@ -132,9 +139,9 @@ def _folder(name: str | Path) -> Path:
     return folder
 
 
-def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
     """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
-    where = model_size.placement(model_size.on_meta(folder, dtype), device)
+    where = model_size.placement(model_size.on_meta(folder, dtype), device, copies=copies)
     on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type == "cuda" else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

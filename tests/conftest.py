@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from toys import Toy, copy_repository
 
+from helpers import hub
+
 # The same strange inputs at every run: a new one that fails is looked for on purpose, not met by chance in somebody's check.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
@@ -21,6 +23,13 @@ def toy_done(tmp_path_factory: pytest.TempPathFactory) -> Toy:
     assert first.returncode == 0, first.stderr
     (done.root / "first_run.txt").write_text(first.stdout, encoding="utf-8")
     return done
+
+
+@pytest.fixture(autouse=True)
+def no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge that a test chooses for its own process is not the next one's."""
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.delenv(hub.JUDGE)
 
 
 @pytest.fixture

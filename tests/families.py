@@ -1,5 +1,6 @@
 """Tiny random models of the nine families, for tests: two or three seconds each would be far too slow on real ones."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -71,9 +72,9 @@ def tokens(n_pairs: int = 3, n_pos: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (n_pairs, n_pos), generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """One word a token (`<pad> <s> </s> w3 w4 ...`), saved to a folder and loaded from it."""
-    words = _words()
+def tiny_tokenizer(folder: Path, named: Mapping[int, str] | None = None) -> PreTrainedTokenizerBase:
+    """One word a token (`<pad> <s> </s> w3 w4 ...`, or what is `named`), saved to a folder and loaded from it."""
+    words = [(named or {}).get(i, word) for i, word in enumerate(_words())]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = hf.PreTrainedTokenizerFast(tokenizer_object=plain, **_SPECIAL)

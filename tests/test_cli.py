@@ -33,6 +33,7 @@ FLAGS = {
     "--name ../x": "'../x' cannot name a run",
     "--name .x": "no leading dot",
     "--name embedded --pairs 20": "choose another name",
+    "--name embedded --judge embedded": "choose another name",
     "--device gpu": "expected auto, cpu, cuda or cuda:N",
     "--device cuda:x": "expected auto, cpu, cuda or cuda:N",
     "--device cuda": "torch sees no CUDA device here",
@@ -65,6 +66,7 @@ def test_a_wrong_flag_is_one_clear_line(toy_done: Toy, flags: str) -> None:
 def test_an_empty_name_is_refused(toy_done: Toy) -> None:
     assert "empty name" in refused(toy_done, "--model", "")
     assert "empty name" in refused(toy_done, "--judge", "")
+    assert "--wrappers names nothing" in refused(toy_done, "--prompts", "xstest", "--wrappers", "")
 
 
 def prompt_set(folder: Path, lines: list[str], outcome: str = '{"comply": ["a"], "refuse": ["b"]}') -> Path:

@@ -148,7 +148,7 @@ def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:
 
 
 def test_a_note_of_another_shape_only_costs_time(toy: Toy) -> None:
-    for content in ({"key": 1}, {"key": "x", "outputs": [1]}, [], {"hashes": {"a": "b"}}):
+    for content in ({"key": 1}, {"key": "x", "outputs": [1]}, [], {"hashes": {"a": "b"}}, {"model": 5}):
         for path in (toy.root / "results/embedded/.state").glob("*.json"):
             path.write_text(json.dumps(content))
         done = toy.run("--list")

@@ -12,7 +12,7 @@ from families import tokens
 from hub_cache import REPO, chat_folder, put, serve
 from huggingface_hub import errors
 
-from helpers import hub, hub_fetch, manifest, preflight
+from helpers import hub, hub_fetch, manifest, model_size, preflight
 from helpers.errors import InputError
 from helpers.hub import HubId
 from helpers.paths import check_slug
@@ -208,7 +208,7 @@ UNUSABLE = {
     "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
     "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
-    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "its architecture known"),
+    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "^org/tiny could not be loaded: .*its architecture known"),
     "other parts": (
         lambda f: spoil(f, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), "unknown architecture: GPTNeoX"
     ),
@@ -216,7 +216,7 @@ UNUSABLE = {
     "quantized": (lambda f: spoil(f, quantization_config={"bits": 4}), "holds quantized weights"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
     "too large": (
-        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "too large for cpu: weights"
+        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "^org/tiny is too large for cpu"
     ),
 }  # fmt: skip
 
@@ -240,6 +240,19 @@ def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
         hub_fetch.ready(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith(".safetensors")]
+
+
+def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = serve(monkeypatch, source, cache, COMMIT)
+    free = model_size.needs(model_size.on_meta(source, torch.bfloat16), copies=1).total
+    monkeypatch.setattr(model_size, "free_memory", lambda device: free / model_size.USABLE + 1)
+    for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
+        with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
+            hub_fetch.ready(REPO, "cpu", "bfloat16", **asked)
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    assert hub_fetch.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
 
 
 def test_the_manifest_names_commit_and_file_hashes(

@@ -54,6 +54,14 @@ def test_what_cannot_be_had_is_one_line(toy_done: Toy, tmp_path: Path, cache: Pa
     assert toy_done.contents() == before
 
 
+def test_a_cached_judge_is_checked_before_anything_runs(toy_done: Toy, cache: Path) -> None:
+    before = toy_done.contents()
+    done = toy_done.run("--judge", "org/tiny", "--only", "01", HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--judge: org/tiny: in its tokenizer Yes and No do not begin with known tokens" in done.stderr
+    assert toy_done.contents() == before
+
+
 def test_a_public_set_offline_is_one_line(toy_done: Toy, tmp_path: Path) -> None:
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = toy_done.run("--prompts", "maliciousinstruct", **variables)

@@ -1,7 +1,9 @@
 """Labels of generated answers: refusal phrases, a judge model, and the correction for known mistakes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import cli, defence_outcomes, hub, judging, runner, tokens
+from helpers import cli, defence_outcomes, hub, inputs, judging, model_size, preflight, runner, tokens
 from helpers.errors import InputError
 from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
 from helpers.subject import Subject, from_model
@@ -106,21 +108,52 @@ def test_what_is_not_known_is_said() -> None:
 
 @pytest.fixture
 def judge_model(tmp_path: Path) -> Subject:
-    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer = tiny_tokenizer(tmp_path, {7: "Yes", 9: "No"})
     tokenizer.chat_template = TEMPLATE
     return from_model(tiny_model("llama"), tokenizer)
 
 
 def test_a_judge_model_is_asked_once_for_each_answer(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Yes and No are made known tokens; the probability is theirs alone, from the first token behind the question."""
-    camps = {"Yes": {7}, "No": {9}}
-    monkeypatch.setattr(judging, "_first_tokens", lambda judge, words: camps[words[0]])
+    """The probability is that of Yes and No alone, from the first token behind the question."""
     monkeypatch.setattr(judging, "QUESTION", "w5 {request} w6 {reply}")
-    found = judging.ask(judge_model, ["w20 w21", "w22"], ["w30", "{request}"])
+    found = judging.ask(judge_model, ["w20 w21", "w22", "{reply}"], ["w30", "{request}", "w30"])
     ids = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w20 w21 w6 w30")[0])[None]
     logits = judge_model.model(ids).logits[0, -1].double()
     assert found[0] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5)
-    assert found.shape == (2,) and found[0] != found[1]
+    assert found.shape == (3,) and found[0] != found[1]
+    unknown = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w3 w6 w30")[0])[None]
+    logits = judge_model.model(unknown).logits[0, -1].double()
+    assert found[2] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5), "a slot in a text is text"
+
+
+@pytest.mark.parametrize("named", [{}, {9: "No"}, {7: "YES", 8: "yes"}])
+def test_a_judge_that_cannot_say_yes_and_no_labels_nothing(tmp_path: Path, named: dict[int, str]) -> None:
+    tokenizer = tiny_tokenizer(tmp_path, named)
+    tokenizer.chat_template = TEMPLATE
+    judge = from_model(tiny_model("llama"), tokenizer, "dumb")
+    with pytest.raises(
+        InputError, match="dumb: in its tokenizer Yes and No do not begin with known tokens of their own"
+    ):
+        judging.ask(judge, ["w20"], ["w30"])
+
+
+def test_yes_and_no_must_not_begin_alike(tmp_path: Path) -> None:
+    """As where each word begins with one mark of a word's beginning, or where one of them is nothing at all."""
+    marked = {"yes": [5, 7], "no": [5, 9]}
+    for ids in (marked, {"yes": [], "no": [9]}):
+        with pytest.raises(InputError, match="known tokens of their own"):
+            judging.answer_tokens(spelled(ids), "x")
+    assert judging.answer_tokens(spelled({"yes": [7, 5], "no": [9, 5]}), "x") == ({7}, {9})
+
+
+def spelled(ids: dict[str, list[int]]) -> SimpleNamespace:
+    """A tokenizer that knows these words, in any case."""
+
+    class Tokenizer(SimpleNamespace):
+        def __call__(self, word: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": ids[word.lower()]}
+
+    return Tokenizer(unk_token_id=None)
 
 
 def test_labels_come_from_answers_up_to_their_end(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +235,37 @@ LATER = {
     "holds BertModel, not a causal language model": lambda folder: (folder / "config.json").write_text(
         '{"model_type": "bert", "architectures": ["BertModel"]}'
     ),
+    "unknown architecture: GPTNeoX": lambda folder: spoil(
+        folder, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]
+    ),
+    "too large for cpu: weights": lambda folder: spoil(
+        folder, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400
+    ),
+    "Yes and No do not begin with known tokens of their own": lambda folder: words(folder, {}),
+    "chat template cannot render one user turn": lambda folder: (folder / "chat_template.jinja").write_text("{{ x( }}"),
+    "the chat template changes the user turn's text": lambda folder: (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content | upper }}"
+    ),
 }
+
+
+def judge_folder(place: Path) -> Path:
+    """A judge with random weights, which knows the words Yes and No."""
+    folder = place / "judge"
+    words(folder, {7: "Yes", 9: "No"})
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+def words(folder: Path, named: dict[int, str]) -> None:
+    tokenizer = tiny_tokenizer(folder, named)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def spoil(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def cut(path: Path, share: float) -> None:
@@ -214,11 +277,7 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
     tmp_path: Path, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What files tell is said by every command, also one that runs nothing; the rest before a notebook starts."""
-    folder = tmp_path / "judge"
-    tokenizer = tiny_tokenizer(tmp_path)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    tiny_model("llama").save_pretrained(folder)
+    folder = judge_folder(tmp_path)
     monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     flags = ["--model", "full-0", "--judge", str(folder)]
@@ -229,3 +288,41 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
         assert cli.main([*words, *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith("run_all.sh: --judge: ") and message in error and error.count("\n") == 1
+
+
+def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
+    folder, model = judge_folder(tmp_path), preflight.model_folder("full-0")
+    judge = model_size.needs(model_size.on_meta(folder, torch.bfloat16), copies=1)
+    together = judge.total + model_size.needs(model_size.on_meta(model, torch.float32)).total
+    assert judge.copies == judge.weights
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(model_size, "USABLE", 1)
+    monkeypatch.setattr(runner, "run", lambda *_: 1)
+    for free, status in ((together, 1), (together - 1, 2)):
+        monkeypatch.setattr(model_size, "free_memory", lambda device, free=free: free)
+        assert cli.main(["--model", "full-0", "--judge", str(folder)]) == status
+    error = capsys.readouterr().err
+    assert "--judge: judge is too large for cpu" in error and "can be used beside the model under study" in error
+    assert "copy" not in error
+    monkeypatch.setattr(model_size, "free_memory", lambda device: judge.total)
+    assert judging._judge.__wrapped__(str(folder), "cpu").n_layers == 4
+
+
+def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room on another GPU is none for a judge: it is loaded where the model's embedding lies."""
+    folder = judge_folder(tmp_path)
+    model = model_size.needs(model_size.on_meta(preflight.model_folder("full-0"), torch.float32))
+    judge = model_size.needs(model_size.on_meta(folder, torch.bfloat16), copies=1)
+    free = {"cuda": model.total, "cuda:0": model.total + judge.total, "cuda:1": 10**12, "cpu": 0}
+    monkeypatch.setattr(model_size, "USABLE", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model_size, "free_memory", lambda device: free[str(device)])
+    given = {"MODEL": "full-0", "DEVICE": "cuda", "DTYPE": "float32"}
+    assert inputs._ready_judge(str(folder), given) == str(folder)
+    free["cuda:0"] -= 1
+    with pytest.raises(InputError, match="--judge: judge is too large for cuda:0"):
+        inputs._ready_judge(str(folder), given)
