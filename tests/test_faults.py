@@ -11,10 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from toys import Toy, environment
 
-from helpers import freshness, runner
+from helpers import freshness, parts, runner, store
+from helpers.errors import InputError
 from helpers.paths import ROOT
 
 TIMES, MANIFEST = "results/embedded/run_times.json", "results/embedded/manifest.json"
@@ -133,6 +136,58 @@ def test_every_damaged_file_is_made_again_or_named(toy: Toy, first: int) -> None
         assert results(toy) == expected, (name, kind)
         assert json.loads(times.read_text()).keys() <= {f"{number}_toy" for number in ("00", "01", "02", "03", "08")}
     assert toy.run("--list").stdout.count(" fresh ") == 5
+
+
+def flipped(whole: bytes, chance: random.Random) -> bytes:
+    """One to three changed bytes; now and then the end is missing, or something stands behind it."""
+    data = bytearray(whole)
+    for place in chance.sample(range(len(data)), chance.randint(1, 3)):
+        data[place] ^= chance.randint(1, 255)
+    cut = chance.randrange(len(data)) if chance.random() < 0.1 else len(data)
+    return bytes(data[:cut]) + (chance.randbytes(9) if chance.random() < 0.1 else b"")
+
+
+def measured() -> pd.DataFrame:
+    """Thirty rows of effects as notebook 02 writes them."""
+    numbers = np.random.default_rng(0).normal(size=30)
+    made = {"str": [f"name {i % 4}" for i in range(30)], "int": range(30), "float": numbers}
+    return pd.DataFrame({name: made[kind] for name, kind in store.EFFECTS.items()})
+
+
+def test_a_table_with_changed_bytes_is_read_as_it_was_or_named(tmp_path: Path) -> None:
+    path, chance = store.write_table(measured(), tmp_path / "02_layers.parquet"), random.Random(2)
+    whole, named = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        try:
+            assert store.read_table(path, store.EFFECTS).equals(measured())
+        except InputError as error:
+            assert "02_layers.parquet" in str(error) and "\n" not in str(error)
+            named += 1
+    assert 400 < named < 500  # a changed byte may lie where nobody reads
+
+
+def test_a_text_table_with_changed_bytes_is_read_or_named(tmp_path: Path) -> None:
+    path, chance = store.write_table(measured(), tmp_path / "02_layers.csv"), random.Random(2)
+    whole, named = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        try:
+            store.read_table(path, store.EFFECTS)
+        except InputError:
+            named += 1
+    assert 0 < named < 500
+
+
+def test_a_part_with_changed_bytes_is_read_as_it_was_or_measured_again(tmp_path: Path) -> None:
+    path, chance = parts.write(measured(), tmp_path, 3, "effects", ["halved"]), random.Random(2)
+    whole, again = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        found = parts.read(tmp_path, 3, ["effects"])
+        assert found is None or found["effects"].equals(measured())
+        again += found is None
+    assert 400 < again < 500
 
 
 def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:
