@@ -91,7 +91,8 @@ def write(table: pd.DataFrame, folder: Path, batch: int, name: str, events: Sequ
 
 def read(folder: Path, batch: int, names: Sequence[str]) -> dict[str, pd.DataFrame] | None:
     """The tables of a batch, or None unless all of them are there, whole and made for this place."""
-    found, events = {}, []
+    found: dict[str, pd.DataFrame] = {}
+    events: list[str] = []
     for name in names:
         part = _whole(folder, batch, name)
         if part is None:

@@ -216,8 +216,13 @@ def _run_one(plan: Plan, number: str) -> bool:
             print(f"failed after {seconds:.0f} s", flush=True)
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
             return False
-        freshness.forget(plan.results, number)
-        outputs = [*results.publish(), *figures.publish()]
+        outputs = [*results.written(), *figures.written()]
+        left = freshness.forget(plan.results, number, outputs)
+        results.publish()
+        figures.publish()
+        for path in left:  # or a later notebook would take them for results of this run
+            if path.is_file():
+                path.unlink()
         write_text(text, plan.executed(number))
     freshness.remember(plan.results, number, plan.keys[number], outputs)
     note_time(plan.results, name, seconds)

@@ -25,16 +25,15 @@ class Stage:
     shown: Path
     before: dict[Path, tuple[int, ...]]
 
-    def publish(self) -> list[Path]:
-        """Move every file that the notebook wrote into its place; returns where they are now."""
-        moved = []
-        for name, state in _files(self.shown).items():
-            if self.before.get(name) != state:
-                target = self.real / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self.shown / name, target)
-                moved.append(target)
-        return moved
+    def written(self) -> list[Path]:
+        """Every file that the notebook wrote, by the place that it will take."""
+        return [self.real / name for name, state in _files(self.shown).items() if self.before.get(name) != state]
+
+    def publish(self) -> None:
+        """Move what the notebook wrote into its place."""
+        for target in self.written():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.shown / target.relative_to(self.real), target)
 
 
 def tidy(folders: Iterable[Path]) -> None:

@@ -158,6 +158,35 @@ def test_a_failing_cell_leaves_everything_as_it_was(toy: Toy) -> None:
     assert stale(toy) == {"02", "08", "00"}
 
 
+MORE = """if PROFILE == "full":
+    store.write_text("svg", figures / "02_more.svg")
+    store.write_text("value\\n1\\n", out / "02_more.csv")
+    store.write_text("value\\n1\\n", out / "more" / "02.csv")
+store.write_text("value\\n1\\n", out / "02_toy.csv")"""
+
+
+def test_what_a_notebook_no_longer_writes_goes_when_it_has_finished(toy: Toy) -> None:
+    """Its earlier tables and figures only: neither those of another notebook, nor a user's, nor parts of a sweep."""
+    toy.write("02", MORE)
+    assert toy.run("--only", "02,03").returncode == 0
+    mine = {"results/embedded/02_mine.csv", "figures/embedded/02_mine.svg", "results/embedded/parts/k/0.parquet"}
+    for name in mine:
+        (toy.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (toy.root / name).write_text("mine")
+    more = {name for name in names(toy) if "more" in name}
+    assert more == {"figures/embedded/02_more.svg", "results/embedded/02_more.csv", "results/embedded/more/02.csv"}
+    before = names(toy)
+    toy.write("02", MORE.replace('"full"', '"smoke"'), "1 / 0")
+    assert toy.run("--only", "02").returncode == 1
+    assert names(toy) == before
+    toy.write("02", MORE.replace('"full"', '"smoke"'))
+    assert toy.run("--only", "02").returncode == 0
+    assert names(toy) == before - more
+    toy.write("02", MORE)
+    assert toy.run("--only", "02").returncode == 0
+    assert names(toy) == before
+
+
 def test_a_mistake_of_the_user_is_shown_as_its_sentence(toy: Toy) -> None:
     toy.write("01", 'raise InputError("no such thing: do this")')
     done = toy.run("--only", "01")
