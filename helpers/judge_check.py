@@ -33,6 +33,7 @@ from helpers import (
     prompts,
     public_list,
     run_flags,
+    runner,
     store,
     tokens,
 )
@@ -77,7 +78,8 @@ def _kept(folder: Path, labels: Path, results: Path) -> str:
         return "not kept: a run on the embedded language labels by its exact judge, which has no error to correct"
     known = judging.accuracy(judging.read_labels(folder / "given.csv"), judging.read_labels(labels))
     measured = Measured(known, Source(**note["source"]), freshness.hash_file(labels, {}))
-    path = paths.relative(judge_accuracy.write(measured, results))
+    with runner.only_run(results):  # or notebooks 05 and 06 of a run at work would correct by different numbers
+        path = paths.relative(judge_accuracy.write(measured, results))
     return f"kept in {path}, without a text: notebooks 05 and 06 of this run now count as stale and will correct by it"
 
 

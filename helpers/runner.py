@@ -163,7 +163,7 @@ def run(plan: Plan, numbers: Sequence[str]) -> int:
     """Run the stale ones of `numbers`, one line each; returns how many failed or were not started."""
     check_parameters(plan)
     lost: dict[str, str] = {}
-    with only_run(plan):
+    with only_run(plan.results):
         staging.tidy([plan.results, FIGURES / plan.slug, *([NOTEBOOKS] if plan.is_default else [])])
         for place, number in enumerate(numbers, start=1):
             print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
@@ -187,15 +187,21 @@ def _finish(plan: Plan, done: set[str]) -> None:
 
 
 @contextmanager
-def only_run(plan: Plan) -> Iterator[None]:
-    """Hold the run's lock, which ends with this process however it ends."""
-    folder = plan.results / freshness.STATE
+def only_run(results: Path) -> Iterator[None]:
+    """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
+
+    Raises `InputError` where another process holds it, or where the file system knows no locks.
+    """
+    folder = results / freshness.STATE
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing {relative(plan.results)}: wait, or choose --name") from None
+            raise InputError(f"another run is writing {relative(results)}: wait, or choose --name") from None
+        except OSError as error:
+            why = f"cannot be locked against a second run ({error.strerror})"
+            raise InputError(f"{relative(results)} {why}: copy the repository to a disk that has locks") from None
         yield
 
 

@@ -31,7 +31,7 @@ def prepare(plan: Plan, numbers: Sequence[str], n_shards: int, *, force: bool) -
     wanted = [number for number in numbers if number in SHARDED and number in plan.stale]
     if not wanted or not (n_shards or force):
         return True
-    with only_run(plan):
+    with only_run(plan.results):
         if force:
             shutil.rmtree(plan.results / PARTS, ignore_errors=True)
         failed = measure(plan.parameters, n_shards, wanted) if n_shards else 0

@@ -109,6 +109,25 @@ def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int) ->
     assert (toy.root / "results/embedded/02_toy.csv").stat().st_size > 100_000
 
 
+@pytest.mark.parametrize("flags", [(), ("--only", "01", "--force"), ("--shards", "2", "--force"), ("--figures",)])
+def test_the_second_of_two_runs_into_one_folder_says_so_and_stops(toy: Toy, flags: tuple[str, ...]) -> None:
+    before = toy.contents()
+    with runner.only_run(toy.root / "results" / "embedded"):
+        done = toy.run(*flags)
+    assert (done.returncode, toy.contents()) == (2, before)
+    assert done.stderr == "run_all.sh: another run is writing results/embedded: wait, or choose --name\n"
+
+
+def test_a_disk_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runner.fcntl, "flock", none)
+    with pytest.raises(InputError, match=r"cannot be locked .*\(Function not implemented\): copy the repository to"):
+        with runner.only_run(tmp_path):
+            pass
+
+
 DAMAGES = {
     "torn": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
