@@ -118,9 +118,7 @@ def _finished(process: subprocess.Popen[bytes], log: Path) -> bool:
     """Wait for a shard and print its last line; True if it failed."""
     status = process.wait()
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else f"ended with status {status}"
-    if status == -signal.SIGKILL:
-        last = "killed (was there enough memory?)"
+    last = lines[-1] if lines and status != -signal.SIGKILL else launch.ended(status)
     if status:
         print(f"{log.stem}: {last}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True)
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -98,15 +99,27 @@ def shrunk(toy: Toy, size: int, *flags: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [0, 2000])
-def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int) -> None:
-    toy.write("02", 'store.write_text("value\\nlonger\\n" * 10_000, out / "02_toy.csv")')
+LONG = 'store.write_text("value\\nlonger\\n" * 10_000, out / "02_toy.csv")'
+
+
+@pytest.mark.parametrize(
+    ("size", "cell", "said"),
+    [
+        (0, LONG, r"run_all\.sh: .*File too large.*: mend that; what finished is kept, .*"),
+        (30_000, LONG, r"02_toy: code cell 3: OSError: .*File too large"),
+        (30_000, 'print("longer " * 10_000)', r"02_toy: File too large: .* make room, or set TMPDIR .*"),
+    ],
+    ids=["nothing", "a table", "the notebook"],
+)
+def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int, cell: str, said: str) -> None:
+    """What has no room is the runner's first note, a table that a cell writes, or the executed notebook."""
+    toy.write("02", cell)
     before = results(toy)
     done = shrunk(toy, size, "--only", "02")
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert results(toy) == before
+    assert done.returncode in (1, 2) and re.match(said + "\n", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and results(toy) == before
     assert toy.run("--only", "02").returncode == 0
-    assert (toy.root / "results/embedded/02_toy.csv").stat().st_size > 100_000
+    assert results(toy) != before
 
 
 @pytest.mark.parametrize("flags", [(), ("--only", "01", "--force"), ("--shards", "2", "--force"), ("--figures",)])
@@ -123,9 +136,9 @@ def test_a_disk_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytes
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(runner.fcntl, "flock", none)
-    with pytest.raises(InputError, match=r"cannot be locked .*\(Function not implemented\): copy the repository to"):
-        with runner.only_run(tmp_path):
-            pass
+    said = r"cannot be locked .*\(Function not implemented\): copy the repository to"
+    with pytest.raises(InputError, match=said), runner.only_run(tmp_path):
+        pass
 
 
 DAMAGES = {
