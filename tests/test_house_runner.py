@@ -194,11 +194,31 @@ def test_a_mistake_of_the_user_is_shown_as_its_sentence(toy: Toy) -> None:
     assert done.stderr.startswith("01_toy: code cell 3: no such thing: do this\n")
 
 
-def test_a_dead_kernel_is_named(toy: Toy) -> None:
-    toy.write("01", "1 + 1", "import os\nos.kill(os.getpid(), 9)")
-    done = toy.run("--only", "01")
-    assert done.returncode == 1
-    assert "01_toy: code cell 4: DeadKernelError: the kernel died (was there enough memory?)" in done.stderr
+DIES = """import os
+if not paths.Path({flag!r}).exists():
+    store.write_text("", {flag!r})
+    store.write_text("value\\nwrong\\n", out / "02_toy.csv")
+    os.kill({who}, 9)
+store.write_text("value\\n02\\n", out / "02_toy.csv")"""
+
+
+@pytest.mark.parametrize(
+    ("dies", "said"),
+    [
+        ("os.getpid()", "code cell 3: DeadKernelError: the kernel died (was there enough memory?)"),
+        ("os.getppid()", "its process was killed (was there enough memory?)"),
+    ],
+    ids=["the kernel", "its process"],
+)
+def test_what_dies_as_for_want_of_memory_is_named_and_the_next_run_goes_on(toy: Toy, dies: str, said: str) -> None:
+    before, flag = toy.contents(), str(toy.root / "died.txt")
+    toy.write("02", DIES.format(flag=flag, who=dies))
+    done = toy.run("--only", "02")
+    assert done.returncode == 1 and done.stderr.startswith(f"02_toy: {said}\n"), done.stderr
+    kept = {name: data for name, data in toy.contents().items() if name in before and name != "notebooks/02_toy.ipynb"}
+    assert {name for name in kept if kept[name] != before[name]} <= {"results/embedded/logs/02_toy.log"}
+    assert toy.run("--only", "02").returncode == 0
+    assert (toy.root / "results/embedded/02_toy.csv").read_bytes() == before["results/embedded/02_toy.csv"]
 
 
 def test_a_change_made_while_a_notebook_runs_is_kept(toy: Toy) -> None:
