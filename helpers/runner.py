@@ -218,6 +218,8 @@ def _run_one(plan: Plan, number: str) -> bool:
         seconds = time.monotonic() - start
         if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
             problem = "it was changed while it ran; the change is kept, so run again"
+        elif not problem and (overtaken := [*results.overtaken(), *figures.overtaken()]):
+            problem = f"a run of another name wrote {relative(overtaken[0])} meanwhile, so run again"
         if problem:
             print(f"failed after {seconds:.0f} s", flush=True)
             print(f"{name}: {problem}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from toys import Toy, environment
+from toys import CLAIMS, Toy, environment
 
 from helpers import freshness, parts, runner, store
 from helpers.errors import InputError
@@ -246,6 +246,18 @@ def test_a_changed_shared_file_is_made_again_by_its_notebook(toy: Toy) -> None:
     (toy.root / "results/claims.csv").write_text("mine\n")
     stale = [line[:2] for line in toy.run("--list").stdout.splitlines() if " stale " in line]
     assert stale == ["08"]
+
+
+def test_what_two_runs_share_is_not_written_over_by_who_had_not_seen_the_other(toy: Toy) -> None:
+    """Else the table of verdicts would lack those of the run that came first, and count as fresh."""
+    shared = toy.root / "results" / "claims.csv"
+    mine, other = shared.read_text(), f"_ = paths.Path({str(shared)!r}).write_text"
+    toy.write("08", CLAIMS, f"{other}('theirs')")
+    done = toy.run("--only", "08")
+    assert done.returncode == 1 and "08_toy: a run of another name wrote results/claims.csv meanwhile" in done.stderr
+    assert shared.read_text() == "theirs"
+    toy.write("08", CLAIMS, f"{other}((paths.RESULTS / 'claims.csv').read_text())")  # the same: nobody is harmed
+    assert toy.run("--only", "08").returncode == 0 and shared.read_text() == mine
 
 
 def test_a_mixture_is_never_called_fresh(tmp_path: Path) -> None:
