@@ -90,12 +90,13 @@ def note(results: Path, name: str, content: Mapping[str, Any]) -> None:
 def forget(results: Path, number: str, written: Iterable[Path]) -> list[Path]:
     """Note, before it begins, that a notebook's results change; returns those of its earlier files that it did not write now.
 
-    Otherwise a run that is killed between two files would leave a mixture that an earlier code's note calls fresh. The names
-    of its files, earlier and new, stay known until it has finished. What another notebook wrote as well, or what all runs
-    share, is not returned.
+    Otherwise a run that is killed between two files would leave a mixture that an earlier code's note calls fresh, or results
+    under the manifest of earlier ones. The names of its files, earlier and new, stay known until it has finished. What
+    another notebook wrote as well, or what all runs share, is not returned.
     """
     before, now = _outputs(results, number), {os.path.relpath(path, results) for path in written}
     note(results, number, {"key": None, "outputs": dict.fromkeys([*before, *now])})
+    note(results, "manifest", {})
     others = (path.stem for path in (results / STATE).glob("[0-9][0-9].json") if path.stem != number)
     kept = now.union(*(_outputs(results, other) for other in others))
     return [results / name for name in before if name not in kept and not _is_shared(name, results)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toys import Toy
 
-from helpers import freshness, launch, runner, store
+from helpers import freshness, launch, manifest, runner, store
 from helpers import notebook as nb
 
 FIRST = {"embedded/01.csv": "one", "embedded/folder/01.txt": "one"}
@@ -28,6 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(freshness, "FIGURES", root / "figures")
     monkeypatch.setattr(runner, "NEEDS", {"01": (), "02": ("01",)})
     monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(manifest, "git_state", lambda _: "new" in Toy(root).notebook("02").read_text())  # as a commit would
     Toy(root).write("01", "1")
     Toy(root).write("02", "'old'")
     assert run() == 0
