@@ -18,6 +18,7 @@ import pytest
 from toys import CLAIMS, Toy, environment
 
 from helpers import freshness, parts, runner, store
+from helpers import notebook as nb
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -220,6 +221,28 @@ def test_a_part_with_changed_bytes_is_read_as_it_was_or_measured_again(tmp_path:
         assert found is None or found["effects"].equals(measured())
         again += found is None
     assert 400 < again < 500
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cells: cells.append(1), lambda cells: cells.append({}), lambda cells: cells[1].pop("source"),
+        lambda cells: cells[1].update(source=3), lambda cells: cells[1].update(metadata=None),
+        lambda cells: cells[2].update(outputs=[{}]), lambda cells: cells[1].update(metadata={"tags": 3}),
+    ],
+)  # fmt: skip
+def test_a_notebook_of_another_shape_is_named(tmp_path: Path, damage: Any) -> None:
+    toy = Toy(tmp_path)
+    toy.write("01")
+    path = toy.notebook("01")
+    whole = nb.read(path)
+    damage(whole["cells"])
+    store.write_json(whole, path)
+    with pytest.raises(InputError, match=r"01_toy\.ipynb is not a notebook as Jupyter writes it: its cell \d is none"):
+        nb.read(path)
+    store.write_json({"cells": []}, path)
+    with pytest.raises(InputError, match="it has no metadata; restore the file"):
+        nb.read(path)
 
 
 def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:

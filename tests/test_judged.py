@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,12 @@ def test_labels_of_an_unknown_sample_are_not_kept(results: Path, tmp_path: Path)
     words = ["--labels", str(tmp_path / "mine.csv"), "--", "--model", "full-0"]
     with pytest.raises(InputError, match=r"nothing says which run .* write a new sample"):
         judge_check.main(words)
-    (folder / "given.json").write_text(json.dumps({"given": "another", "source": {}, "exact": False}))
-    with pytest.raises(InputError, match="nothing says which run"):
-        judge_check.main(words)
+    given, source = judge_accuracy.freshness.hash_file(folder / "given.csv", {}), asdict(Source("a", "b", "c", "d"))
+    for note in (
+        {"given": "another", "source": source, "exact": False}, {"given": given, "source": source},
+        {"given": given, "source": {**source, "more": 1}, "exact": False}, [],
+    ):  # fmt: skip
+        (folder / "given.json").write_text(json.dumps(note))
+        with pytest.raises(InputError, match="nothing says which run"):
+            judge_check.main(words)
     assert not (results / "full-0").exists()

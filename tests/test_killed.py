@@ -28,7 +28,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(freshness, "FIGURES", root / "figures")
     monkeypatch.setattr(runner, "NEEDS", {"01": (), "02": ("01",)})
     monkeypatch.setattr(launch, "execute", execute)
-    monkeypatch.setattr(manifest, "git_state", lambda _: "new" in Toy(root).notebook("02").read_text())  # as a commit would
+    # The manifest changes with the notebook, as it does with a commit.
+    monkeypatch.setattr(manifest, "git_state", lambda _: "new" in Toy(root).notebook("02").read_text())
     Toy(root).write("01", "1")
     Toy(root).write("02", "'old'")
     assert run() == 0
