@@ -119,6 +119,8 @@ def _finished(process: subprocess.Popen[bytes], log: Path) -> bool:
     status = process.wait()
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines and status != -signal.SIGKILL else launch.ended(status)
+    if status > 0 and not lines:
+        last = f"{last} and wrote nothing into its log (is there room on the disk?)"
     if status:
         print(f"{log.stem}: {last}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True)
     else:

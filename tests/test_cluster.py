@@ -45,6 +45,15 @@ def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "1" and "shard_1: no model 'nowhere'" in done.stderr
 
 
+def test_a_shard_that_can_write_nothing_says_what_may_be_wrong(tmp_path: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    done = started(
+        tmp_path, "-c", f"{full}\nfrom helpers import shard_run; print(shard_run.measure({FLAGS!r}, 1, ['03']))"
+    )
+    assert done.stdout.splitlines()[-1] == "1", done.stderr
+    assert "shard_1: its process ended with status 1 and wrote nothing into its log (is there room" in done.stderr
+
+
 def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("submitit")
     if spec is None or spec.origin is None:

@@ -311,17 +311,21 @@ def test_the_executing_process_ends_with_its_runner() -> None:
     assert process.wait(timeout=20) == -signal.SIGKILL
 
 
-def test_a_killed_runner_leaves_no_shard_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_runner_that_is_killed_or_stopped_leaves_no_shard_running(tmp_path: Path, sent: signal.Signals) -> None:
     code = f"from helpers import shard_run; shard_run.measure({FLAGS!r}, 2, ['02', '03'])"
     variables = environment(COMPANION_RESULTS=str(tmp_path), COMPANION_FIGURES=str(tmp_path))
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     end = time.monotonic() + 60
     while len(list(tmp_path.rglob("*.parquet"))) < 2:  # at work
         assert time.monotonic() < end and running.poll() is None
         time.sleep(0.1)
     shards = [Path("/proc") / pid for pid in children.read_text().split()]
-    running.kill()
+    running.send_signal(sent)
     running.wait()
     assert len(shards) == 2
     end = time.monotonic() + 5
