@@ -171,7 +171,8 @@ def figures_command(flags: argparse.Namespace) -> int:
         raise InputError(f"there are no results of {slug!r} to draw from: run it first, without --figures")
     from helpers import figures
 
-    figures.redraw(slug)
+    with runner.only_run(RESULTS / slug):
+        figures.redraw(slug)
     print(f"figures: {relative(FIGURES / slug)}")
     return 0
 
@@ -223,8 +224,7 @@ def main(arguments: Sequence[str]) -> int:
         flags = parse(arguments)
         hub.trust_code(flags.trust_remote_code)
         hub.choose_judge(None if flags.judge is None else _named(flags.judge, ORGANISM))
-        done = alone.run(flags)
-        if done is not None:
+        if (done := alone.run(flags)) is not None:
             return done
         return models_command(flags) if flags.models is not None else _command(flags)(flags)
     except InputError as error:

@@ -6,6 +6,9 @@
 
 What stands behind `--` are the flags of `./run_all.sh`. The repository, the environment and the model's folder must be
 visible from every node under the same path. Jobs skip what exists: after a failure the same command does the rest.
+
+While this command waits, no other may write into the run's folder. A job that outlives it holds no lock and needs none: it
+writes nothing but parts, each whole, and of the same bits whoever else measures that batch.
 """
 
 import argparse
@@ -50,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     if (parameters["MODEL"], parameters["PROMPTS"]) != ("embedded", "embedded"):
         for line in preflight.check_pairs(parameters["MODEL"], parameters["PROMPTS"], parameters["PAIRS"]):
             print(line, flush=True)
-    return _submit(parameters, options.executor, given, options.shards, wanted)
+    with runner.only_run(plan.results):
+        return _submit(parameters, options.executor, given, options.shards, wanted)
 
 
 def ready(asked: argparse.Namespace) -> dict[str, Any]:

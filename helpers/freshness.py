@@ -9,6 +9,7 @@ from typing import Any
 
 from helpers import notebook as nb
 from helpers.errors import InputError
+from helpers.paths import FIGURES
 from helpers.store import read_json, write_json
 
 STATE = ".state"  # the folder of a run's own notes, inside its results; not committed
@@ -86,12 +87,25 @@ def note(results: Path, name: str, content: Mapping[str, Any]) -> None:
     write_json(dict(content), results / STATE / f"{name}.json")
 
 
-def forget(results: Path, number: str) -> None:
-    """Remove the note that a notebook finished, before its results change.
+def forget(results: Path, number: str, written: Iterable[Path]) -> list[Path]:
+    """Note, before it begins, that a notebook's results change; returns those of its earlier files that it did not write now.
 
-    Otherwise a run that is killed between two files would leave a mixture that an earlier code's note calls fresh.
+    Otherwise a run that is killed between two files would leave a mixture that an earlier code's note calls fresh, or results
+    under the manifest of earlier ones. The names of its files, earlier and new, stay known until it has finished. What
+    another notebook wrote as well, or what all runs share, is not returned.
     """
-    (results / STATE / f"{number}.json").unlink(missing_ok=True)
+    before, now = _outputs(results, number), {os.path.relpath(path, results) for path in written}
+    note(results, number, {"key": None, "outputs": dict.fromkeys([*before, *now])})
+    note(results, "manifest", {})
+    others = (path.stem for path in (results / STATE).glob("[0-9][0-9].json") if path.stem != number)
+    kept = now.union(*(_outputs(results, other) for other in others))
+    return [results / name for name in before if name not in kept and not _is_shared(name, results)]
+
+
+def _outputs(results: Path, number: str) -> dict[str, Any]:
+    """Hashes of the files that a notebook wrote, by their names from the run's folder; empty if nothing is known."""
+    found = recall(results, number).get("outputs")
+    return found if isinstance(found, dict) else {}
 
 
 def is_fresh(results: Path, number: str, key: str, known: KnownHashes) -> bool:
@@ -118,9 +132,13 @@ def remember(results: Path, number: str, key: str, outputs: Iterable[Path]) -> N
 
 
 def _is_shared(name: str, results: Path) -> bool:
-    """Whether a result file, named from a run's folder, is none of the run's own.
+    """Whether a file, named from a run's folder of results, is none of the run's own.
 
-    >>> [_is_shared(name, Path("results/x")) for name in ("02.csv", "../claims.csv", "../../figures/x/02.png")]
-    [False, True, False]
+    >>> from helpers.paths import RESULTS
+    >>> [_is_shared(name, RESULTS / "x") for name in ("02.csv", "../claims.csv", "../y/02.csv")]
+    [False, True, True]
+    >>> [_is_shared(os.path.relpath(FIGURES / name, RESULTS / "x"), RESULTS / "x") for name in ("x/02.png", "INDEX.md")]
+    [False, True]
     """
-    return name.startswith("..") and results.name not in Path(name).parts
+    path = Path(os.path.normpath(results / name))
+    return not (path.is_relative_to(results) or path.is_relative_to(FIGURES / results.name))

@@ -1,7 +1,10 @@
 """Reading JSON that others wrote: whatever is wrong with it is one kind of error with a short reason."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+from helpers.errors import InputError
 
 
 class BrokenJson(ValueError):
@@ -10,6 +13,14 @@ class BrokenJson(ValueError):
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(f"line {line}: {reason}")
         self.reason, self.line = reason, line
+
+
+def read(path: Path) -> str:
+    """The text of a file; `InputError` if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
 
 
 def parse(text: str) -> Any:

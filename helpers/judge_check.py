@@ -33,6 +33,7 @@ from helpers import (
     prompts,
     public_list,
     run_flags,
+    runner,
     store,
     tokens,
 )
@@ -67,17 +68,22 @@ def main(arguments: Sequence[str]) -> int:
 
 def _kept(folder: Path, labels: Path, results: Path) -> str:
     """Write the accuracy into the run's results, and say so; the exact judge's runs have nothing to correct."""
-    note = store.read_json(folder / "given.json") if (folder / "given.json").is_file() else None
     given = freshness.hash_file(folder / "given.csv", {})
-    if not isinstance(note, dict) or note.get("given") != given or not isinstance(note.get("source"), dict):
+    try:
+        note = store.read_json(folder / "given.json")
+        source, exact, is_its_own = Source(**note["source"]), note["exact"], note["given"] == given
+    except (InputError, KeyError, TypeError):  # missing, torn, or of an earlier version
+        is_its_own = False
+    if not is_its_own:
         raise InputError(
             f"nothing says which run {folder / 'given.csv'} belongs to: write a new sample with --sample N"
         )
-    if note["exact"]:
+    if exact:
         return "not kept: a run on the embedded language labels by its exact judge, which has no error to correct"
     known = judging.accuracy(judging.read_labels(folder / "given.csv"), judging.read_labels(labels))
-    measured = Measured(known, Source(**note["source"]), freshness.hash_file(labels, {}))
-    path = paths.relative(judge_accuracy.write(measured, results))
+    measured = Measured(known, source, freshness.hash_file(labels, {}))
+    with runner.only_run(results):  # or notebooks 05 and 06 of a run at work would correct by different numbers
+        path = paths.relative(judge_accuracy.write(measured, results))
     return f"kept in {path}, without a text: notebooks 05 and 06 of this run now count as stale and will correct by it"
 
 

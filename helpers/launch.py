@@ -13,7 +13,7 @@ from typing import Any
 from helpers import notebook as nb
 from helpers.paths import NOTEBOOKS, ORGANISM, ROOT, relative
 from helpers.preflight import names
-from helpers.store import read_json, write_json, write_text
+from helpers.store import write_json, write_text
 
 KERNEL = {
     "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
@@ -64,35 +64,41 @@ def execute(
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        source, target, report = (scratch / name for name in ("source.ipynb", "target.ipynb", "report.json"))
+        source, target = scratch / "source.ipynb", scratch / "target.ipynb"
         write_text(nb.text(nb.prepared(notebook)), source)
-        paths = [str(path) for path in (source, target, report, NOTEBOOKS)]
-        command = [sys.executable, "-m", "helpers.execute", *paths, json.dumps(dict(parameters))]
-        status = _wait(
-            command, environment(results, figures, scratch) | threads(str(parameters.get("MODEL", "embedded"))), log
+        words = [str(source), str(target), str(NOTEBOOKS), json.dumps(dict(parameters))]
+        status, why = _wait(
+            [sys.executable, "-m", "helpers.execute", *words],
+            environment(results, figures, scratch) | threads(str(parameters.get("MODEL", "embedded"))),
+            log,
         )
         if status == 0:
             return target.read_text(encoding="utf-8"), ""
-        return "", f"{_reason(report, status)}\n  the whole story: {relative(log)}"
+        return "", f"{why or ended(status)}\n  the whole story: {relative(log)}"
 
 
-def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> int:
-    """Exit status of the command. Ctrl-C reaches us alone and is passed on, so that the kernel is shut down.
+def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> tuple[int, str]:
+    """Exit status of the command, and what it wrote into the pipe whose number is its last word.
 
-    The command holds the other end of a pipe: if this process is killed, it ends too.
+    Ctrl-C reaches us alone and is passed on, so that the kernel is shut down. The command's standard input is a pipe from us:
+    if this process is killed, it ends too.
     """
-    with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdin=subprocess.PIPE,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    reading, writing = os.pipe()
+    with log.open("w", encoding="utf-8") as file, os.fdopen(reading, errors="replace") as told:
+        with os.fdopen(writing, "wb"):  # this process's copy is closed, so that what is told has an end
+            child = subprocess.Popen(
+                [*command, str(writing)],
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[writing],
+            )
         try:
-            return child.wait()
+            why = told.read()
+            return child.wait(), why
         except KeyboardInterrupt:
             child.send_signal(signal.SIGINT)
             try:
@@ -102,12 +108,11 @@ def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> int:
             raise
 
 
-def _reason(report: Path, status: int) -> str:
-    if not report.is_file():
-        killed = " (killed: was there enough memory?)" if status == -signal.SIGKILL else ""
-        return f"its process ended with status {status}{killed}"
-    failure = read_json(report)
-    last = next((line.strip() for line in reversed(failure["message"].splitlines()) if line.strip()), "")
-    # An InputError is written for the user and says all there is to say.
-    what = last if failure["name"] == "InputError" else f"{failure['name']}: {last}".removesuffix(": ")
-    return f"code cell {failure['cell']}: {what}"
+def ended(status: int) -> str:
+    """What an exit status says of a process that said nothing itself.
+
+    >>> ended(-9)
+    'its process was killed (was there enough memory?)'
+    """
+    killed = "was killed (was there enough memory?)"
+    return f"its process {killed if status == -signal.SIGKILL else f'ended with status {status}'}"

@@ -23,7 +23,21 @@ def read(path: Path) -> Notebook:
     notebook = read_json(path)
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise InputError(f"{relative(path)} is not a notebook: it has no list of cells")
+    wrong = next((place for place, cell in enumerate(notebook["cells"], start=1) if not _is_cell(cell)), None)
+    if wrong is not None or not isinstance(notebook.get("metadata"), dict):
+        what = "it has no metadata" if wrong is None else f"its cell {wrong} is none"
+        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: {what}; restore the file")
     return notebook
+
+
+def _is_cell(cell: Any) -> bool:
+    """Whether a cell has all that is read of it here, of the right kinds."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict):
+        return False
+    lines, outputs, tagged = cell.get("source"), cell.get("outputs", []), cell["metadata"].get("tags", [])
+    is_text = isinstance(lines, str) or (isinstance(lines, list) and all(isinstance(line, str) for line in lines))
+    is_shown = isinstance(outputs, list) and all(isinstance(one, dict) and "output_type" in one for one in outputs)
+    return is_text and is_shown and isinstance(tagged, list) and isinstance(cell.get("cell_type"), str)
 
 
 def source(cell: Cell) -> str:

@@ -84,27 +84,41 @@ def measured(
 
 def write(table: pd.DataFrame, folder: Path, batch: int, name: str, events: Sequence[str] = ()) -> Path:
     """Write one table of a batch with its stamp; `events` are chunks that had to be halved for want of memory."""
-    stamp = {"key": folder.name, "batch": batch, "table": name, "content": content(table), "events": list(events)}
     stamped = table.copy(deep=False)
-    stamped.attrs = {STAMP: stamp}
+    stamped.attrs = {STAMP: _stamp(folder, batch, name, table, list(events))}
     return store.write_table(stamped, _path(folder, batch, name))
 
 
 def read(folder: Path, batch: int, names: Sequence[str]) -> dict[str, pd.DataFrame] | None:
     """The tables of a batch, or None unless all of them are there, whole and made for this place."""
-    found, events = {}, []
+    found: dict[str, pd.DataFrame] = {}
+    events: list[str] = []
     for name in names:
-        table = _table(_path(folder, batch, name))
-        stamp: Any = None if table is None else table.attrs.pop(STAMP, None)
-        if table is None or not isinstance(stamp, dict):
+        part = _whole(folder, batch, name)
+        if part is None:
             return None
-        expected = {"key": folder.name, "batch": batch, "table": name, "content": content(table)}
-        if {field: stamp.get(field) for field in expected} != expected:
-            return None
-        found[name] = table
-        events = stamp["events"]
+        found[name], events = part
     grid_chunks.note_events(events)
     return found
+
+
+def _stamp(folder: Path, batch: int, name: str, table: pd.DataFrame, events: list[str]) -> dict[str, Any]:
+    whole = freshness.digest(content(table), events)
+    return {"key": folder.name, "batch": batch, "table": name, "events": events, "content": whole}
+
+
+def _whole(folder: Path, batch: int, name: str) -> tuple[pd.DataFrame, list[str]] | None:
+    """A table and its events; None if it is not there, or not as it was written: it is then measured again."""
+    path = _path(folder, batch, name)
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+        stamp = table.attrs.pop(STAMP)
+        is_whole = stamp == _stamp(folder, batch, name, table, stamp["events"])
+    except Exception:  # bytes that changed fail anywhere: in pyarrow, in pandas, in the checksum of what was read
+        return None
+    return (table.reset_index(drop=True), stamp["events"]) if is_whole else None
 
 
 def content(table: pd.DataFrame) -> str:
@@ -121,13 +135,3 @@ def content(table: pd.DataFrame) -> str:
 
 def _path(folder: Path, batch: int, name: str) -> Path:
     return folder / f"{batch:05d}.{name}.parquet"
-
-
-def _table(path: Path) -> pd.DataFrame | None:
-    """The file as a table, None if it is not there or cannot be read: it is then measured again."""
-    if not path.is_file():
-        return None
-    try:
-        return pd.read_parquet(path)
-    except (ValueError, OSError, KeyError, TypeError):  # pyarrow's errors are among these
-        return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers import json_text
+from helpers import json_text, outcome_file
 from helpers.errors import InputError
 from helpers.json_text import BrokenJson
 from helpers.paths import PROMPTS
@@ -92,7 +92,7 @@ def load_set(where: str | Path) -> PromptSet:
     _check_twins(pairs, folder / "pairs.jsonl")
     pairs = _with_splits(pairs, folder / "pairs.jsonl")
     pairs = tuple(replace(pair, sensitive=_is_sensitive(folder)) for pair in pairs)
-    outcomes = read_outcomes(folder / "outcome.json", {pair.treatment for pair in pairs})
+    outcomes = outcome_file.read(folder / "outcome.json", {pair.treatment for pair in pairs})
     digest = hashlib.sha256()
     for name in ("pairs.jsonl", "outcome.json"):
         digest.update((folder / name).read_bytes())
@@ -115,23 +115,16 @@ def _is_sensitive(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return bool(json_text.parse(_read_text(path)).get("sensitive", True))
+        return bool(json_text.parse(json_text.read(path)).get("sensitive", True))
     except (BrokenJson, AttributeError):
         return True
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
 
 
 def _read_pairs(path: Path) -> tuple[Pair, ...]:
     pairs: list[Pair] = []
     seen: dict[str, int] = {}
     # Not splitlines: JSON allows Unicode's own line ends within a string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(json_text.read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -229,30 +222,3 @@ def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
     for rank, topic in enumerate(ordered):
         given[topic] = SPLITS[int(np.searchsorted(cuts, rank + 0.5))]
     return tuple(replace(pair, split=given[pair.topic]) for pair in pairs)
-
-
-def read_outcomes(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Openers (comply, refuse) of each treatment; InputError that says what is wrong with the file."""
-    try:
-        content = json_text.parse(_read_text(path))
-    except BrokenJson as error:
-        raise InputError(f"{path}, line {error.line}: broken JSON ({error.reason})") from None
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
-    per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
-    missing = sorted(treatments - set(per_treatment))
-    if missing:
-        raise InputError(
-            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
-        )
-    return {name: _outcome_strings(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
-
-
-def _outcome_strings(entry: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    sides = []
-    for side in ("comply", "refuse"):
-        strings = entry.get(side) if isinstance(entry, dict) else None
-        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
-            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
-        sides.append(tuple(strings))
-    return sides[0], sides[1]

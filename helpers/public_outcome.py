@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from helpers import first_words, prompts, public_list, tokens
+from helpers import first_words, outcome_file, prompts, public_list, tokens
 from helpers.errors import InputError
 from helpers.prompts import Pair
 from helpers.store import write_json, write_text
@@ -31,7 +31,7 @@ def ensure(
     if file.is_file():
         return
     if own is not None:
-        prompts.read_outcomes(own, {pair.treatment for pair in pairs})
+        outcome_file.read(own, {pair.treatment for pair in pairs})
         write_text(own.read_text(encoding="utf-8-sig"), file)
         return
     found = first_words.find(load(model, device=device, dtype=dtype), _asked(pairs, "T1") + _asked(pairs, "T2"), file)

@@ -167,7 +167,7 @@ def run(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None])
     """
     check_parameters(plan)
     lost: dict[str, str] = {}
-    with only_run(plan):
+    with only_run(plan.results):
         staging.tidy([plan.results, FIGURES / plan.slug, *([NOTEBOOKS] if plan.is_default else [])])
         for place, number in enumerate(numbers, start=1):
             print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
@@ -191,15 +191,21 @@ def _finish(plan: Plan, done: set[str]) -> None:
 
 
 @contextmanager
-def only_run(plan: Plan) -> Iterator[None]:
-    """Hold the run's lock, which ends with this process however it ends."""
-    folder = plan.results / freshness.STATE
+def only_run(results: Path) -> Iterator[None]:
+    """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
+
+    Raises `InputError` where another process holds it, or where the file system knows no locks.
+    """
+    folder = results / freshness.STATE
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing {relative(plan.results)}: wait, or choose --name") from None
+            raise InputError(f"another run is writing {relative(results)}: wait, or choose --name") from None
+        except OSError as error:
+            why = f"cannot be locked against a second run ({error.strerror})"
+            raise InputError(f"{relative(results)} {why}: copy the repository to a disk that has locks") from None
         yield
 
 
@@ -216,13 +222,20 @@ def _run_one(plan: Plan, number: str, made_from: Mapping[str, str | None]) -> bo
         seconds = time.monotonic() - start
         if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
             problem = "it was changed while it ran; the change is kept, so run again"
+        elif not problem and (overtaken := [*results.overtaken(), *figures.overtaken()]):
+            problem = f"a run of another name wrote {relative(overtaken[0])} meanwhile, so run again"
         if problem:
             print(f"failed after {seconds:.0f} s", flush=True)
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
             return False
         freshness.note(plan.results, MADE_FROM, made_from)
-        freshness.forget(plan.results, number)
-        outputs = [*results.publish(), *figures.publish()]
+        outputs = [*results.written(), *figures.written()]
+        left = freshness.forget(plan.results, number, outputs)
+        results.publish()
+        figures.publish()
+        for path in left:  # or a later notebook would take them for results of this run
+            if path.is_file():
+                path.unlink()
         write_text(text, plan.executed(number))
     freshness.remember(plan.results, number, plan.keys[number], outputs)
     note_time(plan.results, name, seconds)

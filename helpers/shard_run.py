@@ -31,7 +31,7 @@ def prepare(plan: Plan, numbers: Sequence[str], n_shards: int, *, force: bool) -
     wanted = [number for number in numbers if number in SHARDED and number in plan.stale]
     if not wanted or not (n_shards or force):
         return True
-    with only_run(plan):
+    with only_run(plan.results):
         if force:
             shutil.rmtree(plan.results / PARTS, ignore_errors=True)
         failed = measure(plan.parameters, n_shards, wanted) if n_shards else 0
@@ -118,9 +118,9 @@ def _finished(process: subprocess.Popen[bytes], log: Path) -> bool:
     """Wait for a shard and print its last line; True if it failed."""
     status = process.wait()
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else f"ended with status {status}"
-    if status == -signal.SIGKILL:
-        last = "killed (was there enough memory?)"
+    last = lines[-1] if lines and status != -signal.SIGKILL else launch.ended(status)
+    if status > 0 and not lines:
+        last = f"{last} and wrote nothing into its log (is there room on the disk?)"
     if status:
         print(f"{log.stem}: {last}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True)
     else:

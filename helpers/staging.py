@@ -25,16 +25,24 @@ class Stage:
     shown: Path
     before: dict[Path, tuple[int, ...]]
 
-    def publish(self) -> list[Path]:
-        """Move every file that the notebook wrote into its place; returns where they are now."""
-        moved = []
-        for name, state in _files(self.shown).items():
-            if self.before.get(name) != state:
-                target = self.real / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(self.shown / name, target)
-                moved.append(target)
-        return moved
+    def written(self) -> list[Path]:
+        """Every file that the notebook wrote, by the place that it will take."""
+        return [self.real / name for name, state in _files(self.shown).items() if self.before.get(name) != state]
+
+    def overtaken(self) -> list[Path]:
+        """Files that all runs share which a run of another name replaced, by something else, since this stage was made."""
+        return [path for path in self.written() if path.parent == self.real and path.is_file() and self._is_other(path)]
+
+    def _is_other(self, path: Path) -> bool:
+        stat, before = path.stat(), self.before.get(Path(path.name))  # a copy has the size and time of what was copied
+        is_same = before is not None and before[1:] == (stat.st_size, stat.st_mtime_ns)
+        return not is_same and path.read_bytes() != (self.shown / path.name).read_bytes()
+
+    def publish(self) -> None:
+        """Move what the notebook wrote into its place."""
+        for target in self.written():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self.shown / target.relative_to(self.real), target)
 
 
 def tidy(folders: Iterable[Path]) -> None:

@@ -87,12 +87,13 @@ def read_json(path: Path | str) -> Any:
 def write_table(table: pd.DataFrame, path: Path | str) -> Path:
     """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
 
-    CSV floats have six significant digits: what is committed must not change with the last bit of a sum.
+    CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Parquet holds
+    checksums of its values, so that a changed bit is not read as another number.
     """
     path = Path(path)
     with replacing(path) as scratch:
         if path.suffix == ".parquet":
-            table.to_parquet(scratch, index=False, compression="zstd")
+            table.to_parquet(scratch, index=False, compression="zstd", write_page_checksum=True)
         elif path.suffix == ".csv":
             table.to_csv(scratch, index=False, float_format="%.6g", lineterminator="\n")
         else:
@@ -121,15 +122,15 @@ def _parsed(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
 
     try:
         if path.suffix == ".parquet":
-            return pd.read_parquet(path)
+            return pd.read_parquet(path, page_checksum_verification=True)
         if not path.read_bytes().endswith(b"\n"):
             raise ValueError("its last line is not complete")
         texts = {name: str for name, kind in columns.items() if kind == "str"}
         # Only numbers may be blank: a model called "NA" stays a text.
         blanks = {name: ["", "nan"] for name in columns if name not in texts}
         return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=blanks)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # bytes that changed raise errors of every kind, in pyarrow and in pandas
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{relative(path)} cannot be read ({reason}). {_remedy(path)}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from toys import environment
 
-from helpers import cluster, hub, run_flags, shard_run
+from helpers import cluster, hub, run_flags, runner, shard_run
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -43,6 +43,15 @@ def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
     code = f"from helpers import shard_run; print(shard_run.measure({FLAGS | {'MODEL': 'nowhere'}!r}, 1, ['03']))"
     done = started(tmp_path, "-c", code)
     assert done.stdout.splitlines()[-1] == "1" and "shard_1: no model 'nowhere'" in done.stderr
+
+
+def test_a_shard_that_can_write_nothing_says_what_may_be_wrong(tmp_path: Path) -> None:
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+    done = started(
+        tmp_path, "-c", f"{full}\nfrom helpers import shard_run; print(shard_run.measure({FLAGS!r}, 1, ['03']))"
+    )
+    assert done.stdout.splitlines()[-1] == "1", done.stderr
+    assert "shard_1: its process ended with status 1 and wrote nothing into its log (is there room" in done.stderr
 
 
 def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
@@ -152,6 +161,28 @@ def test_jobs_are_given_the_flags_of_a_run(
     assert cluster.main([*WORDS, "--only", "01"]) == 0 and not hub.trusts_code()
     with pytest.raises(InputError, match="--force behind -- means nothing here"):
         cluster.main([*WORDS, "--force"])
+
+
+def test_while_jobs_are_waited_for_nobody_else_writes_into_the_run(
+    submitit: Callable[..., Executor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second says so and submits nothing; Ctrl-C ends the waiting, and with it the lock."""
+    run = tmp_path / "results" / "stub-of-a-cluster"
+    executor = submitit(jobs=[job(tmp_path, "7_0")])
+    with runner.only_run(run):
+        assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 2
+    assert "stub-of-a-cluster: wait, or choose --name" in capsys.readouterr().err and not executor.calls
+
+    def second() -> BaseException:
+        with pytest.raises(InputError, match="another run is writing"), runner.only_run(run):
+            pass
+        raise KeyboardInterrupt
+
+    executor.jobs[0].exception = second
+    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 130
+    assert "its jobs go on" in capsys.readouterr().err and executor.calls
+    with runner.only_run(run):
+        pass
 
 
 def test_names_are_resolved_before_a_job_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -11,10 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
-from toys import Toy, environment
+from toys import CLAIMS, Toy, environment
 
-from helpers import freshness, runner
+from helpers import freshness, parts, runner, store
+from helpers import notebook as nb
+from helpers.errors import InputError
 from helpers.paths import ROOT
 
 TIMES, MANIFEST = "results/embedded/run_times.json", "results/embedded/manifest.json"
@@ -95,15 +100,46 @@ def shrunk(toy: Toy, size: int, *flags: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [0, 2000])
-def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int) -> None:
-    toy.write("02", 'store.write_text("value\\nlonger\\n" * 10_000, out / "02_toy.csv")')
+LONG = 'store.write_text("value\\nlonger\\n" * 10_000, out / "02_toy.csv")'
+
+
+@pytest.mark.parametrize(
+    ("size", "cell", "said"),
+    [
+        (0, LONG, r"run_all\.sh: .*File too large.*: mend that; what finished is kept, .*"),
+        (30_000, LONG, r"02_toy: code cell 3: OSError: .*File too large"),
+        (30_000, 'print("longer " * 10_000)', r"02_toy: File too large: .* make room, or set TMPDIR .*"),
+    ],
+    ids=["nothing", "a table", "the notebook"],
+)
+def test_a_full_disk_is_one_clear_line_and_tears_nothing(toy: Toy, size: int, cell: str, said: str) -> None:
+    """What has no room is the runner's first note, a table that a cell writes, or the executed notebook."""
+    toy.write("02", cell)
     before = results(toy)
     done = shrunk(toy, size, "--only", "02")
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert results(toy) == before
+    assert done.returncode in (1, 2) and re.match(said + "\n", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and results(toy) == before
     assert toy.run("--only", "02").returncode == 0
-    assert (toy.root / "results/embedded/02_toy.csv").stat().st_size > 100_000
+    assert results(toy) != before
+
+
+@pytest.mark.parametrize("flags", [(), ("--only", "01", "--force"), ("--shards", "2", "--force"), ("--figures",)])
+def test_the_second_of_two_runs_into_one_folder_says_so_and_stops(toy: Toy, flags: tuple[str, ...]) -> None:
+    before = toy.contents()
+    with runner.only_run(toy.root / "results" / "embedded"):
+        done = toy.run(*flags)
+    assert (done.returncode, toy.contents()) == (2, before)
+    assert done.stderr == "run_all.sh: another run is writing results/embedded: wait, or choose --name\n"
+
+
+def test_a_disk_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runner.fcntl, "flock", none)
+    said = r"cannot be locked .*\(Function not implemented\): copy the repository to"
+    with pytest.raises(InputError, match=said), runner.only_run(tmp_path):
+        pass
 
 
 DAMAGES = {
@@ -135,6 +171,80 @@ def test_every_damaged_file_is_made_again_or_named(toy: Toy, first: int) -> None
     assert toy.run("--list").stdout.count(" fresh ") == 5
 
 
+def flipped(whole: bytes, chance: random.Random) -> bytes:
+    """One to three changed bytes; now and then the end is missing, or something stands behind it."""
+    data = bytearray(whole)
+    for place in chance.sample(range(len(data)), chance.randint(1, 3)):
+        data[place] ^= chance.randint(1, 255)
+    cut = chance.randrange(len(data)) if chance.random() < 0.1 else len(data)
+    return bytes(data[:cut]) + (chance.randbytes(9) if chance.random() < 0.1 else b"")
+
+
+def measured() -> pd.DataFrame:
+    """Thirty rows of effects as notebook 02 writes them."""
+    numbers = np.random.default_rng(0).normal(size=30)
+    made = {"str": [f"name {i % 4}" for i in range(30)], "int": range(30), "float": numbers}
+    return pd.DataFrame({name: made[kind] for name, kind in store.EFFECTS.items()})
+
+
+def test_a_table_with_changed_bytes_is_read_as_it_was_or_named(tmp_path: Path) -> None:
+    path, chance = store.write_table(measured(), tmp_path / "02_layers.parquet"), random.Random(2)
+    whole, named = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        try:
+            assert store.read_table(path, store.EFFECTS).equals(measured())
+        except InputError as error:
+            assert "02_layers.parquet" in str(error) and "\n" not in str(error)
+            named += 1
+    assert 400 < named < 500  # a changed byte may lie where nobody reads
+
+
+def test_a_text_table_with_changed_bytes_is_read_or_named(tmp_path: Path) -> None:
+    path, chance = store.write_table(measured(), tmp_path / "02_layers.csv"), random.Random(2)
+    whole, named = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        try:
+            store.read_table(path, store.EFFECTS)
+        except InputError:
+            named += 1
+    assert 0 < named < 500
+
+
+def test_a_part_with_changed_bytes_is_read_as_it_was_or_measured_again(tmp_path: Path) -> None:
+    path, chance = parts.write(measured(), tmp_path, 3, "effects", ["halved"]), random.Random(2)
+    whole, again = path.read_bytes(), 0
+    for _ in range(500):
+        path.write_bytes(flipped(whole, chance))
+        found = parts.read(tmp_path, 3, ["effects"])
+        assert found is None or found["effects"].equals(measured())
+        again += found is None
+    assert 400 < again < 500
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cells: cells.append(1), lambda cells: cells.append({}), lambda cells: cells[1].pop("source"),
+        lambda cells: cells[1].update(source=3), lambda cells: cells[1].update(metadata=None),
+        lambda cells: cells[2].update(outputs=[{}]), lambda cells: cells[1].update(metadata={"tags": 3}),
+    ],
+)  # fmt: skip
+def test_a_notebook_of_another_shape_is_named(tmp_path: Path, damage: Any) -> None:
+    toy = Toy(tmp_path)
+    toy.write("01")
+    path = toy.notebook("01")
+    whole = nb.read(path)
+    damage(whole["cells"])
+    store.write_json(whole, path)
+    with pytest.raises(InputError, match=r"01_toy\.ipynb is not a notebook as Jupyter writes it: its cell \d is none"):
+        nb.read(path)
+    store.write_json({"cells": []}, path)
+    with pytest.raises(InputError, match="it has no metadata; restore the file"):
+        nb.read(path)
+
+
 def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:
     expected = results(toy)
     for place, name in enumerate(sorted(expected)):
@@ -161,12 +271,36 @@ def test_a_changed_shared_file_is_made_again_by_its_notebook(toy: Toy) -> None:
     assert stale == ["08"]
 
 
+def test_what_two_runs_share_is_not_written_over_by_who_had_not_seen_the_other(toy: Toy) -> None:
+    """Else the table of verdicts would lack those of the run that came first, and count as fresh."""
+    shared = toy.root / "results" / "claims.csv"
+    mine, other = shared.read_text(), f"_ = paths.Path({str(shared)!r}).write_text"
+    toy.write("08", CLAIMS, f"{other}('theirs')")
+    done = toy.run("--only", "08")
+    assert done.returncode == 1 and "08_toy: a run of another name wrote results/claims.csv meanwhile" in done.stderr
+    assert shared.read_text() == "theirs"
+    toy.write("08", CLAIMS, f"{other}((paths.RESULTS / 'claims.csv').read_text())")  # the same: nobody is harmed
+    assert toy.run("--only", "08").returncode == 0 and shared.read_text() == mine
+
+
 def test_a_mixture_is_never_called_fresh(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
     freshness.remember(tmp_path, "02", "key", [tmp_path / "a.csv"])
     assert freshness.is_fresh(tmp_path, "02", "key", {})
-    freshness.forget(tmp_path, "02")  # before anything is published
+    freshness.forget(tmp_path, "02", [])  # before anything is published
     assert not freshness.is_fresh(tmp_path, "02", "key", {})
+
+
+def test_what_a_killed_run_was_about_to_write_stays_known(tmp_path: Path) -> None:
+    """Killed between its first file and its note, the next run still removes what it does not write itself."""
+    old, new, both = (tmp_path / f"{name}.csv" for name in ("old", "new", "both"))
+    for path in (old, new, both, tmp_path / "mine.csv"):
+        path.write_text("a")
+    freshness.remember(tmp_path, "02", "key", [old, both])
+    assert freshness.forget(tmp_path, "02", [new, both]) == [old]
+    assert set(freshness.forget(tmp_path, "02", [both])) == {old, new}
+    freshness.remember(tmp_path, "03", "key", [old])  # which another notebook writes by now
+    assert freshness.forget(tmp_path, "02", [both]) == [new]
 
 
 def test_the_executing_process_ends_with_its_runner() -> None:
@@ -177,17 +311,21 @@ def test_the_executing_process_ends_with_its_runner() -> None:
     assert process.wait(timeout=20) == -signal.SIGKILL
 
 
-def test_a_killed_runner_leaves_no_shard_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_runner_that_is_killed_or_stopped_leaves_no_shard_running(tmp_path: Path, sent: signal.Signals) -> None:
     code = f"from helpers import shard_run; shard_run.measure({FLAGS!r}, 2, ['02', '03'])"
     variables = environment(COMPANION_RESULTS=str(tmp_path), COMPANION_FIGURES=str(tmp_path))
-    running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     end = time.monotonic() + 60
     while len(list(tmp_path.rglob("*.parquet"))) < 2:  # at work
         assert time.monotonic() < end and running.poll() is None
         time.sleep(0.1)
     shards = [Path("/proc") / pid for pid in children.read_text().split()]
-    running.kill()
+    running.send_signal(sent)
     running.wait()
     assert len(shards) == 2
     end = time.monotonic() + 5

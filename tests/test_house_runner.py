@@ -158,6 +158,35 @@ def test_a_failing_cell_leaves_everything_as_it_was(toy: Toy) -> None:
     assert stale(toy) == {"02", "08", "00"}
 
 
+MORE = """if PROFILE == "full":
+    store.write_text("svg", figures / "02_more.svg")
+    store.write_text("value\\n1\\n", out / "02_more.csv")
+    store.write_text("value\\n1\\n", out / "more" / "02.csv")
+store.write_text("value\\n1\\n", out / "02_toy.csv")"""
+
+
+def test_what_a_notebook_no_longer_writes_goes_when_it_has_finished(toy: Toy) -> None:
+    """Its earlier tables and figures only: neither those of another notebook, nor a user's, nor parts of a sweep."""
+    toy.write("02", MORE)
+    assert toy.run("--only", "02,03").returncode == 0
+    mine = {"results/embedded/02_mine.csv", "figures/embedded/02_mine.svg", "results/embedded/parts/k/0.parquet"}
+    for name in mine:
+        (toy.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (toy.root / name).write_text("mine")
+    more = {name for name in names(toy) if "more" in name}
+    assert more == {"figures/embedded/02_more.svg", "results/embedded/02_more.csv", "results/embedded/more/02.csv"}
+    before = names(toy)
+    toy.write("02", MORE.replace('"full"', '"smoke"'), "1 / 0")
+    assert toy.run("--only", "02").returncode == 1
+    assert names(toy) == before
+    toy.write("02", MORE.replace('"full"', '"smoke"'))
+    assert toy.run("--only", "02").returncode == 0
+    assert names(toy) == before - more
+    toy.write("02", MORE)
+    assert toy.run("--only", "02").returncode == 0
+    assert names(toy) == before
+
+
 def test_a_mistake_of_the_user_is_shown_as_its_sentence(toy: Toy) -> None:
     toy.write("01", 'raise InputError("no such thing: do this")')
     done = toy.run("--only", "01")
@@ -165,11 +194,31 @@ def test_a_mistake_of_the_user_is_shown_as_its_sentence(toy: Toy) -> None:
     assert done.stderr.startswith("01_toy: code cell 3: no such thing: do this\n")
 
 
-def test_a_dead_kernel_is_named(toy: Toy) -> None:
-    toy.write("01", "1 + 1", "import os\nos.kill(os.getpid(), 9)")
-    done = toy.run("--only", "01")
-    assert done.returncode == 1
-    assert "01_toy: code cell 4: DeadKernelError: the kernel died (was there enough memory?)" in done.stderr
+DIES = """import os
+if not paths.Path({flag!r}).exists():
+    store.write_text("", {flag!r})
+    store.write_text("value\\nwrong\\n", out / "02_toy.csv")
+    os.kill({who}, 9)
+store.write_text("value\\n02\\n", out / "02_toy.csv")"""
+
+
+@pytest.mark.parametrize(
+    ("dies", "said"),
+    [
+        ("os.getpid()", "code cell 3: DeadKernelError: the kernel died (was there enough memory?)"),
+        ("os.getppid()", "its process was killed (was there enough memory?)"),
+    ],
+    ids=["the kernel", "its process"],
+)
+def test_what_dies_as_for_want_of_memory_is_named_and_the_next_run_goes_on(toy: Toy, dies: str, said: str) -> None:
+    before, flag = toy.contents(), str(toy.root / "died.txt")
+    toy.write("02", DIES.format(flag=flag, who=dies))
+    done = toy.run("--only", "02")
+    assert done.returncode == 1 and done.stderr.startswith(f"02_toy: {said}\n"), done.stderr
+    kept = {name: data for name, data in toy.contents().items() if name in before and name != "notebooks/02_toy.ipynb"}
+    assert {name for name in kept if kept[name] != before[name]} <= {"results/embedded/logs/02_toy.log"}
+    assert toy.run("--only", "02").returncode == 0
+    assert (toy.root / "results/embedded/02_toy.csv").read_bytes() == before["results/embedded/02_toy.csv"]
 
 
 def test_a_change_made_while_a_notebook_runs_is_kept(toy: Toy) -> None:
@@ -204,7 +253,8 @@ def test_nbval_compares_what_is_printed(toy: Toy, printed: str, status: int) -> 
     assert done.returncode == status, done.stdout
 
 
-def test_ctrl_c_stops_everything_and_tears_nothing(toy: Toy) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_everything_and_tears_nothing(toy: Toy, sent: signal.Signals) -> None:
     note = toy.root / "kernel.txt"
     slow = f'import os, time\nstore.write_text(str(os.getpid()), "{note}")\ntime.sleep(60)'
     toy.write("01", 'store.write_text("value\\nwrong\\n", out / "01_toy.csv")', slow)
@@ -212,7 +262,7 @@ def test_ctrl_c_stops_everything_and_tears_nothing(toy: Toy) -> None:
     running = toy.start("--only", "01")
     until(note.exists)
     assert "another run is writing results/embedded" in toy.run("--only", "01").stderr
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     _, errors = running.communicate(timeout=30)
     assert (running.returncode, "stopped; what finished is kept" in errors) == (130, True)
     assert "Traceback" not in errors
@@ -220,7 +270,7 @@ def test_ctrl_c_stops_everything_and_tears_nothing(toy: Toy) -> None:
     assert after == {name: data for name, data in before.items() if "/logs/" not in name}
     kernel = int(note.read_text())
     until(lambda: not alive(kernel))
-    assert not list(toy.root.rglob("stage"))
+    assert not list(toy.root.rglob("stage*"))
 
 
 def until(condition: object, seconds: float = 30) -> None:

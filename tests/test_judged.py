@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,9 @@ def test_labels_made_by_hand_reach_the_run(
     capsys.readouterr()
     asked = cli.parse(flags[1:])
     before = runner.make_plan(cli.resolved(asked)).keys
+    with runner.only_run(results / "mine"), pytest.raises(InputError, match="another run is writing"):
+        judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags])
+    assert judge_accuracy.read(results / "mine") is None and "complied" in capsys.readouterr().out
     assert judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags]) == 0
     said = capsys.readouterr()
     assert [line[:3] for line in said.out.splitlines()] == ["T1,", "T2,"] and "notebooks 05 and 06" in said.err
@@ -198,7 +202,12 @@ def test_labels_of_an_unknown_sample_are_not_kept(results: Path, tmp_path: Path)
     words = ["--labels", str(tmp_path / "mine.csv"), "--", "--model", "full-0"]
     with pytest.raises(InputError, match=r"nothing says which run .* write a new sample"):
         judge_check.main(words)
-    (folder / "given.json").write_text(json.dumps({"given": "another", "source": {}, "exact": False}))
-    with pytest.raises(InputError, match="nothing says which run"):
-        judge_check.main(words)
+    given, source = judge_accuracy.freshness.hash_file(folder / "given.csv", {}), asdict(Source("a", "b", "c", "d"))
+    for note in (
+        {"given": "another", "source": source, "exact": False}, {"given": given, "source": source},
+        {"given": given, "source": {**source, "more": 1}, "exact": False}, [],
+    ):  # fmt: skip
+        (folder / "given.json").write_text(json.dumps(note))
+        with pytest.raises(InputError, match="nothing says which run"):
+            judge_check.main(words)
     assert not (results / "full-0").exists()
