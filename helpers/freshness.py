@@ -122,13 +122,31 @@ def is_fresh(results: Path, number: str, key: str, known: KnownHashes) -> bool:
     return all((results / name).is_file() and hash_file(results / name, known) == sha for name, sha in wanted.items())
 
 
-def remember(results: Path, number: str, key: str, outputs: Iterable[Path]) -> None:
-    """Note that the notebook finished; the paths are kept relative, so that the repository can be moved."""
+def is_of_one_run(results: Path, number: str) -> bool:
+    """Whether what a notebook wrote rests on what the notebooks that it needs have written since.
+
+    It does not where one of those finished anew and this one did not, or where it was killed while its files changed.
+    Results without a note, as those that come with the repository, count as of one run.
+    """
+    last = recall(results, number)
+    if not last:
+        return True
+    needs = last.get("needs")
+    pairs = needs.items() if isinstance(needs, dict) else ()
+    rests = all(recall(results, need).get("key") == key and is_of_one_run(results, need) for need, key in pairs)
+    return last.get("key") is not None and rests
+
+
+def remember(results: Path, number: str, key: str, outputs: Iterable[Path], needs: Mapping[str, str]) -> None:
+    """Note that the notebook finished, with the keys of those that it needs.
+
+    The paths are kept relative, so that the repository can be moved.
+    """
     hashes = {os.path.relpath(path, results): hash_file(path, {}) for path in sorted(outputs)}
     shared = {name: sha for name, sha in hashes.items() if _is_shared(name, results)}
     if shared:
         note(results.parent, "shared", recall(results.parent, "shared") | shared)
-    note(results, number, {"key": key, "outputs": hashes})
+    note(results, number, {"key": key, "outputs": hashes, "needs": dict(needs)})
 
 
 def _is_shared(name: str, results: Path) -> bool:

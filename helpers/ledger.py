@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers import claims_corrected, store
+from helpers import claims_corrected, freshness, store
 from helpers.calibration_rates import CORRECTED, Rates, beside
 from helpers.claims import c1, c2, c3
 from helpers.claims_gates import c5b
@@ -25,22 +25,37 @@ KEYS = ["model", "claim", "quantity", "variant"]
 RULES: dict[str, Callable[[Rows], Verdict]] = {"C4": c4, "C5a": c5a, "C5b": c5b, "C5c": c5c, "C6": c6, "C7": c7}
 
 
-def collect(results: Path) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Evidence of every run below a results folder, and the names of the runs.
+def collect(results: Path, own: str) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
+    """Evidence of every run below a results folder, the names of the runs, and a sentence for each file left out.
 
-    A run also measures its model's relatives; where a relative has a run of its own, that run's rows count.
+    A run also measures its model's relatives; where a relative has a run of its own, that run's rows count. Of runs other
+    than `own`, files are left out that cannot be read, or that are older than what they rest on: one run that failed half
+    way must not stop or spoil the others'. Raises InputError for a damaged file of `own`, and where nothing is found.
     """
-    tables = {}
+    tables, left_out = {}, list[str]()
     for folder in sorted(path for path in results.iterdir() if (path / "02_evidence.csv").is_file()):
-        files = sorted(folder.glob("0[2-6]_evidence.csv"))
-        tables[folder.name] = pd.concat([store.read_table(path, store.EVIDENCE) for path in files], ignore_index=True)
+        found = []
+        for path in sorted(folder.glob("0[2-6]_evidence.csv")):
+            try:
+                table = store.read_table(path, store.EVIDENCE)
+            except InputError as error:
+                if folder.name == own:
+                    raise
+                left_out.append(f"{folder.name}: {error}")
+                continue
+            if folder.name == own or freshness.is_of_one_run(folder, path.name[:2]):
+                found.append(table)
+            else:
+                left_out.append(f"{folder.name}: {path.name} is older than what it rests on: run that model again")
+        if found:
+            tables[folder.name] = pd.concat(found, ignore_index=True)
     if not tables:
         raise InputError(f"no run with evidence in {results}: run ./run_all.sh first")
     parts = []
     for run, table in tables.items():
         owner = table.model.str.removesuffix(UNTRAINED)
         parts.append(table[(owner == run) | ~owner.isin(tables)])
-    return pd.concat(parts, ignore_index=True).drop_duplicates(KEYS), tuple(tables)
+    return pd.concat(parts, ignore_index=True).drop_duplicates(KEYS), tuple(tables), tuple(left_out)
 
 
 def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:

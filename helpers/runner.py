@@ -237,7 +237,8 @@ def _run_one(plan: Plan, number: str, made_from: Mapping[str, str | None]) -> bo
             if path.is_file():
                 path.unlink()
         write_text(text, plan.executed(number))
-    freshness.remember(plan.results, number, plan.keys[number], outputs)
+    needs = {need: plan.keys[need] for need in NEEDS[number] if need in plan.keys}
+    freshness.remember(plan.results, number, plan.keys[number], outputs, needs)
     note_time(plan.results, name, seconds)
     print(f"{seconds:.0f} s", flush=True)
     return True

@@ -285,7 +285,7 @@ def test_what_two_runs_share_is_not_written_over_by_who_had_not_seen_the_other(t
 
 def test_a_mixture_is_never_called_fresh(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a")
-    freshness.remember(tmp_path, "02", "key", [tmp_path / "a.csv"])
+    freshness.remember(tmp_path, "02", "key", [tmp_path / "a.csv"], {})
     assert freshness.is_fresh(tmp_path, "02", "key", {})
     freshness.forget(tmp_path, "02", [])  # before anything is published
     assert not freshness.is_fresh(tmp_path, "02", "key", {})
@@ -296,10 +296,10 @@ def test_what_a_killed_run_was_about_to_write_stays_known(tmp_path: Path) -> Non
     old, new, both = (tmp_path / f"{name}.csv" for name in ("old", "new", "both"))
     for path in (old, new, both, tmp_path / "mine.csv"):
         path.write_text("a")
-    freshness.remember(tmp_path, "02", "key", [old, both])
+    freshness.remember(tmp_path, "02", "key", [old, both], {})
     assert freshness.forget(tmp_path, "02", [new, both]) == [old]
     assert set(freshness.forget(tmp_path, "02", [both])) == {old, new}
-    freshness.remember(tmp_path, "03", "key", [old])  # which another notebook writes by now
+    freshness.remember(tmp_path, "03", "key", [old], {})  # which another notebook writes by now
     assert freshness.forget(tmp_path, "02", [both]) == [new]
 
 
