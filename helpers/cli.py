@@ -138,7 +138,7 @@ def run_command(flags: argparse.Namespace) -> int:
     numbers = runner.with_needs(chosen, plan.paths)
     asked = plan.parameters
     if (asked["MODEL"], asked["PROMPTS"]) != ("embedded", "embedded") and plan.stale & set(numbers):
-        for line in preflight.check_pairs(asked["MODEL"], asked["PROMPTS"], asked["PAIRS"]):
+        for line in preflight.check_pairs(*(asked[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE"))):
             print(line, flush=True)
     if not shard_run.prepare(plan, numbers, flags.shards, force=flags.force):
         return 1
@@ -189,7 +189,8 @@ def models_command(flags: argparse.Namespace) -> int:
         try:
             own = parse(words)
             one = argparse.Namespace(**{**vars(flags), **{name: getattr(own, name) for name in model_list.KEYS}})
-            runs[place] = (parameters(one, one.device)["SLUG"], one)
+            device = preflight.resolve_device(one.device) if one.device == "auto" else one.device
+            runs[place] = (parameters(one, device)["SLUG"], one)  # a device that is not there fails its entry alone
         except InputError as error:
             raise InputError(f"{path}, entry {place}: {error}") from error
     model_list.refuse_same_names([slug for slug, _ in runs.values()], path)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"nothing to do: the sweeps of {relative(plan.results)} are up to date, or were not asked for")
         return 0
     if (parameters["MODEL"], parameters["PROMPTS"]) != ("embedded", "embedded"):
-        for line in preflight.check_pairs(parameters["MODEL"], parameters["PROMPTS"], parameters["PAIRS"]):
+        for line in preflight.check_pairs(*(parameters[name] for name in ("MODEL", "PROMPTS", "PAIRS", "PROFILE"))):
             print(line, flush=True)
     with runner.only_run(plan.results):
         return _submit(parameters, options.executor, given, options.shards, wanted)

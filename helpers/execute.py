@@ -100,5 +100,6 @@ def has_runner() -> bool:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_the_runner, daemon=True).start()
+    if has_runner():
+        threading.Thread(target=end_with_the_runner, daemon=True).start()
     sys.exit(main(sys.argv[1:]))

@@ -44,6 +44,7 @@ from helpers.subject import Subject, load
 
 STEPS = 64  # tokens of an answer
 MOST = 300  # answers a treatment
+ANSWERS = "answers.csv"  # what the user fills in
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,10 +61,24 @@ def main(arguments: Sequence[str]) -> int:
     parameters = cli.parameters(asked, preflight.resolve_device(asked.device))
     folder = public_list.cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
+        _refuse_to_lose(folder / ANSWERS)
         return _sample(inputs.fetched(parameters, asked.wrappers), folder, options.sample)
     print("\n".join(rates(folder, judging.read_labels(Path(options.labels)))))
     print(_kept(folder, Path(options.labels), paths.RESULTS / parameters["SLUG"]), file=sys.stderr)
     return 0
+
+
+def _refuse_to_lose(file: Path) -> None:
+    """`InputError` if a file that a new sample would take the place of holds labels made by hand."""
+    if not file.is_file():
+        return
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        made = sum(bool((row.get("label") or "").strip()) for row in csv.DictReader(lines))
+    if made:
+        raise InputError(
+            f"{file} holds {made} labels made by hand, which a new sample would write over: give it to --labels, or move "
+            "it away"
+        )
 
 
 def _kept(folder: Path, labels: Path, results: Path) -> str:
@@ -114,7 +129,7 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     file = store.write_text(_csv(("id", "label"), given), folder / "given.csv")
     _note(parameters, file, [text for _, _, text, _ in found])
     blank = [(name, "", request, answer) for name, _, request, answer in chosen]
-    store.write_text(_csv(("id", "label", "request", "answer"), blank), folder / "answers.csv")
+    store.write_text(_csv(("id", "label", "request", "answer"), blank), folder / ANSWERS)
     judge = os.environ.get(hub.JUDGE) or "refusal phrases"
     print(f"{len(found)} answers labelled by {judge}; {len(chosen)} of them, drawn at random: {folder / 'answers.csv'}")
     print(

@@ -173,7 +173,7 @@ def tokenizer_of(folder: Path) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
 
 
-def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
+def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
     """Read and tokenize the prompt set with the model's tokenizer; returns what a user should know of it.
 
     Raises `InputError` for what later steps could not use: see `helpers.prompts` and `helpers.tokens`.
@@ -184,7 +184,7 @@ def check_pairs(model: str, prompts: str, pairs: int) -> list[str]:
     from helpers import thinning, tokens
 
     tokenizer = tokenizer_of(model_folder(model))
-    chosen = thinning.limit(prompt_set.pairs, pairs)
+    chosen = thinning.limit(prompt_set.pairs, thinning.asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))

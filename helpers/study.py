@@ -18,7 +18,6 @@ from helpers.prompts import Pair
 from helpers.subject import Subject, load
 from helpers.tokens import Openers, TokenPair
 
-SMOKE_PAIRS = 24
 LAYER_SITES = sweeps.LAYER_SITES
 
 
@@ -73,7 +72,7 @@ def begin(
     """
     subject = load(model, device=device, dtype=dtype)
     content = prompts.load_set(prompt_set)
-    chosen = thinning.limit(content.pairs, pairs or (SMOKE_PAIRS if profile == "smoke" else 0))
+    chosen = thinning.limit(content.pairs, thinning.asked(pairs, profile))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     _check_vocabulary(subject, kept)
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}

@@ -11,6 +11,17 @@ import numpy as np
 from helpers.errors import InputError
 from helpers.prompts import MIN_PAIRS, SPLIT_SHARES, SPLITS, Pair
 
+SMOKE_PAIRS = 24  # a treatment, in the smoke profile
+
+
+def asked(pairs: int, profile: str) -> int:
+    """How many pairs a treatment a run takes at most (0: all).
+
+    >>> asked(0, "full"), asked(0, "smoke"), asked(50, "smoke")
+    (0, 24, 50)
+    """
+    return pairs or (SMOKE_PAIRS if profile == "smoke" else 0)
+
 
 def limit(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
     """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""

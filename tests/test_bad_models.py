@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import preflight, subject, tokens
 from helpers.errors import InputError
-from helpers.paths import ORGANISM
+from helpers.paths import ORGANISM, PROMPTS
 from helpers.prompts import load_set
 from helpers.study import begin
 
@@ -107,6 +107,24 @@ def test_a_broken_folder_is_named(tmp_path: Path, damage: Callable[[Path], None]
     with pytest.raises(InputError, match=BROKEN[damage]):
         preflight.check_model(str(folder))
         begin(str(folder), "embedded", "x", pairs=10)
+
+
+def test_pairs_are_checked_as_the_profile_takes_them(tmp_path: Path) -> None:
+    """The smoke profile takes the first of each kind, which may be unusable where later ones are not."""
+    topics = [pair for pair in load_set("embedded").pairs if pair.treatment == "T1"][:60]
+    rows = [
+        {"id": pair.id, "treatment": "T1", "topic": pair.topic, "control": pair.control, "treated": pair.treated}
+        for pair in topics
+    ]
+    for row in rows[:50]:
+        row["treated"] += " please"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copy2(PROMPTS / "embedded" / "outcome.json", tmp_path)
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    (tmp_path / "outcome.json").write_text(json.dumps(outcome.get("T1", outcome)))
+    assert preflight.check_pairs("embedded", str(tmp_path), 0, "full")[0].startswith("10 of 60 pairs usable")
+    with pytest.raises(InputError, match="usable"):
+        preflight.check_pairs("embedded", str(tmp_path), 0, "smoke")
 
 
 def test_links_to_weights_elsewhere_are_followed(tmp_path: Path) -> None:

@@ -346,3 +346,10 @@ def test_a_shard_started_by_hand_needs_no_runner(words: dict[str, Any]) -> None:
     code = "from helpers import execute; print(execute.has_runner())"
     done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, **words)
     assert done.communicate()[0] == "False\n"
+
+
+def test_a_notebook_started_by_hand_ends_nobody_else() -> None:
+    """Its runner's pipe ends a notebook with its group; an empty input of whoever typed the command must not."""
+    words = f"{sys.executable} -m helpers.execute nowhere.ipynb x.ipynb . '{{}}' 1 < /dev/null; echo went on"
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    assert "nowhere.ipynb" in done.stdout + done.stderr and done.stdout.endswith("went on\n")

@@ -32,12 +32,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "listing") -> None:
+    """The hub's answer to the first question that is asked of it, or only to that for files."""
+
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    place, name = (huggingface_hub.HfApi, "model_info") if at == "listing" else (huggingface_hub, "snapshot_download")
+    monkeypatch.setattr(place, name, fail)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,17 @@ REFUSALS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("at", ["listing", "files"])
 @pytest.mark.parametrize("case", REFUSALS)
-def test_every_refusal_is_one_sentence(cache: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_every_refusal_is_one_sentence(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch, case: str, at: str
+) -> None:
+    """Some models are listed for everyone and refuse their files; a transfer breaks off, and a disk is full, only there."""
     make, message = REFUSALS[case]
-    refuse(monkeypatch, make())
+    serve(monkeypatch, source, cache, COMMIT)
+    refuse(monkeypatch, make(), at)
+    if at == "files":  # which are asked for by the commit that the listing named
+        message = message.replace("no revision 'main'", f"no revision '{COMMIT}'")
     with pytest.raises(InputError, match=message) as caught:
         load(REPO)
     assert "\n" not in str(caught.value)

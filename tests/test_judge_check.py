@@ -43,6 +43,12 @@ def test_from_a_sample_to_corrected_rates(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["T1", "T2", "T2b"]
     assert all("corrected" in line and "sensitivity" in line for line in lines)
+    (folder / "answers.csv").write_text(
+        "id,label,request,answer\n" + "".join(f"{name},1,a,b\n" for name, _ in made[:3])
+    )
+    with pytest.raises(InputError, match=r"answers\.csv holds 3 labels made by hand, .* --labels"):
+        judge_check.main(["--sample", "30", *FLAGS])
+    assert len(rows(folder / "answers.csv")) == 3
 
 
 def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from helpers import cli, hub, model_list
+from helpers import cli, hub, model_list, preflight
 from helpers.errors import InputError
 from helpers.paths import ROOT
 
@@ -57,6 +57,13 @@ def test_a_mistake_is_one_clear_line_and_nothing_starts(toy_done: Toy, tmp_path:
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
     assert WRONG[text] in done.stderr
     assert toy_done.contents() == before
+
+
+def test_auto_and_the_device_that_it_means_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "resolve_device", lambda device: "cpu" if device == "auto" else device)
+    path = written(tmp_path, "models:\n- {model: full-0, pairs: 20}\n- {model: full-0, pairs: 20, device: auto}\n")
+    with pytest.raises(InputError, match="entries 1 and 2 are both named 'full-0-pairs20'"):
+        cli.models_command(cli.parse([f"--models={path}"]))
 
 
 def test_a_list_that_is_not_there_and_flags_that_belong_into_it(toy_done: Toy, tmp_path: Path) -> None:
