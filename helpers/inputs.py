@@ -158,7 +158,9 @@ def _pinned_judge(judge: str) -> str:
 
 def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
-    from helpers import hub_fetch, judging, model_files, model_size, tokens
+    import torch
+
+    from helpers import hub_fetch, judging, model_files, model_size
 
     preflight.check_judge(judge)
     # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
@@ -172,7 +174,7 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
         preflight.check_weights(folder)
         tokenizer = preflight.tokenizer_of(folder)
         judging.answer_tokens(tokenizer, hub.name_of(folder))
-        tokens.encode(tokenizer, judging.QUESTION)
+        judging.check_fit(model_size.on_meta(folder, getattr(torch, judging.DTYPE)), tokenizer)
         model_size.checked(folder, device, judging.DTYPE, copies=1, beside=beside)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error

@@ -18,6 +18,8 @@ from helpers import grid
 from helpers.subject import Subject
 from helpers.tokens import Openers
 
+STEPS = 24  # tokens of an answer
+
 
 @dataclass(frozen=True)
 class Continuations:
@@ -95,7 +97,7 @@ def continuations(
     control: Int[Tensor, "pair pos"],
     treated: Int[Tensor, "pair pos"],
     openers: Openers | Sequence[Openers],
-    steps: int = 24,
+    steps: int = STEPS,
 ) -> Continuations:
     """The model's own answer and refusal to each pair, for Y2; `openers` are those of all pairs, or of each pair.
 

@@ -10,7 +10,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers import evidence, grid_chunks, mediation, positions, probes, prompts, sweeps, thinning, tokens
+from helpers import (
+    evidence,
+    fit,
+    grid_chunks,
+    mediation,
+    outcomes,
+    positions,
+    probes,
+    prompts,
+    sweeps,
+    thinning,
+    tokens,
+)
 from helpers.depth import depth
 from helpers.errors import InputError
 from helpers.progress import progress
@@ -74,19 +86,15 @@ def begin(
     content = prompts.load_set(prompt_set)
     chosen = thinning.limit(content.pairs, thinning.asked(pairs, profile))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
-    _check_vocabulary(subject, kept)
+    _check_fit(subject, kept)
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
 
 
-def _check_vocabulary(subject: Subject, pairs: Sequence[TokenPair]) -> None:
-    rows = subject.model.get_input_embeddings().weight.shape[0]
-    largest = max(int(side.max()) for pair in pairs for side in (pair.control, pair.treated))
-    if largest >= rows:
-        raise InputError(
-            f"{subject.name}: its tokenizer gives token {largest}, but the model embeds {rows}; they do not belong "
-            "together: save the model's own tokenizer into its folder"
-        )
+def _check_fit(subject: Subject, pairs: Sequence[TokenPair]) -> None:
+    sides = [side for pair in pairs for side in (pair.control, pair.treated)]
+    longest = max(len(side) for side in sides) + outcomes.STEPS
+    fit.check(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:

@@ -27,7 +27,7 @@ from helpers.study import Study
 from helpers.subject import Subject
 from helpers.tokens import TokenPair
 
-STEPS = 24
+STEPS = outcomes.STEPS
 # Decisions, counted from the first answer token (0), at which the clamp is on. Decision 0 is made at the prompt's end.
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "none": lambda step: False,

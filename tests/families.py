@@ -50,10 +50,13 @@ _CONFIGS = {
 }  # fmt: skip
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> PreTrainedModel:
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float32, attention: str | None = None, **changes: int
+) -> PreTrainedModel:
     """A random model with weights large enough that effects are far above rounding; the same one each time."""
     torch.manual_seed(0)
     config = _CONFIGS[family]()
+    config.update(changes)
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model = hf.AutoModelForCausalLM.from_config(config, **kwargs)
     with torch.no_grad():

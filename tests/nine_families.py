@@ -36,6 +36,14 @@ def model_folder(family: str, folder: Path) -> Path:
     return folder
 
 
+def judge_folder(folder: Path) -> Path:
+    """A model that can be a judge, as its tokenizer has the words Yes and No; its weights are random, so its labels are."""
+    tiny_model("gpt2", n_positions=512).save_pretrained(folder)
+    tiny_tokenizer(folder, {10: "Yes", 11: "No"})
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
 def prompt_folder(folder: Path, topics: int = 24) -> Path:
     """All treatments over the tiny vocabulary; a pair differs in one word, a T2 pair names its twin."""
     folder.mkdir(parents=True)
@@ -61,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.nine_families", description="Nine families through all notebooks.")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--only", help="the last notebook to run (default: all)")
+    parser.add_argument(
+        "--judged", action="store_true", help="answers are labelled by a judge model, of random weights too"
+    )
     options = parser.parse_args(arguments)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -68,8 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for family in options.families.split(","):
             model = model_folder(family, Path(folder) / family)
             flags = ["--model", str(model), "--prompts", str(prompts), "--profile", "smoke", "--name", f"tiny-{family}"]
-            failed += through(family, [*flags, *(["--only", options.only] if options.only else [])], Path(folder))
+            flags += ["--only", options.only] if options.only else []
+            flags += ["--judge", str(judge_folder(Path(folder) / "judge"))] if options.judged else []
+            is_wrong = through(family, flags, Path(folder))
+            failed += is_wrong or (options.judged and not _names_judge(Path(folder) / "results" / f"tiny-{family}"))
     return int(failed > 0)
+
+
+def _names_judge(results: Path) -> bool:
+    """Whether the run says that the judge labelled its answers."""
+    return "judge" in json.loads((results / "manifest.json").read_text(encoding="utf-8")).get("judge", "")
 
 
 def through(family: str, flags: Sequence[str], folder: Path) -> bool:

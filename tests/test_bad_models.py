@@ -60,6 +60,11 @@ def small_vocabulary(folder: Path) -> None:
     changed(folder, vocab_size=10)
 
 
+def short_context(folder: Path) -> None:
+    """Fewer positions than a prompt with its answer takes; a learned table of them would end in an index error."""
+    changed(folder, max_position_embeddings=30)
+
+
 def dangling_link(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(folder.parent / "nowhere.safetensors")
@@ -94,6 +99,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     more_layers: "lacks|could not be loaded",
     unknown_family: "could not be loaded",
     small_vocabulary: "token",
+    short_context: "reads at most 30 tokens, and a prompt with its answer takes up to",
     dangling_link: "could not be loaded",
     broken_template: "chat template cannot render one user turn .*Error",
     template_that_refuses: "chat template cannot render one user turn .*only tools may speak",

@@ -242,6 +242,10 @@ LATER = {
         folder, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400
     ),
     "Yes and No do not begin with known tokens of their own": lambda folder: words(folder, {}),
+    "judge reads at most 64 tokens, and the question with a request and its answer takes": lambda folder: spoil(
+        folder, max_position_embeddings=64
+    ),
+    "but the model embeds 3; they do not belong together": lambda folder: spoil(folder, vocab_size=3),
     "chat template cannot render one user turn": lambda folder: (folder / "chat_template.jinja").write_text("{{ x( }}"),
     "the chat template changes the user turn's text": lambda folder: (folder / "chat_template.jinja").write_text(
         "{{ messages[0].content | upper }}"
@@ -253,7 +257,7 @@ def judge_folder(place: Path) -> Path:
     """A judge with random weights, which knows the words Yes and No."""
     folder = place / "judge"
     words(folder, {7: "Yes", 9: "No"})
-    tiny_model("llama").save_pretrained(folder)
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
     return folder
 
 
@@ -281,6 +285,7 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
     monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     flags = ["--model", "full-0", "--judge", str(folder)]
+    capsys.readouterr()  # saving the folder draws a bar of progress
     assert cli.main(["--list", *flags]) == 0 and capsys.readouterr().err == ""
     {**JUDGE_DAMAGES, **LATER}[message](folder)
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a notebook was started"))

@@ -25,8 +25,8 @@ def test_a_folder_of_a_family_is_measured(tmp_path: Path, family: str) -> None:
     assert {row["claim"] for row in found.evidence} >= {"gate", "C3"}
 
 
-def test_a_family_goes_through_all_notebooks_and_shows_no_prompt() -> None:
-    assert main(["--families", "llama"]) == 0
+def test_a_family_goes_through_all_notebooks_with_a_judge_and_shows_no_prompt() -> None:
+    assert main(["--families", "llama", "--judged"]) == 0
 
 
 @pytest.mark.slow
