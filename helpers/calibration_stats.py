@@ -157,8 +157,9 @@ def power(table: pd.DataFrame, by: str) -> pd.DataFrame:
 def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float]]) -> pd.DataFrame:
     """Receiver operating curves: for each score the shares of false and of true cases above every threshold, and the area.
 
-    `auroc` has a 95 % interval, `low` to `high`: true and false cases redrawn, each among themselves (it has no width where
-    the scores do not overlap). A case without a score counts as 0, since a test that found nothing to measure called nothing.
+    `auroc` has a 95 % interval, `auroc_low` to `auroc_high`: true and false cases redrawn, each among themselves (it has no
+    width where the scores do not overlap). A case without a score counts as 0, since a test that found nothing to measure
+    called nothing.
 
     >>> float(roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0])
     1.0
@@ -169,7 +170,7 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
         values = np.array([known.get(case, 0.0) for case in truth])
         false, true, _ = roc_curve(member, values)
         low, high = _area_interval(values[member], values[~member])
-        area = {"auroc": float(roc_auc_score(member, values)), "low": low, "high": high}
+        area = {"auroc": float(roc_auc_score(member, values)), "auroc_low": low, "auroc_high": high}
         tables.append(pd.DataFrame({"score": name, "false_rate": false, "true_rate": true, **area}))
     return pd.concat(tables, ignore_index=True)
 

@@ -20,6 +20,7 @@ from helpers import (
     defence_tradeoff,
     steering_controls,
     steering_fit,
+    thinning,
     wrappers,
 )
 from helpers.defence import N_CURVE, PLAIN, Lab
@@ -45,14 +46,14 @@ class Rivalry:
 
 
 def begin(
-    study: Study, prompt_set: Prompts, *, thin: int = 0, judge: Judge | None = None
+    study: Study, prompt_set: Prompts, *, profile: str = "full", judge: Judge | None = None
 ) -> tuple[Lab, Fit, str] | str:
     """Lab and fit of a study, and which class of prompts is missing ("" for none); see `defence.open_lab`.
 
     A missing class stops the arms that need a direction from it, and C6 with them; arms that need none can still be tried.
     Where there is nothing to try at all the sentence that says why stands alone.
     """
-    lab = defence.open_lab(study, prompt_set, thin=thin, judge=judge)
+    lab = defence.open_lab(study, prompt_set, thin=thinning.asked(0, profile), judge=judge)
     if isinstance(lab, str):
         return lab
     if not study.of("T2"):
@@ -123,14 +124,14 @@ def mediation_rows(
 
 
 def evidence(
-    study: Study, prompt_set: Prompts, model: str, *, thin: int = 0, judge: Judge | None = None, draws: int = 100,
+    study: Study, prompt_set: Prompts, model: str, *, judge: Judge | None = None, draws: int = 100,
     refits: int = 10, curve: int = N_CURVE,
 ) -> list[dict[str, object]]:  # fmt: skip
     """All evidence rows on C6 of a study; one row that says why, where a class of prompts is missing.
 
     `curve` bounds the harmful prompts on which strengths are chosen and random directions compared.
     """
-    begun = begin(study, prompt_set, thin=thin, judge=judge)
+    begun = begin(study, prompt_set, judge=judge)
     if isinstance(begun, str) or begun[2]:
         return defence_evidence.not_defined(model, begun if isinstance(begun, str) else begun[2])
     lab, fit, _ = begun

@@ -99,7 +99,7 @@ SPECS = (
         "C5b",
         "Share of models with a gate against share without one above each threshold of the index, one curve a form of the index: "
         "how far a curve bends to the upper left says how well that form tells them apart",
-        {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc", "low", "high"), "float")},
+        {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc", "auroc_low", "auroc_high"), "float")},
     ),
     FigureSpec(
         "07_plants",

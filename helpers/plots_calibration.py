@@ -120,7 +120,7 @@ def roc(table: pd.DataFrame) -> Figure:
     ax = axes[0, 0]
     for k, (score, part) in enumerate(table.groupby("score", sort=False)):
         first = part.iloc[0]
-        label = f"{score} ({first.auroc:.2f} [{first.low:.2f}, {first.high:.2f}])"
+        label = f"{score} ({first.auroc:.2f} [{first.auroc_low:.2f}, {first.auroc_high:.2f}])"
         style = {"color": plots.OKABE_ITO[k % 8], "ls": ["-", "--", "-.", ":"][k % 4], "lw": 1.6}
         ax.step(part.false_rate, part.true_rate, where="post", label=label, **style)
     ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")

@@ -112,7 +112,9 @@ def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> 
     truth = {i: i < 30 for i in range(130)}
     noise = {i: float(rng.random()) for i in truth}
     table = cs.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
-    areas = table.groupby("score")[["auroc", "low", "high"]].first()
+    areas = (
+        table.groupby("score")[["auroc", "auroc_low", "auroc_high"]].first().set_axis(["auroc", "low", "high"], axis=1)
+    )
     assert areas.loc["perfect"].tolist() == [1.0, 1.0, 1.0]
     chance = areas.loc["noise"]
     assert chance.low < chance.auroc < chance.high and chance.low < 0.5 < chance.high

@@ -16,6 +16,7 @@ from toys import environment
 from helpers import cluster, hub, run_flags, runner, shard_run
 from helpers.errors import InputError
 from helpers.paths import ROOT
+from tests.nine_families import judge_folder
 
 FLAGS = {"MODEL": "full-0", "PROMPTS": "embedded", "SLUG": "shared", "DEVICE": "cpu", "DTYPE": "float32"}
 FLAGS |= {"PROFILE": "smoke", "PAIRS": 10}  # type: ignore[dict-item]
@@ -151,13 +152,14 @@ def test_jobs_are_given_the_flags_of_a_run(
 ) -> None:
     """A judge and trust in foreign code reach the jobs by variables; --only leaves sweeps out that are not asked for."""
     executor = submitit(jobs=[job(tmp_path, "7_0"), job(tmp_path, "7_1")])
-    flags = ["--trust-remote-code", "--judge", "window-1", "--only", "02"]
+    judge = str(judge_folder(tmp_path / "judge"))
+    flags = ["--trust-remote-code", "--judge", judge, "--only", "02"]
     assert cluster.main(["--set", "timeout_min=5", *WORDS, *flags]) == 0
     assert executor.asked == {"timeout_min": 5}
-    assert "pairs of ('full-0', 'embedded', 0) looked at" in capsys.readouterr().out
+    assert "pairs of ('full-0', 'embedded', 0, 'smoke') looked at" in capsys.readouterr().out
     (parameters, shard, n, wanted), last = executor.calls
     assert (parameters["MODEL"], shard, n, wanted, last[1]) == ("full-0", 0, 2, ["02"], 1)
-    assert (hub.trusts_code(), os.environ[hub.JUDGE]) == (True, "window-1")
+    assert (hub.trusts_code(), os.environ[hub.JUDGE]) == (True, judge)
     assert cluster.main([*WORDS, "--only", "01"]) == 0 and not hub.trusts_code()
     with pytest.raises(InputError, match="--force behind -- means nothing here"):
         cluster.main([*WORDS, "--force"])
