@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -28,6 +32,7 @@ from helpers.errors import InputError
 from helpers.first_words import FirstWords
 from helpers.paths import ROOT
 from helpers.subject import load_tokenizer
+from tests.nine_families import texts_in
 
 WRAPPERS = [
     {"family": "tale", "neutral": "w5 w6 {request} w7", "jailbreak": "w8 w9 {request} w7"},
@@ -539,3 +544,35 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
     content = prompts.load_set(inputs.fetched(asked, None)["PROMPTS"])
     assert all(pair.sensitive for pair in content.pairs) and len(content.pairs) == 12
     assert content.outcomes["T1"][0] == (("w11",) if lost == "outcome.json" else (" w13",))
+
+
+def test_a_public_set_with_wrappers_goes_through_a_run_offline(
+    served: dict, model: Path, template_file: Path, tmp_path: Path
+) -> None:
+    """By the command that users type, in a process of its own, once the set lies in the cache; no text is left behind."""
+    served["JailbreakBench/JBB-Behaviors"] = jbb(30)
+    (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
+    given = {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
+    made = Path(inputs.fetched(given, str(template_file))["PROMPTS"])
+    (tmp_path / "prompts").symlink_to(made)
+    places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
+    words = [
+        "--model",
+        str(model),
+        "--prompts",
+        "jailbreakbench",
+        "--wrappers",
+        str(template_file),
+        "--profile",
+        "smoke",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.cli", *words, "--only", "02", "--name", "mine"],
+        cwd=ROOT, env={**os.environ, **places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = pd.read_parquet(tmp_path / "results" / "mine" / "02_layers.parquet")
+    assert set(found.treatment) == {"T1", "T2", "T2b", "T2-T2b"}
+    n_files, leaks = texts_in(tmp_path, done.stdout + done.stderr)
+    assert n_files > 10 and not leaks
