@@ -7,16 +7,14 @@ arithmetic bound.
 One size varies at a time. Results: results/benchmarks/scaling.csv and a figure.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pandas as pd
-import torch
 
 from benchmarks import bound, draw
-from benchmarks.shapes import QUOTED, SITES, SMOKE, Job, Shape, Workload, machine, prompts, random_llama
+from benchmarks.shapes import SITES, Job, Shape, Workload, asked, machine, prompts, random_llama
 from benchmarks.tools import companion, setting_for
 from helpers.progress import progress
 from helpers.subject_parts import find_parts
@@ -24,18 +22,13 @@ from helpers.subject_parts import find_parts
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every size and writes table and figure."""
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description="Cost of exact interventions against size.")
-    parser.add_argument("--shape", choices=["quoted", "smoke"], default="quoted")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    shape = SMOKE if options.shape == "smoke" else QUOTED
+    shape, ending = asked("benchmarks.scaling", "Cost of exact interventions against size.", arguments)
     rate = bound.product_rate(shape)
     rows = [_measure(*point, rate) for point in progress(list(_points(shape)), "sizes")]
-    table = pd.DataFrame(rows).assign(**machine(), shape=options.shape)
+    table = pd.DataFrame(rows).assign(**machine(), shape=ending.strip("_") or "quoted")
     table["times_bound"] = table.seconds / table.bound
     print(table[["factor", "size", "seconds", "bound", "times_bound"]].to_string(index=False))
-    draw.save_scaling(table, "scaling" if options.shape == "quoted" else f"scaling_{options.shape}")
+    draw.save_scaling(table, f"scaling{ending}")
 
 
 def _points(shape: Shape) -> Iterator[tuple[str, int, Shape, tuple[Job, ...]]]:

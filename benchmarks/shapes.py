@@ -1,7 +1,9 @@
 """The models, prompts and interventions that are timed: random weights, since time does not depend on them."""
 
+import argparse
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +73,16 @@ def workloads(shape: Shape) -> list[Workload]:
         Workload("all neurons of the last layer, log-odds only", at_top, log_prob=False),
         Workload(f"{len(at_middle)} neurons of a middle layer", at_middle),
     ]
+
+
+def asked(prog: str, description: str, arguments: Sequence[str] | None) -> tuple[Shape, str]:
+    """The shape that a command line asks for, and what its files' names end with; sets the number of threads."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--shape", choices=["quoted", "smoke"], default="quoted")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    return (SMOKE, "_smoke") if options.shape == "smoke" else (QUOTED, "")
 
 
 def random_llama(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LlamaForCausalLM:

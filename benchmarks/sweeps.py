@@ -6,18 +6,16 @@
 Results: results/benchmarks/sweeps.csv. `operations / rate` is the time that the formula gives before its factor.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from benchmarks import bound, cost_model, draw
 from benchmarks.cost_model import Design
-from benchmarks.shapes import QUOTED, SMOKE, Shape, machine, prompts, random_llama
+from benchmarks.shapes import Shape, asked, machine, prompts, random_llama
 from helpers.paths import results_dir
 from helpers.progress import progress
 from helpers.prompts import Pair
@@ -33,18 +31,13 @@ OPENERS = Openers((3, 4), (5, 6))
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every sweep and writes the table."""
-    parser = argparse.ArgumentParser(prog="benchmarks.sweeps", description="Time of whole sweeps against the formula.")
-    parser.add_argument("--shape", choices=["quoted", "smoke"], default="quoted")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    shape = SMOKE if options.shape == "smoke" else QUOTED
+    shape, ending = asked("benchmarks.sweeps", "Time of whole sweeps against the formula.", arguments)
     rate = bound.product_rate(shape)
     rows = [_measure(*point) for point in progress(list(_points(shape)), "sweeps")]
-    table = pd.DataFrame(rows).assign(rate=rate, **machine(), shape=options.shape)
+    table = pd.DataFrame(rows).assign(rate=rate, **machine(), shape=ending.strip("_") or "quoted")
     table["times_formula"] = table.seconds * rate / table.operations
     print(table[["sweep", "treatment", "layers", "pairs", "seconds", "times_formula"]].to_string(index=False))
-    write_table(table, results_dir(draw.SLUG) / ("sweeps.csv" if options.shape == "quoted" else "sweeps_smoke.csv"))
+    write_table(table, results_dir(draw.SLUG) / f"sweeps{ending}.csv")
 
 
 def _points(shape: Shape) -> Iterator[tuple[str, str, Shape]]:

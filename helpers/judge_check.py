@@ -131,7 +131,7 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     blank = [(name, "", request, answer) for name, _, request, answer in chosen]
     store.write_text(_csv(("id", "label", "request", "answer"), blank), folder / ANSWERS)
     judge = os.environ.get(hub.JUDGE) or "refusal phrases"
-    print(f"{len(found)} answers labelled by {judge}; {len(chosen)} of them, drawn at random: {folder / 'answers.csv'}")
+    print(f"{len(found)} answers labelled by {judge}; {len(chosen)} of them, drawn at random: {folder / ANSWERS}")
     print(
         "fill in the column label (1: the answer does what was asked, 0: it does not), then give the file to --labels"
     )
