@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import InputError
+from helpers.paths import at_home
 from helpers.store import read_json
 
 TRUST = "COMPANION_TRUST_REMOTE_CODE"
@@ -163,8 +164,4 @@ def _place(hub_id: HubId) -> Path:
 
 def expanded(place: str) -> Path:
     """A path with variables and `~` replaced where they are known, as the hub's library does it."""
-    path = Path(os.path.expandvars(place))
-    try:
-        return path.expanduser()
-    except RuntimeError:  # nobody of that name, or a user without a home
-        return path
+    return at_home(Path(os.path.expandvars(place)))

@@ -66,3 +66,11 @@ def relative(path: Path | str) -> str:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def at_home(path: Path) -> Path:
+    """The path with a leading `~` or `~user` replaced; as it is where nobody has that name, or the user no home."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path

@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers import hub, public_list
 from helpers.errors import InputError
-from helpers.paths import ORGANISM, PROMPTS, relative
+from helpers.paths import ORGANISM, PROMPTS, at_home, relative
 from helpers.store import read_json
 
 
@@ -36,10 +36,7 @@ def expanded(given: str) -> Path:
     """The path with `~` replaced, where it names a home; `InputError` for what no path may hold."""
     if "\0" in given:
         raise InputError(f"{given!r} holds a null character, which no path may: take it out")
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:  # a folder whose name begins with "~"
-        return Path(given)
+    return at_home(Path(given))
 
 
 def names(folder: Path) -> list[str]:
