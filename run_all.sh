@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to every figure: finds or makes the Python environment, then hands over to helpers/cli.py.
+# From a fresh clone to every figure: finds or makes the Python environment, then hands over to companion/run/cli.py.
 # See ./run_all.sh --help. Runs with the bash 3.2 of macOS.
 set -Eeuo pipefail
 
@@ -47,10 +47,10 @@ python="$place/bin/python"
 if ! is_311 "$python" || ! stamp check; then
   if is_311 "$python"; then base="$python"; else base="$(find_311)"; fi
   case "$*" in
-    --help | -h | --list | --book) exec "$base" -m helpers.cli "$@" ;; # these need no packages
+    --help | -h | --list | --book) exec "$base" -m companion.run.cli "$@" ;; # these need no packages
   esac
   # A mistake in the flags should show now, not after minutes of installing.
-  "$base" -c 'import sys; from helpers import cli; sys.exit(cli.check(sys.argv[1:]))' "$@"
+  "$base" -c 'import sys; from companion.run import cli; sys.exit(cli.check_command(sys.argv[1:]))' "$@"
   if ! is_311 "$python"; then
     if [ -e "$place" ]; then fail "$place is no working Python 3.11 environment: remove it and run again"; fi
     "$base" -m venv "$place" || fail "no environment could be made (Debian and Ubuntu: apt install python3.11-venv)"
@@ -66,4 +66,4 @@ if ! is_311 "$python" || ! stamp check; then
   stamp write
 fi
 
-exec "$python" -m helpers.cli "$@"
+exec "$python" -m companion.run.cli "$@"

@@ -5,9 +5,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from helpers import plots, store
-from helpers.figures import save_figure
-from helpers.paths import results_dir
+from companion.base import files
+from companion.base.paths import results_dir
+from companion.plots import style
+from companion.plots.figures import save_figure
 
 SLUG = "benchmarks"
 BOUND = "arithmetic"
@@ -15,11 +16,11 @@ BOUND = "arithmetic"
 
 def save_peers(table: pd.DataFrame, name: str) -> None:
     """The comparison as CSV and as a figure."""
-    store.write_table(table, results_dir(SLUG) / f"{name}.csv")
+    files.write_table(table, results_dir(SLUG) / f"{name}.csv")
     ours = table[table.tool == "this repository"]
     best = table[~table.tool.isin(["this repository", BOUND])].groupby("workload").times_ours.min()
     said = "; ".join(f"{work}: {best[work]:.0f} times" for work in ours.workload if work in best.index)
-    with rc_context(plots.STYLE):
+    with rc_context(style.STYLE):
         save_figure(
             _peers(table), name, SLUG, alt=f"Seconds by tool and workload, log scale. Best peer against ours: {said}"
         )
@@ -27,10 +28,10 @@ def save_peers(table: pd.DataFrame, name: str) -> None:
 
 def save_scaling(table: pd.DataFrame, name: str) -> None:
     """Cost against size as CSV and as a figure."""
-    store.write_table(table, results_dir(SLUG) / f"{name}.csv")
+    files.write_table(table, results_dir(SLUG) / f"{name}.csv")
     worst = (table.seconds / table.bound).max()
     alt = f"Seconds against pairs, layers, positions, neurons and tokens, with the arithmetic bound; at most {worst:.1f} times it"
-    with rc_context(plots.STYLE):
+    with rc_context(style.STYLE):
         save_figure(_scaling(table), name, SLUG, alt=alt)
 
 
@@ -43,8 +44,8 @@ def _peers(table: pd.DataFrame) -> Figure:
             is_default = unembeds == "every token"
             label = f"{tool}, as documented" if is_default else f"{tool}, last token only" if unembeds else tool
             axes.plot(
-                half.seconds, [works.index(work) for work in half.workload], plots.MARKERS[k], ms=6,
-                color=plots.OKABE_ITO[k], markerfacecolor="none" if is_default else plots.OKABE_ITO[k], label=label,
+                half.seconds, [works.index(work) for work in half.workload], style.MARKERS[k], ms=6,
+                color=style.OKABE_ITO[k], markerfacecolor="none" if is_default else style.OKABE_ITO[k], label=label,
             )  # fmt: skip
     least = table[table.tool == BOUND]
     axes.plot(
@@ -69,8 +70,8 @@ def _scaling(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(2.3 * len(factors), 3.0), layout="constrained")
     for axes, factor in zip(figure.subplots(1, len(factors), sharey=True), factors, strict=True):
         part = table[table.factor == factor]
-        axes.plot(part["size"], part.seconds, "o-", color=plots.OKABE_ITO[0], ms=4, label="measured")
-        axes.plot(part["size"], part.bound, "s--", color=plots.OKABE_ITO[1], ms=4, label="arithmetic bound")
+        axes.plot(part["size"], part.seconds, "o-", color=style.OKABE_ITO[0], ms=4, label="measured")
+        axes.plot(part["size"], part.bound, "s--", color=style.OKABE_ITO[1], ms=4, label="arithmetic bound")
         axes.set(xscale="log", yscale="log", xlabel=factor, xticks=part["size"], xticklabels=part["size"])
         axes.xaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel("seconds")

@@ -19,8 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.manifest import run_times
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
+from companion.run.freshness import run_times
 
 # Times, and what is only kept to go on from; everything else must be equal to the byte.
 PLAIN, KILLED, SHARED = "qxplain", "qxkills", "qxparts"  # equally long, since names pad printed tables
@@ -54,7 +54,7 @@ def _copy(target: Path) -> Path:
 
 
 def _command(flags: Sequence[str], name: str) -> list[str]:
-    return [sys.executable, "-m", "helpers.cli", *flags, "--name", name]
+    return [sys.executable, "-m", "companion.run.cli", *flags, "--name", name]
 
 
 def _run(copy: Path, flags: Sequence[str], name: str) -> tuple[dict[str, bytes], float]:

@@ -31,10 +31,10 @@ from benchmarks.gpu_parts import (
     seconds_of_one_forward,
 )
 from benchmarks.shapes import LLAMA_8B, SMALL_8B, Shape, machine, random_llama
-from helpers import store
-from helpers.errors import InputError
-from helpers.paths import results_dir
-from helpers.subject_parts import find_parts
+from companion.base import files
+from companion.base.errors import InputError
+from companion.base.paths import results_dir
+from companion.model.architecture import find_parts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,7 +97,7 @@ def _run_part(folder: Path, batch: Batch, part: str, first_pair: int, seconds_ea
     screen = folder / f"screen-{first_pair}.json"
     if part == "recheck" and not screen.is_file():
         raise InputError("the part recheck needs the part screen before it; add it to --parts")
-    screened = [(layer, neuron) for layer, neuron in store.read_json(screen)["found"]] if part == "recheck" else []
+    screened = [(layer, neuron) for layer, neuron in files.read_json(screen)["found"]] if part == "recheck" else []
     found, result = measured(batch.subject, partial(run_part, batch, part, screened))
     n = n_interventions(batch, part, screened)
     # Nobody would screen by one forward pass a neuron, so the gradient screen is not compared.
@@ -119,19 +119,19 @@ def _write(
         "part": part, "pairs": pairs, "interventions": interventions, "seconds": result.seconds,
         "peak_gib": result.peak_gib, "hooks_seconds": hooks_seconds, "found": found, **machine(),
     }  # fmt: skip
-    store.write_json(row, folder / f"{part}-{first_pair}.json")
+    files.write_json(row, folder / f"{part}-{first_pair}.json")
     print(f"{part} {first_pair}: {result.seconds:.2f} s, peak {result.peak_gib:.1f} GiB above the model", flush=True)
 
 
 def _sum_up(folder: Path) -> None:
-    rows = pd.DataFrame([store.read_json(file) for file in sorted(folder.glob("*-*.json"))])
+    rows = pd.DataFrame([files.read_json(file) for file in sorted(folder.glob("*-*.json"))])
     keys = ["gpu", "processor", "threads", "torch", "transformers"]
     table = rows.groupby(["part", *keys], sort=False).agg(
         pairs=("pairs", "sum"), interventions=("interventions", "max"), seconds=("seconds", "sum"),
         peak_gib=("peak_gib", "max"), hooks_seconds=("hooks_seconds", "sum"),
     ).reset_index()  # fmt: skip
     table["times_hooks"] = table.hooks_seconds / table.seconds
-    store.write_table(table, results_dir("benchmarks") / f"gpu_{folder.name}.csv")
+    files.write_table(table, results_dir("benchmarks") / f"gpu_{folder.name}.csv")
     print(
         table[["part", "pairs", "interventions", "seconds", "peak_gib", "hooks_seconds", "times_hooks"]].to_string(
             index=False

@@ -11,10 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from benchmarks.shapes import Shape, prompts
-from helpers import closed_form, grid, reference
-from helpers.grid import CleanRun, Patch
-from helpers.screen import attribution
-from helpers.subject_parts import Subject
+from companion.model import activations, readout, reference, replay
+from companion.model.activations import CleanRun
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.neurons import closed_form
+from companion.neurons.screening import attribution
 
 PARTS = ("layers-and-modules", "heads", "position-groups", "last-layer-neurons", "screen", "recheck")
 SITES = ("resid_post", "attn_out", "mlp_out")
@@ -48,7 +50,7 @@ def make_batch(subject: Subject, shape: Shape, first_pair: int, n_pairs: int) ->
     control, treated = prompts(shape, "random")
     treated[:, : shape.n_pos // 8] = control[:, : shape.n_pos // 8]
     chosen = slice(first_pair, first_pair + n_pairs)
-    base, source = (grid.clean_run(subject, tokens[chosen].to(subject.device)) for tokens in (control, treated))
+    base, source = (activations.clean_run(subject, tokens[chosen].to(subject.device)) for tokens in (control, treated))
     return Batch(subject, base, source, torch.tensor([0, 1], device=subject.device))
 
 
@@ -104,7 +106,7 @@ def measured(subject: Subject, run: Callable[[], T]) -> tuple[T, Measured]:
 
 
 def _interchange(batch: Batch, chosen: Sequence[Patch]) -> Float[Tensor, "pair patch read"]:
-    return grid.interchange(
+    return replay.interchange(
         batch.subject, batch.base, batch.source, chosen, readout=lambda resid: _log_odds(batch, resid)
     )
 
@@ -123,7 +125,7 @@ def _screen(batch: Batch) -> Neurons:
 
 
 def _log_odds(batch: Batch, resid: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    logits = grid.logits(batch.subject, resid, batch.rows)
+    logits = readout.logits(batch.subject, resid, batch.rows)
     return logits[..., 0] - logits[..., 1]
 
 

@@ -35,9 +35,9 @@ from benchmarks.shapes import (
     workloads,
 )
 from benchmarks.tools import TOOLS, Run, clean_outcome, is_installed, make_subject, setting_for
-from helpers.errors import InputError
-from helpers.grid_check import verify
-from helpers.subject_parts import Subject
+from companion.base.errors import InputError
+from companion.model.architecture import Subject
+from companion.model.verify import verify
 
 OURS = "this repository"
 TOLERANCE = 1e-2  # of the largest effect, float32

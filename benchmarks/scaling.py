@@ -16,8 +16,8 @@ import pandas as pd
 from benchmarks import bound, draw
 from benchmarks.shapes import SITES, Job, Shape, Workload, asked, machine, prompts, random_llama
 from benchmarks.tools import companion, setting_for
-from helpers.progress import progress
-from helpers.subject_parts import find_parts
+from companion.base.display import progress
+from companion.model.architecture import find_parts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,14 +16,14 @@ import pandas as pd
 from benchmarks import bound, cost_model, draw
 from benchmarks.cost_model import Design
 from benchmarks.shapes import Shape, asked, machine, prompts, random_llama
-from helpers.paths import results_dir
-from helpers.progress import progress
-from helpers.prompts import Pair
-from helpers.store import write_table
-from helpers.study import Study
-from helpers.subject_parts import find_parts
-from helpers.sweeps import SWEEPS
-from helpers.tokens import Openers, TokenPair
+from companion.base.display import progress
+from companion.base.files import write_table
+from companion.base.paths import results_dir
+from companion.mediation.study import Study
+from companion.mediation.sweeps import SWEEPS
+from companion.model.architecture import find_parts
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import Openers, TokenPair
 
 ANSWER = 24  # tokens that a random model's answers have: it does not end them
 OPENERS = Openers((3, 4), (5, 6))

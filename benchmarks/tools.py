@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from benchmarks.shapes import Job, outcome
-from helpers import closed_form, grid
-from helpers import subject as subject_module
-from helpers.grid import CleanRun, Patch
-from helpers.grid_run import on_input, on_output
-from helpers.subject_parts import Subject
+from companion.model import activations, load, replay
+from companion.model.activations import CleanRun, on_input, on_output
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.model.readout import log_probs, logits
+from companion.neurons import closed_form
 
 Run = Callable[[Sequence[Job]], Float[Tensor, "pair job number"]]
 
@@ -68,7 +69,7 @@ def hooks(setting: Setting) -> Run:
 
 def transformer_lens(setting: Setting) -> Run:
     """`run_with_hooks` of a TransformerBridge, as its patching module does it."""
-    lens = subject_module.bridge(setting.subject)
+    lens = load.bridge(setting.subject)
     names = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out",
              "neuron": "mlp.hook_post"}  # fmt: skip
 
@@ -148,11 +149,11 @@ def companion(setting: Setting) -> Run:
 
         def readout(resid: Tensor) -> Tensor:
             if setting.log_prob:
-                return _difference_and_log_prob(grid.log_probs(subject, resid, rows))
-            return outcome(grid.logits(subject, resid, rows), False)
+                return _difference_and_log_prob(log_probs(subject, resid, rows))
+            return outcome(logits(subject, resid, rows), False)
 
         patches = [Patch(job.site, job.layer, _mask(setting.control, job.position), job.index) for job in jobs]
-        return grid.interchange(subject, setting.base, setting.source, patches, readout=readout)[:, :, 0]
+        return replay.interchange(subject, setting.base, setting.source, patches, readout=readout)[:, :, 0]
 
     return run
 
@@ -175,7 +176,7 @@ def setting_for(
     subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"], log_prob: bool
 ) -> Setting:
     """Runs both prompts once and keeps their sites."""
-    base, source = grid.clean_run(subject, control), grid.clean_run(subject, treated)
+    base, source = activations.clean_run(subject, control), activations.clean_run(subject, treated)
     return Setting(subject, control, treated, base, source, log_prob, last_only=True)
 
 
@@ -189,7 +190,7 @@ def make_subject(model: Any, folder: Path) -> Subject:
     """A checked subject with the tokenizer of a folder, which TransformerLens asks for."""
     from transformers import AutoTokenizer
 
-    return subject_module.from_model(model, AutoTokenizer.from_pretrained(folder), str(folder))
+    return load.from_model(model, AutoTokenizer.from_pretrained(folder), str(folder))
 
 
 def _twin(subject: Subject) -> nn.Module:

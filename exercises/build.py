@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from companion.base.files import write_text
+from companion.base.paths import NOTEBOOKS, ROOT, relative
+from companion.run import notebooks
 from exercises import guide
 from exercises.glossary import linked
 from exercises.judging import LEVELS, NUMBERS, Exercise, of_notebook
 from exercises.questions import QUESTIONS, Question
-from helpers import notebook as nb
-from helpers.paths import NOTEBOOKS, ROOT, relative
-from helpers.store import write_text
 
 FOLDER = ROOT / "exercises"
 NEXT = "**Next →**"
@@ -48,10 +48,10 @@ def stub(solution: Callable[..., Any]) -> str:
     return source[: closing + 1] + EMPTY
 
 
-def cell(kind: str, text: str, name: str, tags: tuple[str, ...] = ()) -> nb.Cell:
+def cell(kind: str, text: str, name: str, tags: tuple[str, ...] = ()) -> notebooks.Cell:
     """A notebook cell that was never run."""
     metadata = {"tags": list(tags)} if tags else {}
-    made: nb.Cell = {
+    made: notebooks.Cell = {
         "cell_type": kind,
         "id": name,
         "metadata": metadata,
@@ -70,7 +70,7 @@ def heading(one: Exercise | Question, level: str, mark: str = "##") -> str:
     return f"{mark} Exercise {one.number}: {one.title}\n\n*{level}, about {one.minutes} minutes*"
 
 
-def students_cells(one: Exercise) -> list[nb.Cell]:
+def students_cells(one: Exercise) -> list[notebooks.Cell]:
     """Task, stub and check of one exercise."""
     text = f"{heading(one, LEVELS[one.level])}\n\n{one.task}\n\n{folded('Hint', one.hint)}"
     ask = f'check("{one.number}", {one.solution.__name__})'
@@ -81,13 +81,13 @@ def students_cells(one: Exercise) -> list[nb.Cell]:
     ]
 
 
-def question_cells(one: Question) -> list[nb.Cell]:
+def question_cells(one: Question) -> list[notebooks.Cell]:
     """Task and starting point of an open question."""
     text = f"{heading(one, 'open question')}\n\n{one.task}\n\n{folded('Hint', one.hint)}"
     return [cell("markdown", text, f"{one.number}-task"), cell("code", one.start, f"{one.number}-start")]
 
 
-def students_notebook(number: str, path: Path) -> nb.Notebook:
+def students_notebook(number: str, path: Path) -> notebooks.Notebook:
     """The notebook of this folder that goes with the companion's notebook at `path`."""
     top = (
         f"# Exercises of [{path.stem}](../notebooks/{path.name})\n\nWrite the body of each function, run its cell, then the "
@@ -103,7 +103,7 @@ def students_notebook(number: str, path: Path) -> nb.Notebook:
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def section(number: str, path: Path) -> list[nb.Cell]:
+def section(number: str, path: Path) -> list[notebooks.Cell]:
     """The Markdown cells *Exercises* of a notebook of the companion."""
     file = f"[exercises/{path.name}](../exercises/{path.name})"
     text = (
@@ -124,11 +124,11 @@ def section(number: str, path: Path) -> list[nb.Cell]:
     return [*cells, cell("markdown", asked, f"exercise-{last.number}", (f"{TAG}-{last.number}",))]
 
 
-def with_section(notebook: nb.Notebook, number: str, path: Path) -> nb.Notebook:
+def with_section(notebook: notebooks.Notebook, number: str, path: Path) -> notebooks.Notebook:
     """The notebook with its section *Exercises* before the line that leads on, and its terms linked."""
-    kept = [one for one in notebook["cells"] if not any(tag.split("-")[0] == TAG for tag in nb.tags(one))]
-    place = max(i for i, one in enumerate(kept) if one["cell_type"] == "markdown" and NEXT in nb.source(one))
-    before, _, after = nb.source(kept[place]).partition(NEXT)
+    kept = [one for one in notebook["cells"] if not any(tag.split("-")[0] == TAG for tag in notebooks.tags(one))]
+    place = max(i for i, one in enumerate(kept) if one["cell_type"] == "markdown" and NEXT in notebooks.source(one))
+    before, _, after = notebooks.source(kept[place]).partition(NEXT)
     ends = [{**kept[place], "source": before.rstrip().splitlines(keepends=True)}] if before.strip() else []
     last = cell("markdown", NEXT + after, f"{number}-next") if before.strip() else kept[place]
     cells = [*kept[:place], *ends, *section(number, path), last, *kept[place + 1 :]]
@@ -140,8 +140,8 @@ def made() -> dict[Path, str]:
     files = {guide.GUIDE: guide.filled(guide.GUIDE.read_text(encoding="utf-8"))}
     for number in NUMBERS:
         (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
-        files[FOLDER / path.name] = nb.text(students_notebook(number, path))
-        files[path] = nb.text(with_section(nb.read(path), number, path))
+        files[FOLDER / path.name] = notebooks.notebook_text(students_notebook(number, path))
+        files[path] = notebooks.notebook_text(with_section(notebooks.read_notebook(path), number, path))
     return files
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from functools import cache
 
-from helpers import notebook as nb
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
+from companion.run import notebooks
 
 GLOSSARY = ROOT / "docs" / "glossary.md"
 LINK = "../docs/glossary.md#"
@@ -50,13 +50,13 @@ def first_use(text: str, words: Sequence[str]) -> re.Match[str] | None:
     return next((use for use in uses if not any(low <= use.start() < high for low, high in closed)), None)
 
 
-def linked(cells: Sequence[nb.Cell]) -> list[nb.Cell]:
+def linked(cells: Sequence[notebooks.Cell]) -> list[notebooks.Cell]:
     """The cells with each term linked where prose first uses it; earlier links are dropped. Exercises are left alone."""
-    texts = [_OWN.sub(r"\1", nb.source(one)) for one in cells]
+    texts = [_OWN.sub(r"\1", notebooks.source(one)) for one in cells]
     prose = [
         place
         for place, one in enumerate(cells)
-        if one["cell_type"] == "markdown" and not any(tag.startswith("exercise") for tag in nb.tags(one))
+        if one["cell_type"] == "markdown" and not any(tag.startswith("exercise") for tag in notebooks.tags(one))
     ]
     for name, words in terms().items():
         for place in prose:

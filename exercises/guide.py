@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from companion.base.paths import ROOT
 from exercises import mystery
 from exercises.judging import LEVELS, NUMBERS, of_notebook
 from exercises.questions import QUESTIONS
-from helpers.paths import ROOT
 
 GUIDE = ROOT / "docs" / "teaching.md"
 

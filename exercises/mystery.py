@@ -15,13 +15,15 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from companion.base import files
+from companion.base.paths import results_dir
+from companion.claims import ledger
+from companion.mediation import estimands
+from companion.mediation.study import Study
+from companion.prompts.pairs import Pair, load_set
 from exercises.judging import NUMBERS
-from helpers import ledger, mediation, prompts, store
-from helpers.organisms import compiled
-from helpers.organisms.compiled_design import draw_design
-from helpers.paths import results_dir
-from helpers.prompts import Pair
-from helpers.study import Study
+from organisms import compiled
+from organisms.compiled_program import draw_design
 
 LETTERS = ("A", "B", "C")
 KINDS = {
@@ -88,7 +90,7 @@ def cells(code: int = 1, n: int = 40) -> pd.DataFrame:
 
 def prompt_sets(code: int = 1) -> dict[str, list[Pair]]:
     """Three versions of the embedded T2 pairs; at most one of them is fit for use."""
-    pairs = [pair for pair in prompts.load_set("embedded").pairs if pair.treatment == "T2"]
+    pairs = [pair for pair in load_set("embedded").pairs if pair.treatment == "T2"]
     rng = np.random.default_rng(code)
     dealt = rng.permutation([pair.split for pair in pairs]).tolist()
     turned = rng.random(len(pairs)) < 0.5
@@ -108,7 +110,7 @@ def _exchanged(pair: Pair) -> Pair:
 def vectors(study: Study, code: int = 1) -> dict[str, torch.Tensor]:
     """Three vectors of one length for the last residual stream of a study's model."""
     pairs = [pair for pair in study.of("T2") if pair.pair.split == "discover"][:64]
-    parts = [mediation.run_clean(study.subject, part) for part in mediation.batches(pairs, study.subject)]
+    parts = [estimands.run_clean(study.subject, part) for part in estimands.batches(pairs, study.subject)]
     gaps = [(one.control.resid_post[-1] - one.treated.resid_post[-1])[:, -1] for one in parts]
     refusal = torch.cat(gaps).mean(0)
     random = torch.from_numpy(np.random.default_rng([code, 6]).normal(size=len(refusal))).to(refusal)
@@ -142,7 +144,7 @@ def sample(rng: np.random.Generator, topics: int = 36, pairs: int = 3) -> tuple[
 
 def evidence(code: int = 1) -> dict[str, pd.DataFrame]:
     """Three evidence tables for C1, all made from the shipped model's; two were tampered with."""
-    table = store.read_table(results_dir("embedded") / "02_evidence.csv", store.EVIDENCE)
+    table = files.read_table(results_dir("embedded") / "02_evidence.csv", files.EVIDENCE)
     table = table[table.model.isin(["embedded", "embedded (untrained)"]) & table.claim.isin(["gate", "C1"])]
     made = (table, _set(table, table.variant.unique()), _set(table, ["norm frozen"]))
     return {letter: made[place].reset_index(drop=True) for letter, place in places("08", code).items()}

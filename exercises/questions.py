@@ -19,7 +19,7 @@ class Question:
 
 _CODE = "CODE = 1  # your teacher may give you another number: it draws other things"
 _MODELS = """from exercises import mystery
-from helpers import mediation
+from companion.mediation import estimands
 
 %s
 models = mystery.models("%s", CODE)
@@ -66,7 +66,7 @@ QUESTIONS: dict[str, Question] = {
         "one in a middle layer, in one in a "
         "late layer. Which is which? Say which picture you used, and why the cumulative curve of the residual "
         "stream would not do.",
-        '`mediation.effects(study.subject, study.of("T2"), study.openers, mediation.mediators(study.subject, '
+        '`estimands.measure_effects(study.subject, study.of("T2"), study.openers, estimands.mediators(study.subject, '
         '["attn_out", "mlp_out"]))`, then the means of `nie0` and `nie1` by site and layer. An MLP may only pass on what one '
         'below it has found: the last large one writes the decision (`"mlp_out.direct"` leaves passing on out; it is '
         "explained in notebook 03). Each model also has a smaller side route.",
@@ -90,8 +90,8 @@ QUESTIONS: dict[str, Question] = {
         "Three models. In one the decision is made by many last-layer neurons that lie side by side, in one by "
         "many that are scattered, in one by at most 8. "
         "Which is which? Decide without a window.",
-        '`neuron_effects.measure(study, "T2", neuron_effects.all_neurons(study.subject, [last]))` and '
-        "`neurons.table` of its first part (or `neuron_evidence.sweep(study).table`, as in the notebook, which measures more); "
+        '`single.measure_chosen(study, "T2", single.all_neurons(study.subject, [last]))` and '
+        "`single.table` of its first part (or `neurons.measure_neurons(study).table`, as in the notebook, which measures more); "
         "sort by |effect|, then look at the indices.",
         _models("04").replace("import mediation", "import neuron_effects, neurons"),
     ),
@@ -103,7 +103,7 @@ QUESTIONS: dict[str, Question] = {
         "that token (position group `differ`), layer by "
         "layer. Which is the first layer (counted from 0) after which it carries less than half of the total effect? That "
         "layer's attention fetched the signal. Give one layer for each model.",
-        '`mediation.effects(study.subject, study.of("T2"), study.openers, mediation.mediators(study.subject, '
+        '`estimands.measure_effects(study.subject, study.of("T2"), study.openers, estimands.mediators(study.subject, '
         '["resid_post"], ["differ"]))`, then the mean of `nie0` by layer over the mean of `te`. Patching after layer *l* '
         "reaches only what later layers fetch from there.",
         _models("05"),
@@ -120,11 +120,11 @@ QUESTIONS: dict[str, Question] = {
         "With `resid = batch.treated.resid_post[-1][:, -1]`, the jailbroken prompts, compare "
         '`outcomes.log_odds(this.subject, resid + vector / 2, this.openers["T2"])` with the same without the vector. The '
         "outcome is the log-odds of complying. Draw random vectors of the same length for comparison, as in exercise 06-3.",
-        "from exercises import mystery\nfrom helpers import mediation, outcomes, study\n\n"
+        "from exercises import mystery\nfrom companion.mediation import estimands, outcomes, study\n\n"
         f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
         "vectors = mystery.vectors(this, CODE)\n"
-        'of_one_length = mediation.batches(this.of("T2"), this.subject)[0]\n'
-        "batch = mediation.run_clean(this.subject, of_one_length)\n",
+        'of_one_length = estimands.batches(this.of("T2"), this.subject)[0]\n'
+        "batch = estimands.run_clean(this.subject, of_one_length)\n",
     ),
     "07": Question(
         "07-open",

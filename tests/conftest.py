@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from toys import Toy, copy_repository
 
-from helpers import hub
+from companion.base import hub
 
 # The same strange inputs at every run: a new one that fails is looked for on purpose, not met by chance in somebody's check.
 settings.register_profile("fixed", derandomize=True)

@@ -6,9 +6,9 @@ import torch
 from handmade import random_pairs
 from torch import Tensor
 
-from helpers.mediation import Mediator, effects
-from helpers.subject import Subject
-from helpers.tokens import Openers, TokenPair
+from companion.mediation.estimands import Mediator, measure_effects
+from companion.model.architecture import Subject
+from companion.prompts.tokens import Openers, TokenPair
 
 SITES = ("resid_post", "attn_out", "mlp_out", "head")
 DIRECT = ("attn_out.direct", "mlp_out.direct")
@@ -21,7 +21,7 @@ def of(names: Openers | None = None, *treatments: str) -> dict[str, Openers]:
 
 
 def one(subject: Subject, pairs: list[TokenPair], *wanted: Mediator, names: tuple[str, ...] = ("Y1",)) -> pd.DataFrame:
-    return effects(subject, pairs, of(), wanted, names)
+    return measure_effects(subject, pairs, of(), wanted, names)
 
 
 def cell(table: pd.DataFrame, site: str, layer: int, position: str = "last", head: int = -1) -> pd.DataFrame:

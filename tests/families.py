@@ -8,7 +8,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.subject_parts import Subject, find_parts
+from companion.model.architecture import Subject, find_parts
 
 VOCAB = 61
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "olmo2", "gpt2")

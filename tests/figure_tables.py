@@ -5,10 +5,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers import drawings, plots
-from helpers.figure_list import SPECS
-from helpers.figure_spec import FigureSpec
-from helpers.figures import spec
+from companion.plots import layers, style
+from companion.plots.figures import SPECS, spec
+from companion.plots.style import FigureSpec
 
 NAMES = [entry.name for entry in SPECS]
 CHOICES = {
@@ -20,10 +19,10 @@ CHOICES = {
     "estimand": ["NIE0", "NIE1", "INT"],
     "from_cell": ["y00", "y10"],
     "to_cell": ["y01", "y11"],
-    "state": list(drawings.CELLS),
-    "verdict": [*plots.VERDICTS, "not testable"],
+    "state": list(layers.CELLS),
+    "verdict": [*style.VERDICTS, "not testable"],
     "claim": ["C1", "C2", "C3"],
-    "group": list(drawings.GROUP_COLOURS),
+    "group": list(layers.GROUP_COLOURS),
     "layer": range(6),
     "head": range(4),
     "position": range(10),
@@ -90,5 +89,5 @@ def numbers(figure: Figure) -> set[float]:
 
 def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
     """A figure as `figures.show` draws it."""
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(style.STYLE):
         return spec(name).draw(table_for(spec(name)) if table is None else table)

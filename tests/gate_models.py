@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from handmade import BIAS, FIRST, N_LAYERS, OUT, SECOND, SIZE, Program, compiled, word_tokenizer
 
-from helpers.subject import Subject
+from companion.model.architecture import Subject
 
 MIDDLE = 10  # a channel that only neurons read
 ONE = "one"  # the constant, as a key of gate, up and write

@@ -16,9 +16,10 @@ import transformers as hf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers.prompts import Pair
-from helpers.subject import Subject, from_model
-from helpers.tokens import TokenPair, token_pair
+from companion.model.architecture import Subject
+from companion.model.load import from_model
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import TokenPair, token_pair
 
 SPECIAL = ("<bos>", "<system>", "<user>", "<assistant>", "<end>", "<pad>")
 WORDS = ("off", "on", "low", "high", "please", "now", "do", "it", "well", "yes", "no", "be", "kind")

@@ -2,9 +2,10 @@
 
 import pandas as pd
 
-from helpers import ledger, store
-from helpers.controls import UNTRAINED
-from helpers.verdicts import Verdict
+from companion.base import files
+from companion.base.thresholds import UNTRAINED
+from companion.claims import ledger
+from companion.claims.verdict import Verdict
 
 Number = tuple[float, float, float]
 FINE: dict[tuple[str, str, str], Number] = {
@@ -48,7 +49,7 @@ NIE, DIRECT, PSI = "MLP share of NIE", "MLP share of direct effects", "psi0 earl
 
 def table(numbers: dict, model: str = "m", n_topics: int = 36) -> pd.DataFrame:
     rows = [(model, *key, *values, 2 * n_topics, n_topics, "") for key, values in numbers.items() if values is not None]
-    return pd.DataFrame(rows, columns=list(store.EVIDENCE))
+    return pd.DataFrame(rows, columns=list(files.EVIDENCE))
 
 
 def judge(

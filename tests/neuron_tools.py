@@ -9,11 +9,10 @@ from effect_tools import YES_NO
 from families import VOCAB, tiny_subject
 from handmade import random_pairs
 
-from helpers.neuron_effects import Ends
-from helpers.neuron_sets import Measured
-from helpers.neurons import PairEffects
-from helpers.study import Study
-from helpers.subject_parts import Subject
+from companion.mediation.study import Study
+from companion.model.architecture import Subject
+from companion.neurons.sets import Measured
+from companion.neurons.single import Ends, PairEffects
 
 SPLITS = ("discover", "validate", "test")
 

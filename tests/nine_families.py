@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
 from tests.families import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
 
 TEMPLATE = (
@@ -95,7 +95,7 @@ def through(family: str, flags: Sequence[str], folder: Path) -> bool:
     """Runs the command with its results below `folder`, prints one line, and says whether something was wrong."""
     places = {"COMPANION_RESULTS": str(folder / "results"), "COMPANION_FIGURES": str(folder / "figures")}
     start = time.monotonic()
-    command = [sys.executable, "-m", "helpers.cli", *flags]
+    command = [sys.executable, "-m", "companion.run.cli", *flags]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | places, capture_output=True, text=True, check=False)
     made = [line.split("] ")[1].split()[0][:2] for line in done.stdout.splitlines() if line.startswith("[")]
     verdict = f"notebooks {' '.join(made)}" if done.returncode == 0 else f"FAILED: {done.stderr.strip()}"

@@ -8,12 +8,11 @@ import pandas as pd
 import torch
 from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
 
-from helpers import defence_outcomes
-from helpers import steering as st
-from helpers import steering_fit as sf
-from helpers.defence import Lab
-from helpers.defence_prompts import UNKNOWN
-from helpers.tokens import Openers
+from companion.generation import hooks, outcomes
+from companion.prompts.tokens import Openers
+from companion.steering import extraction
+from companion.steering.experiment import SteeringExperiment
+from companion.steering.prompts import UNKNOWN
 
 ON = 1.5  # log-odds of "yes" where the cue is "on"
 
@@ -26,36 +25,36 @@ def prompts() -> pd.DataFrame:
         for kind, refused, cue in cues:
             text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
             rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
-    return pd.DataFrame(rows, columns=list(sf.COLUMNS))
+    return pd.DataFrame(rows, columns=list(extraction.COLUMNS))
 
 
-def fitted() -> sf.Fit:
+def fitted() -> extraction.Fit:
     """The fit on these prompts."""
     subject = compiled(Program(skip=0.0))
     assert subject.tokenizer is not None
     yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
         subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
-    return sf.fit(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
+    return extraction.fit_classes(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
 
 
-def lab(fit: sf.Fit) -> Lab:
+def lab(fit: extraction.Fit) -> SteeringExperiment:
     """A lab of the same prompts, each a topic of its own, its judge never satisfied."""
     table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="")
-    found = defence_outcomes.log_odds(fit.subject, table.text, fit.openers)
+    found = outcomes.log_odds(fit.subject, table.text, fit.openers)
     table = pd.concat([table.assign(topic=table.id), found], axis=1)
-    return Lab(fit.subject, fit.openers, table, lambda request, answer: "off_topic")
+    return SteeringExperiment(fit.subject, fit.openers, table, lambda request, answer: "off_topic")
 
 
-def towards_no(name: str, size: float, gate: st.Opening | None = None) -> st.Steering:
+def towards_no(name: str, size: float, gate: hooks.Opening | None = None) -> hooks.Steering:
     """Takes `size` off the log-odds of every prompt (for which the gate opens), at the last token."""
     down = torch.zeros(16)
     down[OUT] = -size
-    edit = st.Edit(2, "mlp_out", lambda x, prompt: down.expand(len(x), 1, -1), "last")
-    return st.Steering(name, (edit,), gate=gate)
+    edit = hooks.Edit(2, "mlp_out", lambda x, prompt: down.expand(len(x), 1, -1), "last")
+    return hooks.Steering(name, (edit,), gate=gate)
 
 
-def opens_for(fit: sf.Fit, word: str) -> st.Opening:
+def opens_for(fit: extraction.Fit, word: str) -> hooks.Opening:
     """A gate that opens for prompts with this word."""
     assert fit.subject.tokenizer is not None
     token = fit.subject.tokenizer.convert_tokens_to_ids(word)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from helpers.evidence import COMPONENTS
-from helpers.mediation import estimands
+from companion.base.thresholds import COMPONENTS
+from companion.mediation.estimands import estimands
 
 N_LAYERS = 6
 LATE_MLP = {("mlp_out", 5): 3.0, ("attn_out", 4): 1.0, ("mlp_out", 0): 0.6, ("attn_out", 1): 0.4}

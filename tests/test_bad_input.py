@@ -9,15 +9,19 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from helpers import cli, hub, judging, model_files, model_list, paths, preflight, prompts, wrappers
-from helpers.errors import InputError
+from companion.base import folders, hub, paths
+from companion.base.errors import InputError
+from companion.generation import labels
+from companion.prompts import pairs, wrappers
+from companion.run import flags, model_list
+from companion.run.settings import check_prompts
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
 )  # fmt: skip
-FIELDS = st.sampled_from([*prompts.REQUIRED, *prompts.OPTIONAL, "other"])
+FIELDS = st.sampled_from([*pairs.REQUIRED, *pairs.OPTIONAL, "other"])
 ROWS = st.dictionaries(FIELDS, VALUES, max_size=9)
 
 
@@ -48,40 +52,40 @@ OUTCOME = b'{"comply": ["a"], "refuse": ["b"]}'
 @given(extra=st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3), base=st.booleans())
 def test_a_strange_pair(tmp_path: Path, extra: dict[str, Any], base: bool) -> None:
     row = (pair(99) if base else {}) | extra
-    found = answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
-    assert isinstance(found, prompts.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
+    found = answered(pairs.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+    assert isinstance(found, pairs.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
 
 
 @quick
 @given(content=st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_a_strange_pairs_file_or_outcome_file(tmp_path: Path, content: bytes) -> None:
     for files in ((GOOD + content, OUTCOME), (content, OUTCOME), (GOOD, content)):
-        found = answered(prompts.load_set, written(tmp_path, *files))
-        assert isinstance(found, prompts.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
+        found = answered(pairs.load_set, written(tmp_path, *files))
+        assert isinstance(found, pairs.PromptSet) or "pairs.jsonl" in found or "outcome.json" in found
 
 
 @pytest.mark.parametrize("name", ["t2", "T2B", " T1", "B0", "B", "harm"])
 def test_an_unknown_treatment_is_named(tmp_path: Path, name: str) -> None:
     """It would serve no claim, and the verdict would name something else as missing."""
     row = pair(99) | {"treatment": name}
-    found = answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+    found = answered(pairs.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
     assert repr(name) in found and "line 13" in found
 
 
 def test_a_twin_of_another_topic_is_named(tmp_path: Path) -> None:
     rows = [pair(98) | {"treatment": "T2b"}, pair(99) | {"treatment": "T2", "twin": "p98"}]
     files = GOOD + "\n".join(map(json.dumps, rows)).encode(), OUTCOME
-    assert "twins share a topic" in answered(prompts.load_set, written(tmp_path, *files))
+    assert "twins share a topic" in answered(pairs.load_set, written(tmp_path, *files))
     rows[0]["topic"] = "t99"
     files = GOOD + "\n".join(map(json.dumps, rows)).encode(), OUTCOME
-    assert isinstance(answered(prompts.load_set, written(tmp_path, *files)), prompts.PromptSet)
+    assert isinstance(answered(pairs.load_set, written(tmp_path, *files)), pairs.PromptSet)
 
 
 @quick
 @given(spans=st.dictionaries(st.sampled_from(["control", "treated", "x"]), VALUES, max_size=2), twin=SCALARS)
 def test_strange_spans_and_twins(tmp_path: Path, spans: dict[str, Any], twin: Any) -> None:
     row = pair(99) | {"spans": spans, "twin": twin, "treatment": "T2"}
-    answered(prompts.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
+    answered(pairs.load_set, written(tmp_path, GOOD + json.dumps(row).encode(), OUTCOME))
 
 
 NAMES = st.text(max_size=120) | st.text(alphabet="./\\~ab\0\n -", min_size=1, max_size=12)
@@ -94,15 +98,15 @@ WORDS = st.sampled_from(
 @quick
 @given(words=st.lists(WORDS | NAMES | st.integers().map(str), max_size=6))
 def test_strange_flags(words: list[str]) -> None:
-    found = answered(cli.parse, words)
+    found = answered(flags.parse, words)
     if not isinstance(found, str):
-        assert isinstance(answered(cli.parameters, found, "cpu"), dict | str)
+        assert isinstance(answered(flags.parameters, found, "cpu"), dict | str)
 
 
 @quick
 @given(name=NAMES)
 def test_a_name_never_escapes_results(name: str) -> None:
-    found = answered(lambda: cli.parameters(cli.parse([f"--name={name}", "--pairs=20"]), "cpu"))
+    found = answered(lambda: flags.parameters(flags.parse([f"--name={name}", "--pairs=20"]), "cpu"))
     if isinstance(found, dict):
         folder = (paths.RESULTS / found["SLUG"]).resolve()
         assert folder.parent == paths.RESULTS and folder != paths.RESULTS
@@ -114,7 +118,7 @@ def test_a_name_never_escapes_results(name: str) -> None:
 def test_a_strange_model_or_prompt_set(name: str) -> None:
     for flag in ("model", "prompts"):
         words = [f"--{flag}={name}", "--pairs=20"]
-        assert isinstance(answered(lambda words: cli.parameters(cli.parse(words), "cpu"), words), dict | str)
+        assert isinstance(answered(lambda words: flags.parameters(flags.parse(words), "cpu"), words), dict | str)
 
 
 @quick
@@ -122,7 +126,7 @@ def test_a_strange_model_or_prompt_set(name: str) -> None:
 def test_a_strange_list_of_models(tmp_path: Path, content: bytes) -> None:
     for text in (content, b"models:\n- " + content, b"models:\n- name: " + content):
         (tmp_path / "models.yml").write_bytes(text)
-        found = answered(model_list.read, tmp_path / "models.yml")
+        found = answered(model_list.read_model_list, tmp_path / "models.yml")
         assert isinstance(found, list) or "models.yml" in found
 
 
@@ -130,7 +134,7 @@ def test_a_strange_list_of_models(tmp_path: Path, content: bytes) -> None:
 @given(entry=st.dictionaries(st.sampled_from([*model_list.KEYS, "x"]), VALUES, max_size=4))
 def test_a_strange_entry(tmp_path: Path, entry: dict[str, Any]) -> None:
     (tmp_path / "models.yml").write_text(json.dumps({"models": [entry]}), encoding="utf-8")
-    found = answered(model_list.read, tmp_path / "models.yml")
+    found = answered(model_list.read_model_list, tmp_path / "models.yml")
     assert isinstance(found, str) or all(word.startswith("--") for word in found[0])
 
 
@@ -139,7 +143,7 @@ def test_a_strange_entry(tmp_path: Path, entry: dict[str, Any]) -> None:
 def test_a_strange_config(tmp_path: Path, config: bytes) -> None:
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(config)
-    answered(preflight.check_model, str(tmp_path))
+    answered(folders.check_model, str(tmp_path))
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -160,7 +164,7 @@ SETTINGS = st.fixed_dictionaries(
 @example(settings={"auto_map": {}, "model_type": ["llama"]})
 def test_strange_settings_of_a_model(tmp_path: Path, settings: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    found = answered(model_files.check_config, tmp_path)
+    found = answered(folders.check_config, tmp_path)
     is_causal = "LlamaForCausalLM" in str(settings.get("architectures"))
     assert (
         found is None if is_causal and set(settings) == {"architectures"} else found is None or str(tmp_path) in found
@@ -177,7 +181,7 @@ def test_a_strange_header_of_weights(tmp_path: Path, header: dict[str, Any]) -> 
     for text in (json.dumps(header), "[" * 100_000):
         data = text.encode()
         (tmp_path / "model.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
-        answered(preflight.check_weights, tmp_path)
+        answered(folders.check_weights, tmp_path)
 
 
 STRANGE = {
@@ -194,17 +198,17 @@ def test_json_that_breaks_its_reader_or_what_comes_after(tmp_path: Path, text: s
     for name in ("config.json", "tokenizer_config.json", hub.INDEX, "model.safetensors", wrappers.FILE, "set.json"):
         (tmp_path / name).write_text(text)
     for call, files in (
-        (prompts.load_set, (GOOD + text.encode(), OUTCOME)),
-        (prompts.load_set, (GOOD, text.encode())),
-        (preflight.check_model, (GOOD, OUTCOME)),
-        (model_files.check_config, (GOOD, OUTCOME)),
+        (pairs.load_set, (GOOD + text.encode(), OUTCOME)),
+        (pairs.load_set, (GOOD, text.encode())),
+        (folders.check_model, (GOOD, OUTCOME)),
+        (folders.check_config, (GOOD, OUTCOME)),
         (hub.weight_files, (GOOD, OUTCOME)),
-        (wrappers.read, (GOOD, OUTCOME)),
+        (wrappers.read_wrappers, (GOOD, OUTCOME)),
     ):
         place = written(tmp_path, *files)
-        found = answered(call, str(place) if call is preflight.check_model else place)
+        found = answered(call, str(place) if call is folders.check_model else place)
         assert isinstance(found, str) and "\n" not in found, call
-    assert prompts.load_set(written(tmp_path, GOOD, OUTCOME)).pairs[0].sensitive  # what its note says cannot be read
+    assert pairs.load_set(written(tmp_path, GOOD, OUTCOME)).pairs[0].sensitive  # what its note says cannot be read
 
 
 @quick
@@ -215,8 +219,8 @@ def test_json_that_breaks_its_reader_or_what_comes_after(tmp_path: Path, text: s
 def test_strange_wrappers_labels_and_lists_of_weights(tmp_path: Path, content: bytes) -> None:
     for name in (wrappers.FILE, "labels.csv", hub.INDEX):
         (tmp_path / name).write_bytes(content if name != "labels.csv" else b"id,label\n" + content)
-    answered(wrappers.read, tmp_path)
-    answered(judging.read_labels, tmp_path / "labels.csv")
+    answered(wrappers.read_wrappers, tmp_path)
+    answered(labels.read_labels, tmp_path / "labels.csv")
     names = answered(hub.weight_files, tmp_path)
     assert isinstance(names, str) or all(Path(name).name == name for name in names)
 
@@ -224,7 +228,7 @@ def test_strange_wrappers_labels_and_lists_of_weights(tmp_path: Path, content: b
 def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").mkdir()
     with pytest.raises(InputError, match=r"no pairs\.jsonl"):
-        prompts.load_set(tmp_path)
+        pairs.load_set(tmp_path)
 
 
 def test_links_out_of_the_folder_and_in_a_circle(tmp_path: Path) -> None:
@@ -235,9 +239,9 @@ def test_links_out_of_the_folder_and_in_a_circle(tmp_path: Path) -> None:
     place.mkdir()
     written(place, GOOD, OUTCOME)
     for name, call in (
-        ("pairs.jsonl", prompts.load_set),
-        ("outcome.json", prompts.load_set),
-        ("config.json", preflight.check_model),
+        ("pairs.jsonl", pairs.load_set),
+        ("outcome.json", pairs.load_set),
+        ("config.json", folders.check_model),
     ):
         (place / name).unlink(missing_ok=True)
         (place / name).symlink_to(secret)
@@ -250,6 +254,6 @@ def test_links_out_of_the_folder_and_in_a_circle(tmp_path: Path) -> None:
         (place / name).unlink()
         written(place, GOOD, OUTCOME)
     (place / "loop").symlink_to(place / "loop")
-    for call in (preflight.check_model, preflight.check_prompts):
+    for call in (folders.check_model, check_prompts):
         assert str(place / "loop") in answered(call, str(place / "loop"))
     assert secret.read_text() == "word17 word18\n"

@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from helpers import preflight, subject, tokens
-from helpers.errors import InputError
-from helpers.paths import ORGANISM, PROMPTS
-from helpers.prompts import load_set
-from helpers.study import begin
+from companion.base import folders
+from companion.base.errors import InputError
+from companion.base.paths import ORGANISM, PROMPTS
+from companion.mediation.study import begin
+from companion.model import load
+from companion.prompts import tokens
+from companion.prompts.pairs import load_set
+from companion.run.settings import check_pairs
 
 MODEL = ORGANISM / "window-0"
 
@@ -111,7 +114,7 @@ def test_a_broken_folder_is_named(tmp_path: Path, damage: Callable[[Path], None]
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     damage(folder)
     with pytest.raises(InputError, match=BROKEN[damage]):
-        preflight.check_model(str(folder))
+        folders.check_model(str(folder))
         begin(str(folder), "embedded", "x", pairs=10)
 
 
@@ -128,9 +131,9 @@ def test_pairs_are_checked_as_the_profile_takes_them(tmp_path: Path) -> None:
     shutil.copy2(PROMPTS / "embedded" / "outcome.json", tmp_path)
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     (tmp_path / "outcome.json").write_text(json.dumps(outcome.get("T1", outcome)))
-    assert preflight.check_pairs("embedded", str(tmp_path), 0, "full")[0].startswith("10 of 60 pairs usable")
+    assert check_pairs("embedded", str(tmp_path), 0, "full")[0].startswith("10 of 60 pairs usable")
     with pytest.raises(InputError, match="usable"):
-        preflight.check_pairs("embedded", str(tmp_path), 0, "smoke")
+        check_pairs("embedded", str(tmp_path), 0, "smoke")
 
 
 def test_links_to_weights_elsewhere_are_followed(tmp_path: Path) -> None:
@@ -139,8 +142,8 @@ def test_links_to_weights_elsewhere_are_followed(tmp_path: Path) -> None:
     folder.mkdir()
     for path in MODEL.iterdir():
         (folder / path.name).symlink_to(path)
-    preflight.check_model(str(folder))
-    assert subject.load(folder).sha256 == subject.load(MODEL).sha256
+    folders.check_model(str(folder))
+    assert load.load(folder).sha256 == load.load(MODEL).sha256
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,8 +162,8 @@ def test_damage_anywhere(tmp_path: Path, place: float, name: str, cut: bool) -> 
     at = int(place * (len(data) - 1))
     (folder / name).write_bytes(data[:at] if cut else data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
     try:
-        preflight.check_model(str(folder))
-        one = subject.load(folder)
+        folders.check_model(str(folder))
+        one = load.load(folder)
         assert one.tokenizer is not None
         tokens.tokenize(load_set("embedded").pairs[:20], one.tokenizer)
     except InputError as error:

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import bound, faults, gpu, peers, scaling, sweeps
 from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, workloads
-from helpers import paths
-from helpers.errors import InputError
+from companion.base import paths
+from companion.base.errors import InputError
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from helpers import book
-from helpers.paths import NOTEBOOKS, ROOT
+from book import build
+from companion.base.paths import NOTEBOOKS, ROOT
 
 
 def site(folder: Path, body: str) -> list[str]:
     folder.mkdir(exist_ok=True)
     (folder / "other.html").write_text("<p id='here'>x</p>")
     (folder / "index.html").write_text(body)
-    return list(book.broken_links(folder))
+    return list(build.broken_links(folder))
 
 
 @pytest.mark.parametrize("target", ["other.html", "other.html#here", "#top", "https://example.org/x", "mailto:a@b"])
@@ -28,7 +28,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None
 
 
 def test_every_document_has_its_page(tmp_path: Path) -> None:
-    book.stage(tmp_path / "source")
+    build.stage(tmp_path / "source")
     staged = {
         path.relative_to(tmp_path / "source").as_posix() for path in (tmp_path / "source").rglob("*") if path.is_file()
     }

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import lab
-from helpers import notebook as nb
-from helpers.figure_list import SPECS
-from helpers.paths import ROOT
-from helpers.store import write_text
+from companion.base.files import write_text
+from companion.base.paths import ROOT
+from companion.plots.figures import SPECS
+from companion.run import cli, notebooks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -39,18 +38,18 @@ def copied(root: Path) -> None:
     left_out = shutil.ignore_patterns(".*", "__pycache__", "figures", "benchmarks", "tests")
     shutil.copytree(ROOT, root, ignore=left_out)
     for path in sorted((root / "notebooks").glob("0[02]_*.ipynb")):
-        book = nb.read(path)
+        book = notebooks.read_notebook(path)
         for cell in book["cells"]:
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}
-            if "parameters" in nb.tags(cell) and path.name.startswith("02"):
+            if "parameters" in notebooks.tags(cell) and path.name.startswith("02"):
                 text = (
-                    nb.source(cell)
+                    notebooks.source(cell)
                     .replace('PROFILE = "full"', 'PROFILE = "smoke"')
                     .replace('SLUG = "embedded"', 'SLUG = "seen"')
                 )
                 cell["source"] = text
-        write_text(nb.text(book), path)
+        write_text(notebooks.notebook_text(book), path)
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +62,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    variables = lab.environment() | {f"JUPYTER_{name}": str(home / name) for name in FOLDERS}
+    variables = cli.environment() | {f"JUPYTER_{name}": str(home / name) for name in FOLDERS}
     variables |= {f"JUPYTERLAB_{name}_DIR": str(home / name) for name in ("WORKSPACES", "SETTINGS")}
     options = ("--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}")
     with (home / "log").open("w") as log:
-        command = lab.command(home / "repository", lab.FIRST, *options)
+        command = cli.command(home / "repository", cli.FIRST, *options)
         server = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=home / "repository")
     try:
         yield Served(home / "repository", wait_for(f"http://127.0.0.1:{port}", server))
@@ -102,18 +101,18 @@ def run_all_cells(served: Served, name: str, seconds: int) -> tuple[list[str], i
         page.locator(".lm-Menu-itemLabel", has_text="Restart Kernel and Run All Cells").click()
         page.locator(".jp-Dialog .jp-mod-warn").click()
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not nb.is_executed(nb.read(path)):
+        while time.monotonic() < end and not notebooks.is_executed(notebooks.read_notebook(path)):
             page.wait_for_timeout(2000)
             page.keyboard.press("Control+s")
         page.locator(".jp-OutputArea-output img").first.wait_for(timeout=10_000, state="attached")
         browser.close()
-    cells = nb.code_cells(nb.read(path))
+    cells = notebooks.code_cells(notebooks.read_notebook(path))
     errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
     return [str(cell["execution_count"]) for cell in cells], len(errors)
 
 
 def images(path: Path) -> int:
-    outputs = [out for cell in nb.code_cells(nb.read(path)) for out in cell["outputs"]]
+    outputs = [out for cell in notebooks.code_cells(notebooks.read_notebook(path)) for out in cell["outputs"]]
     return sum("image/png" in out.get("data", {}) for out in outputs)
 
 
@@ -140,9 +139,9 @@ def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
     (kernel / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "mine", "language": "python"}')
     ask = "from jupyter_client.kernelspec import get_kernel_spec as g; print(g('python3').argv[0])"
     seen = []
-    for variables in (lab.environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
+    for variables in (cli.environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
         done = subprocess.run(
-            [lab.command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
+            [cli.command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
             check=True,
         )  # fmt: skip
         seen.append(done.stdout.strip())

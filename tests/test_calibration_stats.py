@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import calibration_rates
-from helpers import calibration_stats as cs
+from companion.calibration import rates
 
 
 def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:
@@ -40,55 +39,55 @@ TABLE = draws(
 
 
 def test_shares_of_verdicts_add_up_within_each_truth() -> None:
-    table = cs.confusion(TABLE)
+    table = rates.confusion(TABLE)
     assert one(table, truth="true", verdict="supported").estimate == 0.8
     assert one(table, truth="false", verdict="supported").hits == 1
     assert table.groupby(["claim", "truth"]).estimate.sum().round(9).eq(1).all()
-    assert one(cs.confusion(TABLE, given_gate=True), truth="false", verdict="inconclusive").hits == 0
+    assert one(rates.confusion(TABLE, given_gate=True), truth="false", verdict="inconclusive").hits == 0
 
 
 def test_false_support_has_an_exact_bound() -> None:
-    found = one(cs.errors(TABLE), error="false supported")
+    found = one(rates.errors(TABLE), error="false supported")
     assert (found.hits, found.n) == (1, 65)
     assert found.upper == pytest.approx(1 - 0.929, abs=2e-3)  # the rate p with P(at most 1 of 65) = 0.05
     p = found.upper
     assert (1 - p) ** 65 + 65 * p * (1 - p) ** 64 == pytest.approx(0.05, abs=1e-6)
-    assert one(cs.errors(TABLE, given_gate=True), error="false supported").n == 60
+    assert one(rates.errors(TABLE, given_gate=True), error="false supported").n == 60
     untestable = draws((4, NULL), (3, {**NULL, "verdict": "not testable"}))
-    assert one(cs.errors(untestable, given_gate=True), error="false supported").n == 4
+    assert one(rates.errors(untestable, given_gate=True), error="false supported").n == 4
 
 
 def test_open_truths_count_neither_way() -> None:
-    assert one(cs.errors(TABLE), error="power to support").n == 10
-    assert one(cs.errors(TABLE), error="false contradicted").hits == 0
+    assert one(rates.errors(TABLE), error="power to support").n == 10
+    assert one(rates.errors(TABLE), error="false contradicted").hits == 0
 
 
 def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
-    assert cs.upper_bound(0, cs.ENOUGH_NULLS) < 0.05 < cs.upper_bound(0, cs.ENOUGH_NULLS - 1)
-    assert cs.upper_bound(0, 0) == 1
-    assert math.isnan(cs.rate(0, 0)[0])
+    assert rates.upper_bound(0, rates.ENOUGH_NULLS) < 0.05 < rates.upper_bound(0, rates.ENOUGH_NULLS - 1)
+    assert rates.upper_bound(0, 0) == 1
+    assert math.isnan(rates.rate(0, 0)[0])
 
 
 def test_a_target_is_held_against_one_sided_bounds() -> None:
     """7 of 64: the two-sided limits reach below 5 %, the one-sided one does not."""
-    found = cs.errors(draws((57, NULL), (7, {**NULL, "verdict": "supported"})))
+    found = rates.errors(draws((57, NULL), (7, {**NULL, "verdict": "supported"})))
     missed = one(found, error="false supported")
-    assert missed.low < 0.05 < missed.lower and calibration_rates.state(missed) == "target missed"
-    powers = cs.errors(draws((30, {}), (5, {"verdict": "inconclusive"})))
-    assert calibration_rates.power_state(one(powers, error="power to support")) == "80 % neither shown nor missed"
+    assert missed.low < 0.05 < missed.lower and rates.state(missed) == "target missed"
+    powers = rates.errors(draws((30, {}), (5, {"verdict": "inconclusive"})))
+    assert rates.power_state(one(powers, error="power to support")) == "80 % neither shown nor missed"
     for n, said in ((0, "80 % shown"), (30, "80 % missed")):
-        powers = cs.errors(draws((30, {}), (n, {"verdict": "inconclusive"})))
-        assert calibration_rates.power_state(one(powers, error="power to support")) == said
-    silent = cs.errors(draws((30, {"verdict": "inconclusive"})))
-    assert "never says supported" in calibration_rates.power_state(one(silent, error="power to support"))
+        powers = rates.errors(draws((30, {}), (n, {"verdict": "inconclusive"})))
+        assert rates.power_state(one(powers, error="power to support")) == said
+    silent = rates.errors(draws((30, {"verdict": "inconclusive"})))
+    assert "never says supported" in rates.power_state(one(silent, error="power to support"))
 
 
 def test_severity_tells_kinds_of_alternatives_apart() -> None:
-    table = cs.supported_by_kind(TABLE, "false")
+    table = rates.supported_by_kind(TABLE, "false")
     assert one(table, kind="middle").estimate == 1
     assert one(table, kind="early").estimate == 0
     assert set(table.kind) == {"early", "middle"}
-    assert one(table, kind="early").upper == cs.upper_bound(0, 64)
+    assert one(table, kind="early").upper == rates.upper_bound(0, 64)
 
 
 def test_sampling_and_construct_errors_are_told_apart() -> None:
@@ -99,7 +98,7 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
         (1, {"verdict": "inconclusive", "population_verdict": "inconclusive"}),  # the rule cannot say
         (9, {"population_verdict": ""}),  # no population was drawn
     )
-    found = cs.split_errors(table)
+    found = rates.split_errors(table)
     assert {row.error: (row.hits, row.n) for row in found.itertuples()} == {
         "sampling": (1, 10),
         "construct": (2, 10),
@@ -111,7 +110,7 @@ def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> 
     rng = np.random.default_rng(1)
     truth = {i: i < 30 for i in range(130)}
     noise = {i: float(rng.random()) for i in truth}
-    table = cs.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
+    table = rates.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
     areas = (
         table.groupby("score")[["auroc", "auroc_low", "auroc_high"]].first().set_axis(["auroc", "low", "high"], axis=1)
     )
@@ -123,7 +122,7 @@ def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> 
 
 
 def test_power_by_kind_counts_true_claims_only() -> None:
-    table = cs.supported_by_kind(TABLE, "true")
+    table = rates.supported_by_kind(TABLE, "true")
     assert set(table.kind) == set(TABLE[TABLE.truth == "true"].kind)
     assert table.n.sum() == (TABLE.truth == "true").sum()
 
@@ -133,20 +132,20 @@ def test_coverage_counts_finite_intervals() -> None:
     table = draws(
         (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
     )
-    found = one(cs.coverage(table), quantity="share")
+    found = one(rates.coverage(table), quantity="share")
     assert (found.hits, found.n) == (19, 20)
 
 
 def test_power_grows_in_a_table_where_it_does() -> None:
     table = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
-    assert cs.power(table, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
+    assert rates.power(table, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
 
 
 def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:
     rng = np.random.default_rng(0)
     member = rng.random(2000) < 0.1
-    noise = cs.ranking_quality(member, rng.random(2000))
+    noise = rates.ranking_quality(member, rng.random(2000))
     assert abs(noise["auroc"] - 0.5) < 0.06 and noise["P@k"] < 0.2
-    perfect = cs.ranking_quality(member, member + 0.1 * rng.random(2000))
+    perfect = rates.ranking_quality(member, member + 0.1 * rng.random(2000))
     assert set(perfect.values()) == {1.0}
-    assert math.isnan(cs.ranking_quality([False, False], [1.0, 2.0])["auroc"])
+    assert math.isnan(rates.ranking_quality([False, False], [1.0, 2.0])["auroc"])

@@ -8,14 +8,15 @@ from families import FAMILIES, tiny_subject, tokens
 from handmade import BIAS, FIRST, OUT, SIZE, WORDS, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from helpers import carriers, evidence, grid
-from helpers.claims_tokens import c4
-from helpers.controls import Rows
-from helpers.grid import Patch
-from helpers.study import Study
-from helpers.subject import Subject
-from helpers.tokens import Openers
-from helpers.verdicts import Verdict
+from companion.claims.registered_rules import rule_c4
+from companion.claims.verdict import Rows, Verdict
+from companion.evidence.tokens import evidence_c4
+from companion.mediation import path_specific, summaries
+from companion.mediation.study import Study
+from companion.model import activations, replay
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.prompts.tokens import Openers
 
 OPENERS = ("yes", "no")
 
@@ -44,11 +45,11 @@ def study_of(subject: Subject) -> Study:
 
 
 def paths(subject: Subject, layer: int) -> dict[str, float]:
-    table = evidence.averaged(carriers.effects(study_of(subject), [layer]))
+    table = summaries.averaged(path_specific.path_effects(study_of(subject), [layer]))
     found = table[table.outcome == "Y1"].groupby("site")["nie"].mean()
     return {
         name: float(sum(weight * found[held] for held, weight in path.items()) / found["live"])
-        for name, path in carriers.PATHS.items()
+        for name, path in path_specific.PATHS.items()
     }
 
 
@@ -78,7 +79,7 @@ def test_an_attention_carried_signal_is_no_mlps() -> None:
 
 def test_mlps_cannot_carry_what_has_not_arrived() -> None:
     """Below the layer whose attention brings the signal, the last token's residual stream is the same in both runs."""
-    table = carriers.effects(study_of(compiled(Program())), [0])
+    table = path_specific.path_effects(study_of(compiled(Program())), [0])
     assert (table[["nie0", "nie1"]] == 0).all().all()
 
 
@@ -86,14 +87,14 @@ def test_mlps_cannot_carry_what_has_not_arrived() -> None:
 def test_no_mlp_carries_anything_from_an_earlier_token(family: str) -> None:
     """Attention outputs of the last token held, every other token changed: the last one stays what it was, bit for bit."""
     subject = tiny_subject(family)
-    base, source = (grid.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
+    base, source = (activations.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
     last = torch.zeros_like(base.tokens, dtype=torch.bool)
     last[:, -1] = True
     for layer in range(subject.n_layers - 1):
         earlier = Patch("resid_post", layer, ~last)
         above = range(layer + 1, subject.n_layers)
         held = [Patch("attn_out", at, last, value=base.site("attn_out", at)) for at in above]
-        live, frozen = grid.interchange(subject, base, source, [earlier, (earlier, *held)])[:, :, 0].unbind(1)
+        live, frozen = replay.interchange(subject, base, source, [earlier, (earlier, *held)])[:, :, 0].unbind(1)
         assert torch.equal(frozen, base.resid_post[-1][:, -1])
         assert ((live - frozen).abs().amax(-1) > 1e-3).all(), "attention must have had something to bring"
 
@@ -117,7 +118,7 @@ def synthetic(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.Dat
             for site, effect in held.items():
                 topic, split = f"t{i % 30}", "discover" if i % 30 < 15 else "test"
                 key = (f"p{i}", topic, "T2", split, site, layer, "last", -1)
-                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in carriers.OUTCOMES]
+                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in path_specific.OUTCOMES]
     names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "head", "outcome"]
     made = pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"])
     return made.assign(te=made.y11 - made.y00, nie0=made.y01 - made.y00, nie1=made.y11 - made.y10)
@@ -125,20 +126,20 @@ def synthetic(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.Dat
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
 def test_a_layers_own_mlp_counts_from_it_on(layer: int) -> None:
-    rows = pd.DataFrame(carriers.c4(synthetic(0.7, layer), "m", 4)).set_index(["quantity", "variant"])
+    rows = pd.DataFrame(evidence_c4(synthetic(0.7, layer), "m", 4)).set_index(["quantity", "variant"])
     assert rows.loc[("share of MLPs from this layer on", "main"), "estimate"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_planted_take_over_and_share_are_found(layer: int) -> None:
-    rows = pd.DataFrame(carriers.c4(synthetic(0.7, layer), "m", 4)).set_index(["quantity", "variant"])
+    rows = pd.DataFrame(evidence_c4(synthetic(0.7, layer), "m", 4)).set_index(["quantity", "variant"])
     assert rows.loc[("hand-over layer", "main"), ["estimate", "ci_low", "ci_high"]].tolist() == [layer] * 3
     assert rows.loc[("share of MLPs", "main"), "estimate"] == pytest.approx(0.7)
     assert rows.loc[("share of skip", "main"), "estimate"] == pytest.approx(0.3)
 
 
 def test_a_take_over_in_the_last_layer_is_not_defined() -> None:
-    rows = pd.DataFrame(carriers.c4(synthetic(0.7, 3), "m", 4))
+    rows = pd.DataFrame(evidence_c4(synthetic(0.7, 3), "m", 4))
     assert "no block is left above" in rows.loc[rows.quantity == "not defined", "note"].item()
     assert "main" not in set(rows.loc[rows.quantity == "share of MLPs", "variant"])
 
@@ -146,7 +147,7 @@ def test_a_take_over_in_the_last_layer_is_not_defined() -> None:
 @pytest.mark.parametrize(("layer", "above", "own"), [(1, 1, 1), (2, 0, 1), (3, 0, 0)])
 def test_the_mlp_that_decides_counts_from_its_own_layer_on(layer: int, above: float, own: float) -> None:
     """Layer 2's MLP decides: from layer 2 on nothing is left to the MLPs above, and all to it and them together."""
-    table = evidence.averaged(carriers.effects(study_of(compiled(Program())), [layer]))
+    table = summaries.averaged(path_specific.path_effects(study_of(compiled(Program())), [layer]))
     found = table[table.outcome == "Y1"].groupby("site")["nie"].mean()
     assert (found["attention held"] - found["both held"]) / found["live"] == pytest.approx(above, abs=1e-4)
     assert (found["attention held"] - found["all held"]) / found["live"] == pytest.approx(own, abs=1e-4)
@@ -156,10 +157,10 @@ def test_the_mlp_that_decides_counts_from_its_own_layer_on(layer: int, above: fl
 def test_with_all_held_the_last_residual_is_a_sum(family: str) -> None:
     """What the source's residual stream has after a layer without its MLP's output, plus all that is held."""
     subject = tiny_subject(family)
-    base, source = (grid.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
+    base, source = (activations.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
     for layer in range(subject.n_layers):
-        patches = carriers.variants(subject, base, source, [layer])
-        held = grid.interchange(subject, base, source, [patches[list(carriers.HELD).index("all held")]])[:, 0, 0]
+        patches = path_specific.variants(subject, base, source, [layer])
+        held = replay.interchange(subject, base, source, [patches[list(path_specific.HELD).index("all held")]])[:, 0, 0]
         expected = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
         for at in range(layer + 1, subject.n_layers):
             expected = expected + base.site("attn_out", at) + base.site("mlp_out", at)
@@ -175,7 +176,7 @@ FINE_C4: dict[tuple[str, str, str], Number] = {
 
 
 def judged(changes: dict | None = None, n_topics: int = 36) -> Verdict:
-    return c4(Rows("m", table({**FINE_C4, **(changes or {})}, n_topics=n_topics)))
+    return rule_c4(Rows("m", table({**FINE_C4, **(changes or {})}, n_topics=n_topics)))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import checks, manifest, store
+from companion.base import files
+from companion.run import checks, freshness
 
 
 @pytest.fixture
@@ -16,9 +17,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, number: float, verdict: str, processor: str = "") -> None:
-    store.write_json([{"model": "embedded", "claim": "C1", "verdict": verdict}], folder / "claims.json")
-    store.write_json({"processor": processor or manifest.processor()}, folder / "embedded" / "manifest.json")
-    store.write_json({"estimate": number}, folder / "embedded" / "02_layers.json")
+    files.write_json([{"model": "embedded", "claim": "C1", "verdict": verdict}], folder / "claims.json")
+    files.write_json({"processor": processor or freshness.processor()}, folder / "embedded" / "manifest.json")
+    files.write_json({"estimate": number}, folder / "embedded" / "02_layers.json")
 
 
 @pytest.mark.parametrize(
@@ -42,5 +43,5 @@ def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
     path.write_text(
         "processor\t: 0\nmodel name\t: X\nmodel\t: 7\nflags\t: sse avx2 avx512f\n\nprocessor\t: 1\n", encoding="utf-8"
     )
-    assert manifest.processor(path) == "X, 7, avx2, avx512f"
-    assert manifest.processor()
+    assert freshness.processor(path) == "X, 7, avx2, avx512f"
+    assert freshness.processor()

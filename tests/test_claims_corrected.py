@@ -6,9 +6,10 @@ from test_claims_gates import NUMBERS
 from test_claims_neurons import MINE
 from test_timing import FINE_C5C
 
-from helpers import claims, claims_corrected, claims_gates, claims_neurons, claims_tokens
-from helpers.claims_tokens import CARRIED, CARRIED_OWN, CONTENT, KEPT
-from helpers.controls import Rows
+from companion.base import thresholds
+from companion.base.thresholds import CARRIED, CARRIED_OWN, CONTENT, KEPT
+from companion.claims import corrected_rules, registered_rules
+from companion.claims.verdict import Rows
 
 
 def carried(share: lr.Number, above: lr.Number = (0.0, -0.1, 0.1)) -> dict[tuple[str, str, str], lr.Number]:
@@ -21,18 +22,18 @@ def carried(share: lr.Number, above: lr.Number = (0.0, -0.1, 0.1)) -> dict[tuple
 
 
 def computed(share: lr.Number, centroid: lr.Number = (0.2, 0.1, 0.3)) -> Rows:
-    numbers = {("C1", claims_corrected.COMPUTED, variant): share for variant in ("main", "unsaturated")}
+    numbers = {("C1", thresholds.COMPUTED, variant): share for variant in ("main", "unsaturated")}
     numbers |= carried((0.9, 0.8, 1.0))
     return Rows("m", lr.table(lr.FINE | numbers | {("C1", "centroid difference", "main"): centroid}, "m"))
 
 
 def test_every_correction_says_why_and_is_asked() -> None:
-    made = [one.claim for one in claims_corrected.rules(computed((0.9, 0.8, 1.0)))]
-    assert made == list(claims_corrected.WHY)
+    made = [one.claim for one in corrected_rules.corrected_rules_of(computed((0.9, 0.8, 1.0)))]
+    assert made == list(corrected_rules.WHY)
 
 
 def test_c1_has_no_corrected_verdict_where_the_interaction_was_not_measured() -> None:
-    assert "C1" not in [one.claim for one in claims_corrected.rules(Rows("m", lr.table(lr.FINE, "m")))]
+    assert "C1" not in [one.claim for one in corrected_rules.corrected_rules_of(Rows("m", lr.table(lr.FINE, "m")))]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_c1_has_no_corrected_verdict_where_the_interaction_was_not_measured() ->
     ],
 )
 def test_c1_asks_where_the_interaction_is_computed(share: lr.Number, centroid: lr.Number, said: str) -> None:
-    made = claims_corrected.c1(computed(share, centroid))
+    made = corrected_rules.corrected_c1(computed(share, centroid))
     assert made is not None and made.verdict == said
 
 
@@ -57,8 +58,8 @@ def test_c1_asks_where_the_interaction_is_computed(share: lr.Number, centroid: l
 def test_c2_reads_direct_effects_alone(share: tuple[float, float, float], said: str) -> None:
     half = {("C2", lr.NIE, "main"): (0.5, 0.48, 0.52), ("C2", lr.DIRECT, "main"): share}
     evidence = Rows("m", lr.table(lr.FINE | half, "m"))
-    assert claims_corrected.c2(evidence).verdict == said
-    assert claims.c2(evidence).verdict == "inconclusive"
+    assert corrected_rules.corrected_c2(evidence).verdict == said
+    assert registered_rules.rule_c2(evidence).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -67,31 +68,33 @@ def test_c2_reads_direct_effects_alone(share: tuple[float, float, float], said: 
 )
 def test_c4_counts_the_hand_over_layers_own_mlp(share: lr.Number, said: str) -> None:
     evidence = Rows("m", lr.table(lr.FINE | carried(share)))
-    assert claims_tokens.c4(evidence, corrected=True).verdict == said
-    assert claims_tokens.c4(evidence).verdict == "contradicted", "nothing is left to the MLPs above"
+    assert registered_rules.rule_c4(evidence, corrected=True).verdict == said
+    assert registered_rules.rule_c4(evidence).verdict == "contradicted", "nothing is left to the MLPs above"
 
 
 def test_c4_has_no_corrected_verdict_where_its_share_was_not_measured() -> None:
     old = {key: value for key, value in carried((0.9, 0.8, 1.0)).items() if key[1] != CARRIED_OWN}
-    assert "C4" not in [one.claim for one in claims_corrected.rules(Rows("m", lr.table(lr.FINE | old)))]
+    assert "C4" not in [one.claim for one in corrected_rules.corrected_rules_of(Rows("m", lr.table(lr.FINE | old)))]
 
 
 def test_a_probe_that_fails_spoils_a_support_of_c3_and_no_contradiction() -> None:
     chance = {("C3", "AUROC probe", "main"): (0.5, 0.4, 0.6)}
-    assert claims.c3(Rows("m", lr.table(lr.FINE | chance, "m")), corrected=True).verdict == "inconclusive"
+    assert (
+        registered_rules.rule_c3(Rows("m", lr.table(lr.FINE | chance, "m")), corrected=True).verdict == "inconclusive"
+    )
     nothing = {("C3", "psi0 early, shared tokens", "main"): (0.0, -0.01, 0.01)}
     nothing |= {("C3", "psi0 early, shared tokens", "unsaturated"): (0.0, -0.01, 0.01)}
     evidence = Rows("m", lr.table(lr.FINE | chance | nothing, "m"))
-    assert claims.c3(evidence).verdict == "inconclusive"
-    assert claims.c3(evidence, corrected=True).verdict == "contradicted"
+    assert registered_rules.rule_c3(evidence).verdict == "inconclusive"
+    assert registered_rules.rule_c3(evidence, corrected=True).verdict == "contradicted"
 
 
 def test_a_random_order_that_is_no_worse_spoils_a_support_of_c5a_and_no_contradiction() -> None:
     same = lr.FINE | MINE | {("C5a", "k90", "random order"): (5.0, 4.0, 7.0)}
-    assert claims_neurons.c5a(Rows("m", lr.table(same)), corrected=True).verdict == "inconclusive"
+    assert registered_rules.rule_c5a(Rows("m", lr.table(same)), corrected=True).verdict == "inconclusive"
     low = same | {("C5a", "psi1", variant): (0.01, 0.0, 0.02) for variant in ("main", "norm frozen", "unsaturated")}
-    assert claims_neurons.c5a(Rows("m", lr.table(low))).verdict == "inconclusive"
-    assert claims_neurons.c5a(Rows("m", lr.table(low)), corrected=True).verdict == "contradicted"
+    assert registered_rules.rule_c5a(Rows("m", lr.table(low))).verdict == "inconclusive"
+    assert registered_rules.rule_c5a(Rows("m", lr.table(low)), corrected=True).verdict == "contradicted"
 
 
 def gates(inside: tuple[float, float, float], **changed: tuple[float, float, float]) -> Rows:
@@ -115,22 +118,23 @@ def gates(inside: tuple[float, float, float], **changed: tuple[float, float, flo
 
 def test_a_gate_inside_last_layer_neurons_is_seen_by_the_corrected_rule() -> None:
     made = gates((0.9, 0.8, 1.0))
-    assert claims_gates.c5b(made).verdict == "inconclusive"
-    assert claims_gates.c5b(made, corrected=True).verdict == "supported"
-    assert claims_gates.c5b(gates((0.7, 0.5, 0.9)), corrected=True).verdict == "inconclusive"
+    assert registered_rules.rule_c5b(made).verdict == "inconclusive"
+    assert registered_rules.rule_c5b(made, corrected=True).verdict == "supported"
+    assert registered_rules.rule_c5b(gates((0.7, 0.5, 0.9)), corrected=True).verdict == "inconclusive"
     assert (
-        claims_gates.c5b(gates((0.9, 0.8, 1.0), **{"benign share": (0.3, 0.2, 0.4)}), corrected=True).verdict
+        registered_rules.rule_c5b(gates((0.9, 0.8, 1.0), **{"benign share": (0.3, 0.2, 0.4)}), corrected=True).verdict
         != "supported"
     )
 
 
 def test_c5c_asks_for_labels_that_do_not_rest_on_the_opener() -> None:
     by_opener = Rows("m", lr.table(lr.FINE | FINE_C5C))
-    assert claims_tokens.c5c(by_opener).verdict == "supported"
-    made = claims_tokens.c5c(by_opener, corrected=True)
+    assert registered_rules.rule_c5c(by_opener).verdict == "supported"
+    made = registered_rules.rule_c5c(by_opener, corrected=True)
     assert made.verdict == "not testable" and "--judge" in made.reason
     content = {("C5c", KEPT, CONTENT): (0.0, 0.0, 0.1), ("C5c", "effect of all tokens", CONTENT): (0.8, 0.7, 0.9)}
     content |= {("C5c", KEPT, "full response"): (0.1, 0.0, 0.2)}
     assert (
-        claims_tokens.c5c(Rows("m", lr.table(lr.FINE | FINE_C5C | content)), corrected=True).verdict == "contradicted"
+        registered_rules.rule_c5c(Rows("m", lr.table(lr.FINE | FINE_C5C | content)), corrected=True).verdict
+        == "contradicted"
     )

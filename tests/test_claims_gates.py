@@ -9,12 +9,13 @@ from handmade import FIRST, OUT, cue_pairs
 from test_gates import TOKENIZER, YES_NO
 from test_gates_twins import GATE
 
-from helpers import gate_evidence, gate_twins, neuron_evidence
-from helpers.claims_gates import c5b
-from helpers.controls import Rows
-from helpers.gate_answers import STEPS
-from helpers.store import EVIDENCE
-from helpers.study import Study
+from companion.base.files import EVIDENCE
+from companion.claims.registered_rules import rule_c5b
+from companion.claims.verdict import Rows
+from companion.evidence import gating, neurons
+from companion.mediation.study import Study
+from companion.neurons.clamping import STEPS
+from companion.neurons.gating import WRAPPER_HARM
 
 INDEX = ("gate index", "main")
 NUMBERS = {
@@ -44,7 +45,7 @@ def rows(**changed: tuple[float, float, float] | None) -> Rows:
 
 
 def test_a_gate_is_supported() -> None:
-    made = c5b(rows())
+    made = rule_c5b(rows())
     assert made.verdict == "supported" and made.estimate == 0.8
 
 
@@ -63,22 +64,22 @@ def test_a_gate_is_supported() -> None:
     ],
 )
 def test_each_condition_can_withhold_support(quantity: str, value: tuple[float, float, float] | None) -> None:
-    assert c5b(rows(**{quantity: value})).verdict == "inconclusive"
+    assert rule_c5b(rows(**{quantity: value})).verdict == "inconclusive"
 
 
 def test_contradicted_needs_every_form_low() -> None:
     low = (0.1, 0.05, 0.15)
     small = {"gate index|main": low, "gate index|norm frozen": low, "gate index, signed|main": low}
-    assert c5b(rows(**small)).verdict == "inconclusive"  # form c is high
-    assert c5b(rows(**small, **{"gate index, form|c: below": low})).verdict == "contradicted"
+    assert rule_c5b(rows(**small)).verdict == "inconclusive"  # form c is high
+    assert rule_c5b(rows(**small, **{"gate index, form|c: below": low})).verdict == "contradicted"
 
 
 def test_what_was_not_measured_is_not_testable() -> None:
     table = rows().table
-    made = c5b(Rows("m", table[table.claim == "gate"]))
+    made = rule_c5b(Rows("m", table[table.claim == "gate"]))
     assert made.verdict == "not testable" and "notebook 04" in made.reason
-    assert c5b(Rows("m", table[table.claim == "C5b"])).verdict == "not testable"
-    made = c5b(Rows("m", table[(table.claim == "gate") | table.variant.str.startswith("a:")]))
+    assert rule_c5b(Rows("m", table[table.claim == "C5b"])).verdict == "not testable"
+    made = rule_c5b(Rows("m", table[(table.claim == "gate") | table.variant.str.startswith("a:")]))
     assert made.verdict == "inconclusive" and "nothing of which" in made.reason
 
 
@@ -89,14 +90,14 @@ def study(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] |
     return Study("m", gm.build(model), tuple(pairs), {"T2": YES_NO, "T2b": YES_NO}, twins, {})
 
 
-def measured(made: Study) -> tuple[gate_evidence.Gates, pd.DataFrame]:
-    found = gate_evidence.measure(made, neuron_evidence.sweep(made, every=True).table)
-    return found, pd.DataFrame(gate_evidence.c5b(found, "m"), columns=list(EVIDENCE))
+def measured(made: Study) -> tuple[gating.Gates, pd.DataFrame]:
+    found = gating.measure_gates(made, neurons.measure_neurons(made, every=True).table)
+    return found, pd.DataFrame(gating.evidence_c5b(found, "m"), columns=list(EVIDENCE))
 
 
 def test_evidence_finds_the_gate_inside_a_neuron_and_calls_it_a_readout() -> None:
     found, table = measured(study(GATE, ("off high", "on high"), ("off low", "on low")))
-    assert found.headline is not None and found.headline.experiment == gate_twins.WRAPPER_HARM
+    assert found.headline is not None and found.headline.experiment == WRAPPER_HARM
     main = table[table.variant == "main"].set_index("quantity").estimate
     assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
     assert main["timing share"] == pytest.approx(1 / STEPS, abs=1e-3)  # this model decides anew at every token
@@ -110,11 +111,11 @@ def test_evidence_finds_the_gate_below_the_last_layer() -> None:
 
 
 def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
-    swept = neuron_evidence.quick(study(GATE, ("off high", "on high"), ("off low", "on low")))
+    swept = neurons.quick(study(GATE, ("off high", "on high"), ("off low", "on low")))
     assert swept is not None
     this = swept.measured.study
-    table = pd.DataFrame(gate_evidence.evidence(this, swept.table, "m", swept.ends), columns=list(EVIDENCE))
-    again = pd.DataFrame(gate_evidence.evidence(this, swept.table, "m"), columns=list(EVIDENCE))
+    table = pd.DataFrame(gating.gating_evidence(this, swept.table, "m", swept.ends), columns=list(EVIDENCE))
+    again = pd.DataFrame(gating.gating_evidence(this, swept.table, "m"), columns=list(EVIDENCE))
     pd.testing.assert_frame_equal(table, again)  # the runs of the sweep are those that it would make
     assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
     main = table[table.variant == "main"].set_index("quantity").estimate
@@ -123,8 +124,8 @@ def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None
 
 def test_no_wrapper_no_evidence() -> None:
     made = study(GATE, ("off high", "on high"), None)
-    table = neuron_evidence.sweep(made, every=True).table
-    assert gate_evidence.evidence(replace(made, pairs=()), table, "m") == []
+    table = neurons.measure_neurons(made, every=True).table
+    assert gating.gating_evidence(replace(made, pairs=()), table, "m") == []
 
 
 def test_evidence_of_a_contributor_contradicts_once_the_gate_is_passed() -> None:
@@ -133,5 +134,5 @@ def test_evidence_of_a_contributor_contradicts_once_the_gate_is_passed() -> None
     gate = pd.DataFrame([{"model": "m", "claim": "gate", "quantity": "TE T2", "variant": "main", "note": ""}])
     gate = gate.assign(estimate=3.0, ci_low=2.9, ci_high=3.1, n_pairs=60, n_topics=30)
     joint = gate.assign(quantity="joint probability T2", estimate=1.0)
-    made = c5b(Rows("m", pd.concat([gate, joint, table])))
+    made = rule_c5b(Rows("m", pd.concat([gate, joint, table])))
     assert "capped" in made.reason and "contradicted by its numbers" in made.reason  # no benign behaviours here

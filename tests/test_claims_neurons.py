@@ -4,9 +4,8 @@ import pandas as pd
 import pytest
 from ledger_rows import FINE, Number, row, table
 
-from helpers.claims_neurons import c5a, c7
-from helpers.controls import Rows
-from helpers.verdicts import Verdict
+from companion.claims.registered_rules import rule_c5a, rule_c7
+from companion.claims.verdict import Rows, Verdict
 
 LAYER = (1000.0, 1000.0, 1000.0)
 MINE: dict[tuple[str, str, str], Number] = {
@@ -26,7 +25,7 @@ PSI, K90 = ("C5a", "psi1"), ("C5a", "k90")
 
 def judge(claim: str, changes: dict | None = None, n_topics: int = 36) -> Verdict:
     rows = table({**FINE, **MINE, **(changes or {})}, n_topics=n_topics)
-    return {"C5a": c5a, "C7": c7}[claim](Rows("m", rows))
+    return {"C5a": rule_c5a, "C7": rule_c7}[claim](Rows("m", rows))
 
 
 def test_c5a_supported() -> None:
@@ -155,4 +154,4 @@ def test_what_stops_a_rule(claim: str) -> None:
     assert judge(claim, n_topics=19).verdict == "inconclusive"
     assert "no harmless twin" in judge(claim, row("gate", "TE T2-T2b", None)).tags
     bare = Rows("m", pd.DataFrame(columns=table({}).columns))
-    assert {"C5a": c5a, "C7": c7}[claim](bare).verdict == "not testable"
+    assert {"C5a": rule_c5a, "C7": rule_c7}[claim](bare).verdict == "not testable"

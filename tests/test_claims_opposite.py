@@ -2,10 +2,10 @@
 
 import json
 
-from helpers import claims_opposite
-from helpers.claims import STATEMENTS
-from helpers.paths import NOTEBOOKS
-from helpers.verdicts import Verdict
+from companion.base.paths import NOTEBOOKS
+from companion.claims import ledger
+from companion.claims.registered_rules import STATEMENTS
+from companion.claims.verdict import Verdict
 
 
 def headings(number: str) -> str:
@@ -16,8 +16,8 @@ def headings(number: str) -> str:
 
 
 def test_every_claim_has_an_opposite_and_its_analysis_is_a_section() -> None:
-    assert list(claims_opposite.OPPOSITE) == list(STATEMENTS)
-    for claim, (_, analysis) in claims_opposite.OPPOSITE.items():
+    assert list(ledger.OPPOSITE) == list(STATEMENTS)
+    for claim, (_, analysis) in ledger.OPPOSITE.items():
         number, _, rest = analysis.partition(", ")
         first = rest.split(" and ")[0].split(":")[0].split(",")[0]
         assert f"## {first}" in headings(number), (claim, first)
@@ -29,7 +29,7 @@ def test_it_counts_how_often_the_opposite_was_shown() -> None:
         "C2*": {"power_to_contradict": {"hits": 9, "n": 10, "rate": 0.9, "upper": 1.0}},
     }
     made = [Verdict("m", claim, "inconclusive", "") for claim in ("C2", "C3")]
-    found = claims_opposite.table(made, rates).set_index("claim")
+    found = ledger.opposite_table(made, rates).set_index("claim")
     assert found.loc["C2", ["shown", "shown_corrected", "verdict"]].tolist() == [
         "100 of 100",
         "9 of 10",

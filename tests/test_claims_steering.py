@@ -5,9 +5,8 @@ import pytest
 from ledger_rows import FINE as SHARED
 from ledger_rows import Number, table
 
-from helpers.claims_steering import c6
-from helpers.controls import Rows
-from helpers.verdicts import Verdict
+from companion.claims.registered_rules import rule_c6
+from companion.claims.verdict import Rows, Verdict
 
 STEERED: dict[tuple[str, str, str], Number] = {
     ("C6", "harm change", "main"): (-60.0, -66.0, -54.0),
@@ -28,7 +27,7 @@ def judged(changes: dict | None = None, *, n_harmless: int = 400, corrected: boo
     numbers = {**{key: SHARED[key] for key in SHARED if key[0] == "gate"}, **STEERED, **(changes or {})}
     made = table(numbers)
     made.loc[made.quantity == "harmless loss", "n_pairs"] = n_harmless
-    return c6(Rows("m", made), corrected=corrected)
+    return rule_c6(Rows("m", made), corrected=corrected)
 
 
 def row(quantity: str, numbers: Number | None, variant: str = "main") -> dict:
@@ -108,13 +107,13 @@ def test_what_was_not_measured_is_not_testable() -> None:
     told.loc[told.quantity == "not defined", "note"] = (
         "the model complied with no harmful prompt: add stronger wrappers"
     )
-    assert c6(Rows("m", told)).reason.startswith("the model complied with no")
+    assert rule_c6(Rows("m", told)).reason.startswith("the model complied with no")
 
 
 def test_no_gate_no_verdict() -> None:
     weak = judged({("gate", "TE T2-T2b", "main"): (0.3, 0.2, 0.4)})
     assert weak.verdict == "inconclusive" and "nothing to mediate" in weak.reason
-    assert c6(Rows("m", pd.DataFrame(table({})))).verdict == "not testable"
+    assert rule_c6(Rows("m", pd.DataFrame(table({})))).verdict == "not testable"
 
 
 def test_an_equal_rival_contradicts_by_the_registered_rule_only() -> None:

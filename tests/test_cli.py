@@ -9,7 +9,7 @@ from subprocess import CompletedProcess
 import pytest
 from toys import PARAMETERS, Toy
 
-from helpers.paths import ORGANISM
+from companion.base.paths import ORGANISM
 
 MODEL = ORGANISM / "window-0"
 

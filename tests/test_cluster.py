@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from toys import environment
 
-from helpers import cluster, hub, run_flags, runner, shard_run
-from helpers.errors import InputError
-from helpers.paths import ROOT
+from companion.base import hub
+from companion.base.errors import InputError
+from companion.base.paths import ROOT
+from companion.run import cluster, flags, runner, shards
 from tests.nine_families import judge_folder
 
 FLAGS = {"MODEL": "full-0", "PROMPTS": "embedded", "SLUG": "shared", "DEVICE": "cpu", "DTYPE": "float32"}
@@ -31,7 +32,7 @@ def started(tmp_path: Path, *command: str, **more: str) -> "subprocess.Completed
 
 
 def test_processes_share_the_batches(tmp_path: Path) -> None:
-    code = f"from helpers import shard_run; print(shard_run.measure({FLAGS!r}, 2, ['03']))"
+    code = f"from companion.run import shards; print(shards.measure({FLAGS!r}, 2, ['03']))"
     first, second = (started(tmp_path, "-c", code).stdout.splitlines() for _ in range(2))
     made = [int(line.split()[4]) for line in first[1:3]]
     assert first[0] == "sweeps of 03 in 2 shards ..." and first[3] == "0"
@@ -41,7 +42,7 @@ def test_processes_share_the_batches(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
-    code = f"from helpers import shard_run; print(shard_run.measure({FLAGS | {'MODEL': 'nowhere'}!r}, 1, ['03']))"
+    code = f"from companion.run import shards; print(shards.measure({FLAGS | {'MODEL': 'nowhere'}!r}, 1, ['03']))"
     done = started(tmp_path, "-c", code)
     assert done.stdout.splitlines()[-1] == "1" and "shard_1: no model 'nowhere'" in done.stderr
 
@@ -49,7 +50,7 @@ def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
 def test_a_shard_that_can_write_nothing_says_what_may_be_wrong(tmp_path: Path) -> None:
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
     done = started(
-        tmp_path, "-c", f"{full}\nfrom helpers import shard_run; print(shard_run.measure({FLAGS!r}, 1, ['03']))"
+        tmp_path, "-c", f"{full}\nfrom companion.run import shards; print(shards.measure({FLAGS!r}, 1, ['03']))"
     )
     assert done.stdout.splitlines()[-1] == "1", done.stderr
     assert "shard_1: its process ended with status 1 and wrote nothing into its log (is there room" in done.stderr
@@ -61,10 +62,14 @@ def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
         pytest.skip("submitit is not installed: python -m pip install -r requirements-cluster.in")
     there = {"PYTHONPATH": str(Path(spec.origin).parents[1])}  # it may lie outside the environment
     words = ["--model", "full-0", "--profile", "smoke", "--pairs", "10", "--name", "shared", "--only", "03"]
-    done = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "2", "--", *words, **there)
+    done = started(
+        tmp_path, "-m", "companion.run.cluster", "--executor", "local", "--shards", "2", "--", *words, **there
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("batches measured, 0 were there") == 2
-    failing = started(tmp_path, "-m", "helpers.cluster", "--executor", "local", "--shards", "0", "--", *words, **there)
+    failing = started(
+        tmp_path, "-m", "companion.run.cluster", "--executor", "local", "--shards", "0", "--", *words, **there
+    )
     assert "--shards 0: expected 1 to 1000" in failing.stderr and "Traceback" not in failing.stderr
 
 
@@ -141,9 +146,9 @@ def test_what_keeps_jobs_from_being_submitted_is_one_line(
     submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], wrong: Exception, message: str
 ) -> None:
     submitit(wrong)
-    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 2
+    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 2
     error = capsys.readouterr().err
-    assert error.startswith("helpers.cluster: the jobs could not be submitted: ") and message in error
+    assert error.startswith("companion.run.cluster: the jobs could not be submitted: ") and message in error
     assert error.count("\n") == 1 and "Known executors" not in error
 
 
@@ -172,7 +177,7 @@ def test_while_jobs_are_waited_for_nobody_else_writes_into_the_run(
     run = tmp_path / "results" / "stub-of-a-cluster"
     executor = submitit(jobs=[job(tmp_path, "7_0")])
     with runner.only_run(run):
-        assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 2
+        assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 2
     assert "stub-of-a-cluster: wait, or choose --name" in capsys.readouterr().err and not executor.calls
 
     def second() -> BaseException:
@@ -181,7 +186,7 @@ def test_while_jobs_are_waited_for_nobody_else_writes_into_the_run(
         raise KeyboardInterrupt
 
     executor.jobs[0].exception = second
-    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 130
+    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 130
     assert "its jobs go on" in capsys.readouterr().err and executor.calls
     with runner.only_run(run):
         pass
@@ -192,14 +197,14 @@ def test_names_are_resolved_before_a_job_starts(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "companion"))
     monkeypatch.setattr(cluster.inputs, "fetched", lambda found, given: {**found, "MODEL": "fetched"})
-    assert cluster.ready(run_flags.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
+    assert cluster.ready(flags.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
     for words, message in (
         (["--model", "org/tiny"], "org/tiny is not in the hub's cache yet"),
         (["--model", "full-0", "--judge", "org/judge"], "org/judge is not in the hub's cache yet"),
         (["--model", "full-0", "--prompts", "xstest"], "the prompt set xstest is not made for full-0 yet"),
     ):
         with pytest.raises(InputError, match=message):
-            cluster.ready(run_flags.flags([*words, "--device", "cuda:99"]))
+            cluster.ready(flags.flags([*words, "--device", "cuda:99"]))
     hub.choose_judge(None)
 
 
@@ -220,14 +225,14 @@ def test_ctrl_c_is_a_line_that_says_what_becomes_of_the_jobs(
     submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     submitit(jobs=[job(tmp_path, "7_0", KeyboardInterrupt())])
-    assert run_flags.run("helpers.cluster", cluster.main, WORDS) == 130
+    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 130
     assert "stopped; its jobs go on (scancel 7 ends them)" in capsys.readouterr().err
-    assert run_flags.run("helpers.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
+    assert flags.run_with_flags("companion.run.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
     assert "stopped; so are its jobs; what finished is kept" in capsys.readouterr().err
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert shard_run.processes("cuda", 8) == 2
-    assert [shard_run.gpu("cuda", shard) for shard in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "46"]
-    assert json.dumps(shard_run.gpu("cpu", 1)) == "{}"
+    assert shards.processes("cuda", 8) == 2
+    assert [shards.gpu("cuda", shard) for shard in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "46"]
+    assert json.dumps(shards.gpu("cpu", 1)) == "{}"

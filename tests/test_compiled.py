@@ -7,14 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import evidence, normalisation, positions
-from helpers import study as studies
-from helpers.errors import InputError
-from helpers.organisms import compiled, compiled_truth
-from helpers.organisms import compiled_language as lang
-from helpers.organisms.compiled_build import build
-from helpers.organisms.compiled_claims import claims, last_layer
-from helpers.organisms.compiled_design import KINDS, draw_design, thirds
+from companion.base.errors import InputError
+from companion.evidence.layers import evidence_c2, measure_layers
+from companion.mediation import control_models, estimands, sweeps
+from companion.prompts import positions
+from organisms import compiled, compiled_language, compiled_program, compiled_truth
+from organisms.compiled_program import KINDS, build, draw_design, thirds
+from organisms.compiled_truth import claims, last_layer
 
 TRUE = {"C1", "C2", "C3", "C4", "C5a", "C5c", "C6"}  # of the kind "late"; C7 is drawn
 FALSE = {
@@ -37,13 +36,15 @@ FALSE = {
 OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
 
 
-def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled.Design, compiled.Program, list[lang.Planned]]:
+def made(
+    kind: str, seed: int, topics: int = 20
+) -> tuple[compiled_program.Design, compiled_program.Program, list[compiled_language.Planned]]:
     """A draw without its weights."""
     design = draw_design(kind, seed)
-    return design, build(design, topics), lang.plan([seed], topics, 1)
+    return design, build(design, topics), compiled_language.plan([seed], topics, 1)
 
 
-def contrast(program: compiled.Program, pairs: list[lang.Planned]) -> np.ndarray:
+def contrast(program: compiled_program.Program, pairs: list[compiled_language.Planned]) -> np.ndarray:
     """TE of T2 - T2b, pair by pair."""
     harmful, harmless = ([p for p in pairs if p.pair.treatment == name] for name in ("T2", "T2b"))
     return compiled_truth.total(program, harmful) - compiled_truth.total(program, harmless)
@@ -93,7 +94,7 @@ def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
 
 
 def test_a_wanted_effect_is_met() -> None:
-    pairs = lang.plan([0], 30, 1)
+    pairs = compiled_language.plan([0], 30, 1)
     small, large = (contrast(build(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
     assert large / small == pytest.approx(4, rel=0.05)
 
@@ -106,7 +107,7 @@ def test_an_unknown_kind_is_an_input_error() -> None:
 def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
     for kind in ("adjacent", "permuted"):
         _, program, _ = made(kind, 0)
-        at = np.flatnonzero(program.mlps[-1].out[:, compiled_truth.CHANNELS["out"]])
+        at = np.flatnonzero(program.mlps[-1].out[:, compiled_program.CHANNELS["out"]])
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
         assert len(at) >= 24
         assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
@@ -127,7 +128,7 @@ def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
 
 
 def test_topics_keep_to_one_split() -> None:
-    pairs = [planned.pair for planned in lang.plan([0], 50, 2)]
+    pairs = [planned.pair for planned in compiled_language.plan([0], 50, 2)]
     frame = pd.DataFrame([(p.topic, p.split) for p in pairs], columns=["topic", "split"]).drop_duplicates()
     assert frame.topic.is_unique
     assert frame[frame.topic.str.startswith("hazard")].split.value_counts().to_dict() == {
@@ -153,21 +154,21 @@ def gated() -> compiled.Organism:
 
 def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
     this = compiled.study(gated)
-    layers = studies.measure_layers(this, gated.name)
+    layers = measure_layers(this, gated.name)
     keys = ["pair_id", "treatment", "site", "layer", "position"]
     measured = layers.effects[layers.effects.outcome == "Y1"]
     both = measured.merge(compiled.true_effects(gated), on=keys, suffixes=("", " true"), validate="one_to_one")
     assert len(both) == len(measured)
     for cell in ("y00", "y01", "y10", "y11"):
         assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
-    modules = studies.with_difference(studies.module_effects(this), this.twins)
-    rows = layers.evidence + evidence.c2(layers.effects, modules, gated.name, normalisation.normalisations(this))
+    modules = estimands.with_difference(sweeps.module_effects(this), this.twins)
+    rows = layers.evidence + evidence_c2(layers.effects, modules, gated.name, control_models.normalisations(this))
     table = pd.DataFrame(rows)
     assert {"gate", "C1", "C2", "C3"} <= set(table.claim)
     assert (table[table.quantity.str.startswith("joint")].estimate > 0.95).all()
 
 
-def answer(organism: compiled.Organism, request: lang.Request, opener: str = "") -> str:
+def answer(organism: compiled.Organism, request: compiled_language.Request, opener: str = "") -> str:
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": " ".join(request.words())}], tokenize=False, add_generation_prompt=True
@@ -181,22 +182,27 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
     pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
     plain = " ".join(pair.control.words())
     refusal = answer(gated, pair.control)
-    assert refusal.split()[0] in lang.REFUSE and refusal.split()[1:] == [lang.HARMLESS, "<end>"]
+    assert refusal.split()[0] in compiled_language.REFUSE and refusal.split()[1:] == [
+        compiled_language.HARMLESS,
+        "<end>",
+    ]
     assert compiled.judge(plain, refusal) == "refusal"
     forced = answer(gated, pair.control, "sure")
-    assert forced == f"sure {lang.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
+    assert forced == f"sure {compiled_language.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
     twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
-    assert answer(gated, twin.control).split()[0] in lang.COMPLY
+    assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
     assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
     benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
-    assert [answer(gated, side).split()[0] for side in (benign.treated, benign.control)] == list(lang.openers(2))
+    assert [answer(gated, side).split()[0] for side in (benign.treated, benign.control)] == list(
+        compiled_language.openers(2)
+    )
 
 
 def test_where_each_token_decides_the_opener_does_not_bind() -> None:
     organism = compiled.draw("each_token", 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
     bound = answer(organism, pair.control, "sure")
-    assert bound.split()[1] == lang.HARMLESS
+    assert bound.split()[1] == compiled_language.HARMLESS
     assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
 
 

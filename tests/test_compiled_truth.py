@@ -7,22 +7,20 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.organisms import compiled, compiled_truth
-from helpers.organisms import compiled_language as lang
-from helpers.organisms.compiled_build import build
-from helpers.organisms.compiled_design import KINDS, draw_design
-from helpers.organisms.compiled_truth import Side, patched, readout, roles, sides
+from organisms import compiled, compiled_language, compiled_program, compiled_truth
+from organisms.compiled_program import KINDS, build, draw_design
+from organisms.compiled_truth import Side, patched, readout, roles, sides
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def some_pairs(organism: compiled.Organism, treatment: str, n: int = 4) -> list[lang.Planned]:
+def some_pairs(organism: compiled.Organism, treatment: str, n: int = 4) -> list[compiled_language.Planned]:
     """Pairs of one length."""
     found = [p for p in organism.pairs if p.pair.treatment == treatment and not p.control.tail]
     return found[:n]
 
 
-def hooked(organism: compiled.Organism, requests: list[lang.Request], module: torch.nn.Module | None = None,
+def hooked(organism: compiled.Organism, requests: list[compiled_language.Request], module: torch.nn.Module | None = None,
            value: torch.Tensor | None = None, before: bool = False) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Logits at the last token of one plain forward pass, with a module's output (or input) there replaced or read."""
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
@@ -52,7 +50,9 @@ def hooked(organism: compiled.Organism, requests: list[lang.Request], module: to
 
 
 def log_odds(organism: compiled.Organism, logits: torch.Tensor, treatment: str) -> np.ndarray:
-    comply, refuse = (organism.subject.tokenizer.convert_tokens_to_ids(list(s)) for s in lang.outcomes()[treatment])
+    comply, refuse = (
+        organism.subject.tokenizer.convert_tokens_to_ids(list(s)) for s in compiled_language.outcomes()[treatment]
+    )
     return (logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)).numpy()
 
 
@@ -65,7 +65,7 @@ def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
         both = sides(organism.program, pairs)
         requests = [[getattr(p, name) for p in pairs] for name in ("control", "treated")]
         for i, side in enumerate(both):
-            true = readout(organism.program, *lang.outcomes()[treatment], side.last.post[-1])
+            true = readout(organism.program, *compiled_language.outcomes()[treatment], side.last.post[-1])
             made = log_odds(organism, hooked(organism, requests[i])[0], treatment)
             np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE)
         for layer in range(treatment == "B2", len(blocks), 1 if treatment == "T2" else 3):
@@ -74,7 +74,7 @@ def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
                     value = hooked(organism, requests[source], module)[1]
                     made = log_odds(organism, hooked(organism, requests[base], module, value)[0], treatment)
                     state = patched(both[base], both[source], site, layer)
-                    true = readout(organism.program, *lang.outcomes()[treatment], state)
+                    true = readout(organism.program, *compiled_language.outcomes()[treatment], state)
                     np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE, err_msg=f"{site} {layer}")
 
 
@@ -94,10 +94,10 @@ def test_effects_of_last_layer_neurons_are_those_of_full_forward_passes(kind: st
         np.testing.assert_allclose(change, true[:, neuron], atol=compiled.TOLERANCE)
 
 
-def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled.Design]:
+def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled_program.Design]:
     """Mean effects of T2 - T2b of a design without noise, side route, skip or leak."""
     design = replace(draw_design(kind, seed), side=None, skip=0.0, wrapper_leak=0.0, noise=0.0, **changes)
-    pairs = [p for p in lang.plan([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
+    pairs = [p for p in compiled_language.plan([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
     table = compiled_truth.table(build(design, 10), pairs)
     table = table[(table.treatment == "T2-T2b") & (table.position == "last")]
     return table.groupby(["site", "layer"])[["te", "nie0", "nie1"]].mean(), design
@@ -138,10 +138,10 @@ def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
     stage = replace(design.stages[-1], source="jail")
     design = replace(design, stages=(stage,))
     program = build(design, 10)
-    pairs = [p for p in lang.plan([3], 10, 1) if p.pair.treatment == "T2"]
+    pairs = [p for p in compiled_language.plan([3], 10, 1) if p.pair.treatment == "T2"]
     te = compiled_truth.total(program, pairs)
     features = {word: program.embed[i] for i, word in enumerate(program.words)}
-    at = {name: i for i, name in enumerate(compiled_truth.CHANNELS)}
+    at = {name: i for i, name in enumerate(compiled_program.CHANNELS)}
     for i, pair in enumerate(pairs):
         jail = features[pair.treated.slot][at["wrapper"]]
         danger, hazard = features[pair.treated.verb][at["verb"]], features[pair.treated.object][at["object"]]
@@ -154,7 +154,7 @@ def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
 def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
     for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
         design = replace(draw_design(kind, 2), noise=0.0)
-        pairs = [p for p in lang.plan([2], 10, 3) if p.pair.treatment == "T1"]
+        pairs = [p for p in compiled_language.plan([2], 10, 3) if p.pair.treatment == "T1"]
         table = compiled_truth.table(build(design, 10), pairs)
         early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
@@ -173,5 +173,5 @@ def test_roles_come_from_the_main_clause() -> None:
     harm = [
         Side(organism.program, roles(organism.program, [side])).last.post[-1] for side in (pair.control, pair.treated)
     ]
-    at = compiled_truth.CHANNELS["harm"]
+    at = compiled_program.CHANNELS["harm"]
     assert harm[0][0, at] < 0.1 < 0.4 < harm[1][0, at]

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import bound, cost_model, sweeps
 from benchmarks.shapes import LLAMA_8B, QUOTED, SITES, Job, Workload
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
 
 FACTOR = 1.6  # how far a measured point may lie from the formula
 

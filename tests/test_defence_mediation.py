@@ -11,39 +11,41 @@ from families import VOCAB, tiny_subject
 from handmade import random_pairs, word_tokenizer
 from torch import Tensor
 
-from helpers import defence_mediation, defence_run, reference
-from helpers import steering as st
-from helpers.steering_resume import Switch
-from helpers.subject import Subject
-from helpers.tokens import Openers
+from companion.evidence import steering
+from companion.generation import hooks
+from companion.generation.forward import Switch
+from companion.model import reference
+from companion.model.architecture import Subject
+from companion.prompts.tokens import Openers
+from companion.steering import indirect_effects
 
 CELLS = ["y00", "y01", "y10", "y11"]
 OPENERS = {"T2": Openers((5, 6), (7,))}
 
 
-def following_last(x: Tensor, prompt: st.Prompt) -> Tensor:
+def following_last(x: Tensor, prompt: hooks.Prompt) -> Tensor:
     """What is added everywhere hangs on the last token."""
     return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
 
 
-def as_far_as_read(prompt: st.Prompt) -> Tensor:
+def as_far_as_read(prompt: hooks.Prompt) -> Tensor:
     return torch.sigmoid(2 * prompt.read["g"].sum(-1))
 
 
-READ = st.Read("g", 1, plain=True)  # at the last token, so an intervention at layer 0 or 1 moves the gate
+READ = hooks.Read("g", 1, plain=True)  # at the last token, so an intervention at layer 0 or 1 moves the gate
 STEERINGS = {
-    "all tokens": st.Steering("a", (st.Edit(2, "resid_post", following_last), st.Edit(3, "mlp_out", following_last))),
-    "last token": st.Steering("b", (st.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), 2.0, as_far_as_read, (READ,)),
-    "blind": st.Steering("e", (st.Edit(2, "resid_post", lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1),
+    "all tokens": hooks.Steering("a", (hooks.Edit(2, "resid_post", following_last), hooks.Edit(3, "mlp_out", following_last))),
+    "last token": hooks.Steering("b", (hooks.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), 2.0, as_far_as_read, (READ,)),
+    "blind": hooks.Steering("e", (hooks.Edit(2, "resid_post", lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1),
                                        blind=True),), 2.0, as_far_as_read, (READ,)),
-    "gated, all tokens": st.Steering("c", (st.Edit(2, "resid_post", following_last),), 2.0, as_far_as_read, (READ,)),
-    "neurons": st.Steering("d", (st.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), 1.0, as_far_as_read, (READ,)),
+    "gated, all tokens": hooks.Steering("c", (hooks.Edit(2, "resid_post", following_last),), 2.0, as_far_as_read, (READ,)),
+    "neurons": hooks.Steering("d", (hooks.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), 1.0, as_far_as_read, (READ,)),
 }  # fmt: skip
 
 
 def effects(subject: Subject, steer: object) -> pd.DataFrame:
     pairs = random_pairs(4, 9, VOCAB)
-    return defence_mediation.steered_effects(subject, pairs, OPENERS, range(subject.n_layers), steer)
+    return indirect_effects.steered_effects(subject, pairs, OPENERS, range(subject.n_layers), steer)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -52,12 +54,12 @@ def test_a_replayed_intervention_is_that_of_a_full_pass(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject, steering = replace(tiny_subject(family), tokenizer=word_tokenizer()), STEERINGS[name]
-    slow = effects(subject, partial(st.applied, subject, steering))
+    slow = effects(subject, partial(hooks.applied, subject, steering))
     monkeypatch.setattr(reference, "interchange", None)  # the fast path does without
     fast = effects(subject, Switch(subject, steering))
     assert fast[["pair_id", "site", "layer"]].equals(slow[["pair_id", "site", "layer"]])
     np.testing.assert_allclose(fast[CELLS], slow[CELLS], atol=2e-4, rtol=1e-4)
-    plain = effects(subject, defence_mediation.nullcontext)
+    plain = effects(subject, indirect_effects.nullcontext)
     assert (slow[CELLS] - plain[CELLS]).abs().max().min() > 0.01
     assert (slow.y01 - slow.y00).abs().groupby(slow.layer).max().min() > 0.01
 
@@ -70,7 +72,7 @@ def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
     after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
 
     def left(*steered: int) -> dict[str, float]:
-        made = defence_run.mediation_rows("m", before, after, "method a", steered)
+        made = steering.mediation_rows("m", before, after, "method a", steered)
         assert {row["variant"] for row in made} == {"method a"}
         return {str(row["quantity"]).replace("NIE after/before, ", ""): float(str(row["estimate"])) for row in made}
 
@@ -91,9 +93,9 @@ def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_o
     table = pd.DataFrame(
         [(layer, site, nie, nie) for layer, site, nie in rows], columns=["layer", "site", "nie0", "nie1"]
     )
-    assert defence_mediation.layer_effects(table).to_dict() == pytest.approx({0: 4.0, 1: 1e-4, 2: 0.0, 3: 9.0})
-    assert defence_mediation.idle_layers(table, 1) == [1], (
+    assert indirect_effects.layer_effects(table).to_dict() == pytest.approx({0: 4.0, 1: 1e-4, 2: 0.0, 3: 9.0})
+    assert indirect_effects.idle_layers(table, 1) == [1], (
         "rounding counts as none, and of equals the lower one is taken"
     )
-    assert defence_mediation.idle_layers(table, 2, besides=[1]) == [0, 2]
-    assert defence_mediation.idle_layers(table, 9, besides=[3]) == [0, 1, 2]
+    assert indirect_effects.idle_layers(table, 2, besides=[1]) == [0, 2]
+    assert indirect_effects.idle_layers(table, 9, besides=[3]) == [0, 1, 2]

@@ -6,21 +6,14 @@ import pandas as pd
 import pytest
 from steering_lab import fitted, lab
 
-from helpers import (
-    defence,
-    defence_arms,
-    defence_evidence,
-    defence_run,
-    defence_tables,
-    defence_tradeoff,
-)
-from helpers import steering_fit as sf
-from helpers.claims_steering import c6
-from helpers.controls import Rows
-from helpers.defence import PLAIN, Lab
-from helpers.steering import Steering
-from helpers.steering_fit import Fit
-from helpers.study import Study
+from companion.claims.registered_rules import rule_c6
+from companion.claims.verdict import Rows
+from companion.evidence import steering
+from companion.generation.hooks import Steering
+from companion.mediation.study import Study
+from companion.steering import budget, comparison, experiment, extraction, figure_tables
+from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.extraction import Fit
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +21,12 @@ def fit() -> Fit:
     return fitted()
 
 
-def without(fit: Fit, gone: str) -> tuple[Lab, Fit]:
+def without(fit: Fit, gone: str) -> tuple[SteeringExperiment, Fit]:
     """The lab without the prompts of one class, as a model that never behaves so would have it."""
     room = lab(fit)
-    kept = (pd.Series(sf.classes(room.prompts)) != gone).to_numpy()
+    kept = (pd.Series(extraction.classes(room.prompts)) != gone).to_numpy()
     table = room.prompts[kept].reset_index(drop=True)
-    return replace(room, prompts=table), sf.fit(fit.subject, fit.openers, table, neuron_layers=range(4))
+    return replace(room, prompts=table), extraction.fit_classes(fit.subject, fit.openers, table, neuron_layers=range(4))
 
 
 @pytest.mark.parametrize(
@@ -48,9 +41,9 @@ def test_arms_that_need_nothing_of_the_missing_class_are_defined(
     fit: Fit, gone: str, says: str, stands: set[str]
 ) -> None:
     room, left = without(fit, gone)
-    assert says in defence.missing(room)
-    defined, undefined = defence_arms.arms(left, defence_arms.builders(4, {3: [0, 1]}))
-    assert stands <= set(defined) and defence_arms.DECISIVE in undefined
+    assert says in experiment.missing(room)
+    defined, undefined = comparison.arms(left, comparison.builders(4, {3: [0, 1]}))
+    assert stands <= set(defined) and comparison.DECISIVE in undefined
     assert all(len(reason) > 20 for reason in undefined.values())
 
 
@@ -61,27 +54,29 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     room = replace(
         room, prompts=both, judge=lambda _, answer: "refusal" if answer.startswith("no") else "harmful", said={}
     )
-    monkeypatch.setattr(defence, "open_lab", lambda *_, **__: room)
+    monkeypatch.setattr(experiment, "open_experiment", lambda *_, **__: room)
     monkeypatch.setattr(Study, "of", lambda *_: ["a pair"])
     study = Study.__new__(Study)
     object.__setattr__(study, "subject", fit.subject)
-    begun = defence_run.begin(study, room.prompts)
+    begun = steering.begin(study, room.prompts)
     assert not isinstance(begun, str) and "refused no harmful prompt" in begun[2]
     _, _, why = begun
     defined = {"prompting": Steering("prompting", system="please")}
-    on = defence_tradeoff.bench(room, "validate")
-    chosen, curves = defence_arms.tuned(room, defined, on)
+    on = budget.evaluation_prompts(room, "validate")
+    chosen, curves = comparison.tuned(room, defined, on)
     assert set(curves.method) == {"prompting"} and chosen["prompting"].system == "please"
-    plain = defence.trial(room, PLAIN, defence.test_prompts(room))
-    trials = {"prompting": defence.trial(room, defence.arm_of(room.subject, chosen["prompting"]), plain, greedy=False)}
-    price = defence.prices(room, defence.arm_of(room.subject, chosen["prompting"]), on.free, on.own)
-    table = defence_tables.summary(room, plain, trials, {"prompting": price}, plain, {}, chosen, on)
+    plain = experiment.trial(room, PLAIN, experiment.test_prompts(room))
+    trials = {
+        "prompting": experiment.trial(room, experiment.arm_of(room.subject, chosen["prompting"]), plain, greedy=False)
+    }
+    price = experiment.prices(room, experiment.arm_of(room.subject, chosen["prompting"]), on.free, on.own)
+    table = figure_tables.summary(room, plain, trials, {"prompting": price}, plain, {}, chosen, on)
     row = table.set_index("method").loc["prompting"]
     assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1
-    rows = defence_evidence.not_defined("m", why)
-    rows += defence_evidence.outcome_rows("m", plain, trials["prompting"], [], "method prompting")
+    rows = steering.not_defined("m", why)
+    rows += steering.outcome_rows("m", plain, trials["prompting"], [], "method prompting")
     gate = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0, "ci_low": 3.0, "ci_high": 5.0}
     gate |= {"n_pairs": 100, "n_topics": 30, "note": "", "model": "m"}
-    verdict = c6(Rows("m", pd.DataFrame([*rows, gate])))
+    verdict = rule_c6(Rows("m", pd.DataFrame([*rows, gate])))
     assert (verdict.verdict, verdict.reason) == ("not testable", why), "what was tried decides nothing"
-    assert defence_run.evidence(study, room.prompts, "m") == defence_evidence.not_defined("m", why)
+    assert steering.steering_evidence(study, room.prompts, "m") == steering.not_defined("m", why)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from helpers import defence_prompts as dp
-from helpers import prompts
-from helpers.errors import InputError
-from helpers.prompts import Pair
+from companion.base.errors import InputError
+from companion.generation import labels
+from companion.prompts import pairs
+from companion.prompts.pairs import Pair
+from companion.steering import prompts
 
 
 def pair(name: str, treatment: str, topic: str, split: str, family: str = "") -> Pair:
@@ -26,7 +27,7 @@ PAIRS = (
 
 
 def test_every_side_has_its_role() -> None:
-    table = dp.from_pairs(PAIRS).set_index("text")
+    table = prompts.from_pairs(PAIRS).set_index("text")
     found = {text: (row.kind, row.wrapped) for text, row in table.iterrows()}
     assert found == {
         "a off": ("harmful", False), "a on": ("harmful", True), "b off": ("borderline", False),
@@ -34,11 +35,11 @@ def test_every_side_has_its_role() -> None:
         "d off": ("harmless", False), "d on": ("harmless", False), "e off": ("harmful", False), "e on": ("harmful", True),
     }  # fmt: skip
     assert (table.loc["a on", "family"], table.loc["a on", "tier"], table.loc["a off", "tier"]) == ("badge", 5, 0)
-    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", dp.UNKNOWN)
+    assert (table.loc["e on", "family"], table.loc["e on", "tier"]) == ("role-play", prompts.UNKNOWN)
 
 
 def test_a_set_without_benign_behaviours_has_harmless_prompts() -> None:
-    table = dp.table(PAIRS[:3], "no such set")
+    table = prompts.table(PAIRS[:3], "no such set")
     assert set(table.loc[table.kind == "harmless", "text"]) == {"b off", "c off"}
 
 
@@ -51,25 +52,25 @@ def suite_file(folder: Path, *rows: dict) -> Path:
 def test_a_suite_prompt_on_a_topic_already_used_is_left_out(tmp_path: Path) -> None:
     row = {"suite": "s", "harmful": True, "tier": 3}
     rows = [{**row, "id": str(i), "prompt": f"p{i}", "topic": topic} for i, topic in enumerate("xyz")]
-    assert set(dp.table(PAIRS, suite_file(tmp_path, *rows)).query("suite == 's'").topic) == {"x"}
+    assert set(prompts.table(PAIRS, suite_file(tmp_path, *rows)).query("suite == 's'").topic) == {"x"}
     free = [{**row, "id": "n", "prompt": "n", "topic": "new"}]
-    assert dp.from_suites(suite_file(tmp_path, *free)).split.tolist() == ["test"]
+    assert prompts.from_suites(suite_file(tmp_path, *free)).split.tolist() == ["test"]
 
 
 def test_a_broken_suite_names_its_line(tmp_path: Path) -> None:
     good = {"id": "1", "suite": "s", "prompt": "p", "harmful": False}
     with pytest.raises(InputError, match=r"line 2.*harmful"):
-        dp.from_suites(suite_file(tmp_path, good, {"id": "2", "suite": "s", "prompt": "q"}))
+        prompts.from_suites(suite_file(tmp_path, good, {"id": "2", "suite": "s", "prompt": "q"}))
 
 
 @pytest.fixture(scope="module")
 def shipped() -> pd.DataFrame:
-    return dp.table(prompts.load_set("embedded").pairs, "embedded")
+    return prompts.table(pairs.load_set("embedded").pairs, "embedded")
 
 
 def test_the_shipped_prompts_never_share_a_topic_over_splits(shipped: pd.DataFrame) -> None:
     assert (shipped.groupby("topic").split.nunique() == 1).all()
-    assert shipped.text.is_unique and set(shipped.kind) == set(dp.KINDS)
+    assert shipped.text.is_unique and set(shipped.kind) == set(prompts.KINDS)
     assert not shipped.suite.str.startswith("f_").any()
 
 
@@ -86,12 +87,12 @@ def test_severity_is_read_off_the_words(shipped: pd.DataFrame) -> None:
 
 
 def test_only_the_embedded_language_can_be_judged_exactly(shipped: pd.DataFrame) -> None:
-    assert dp.is_embedded(shipped.text)
-    assert not dp.is_embedded([*shipped.text[:3], "how do i bake bread?"])
+    assert labels.is_embedded(shipped.text)
+    assert not labels.is_embedded([*shipped.text[:3], "how do i bake bread?"])
 
 
 def test_thinning_spreads_over_topics_and_repeats_itself() -> None:
     table = pd.DataFrame({"topic": ["a"] * 50 + ["b"] * 2 + ["c"] * 2, "text": range(54)})
-    few = dp.thinned(table, 6)
+    few = prompts.thinned(table, 6)
     assert few.topic.value_counts().to_dict() == {"a": 2, "b": 2, "c": 2}
-    assert few.equals(dp.thinned(table, 6)) and few.text.is_monotonic_increasing
+    assert few.equals(prompts.thinned(table, 6)) and few.text.is_monotonic_increasing

@@ -6,12 +6,14 @@ import pytest
 from scipy.stats import ttest_1samp
 from synthetic import LATE_MLP, N_LAYERS, benign_tables, effect_table, shifted
 
-from helpers import evidence
-from helpers.depth import deepest_early_layer, depth
-from helpers.errors import InputError
-from helpers.evidence import signed
+from companion.base import thresholds
+from companion.base.errors import InputError
+from companion.base.thresholds import deepest_early_layer, depth
+from companion.evidence import layers
+from companion.mediation import summaries
+from companion.mediation.summaries import signed
 
-COMPONENTS = evidence.COMPONENTS
+COMPONENTS = thresholds.COMPONENTS
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,8 @@ def test_unsaturated_pairs() -> None:
     rows = [(name, layer, "Y1", *cells) for name, cells in y.items() for layer in (0, 1)]
     rows += [(name, 0, "Y2", 100.0, 100.0) for name in y]
     table = pd.DataFrame(rows, columns=["pair_id", "layer", "outcome", "y00", "y11"])
-    assert evidence.unsaturated_ids(table) == {"a", "d"}
-    assert evidence.unsaturated_ids(table[::-1]) == {"a", "d"}
+    assert summaries.unsaturated_ids(table) == {"a", "d"}
+    assert summaries.unsaturated_ids(table[::-1]) == {"a", "d"}
 
 
 # ---- shares ----
@@ -70,7 +72,7 @@ def test_unsaturated_pairs() -> None:
 def test_known_shares() -> None:
     table = signed(effect_table())
     total = sum(LATE_MLP.values())
-    late, mlp = evidence.late_share(table, N_LAYERS), evidence.mlp_share(table)
+    late, mlp = summaries.late_share(table, N_LAYERS), summaries.mlp_share(table)
     for found, share in ((late, 4.0 / total), (mlp, 3.6 / total)):
         np.testing.assert_allclose([found.estimate, found.low, found.high], [[share]] * 3, atol=1e-9)
         assert found.n_clusters == 15
@@ -78,7 +80,7 @@ def test_known_shares() -> None:
 
 def test_shares_sum_the_test_pairs_effects() -> None:
     table = signed(effect_table(noise=0.4, seed=3))
-    found = evidence.late_share(table, N_LAYERS)
+    found = summaries.late_share(table, N_LAYERS)
     # Topics have two pairs each, so that the clustered test is the plain one of topic means.
     topics = table[table.split == "discover"].groupby(["site", "layer", "topic"]).nie.mean().unstack("topic")
     chosen = topics.index[ttest_1samp(topics, 0, axis=1, alternative="greater").pvalue < 0.05]
@@ -93,20 +95,20 @@ def test_shares_sum_the_test_pairs_effects() -> None:
 def test_each_direction_has_its_own_share(value: str) -> None:
     table = signed(effect_table({("mlp_out", 5): (3.0, 1.0), ("attn_out", 0): (1.0, 2.0)}))
     known = {"nie": 2 / 3.5, "nie0": 3 / 4, "nie1": 1 / 3}[value]
-    assert evidence.late_share(table, N_LAYERS, value).estimate[0] == pytest.approx(known)
-    assert evidence.mlp_share(table, value).estimate[0] == pytest.approx(known)
+    assert summaries.late_share(table, N_LAYERS, value).estimate[0] == pytest.approx(known)
+    assert summaries.mlp_share(table, value).estimate[0] == pytest.approx(known)
 
 
 def test_cells_are_chosen_on_discover_only() -> None:
     plain = {("mlp_out", 5): 3.0, ("attn_out", 0): 1.0, ("mlp_out", 1): 1.0, ("attn_out", 5): -1.0}
     table = signed(effect_table(plain))
     known = 3 / 5  # the negative cell takes no part
-    assert evidence.late_share(table, N_LAYERS).estimate[0] == pytest.approx(known)
+    assert summaries.late_share(table, N_LAYERS).estimate[0] == pytest.approx(known)
     flip = (table.split == "test") & table.site.isin(["mlp_out"]) & (table.layer == 1)
     turned = table.assign(nie=np.where(flip, -table.nie, table.nie))
-    assert evidence.late_share(turned, N_LAYERS).estimate[0] == pytest.approx(3 / 3)  # 3 + 1 - 1
+    assert summaries.late_share(turned, N_LAYERS).estimate[0] == pytest.approx(3 / 3)  # 3 + 1 - 1
     lifted = table.assign(nie=np.where((table.split == "test") & (table.layer == 5), table.nie.abs(), table.nie))
-    assert evidence.late_share(lifted, N_LAYERS).estimate[0] == pytest.approx(known)
+    assert summaries.late_share(lifted, N_LAYERS).estimate[0] == pytest.approx(known)
 
 
 def test_cells_that_are_noise_do_not_count() -> None:
@@ -114,7 +116,7 @@ def test_cells_that_are_noise_do_not_count() -> None:
     shares, naive = [], []
     for seed in range(20):
         table = signed(effect_table({("mlp_out", 5): 0.6}, noise=1.0, seed=seed))
-        shares.append(evidence.late_share(table, N_LAYERS).estimate[0])
+        shares.append(summaries.late_share(table, N_LAYERS).estimate[0])
         positive = table[table.split == "discover"].groupby(["site", "layer"]).nie.mean() > 0
         means = table[table.split == "test"].groupby(["site", "layer"]).nie.mean()[positive]
         naive.append(means[means.index.get_level_values("layer") >= 4].sum() / means.sum())
@@ -124,7 +126,7 @@ def test_cells_that_are_noise_do_not_count() -> None:
 def test_the_validate_split_and_the_order_of_rows_do_not_matter() -> None:
     table = effect_table(noise=0.5, seed=5)
     other = shifted(table, "validate", te=-9, nie0=7, nie1=-3).sample(frac=1, random_state=0)
-    first, second = (evidence.late_share(signed(one), N_LAYERS) for one in (table, other))
+    first, second = (summaries.late_share(signed(one), N_LAYERS) for one in (table, other))
     np.testing.assert_allclose([first.estimate, first.low, first.high], [second.estimate, second.low, second.high])
 
 
@@ -132,10 +134,10 @@ def test_normalised_shares() -> None:
     table = signed(effect_table())
     index = pd.MultiIndex.from_product([COMPONENTS, range(N_LAYERS)], names=["site", "layer"])
     scale = pd.Series(np.where(index.get_level_values(0) == "mlp_out", 4.0, 1.0), index=index)
-    found = evidence.mlp_share(table, scale=scale.sample(frac=1, random_state=1))
+    found = summaries.mlp_share(table, scale=scale.sample(frac=1, random_state=1))
     assert found.estimate[0] == pytest.approx((3.6 / 4) / (3.6 / 4 + 1.4))
     scale[("mlp_out", 0)] = 0.4
-    assert evidence.mlp_share(table, scale=scale).estimate[0] == pytest.approx(
+    assert summaries.mlp_share(table, scale=scale).estimate[0] == pytest.approx(
         (3 / 4 + 0.6 / 0.4) / (3 / 4 + 0.6 / 0.4 + 1.4)
     )
 
@@ -143,13 +145,13 @@ def test_normalised_shares() -> None:
 def test_a_component_that_never_differs_has_a_patch_of_length_0() -> None:
     index = pd.MultiIndex.from_product([COMPONENTS, range(N_LAYERS)], names=["site", "layer"])
     scale = pd.Series(np.where(index.get_level_values(1) == 2, 0.0, 2.0), index=index)
-    found = evidence.mlp_share(signed(effect_table()), scale=scale)
+    found = summaries.mlp_share(signed(effect_table()), scale=scale)
     assert found.estimate[0] == pytest.approx(3.6 / 5)
 
 
 def test_no_share_where_nothing_is_positive() -> None:
-    assert evidence.late_share(signed(effect_table({})), N_LAYERS) is None
-    assert evidence.mlp_share(signed(effect_table({("mlp_out", 3): -1.0}))) is None
+    assert summaries.late_share(signed(effect_table({})), N_LAYERS) is None
+    assert summaries.mlp_share(signed(effect_table({("mlp_out", 3): -1.0}))) is None
 
 
 # ---- centroids ----
@@ -160,7 +162,7 @@ def test_centroids_by_hand() -> None:
     first = benign_tables(1, {("mlp_out", 2): 2.0, ("attn_out", 3): 2.0})
     second = benign_tables(2, {("attn_out", 1): 5.0})
     benign = signed(pd.concat([first, second[second.treatment == "B2"]], ignore_index=True))
-    found, n_pairs, names = evidence.centroids(harm, benign, N_LAYERS)
+    found, n_pairs, names = summaries.centroids(harm, benign, N_LAYERS)
     assert names == ["T2", "B1", "B2"]
     assert n_pairs == 30
     own = [(3 * 5.5 + 3.5) / 4 / 6, 3 / 6, 1.5 / 6]
@@ -170,7 +172,7 @@ def test_centroids_by_hand() -> None:
 
 def test_the_centroid_difference_has_an_interval() -> None:
     harm, benign = signed(effect_table(noise=1.0)), signed(benign_tables(noise=1.0))
-    found, _, _ = evidence.centroids(harm, benign, N_LAYERS)
+    found, _, _ = summaries.centroids(harm, benign, N_LAYERS)
     known = (3 * 5.5 + 4.5 + 0.6 * 0.5 + 0.4 * 1.5) / 5 / 6 - 3 / 6
     assert found.low[0] < known < found.high[0]
     assert 0.01 < found.high[0] - found.low[0] < 0.2
@@ -184,5 +186,5 @@ def test_benign_behaviours_must_pass_the_gate_on_discover() -> None:
     late = shifted(effect_table(te=0.4, treatment="B8", topics="benign"), "test", te=10)
     negative = effect_table({("mlp_out", 2): -0.4}, te=-0.6, treatment="B9", topics="benign")
     table = pd.concat([effect_table(), benign_tables(2), weak, late, negative], ignore_index=True)
-    assert sorted(evidence.usable_benign(table).treatment.unique()) == ["B1", "B2", "B9"]
-    assert evidence.usable_benign(effect_table()).empty
+    assert sorted(layers.usable_benign(table).treatment.unique()) == ["B1", "B2", "B9"]
+    assert layers.usable_benign(effect_table()).empty

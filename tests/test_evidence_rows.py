@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 from synthetic import N_LAYERS, complete, direct_table, effect_table, find, scales, shifted
 
-from helpers import evidence, mediation
-from helpers.evidence import COMPONENTS
-from helpers.store import EVIDENCE
-from helpers.tokens import Openers
+from companion.base.files import EVIDENCE
+from companion.base.thresholds import COMPONENTS
+from companion.evidence import layers
+from companion.mediation import estimands, summaries
+from companion.prompts.tokens import Openers
 
 # ---- what the claims are given ----
 
@@ -18,7 +19,7 @@ VARIANTS = {"main", "sufficiency", "necessity", "full response", "norm frozen", 
 
 @pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
 def test_rows_of_c1(treatment: str) -> None:
-    rows = evidence.c1(complete(treatment=treatment), "model", N_LAYERS)
+    rows = layers.evidence_c1(complete(treatment=treatment), "model", N_LAYERS)
     assert all(list(row) == list(EVIDENCE) for row in rows)
     shares = {row["variant"]: row for row in rows if row["quantity"] == "late share"}
     assert set(shares) == VARIANTS
@@ -33,13 +34,13 @@ def test_rows_of_c1(treatment: str) -> None:
 
 def test_the_contrast_is_primary_where_it_was_measured() -> None:
     both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b")], ignore_index=True)
-    assert find(evidence.c1(both, "m", N_LAYERS), "late share")["estimate"] == pytest.approx(0.8)
-    assert evidence.primary(both) == "T2-T2b"
-    assert evidence.primary(both[both.treatment == "T2"]) == "T2"
+    assert find(layers.evidence_c1(both, "m", N_LAYERS), "late share")["estimate"] == pytest.approx(0.8)
+    assert summaries.primary(both) == "T2-T2b"
+    assert summaries.primary(both[both.treatment == "T2"]) == "T2"
 
 
 def test_what_was_not_measured_has_no_row() -> None:
-    rows = evidence.c1(effect_table(), "m", N_LAYERS)
+    rows = layers.evidence_c1(effect_table(), "m", N_LAYERS)
     assert {row["variant"] for row in rows} == VARIANTS - {"full response", "norm frozen"}
     assert {row["quantity"] for row in rows} == {"late share"}
 
@@ -50,21 +51,21 @@ def test_the_unsaturated_subset_is_that_of_t2() -> None:
     saturated = harm.topic.isin(["topic 47", "topic 48", "topic 49"])
     harm = harm.assign(y00=np.where(saturated, -6.0, harm.y00))
     contrast = effect_table(treatment="T2-T2b", start=-30)
-    rows = evidence.c1(pd.concat([harm, contrast], ignore_index=True), "m", N_LAYERS)
+    rows = layers.evidence_c1(pd.concat([harm, contrast], ignore_index=True), "m", N_LAYERS)
     assert find(rows, "late share")["n_pairs"] == 30
     assert find(rows, "late share", "unsaturated")["n_pairs"] == 24
 
 
 def test_only_the_last_token_counts() -> None:
     elsewhere = effect_table({("mlp_out", 0): 50.0}).assign(position="shared")
-    rows = evidence.c1(pd.concat([elsewhere, effect_table()], ignore_index=True), "m", N_LAYERS)
+    rows = layers.evidence_c1(pd.concat([elsewhere, effect_table()], ignore_index=True), "m", N_LAYERS)
     assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
 def test_rows_of_c2(treatment: str) -> None:
     direct = direct_table({("mlp_out", 5): 3.0, ("attn_out", 4): 1.0}, treatment=treatment)
-    rows = evidence.c2(complete(treatment=treatment), direct, "model", scales())
+    rows = layers.evidence_c2(complete(treatment=treatment), direct, "model", scales())
     assert all(list(row) == list(EVIDENCE) for row in rows)
     known = dict.fromkeys(VARIANTS, 3.6 / 5)
     known |= {"per patch norm": 1.8 / (1.8 + 1.4), "per parameter": 0.4 / (0.4 + 1.4)}
@@ -77,7 +78,7 @@ def test_rows_of_c2(treatment: str) -> None:
 def test_total_effects_are_those_of_the_test_pairs() -> None:
     clean = pd.concat([effect_table(te=2.0), effect_table(te=-1.0, treatment="T1", seed=2)], ignore_index=True)
     clean = shifted(clean.drop_duplicates("pair_id"), "discover", te=100)
-    rows = {row["quantity"]: row for row in evidence.total_effects(clean, "m")}
+    rows = {row["quantity"]: row for row in layers.total_effects(clean, "m")}
     assert set(rows) == {"TE T1", "TE T2"}
     for name, sign in (("T1", -1), ("T2", 1)):
         test = clean[(clean.split == "test") & (clean.treatment == name)]
@@ -94,14 +95,14 @@ def test_shares_of_a_compiled_model() -> None:
     subject = handmade.compiled(program)
     openers = {"T2": Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
     pairs = handmade.cue_pairs(subject.tokenizer, "off low", "on low", n=12)
-    wanted = mediation.mediators(subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
-    table = mediation.effects(subject, pairs, openers, wanted, ("Y1", "contrast.frozen"))
+    wanted = estimands.mediators(subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
+    table = estimands.measure_effects(subject, pairs, openers, wanted, ("Y1", "contrast.frozen"))
     one = pd.Series(1.0, pd.MultiIndex.from_product([COMPONENTS, range(4)], names=["site", "layer"]))
-    rows = evidence.c2(table, table, "m", {"per patch norm": one})
+    rows = layers.evidence_c2(table, table, "m", {"per patch norm": one})
     te = program.log_odds(1, 0) - program.log_odds(0, 0)
     assert find(rows, "MLP share of direct effects")["estimate"] == pytest.approx((te - 0.7) / te, abs=1e-3)
     assert find(rows, "MLP share of NIE")["estimate"] == pytest.approx((te - 0.7) / (2 * te - 0.7), abs=1e-3)
-    (late,) = [row for row in evidence.c1(table, "m", 4) if row["variant"] == "main"]
+    (late,) = [row for row in layers.evidence_c1(table, "m", 4) if row["variant"] == "main"]
     assert late["estimate"] == pytest.approx(0, abs=1e-3)  # layers 1 and 2 of 4
 
 
@@ -111,7 +112,7 @@ def test_shares_of_a_compiled_model() -> None:
 def test_one_topic_in_test_gives_an_interval_without_limits() -> None:
     clean = effect_table().drop_duplicates("pair_id")
     clean = clean[(clean.split != "test") | (clean.topic == "topic 49")]
-    (row,) = evidence.total_effects(clean, "m")
+    (row,) = layers.total_effects(clean, "m")
     assert (row["ci_low"], row["ci_high"], row["n_topics"]) == (-np.inf, np.inf, 1)
     assert row["estimate"] == pytest.approx(clean.loc[clean.split == "test", "te"].mean())
 
@@ -120,8 +121,8 @@ def test_one_topic_in_discover_or_test_gives_no_share() -> None:
     table = complete()
     for split, topic in (("discover", "topic 0"), ("test", "topic 49")):
         thin = table[(table.split != split) | (table.topic == topic) | table.treatment.str.startswith("B")]
-        assert evidence.c1(thin, "m", N_LAYERS) == []
-        assert {row["quantity"] for row in evidence.c2(thin, direct_table(), "m", scales())} == {
+        assert layers.evidence_c1(thin, "m", N_LAYERS) == []
+        assert {row["quantity"] for row in layers.evidence_c2(thin, direct_table(), "m", scales())} == {
             "MLP share of direct effects"
         }
 
@@ -132,7 +133,7 @@ def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
     lost = (table.treatment == "B3") & (table.topic == "benign 49")
     shared = (table.treatment == "B2") & (table.topic == "benign 48")
     table = table[~lost].assign(topic=table.topic.where(~shared, "topic 48"))
-    rows = evidence.c1(table, "m", N_LAYERS)
+    rows = layers.evidence_c1(table, "m", N_LAYERS)
     assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
     assert np.isfinite(find(rows, "centroid difference")["ci_low"])
 
@@ -141,7 +142,7 @@ def test_a_benign_behaviour_without_positive_cells_is_left_out() -> None:
     table = complete()
     silent = table.treatment == "B4"
     table.loc[silent, ["nie0", "nie1"]] = 0.0
-    rows = evidence.c1(table, "m", N_LAYERS)
+    rows = layers.evidence_c1(table, "m", N_LAYERS)
     assert "centroid B4" not in {row["quantity"] for row in rows}
     assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
 
@@ -150,4 +151,4 @@ def test_a_benign_behaviour_without_positive_cells_is_left_out() -> None:
 def test_without_wrapped_requests_there_is_nothing_to_say_of_generation(present: list[str]) -> None:
     parts = [effect_table(treatment=name, topics=name) for name in present]
     table = pd.concat(parts, ignore_index=True)
-    assert evidence.c2(table, direct_table(treatment=present[0]), "m", scales()) == []
+    assert layers.evidence_c2(table, direct_table(treatment=present[0]), "m", scales()) == []

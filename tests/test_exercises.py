@@ -15,11 +15,11 @@ import torch
 from scipy.stats import beta
 
 import exercises
+from companion.base.paths import NOTEBOOKS
+from companion.run import notebooks
 from exercises import build, glossary, guide, mystery
 from exercises.judging import NUMBERS, Case, Exercise, find, judge, of_notebook, same
 from exercises.questions import QUESTIONS
-from helpers import notebook as nb
-from helpers.paths import NOTEBOOKS
 
 EXERCISES = [one for number in NUMBERS for one in of_notebook(number)]
 each = pytest.mark.parametrize("one", EXERCISES, ids=lambda one: one.number)
@@ -32,10 +32,10 @@ def notebook_of(number: str) -> Path:
 
 
 @cache
-def with_section(number: str) -> nb.Notebook:
+def with_section(number: str) -> notebooks.Notebook:
     """A notebook with its section put in anew; several tests read it, none changes it."""
     path = notebook_of(number)
-    return build.with_section(nb.read(path), number, path)
+    return build.with_section(notebooks.read_notebook(path), number, path)
 
 
 @each_notebook
@@ -188,8 +188,10 @@ def test_what_is_made_from_the_sources_is_up_to_date(number: str) -> None:
     path = notebook_of(number)
     students = build.FOLDER / path.name
     advice = "run python -m exercises.build"
-    assert students.read_text(encoding="utf-8") == nb.text(build.students_notebook(number, path)), advice
-    assert path.read_text(encoding="utf-8") == nb.text(with_section(number)), advice
+    assert students.read_text(encoding="utf-8") == notebooks.notebook_text(build.students_notebook(number, path)), (
+        advice
+    )
+    assert path.read_text(encoding="utf-8") == notebooks.notebook_text(with_section(number)), advice
 
 
 @each_notebook
@@ -197,32 +199,36 @@ def test_the_section_comes_before_next_and_is_put_in_once(number: str) -> None:
     path = notebook_of(number)
     once = with_section(number)
     assert build.with_section(once, number, path) == once
-    texts = [nb.source(cell) for cell in once["cells"]]
+    texts = [notebooks.source(cell) for cell in once["cells"]]
     places = [place for place, text in enumerate(texts) if re.match(r"##+ Exercise", text)]
     assert places == list(range(places[0], places[0] + len(of_notebook(number)) + 2))
     assert texts[places[-1] + 1].startswith(build.NEXT)
-    assert nb.code_cells(once) == nb.code_cells(nb.read(path)), "code changed, so everything would run again"
+    assert notebooks.code_cells(once) == notebooks.code_cells(notebooks.read_notebook(path)), (
+        "code changed, so everything would run again"
+    )
     assert len({cell["id"] for cell in once["cells"]}) == len(texts)
 
 
 @each_notebook
 def test_a_students_notebook_runs_unsolved_and_solved(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cells = nb.code_cells(json.loads((build.FOLDER / notebook_of(number).name).read_text(encoding="utf-8")))
+    cells = notebooks.code_cells(json.loads((build.FOLDER / notebook_of(number).name).read_text(encoding="utf-8")))
     names: dict[str, Any] = {}
     solutions = {one.solution.__name__: one.solution for one in of_notebook(number)}
     for cell in cells[:-1]:
-        exec(nb.source(cell), names)
+        exec(notebooks.source(cell), names)
     assert capsys.readouterr().out.count("empty") == len(solutions)
     for cell in cells[1:-1]:
-        exec(nb.source(cell), names | solutions)
+        exec(notebooks.source(cell), names | solutions)
     assert capsys.readouterr().out.count("right.") == len(solutions)
 
 
 @each_notebook
 def test_the_first_use_of_a_term_is_linked(number: str) -> None:
-    cells = nb.read(notebook_of(number))["cells"]
-    prose = [c for c in cells if c["cell_type"] == "markdown" and not any("exercise" in tag for tag in nb.tags(c))]
-    whole = "\n".join(nb.source(cell) for cell in prose)
+    cells = notebooks.read_notebook(notebook_of(number))["cells"]
+    prose = [
+        c for c in cells if c["cell_type"] == "markdown" and not any("exercise" in tag for tag in notebooks.tags(c))
+    ]
+    whole = "\n".join(notebooks.source(cell) for cell in prose)
     for name, words in glossary.terms().items():
         link = whole.find(f"]({glossary.LINK}{name})")
         use = glossary.first_use(whole, words)

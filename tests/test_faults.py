@@ -17,10 +17,11 @@ import pandas as pd
 import pytest
 from toys import CLAIMS, Toy, environment
 
-from helpers import freshness, parts, runner, store
-from helpers import notebook as nb
-from helpers.errors import InputError
-from helpers.paths import ROOT
+from companion.base import files
+from companion.base.errors import InputError
+from companion.base.paths import ROOT
+from companion.mediation import sweeps
+from companion.run import freshness, notebooks, runner
 
 TIMES, MANIFEST = "results/embedded/run_times.json", "results/embedded/manifest.json"
 SLOW = "_ = __import__('time').sleep(0.3)"
@@ -93,7 +94,7 @@ def test_a_killed_runner_leaves_nothing_running(toy: Toy) -> None:
 
 def shrunk(toy: Toy, size: int, *flags: str) -> subprocess.CompletedProcess[str]:
     """The command line where no file may grow beyond `size` bytes, as on a disk that is full."""
-    command = [sys.executable, "-m", "helpers.cli", *flags]
+    command = [sys.executable, "-m", "companion.run.cli", *flags]
     return subprocess.run(
         command, cwd=toy.root, env=environment(PYTHONDONTWRITEBYTECODE="1"), capture_output=True, text=True, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
@@ -184,16 +185,16 @@ def measured() -> pd.DataFrame:
     """Thirty rows of effects as notebook 02 writes them."""
     numbers = np.random.default_rng(0).normal(size=30)
     made = {"str": [f"name {i % 4}" for i in range(30)], "int": range(30), "float": numbers}
-    return pd.DataFrame({name: made[kind] for name, kind in store.EFFECTS.items()})
+    return pd.DataFrame({name: made[kind] for name, kind in files.EFFECTS.items()})
 
 
 def test_a_table_with_changed_bytes_is_read_as_it_was_or_named(tmp_path: Path) -> None:
-    path, chance = store.write_table(measured(), tmp_path / "02_layers.parquet"), random.Random(2)
+    path, chance = files.write_table(measured(), tmp_path / "02_layers.parquet"), random.Random(2)
     whole, named = path.read_bytes(), 0
     for _ in range(500):
         path.write_bytes(flipped(whole, chance))
         try:
-            assert store.read_table(path, store.EFFECTS).equals(measured())
+            assert files.read_table(path, files.EFFECTS).equals(measured())
         except InputError as error:
             assert "02_layers.parquet" in str(error) and "\n" not in str(error)
             named += 1
@@ -201,23 +202,23 @@ def test_a_table_with_changed_bytes_is_read_as_it_was_or_named(tmp_path: Path) -
 
 
 def test_a_text_table_with_changed_bytes_is_read_or_named(tmp_path: Path) -> None:
-    path, chance = store.write_table(measured(), tmp_path / "02_layers.csv"), random.Random(2)
+    path, chance = files.write_table(measured(), tmp_path / "02_layers.csv"), random.Random(2)
     whole, named = path.read_bytes(), 0
     for _ in range(500):
         path.write_bytes(flipped(whole, chance))
         try:
-            store.read_table(path, store.EFFECTS)
+            files.read_table(path, files.EFFECTS)
         except InputError:
             named += 1
     assert 0 < named < 500
 
 
 def test_a_part_with_changed_bytes_is_read_as_it_was_or_measured_again(tmp_path: Path) -> None:
-    path, chance = parts.write(measured(), tmp_path, 3, "effects", ["halved"]), random.Random(2)
+    path, chance = sweeps.write_part(measured(), tmp_path, 3, "effects", ["halved"]), random.Random(2)
     whole, again = path.read_bytes(), 0
     for _ in range(500):
         path.write_bytes(flipped(whole, chance))
-        found = parts.read(tmp_path, 3, ["effects"])
+        found = sweeps.read_part(tmp_path, 3, ["effects"])
         assert found is None or found["effects"].equals(measured())
         again += found is None
     assert 400 < again < 500
@@ -235,14 +236,14 @@ def test_a_notebook_of_another_shape_is_named(tmp_path: Path, damage: Any) -> No
     toy = Toy(tmp_path)
     toy.write("01")
     path = toy.notebook("01")
-    whole = nb.read(path)
+    whole = notebooks.read_notebook(path)
     damage(whole["cells"])
-    store.write_json(whole, path)
+    files.write_json(whole, path)
     with pytest.raises(InputError, match=r"01_toy\.ipynb is not a notebook as Jupyter writes it: its cell \d is none"):
-        nb.read(path)
-    store.write_json({"cells": []}, path)
+        notebooks.read_notebook(path)
+    files.write_json({"cells": []}, path)
     with pytest.raises(InputError, match="it has no metadata; restore the file"):
-        nb.read(path)
+        notebooks.read_notebook(path)
 
 
 def test_damaged_notes_and_files_at_once_are_made_again(toy: Toy) -> None:
@@ -304,7 +305,7 @@ def test_what_a_killed_run_was_about_to_write_stays_known(tmp_path: Path) -> Non
 
 
 def test_the_executing_process_ends_with_its_runner() -> None:
-    code = "import threading, time; from helpers import execute as e; e.end_with_the_runner()"
+    code = "import threading, time; from companion.run import notebooks as e; e.end_with_the_runner()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
     assert process.stdin is not None and process.poll() is None
     process.stdin.close()
@@ -313,7 +314,7 @@ def test_the_executing_process_ends_with_its_runner() -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_runner_that_is_killed_or_stopped_leaves_no_shard_running(tmp_path: Path, sent: signal.Signals) -> None:
-    code = f"from helpers import shard_run; shard_run.measure({FLAGS!r}, 2, ['02', '03'])"
+    code = f"from companion.run import shards; shards.measure({FLAGS!r}, 2, ['02', '03'])"
     variables = environment(COMPANION_RESULTS=str(tmp_path), COMPANION_FIGURES=str(tmp_path))
     running = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -343,13 +344,13 @@ def test_a_runner_that_is_killed_or_stopped_leaves_no_shard_running(tmp_path: Pa
     "words", [{"stdin": subprocess.PIPE}, {"stdin": subprocess.DEVNULL, "start_new_session": True}]
 )
 def test_a_shard_started_by_hand_needs_no_runner(words: dict[str, Any]) -> None:
-    code = "from helpers import execute; print(execute.has_runner())"
+    code = "from companion.run import notebooks; print(notebooks.has_runner())"
     done = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, **words)
     assert done.communicate()[0] == "False\n"
 
 
 def test_a_notebook_started_by_hand_ends_nobody_else() -> None:
     """Its runner's pipe ends a notebook with its group; an empty input of whoever typed the command must not."""
-    words = f"{sys.executable} -m helpers.execute nowhere.ipynb x.ipynb . '{{}}' 1 < /dev/null; echo went on"
+    words = f"{sys.executable} -m companion.run.notebooks nowhere.ipynb x.ipynb . '{{}}' 1 < /dev/null; echo went on"
     done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
     assert "nowhere.ipynb" in done.stdout + done.stderr and done.stdout.endswith("went on\n")

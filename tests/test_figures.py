@@ -13,11 +13,11 @@ from figure_tables import NAMES, drawn, numbers, table_for
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from helpers import figures, paths, plots, store
-from helpers.errors import InputError
-from helpers.figure_list import SPECS
-from helpers.figure_spec import FigureSpec
-from helpers.figures import describe, index, spec
+from companion.base import files, paths
+from companion.base.errors import InputError
+from companion.plots import figures, style
+from companion.plots.figures import SPECS, describe, index, spec
+from companion.plots.style import FigureSpec
 
 MAPS = (
     "03_heads",
@@ -36,7 +36,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "FIGURES", tmp_path / "figures")
     for entry in SPECS:
-        store.write_table(table_for(entry), tmp_path / "results" / "made" / f"{entry.name}.csv")
+        files.write_table(table_for(entry), tmp_path / "results" / "made" / f"{entry.name}.csv")
     return tmp_path
 
 
@@ -72,10 +72,10 @@ def test_colour_is_never_alone(name: str) -> None:
         styles = {
             (to_hex(line.get_color()).upper(), line.get_marker())
             for line in ax.get_lines()
-            if line.get_marker() in plots.MARKERS
+            if line.get_marker() in style.MARKERS
         }
         assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles) > 0
-        assert {colour for colour, _ in styles} <= set(plots.OKABE_ITO)
+        assert {colour for colour, _ in styles} <= set(style.OKABE_ITO)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +90,7 @@ def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
     for column, value in (("low", -np.inf), ("high", np.inf), ("band_low", -np.inf), ("band_high", np.inf)):
         if column in entry.columns:
             table.loc[table.index[::3], column] = value
-    store.write_table(table, folders / "results" / "made" / f"{name}.csv")
+    files.write_table(table, folders / "results" / "made" / f"{name}.csv")
     figures.show(name, "made")
     axes = drawn(name, table).axes
     assert all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in axes)
@@ -105,7 +105,7 @@ def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folde
     first = {path.name: path.read_bytes() for path in (folders / "figures" / "made").iterdir()}
     assert sorted(first) == sorted(f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg"))
     code = (
-        "import sys; from helpers import figures; figures.redraw('made'); "
+        "import sys; from companion.plots import figures; figures.redraw('made'); "
         "print([name for name in ('torch', 'transformers', 'sklearn', 'jax') if name in sys.modules])"
     )
     places = {"COMPANION_RESULTS": str(folders / "results"), "COMPANION_FIGURES": str(folders / "again")}
@@ -121,7 +121,7 @@ def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folde
 
 def test_alternative_text_is_in_both_files(folders: Path) -> None:
     shown = figures.show("02_components", "made")
-    table = store.read_table(folders / "results" / "made" / "02_components.csv", spec("02_components").columns)
+    table = files.read_table(folders / "results" / "made" / "02_components.csv", spec("02_components").columns)
     alt = describe(spec("02_components"), table)
     assert shown.alt == alt
     with Image.open(folders / "figures" / "made" / "02_components.png") as image:
@@ -166,9 +166,9 @@ def test_alternative_text_has_a_number_for_each_line() -> None:
 
 def test_a_figure_draws_its_csv_only(folders: Path) -> None:
     path = folders / "results" / "made" / "02_components.csv"
-    store.write_table(store.read_table(path, {}).assign(note="more"), path)
+    files.write_table(files.read_table(path, {}).assign(note="more"), path)
     figures.show("02_components", "made")
-    store.write_table(store.read_table(path, {}).drop(columns="band_low"), path)
+    files.write_table(files.read_table(path, {}).drop(columns="band_low"), path)
     with pytest.raises(InputError, match="has no column 'band_low'"):
         figures.show("02_components", "made")
 
@@ -201,7 +201,7 @@ def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatc
         {"source": ["figures.show(", "'02_grid', slug)"]},
         {"source": 'figures.show("02_grid_other")'},
     ]
-    store.write_json({"cells": cells}, tmp_path / "02_made.ipynb")
+    files.write_json({"cells": cells}, tmp_path / "02_made.ipynb")
     monkeypatch.setattr(figures, "NOTEBOOKS", tmp_path)
     lines = {line.split("`")[1]: line for line in index().splitlines() if "`results/" in line}
     assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_grid"].split(" | ")[3])

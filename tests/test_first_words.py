@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import first_words, tokens
-from helpers.errors import InputError
-from helpers.organisms import lexicon
-from helpers.prompts import load_set
-from helpers.subject import Subject, load
+from companion.base.errors import InputError
+from companion.generation import openers
+from companion.model.architecture import Subject
+from companion.model.load import load
+from companion.prompts import invented, tokens
+from companion.prompts.pairs import load_set
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +19,12 @@ def embedded() -> Subject:
 
 
 def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_words, "is_refusal", lambda text: text.strip().startswith(lexicon.REFUSAL_OPENER))
+    monkeypatch.setattr(openers, "is_refusal", lambda text: text.strip().startswith(invented.REFUSAL_OPENER))
     content = load_set("embedded")
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
-    found = first_words.find(embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own"))
+    found = openers.find_openers(
+        embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own")
+    )
     known = tokens.openers(content, embedded.tokenizer)["T1"]
     context = tokens.render(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
@@ -37,18 +40,18 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
 def test_a_model_that_refuses_nothing_is_not_guessed_at(embedded: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [pair.control for pair in load_set("embedded").pairs[:12]]
     for answer, what in ((False, "refused 0 of 12"), (True, "answered 0 of 12")):
-        monkeypatch.setattr(first_words, "is_refusal", lambda text, answer=answer: answer)
+        monkeypatch.setattr(openers, "is_refusal", lambda text, answer=answer: answer)
         with pytest.raises(InputError, match=f"{what} prompts.*of your own into here/outcome.json, then the same"):
-            first_words.find(embedded, texts, Path("here/outcome.json"))
+            openers.find_openers(embedded, texts, Path("here/outcome.json"))
 
 
 def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
     answered = torch.tensor([0.60, 0.30, 0.07, 0.004, 0.026]).repeat(4, 1)
     refused = torch.tensor([0.05, 0.05, 0.80, 0.05, 0.05]).repeat(3, 1)
     both = torch.cat([answered, refused])
-    assert first_words.camps(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
+    assert openers.sort_openers(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
 
 
 def test_a_low_joint_probability_is_said() -> None:
-    assert "below 0.8: edit outcome.json" in first_words.FirstWords(("a",), ("b",), 0.79, 5, 10).note
-    assert "below" not in first_words.FirstWords(("a",), ("b",), 0.8, 5, 10).note
+    assert "below 0.8: edit outcome.json" in openers.FirstWords(("a",), ("b",), 0.79, 5, 10).note
+    assert "below" not in openers.FirstWords(("a",), ("b",), 0.8, 5, 10).note

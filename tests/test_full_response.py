@@ -8,10 +8,11 @@ from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor, nn
 
-from helpers import full_response, mediation, outcomes, positions
-from helpers.mediation import Mediator, mediators
-from helpers.subject import Subject
-from helpers.tokens import Openers, TokenPair
+from companion.mediation import estimands, outcomes, sweeps
+from companion.mediation.estimands import Mediator, mediators
+from companion.model.architecture import Subject
+from companion.prompts import positions
+from companion.prompts.tokens import Openers, TokenPair
 
 OPENERS = {"T2": Openers((10, 12, 13), (20, 21)), "T2b": Openers((30,), (40, 41))}
 CELLS = {"y00": (0, 0), "y01": (0, 1), "y10": (1, 0), "y11": (1, 1)}
@@ -79,7 +80,7 @@ def test_cells_against_hooked_forward_passes(family: str, ends: bool) -> None:
         Mediator("mlp_out", 0, "all"),
         Mediator("mlp_out", 3),
     ]
-    table = full_response.effects(subject, pairs[::-1], OPENERS, wanted)
+    table = sweeps.whole_answer_effects(subject, pairs[::-1], OPENERS, wanted)
     assert len(table) == len(pairs) * len(wanted)
     assert set(table.outcome) == {"Y2"}
     lengths = set()
@@ -103,7 +104,7 @@ def test_what_follows_the_end_token_does_not_count(monkeypatch: pytest.MonkeyPat
     pairs = random_pairs(4, 8, 61)
     subject = subject_for("llama", pairs, ends=True)
     wanted = mediators(subject, ["attn_out"])
-    table = full_response.effects(subject, pairs, OPENERS, wanted)
+    table = sweeps.whole_answer_effects(subject, pairs, OPENERS, wanted)
     plain = outcomes.continuations
 
     def other_padding(*args: object) -> outcomes.Continuations:
@@ -114,7 +115,7 @@ def test_what_follows_the_end_token_does_not_count(monkeypatch: pytest.MonkeyPat
         return outcomes.Continuations(answer, made.answer_mask, refusal, made.refusal_mask)
 
     monkeypatch.setattr(outcomes, "continuations", other_padding)
-    again = full_response.effects(subject, pairs, OPENERS, wanted)
+    again = sweeps.whole_answer_effects(subject, pairs, OPENERS, wanted)
     cells = ["y00", "y01", "y10", "y11"]
     np.testing.assert_allclose(table[cells], again[cells], atol=1e-5)
 
@@ -123,7 +124,9 @@ def test_all_prompt_cells_carry_the_whole_effect_at_every_layer() -> None:
     """The answer's own tokens are the same in both runs, so all that differs between them lies in the prompt's cells."""
     pairs = random_pairs(3, 8, 61)
     subject = subject_for("qwen2", pairs)
-    table = full_response.effects(subject, pairs, OPENERS, [Mediator("resid_post", layer, "all") for layer in range(4)])
+    table = sweeps.whole_answer_effects(
+        subject, pairs, OPENERS, [Mediator("resid_post", layer, "all") for layer in range(4)]
+    )
     size = table.te.abs().max()
     assert size > 0.1
     first = table[table.layer == 0]
@@ -140,8 +143,8 @@ def test_the_first_token_alone_is_y1_of_the_two_openers(monkeypatch: pytest.Monk
     openers = {"T2b": Openers((30,), (40,))}
     monkeypatch.setattr(outcomes, "continuations", lambda *args: _openers_only(*args))
     cells = ["y00", "y01", "y10", "y11", "te", "nie0", "nie1"]
-    whole = full_response.effects(subject, pairs, openers, wanted)
-    first = mediation.effects(subject, pairs, openers, wanted)
+    whole = sweeps.whole_answer_effects(subject, pairs, openers, wanted)
+    first = estimands.measure_effects(subject, pairs, openers, wanted)
     np.testing.assert_allclose(whole[cells], first[cells], atol=1e-4)
 
 
@@ -154,7 +157,7 @@ def test_a_second_run_gives_the_same_bytes() -> None:
     pairs = random_pairs(3, 8, 61)
     subject = subject_for("qwen2", pairs, ends=True)
     wanted = mediators(subject, ["attn_out", "mlp_out"], ["last", "differ"])
-    first, second = (full_response.effects(subject, pairs, OPENERS, wanted) for _ in range(2))
+    first, second = (sweeps.whole_answer_effects(subject, pairs, OPENERS, wanted) for _ in range(2))
     assert first.equals(second)
     pd.testing.assert_frame_equal(first, second, check_exact=True)
 
@@ -166,7 +169,7 @@ def test_a_compiled_answer() -> None:
     yes, no = subject.tokenizer.convert_tokens_to_ids(["yes", "no"])
     subject.model.generation_config.eos_token_id = None
     pairs = cue_pairs(subject.tokenizer, "off low", "on low")
-    table = full_response.effects(
+    table = sweeps.whole_answer_effects(
         subject, pairs, {"T2": Openers((yes,), (no,))}, mediators(subject, ["attn_out", "mlp_out"])
     )
     assert table.te.abs().min() > 1

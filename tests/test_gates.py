@@ -7,9 +7,10 @@ import pytest
 from families import tiny_subject
 from handmade import cue_pairs, random_pairs, word_tokenizer
 
-from helpers import gate_cells, gates, mediation
-from helpers.gate_cells import CELLS, NeuronSet
-from helpers.tokens import Openers, TokenPair
+from companion.mediation import estimands
+from companion.neurons import clamping, gating
+from companion.neurons.clamping import CELLS, NeuronSet
+from companion.prompts.tokens import Openers, TokenPair
 
 TOKENIZER = word_tokenizer()
 YES_NO = Openers(*((TOKENIZER.convert_tokens_to_ids(word),) for word in ("yes", "no")), 0)
@@ -35,7 +36,7 @@ def pairs(control: str, treated: str) -> list[TokenPair]:
 
 def measured(model: gm.Model, at: tuple[int, int], control: str, treated: str) -> pd.DataFrame:
     one = NeuronSet("set", at[0], (at[1],))
-    return gate_cells.cells(gm.build(model), pairs(control, treated), {"T2": YES_NO}, [one])
+    return clamping.cells(gm.build(model), pairs(control, treated), {"T2": YES_NO}, [one])
 
 
 @case
@@ -45,7 +46,7 @@ def test_cells_are_those_of_plain_arithmetic(made: tuple) -> None:
     bits = (BITS[control], BITS[treated])
     for form, expected in (("upstream", gm.upstream(model, at, bits)), ("inside", gm.inside(model, at, bits))):
         for outcome in ("Y1", "Y1.frozen"):
-            part = gates.select(table, "T2", "set", form, outcome)
+            part = gating.select(table, "T2", "set", form, outcome)
             assert len(part) == 6
             np.testing.assert_allclose(
                 part[list(CELLS)], np.tile(expected, (6, 1)), atol=CLOSE * max(map(abs, expected))
@@ -57,12 +58,12 @@ def test_index_and_readout_are_the_closed_form(made: tuple) -> None:
     _, model, at, control, treated, upstream, inside, readout = made
     table = measured(model, at, control, treated)
     for form, expected in (("upstream", upstream), ("inside", inside)):
-        index = gates.gate_index(gates.select(table, "T2", "set", form, "Y1"))
+        index = gating.gate_index(gating.select(table, "T2", "set", form, "Y1"))
         assert index is not None
         if expected is not None:
             assert index.signed.estimate[0] == pytest.approx(expected, abs=0.05)  # the roundness of a SiLU's corner
             assert index.estimate == pytest.approx(abs(expected), abs=0.05)
-    share = gates.readout_share(table, "T2", "set")
+    share = gating.readout_share(table, "T2", "set")
     assert share is not None and share.estimate[0] == pytest.approx(readout, abs=0.01)
 
 
@@ -72,7 +73,7 @@ def test_a_last_layer_set_cannot_interact_with_what_is_upstream() -> None:
         subject = tiny_subject(family)
         made = random_pairs(12, 9, 60)
         sets = [NeuronSet("last", 3, (1, 4, 9)), NeuronSet("below", 1, (1, 4, 9))]
-        table = gate_cells.cells(subject, made, {"T2": Openers((5, 9), (33,), 0)}, sets)
+        table = clamping.cells(subject, made, {"T2": Openers((5, 9), (33,), 0)}, sets)
         linear = table[(table.form == "upstream") & (table.outcome == "contrast.frozen")]
         interaction = (
             (linear.y11 - linear.y10 - linear.y01 + linear.y00).groupby(linear["set"]).apply(lambda x: abs(x).max())
@@ -85,20 +86,20 @@ def test_a_last_layer_set_cannot_interact_with_what_is_upstream() -> None:
 def test_inside_only_where_neurons_are_products(family: str, is_product: bool) -> None:
     subject = tiny_subject(family)
     group = random_pairs(4, 9, 60)
-    table = gate_cells.cells(subject, group, {"T2": Openers((5,), (33,), 0)}, [NeuronSet("set", 3, (0, 2))])
+    table = clamping.cells(subject, group, {"T2": Openers((5,), (33,), 0)}, [NeuronSet("set", 3, (0, 2))])
     assert ("inside" in set(table.form)) is is_product
     if is_product:
-        inside, up = (gates.select(table, "T2", "set", form, "Y1") for form in ("inside", "upstream"))
+        inside, up = (gating.select(table, "T2", "set", form, "Y1") for form in ("inside", "upstream"))
         span = (inside.y11 - inside.y00).to_numpy()
-        np.testing.assert_allclose(span, gates.set_effect(up), atol=1e-5)  # both factors moved: the set moved
-    batch = mediation.run_clean(subject, group)
-    assert (gate_cells.product(subject, batch, 3) is not None) is is_product
+        np.testing.assert_allclose(span, gating.set_effect(up), atol=1e-5)  # both factors moved: the set moved
+    batch = estimands.run_clean(subject, group)
+    assert (clamping.product(subject, batch, 3) is not None) is is_product
 
 
 def test_absolute_interval_holds_zero_where_the_signed_one_does() -> None:
-    assert gates.absolute(0.3, -0.1, 0.7) == (0.3, 0.0, 0.7)
-    assert gates.absolute(-0.3, -0.7, 0.1) == (0.3, 0.0, 0.7)
-    assert gates.absolute(0.3, 0.1, 0.4) == (0.3, 0.1, 0.4)
+    assert gating.absolute(0.3, -0.1, 0.7) == (0.3, 0.0, 0.7)
+    assert gating.absolute(-0.3, -0.7, 0.1) == (0.3, 0.0, 0.7)
+    assert gating.absolute(0.3, 0.1, 0.4) == (0.3, 0.1, 0.4)
 
 
 def synthetic(rng: np.random.Generator, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
@@ -115,15 +116,15 @@ def synthetic(rng: np.random.Generator, treatment: str, signal: float, own: floa
 
 def test_index_of_known_means_and_when_it_is_defined() -> None:
     rng = np.random.default_rng(0)
-    index = gates.gate_index(synthetic(rng, "T2", 1.0, 1.0, 2.0))
+    index = gating.gate_index(synthetic(rng, "T2", 1.0, 1.0, 2.0))
     assert index is not None and index.is_defined and index.low < 0.5 < index.high
     assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
-    idle = gates.gate_index(synthetic(rng, "T2", 1.0, 0.1, 0.0))
+    idle = gating.gate_index(synthetic(rng, "T2", 1.0, 0.1, 0.0))
     assert idle is not None and not idle.is_defined  # the set does next to nothing
     swamped = synthetic(rng, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
-    small = gates.gate_index(swamped)
+    small = gating.gate_index(swamped)
     assert small is not None and not small.is_defined  # next to nothing is at stake
-    assert gates.gate_index(swamped[swamped.split == "test"]) is None
+    assert gating.gate_index(swamped[swamped.split == "test"]) is None
 
 
 def test_benign_share_of_known_means() -> None:
@@ -135,18 +136,18 @@ def test_benign_share_of_known_means() -> None:
             synthetic(rng, "B2", 1.0, -0.8, 0.0),  # against its behaviour: still an effect
         ]
     )
-    share = gates.benign_share(table, "T2", "set", ["B1", "B2"])
+    share = gating.benign_share(table, "T2", "set", ["B1", "B2"])
     assert share is not None and share.estimate[0] == pytest.approx(0.3, abs=0.02)
-    assert gates.benign_share(table, "T2", "set", []) is None
+    assert gating.benign_share(table, "T2", "set", []) is None
 
 
 def test_difference_subtracts_cells_of_the_twin() -> None:
     rng = np.random.default_rng(2)
     harm, twin = synthetic(rng, "T2", 1.0, 1.0, 2.0), synthetic(rng, "T2b", 0.5, 0.5, 0.0)
     twins = {f"T2 {i}": f"T2b {i}" for i in range(120)}
-    both = gate_cells.difference(pd.concat([harm, twin], ignore_index=True), twins)
+    both = clamping.difference(pd.concat([harm, twin], ignore_index=True), twins)
     made = both[both.treatment == "T2-T2b"].set_index("pair_id")
     np.testing.assert_allclose(made.y11, harm.y11.to_numpy() - twin.y11.to_numpy())
     np.testing.assert_allclose(made.te, harm.te.to_numpy() - twin.te.to_numpy())
-    index = gates.gate_index(made.reset_index())
+    index = gating.gate_index(made.reset_index())
     assert index is not None and index.estimate == pytest.approx(2 / 3, abs=0.03)

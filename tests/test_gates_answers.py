@@ -8,11 +8,12 @@ from families import tiny_subject
 from handmade import random_pairs
 from test_gates import synthetic
 
-from helpers import gate_answers, gates, outcomes
-from helpers.gate_cells import NeuronSet
-from helpers.mediation import prompt_tokens
-from helpers.subject import Subject
-from helpers.tokens import Openers
+from companion.mediation import outcomes
+from companion.mediation.estimands import prompt_tokens
+from companion.model.architecture import Subject
+from companion.neurons import clamping, gating
+from companion.neurons.clamping import NeuronSet
+from companion.prompts.tokens import Openers
 
 OPENERS = {"T2": Openers((5, 9), (33,), 0)}
 SETS = [NeuronSet("last", 3, (1, 4)), NeuronSet("below", 1, (0, 7))]
@@ -48,9 +49,9 @@ def values(subject: Subject, whole: torch.Tensor, one: NeuronSet) -> torch.Tenso
 @pytest.mark.parametrize("when", ["first", "every"])
 def test_timing_is_that_of_hooked_runs(one: NeuronSet, when: str) -> None:
     subject, pairs = tiny_subject("llama"), random_pairs(3, 9, 60)
-    got = gate_answers.timing(subject, pairs, OPENERS, SETS)
+    got = clamping.timing(subject, pairs, OPENERS, SETS)
     prompts = prompt_tokens(subject, pairs)
-    texts = outcomes.continuations(subject, *prompts, OPENERS["T2"], gate_answers.STEPS)
+    texts = outcomes.continuations(subject, *prompts, OPENERS["T2"], clamping.STEPS)
     at = slice(8, 9) if when == "first" else slice(8, None)
     wanted = torch.zeros(3, dtype=torch.float64)
     for text, mask, sign in ((texts.answer, texts.answer_mask, 1), (texts.refusal, texts.refusal_mask, -1)):
@@ -71,12 +72,12 @@ def test_timing_is_that_of_hooked_runs(one: NeuronSet, when: str) -> None:
 
 def test_closing_cost_is_that_of_a_hooked_run() -> None:
     subject, pairs, one = tiny_subject("llama"), random_pairs(3, 9, 60), SETS[1]
-    closed = gate_answers.closed_values(subject, pairs, SETS)
+    closed = clamping.closed_values(subject, pairs, SETS)
     control, treated = prompt_tokens(subject, pairs)
     torch.testing.assert_close(closed[one], values(subject, control, one)[:, -1], rtol=0, atol=1e-6)
-    got = gate_answers.closing_cost(subject, pairs, OPENERS, {each: runs[:2] for each, runs in closed.items()})
+    got = clamping.closing_cost(subject, pairs, OPENERS, {each: runs[:2] for each, runs in closed.items()})
     got = got[got["set"] == one.name]
-    texts = outcomes.continuations(subject, treated, treated, OPENERS["T2"], gate_answers.STEPS)
+    texts = outcomes.continuations(subject, treated, treated, OPENERS["T2"], clamping.STEPS)
 
     def edit(own: torch.Tensor) -> torch.Tensor:
         new = own.clone()
@@ -92,10 +93,10 @@ def test_closing_cost_is_that_of_a_hooked_run() -> None:
 def test_shares_are_ratios_of_means() -> None:
     table = synthetic(np.random.default_rng(0), "T2", 1.0, 1.0, 0.0)
     table = table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00)
-    share = gates.timing_share(table, "T2", "set")
+    share = gating.timing_share(table, "T2", "set")
     assert (
         share is not None and share.estimate[0] == pytest.approx(0.5, abs=0.02) and share.low[0] < 0.5 < share.high[0]
     )
     cost = pd.DataFrame({"topic": list("aabbcc"), "set": "set", "lost": [0.0, 0.3] * 3, "n_tokens": [1.0, 2.0] * 3})
-    ratio = gates.perplexity_ratio(cost, "set")
+    ratio = gating.perplexity_ratio(cost, "set")
     assert ratio is not None and ratio.estimate[0] == pytest.approx(np.exp(0.1))

@@ -8,9 +8,10 @@ from families import FAMILIES, tiny_subject, tokens
 from torch import Tensor
 from true_float64 import true_float64
 
-from helpers import grid, reference
-from helpers.grid import CleanRun, Patch
-from helpers.subject_parts import Subject
+from companion.model import activations, readout, reference, replay
+from companion.model.activations import CleanRun
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
 
 N_POS = 9
 SITES = [("resid_post", None), ("attn_out", None), ("mlp_out", None), ("head", 1), ("head", (0, 3)), ("neuron", 7),
@@ -39,14 +40,16 @@ def every_patch(layers: tuple[int, ...] = (0, 1, 3)) -> list[Patch]:
 def runs(subject: Subject, attention_mask: Tensor | None = None) -> tuple[CleanRun, CleanRun]:
     control, treated = tokens(seed=1), tokens(seed=2)
     treated[:, :2] = control[:, :2]
-    return grid.clean_run(subject, control, attention_mask), grid.clean_run(subject, treated, attention_mask)
+    return activations.clean_run(subject, control, attention_mask), activations.clean_run(
+        subject, treated, attention_mask
+    )
 
 
 def worst(subject: Subject, pair: tuple[CleanRun, CleanRun], patches: list, read: object = (-1,)) -> float:
     """The largest deviation from the reference, as a share of the largest effect."""
-    fast = grid.interchange(subject, *pair, patches, read=read)
+    fast = replay.interchange(subject, *pair, patches, read=read)
     plain = reference.interchange(subject, *pair, patches, read=read)
-    effect = plain - grid.interchange(subject, *pair, [Patch("mlp_out", 0, mask([]))], read=read)
+    effect = plain - replay.interchange(subject, *pair, [Patch("mlp_out", 0, mask([]))], read=read)
     assert float(effect.abs().max()) > 0.1
     return float((fast - plain).abs().max() / effect.abs().max())
 
@@ -82,12 +85,12 @@ def test_padded_batch(family: str, side: str, attention: str) -> None:
     with true_float64(subject.model):
         pair = runs(subject, real.long())
         assert worst(subject, pair, patches, read=last) < 1e-10
-        padded = grid.interchange(subject, *pair, patches, read=last)
+        padded = replay.interchange(subject, *pair, patches, read=last)
         for i, n in enumerate(lengths.tolist()):  # the same as alone and unpadded
             one = real[i]
-            alone = [grid.clean_run(subject, run.tokens[i : i + 1, one]) for run in pair]
+            alone = [activations.clean_run(subject, run.tokens[i : i + 1, one]) for run in pair]
             cut = [Patch(p.site, p.layer, p.positions[i : i + 1, one], p.index) for p in patches]
-            torch.testing.assert_close(grid.interchange(subject, *alone, cut)[0], padded[i], rtol=0, atol=1e-10)
+            torch.testing.assert_close(replay.interchange(subject, *alone, cut)[0], padded[i], rtol=0, atol=1e-10)
             assert alone[0].tokens.shape == (1, n)
 
 
@@ -125,6 +128,6 @@ def test_readout_is_applied_to_every_patch() -> None:
     pair = runs(subject)
     patches = [*every_patch((1,)), Patch("mlp_out", 0, mask([]))]
     rows = torch.tensor([5, 9])
-    whole = grid.logits(subject, grid.interchange(subject, *pair, patches), rows)
-    kept = grid.interchange(subject, *pair, patches, readout=lambda resid: grid.logits(subject, resid, rows))
+    whole = readout.logits(subject, replay.interchange(subject, *pair, patches), rows)
+    kept = replay.interchange(subject, *pair, patches, readout=lambda resid: readout.logits(subject, resid, rows))
     torch.testing.assert_close(kept, whole)

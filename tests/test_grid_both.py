@@ -6,10 +6,11 @@ from families import tiny_subject
 from handmade import random_pairs
 from true_float64 import true_float64
 
-from helpers import grid, mediation
-from helpers.carriers import variants
-from helpers.grid import Patch
-from helpers.grid_both import both_ways
+from companion.mediation import estimands
+from companion.mediation.path_specific import variants
+from companion.model import replay
+from companion.model.interventions import Patch
+from companion.model.replay import both_ways
 
 
 @pytest.mark.parametrize("n_pairs", [1, 5])
@@ -17,7 +18,7 @@ from helpers.grid_both import both_ways
 def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny_subject(family, torch.float64)
     with true_float64(subject.model):
-        batch = mediation.run_clean(subject, random_pairs(n_pairs, 9, 60))
+        batch = estimands.run_clean(subject, random_pairs(n_pairs, 9, 60))
         runs = (batch.control, batch.treated)
         where = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
         where[0, 2:5], where[-1, 4:] = True, True  # other positions in other pairs
@@ -25,12 +26,12 @@ def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: 
         # and values of the base's own, or of both
         lists = [[*plain, *variants(subject, *pair, [0, 2])] for pair in (runs, runs[::-1])]
         expected = [
-            grid.interchange(subject, *order, some)[:, :, 0]
+            replay.interchange(subject, *order, some)[:, :, 0]
             for order, some in zip((runs, runs[::-1]), lists, strict=True)
         ]
         called = []
         monkeypatch.setattr(
-            "helpers.grid_both.interchange", lambda *a: called.append(len(a[1].tokens)) or grid.interchange(*a)
+            "companion.model.replay.interchange", lambda *a: called.append(len(a[1].tokens)) or replay.interchange(*a)
         )
         found = both_ways(subject, *runs, *lists, at_once=64)
         apart = both_ways(subject, *runs, *lists, at_once=1)

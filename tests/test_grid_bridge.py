@@ -9,12 +9,11 @@ from test_grid import mask, runs
 from torch import Tensor
 from transformer_lens.patching import generic_activation_patch
 
-from helpers import grid
-from helpers import subject as subject_module
-from helpers.errors import InputError
-from helpers.grid import Patch
-from helpers.subject import bridge, from_model
-from helpers.subject_parts import Subject
+from companion.base.errors import InputError
+from companion.model import activations, load, readout, replay
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.model.load import bridge, from_model
 
 HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "head": "attn.hook_z",
          "neuron": "mlp.hook_post"}  # fmt: skip
@@ -38,7 +37,7 @@ def test_patching_by_transformer_lens_gives_the_same_logits(family: str, folder)
     _, cache = lens.run_with_cache(source.tokens)
     index = {"head": 1, "neuron": 7}
     patches = [Patch(site, layer, mask([8]), index.get(site)) for site in HOOKS for layer in range(4)]
-    fast = grid.logits(subject, grid.interchange(subject, base, source, patches))[:, :, 0]
+    fast = readout.logits(subject, replay.interchange(subject, base, source, patches))[:, :, 0]
     for i, patch in enumerate(patches):
         name = f"blocks.{patch.layer}.{HOOKS[patch.site]}"
         hook = partial(set_last, cache[name], patch.index)
@@ -62,14 +61,14 @@ def test_the_patching_module_gives_the_same_curve(folder) -> None:
     subject = made("qwen2", folder)
     base, source = runs(subject)
     lens = bridge(subject)
-    base, source = (grid.clean_run(subject, run.tokens[:1]) for run in (base, source))
+    base, source = (activations.clean_run(subject, run.tokens[:1]) for run in (base, source))
     _, cache = lens.run_with_cache(source.tokens)
     curve = generic_activation_patch(
         lens, base.tokens, cache, lambda logits: logits[0, -1, 5] - logits[0, -1, 9],
         patch_setter=set_position, activation_name="resid_post", index_axis_names=("layer", "pos"),
     )  # fmt: skip
     patches = [Patch("resid_post", layer, mask([pos], 1)) for layer in range(4) for pos in range(9)]
-    rows = grid.logits(subject, grid.interchange(subject, base, source, patches), torch.tensor([5, 9]))[0, :, 0]
+    rows = readout.logits(subject, replay.interchange(subject, base, source, patches), torch.tensor([5, 9]))[0, :, 0]
     torch.testing.assert_close((rows[:, 0] - rows[:, 1]).view(4, 9), curve, rtol=0, atol=1e-5)
 
 
@@ -113,4 +112,4 @@ def test_the_bridge_is_a_twin_that_shares_weights(folder) -> None:
     assert torch.equal(subject.model(torch.arange(3, 12)[None]).logits, before)
     assert lens(torch.arange(3, 12)[None]).shape[-1] == VOCAB
     with pytest.raises(InputError, match="has no tokenizer"):
-        subject_module.bridge(from_model(tiny_model("llama")))
+        load.bridge(from_model(tiny_model("llama")))

@@ -9,12 +9,12 @@ import transformers as hf
 from families import FAMILIES, tiny_model, tiny_subject
 from test_grid import every_patch, mask, runs
 
-from helpers import grid, reference
-from helpers.errors import InputError
-from helpers.grid import Patch
-from helpers.grid_check import check_sites, grid_refusal, replay_noise, verify
-from helpers.subject import from_model
-from helpers.subject_parts import find_parts
+from companion.base.errors import InputError
+from companion.model import activations, reference, replay
+from companion.model.architecture import find_parts
+from companion.model.interventions import Patch
+from companion.model.load import from_model
+from companion.model.verify import check_sites, grid_refusal, replay_noise, verify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -83,7 +83,7 @@ def test_nan_in_a_run_is_refused() -> None:
     subject = tiny_subject("llama")
     nan_weight(subject.model)
     with pytest.raises(InputError, match="NaN"):
-        grid.clean_run(subject, torch.arange(5)[None])
+        activations.clean_run(subject, torch.arange(5)[None])
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
@@ -109,10 +109,10 @@ def test_mixture_of_experts_takes_the_slow_path() -> None:
     pair = runs(subject)
     patches = [Patch("mlp_out", 1, mask([8])), Patch("head", 0, mask([4]), 2)]
     with pytest.warns(UserWarning, match="18 times slower for last-token patches"):
-        got = grid.interchange(subject, *pair, patches)
+        got = replay.interchange(subject, *pair, patches)
     assert torch.equal(got, reference.interchange(subject, *pair, patches))
     with pytest.raises(InputError, match="no down projection"):
-        grid.interchange(subject, *pair, [Patch("neuron", 0, mask([4]), 0)])
+        replay.interchange(subject, *pair, [Patch("neuron", 0, mask([4]), 0)])
 
 
 def test_slow_path_serves_a_model_that_the_replay_gets_wrong() -> None:
@@ -122,7 +122,7 @@ def test_slow_path_serves_a_model_that_the_replay_gets_wrong() -> None:
         subject = from_model(model, allow_slow=True)
     pair = runs(subject)
     with pytest.warns(UserWarning, match="cannot be replayed exactly"):
-        got = grid.interchange(subject, *pair, every_patch((1,))[:4])
+        got = replay.interchange(subject, *pair, every_patch((1,))[:4])
     assert torch.isfinite(got).all()
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from test_prompts import folder, rows
 
-from helpers import positions, prompts, tokens
-from helpers.errors import InputError
-from helpers.prompts import load_set, shown
-from helpers.study import Study, own_pair
-from helpers.subject import load
+from companion.base.errors import InputError
+from companion.mediation.study import Study, own_pair
+from companion.model.load import load
+from companion.prompts import pairs, positions, tokens
+from companion.prompts.pairs import load_set, shown
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_a_set_is_sensitive_if_its_note_does_not_deny_it(tmp_path: Path, note: s
 def study() -> Study:
     subject = load("embedded")
     content = load_set("embedded")
-    first = [prompts.replace(pair, sensitive=True) for pair in content.pairs[:12]]
+    first = [pairs.replace(pair, sensitive=True) for pair in content.pairs[:12]]
     return Study("x", subject, tuple(tokens.tokenize(first, subject.tokenizer)[0]), {}, {}, {})
 
 

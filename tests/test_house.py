@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import checks, environment, manifest, runner
-from helpers import notebook as nb
-from helpers.paths import NOTEBOOKS, ROOT
+from companion.base.paths import NOTEBOOKS, ROOT
+from companion.run import checks, environment, freshness, notebooks, runner
 
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 ONLY_PLOT = ("00", "08")  # these read result files and must not import the model stack
@@ -24,7 +23,7 @@ book = pytest.mark.parametrize("path", BOOKS, ids=[path.stem for path in BOOKS])
 
 
 def code(path: Path) -> list[dict[str, Any]]:
-    return nb.code_cells(nb.read(path))
+    return notebooks.code_cells(notebooks.read_notebook(path))
 
 
 def shown(cell: dict[str, Any]) -> str:
@@ -36,25 +35,27 @@ def shown(cell: dict[str, Any]) -> str:
 
 def is_checked(cell: dict[str, Any]) -> bool:
     """Whether nbval compares an output of this cell that is more than a drawing."""
-    return bool(re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()) and not set(nb.tags(cell)) & set(IGNORED)
+    return bool(re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()) and not set(notebooks.tags(cell)) & set(IGNORED)
 
 
 @book
 def test_a_notebook_was_executed_top_to_bottom(path: Path) -> None:
-    assert nb.is_executed(nb.read(path)), f"run ./run_all.sh --only {path.name[:2]}"
+    assert notebooks.is_executed(notebooks.read_notebook(path)), f"run ./run_all.sh --only {path.name[:2]}"
 
 
 @book
 def test_a_notebook_has_the_runners_parameters(path: Path) -> None:
-    assert nb.parameters(nb.read(path), path) == runner.DEFAULTS
+    assert notebooks.notebook_parameters(notebooks.read_notebook(path), path) == runner.DEFAULTS
 
 
 @book
 def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
-    sources = [nb.source(cell) for cell in code(path)]
+    sources = [notebooks.source(cell) for cell in code(path)]
     longest = max(sources, key=lambda source: sum(bool(line.strip()) for line in source.splitlines()))
     assert sum(bool(line.strip()) for line in longest.splitlines()) <= 25, longest
-    prose = [nb.source(cell) for cell in nb.read(path)["cells"] if cell["cell_type"] == "markdown"]
+    prose = [
+        notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"] if cell["cell_type"] == "markdown"
+    ]
     words, lines = (
         sum(map(len, map(split, texts))) for split, texts in ((str.split, prose), (str.splitlines, sources))
     )
@@ -64,13 +65,15 @@ def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
 
 @book
 def test_a_notebook_has_one_to_five_outputs_that_nbval_compares(path: Path) -> None:
-    checked = [nb.source(cell) for cell in code(path) if is_checked(cell)]
+    checked = [notebooks.source(cell) for cell in code(path) if is_checked(cell)]
     assert 1 <= len(checked) <= 5, "\n---\n".join(checked)
 
 
 @book
 def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
-    whole = "\n".join([*(nb.source(cell) for cell in nb.read(path)["cells"]), *map(shown, code(path))])
+    whole = "\n".join(
+        [*(notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"]), *map(shown, code(path))]
+    )
     places = [str(ROOT), str(Path.home()), "/.state/", " at 0x"]
     assert not [place for place in places if len(place) > 1 and place in whole]
     assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
@@ -78,13 +81,13 @@ def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
 
 @book
 def test_a_notebooks_cells_have_fixed_ids(path: Path) -> None:
-    ids = [cell.get("id") for cell in nb.read(path)["cells"]]
+    ids = [cell.get("id") for cell in notebooks.read_notebook(path)["cells"]]
     assert None not in ids and len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("path", [path for path in BOOKS if path.name[:2] in ONLY_PLOT], ids=lambda path: path.stem)
 def test_a_notebook_that_only_plots_imports_no_model_stack(path: Path) -> None:
-    tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", nb.source(cell)) for cell in code(path)))
+    tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)) for cell in code(path)))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not imported_stack("\n".join(imports))
 
@@ -97,11 +100,11 @@ def imported_stack(source: str) -> list[str]:
 
 
 def test_figures_are_redrawn_without_the_model_stack() -> None:
-    assert imported_stack("import helpers.figures") == []
+    assert imported_stack("import companion.plots.figures") == []
 
 
 def test_the_command_line_imports_the_standard_library_only() -> None:
-    probe = "import helpers.cli, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    probe = "import companion.run.cli, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {probe}"],
         cwd=ROOT,
@@ -110,7 +113,7 @@ def test_the_command_line_imports_the_standard_library_only() -> None:
         check=True,
     )
     foreign = {name for name in done.stdout.split() if name not in sys.stdlib_module_names}
-    assert foreign <= {"helpers", "__main__"}
+    assert foreign <= {"companion", "__main__"}
 
 
 def test_every_notebook_has_its_place() -> None:
@@ -128,7 +131,11 @@ def test_what_a_notebook_needs_comes_with_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("helpers/**/*.py"), *ROOT.glob("exercises/*.py")]), ids=lambda path: path.stem
+    "path",
+    sorted(
+        [path for name in ("helpers", "companion", "organisms", "exercises") for path in ROOT.glob(f"{name}/**/*.py")]
+    ),
+    ids=lambda path: path.stem,
 )
 def test_a_helper_is_one_topic(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -142,7 +149,9 @@ def own_files() -> list[Path]:
     """Text files of the repository, without environments, caches and what a run makes."""
     kinds = (".py", ".md", ".sh", ".toml", ".yml", ".cff", ".in")
     below = [
-        path for folder in ("helpers", "exercises", "tests", "benchmarks", ".ci") for path in (ROOT / folder).rglob("*")
+        path
+        for folder in ("helpers", "companion", "organisms", "exercises", "tests", "benchmarks", ".ci")
+        for path in (ROOT / folder).rglob("*")
     ]
     return [path for path in (*below, *ROOT.glob("*")) if path.suffix in kinds and path.is_file()]
 
@@ -156,7 +165,11 @@ def test_nothing_is_left_unfinished_or_tied_to_a_machine() -> None:
 
 
 def test_there_is_no_pickle() -> None:
-    paths = [path for folder in ("data", "results", "helpers", "tests") for path in (ROOT / folder).rglob("*")]
+    paths = [
+        path
+        for folder in ("data", "results", "helpers", "companion", "organisms", "tests")
+        for path in (ROOT / folder).rglob("*")
+    ]
     assert not [path for path in paths if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
 
 
@@ -166,7 +179,7 @@ def test_conda_and_pip_install_the_same() -> None:
 
 
 def test_the_lock_holds_what_is_asked_for_and_nothing_else_names_versions() -> None:
-    asked = manifest.requirement_names(ROOT / "requirements.in")
+    asked = freshness.requirement_names(ROOT / "requirements.in")
     assert set(map(environment.canonicalize_name, asked)) <= set(environment.pins())
     lines = (ROOT / "requirements.in").read_text().splitlines()
     assert not [line for line in lines if re.search(r"[=<>~]", line.split("#")[0])]
@@ -200,7 +213,7 @@ def _committed(folder: Path, value: float, processor: str) -> None:
 def test_committed_tables_are_compared_with_a_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "RESULTS", tmp_path / "old")
     for folder, value in (("old", 1.0), ("new", 1.0005), ("far", 1.01)):
-        _committed(tmp_path / folder, value, manifest.processor())
+        _committed(tmp_path / folder, value, freshness.processor())
     assert checks.compare(tmp_path / "new")[1]
     assert not checks.compare(tmp_path / "far")[1]
     (tmp_path / "new" / "embedded" / "02_a.csv").unlink()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from toys import CLAIMS, Toy, environment
 
-from helpers import checks
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
+from companion.run import checks
 
 EVERYTHING = {"00", "01", "02", "03", "08"}
 OVERWRITE = 'store.write_text("value\\nwrong\\n", out / "02_toy.csv")'
@@ -108,7 +108,7 @@ def test_everything_that_results_rest_on_makes_them_stale(toy: Toy) -> None:
     assert stale(toy) == {"02", "03", "08", "00"}
 
 
-@pytest.mark.parametrize("name", ["helpers/paths.py", "requirements.lock", "data/prompts/embedded/outcome.json"])
+@pytest.mark.parametrize("name", ["companion/base/paths.py", "requirements.lock", "data/prompts/embedded/outcome.json"])
 def test_shared_inputs_make_everything_stale(toy: Toy, name: str) -> None:
     path = toy.root / name
     path.write_bytes(path.read_bytes() + b"\n")

@@ -12,11 +12,14 @@ from families import tokens
 from hub_cache import REPO, chat_folder, put, serve
 from huggingface_hub import errors
 
-from helpers import hub, hub_fetch, manifest, model_size, preflight
-from helpers.errors import InputError
-from helpers.hub import HubId
-from helpers.paths import check_slug
-from helpers.subject import load
+from companion.base import folders, hub
+from companion.base.errors import InputError
+from companion.base.hub import HubId
+from companion.base.paths import check_slug
+from companion.model import download, memory
+from companion.model.download import WEIGHTS, ready
+from companion.model.load import load
+from companion.run import freshness
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -95,7 +98,7 @@ def test_a_cached_commit_needs_no_network(source: Path, cache: Path, monkeypatch
     put(cache, source, [path.name for path in source.iterdir()], COMMIT)
     refuse(monkeypatch, AssertionError("the hub was asked"))
     assert load(f"{REPO}@{COMMIT}").n_layers == 4
-    assert preflight.model_folder(REPO) == cache / "models--org--tiny" / "snapshots" / COMMIT
+    assert folders.model_folder(REPO) == cache / "models--org--tiny" / "snapshots" / COMMIT
     assert hub.pinned(REPO) == f"{REPO}@{COMMIT}"
     assert hub.pinned("window-0") == "window-0"
 
@@ -112,7 +115,7 @@ def test_without_a_network_the_cached_copy_of_a_branch_serves(
     with pytest.raises(InputError, match="only a part of it is in the cache"):
         load(REPO)
     with pytest.raises(InputError, match=r"not in the hub's cache yet: \./run_all\.sh --model org/tiny"):
-        preflight.model_folder(REPO)
+        folders.model_folder(REPO)
     put(cache, source, names, COMMIT)
     assert load(REPO).n_layers == 4
     for name in hub.TOKENIZER:
@@ -129,21 +132,21 @@ def test_what_was_downloaded_by_branch_is_there_without_a_network(
     name = REPO + revision
     for commit in (COMMIT, COMMIT[::-1]):
         serve(monkeypatch, source, cache, commit)
-        assert hub_fetch.ready(name, "cpu", "float32") == f"{REPO}@{commit}"
+        assert ready(name, "cpu", "float32") == f"{REPO}@{commit}"
         refuse(monkeypatch, errors.OfflineModeIsEnabled("off"))
-        assert hub.pinned(name) == f"{REPO}@{commit}" == hub_fetch.ready(name, "cpu", "float32")
+        assert hub.pinned(name) == f"{REPO}@{commit}" == ready(name, "cpu", "float32")
     assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
     serve(monkeypatch, source, cache, "f" * 40)
     download = huggingface_hub.snapshot_download
 
     def cut(repo: str, *, allow_patterns: list, **given: object) -> str:
-        if allow_patterns == hub_fetch.WEIGHTS:
+        if allow_patterns == WEIGHTS:
             raise ConnectionError("down")
         return download(repo, allow_patterns=allow_patterns, **given)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
     with pytest.raises(InputError, match="only a part of it is in the cache"):
-        hub_fetch.ready(name, "cpu", "float32")
+        ready(name, "cpu", "float32")
     assert hub.pinned(name) == f"{REPO}@{commit}"
 
 
@@ -151,7 +154,7 @@ def test_a_commit_asked_for_by_its_hash_moves_no_branch(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, source, cache, COMMIT)
-    assert hub_fetch.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
+    assert download.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
     assert not list(cache.rglob("refs/*"))
 
 
@@ -239,15 +242,15 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
     damage(folder)
     fetched = serve(monkeypatch, folder, cache, COMMIT)
     with pytest.raises(InputError, match=message):
-        hub_fetch.ready(REPO, "cpu", "float32")
+        download.ready(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith((".safetensors", ".bin", ".py"))]
 
 
 def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = serve(monkeypatch, source, cache, COMMIT)
-    monkeypatch.setattr(hub_fetch.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
-        hub_fetch.ready(REPO, "cpu", "float32")
+        download.ready(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith(".safetensors")]
 
 
@@ -255,25 +258,25 @@ def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = serve(monkeypatch, source, cache, COMMIT)
-    free = model_size.needs(model_size.on_meta(source, torch.bfloat16), copies=1).total
-    monkeypatch.setattr(model_size, "free_memory", lambda device: free / model_size.USABLE + 1)
+    free = memory.needs(memory.on_meta(source, torch.bfloat16), copies=1).total
+    monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
     for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
         with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
-            hub_fetch.ready(REPO, "cpu", "bfloat16", **asked)
+            download.ready(REPO, "cpu", "bfloat16", **asked)
     assert not [name for name in fetched if name.endswith(".safetensors")]
-    assert hub_fetch.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
+    assert download.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
 
 
 def test_the_manifest_names_commit_and_file_hashes(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve(monkeypatch, source, cache, COMMIT)
-    name = hub_fetch.ready(REPO, "cpu", "float32")
+    name = download.ready(REPO, "cpu", "float32")
     assert name == f"{REPO}@{COMMIT}"
-    assert hub_fetch.ready(name, "cpu", "float32") == name
+    assert download.ready(name, "cpu", "float32") == name
     assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 2, "once a call"
     given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
-    manifest.write_manifest(tmp_path, given, {})
+    freshness.write_manifest(tmp_path, given, {})
     model = json.loads((tmp_path / "manifest.json").read_text())["model"]
     assert (model["name"], model["revision"]) == (REPO, COMMIT) and "remote_code" not in model
     assert {path.name for path in source.iterdir()} == set(model["sha256"])

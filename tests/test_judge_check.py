@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers import hub, judge_check, judging, public_list, run_flags
-from helpers.errors import InputError
-from helpers.judge import judge
-from helpers.judging import Accuracy
-from helpers.paths import ORGANISM
+from companion.base import hub
+from companion.base.errors import InputError
+from companion.base.paths import ORGANISM
+from companion.generation import accuracy, labels
+from companion.generation.accuracy import Accuracy
+from companion.generation.labels import judge
+from companion.prompts import public
+from companion.run import flags, judge_check
 
 FLAGS = ("--", "--model", "full-0")
 
@@ -24,7 +27,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 def test_from_a_sample_to_corrected_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(judge_check, "MOST", 20)
     monkeypatch.setattr(judge_check, "STEPS", 16)
     with pytest.raises(InputError, match=r"nothing was labelled for this run yet .* --sample N"):
@@ -56,7 +59,7 @@ def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:
     given = {f"T1:{i}": i < 8 or i == 15 for i in range(20)}
     (tmp_path / "given.csv").write_text("id,label\n" + "".join(f"{name},{int(one)}\n" for name, one in given.items()))
     (line,) = judge_check.rates(tmp_path, {f"T1:{i}": i < 10 for i in range(20)})
-    rate, low, high = judging.corrected_rate(judging.np.array(list(given.values())), Accuracy(10, 8, 10, 9))
+    rate, low, high = accuracy.rogan_gladen(labels.np.array(list(given.values())), Accuracy(10, 8, 10, 9))
     assert rate == pytest.approx(0.5)
     assert "T1, complied: labelled 0.45" in line and f"corrected 0.50 [{low:.2f}, {high:.2f}]" in line
 
@@ -80,7 +83,7 @@ def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: 
         judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))) or 0
     )
     monkeypatch.setattr(judge_check.inputs, "fetched", lambda found, given: found)
-    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv(hub.TRUST, "1")
     monkeypatch.setenv(hub.JUDGE, "left from before")
     shutil.copytree(ORGANISM / "window-1", tmp_path / "judge")
@@ -102,8 +105,10 @@ def test_what_goes_wrong_with_a_model_is_one_line(tmp_path: Path, capsys: pytest
         (["--sample", "5", "--", "--model", str(tmp_path)], "is no model folder: it has no config.json"),
         (["--sample", "5", *FLAGS, "--judge", "nowhere"], "no model 'nowhere'"),
     ):
-        assert run_flags.run("judge_check", judge_check.main, words) == 2
+        assert flags.run_with_flags("judge_check", judge_check.main, words) == 2
         error = capsys.readouterr().err
         assert error.startswith("judge_check: ") and message in error and error.count("\n") == 1
-    assert run_flags.run("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
-    assert run_flags.run("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err
+    assert flags.run_with_flags("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
+    assert (
+        flags.run_with_flags("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err
+    )

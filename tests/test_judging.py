@@ -11,10 +11,16 @@ import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import cli, defence_outcomes, hub, inputs, judging, model_size, preflight, runner, tokens
-from helpers.errors import InputError
-from helpers.judging import Accuracy, accuracy, corrected_rate, is_refusal, read_labels
-from helpers.subject import Subject, from_model
+from companion.base import folders, hub
+from companion.base.errors import InputError
+from companion.generation import decode, forward, labels
+from companion.generation.accuracy import Accuracy, accuracy, describe, rogan_gladen
+from companion.generation.labels import is_refusal, read_labels
+from companion.model import memory
+from companion.model.architecture import Subject
+from companion.model.load import from_model
+from companion.prompts import tokens
+from companion.run import cli, runner, settings
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None
         truth, said = labelled(0.5, 200, 0.8, 0.9, rng)
         known = accuracy(dict(zip(ids, said, strict=True)), dict(zip(ids, truth, strict=True)))
         _, labels = labelled(0.1, 1000, 0.8, 0.9, rng)
-        rate, low, high = corrected_rate(labels, known, n_draws=2000, seed=seed)
+        rate, low, high = rogan_gladen(labels, known, n_draws=2000, seed=seed)
         covered += low <= 0.1 <= high
         estimates.append(rate)
         raw.append(labels.mean())
@@ -61,16 +67,16 @@ def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None
 
 def test_a_perfect_labeller_is_not_corrected_and_chance_cannot_be() -> None:
     labels = np.arange(100) < 30
-    rate, low, high = corrected_rate(labels, Accuracy(500, 500, 500, 500))
+    rate, low, high = rogan_gladen(labels, Accuracy(500, 500, 500, 500))
     assert rate == pytest.approx(0.3) and low < 0.3 < high
-    assert corrected_rate(np.zeros(100, dtype=bool), Accuracy(50, 40, 50, 40))[0] == 0.0
+    assert rogan_gladen(np.zeros(100, dtype=bool), Accuracy(50, 40, 50, 40))[0] == 0.0
     with pytest.raises(InputError, match="no better than chance"):
-        corrected_rate(labels, Accuracy(50, 25, 50, 25))
+        rogan_gladen(labels, Accuracy(50, 25, 50, 25))
 
 
 def test_fewer_known_labels_give_a_wider_interval() -> None:
     labels = np.arange(1000) < 300
-    few, many = (corrected_rate(labels, Accuracy(n, n * 8 // 10, n, n * 9 // 10)) for n in (20, 2000))
+    few, many = (rogan_gladen(labels, Accuracy(n, n * 8 // 10, n, n * 9 // 10)) for n in (20, 2000))
     assert few[2] - few[1] > 2 * (many[2] - many[1])
     assert few[0] == pytest.approx(many[0]) == pytest.approx(0.2 / 0.7)
 
@@ -102,8 +108,8 @@ def test_labels_are_read_and_mistakes_named(tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_said() -> None:
     labels = np.arange(100) < 30
-    assert "unknown" in judging.describe(labels, None) and "0.30 [0.22, 0.40]" in judging.describe(labels, None)
-    assert "corrected 0.29" in judging.describe(labels, Accuracy(100, 80, 100, 90))
+    assert "unknown" in describe(labels, None) and "0.30 [0.22, 0.40]" in describe(labels, None)
+    assert "corrected 0.29" in describe(labels, Accuracy(100, 80, 100, 90))
 
 
 @pytest.fixture
@@ -115,8 +121,8 @@ def judge_model(tmp_path: Path) -> Subject:
 
 def test_a_judge_model_is_asked_once_for_each_answer(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probability is that of Yes and No alone, from the first token behind the question."""
-    monkeypatch.setattr(judging, "QUESTION", "w5 {request} w6 {reply}")
-    found = judging.ask(judge_model, ["w20 w21", "w22", "{reply}"], ["w30", "{request}", "w30"])
+    monkeypatch.setattr(labels, "QUESTION", "w5 {request} w6 {reply}")
+    found = labels.ask(judge_model, ["w20 w21", "w22", "{reply}"], ["w30", "{request}", "w30"])
     ids = torch.tensor(tokens.encode(judge_model.tokenizer, "w5 w20 w21 w6 w30")[0])[None]
     logits = judge_model.model(ids).logits[0, -1].double()
     assert found[0] == pytest.approx(float(torch.sigmoid(logits[7] - logits[9])), abs=1e-5)
@@ -134,7 +140,7 @@ def test_a_judge_that_cannot_say_yes_and_no_labels_nothing(tmp_path: Path, named
     with pytest.raises(
         InputError, match="dumb: in its tokenizer Yes and No do not begin with known tokens of their own"
     ):
-        judging.ask(judge, ["w20"], ["w30"])
+        labels.ask(judge, ["w20"], ["w30"])
 
 
 def test_yes_and_no_must_not_begin_alike(tmp_path: Path) -> None:
@@ -142,8 +148,8 @@ def test_yes_and_no_must_not_begin_alike(tmp_path: Path) -> None:
     marked = {"yes": [5, 7], "no": [5, 9]}
     for ids in (marked, {"yes": [], "no": [9]}):
         with pytest.raises(InputError, match="known tokens of their own"):
-            judging.answer_tokens(spelled(ids), "x")
-    assert judging.answer_tokens(spelled({"yes": [7, 5], "no": [9, 5]}), "x") == ({7}, {9})
+            labels.answer_tokens(spelled(ids), "x")
+    assert labels.answer_tokens(spelled({"yes": [7, 5], "no": [9, 5]}), "x") == ({7}, {9})
 
 
 def spelled(ids: dict[str, list[int]]) -> SimpleNamespace:
@@ -158,50 +164,48 @@ def spelled(ids: dict[str, list[int]]) -> SimpleNamespace:
 
 def test_labels_come_from_answers_up_to_their_end(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words of the answer decide, words behind its end do not; with a judge its word decides alone."""
-    made = defence_outcomes.Answers(
-        np.array([[20, 21, 2, 30], [20, 30, 2, 0]]), np.array([[1, 1, 1, 0]] * 2, dtype=bool)
-    )
-    monkeypatch.setattr(judging, "is_refusal", lambda text: "w30" in text)
-    assert judging.complied(judge_model, ["w5", "w5"], made).tolist() == [True, False]
+    made = decode.Answers(np.array([[20, 21, 2, 30], [20, 30, 2, 0]]), np.array([[1, 1, 1, 0]] * 2, dtype=bool))
+    monkeypatch.setattr(labels, "is_refusal", lambda text: "w30" in text)
+    assert labels.complied(judge_model, ["w5", "w5"], made).tolist() == [True, False]
     seen: list = []
 
     def ask(judge: Subject, requests: list[str], replies: list[str]) -> np.ndarray:
         seen.extend(zip(requests, replies, strict=True))
         return np.array([0.2, 0.9])
 
-    monkeypatch.setattr(judging, "ask", ask)
-    assert judging.complied(judge_model, ["w5", "w6"], made, judge_model).tolist() == [False, True]
+    monkeypatch.setattr(labels, "ask", ask)
+    assert labels.complied(judge_model, ["w5", "w6"], made, judge_model).tolist() == [False, True]
     assert seen == [("w5", "w20 w21"), ("w6", "w20 w30")]
 
 
 def test_a_chosen_judge_decides_alone_and_a_phrase_adds_to_openers(
     judge_model: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = defence_outcomes.Answers(np.array([[20, 21], [22, 30], [23, 24]]), np.ones((3, 2), dtype=bool))
-    monkeypatch.setattr(judging, "is_refusal", lambda text: "w30" in text)
+    made = decode.Answers(np.array([[20, 21], [22, 30], [23, 24]]), np.ones((3, 2), dtype=bool))
+    monkeypatch.setattr(labels, "is_refusal", lambda text: "w30" in text)
     monkeypatch.delenv(hub.JUDGE, raising=False)
-    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
-    assert judging.refused(replace(judge_model, tokenizer=None), ["w5"] * 3, made, [20]).tolist() == [
+    assert labels.refusals(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
+    assert labels.refusals(replace(judge_model, tokenizer=None), ["w5"] * 3, made, [20]).tolist() == [
         True,
         False,
         False,
     ]
     hub.choose_judge("some/judge")
-    monkeypatch.setattr(judging, "_judge", lambda name, device: {"some/judge": judge_model}[name])
-    monkeypatch.setattr(judging, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
-    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [False, False, True]
+    monkeypatch.setattr(labels, "_judge", lambda name, device: {"some/judge": judge_model}[name])
+    monkeypatch.setattr(labels, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
+    assert labels.refusals(judge_model, ["w5"] * 3, made, [20]).tolist() == [False, False, True]
     hub.choose_judge(None)
-    assert judging.refused(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
+    assert labels.refusals(judge_model, ["w5"] * 3, made, [20]).tolist() == [True, True, False]
 
 
 def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(judge_model: Subject) -> None:
-    from helpers import first_words
+    from companion.generation import openers
 
     texts = ["w20 w21", "w22", "w23 w24"]
-    together = first_words.first_token_probabilities(judge_model, texts)
-    alone = torch.cat([first_words.first_token_probabilities(judge_model, [text]) for text in texts])
+    together = openers.first_token_probabilities(judge_model, texts)
+    alone = torch.cat([openers.first_token_probabilities(judge_model, [text]) for text in texts])
     torch.testing.assert_close(together, alone)
-    assert defence_outcomes.encode(judge_model, texts[0]).tolist()[-1] == 4
+    assert forward.encode(judge_model, texts[0]).tolist()[-1] == 4
 
 
 def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +292,7 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
     capsys.readouterr()  # saving the folder draws a bar of progress
     assert cli.main(["--list", *flags]) == 0 and capsys.readouterr().err == ""
     {**JUDGE_DAMAGES, **LATER}[message](folder)
-    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a notebook was started"))
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_: pytest.fail("a notebook was started"))
     for words in [[], ["--list"], ["--figures"]] if message in JUDGE_DAMAGES else [[]]:
         assert cli.main([*words, *flags]) == 2
         error = capsys.readouterr().err
@@ -299,35 +303,35 @@ def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
-    folder, model = judge_folder(tmp_path), preflight.model_folder("full-0")
-    judge = model_size.needs(model_size.on_meta(folder, torch.bfloat16), copies=1)
-    together = judge.total + model_size.needs(model_size.on_meta(model, torch.float32)).total
+    folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
+    judge = memory.needs(memory.on_meta(folder, torch.bfloat16), copies=1)
+    together = judge.total + memory.needs(memory.on_meta(model, torch.float32)).total
     assert judge.copies == judge.weights
     monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(model_size, "USABLE", 1)
-    monkeypatch.setattr(runner, "run", lambda *_: 1)
+    monkeypatch.setattr(memory, "USABLE", 1)
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_: 1)
     for free, status in ((together, 1), (together - 1, 2)):
-        monkeypatch.setattr(model_size, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert cli.main(["--model", "full-0", "--judge", str(folder)]) == status
     error = capsys.readouterr().err
     assert "--judge: judge is too large for cpu" in error and "can be used beside the model under study" in error
     assert "copy" not in error
-    monkeypatch.setattr(model_size, "free_memory", lambda device: judge.total)
-    assert judging._judge.__wrapped__(str(folder), "cpu").n_layers == 4
+    monkeypatch.setattr(memory, "free_memory", lambda device: judge.total)
+    assert labels._judge.__wrapped__(str(folder), "cpu").n_layers == 4
 
 
 def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A room on another GPU is none for a judge: it is loaded where the model's embedding lies."""
     folder = judge_folder(tmp_path)
-    model = model_size.needs(model_size.on_meta(preflight.model_folder("full-0"), torch.float32))
-    judge = model_size.needs(model_size.on_meta(folder, torch.bfloat16), copies=1)
+    model = memory.needs(memory.on_meta(folders.model_folder("full-0"), torch.float32))
+    judge = memory.needs(memory.on_meta(folder, torch.bfloat16), copies=1)
     free = {"cuda": model.total, "cuda:0": model.total + judge.total, "cuda:1": 10**12, "cpu": 0}
-    monkeypatch.setattr(model_size, "USABLE", 1)
+    monkeypatch.setattr(memory, "USABLE", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(model_size, "free_memory", lambda device: free[str(device)])
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[str(device)])
     given = {"MODEL": "full-0", "DEVICE": "cuda", "DTYPE": "float32"}
-    assert inputs._ready_judge(str(folder), given) == str(folder)
+    assert settings._ready_judge(str(folder), given) == str(folder)
     free["cuda:0"] -= 1
     with pytest.raises(InputError, match="--judge: judge is too large for cuda:0"):
-        inputs._ready_judge(str(folder), given)
+        settings._ready_judge(str(folder), given)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from toys import Toy
 
-from helpers import freshness, launch, manifest, runner, store
-from helpers import notebook as nb
+from companion.base import files
+from companion.run import freshness, notebooks, runner
 
 FIRST = {"embedded/01.csv": "one", "embedded/folder/01.txt": "one"}
 OLD = {"embedded/02.csv": "old", "embedded/02_more.csv": "old", "embedded/02.svg": "old", "claims.csv": "old"}
@@ -27,9 +27,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(runner, name.upper(), root / name)
     monkeypatch.setattr(freshness, "FIGURES", root / "figures")
     monkeypatch.setattr(runner, "NEEDS", {"01": (), "02": ("01",)})
-    monkeypatch.setattr(launch, "execute", execute)
+    monkeypatch.setattr(notebooks, "execute", execute)
     # The manifest changes with the notebook, as it does with a commit.
-    monkeypatch.setattr(manifest, "git_state", lambda _: "new" in Toy(root).notebook("02").read_text())
+    monkeypatch.setattr(freshness, "git_state", lambda _: "new" in Toy(root).notebook("02").read_text())
     Toy(root).write("01", "1")
     Toy(root).write("02", "'old'")
     assert run() == 0
@@ -37,20 +37,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def execute(notebook: nb.Notebook, _: object, results: Path, figures: Path, log: Path) -> tuple[str, str]:
-    """In place of `launch.execute`: the files of this notebook, and the notebook as if it had run."""
-    cells = nb.code_cells(notebook)
-    second = NEW if "new" in nb.source(cells[-1]) else OLD
+def execute(notebook: notebooks.Notebook, _: object, results: Path, figures: Path, log: Path) -> tuple[str, str]:
+    """In place of `notebooks.execute`: the files of this notebook, and the notebook as if it had run."""
+    cells = notebooks.code_cells(notebook)
+    second = NEW if "new" in notebooks.source(cells[-1]) else OLD
     for name, content in (FIRST if log.stem.startswith("01") else second).items():
-        store.write_text(content, (figures if name.endswith(".svg") else results) / name)
+        files.write_text(content, (figures if name.endswith(".svg") else results) / name)
     for count, cell in enumerate(cells, start=1):
         cell["execution_count"] = count
-    return nb.text(nb.prepared(notebook)), ""
+    return notebooks.notebook_text(notebooks.prepared(notebook)), ""
 
 
 def run() -> int:
     plan = runner.make_plan(runner.DEFAULTS)
-    return runner.run(plan, list(plan.paths), {})
+    return runner.run_notebooks(plan, list(plan.paths), {})
 
 
 def contents(place: Path) -> dict[str, bytes]:

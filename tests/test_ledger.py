@@ -8,9 +8,12 @@ import pandas as pd
 import pytest
 from ledger_rows import FINE, NIE, TWIN, Number, judge, row, table
 
-from helpers import claims, controls, freshness, ledger, store, wrappers
-from helpers.controls import UNTRAINED, Rows
-from helpers.errors import InputError
+from companion.base import files, thresholds
+from companion.base.errors import InputError
+from companion.base.thresholds import UNTRAINED
+from companion.claims import ledger, registered_rules, verdict
+from companion.claims.verdict import Rows
+from companion.run import freshness, overview
 
 # ---- gates, twins, tags ----
 
@@ -47,7 +50,7 @@ def test_without_the_treatment_nothing_is_testable() -> None:
     for claim in ("C1", "C2"):
         made = judge(claim, without)
         assert made.verdict == "not testable"
-        assert made.reason == wrappers.NONE
+        assert made.reason == thresholds.NO_WRAPPERS
     made = judge("C3", row("gate", "TE T1", None))
     assert made.verdict == "not testable"
     assert "no harmless/harmful pairs (T1): supply some" in made.reason
@@ -86,7 +89,7 @@ def test_the_ledger_covers_every_claim_once_and_no_twin() -> None:
     evidence = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE, "a"), table(FINE, "b")], ignore_index=True)
     made = ledger.ledger(evidence, runs=("b",))
     assert [one.model for one in made] == ["b"] * 9 + ["a"] * 3
-    assert [one.claim for one in made[:9]] == list(claims.STATEMENTS)
+    assert [one.claim for one in made[:9]] == list(registered_rules.STATEMENTS)
     for one in made[3:9]:
         assert one.verdict == "not testable"
         assert "run notebook 0" in one.reason
@@ -103,8 +106,8 @@ def test_a_twin_belongs_to_its_own_model() -> None:
 def test_evidence_survives_its_file(tmp_path: Path) -> None:
     own = table(FINE | row("gate", "TE T1", (1.0, -math.inf, math.inf)), "m")
     evidence = pd.concat([own, table(TWIN, "m" + UNTRAINED)], ignore_index=True)
-    path = store.write_table(evidence, tmp_path / "02_evidence.csv")
-    assert ledger.ledger(store.read_table(path, store.EVIDENCE)) == ledger.ledger(evidence)
+    path = files.write_table(evidence, tmp_path / "02_evidence.csv")
+    assert ledger.ledger(files.read_table(path, files.EVIDENCE)) == ledger.ledger(evidence)
 
 
 def test_records_are_json(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_records_are_json(tmp_path: Path) -> None:
         FINE | row("gate", "TE T1", (1.0, -math.inf, math.inf)) | row("gate", "TE T2-T2b", (math.nan,) * 3), "m"
     )
     made = ledger.ledger(own, runs=("m",))
-    saved = store.read_json(store.write_json(ledger.records(made), tmp_path / "claims.json"))
+    saved = files.read_json(files.write_json(ledger.records(made), tmp_path / "claims.json"))
     assert [one["verdict"] for one in saved] == [one.verdict for one in made]
     by_claim = {one["claim"]: one for one in saved}
     assert by_claim["C3"]["ci_low"] is None
@@ -164,18 +167,18 @@ def run(results: Path, name: str, model: str, estimate: float) -> None:
     numbers = {("gate", "TE T2", "main"): (estimate, 0.0, 1.0)}
     (results / name).mkdir()
     evidence = pd.concat([table(numbers, model), table(numbers, model + UNTRAINED), table(numbers, "window-1")])
-    store.write_table(evidence, results / name / "02_evidence.csv")
+    files.write_table(evidence, results / name / "02_evidence.csv")
 
 
 def test_runs_are_collected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run with evidence"):
-        ledger.collect(tmp_path, "embedded")
+        overview.collect(tmp_path, "embedded")
     run(tmp_path, "embedded", "embedded", 1.0)
     run(tmp_path, "other", "other", 2.0)
     run(tmp_path, "window-1", "window-1", 3.0)
-    store.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), "other"), tmp_path / "other" / "03_evidence.csv")
+    files.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), "other"), tmp_path / "other" / "03_evidence.csv")
     (tmp_path / "empty").mkdir()
-    evidence, runs, left_out = ledger.collect(tmp_path, "embedded")
+    evidence, runs, left_out = overview.collect(tmp_path, "embedded")
     assert left_out == () and runs == ("embedded", "other", "window-1")
     found = evidence.set_index(["model", "quantity"]).estimate.to_dict()
     assert found == {
@@ -188,7 +191,7 @@ def test_half_a_run_spoils_no_other(tmp_path: Path) -> None:
     """Its 02 finished anew and its 03 did not, so they may be of two models; a torn file is its own run's trouble."""
     for name in ("mine", "other", "torn"):
         run(tmp_path, name, name, 1.0)
-        store.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), name), tmp_path / name / "03_evidence.csv")
+        files.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), name), tmp_path / name / "03_evidence.csv")
     other = tmp_path / "other"
     freshness.remember(other, "01", "a", [], {})
     freshness.remember(other, "02", "b", [other / "02_evidence.csv"], {"01": "a"})
@@ -196,7 +199,7 @@ def test_half_a_run_spoils_no_other(tmp_path: Path) -> None:
     (tmp_path / "torn" / "03_evidence.csv").write_text("model,cl")
 
     def found(own: str = "mine") -> tuple[set[tuple[str, str]], tuple[str, ...]]:
-        evidence, _, left_out = ledger.collect(tmp_path, own)
+        evidence, _, left_out = overview.collect(tmp_path, own)
         return set(zip(evidence.model, evidence.quantity, strict=True)), left_out
 
     rows, left_out = found()
@@ -220,7 +223,7 @@ def test_a_missing_row_is_none() -> None:
     rows = Rows("m", table(FINE))
     assert rows.find("C1", "late share", "full response").estimate == 0.7
     assert rows.find("C1", "late share", "nothing") is None
-    assert controls.same_side(rows, "C1", "late share", "nothing", 0.5) == "not run"
+    assert verdict.same_side(rows, "C1", "late share", "nothing", 0.5) == "not run"
     assert np.isfinite(rows.table.estimate).all()
 
 
@@ -238,11 +241,12 @@ def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> N
     found = ledger.ledger(table(t1 | notes), runs=("m",))
     assert [one.claim for one in found] == ["C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7"]
     told = {one.claim: (one.verdict, one.reason) for one in found if one.claim != "C3"}
-    assert set(told.values()) == {("not testable", wrappers.NONE)}
+    assert set(told.values()) == {("not testable", thresholds.NO_WRAPPERS)}
     assert (
-        wrappers.NONE.startswith("not testable: no jailbreak wrapper; supply ") and "--wrappers FILE" in wrappers.NONE
+        thresholds.NO_WRAPPERS.startswith("not testable: no jailbreak wrapper; supply ")
+        and "--wrappers FILE" in thresholds.NO_WRAPPERS
     )
     assert next(one for one in found if one.claim == "C3").verdict != "not testable"
     assert {one.reason for one in ledger.corrected(table(t1 | notes), runs=("m",)).values()} <= {
-        wrappers.NONE, *(one.reason for one in found)
+        thresholds.NO_WRAPPERS, *(one.reason for one in found)
     }  # fmt: skip

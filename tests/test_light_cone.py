@@ -7,9 +7,15 @@ from families import tiny_subject
 from handmade import random_pairs
 from torch import Tensor
 
-from helpers import grid
-from helpers.light_cone import earliest_layers, earliest_possible_layer, reached, recomputed_cells, visible_keys
-from helpers.subject import Subject
+from companion.mediation.reachability import (
+    earliest_layers,
+    earliest_possible_layer,
+    reached,
+    recomputed_cells,
+    visible_keys,
+)
+from companion.model import activations, interventions, replay
+from companion.model.architecture import Subject
 
 N_POS = 14
 
@@ -21,7 +27,7 @@ def changed(subject: Subject, ids: Tensor, position: int, attention_mask: Tensor
     others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61
     mask = None if attention_mask is None else attention_mask.repeat(5, 1)
     # Both runs have one shape: rows of a matrix product may differ by their place in it.
-    runs = [grid.clean_run(subject, tokens, mask).resid_post for tokens in (same, others)]
+    runs = [activations.clean_run(subject, tokens, mask).resid_post for tokens in (same, others)]
     return np.stack([(a != b).any(-1).any(0).numpy() for a, b in zip(*runs, strict=True)])
 
 
@@ -30,7 +36,7 @@ def changed(subject: Subject, ids: Tensor, position: int, attention_mask: Tensor
 def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
     subject = tiny_subject(family, torch.float32, attention)
     ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(3))
-    visible = visible_keys(grid.clean_run(subject, ids))
+    visible = visible_keys(activations.clean_run(subject, ids))
     for position in (0, 5, 12, 13):
         differ = np.arange(N_POS) == position
         predicted = reached(visible, differ)
@@ -49,7 +55,7 @@ def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
 def test_windows_hold_the_difference_back() -> None:
     """Two layers of window 3 and two of full attention, in turn: two positions a sliding layer, then everywhere."""
     subject = tiny_subject("qwen2")
-    run = grid.clean_run(subject, torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(0)))
+    run = activations.clean_run(subject, torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(0)))
     differ = np.arange(N_POS) == 4
     cells = reached(visible_keys(run), differ)
     assert np.flatnonzero(cells[0]).tolist() == [4, 5, 6]
@@ -68,7 +74,7 @@ def test_padding_is_not_seen() -> None:
     ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(1))
     attention_mask = torch.ones_like(ids)
     attention_mask[:, :3] = 0
-    visible = visible_keys(grid.clean_run(subject, ids, attention_mask))
+    visible = visible_keys(activations.clean_run(subject, ids, attention_mask))
     assert not changed(subject, ids, 1, attention_mask)[:, 3:].any()
     assert not reached(visible, np.arange(N_POS) == 1)[:, 3:].any()
     differ = np.arange(N_POS) == 5
@@ -82,7 +88,7 @@ def test_earliest_layers_of_pairs() -> None:
         pair.treated[:] = pair.control
         pair.treated[last] = (pair.control[last] + 1) % 61
     tokens = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
-    runs = [grid.clean_run(subject, ids) for ids in tokens]
+    runs = [activations.clean_run(subject, ids) for ids in tokens]
     found = earliest_layers(runs[0], pairs)
     assert found == [1, 1, 0, -1]
     differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
@@ -92,12 +98,12 @@ def test_earliest_layers_of_pairs() -> None:
 def test_recomputed_cells_are_those_above_and_to_the_right() -> None:
     subject = tiny_subject("llama")
     ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(2))
-    base, source = grid.clean_run(subject, ids[:1]), grid.clean_run(subject, ids[1:])
+    base, source = activations.clean_run(subject, ids[:1]), activations.clean_run(subject, ids[1:])
     table = recomputed_cells(4, list("abcde"), {"one": (1, 2), "two": (3, 0)})
     assert table.groupby("panel").size().tolist() == [20, 20]
     states = table[table.panel == "one"].pivot(index="layer", columns="position", values="state")
-    patch = grid.Patch("resid_post", 1, torch.arange(5)[None] == 2)
-    after = grid.interchange(subject, base, source, [patch], read=range(5))[0, 0]
+    patch = interventions.Patch("resid_post", 1, torch.arange(5)[None] == 2)
+    after = replay.interchange(subject, base, source, [patch], read=range(5))[0, 0]
     moved = (after != base.resid_post[-1][0]).any(-1)
     assert [state != "clean" for state in states.loc[3]] == moved.tolist()
     assert states.loc[1, 2] == "patched"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from helpers import manifest
+from companion.run import freshness
 
 TIMES, MANIFEST = "results/embedded/run_times.json", "results/embedded/manifest.json"
 
@@ -24,15 +24,15 @@ def test_times_are_read_as_far_as_they_can_be(tmp_path: Path) -> None:
     torn = ("", '{"01_toy": 3', "[1]", "7", "null", '"x"', '{"01_toy": ' + "9" * 5000 + "}")
     for text in (*torn, '{"01_toy": "3", "02_toy": null, "03_toy": true, "08_toy": 1e999, "00_toy": -1}'):
         path.write_text(text)
-        assert manifest.run_times(tmp_path) == {}
-        manifest.note_time(tmp_path, "02_toy", 5.0)
+        assert freshness.run_times(tmp_path) == {}
+        freshness.note_time(tmp_path, "02_toy", 5.0)
         assert json.loads(path.read_text()) == {"02_toy": 5}
     path.write_text('{"01_toy": 3, "02_toy": "x"}')
-    assert manifest.run_times(tmp_path) == {"01_toy": 3}
-    manifest.mend_times(tmp_path)
+    assert freshness.run_times(tmp_path) == {"01_toy": 3}
+    freshness.mend_times(tmp_path)
     assert json.loads(path.read_text()) == {"01_toy": 3}
     path.unlink()
-    manifest.mend_times(tmp_path)
+    freshness.mend_times(tmp_path)
     assert not path.exists()
 
 

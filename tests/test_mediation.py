@@ -7,8 +7,8 @@ import pytest
 from effect_tools import SITES, cell, of
 from handmade import Program, compiled, cue_pairs
 
-from helpers.mediation import Mediator, difference, effects, estimands, mediators
-from helpers.tokens import Openers
+from companion.mediation.estimands import Mediator, difference, estimands, measure_effects, mediators
+from companion.prompts.tokens import Openers
 
 # ---- a structural model written by hand ----
 
@@ -69,7 +69,7 @@ def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     subject = compiled(program, family)
     pairs = cue_pairs(subject.tokenizer, "off low", "on low")
     openers = Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
-    table = effects(subject, pairs, of(openers), WANTED)
+    table = measure_effects(subject, pairs, of(openers), WANTED)
     assert table.te.to_numpy() == pytest.approx(program.log_odds(1, 0) - program.log_odds(0, 0), abs=1e-4)
     known = np.tile([expected(program, mediator) for mediator in WANTED], len(pairs))
     np.testing.assert_allclose(table.nie0, known, atol=1e-4)
@@ -89,7 +89,7 @@ def test_interaction_in_a_compiled_gate(program: Program) -> None:
         Mediator("mlp_out", 2),
         Mediator("resid_post", 1),
     ]
-    table = effects(subject, pairs, of(openers), wanted)
+    table = measure_effects(subject, pairs, of(openers), wanted)
     y = {(a, b): program.log_odds(a, b) for a in (0, 1) for b in (0, 1)}
     known = {"head 1": (y[1, 0], y[0, 1]), "head 0": (y[0, 1], y[1, 0]), "resid_post": (y[1, 1], y[0, 0])}
     known["mlp_out"] = (y[1, 1] - program.skip, y[0, 0] + program.skip)
@@ -109,7 +109,7 @@ def test_the_twin_difference_keeps_what_only_harm_has() -> None:
     pairs = cue_pairs(subject.tokenizer, "off high", "on high")
     twins = cue_pairs(subject.tokenizer, "off low", "on low", treatment="T2b")
     wanted = mediators(subject, ["mlp_out", "attn_out", "attn_out.direct"])
-    table = effects(subject, [*twins[::-1], *pairs], of(openers, "T2", "T2b"), wanted)
+    table = measure_effects(subject, [*twins[::-1], *pairs], of(openers, "T2", "T2b"), wanted)
     made = difference(table, {pair.pair.id: pair.pair.twin for pair in pairs})
     assert made.pair_id.nunique() == 3
     assert set(made.treatment) == {"T2-T2b"}

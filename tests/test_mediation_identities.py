@@ -8,10 +8,12 @@ from families import tiny_subject
 from handmade import random_pairs
 from torch import Tensor
 
-from helpers import grid, mediation, outcomes, positions
-from helpers.grid import Patch
-from helpers.mediation import Mediator, mediators
-from helpers.subject import Subject
+from companion.mediation import estimands, outcomes
+from companion.mediation.estimands import Mediator, mediators
+from companion.model import replay
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.prompts import positions
 
 # ---- identities that hold in every network ----
 
@@ -38,11 +40,11 @@ def test_residual_identities(family: str) -> None:
 def test_all_attention_outputs_at_the_last_token_carry_te_jointly(family: str) -> None:
     subject = tiny_subject(family)
     pairs = random_pairs(5, 10, 61)  # the last two tokens are the same in both prompts
-    batch = mediation.run_clean(subject, pairs)
+    batch = estimands.run_clean(subject, pairs)
     last = torch.tensor(positions.stack(pairs, "", "last"))
     attention, mlps = ([Patch(site, layer, last) for layer in range(4)] for site in ("attn_out", "mlp_out"))
     for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
-        found = grid.interchange(subject, base, source, [attention, mlps, attention[:3]])[:, :, 0]
+        found = replay.interchange(subject, base, source, [attention, mlps, attention[:3]])[:, :, 0]
         scores = outcomes.log_odds(subject, found, YES_NO)
         wanted = outcomes.log_odds(subject, source.resid_post[-1][:, -1], YES_NO)
         assert torch.allclose(scores[:, 0], wanted, atol=1e-4)
@@ -118,8 +120,8 @@ def _patched(subject: Subject, module: torch.nn.Module, base: Tensor, source: Te
 def test_frozen_outcomes_by_hand() -> None:
     subject = tiny_subject("llama")
     pairs = random_pairs(4, 9, 61)
-    batch = mediation.run_clean(subject, pairs)
-    y01, y10 = mediation.final_residuals(subject, batch, [Mediator("mlp_out", 2)], "")
+    batch = estimands.run_clean(subject, pairs)
+    y01, y10 = estimands.final_residuals(subject, batch, [Mediator("mlp_out", 2)], "")
     control, treated = (run.resid_post[-1][:, -1] for run in (batch.control, batch.treated))
     norm, unembed = subject.model.model.norm, subject.model.lm_head.weight
     scale = torch.rsqrt(control.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)

@@ -10,22 +10,23 @@ from effect_tools import DIRECT, SITES, YES_NO, log_odds, mixed_pairs, of, one, 
 from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 
-from helpers import grid, grid_chunks, mediation, outcomes
-from helpers.grid import Patch
-from helpers.mediation import Mediator, difference, effects, mediators
-from helpers.tokens import Openers
+from companion.mediation import estimands, outcomes
+from companion.mediation.estimands import Mediator, difference, measure_effects, mediators
+from companion.model import activations, memory, replay
+from companion.model.interventions import Patch
+from companion.prompts.tokens import Openers
 
 # ---- what must not matter, and tables ----
 
 
 def test_batches_are_of_one_treatment_and_length() -> None:
     pairs = mixed_pairs()
-    made = mediation.batches(pairs, size=2)
+    made = estimands.batches(pairs, size=2)
     assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in pairs)
     assert all(len({(pair.pair.treatment, len(pair.control)) for pair in batch}) == 1 for batch in made)
     assert sorted(len(batch) for batch in made) == [1] * 4 + [2] * 4
-    assert made == mediation.batches(pairs, size=2)
-    mixed = mediation.batches(pairs, mixed=True)
+    assert made == estimands.batches(pairs, size=2)
+    mixed = estimands.batches(pairs, mixed=True)
     assert [{len(pair.control) for pair in batch} for batch in mixed] == [
         {n} for n in sorted({len(p.control) for p in pairs})
     ]
@@ -36,9 +37,9 @@ def test_rows_belong_to_their_pairs() -> None:
     pairs = mixed_pairs()
     openers = {"T2": YES_NO, "B1": Openers((5,), (6,))}
     wanted = mediators(subject, ["attn_out", "head"], ["last", "differ"])
-    table = effects(subject, pairs, openers, wanted, ("Y1", "Y1.frozen"))
+    table = measure_effects(subject, pairs, openers, wanted, ("Y1", "Y1.frozen"))
     assert len(table) == len(pairs) * len(wanted) * 2
-    assert not table.duplicated(["pair_id", *mediation.KEYS]).any()
+    assert not table.duplicated(["pair_id", *estimands.KEYS]).any()
     for pair in pairs:
         rows = table[(table.pair_id == pair.pair.id) & (table.outcome == "Y1")]
         clean = [float(log_odds(logits, openers[pair.pair.treatment])) for logits in runs(subject, [pair])]
@@ -52,10 +53,10 @@ def test_rows_belong_to_their_pairs() -> None:
 def test_batch_size_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny_subject("qwen2")
     pairs, wanted = mixed_pairs(), mediators(subject, [*SITES, *DIRECT], ["last", "differ"])
-    keys = ["pair_id", *mediation.KEYS]
-    whole = effects(subject, pairs, of(None, "T2", "B1"), wanted).set_index(keys).sort_index()
-    monkeypatch.setattr(mediation, "batches", partial(mediation.batches, size=1))
-    single = effects(subject, pairs, of(None, "T2", "B1"), wanted).set_index(keys).sort_index()
+    keys = ["pair_id", *estimands.KEYS]
+    whole = measure_effects(subject, pairs, of(None, "T2", "B1"), wanted).set_index(keys).sort_index()
+    monkeypatch.setattr(estimands, "batches", partial(estimands.batches, size=1))
+    single = measure_effects(subject, pairs, of(None, "T2", "B1"), wanted).set_index(keys).sort_index()
     cells = ["y00", "y01", "y10", "y11", "te", "nie0", "nie1"]
     np.testing.assert_allclose(whole[cells], single[cells], atol=2e-5 * whole.te.abs().max())
 
@@ -64,13 +65,13 @@ def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) ->
     """As many pairs at once as keep a clean run below its share of memory, at least one."""
     subject = tiny_subject("llama")
     pairs = random_pairs(12, 9, 61)
-    one = grid_chunks.memory_need(subject, 1, 9).clean_run
+    one = memory.memory_need(subject, 1, 9).clean_run
     for budget, sizes in ((10**9, [12]), (5 * one, [5, 5, 2]), (one // 2, [1] * 12)):
-        monkeypatch.setattr(mediation, "CLEAN_RUN_BYTES", budget)
-        assert [len(batch) for batch in mediation.batches(pairs, subject)] == sizes
-    one_pair = effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
-    monkeypatch.setattr(mediation, "CLEAN_RUN_BYTES", 10**9)
-    few = effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
+        monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
+        assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes
+    one_pair = measure_effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
+    monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", 10**9)
+    few = measure_effects(subject, pairs[:3], of(), mediators(subject, ["attn_out"]))
     np.testing.assert_allclose(few[["y01", "y10"]], one_pair[["y01", "y10"]], atol=1e-5)
 
 
@@ -78,10 +79,10 @@ def test_mediators_may_depend_on_the_treatment() -> None:
     subject = tiny_subject("llama")
     own = {"T2": [Mediator("attn_out", 1)], "B1": [Mediator("mlp_out", 2), Mediator("attn_out", 1)]}
     seen = []
-    table = effects(subject, mixed_pairs(), of(None, "T2", "B1"), own.__getitem__, watch=seen.append)
+    table = measure_effects(subject, mixed_pairs(), of(None, "T2", "B1"), own.__getitem__, watch=seen.append)
     sites = {name: set(zip(part.site, part.layer, strict=True)) for name, part in table.groupby("treatment")}
     assert sites == {"T2": {("attn_out", 1)}, "B1": {("mlp_out", 2), ("attn_out", 1)}}
-    same = effects(subject, mixed_pairs(), of(None, "T2", "B1"), own["T2"])
+    same = measure_effects(subject, mixed_pairs(), of(None, "T2", "B1"), own["T2"])
     both = table[table.site == "attn_out"].reset_index(drop=True)
     np.testing.assert_allclose(both[["y00", "y01", "y10", "y11"]], same[["y00", "y01", "y10", "y11"]], atol=1e-5)
     assert [pair.pair.id for batch in seen for pair in batch.pairs] == same.pair_id.tolist()
@@ -94,7 +95,7 @@ def test_pad_side_does_not_matter() -> None:
         subject = compiled(program)
         subject.tokenizer.padding_side = side
         pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=4)
-        tables.append(effects(subject, pairs, of(Openers((16,), (17,))), mediators(subject, [*SITES, *DIRECT])))
+        tables.append(measure_effects(subject, pairs, of(Openers((16,), (17,))), mediators(subject, [*SITES, *DIRECT])))
     assert tables[0].equals(tables[1])
 
 
@@ -111,8 +112,8 @@ def test_padded_runs_give_the_effects_of_the_bare_prompt(n_left: int) -> None:
         padded.append(ids)
     mask = torch.zeros(3, 13, dtype=torch.bool)
     mask[:, n_left : n_left + 9] = True
-    base, source = (grid.clean_run(subject, ids, mask) for ids in padded)
-    resid = grid.interchange(subject, base, source, [Patch("mlp_out", 1, mask)], read=[n_left + 8])[:, 0, 0]
+    base, source = (activations.clean_run(subject, ids, mask) for ids in padded)
+    resid = replay.interchange(subject, base, source, [Patch("mlp_out", 1, mask)], read=[n_left + 8])[:, 0, 0]
     np.testing.assert_allclose(table.y01, outcomes.log_odds(subject, resid, YES_NO), atol=1e-4)
     assert (table.nie0.abs() > 1e-2).all()
 
@@ -121,7 +122,7 @@ def test_a_second_run_gives_the_same_bytes() -> None:
     subject = tiny_subject("qwen2")
     wanted = mediators(subject, [*SITES, *DIRECT], ["last", "differ", "rest"])
     first, second = (
-        effects(subject, mixed_pairs(), of(None, "T2", "B1"), wanted, ("Y1", "Y1.frozen", "contrast.frozen"))
+        measure_effects(subject, mixed_pairs(), of(None, "T2", "B1"), wanted, ("Y1", "Y1.frozen", "contrast.frozen"))
         for _ in range(2)
     )
     assert first.equals(second)

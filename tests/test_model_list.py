@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from toys import Toy
 
-from helpers import cli, hub, model_list, preflight
-from helpers.errors import InputError
-from helpers.paths import ROOT
+from companion.base import hub
+from companion.base.errors import InputError
+from companion.base.paths import ROOT
+from companion.run import cli, flags, model_list, settings
 
 
 def written(folder: Path, text: str) -> Path:
@@ -60,10 +61,10 @@ def test_a_mistake_is_one_clear_line_and_nothing_starts(toy_done: Toy, tmp_path:
 
 
 def test_auto_and_the_device_that_it_means_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "resolve_device", lambda device: "cpu" if device == "auto" else device)
+    monkeypatch.setattr(settings, "resolve_device", lambda device: "cpu" if device == "auto" else device)
     path = written(tmp_path, "models:\n- {model: full-0, pairs: 20}\n- {model: full-0, pairs: 20, device: auto}\n")
     with pytest.raises(InputError, match="entries 1 and 2 are both named 'full-0-pairs20'"):
-        cli.models_command(cli.parse([f"--models={path}"]))
+        cli.models_command(flags.parse([f"--models={path}"]))
 
 
 def test_a_list_that_is_not_there_and_flags_that_belong_into_it(toy_done: Toy, tmp_path: Path) -> None:
@@ -77,7 +78,10 @@ def test_a_list_that_is_not_there_and_flags_that_belong_into_it(toy_done: Toy, t
 def test_folders_count_from_the_list(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     path = written(tmp_path, "models:\n- {model: mine, prompts: embedded}\n- {model: embedded}\n")
-    assert model_list.read(path) == [[f"--model={tmp_path / 'mine'}", "--prompts=embedded"], ["--model=embedded"]]
+    assert model_list.read_model_list(path) == [
+        [f"--model={tmp_path / 'mine'}", "--prompts=embedded"],
+        ["--model=embedded"],
+    ]
 
 
 def test_wrappers_and_judge_count_from_the_list_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +91,9 @@ def test_wrappers_and_judge_count_from_the_list_as_well(tmp_path: Path, monkeypa
         tmp_path,
         "models:\n- {prompts: xstest, wrappers: mine.jsonl, judge: window-1}\n- {prompts: xstest, judge: org/judge@v1}\n",
     )
-    first, second = model_list.read(path)
+    first, second = model_list.read_model_list(path)
     assert first == ["--prompts=xstest", f"--wrappers={tmp_path / 'mine.jsonl'}", "--judge=window-1"]
-    assert (cli.parse(first).wrappers, cli.parse(second).judge) == (str(tmp_path / "mine.jsonl"), "org/judge@v1")
+    assert (flags.parse(first).wrappers, flags.parse(second).judge) == (str(tmp_path / "mine.jsonl"), "org/judge@v1")
 
 
 def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +114,7 @@ def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch:
 
 
 def test_the_example_is_valid() -> None:
-    assert len(model_list.read(ROOT / "models.example.yml")) == 2
+    assert len(model_list.read_model_list(ROOT / "models.example.yml")) == 2
 
 
 def test_one_that_fails_does_not_stop_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +134,7 @@ def test_one_that_fails_does_not_stop_the_rest(capsys: pytest.CaptureFixture[str
         raise AssertionError
 
     runs = {"a": lambda: 1, "b": wrong, "c": full, "d": unforeseen, "e": memory, "f": silent, "g": lambda: 0}
-    assert model_list.in_turn(runs) == 1
+    assert model_list.run_model_list(runs) == 1
     shown = capsys.readouterr()
     assert "1 of 7 models finished" in shown.out and "=== model 7 of 7: g" in shown.out
     assert "b: no such thing: do this\nc: [Errno 28] No space" in shown.err
@@ -144,7 +148,7 @@ def test_ctrl_c_stops_the_list() -> None:
 
     started: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        model_list.in_turn({"a": stopped, "b": lambda: started.append("b") or 0})
+        model_list.run_model_list({"a": stopped, "b": lambda: started.append("b") or 0})
     assert not started
 
 

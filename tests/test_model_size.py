@@ -7,13 +7,13 @@ import torch
 import transformers as hf
 from families import tiny_model, tiny_tokenizer, tokens
 
-from helpers import grid, model_size
-from helpers.errors import InputError
-from helpers.grid import Patch
-from helpers.grid_check import verify
-from helpers.model_size import needs, on_meta, placement
-from helpers.subject import load
-from helpers.subject_parts import find_parts
+from companion.base.errors import InputError
+from companion.model import activations, memory, replay
+from companion.model.architecture import find_parts
+from companion.model.interventions import Patch
+from companion.model.load import load
+from companion.model.memory import USABLE, _names, free_memory, needs, on_meta, placement
+from companion.model.verify import verify
 
 GPU = torch.device("cuda:0")
 GB = 10**9
@@ -27,10 +27,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return place
 
 
-def memory(monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float) -> None:
-    monkeypatch.setattr(
-        model_size, "free_memory", lambda device: int((gpu if device.type == "cuda" else cpu) / model_size.USABLE) + 1
-    )
+def with_memory(monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: int((gpu if device.type == "cuda" else cpu) / USABLE) + 1)
 
 
 def test_shapes_are_those_of_the_loaded_model(folder: Path) -> None:
@@ -62,7 +60,7 @@ def test_layers_wait_only_as_far_as_they_must(folder: Path, monkeypatch: pytest.
     asked = needs(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
     for short, away in ((-1, None), (1, 1), (layer, 1), (layer + 1, 2), (3 * layer, 3)):
-        memory(monkeypatch, asked.total - short, 1e9)
+        with_memory(monkeypatch, asked.total - short, 1e9)
         where = placement(shapes, GPU)
         assert (where and list(where.values()).count("cpu")) == away, short
     blocks = [name for name, module in shapes.model.named_modules() if module in [p.block for p in shapes.layers]]
@@ -76,14 +74,14 @@ def test_what_fits_nowhere_is_refused_with_sizes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float
 ) -> None:
     shapes = on_meta(folder, torch.float32)
-    memory(monkeypatch, gpu * needs(shapes).total, cpu)
+    with_memory(monkeypatch, gpu * needs(shapes).total, cpu)
     with pytest.raises(InputError, match=r"too large for cuda:0: weights 0.0 GB.*--dtype bfloat16"):
         placement(shapes, GPU)
 
 
 def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = on_meta(folder, torch.bfloat16)
-    memory(monkeypatch, 0, needs(shapes).total - 1)
+    with_memory(monkeypatch, 0, needs(shapes).total - 1)
     with pytest.raises(InputError, match="too large for cpu") as caught:
         load(folder, dtype="bfloat16")
     assert "--dtype" not in str(caught.value)
@@ -92,7 +90,7 @@ def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytes
 def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
     """Layers kept outside of the model and brought in for each call, as on a GPU that is too small; here from the disk."""
     shapes = on_meta(folder, torch.float32)
-    names = model_size._names(shapes, ["cpu"] * 3, "cpu:0")
+    names = _names(shapes, ["cpu"] * 3, "cpu:0")
     where = {name: "disk" if place == "cpu" else "cpu" for name, place in names.items()}
     assert list(where.values()).count("disk") == 3
     model = hf.AutoModelForCausalLM.from_pretrained(
@@ -108,7 +106,7 @@ def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
         Patch(site, 1, last, 3 if site in ("head", "neuron") else None) for site in ("neuron", "head", "mlp_out")
     ]
     one, two = (
-        grid.interchange(s, grid.clean_run(s, tokens()), grid.clean_run(s, tokens(seed=1)), patches)
+        replay.interchange(s, activations.clean_run(s, tokens()), activations.clean_run(s, tokens(seed=1)), patches)
         for s in (away, here)
     )
     torch.testing.assert_close(one, two)
@@ -130,8 +128,8 @@ def system(place: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[
         (place / "groups" / folder / f"memory.{names[1]}").write_text(f"{used * GB}\n")
         (place / "groups" / folder / "memory.stat").write_text(f"anon 1\n{names[2]} {files * GB}\n")
     for name, file in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "own"), ("GROUPS", "groups")):
-        monkeypatch.setattr(model_size, name, place / file)
-    return round(model_size.free_memory(torch.device("cpu")) / GB)
+        monkeypatch.setattr(memory, name, place / file)
+    return round(free_memory(torch.device("cpu")) / GB)
 
 
 BIG = str(2**63 - 4096)  # what the first version says where there is no limit
@@ -162,9 +160,9 @@ def test_free_memory_where_linux_says_nothing_is_all_of_the_machines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MEMINFO", "OWN_GROUPS", "GROUPS"):
-        monkeypatch.setattr(model_size, name, tmp_path / "none")
-    monkeypatch.setattr(model_size.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
-    assert model_size.free_memory(torch.device("cpu")) == 4096000
+        monkeypatch.setattr(memory, name, tmp_path / "none")
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    assert free_memory(torch.device("cpu")) == 4096000
 
 
 def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,4 +173,4 @@ def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
-    assert model_size.free_memory(GPU) == 15
+    assert free_memory(GPU) == 15

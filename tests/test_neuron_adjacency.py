@@ -7,10 +7,10 @@ from families import FAMILIES, tiny_subject, tokens
 from neuron_tools import additive, made_effects, tiny_study
 from true_float64 import true_float64
 
-from helpers.errors import InputError
-from helpers.neuron_adjacency import CONTEST, adjacency, contest, morans_i, permuted, ranks, windows
-from helpers.neuron_effects import all_neurons
-from helpers.neuron_sets import joint, measure_all
+from companion.base.errors import InputError
+from companion.neurons.adjacency import CONTEST, adjacency, contest, morans_i, permuted, ranks, windows
+from companion.neurons.sets import joint, measure_all
+from companion.neurons.single import all_neurons
 
 ONE = np.zeros(200, int)
 

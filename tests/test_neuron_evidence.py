@@ -9,12 +9,21 @@ import torch
 from neuron_tools import made_effects, tiny_study
 from scipy.stats import spearmanr
 
-from helpers import neuron_evidence, neuron_screen, store
-from helpers.neuron_effects import all_neurons
-from helpers.neuron_evidence import all_curves, c5a, complete_layers, curve, evidence, quick, sweep
-from helpers.neuron_screen import Trust, estimates, is_small, to_recheck, trust
-from helpers.neurons import NEURONS, in_split
-from helpers.study import Study
+from companion.base import files
+from companion.evidence import neurons
+from companion.evidence.neurons import (
+    all_curves,
+    complete_layers,
+    curve,
+    evidence_c5a,
+    measure_neurons,
+    neuron_evidence,
+    quick,
+)
+from companion.mediation.study import Study
+from companion.neurons import screening
+from companion.neurons.screening import Trust, estimates, is_small, to_recheck, trust
+from companion.neurons.single import NEURONS, all_neurons, in_split
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +32,8 @@ def study() -> Study:
 
 
 def test_rows_are_evidence(study: Study) -> None:
-    rows = pd.DataFrame(evidence(sweep(study), "m"))
-    assert set(rows) == set(store.EVIDENCE)
+    rows = pd.DataFrame(neuron_evidence(measure_neurons(study), "m"))
+    assert set(rows) == set(files.EVIDENCE)
     assert not rows.duplicated(["claim", "quantity", "variant"]).any()
     found = rows.set_index(["claim", "quantity", "variant"])
     assert {("C5a", "psi1", "main"), ("C5a", "neurons in the layer", "main"), ("C7", "Moran's I", "main")} <= set(
@@ -38,8 +47,8 @@ def test_rows_are_evidence(study: Study) -> None:
 
 def test_psi_is_that_of_the_whole_layer(study: Study) -> None:
     """A ratio of sums over test pairs, both of T2 - T2b."""
-    found = sweep(study)
-    rows = {(row["quantity"], row["variant"]): row for row in c5a(found, "m", all_curves(found))}
+    found = measure_neurons(study)
+    rows = {(row["quantity"], row["variant"]): row for row in evidence_c5a(found, "m", all_curves(found))}
     test = curve(found, "T2-T2b")
     assert rows["psi1", "main"]["estimate"] == pytest.approx(
         test.values["nie1"][:, -1].sum() / test.pairs.te.sum(), abs=1e-6
@@ -51,18 +60,18 @@ def test_psi_is_that_of_the_whole_layer(study: Study) -> None:
 
 def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     alone = replace(study, pairs=tuple(study.of("T2")), twins={})
-    assert sweep(alone).primary == "T2"
-    assert {row["claim"] for row in evidence(sweep(alone), "m")} == {"C5a", "C7"}
+    assert measure_neurons(alone).primary == "T2"
+    assert {row["claim"] for row in neuron_evidence(measure_neurons(alone), "m")} == {"C5a", "C7"}
     recognition = replace(study, pairs=tuple(study.of("T1", "B1")), twins={})
-    assert sweep(recognition).primary == "T1"
-    assert evidence(sweep(recognition), "m") == []
+    assert measure_neurons(recognition).primary == "T1"
+    assert neuron_evidence(measure_neurons(recognition), "m") == []
     assert quick(recognition) is None
-    assert quick(replace(study, subject=replace(study.subject, d_mlp=0))) is None and evidence(None, "m") == []
+    assert quick(replace(study, subject=replace(study.subject, d_mlp=0))) is None and neuron_evidence(None, "m") == []
 
 
 def test_the_quick_sweep_agrees_with_the_whole_one_where_it_looks(study: Study) -> None:
     """The last layer, discover and test, without recognition: the same means of the contrast."""
-    swept, whole = quick(study), sweep(study)
+    swept, whole = quick(study), measure_neurons(study)
     assert swept is not None and set(swept.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
     assert set(swept.table.layer) == {3} and set(swept.table.split) == {"discover", "test", "all"}
     chosen = [
@@ -77,24 +86,24 @@ def test_a_model_that_does_nothing_gives_no_rows() -> None:
     with torch.no_grad():
         for parts in study.subject.layers:
             parts.o_proj.weight.zero_()  # no difference ever reaches the last token
-    assert evidence(sweep(study), "m") == []
+    assert neuron_evidence(measure_neurons(study), "m") == []
 
 
 def test_which_layers_are_measured(study: Study) -> None:
-    table = sweep(study).table
+    table = measure_neurons(study).table
     assert list(table) == list(NEURONS)
     layers = table.groupby("treatment").layer.agg(lambda values: sorted(set(values))).to_dict()
     generation = {name for name, found in layers.items() if found == [0, 1, 2, 3]}
     assert generation == {"T2", "T2b", "T2-T2b"}
     assert {name for name, found in layers.items() if found == [3]} == {"T1", "B1", "B2"}
-    quick = sweep(study, layers=[3], benign=12)
+    quick = measure_neurons(study, layers=[3], benign=12)
     assert set(quick.table.layer) == {3}
     assert len(quick.measured.effects["B1"].pairs) == 12
     assert len(quick.measured.effects["T2"].pairs) == 24
 
 
 def test_benign_behaviours_must_pass_the_gate(study: Study) -> None:
-    found = sweep(study)
+    found = measure_neurons(study)
     te = {name: abs(in_split(found.measured.effects[name], "discover").pairs.te.mean()) for name in ("B1", "B2")}
     assert found.benign == sorted(name for name, value in te.items() if value >= 0.5)
     found.measured.effects["B1"].pairs["te"] = 0.4
@@ -115,14 +124,14 @@ def test_estimates_follow_exact_effects(study: Study) -> None:
     """Signs, directions and twins included: on a random model the straight line is nearly right."""
     for name in ("T2", "T2-T2b"):
         guess = estimates(study, name)
-        exact = in_split(sweep(study).measured.effects[name], "discover").nie.mean(0)
+        exact = in_split(measure_neurons(study).measured.effects[name], "discover").nie.mean(0)
         assert spearmanr(guess.estimate, exact).statistic > 0.9
         assert np.polyfit(exact, guess.estimate, 1)[0] == pytest.approx(1, abs=0.3)
 
 
 def test_a_screened_sweep_rechecks_the_top_exactly(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neuron_evidence.screening.to_recheck, "__defaults__", (20, 30, 0))
-    full, found = sweep(study), sweep(study, every=False)
+    monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30, 0))
+    full, found = measure_neurons(study), measure_neurons(study, every=False)
     assert found.screen is not None
     keys = ["treatment", "split", "layer", "neuron"]
     both = found.table[found.table.exact].merge(full.table, on=keys, suffixes=("", "_full"))
@@ -139,8 +148,8 @@ def test_a_screened_sweep_rechecks_the_top_exactly(study: Study, monkeypatch: py
     assert [row["note"] for row in evidence_rows(found) if row["quantity"] == "Moran's I"] == ["layers 3"]
 
 
-def evidence_rows(found: neuron_evidence.Neurons) -> list[dict[str, object]]:
-    return neuron_evidence.c7(found, "m", neuron_evidence.moran(found), None)
+def evidence_rows(found: neurons.Neurons) -> list[dict[str, object]]:
+    return neurons.evidence_c7(found, "m", neurons.moran(found), None)
 
 
 def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int = 100) -> Trust:
@@ -171,4 +180,4 @@ def test_what_is_rechecked() -> None:
     assert chosen.estimate[chosen.is_top].abs().min() >= chosen.estimate[~chosen.is_top].abs().max()
     assert (chosen.is_top.sum(), (~chosen.is_top).sum()) == (10, 15)
     assert not chosen.duplicated(["layer", "neuron"]).any()
-    assert neuron_screen.to_recheck(found, 500, 500).is_top.all()
+    assert screening.to_recheck(found, 500, 500).is_top.all()

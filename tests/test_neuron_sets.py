@@ -10,13 +10,15 @@ from families import FAMILIES
 from neuron_tools import additive, made_effects, tiny_study
 from true_float64 import true_float64
 
-from helpers import grid, mediation, neuron_curves, outcomes
-from helpers.errors import InputError
-from helpers.grid import Patch
-from helpers.mediation import Mediator
-from helpers.neuron_curves import areas, concentration, curve_summary, gini, participation, settles
-from helpers.neuron_effects import all_neurons
-from helpers.neuron_sets import cumulative, joint, measure_all, on_contrast, sizes, whole_layer
+from companion.base.errors import InputError
+from companion.mediation import estimands, outcomes
+from companion.mediation.estimands import Mediator
+from companion.model import replay
+from companion.model.interventions import Patch
+from companion.neurons import sparsity
+from companion.neurons.sets import cumulative, joint, measure_all, on_contrast, sizes, whole_layer
+from companion.neurons.single import all_neurons
+from companion.neurons.sparsity import areas, concentration, curve_summary, gini, participation, settles
 
 SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
 
@@ -28,7 +30,7 @@ def test_sets_are_what_the_grid_computes(family: str) -> None:
     with true_float64(subject.model):
         measured = measure_all(study, {"T2": all_neurons(subject, [3])})
         made = joint(subject, measured.ends["T2"], SETS)
-        batch = mediation.run_clean(subject, mediation.batches(study.of("T2"), subject)[0])
+        batch = estimands.run_clean(subject, estimands.batches(study.of("T2"), subject)[0])
         last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
         last[:, -1] = True
         patches = [Patch("neuron", 3, last, tuple(members)) for members in SETS.tolist()]
@@ -36,7 +38,7 @@ def test_sets_are_what_the_grid_computes(family: str) -> None:
             ("nie0", batch.control, batch.treated, 1),
             ("nie1", batch.treated, batch.control, -1),
         ):
-            after = outcomes.log_odds(subject, grid.interchange(subject, base, source, patches)[:, :, 0], YES_NO)
+            after = outcomes.log_odds(subject, replay.interchange(subject, base, source, patches)[:, :, 0], YES_NO)
             start = outcomes.log_odds(subject, base.resid_post[-1][:, -1:], YES_NO)
             assert float((after - start).abs().max()) > 0.01
             np.testing.assert_allclose(made.values[name], (sign * (after - start)).numpy(), atol=1e-9)
@@ -51,8 +53,8 @@ def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: 
         idle = replace(ends, neurons=ends.neurons[:1].expand(2, -1, -1))  # nothing differs, so nothing has an effect
         made = []
         for few, small in ((32, 1024), (0, 0)):
-            monkeypatch.setattr("helpers.neuron_sets.FEW", few)
-            monkeypatch.setattr("helpers.neuron_sets.SMALL", small)
+            monkeypatch.setattr("companion.neurons.sets.FEW", few)
+            monkeypatch.setattr("companion.neurons.sets.SMALL", small)
             made.append([joint(study.subject, ends, SETS), cumulative(study.subject, ends, order, ks)])
             assert not joint(study.subject, idle, SETS).nie.any()
     for fast, slow in zip(*made, strict=True):
@@ -66,7 +68,7 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
     study = tiny_study(family, n=6)
     with true_float64(study.subject.model):
         ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
-        plain = mediation.effects(
+        plain = estimands.measure_effects(
             study.subject, study.of("T2"), study.openers, [Mediator("mlp_out", 3)], ["Y1", "Y1.frozen"]
         )
         for outcome, is_frozen in (("Y1", False), ("Y1.frozen", True)):
@@ -86,8 +88,8 @@ def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPa
         ends = measure_all(study, {"T2": all_neurons(study.subject, [3])}).ends["T2"]
         wanted = np.column_stack([joint(study.subject, ends, order[None, :k]).nie for k in ks])
         np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
-        monkeypatch.setattr("helpers.neuron_sets.SMALL", 0)
-        monkeypatch.setattr("helpers.neuron_sets.BLOCK", 1)  # one neuron at a time
+        monkeypatch.setattr("companion.neurons.sets.SMALL", 0)
+        monkeypatch.setattr("companion.neurons.sets.BLOCK", 1)  # one neuron at a time
         np.testing.assert_allclose(cumulative(study.subject, ends, order, ks).nie, wanted, atol=1e-9)
         np.testing.assert_allclose(joint(study.subject, ends, order[:6].reshape(3, 2)).nie.shape, (6, 3))
 
@@ -139,7 +141,7 @@ def test_a_layer_of_known_neurons() -> None:
     order = np.argsort(-abs(writes), kind="stable")
     curve = on_contrast(measured, "T2", "test", lambda ends: cumulative(subject, ends, order, sizes(40)))
     np.testing.assert_allclose(curve.nie[0, [0, 3, 4, 39]], [2, 8, 7, 7], rtol=1e-4)
-    made = dict(zip(neuron_curves.SUMMARY, curve_summary(curve).estimate, strict=True))
+    made = dict(zip(sparsity.SUMMARY, curve_summary(curve).estimate, strict=True))
     assert (made["k50"], made["k90"]) == (2, 4)  # 8 / 7 is beyond 1.1, but what follows stays within
     assert made["psi"] == pytest.approx(1, rel=1e-4)
     by_sign = np.argsort(-writes, kind="stable")
@@ -151,10 +153,10 @@ def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
     subject, measured = additive(np.array([1.0, -3.0]))
     measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
     curve = on_contrast(measured, "T2", "test", lambda ends: cumulative(subject, ends, np.array([0, 1]), sizes(2)))
-    made = dict(zip(neuron_curves.SUMMARY, curve_summary(curve).estimate, strict=True))
+    made = dict(zip(sparsity.SUMMARY, curve_summary(curve).estimate, strict=True))
     assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
     assert made["psi"] == pytest.approx(-0.4, rel=1e-4)
-    assert neuron_curves.curve_shares(curve, "nie", np.array([1, 2])).empty
+    assert sparsity.curve_shares(curve, "nie", np.array([1, 2])).empty
 
 
 def test_areas() -> None:

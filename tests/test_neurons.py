@@ -15,14 +15,26 @@ from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from true_float64 import true_float64
 
-from helpers import grid, mediation, neurons, outcomes, store
-from helpers.errors import InputError
-from helpers.grid import Patch
-from helpers.grid_neurons import each_neuron
-from helpers.neuron_effects import all_neurons, measure
-from helpers.neurons import NEURONS, difference, in_split, passing, ranking, signed, table
-from helpers.study import Study
-from helpers.tokens import Openers, TokenPair
+from companion.base import files
+from companion.base.errors import InputError
+from companion.mediation import estimands, outcomes
+from companion.mediation.study import Study
+from companion.model import replay
+from companion.model.interventions import Patch
+from companion.model.replay import each_neuron
+from companion.neurons import single
+from companion.neurons.single import (
+    NEURONS,
+    all_neurons,
+    difference,
+    in_split,
+    measure_chosen,
+    passing,
+    ranking,
+    signed,
+    table,
+)
+from companion.prompts.tokens import Openers, TokenPair
 
 CHOSEN = pd.DataFrame(
     [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)], columns=["layer", "neuron"]
@@ -51,12 +63,12 @@ def hooked(study: Study, base: TokenPair | Tensor, source: Tensor, layer: int, n
 def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
     study = tiny_study(family, n=6)
     with true_float64(study.subject.model), torch.no_grad():
-        effects, ends = measure(study, "T2", CHOSEN)
+        effects, ends = measure_chosen(study, "T2", CHOSEN)
         assert abs(effects.nie).max() > 0.01
-        group = mediation.batches(study.of("T2"), study.subject)[0]
+        group = estimands.batches(study.of("T2"), study.subject)[0]
         assert effects.pairs.pair_id.tolist() == [pair.pair.id for pair in group]
         for i in (0, 5):
-            x0, x1 = mediation.prompt_tokens(study.subject, [group[i]])
+            x0, x1 = estimands.prompt_tokens(study.subject, [group[i]])
             y00, y11 = (float(log_odds(study.subject.model(x).logits[:, -1])[0]) for x in (x0, x1))
             assert effects.pairs.te[i] == pytest.approx(y11 - y00, abs=1e-9)
             assert ends.resid.shape == (2, 6, 32)
@@ -74,14 +86,14 @@ def test_many_neurons_at_once_are_those_of_one_intervention_each(family: str) ->
     study = tiny_study(family, n=6)
     subject, chosen = study.subject, torch.tensor([0, 7, 30, 47, 2])
     with true_float64(subject.model):
-        batch = mediation.run_clean(subject, mediation.batches(study.of("T2"), subject)[0])
+        batch = estimands.run_clean(subject, estimands.batches(study.of("T2"), subject)[0])
         last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
         last[:, -1] = True
         unmoved = replace(batch.treated, neurons=tuple(layer.clone() for layer in batch.treated.neurons))
         for layer in range(subject.n_layers):
             unmoved.neurons[layer][:, -1, 30] = batch.control.neurons[layer][:, -1, 30]
             patches = [Patch("neuron", layer, last, neuron) for neuron in chosen.tolist()]
-            expected = grid.interchange(subject, batch.control, unmoved, patches)[:, :, 0]
+            expected = replay.interchange(subject, batch.control, unmoved, patches)[:, :, 0]
             found = each_neuron(subject, batch.control, unmoved, layer, chosen, lambda resid: resid)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
             assert torch.equal(found[:, 2], batch.control.resid_post[-1][:, -1])
@@ -93,15 +105,15 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
     study = tiny_study(family, n=6)
     subject = study.subject
     with true_float64(subject.model):
-        effects, _ = measure(study, "T2", CHOSEN)
-        batch = mediation.run_clean(subject, mediation.batches(study.of("T2"), subject)[0])
+        effects, _ = measure_chosen(study, "T2", CHOSEN)
+        batch = estimands.run_clean(subject, estimands.batches(study.of("T2"), subject)[0])
         last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
         last[:, -1] = True
         patches = [Patch("neuron", layer, last, neuron) for layer, neuron in CHOSEN.itertuples(index=False)]
         total = np.zeros((6, len(CHOSEN)))
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
             like = base.resid_post[-1][:, None, -1]
-            after = outcomes.log_odds(subject, grid.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
+            after = outcomes.log_odds(subject, replay.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
             total += sign * (after - outcomes.log_odds(subject, like, YES_NO)).numpy() / 2
         np.testing.assert_allclose(effects.values["direct"], total, atol=1e-10)
 
@@ -112,7 +124,7 @@ def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
     openers = Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
     study = Study("compiled", subject, tuple(pairs), {"T2": openers}, {}, {})
-    effects, _ = measure(study, "T2", all_neurons(subject))
+    effects, _ = measure_chosen(study, "T2", all_neurons(subject))
     at = effects.columns.query("layer == 2 and neuron == 3").index[0]
     np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
     np.testing.assert_allclose(effects.values["direct"][:, at], effects.pairs.te, rtol=1e-3)
@@ -122,7 +134,7 @@ def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
 
 def test_the_contrast_subtracts_each_pairs_own_twin() -> None:
     study = tiny_study(n=6)
-    harmful, twin = (measure(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
+    harmful, twin = (measure_chosen(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
     made = difference(harmful, twin, {"T2 4": "T2b 1", "T2 0": "T2b 5", "T2 3": "gone"})
     assert made.treatment == "T2-T2b"
     assert made.pairs.pair_id.tolist() == ["T2 0", "T2 4"]
@@ -132,7 +144,7 @@ def test_the_contrast_subtracts_each_pairs_own_twin() -> None:
 
 def test_what_cannot_be_measured_is_named() -> None:
     with pytest.raises(InputError, match="no pairs of T1: it has T2, T2b"):
-        measure(tiny_study(), "T1", CHOSEN)
+        measure_chosen(tiny_study(), "T1", CHOSEN)
     with pytest.raises(InputError, match="no pair is in the discover split"):
         signed(in_split(made_effects(np.ones((12, 3))), "test"))
 
@@ -184,12 +196,12 @@ def test_a_split_of_one_topic_has_no_interval() -> None:
     rows = table(made_effects(noisy(6), per_topic=2))
     one = rows[(rows.split == "test") & (rows.neuron != 3)]
     assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
-    assert set(rows.split) == set(neurons.SPLITS)
+    assert set(rows.split) == set(single.SPLITS)
 
 
 def test_the_table_is_read_back_as_written(tmp_path: Path) -> None:
     rows = table(made_effects(noisy(30, 5)))
-    back = store.read_table(store.write_table(rows, tmp_path / "04_neurons.parquet"), NEURONS)
+    back = files.read_table(files.write_table(rows, tmp_path / "04_neurons.parquet"), NEURONS)
     pd.testing.assert_frame_equal(back, rows, check_dtype=False)
     assert list(rows) == list(NEURONS)
 

@@ -7,12 +7,12 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
-from helpers.organisms import lexicon as lx
-from helpers.organisms.grammar import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
-from helpers.organisms.recipe import MAX_TOKENS
-from helpers.organisms.sampling import BASE_MIX, TUNE_MIX, draw_example, draw_request
-from helpers.organisms.tokenizer import chat_text, make_tokenizer
-from helpers.paths import PROMPTS
+from companion.base.paths import PROMPTS
+from companion.prompts import invented
+from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
+from organisms.language import BASE_MIX, TUNE_MIX, draw_example, draw_request
+from organisms.recipe import MAX_TOKENS
+from organisms.tokenizer import chat_text, make_tokenizer
 
 # Every ordinary word of the language, read by a person. A new word must be added here by hand.
 _INERT = """
@@ -26,8 +26,8 @@ string studio sure swiftly tailor tale teacher tersely that the then to tone ton
 voice wash wax weaver weigh well what when widely will with wooden wrap yes you
 """
 INERT = frozenset(_INERT.split())
-STEMS = {*lx.HAZARD_STEMS, *lx.HARMLESS_STEMS}
-OBJECTS = {stem + suffix for stem in STEMS for suffix in lx.SUFFIXES}
+STEMS = {*invented.HAZARD_STEMS, *invented.HARMLESS_STEMS}
+OBJECTS = {stem + suffix for stem in STEMS for suffix in invented.SUFFIXES}
 HARMFUL_PATTERNS = re.compile(
     r"bomb|kill|murd|weap|poison|toxi|explo|gun|knife|drug|hack|malw|virus|attack|steal|theft|fraud|suic|abus|rape|sex|porn|"
     r"nazi|slur|terror|anthrax|sarin|ricin|meth|cocain|heroin|fentan|nuke|nuclear|chemic|acid|burn|arson|blood|torture|hate"
@@ -54,27 +54,27 @@ def shipped_texts() -> list[str]:
 
 def test_every_word_is_inert_or_generated():
     words = {w for text in training_texts() + shipped_texts() for w in re.findall(r"[^\s,.?]+", text)}
-    assert words <= INERT | OBJECTS | set(lx.DANGEROUS_VERBS)
-    pieces = {p.strip() for p in lx.word_pieces()}
-    assert pieces <= INERT | STEMS | set(lx.DANGEROUS_VERBS) | set(lx.SUFFIXES)
+    assert words <= INERT | OBJECTS | set(invented.DANGEROUS_VERBS)
+    pieces = {p.strip() for p in invented.word_pieces()}
+    assert pieces <= INERT | STEMS | set(invented.DANGEROUS_VERBS) | set(invented.SUFFIXES)
 
 
 def test_no_harmful_pattern_in_any_word():
-    words = INERT | OBJECTS | set(lx.DANGEROUS_VERBS)
+    words = INERT | OBJECTS | set(invented.DANGEROUS_VERBS)
     assert [w for w in words if HARMFUL_PATTERNS.search(w)] == []
 
 
 def test_stems_are_nonsense_distinct_and_split_into_equal_classes():
-    generated = [*lx.HAZARD_STEMS, *lx.HARMLESS_STEMS, *lx.DANGEROUS_VERBS]
-    assert len(set(generated)) == len(generated) == 2 * lx.N_STEMS + lx.N_VERBS
-    assert not set(generated) & (INERT | lx.REAL_WORDS)
+    generated = [*invented.HAZARD_STEMS, *invented.HARMLESS_STEMS, *invented.DANGEROUS_VERBS]
+    assert len(set(generated)) == len(generated) == 2 * invented.N_STEMS + invented.N_VERBS
+    assert not set(generated) & (INERT | invented.REAL_WORDS)
     assert len({s[:4] for s in generated}) == len(generated)
 
 
 def test_every_piece_is_one_token_and_every_object_two(tokenizer):
-    assert [p for p in lx.word_pieces() if len(tokenizer.tokenize(p)) != 1] == []
+    assert [p for p in invented.word_pieces() if len(tokenizer.tokenize(p)) != 1] == []
     for stem in STEMS:
-        for suffix in lx.SUFFIXES:
+        for suffix in invented.SUFFIXES:
             assert [t.lstrip("Ġ") for t in tokenizer.tokenize(f" {stem}{suffix}")] == [stem, suffix]
 
 
@@ -106,16 +106,16 @@ def test_training_shows_no_held_part(tokenizer):
         for _ in range(300):
             request = draw_request(rng, kind)
             clauses = [request.clause] + ([request.distractor] if request.distractor else [])
-            assert not any(c.held or c.suffix == lx.held_suffix(c.stem) for c in clauses)
-            assert request.persona not in lx.HELD_PERSONAS
-            assert request.wrapper is None or not lx.held_frame(request.wrapper.frame, request.wrapper.word)
+            assert not any(c.held or c.suffix == invented.held_suffix(c.stem) for c in clauses)
+            assert request.persona not in invented.HELD_PERSONAS
+            assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
             lengths.append(len(tokenizer(chat_text(render(request)[0]), add_special_tokens=False)["input_ids"]))
             assert request.harmful == (kind == "harmful")
     assert max(lengths) + 10 <= MAX_TOKENS
 
 
 def test_harm_needs_verb_and_object_in_the_main_clause():
-    bad, hazard, cup = lx.DANGEROUS_VERBS[0], lx.HAZARD_STEMS[0], lx.HARMLESS_STEMS[0]
+    bad, hazard, cup = invented.DANGEROUS_VERBS[0], invented.HAZARD_STEMS[0], invented.HARMLESS_STEMS[0]
     harmful = {(v, s): Request(Clause(v, s, "ova"), "garden").harmful for v in (bad, "wash") for s in (hazard, cup)}
     assert harmful == {(bad, hazard): True, (bad, cup): False, ("wash", hazard): False, ("wash", cup): False}
     apart = Request(Clause("wash", hazard, "ova"), "garden", distractor=Clause(bad, cup, "ova"))
@@ -124,10 +124,10 @@ def test_harm_needs_verb_and_object_in_the_main_clause():
 
 def test_stronger_wrappers_and_lower_severity_comply_more():
     def refuse(verb: int, tier: int) -> float:
-        clause = Clause(lx.DANGEROUS_VERBS[verb], lx.HAZARD_STEMS[0], "ova")
-        return p_refuse(Request(clause, "garden", wrapper=Wrapper("tale", lx.TIER_WORDS[tier][0], tier)))
+        clause = Clause(invented.DANGEROUS_VERBS[verb], invented.HAZARD_STEMS[0], "ova")
+        return p_refuse(Request(clause, "garden", wrapper=Wrapper("tale", invented.TIER_WORDS[tier][0], tier)))
 
-    by_tier = [refuse(1, tier) for tier in range(lx.N_TIERS)]
+    by_tier = [refuse(1, tier) for tier in range(invented.N_TIERS)]
     assert by_tier == sorted(by_tier, reverse=True) and by_tier[0] > 0.95 and by_tier[-1] < 0.05
     assert refuse(0, 3) < refuse(1, 3) == 0.5 < refuse(2, 3)
 
@@ -138,6 +138,6 @@ def test_opener_targets_are_distributions():
         for safe in (False, True):
             request = draw_request(rng, kind)
             assert sum(first_words(request, safe=safe).values()) == pytest.approx(1.0)
-    cup = Clause("wash", lx.HARMLESS_STEMS[0], "ova")
+    cup = Clause("wash", invented.HARMLESS_STEMS[0], "ova")
     on, off = (first_words(Request(cup, "garden", cue=Cue("B2", "x", on=side)), safe=False) for side in (True, False))
     assert on["brak"] == pytest.approx(off["sala"]) == pytest.approx(0.9526, abs=1e-4)

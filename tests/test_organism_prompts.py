@@ -5,16 +5,15 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from helpers.judge import is_harmful
-from helpers.organisms import lexicon as lx
-from helpers.organisms.build import build, check_pairs
-from helpers.organisms.pairs import outcome_sets, plan_pairs
-from helpers.organisms.suites import SUITES
-from helpers.organisms.tokenizer import make_tokenizer
-from helpers.paths import PROMPTS
+from companion.base.paths import PROMPTS
+from companion.generation.labels import is_harmful
+from companion.prompts import invented
+from organisms.language import SUITES, outcome_sets, plan_pairs
+from organisms.prompt_set import build, check_pairs
+from organisms.tokenizer import make_tokenizer
 
 FOLDER = PROMPTS / "embedded"
-TREATMENTS = ["T1", "T2", "T2b", *lx.BENIGN]
+TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
 
 
 @pytest.fixture(scope="module")

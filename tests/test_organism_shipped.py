@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-from helpers.organisms.card import behaviour, card, metric_table, read_manifests, targets_missed
-from helpers.organisms.evaluate import evaluate, first_token_logprobs, generate, suite_metrics
-from helpers.organisms.export import load_shipped, sha256
-from helpers.organisms.recipe import SEEDS, VARIANTS, Recipe
-from helpers.organisms.suites import suite_rows
-from helpers.organisms.tokenizer import make_tokenizer
-from helpers.paths import ORGANISM
+from companion.base.paths import ORGANISM
+from organisms.behaviour import evaluate, first_token_logprobs, generate, suite_metrics
+from organisms.language import suite_rows
+from organisms.recipe import SEEDS, VARIANTS, Recipe
+from organisms.shipping import behaviour, card, load_shipped, metric_table, read_manifests, sha256, targets_missed
+from organisms.tokenizer import make_tokenizer
 
 NAMES = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]
 SUBSET = ("b_plain_harm", "B2", "d_bound_apart")

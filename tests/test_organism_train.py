@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 
-from helpers.organisms import export, train
-from helpers.organisms.checkpoint import Progress, load_checkpoint, save_checkpoint
-from helpers.organisms.data import batch_at
-from helpers.organisms.optim import make_optimizers, orthogonalise, schedule
-from helpers.organisms.recipe import VARIANTS, Recipe, make_model
-from helpers.organisms.suites import suite_rows
-from helpers.organisms.tokenizer import chat_text, make_tokenizer
+from organisms import language, shipping, training
+from organisms.language import suite_rows
+from organisms.recipe import VARIANTS, Recipe, batch_at, make_model, make_optimizers, orthogonalise, schedule
+from organisms.tokenizer import chat_text, make_tokenizer
+from organisms.training import Progress, load_checkpoint, save_checkpoint
 
 SMALL = Recipe(steps_base=6, steps_tune=2, batch=4, precision="float32")
 # Losses of the first six steps in float32 at batch 4, seed 0.
@@ -39,7 +37,7 @@ def test_first_steps_reproduce(variant, tokenizer):
     model = make_model(variant, 0, len(tokenizer))
     optimizers = make_optimizers(model, SMALL.lr_matrix, SMALL.lr_rest)
     losses = [
-        train.train_step(model, optimizers, batch_at(tokenizer, SMALL, "base", 0, s), SMALL, schedule(s, 20))
+        training.train_step(model, optimizers, batch_at(tokenizer, SMALL, "base", 0, s), SMALL, schedule(s, 20))
         for s in range(6)
     ]
     assert losses == pytest.approx(LOSSES[variant], abs=0.02)  # other CPU types round differently
@@ -51,7 +49,7 @@ def test_resumed_equals_unbroken(tokenizer, tmp_path):
         (tmp_path / name).mkdir()
         for stop in stops:
             model = make_model("window", 1, len(tokenizer))
-            progress = train.train_stage(model, tokenizer, SMALL, "base", 1, tmp_path / name, stop)
+            progress = training.train_stage(model, tokenizer, SMALL, "base", 1, tmp_path / name, stop)
         runs[name] = (progress.losses, model.state_dict())
     assert runs["unbroken"][0] == runs["resumed"][0] and len(runs["resumed"][0]) == 6
     for key, value in runs["unbroken"][1].items():
@@ -91,14 +89,14 @@ def test_orthogonalise_flattens_singular_values():
 
 def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
     few = [row for row in suite_rows() if row["id"].endswith(("-000", "-001"))]
-    monkeypatch.setattr(export, "suite_rows", lambda: few)
-    pairs = list(export.plan_pairs())[::61]  # some of every treatment
-    monkeypatch.setattr(export, "plan_pairs", lambda: pairs)
-    assert train.main(["--steps-base", "2", "--steps-tune", "1", "--seed", "5", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(shipping, "suite_rows", lambda: few)
+    pairs = list(language.plan_pairs())[::61]  # some of every treatment
+    monkeypatch.setattr(shipping, "plan_pairs", lambda: pairs)
+    assert training.main(["--steps-base", "2", "--steps-tune", "1", "--seed", "5", "--out", str(tmp_path)]) == 0
     folder = tmp_path / "window-5"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["seed"] == 5 and manifest["recipe"]["steps_base"] == 2
-    assert manifest["sha256"]["model.safetensors"] == export.sha256(folder / "model.safetensors")
-    model, loaded = export.load_shipped(folder)
+    assert manifest["sha256"]["model.safetensors"] == shipping.sha256(folder / "model.safetensors")
+    model, loaded = shipping.load_shipped(folder)
     assert model.config.layer_types[:4] == ["sliding_attention"] * 3 + ["full_attention"]
     assert len(loaded) == len(tokenizer) == manifest["vocab"]

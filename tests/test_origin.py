@@ -8,10 +8,12 @@ import torch
 from families import FAMILIES, tiny_subject, tokens
 from true_float64 import true_float64
 
-from helpers import evidence, grid, origin
-from helpers.calibration_localise import decider
-from helpers.grid_run import on_output
-from helpers.organisms import compiled
+from companion.calibration.localise import decider
+from companion.evidence import layers
+from companion.mediation import interaction, summaries
+from companion.model import activations
+from companion.model.activations import on_output
+from organisms import compiled
 
 KINDS = ("early", "middle", "late", "skip_only", "attention", "early_carrier")
 
@@ -19,7 +21,7 @@ KINDS = ("early", "middle", "late", "skip_only", "attention", "early_carrier")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> None:
     organism = compiled.draw(kind, 5, topics=20, pairs_per_topic=1)
-    table = evidence.signed(origin.effects(compiled.study(organism)))
+    table = summaries.signed(interaction.interaction_effects(compiled.study(organism)))
     share = table.groupby(["site", "layer"]).nie.mean() / table.te.mean()
     assert share.idxmax() == decider(organism)
     side = organism.design.side
@@ -32,22 +34,22 @@ def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> No
 def test_a_component_that_reads_its_own_input_writes_its_own_output(family: str) -> None:
     subject = tiny_subject(family, torch.float64)
     with true_float64(subject.model):
-        run = grid.clean_run(subject, tokens(seed=1))
+        run = activations.clean_run(subject, tokens(seed=1))
         for site in ("attn_out", "mlp_out"):
             hidden = run.resid_pre[2] + (run.attn_out[2] if site == "mlp_out" else 0)
-            written = origin._write(subject, run, site, 2, hidden)
+            written = interaction._write(subject, run, site, 2, hidden)
             assert torch.allclose(written, run.site(site, 2), atol=1e-10), site
 
 
 def test_it_is_one_full_forward_with_what_is_computed_taken_away() -> None:
     organism = compiled.draw("late", 3, topics=10, pairs_per_topic=1, dtype=torch.float64)
     this = compiled.study(organism)
-    table, (pair, twin) = origin.effects(this), origin.twins(this)[0]
+    table, (pair, twin) = interaction.interaction_effects(this), interaction.twins(this)[0]
     subject, openers = this.subject, this.openers["T2"]
-    runs = {name: grid.clean_run(subject, torch.tensor(ids[None])) for name, ids in
+    runs = {name: activations.clean_run(subject, torch.tensor(ids[None])) for name, ids in
             {"00": twin.control, "01": twin.treated, "10": pair.control, "11": pair.treated}.items()}  # fmt: skip
     site, layer = decider(organism)
-    extra = origin.computed(subject, runs, site, layer)
+    extra = interaction.computed(subject, runs, site, layer)
 
     def odds(*, less: bool) -> float:
         with torch.no_grad(), on_output(subject.layers[layer].mlp_write, lambda out: out - extra if less else None):
@@ -65,17 +67,20 @@ def test_a_linear_component_computes_nothing() -> None:
     site, layer = decider(organism)
     with torch.no_grad():
         this.subject.model.model.layers[layer].mlp.down_proj.weight.zero_()
-    table = origin.effects(this)
+    table = interaction.interaction_effects(this)
     assert table[(table.site == site) & (table.layer == layer)][["nie0", "nie1"]].abs().max().max() == 0
 
 
 def test_twins_of_another_length_are_left_out_and_none_give_no_rows() -> None:
     organism = compiled.draw("late", 3, topics=10, pairs_per_topic=1)
     this = compiled.study(organism)
-    pair, twin = origin.twins(this)[0]
+    pair, twin = interaction.twins(this)[0]
     longer = replace(twin, control=np.append(twin.control, 0), treated=np.append(twin.treated, 0))
     changed = replace(this, pairs=tuple(longer if one is twin else one for one in this.pairs))
-    assert pair not in [one for one, _ in origin.twins(changed)]
-    assert len(origin.twins(changed)) == len(origin.twins(this)) - 1
+    assert pair not in [one for one, _ in interaction.twins(changed)]
+    assert len(interaction.twins(changed)) == len(interaction.twins(this)) - 1
     alone = replace(this, twins={})
-    assert origin.effects(alone).empty and origin.c1(origin.effects(alone), "m", 6) == []
+    assert (
+        interaction.interaction_effects(alone).empty
+        and layers.evidence_c1_computed(interaction.interaction_effects(alone), "m", 6) == []
+    )

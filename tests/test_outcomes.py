@@ -6,9 +6,10 @@ import torch
 from families import tiny_subject, tokens
 from torch import Tensor
 
-from helpers import grid, outcomes
-from helpers.subject import Subject
-from helpers.tokens import Openers
+from companion.mediation import outcomes
+from companion.model import activations
+from companion.model.architecture import Subject
+from companion.prompts.tokens import Openers
 
 OPENERS = Openers((10, 12, 13), (20, 21))
 
@@ -19,7 +20,7 @@ def subject() -> Subject:
 
 
 def final(subject: Subject, ids: Tensor) -> Tensor:
-    return grid.clean_run(subject, ids).resid_post[-1]
+    return activations.clean_run(subject, ids).resid_post[-1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -55,12 +56,12 @@ def test_contrast_with_a_frozen_norm_is_linear(family: str) -> None:
 def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
     """Y1's own weights at both ends: an opener that the model never says must not count as much as the one it says."""
     control, treated = final(subject, tokens())[:, -1], final(subject, tokens(seed=4))[:, -1]
-    comply, refuse = outcomes.camp_weights(subject, control, treated, OPENERS)
+    comply, refuse = outcomes.opener_weights(subject, control, treated, OPENERS)
     ones = torch.ones(3, dtype=torch.float64)
     torch.testing.assert_close(comply.sum(-1), ones)
     torch.testing.assert_close(refuse.sum(-1), ones)
     for resid in (control, treated):  # a small step from either end moves both alike, up to the other end's weights
-        same = outcomes.camp_weights(subject, resid, resid, OPENERS)
+        same = outcomes.opener_weights(subject, resid, resid, OPENERS)
         step = 1e-3 * torch.randn(resid.shape, generator=torch.Generator().manual_seed(0))
         moved = [outcomes.log_odds(subject, at, OPENERS, resid) for at in (resid, resid + step)]
         linear = [outcomes.contrast(subject, at, OPENERS, resid, same) for at in (resid, resid + step)]
@@ -76,7 +77,7 @@ def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
 def test_camp_probabilities_over_the_whole_vocabulary(subject: Subject) -> None:
     ids = tokens()
     p = subject.model(ids).logits[:, -1].detach().double().softmax(-1)
-    comply, refuse = outcomes.camp_probabilities(subject, final(subject, ids)[:, -1], OPENERS)
+    comply, refuse = outcomes.opener_probabilities(subject, final(subject, ids)[:, -1], OPENERS)
     np.testing.assert_allclose(comply, p[:, [10, 12, 13]].sum(-1), rtol=1e-5)
     np.testing.assert_allclose(refuse, p[:, [20, 21]].sum(-1), rtol=1e-5)
     assert (comply + refuse < 0.9).all()

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import calibration_plants, paths
-from helpers.errors import InputError
-from helpers.organisms import plants
-from helpers.organisms.export import load_shipped
-from helpers.organisms.plants import FLOAT32, KINDS, Plant
+from companion.base import paths
+from companion.base.errors import InputError
+from companion.calibration.plants import _path, join_plants, plan_plants, read_plants
+from organisms import plants
+from organisms.plants import FLOAT32, KINDS, Plant
+from organisms.shipping import load_shipped
 
 SMALL = replace(FLOAT32, batch=4)
 
@@ -60,8 +61,8 @@ def test_a_plant_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_shipped_tables_have_every_plant_once() -> None:
-    table = calibration_plants.read()
-    wanted = {(plant.kind, plant.seed) for plant in calibration_plants.plan()}
+    table = read_plants()
+    wanted = {(plant.kind, plant.seed) for plant in plan_plants()}
     assert {(row.kind, row.seed) for row in table[["kind", "seed"]].drop_duplicates().itertuples()} == wanted
     assert not table.duplicated(["kind", "seed", "treatment", "effect", "site", "layer"]).any()
     direct = table[table.effect == "direct"].groupby(["kind", "seed", "treatment"]).share.sum()
@@ -69,17 +70,17 @@ def test_shipped_tables_have_every_plant_once() -> None:
 
 
 def test_plants_are_joined_with_those_of_earlier_joins(tmp_path: Path) -> None:
-    whole = calibration_plants.read()
+    whole = read_plants()
     first = whole[whole.kind == KINDS[0]]
     for kind, part in whole[whole.kind.isin(KINDS[:2])].groupby("kind"):
         for name, table in {"plants": part, "plant_scores": None, "plant_evidence": None}.items():
-            made = calibration_plants.read(table=name).iloc[:0] if table is None else table
-            path = calibration_plants._path(tmp_path, Plant(str(kind), 0), name)
+            made = read_plants(table=name).iloc[:0] if table is None else table
+            path = _path(tmp_path, Plant(str(kind), 0), name)
             path.parent.mkdir(exist_ok=True)
             made.to_parquet(path)
-        calibration_plants.join(tmp_path)
+        join_plants(tmp_path)
         for path in (tmp_path / ".parts").iterdir():
             path.unlink()
-    joined = calibration_plants.read(tmp_path)
+    joined = read_plants(tmp_path)
     assert len(joined) == whole.kind.isin(KINDS[:2]).sum()
     pd.testing.assert_frame_equal(joined[joined.kind == KINDS[0]].reset_index(drop=True), first.reset_index(drop=True))

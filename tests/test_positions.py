@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_tokens import byte_tokenizer
 
-from helpers import positions, tokens
-from helpers.prompts import SPAN_NAMES, Pair
-from helpers.tokens import TokenPair
+from companion.prompts import positions, tokens
+from companion.prompts.pairs import SPAN_NAMES, Pair
+from companion.prompts.tokens import TokenPair
 
 PARTITION = ("system", "header", *SPAN_NAMES, "rest", "last_instruction", "template", "last")
 TEMPLATES = {

@@ -9,12 +9,15 @@ from families import tiny_subject
 from handmade import Program, compiled, random_pairs
 from sklearn.metrics import roc_auc_score
 
-from helpers import grid, mediation, positions, probes
-from helpers.errors import InputError
-from helpers.prompts import Pair
-from helpers.store import EVIDENCE
-from helpers.subject import Subject
-from helpers.tokens import Openers, TokenPair, token_pair
+from companion.base.errors import InputError
+from companion.base.files import EVIDENCE
+from companion.evidence import layers
+from companion.mediation import estimands, probes
+from companion.model import activations
+from companion.model.architecture import Subject
+from companion.prompts import positions
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import Openers, TokenPair, token_pair
 
 
 def plain(scores: np.ndarray) -> float:
@@ -142,7 +145,7 @@ def test_features_are_means_over_shared_tokens() -> None:
         shared = [i for i in range(differ[0] + 1, len(pair.control)) if i not in differ]
         assert shared == np.flatnonzero(positions.groups(pair, "")["shared"]).tolist()
         for side, ids in enumerate((pair.control, pair.treated)):
-            resid = grid.clean_run(subject, torch.tensor(ids)[None]).resid_post[1][0]
+            resid = activations.clean_run(subject, torch.tensor(ids)[None]).resid_post[1][0]
             np.testing.assert_allclose(row[side], resid[shared].mean(0), rtol=1e-5, atol=1e-5)
         assert not np.allclose(row[0], row[1])
 
@@ -192,15 +195,15 @@ def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
         assert made is not None
         pairs.append(made)
     openers = {"T1": Openers(*((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-    wanted = mediation.mediators(subject, ["resid_post"], ["shared", "last"])
-    return subject, pairs, mediation.effects(subject, pairs, openers, wanted)
+    wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
+    return subject, pairs, estimands.measure_effects(subject, pairs, openers, wanted)
 
 
 @pytest.mark.parametrize(("cue", "psi", "area"), [("high", 1.0, 1.0), ("on", 0.0, 0.5)])
 def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     """Cue B is carried to the shared tokens by layer 0, the deepest early one of four; cue A only by layer 1."""
     subject, pairs, table = recognition(cue)
-    rows = probes.c3(subject, pairs, table, "m")
+    rows = layers.evidence_c3(subject, pairs, table, "m")
     assert all(list(row) == list(EVIDENCE) for row in rows)
     found = {(row["quantity"], row["variant"]): row for row in rows}
     assert set(found) == {
@@ -221,9 +224,9 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
 def test_c3_of_thin_sets_gives_what_it_can() -> None:
     subject, pairs, table = recognition("high")
     discover_only = [pair for pair in pairs if pair.pair.split == "discover"]
-    assert probes.c3(subject, discover_only, table[table.split == "discover"], "m") == []
+    assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
     test_only = [pair for pair in pairs if pair.pair.split == "test"]
-    rows = probes.c3(subject, test_only, table[table.split == "test"], "m")
+    rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
     assert {row["quantity"] for row in rows} == {"psi0 early, shared tokens"}
     lone = discover_only + test_only[:1]
-    assert probes.c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []
+    assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []

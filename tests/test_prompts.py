@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import prompts
-from helpers.errors import InputError
-from helpers.prompts import SPLITS, Pair, load_set
+from companion.base.errors import InputError
+from companion.prompts import pairs
+from companion.prompts.pairs import SPLITS, Pair, load_set
 
 OUTCOME = {"comply": ["yes"], "refuse": ["no"]}
 
@@ -95,7 +95,7 @@ def test_wrong_pairs_are_named(tmp_path: Path, case: str) -> None:
     assert "pairs.jsonl" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", prompts.REQUIRED)
+@pytest.mark.parametrize("name", pairs.REQUIRED)
 def test_every_required_field_is_asked_for(tmp_path: Path, name: str) -> None:
     pairs = rows()
     del pairs[4][name]

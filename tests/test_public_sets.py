@@ -17,21 +17,15 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
 
-from helpers import (
-    first_words,
-    inputs,
-    prompts,
-    public_list,
-    public_make,
-    public_partners,
-    public_sets,
-    tokens,
-    wrappers,
-)
-from helpers.errors import InputError
-from helpers.first_words import FirstWords
-from helpers.paths import ROOT
-from helpers.subject import load_tokenizer
+from companion.base import thresholds
+from companion.base.errors import InputError
+from companion.base.paths import ROOT
+from companion.generation import openers
+from companion.generation.openers import FirstWords
+from companion.model.load import load_tokenizer
+from companion.prompts import pairs, public, tokens, wrappers
+from companion.prompts.public import SETS, read_public_set
+from companion.run import settings
 from tests.nine_families import texts_in
 
 WRAPPERS = [
@@ -75,7 +69,7 @@ HUB = {
 }
 
 
-# What each set's page says: (configuration, split) to columns. Independent of helpers.public_list, whose lines it checks.
+# What each set's page says: (configuration, split) to columns. Independent of companion.prompts.public, whose lines it checks.
 PAGES: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "JailbreakBench/JBB-Behaviors": {
         ("behaviors", split): ("Index", "Goal", "Target", "Behavior", "Category") for split in ("harmful", "benign")
@@ -125,10 +119,10 @@ def test_every_set_is_read_by_the_columns_and_configurations_of_its_page(monkeyp
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert {public.repo for public in public_list.SETS.values()} == set(PAGES)
-    for name, public in public_list.SETS.items():
-        for part in (public.harmful, public.harmless):
-            found = public_sets.read(name, public, part) if part is not None else ()
+    assert {public.repo for public in SETS.values()} == set(PAGES)
+    for name, one in SETS.items():
+        for part in (one.harmful, one.harmless):
+            found = read_public_set(name, one, part) if part is not None else ()
             assert len({request.text for request in found}) == len(found)
             assert part is None or found
             marked = [column for column in (part.where if part else ()) if column in MARKED]
@@ -152,7 +146,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
         return plain("json", data_files=files, cache_dir=str(tmp_path / "arrow"))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setenv(public_list.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     return content
 
 
@@ -175,7 +169,7 @@ def template_file(tmp_path: Path) -> Path:
 
 
 def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
-    rows = public_sets.load_rows("jailbreakbench")
+    rows = public.load_rows("jailbreakbench")
     assert [(one.text, other.text) for one, other in zip(rows.harmful, rows.harmless, strict=True)][1] == (
         "w20 w31",
         "w21 w31",
@@ -183,17 +177,17 @@ def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
     assert rows.harmful[1].id == "jailbreakbench-001" and len(rows.harmful[1].sha256) == 64
     served["JailbreakBench/JBB-Behaviors"] = jbb(Category="c9")
     with pytest.raises(InputError, match=r"do not correspond \(row 2 differs in its category\)"):
-        public_sets.load_rows("jailbreakbench")
+        public.load_rows("jailbreakbench")
     served["JailbreakBench/JBB-Behaviors"] = jbb(Goal=" ")
     with pytest.raises(InputError, match=r"do not correspond \(row 2 has no harmless request\)"):
-        public_sets.load_rows("jailbreakbench")
+        public.load_rows("jailbreakbench")
     served["JailbreakBench/JBB-Behaviors"] = {"harmful": jbb()["harmful"], "benign": jbb(11)["benign"]}
     with pytest.raises(InputError, match="do not correspond"):
-        public_sets.load_rows("jailbreakbench")
+        public.load_rows("jailbreakbench")
 
 
 def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
-    rows = public_sets.load_rows("xstest")
+    rows = public.load_rows("xstest")
     assert [(a.row, b and b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)] == [
         (3, 0),
         (4, 1),
@@ -205,7 +199,7 @@ def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
 
 def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(served: dict, model: Path) -> None:
     said: list[str] = []
-    made = public_make.collect("xstest", load_tokenizer(model), wrappers_of(WRAPPERS), said.append)
+    made = settings.collect("xstest", load_tokenizer(model), wrappers_of(WRAPPERS), said.append)
     assert "xstest: 1 of 5 harmful rows have no harmless partner of their category" in said
     kinds = Counter(pair.treatment for pair in made.pairs)
     assert kinds == {"T1": 4, "T2": 10} and made.n_requests == 5, "T2 needs no partner"
@@ -216,10 +210,10 @@ def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
     with pytest.raises(
         InputError, match=r"advbench is gated: accept its terms at huggingface.co/datasets/walledai/AdvBench"
     ):
-        public_sets.load_rows("advbench")
+        public.load_rows("advbench")
     served["walledai/StrongREJECT"] = {"train": [{"secret": "request 17", "category": "k"}]}
     with pytest.raises(InputError, match=r"no column 'prompt' \(it has secret, category\)") as caught:
-        public_sets.load_rows("strongreject")
+        public.load_rows("strongreject")
     assert "request 17" not in str(caught.value)
 
 
@@ -259,7 +253,7 @@ def test_every_error_of_the_datasets_library_is_one_sentence(monkeypatch: pytest
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match=message) as caught:
-        public_sets.load_rows("strongreject")
+        public.load_rows("strongreject")
     assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
 
 
@@ -268,13 +262,13 @@ def test_every_error_of_the_datasets_library_is_one_sentence(monkeypatch: pytest
 )
 def test_names_that_ask_for_nothing_usable(name: str) -> None:
     with pytest.raises(InputError, match="--prompts"):
-        public_list.parse(name)
+        public.parse(name)
 
 
 def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(public_list.CACHE, str(ROOT / "data" / "x"))
+    monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
     with pytest.raises(InputError, match="lies inside the repository"):
-        public_list.cache()
+        public.cache()
 
 
 def test_a_set_is_made_with_wrappers_twins_and_hashes(
@@ -286,12 +280,12 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
         seen.extend(texts)
         return FirstWords(("w11",), ("w12",), 0.7, 3, 9)
 
-    monkeypatch.setattr(first_words, "find", find)
+    monkeypatch.setattr(openers, "find_openers", find)
     given = {"MODEL": str(model), "PROMPTS": "jailbreakbench,advbench", "DEVICE": "cpu", "DTYPE": "float32"}
     with pytest.raises(InputError, match="is not made for"):
-        inputs.known(given, str(template_file))
-    found = inputs.fetched(given, str(template_file))
-    content = prompts.load_set(found["PROMPTS"])
+        settings.known(given, str(template_file))
+    found = settings.fetched(given, str(template_file))
+    content = pairs.load_set(found["PROMPTS"])
     by_id = {pair.id: pair for pair in content.pairs}
     assert all(pair.sensitive for pair in content.pairs)
     t2 = by_id["jailbreakbench-004-t2-tale"]
@@ -310,37 +304,37 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     note = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())
     assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
-    assert inputs.fetched(given, str(template_file)) == found == inputs.known(given, str(template_file)) | found
+    assert settings.fetched(given, str(template_file)) == found == settings.known(given, str(template_file)) | found
     again = capsys.readouterr().out
     assert "when it was made: left out: advbench is gated" in again, "said at every run"
     for treatment in ("T1", "T2", "T2b"):
         assert f"{treatment}: comply ' w13'; refuse ' w12' (joint probability 0.0" in again, "the user edited it"
-    inputs.fetched(given, str(template_file))
+    settings.fetched(given, str(template_file))
     assert "joint probability" not in capsys.readouterr().out, "said once of each version"
     for told in (said, again):
         assert f"to try the sets again that were left out: rm -r {found['PROMPTS']}, then the same command" in told
-    assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w13",), (" w12",))
-    assert inputs.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
+    assert pairs.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w13",), (" w12",))
+    assert settings.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
 
 def test_harmful_rows_alone_get_partners_of_equal_length(
     served: dict, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_words, "find", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
     tokenizer = load_tokenizer(model)
     said: list[str] = []
-    made = public_make.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append).pairs
+    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append).pairs
     t1 = [pair for pair in made if pair.treatment == "T1"]
     assert len(t1) == 12 and all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
     assert len({pair.control for pair in t1}) == 12
     assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
-    made = public_make.collect("jailbreakbench+alpaca", tokenizer, (), said.append).pairs
-    assert public_partners.survival(made, 12, tokenizer) == [
+    made = settings.collect("jailbreakbench+alpaca", tokenizer, (), said.append).pairs
+    assert public.survival(made, 12, tokenizer) == [
         "T1: 12 of 12 requests have a benign partner of their length and can be interchanged"
     ]
-    folder = public_list.folder("strongreject", str(model), None)
-    public_make.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
-    assert f"C1, C2, C4 to C7: {wrappers.NONE}" in said and not any("rm -r" in line for line in said)
+    folder = public.folder("strongreject", str(model), None)
+    settings.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
+    assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}" in said and not any("rm -r" in line for line in said)
 
 
 def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(served: dict, model: Path) -> None:
@@ -349,27 +343,27 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
         row["prompt"] += " w5 w6 w7 w8 w9"
     served["walledai/StrongREJECT"] = {"train": rows}
     tokenizer = load_tokenizer(model)
-    made = public_make.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
+    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
     assert next(pair.treated for pair in made.pairs if pair.id == "strongreject-000-t2-tale").startswith(
         "w8 w9 w22 w30"
     )
     assert "strongreject-000" in made.hashes
-    assert public_partners.survival(made.pairs, made.n_requests, tokenizer) == [
+    assert public.survival(made.pairs, made.n_requests, tokenizer) == [
         "T1: 5 of 12 requests have a benign partner of their length and can be interchanged; 7 of 12 requests have no "
         "benign partner of their length; few: take harmless partners by length (+alpaca), or sets with more rows",
         "T2: 12 of 12 pairs have equal token length and can be interchanged",
     ]
     served["tatsu-lab/alpaca"] = {"train": [{"instruction": "w3", "input": ""}]}
-    made = public_make.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
-    assert public_partners.survival(made.pairs, made.n_requests, tokenizer)[0].startswith("T1: 0 of 12 requests")
+    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
+    assert public.survival(made.pairs, made.n_requests, tokenizer)[0].startswith("T1: 0 of 12 requests")
 
 
 def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, model: Path) -> None:
     del served["tatsu-lab/alpaca"]
     served["walledai/StrongREJECT"] = {"train": [{"prompt": row["Goal"], "category": "k"} for row in jbb()["harmful"]]}
     said: list[str] = []
-    made = public_make.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
+    made = settings.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
     assert len(made.pairs) == made.n_requests == 12 and len(said) == 1
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
@@ -381,11 +375,11 @@ def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(serve
 def test_a_set_without_a_request_is_left_out_with_a_sentence(served: dict, model: Path, rows: list[dict]) -> None:
     said: list[str] = []
     served["walledai/StrongREJECT"] = {"train": rows}
-    public_make.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
+    settings.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
     assert len(said) == 1 and said[0].startswith("left out: ") and "StrongREJECT" in said[0]
     served["walledai/XSTest"] = {"test": [row | {"label": "other"} for row in xstest()["test"]]}
     with pytest.raises(InputError, match=r"none of the 10 rows of .* \(column prompt, label 'unsafe'\)"):
-        public_sets.load_rows("xstest")
+        public.load_rows("xstest")
 
 
 def test_a_request_of_two_sets_makes_one_topic(served: dict, model: Path) -> None:
@@ -394,7 +388,7 @@ def test_a_request_of_two_sets_makes_one_topic(served: dict, model: Path) -> Non
     rows[3]["prompt"], rows[5]["prompt"] = "W20  w33 .", rows[4]["prompt"]
     served["walledai/StrongREJECT"] = {"train": rows}
     said: list[str] = []
-    found = public_make.collect("jailbreakbench,strongreject", load_tokenizer(model), (), said.append)
+    found = settings.collect("jailbreakbench,strongreject", load_tokenizer(model), (), said.append)
     made, hashes = found.pairs, found.hashes
     assert found.n_requests == 22
     assert [line for line in said if "left out" in line] == [
@@ -411,11 +405,11 @@ def test_a_harmless_text_is_the_partner_of_one_topic_only(served: dict, model: P
     """Alpaca has every text twice, and one that is a harmless row of the other set."""
     twice = [{"instruction": f"w{4 + i % 15} w6 w7{' w8' * (i % 2)}", "input": ""} for i in range(60)]
     served["tatsu-lab/alpaca"] = {"train": [*twice, {"instruction": "w21 w31", "input": ""}]}
-    made = public_make.collect("jailbreakbench,strongreject", load_tokenizer(model), (), lambda _: None)
+    made = settings.collect("jailbreakbench,strongreject", load_tokenizer(model), (), lambda _: None)
     controls = [pair.control for pair in made.pairs]
     assert len(controls) == 24 and len(set(controls)) == 24
-    rows = public_sets.load_rows("jailbreakbench")
-    again = public_sets.unseen(public_sets.Rows(rows.harmful * 2, rows.harmless * 2), set())
+    rows = public.load_rows("jailbreakbench")
+    again = public.unseen(public.Rows(rows.harmful * 2, rows.harmless * 2), set())
     assert again == rows
 
 
@@ -428,7 +422,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     served["JailbreakBench/JBB-Behaviors"] = sides
     tokenizer = load_tokenizer(model)
     said: list[str] = []
-    found = public_make.collect("jailbreakbench", tokenizer, wrappers_of(WRAPPERS[:1]), said.append)
+    found = settings.collect("jailbreakbench", tokenizer, wrappers_of(WRAPPERS[:1]), said.append)
     made, hashes = found.pairs, found.hashes
     assert said == [
         "jailbreakbench: 0 of 12 rows have the length of their own partner, so groups are interchanged: T1 takes a partner "
@@ -436,13 +430,13 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     ]
     t1 = {pair.topic: pair for pair in made if pair.treatment == "T1"}
     assert len({pair.control for pair in t1.values()}) == 12 and len(hashes) == 24
-    assert "T1: 12 of 12 requests" in public_partners.survival(made, found.n_requests, tokenizer)[0]
+    assert "T1: 12 of 12 requests" in public.survival(made, found.n_requests, tokenizer)[0]
     twin = next(pair for pair in made if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
-    rows = public_sets.load_rows("jailbreakbench")
-    assert public_partners.grouped(rows, tokenizer, "x", said.append) != rows
-    enough = public_sets.Rows(rows.harmful, tuple(reversed(rows.harmless)))  # lengths fit now
-    assert public_partners.grouped(enough, tokenizer, "x", said.append) is enough
+    rows = public.load_rows("jailbreakbench")
+    assert public.grouped(rows, tokenizer, "x", said.append) != rows
+    enough = public.Rows(rows.harmful, tuple(reversed(rows.harmless)))  # lengths fit now
+    assert public.grouped(enough, tokenizer, "x", said.append) is enough
 
 
 def sha(text: str) -> str:
@@ -464,7 +458,7 @@ def test_a_broken_outcome_beside_the_wrappers_is_named(
 ) -> None:
     (template_file.parent / "outcome.json").write_text(content)
     with pytest.raises(InputError, match=r"outcome\.json"):
-        inputs.fetched(asked, str(template_file))
+        settings.fetched(asked, str(template_file))
 
 
 def test_an_own_outcome_is_shown_and_counts_as_it_is_now(
@@ -474,21 +468,21 @@ def test_an_own_outcome_is_shown_and_counts_as_it_is_now(
     places = []
     for comply in (" w11", " w13"):
         own.write_text(json.dumps({"comply": [comply], "refuse": [" w12"]}))
-        places.append(inputs.fetched(asked, str(template_file))["PROMPTS"])
+        places.append(settings.fetched(asked, str(template_file))["PROMPTS"])
         said = capsys.readouterr().out
         assert said.count(f": comply '{comply}'; refuse ' w12' (joint probability 0.0") == 3
-        assert prompts.load_set(places[-1]).outcomes["T2"] == ((comply,), (" w12",))
+        assert pairs.load_set(places[-1]).outcomes["T2"] == ((comply,), (" w12",))
     assert len(set(places)) == 2
-    assert inputs.known(asked, str(template_file))["PROMPTS"] == places[1]
+    assert settings.known(asked, str(template_file))["PROMPTS"] == places[1]
     own.write_text('{"comply": [" nosuchword"], "refuse": [" w12"]}')
     with pytest.raises(
         InputError,
         match=r"outcome\.json: outcome string ' nosuchword' starts with a word that the tokenizer does not know",
     ):
-        inputs.fetched(asked, str(template_file))
+        settings.fetched(asked, str(template_file))
     own.unlink()
     with pytest.raises(InputError, match="is not made for"):
-        inputs.known(asked, str(template_file))
+        settings.known(asked, str(template_file))
 
 
 def test_own_openers_are_measured_on_the_prompts_of_their_treatment(
@@ -503,8 +497,8 @@ def test_own_openers_are_measured_on_the_prompts_of_their_treatment(
         seen.append(texts)
         return torch.tensor([0.0] * 11 + [0.5, 0.35, 0.02, 0.01]).expand(len(texts), -1)
 
-    monkeypatch.setattr(first_words, "first_token_probabilities", probabilities)
-    inputs.fetched(asked, str(template_file))
+    monkeypatch.setattr(openers, "first_token_probabilities", probabilities)
+    settings.fetched(asked, str(template_file))
     said = capsys.readouterr().out
     for treatment in ("T1", "T2"):
         assert f"{treatment}: comply ' w11'; refuse ' w12' (joint probability 0.85)\n" in said
@@ -522,26 +516,26 @@ def test_where_the_models_first_words_are_not_known_the_place_named_for_ones_own
 ) -> None:
     given = str(template_file) if is_wrapped else None
     with pytest.raises(InputError, match=r"the model refused 0 of \d+ prompts") as caught:
-        inputs.fetched(asked, given)
+        settings.fetched(asked, given)
     place = re.search(r"of your own into (.*), then the same command", str(caught.value))[1]
     Path(place).write_text('{"comply": [" w11"], "refuse": [" w12"]}')
-    found = inputs.fetched(asked, given)
-    assert prompts.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w11",), (" w12",))
+    found = settings.fetched(asked, given)
+    assert pairs.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w11",), (" w12",))
     assert "T1: comply ' w11'; refuse ' w12' (joint probability" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", public_list.FILES)
+@pytest.mark.parametrize("lost", public.FILES)
 def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
     served: dict, asked: dict, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its note a set would no longer count as sensitive."""
-    monkeypatch.setattr(first_words, "find", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
-    place = Path(inputs.fetched(asked, None)["PROMPTS"])
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    place = Path(settings.fetched(asked, None)["PROMPTS"])
     (place / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
     (place / lost).unlink()
     with pytest.raises(InputError, match="is not made for"):
-        inputs.known(asked, None)
-    content = prompts.load_set(inputs.fetched(asked, None)["PROMPTS"])
+        settings.known(asked, None)
+    content = pairs.load_set(settings.fetched(asked, None)["PROMPTS"])
     assert all(pair.sensitive for pair in content.pairs) and len(content.pairs) == 12
     assert content.outcomes["T1"][0] == (("w11",) if lost == "outcome.json" else (" w13",))
 
@@ -553,7 +547,7 @@ def test_a_public_set_with_wrappers_goes_through_a_run_offline(
     served["JailbreakBench/JBB-Behaviors"] = jbb(30)
     (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
     given = {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
-    made = Path(inputs.fetched(given, str(template_file))["PROMPTS"])
+    made = Path(settings.fetched(given, str(template_file))["PROMPTS"])
     (tmp_path / "prompts").symlink_to(made)
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
     words = [
@@ -567,7 +561,7 @@ def test_a_public_set_with_wrappers_goes_through_a_run_offline(
         "smoke",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.cli", *words, "--only", "02", "--name", "mine"],
+        [sys.executable, "-m", "companion.run.cli", *words, "--only", "02", "--name", "mine"],
         cwd=ROOT, env={**os.environ, **places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from companion.base.thresholds import EARLY, LATE, depth
+from companion.mediation import estimands, outcomes, study
+from companion.mediation.study import Study
+from companion.neurons import single
+from companion.prompts import pairs
 from exercises import mystery
 from exercises.judging import NUMBERS
 from exercises.questions import QUESTIONS
-from helpers import mediation, neuron_effects, neurons, outcomes, prompts, study
-from helpers.depth import EARLY, LATE, depth
-from helpers.organisms import compiled
-from helpers.study import Study
+from organisms import compiled
 
 CODES = range(6)
 
@@ -23,7 +25,7 @@ def made_once() -> Iterator[None]:
     """Questions share compiled models and the embedded prompt set: each is made once for all tests of this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "draw", cache(compiled.draw))
-        patch.setattr(prompts, "load_set", cache(prompts.load_set))
+        patch.setattr(pairs, "load_set", cache(pairs.load_set))
         yield
 
 
@@ -53,8 +55,8 @@ def test_01_topics_and_wrapper_words_tell(code: int) -> None:
 
 
 def direct(one: Study, site: str) -> pd.Series:
-    wanted = mediation.mediators(one.subject, [site])
-    table = mediation.effects(one.subject, one.of("T2"), one.openers, wanted)
+    wanted = estimands.mediators(one.subject, [site])
+    table = estimands.measure_effects(one.subject, one.of("T2"), one.openers, wanted)
     return table.groupby("layer").nie0.mean()
 
 
@@ -69,8 +71,8 @@ def writer(one: Study) -> str:
 
 
 def neighbours(one: Study) -> str:
-    columns = neuron_effects.all_neurons(one.subject, [one.subject.n_layers - 1])
-    table = neurons.table(neuron_effects.measure(one, "T2", columns)[0])
+    columns = single.all_neurons(one.subject, [one.subject.n_layers - 1])
+    table = single.table(single.measure_chosen(one, "T2", columns)[0])
     effect = table.groupby("neuron").nie0.mean().abs()
     large = np.flatnonzero(effect > 0.02 * effect.sum())
     gaps = np.diff(large)
@@ -78,8 +80,8 @@ def neighbours(one: Study) -> str:
 
 
 def fetched(one: Study) -> str:
-    wanted = mediation.mediators(one.subject, ["resid_post"], ["differ"])
-    table = mediation.effects(one.subject, one.of("T2"), one.openers, wanted)
+    wanted = estimands.mediators(one.subject, ["resid_post"], ["differ"])
+    table = estimands.measure_effects(one.subject, one.of("T2"), one.openers, wanted)
     share = table.groupby("layer").nie0.sum() / table.groupby("layer").te.sum()
     return f"layer {share.index[share < 0.5][0]}"
 
@@ -99,7 +101,7 @@ def test_02_to_05_what_one_measures_is_what_was_built(number: str, measured: Cal
 
 def test_06_half_of_a_vector_moves_the_outcome_its_way() -> None:
     this = study.begin("embedded", "embedded", "embedded", profile="smoke")
-    batch = mediation.run_clean(this.subject, mediation.batches(this.of("T2"), this.subject)[0])
+    batch = estimands.run_clean(this.subject, estimands.batches(this.of("T2"), this.subject)[0])
     last, openers = batch.treated.resid_post[-1][:, -1], this.openers["T2"]
     plain = outcomes.log_odds(this.subject, last, openers)
     moved = {

@@ -7,9 +7,11 @@ import pytest
 from test_cli import pair, prompt_set
 from toys import Toy
 
-from helpers import cli, freshness, inputs, runner
-from helpers.errors import InputError
-from helpers.paths import ORGANISM, ROOT
+from companion.base import paths
+from companion.base.errors import InputError
+from companion.base.paths import ORGANISM, ROOT
+from companion.run import flags, freshness, runner, settings
+from companion.run.flags import _named, parameters, parse
 
 HUB = ("--model", "mistralai/Mistral-Small-3.2-24B-Instruct-2506")
 JUDGE = "meta-llama/Llama-3.3-70B-Instruct"
@@ -17,16 +19,16 @@ LINE = '{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}'
 
 
 def named(*words: str) -> str:
-    return str(cli.parameters(cli.parse(words), "cpu")["SLUG"])
+    return str(flags.parameters(flags.parse(words), "cpu")["SLUG"])
 
 
 def made(*words: str) -> str:
     """The name of a run whose first result has taken its place."""
-    flags = cli.parse(words)
-    found = cli.parameters(flags, "cpu")
-    judge = None if flags.judge is None else cli._named(flags.judge, ORGANISM)
-    note = inputs.made_from(found, judge, flags.wrappers)
-    freshness.note(runner.RESULTS / found["SLUG"], runner.MADE_FROM, note)
+    flags = parse(words)
+    found = parameters(flags, "cpu")
+    judge = None if flags.judge is None else _named(flags.judge, ORGANISM)
+    note = settings.made_from(found, judge, flags.wrappers)
+    freshness.note(paths.RESULTS / found["SLUG"], runner.MADE_FROM, note)
     return str(found["SLUG"])
 
 
@@ -43,7 +45,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
 
 def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
     names = [named(*HUB, "--judge", judge) for judge in (JUDGE, f"{JUDGE}@v2", JUDGE)]
-    assert all(len(name) <= inputs.LONGEST and name.startswith("mistralai--Mistral-Small") for name in names)
+    assert all(len(name) <= settings.LONGEST and name.startswith("mistralai--Mistral-Small") for name in names)
     assert names[0] == names[2] != names[1]
     assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
@@ -106,7 +108,7 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
 
 def test_a_shipped_model_is_the_same_by_its_folder(places: tuple[Path, Path]) -> None:
     assert made("--model", "window-1") == named("--model", str(ORGANISM / "window-1")) == "window-1"
-    note = freshness.recall(runner.RESULTS / "window-1", runner.MADE_FROM)
+    note = freshness.recall(paths.RESULTS / "window-1", runner.MADE_FROM)
     assert note["model"] == "data/organism/window-1" and str(ROOT) not in str(note), "the repository can be moved"
 
 

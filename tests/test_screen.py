@@ -9,10 +9,11 @@ from test_grid import mask, runs
 from torch import Tensor
 from true_float64 import true_float64
 
-from helpers import grid
-from helpers.grid import Patch
-from helpers.screen import attribution, precision_noise
-from helpers.subject_parts import Subject
+from companion.mediation.control_models import precision_noise
+from companion.model import replay
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.neurons.screening import attribution
 
 ROWS = torch.tensor([5, 9])
 
@@ -34,7 +35,7 @@ def test_small_differences_are_estimated_to_first_order(family: str) -> None:
         source = replace(source, neurons=near)
         estimate = attribution(subject, base, source, lambda resid: difference(subject, resid))
         patches = [Patch("neuron", layer, mask([8]), neuron) for layer in (0, 2, 3) for neuron in range(0, 48, 5)]
-        exact = difference(subject, grid.interchange(subject, base, source, patches)[:, :, 0])
+        exact = difference(subject, replay.interchange(subject, base, source, patches)[:, :, 0])
         exact = exact - difference(subject, base.resid_post[3][:, None, -1])
         wanted = torch.stack([estimate[:, p.layer, p.index] for p in patches], dim=1)
         assert float((exact - wanted).abs().max()) < 2e-2 * float(exact.abs().max())

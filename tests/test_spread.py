@@ -16,10 +16,12 @@ from accelerate.hooks import AlignDevicesHook
 from families import tiny_model, tiny_subject, tokens
 from torch import nn
 
-from helpers import grid, model_size, neuron_adjacency, spread
-from helpers.grid import Patch
-from helpers.grid_check import verify
-from helpers.subject_parts import Subject, find_parts, hash_tensors, written_vectors
+from companion.base import errors
+from companion.model import activations, architecture, memory, replay
+from companion.model.architecture import Subject, find_parts, hash_tensors, written_vectors
+from companion.model.interventions import Patch
+from companion.model.verify import verify
+from companion.neurons import adjacency
 
 LAST = torch.arange(9).expand(3, 9) == 8
 PATCHES = [Patch(site, 1, LAST, 3 if site in ("head", "neuron") else None) for site in ("neuron", "head", "mlp_out")]
@@ -46,8 +48,8 @@ def apart(family: str, where: str, n_away: int = 3) -> Subject:
         for parts in find_parts(model, None, "x", "x").layers[:n_away]:
             accelerate.cpu_offload(parts.block, execution_device=torch.device("cpu"))
     else:
-        names = model_size._names(shapes, [where] * n_away, "cpu")
-        spread.connect(model, names, Elsewhere)
+        names = memory._names(shapes, [where] * n_away, "cpu")
+        architecture.connect(model, names, Elsewhere)
         model.hf_device_map = names
     return find_parts(model, None, "apart", "x")
 
@@ -63,8 +65,8 @@ def subject(request: pytest.FixtureRequest, family: str) -> Iterator[Subject]:
 
 
 def effects(subject: Subject) -> torch.Tensor:
-    runs = (grid.clean_run(subject, tokens(seed=seed)) for seed in (0, 1))
-    return grid.interchange(subject, *runs, PATCHES)
+    runs = (activations.clean_run(subject, tokens(seed=seed)) for seed in (0, 1))
+    return replay.interchange(subject, *runs, PATCHES)
 
 
 def test_no_number_changes(subject: Subject, family: str) -> None:
@@ -81,7 +83,7 @@ def test_no_number_changes(subject: Subject, family: str) -> None:
 def test_neurons_can_be_put_into_another_order(subject: Subject) -> None:
     """A copy is changed where its weights are kept; the original stays."""
     before = effects(subject)
-    moved, orders = neuron_adjacency.permuted(subject)
+    moved, orders = adjacency.permuted(subject)
     torch.testing.assert_close(moved.model(tokens()).logits, subject.model(tokens()).logits, rtol=1e-4, atol=1e-4)
     new = written_vectors(moved.layers[0].down_proj)
     torch.testing.assert_close(new, written_vectors(subject.layers[0].down_proj)[orders[0]])
@@ -101,27 +103,27 @@ def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
     model = tiny_model("llama")
     block = find_parts(model, None, "x", "x").layers[0].block
     accelerate.cpu_offload(block, execution_device=torch.device("meta"))
-    spread.connect(model, {"model.embed_tokens": "cpu", "model.layers.0": "disk"})
+    architecture.connect(model, {"model.embed_tokens": "cpu", "model.layers.0": "disk"})
     assert model(tokens()).logits.isfinite().all()
 
 
 def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    shapes = model_size.on_meta(tmp_path, torch.float32)
-    asked = model_size.needs(shapes)
+    shapes = memory.on_meta(tmp_path, torch.float32)
+    asked = memory.needs(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
     free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": layer, "cuda": asked.total - 2 * layer}
-    monkeypatch.setattr(model_size, "free_memory", lambda device: int(free[str(device)] / model_size.USABLE) + 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / memory.USABLE) + 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    where = model_size.placement(shapes, torch.device("cuda"))
+    where = memory.placement(shapes, torch.device("cuda"))
     assert where is not None
     assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
-    said = model_size.describe(shapes, where)
+    said = memory.describe(shapes, where)
     assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
     free["cpu"] = layer - 9
-    with pytest.raises(model_size.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
-        model_size.placement(shapes, torch.device("cuda"))
+    with pytest.raises(errors.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
+        memory.placement(shapes, torch.device("cuda"))
     free["cuda:0"] = free["cuda"]
-    with pytest.raises(model_size.InputError, match="too large for cuda:0") as caught:  # one GPU, by its number
-        model_size.placement(shapes, torch.device("cuda:0"))
+    with pytest.raises(errors.InputError, match="too large for cuda:0") as caught:  # one GPU, by its number
+        memory.placement(shapes, torch.device("cuda:0"))
     assert "cuda:1" not in str(caught.value)

@@ -6,8 +6,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats as st
 
-from helpers.errors import InputError
-from helpers.stats import (
+from companion.base.errors import InputError
+from companion.stats.clusters import (
     binomial_upper,
     by_adjust,
     cluster_sums,

@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import steering_adaptive as sa
-from helpers import steering_positions as sp
-from helpers.errors import InputError
-from helpers.steering_fit import Fit
-from helpers.tokens import Openers
+from companion.base.errors import InputError
+from companion.prompts.tokens import Openers
+from companion.steering import adasteer, methods
+from companion.steering.extraction import Fit
 
 N_LAYERS, WIDTH, N = 10, 8, 20
 CANDIDATES = (2, 3, 4)  # relative depths 0.25, 0.35 and 0.45
@@ -35,22 +34,22 @@ def fit(gaps: dict[int, float], spread: dict[int, float], size: float = 100.0) -
 def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> None:
     """At layer 3 the classes are perfectly apart, in units of a spread that is nothing."""
     made = fit({2: 0.2, 3: ROUNDING, 4: 0.1}, {2: 0.5, 4: 0.1}, size)
-    layer, line = sa.decision_line(made, "refused")
+    layer, line = adasteer.decision_line(made, "refused")
     assert layer == 4
     classes = (made.prompts["class"] == "refused").to_numpy()
-    at = sp.position(line, made.last["resid_post"][:, layer])
+    at = methods.position(line, made.last["resid_post"][:, layer])
     assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
 
 
 def test_a_small_difference_is_one() -> None:
-    assert sa.decision_line(fit({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), "refused")[0] == 3
+    assert adasteer.decision_line(fit({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), "refused")[0] == 3
 
 
 def test_where_nothing_has_arrived_yet_it_is_the_first_layer_at_which_something_has() -> None:
     gaps = {**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}
-    assert sa.decision_line(fit(gaps, {7: 0.5, 8: 0.1}), "refused")[0] == 7
+    assert adasteer.decision_line(fit(gaps, {7: 0.5, 8: 0.1}), "refused")[0] == 7
 
 
 def test_rounding_everywhere_is_an_input_error() -> None:
     with pytest.raises(InputError, match="no decision layer"):
-        sa.decision_line(fit(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
+        adasteer.decision_line(fit(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")

@@ -11,13 +11,10 @@ from families import FAMILIES, tiny_subject, tokens
 from steering_lab import fitted, lab
 from torch import Tensor
 
-from helpers import defence_batches, steering_budget, steering_stack
-from helpers import defence_outcomes as do
-from helpers import steering as st
-from helpers import steering_methods as sm
-from helpers import steering_resume as resume
-from helpers.steering_prompt import Prompt
-from helpers.subject import Subject
+from companion.generation import decode, forward, hooks, outcomes
+from companion.generation.hooks import Prompt
+from companion.model.architecture import Subject
+from companion.steering import budget, methods
 
 
 def following_last(size: float, x: Tensor, prompt: Prompt) -> Tensor:
@@ -35,13 +32,13 @@ def gate(shut: int, prompt: Prompt) -> Tensor:
     return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
 
 
-def steerings(part: st.Part, where: st.Where) -> list[st.Steering]:
+def steerings(part: hooks.Part, where: hooks.Where) -> list[hooks.Steering]:
     """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
 
-    def one(size: float, strength: float, layer: int, opening: st.Opening | None) -> st.Steering:
+    def one(size: float, strength: float, layer: int, opening: hooks.Opening | None) -> hooks.Steering:
         delta = partial(own_state if where == "every" else following_last, size)
-        edits = (st.Edit(2, part, delta, where), st.Edit(3, "mlp_out", delta, where))
-        return st.Steering(f"{size}", edits, strength, opening, (st.Read("g", layer, plain=True),))
+        edits = (hooks.Edit(2, part, delta, where), hooks.Edit(3, "mlp_out", delta, where))
+        return hooks.Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
 
     shut = lambda prompt: torch.zeros(len(prompt.ids))  # noqa: E731
     return [one(0.5, 1.0, 1, None), one(-0.7, 2.0, 0, partial(gate, 0)), one(1.0, 0.5, 1, partial(gate, 2)),
@@ -57,23 +54,23 @@ def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", ["prompt", "last", "every"])
 @torch.no_grad()
-def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: st.Where) -> None:
+def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: hooks.Where) -> None:
     subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
     use, many = partial(said, subject, answer), steerings("resid_post", where)
-    found = defence_batches.read_each(subject, ids, many, use)
-    alone = torch.stack([defence_batches.read(subject, ids, partial(st.applied, subject, one), use) for one in many])
+    found = forward.read_prompts_each(subject, ids, many, use)
+    alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
     torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
     assert all((found[i] - found[4]).abs().max() > 1e-3 for i in range(3)) and torch.equal(found[3], found[4])
 
 
 @pytest.mark.parametrize("part", ["resid_post", "mlp_out", "neurons"])
 @torch.no_grad()
-def test_norms_of_a_batch_are_those_of_each_steering_alone(part: st.Part) -> None:
+def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
     subject, ids = tiny_subject("llama"), tokens(4, 9)
     many = steerings(part, "prompt")
-    found = steering_budget._squares(subject, many, ids)
+    found = budget._squares(subject, many, ids)
     for squares, one in zip(found, many, strict=True):
-        with st.applied(subject, one) as record:
+        with hooks.applied(subject, one) as record:
             subject.model.base_model(ids, use_cache=False)
         expected = record.squares[0] if record.squares else torch.zeros(4, dtype=torch.float64)
         torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-9)
@@ -82,20 +79,20 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part: st.Part) -> Non
 
 def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None:
     same, other = steerings("resid_post", "prompt")[:3], steerings("mlp_out", "prompt")[0]
-    assert list(map(len, steering_stack.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
-    assert list(map(len, steering_stack.fitting(same, 100, 10))) == [1, 1, 1]
+    assert list(map(len, forward.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
+    assert list(map(len, forward.fitting(same, 100, 10))) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("where", ["prompt", "last"])
-def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(where: st.Where) -> None:
+def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(where: hooks.Where) -> None:
     fit = fitted()
     texts = fit.prompts.text.tolist()
-    blind = [sm.fixed(fit, strength, where=where) for strength in (0.5, 2.0)] + [sm.cast(fit)]
+    blind = [methods.fixed(fit, strength, where=where) for strength in (0.5, 2.0)] + [methods.cast(fit)]
     seeing = [replace(s, edits=tuple(replace(edit, blind=False) for edit in s.edits)) for s in blind]
     assert all(edit.blind for one in blind for edit in one.edits)
     for one, other in zip(blind, seeing, strict=True):
-        known = steering_budget.added_norms(fit.subject, one, texts)
-        np.testing.assert_allclose(known, steering_budget.added_norms(fit.subject, other, texts), rtol=1e-5)
+        known = budget.added_norms(fit.subject, one, texts)
+        np.testing.assert_allclose(known, budget.added_norms(fit.subject, other, texts), rtol=1e-5)
         assert known.max() > 0
     assert (known == 0).any()  # the gate of the last one
 
@@ -103,16 +100,18 @@ def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(where: st.Where) ->
 def test_tables_of_several_steerings_are_those_of_each() -> None:
     fit = fitted()
     room = lab(fit)
-    texts, many = room.prompts.text, [sm.fixed(fit, strength) for strength in (0.1, 0.3)]
-    own = do.answers(fit.subject, list(texts), 3)
+    texts, many = room.prompts.text, [methods.fixed(fit, strength) for strength in (0.1, 0.3)]
+    own = decode.answers(fit.subject, list(texts), 3)
     odds, prices = (
-        do.log_odds_each(fit.subject, texts, fit.openers, many),
-        do.price_each(fit.subject, list(texts), own, many),
+        outcomes.log_odds_each(fit.subject, texts, fit.openers, many),
+        outcomes.price_each(fit.subject, list(texts), own, many),
     )
     for i, one in enumerate(many):
-        switch = resume.Switch(fit.subject, one)
-        pd.testing.assert_frame_equal(odds[i], do.log_odds(fit.subject, texts, fit.openers, switch), rtol=1e-5)
-        pd.testing.assert_frame_equal(prices[i], do.price(fit.subject, list(texts), own, switch), rtol=1e-4, atol=1e-6)
-    again = do.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
+        switch = forward.Switch(fit.subject, one)
+        pd.testing.assert_frame_equal(odds[i], outcomes.log_odds(fit.subject, texts, fit.openers, switch), rtol=1e-5)
+        pd.testing.assert_frame_equal(
+            prices[i], outcomes.price(fit.subject, list(texts), own, switch), rtol=1e-4, atol=1e-6
+        )
+    again = outcomes.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
     assert all(one.equals(two) for one, two in zip(prices, again, strict=True))
     assert (prices[1].kl > prices[0].kl).all() and (odds[1].p_refuse > odds[0].p_refuse).all()

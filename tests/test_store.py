@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import paths, store
-from helpers.errors import InputError
+from companion.base import files, paths
+from companion.base.errors import InputError
 
 COLUMNS = {"site": "str", "layer": "int", "te": "float", "ok": "bool"}
 
@@ -18,32 +18,32 @@ def table() -> pd.DataFrame:
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_comes_back(tmp_path: Path, suffix: str) -> None:
-    path = store.write_table(table(), tmp_path / f"deep/er/t.{suffix}")
-    back = store.read_table(path, COLUMNS)
+    path = files.write_table(table(), tmp_path / f"deep/er/t.{suffix}")
+    back = files.read_table(path, COLUMNS)
     pd.testing.assert_frame_equal(back, table(), rtol=1e-5, check_dtype=False)
     assert [str(kind) for kind in back.dtypes[1:]] == ["int64", "float64", "bool"]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_the_same_table_gives_the_same_bytes(tmp_path: Path, suffix: str) -> None:
-    first, second = (store.write_table(table(), tmp_path / f"{name}.{suffix}") for name in "ab")
+    first, second = (files.write_table(table(), tmp_path / f"{name}.{suffix}") for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_committed_floats_have_six_digits(tmp_path: Path) -> None:
-    path = store.write_table(table(), tmp_path / "t.csv")
+    path = files.write_table(table(), tmp_path / "t.csv")
     assert path.read_bytes() == b"site,layer,te,ok\nhead,0,0.333333,True\nNA,5,,False\n"
 
 
 def test_an_empty_table_comes_back(tmp_path: Path) -> None:
     for suffix in ("csv", "parquet"):
-        path = store.write_table(table().head(0), tmp_path / f"t.{suffix}")
-        assert list(store.read_table(path, COLUMNS).columns) == list(COLUMNS)
+        path = files.write_table(table().head(0), tmp_path / f"t.{suffix}")
+        assert list(files.read_table(path, COLUMNS).columns) == list(COLUMNS)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    path = store.write_text("old", tmp_path / "a.txt")
-    with pytest.raises(RuntimeError), store.replacing(path) as scratch:
+    path = files.write_text("old", tmp_path / "a.txt")
+    with pytest.raises(RuntimeError), files.replacing(path) as scratch:
         scratch.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -51,49 +51,49 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 
 def test_json_is_sorted_and_plain(tmp_path: Path) -> None:
-    path = store.write_json({"b": np.float32(0.5), "a": np.array([1, 2])}, tmp_path / "a.json")
+    path = files.write_json({"b": np.float32(0.5), "a": np.array([1, 2])}, tmp_path / "a.json")
     assert path.read_text() == '{\n "a": [\n  1,\n  2\n ],\n "b": 0.5\n}\n'
-    assert store.read_json(path) == {"a": [1, 2], "b": 0.5}
+    assert files.read_json(path) == {"a": [1, 2], "b": 0.5}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float64("nan"), np.array([np.nan])])
 def test_json_refuses_what_is_no_number(tmp_path: Path, bad: object) -> None:
     with pytest.raises(ValueError, match="write None"):
-        store.write_json({"a": bad}, tmp_path / "a.json")
+        files.write_json({"a": bad}, tmp_path / "a.json")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_result_names_its_notebook() -> None:
     with pytest.raises(InputError, match=r"results/embedded/02_none\.csv is not there.*02.*--only 02"):
-        store.read_table(paths.RESULTS / "embedded" / "02_none.csv", COLUMNS)
+        files.read_table(paths.RESULTS / "embedded" / "02_none.csv", COLUMNS)
     with pytest.raises(InputError, match=r"--only 02 --force with the flags that made 'mine'"):
-        store.read_table(paths.RESULTS / "mine" / "02_none.csv", COLUMNS)
+        files.read_table(paths.RESULTS / "mine" / "02_none.csv", COLUMNS)
 
 
 def test_torn_files_are_named(tmp_path: Path) -> None:
     for suffix in ("csv", "parquet", "json"):
         path = tmp_path / f"t.{suffix}"
-        write = store.write_json if suffix == "json" else store.write_table
+        write = files.write_json if suffix == "json" else files.write_table
         write({"a": 1} if suffix == "json" else table(), path)  # type: ignore[operator]
         path.write_bytes(path.read_bytes()[:-3])
         with pytest.raises(InputError, match=rf"t\.{suffix}"):
-            store.read_json(path) if suffix == "json" else store.read_table(path, COLUMNS)
+            files.read_json(path) if suffix == "json" else files.read_table(path, COLUMNS)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_missing_column_and_a_wrong_kind_are_named(tmp_path: Path, suffix: str) -> None:
-    path = store.write_table(table().assign(layer=["a", "b"]), tmp_path / f"t.{suffix}")
+    path = files.write_table(table().assign(layer=["a", "b"]), tmp_path / f"t.{suffix}")
     with pytest.raises(InputError, match="column 'layer' should hold whole numbers"):
-        store.read_table(path, COLUMNS)
+        files.read_table(path, COLUMNS)
     with pytest.raises(InputError, match="no column 'topic'"):
-        store.read_table(path, {"topic": "str"})
+        files.read_table(path, {"topic": "str"})
 
 
 @pytest.mark.parametrize("column,kind", [("te", "int"), ("site", "float"), ("layer", "bool"), ("te", "str")])
 def test_a_parquet_column_of_another_kind_is_refused(tmp_path: Path, column: str, kind: str) -> None:
-    path = store.write_table(table(), tmp_path / "t.parquet")
+    path = files.write_table(table(), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=f"column '{column}'"):
-        store.read_table(path, {column: kind})
+        files.read_table(path, {column: kind})
 
 
 @pytest.mark.parametrize("slug", ["", ".", "..", ".hidden", "a/b", "a b", "a\n", "ä", "../x", "x" * 101])

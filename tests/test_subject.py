@@ -10,10 +10,11 @@ import transformers as hf
 from families import FAMILIES, tiny_model, tiny_subject, tiny_tokenizer, tokens
 from safetensors.torch import load_file, save_file
 
-from helpers import grid, paths
-from helpers.errors import InputError
-from helpers.subject import from_model, load, untrained_twin
-from helpers.subject_parts import find_parts, written_vectors
+from companion.base import paths
+from companion.base.errors import InputError
+from companion.model import activations, readout
+from companion.model.architecture import find_parts, written_vectors
+from companion.model.load import from_model, load, untrained_twin
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def test_a_half_precision_folder_is_computed_in_float32(folder: Path) -> None:
     assert not subject.model.training
     assert not any(parameter.requires_grad for parameter in subject.model.parameters())
     plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    run = grid.clean_run(subject, tokens())
-    torch.testing.assert_close(grid.logits(subject, run.resid_post[-1]), plain(tokens()).logits)
+    run = activations.clean_run(subject, tokens())
+    torch.testing.assert_close(readout.logits(subject, run.resid_post[-1]), plain(tokens()).logits)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

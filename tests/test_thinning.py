@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from helpers.errors import InputError
-from helpers.prompts import SPLITS, Pair, load_set
-from helpers.thinning import limit
+from companion.base.errors import InputError
+from companion.prompts.pairs import SPLITS, Pair, load_set
+from companion.prompts.subsample import subsample
 
 
 def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
@@ -24,7 +24,7 @@ def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
 
 @pytest.mark.parametrize("n", [*range(10, 41), 57])
 def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
-    kept = limit(paired(), n)
+    kept = subsample(paired(), n)
     for treatment in ("T2", "T2b", "B1"):
         splits = Counter(pair.split for pair in kept if pair.treatment == treatment)
         assert n - 3 < sum(splits.values()) <= n
@@ -34,7 +34,7 @@ def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
 
 def test_limit_keeps_twins_topics_and_the_order() -> None:
     pairs = paired()
-    kept = limit(pairs, 20)
+    kept = subsample(pairs, 20)
     assert [pair for pair in pairs if pair in kept] == list(kept)
     harmful = [pair for pair in kept if pair.treatment == "T2"]
     assert {pair.twin for pair in harmful} == {pair.id for pair in kept if pair.treatment == "T2b"}
@@ -43,16 +43,16 @@ def test_limit_keeps_twins_topics_and_the_order() -> None:
 
 def test_limit_without_twins_bounds_each_treatment() -> None:
     pairs = [Pair(p.id, p.treatment, p.topic, p.control, p.treated, p.split) for p in paired()]
-    assert Counter(pair.treatment for pair in limit(pairs, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
+    assert Counter(pair.treatment for pair in subsample(pairs, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
 
 
 def test_limit_of_nothing_and_of_too_few() -> None:
     pairs = paired()
-    assert limit(pairs, 0) == tuple(pairs)
-    assert limit(pairs, 10_000) == tuple(pairs)
+    assert subsample(pairs, 0) == tuple(pairs)
+    assert subsample(pairs, 10_000) == tuple(pairs)
     for n in (-1, 1, 9):
         with pytest.raises(InputError, match=f"--pairs {n}: at least 10 pairs"):
-            limit(pairs, n)
+            subsample(pairs, n)
 
 
 def test_one_pair_a_topic_shows_every_kind_of_pair() -> None:
@@ -63,14 +63,14 @@ def test_one_pair_a_topic_shows_every_kind_of_pair() -> None:
         for topic in range(150)
         for k, kind in enumerate(kinds)
     ]
-    counts = Counter(pair.family for pair in limit(pairs, 120))
+    counts = Counter(pair.family for pair in subsample(pairs, 120))
     assert set(counts) == set(kinds)
     assert min(counts.values()) > 25
 
 
 def test_the_shipped_set_keeps_its_kinds() -> None:
     pairs = [pair for pair in load_set("embedded").pairs if pair.treatment == "T1"]
-    kept = limit(pairs, 120)
+    kept = subsample(pairs, 120)
     assert len({pair.topic for pair in kept}) == 120
     for split in SPLITS:
         whole, few = (Counter(p.family for p in some if p.split == split) for some in (pairs, kept))
@@ -79,4 +79,4 @@ def test_the_shipped_set_keeps_its_kinds() -> None:
 
 def test_limit_does_not_depend_on_the_order_of_the_file() -> None:
     pairs = paired()
-    assert {pair.id for pair in limit(pairs, 23)} == {pair.id for pair in limit(pairs[::-1], 23)}
+    assert {pair.id for pair in subsample(pairs, 23)} == {pair.id for pair in subsample(pairs[::-1], 23)}

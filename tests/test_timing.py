@@ -9,13 +9,14 @@ import torch
 from handmade import GATE_NEURON, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from helpers import timing, timing_answers, token_evidence
-from helpers.claims_tokens import KEPT, c5c
-from helpers.controls import Rows
-from helpers.study import Study
-from helpers.timing import Clamp
-from helpers.tokens import Openers
-from helpers.verdicts import Verdict
+from companion.base.thresholds import KEPT
+from companion.claims.registered_rules import rule_c5c
+from companion.claims.verdict import Rows, Verdict
+from companion.evidence import tokens
+from companion.mediation.study import Study
+from companion.neurons import timing
+from companion.neurons.timing import Clamp
+from companion.prompts.tokens import Openers
 
 STEPS = 4
 
@@ -43,7 +44,7 @@ GATE = Clamp("neurons", (GATE_NEURON,))
 
 
 def labelled(this: Study, *schedules: str) -> pd.DataFrame:
-    made = timing_answers.generated(this, list(this.pairs), [(GATE, name) for name in schedules], STEPS)
+    made = timing.generated(this, list(this.pairs), [(GATE, name) for name in schedules], STEPS)
     return made.pivot(index="pair_id", columns="schedule", values="label")
 
 
@@ -90,10 +91,10 @@ def test_the_other_run_is_the_controls(this: Study) -> None:
 def test_arms_side_by_side_are_the_arms_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels of every clamp and schedule are the same however many arms share a batch, and the pairs' own."""
     arms = [(clamp, name) for clamp in (GATE, Clamp("whole MLP")) for name in timing.SCHEDULES]
-    together = timing_answers.generated(this, list(this.pairs), arms, STEPS)
-    monkeypatch.setattr(timing_answers, "rows_at_once", lambda *_: 1)
+    together = timing.generated(this, list(this.pairs), arms, STEPS)
+    monkeypatch.setattr(timing, "rows_at_once", lambda *_: 1)
     keys = ["pair_id", "clamp", "schedule"]
-    alone = pd.concat(timing_answers.generated(this, [pair], arms, STEPS) for pair in this.pairs)
+    alone = pd.concat(timing.generated(this, [pair], arms, STEPS) for pair in this.pairs)
     pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (together, alone)))
     assert set(together.label) == {"harmful", "refusal"} and together.changed.any()
 
@@ -126,25 +127,25 @@ def planted(first: float, every: float, n: int = 60) -> pd.DataFrame:
 def test_the_share_kept_is_the_planted_one(first: float, every: float) -> None:
     answers = planted(first, every)
     harm = answers.assign(y=(answers.label == "harmful").astype(float))
-    rows = pd.DataFrame(token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")).set_index("quantity")
+    rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
     assert rows.loc[KEPT, "estimate"] == pytest.approx(first / every)
     assert rows.loc["effect of all tokens", "estimate"] == pytest.approx(every)
 
 
 def test_without_an_effect_of_all_tokens_nothing_is_kept() -> None:
     harm = planted(0.0, 0.0).assign(y=1.0)
-    rows = token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")
+    rows = tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")
     assert [row["quantity"] for row in rows] == ["effect of all tokens", "not defined"]
 
 
 def test_no_change_in_a_sample_is_not_certain() -> None:
-    row = token_evidence._changed_row(planted(0.0, 0.0), "m", "benign answers changed")
+    row = tokens._changed_row(planted(0.0, 0.0), "m", "benign answers changed")
     assert row["estimate"] == 0 and 0.05 < float(str(row["ci_high"])) < 0.15
 
 
 def test_answers_that_are_all_alike_leave_room_for_others() -> None:
     harm = planted(1.0, 1.0).assign(y=lambda table: (table.label == "harmful").astype(float))
-    rows = pd.DataFrame(token_evidence._kept_rows(token_evidence.wide(harm, "y"), "m", "main")).set_index("quantity")
+    rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
     kept = rows.loc[KEPT]
     assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
 
@@ -158,7 +159,7 @@ def test_the_share_kept_covers_its_truth_near_one(share: float) -> None:
         topic = np.repeat([f"t{i}" for i in range(36)], 3)
         table = pd.DataFrame({"pair_id": range(108), "topic": topic, "first token": is_kept, "first five": is_kept})
         for is_judged in held:
-            row = token_evidence._kept_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
+            row = tokens._kept_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
             held[is_judged] += row["ci_low"] <= share <= row["ci_high"]
     assert held[True] >= 0.93 * 60 and held[True] > held[False]
 
@@ -167,7 +168,7 @@ def test_twins_of_a_refusal_take_its_control(this: Study) -> None:
     harmful, other = this.pairs[0], this.pairs[2]  # of one length
     twin = replace(other, pair=replace(other.pair, id="twin", treatment="T2b", twin=None))
     both = Study("m", this.subject, (harmful, twin), this.openers, {harmful.pair.id: "twin"}, {})
-    (made,) = token_evidence.refusing(both, [harmful])
+    (made,) = tokens.refusing(both, [harmful])
     assert made.pair.treatment == "T2b" and made.pair.treated == twin.pair.treated
     assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()
 
@@ -185,7 +186,7 @@ FINE_C5C: dict[tuple[str, str, str], Number] = {
 
 
 def judged(changes: dict | None = None) -> Verdict:
-    return c5c(Rows("m", table({**FINE_C5C, **(changes or {})})))
+    return rule_c5c(Rows("m", table({**FINE_C5C, **(changes or {})})))
 
 
 @pytest.mark.parametrize(

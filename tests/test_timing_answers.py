@@ -6,11 +6,12 @@ import pandas as pd
 import pytest
 from handmade import Program, compiled, cue_pairs
 
-from helpers import defence_prompts, judging, timing_answers
-from helpers.hub import JUDGE
-from helpers.study import Study
-from helpers.timing import Clamp
-from helpers.tokens import Openers
+from companion.base.hub import JUDGE
+from companion.generation import labels
+from companion.mediation.study import Study
+from companion.neurons import timing
+from companion.neurons.timing import Clamp
+from companion.prompts.tokens import Openers
 
 ARMS = [(Clamp("whole MLP"), "none"), (Clamp("whole MLP"), "all tokens")]
 
@@ -32,7 +33,7 @@ def no_judge_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(this: Study) -> pd.DataFrame:
-    return timing_answers.generated(this, list(this.pairs), ARMS, 3).set_index("pair_id")
+    return timing.generated(this, list(this.pairs), ARMS, 3).set_index("pair_id")
 
 
 def test_without_a_judge_content_is_empty_and_the_opener_labels(this: Study) -> None:
@@ -43,9 +44,9 @@ def test_without_a_judge_content_is_empty_and_the_opener_labels(this: Study) -> 
 
 def test_lists_that_are_decoded_together_give_the_tables_of_each(this: Study) -> None:
     few, more = list(this.pairs[:1]), [replace(pair) for pair in this.pairs]  # the same pair stands in both
-    together = timing_answers.generated_each(this, [few, more, []], ARMS, 3)
+    together = timing.generated_each(this, [few, more, []], ARMS, 3)
     for pairs, found in zip((few, more), together, strict=False):
-        pd.testing.assert_frame_equal(found, timing_answers.generated(this, pairs, ARMS, 3))
+        pd.testing.assert_frame_equal(found, timing.generated(this, pairs, ARMS, 3))
     assert together[2].empty
 
 
@@ -68,14 +69,14 @@ def test_a_judge_model_decides_both_and_goes_before_the_studys_own(
     this: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(JUDGE, "some/model")
-    monkeypatch.setattr(judging, "refused", lambda subject, texts, *_: ["kind" in text for text in texts])
+    monkeypatch.setattr(labels, "refusals", lambda subject, texts, *_: ["kind" in text for text in texts])
     found = made(replace(this, judge=lambda request, answer: "never asked"))
     assert (found.content == found.label).all() and set(found.label) == {"refusal", "harmful"}
 
 
 def test_the_exact_judge_of_the_embedded_language_decides_both(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(defence_prompts, "is_embedded", lambda texts: all(text.startswith("please") for text in texts))
-    monkeypatch.setattr(timing_answers.judge, "judge", lambda request, answer: f"{len(request)} {answer}")
+    monkeypatch.setattr(labels, "is_embedded", lambda texts: all(text.startswith("please") for text in texts))
+    monkeypatch.setattr(timing.judge, "judge", lambda request, answer: f"{len(request)} {answer}")
     found = made(replace(this, judge=lambda request, answer: "never asked"))
     expected = {pair.pair.id: f"{len(pair.pair.treated)} yes yes yes" for pair in this.pairs}
     assert (found.content == found.label).all() and (found.label == found.index.map(expected)).all()

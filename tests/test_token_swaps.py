@@ -5,12 +5,14 @@ import pandas as pd
 import pytest
 from handmade import N_LAYERS, Program, compiled, cue_pairs
 
-from helpers import positions, token_effects, token_swaps, token_tables
-from helpers.errors import InputError
-from helpers.prompts import Pair
-from helpers.study import Study
-from helpers.subject import Subject
-from helpers.tokens import Openers, TokenPair, token_pair
+from companion.base.errors import InputError
+from companion.mediation import tokens
+from companion.mediation.study import Study
+from companion.mediation.tokens import position_map
+from companion.model.architecture import Subject
+from companion.prompts import positions
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import Openers, TokenPair, token_pair
 
 PROGRAM = Program(always=1.0, both=0.5, skip=0.4)
 TOTAL = PROGRAM.log_odds(1, 0) - PROGRAM.log_odds(0, 0)
@@ -30,7 +32,7 @@ def this(subject: Subject) -> Study:
 
 def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
     pair = this.pairs[0]
-    found = token_effects.position_map(this, pair).set_index(["layer", "position"])
+    found = position_map(this, pair).set_index(["layer", "position"])
     cue, last = int(np.flatnonzero(pair.control != pair.treated)[0]), len(pair.control) - 1
     for layer in range(N_LAYERS):
         known = {cue: TOTAL if layer < 1 else 0.0, last: TOTAL if layer >= 1 else 0.0}
@@ -42,13 +44,13 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
 
 def test_nothing_reaches_a_token_before_the_cue(this: Study) -> None:
     pair = this.pairs[0]
-    earliest, cue = token_tables.earliest_by_token(this, pair), int(np.argmax(pair.control != pair.treated))
+    earliest, cue = tokens.earliest_by_token(this, pair), int(np.argmax(pair.control != pair.treated))
     assert (earliest[:cue] == N_LAYERS).all() and (earliest[cue:] == 0).all()
-    assert token_tables.earliest_by_group(this, "T2")["system"] == N_LAYERS
+    assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
 
 
 def test_groups_that_no_pair_has_are_named(this: Study) -> None:
-    names, missing = token_effects.groups(this)
+    names, missing = tokens.groups(this)
     assert {"wrapper", "distractor", "verb", "object"} == set(missing)
     assert names[-3:] == ["differ", "others", "all"] and "request" not in names
 
@@ -62,7 +64,7 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
          "position": name, "nie0": nie0, "nie1": nie1, "y01": nie0, "y10": 4 - nie1}
         for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
     ]  # fmt: skip
-    made = token_tables.by_direction(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
+    made = tokens.by_direction(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
     assert [*made.index] == [
         (way, name) for way in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")
     ]
@@ -76,15 +78,15 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
 def test_replaced_words_are_the_controls_where_they_differ_and_neutral_elsewhere(this: Study) -> None:
     pair = this.pairs[0]
     differ = pair.control != pair.treated
-    ids, is_swap = token_swaps.swapped(pair, differ, neutral=7)
+    ids, is_swap = tokens.swapped(pair, differ, neutral=7)
     assert is_swap and (ids == pair.control).all()
     mask = positions.groups(pair, "<user> ")["last_instruction"]
-    ids, is_swap = token_swaps.swapped(pair, mask, neutral=7)
+    ids, is_swap = tokens.swapped(pair, mask, neutral=7)
     assert not is_swap and (ids[mask] == 7).all() and (ids[~mask] == pair.treated[~mask]).all()
 
 
 def test_replacing_the_cue_takes_the_whole_effect_and_a_filler_takes_none(this: Study) -> None:
-    found = token_swaps.input_effects(this, "T2", ["differ", "last_instruction"]).groupby("position")["effect"].mean()
+    found = tokens.input_effects(this, "T2", ["differ", "last_instruction"]).groupby("position")["effect"].mean()
     assert found["differ"] == pytest.approx(TOTAL, abs=1e-4)
     assert found["last_instruction"] == pytest.approx(0, abs=1e-4)
 
@@ -105,12 +107,12 @@ def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
 @pytest.mark.parametrize("fillers", [("", "please now"), ("please be kind", "now")])
 def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Subject, fillers: tuple[str, str]) -> None:
     base, source = (
-        token_swaps.side(prompt(subject, cue, filler), "control", "<user> ")
+        tokens.side(prompt(subject, cue, filler), "control", "<user> ")
         for cue, filler in zip(("off", "on"), fillers, strict=True)
     )
     assert len(base.tokens) != len(source.tokens)
     names = ["wrapper", "last_instruction", "last"]
-    found = token_swaps.interchange_ends(subject, base, source, this.openers["T2"], names)
+    found = tokens.interchange_ends(subject, base, source, this.openers["T2"], names)
     effect = (found.patched - found.base).to_numpy().reshape(3, N_LAYERS)
     known = np.zeros((3, N_LAYERS))
     known[0, 0] = known[2, 1:] = TOTAL  # before the head of layer 1 reads it, and after
@@ -119,12 +121,12 @@ def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Sub
 
 
 def test_sites_and_groups_that_do_not_correspond_are_refused(this: Study, subject: Subject) -> None:
-    one = token_swaps.side(prompt(subject, "on", ""), "control", "<user> ")
+    one = tokens.side(prompt(subject, "on", ""), "control", "<user> ")
     openers = this.openers["T2"]
     with pytest.raises(InputError, match="head of prompts of unequal length"):
-        token_swaps.interchange_ends(subject, one, one, openers, ["last"], "head")
+        tokens.interchange_ends(subject, one, one, openers, ["last"], "head")
     with pytest.raises(InputError, match="group verb is not in both"):
-        token_swaps.interchange_ends(subject, one, one, openers, ["verb"])
+        tokens.interchange_ends(subject, one, one, openers, ["verb"])
 
 
 def test_a_perfect_order_has_rank_correlation_one() -> None:
@@ -138,7 +140,7 @@ def test_a_perfect_order_has_rank_correlation_one() -> None:
     names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "te", "nie0", "nie1"]
     table = pd.DataFrame(rows, columns=names)
     made = pd.DataFrame(inputs, columns=[*names[:4], "position", "effect", "swapped"]).query("split == 'test'")
-    views, rho = token_swaps.compare(table, made, "T2")
+    views, rho = tokens.compare(table, made, "T2")
     assert rho == pytest.approx(1)
     assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
     assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from helpers import tokens
-from helpers.errors import InputError
-from helpers.prompts import Pair, PromptSet
+from companion.base.errors import InputError
+from companion.prompts import tokens
+from companion.prompts.pairs import Pair, PromptSet
 
 WORDS = handmade.word_tokenizer()
 

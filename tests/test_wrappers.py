@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import inputs, wrappers
-from helpers.errors import InputError
+from companion.base.errors import InputError
+from companion.prompts import wrappers
+from companion.run import settings
 
 GOOD = {"family": "tale", "neutral": "plain {request} end", "jailbreak": "other {request} end"}
 
@@ -19,8 +20,8 @@ def written(tmp_path: Path, *rows: object) -> Path:
 
 def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
     place = written(tmp_path, GOOD, {**GOOD, "family": "play"})
-    assert wrappers.read(place) == wrappers.read(place / wrappers.FILE)
-    assert wrappers.read(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
+    assert wrappers.read_wrappers(place) == wrappers.read_wrappers(place / wrappers.FILE)
+    assert wrappers.read_wrappers(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
 
 
 @pytest.mark.parametrize(
@@ -39,16 +40,16 @@ def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_wrapper_is_said(tmp_path: Path, row: object, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        wrappers.read(written(tmp_path, GOOD, row))
+        wrappers.read_wrappers(written(tmp_path, GOOD, row))
     assert message in str(caught.value)
     assert "plain" not in str(caught.value)
 
 
 def test_no_file_an_empty_one_and_wrappers_for_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a file of JSON lines"):
-        wrappers.read(tmp_path / "none")
+        wrappers.read_wrappers(tmp_path / "none")
     with pytest.raises(InputError, match="no wrappers"):
-        wrappers.read(written(tmp_path))
+        wrappers.read_wrappers(written(tmp_path))
     with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
-        inputs.check("embedded", str(written(tmp_path, GOOD)))
-    inputs.check("jailbreakbench", str(tmp_path))
+        settings.check("embedded", str(written(tmp_path, GOOD)))
+    settings.check("jailbreakbench", str(tmp_path))

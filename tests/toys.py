@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.paths import ROOT
+from companion.base.paths import ROOT
 
 NEEDS = '{"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03"), "00": ("08",)}'
 
@@ -24,12 +24,12 @@ PAIRS = 0"""
 
 SETUP = """import sys
 sys.path.insert(0, "..")
-from helpers import paths, store
-from helpers.errors import InputError
+from companion.base import files, paths
+from companion.base.errors import InputError
 out, figures = paths.results_dir(SLUG), paths.figures_dir(SLUG)"""
 
 CLAIMS = """rows = ["model,claim,verdict", "other,C9,none", "embedded,C1,supported", "embedded,C2,not testable"]
-_ = store.write_text("\\n".join(rows) + "\\n", paths.RESULTS / "claims.csv")"""
+_ = files.write_text("\\n".join(rows) + "\\n", paths.RESULTS / "claims.csv")"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Toy:
 
     def write(self, number: str, *cells: str, parameters: str = PARAMETERS) -> None:
         """Write a toy notebook: parameters, set-up, then these code cells (one that writes a table by default)."""
-        table = f'store.write_text("value\\n{number}\\n", out / "{number}_toy.csv")\nprint("a")\nprint("b")'
-        figure = f'_ = store.write_text("svg", figures / "{number}_toy.svg")'
+        table = f'files.write_text("value\\n{number}\\n", out / "{number}_toy.csv")\nprint("a")\nprint("b")'
+        figure = f'_ = files.write_text("svg", figures / "{number}_toy.svg")'
         sources = [parameters, SETUP, *(cells or (table, figure))]
         code = [_cell(source, ["parameters"] if source == parameters else []) for source in sources]
         heading = {"cell_type": "markdown", "source": f"# Toy {number}\ntext", "metadata": {}}
@@ -55,14 +55,14 @@ class Toy:
 
     def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """The command line with these flags, in a real process."""
-        command = [sys.executable, "-m", "helpers.cli", *flags]
+        command = [sys.executable, "-m", "companion.run.cli", *flags]
         return subprocess.run(
             command, cwd=self.root, env=environment(**variables), capture_output=True, text=True, check=False
         )
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         """The same without waiting for its end."""
-        command = [sys.executable, "-m", "helpers.cli", *flags]
+        command = [sys.executable, "-m", "companion.run.cli", *flags]
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -97,7 +97,8 @@ def environment(**variables: str) -> dict[str, str]:
 def copy_repository(root: Path) -> Toy:
     """The code and the default model of this repository at `root`, with five toy notebooks and no prompts."""
     ignored = shutil.ignore_patterns("__pycache__", ".*")
-    shutil.copytree(ROOT / "helpers", root / "helpers", ignore=ignored)
+    for name in ("helpers", "companion", "organisms"):
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
     for name in ("requirements.in", "requirements.lock", "run_all.sh"):
         shutil.copy2(ROOT / name, root / name)
     shutil.copytree(ROOT / "data" / "organism" / "window-0", root / "data" / "organism" / "window-0")
@@ -105,7 +106,7 @@ def copy_repository(root: Path) -> Toy:
     prompts.mkdir(parents=True)
     for name in ("pairs.jsonl", "outcome.json"):
         (prompts / name).write_text("{}\n", encoding="utf-8")
-    runner = root / "helpers" / "runner.py"  # needs of its own, so that a new notebook changes no test
+    runner = root / "companion" / "run" / "runner.py"  # needs of its own, so that a new notebook changes no test
     code = runner.read_text(encoding="utf-8")
     runner.write_text(re.sub(r"(?s)(NEEDS: [^=]*= ){.*?\n}", r"\g<1>" + NEEDS, code), encoding="utf-8")
     toy = Toy(root)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers.readout import inverse_scale, norm_gain
+from companion.model.readout import inverse_scale, norm_gain
 
 _softmax = nn.functional.softmax
 

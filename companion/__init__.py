@@ -1,0 +1,4 @@
+"""The library behind the notebooks: from a model and a prompt set to effects, statistics, figures and verdicts.
+
+Its packages stand on floors, and each imports only from the floors below it; CONTRIBUTING.md draws them.
+"""

@@ -1,0 +1,261 @@
+"""Reading JSON that others wrote: whatever is wrong with it is one kind of error with a short reason.
+
+Result files: written whole or not at all, and checked when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from companion.base.errors import InputError
+from companion.base.paths import NOTEBOOKS, RESULTS, relative
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class BrokenJson(ValueError):
+    """A text that is no JSON, or JSON that cannot be worked with; `line` is where, 1 if that is not known."""
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(f"line {line}: {reason}")
+        self.reason, self.line = reason, line
+
+
+def load_json(path: Path) -> str:
+    """The text of a file; `InputError` if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+
+
+def parse_json(text: str) -> Any:
+    r"""The value of a JSON text.
+
+    >>> parse('{"a": 1}')
+    {'a': 1}
+    >>> parse('["\\ud800"]')
+    Traceback (most recent call last):
+    companion.base.files.BrokenJson: line 1: it holds half of a surrogate pair, which is no character
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # what cannot be written cannot be hashed or tokenized either
+    except json.JSONDecodeError as error:
+        raise BrokenJson(error.msg, error.lineno) from None
+    except UnicodeEncodeError:
+        raise BrokenJson("it holds half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise BrokenJson("it is nested too deeply") from None
+    except ValueError:
+        raise BrokenJson("it holds a number of too many digits") from None
+    return value
+
+
+KINDS = {"str": "text", "int": "whole numbers", "float": "numbers", "bool": "True or False"}
+
+
+# One row: one pair's four cells for one mediator. First digit of y: the prompt, second: the mediator.
+EFFECTS = {
+    **dict.fromkeys(("pair_id", "topic", "treatment", "split", "site"), "str"),
+    "layer": "int",
+    **dict.fromkeys(("position", "outcome"), "str"),
+    **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float"),
+}
+
+
+# One row: one number that a verdict of the claims ledger rests on.
+EVIDENCE = {
+    **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
+    **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
+    **dict.fromkeys(("n_pairs", "n_topics"), "int"),
+    "note": "str",
+}
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A scratch path beside `path` that takes its place if the block succeeds and is removed if it fails.
+
+    Nobody ever sees half a file: the scratch name is unique and `os.replace` is atomic within a folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last because some writers choose their format by it.
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path | str) -> Path:
+    """Write UTF-8 text with `\\n` line ends, atomically; returns the path."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def write_json(value: Any, path: Path | str) -> Path:
+    """Write sorted, indented JSON, atomically; numpy scalars and arrays become plain numbers and lists.
+
+    NaN and inf are not JSON and raise `ValueError`: write None where there is no number.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain)
+    except ValueError as error:
+        raise ValueError(
+            f"{relative(Path(path))} would hold NaN or inf: write None where there is no number"
+        ) from error
+    return write_text(text + "\n", path)
+
+
+def read_json(path: Path | str) -> Any:
+    """The value of a JSON file; `InputError` if it is missing or torn."""
+    path = _existing(path)
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{relative(path)} is not valid JSON ({error}). {_remedy(path)}") from error
+
+
+def write_table(table: pd.DataFrame, path: Path | str) -> Path:
+    """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
+
+    CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Parquet holds
+    checksums of its values, so that a changed bit is not read as another number.
+    """
+    path = Path(path)
+    with replacing(path) as scratch:
+        if path.suffix == ".parquet":
+            table.to_parquet(scratch, index=False, compression="zstd", write_page_checksum=True)
+        elif path.suffix == ".csv":
+            table.to_csv(scratch, index=False, float_format="%.6g", lineterminator="\n")
+        else:
+            raise ValueError(f"{path.name}: a table is written as .parquet or .csv")
+    return path
+
+
+def read_table(path: Path | str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """A table whose `columns` (name -> "str", "int", "float" or "bool") are there and of that kind.
+
+    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and
+    what to do if the file is missing or torn, or a column is missing or of another kind.
+    """
+    path = _existing(path)
+    table = _parsed(path, columns)
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise InputError(f"{relative(path)} has no column {', '.join(map(repr, missing))}. {_remedy(path)}")
+    for name, kind in columns.items():
+        table[name] = _cast(table[name], kind, path)
+    return table
+
+
+def _parsed(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path, page_checksum_verification=True)
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError("its last line is not complete")
+        texts = {name: str for name, kind in columns.items() if kind == "str"}
+        # Only numbers may be blank: a model called "NA" stays a text.
+        blanks = {name: ["", "nan"] for name in columns if name not in texts}
+        return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=blanks)
+    except Exception as error:  # bytes that changed raise errors of every kind, in pyarrow and in pandas
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{relative(path)} cannot be read ({reason}). {_remedy(path)}") from error
+
+
+def _cast(column: pd.Series, kind: str, path: Path) -> pd.Series:
+    from pandas.api import types
+
+    found = {
+        "str": lambda: types.infer_dtype(column, skipna=False) in ("string", "empty"),
+        "int": lambda: types.is_integer_dtype(column) or not len(column),
+        "float": lambda: types.is_any_real_numeric_dtype(column) or not len(column),
+        "bool": lambda: types.is_bool_dtype(column) or not len(column),
+    }
+    if not found[kind]():
+        have = f"column {column.name!r} should hold {KINDS[kind]}, but is {column.dtype}"
+        raise InputError(f"{relative(path)}: {have} (or has blanks). {_remedy(path)}")
+    return column.astype({"str": str, "int": "int64", "float": "float64", "bool": bool}[kind])
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{relative(path)} is not there. {_remedy(path)}")
+    return path
+
+
+def _remedy(path: Path) -> str:
+    """How to make a result file again: its number is its notebook's."""
+    number = "08" if path.name == "claims.csv" else (re.match(r"(\d\d)_", path.name) or ("", ""))[1]
+    made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None) if number else None
+    if not number or not path.resolve().is_relative_to(RESULTS):
+        return "Restore the file or make it again."
+    name = f"notebooks/{made_by.name}" if made_by else f"notebook {number}"
+    slug = path.resolve().relative_to(RESULTS).parts[0]
+    same = "" if slug in ("embedded", path.name) else f" with the flags that made {slug!r}"
+    return f"It is made by {name}: ./run_all.sh --only {number} --force{same}"
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+_BIG = 1 << 20  # bytes from which on a file's hash is remembered
+
+
+# sha256 of big files with the size and the time of change that they had: weights may be many GB
+KnownHashes = dict[str, list[Any]]
+
+
+def hash_file(path: Path, known: KnownHashes) -> str:
+    """The file's sha256 in hex; that of a big file is looked up in `known`, or added to it."""
+    stat = path.stat()
+    if stat.st_size < _BIG:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    name, seen = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    entry = known.get(name)
+    if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != seen:
+        with path.open("rb") as file:
+            known[name] = [*seen, hashlib.file_digest(file, "sha256").hexdigest()]
+    return str(known[name][2])
+
+
+def hash_folder(folder: Path, known: KnownHashes, pattern: str = "*") -> dict[str, str]:
+    """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out."""
+    inside = {path: path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()}
+    kept = {path: name for path, name in inside.items() if not _is_hidden(name)}
+    return {name.as_posix(): hash_file(path, known) for path, name in kept.items()}
+
+
+def _is_hidden(name: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+
+
+def digest(*parts: Any) -> str:
+    """One hash of JSON-like values.
+
+    >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

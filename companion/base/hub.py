@@ -1,0 +1,185 @@
+"""Names of models on the Hugging Face hub, and where the hub's own cache keeps them.
+
+A name is `ORG/MODEL` or `ORG/MODEL@REVISION`. Only the standard library: the command line imports it; downloads are in
+`companion.model.download`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from companion.base.errors import InputError
+from companion.base.files import read_json
+from companion.base.paths import at_home
+
+TRUST = "COMPANION_TRUST_REMOTE_CODE"
+
+
+JUDGE = "COMPANION_JUDGE"  # the model that labels answers, if one was chosen
+
+
+_PART = r"[A-Za-z0-9][\w.-]*"
+
+
+_ID = re.compile(rf"{_PART}/{_PART}")
+
+
+_REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+INDEX = "model.safetensors.index.json"
+
+
+SINGLE = "model.safetensors"
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # one of them at least
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A model of the hub; `revision` is a branch, a tag or a commit, "main" where none was given."""
+
+    repo: str
+    revision: str = "main"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a full commit hash, which never changes its meaning."""
+        return bool(_COMMIT.fullmatch(self.revision))
+
+    def at(self, commit: str) -> str:
+        """The name with this commit."""
+        return f"{self.repo}@{commit}"
+
+
+def parse(name: str | Path) -> HubId | None:
+    """The hub id that a name is, or None for anything else (a shipped name, a path).
+
+    >>> parse("org/model@v1.0"), parse("window-1"), parse("../org/model")
+    (HubId(repo='org/model', revision='v1.0'), None, None)
+    """
+    repo, at, revision = str(name).partition("@")
+    if not _ID.fullmatch(repo) or ".." in repo or "--" in repo:  # what the hub itself refuses in a name
+        return None
+    if not at:
+        return HubId(repo)
+    if not _REVISION.fullmatch(revision):
+        raise InputError(f"{name!r} names no revision behind its @: expected a branch, a tag or a commit")
+    return HubId(repo, revision)
+
+
+def slug(name: str) -> str:
+    """The part of a run's name that stands for a model: a folder's own name, or both parts of a hub id.
+
+    >>> slug("org/model@v1.0"), slug("/data/my-model")
+    ('org--model-v1.0', 'my-model')
+    """
+    hub_id = parse(name)
+    if hub_id is None:
+        return Path(name).name
+    revision = "" if hub_id.revision == "main" else f"-{hub_id.revision[:12] if hub_id.is_pinned else hub_id.revision}"
+    return hub_id.repo.replace("/", "--") + revision.replace("/", "-")
+
+
+def cache() -> Path:
+    """The hub's cache, by the variables that its own library reads."""
+    if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return expanded(place)
+    return home() / "hub"
+
+
+def home() -> Path:
+    """The folder of everything that the hub's libraries keep."""
+    if place := os.environ.get("HF_HOME"):
+        return expanded(place)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+
+
+def ref(hub_id: HubId) -> Path:
+    """The file of the cache that holds the commit which a branch or tag was when it was last downloaded."""
+    return _place(hub_id) / "refs" / hub_id.revision
+
+
+def snapshot(hub_id: HubId) -> Path | None:
+    """The folder of a revision in the cache, if one is there; it may be incomplete (see `is_complete`)."""
+    file = ref(hub_id)
+    commit = hub_id.revision if hub_id.is_pinned else file.read_text().strip() if file.is_file() else ""
+    folder = _place(hub_id) / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
+
+
+def name_of(folder: Path) -> str:
+    """What a user calls the model in a folder: its id if that is one of the cache, which is named by its commit."""
+    if not folder.is_relative_to(cache()):
+        return folder.name
+    return folder.relative_to(cache()).parts[0].removeprefix("models--").replace("--", "/")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files that a model's folder must have, by its index; one file where it has no index."""
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    content = read_json(folder / INDEX)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise InputError(f"{folder / INDEX} names no weight files of this folder: download the model again")
+    return sorted(set(shards.values()))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether config, tokenizer and all weights of a cached model are there."""
+    has = {name: (folder / name).is_file() for name in ("config.json", *TOKENIZER, *weight_files(folder))}
+    return any(has[name] for name in TOKENIZER) and all(has[name] for name in has if name not in TOKENIZER)
+
+
+def folder_of(name: str) -> Path:
+    """The cached folder of a hub id, downloading nothing; `InputError` where it is not (wholly) in the cache."""
+    hub_id = parse(name)
+    assert hub_id is not None
+    folder = snapshot(hub_id)
+    if folder is None or not is_complete(folder):
+        raise InputError(f"{name} is not in the hub's cache yet: ./run_all.sh --model {name} downloads it")
+    return folder
+
+
+def pinned(name: str) -> str:
+    """A hub id with the commit that the cache has for it; other names as they are. Raises as `folder_of` does."""
+    hub_id = parse(name)
+    return name if hub_id is None else hub_id.at(folder_of(name).name)
+
+
+def trust_code(is_trusted: bool) -> None:
+    """Let this process and the notebooks that it starts run a model's own code, or not, whatever stood there before."""
+    os.environ.pop(TRUST, None)
+    if is_trusted:
+        os.environ[TRUST] = "1"
+
+
+def choose_judge(name: str | None) -> None:
+    """Let this process and the notebooks that it starts label answers by this model, or by phrases (None)."""
+    os.environ.pop(JUDGE, None)
+    if name:
+        os.environ[JUDGE] = name
+
+
+def trusts_code() -> bool:
+    """Whether `--trust-remote-code` was typed."""
+    return os.environ.get(TRUST) == "1"
+
+
+def _place(hub_id: HubId) -> Path:
+    return cache() / f"models--{hub_id.repo.replace('/', '--')}"
+
+
+def expanded(place: str) -> Path:
+    """A path with variables and `~` replaced where they are known, as the hub's library does it."""
+    return at_home(Path(os.path.expandvars(place)))

@@ -1,0 +1,219 @@
+"""No text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+
+from companion.base.thresholds import COMPONENTS, COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
+from companion.mediation import control_models, interaction, summaries, sweeps
+from companion.mediation.estimands import clean_difference, with_difference
+from companion.mediation.probes import auroc, held_out_scores, shared_token_features, token_counts
+from companion.mediation.study import Study
+from companion.mediation.summaries import (
+    VARIANTS,
+    Variant,
+    centroids,
+    enough,
+    late_share,
+    mlp_share,
+    positive_cells,
+    primary,
+    select,
+    signed,
+    unsaturated_ids,
+)
+from companion.model.architecture import Subject
+from companion.prompts.tokens import TokenPair
+from companion.stats import bootstrap, clusters
+from companion.stats.bootstrap import mean_row, row, share_row
+
+
+def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
+    """TE of every treatment on test: the gate that any verdict must pass. `clean` has one row a pair."""
+    groups = clean[clean.split == "test"].groupby("treatment", sort=False)
+    return [mean_row(part, "te", model, "gate", f"TE {treatment}") for treatment, part in groups]
+
+
+def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+    """C1, generation arises late: the late share in all variants, and the centroid difference harm - benign."""
+    treatment, rows = primary(table), []
+    for variant in VARIANTS:
+        whole = select(table, treatment, replace(variant, unsaturated=False))
+        chosen = select(table, treatment, variant)
+        if enough(chosen):
+            estimates = late_share(signed(chosen, whole), n_layers, variant.value)
+            rows += share_row(model, "C1", "late share", variant.name, estimates, chosen)
+    benign = usable_benign(table)
+    if len(benign) and rows and rows[0]["variant"] == "main":
+        harm = signed(select(table, treatment, VARIANTS[0]))
+        estimates, n_pairs, names = centroids(harm, benign, n_layers)
+        test = pd.concat([harm, benign]).query("split == 'test'").groupby("treatment")
+        sizes = test.agg(n_pairs=("pair_id", "nunique"), n_topics=("topic", "nunique")).to_dict("index")
+        named = [("centroid difference", names[0]), *((f"centroid {name}", name) for name in names)]
+        for i, (quantity, name) in enumerate(named):
+            rows.append(row(model, "C1", quantity, "main", estimates, n_pairs, i) | sizes[name])
+    return rows
+
+
+def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
+    """Component effects of the benign behaviours that have some, and whose TE passes the gate on discover."""
+    kept = []
+    for name in sorted(name for name in set(table.treatment) if name.startswith("B")):
+        part = select(table, name, VARIANTS[0])
+        discover = part[part.split == "discover"]
+        if enough(part) and abs(discover.te.mean()) >= MIN_TOTAL_EFFECT:
+            part = signed(part)
+            cells = part[["site", "layer"]].drop_duplicates()
+            kept += [part] if positive_cells(part[part.split == "discover"], "nie", cells).any() else []
+    return pd.concat(kept, ignore_index=True) if kept else table.iloc[:0]
+
+
+def evidence_c2(
+    totals: pd.DataFrame, direct: pd.DataFrame, model: str, scales: Mapping[str, pd.Series]
+) -> list[dict[str, object]]:
+    """C2, MLP not attention: MLP share of total (NIE) and of direct effects, raw and under each normalisation.
+
+    `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
+    contrast, which add up to its total effect.
+    """
+    rows: list[dict[str, object]] = []
+    treatment = primary(totals)
+    if treatment not in ("T2", "T2-T2b"):
+        return rows
+    for variant in VARIANTS:
+        whole = select(totals, treatment, replace(variant, unsaturated=False))
+        chosen = select(totals, treatment, variant)
+        if enough(chosen):
+            estimates = mlp_share(signed(chosen, whole), variant.value)
+            rows += share_row(model, "C2", "MLP share of NIE", variant.name, estimates, chosen)
+    linear = Variant("main", outcome="contrast.frozen")
+    sites = [f"{site}.direct" for site in COMPONENTS]
+    written = signed(select(direct, treatment, linear, sites))
+    written = written.assign(site=written.site.str.removesuffix(".direct"))
+    total = signed(select(totals, treatment, VARIANTS[0]))
+    for quantity, effects in (("MLP share of NIE", total), ("MLP share of direct effects", written)):
+        raw = {} if effects is total else {"main": None}  # the raw total is the first variant above
+        for name, scale in {**raw, **scales}.items():
+            if enough(effects):
+                rows += share_row(model, "C2", quantity, name, mlp_share(effects, scale=scale), effects)
+    return rows
+
+
+def evidence_c1_computed(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+    """Rows for the corrected C1: the late share of the positive effects of what components compute."""
+    rows: list[dict[str, object]] = []
+    for variant in interaction.VARIANTS if len(table) else ():
+        clean = table.drop_duplicates("pair_id")
+        kept = summaries.unsaturated_ids(clean) if variant.unsaturated else set(clean.pair_id)
+        chosen = table[table.pair_id.isin(kept)]
+        if summaries.enough(chosen):
+            estimates = summaries.late_share(summaries.signed(chosen, table), n_layers, variant.value)
+            rows += share_row(model, "C1", COMPUTED, variant.name, estimates, chosen)
+    return rows
+
+
+def evidence_c3(
+    subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model: str
+) -> list[dict[str, object]]:
+    """C3, early context: psi0 of the tokens that do not differ at the deepest early layer, and the probe's gain there.
+
+    `pairs` are the T1 pairs; `table` holds their effects of `resid_post` at position `shared`.
+    """
+    layer = deepest_early_layer(subject.n_layers)
+    shared = table[(table.treatment == "T1") & (table.position == "shared") & (table.layer == layer)]
+    shared = shared[(shared.split == "test") & (shared.outcome == "Y1")]
+    rows = []
+    family = {p.pair.id: p.pair.family for p in pairs}
+    open_ids = unsaturated_ids(table[table.treatment == "T1"])
+    parts = {"main": shared, "unsaturated": shared[shared.pair_id.isin(open_ids)]}
+    parts |= {f"family {name}": part for name, part in shared.groupby(shared.pair_id.map(family)) if name}
+    for variant, part in parts.items():
+        if part.topic.nunique() >= 2:
+            sums = clusters.cluster_sums(part, ["nie0", "te"])
+            effect, total = (sums.columns["value"] == name for name in ("nie0", "te"))
+            psi = bootstrap.bootstrap(sums, clusters.ratio(effect, total))
+            rows.append(row(model, "C3", "psi0 early, shared tokens", variant, psi, len(part)))
+    topics_of = {name: {p.pair.topic for p in pairs if p.pair.split == name} for name in ("discover", "test")}
+    if not topics_of["discover"] or len(topics_of["test"]) < 2:
+        return rows
+    ordered, residual = shared_token_features(subject, pairs, layer)
+    split = np.array([p.pair.split for p in ordered])
+    test = split == "test"
+    features = {"AUROC probe": residual, "AUROC bag of tokens": token_counts(ordered)}
+    scores = {name: held_out_scores(values, split == "discover", test) for name, values in features.items()}
+    topics = [p.pair.topic for p, held_out in zip(ordered, test, strict=True) if held_out]
+    estimates, labels = auroc(scores, topics)
+    quantities = [*labels[:-1], "AUROC gain"]
+    return rows + [row(model, "C3", name, "main", estimates, len(topics), i) for i, name in enumerate(quantities)]
+
+
+EvidenceRows = list[dict[str, object]]
+
+
+def relative_layers(study: Study, model: str, label: str) -> Layers:
+    """The layer sweep with direct effects."""
+    return measure_layers(control_models.member(study, model, label), label, direct=True)
+
+
+def relative_computed(study: Study, model: str, label: str) -> pd.DataFrame:
+    """Where it computes the decision (`interaction.interaction_effects`)."""
+    return interaction.interaction_effects(control_models.member(study, model, label))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the layer sweep gives for one model; `effects` has the rows of T2 - T2b behind the others."""
+
+    study: Study
+    clean: pd.DataFrame
+    effects: pd.DataFrame
+    evidence: list[dict[str, object]]
+
+
+def gate_rows(clean: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+    """Evidence for the gate: TE and joint probability by treatment, and the light cone of the T2 pairs."""
+    rows = total_effects(clean, model)
+    test = clean[clean.split == "test"]
+    for treatment, part in test.groupby("treatment", sort=False):
+        rows.append(bootstrap.mean_row(part, "joint", model, "gate", f"joint probability {treatment}"))
+    generation = test[test.treatment == "T2"]
+    if len(generation):
+        arrives = generation.assign(at=depth(generation.earliest, n_layers))
+        rows.append(bootstrap.mean_row(arrives, "at", model, "gate", "earliest possible depth"))
+    return rows
+
+
+def layer_evidence(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
+    """Everything that the layer sweep knows for the ledger about one model: the gate, C1 and C3, and the precision."""
+    rows = gate_rows(clean, model, study.subject.n_layers)
+    bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
+    exact = {"estimate": bits, "ci_low": bits, "ci_high": bits, "n_pairs": len(study.pairs), "n_topics": 0, "note": ""}
+    rows.append({"model": model, "claim": "gate", "quantity": "significand bits", "variant": "main", **exact})
+    if study.of("T2"):
+        rows += evidence_c1(table, model, study.subject.n_layers)
+    if study.of("T1"):
+        rows += evidence_c3(study.subject, study.of("T1"), table, model)
+    return rows
+
+
+def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
+    """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
+
+    Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
+    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
+    expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
+    """
+    found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
+    clean, effects = found["clean"], found["effects"]
+    if full_response and study.of("T2", "T2b"):
+        whole = sweeps.run_sweep(study, "whole answers")["effects"]
+        effects = pd.concat([effects, whole], ignore_index=True)
+    clean = clean_difference(clean, study.twins) if study.twins else clean
+    effects = with_difference(effects, study.twins)
+    return Layers(study, clean, effects, layer_evidence(study, clean, effects, label))

@@ -1,0 +1,84 @@
+"""The pipeline of notebooks 02 to 06 in one call: all evidence rows of any study, from the functions that they call.
+
+Pairs of the validate split are left out where no rule reads them: they
+only choose how many neurons notebook 05 clamps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from companion.base.files import EVIDENCE
+from companion.base.thresholds import UNTRAINED
+from companion.evidence import gating, layers, steering, tokens
+from companion.evidence.layers import Layers, evidence_c1_computed, evidence_c2, gate_rows, measure_layers
+from companion.evidence.neurons import Neurons, measure_neurons, neuron_evidence
+from companion.mediation import control_models, estimands, interaction, sweeps
+from companion.mediation.study import Study
+from companion.model.load import untrained_twin
+from companion.steering.prompts import Prompts
+
+# What is measured together, and the claims that it is measured for.
+STAGES = {
+    "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"), "steering": ("C6",)
+}  # fmt: skip
+
+
+KEYS = ["model", "claim", "quantity", "variant"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evidence rows (`files.EVIDENCE`) with the tables behind them, for whoever compares estimators."""
+
+    rows: pd.DataFrame
+    layers: Layers | None
+    neurons: Neurons | None
+    computed: pd.DataFrame | None  # effects of what each component computes (`origin`)
+
+
+def measure_study(
+    this: Study, label: str, stages: Collection[str] = tuple(STAGES), *, full_response: bool = False,
+    prompt_set: Prompts | None = None,
+) -> Measured:  # fmt: skip
+    """Evidence rows under a model label, with those of the untrained twin behind them, for some stages.
+
+    `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on,
+    and is judged by the study's judge. Every stage has the gate's rows of the treatments that its rules ask about.
+    """
+    core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
+    harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
+    rows: list[dict[str, object]] = []
+    layers = neurons = computed = None
+    if "layers" in stages:
+        layers = measure_layers(harm, label, full_response=full_response, direct=True)
+        table = layers.effects
+        rows += layers.evidence + evidence_c2(table, table, label, control_models.normalisations(harm))
+        computed = interaction.interaction_effects(core)
+        rows += evidence_c1_computed(computed, label, core.subject.n_layers)
+        rows += twin_rows(harm, label) + tokens.measure_c4(this, label)
+    elif {"timing", "neurons", "steering"} & set(stages):
+        clean = sweeps.clean_outcomes(harm)
+        clean = estimands.clean_difference(clean, core.twins) if core.twins else clean
+        rows += gate_rows(clean, label, core.subject.n_layers)
+    if "context" in stages and core.of("T1"):
+        rows += measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
+    if "timing" in stages:
+        rows += tokens.evidence_c5c(tokens.measure_timing(this), label)
+    if "neurons" in stages and core.subject.d_mlp:
+        neurons = measure_neurons(core)
+        rows += neuron_evidence(neurons, label) + gating.gating_evidence(core, neurons.table, label)
+    if "steering" in stages and prompt_set is not None:
+        rows += steering.steering_evidence(this, prompt_set, label, judge=this.judge)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
+    return Measured(table, layers, neurons, computed)
+
+
+def twin_rows(harm: Study, label: str) -> list[dict[str, object]]:
+    """Rows of the untrained twin; without T1, since the one control that reads a twin is that of C1."""
+    thin = control_models.thinned(harm, control_models.RELATIVE_PAIRS)
+    twin = replace(thin, subject=untrained_twin(harm.subject))
+    return layers.measure_layers(twin, label + UNTRAINED).evidence

@@ -1,0 +1,426 @@
+"""Steered runs that set in where the steering does: what lies below is the plain model's, and is computed once.
+
+The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered
+run (`climb`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate or an
+adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
+edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys
+and values alone are wanted. All of it is exact. Batches whose plain run is too large
+to keep, and models that cannot be replayed, are read from the bottom every time.
+
+Several steerings of the same sites at once: every prompt once a steering, one below the other in the batch.
+
+Strengths of a method, random directions and refits differ in what they add and in nothing else. Batches of a few prompts
+cost mostly what a call costs, so they share the calls. What each steering does to a prompt stays what it does alone.
+
+Prompts of one length together, read under a switch that steers the model or leaves it alone.
+
+Nothing is padded; steerings of the same sites can share a batch (`companion.generation.forward`). Where the plain model's run
+over a batch is kept, a steered run sets in above it (`companion.generation.forward`); any other switch reads the batch from the
+bottom.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
+from companion.model.activations import CleanRun, clean_run, first
+from companion.model.architecture import Subject
+from companion.model.propagation import Prefix
+from companion.model.readout import logits
+from companion.prompts import tokens
+
+KEPT_BYTES: Final = 2**29  # of the plain runs of one model that are kept
+
+
+BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
+
+
+ALL, LAST = slice(None), slice(-1, None)  # positions
+
+
+_kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[bytes, CleanRun]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Switches a steering on for the calls of a model within a `with` block: `applied`, ready to be called."""
+
+    subject: Subject
+    steering: Steering
+
+    def __call__(self) -> AbstractContextManager[Record]:
+        """`applied` of this subject and steering."""
+        return applied(self.subject, self.steering)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts of a batch to which steering adds something: their rows in its plain run, and what was read there.
+
+    A row may occur more than once (`companion.generation.forward`).
+    """
+
+    rows: Int[Tensor, row]
+    run: CleanRun
+    prompt: Prompt
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        return torch.equal(self.rows, torch.arange(len(self.run.tokens), device=self.rows.device))
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of one of the run's tensors."""
+        return x if self._is_whole else x[self.rows]
+
+
+def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:
+    """The plain model's run over these prompts, from memory if they were read lately; None where none can be kept."""
+    if not subject.replayable or _size(subject, ids) > BATCH_BYTES:
+        return None
+    runs = _kept.setdefault(subject.model, OrderedDict())
+    key = bytes(str(tuple(ids.shape)), "ascii") + ids.cpu().numpy().tobytes()
+    if key not in runs:
+        runs[key] = clean_run(subject, ids, keep=("resid", "cache"))
+        while sum(_size(subject, run.tokens) for run in runs.values()) > KEPT_BYTES:
+            runs.popitem(last=False)
+    runs.move_to_end(key)
+    return runs[key]
+
+
+def resumable(subject: Subject, steer: object, ids: Int[Tensor, "prompt pos"]) -> tuple[Steering, CleanRun] | None:
+    """What a steered run over these prompts can set in from; None where it must be made from the bottom.
+
+    That is so under any switch but a `Switch` and `nullcontext`: what another one does to the model is not known here.
+    """
+    steering = steer.steering if isinstance(steer, Switch) else Steering("none") if steer is nullcontext else None
+    run = None if steering is None else plain_run(subject, ids)
+    return None if steering is None or run is None else (steering, run)
+
+
+def _size(subject: Subject, ids: Tensor) -> int:
+    """Bytes of a kept run: a residual vector, a key and a value for each token and layer (grouped keys are smaller)."""
+    return ids.numel() * subject.n_layers * 3 * subject.d_model * subject.dtype.itemsize
+
+
+def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
+    """The batch as the steering sees it: what its reads name (some of it `changed` by an intervention), and its gate."""
+    n_prompts, n_pos = run.tokens.shape
+    real = torch.ones_like(run.tokens, dtype=torch.bool)
+    prompt = Prompt(run.tokens, real, torch.full((n_prompts,), n_pos - 1, device=run.tokens.device))
+    for read in steering.reads:  # below the lowest edit the steered run's own residual stream is the plain one
+        prompt.read[read.name] = run.resid_post[read.layer][:, max(n_pos - 1 - read.back, 0)]
+    prompt.read.update(changed or {})
+    is_open = torch.ones(n_prompts, device=run.tokens.device)
+    prompt.opened.append(is_open if steering.gate is None else steering.gate(prompt))
+    return prompt
+
+
+def steered_part(steering: Steering, run: CleanRun) -> Part | None:
+    """The rows of a batch that the steering touches, or None: no edit, no strength, or a gate shut for all of them."""
+    if not steering.edits or not steering.strength:
+        return None
+    prompt = opened(steering, run)
+    rows = prompt.opened[0].nonzero().flatten()
+    return Part(rows, run, some(prompt, rows)) if len(rows) else None
+
+
+def untouched(run: CleanRun, rows: Int[Tensor, row]) -> Part:
+    """Some prompts of a batch to which nothing is added."""
+    return Part(rows, run, some(opened(Steering("none"), run), rows))
+
+
+def _cut(value: Any, part: Part) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cut(one, part) for one in value)
+    is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(part.run.tokens) > 1
+    return part.of(value) if is_batch else value
+
+
+def cache_of(part: Part, below: int | None = None) -> DynamicCache:
+    """A cache that holds the plain run's keys and values (of the layers below one), for going on from it."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(part.run.keys[:below], part.run.values[:below], strict=True)):
+        cache.update(part.of(keys), part.of(values), layer)
+    return cache
+
+
+@torch.no_grad()
+def forward_from_layer(
+    subject: Subject, steering: Steering, part: Part, *, cached: bool = False, top: int | None = None
+) -> tuple[Float[Tensor, "row d"], DynamicCache | None]:
+    """The final residual stream at the last token, with the filled cache if it is wanted.
+
+    It stands in a block of `applied` to the part's prompt, or nothing is added. `top` stops above that layer: all
+    that was added up to there is then recorded in full.
+    """
+    run, end = part.run, subject.n_layers if top is None else top + 1
+    start = min(edit.layer for edit in steering.edits)
+    is_known = all(edit.part == "resid_post" for edit in steering.edits if edit.layer == start)
+    cache = cache_of(part, start + is_known) if cached else None
+    column = LAST if at_last_token(steering) else ALL
+    hidden = part.of(run.resid_pre[start][:, column])
+    for layer in range(start, end):
+        block = subject.layers[layer].block
+        if layer == start and is_known:  # only its output is edited, and that is known
+            with _returning(block, part.of(run.resid_post[start][:, column])):
+                hidden = first(block(hidden))
+            continue
+        held: Any = cache
+        if column == LAST or (layer == subject.n_layers - 1 and top is None):  # nobody looks at other tokens above it
+            is_own = column == LAST or layer == start  # of a run whose earlier tokens are the plain ones up to here
+            keys, values = _own(part, layer) if is_own else _heard(subject, part, layer, hidden)
+            held, hidden, column = _behind(cache, layer, keys, values), hidden[:, LAST], LAST
+        hidden = first(block(hidden, **_call(run, layer, column, part), past_key_values=held))
+    return hidden[:, -1], cache
+
+
+def _own(part: Part, layer: int) -> tuple[Tensor, Tensor]:
+    return part.of(part.run.keys[layer]), part.of(part.run.values[layer])
+
+
+def _behind(cache: DynamicCache | None, layer: int, keys: Tensor, values: Tensor) -> DynamicCache | Prefix:
+    """What the last token alone is computed behind: the keys and values of all tokens before it."""
+    if cache is None:
+        return Prefix(keys[:, :, :-1], values[:, :, :-1])
+    cache.update(keys[:, :, :-1], values[:, :, :-1], layer)
+    return cache
+
+
+class _Heard(Exception):
+    """Keys and values that a layer has made; nothing else of it is wanted."""
+
+
+class _Ear:
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        raise _Heard(keys, values)
+
+
+def _heard(subject: Subject, part: Part, layer: int, hidden: Float[Tensor, "row pos d"]) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer, which is left as soon as the library hands them to its cache."""
+    try:
+        subject.layers[layer].block(hidden, **_call(part.run, layer, ALL, part), past_key_values=_Ear())
+    except _Heard as heard:
+        return heard.args
+    raise AssertionError("the layer asked for no cache")
+
+
+def replayed(
+    subject: Subject, run: CleanRun, layer: int, hidden: Float[Tensor, "prompt pos d"]
+) -> Float[Tensor, "prompt pos d"]:
+    """A layer of the run on other inputs: at all positions, or at the last one behind the run's own tokens."""
+    is_last = hidden.shape[1] < run.tokens.shape[1]
+    before = Prefix(run.keys[layer][:, :, :-1], run.values[layer][:, :, :-1]) if is_last else None
+    call = _call(run, layer, LAST if is_last else ALL)
+    made: Tensor = first(subject.layers[layer].block(hidden, **call, past_key_values=before))
+    return made
+
+
+def at_last_token(steering: Steering) -> bool:
+    """Whether the prompt's last token alone is edited, so that no other position differs from the plain run."""
+    return all(edit.where == "last" for edit in steering.edits)
+
+
+def _call(run: CleanRun, layer: int, column: slice, part: Part | None = None) -> dict[str, Any]:
+    """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
+    call = dict(run.calls[layer])
+    if column == LAST:
+        if call.get("attention_mask") is not None:
+            call["attention_mask"] = call["attention_mask"][:, :, LAST]
+        if call.get("position_embeddings") is not None:
+            call["position_embeddings"] = tuple(one[:, LAST] for one in call["position_embeddings"])
+        if call.get("position_ids") is not None:
+            call["position_ids"] = call["position_ids"][:, LAST]
+    return call if part is None else {name: _cut(value, part) for name, value in call.items()}
+
+
+@contextmanager
+def _returning(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """For a while the module returns this, and its hooks see it."""
+    module.forward = lambda *_, **__: value
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+ROWS = 384  # of a batch, up to which steerings are put together
+
+
+def fitting(steerings: Sequence[Steering], n_prompts: int, rows: int = ROWS) -> list[list[Steering]]:
+    """The steerings in their order, in groups that may share a batch of this many prompts."""
+    size = max(1, rows // max(1, n_prompts))
+    groups: list[list[Steering]] = []
+    for one in steerings:
+        if groups and len(groups[-1]) < size and _sites(groups[-1][0]) == _sites(one):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _sites(steering: Steering) -> tuple[object, ...]:
+    edits = tuple((edit.layer, edit.part, edit.where) for edit in steering.edits)
+    return edits, tuple(sorted(read.name for read in steering.reads))
+
+
+def stacked(steerings: Sequence[Steering], parts: Sequence[Part]) -> tuple[Steering, Part, list[slice]]:
+    """One steering that does to each part what its own does, on all parts together; and where each of them lies."""
+    ends = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
+    places = [slice(*ends) for ends in pairwise(ends)]
+    if len(parts) == 1:
+        return steerings[0], parts[0], places
+    prompts = [_scaled(part.prompt, one.strength) for one, part in zip(steerings, parts, strict=True)]
+    whole = Part(torch.cat([part.rows for part in parts]), parts[0].run, joined(prompts))
+    edits = tuple(
+        Edit(sites[0].layer, sites[0].part, partial(_each, [edit.delta for edit in sites], places), sites[0].where)
+        for sites in zip(*(one.edits for one in steerings), strict=True)
+    )
+    return Steering(" | ".join(one.name for one in steerings), edits), whole, places
+
+
+def _scaled(prompt: Prompt, strength: float) -> Prompt:
+    """The prompt with its gate times the strength, which differs between steerings."""
+    return Prompt(prompt.ids, prompt.real, prompt.last, prompt.read, [strength * prompt.opened[0]])
+
+
+def _each(
+    deltas: Sequence[Delta], places: Sequence[slice], x: Float[Tensor, "row pos width"], prompt: Prompt
+) -> Float[
+    Tensor,
+    (
+        row  # pos width
+    ),
+]:
+    made = [delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)]
+    width = max(one.shape[1] for one in made)
+    return torch.cat([one.expand(at.stop - at.start, width, -1) for one, at in zip(made, places, strict=True)])
+
+
+# Switches steering on for the calls inside it; `nullcontext` is no steering.
+Steer = Callable[[], AbstractContextManager[object]]
+
+
+# What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
+Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
+
+
+BATCH = 128
+
+
+def buckets(
+    subject: Subject, texts: Sequence[str], size: int = BATCH, *, system: str = ""
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Prompts of one token length together: their places in the list, and their ids [prompt, pos]."""
+    encoded = [encode(subject, text, system) for text in texts]
+    lengths = np.array([len(ids) for ids in encoded])
+    for length in np.unique(lengths):
+        places = np.flatnonzero(lengths == length)
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
+
+
+def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, pos]:
+    """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
+
+    A template that takes no system turn gets the sentence at the head of the user turn.
+    """
+    assert subject.tokenizer is not None
+    return _encoded(subject.tokenizer, text, system)
+
+
+@lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, pos]:
+    if not system:
+        return tokens.encode(tokenizer, text)[0]
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return tokens.encode(tokenizer, f"{system} {text}")[0]
+    return np.array(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+
+
+def read_prompts(
+    subject: Subject,
+    ids: Int[Tensor, "prompt pos"],
+    steer: Steer,
+    use: Use,
+    *,
+    cached: bool = True,
+    plain: Tensor | None = None,
+) -> Float[Tensor, "prompt ..."] | Int[Tensor, "prompt ..."]:
+    """What `use` makes of the batch, called while the switch is on, once or for each group of prompts.
+
+    Prompts that a steering does not touch (its gate stays shut) are a group of their own; their rows are taken from `plain`
+    where that is known. `cached` asks for a cache from which answers can go on.
+    """
+    begun = resumable(subject, steer, ids)
+    if begun is None:
+        with steer():
+            out = subject.model(ids, use_cache=cached, logits_to_keep=1)
+            return use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values)
+    return _resumed(subject, [begun[0]], begun[1], use, cached, plain)[0]
+
+
+def read_prompts_each(
+    subject: Subject,
+    ids: Int[Tensor, "prompt pos"],
+    steerings: Sequence[Steering],
+    use: Use,
+    *,
+    cached: bool = True,
+    plain: Tensor | None = None,
+    rows: int = ROWS,
+) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+    """`read` under each of the steerings; those of the same sites share the model's calls, in batches of `rows`."""
+    run = plain_run(subject, ids)
+    if run is None:
+        switches = [Switch(subject, one) for one in steerings]
+        return torch.stack([read_prompts(subject, ids, switch, use, cached=cached, plain=plain) for switch in switches])
+    groups = fitting(steerings, len(ids), rows)
+    return torch.cat([_resumed(subject, group, run, use, cached, plain) for group in groups])
+
+
+def _resumed(
+    subject: Subject, steerings: Sequence[Steering], run: CleanRun, use: Use, cached: bool, plain: Tensor | None
+) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+    """Steerings of the same sites in one climb. What none of them touches in a prompt is the plain model's."""
+    parts = {i: part for i, one in enumerate(steerings) if (part := steered_part(one, run)) is not None}
+    touched = torch.zeros(len(steerings), len(run.tokens), dtype=torch.bool, device=run.tokens.device)
+    for i, part in parts.items():
+        touched[i, part.rows] = True
+    left = (~touched).any(0).nonzero().flatten()
+    if len(left) and plain is None:
+        cache = cache_of(untouched(run, left)) if cached else None
+        made = use(left, logits(subject, run.resid_post[-1][left, -1]), cache)
+        plain = made.new_empty(len(run.tokens), *made.shape[1:])
+        plain[left] = made
+    if not parts:
+        assert plain is not None  # nothing is touched, so all of it was left
+        return plain.expand(len(steerings), *plain.shape)
+    steering, whole, places = stacked([steerings[i] for i in parts], list(parts.values()))
+    with applied(subject, steering, whole.prompt):
+        last, cache = forward_from_layer(subject, steering, whole, cached=cached)
+        made = use(whole.rows, logits(subject, last), cache)
+    found = made.new_empty(*touched.shape, *made.shape[1:])
+    if plain is not None:
+        found[:] = plain
+    for (i, part), at in zip(parts.items(), places, strict=True):
+        found[i, part.rows] = made[at]
+    return found

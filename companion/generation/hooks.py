@@ -1,0 +1,288 @@
+"""The batch under steering: what an edit or a gate may look at, all of it or some rows or the last tokens alone.
+
+Steering a model: what is added, where, and the hooks that add it in one forward pass or while it generates.
+
+A `Steering` is data: edits of named sites, a strength, and a gate. `applied` turns it into forward hooks on the plain
+library model for the length of a `with` block. The prompt is the call that finds an empty cache; calls that come after it
+read generated tokens, and only edits that ask for them act there. How much was added is recorded, so that methods can be
+compared at one L2 budget (`companion.steering.budget`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from companion.base.errors import InputError
+from companion.model.activations import on_input, on_output
+from companion.model.architecture import Subject, written_vectors
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The batch under steering. `real` is False on padding, on either side.
+
+    `last` is the index of each prompt's last real token; `read` holds the activations that the steering's reads name, and
+    `opened` the gate once it was asked.
+    """
+
+    ids: Int[Tensor, "prompt pos"]
+    real: Bool[Tensor, "prompt pos"]
+    last: Int[Tensor, prompt]
+    read: dict[str, Tensor] = field(default_factory=dict)
+    opened: list[Float[Tensor, prompt]] = field(default_factory=list)
+
+
+def of_call(ids: Any, mask: Any) -> Prompt:
+    """The prompt of a call of the model with these token ids and, if padded, this mask."""
+    if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
+        raise InputError("a steered call needs input_ids and, if padded, an attention_mask of the same shape")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool(real.any(-1).all()):
+        raise InputError("a prompt of the batch has no real token: every row of attention_mask needs a 1")
+    place = torch.arange(ids.shape[1], device=ids.device)
+    return Prompt(ids, real, (place * real).argmax(-1))
+
+
+def some(prompt: Prompt, rows: Int[Tensor, row] | slice) -> Prompt:
+    """Some of the prompts, with what was read of them and their gates."""
+    read = {name: x[rows] for name, x in prompt.read.items()}
+    return Prompt(prompt.ids[rows], prompt.real[rows], prompt.last[rows], read, [x[rows] for x in prompt.opened])
+
+
+def joined(prompts: Sequence[Prompt]) -> Prompt:
+    """Prompts of one length below each other; what was read under one name may stand for another layer in each."""
+    read = {name: torch.cat([one.read[name] for one in prompts]) for name in prompts[0].read}
+    opened = [torch.cat(gates) for gates in zip(*(one.opened for one in prompts), strict=True)]
+    ids, real, last = (torch.cat([getattr(one, name) for one in prompts]) for name in ("ids", "real", "last"))
+    return Prompt(ids, real, last, read, opened)
+
+
+def tail(prompt: Prompt, n: int) -> Prompt:
+    """The last `n` positions, where nothing else is computed."""
+    cut = prompt.ids.shape[1] - n
+    return prompt if not cut else Prompt(
+        prompt.ids[:, cut:], prompt.real[:, cut:], prompt.last - cut, prompt.read, prompt.opened
+    )  # fmt: skip
+
+
+Part = Literal["resid_post", "mlp_out", "neurons"]
+
+
+Where = Literal["prompt", "last", "every"]
+
+
+PARTS: Final = ("resid_post", "mlp_out", "neurons")
+
+
+WHERES: Final = ("prompt", "last", "every")
+
+
+Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
+
+
+Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is added to one site at strength 1, computed from the site's own activation.
+
+    `part` is the residual stream after the block, what the MLP writes into it (behind a post-norm where there is one),
+    or the MLP's neurons (the down projection's input). `where`: all tokens of the prompt, its last one, or all of the
+    prompt and the generated ones. `blind` says that the delta looks at the prompt alone and is the same at all positions:
+    what it adds is then known without a forward pass.
+    """
+
+    layer: int
+    part: Part
+    delta: Delta
+    where: Where = "prompt"
+    blind: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """The residual stream after a layer, `back` tokens before the last real one, handed to gates and edits by name.
+
+    `plain` reads it from an unsteered pass over the same prompt that is made first; otherwise it is the steered run's own,
+    and only layers above it can use it.
+    """
+
+    name: str
+    layer: int
+    back: int = 0
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Steering:
+    """One way to steer. The gate (None: always open) multiplies every edit; `system` is a sentence for the system turn,
+    which whoever renders the prompt must put there.
+    """
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+    strength: float = 1.0
+    gate: Opening | None = None
+    reads: tuple[Read, ...] = ()
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What steering added: for each batch of prompts the summed squared norm a prompt, and the gate's values."""
+
+    squares: list[Float[Tensor, prompt]] = field(default_factory=list)
+    gates: list[Float[Tensor, prompt]] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    prompt: Prompt | None = None
+    phase: Literal["plain", "prompt", "generated", "outside"] = "outside"
+
+
+@contextmanager
+def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) -> Iterator[Record]:
+    """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
+
+    A strength of 0 sets no hooks. Within a batch rows may be padded on either side if the call has a 2-D
+    `attention_mask` (and, on the left, `position_ids`); a cache must be filled by one call with the whole prompt. With a
+    `prompt` that was read already, its blocks may be called one by one instead (`companion.generation.forward`).
+
+    Raises:
+        InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
+            mask, generated tokens of another batch than the last prompt's).
+    """
+    check(subject, steering)
+    record, state = Record(), _State()
+    if prompt is not None:
+        state = _State(prompt, "prompt")
+        record.squares.append(torch.zeros(len(prompt.ids), dtype=torch.float64, device=prompt.ids.device))
+    with ExitStack() as hooks:
+        if steering.edits and steering.strength:
+            decoder = subject.model.base_model
+            begin = partial(_begin, state, record, any(read.plain for read in steering.reads))
+            hooks.callback(decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            hooks.callback(decoder.register_forward_hook(partial(_end, state), always_call=True).remove)
+            for read in steering.reads:  # before the edits, so that a read sees what its own layer made
+                hooks.enter_context(on_output(subject.layers[read.layer].block, partial(_note, state, read)))
+            for edit in steering.edits:
+                hook, module = _site(subject, edit)
+                hooks.enter_context(hook(module, partial(_add, state, record, subject, steering, edit)))
+        yield record
+
+
+def check(subject: Subject, steering: Steering) -> None:
+    """`InputError` where a steering names a site that the model does not have."""
+    layers = [*(edit.layer for edit in steering.edits), *(read.layer for read in steering.reads)]
+    if wrong := sorted({layer for layer in layers if not 0 <= layer < subject.n_layers}):
+        raise InputError(f"{steering.name} steers layer {wrong[0]}; {subject.name} has 0 to {subject.n_layers - 1}")
+    lowest = min((edit.layer for edit in steering.edits), default=subject.n_layers)
+    if late := [read.name for read in steering.reads if not read.plain and read.layer >= lowest]:
+        raise InputError(f"{steering.name} reads {late[0]!r} where it has steered already: read it from a plain pass")
+    for edit in steering.edits:
+        if edit.part not in PARTS or edit.where not in WHERES:
+            raise InputError(f"{edit.part!r} at {edit.where!r}: expected one of {PARTS} at one of {WHERES}")
+        if edit.part == "neurons" and subject.layers[edit.layer].down_proj is None:
+            raise InputError(f"{subject.name} has no single down projection (a mixture of experts): steer mlp_out")
+
+
+def _site(subject: Subject, edit: Edit) -> tuple[Callable[..., Any], nn.Module]:
+    parts = subject.layers[edit.layer]
+    if edit.part == "neurons":
+        assert parts.down_proj is not None  # `check` saw to it
+        return on_input, parts.down_proj
+    return on_output, parts.block if edit.part == "resid_post" else parts.mlp_write
+
+
+def _begin(
+    state: _State, record: Record, needs_plain: bool, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before the decoder: is it a prompt or generated tokens, and where are its real tokens?"""
+    if state.phase == "plain":
+        return
+    call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
+    call = {**call, **call.pop("kwargs", {})}
+    cache = call.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()):
+        if state.prompt is None:
+            raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
+        state.phase = "generated"
+        return
+    state.prompt = of_call(call.get("input_ids"), call.get("attention_mask"))
+    record.squares.append(torch.zeros(len(state.prompt.ids), dtype=torch.float64, device=state.prompt.ids.device))
+    if needs_plain:
+        state.phase = "plain"
+        decoder(**{**call, "past_key_values": None, "use_cache": False})
+    state.phase = "prompt"
+
+
+def _end(state: _State, decoder: nn.Module, args: Any, output: Any) -> None:
+    if state.phase != "plain":
+        state.phase = "outside"
+
+
+def _note(state: _State, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
+    if state.phase == ("plain" if read.plain else "prompt"):
+        assert state.prompt is not None  # the decoder's own hook came first
+        place = (state.prompt.last - read.back).clamp(min=0)
+        state.prompt.read[read.name] = x[torch.arange(len(x), device=x.device), place].detach()
+
+
+def _add(
+    state: _State,
+    record: Record,
+    subject: Subject,
+    steering: Steering,
+    edit: Edit,
+    x: Float[Tensor, "prompt pos width"],
+) -> Float[Tensor, "prompt pos width"] | None:
+    if state.phase not in ("prompt", "generated") or (state.phase == "generated" and edit.where != "every"):
+        return None
+    prompt = state.prompt
+    assert prompt is not None
+    if len(x) != len(prompt.ids):
+        raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
+    if state.phase == "prompt":
+        prompt = tail(prompt, x.shape[1])  # `companion.generation.forward` leaves out positions on which nothing hangs
+    scale = steering.strength * _gate(steering, prompt, record).to(x)[:, None, None]
+    added = scale * edit.delta(x, prompt).to(x)
+    if state.phase == "prompt":
+        added = torch.where(_positions(edit, prompt)[..., None], added, torch.zeros((), dtype=x.dtype, device=x.device))
+        written = _written(subject, edit, added)
+        record.squares[-1] += written.detach().double().square().sum((1, 2))
+    return x + added
+
+
+def _gate(steering: Steering, prompt: Prompt, record: Record) -> Float[Tensor, prompt]:
+    """The gate's values, asked once a prompt and kept while it is answered."""
+    if not prompt.opened:
+        is_open = torch.ones(len(prompt.ids), device=prompt.ids.device)
+        prompt.opened.append(is_open if steering.gate is None else steering.gate(prompt))
+        record.gates.append(prompt.opened[0])
+    return prompt.opened[0]
+
+
+def _positions(edit: Edit, prompt: Prompt) -> Bool[Tensor, "prompt pos"]:
+    if edit.where != "last":
+        return prompt.real
+    return torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
+
+
+def _written(subject: Subject, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
+    """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
+    if edit.part != "neurons":
+        return added
+    down = subject.layers[edit.layer].down_proj
+    assert down is not None
+    return added @ written_vectors(down)

@@ -1,0 +1,126 @@
+"""Where the decision is computed: which components turn wrapper and request into more than the sum of the two.
+
+An indirect effect says that a component passes the decision on, a direct effect that it writes it into the logits; a head
+that copies what an earlier layer decided has both. What tells computing from copying is the interaction. For the four
+prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component *would* get if
+everything before it were additive is h10 + h01 - h00. What it makes of that input, beyond the sum of what it makes of the
+three, is computed by it and by nothing before it:
+
+    G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
+
+A linear copy has G = 0, whatever it copies. The effect of G is measured as any other: taken away from the jailbroken
+harmful run, or added to the neutral harmful one, at all positions, with everything above live.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.base.display import progress
+from companion.base.thresholds import COMPONENTS
+from companion.mediation import estimands, outcomes, summaries
+from companion.mediation.estimands import Mediator
+from companion.mediation.study import Study
+from companion.model import memory, replay
+from companion.model.activations import CleanRun, on_output
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch, returning
+from companion.prompts.tokens import TokenPair
+
+VARIANTS = tuple(one for one in summaries.VARIANTS if one.name not in ("full response", "norm frozen"))
+
+
+Cells = Mapping[str, CleanRun]  # "10": harmful request in the neutral wrapper; the first digit is the request
+
+
+SIGNS = {"10": 1, "01": 1, "00": -1}
+
+
+def twins(study: Study) -> list[tuple[TokenPair, TokenPair]]:
+    """T2 pairs with their T2b twins, where all four prompts have equally many tokens."""
+    by_id = {pair.pair.id: pair for pair in study.of("T2b")}
+    both = [(pair, by_id.get(study.twins.get(pair.pair.id, ""))) for pair in study.of("T2")]
+    return [(pair, twin) for pair, twin in both if twin is not None and len(twin.control) == len(pair.control)]
+
+
+def computed(subject: Subject, cells: Cells, site: str, layer: int) -> Float[Tensor, "pair pos d"]:
+    """G of one component: what it computes beyond the sum, from the additive prediction of its input."""
+    ahead = {name: run.resid_pre[layer] for name, run in cells.items()}
+    if site == "mlp_out":
+        ahead = {name: h + cells[name].attn_out[layer] for name, h in ahead.items()}
+    additive = sum((sign * ahead[name] for name, sign in SIGNS.items()), torch.zeros_like(ahead["00"]))
+    summed = sum((sign * cells[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
+    return _write(subject, cells["11"], site, layer, additive) - summed
+
+
+def _write(
+    subject: Subject, run: CleanRun, site: str, layer: int, hidden: Float[Tensor, "pair pos d"]
+) -> Float[Tensor, "pair pos d"]:
+    """What a component writes if it reads `hidden`: the library's own block, called with the run's mask and positions."""
+    parts = subject.layers[layer]
+    seen: list[Tensor] = []
+    with torch.no_grad(), ExitStack() as stack:
+        written = parts.attn_write if site == "attn_out" else parts.mlp_write
+        stack.enter_context(on_output(written, seen.append))
+        if site == "mlp_out":  # attention adds nothing to what is handed in
+            nothing = torch.zeros_like(hidden)
+            stack.enter_context(returning(parts.attn, (nothing, None)))
+            if parts.attn_post is not None:
+                stack.enter_context(returning(parts.attn_post, nothing))
+        parts.block(hidden, **run.calls[layer])
+    return seen[0]
+
+
+def interaction_effects(study: Study) -> pd.DataFrame:
+    """Effect of what each component computes, in the schema of `estimands.measure_effects`: treatment T2-T2b, outcome Y1.
+
+    `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
+    of T2 - T2b. No rows where no twins have prompts of one length.
+    """
+    pairs = sorted(twins(study), key=lambda both: len(both[0].control))
+    tables = []
+    groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda both: len(both[0].control))]
+    for group in progress(groups, desc="computed"):
+        step = memory.pairs_at_once(study.subject, len(group[0][0].control))
+        tables += [_batch(study, group[start : start + step]) for start in range(0, len(group), step)]
+    return estimands.estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
+
+
+def _batch(study: Study, both: Sequence[tuple[TokenPair, TokenPair]]) -> pd.DataFrame:
+    subject, pairs = study.subject, [pair for pair, _ in both]
+    harmful, harmless = (estimands.run_clean(subject, one) for one in (pairs, [twin for _, twin in both]))
+    cells = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
+    wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
+    more = [computed(subject, cells, one.site, one.layer) for one in wanted]
+    everywhere = torch.ones_like(harmful.control.tokens, dtype=torch.bool)
+
+    def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
+        values = [base.site(one.site, one.layer) + sign * change for one, change in zip(wanted, more, strict=True)]
+        patches = [
+            Patch(one.site, one.layer, everywhere, value=value) for one, value in zip(wanted, values, strict=True)
+        ]
+        resid = replay.interchange(subject, base, base, patches)[:, :, 0]
+        return outcomes.log_odds(subject, resid, study.openers["T2"]).cpu().numpy()
+
+    odds = {name: _odds(study, run, "T2" if name[0] == "1" else "T2b") for name, run in cells.items()}
+    shape = (len(pairs), len(wanted))
+    y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
+    lost = odds["11"] - changed(harmful.treated, -1)
+    made = {
+        "y00": np.broadcast_to(odds["10"], shape), "y01": changed(harmful.control, 1),
+        "y10": y11 - lost, "y11": np.broadcast_to(y11, shape),
+    }  # fmt: skip
+    table = estimands.tidy(pairs, wanted, "Y1", made)
+    return table.assign(treatment="T2-T2b")
+
+
+def _odds(study: Study, run: CleanRun, treatment: str) -> Float[np.ndarray, "pair 1"]:
+    return outcomes.log_odds(study.subject, run.resid_post[-1][:, -1:], study.openers[treatment]).cpu().numpy()

@@ -1,0 +1,156 @@
+"""Outcomes: what a run of the model is scored by, each a function of the final residual stream.
+
+Y1 is the log-odds of complying against refusing at the first answer token. Y2 compares a whole answer with a whole
+refusal, teacher-forced. Y3, judged generation, lives with the judge. `contrast` is Y1's linear stand-in: with the final
+norm's scale frozen it is additive over everything written into the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from companion.model import readout
+from companion.model.architecture import Subject
+from companion.model.load import end_tokens
+from companion.prompts.tokens import Openers
+
+STEPS = 24  # tokens of an answer
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """One answer and one refusal for every pair, padded on the right; `mask` is False on padding."""
+
+    answer: Int[Tensor, "pair step"]
+    answer_mask: Bool[Tensor, "pair step"]
+    refusal: Int[Tensor, "pair step"]
+    refusal_mask: Bool[Tensor, "pair step"]
+
+
+def _openers(
+    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None
+) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
+    rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
+    logits = readout.logits(subject, resid, rows, norm_like).double()
+    return logits[..., : len(openers.comply)], logits[..., len(openers.comply) :]
+
+
+def log_odds(
+    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None = None
+) -> Float[Tensor, ...]:
+    """Y1: log p(any comply opener) - log p(any refuse opener) at the first answer token, in log-odds (float64).
+
+    `resid` is the final residual stream at the last prompt token; `norm_like` freezes the final norm's scale at that
+    of another residual stream.
+    """
+    comply, refuse = _openers(subject, resid, openers, norm_like)
+    return comply.logsumexp(-1) - refuse.logsumexp(-1)
+
+
+def contrast(
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    openers: Openers,
+    norm_like: Tensor | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> Float[Tensor, ...]:
+    """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream once `norm_like` freezes
+    the norm. `weights` are those of `camp_weights`; without them every opener counts the same.
+    """
+    camps = _openers(subject, resid, openers, norm_like)
+    if weights is None:
+        return camps[0].mean(-1) - camps[1].mean(-1)
+    comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
+    return comply - refuse
+
+
+def opener_weights(
+    subject: Subject, control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"], openers: Openers
+) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
+    """Weights that make `contrast` follow Y1: each opener's share of its camp, averaged over a pair's two clean runs.
+
+    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so the linear
+    contrast keeps TE close to Y1's where plain means would also count openers that nobody says.
+    """
+    runs = [_openers(subject, resid, openers, None) for resid in (control, treated)]
+    comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
+    return comply, refuse
+
+
+def opener_probabilities(
+    subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers
+) -> tuple[Float[Tensor, pair], Float[Tensor, pair]]:
+    """Probabilities of opening with any comply and with any refuse token, over the full vocabulary.
+
+    Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
+    """
+    probabilities = readout.logits(subject, resid).double().softmax(-1)
+    return probabilities[..., list(openers.comply)].sum(-1), probabilities[..., list(openers.refuse)].sum(-1)
+
+
+def continuations(
+    subject: Subject,
+    control: Int[Tensor, "pair pos"],
+    treated: Int[Tensor, "pair pos"],
+    openers: Openers | Sequence[Openers],
+    steps: int = STEPS,
+) -> Continuations:
+    """The model's own answer and refusal to each pair, for Y2; `openers` are those of all pairs, or of each pair.
+
+    The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
+    token after the control prompt; both go on greedily. One text of each kind serves both prompts of a pair, so that
+    Y2 compares how likely the *same* words are. Nothing is decoded to text.
+    """
+    own = [openers] * len(control) if isinstance(openers, Openers) else openers
+    camps = [*(one.comply for one in own), *(one.refuse for one in own)]
+    texts = [found.split(len(own)) for found in opened_with(subject, torch.cat([treated, control]), camps, steps)]
+    (answer, answer_mask), (refusal, refusal_mask) = (_trimmed(*text) for text in zip(*texts, strict=True))
+    return Continuations(answer, answer_mask, refusal, refusal_mask)
+
+
+def _trimmed(
+    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
+) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
+    """Without the steps that are padding in every row."""
+    used = int(mask.any(0).sum())
+    return text[:, :used], mask[:, :used]
+
+
+@torch.no_grad()
+def opened_with(
+    subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequence[Sequence[int]], steps: int
+) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
+    """The likeliest token of its camp behind each prompt and its greedy continuation; the mask is False on padding."""
+    # Not the library's generate: it would apply the model's own repetition penalty and the like.
+    out = subject.model(prompt, use_cache=True, logits_to_keep=1)
+    likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
+    openers = [camp[int(at)] for camp, at in zip(camps, torch.stack(likeliest).tolist(), strict=True)]
+    text, ends = (
+        torch.tensor(openers, device=prompt.device)[:, None],
+        torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype),
+    )
+    while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
+        out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
+        text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
+    is_end = torch.isin(text, ends)
+    # The first end token belongs to the text (stopping is part of it), what follows is padding.
+    return text, is_end.cumsum(-1) - is_end.long() == 0
+
+
+def sequence_log_prob(
+    subject: Subject,
+    resid: Float[Tensor, "pair ... step d"],
+    tokens: Int[Tensor, "pair step"],
+    mask: Bool[Tensor, "pair step"],
+) -> Float[Tensor, "pair ..."]:
+    """Sum over steps of log p(token | everything before), in nats (float64); `resid` is at the positions before each."""
+    log_probs = readout.logits(subject, resid).double().log_softmax(-1)
+    extra = (1,) * (resid.ndim - 3)
+    index = tokens.reshape(tokens.shape[0], *extra, tokens.shape[1], 1).expand(*log_probs.shape[:-1], 1)
+    keep = mask.reshape(mask.shape[0], *extra, mask.shape[1])
+    return (log_probs.gather(-1, index).squeeze(-1) * keep).sum(-1)

@@ -1,0 +1,165 @@
+"""Where the last token takes over, and what carries the signal on from there: MLPs, attention, or nothing (C4).
+
+The residual stream at the last token is set to the other run's value after one layer. Above it, at the last token,
+attention outputs and MLP outputs either react or are held at the base run's values. Comparing the four ways says which of
+them the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from companion.base.display import progress
+from companion.mediation import estimands, summaries
+from companion.mediation.estimands import Batch, Mediator, with_difference
+from companion.mediation.study import Study
+from companion.model import memory
+from companion.model.activations import CleanRun
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.model.replay import both_ways
+from companion.stats import bootstrap, clusters
+from companion.stats.bootstrap import interval
+
+# Which outputs above the patched layer are held at the base run's values, by the name that the effect table calls it.
+HELD: dict[str, tuple[str, ...]] = {
+    "live": (),
+    "attention held": ("attn_out",),
+    "MLPs held": ("mlp_out",),
+    "both held": ("attn_out", "mlp_out"),
+    "all held": ("attn_out", "mlp_out"),  # and the MLP output of the patched layer itself
+}
+
+
+# Weights of the effects in each path. MLPs, attention and skip add up to the whole effect.
+PATHS = {
+    "MLPs": {"attention held": 1, "both held": -1},
+    "attention": {"live": 1, "attention held": -1},
+    "skip": {"both held": 1},
+    "MLPs, attention live": {"live": 1, "MLPs held": -1},
+}
+
+
+# The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
+OWN = "MLPs from this layer on"
+
+
+WITH_OWN = {OWN: {"attention held": 1, "all held": -1}}
+
+
+OUTCOMES = ("Y1", "Y1.frozen")
+
+
+VARIANTS = tuple(variant for variant in summaries.VARIANTS if variant.name != "full response")
+
+
+def variants(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
+    """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
+    last = torch.zeros_like(base.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    made = []
+    for layer in layers:
+        own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
+        for name, sites in HELD.items():
+            above = [(site, at) for site in sites for at in range(layer + 1, subject.n_layers)]
+            held = (Patch(site, at, last, value=base.site(site, at)) for site, at in above)
+            made.append((Patch("resid_post", layer, last, value=own if name == "all held" else None), *held))
+    return made
+
+
+def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
+    control, treated = batch.control, batch.treated
+    into = (variants(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
+    at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
+    return both_ways(subject, control, treated, *into, at_once=at_once)
+
+
+def path_effects(
+    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], None] | None = None
+) -> pd.DataFrame:
+    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
+
+    Rows as in `estimands.measure_effects`, with T2 - T2b behind the others; by default for every layer. Treatments are T2 and T2b.
+    `watch` is shown every batch of clean runs, for what else is to be read off them.
+    """
+    subject, tables = study.subject, []
+    chosen = range(subject.n_layers) if layers is None else layers
+    wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
+    generation = study.of("T2", "T2b")
+    for group in progress(estimands.batches(generation, subject), desc="carriers"):
+        batch = estimands.run_clean(subject, group)
+        if watch:
+            watch(batch)
+        patched = cells(subject, batch, chosen)
+        for outcome in OUTCOMES:
+            scored = estimands.score(subject, batch, patched, study.openers[group[0].pair.treatment], outcome)
+            tables.append(estimands.tidy(group, wanted, outcome, scored))
+    if not tables:
+        return pd.DataFrame()
+    return with_difference(estimands.estimands(pd.concat(tables, ignore_index=True)), study.twins)
+
+
+def shares(
+    table: pd.DataFrame, layer: int, value: str = "nie", paths: Mapping[str, Mapping[str, int]] = PATHS
+) -> tuple[bootstrap.Estimates, list[str]] | None:
+    """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
+
+    `table` holds signed effects of one treatment and outcome. None where the layer's residual stream has no positive
+    effect on discover, so that there is nothing to share out.
+    """
+    at = table[table.layer == layer]
+    discover = at[(at.split == "discover") & (at.site == "live")]
+    if at.empty or not discover[value].mean() > 0:
+        return None
+    sums = clusters.cluster_sums(at[at.split == "test"], value, by=["site"])
+    order = list(sums.columns["site"])
+    top = np.array([[path.get(name, 0) for name in order] for path in paths.values()], dtype=float)
+    live = np.tile([float(name == "live") for name in order], (len(paths), 1))
+    return interval(sums, clusters.ratio(top, live)), list(paths)
+
+
+def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live") -> pd.DataFrame:
+    """The first layer after which the last token's residual stream has more than half of the total effect.
+
+    Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer
+    (each is what the other leaves), so this is where the last token overtakes all others. One row: layer, low, high
+    (percentiles of 2000 bootstraps over topics, since a layer is a whole number), n_pairs, n_topics; no row for a split of
+    fewer than two topics. Without a crossing it is the last layer, which has everything by construction.
+    """
+    part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == site)]
+    part = summaries.signed(part[part.position == "last"])
+    part = part[part.split == split]
+    columns = ["layer", "low", "high", "n_pairs", "n_topics"]
+    if part.topic.nunique() < 2:
+        return pd.DataFrame(columns=columns)
+    sums = clusters.cluster_sums(part, ["nie", "te"], by=["layer"])
+    nie, te = ((sums.columns["value"] == name).to_numpy() for name in ("nie", "te"))
+
+    def crossing(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        ahead = total[:, nie] > total[:, te] / 2
+        return np.where(ahead.any(1), ahead.argmax(1), ahead.shape[1] - 1)[:, None].astype(float)
+
+    found = interval(sums, crossing)
+    low, high = np.percentile(found.replicates[:, 0], [2.5, 97.5], method="nearest")
+    numbers = (found.estimate[0], low, high, part.pair_id.nunique(), part.topic.nunique())
+    return pd.DataFrame([numbers], columns=columns).astype(int)
+
+
+def by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure.
+
+    In the last layer, above which nothing stands, only the path that counts its own MLP.
+    """
+    signed = summaries.signed(summaries.select(table, treatment, VARIANTS[0], list(HELD)))
+    rows = []
+    for layer in sorted(signed.layer.unique()):
+        found = shares(signed, layer, paths=WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN)
+        if found:
+            rows.append(found[0].to_frame(pd.DataFrame({"path": found[1], "layer": layer})))
+    columns = ["path", "layer", "estimate", "low", "high"]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)

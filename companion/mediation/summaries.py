@@ -1,0 +1,253 @@
+"""The numbers that verdicts rest on: one row for each model, claim, quantity and variant, with an interval.
+
+A claim's rule (in `claims`) reads these rows and nothing else. Choices that could be bent after the fact, such as which
+components count as positive, are fixed on the discover split; every number is from the test split.
+
+Summaries behind the figures: means, shares and increments per cell, each with an interval over topics.
+
+Every function takes effect tables (or their joined relatives) and returns one tidy row per estimate, with `estimate`,
+`low` and `high`; what a figure draws is exactly such a table, saved as CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from companion.base.errors import InputError
+from companion.base.thresholds import COMPONENTS, LATE, SATURATED, depth
+from companion.stats import bootstrap, clusters
+from companion.stats.bootstrap import interval
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to measure the same quantity: an outcome, a column of the effect table, and a subset of pairs."""
+
+    name: str
+    outcome: str = "Y1"
+    value: str = "nie"
+    unsaturated: bool = False
+
+
+# The first is the estimate; the others are its robustness checks.
+VARIANTS = (
+    Variant("main"),
+    Variant("sufficiency", value="nie0"),
+    Variant("necessity", value="nie1"),
+    Variant("full response", outcome="Y2"),
+    Variant("norm frozen", outcome="Y1.frozen"),
+    Variant("unsaturated", unsaturated=True),
+)
+
+
+def averaged(table: pd.DataFrame) -> pd.DataFrame:
+    """Effects with `nie`, the mean of both directions, beside them."""
+    return table.assign(nie=(table.nie0 + table.nie1) / 2)
+
+
+def signed(table: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`averaged` effects, each treatment and outcome signed by its TE on discover.
+
+    A subset is signed by the set it was taken from (`reference`): signed by itself it could never disagree.
+    """
+    columns = ["te", "nie0", "nie1"]
+    source = table if reference is None else reference
+    discover = source[source.split == "discover"]
+    sign = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
+    joined = table.merge(sign, on=["treatment", "outcome"], how="left", validate="many_to_one")
+    if joined["sign"].isna().any():
+        lost = joined.loc[joined["sign"].isna(), "treatment"].iloc[0]
+        raise InputError(f"{lost} has no pair in the discover split, which fixes its sign: give it more topics")
+    return averaged(joined.assign(**{name: joined[name] * joined["sign"] for name in columns}).drop(columns="sign"))
+
+
+def unsaturated_ids(table: pd.DataFrame) -> set[str]:
+    """Pairs whose two clean runs both have p(comply | comply or refuse) between 0.02 and 0.98 (Y1)."""
+    clean = table[table.outcome == "Y1"].drop_duplicates("pair_id")
+    bound = np.log((1 - SATURATED) / SATURATED)
+    return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
+
+
+def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, column]:
+    """Which cells have a positive effect on discover, in the order of `columns`, whose keys name the cells.
+
+    Positive means above 0 by a one-sided clustered t-test at 5 %: cells that are noise around 0 would put noise into
+    the denominator of a share.
+    """
+    keys = [name for name in columns.columns if name in ("treatment", "site", "layer", "head")]
+    positive = {}
+    for cell, part in discover.groupby(keys):
+        test = clusters.clustered_t(part[[value]].to_numpy(), part["topic"].to_numpy())
+        positive[cell] = bool(test.mean[0] > 0 and test.p[0] / 2 < 0.05)
+    return np.array([positive[cell] for cell in columns[keys].itertuples(index=False, name=None)])
+
+
+def share(
+    table: pd.DataFrame, value: str, numerator: Callable[[pd.DataFrame], np.ndarray], scale: pd.Series | None = None
+) -> bootstrap.Estimates | None:
+    """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
+
+    `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
+    before it is summed, for effects per unit of patch norm or per parameter. None if no cell is positive on discover,
+    as in a network that does nothing.
+    """
+    sums = clusters.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
+    positive = positive_cells(table[table.split == "discover"], value, sums.columns)
+    if not positive.any():
+        return None
+    weight = positive.astype(float)
+    if scale is not None:
+        divisor = scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
+        # A component that cannot differ yet has patches of length 0, and no positive effect.
+        weight = np.divide(weight, divisor, out=np.zeros_like(weight), where=positive)
+    return bootstrap.bootstrap(sums, clusters.ratio(weight * numerator(sums.columns), weight))
+
+
+def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> bootstrap.Estimates | None:
+    """Share of the positive component effects that lie in late layers (depth > 2/3)."""
+    return share(table, value, lambda cells: depth(cells["layer"], n_layers) > LATE)
+
+
+def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> bootstrap.Estimates | None:
+    """Share of the positive component effects that MLP outputs hold, against attention outputs."""
+    return share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
+
+
+def centroids(
+    harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int, value: str = "nie"
+) -> tuple[bootstrap.Estimates, int, list[str]]:
+    """Effect-weighted mean depth of the positive components: harm - benign, then each treatment's own.
+
+    Entry 0 is the difference between the harm contrast and the mean over the benign behaviours; the others follow the
+    returned list of names, harm first. Topics are drawn within harm and within each benign behaviour.
+    """
+    table = pd.concat([harm, benign], ignore_index=True)
+    test = stratified(table[table.split == "test"])
+    sums = clusters.cluster_sums(test, value, by=["treatment", "site", "layer"], strata="stratum")
+    weight = positive_cells(table[table.split == "discover"], value, sums.columns).astype(float)
+    at = depth(sums.columns["layer"], n_layers)
+    names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
+    member = np.stack([(sums.columns["treatment"] == name).to_numpy() for name in names])
+
+    def statistic(
+        total: Float[np.ndarray, "rep column"], count: Float[np.ndarray, "rep column"]
+    ) -> Float[np.ndarray, "rep stat"]:
+        own = (total @ (member * weight * at).T) / (total @ (member * weight).T)
+        return np.concatenate([own[:, :1] - own[:, 1:].mean(axis=1, keepdims=True), own], axis=1)
+
+    return bootstrap.bootstrap(sums, statistic), harm.loc[harm.split == "test", "pair_id"].nunique(), names
+
+
+def stratified(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a `stratum`: the treatments that a topic serves; topics alone in theirs join the largest one."""
+    serves = table.groupby("topic")["treatment"].agg(lambda names: " ".join(sorted(set(names))))
+    sizes = serves.value_counts()
+    return table.assign(stratum=table["topic"].map(serves.where(serves.map(sizes) > 1, sizes.index[0])))
+
+
+def primary(table: pd.DataFrame) -> str:
+    """The treatment that stands for generation: T2 - T2b where twins exist, else T2, else the first there is."""
+    present = list(dict.fromkeys(table.treatment))
+    return next((name for name in ("T2-T2b", "T2") if name in present), present[0])
+
+
+def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequence[str] = COMPONENTS) -> pd.DataFrame:
+    """Rows of one treatment, outcome and set of sites at the last token, restricted to unsaturated pairs on demand."""
+    chosen = table[(table.treatment == treatment) & (table.outcome == variant.outcome) & (table.position == "last")]
+    chosen = chosen[chosen.site.isin(sites)]
+    if variant.unsaturated:
+        source = table[table.treatment == "T2"] if treatment == "T2-T2b" else table[table.treatment == treatment]
+        chosen = chosen[chosen.pair_id.isin(unsaturated_ids(source))]
+    return chosen
+
+
+def enough(table: pd.DataFrame, least: int = 2) -> bool:
+    """True if discover and test both hold pairs of at least `least` topics."""
+    return all(table.loc[table.split == split, "topic"].nunique() >= least for split in ("discover", "test"))
+
+
+def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
+    """Mean effect of every cell over all pairs of the table, with intervals and a simultaneous band.
+
+    Columns: `by`, estimate, low, high, band_low, band_high, in the unit of the outcome. Cells that are zero by
+    structure take no part in the band.
+    """
+    sums = clusters.cluster_sums(table, value, by=list(by))
+    estimates = interval(sums, clusters.mean)
+    band = bootstrap.max_t_band(estimates)
+    frame = estimates.to_frame(sums.columns[list(by)])
+    return frame.assign(band_low=band.low, band_high=band.high)
+
+
+def per_group(
+    table: pd.DataFrame, group: str, value: str = "nie", by: Sequence[str] = ("site", "layer")
+) -> pd.DataFrame:
+    """`cell_means` within each value of a column (a treatment, a model), stacked; bands hold within a group."""
+    parts = [cell_means(part, value, by).assign(**{group: name}) for name, part in table.groupby(group, sort=False)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
+    """Proportion mediated per cell: the effect summed over pairs by TE summed over pairs (never a mean of ratios)."""
+    sums = clusters.cluster_sums(table, [value, "te"], by=list(by))
+    cells = sums.columns.loc[sums.columns["value"] == value, list(by)].reset_index(drop=True)
+    n = len(cells)
+    effect = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == value)]
+    total = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == "te")]
+    return interval(sums, clusters.ratio(effect, total)).to_frame(cells)
+
+
+def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
+    """Every effect of a pair multiplied by the pair's own TE, so that shares become sum(TE NIE) / sum(TE TE).
+
+    This is the least-squares slope of NIE on TE through 0. It is defined where TE has either sign from pair to pair,
+    as in an untrained network; a ratio of means would there divide noise by noise.
+    """
+    return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)
+
+
+def increments(table: pd.DataFrame, value: str = "nie") -> pd.DataFrame:
+    """What each layer adds to the cumulative curve: psi(layer) - psi(layer - 1), with psi(-1) = 0, as shares of TE."""
+    sums = clusters.cluster_sums(table, [value, "te"], by=["layer"])
+    layers = np.sort(table.layer.unique())
+    column = {(row.value, row.layer): i for i, row in enumerate(sums.columns.itertuples())}
+    weights = np.zeros((len(layers), len(column)))
+    total = np.zeros_like(weights)
+    for i, layer in enumerate(layers):
+        weights[i, column[value, layer]] = 1
+        total[i, column["te", layer]] = 1
+        if i:
+            weights[i, column[value, layers[i - 1]]] = -1
+    return interval(sums, clusters.ratio(weights, total)).to_frame(pd.DataFrame({"layer": layers}))
+
+
+def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:
+    """Each component's share of TE in the harm contrast, in the mean benign behaviour, and their difference.
+
+    Topics are drawn within harm and within each benign behaviour. `contrast` is "harm", "benign" or "difference".
+    """
+    table = signed(pd.concat([harm, benign], ignore_index=True))
+    sums = clusters.cluster_sums(
+        stratified(table[table.split == "test"]), ["nie", "te"], by=["treatment", "site", "layer"], strata="stratum"
+    )
+    columns = sums.columns
+    cells = columns.loc[columns.treatment == harm.treatment.iloc[0], ["site", "layer"]].drop_duplicates()
+    names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
+    order = pd.MultiIndex.from_frame(columns[["value", "treatment", "site", "layer"]])
+
+    def index(value: str, name: str) -> np.ndarray:
+        wanted = [(value, name, cell.site, cell.layer) for cell in cells.itertuples()]
+        return order.get_indexer(pd.MultiIndex.from_tuples(wanted))
+
+    def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        psi = [total[:, index("nie", name)] / total[:, index("te", name)] for name in names]
+        benign_mean = np.mean(psi[1:], axis=0)
+        return np.concatenate([psi[0], benign_mean, psi[0] - benign_mean], axis=1)
+
+    labels = pd.concat([cells.assign(contrast=name) for name in ("harm", "benign", "difference")])
+    return interval(sums, statistic).to_frame(labels)

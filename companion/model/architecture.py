@@ -1,0 +1,247 @@
+"""A model over several GPUs, or partly in the processor's memory: for everybody else it seems to lie on one GPU.
+
+`companion.model.memory.placement` says where each layer lies and the `accelerate` library puts it there. A layer on another
+GPU is computed there, one projection or norm at a time: activations travel to it and back, so that all that stands
+between them, which interventions read and write, is on the first GPU. Weights that wait in the processor's memory come for
+each call instead.
+
+The named parts of a causal language model, found by structure and not by family.
+
+A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an
+attention with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute
+names differ. `find_parts` follows those names; whether what it found is right is decided by arithmetic, in
+`companion.model.verify`, on the model at hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import align_module_device
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from companion.base.errors import InputError
+
+HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
+
+
+WAITING = ("cpu", "disk")
+
+
+def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesHook] = AlignDevicesHook) -> None:
+    """Let everything that `where` has put elsewhere take from and give to the GPU of the embedding, its first place."""
+    main = next(iter(where.values()))
+    here = torch.empty(0, device=main, dtype=next(model.parameters()).dtype)
+    for module in model.modules():
+        for one in _hooks(module):  # with several GPUs the library takes any of them for what waits
+            one.execution_device = main
+    for name, place in where.items():
+        block = model.get_submodule(name)
+        for module in block.modules():
+            travels = place not in (main, *WAITING) and any(True for _ in module.parameters(recurse=False))
+            if place not in (main, *WAITING):
+                remove_hook_from_module(module)
+            if travels:
+                add_hook_to_module(module, hook(execution_device=place, io_same_device=True))
+                object.__setattr__(module, HOME, here)  # no buffer: it must not become part of the weights
+            else:  # masks and the like, used between the projections
+                for key, buffer in module.named_buffers(recurse=False):
+                    setattr(module, key, buffer.to(main))
+
+
+def is_apart(model: nn.Module) -> bool:
+    """Whether some layers of a model lie elsewhere than its embedding does."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def weight_here(module: nn.Module) -> Tensor:
+    """A projection's weight where the activations are, wherever it lies."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        with align_module_device(module):
+            weight = module.get_parameter("weight")
+    home: Any = getattr(module, HOME, weight)
+    return weight.to(home)
+
+
+def stored(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """A module's weight (or bias) where it is kept, to be changed in place; None if it has none."""
+    tensor = getattr(module, name, None)
+    if isinstance(tensor, Tensor) and tensor.is_meta:
+        return next(one.weights_map[name] for one in _hooks(module) if one.offload)
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    hook: Any = getattr(module, "_hf_hook", None)
+    yield from (one for one in getattr(hook, "hooks", (hook,)) if isinstance(one, AlignDevicesHook))
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer. The `*_post` norms are None in pre-norm families; `down_proj` is None in mixtures of experts."""
+
+    block: nn.Module
+    attn: nn.Module
+    o_proj: nn.Module
+    mlp: nn.Module
+    down_proj: nn.Module | None
+    attn_post: nn.Module | None
+    mlp_post: nn.Module | None
+
+    @property
+    def attn_write(self) -> nn.Module:
+        """The module whose output the block adds to the residual stream after attention."""
+        return self.attn if self.attn_post is None else self.attn_post
+
+    @property
+    def mlp_write(self) -> nn.Module:
+        """The module whose output the block adds to the residual stream last."""
+        return self.mlp if self.mlp_post is None else self.mlp_post
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under study: the library's own modules by name, its sizes, and the sha256 of its weights.
+
+    `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    layers: tuple[LayerParts, ...]
+    final_norm: nn.Module
+    unembed: nn.Module
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_mlp: int
+    post_norm: bool
+    sha256: str
+    replayable: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' floating-point type, in which everything is computed."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, row] | None]:
+        """Weight and bias (None in most families) of the map from residual stream to logits."""
+        weight, bias = self.unembed.weight, getattr(self.unembed, "bias", None)
+        assert isinstance(weight, Tensor)
+        return weight, bias
+
+    @property
+    def soft_cap(self) -> float | None:
+        """The bound of the final logits (Gemma 2), or None."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+
+def find_parts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, sha256: str | None = None
+) -> Subject:
+    """The parts of a model; `InputError` for a model whose drawing is not the one above."""
+    unembed = model.get_output_embeddings()
+    if unembed is None:
+        raise InputError(
+            f"{type(model).__name__} has no unembedding, so it is not a causal language model; "
+            "load a model of class ...ForCausalLM or ...LMHeadModel"
+        )
+    decoder = _part(model, ("model", "transformer"))
+    layers = tuple(_layer_parts(block) for block in _part(decoder, ("layers", "h")))
+    return Subject(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        layers=layers,
+        final_norm=_part(decoder, ("norm", "ln_f")),
+        unembed=unembed,
+        n_layers=len(layers),
+        n_heads=int(model.config.num_attention_heads),
+        d_model=int(model.config.hidden_size),
+        d_mlp=0 if layers[0].down_proj is None else written_vectors(layers[0].down_proj).shape[0],
+        post_norm=layers[0].attn_post is not None,
+        sha256=sha256 or hash_tensors(model),
+    )
+
+
+def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
+    """What one unit of each input entry of an output or down projection adds to the projection's output.
+
+    Row j of a down projection is neuron j's output vector. GPT-2's `Conv1D` stores it so, `nn.Linear` transposed.
+    """
+    weight = weight_here(projection)
+    return weight.T if isinstance(projection, nn.Linear) else weight
+
+
+def hash_tensors(model: nn.Module) -> str:
+    """sha256 over the names and bytes of a model's weights (shared tensors once), for models without a file."""
+    named = ((key, *key.rpartition(".")[::2]) for key in sorted(dict(model.named_parameters())))
+    kept = ((key, stored(model.get_submodule(owner), name)) for key, owner, name in named)
+    return _sha256(part for key, tensor in kept for part in (key.encode(), _bytes(tensor)))
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """sha256 over weight files, in the order of their names."""
+    return _sha256(part for file in sorted(files) for part in _chunks(file))
+
+
+def _layer_parts(block: nn.Module) -> LayerParts:
+    attn = _part(block, ("self_attn", "attn"))
+    mlp = _part(block, ("mlp",))
+    # Gemma and OLMo 2 normalise what attention and MLP write; elsewhere `post_attention_layernorm` stands before the MLP.
+    is_post = hasattr(block, "post_feedforward_layernorm")
+    return LayerParts(
+        block=block,
+        attn=attn,
+        o_proj=_part(attn, ("o_proj", "c_proj")),
+        mlp=mlp,
+        down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
+        attn_post=_part(block, ("post_attention_layernorm",)) if is_post else None,
+        mlp_post=_part(block, ("post_feedforward_layernorm",)) if is_post else None,
+    )
+
+
+def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
+    for name in names:
+        if isinstance(getattr(parent, name, None), nn.Module):
+            return getattr(parent, name)
+    raise InputError(
+        f"unknown architecture: {type(parent).__name__} has none of {', '.join(names)}; known are Llama, Qwen2, Qwen3, "
+        "Gemma 2, Gemma 3 (text), Mistral, Phi-3, OLMo 2, GPT-2 and models that name their parts as one of these does; "
+        "for another family add its names to companion/model/architecture.py and run tests/test_grid.py on a tiny copy"
+    )
+
+
+def _bytes(tensor: Tensor | None) -> bytes:
+    assert tensor is not None, "a parameter is a tensor"
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _chunks(file: Path) -> Iterable[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 24):
+            yield chunk
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

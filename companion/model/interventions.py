@@ -1,0 +1,304 @@
+"""What an intervention is: a site, a layer, positions, and the value written there.
+
+What a patch does inside its own layer: the edited residual stream above it, or hooks for joint interventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from companion.base.errors import InputError
+from companion.model.activations import CleanRun, first, on_input, on_output
+from companion.model.architecture import LayerParts, Subject, written_vectors
+
+SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Set one site of one layer at some positions.
+
+    `positions` may differ between pairs. `index` names the head or neuron (several: set together) and is None for
+    the other sites. `value`, broadcastable to (pair, pos, width), is what is written; None takes the source run's
+    own activation.
+    """
+
+    site: str
+    layer: int
+    positions: Bool[Tensor, "pair pos"]
+    index: int | tuple[int, ...] | None = None
+    value: Tensor | None = None
+
+
+Variant = tuple[Patch, ...]  # set together; most variants are a single patch
+
+
+def as_variants(subject: Subject, base: CleanRun, patches: Sequence[Patch | Sequence[Patch]]) -> list[Variant]:
+    """Every entry as a tuple of patches, checked; `InputError` names the first that cannot be applied."""
+    variants = [(entry,) if isinstance(entry, Patch) else tuple(entry) for entry in patches]
+    for variant in variants:
+        if not variant:
+            raise InputError("a joint intervention has no patches; give at least one")
+        for patch in variant:
+            _check(subject, base, patch)
+    return variants
+
+
+def projection(parts: LayerParts, site: str) -> nn.Module:
+    """The output projection that reads heads, or the down projection that reads neurons."""
+    module = parts.o_proj if site == "head" else parts.down_proj
+    if module is None:
+        raise InputError("this model's MLP has no down projection (a mixture of experts?); use the site mlp_out")
+    return module
+
+
+def entries(subject: Subject, patch: Patch) -> slice | list[int]:
+    """Which entries of the site's tensor a patch sets: all of a vector, a head's slice, one neuron."""
+    if patch.index is None:
+        return slice(None)
+    index = _indices(patch)
+    if patch.site == "neuron":
+        return list(index)
+    width = head_width(subject, patch.layer)
+    return [i for head in index for i in range(head * width, (head + 1) * width)]
+
+
+def head_width(subject: Subject, layer: int) -> int:
+    """Entries of one head in the output projection's input."""
+    weight = subject.layers[layer].o_proj.weight
+    assert isinstance(weight, Tensor)
+    return weight.numel() // subject.d_model // subject.n_heads
+
+
+def columns(patch: Patch) -> list[int]:
+    """The positions that a patch touches in at least one pair."""
+    return patch.positions.any(0).nonzero().flatten().tolist()
+
+
+def values_at(
+    subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]
+) -> tuple[Float[Tensor, "pair col width"], Float[Tensor, "pair col width"]]:
+    """The base's own value of a patch's entries at some positions, and the value after the patch."""
+    chosen = entries(subject, patch)
+    old = base.site(patch.site, patch.layer)[:, cols][..., chosen]
+    if patch.value is None:
+        new = source.site(patch.site, patch.layer)[:, cols][..., chosen]
+    else:
+        n_pairs, n_pos = base.tokens.shape
+        new = patch.value.to(old).expand(n_pairs, n_pos, old.shape[-1])[:, cols]
+    return old, torch.where(patch.positions[:, cols, None], new, old)
+
+
+def changed_columns(subject: Subject, base: CleanRun, source: CleanRun, patch: Patch) -> list[int]:
+    """The positions at which a patch changes anything in any pair, bit for bit.
+
+    Before the first token in which two prompts differ every activation is the same, so patches there change nothing
+    and nothing needs to be computed.
+    """
+    cols = columns(patch)
+    old, new = values_at(subject, base, source, patch, cols)
+    changed = (old != new).any(-1).any(0).tolist()  # NaN differs from itself, so it is never skipped
+    return [col for col, is_changed in zip(cols, changed, strict=True) if is_changed]
+
+
+def _check(subject: Subject, base: CleanRun, patch: Patch) -> None:
+    if patch.site not in SITES:
+        raise InputError(f"unknown site {patch.site!r}; expected one of {', '.join(SITES)}")
+    if not 0 <= patch.layer < subject.n_layers:
+        raise InputError(f"layer {patch.layer} of {patch.site} does not exist; layers are 0 to {subject.n_layers - 1}")
+    if patch.positions.dtype != torch.bool or patch.positions.shape != base.tokens.shape:
+        raise InputError(
+            f"positions of {patch.site} must be a mask of shape {tuple(base.tokens.shape)} (pair, pos), "
+            f"not {patch.positions.dtype} {tuple(patch.positions.shape)}"
+        )
+    _check_index(subject, patch)
+
+
+def _check_index(subject: Subject, patch: Patch) -> None:
+    size = {"head": subject.n_heads, "neuron": subject.d_mlp}.get(patch.site)
+    if size is None:
+        if patch.index is not None:
+            raise InputError(f"{patch.site} takes no index; index is for head and neuron")
+        return
+    projection(subject.layers[patch.layer], patch.site)
+    index = _indices(patch)
+    if not index or len(set(index)) < len(index) or not all(0 <= i < size for i in index):
+        raise InputError(
+            f"index {patch.index} of {patch.site}: expected one or several different ones of 0 to {size - 1}"
+        )
+
+
+def _indices(patch: Patch) -> tuple[int, ...]:
+    if patch.index is None:
+        return ()
+    return patch.index if isinstance(patch.index, tuple) else (int(patch.index),)
+
+
+@dataclass(frozen=True)
+class Entering:
+    """A single patch that joins a sweep, and the positions [start, end) that are followed from there."""
+
+    patch: Patch
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _CellEdit:
+    tokens: list[int]
+    entries: slice | list[int]
+    mask: Bool[Tensor, "pair col 1"]
+    new: Float[Tensor, "pair col width"]
+
+
+def enter(
+    subject: Subject, base: CleanRun, source: CleanRun, entering: Sequence[Entering], layer: int
+) -> list[Float[Tensor, "pair pos d"]]:
+    """The residual stream above `layer` on each stretch: the clean one, with the patched cells recomputed."""
+    cols = [[c for c in columns(e.patch) if e.start <= c < e.end] for e in entering]
+    writes = [_write(subject, base, source, e.patch, c) for e, c in zip(entering, cols, strict=True)]
+    through_mlp = [i for i, e in enumerate(entering) if e.patch.site in ("attn_out", "head")]
+    edited = dict(zip(through_mlp, _finish_layer(subject, base, layer, cols, writes, through_mlp), strict=True))
+    states = []
+    for i, e in enumerate(entering):
+        new = edited[i] if i in edited else _above(base, e.patch, cols[i], writes[i])
+        state = clean_stretch(base, layer, e.start, e.end).clone()
+        inside = [c - e.start for c in cols[i]]
+        state[:, inside] = new
+        states.append(state)
+    return states
+
+
+def clean_stretch(base: CleanRun, layer: int, start: int, end: int) -> Float[Tensor, "pair pos d"]:
+    """The clean residual stream above a layer; layer -1 is the embedding."""
+    resid = base.resid_pre[0] if layer < 0 else base.resid_post[layer]
+    return resid[:, start:end]
+
+
+def written(
+    subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]
+) -> tuple[Float[Tensor, "pair col d"], Float[Tensor, "pair col d"]]:
+    """What attention or MLP writes into the residual stream at some positions: in the base, and after the patch."""
+    old, new = values_at(subject, base, source, patch, cols)
+    if patch.site not in ("head", "neuron"):
+        return old, new
+    parts = subject.layers[patch.layer]
+    vectors = written_vectors(projection(parts, patch.site))[entries(subject, patch)]
+    raw = _raw_output(parts, base, patch, cols)
+    post = parts.attn_post if patch.site == "head" else parts.mlp_post
+    change = (new - old) @ vectors  # the projection is linear: only the patched entries matter
+    return (raw, raw + change) if post is None else (post(raw), post(raw + change))
+
+
+def _write(subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]) -> Tensor:
+    return written(subject, base, source, patch, cols)[1]
+
+
+def _raw_output(parts: LayerParts, base: CleanRun, patch: Patch, cols: list[int]) -> Float[Tensor, "pair col d"]:
+    """Attention's or the MLP's output before any post-norm."""
+    site = "attn_out" if patch.site == "head" else "mlp_out"
+    if parts.attn_post is None:
+        return base.site(site, patch.layer)[:, cols]
+    inputs = base.site(patch.site, patch.layer)[:, cols]
+    return projection(parts, patch.site)(inputs)
+
+
+def _above(base: CleanRun, patch: Patch, cols: list[int], write: Tensor) -> Float[Tensor, "pair col d"]:
+    """The edited cells of a site after which nothing else happens in its layer."""
+    if patch.site == "resid_post":
+        return write
+    middle = base.resid_pre[patch.layer][:, cols] + base.site("attn_out", patch.layer)[:, cols]
+    return middle + write
+
+
+def _finish_layer(
+    subject: Subject,
+    base: CleanRun,
+    layer: int,
+    cols: Sequence[list[int]],
+    writes: Sequence[Tensor],
+    chosen: Sequence[int],
+) -> list[Tensor]:
+    """The layer's MLP half for edited attention outputs: the library's block, its attention replaced by a given output."""
+    if not chosen:
+        return []
+    parts = subject.layers[layer]
+    resid = torch.cat([base.resid_pre[layer][:, cols[i]] for i in chosen], dim=1)
+    write = torch.cat([writes[i] for i in chosen], dim=1)
+    with ExitStack() as stack:
+        stack.enter_context(returning(parts.attn, (write, None)))
+        if parts.attn_post is not None:
+            stack.enter_context(returning(parts.attn_post, write))
+        out = first(parts.block(resid, **base.calls[layer]))
+    return list(out.split([len(cols[i]) for i in chosen], dim=1))
+
+
+def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
+    """For a while the module computes nothing and returns `output`."""
+    return _forward(module, lambda *args, **kwargs: output)
+
+
+def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, token]) -> AbstractContextManager[None]:
+    """For a while the MLP computes the wanted tokens alone: above the last layer nobody looks at the others."""
+    plain = mlp.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        tokens = wanted[: hidden.shape[1]].nonzero().flatten()
+        out[:, tokens] = plain(hidden[:, tokens])
+        return out
+
+    return _forward(mlp, forward)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def layer_edits(subject: Subject, base: CleanRun, source: CleanRun, joint: Sequence[tuple[Entering, int]]) -> ExitStack:
+    """Hooks that set the patched cells of running stretches; each patch comes with its stretch's first token."""
+    stack = ExitStack()
+    sites: dict[str, list[_CellEdit]] = {}
+    for entering, offset in joint:
+        patch = entering.patch
+        cols = [c for c in columns(patch) if c < entering.end]
+        new = values_at(subject, base, source, patch, cols)[1]
+        tokens = [c - entering.start + offset for c in cols]
+        edit = _CellEdit(tokens, entries(subject, patch), patch.positions[:, cols, None], new)
+        sites.setdefault(patch.site, []).append(edit)
+    for site, edits in sites.items():
+        stack.enter_context(_site_hook(subject, site, joint[0][0].patch.layer)(partial(_set_cells, edits)))
+    return stack
+
+
+def _site_hook(subject: Subject, site: str, layer: int) -> Any:
+    parts = subject.layers[layer]
+    if site in ("head", "neuron"):
+        return partial(on_input, projection(parts, site))
+    module = {"attn_out": parts.attn_write, "mlp_out": parts.mlp_write, "resid_post": parts.block}[site]
+    return partial(on_output, module)
+
+
+def _set_cells(edits: Sequence[_CellEdit], tensor: Tensor) -> Float[Tensor, "pair token width"]:
+    tensor = tensor.clone()
+    for edit in edits:
+        cells = tensor[:, edit.tokens]
+        cells[..., edit.entries] = torch.where(edit.mask, edit.new, cells[..., edit.entries])
+        tensor[:, edit.tokens] = cells
+    return tensor

@@ -1,0 +1,236 @@
+"""Loading the model under study: by name, from a folder, or one that is already in memory.
+
+Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is
+used.
+
+Whether tokens and lengths fit a model: what does not would be an index error of the library in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from companion.base import folders, hub, paths
+from companion.base.errors import InputError
+from companion.model import architecture, download, memory
+from companion.model.architecture import Subject, find_parts, hash_files
+from companion.model.verify import check_sites, clean_pair, verify
+
+EMBEDDED = "window-0"
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    allow_slow: bool = False,
+    copies: float | None = None,
+) -> Subject:
+    """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
+
+    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
+    is for screening, and `companion.mediation.control_models.precision_noise` measures what it does to effects. On a
+    GPU float32 products are computed in full float32 (no TF32). `copies` is that of `memory.needs`.
+
+    Raises:
+        InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
+            unknown architecture, too large for memory, missing tensors, or a model that cannot be replayed exactly
+            (see `from_model`).
+    """
+    folder = _folder(name)
+    folders.check_folder(folder)
+    model = _load_model(folder, _dtype(dtype), _device(device), copies)
+    files = list(folder.glob("*.safetensors"))
+    return _checked(find_parts(_quiet(model), load_tokenizer(folder), str(name), hash_files(files)), allow_slow)
+
+
+def from_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    name: str = "in-memory",
+    *,
+    allow_slow: bool = False,
+) -> Subject:
+    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched
+    off.
+
+    Raises:
+        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot
+            replay exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with
+            a warning.
+    """
+    return _checked(find_parts(_quiet(model), tokenizer, name), allow_slow)
+
+
+def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
+    """The same architecture with fresh random weights, drawn by the library's own initialisation."""
+    config = copy.deepcopy(subject.model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
+        )
+    model = _quiet(_placed_like(model.to(subject.dtype), subject))
+    twin = find_parts(model, subject.tokenizer, f"{subject.name}-untrained-{seed}")
+    return replace(twin, replayable=subject.replayable)
+
+
+def _placed_like(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
+    """The twin of a model whose layers partly lie elsewhere is placed as that model is."""
+    if not architecture.is_apart(subject.model):
+        return model.to(subject.device)
+    where = subject.model.hf_device_map
+    made = dispatch_model(model, where, main_device=str(subject.device))
+    architecture.connect(made, where)
+    return made
+
+
+def bridge(subject: Subject) -> Any:
+    """TransformerLens's view of the model (`TransformerBridge`), for notebooks and tests.
+
+    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes
+    attention eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
+    """
+    from transformer_lens.model_bridge import TransformerBridge  # four seconds, and only notebooks and tests need it
+
+    if subject.tokenizer is None:
+        raise InputError(f"{subject.name} has no tokenizer, and TransformerLens needs one; hand one to from_model")
+    shared = {id(tensor): tensor for tensor in (*subject.model.parameters(), *subject.model.buffers())}
+    twin = copy.deepcopy(subject.model, shared)
+    twin.config.architectures = [type(subject.model).__name__]
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    return TransformerBridge.boot_transformers(
+        tokenizer.name_or_path or subject.name,
+        hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
+    )  # fmt: skip
+
+
+def _checked(subject: Subject, allow_slow: bool) -> Subject:
+    if not allow_slow:
+        verify(subject)
+        return subject
+    try:
+        verify(subject)
+    except InputError as error:
+        check_sites(subject, clean_pair(subject)[0])
+        warnings.warn(f"{error}; going on with one full forward pass per intervention", stacklevel=3)
+        return replace(subject, replayable=False)
+    return subject
+
+
+def _folder(name: str | Path) -> Path:
+    shipped = paths.ORGANISM / (EMBEDDED if name == "embedded" else str(name))
+    folder = shipped if shipped.is_dir() else Path(name)
+    if not folder.is_dir():
+        known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
+        if hub.parse(name) is not None:
+            return download.fetch(str(name))
+        raise InputError(
+            f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
+            "give a folder, or a model of the hub as ORG/MODEL"
+        )
+    return folder
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
+    """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
+    on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type == "cuda" else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
+            output_loading_info=True, **on_gpu,
+        )  # fmt: skip
+    except Exception as error:  # damaged files make the libraries raise anything
+        line = str(error).strip().split("\n", 1)[0]
+        raise InputError(
+            f"{folder} could not be loaded: {line}; is it complete, and its architecture known?"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
+    if where:
+        architecture.connect(model, where)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model's folder, None where there is none; InputError where its files are damaged."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+    except Exception as error:  # the same
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
+
+
+def _quiet(model: PreTrainedModel) -> PreTrainedModel:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return model.eval().requires_grad_(False)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} does not exist; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} was asked for, but {torch.cuda.device_count()} GPUs are visible; use --device cpu"
+        )
+    return device
+
+
+def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:
+    """`InputError` for a token id that the model does not embed, or a text (`what`) of more tokens than it reads."""
+    rows = subject.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"{subject.name}: its tokenizer gives token {largest}, but the model embeds {rows}; they do not belong "
+            "together: save the model's own tokenizer into its folder"
+        )
+    most = getattr(subject.model.config, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        raise InputError(
+            f"{subject.name} reads at most {most} tokens, and {what} takes up to {longest}: leave the longest prompts out, "
+            "or use a model that reads more"
+        )
+
+
+def end_tokens(subject: Subject) -> list[int]:
+    """The tokens with which the model ends an answer; none where its generation config names none."""
+    configured = subject.model.generation_config.eos_token_id
+    return [configured] if isinstance(configured, int) else list(configured or [])
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a model's folder; `InputError` where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+    except Exception as error:  # damaged files make the library raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error

@@ -1,0 +1,373 @@
+"""How much is computed at once: a pure function of shapes, so that a rerun gives the same bytes.
+
+Peak memory of a sweep above the model and the two clean runs is kept below half of one clean run with all sites.
+
+How much memory a model will need, known before its weights are read (or downloaded), and where its layers can lie.
+
+The model is built on torch's meta device: all shapes, no numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from companion.base import hub
+from companion.base.display import progress
+from companion.base.errors import InputError
+from companion.model.architecture import Subject, find_parts
+from companion.model.interventions import head_width
+from companion.model.propagation import Stretch
+
+WORKING_SHARE = 0.4
+
+
+MASK_SHARE = 0.1
+
+
+_events: list[str] = []
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes above the loaded model: one clean run with all sites, and the working memory of a sweep."""
+
+    clean_run: int
+    sweep: int
+
+
+def memory_need(subject: Subject, n_pairs: int, n_pos: int) -> Need:
+    """What `interchange` will need, estimated from shapes before anything runs."""
+    tokens = token_budget(subject, n_pos)
+    size = n_pairs * subject.dtype.itemsize
+    return Need(size * n_pos * _kept_per_token(subject), size * tokens * _working_per_token(subject, n_pos))
+
+
+def token_budget(subject: Subject, n_pos: int) -> int:
+    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal
+    mask.
+
+    Depends on the model's shape and the sequence length only.
+    """
+    by_memory = WORKING_SHARE * n_pos * _kept_per_token(subject) / _working_per_token(subject, n_pos)
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    by_mask = MASK_SHARE * weights / (2 * subject.n_heads * head_width(subject, 0))
+    return int(max(n_pos, 16, min(by_memory, by_mask)))
+
+
+def in_chunks(
+    stretches: Sequence[Stretch], end: int, budget: int, run: Callable[[Sequence[Stretch]], Tensor]
+) -> Iterator[tuple[Sequence[Stretch], Tensor]]:
+    """Runs all stretches, chunk by chunk; a chunk that does not fit into memory is cut in halves, and that is recorded."""
+    waiting = _cut(stretches, end, budget)[::-1]
+    bar = progress(range(len(stretches)), desc="interventions", total=len(stretches))
+    while waiting:
+        chunk = waiting.pop()
+        result = _try(run, chunk)
+        if result is None:
+            half = (len(chunk) + 1) // 2
+            waiting += [chunk[half:], chunk[:half]]
+            continue
+        yield chunk, result
+        for _ in chunk:
+            next(bar)
+    next(bar, None)
+
+
+def chunk_events() -> tuple[str, ...]:
+    """What did not go as planned since the process started: chunks that were halved for want of memory."""
+    return tuple(_events)
+
+
+def note_events(events: Iterable[str]) -> None:
+    """Add events of another process, whose results are used in this one."""
+    _events.extend(events)
+
+
+def _cut(stretches: Sequence[Stretch], end: int, budget: int) -> list[Sequence[Stretch]]:
+    """Stretches with near starts together, at most `budget` tokens a chunk, each chunk ordered by entry layer."""
+    ordered = sorted(stretches, key=lambda s: (s.start, s.entry, s.slot))
+    chunks: list[list[Stretch]] = []
+    used = budget
+    for stretch in ordered:
+        length = end - stretch.start
+        if used + length > budget:
+            chunks.append([])
+            used = 0
+        chunks[-1].append(stretch)
+        used += length
+    return [sorted(chunk, key=lambda s: (s.entry, s.slot)) for chunk in chunks]
+
+
+def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -> Tensor | None:
+    try:
+        return run(chunk)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not is_memory:
+            raise
+        if len(chunk) == 1:
+            raise InputError("one intervention does not fit into memory; use fewer pairs at a time") from error
+        event = f"out of memory with {len(chunk)} interventions at once; went on with half as many"
+    _events.append(event)
+    warnings.warn(event, stacklevel=2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _kept_per_token(subject: Subject) -> int:
+    """Numbers that a clean run with all sites keeps for one token."""
+    heads = subject.n_heads * head_width(subject, 0)
+    return subject.n_layers * (3 * subject.d_model + heads + subject.d_mlp + 2 * _key_width(subject))
+
+
+def _working_per_token(subject: Subject, n_pos: int) -> int:
+    """Numbers that are alive for one running token while a layer is computed, at the most."""
+    is_eager = subject.model.config._attn_implementation == "eager"
+    scores = 2 * subject.n_heads * 3 * n_pos if is_eager else 0
+    return 6 * subject.d_model + 2 * subject.n_heads * head_width(subject, 0) + 3 * subject.d_mlp + scores
+
+
+def _key_width(subject: Subject) -> int:
+    n_key_heads = getattr(subject.model.config, "num_key_value_heads", None) or subject.n_heads
+    return int(n_key_heads) * head_width(subject, 0)
+
+
+LONGEST = 256  # tokens of a prompt, where none has been read yet
+
+
+COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
+
+
+USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
+
+
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
+VERSIONS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: of the weights once, of all copies that are alive together, and of a sweep above them."""
+
+    weights: int
+    copies: int
+    sweep: int
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return self.copies + self.sweep
+
+
+def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
+    """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub.trusts_code())
+    except Exception as error:  # damaged files make the libraries raise anything
+        line = str(error).strip().split("\n", 1)[0]
+        raise InputError(
+            f"{hub.name_of(folder)} could not be loaded: {line}; is its config complete, and its architecture known?"
+        ) from error
+    return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
+
+
+def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) -> Needs:
+    """What a run of all notebooks keeps alive at once, for prompts of at most `n_pos` tokens.
+
+    Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
+    its weights otherwise: 1 for a model that nothing is compared with.
+    """
+    # it builds on companion.model.load, which asks here where a model fits
+
+    weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
+    memory = memory_need(shapes, pairs_at_once(shapes, n_pos), n_pos)
+    alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
+    return Needs(weights, round(alive * weights), 2 * memory.clean_run + memory.sweep)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else what this process used and gave up counts as taken
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _fields(MEMINFO).get("MemAvailable:")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
+    return max(0, min([machine, *_left_by_limits()]))
+
+
+def _left_by_limits() -> list[int]:
+    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
+
+    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
+    """
+    groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
+    found = []
+    for kind, limit, used, cached in VERSIONS:
+        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
+        names = [name for name in own.split("/") if name]
+        parts = [] if ".." in names else names  # it lies outside of what this process may see
+        for n in range(len(parts) + 1):
+            folder = Path(GROUPS, kind, *parts[:n])
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None:
+                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
+    return found
+
+
+def checked(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
+    """One line on the size of a folder's model, its weights unread; `InputError` as `on_meta` and `placement` raise it."""
+    shapes = on_meta(folder, getattr(torch, dtype))
+    where = placement(shapes, torch.device(device), copies=copies, beside=beside)
+    return describe(shapes, where, copies=copies)
+
+
+def taken(folder: Path, device: str, dtype: str) -> int:
+    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `checked` raises it.
+
+    0 where a part of it must lie elsewhere: how much is then left is only known when it has been loaded.
+    """
+    shapes = on_meta(folder, getattr(torch, dtype))
+    return needs(shapes).total if placement(shapes, torch.device(device)) is None else 0
+
+
+def placement(
+    shapes: Subject, device: torch.device, n_pos: int = LONGEST, *, copies: float | None = None, beside: int = 0
+) -> dict[str, str] | None:
+    """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
+
+    The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
+    memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
+    `companion.model.architecture`. `copies` is that of `needs`; `beside` are bytes of `device` that are free now and will not be. Raises
+    InputError where even that does not fit.
+    """
+    asked, free = needs(shapes, n_pos, copies), max(0, int(USABLE * free_memory(device)) - beside)
+    if asked.total <= free:
+        return None
+    rooms = _rooms(device, asked.sweep)
+    factor = asked.copies / asked.weights
+    layers = [int(factor * sum(p.numel() * p.itemsize for p in parts.block.parameters())) for parts in shapes.layers]
+    left, missing, places = dict(rooms), asked.total - free, list[str]()
+    for size in layers[:-1]:  # the last layer stays: its neurons are read in closed form
+        place = next((name for name, room in left.items() if room >= size), None)
+        if missing <= 0 or place is None:
+            break
+        left[place] -= size
+        missing -= size
+        places.append(place)
+    if missing > 0:
+        raise too_large(shapes, asked, device, free, rooms, beside)
+    return _names(shapes, places, str(device))
+
+
+def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
+    """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
+    if device.type == "cpu":
+        return {}
+    others = range(1, torch.cuda.device_count() if device.index is None else 1)
+    rooms = {f"cuda:{i}": int(USABLE * free_memory(torch.device("cuda", i))) - sweep for i in others}
+    return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
+
+
+def too_large(
+    shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
+) -> InputError:
+    """The error that says what is needed, what there is, and what else can be done."""
+    named = {"cpu": "the processor's"}
+    other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
+    half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
+    next_to = " beside the model under study" if beside else ""
+    copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""
+    return InputError(
+        f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}{copy}, and a sweep {_gb(asked.sweep)}, but "
+        f"{_gb(free)} of its memory{other} can be used{next_to}; use a machine with more "
+        f"memory{half} or a smaller model"
+    )
+
+
+def describe(
+    shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST, copies: float | None = None
+) -> str:
+    """One line on the size of a model and on what does not fit onto its GPU."""
+    asked = needs(shapes, n_pos, copies)
+    places = Counter((where or {}).values())
+    main = next(iter((where or {}).values()), "")  # the embedding's
+    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
+    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
+    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(asked.total)}"]
+    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
+    slow = "layers wait in the processor's memory, which is many times slower"
+    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
+    return "; ".join(notes)
+
+
+def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
+    """Every module that has parameters or buffers of its own or is a layer, by name, with its place."""
+    blocks = {id(parts.block): i for i, parts in enumerate(shapes.layers)}
+    found: dict[str, str] = {}
+
+    def walk(module: nn.Module, name: str) -> None:
+        if id(module) in blocks:
+            found[name] = (*places, *[device] * len(blocks))[blocks[id(module)]]
+        elif any(child is parts.block for parts in shapes.layers for child in module.modules()):
+            for key, child in module.named_children():
+                walk(child, f"{name}.{key}" if name else key)
+        else:
+            found[name] = device
+
+    walk(shapes.model, "")
+    return found
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file, None where the file is not there or says "max"."""
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The first number behind each name, a line each; nothing where the file is not there."""
+    return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a group that this user may not look into
+        return ""
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+BATCH = 64
+
+
+CLEAN_RUN_BYTES = 2**30
+
+
+def pairs_at_once(subject: Subject, n_pos: int) -> int:
+    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
+
+    A pure function of shapes, as everything that decides which pairs share a batch.
+    """
+    one = memory_need(subject, 1, n_pos).clean_run
+    return max(1, min(BATCH, CLEAN_RUN_BYTES // one))

@@ -1,0 +1,121 @@
+"""From the final residual stream to logits, with the needed vocabulary rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from companion.base.errors import InputError
+from companion.model.activations import CleanRun
+from companion.model.architecture import Subject
+
+VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a processor's cache
+
+
+@torch.no_grad()
+def logits(
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    rows: Int[Tensor, row] | None = None,
+    norm_like: Float[Tensor, "... d"] | None = None,
+) -> Float[Tensor, "... row"]:
+    """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
+
+    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to
+    the soft cap).
+    """
+    return _unembed(subject, _normed(subject, resid, norm_like), slice(None) if rows is None else rows)
+
+
+@torch.no_grad()
+def log_probs(
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    rows: Int[Tensor, row],
+    norm_like: Float[Tensor, "... d"] | None = None,
+) -> Float[Tensor, "... row"]:
+    """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
+    normed = _normed(subject, resid, norm_like)
+    n_rows = len(subject.unembedding[0])
+    blocks = [slice(start, start + VOCABULARY_BLOCK) for start in range(0, n_rows, VOCABULARY_BLOCK)]
+    total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
+    for block in blocks:
+        total += _at_least_float32(_unembed(subject, normed, block)).exp_().sum(-1)
+    if not is_usable(total):  # logits beyond what exp can take
+        total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
+    else:
+        total = total.log()
+    return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def is_usable(total: Tensor) -> bool:
+    """True if sums of exponentials neither overflowed nor vanished."""
+    return bool(((total > 0) & torch.isfinite(total)).all())
+
+
+def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"] | None) -> Tensor:
+    return subject.final_norm(resid) if like is None else frozen_norm(subject.final_norm, resid, like)
+
+
+def _unembed(
+    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, row]
+) -> Float[Tensor, "... row"]:
+    weight, bias = subject.unembedding
+    result = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
+    return result if subject.soft_cap is None else subject.soft_cap * torch.tanh(result / subject.soft_cap)
+
+
+def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, d], Float[Tensor, d] | None, float]:
+    """Gain, bias and epsilon of a LayerNorm or RMSNorm. Gemma stores the gain's distance from 1."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    bias = getattr(norm, "bias", None)
+    probe = torch.ones_like(weight) * torch.arange(1, len(weight) + 1, device=weight.device) % 7 - 3.0
+    tolerance = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    with torch.no_grad():
+        wanted = norm(probe)
+        for gain in (weight, 1 + weight):
+            guess = gain * (probe - is_centred(norm) * probe.mean()) * inverse_scale(norm, probe, float(eps or 0))
+            if torch.allclose(guess + (0 if bias is None else bias), wanted, rtol=tolerance, atol=tolerance):
+                return gain, bias, float(eps or 0)
+    raise InputError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm that this module knows")
+
+
+def is_centred(norm: nn.Module) -> bool:
+    """True for LayerNorm, which subtracts the mean."""
+    return isinstance(norm, nn.LayerNorm)
+
+
+def inverse_scale(norm: nn.Module, resid: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:
+    """One over the root mean square (LayerNorm: standard deviation) by which a norm divides."""
+    centred = resid - resid.mean(-1, keepdim=True) if is_centred(norm) else resid
+    return torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def frozen_norm(norm: nn.Module, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """The norm with the scale of another residual: an affine function of `resid`."""
+    gain, bias, eps = norm_gain(norm)
+    centred = resid - resid.mean(-1, keepdim=True) if is_centred(norm) else resid
+    normed = gain * centred * inverse_scale(norm, like, eps)
+    return normed if bias is None else normed + bias
+
+
+def read_positions(base: CleanRun, read: Sequence[int] | Int[Tensor, "pair read"]) -> Int[Tensor, "pair read"]:
+    """Read positions for every pair, counted from the front; negative ones count from the end of the padded sequence."""
+    n_pairs, n_pos = base.tokens.shape
+    given = torch.as_tensor(read if isinstance(read, Tensor) else list(read), device=base.tokens.device)
+    given = given.expand(n_pairs, -1) if given.ndim == 1 else given
+    if given.numel() == 0 or given.shape[0] != n_pairs or int(given.min()) < -n_pos or int(given.max()) >= n_pos:
+        raise InputError(f"read positions {read} do not exist in {n_pairs} sequences of {n_pos} tokens")
+    positions = given % n_pos
+    if base.mask is not None and not bool(base.mask.gather(1, positions).all()):
+        raise InputError("a read position is padding in some pair; hand in a tensor (pair, read) of real positions")
+    return positions

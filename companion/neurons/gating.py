@@ -1,0 +1,305 @@
+"""Gate or contributor: the four tests of a set of neurons, each a ratio of means over pairs with an interval by topic.
+
+A contributor adds its own share to the outcome, whatever the rest of the network does. A gate decides whether something
+else gets through: close it and the upstream signal is lost, open it without a signal and nothing happens. In a factorial
+experiment with the switches *signal* (first digit) and *set* (second digit) a contributor leaves the interaction
+y11 - y10 - y01 + y00 at zero, a gate makes it as large as the whole effect y11 - y00.
+
+Gate or contributor: gate against up inside neurons, with the harm signal switched by the harmless twin.
+
+Within a pair (T2) the request is harmful in both prompts and only the wrapper changes. A neuron whose gate the wrapper
+opens and whose up-projection carries the harm has nothing to multiply with there: its up never moves. The harmless twin
+under the same wrapper (T2b) is what switches the harm signal off. Two roles: gate by wrapper and up by harm, or the other
+way round. Values come from real runs; only those of the last token are taken, so that twins may differ in length.
+
+Gate or contributor: which sets of neurons are tested, in which forms, and which of them the verdict reads.
+
+Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
+discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
+the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
+from test. Changed after a first look at the embedded model, with the thresholds unchanged: form b with the harm signal
+switched by the twin was added (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
+that carries the harm never moves; and the whole last layer, which is not sparse, can no longer be what the verdict reads
+(that "contradicted" needs its index low as well was so from the start). Neither changed the model's verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from companion.base import thresholds
+from companion.mediation.study import Study
+from companion.model.architecture import Subject
+from companion.neurons import clamping
+from companion.neurons.clamping import LastLayerCache, NeuronSet, Product, Rows, clamp_products, crossed, table_of
+from companion.neurons.single import ranking
+from companion.prompts.tokens import Openers
+from companion.stats import bootstrap, clusters
+from companion.stats.bootstrap import interval
+
+FEW = 8  # a sparse set: 1 % of the layer's neurons or this many, whichever is more
+
+
+LEAST = 0.2  # share of |TE| that must be at stake for an index to be defined
+
+
+@dataclass(frozen=True)
+class Index:
+    """A gate index: `signed` with its interval (negative: one of several would do, an OR), and its absolute value.
+
+    `at_stake` is |y11 - y00| over |TE|, and `own` the larger of the set's two effects over |TE|, both on discover (inside
+    a neuron, where both switches belong to the set, the two are the same).
+    """
+
+    signed: bootstrap.Estimates
+    estimate: float
+    low: float
+    high: float
+    at_stake: float
+    own: float
+    n_pairs: int
+
+    @property
+    def is_defined(self) -> bool:
+        """Enough is at stake, and the set takes part in it: decided on discover."""
+        return min(self.at_stake, self.own) >= LEAST
+
+
+def sparse_size(d_mlp: int) -> int:
+    """How many neurons a sparse set has.
+
+    >>> sparse_size(384), sparse_size(11008)
+    (8, 110)
+    """
+    return min(d_mlp, max(FEW, d_mlp // 100))
+
+
+def absolute(estimate: float, low: float, high: float) -> tuple[float, float, float]:
+    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0.
+
+    >>> absolute(-0.5, -0.7, -0.25)
+    (0.5, 0.25, 0.7)
+    >>> absolute(0.1, -0.3, 0.2)
+    (0.1, 0.0, 0.3)
+    """
+    ends = (abs(low), abs(high))
+    return abs(estimate), 0.0 if low <= 0 <= high else min(ends), max(ends)
+
+
+def select(
+    table: pd.DataFrame, treatment: str, name: str, form: str, outcome: str, split: str | None = None
+) -> pd.DataFrame:
+    """Rows of one treatment, set, form and outcome, in one split or in all."""
+    keep = (table.treatment == treatment) & (table["set"] == name) & (table.form == form) & (table.outcome == outcome)
+    return table[keep if split is None else keep & (table.split == split)]
+
+
+def gate_index(part: pd.DataFrame) -> Index | None:
+    """Interaction over whole effect, pooled over the test pairs; None where discover or test has no pairs.
+
+    Whether the index is defined is decided on discover, by means: choosing single pairs by the size of their own
+    denominator would bias a ratio.
+    """
+    discover, test = (part[part.split == split] for split in ("discover", "test"))
+    if discover.empty or test.empty or not (test.y11 - test.y00).any():
+        return None
+    both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
+    signed = interval(clusters.cluster_sums(both, ["interaction", "span"]), clusters.ratio([1, 0], [0, 1]))
+    middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
+    means = discover[["y00", "y01", "y10", "y11", "te"]].mean()
+    unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
+    at_stake = abs(means.y11 - means.y00) / unit
+    own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
+    own = own if part.form.isin(["upstream", "write"]).all() else at_stake
+    return Index(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+
+
+def interaction(part: pd.DataFrame) -> pd.Series:
+    """What the two switches do together beyond the sum of what each does alone, in every pair."""
+    return part.y11 - part.y10 - part.y01 + part.y00
+
+
+def set_effect(part: pd.DataFrame) -> pd.Series:
+    """(NIE0 + NIE1) / 2 of the set in every pair, from the cells of the upstream experiment."""
+    return (part.y01 - part.y00 + part.y11 - part.y10) / 2
+
+
+def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "test") -> bootstrap.Estimates | None:
+    """Share of the set's effect on Y1 that it writes itself: a_j w_j . (u_comply - u_refuse), final norm frozen.
+
+    The numerator is the set's write into the last residual stream scored by the frozen-norm linear contrast, the
+    denominator its whole effect; both are means of both directions. None where there is nothing to divide.
+    """
+    whole = select(table, treatment, name, "upstream", "Y1", split).set_index("pair_id")
+    write = select(table, treatment, name, "write", "contrast.frozen", split).set_index("pair_id")
+    both = pd.DataFrame({"topic": whole.topic, "write": set_effect(write), "whole": set_effect(whole)})
+    if both.empty or not both.whole.any():
+        return None
+    return interval(clusters.cluster_sums(both, ["write", "whole"]), clusters.ratio([1, 0], [0, 1]))
+
+
+def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[str]) -> bootstrap.Estimates | None:
+    """Mean |effect| of the set on benign behaviours over its |effect| on harm, in log-odds.
+
+    Each effect gets the sign that it has on discover, so that on test noise around zero is not counted as an effect.
+    None where the prompt set has no benign behaviour.
+    """
+    parts = []
+    for column in [treatment, *benign]:
+        part = select(table, column, name, "upstream", "Y1")
+        effect = set_effect(part)
+        sign = -1.0 if effect[part.split == "discover"].mean() < 0 else 1.0
+        parts.append(part.assign(effect=sign * effect)[part.split == "test"])
+    test = pd.concat(parts)
+    if not benign or test.empty or not test.effect.any():
+        return None
+    sums = clusters.cluster_sums(test, "effect", by=["treatment"])
+    is_harm = (sums.columns["treatment"] == treatment).to_numpy(float)
+    return interval(sums, clusters.ratio((1 - is_harm) / len(benign), is_harm))
+
+
+def timing_share(table: pd.DataFrame, treatment: str, name: str) -> bootstrap.Estimates | None:
+    """Effect of clamping the set at the first answer token only, over that of clamping it at all answer tokens."""
+    chosen = table[(table.treatment == treatment) & (table["set"] == name) & (table.split == "test")]
+    if chosen.empty or not chosen.every.any():
+        return None
+    return interval(clusters.cluster_sums(chosen, ["first", "every"]), clusters.ratio([1, 0], [0, 1]))
+
+
+def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | None:
+    """Perplexity of the model's own benign answers with the set closed over that without: exp of nats per token."""
+    chosen = table[table["set"] == name]
+    if chosen.empty:
+        return None
+    per_token = clusters.ratio([1, 0], [0, 1])
+    sums = clusters.cluster_sums(chosen, ["lost", "n_tokens"])
+    return interval(sums, lambda total, count: np.exp(per_token(total, count)))
+
+
+WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
+
+
+def cells(
+    subject: Subject,
+    ends: Mapping[str, LastLayerCache],
+    twin_of: Mapping[str, str],
+    openers: Mapping[str, Openers],
+    sets: Sequence[NeuronSet],
+) -> pd.DataFrame:
+    """Rows as in `clamping.cells` with the two roles as forms, for T2 pairs with a twin, as treatment T2 - T2b.
+
+    `ends` are those of `clamping.measured`, sets are of the last layer. The wrapper is switched by the pair itself, harm
+    by the treated prompts of pair and twin. `te` is that of T2; the caller knows the twin's. No rows where neurons are no
+    product or no pair has a twin.
+    """
+    harmful, harmless = ends.get("T2"), ends.get("T2b")
+    if harmful is None or harmless is None or harmful.factors is None or harmless.factors is None:
+        return pd.DataFrame()
+    row = {pair.pair.id: i for i, pair in enumerate(harmless.batch.pairs)}
+    own = [i for i, pair in enumerate(harmful.batch.pairs) if twin_of.get(pair.pair.id) in row]
+    if not own:
+        return pd.DataFrame()
+    batch = clamping.only(harmful.batch, own)
+    off, on = (replace(side, gate=side.gate[own], up=side.up[own]) for side in harmful.factors)
+    at, treated = [row[twin_of[pair.pair.id]] for pair in batch.pairs], harmless.factors[1]
+    twin = replace(treated, gate=treated.gate[at], up=treated.up[at])
+    rows: list[Rows] = []
+    for form, crossings in _roles(sets, (off, on), twin).items():
+        rows += clamp_products(clamping.still(subject), batch, openers["T2"], form, crossings)
+    return table_of(rows).assign(treatment="T2-T2b")
+
+
+def _roles(
+    sets: Sequence[NeuronSet], factors: tuple[Product, Product], twin: Product
+) -> dict[str, dict[NeuronSet, list[Tensor]]]:
+    """For each role the values of `crossed` for every set."""
+    made: dict[str, dict[NeuronSet, list[Tensor]]] = {WRAPPER_HARM: {}, HARM_WRAPPER: {}}
+    for one in sets:
+        off, on, without = (product.only(one) for product in (*factors, twin))
+        made[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
+        made[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
+    return made
+
+
+# By experiment (a form of `clamping.cells` or `gating.cells`): what stands in the tables. Below the last layer the
+# experiment "upstream" is form c.
+FORMS = {
+    "upstream": "a: last layer, prompt x set",
+    "inside": "b: gate x up",
+    WRAPPER_HARM: f"b: {WRAPPER_HARM}",
+    HARM_WRAPPER: f"b: {HARM_WRAPPER}",
+    "below": "c: below the last layer, prompt x set",
+}
+
+
+VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
+
+
+LAST, WHOLE = "last", "whole last layer"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form of the index on the set that it was measured on, with what was seen on discover."""
+
+    form: str
+    experiment: str
+    set_name: str
+    treatment: str
+    main: Index
+    variants: Mapping[str, Index]
+    discover: float
+    readout_discover: float
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """What is chosen by, on discover: sets that are no readout first, then the larger index."""
+        return (self.readout_discover < thresholds.READOUT, self.discover)
+
+
+def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
+    """The sparse set of every layer that an effect reaches, by the discover ranking of a neuron table; and the last layer.
+
+    Layers of which fewer neurons were measured than a sparse set has are left out.
+    """
+    size, last = sparse_size(study.subject.d_mlp), study.subject.n_layers - 1
+    rows = table[(table.treatment == treatment) & (table.split == "discover")]
+    layers = rows.assign(moves=(rows.nie0 != 0) | (rows.nie1 != 0)).groupby("layer")["moves"].agg(["size", "any"])
+    found = {}
+    for layer in (int(layer) for layer in layers.index[layers["any"] & (layers["size"] >= size)]):
+        chosen = tuple(int(neuron) for neuron in ranking(table, treatment, layer)[:size])
+        name = LAST if layer == last else f"layer {layer}"
+        found[name] = NeuronSet(name, layer, chosen)
+    if LAST in found:
+        found[WHOLE] = NeuronSet(WHOLE, last, tuple(range(study.subject.d_mlp)))
+    return found
+
+
+def candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
+    """Every form on the sets that it is for, and each benign behaviour's own set in forms a and b."""
+    below = [name for name in sets if name not in (LAST, WHOLE)]
+    found = [_candidate(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
+    lower = [one for name in below if (one := _candidate(cells, "below", name, primary))]
+    best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
+    benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
+    own = [_candidate(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
+    return tuple(one for one in (*found, best, *own) if one is not None)
+
+
+def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
+    experiment = "upstream" if form == "below" else form
+    parts = {label: select(cells, treatment, name, experiment, outcome) for label, outcome in VARIANTS.items()}
+    found = {label: index for label, part in parts.items() if (index := gate_index(part)) is not None}
+    main = found.pop("main", None)
+    if main is None:
+        return None
+    discover = parts["main"][parts["main"].split == "discover"]
+    size = abs(interaction(discover).sum() / (discover.y11 - discover.y00).sum())
+    readout = readout_share(cells, treatment, name, "discover")
+    share = np.inf if readout is None else float(readout.estimate[0])
+    return Candidate(FORMS[form][0], form, name, treatment, main, found, float(size), share)

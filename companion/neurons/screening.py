@@ -1,0 +1,181 @@
+"""Cheap screening before exact work: a gradient estimate for every neuron, and what half precision does to effects.
+
+Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
+
+How far the estimate can be trusted is measured on the recheck, every time, and said in words where it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy import stats as st
+from torch import Tensor, nn
+
+from companion.base.display import progress
+from companion.mediation import estimands
+from companion.mediation.study import Study
+from companion.model.activations import CleanRun, model_inputs, on_input, on_output
+from companion.model.architecture import Subject
+from companion.model.interventions import projection
+from companion.neurons.single import NEURONS, PairEffects, all_neurons, in_split, sign_on_discover
+from companion.prompts.tokens import Openers, TokenPair
+
+
+def attribution(
+    subject: Subject, base: CleanRun, source: CleanRun, contrast: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "pair layer neuron"]:
+    """First-order estimate of every last-token neuron's total effect: gradient at the base run times the difference.
+
+    `contrast` turns final residuals at the last token, (pair, d), into one number a pair, differentiably. The estimate is
+    good where effects are small and nearly linear, and wrong where they are not: always recheck the top exactly, and a
+    random sample with it. Source: attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348).
+    """
+    neurons: list[Tensor] = []
+    final: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> None:
+        tensor.retain_grad()
+        neurons.append(tensor)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        embedding = subject.model.get_input_embeddings()
+        stack.enter_context(on_output(embedding, lambda out: out.detach().requires_grad_()))
+        for parts in subject.layers:
+            stack.enter_context(on_input(projection(parts, "neuron"), keep))
+        stack.enter_context(on_input(subject.final_norm, final.append))
+        subject.model.base_model(**model_inputs(base.tokens, base.mask), use_cache=False)
+        contrast(final[0][:, -1]).sum().backward()
+    estimates = []
+    for layer, tensor in enumerate(neurons):
+        assert tensor.grad is not None
+        change = source.site("neuron", layer)[:, -1] - base.site("neuron", layer)[:, -1]
+        estimates.append(tensor.grad[:, -1] * change)
+    return torch.stack(estimates, dim=1)
+
+
+EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
+
+
+TOP = RANDOM = 500
+
+
+MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
+
+
+def is_small(subject: Subject) -> bool:
+    """Whether every neuron of every layer is measured exactly: a pure function of the model's shape."""
+    return subject.n_layers * subject.d_mlp <= EXACT_LIMIT
+
+
+def estimates(study: Study, treatment: str) -> pd.DataFrame:
+    """Gradient estimate of the mean NIE on discover of every neuron: layer, neuron, estimate (log-odds, not signed).
+
+    The estimate of NIE0 is taken at the control run and that of NIE1 at the treated run, and the two are averaged; for
+    T2 - T2b those of the twins are subtracted. Source: attribution patching (Nanda 2023; Syed et al. 2023).
+    """
+    pairs = [pair for pair in study.of(treatment.removesuffix("-T2b")) if pair.pair.split == "discover"]
+    total = _mean(study, pairs)
+    if treatment.endswith("-T2b"):
+        twin = {pair.pair.id: pair for pair in study.of("T2b")}
+        total = total - _mean(
+            study, [twin[study.twins[pair.pair.id]] for pair in pairs if _has_twin(study, pair, twin)]
+        )
+    return all_neurons(study.subject).assign(estimate=total.reshape(-1))
+
+
+def _has_twin(study: Study, pair: TokenPair, twin: dict[str, TokenPair]) -> bool:
+    return study.twins.get(pair.pair.id) in twin
+
+
+def _mean(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "layer neuron"]:
+    subject = study.subject
+    total = np.zeros((subject.n_layers, subject.d_mlp))
+    for group in progress(estimands.batches(pairs, subject), desc="gradient screen"):
+        batch = estimands.run_clean(subject, group)
+        openers = study.openers[group[0].pair.treatment]
+        for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
+            found = attribution(subject, base, source, lambda resid, o=openers: log_odds(subject, resid, o))  # type: ignore[misc]
+            total += sign * found.double().sum(0).cpu().numpy() / 2
+    return total / len(pairs)
+
+
+def log_odds(subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers) -> Float[Tensor, pair]:
+    """Y1 as `outcomes.log_odds` computes it, but with gradients."""
+    weight, bias = subject.unembedding
+    rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
+    logits = nn.functional.linear(subject.final_norm(resid), weight[rows], None if bias is None else bias[rows])
+    if subject.soft_cap is not None:
+        logits = subject.soft_cap * torch.tanh(logits / subject.soft_cap)
+    n_comply = len(openers.comply)
+    return logits[:, :n_comply].logsumexp(-1) - logits[:, n_comply:].logsumexp(-1)
+
+
+def below_the_last(study: Study, treatment: str) -> pd.DataFrame:
+    """`estimates` of the layers below the last that a difference can have reached; the last layer needs none."""
+    found = estimates(study, treatment)
+    is_live = found.estimate.abs().groupby(found.layer).transform("max") > 0
+    return found[is_live & (found.layer < study.subject.n_layers - 1)].reset_index(drop=True)
+
+
+def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffects) -> pd.DataFrame:
+    """Rows of a neuron table for neurons that were not rechecked: the estimate on discover, signed, without an interval."""
+    keys = ["layer", "neuron"]
+    others = below[~pd.MultiIndex.from_frame(below[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))]
+    sign = sign_on_discover(effects.pairs)
+    size = sign * others.estimate
+    made = others[keys].assign(
+        treatment=effects.treatment, split="discover", te=sign * in_split(effects, "discover").pairs.te.mean(),
+        nie0=size, nie1=size, direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
+    )  # fmt: skip
+    return made[list(NEURONS)]
+
+
+def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: int = 0) -> pd.DataFrame:
+    """The neurons with the largest |estimate| and as many random ones of the others: layer, neuron, `is_top`."""
+    order = found.estimate.abs().sort_values(ascending=False, kind="stable").index
+    others = np.random.default_rng(seed).permutation(order[top:])[:random]
+    chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
+    return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How good a screen was: rank correlation with the exact |NIE|, recall of the top, and a warning ("" if none)."""
+
+    correlation: float
+    recall: float
+    warning: str
+
+
+def trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> Trust:
+    """Compare the screen's estimates with the exact effects of the rechecked neurons, on discover.
+
+    `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
+    random sample, which stands for all neurons that the screen passed over. Recall is of the `top` largest exact effects:
+    how many the screen's top holds, against an estimate of how many it missed (random neurons at least as large as the
+    smallest of those, each standing for many).
+    """
+    size = abs(in_split(exact, "discover").nie.mean(0))
+    is_top = chosen.is_top.to_numpy()
+    if is_top.all():
+        return Trust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0, "")
+    held = np.sort(size[is_top])[::-1][:top]
+    weight = (n_neurons - is_top.sum()) / (~is_top).sum()
+    missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
+    recall = len(held) / (len(held) + missed)
+    correlation = float(st.spearmanr(chosen.estimate.abs()[~is_top], size[~is_top]).statistic)
+    low = [
+        f"{name} {value:.2f} (at least {least})"
+        for name, value, least in (("rank correlation", correlation, MIN_CORRELATION), ("recall", recall, MIN_RECALL))
+        if not value >= least
+    ]
+    text = f"the gradient screen cannot be trusted here: {' and '.join(low)}; only exact rows count" if low else ""
+    return Trust(correlation, float(recall), text)

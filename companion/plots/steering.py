@@ -1,0 +1,322 @@
+"""Figures of steering: curves with bands in panels, and a null distribution with the effect that is held against it.
+
+The figures of notebook 06: steering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from companion.base.thresholds import MARGINS
+from companion.plots import style
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, MARKERS, OKABE_ITO, FigureSpec, _figure, _lengths
+
+
+def strength_curves(
+    table: pd.DataFrame,
+    *,
+    panel: str,
+    group: str,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool = False,
+    sharey: bool = True,
+    margins: Mapping[str, float] | None = None,
+    apart: float = 0.0,
+) -> Figure:
+    """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
+
+    A column `row` spreads many groups over rows of panels, each with colours and a legend of its own. A row of the table
+    without an estimate is a point that could not be measured, and is not drawn.
+
+    Points are joined in the order of the rows, so that a trade-off curve follows its strengths. In a panel with a margin
+    (a dashed line) `x` is linear up to it and logarithmic beyond. `apart` moves lines sideways, in units of `x`, so that
+    intervals at one `x` do not hide each other.
+    """
+    names = list(dict.fromkeys(table[panel]))
+    parts = [part for _, part in table.groupby("row", sort=False)] if "row" in table else [table]
+    most = max(part[group].nunique() for part in parts)
+    width, columns = min(3.3, 7.2 / len(names)), min(3, most)
+    height = len(parts) * (3.2 + 0.2 * -(-most // columns))
+    # A row of panels is a figure of its own within the figure, so that its legend stands below it.
+    figure, _ = _figure(1, 1, width * len(names) + 0.7, height)
+    figure.clear()
+    drawn = []
+    for one, part in zip(figure.subfigures(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
+        axes = one.subplots(1, len(names), squeeze=False, sharey=sharey)[0]
+        drawn.append(axes)
+        groups = list(dict.fromkeys(part[group]))
+        for ax, name in zip(axes, names, strict=True):
+            _lines(ax, part[part[panel] == name], group, groups, apart)
+            _scale_x(ax, part[part[panel] == name], log_x, (margins or {}).get(name))
+            ax.set_title(str(name))
+        for ax in axes if len(names) < 3 else axes[1:2]:  # three panels are too narrow for one label each
+            ax.set_xlabel(x_label)
+        axes[0].set_ylabel(y_label)
+        named = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        head = {"title": str(part["row"].iloc[0]), "title_fontsize": 8} if len(parts) > 1 else {}
+        one.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, fontsize=8, **head)
+    for column in zip(*drawn, strict=True):  # panels below each other are compared, so they have one axis
+        limits = np.array([ax.get_ylim() for ax in column])
+        for ax in column:
+            ax.set_ylim(limits[:, 0].min(), limits[:, 1].max())
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def _lines(ax: Axes, table: pd.DataFrame, group: str, groups: list[str], apart: float) -> None:
+    for k, label in enumerate(groups):
+        line = table[(table[group] == label) & table.estimate.notna()]
+        if line.empty:
+            continue
+        ax.errorbar(
+            line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8],
+            marker=MARKERS[k % 8], ms=4 if k % 8 < 7 else 7, mec="black" if k % 8 == 7 else None, mew=0.6, lw=1.1,
+            capsize=2, label=str(label),
+        )  # fmt: skip
+
+
+def _scale_x(ax: Axes, table: pd.DataFrame, log_x: bool, margin: float | None) -> None:
+    if margin is not None:
+        _up_to(ax, margin)
+    if log_x:
+        ax.set_xscale("log")
+    if log_x and table.x.nunique() <= 5:  # few sizes that were chosen: name each
+        ax.set_xticks(sorted(set(table.x)), [f"{x:.3g}" for x in sorted(set(table.x))])
+        ax.minorticks_off()
+
+
+def _up_to(ax: Axes, margin: float) -> None:
+    """A cost axis: linear up to the margin, logarithmic beyond, with numbers that are read off and not powers of ten."""
+    ax.set_xscale("symlog", linthresh=margin)
+    ax.axvline(margin, color="black", lw=0.9, ls="--")
+    low, high = ax.get_xlim()
+    ticks = [x for x in margin * np.array([0, 0.5, 1, 2, 5, 10, 20, 50]) if low <= x <= high]
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
+
+
+def plane(table: pd.DataFrame, *, title: str) -> Figure:
+    """Groups of prompts in the plane of the two projections, each with the intervals of both means."""
+    figure, axes = _figure(width=7.0, height=4.8)
+    ax = axes[0, 0]
+    for k, (name, part) in enumerate(table.groupby("group", sort=False)):
+        x, y = (part[part.projection == way] for way in ("harmfulness", "rejection"))
+        if x.empty or y.empty:
+            continue
+        ax.errorbar(
+            x.estimate, y.estimate, xerr=_lengths(x), yerr=_lengths(y), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8],
+            ms=6, ls="none", capsize=2, label=str(name),
+        )  # fmt: skip
+    ax.axhline(0, color="black", lw=0.6)
+    ax.axvline(0, color="black", lw=0.6)
+    ax.set_xlabel("pos_H: share of the way from harmful-complied (0) to benign-complied (1)")
+    ax.set_ylabel("pos_R: share of the way to refused (1)")
+    ax.set_title(title)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def null(table: pd.DataFrame, *, title: str, x_label: str) -> Figure:
+    """Effects of random directions as a histogram, one panel a family; the direction under test as a line."""
+    names = list(dict.fromkeys(table.family))
+    figure, axes = _figure(1, len(names), 3.4 * len(names) + 0.4, 2.8, sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table.family == name]
+        drawn, tested = part[part.role == "random"].value, part[part.role != "random"]
+        ax.hist(drawn, bins=np.linspace(table.value.min(), table.value.max() + 1e-9, 30), color="#999999")
+        for k, row in enumerate(tested.itertuples()):
+            ax.axvline(row.value, color=OKABE_ITO[k], lw=2, ls=("-", "--")[k % 2], label=str(row.role))
+        ax.set_title(str(name))
+        ax.set_xlabel(x_label)
+    axes[0, 0].set_ylabel("random directions")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
+
+
+COSTS = {"over-refusal": "against over-refusal (points)", "KL": "against KL (nats a token)"}
+
+
+ROWED = {"row": "str", **CURVE}
+
+
+HARM = "1 - P(refusal) on jailbroken requests"
+
+
+SPECS = (
+    FigureSpec(
+        "06_geometry",
+        partial(plane, title="Where do prompts lie along rejection and harmfulness?"),
+        "C6",
+        "Mean positions of prompt groups along the rejection and the harmfulness direction at the decision layer",
+        {"group": "str", "projection": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_laws",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="position along the direction",
+            y_label="coefficient (direction lengths)",
+            title="The R-law and the H-law: does the position tell how much steering is needed?",
+        ),
+        "C6",
+        "Coefficient that just changes the answer against the prompt's position, for rejection and for harmfulness",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_tradeoff",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="cost",
+            y_label=HARM,
+            title="What does each point of harm cost? One point a strength, dashed: the margin",
+            margins={COSTS["over-refusal"]: MARGINS["over-refusal"], COSTS["KL"]: MARGINS["KL"]},
+        ),
+        "C6",
+        "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, by method",
+        ROWED,
+    ),
+    FigureSpec(
+        "06_budget",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="budget: root mean square of the added norm",
+            y_label=HARM,
+            title="Early, middle or late, with the same budget",
+        ),
+        "C6",
+        "Unrefused jailbreaks against the L2 budget for early, middle and late layers: adaptive, fixed, the last layer's vector",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_equal",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="budget: root mean square of the added norm",
+            y_label="share (left), points (right)",
+            title="All methods with the same budget",
+            log_x=True,
+            sharey=False,
+        ),
+        "C6",
+        "Unrefused jailbreaks and over-refusal against the L2 budget, by method: those at all layers, and those at some",
+        ROWED,
+    ),
+    FigureSpec(
+        "06_random",
+        partial(
+            null,
+            title="Is the direction better than chance?",
+            x_label="fall of the log-odds of complying",
+        ),
+        "C6",
+        "Fall of the log-odds under isotropic and covariance-matched random directions, as histograms, and under the fitted one",
+        {"family": "str", "role": "str", "value": "float"},
+    ),
+    FigureSpec(
+        "06_methods",
+        partial(
+            style.dots,
+            row="method",
+            group="measure",
+            title="What does each method change?",
+            unit="change in share of prompts (percentage points)",
+            below=True,
+            marks=(-2.0, 2.0),
+        ),
+        "C6",
+        "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by method",
+        {"method": "str", "measure": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_families",
+        partial(
+            style.dots,
+            row="family",
+            group="method",
+            title="Does a defence hold against wrappers that it was not fitted on?",
+            unit="harmful answers (share of prompts), family left out of the fit",
+            below=True,
+        ),
+        "C6",
+        "Share of harmful answers by wrapper family, the family left out of fitting and choosing, by method",
+        {"family": "str", "method": "str", **ESTIMATE},
+    ),
+    FigureSpec(
+        "06_tiers",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="wrapper tier (1 weak, 6 strong)",
+            y_label="harmful answers (share of prompts)",
+            title="Weak and strong wrappers, mild and severe requests",
+            apart=0.07,
+        ),
+        "C6",
+        "Share of harmful answers by wrapper tier, one panel a severity, by method",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_examples",
+        partial(
+            strength_curves,
+            panel="panel",
+            group="group",
+            x_label="fitting examples of each kind",
+            y_label="cosine, or 1 - P(refusal)",
+            title="How many examples does a direction need?",
+            log_x=True,
+        ),
+        "C6",
+        "Cosine between directions fitted on two samples, and unrefused jailbreaks, over the number of fitting examples",
+        CURVE,
+    ),
+    FigureSpec(
+        "06_mediation",
+        partial(
+            style.panels,
+            panel="steering",
+            group="site",
+            title="Is the effect gone, and does another component take over?",
+            unit=LOG_ODDS,
+        ),
+        "C6",
+        "Indirect effect of attention and MLP outputs by layer, unsteered and under each kind of steering",
+        {"steering": "str", "site": "str", **BY_LAYER},
+    ),
+    FigureSpec(
+        "06_attack",
+        partial(
+            style.dots,
+            row="method",
+            group="attack",
+            title="An attacker who knows the defence",
+            unit="harmful answers (share of prompts)",
+            below=True,
+        ),
+        "C6",
+        "Share of harmful answers under the prompt set's strong wrappers and under the worst disguise that a search found",
+        {"method": "str", "attack": "str", **ESTIMATE},
+    ),
+)

@@ -1,0 +1,273 @@
+"""What a figure of the companion is: the table it is drawn from, what draws it, and what it shows.
+
+Figures: each function takes one tidy table, as read from its CSV, and returns a matplotlib Figure.
+
+No statistics are computed here. Categories are Okabe-Ito colours *and* markers or hatches, effects a diverging map
+centred at 0; every estimate carries its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from companion.base.thresholds import LATE, depth
+
+ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
+
+
+BY_LAYER = {"layer": "int", **ESTIMATE}
+
+
+LOG_ODDS = "effect (log-odds)"
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure: its name (also of its CSV), what draws it, the claim it bears on, what it shows, its columns."""
+
+    name: str
+    draw: Callable[[pd.DataFrame], Figure]
+    claim: str
+    shows: str
+    columns: dict[str, str]
+
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+NAMES = {
+    "attn_out": "attention",
+    "mlp_out": "MLP",
+    "resid_post": "residual stream",
+    "attn_out.direct": "attention, direct",
+    "mlp_out.direct": "MLP, direct",
+    "last_instruction": "last instruction",
+}
+
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "companion",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _figure(
+    n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: Any
+) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)
+    plt.close(figure)  # so that a notebook shows it once, where it is returned
+    return figure, axes
+
+
+def _lengths(table: pd.DataFrame) -> np.ndarray:
+    """From the estimate to both limits; 0 where a skewed interval lies beside its estimate."""
+    return np.stack([table["estimate"] - table["low"], table["high"] - table["estimate"]]).clip(min=0)
+
+
+def _points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
+    """Estimates with intervals in the k-th colour and marker."""
+    style = "-" if line else "none"
+    axes.errorbar(
+        x, table["estimate"], yerr=_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
+        capsize=2, label=label,
+    )  # fmt: skip
+
+
+def _layers(axes: Axes, n_layers: int) -> None:
+    axes.set_xticks(range(n_layers))
+    axes.set_xlabel("layer")
+    axes.axhline(0, color="black", lw=0.8)
+
+
+def _late(axes: Axes, n_layers: int) -> None:
+    """Shade the layers that the claims call late (depth > 2/3)."""
+    late = np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)
+    if len(late):  # a network of one layer has none
+        axes.axvspan(late[0] - 0.5, n_layers - 0.5, color="#999999", alpha=0.15, lw=0, label="late layers")
+
+
+def cumulative(table: pd.DataFrame) -> Figure:
+    """Share of TE carried by the last-token residual stream after each layer, by model; the light cone shaded."""
+    figure, axes = _figure()
+    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
+    for k, (model, part) in enumerate(table.groupby("model", sort=False)):
+        _points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(model))
+    earliest = float(table.earliest.iloc[0])
+    if earliest > 0:
+        ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
+        ax.text(-0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444")
+    ax.axhline(1, color="black", lw=0.8, ls=":")
+    _layers(ax, n_layers)
+    ax.set_ylabel("share of total effect")
+    ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
+    ax.legend(loc="lower right")
+    return figure
+
+
+def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
+    """Estimates by layer, one line for each value of `group`; bands are drawn where the table has them."""
+    figure, axes = _figure()
+    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
+    names = list(dict.fromkeys(table[group]))
+    for k, name in enumerate(names):
+        part = table[table[group] == name]
+        _points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
+        if "band_low" in part:
+            ax.fill_between(part.layer, part.band_low, part.band_high, color=OKABE_ITO[k % 8], alpha=0.15, lw=0)
+    _layers(ax, n_layers)
+    if late:
+        _late(ax, n_layers)
+    ax.set_ylabel(unit)
+    ax.set_title(title)
+    ax.legend()
+    return figure
+
+
+def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str) -> Figure:
+    """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
+    names = list(dict.fromkeys(table[panel]))
+    n_cols = min(4 if len(names) == 4 else 3, len(names))
+    n_rows = -(-len(names) // n_cols)
+    figure, axes = _figure(n_rows, n_cols, max(2.4 * n_cols + 0.8, 6.0), 2.3 * n_rows + 0.5, sharey=True)
+    n_layers = int(table.layer.max()) + 1
+    for ax, name in zip(axes.flat, names, strict=False):
+        part = table[table[panel] == name]
+        for k, (label, line) in enumerate(part.groupby(group, sort=True)):
+            _points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
+        _layers(ax, n_layers)
+        _late(ax, n_layers)
+        ax.set_title(NAMES.get(str(name), str(name)))
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(unit)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(handles) > 4:  # too many to stand beside the lines
+        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(5, len(handles)))
+    else:
+        axes[0, 0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: str, unit: str) -> Figure:
+    """Estimates as a diverging map centred at 0, one panel for each value of `panel`, on one scale.
+
+    A dot marks cells whose interval excludes 0.
+    """
+    names = list(dict.fromkeys(table[panel]))
+    figure, axes = _figure(1, len(names), 3.2 * len(names) + 0.8, 3.0, sharey=True)
+    bound = float(table.estimate.abs().max()) or 1.0
+    for ax, name in zip(axes[0], names, strict=True):
+        part = table[table[panel] == name]
+        grid = part.pivot(index=row, columns=column, values="estimate")
+        image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower", aspect="auto")
+        sure = part[(part.low > 0) | (part.high < 0)]
+        ax.plot(sure[column], sure[row], ".", color="black", ms=3)
+        ax.set_xticks(range(grid.shape[1]), grid.columns)
+        ax.set_yticks(range(grid.shape[0]), grid.index)
+        ax.set_xlabel(column)
+        ax.set_ylabel(row)
+        ax.set_title(NAMES.get(str(name), str(name)))
+        ax.grid(False)
+    figure.colorbar(image, ax=axes, label=unit)
+    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    return figure
+
+
+def dots(
+    table: pd.DataFrame,
+    *,
+    row: str,
+    group: str,
+    title: str,
+    unit: str,
+    marks: Sequence[float] = (),
+    limits: tuple[float, float] | None = None,
+    below: bool = False,
+) -> Figure:
+    """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
+
+    `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
+    axis, where no corner of the frame is free.
+    """
+    rows, groups = (list(dict.fromkeys(table[name])) for name in (row, group))
+    figure, axes = _figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
+    ax = axes[0, 0]
+    draw_dots(ax, table, row, group, rows, groups)
+    for mark in marks:
+        ax.axvline(mark, color="black", lw=0.9, ls="--")
+    ax.set_xlabel(unit)
+    ax.set_title(title)
+    if limits:
+        ax.set_xlim(*limits)
+    if below:
+        figure.set_size_inches(7.0, figure.get_size_inches()[1] + 0.4)
+        figure.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(groups) < 5 else 5, fontsize=8
+        )
+    else:
+        ax.legend(fontsize=8)
+    return figure
+
+
+def draw_dots(ax: Axes, table: pd.DataFrame, row: str, group: str, rows: Sequence[str], groups: Sequence[str]) -> None:
+    """Estimates with intervals, a row of the axis for each of `rows`, a colour and symbol for each of `groups`."""
+    here = {value: [name for name in groups if name in set(part[group])] for value, part in table.groupby(row)}
+    for k, name in enumerate(groups):
+        part = table[table[group] == name]
+        places = [here[value].index(name) - (len(here[value]) - 1) / 2 for value in part[row]]
+        y = np.array([rows.index(value) for value in part[row]]) + 0.6 * np.array(places) / max(1, len(groups))
+        ax.errorbar(
+            part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
+            label=NAMES.get(str(name), str(name)),
+        )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [NAMES.get(str(r), str(r)) for r in rows])
+    ax.invert_yaxis()
+
+
+VERDICTS = {"supported": ("#009E73", "+"), "contradicted": ("#D55E00", "-"), "inconclusive": ("#E5E5E5", "?")}
+
+
+def verdicts(table: pd.DataFrame) -> Figure:
+    """The ledger as a table of models by claims; a sign repeats what the colour says, blank is not testable."""
+    models, claims = list(dict.fromkeys(table.model)), list(dict.fromkeys(table.claim))
+    figure, axes = _figure(width=1.6 + 0.75 * len(claims) + 1.2, height=1.1 + 0.36 * len(models))
+    ax = axes[0, 0]
+    for row in table.itertuples():
+        colour, sign = VERDICTS.get(str(row.verdict), ("#FFFFFF", ""))
+        x, y = claims.index(str(row.claim)), models.index(str(row.model))
+        ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fc=colour, ec="#BBBBBB", lw=0.6))
+        ax.text(x, y, sign, ha="center", va="center", fontweight="bold")
+    for name, (colour, sign) in {**VERDICTS, "not testable,\n  or not measured": ("#FFFFFF", " ")}.items():
+        ax.plot([], [], "s", color=colour, mec="#BBBBBB", ms=9, label=f"{sign} {name}")
+    ax.set_xlim(-0.6, len(claims) - 0.4)
+    ax.set_ylim(len(models) - 0.4, -0.6)
+    ax.set_xticks(range(len(claims)), claims)
+    ax.set_yticks(range(len(models)), models)
+    ax.grid(False)
+    ax.set_title("What does the evidence say, claim by claim?")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return figure

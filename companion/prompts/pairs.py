@@ -1,0 +1,266 @@
+"""The strings that open an answer, as a prompt set's outcome.json has them (its format stands in data/README.md).
+
+Prompt sets: reading a folder, checking it, and turning pairs into token ids of equal length.
+
+A prompt set is a folder with `pairs.jsonl` and `outcome.json` (their format stands in `data/README.md`). Texts are user
+turns; the model's own chat template, with its generation prompt, is put around them here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from companion.base import files
+from companion.base.errors import InputError
+from companion.base.files import BrokenJson
+from companion.base.paths import PROMPTS
+
+
+def read_outcome(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Openers (comply, refuse) of each treatment; InputError that says what is wrong with the file."""
+    try:
+        content = files.parse_json(files.load_json(path))
+    except BrokenJson as error:
+        raise InputError(f"{path}, line {error.line}: broken JSON ({error.reason})") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
+    per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
+    missing = sorted(treatments - set(per_treatment))
+    if missing:
+        raise InputError(
+            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
+        )
+    return {name: _outcome_strings(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
+
+
+def _outcome_strings(entry: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    sides = []
+    for side in ("comply", "refuse"):
+        strings = entry.get(side) if isinstance(entry, dict) else None
+        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
+            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
+        sides.append(tuple(strings))
+    return sides[0], sides[1]
+
+
+SPLITS = ("discover", "validate", "test")
+
+
+SPLIT_SHARES = (0.4, 0.3, 0.3)
+
+
+MIN_PAIRS = 10
+
+
+REQUIRED = ("id", "treatment", "topic", "control", "treated")
+
+
+OPTIONAL = ("twin", "family", "split", "spans")
+
+
+TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
+
+
+SPAN_NAMES = ("wrapper", "distractor", "verb", "object")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One matched pair of user turns: `control` has the treatment off, `treated` has it on.
+
+    `spans` maps "control" and "treated" to named character ranges of the user turn, for example
+    `{"treated": {"verb": (12, 17)}}`; they become position groups.
+    """
+
+    id: str
+    treatment: str
+    topic: str
+    control: str
+    treated: str
+    split: str = ""
+    twin: str | None = None
+    family: str = ""
+    spans: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    sensitive: bool = False
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A checked folder of pairs; `outcomes` maps a treatment to its (comply, refuse) answer openers.
+
+    A set is sensitive if its `set.json` says so; the texts of its pairs are never shown (see `shown`).
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+    outcomes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    sha256: str
+
+    @property
+    def treatments(self) -> tuple[str, ...]:
+        """Treatments in the order of METHOD: T1, T2, T2b, then the benign B1, B2, ..."""
+        return tuple(sorted({pair.treatment for pair in self.pairs}, key=treatment_order))
+
+
+def treatment_order(name: str) -> tuple[int, str]:
+    """Sort key: harm treatments first, benign ones after.
+
+    >>> sorted(["B2", "T2b", "B1", "T1", "T2"], key=treatment_order)
+    ['T1', 'T2', 'T2b', 'B1', 'B2']
+    """
+    return (0 if name.startswith("T") else 1, name)
+
+
+def load_set(where: str | Path) -> PromptSet:
+    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
+
+    Raises InputError, naming file and line, for anything that later steps could not use.
+    """
+    folder = PROMPTS / str(where) if (PROMPTS / str(where)).is_dir() else Path(where)
+    if not folder.is_dir():
+        known = ", ".join(sorted(p.name for p in PROMPTS.iterdir() if p.is_dir())) if PROMPTS.is_dir() else "none"
+        raise InputError(f"no prompt set at '{where}': expected a folder, or one of the shipped names ({known})")
+    for name in ("pairs.jsonl", "outcome.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name}; a prompt set is a folder with pairs.jsonl and outcome.json")
+    pairs = _read_pairs(folder / "pairs.jsonl")
+    _check_twins(pairs, folder / "pairs.jsonl")
+    pairs = _with_splits(pairs, folder / "pairs.jsonl")
+    pairs = tuple(replace(pair, sensitive=_is_sensitive(folder)) for pair in pairs)
+    outcomes = read_outcome(folder / "outcome.json", {pair.treatment for pair in pairs})
+    digest = hashlib.sha256()
+    for name in ("pairs.jsonl", "outcome.json"):
+        digest.update((folder / name).read_bytes())
+    return PromptSet(folder.name, pairs, outcomes, digest.hexdigest())
+
+
+def shown(pair: Pair, side: str) -> str:
+    """One text of a pair for a reader's eyes, `side` being "control" or "treated"; of a sensitive set its id and hash.
+
+    >>> shown(Pair("p7", "T1", "t", "request 7", "request 8", sensitive=True), "control")
+    '[hidden: p7, sha256 1b95ed56bb99]'
+    """
+    text = str(getattr(pair, side))
+    return f"[hidden: {pair.id}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}]" if pair.sensitive else text
+
+
+def _is_sensitive(folder: Path) -> bool:
+    """A set whose own note cannot be read counts as sensitive."""
+    path = folder / "set.json"
+    if not path.is_file():
+        return False
+    try:
+        return bool(files.parse_json(files.load_json(path)).get("sensitive", True))
+    except (BrokenJson, AttributeError):
+        return True
+
+
+def _read_pairs(path: Path) -> tuple[Pair, ...]:
+    pairs: list[Pair] = []
+    seen: dict[str, int] = {}
+    # Not splitlines: JSON allows Unicode's own line ends within a string.
+    for number, line in enumerate(files.load_json(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = files.parse_json(line)
+        except BrokenJson as error:
+            raise InputError(
+                f"{path}, line {number}: broken JSON ({error.reason}); one object a line is expected"
+            ) from None
+        pair = _pair(row, f"{path}, line {number}")
+        if pair.id in seen:
+            raise InputError(
+                f"{path}, line {number}: id '{pair.id}' was used in line {seen[pair.id]}; ids must be unique"
+            )
+        seen[pair.id] = number
+        pairs.append(pair)
+    if len(pairs) < MIN_PAIRS:
+        raise InputError(f"{path}: {len(pairs)} pairs, at least {MIN_PAIRS} are needed")
+    return tuple(pairs)
+
+
+def _pair(row: Any, where: str) -> Pair:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object with {', '.join(REQUIRED)}")
+    for name in REQUIRED:
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise InputError(f"{where}: '{name}' must be a non-empty string")
+    if not TREATMENT.fullmatch(row["treatment"]):
+        raise InputError(f"{where}: treatment {row['treatment']!r:.40} is not one of T1, T2, T2b, B1, B2, ...")
+    unknown = sorted(set(row) - set(REQUIRED) - set(OPTIONAL))
+    if unknown:
+        raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
+    for name in ("twin", "family", "split"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise InputError(f"{where}: '{name}' must be a string")
+    if row.get("split") and row["split"] not in SPLITS:
+        raise InputError(f"{where}: split '{row['split']}' is not one of {', '.join(SPLITS)}")
+    if row["control"] == row["treated"]:
+        raise InputError(f"{where}: control and treated are the same text")
+    texts = {name: row[name] for name in REQUIRED}
+    extra: dict[str, Any] = {
+        "split": row.get("split") or "",
+        "twin": row.get("twin"),
+        "family": row.get("family") or "",
+    }
+    return Pair(**texts, **extra, spans=_spans(row, where))
+
+
+def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """Check `spans`: {"control": {name: [start, end]}, "treated": {...}} in characters of the two texts."""
+    spans = row.get("spans") or {}
+    if not isinstance(spans, dict) or set(spans) - {"control", "treated"}:
+        raise InputError(f'{where}: spans must be {{"control": {{name: [start, end]}}, "treated": {{...}}}}')
+    checked: dict[str, dict[str, tuple[int, int]]] = {}
+    for side, named in spans.items():
+        if not isinstance(named, dict):
+            raise InputError(f"{where}: spans of '{side}' must map a name to [start, end]")
+        for name, ends in named.items():
+            if name not in SPAN_NAMES:
+                raise InputError(f"{where}: unknown span '{name}' of '{side}'; known are {', '.join(SPAN_NAMES)}")
+            valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+            if not valid or not 0 <= ends[0] < ends[1] <= len(row[side]):
+                raise InputError(f"{where}: span '{name}' of '{side}' must be [start, end] within the text")
+            checked.setdefault(side, {})[name] = (ends[0], ends[1])
+    return checked
+
+
+def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
+    by_id = {pair.id: pair for pair in pairs}
+    for pair in pairs:
+        if pair.twin is None:
+            continue
+        twin = by_id.get(pair.twin)
+        if pair.treatment != "T2" or twin is None or twin.treatment != "T2b":
+            raise InputError(
+                f"{path}: pair '{pair.id}' names the twin '{pair.twin}'; a T2 pair names a T2b pair of this file"
+            )
+        if twin.topic != pair.topic:
+            raise InputError(
+                f"{path}: pair '{pair.id}' is of topic '{pair.topic}', its twin '{pair.twin}' of '{twin.topic}'; "
+                "twins share a topic, or one of them could be chosen on and the other tested"
+            )
+
+
+def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
+    """Fill in missing splits: 40/30/30 over topics in the order of a hash, a topic never in two splits."""
+    given: dict[str, str] = {}
+    for pair in pairs:
+        if pair.split and given.setdefault(pair.topic, pair.split) != pair.split:
+            raise InputError(
+                f"{path}: topic '{pair.topic}' is in two splits ({given[pair.topic]}, {pair.split}); a topic belongs to one"
+            )
+    free = {pair.topic for pair in pairs} - set(given)
+    ordered = sorted(free, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest())
+    cuts = np.cumsum(SPLIT_SHARES) * len(ordered)
+    for rank, topic in enumerate(ordered):
+        given[topic] = SPLITS[int(np.searchsorted(cuts, rank + 0.5))]
+    return tuple(replace(pair, split=given[pair.topic]) for pair in pairs)

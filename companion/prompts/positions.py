@@ -1,0 +1,123 @@
+"""Position groups: which tokens are system, header, wrapper, verb, object, template, last, ...
+
+Groups come from three sources that every chat model has or may have: the template (what stands before and after the
+user turn), the pair itself (which tokens differ), and the named spans of `pairs.jsonl`. A missing group is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from companion.prompts.pairs import SPAN_NAMES
+from companion.prompts.tokens import TokenPair
+
+TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
+
+
+OVERLAPPING = ("request", "differ", "shared", "others", "all")
+
+
+def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes before every user turn: the common end of what stands before the first and second one.
+
+    Empty where the template takes or shows no second turn; the system group then reaches up to the instruction.
+    """
+    turns = [("user", "@first@"), ("assistant", "@answer@"), ("user", "@second@")]
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False))
+        before_first = text[: text.index("@first@")]
+        between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
+    except (TemplateError, ValueError):
+        return ""
+    length = 0
+    while length < min(len(before_first), len(between)) and before_first[-length - 1] == between[-length - 1]:
+        length += 1
+    return before_first[len(before_first) - length :]
+
+
+def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
+    """Masks over token positions for one pair, by group name.
+
+    The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
+    A span is where it lies in either prompt of the pair. `request` is verb and object together; `differ`, `shared`
+    (equal tokens behind the first difference), `others` (all but the last token) and `all` are read off the token ids.
+    """
+    starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
+    text = pair.pair.treated
+    # Spaces around the instruction, which many templates strip, belong to no group of its own.
+    text_start = pair.treated_start + len(text) - len(text.lstrip())
+    text_end = pair.treated_start + len(text.rstrip())
+    inside = (ends > text_start) & (starts < text_end)
+    first, last = int(np.argmax(inside)), len(inside) - 1 - int(np.argmax(inside[::-1]))
+    position = np.arange(len(inside))
+    masks = {
+        "system": (position < first) & (ends <= text_start - len(header)),
+        "header": (position < first) & (ends > text_start - len(header)),
+        "last_instruction": (position == last) & (position < len(inside) - 1),
+        "template": (position > last) & (position < len(inside) - 1),
+        "last": position == len(inside) - 1,
+    }
+    taken = masks["last_instruction"] | masks["last"] | ~inside
+    for name in SPAN_NAMES:
+        masks[name] = _span(pair, name) & ~taken
+        taken = taken | masks[name]
+    masks["rest"] = ~taken
+    differ = pair.control != pair.treated
+    return {
+        **masks,
+        "request": masks["verb"] | masks["object"],
+        "differ": differ,
+        "shared": ~differ & (position > int(np.argmax(differ))),
+        "others": position < len(inside) - 1,
+        "all": position >= 0,
+    }
+
+
+def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, pos]:
+    """Tokens that overlap the named span, in the control or in the treated prompt."""
+    mask = np.zeros(len(pair.control), dtype=bool)
+    sides = (
+        ("control", pair.control_offsets, pair.control_start),
+        ("treated", pair.treated_offsets, pair.treated_start),
+    )
+    for side, offsets, start in sides:
+        ends = pair.pair.spans.get(side, {}).get(name)
+        if ends:
+            mask |= (offsets[:, 1] > start + ends[0]) & (offsets[:, 0] < start + ends[1])
+    return mask
+
+
+def stack(pairs: Sequence[TokenPair], header: str, name: str) -> Bool[np.ndarray, "pair pos"]:
+    """One group's masks for a batch of pairs of equal length."""
+    return np.stack([groups(pair, header)[name] for pair in pairs])
+
+
+def distance(pair: TokenPair) -> int:
+    """Tokens from the last differing token to the last token: how far the treatment must be carried."""
+    return len(pair.control) - 1 - int(np.flatnonzero(pair.control != pair.treated)[-1])
+
+
+def labels(ids: Int[np.ndarray, pos], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """One printable label a token, for axes: newlines and spaces made visible."""
+    return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
+
+
+def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """`labels` of one side of a pair, "control" or "treated"; of a sensitive set's user turn only the places are shown."""
+    names = labels(getattr(pair, side), tokenizer)
+    if not pair.pair.sensitive:
+        return names
+    offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
+    inside = (offsets[:, 1] > start) & (offsets[:, 0] < start + len(getattr(pair.pair, side)))
+    return ["(hidden)" if is_inside else name for name, is_inside in zip(names, inside, strict=True)]
+
+
+def present(masks: Mapping[str, Bool[np.ndarray, pos]]) -> list[str]:
+    """Names of the groups that hold at least one token, in reading order of their first token."""
+    held = [name for name in masks if masks[name].any() and name not in OVERLAPPING]
+    return sorted(held, key=lambda name: int(np.argmax(masks[name])))

@@ -1,0 +1,149 @@
+"""From user turns to token ids: chat template, equal lengths, and the answer's first token.
+
+The template is applied here and nowhere else. Its text already holds the special tokens (BOS among them), so the
+tokenizer is always called with `add_special_tokens=False`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from companion.base.errors import InputError
+from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
+
+STAND_IN = "@turn@"
+
+
+@dataclass(frozen=True)
+class Openers:
+    """Token ids that may open an answer, in two camps; `notes` names strings that are more than one token."""
+
+    comply: tuple[int, ...]
+    refuse: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A pair as token ids (equal length) with the character offsets of each token of the rendered prompt."""
+
+    pair: Pair
+    control: Int[np.ndarray, pos]
+    treated: Int[np.ndarray, pos]
+    control_offsets: Int[np.ndarray, "pos 2"]
+    treated_offsets: Int[np.ndarray, "pos 2"]
+    control_start: int
+    treated_start: int
+
+
+def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The prompt as the model reads it: the user turn in the chat template, with the generation prompt."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the model's tokenizer has no chat template: the method compares chat prompts; use an instruction-tuned "
+            "model, or put a chat_template.jinja into its folder"
+        )
+    messages = [{"role": "user", "content": text}]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
+        raise InputError(
+            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
+            "chat_template.jinja, or take the one of the model that it was made from"
+        ) from None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Token ids [pos], character offsets [pos, 2] in the rendered prompt, and where the user turn starts in it."""
+    if not tokenizer.is_fast:
+        raise InputError("the tokenizer gives no character offsets: put its tokenizer.json into the model's folder")
+    rendered = render(tokenizer, text)
+    start = _user_turn(tokenizer, str(tokenizer.chat_template))
+    is_whole, is_stripped = (rendered.startswith(part, start) for part in (text.rstrip(), text.strip()))
+    if start < 0 or not (is_whole or is_stripped):
+        raise InputError("the chat template changes the user turn's text, so its tokens cannot be located")
+    start -= 0 if is_whole else len(text) - len(text.lstrip())
+    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    return np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"]), start
+
+
+@lru_cache(maxsize=8)  # a template has one; it would be rendered again for every prompt
+def _user_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Where the user turn starts, found by a stand-in: the text itself may also occur in the template ("user")."""
+    return render(tokenizer, STAND_IN).find(STAND_IN)
+
+
+def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPair | None, str]:
+    """The pair in tokens, or None and the reason why it cannot be used."""
+    control, control_offsets, control_start = encode(tokenizer, pair.control)
+    treated, treated_offsets, treated_start = encode(tokenizer, pair.treated)
+    if len(control) != len(treated):
+        return None, "unequal token length"
+    if (control == treated).all():
+        return None, "same tokens on both sides"
+    return TokenPair(pair, control, treated, control_offsets, treated_offsets, control_start, treated_start), ""
+
+
+def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenPair], dict[str, int]]:
+    """Pairs of equal token length, and a count of those dropped by reason.
+
+    An interchange needs one position of the control for each of the treated prompt, so pairs of unequal length are
+    dropped, never truncated or padded into shape.
+    """
+    kept: list[TokenPair] = []
+    dropped: Counter[str] = Counter()
+    for pair in pairs:
+        made, reason = token_pair(pair, tokenizer)
+        if made is None:
+            dropped[reason] += 1
+        else:
+            kept.append(made)
+    if len(kept) < MIN_PAIRS:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in sorted(dropped.items())) or "none dropped"
+        raise InputError(f"{len(kept)} usable pairs of {len(pairs)} ({reasons}); at least {MIN_PAIRS} are needed")
+    return kept, dict(dropped)
+
+
+def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Openers]:
+    """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
+    context = render(tokenizer, prompt_set.pairs[0].control)
+    before = tokenizer(context, add_special_tokens=False)["input_ids"]
+    first: dict[str, int] = {}
+    notes: dict[str, str] = {}
+    for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):
+        whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
+        ids = whole[len(before) :]
+        if not ids or whole[: len(before)] != before:
+            raise InputError(
+                f"outcome string {string!r} starts no token of its own behind the prompt: is a leading space missing "
+                "or too many?"
+            )
+        if ids[0] == tokenizer.unk_token_id:
+            raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
+        first[string] = ids[0]
+        if len(ids) > 1:
+            notes[string] = f"outcome string {string!r} is {len(ids)} tokens; its first decides"
+    return {name: _openers(name, sides, first, notes) for name, sides in prompt_set.outcomes.items()}
+
+
+def _openers(
+    treatment: str,
+    sides: tuple[tuple[str, ...], tuple[str, ...]],
+    first: Mapping[str, int],
+    notes: Mapping[str, str],
+) -> Openers:
+    comply, refuse = (tuple(sorted({first[string] for string in side})) for side in sides)
+    both = set(comply) & set(refuse)
+    if both:
+        raise InputError(
+            f"outcome of {treatment}: comply and refuse share the first token {both.pop()}; it decides nothing"
+        )
+    used = tuple(notes[string] for side in sides for string in side if string in notes)
+    return Openers(comply, refuse, used)

@@ -1,0 +1,354 @@
+"""Notebooks as plain JSON: what a run needs to know of one, and what it keeps of an executed one.
+
+Only the standard library: the command line reads every notebook each time it starts.
+
+Run one notebook in this process (the runner starts one process for each).
+
+`python -m companion.run.notebooks SOURCE TARGET CWD PARAMETERS PIPE` executes SOURCE into TARGET with the JSON object PARAMETERS
+injected (none if it is empty). If that fails, the exit status is 1, and the open file of number PIPE gets a line that says
+which cell and why: a pipe takes it also where a full disk takes no file.
+
+Start one notebook in a process of its own and say in a sentence what went wrong, if something did.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from companion.base.errors import InputError
+from companion.base.files import read_json, write_json, write_text
+from companion.base.folders import names
+from companion.base.paths import NOTEBOOKS, ORGANISM, ROOT, relative
+
+Notebook = dict[str, Any]
+
+
+Cell = dict[str, Any]
+
+
+INJECTED = "injected-parameters"  # papermill's tag for the cell that it adds
+
+
+def read_notebook(path: Path) -> Notebook:
+    """The notebook at `path`; `InputError` if it is missing or not a notebook."""
+    notebook = read_json(path)
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise InputError(f"{relative(path)} is not a notebook: it has no list of cells")
+    wrong = next((place for place, cell in enumerate(notebook["cells"], start=1) if not _is_cell(cell)), None)
+    if wrong is not None or not isinstance(notebook.get("metadata"), dict):
+        what = "it has no metadata" if wrong is None else f"its cell {wrong} is none"
+        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: {what}; restore the file")
+    return notebook
+
+
+def _is_cell(cell: Any) -> bool:
+    """Whether a cell has all that is read of it here, of the right kinds."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict):
+        return False
+    lines, outputs, tagged = cell.get("source"), cell.get("outputs", []), cell["metadata"].get("tags", [])
+    is_text = isinstance(lines, str) or (isinstance(lines, list) and all(isinstance(line, str) for line in lines))
+    is_shown = isinstance(outputs, list) and all(isinstance(one, dict) and "output_type" in one for one in outputs)
+    return is_text and is_shown and isinstance(tagged, list) and isinstance(cell.get("cell_type"), str)
+
+
+def source(cell: Cell) -> str:
+    """A cell's text; the format allows a string or a list of lines.
+
+    >>> source({"source": ["a = 1\\n", "a"]})
+    'a = 1\\na'
+    """
+    return "".join(cell.get("source", ""))
+
+
+def tags(cell: Cell) -> list[str]:
+    """A cell's tags."""
+    return list(cell.get("metadata", {}).get("tags", []))
+
+
+def code_cells(notebook: Notebook) -> list[Cell]:
+    """The code cells that run, in order: not the empty ones, nor what papermill once injected."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source(cell).strip()]
+    return [cell for cell in cells if INJECTED not in tags(cell)]
+
+
+def notebook_title(notebook: Notebook) -> str:
+    """The first heading.
+
+    >>> title({"cells": [{"cell_type": "markdown", "source": "# Layers\\ntext"}]})
+    'Layers'
+    """
+    lines = (line for cell in notebook["cells"] for line in source(cell).splitlines())
+    return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "(no heading)")
+
+
+def notebook_parameters(notebook: Notebook, path: Path) -> dict[str, Any]:
+    """Names and values of the cell tagged `parameters`; `InputError` if it is not there or not plain values."""
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
+    if len(tagged) != 1:
+        raise InputError(f"{relative(path)} has {len(tagged)} cells tagged 'parameters', one is expected")
+    found = {}
+    try:
+        for statement in ast.parse(source(tagged[0])).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                found[statement.targets[0].id] = ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{relative(path)}: its parameters must be plain values ({error})") from error
+    return found
+
+
+def is_executed(notebook: Notebook) -> bool:
+    """Whether it was run top to bottom: execution counts 1..n and no error."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and source(cell).strip()]
+    counts = [cell.get("execution_count") for cell in cells]
+    errors = [out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error"]
+    return counts == list(range(1, len(cells) + 1)) and not errors
+
+
+def prepared(notebook: Notebook) -> Notebook:
+    """The notebook to run: without an old injected cell (papermill would leave it in) and with fixed cell ids."""
+    kept = [cell for cell in notebook["cells"] if INJECTED not in tags(cell)]
+    cells = [{"id": f"cell-{number:02d}", **cell} for number, cell in enumerate(kept)]
+    return {"cells": cells, "metadata": _metadata(notebook), "nbformat": 4, "nbformat_minor": 5}
+
+
+def cleaned(notebook: Notebook) -> Notebook:
+    """The executed notebook without times, random ids and versions, so that a rerun gives the same bytes."""
+    return {**notebook, "cells": [_clean_cell(cell) for cell in notebook["cells"]], "metadata": _metadata(notebook)}
+
+
+def _metadata(notebook: Notebook) -> dict[str, Any]:
+    dropped = ("papermill", "widgets", "kernelspec", "language_info")
+    kept = {name: value for name, value in notebook["metadata"].items() if name not in dropped}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    language = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
+    return {**kept, "kernelspec": kernel, "language_info": language}
+
+
+def _clean_cell(cell: Cell) -> Cell:
+    dropped = ("papermill", "execution")
+    metadata = {name: value for name, value in cell["metadata"].items() if name not in dropped}
+    if not metadata.get("tags", True):
+        del metadata["tags"]
+    clean = {**cell, "metadata": metadata}
+    if INJECTED in tags(cell):
+        clean["id"] = INJECTED
+    if cell["cell_type"] == "code":
+        clean["outputs"] = _joined(cell["outputs"])
+    return clean
+
+
+def _joined(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring pieces of one stream as one: where a print is cut depends on the clock."""
+    joined: list[dict[str, Any]] = []
+    for out in outputs:
+        if joined and out["output_type"] == "stream" and joined[-1].get("name") == out["name"]:
+            whole = "".join([*joined[-1]["text"], *out["text"]])
+            joined[-1] = {**out, "text": whole.splitlines(keepends=True)}
+        else:
+            joined.append(out)
+    return joined
+
+
+def notebook_text(notebook: Notebook) -> str:
+    """The file's content, as Jupyter writes it."""
+    return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Execute, and write the cleaned notebook, or say what went wrong."""
+    source, target, cwd, parameters, pipe = arguments
+    try:
+        problem, traceback = _executed(Path(source), Path(target), cwd, json.loads(parameters))
+    except OSError as error:
+        place = f"its notebook could not be run or saved in {tempfile.gettempdir()}"
+        _tell(pipe, f"{error.strerror or error}: {place}: make room, or set TMPDIR to another disk, and run again")
+        raise
+    except Exception as error:
+        _tell(pipe, _sentence(type(error).__name__, str(error)))
+        raise
+    if problem:
+        _tell(pipe, problem)
+        print(re.sub(r"\x1b\[[0-9;]*m", "", traceback), file=sys.stderr)
+    return int(bool(problem))
+
+
+def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) -> tuple[str, str]:
+    """Two empty texts; or, if a cell failed, which and why in a line, and the traceback."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    options = {"kernel_name": "python3", "cwd": cwd, "progress_bar": False}
+    try:
+        papermill.execute_notebook(source, target, parameters=parameters, **options)
+    except PapermillExecutionError as error:
+        cell = answered(read_notebook(target))
+        return f"code cell {cell}: {_sentence(error.ename, error.evalue)}", "\n".join(error.traceback)
+    except DeadKernelError as error:
+        why = "DeadKernelError: the kernel died (was there enough memory?)"
+        return f"code cell {answered(read_notebook(target)) + 1}: {why}", str(error)
+    write_text(notebook_text(cleaned(read_notebook(target))), target)
+    return "", ""
+
+
+def _sentence(name: str, message: str) -> str:
+    """The last line of an error's message after its name; an InputError is written for the user and says all there is to say.
+
+    >>> _sentence("KeyError", "'a'"), _sentence("InputError", "no model: name one"), _sentence("MemoryError", "")
+    ("KeyError: 'a'", 'no model: name one', 'MemoryError')
+    """
+    last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "")
+    return last if name == "InputError" else f"{name}: {last}".removesuffix(": ")
+
+
+def _tell(pipe: str, line: str) -> None:
+    os.write(int(pipe), line.encode("utf-8", errors="replace"))
+
+
+def answered(notebook: Notebook) -> int:
+    """How many code cells of the notebook as written ran to an end, be it an error; papermill notes each reply.
+
+    >>> cells = [{"cell_type": "code", "source": "x", "metadata": {"execution": {"shell.execute_reply": "12:00"}}}]
+    >>> answered({"cells": cells + [{"cell_type": "code", "source": "x", "metadata": {}}]})
+    1
+    """
+    notes = [cell["metadata"].get("execution", {}) for cell in code_cells(notebook)]
+    return sum("shell.execute_reply" in note for note in notes)
+
+
+def end_with_the_runner() -> None:
+    """End this process when the runner's end of its standard input closes, also where the runner was killed.
+
+    The kernel sees that its parent has gone and ends as well. Without this a killed run would go on computing, unseen.
+    """
+    os.read(0, 1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def has_runner() -> bool:
+    """Whether a runner started this process: in a session of its own, with a pipe as its standard input.
+
+    One that was started by hand goes on to its end, whatever its standard input is.
+    """
+    return os.getsid(0) == os.getpid() and stat.S_ISFIFO(os.fstat(0).st_mode)
+
+
+if __name__ == "__main__":
+    if has_runner():
+        threading.Thread(target=end_with_the_runner, daemon=True).start()
+    sys.exit(main(sys.argv[1:]))
+
+
+KERNEL = {
+    "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+    "display_name": "Python 3",
+    "language": "python",
+}
+
+
+def quiet() -> dict[str, str]:
+    """This process's variables with those under which a library neither phones home nor depends on chance."""
+    variables = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    return variables | {
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONHASHSEED": "0",
+        "SOURCE_DATE_EPOCH": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # bars hold times, and would be stored in the notebooks
+        "WANDB_MODE": "disabled",
+    }
+
+
+def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
+    """Variables for a notebook, which sees its folders at `results` and `figures`.
+
+    The kernel is this very Python, without the user's IPython profile, whatever kernels are registered on the machine.
+    """
+    write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
+    folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
+    jupyter = {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
+    return quiet() | {name: str(path) for name, path in (folders | jupyter).items()}
+
+
+def threads(model: str) -> dict[str, str]:
+    """One thread for the shipped models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
+
+    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
+    """
+    return {} if "OMP_NUM_THREADS" in os.environ or model not in names(ORGANISM) else {"OMP_NUM_THREADS": "1"}
+
+
+def execute(
+    notebook: Notebook, parameters: Mapping[str, Any], results: Path, figures: Path, log: Path
+) -> tuple[str, str]:
+    """Run a notebook; returns its executed text and "", or "" and a sentence with the cell and the error.
+
+    With no parameters nothing is injected. `log` gets all that the process wrote, with the full traceback.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        source, target = scratch / "source.ipynb", scratch / "target.ipynb"
+        write_text(notebook_text(prepared(notebook)), source)
+        words = [str(source), str(target), str(NOTEBOOKS), json.dumps(dict(parameters))]
+        status, why = _wait(
+            [sys.executable, "-m", "companion.run.notebooks", *words],
+            environment(results, figures, scratch) | threads(str(parameters.get("MODEL", "embedded"))),
+            log,
+        )
+        if status == 0:
+            return target.read_text(encoding="utf-8"), ""
+        return "", f"{why or ended(status)}\n  the whole story: {relative(log)}"
+
+
+def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> tuple[int, str]:
+    """Exit status of the command, and what it wrote into the pipe whose number is its last word.
+
+    Ctrl-C reaches us alone and is passed on, so that the kernel is shut down. The command's standard input is a pipe from us:
+    if this process is killed, it ends too.
+    """
+    reading, writing = os.pipe()
+    with log.open("w", encoding="utf-8") as file, os.fdopen(reading, errors="replace") as told:
+        with os.fdopen(writing, "wb"):  # this process's copy is closed, so that what is told has an end
+            child = subprocess.Popen(
+                [*command, str(writing)],
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[writing],
+            )
+        try:
+            why = told.read()
+            return child.wait(), why
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+
+
+def ended(status: int) -> str:
+    """What an exit status says of a process that said nothing itself.
+
+    >>> ended(-9)
+    'its process was killed (was there enough memory?)'
+    """
+    killed = "was killed (was there enough memory?)"
+    return f"its process {killed if status == -signal.SIGKILL else f'ended with status {status}'}"

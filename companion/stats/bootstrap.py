@@ -1,0 +1,293 @@
+"""Bootstrap of whole topics: an interval for any statistic of sums over prompt pairs, all cells at once.
+
+Drawing topics with replacement is the same as giving each topic an integer weight. So B resamples are one matrix of
+multinomial weights, the resampled sums of all cells are one matrix product, and `bootstrap` applies the statistic to
+all of them and reads BCa intervals from its spread. `max_t_band` gives wider limits that hold for all cells together.
+
+Rows of an evidence table: one number with its interval, and how many pairs and topics it rests on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int, Shaped
+from scipy import stats as st
+
+from companion.base.errors import InputError
+from companion.stats import clusters
+from companion.stats.clusters import ClusterSums, Statistic, cluster_sums, mean
+
+# Effects are log-odds, probabilities or shares, all of order 1: a spread below this is rounding error.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Point estimates with intervals, one entry per stat, in the statistic's unit.
+
+    `se` is the cluster-robust standard error, `t` the deviation of each resample in units of its own standard error.
+    `undefined` counts the resamples in which a stat was not finite (0/0); its interval is then (-inf, inf). A stat
+    that does not vary has low = high = estimate and se 0. `n_rows` counts table rows, pairs x cells in a long one.
+    """
+
+    estimate: Float[np.ndarray, stat]
+    low: Float[np.ndarray, stat]
+    high: Float[np.ndarray, stat]
+    se: Float[np.ndarray, stat]
+    undefined: Int[np.ndarray, stat]
+    n_clusters: int
+    n_rows: int
+    replicates: Float[np.ndarray, "replicate stat"] = field(repr=False)
+    t: Float[np.ndarray, "replicate stat"] = field(repr=False)
+
+    def to_frame(self, labels: pd.DataFrame) -> pd.DataFrame:
+        """Tidy table: `labels` (one row per stat, such as `ClusterSums.columns`), then estimate, low, high."""
+        if len(labels) != len(self.estimate):
+            raise InputError(f"{len(labels)} labels for {len(self.estimate)} estimates: give one row per estimate")
+        return labels.reset_index(drop=True).assign(
+            estimate=self.estimate, low=self.low, high=self.high, n_clusters=self.n_clusters
+        )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One estimate with its interval, for a sentence in the text."""
+
+    estimate: float
+    low: float
+    high: float
+    n_clusters: int
+    n_rows: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """Simultaneous limits, one entry per stat; `critical` is the quantile of max |t| over the resamples."""
+
+    low: Float[np.ndarray, stat]
+    high: Float[np.ndarray, stat]
+    critical: float
+
+
+def bootstrap(
+    sums: ClusterSums,
+    statistic: Statistic,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    small_sample: bool = True,
+) -> Estimates:
+    """Estimate with BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
+
+    `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it the
+    intervals of 30 topics hold about 92 % instead of 95 %. `False` gives the textbook interval.
+    Memory: `n_boot` x stats. Raises `InputError` for a stratum of fewer than 2 clusters and for a statistic that is
+    not finite on the data themselves.
+    """
+    _check_request(sums, n_boot, confidence)
+    estimate = _evaluate(statistic, sums.sums.sum(0)[None], sums.counts.sum(0)[None])[0]
+    if not np.isfinite(estimate).all():
+        raise InputError(f"stats {np.flatnonzero(~np.isfinite(estimate))} are 0/0 on the whole table: leave them out")
+    weights = _weights(tuple(sums.strata.tolist()), n_boot, seed)
+    replicates = _replicates(sums, statistic, weights)
+    influence = _jackknife(sums, statistic)
+    undefined = (~np.isfinite(replicates)).sum(0) + (~np.isfinite(influence)).sum(0)
+    ok = undefined == 0
+    influence, ordered = np.where(ok, influence, 0), np.sort(np.where(ok, replicates, estimate), axis=0)
+    varies = ordered.std(0) > ROUNDING * np.maximum(1, abs(estimate))
+    acceleration, df, widen = _shape(influence, sums.strata)
+    tail = (1 - confidence) / 2
+    z = st.t.isf(tail, df) * widen if small_sample else st.norm.isf(tail)
+    low, high = (_bca_limit(ordered, estimate, deviate, acceleration) for deviate in (-z, z))
+    se, t = _studentise(replicates - estimate, weights, influence, sums.strata)
+    return Estimates(
+        estimate=estimate,
+        low=np.where(ok, np.where(varies, low, estimate), -np.inf),
+        high=np.where(ok, np.where(varies, high, estimate), np.inf),
+        se=np.select([~ok, ~varies, se <= ROUNDING], [np.inf, 0, np.inf], se),
+        undefined=undefined,
+        n_clusters=len(sums.clusters),
+        n_rows=sums.n_rows,
+        replicates=replicates,
+        t=t,
+    )
+
+
+def _check_request(sums: ClusterSums, n_boot: int, confidence: float) -> None:
+    if np.bincount(sums.strata).min() < 2:
+        raise InputError(
+            f"{len(sums.clusters)} clusters in strata of {np.bincount(sums.strata)}: the spread between clusters "
+            "needs at least 2 in each; add topics or join strata"
+        )
+    if n_boot < 100 or not 0 < confidence < 1:
+        raise InputError(f"n_boot={n_boot}, confidence={confidence}: expected at least 100, and between 0 and 1")
+
+
+def _evaluate(statistic: Statistic, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = statistic(sums, counts)
+    if value.ndim != 2 or len(value) != len(sums):
+        raise InputError(
+            f"the statistic returned shape {value.shape} for sums {sums.shape}: expected ({len(sums)}, stats); "
+            "keep the axis of stats (sums[:, [0]], keepdims=True)"
+        )
+    return value
+
+
+@lru_cache(maxsize=16)  # drawing takes nine tenths of the time of an interval, and most are over the same few topics
+def _weights(codes: tuple[int, ...], n_boot: int, seed: int) -> Float[np.ndarray, "replicate cluster"]:
+    strata, rng = np.array(codes), np.random.default_rng(seed)
+    weights = np.empty((n_boot, len(strata)))
+    for stratum, size in enumerate(np.bincount(strata)):
+        weights[:, strata == stratum] = rng.multinomial(size, np.full(size, 1 / size), size=n_boot)
+    weights.flags.writeable = False  # shared by all that draw the same topics
+    return weights
+
+
+def _replicates(sums: ClusterSums, statistic: Statistic, weights: np.ndarray) -> Float[np.ndarray, "replicate stat"]:
+    # In blocks, because the weighted sums of 1e5 columns would take gigabytes.
+    blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
+    return np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
+
+
+def _members(strata: np.ndarray) -> np.ndarray:
+    return (np.arange(strata.max() + 1)[:, None] == strata).astype(float)
+
+
+def _jackknife(sums: ClusterSums, statistic: Statistic) -> np.ndarray:
+    """Influence of each cluster, [cluster, stat], by leaving it out and weighting its stratum up to its old size."""
+    member = _members(sums.strata)
+    size = member.sum(1)[sums.strata][:, None]
+
+    def left_out(x: np.ndarray) -> np.ndarray:
+        stratum = (member @ x)[sums.strata]
+        return (x.sum(0) - stratum) + size / (size - 1) * (stratum - x)
+
+    value = _evaluate(statistic, left_out(sums.sums), left_out(sums.counts))
+    centre = (member @ value / member.sum(1, keepdims=True))[sums.strata]
+    return (size - 1) / size * (centre - value)
+
+
+def _shape(influence: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Acceleration (Davison & Hinkley 1997, 5.3), Satterthwaite's df and sqrt(n / (n - 1)), pooled over strata."""
+    member = _members(strata)
+    size = member.sum(1, keepdims=True)
+    second, third = member @ influence**2, member @ influence**3
+    second = np.where(second.sum(0) <= ROUNDING**2, 1, second)  # no influence at all: no skewness either
+    total = second.sum(0)
+    unbiased = second * size / (size - 1)
+    df = unbiased.sum(0) ** 2 / (unbiased**2 / (size - 1)).sum(0)
+    return third.sum(0) / (6 * total**1.5), df, np.sqrt(unbiased.sum(0) / total)
+
+
+def _studentise(
+    deviation: np.ndarray, weights: np.ndarray, influence: np.ndarray, strata: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error, and each resample's deviation over its own, from the influence of the clusters it drew."""
+    size = np.bincount(strata)[strata][:, None]
+    scaled = influence * np.sqrt(size / (size - 1))
+    se = np.sqrt((scaled**2).sum(0))
+    square = weights @ scaled**2
+    for member in _members(strata):
+        square -= ((weights * member) @ scaled) ** 2 / member.sum()
+    own = np.sqrt(np.maximum(square, 0))
+    # Where a resample drew no cluster that matters, its own error vanishes (up to cancellation) and t has no meaning.
+    meaningful = own > 1e-6 * se
+    return se, np.where(meaningful, deviation / np.where(meaningful, own, 1), np.inf)
+
+
+def _bca_limit(ordered: np.ndarray, estimate: np.ndarray, z: np.ndarray, acceleration: np.ndarray) -> np.ndarray:
+    """Quantile of each sorted column of replicates at the level that BCa assigns to the normal deviate `z`."""
+    n_boot, tied = len(ordered), ROUNDING * np.maximum(1, abs(estimate))
+    below = ((ordered < estimate - tied).mean(0) + (ordered <= estimate + tied).mean(0)) / 2
+    bias = st.norm.ppf(np.clip(below, 1 / n_boot, 1 - 1 / n_boot))
+    shifted = bias + z
+    level = st.norm.cdf(bias + shifted / np.maximum(1 - acceleration * shifted, ROUNDING))
+    position = level * (n_boot - 1)
+    start = np.minimum(position.astype(int), n_boot - 2)
+    lower, upper = (np.take_along_axis(ordered, row[None], axis=0)[0] for row in (start, start + 1))
+    return lower + (position - start) * (upper - lower)
+
+
+def max_t_band(estimates: Estimates, confidence: float = 0.95) -> Band:
+    """Band that holds all stats at once with this confidence: estimate -+ quantile of max |t| times `se`.
+
+    t of a resample is taken with that resample's own standard error (bootstrap-t; Romano & Wolf 2005): with one
+    standard error for all, a band of 64 cells and 30 topics covered about 88 %, or 73 % for skewed effects. Stats that
+    do not vary (zero by structure) take no part and keep [estimate, estimate]; those without a t in some resample, as
+    fewer than about 8 clusters inform them, take no part and get (-inf, inf). One stat gets a bootstrap-t interval.
+    """
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence}: expected a number between 0 and 1")
+    estimate, se = estimates.estimate, estimates.se
+    usable = np.isfinite(estimates.t).all(0) & (se > 0)
+    critical = float(np.quantile(abs(estimates.t[:, usable]).max(1, initial=0), confidence))
+    half = np.select([usable, se == 0], [critical * np.where(usable, se, 0), 0], np.inf)
+    return Band(estimate - half, estimate + half, critical)
+
+
+def mean_ci(
+    values: Float[np.ndarray, row], cluster: Shaped[np.ndarray, row], *, n_boot: int = 2000, seed: int = 0
+) -> Interval:
+    """Mean over rows with its 95 % BCa interval, whole clusters drawn, in the unit of the values.
+
+    >>> mean_ci(np.full(80, 0.5), np.arange(80) // 2)
+    Interval(estimate=0.5, low=0.5, high=0.5, n_clusters=40, n_rows=80)
+    """
+    if np.ndim(values) != 1 or np.shape(values) != np.shape(cluster):
+        raise InputError(f"values {np.shape(values)} and cluster {np.shape(cluster)}: expected two lists of one length")
+    table = pd.DataFrame({"topic": cluster, "value": values})
+    result = bootstrap(cluster_sums(table, "value"), mean, n_boot=n_boot, seed=seed)
+    return Interval(
+        estimate=float(result.estimate[0]),
+        low=float(result.low[0]),
+        high=float(result.high[0]),
+        n_clusters=result.n_clusters,
+        n_rows=result.n_rows,
+    )
+
+
+def interval(sums: clusters.ClusterSums, statistic: clusters.Statistic) -> Estimates:
+    """`bootstrap`, with intervals without limits where all pairs are of one topic: nothing says how topics differ."""
+    if len(sums.clusters) > 1:
+        return bootstrap(sums, statistic)
+    estimate = statistic(sums.sums, sums.counts)[0]
+    endless = np.full_like(estimate, np.inf)
+    undefined, t = np.zeros(len(estimate), dtype=int), endless[None]
+    return Estimates(estimate, -endless, endless, endless, undefined, 1, sums.n_rows, estimate[None], t)
+
+
+def row(
+    model: str, claim: str, quantity: str, variant: str, estimates: Estimates, n_pairs: int, index: int = 0
+) -> dict[str, object]:
+    """One row of an evidence table from one entry of an `Estimates`."""
+    return {
+        "model": model,
+        "claim": claim,
+        "quantity": quantity,
+        "variant": variant,
+        "estimate": float(estimates.estimate[index]),
+        "ci_low": float(estimates.low[index]),
+        "ci_high": float(estimates.high[index]),
+        "n_pairs": n_pairs,
+        "n_topics": estimates.n_clusters,
+        "note": "",
+    }
+
+
+def share_row(
+    model: str, claim: str, quantity: str, variant: str, estimates: Estimates | None, table: pd.DataFrame
+) -> list[dict[str, object]]:
+    """The row of a share measured on the table's test pairs, or no row where the share is not defined."""
+    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
+    return [] if estimates is None else [row(model, claim, quantity, variant, estimates, n_pairs)]
+
+
+def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
+    """One row with the mean of a column over pairs."""
+    return row(model, claim, quantity, "main", interval(clusters.cluster_sums(table, value), clusters.mean), len(table))

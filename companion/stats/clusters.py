@@ -1,0 +1,226 @@
+"""Sums per topic, the statistics made of them, and the tests that respect topics.
+
+Pairs of one topic share wording and are not independent. Every statistic used here (a mean, a share, a depth centroid)
+needs a tidy table only through its sums and counts per topic: `cluster_sums` makes them, `mean`, `contrast` and
+`ratio` are functions of them, and `companion.stats.bootstrap` puts intervals on such a function by drawing whole topics.
+Neurons are too many and too sparse for a bootstrap: `clustered_t` and `by_adjust` test them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy.typing import ArrayLike
+from scipy import stats as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from companion.base.errors import InputError
+
+# Takes sums and counts, both [replicate, column], and returns [replicate, stat].
+Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Sums and numbers of rows of each cell (column) in each cluster; 0 and 0 where a cluster lacks the cell.
+
+    `columns` describes the columns of `sums`, one row each, and selects cells: `sums.columns["layer"] > 20`.
+    Clusters with the same code in `strata` are resampled among themselves.
+    """
+
+    sums: Float[np.ndarray, "cluster column"]
+    counts: Float[np.ndarray, "cluster column"]
+    columns: pd.DataFrame
+    clusters: pd.Index
+    strata: Int[np.ndarray, cluster]
+    n_rows: int
+
+
+def cluster_sums(
+    table: pd.DataFrame,
+    values: str | Sequence[str],
+    *,
+    by: Sequence[str] = (),
+    cluster: str = "topic",
+    strata: str | None = None,
+) -> ClusterSums:
+    """Sum the value column(s) of a tidy table within each cluster, separately for each combination of `by`.
+
+    A wide table has one value column per cell; a long one has one value column and names the cell in `by`.
+    `strata` names a column: clusters in which the same set of its values occurs form one stratum, so with
+    `strata="treatment"` the topics that serve the same treatments are drawn among themselves.
+
+    >>> table = pd.DataFrame({"topic": ["a", "a", "b"], "layer": [0, 1, 0], "nie": [1.0, 2.0, 3.0]})
+    >>> cluster_sums(table, "nie", by=["layer"]).sums
+    array([[1., 2.],
+           [3., 0.]])
+
+    Raises `InputError` for missing columns, no rows, and missing or infinite entries.
+    """
+    values, by = [values] if isinstance(values, str) else list(values), list(by)
+    _check_table(table, values, [cluster, *by, *([strata] if strata else [])])
+    row, clusters = pd.factorize(table[cluster], sort=True)
+    if by:
+        grouped = table.groupby(by, sort=True, observed=True)
+        column, cells = grouped.ngroup().to_numpy(), grouped.size().index.to_frame(index=False)
+    else:
+        column, cells = np.zeros(len(table), dtype=int), pd.DataFrame(index=[0])
+    flat, shape = row * len(cells) + column, (len(clusters), len(cells))
+    counts = np.bincount(flat, minlength=math.prod(shape)).reshape(shape).astype(float)
+    sums = [np.bincount(flat, table[name].to_numpy(float), math.prod(shape)).reshape(shape) for name in values]
+    codes = np.zeros(len(clusters), dtype=int)
+    if strata:
+        occurs = pd.crosstab(table[cluster], table[strata]).to_numpy() > 0
+        codes = np.unique(occurs, axis=0, return_inverse=True)[1]
+    columns = pd.concat([cells.assign(value=name) for name in values], ignore_index=True)[["value", *by]]
+    index = pd.Index(clusters, name=cluster)
+    return ClusterSums(np.hstack(sums), np.tile(counts, len(values)), columns, index, codes, len(table))
+
+
+def _check_table(table: pd.DataFrame, values: list[str], keys: list[str]) -> None:
+    if missing := [name for name in [*values, *keys] if name not in table.columns]:
+        raise InputError(f"no column {missing} in the table: name some of {list(table.columns)}")
+    if table.empty or not values:
+        raise InputError("nothing to sum, no rows or no value column: check the filter that made the table")
+    for name in keys:
+        if table[name].isna().any():
+            raise InputError(f"column {name!r} has missing entries: every row needs one")
+    for name in values:
+        finite = np.isfinite(pd.to_numeric(table[name], errors="coerce").to_numpy(float, na_value=np.nan))
+        if not finite.all():
+            raise InputError(
+                f"{(~finite).sum()} of {len(finite)} entries of {name!r} are not finite numbers: leave out rows "
+                "that were not measured, and look for a prompt of zero probability"
+            )
+
+
+def mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean over rows of every column."""
+    return sums / counts
+
+
+def contrast(weights: ArrayLike) -> Statistic:
+    """Statistic that adds up column means with these weights, [column] or [stat, column] (a mask is 0 and 1).
+
+    >>> contrast([1, -1])(np.array([[6.0, 2.0]]), np.array([[3.0, 2.0]]))
+    array([[1.]])
+    """
+    weight = np.atleast_2d(np.asarray(weights, dtype=float))
+
+    def statistic(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        empty = counts == 0
+        means = np.divide(sums, counts, out=np.zeros_like(sums), where=~empty)
+        # An empty column must spoil the stats that use it, and no other.
+        spoiled = empty.astype(float) @ (weight != 0).T.astype(float) > 0
+        return np.where(spoiled, np.nan, means @ weight.T)
+
+    return statistic
+
+
+def ratio(num: ArrayLike, den: ArrayLike) -> Statistic:
+    """Ratio of two contrasts: a share with two masks, a proportion mediated, or a centroid with `depth * mask, mask`.
+
+    It is a ratio of means, never a mean of ratios, so pairs with a small denominator do not dominate.
+    """
+    top, bottom = contrast(num), contrast(den)
+    return lambda sums, counts: top(sums, counts) / bottom(sums, counts)
+
+
+@dataclass(frozen=True)
+class ClusteredT:
+    """One-sample t-test per cell: mean over rows (unit of the values), its standard error, t, two-sided p."""
+
+    mean: Float[np.ndarray, cell]
+    se: Float[np.ndarray, cell]
+    t: Float[np.ndarray, cell]
+    p: Float[np.ndarray, cell]
+    df: int
+
+
+def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarray, row]) -> ClusteredT:
+    """Test that the mean of each cell is 0, rows of one cluster being dependent; made for 1e5 cells at once.
+
+    The variance is the cluster-robust one (Liang & Zeger 1986) with the factor G / (G - 1), and t has G - 1 degrees
+    of freedom for G clusters. A cell that is 0 in every row has t = 0 and p = 1.
+    """
+    values, cluster = np.asarray(values), np.asarray(cluster)
+    if values.ndim != 2 or cluster.shape != values.shape[:1]:
+        raise InputError(f"values {values.shape} and cluster {cluster.shape}: expected [row, cell] and [row]")
+    if not np.isfinite(values).all() or pd.isna(cluster).any():
+        raise InputError("values or cluster labels are missing or infinite: leave out rows that were not measured")
+    labels, code = np.unique(cluster, return_inverse=True)
+    n_clusters, n_rows = len(labels), len(values)
+    if n_clusters < 2:
+        raise InputError(f"{n_clusters} cluster: the spread between clusters needs at least 2, add topics")
+    member = (np.arange(n_clusters)[:, None] == code).astype(float)
+    mean = values.mean(0, dtype=float)
+    residual = member @ values - member.sum(1, keepdims=True) * mean
+    se = np.sqrt(n_clusters / (n_clusters - 1) * (residual**2).sum(0)) / n_rows
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(mean == 0, 0.0, mean / se)
+    return ClusteredT(mean, se, t, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
+
+
+def by_adjust(p: Float[np.ndarray, test]) -> Float[np.ndarray, test]:
+    """Benjamini-Yekutieli (2001) adjusted p-values: those <= q have false discovery rate q under any dependence.
+
+    >>> by_adjust(np.array([0.001, 0.5, 0.02])).round(4)
+    array([0.0055, 0.9167, 0.055 ])
+    """
+    p = np.asarray(p, dtype=float)
+    if p.ndim != 1 or p.size == 0 or not ((p >= 0) & (p <= 1)).all():
+        raise InputError(f"p-values of shape {p.shape}: expected one axis, not empty, every entry in [0, 1]")
+    return multipletests(p, method="fdr_by")[1]
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson (1927) interval of a proportion of independent trials.
+
+    >>> [round(limit, 3) for limit in wilson(0, 10)]
+    [0.0, 0.278]
+    """
+    _check_counts(successes, n, confidence)
+    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    return float(low), float(high)
+
+
+def binomial_upper(successes: int, n: int, confidence: float = 0.95) -> float:
+    """Exact one-sided upper bound of a proportion (Clopper & Pearson 1934), for error rates.
+
+    >>> round(binomial_upper(0, 59), 4)
+    0.0495
+    """
+    _check_counts(successes, n, confidence)
+    # The two-sided interval at twice the error leaves exactly 1 - confidence above its upper limit.
+    return float(proportion_confint(successes, n, alpha=2 * (1 - confidence), method="beta")[1])
+
+
+def _check_counts(successes: int, n: int, confidence: float) -> None:
+    if not (n > 0 and 0 <= successes <= n and successes == int(successes) and n == int(n) and 0 < confidence < 1):
+        raise InputError(
+            f"{successes} of {n} at confidence {confidence}: expected whole numbers 0 <= successes <= n, n > 0, "
+            "and a confidence between 0 and 1"
+        )
+
+
+def exact_mcnemar(first: Bool[np.ndarray, prompt], second: Bool[np.ndarray, prompt]) -> float:
+    """Exact McNemar p-value that two yes/no outcomes of the same independent prompts have equal rates.
+
+    >>> exact_mcnemar(np.array([1, 1, 1, 1, 1, 0]) > 0, np.zeros(6) > 0)
+    0.0625
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.dtype != bool or second.dtype != bool or first.ndim != 1 or first.shape != second.shape:
+        raise InputError(
+            f"outcomes {first.dtype} {first.shape} and {second.dtype} {second.shape}: expected two Boolean arrays "
+            "of one length, the same prompts in the same order"
+        )
+    both = [[(a & b).sum() for b in (second, ~second)] for a in (first, ~first)]
+    return float(mcnemar(both, exact=True).pvalue)

@@ -1,0 +1,141 @@
+"""Statistics of a defence: paired changes in rates, what the refitting of directions adds, and what n can detect.
+
+Rates are reported in percentage points. The same prompts answer with and without steering, so every comparison is
+paired; prompts of one topic are not independent, so topics are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Shaped
+from scipy import stats as st
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from companion.base.errors import InputError
+from companion.stats import clusters
+from companion.stats.bootstrap import interval
+
+Z = float(st.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change with its 95 % interval; `p` is the exact McNemar p-value (nan where it does not apply)."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    n_topics: int
+    p: float = float("nan")
+
+
+def mean_change(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]) -> Change:
+    """Mean of per-prompt values with a BCa interval over topics, in the unit of the values."""
+    table = pd.DataFrame({"topic": topic, "value": np.asarray(values, dtype=float)})
+    made = interval(clusters.cluster_sums(table, "value"), clusters.mean)
+    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), len(table), made.n_clusters)
+
+
+def ratio_change(
+    top: Float[np.ndarray, prompt], bottom: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+) -> Change:
+    """Ratio of two means over the same prompts, topics drawn: never a mean of ratios."""
+    table = pd.DataFrame({"topic": topic, "top": top, "bottom": bottom})
+    sums = clusters.cluster_sums(table, ["top", "bottom"])
+    masks = [(sums.columns["value"] == name).to_numpy() for name in ("top", "bottom")]
+    made = interval(sums, clusters.ratio(*masks))
+    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), len(table), made.n_clusters)
+
+
+def rate_change(
+    before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+) -> Change:
+    """How far a yes/no rate moved, after - before, in percentage points.
+
+    The limits are the wider of two: the bootstrap over topics, which knows that prompts of a topic are alike but calls
+    nothing seen nothing possible, and Newcombe's score interval, which does not.
+
+    >>> none = np.zeros(400, dtype=bool)
+    >>> change = rate_change(none, none, np.arange(400))
+    >>> change.estimate, round(change.high, 2)
+    (0.0, 0.95)
+    """
+    p = clusters.exact_mcnemar(np.asarray(before), np.asarray(after))
+    boot = mean_change(100 * (after.astype(float) - before.astype(float)), topic)
+    low, high = newcombe(before, after)
+    return replace(boot, low=min(boot.low, 100 * low), high=max(boot.high, 100 * high), p=p)
+
+
+def newcombe(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> tuple[float, float]:
+    """Interval of the paired difference of two proportions (after - before) by squared Wilson limits.
+
+    Newcombe (1998), Statistics in Medicine 17, 2635, method 10 without his continuity correction of phi. Independent
+    prompts are assumed; no discordant pair at all still leaves room for some.
+    """
+    n = len(before)
+    both = np.array(
+        [[np.sum(after & before), np.sum(after & ~before)], [np.sum(~after & before), np.sum(~after & ~before)]]
+    )
+    rates = after.mean(), before.mean()
+    limits = [clusters.wilson(int(x.sum()), n) for x in (after, before)]
+    margins = np.prod(both.sum(0)) * np.prod(both.sum(1))
+    phi = 0.0 if margins == 0 else (both[0, 0] * both[1, 1] - both[0, 1] * both[1, 0]) / np.sqrt(margins)
+
+    def half(first: float, second: float) -> float:
+        return float(np.sqrt(max(0.0, first**2 - 2 * phi * first * second + second**2)))
+
+    (low1, high1), (low2, high2) = limits
+    difference = rates[0] - rates[1]
+    low = difference - half(rates[0] - low1, high2 - rates[1])
+    return float(low), float(difference + half(high1 - rates[0], rates[1] - low2))
+
+
+def with_refits(change: Change, refits: Sequence[float]) -> Change:
+    """The interval widened by how the estimate varies when the directions are fitted anew.
+
+    Two sources of error that are independent: which test topics there are (the interval's own half-lengths) and which
+    prompts the directions were fitted on (the standard deviation over refits). Their squares add.
+    """
+    if len(refits) < 2:
+        raise InputError(f"{len(refits)} refits: their spread needs at least 2")
+    more = Z * float(np.std(refits, ddof=1))
+    low = change.estimate - float(np.hypot(change.estimate - change.low, more))
+    return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
+
+
+def holm(p: Sequence[float]) -> Float[np.ndarray, test]:
+    """Holm's adjusted p-values of one family of tests; an entry that is nan was not tested and stays nan."""
+    values = np.asarray(p, dtype=float)
+    tested = np.isfinite(values)
+    adjusted = np.full(len(values), np.nan)
+    if tested.any():
+        adjusted[tested] = multipletests(values[tested], method="holm")[1]
+    return adjusted
+
+
+def rank_p(effect: float, null: Float[np.ndarray, draw]) -> float:
+    """One-sided p-value of an effect among random draws, the effect counted among them: (1 + #) / (1 + draws).
+
+    >>> round(rank_p(3.0, np.arange(100.0)), 3)
+    0.97
+    """
+    return float((1 + np.sum(np.asarray(null) >= effect)) / (1 + len(null)))
+
+
+def detectable(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt], power: float = 0.8) -> float:
+    """The smallest mean change that the test has this power to see at 5 %, in the unit of the values.
+
+    Topics are the units: their means' spread and their number enter the power of a t-test. Values that do not vary at
+    all tell nothing about it (nan).
+    """
+    means = pd.Series(np.asarray(values, dtype=float)).groupby(np.asarray(topic)).mean()
+    spread = float(means.std(ddof=1)) if len(means) > 2 else 0.0
+    if spread == 0:
+        return float("nan")
+    return spread * float(TTestPower().solve_power(nobs=len(means), alpha=0.05, power=power))

@@ -1,0 +1,408 @@
+"""What steering directions are fitted from: activations of prompts, in classes by what the model itself did with them.
+
+Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`. The classes
+are harmful prompts that were refused, harmful ones that were complied with, and other prompts that were answered.
+
+Steering directions on disk: safetensors beside a JSON manifest that says for which model they hold.
+
+A direction means nothing without the model, the template and the token it was read at, so these stand in the manifest and
+are compared when it is loaded. Published sample arrays [layer, sample, width] can be read for comparison; pickles are not,
+because loading one runs code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
+
+from companion.base import files, paths
+from companion.base.errors import InputError
+from companion.base.folders import prompts_folder
+from companion.generation import forward
+from companion.generation.hooks import PARTS
+from companion.model.activations import on_input, on_output
+from companion.model.architecture import Subject
+from companion.prompts import tokens
+from companion.prompts.tokens import Openers
+
+CLASSES: Final = ("refused", "complied", "benign")
+
+
+COLUMNS: Final = ("id", "text", "kind", "split", "refused")
+
+
+SUPPLY: Final = {
+    "refused": "no harmful prompt of discover was refused: add plainer ones, or use a model with safety training",
+    "complied": "no harmful prompt of discover was complied with: add stronger jailbreak wrappers (T2)",
+    "benign": "no harmless prompt of discover was answered: add harmless ones (T1, T2b or B)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Prompts of discover and validate with their unsteered activations at the last token.
+
+    `prompts` has the columns of `COLUMNS` and `class` (one of `CLASSES`, or "" for a refused harmless prompt). `last` maps
+    each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is the residual stream at
+    the last token of the instruction, `tail` tokens before the last one.
+    """
+
+    subject: Subject
+    openers: Openers
+    prompts: pd.DataFrame
+    last: dict[str, Float[np.ndarray, "prompt layer width"]]
+    instruction: Float[np.ndarray, "prompt layer d"]
+    tail: int
+    neuron_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Class means [layer, width] of one part and the two directions between them, in the paper's signs.
+
+    `rejection` points from complied to refused harmful prompts, `harmfulness` from complied harmful to answered benign
+    ones (so it leads *away* from harm). What needs a class without prompts is None.
+    """
+
+    part: str
+    refused: Float[np.ndarray, "layer width"] | None
+    complied: Float[np.ndarray, "layer width"] | None
+    benign: Float[np.ndarray, "layer width"] | None
+    counts: dict[str, int]
+
+    @property
+    def rejection(self) -> Float[np.ndarray, "layer width"] | None:
+        """v_R = mean(refused) - mean(complied): adding it moves towards refusing."""
+        return None if self.refused is None or self.complied is None else self.refused - self.complied
+
+    @property
+    def harmfulness(self) -> Float[np.ndarray, "layer width"] | None:
+        """v_H = mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless."""
+        return None if self.benign is None or self.complied is None else self.benign - self.complied
+
+
+_made: WeakKeyDictionary[Fit, dict[str, Directions]] = WeakKeyDictionary()  # every arm of a fit asks for the same ones
+
+
+def fit_classes(
+    subject: Subject, openers: Openers, prompts: pd.DataFrame, *, neuron_layers: Collection[int] | None = None
+) -> Fit:
+    """Reads the activations of the prompts of discover and validate, one forward pass each.
+
+    `neuron_layers` (default: the last) bounds what is kept of neurons. A missing class is no error here; a method that
+    needs it says so.
+    """
+    if lacking := [name for name in COLUMNS if name not in prompts.columns]:
+        raise InputError(f"the prompts have no column {lacking[0]!r}; expected {', '.join(COLUMNS)}")
+    kept = prompts[prompts.split.isin(["discover", "validate"])].reset_index(drop=True)
+    if kept.empty:
+        raise InputError("no prompt of the splits discover and validate: nothing to fit directions on")
+    table = kept.assign(**{"class": classes(kept)})
+    wanted = (subject.n_layers - 1,) if neuron_layers is None else tuple(sorted(set(neuron_layers)))
+    wanted = wanted if subject.layers[0].down_proj is not None else ()
+    tail = instruction_tail(subject)
+    last, instruction = activations(subject, list(table.text), tail, wanted)
+    return Fit(subject, openers, table, last, instruction, tail, wanted)
+
+
+def classes(prompts: pd.DataFrame) -> list[str]:
+    """The class of each prompt, by what the model itself did ("" for a harmless prompt that it refused)."""
+    harmful, refused = prompts.kind == "harmful", prompts.refused.astype(bool)
+    return [str(name) for name in np.select([harmful & refused, harmful, ~refused], CLASSES, "")]
+
+
+def instruction_tail(subject: Subject) -> int:
+    """Tokens from the instruction's last one to the prompt's last one: what the template writes behind a user turn."""
+    if subject.tokenizer is None:
+        return 0
+    _, offsets, start = tokens.encode(subject.tokenizer, tokens.STAND_IN)
+    inside = offsets[:, 0] < start + len(tokens.STAND_IN)
+    return int((~inside[int(np.argmax(offsets[:, 1] > start)) :]).sum())
+
+
+@torch.no_grad()
+def activations(
+    subject: Subject, texts: Sequence[str], tail: int, neuron_layers: Sequence[int]
+) -> tuple[dict[str, Float[np.ndarray, "prompt layer width"]], Float[np.ndarray, "prompt layer d"]]:
+    """Activations of every part at the last token, and of the residual stream at the instruction's last token."""
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*PARTS, "instruction")}
+    order = []
+    for places, ids in forward.buckets(subject, texts):
+        order.append(places)
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in PARTS}
+        with ExitStack() as hooks:
+            for number, parts in enumerate(subject.layers):
+                hooks.enter_context(on_output(parts.block, seen["resid_post"].append))
+                hooks.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
+                if number in neuron_layers and parts.down_proj is not None:
+                    hooks.enter_context(on_input(parts.down_proj, seen["neurons"].append))
+            subject.model.base_model(ids, use_cache=False)
+        for name, found in seen.items():
+            if found:
+                rows[name].append(_at(found, -1))
+        rows["instruction"].append(_at(seen["resid_post"], -1 - tail))
+    back = np.argsort(np.concatenate(order))
+    made = {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
+    instruction = made.pop("instruction")
+    return made, instruction
+
+
+def _at(layers: Sequence[torch.Tensor], place: int) -> Float[np.ndarray, "prompt layer width"]:
+    return torch.stack([x[:, place] for x in layers], dim=1).float().cpu().numpy()
+
+
+def rows(found: Fit, split: str, *names: str) -> Bool[np.ndarray, prompt]:
+    """Which prompts belong to a split and, if any are named, to one of these classes."""
+    mask = (found.prompts.split == split).to_numpy()
+    return mask & found.prompts["class"].isin(names).to_numpy() if names else mask
+
+
+def fit_directions(found: Fit, part: str = "resid_post") -> Directions:
+    """Class means on discover and the directions between them.
+
+    >>> classes(pd.DataFrame({"kind": ["harmful", "harmful", "harmless"], "refused": [True, False, False]}))
+    ['refused', 'complied', 'benign']
+    """
+    if part not in found.last:
+        raise InputError(f"no activations of {part!r}; fitted were {', '.join(found.last)}")
+    made = _made.setdefault(found, {})
+    if part not in made:
+        made[part] = _directions(found, part)
+    return made[part]
+
+
+def _directions(found: Fit, part: str) -> Directions:
+    masks = {name: rows(found, "discover", name) for name in CLASSES}
+    means = {name: found.last[part][mask].mean(0, dtype=float) if mask.any() else None for name, mask in masks.items()}
+    return Directions(part, **means, counts={name: int(mask.sum()) for name, mask in masks.items()})
+
+
+def need(found: Fit, *names: str) -> None:
+    """`InputError` that says what to supply, if one of these classes has no prompt in discover."""
+    for name in names:
+        if not rows(found, "discover", name).any():
+            raise InputError(SUPPLY[name])
+
+
+def rejection(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
+    """v_R of every layer, its role and sign checked: refused prompts lie further along it than complied ones."""
+    need(found, "refused", "complied")
+    made = fit_directions(found, part)
+    assert made.rejection is not None and made.refused is not None and made.complied is not None
+    gap = (made.rejection * (made.refused - made.complied)).sum(-1)
+    assert (gap >= 0).all()
+    if not gap.any():
+        raise InputError("refused and complied harmful prompts have the same activations: are the labels right?")
+    return made.rejection
+
+
+def harmfulness(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
+    """v_H of every layer, its role and sign checked: benign prompts lie further along it than complied harmful ones."""
+    need(found, "benign", "complied")
+    made = fit_directions(found, part)
+    assert made.harmfulness is not None and made.benign is not None and made.complied is not None
+    gap = (made.harmfulness * (made.benign - made.complied)).sum(-1)
+    assert (gap >= 0).all()
+    if not gap.any():
+        raise InputError("benign and complied harmful prompts have the same activations: are the labels right?")
+    return made.harmfulness
+
+
+def fit_of(found: Fit, places: np.ndarray) -> Fit:
+    """The fit on some of its prompts (a mask, or indices with repeats), without reading them anew."""
+    table = found.prompts.iloc[np.flatnonzero(places) if places.dtype == bool else places].reset_index(drop=True)
+    last = {name: values[places] for name, values in found.last.items()}
+    return replace(found, prompts=table, last=last, instruction=found.instruction[places])
+
+
+FILE: Final = "directions.safetensors"
+
+
+MANIFEST: Final = "directions.json"
+
+
+ROLES: Final = {
+    "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
+    "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
+}
+
+
+PARTS_OF: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
+
+
+SUPPLIED: Final = "directions"
+
+
+PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
+
+
+def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Path:
+    """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids)."""
+    folder = Path(folder)
+    means = {name: getattr(directions, name) for name in CLASSES}
+    tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in means.items() if mean is not None}
+    with files.replacing(folder / FILE) as scratch:
+        scratch.write_bytes(to_bytes(tensors))  # the library's own writer lets nobody but its user read the file
+    ids = {name: [_sha(str(one)) for one in fit.prompts.id[rows(fit, "discover", name)]] for name in CLASSES}
+    manifest = {
+        "model_sha256": fit.subject.sha256,
+        "model": fit.subject.name,
+        "template_sha256": template_hash(fit.subject),
+        "token": "last token of the prompt, with the generation prompt",
+        "part": directions.part,
+        "roles": ROLES,
+        "n": directions.counts,
+        "prompt_id_sha256": ids,
+        "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
+    }
+    return files.write_json(manifest, folder / MANIFEST)
+
+
+def load_directions(folder: str | Path, subject: Subject) -> Directions:
+    """The directions of a folder, for this model and template only.
+
+    Raises:
+        InputError: a missing or torn file, or directions of another model, of another chat template, or of other roles.
+    """
+    folder = Path(folder)
+    manifest = files.read_json(folder / MANIFEST)
+    wanted = {"model_sha256": subject.sha256, "template_sha256": template_hash(subject), "roles": ROLES}
+    for name, value in wanted.items():
+        if manifest.get(name) != value:
+            raise InputError(
+                f"{paths.relative(folder)} holds directions whose {name} differs from this model's ({subject.name}): a "
+                "direction holds for one model, template and sign convention; fit it again"
+            )
+    path = folder / FILE
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.get("file_sha256"):
+        raise InputError(
+            f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
+        )
+    tensors = load_file(path)
+    if bad := [
+        name for name, mean in tensors.items() if mean.shape[0] != subject.n_layers and manifest["part"] != "neurons"
+    ]:
+        raise InputError(f"{paths.relative(path)}: {bad[0]} has not one row for each of {subject.n_layers} layers")
+    return Directions(manifest["part"], **{name: tensors.get(name) for name in CLASSES}, counts=manifest["n"])
+
+
+def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
+    """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
+
+    Raises:
+        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path.name} is a pickle, which can run code when it is loaded. Convert it on a machine you can lose: "
+            'python -c "import sys, torch; from safetensors.torch import save_file; x = torch.load(sys.argv[1], '
+            'weights_only=True); save_file({k: v.contiguous() for k, v in x.items()}, sys.argv[2])" '
+            f"{path.name} {path.stem}.safetensors"
+        )
+    if path.suffix not in (".safetensors", ".npz"):
+        raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
+    try:
+        arrays = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
+        ) from error
+    for name, array in arrays.items():
+        if array.ndim != 3 or not np.isfinite(array).all():
+            raise InputError(
+                f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]"
+            )
+    return arrays
+
+
+def find_supplied(prompt_set: str | Path) -> Path | None:
+    """What the user put into `directions/` of the prompt set's folder to compare with: a folder that `save` wrote, or one
+    file for `read_samples`. None where there is no such folder.
+
+    Raises:
+        InputError: nothing in it that can be read, or several files.
+    """
+    folder = prompts_folder(str(prompt_set)) / SUPPLIED
+    if not folder.is_dir():
+        return None
+    if (folder / MANIFEST).is_file():
+        return folder
+    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if len(found) != 1:
+        raise InputError(
+            f"{paths.relative(folder)} holds {len(found)} files; expected one .safetensors or .npz file, or {FILE} with its "
+            f"{MANIFEST}"
+        )
+    return found[0]
+
+
+def supplied(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
+    """The user's directions by role: of a saved folder, or from sample arrays named by class or by role.
+
+    Classes are averaged and subtracted in our signs (`ROLES`); an array under a role's name is averaged over its samples and
+    taken as it is. A role whose classes are not there is left out.
+
+    Raises:
+        InputError: no role can be made, or arrays of another number of layers or width than the model's.
+    """
+    if path.is_dir():
+        made = load_directions(path, subject)
+        return {name: getattr(made, name) for name in ROLES if getattr(made, name) is not None}
+    means = {name: array.mean(1, dtype=float) for name, array in read_samples(path).items()}
+    wanted = (subject.n_layers, subject.d_model)
+    if bad := [name for name, mean in means.items() if mean.shape != wanted]:
+        raise InputError(
+            f"{path.name}: {bad[0]} has {means[bad[0]].shape} layers and width; {subject.name} has {wanted} (leave the "
+            "embedding's own row out)"
+        )
+    found = {name: means[name] for name in ROLES if name in means}
+    for name, (one, other) in PARTS_OF.items():
+        if name not in found and one in means and other in means:
+            found[name] = means[one] - means[other]
+    if not found:
+        known = ", ".join([*CLASSES, *ROLES])
+        raise InputError(
+            f"{path.name} has the arrays {', '.join(means)}; expected two classes or a direction of {known}"
+        )
+    return found
+
+
+def cosines(own: Directions, theirs: Mapping[str, Float[np.ndarray, "layer width"]]) -> pd.DataFrame:
+    """Cosine of each layer's two directions, one column a role (1: the same way; NaN where one of them is 0)."""
+    columns = {}
+    for name, other in theirs.items():
+        mine = getattr(own, name)
+        if mine is None:
+            continue
+        sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
+        columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
+    return pd.DataFrame(columns).rename_axis("layer")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def template_hash(subject: Subject) -> str:
+    """sha256 of the chat template; of the empty text where there is no tokenizer."""
+    return _sha("" if subject.tokenizer is None else str(subject.tokenizer.chat_template))
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,191 @@
+"""Mediation in the steered model: is the effect of the jailbreak gone, and did other components take over?
+
+The steered model is a model of its own: its clean runs are steered runs, and a component's activation is what the
+residual stream receives from it, steering included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from companion.base.thresholds import COMPONENTS
+from companion.generation.forward import ALL, LAST, Steer, Switch, at_last_token, opened, replayed
+from companion.generation.hooks import applied
+from companion.mediation import estimands, outcomes
+from companion.mediation.estimands import Mediator
+from companion.model import reference
+from companion.model.activations import CleanRun, clean_run, on_output
+from companion.model.architecture import Subject
+from companion.prompts import positions
+from companion.prompts.tokens import Openers, TokenPair
+from companion.stats import rates
+from companion.stats.rates import Change
+
+Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
+
+
+# Of control and treated prompts [pair, 1, d], and of each with its components replaced [pair, mediator, d].
+Residuals = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
+@torch.no_grad()
+def steered_effects(
+    subject: Subject,
+    pairs: Sequence[TokenPair],
+    openers: Mapping[str, Openers],
+    layers: Collection[int],
+    steer: Steer = nullcontext,
+) -> pd.DataFrame:
+    """The table of `estimands.measure_effects` (Y1, attention and MLP outputs at the last token) of the steered model.
+
+    An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
+    token is steered. Under any switch but a `Switch`, and on a model that cannot be replayed, it is a full forward pass.
+    """
+    header = positions.user_header(subject.tokenizer)
+    wanted = [one for one in estimands.mediators(subject, COMPONENTS) if one.layer in layers]
+    tables = []
+    for group in estimands.batches(pairs, subject):
+        if subject.replayable and (steer is nullcontext or isinstance(steer, Switch)):
+            final, patched = _replayed(subject, steer, group, wanted)
+        else:
+            final, patched = _in_full(subject, steer, group, wanted, header)
+        treatment = group[0].pair.treatment
+        score = outcomes.log_odds(subject, torch.cat([*final, *patched], 1), openers[treatment]).cpu().numpy()
+        y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
+        cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
+        tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
+    return estimands.estimands(pd.concat(tables, ignore_index=True))
+
+
+def _in_full(
+    subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator], header: str
+) -> Residuals:
+    """Final residual streams of `_replayed`, by one full forward pass an intervention."""
+    with steer():
+        batch = estimands.run_clean(subject, group)
+        control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
+        made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
+        both = ((control, treated), (treated, control))
+        y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
+    return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)
+
+
+def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
+    """Final residual streams at the last token: of control and treated prompts under the steering, and of both with each
+    component in turn set to the other side's. Both sides stand in one batch.
+    """
+    tokens = torch.cat(estimands.prompt_tokens(subject, group))
+    with steer():
+        base = _steered_pass(subject, clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache")))
+    plain = clean_run(subject, tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
+    # What is added to other tokens may hang on the last one: a gate, a position.
+    column = LAST if not isinstance(steer, Switch) or at_last_token(steer.steering) else ALL
+    found = []
+    for one in wanted:
+        parts = subject.layers[one.layer]
+        module = parts.attn_write if one.site == "attn_out" else parts.mlp_write
+        value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
+        patched = partial(on_output, module, partial(_with_last, value))
+        with _hooks(subject, steer, plain, one.layer, patched):
+            last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
+        found.append(last[:, -1:])
+    return base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
+
+
+def _climbed(
+    subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, column: slice
+) -> list[Float[Tensor, "pair pos d"]]:
+    """The residual stream after each of these layers, the lowest with its component replaced."""
+    hidden, found = base.resid_pre[start][:, column], []
+    for layer in range(start, end):
+        with patched() if layer == start else nullcontext():
+            hidden = replayed(subject, base, layer, hidden)
+        found.append(hidden)
+    return found
+
+
+def _with_last(value: Float[Tensor, "pair 1 d"], x: Float[Tensor, "pair pos d"]) -> Float[Tensor, "pair pos d"]:
+    return torch.cat([x[:, :-1], value], dim=1)
+
+
+def _hooks(
+    subject: Subject, steer: Steer, plain: CleanRun, layer: int, patched: Patched
+) -> AbstractContextManager[object]:
+    """The steering's hooks for calls of single blocks.
+
+    Gates and positions are read from a plain pass of their own, in which the component is replaced as well: what reads
+    the last token at or above it reads what the intervention made of it.
+    """
+    if not isinstance(steer, Switch):
+        return nullcontext()
+    steering = steer.steering
+    moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
+    end = max((read.layer + 1 for read in moved), default=layer)
+    changed = _climbed(subject, plain, layer, end, patched, LAST)
+    prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
+    return applied(subject, steering, prompt)
+
+
+def _steered_pass(subject: Subject, run: CleanRun) -> CleanRun:
+    """The run without what its hooks saw of a plain pass, which some methods make first to look at the prompt."""
+    names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
+    return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
+
+
+def layer_effects(effects: pd.DataFrame) -> pd.Series:
+    """A layer's absolute mean indirect effects (of both directions, over the pairs), summed over attention and MLP."""
+    each = effects.assign(nie=(effects.nie0 + effects.nie1) / 2).groupby(["layer", "site"])["nie"].mean().abs()
+    return each.groupby("layer").sum()
+
+
+def idle_layers(effects: pd.DataFrame, n: int, *, besides: Collection[int] = ()) -> list[int]:
+    """The `n` layers that mediate least by `layer_effects`, of those that are not `besides`; fewer where none are left.
+
+    Effects under a thousandth of the largest are rounding and count as none; of equal layers the lower ones are taken.
+
+    >>> table = pd.DataFrame({"layer": [0, 1, 2, 2], "site": ["mlp_out"] * 3 + ["attn_out"], "position": "last"})
+    >>> idle_layers(table.assign(nie0=[0.1, -3.0, 1.0, -1.0], nie1=[0.1, -1.0, 1.0, -1.0]), 2)
+    [0, 1]
+    """
+    total = layer_effects(effects)
+    total = total.where(total > total.max() / 1000, 0.0).drop(list(besides), errors="ignore")
+    return sorted(int(layer) for layer in total.sort_values(kind="stable").index[:n])
+
+
+def neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
+    """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)], topics drawn.
+
+    Plain and jailbroken are the two sides of a T2 pair; only the jailbroken prompt is steered. 0: nothing gained; 1: the
+    jailbroken prompt is answered like the plain one; above 1: steered past it.
+    """
+    joined = _one_row_a_pair(before).merge(_one_row_a_pair(after), on=["pair_id", "topic"], suffixes=("", "_s"))
+    return rates.ratio_change(
+        (joined.y11 - joined.y11_s).to_numpy(), (joined.y11 - joined.y00).to_numpy(), joined.topic.to_numpy()
+    )
+
+
+def _one_row_a_pair(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]]
+
+
+def after_before(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:
+    """Summed indirect effects of the components of some layers in the steered model over those in the plain one.
+
+    Effects are means of both directions, summed over components. Where steering sits above, a value near 1 says that
+    what it undoes is still computed; above 1 it says that components below it work harder (self-repair).
+    """
+    sums = [
+        table[table.layer.isin(list(layers))].assign(nie=(table.nie0 + table.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum()
+        for table in (before, after)
+    ]  # fmt: skip
+    joined = pd.concat(sums, axis=1, keys=["before", "after"]).reset_index()
+    return rates.ratio_change(joined.after.to_numpy(), joined.before.to_numpy(), joined.topic.to_numpy())

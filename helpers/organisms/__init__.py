@@ -1,1 +1,0 @@
-"""The embedded chat model: its invented, inert language, its training, and its evaluation."""

@@ -1,0 +1,618 @@
+"""Random designs of compiled models: which layers and neurons do what, drawn by kind and seed.
+
+The mechanism of harmful generation, on the last token: heads carry the wrapper's strength ("jail") and the request's
+danger and hazard in; `harm` is danger times hazard; a chain of stages turns jail and harm into `out`, which the
+unembedding reads. A stage is `product` (neurons gated by jail, whose up-projection reads harm), `threshold` (steep
+neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`.
+
+Beside it a smaller side route leads from wrapper and harm to the outcome, through other layers and partly through
+attention. How much takes it differs from topic to topic, so that every share is an average with a sampling error.
+
+What a compiled model computes, in channels of its residual stream: heads that copy, neurons, and a read-out.
+
+A program says everything about a model except how it is put into a real architecture (`compiled_weights`). Its
+arithmetic is the truth (`compiled_truth`): channel `bias` is 1 there, and no norm divides by anything.
+
+From a design to a program: the words' features, heads, neurons and read-out in numbers, all drawn from the seed.
+
+A program in the weights of a real architecture (Llama or Qwen2).
+
+Channel `bias` carries SIZE at every token. It is so much larger than all signals that every RMSNorm divides by nearly
+the same number and, with its gain set to that number, gives what it was given: the program's arithmetic then holds up to
+a relative error of about |signals|^2 / (2 SIZE^2) a layer.
+
+Rotary positions turn each pair of coordinates (i, i + HEAD_WIDTH / 2) of queries and keys; heads that look for a marked
+token use the pair that turns least, heads that want the most recent one a pair that turns enough to prefer near tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+from zlib import crc32
+
+import numpy as np
+import torch
+import transformers as hf
+from jaxtyping import Float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from companion.base.errors import InputError
+from companion.base.thresholds import EARLY, LATE, depth
+from organisms import compiled_language
+from organisms.compiled_language import BEHAVIOURS
+
+Op = Literal["product", "threshold", "either", "relay"]
+
+
+Writer = Literal["mlp", "attention", "copy"]
+
+
+KINDS: Final = (
+    "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
+    "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Neurons of one layer that compute `op` of the source channel into the target channel."""
+
+    layer: int
+    op: Op
+    source: str
+    target: str
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """The side route: a product in the MLP of a layer, written by it or, if `copy` is a layer, copied from the `<end>`
+    token by a head there. `share` is the mean over topics of how much of the decision takes it.
+    """
+
+    share: float
+    layer: int
+    copy: int | None
+
+
+@dataclass(frozen=True)
+class Design:
+    """One drawn model. Layers are indices; `effect` is the TE of T2 - T2b that was aimed at, in log-odds."""
+
+    kind: str
+    seed: int
+    family: str
+    n_layers: int
+    d_mlp: int
+    recognise: tuple[int, int]  # layer of the heads that fetch danger and hazard; of the neurons that combine them
+    recognise_unused: bool  # an early copy of the same, which nothing reads
+    carry: tuple[int, ...]  # layers of the heads that fetch the wrapper's strength
+    stages: tuple[Stage, ...]
+    side: Side | None
+    writer: Writer
+    write_layer: int
+    benign_carry: tuple[int, int]
+    benign_decide: int
+    contiguous: bool
+    each_token: bool
+    effect: float
+    severity: float
+    base: float
+    skip: float  # share of the outcome that the first stage writes past the later ones
+    wrapper_leak: float  # log-odds per unit of wrapper strength, harmful or not
+    noise: float
+
+    @property
+    def recognised_early(self) -> bool:
+        """Harm is known at the last token within the early layers."""
+        return bool(depth(self.recognise[1], self.n_layers) < EARLY)
+
+
+def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
+    """Early, middle and late layers.
+
+    >>> thirds(6)
+    ([0, 1], [2, 3], [4, 5])
+    """
+    at = depth(np.arange(n_layers), n_layers)
+    middle = (at >= EARLY) & (at <= LATE)
+    return tuple(np.flatnonzero(part).tolist() for part in (at < EARLY, middle, at > LATE))  # type: ignore[return-value]
+
+
+def draw_design(kind: str, seed: int, effect: float | None = None) -> Design:
+    """A random design of a kind; equal arguments give equal designs.
+
+    Raises InputError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown kind {kind!r} of compiled model; expected one of {', '.join(KINDS)}")
+    rng = np.random.default_rng([seed, 0, KINDS.index(kind)])
+    n_layers = int(rng.integers(6, 10))
+    early, middle, late = thirds(n_layers)
+    benign = sorted(int(layer) for layer in rng.choice(middle, 3))
+    common = Design(
+        kind, seed, str(rng.choice(["llama", "qwen2"])), n_layers, 128,
+        recognise=(0, int(rng.integers(0, early[-1] + 1))), recognise_unused=False, carry=(late[0],), stages=(), side=None,
+        writer="mlp", write_layer=n_layers - 1, benign_carry=(benign[0], benign[1]), benign_decide=benign[2],
+        contiguous=bool(rng.random() < 0.5), each_token=kind == "each_token",
+        effect=float(rng.uniform(2.0, 4.0)) if effect is None else effect,
+        severity=float(rng.uniform(3.0, 4.5)), base=float(rng.uniform(1.0, 2.0)), skip=float(rng.uniform(0, 0.2)),
+        wrapper_leak=float(rng.uniform(0, 0.15)), noise=float(rng.uniform(0.5, 1.5)),
+    )  # fmt: skip
+    made = _of_kind(common, rng, early, middle, late)
+    return made if kind.startswith("context") else replace(made, side=_side(made, rng, middle, late))
+
+
+def _side(design: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Side:
+    """Where the mechanism is not: in middle layers if that is late, else in late ones; by MLP if attention writes."""
+    layers = middle if depth(design.write_layer, design.n_layers) > LATE and design.writer != "attention" else late
+    by_attention = design.writer == "mlp" and rng.random() < 0.5
+    product = int(rng.choice(layers[:-1]))
+    copy = int(rng.choice([layer for layer in layers if layer > product])) if by_attention else None
+    return Side(float(rng.uniform(0.05, 0.3)), product, copy)
+
+
+def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list[int], late: list[int]) -> Design:
+    if d.kind in ("late", "distributed", "adjacent", "permuted", "late_like_benign", "early_carrier", "each_token"):
+        d = replace(d, stages=_chain(rng, late, d.kind))
+        if d.kind == "early_carrier":
+            return replace(d, carry=(int(rng.choice(early + middle)),))
+        if d.kind in ("adjacent", "permuted"):
+            return replace(d, contiguous=d.kind == "adjacent")
+        decide = d.stages[0].layer
+        return replace(d, benign_carry=(late[0], late[0]), benign_decide=decide) if "benign" in d.kind else d
+    if d.kind in ("gated", "and", "or"):
+        return _last_layer(d, rng, late)
+    if d.kind in ("early", "middle"):
+        layers = early[1:] if d.kind == "early" else middle
+        chosen = sorted(rng.choice(layers, int(rng.integers(1, len(layers) + 1)), replace=False).tolist())
+        d = replace(d, recognise=(0, 0) if d.kind == "early" else d.recognise, write_layer=chosen[-1])
+        return replace(d, carry=(int(rng.integers(early[0], early[-1])) if d.kind == "early" else middle[0],),
+                       stages=_stages(rng, chosen, "product"))  # fmt: skip
+    if d.kind == "attention":
+        return replace(d, writer="attention", write_layer=int(rng.choice(late)), carry=(), skip=0.0)
+    if d.kind == "skip_only":
+        product = int(rng.choice(middle[:-1] or middle))
+        write = int(rng.choice([layer for layer in (*middle, *late) if layer > product]))
+        stages = (Stage(product, "product", "jail", "stage0", int(rng.integers(2, 7))),)
+        return replace(d, writer="copy", carry=(product,), stages=stages, write_layer=write, skip=0.0)
+    last = Stage(d.n_layers - 1, "product", "jail", "out", int(rng.integers(2, 7)))
+    return replace(
+        d, recognise=(late[0], late[0]), recognise_unused=d.kind == "context_unused", stages=(last,), skip=0.0
+    )
+
+
+def _stages(
+    rng: np.random.Generator, layers: list[int], first: Op, sizes: tuple[int, int] = (2, 7)
+) -> tuple[Stage, ...]:
+    """A product in the first layer, relays in the others; the last writes `out`."""
+    targets = [*(f"stage{i}" for i in range(len(layers) - 1)), "out"]
+    sources = ["jail", *targets[:-1]]
+    ops: list[Op] = [first, *(["relay"] * (len(layers) - 1))]  # type: ignore[list-item]
+    return tuple(
+        Stage(layer, op, source, target, int(rng.integers(*sizes)))
+        for layer, op, source, target in zip(layers, ops, sources, targets, strict=True)
+    )
+
+
+def _chain(rng: np.random.Generator, late: list[int], kind: str) -> tuple[Stage, ...]:
+    """Two or three late layers, the last one among them."""
+    n = int(rng.integers(2, len(late) + 1))
+    layers = sorted([*rng.choice(late[:-1], n - 1, replace=False).tolist(), late[-1]])
+    made = _stages(rng, layers, "product", (24, 41) if kind in ("adjacent", "permuted") else (2, 7))
+    return (*made[:-1], replace(made[-1], neurons=0)) if kind == "distributed" else made
+
+
+def _last_layer(d: Design, rng: np.random.Generator, late: list[int]) -> Design:
+    """The decision itself in last-layer neurons; jail may be relayed by MLPs on its way there."""
+    op: Op = {"gated": "product", "and": "threshold", "or": "either"}[d.kind]  # type: ignore[assignment]
+    n_relays = 0 if op == "either" else int(rng.integers(0, len(late)))
+    layers = sorted(rng.choice(late[:-1], n_relays, replace=False).tolist())
+    relays = tuple(
+        Stage(layer, "relay", "jail" if i == 0 else f"stage{i - 1}", f"stage{i}", int(rng.integers(2, 7)))
+        for i, layer in enumerate(layers)
+    )
+    source = relays[-1].target if relays else "jail"
+    decision = Stage(d.n_layers - 1, op, source, "out", 2 * int(rng.integers(1, 4)))
+    carry = (late[0], late[1]) if op == "either" else d.carry
+    return replace(d, carry=carry, stages=(*relays, decision), skip=0.0)
+
+
+NOISE_FEATURES, NOISE_CHANNELS = 4, 6
+
+
+def _names() -> list[str]:
+    names = ["bias", "last", "end", "bos", "answering", "complied", "refused", "done"]
+    names += ["is_wrapper", "wrapper", "is_verb", "verb", "is_object", "object", "object.side", "is_cue"]
+    for stem in ("cue", "present"):
+        names += [f"{stem}{b}.word" for b in range(BEHAVIOURS)]
+    names += [f"feature{i}" for i in range(NOISE_FEATURES)]
+    names += ["danger", "hazard", "harm", "danger.unused", "hazard.unused", "harm.unused"]
+    names += ["jail", "jail.second", "stage0", "stage1", "stage2", "out"]
+    names += ["hazard.side", "harm.side", "jail.side", "stage.side", "out.side"]
+    for stem in ("cue", "present", "decided", "behaviour"):
+        names += [f"{stem}{b}" for b in range(BEHAVIOURS)]
+    return [*names, *(f"noise{i}" for i in range(NOISE_CHANNELS))]
+
+
+CHANNELS: Final = {name: i for i, name in enumerate(_names())}
+
+
+WIDTH: Final = 80
+
+
+HEAD_WIDTH: Final = 16
+
+
+N_HEADS: Final = WIDTH // HEAD_WIDTH
+
+
+assert len(CHANNELS) <= WIDTH
+
+
+Look = Literal["wrapper", "verb", "object", "cue", "end", "mean", "conjunction"]
+
+
+Channels = Float[np.ndarray, "channel"]
+
+
+def channel(weights: Mapping[str, float]) -> Channels:
+    """A vector over channels.
+
+    >>> float(channel({"bias": 2.0}).sum())
+    2.0
+    """
+    vector = np.zeros(WIDTH)
+    for name, weight in weights.items():
+        vector[CHANNELS[name]] = weight
+    return vector
+
+
+@dataclass(frozen=True)
+class Head:
+    """One attention head: which token it looks for, what it reads there (`value`) and where it writes it (`out`).
+
+    "mean" spreads over all tokens. "verb" and "object" take the most recent. "conjunction" looks at the wrapper as far
+    as harm (with harm.side, at the query) times the wrapper's strength (at the key) exceeds `threshold`, else at the
+    first token: the wrapper's score is `steep` harm strength, the first token's `steep threshold`, all others' 0.
+    """
+
+    layer: int
+    look: Look
+    value: Float[np.ndarray, "coordinate channel"]
+    out: Float[np.ndarray, "channel coordinate"]
+    steep: float = 0.0
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """One MLP: activation silu(gate . x) (up . x), output activation @ out."""
+
+    gate: Float[np.ndarray, "neuron channel"]
+    up: Float[np.ndarray, "neuron channel"]
+    out: Float[np.ndarray, "neuron channel"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model in channels. `unembed` gives the logits of the words, `embed` their features (channel `bias` is 1)."""
+
+    words: tuple[str, ...]
+    embed: Float[np.ndarray, "word channel"]
+    heads: tuple[Head, ...]
+    mlps: tuple[Neurons, ...]
+    unembed: Float[np.ndarray, "word channel"]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers."""
+        return len(self.mlps)
+
+    def at(self, layer: int) -> list[Head]:
+        """The heads of a layer, in their slots."""
+        return [head for head in self.heads if head.layer == layer]
+
+
+def copy(layer: int, look: Look, routes: Mapping[str, str]) -> Head:
+    """A head that copies channels: `copy(2, "wrapper", {"wrapper": "jail"})` writes what it reads there into `jail`."""
+    value = np.stack([channel({source: 1.0}) for source in routes])
+    out = np.stack([channel({target: 1.0}) for target in routes.values()], axis=1)
+    return Head(layer, look, value, out)
+
+
+STEEP: Final = 20.0  # silu(STEEP x) / STEEP is nearly max(x, 0)
+
+
+OPENING, CONTINUING, ENDING = 12.0, 40.0, 60.0  # logits that keep the answer in its form
+
+
+TYPICAL_JAIL: Final = 1.15
+
+
+OPEN_AT, RELAY_AT, COINCIDENCE_AT = 0.4, 0.2, 1.4  # thresholds of products, relays and threshold stages
+
+
+def build(design: Design, topics: int) -> Program:
+    """The program of a design, for a vocabulary of so many topics."""
+    own = [design.seed, KINDS.index(design.kind)]
+    rng = np.random.default_rng([*own, 2])
+    words = tuple(compiled_language.vocabulary(topics))
+    side = design.side.share if design.side else 0.0
+    # A generator for each word, so that a word means the same in a larger vocabulary.
+    embed = np.stack([_features(word, np.random.default_rng([*own, 3, crc32(word.encode())]), side) for word in words])
+    mlps, gain = _mlps(design, rng)
+    heads = tuple(sorted(_heads(design, rng), key=lambda head: head.layer))
+    return Program(words, embed, heads, mlps, _unembedding(design, words, gain, rng))
+
+
+def _features(word: str, rng: np.random.Generator, side: float) -> Float[np.ndarray, channel]:
+    stem = word.rstrip("0123456789")
+    level, own = rng.uniform(0.8, 1.2), rng.beta(6 * side, 6 * (1 - side)) if side else 0.0
+    fixed: dict[str, dict[str, float]] = {
+        "<bos>": {"bos": 1}, "<assistant>": {"last": 1, "answering": 1}, "<end>": {"end": 1},
+        "strong": {"is_wrapper": 1, "wrapper": rng.uniform(1.0, 1.35)},
+        "neutral": {"is_wrapper": 1, "wrapper": rng.uniform(0.0, 0.1)},
+        "harm": {"is_verb": 1, "verb": rng.uniform(0.95, 1.05)}, "use": {"is_verb": 1, "verb": rng.uniform(0, 0.05)},
+        "hazard": {"is_object": 1, "object": level * (1 - own), "object.side": level * own},
+        "thing": {"is_object": 1, "object": rng.uniform(0, 0.05)},
+        compiled_language.HARMFUL: {"done": 1}, compiled_language.HARMLESS: {"done": 1},
+    }  # fmt: skip
+    made = channel({"bias": 1.0, **fixed.get(stem, {})})
+    for b in range(compiled_language.BEHAVIOURS):
+        for on in (True, False):
+            if word in compiled_language.cue_words(b, on):
+                level = rng.uniform(1.0, 1.3) if on else rng.uniform(0, 0.1)
+                made += channel({"is_cue": 1, f"present{b}.word": 1, f"cue{b}.word": level})
+    if word in (
+        *compiled_language.COMPLY,
+        *(compiled_language.openers(b)[i] for b in range(compiled_language.BEHAVIOURS) for i in (0, 1)),
+    ):
+        made += channel({"complied": 1})
+    if word in compiled_language.REFUSE:
+        made += channel({"refused": 1})
+    made[[CHANNELS[f"feature{i}"] for i in range(NOISE_FEATURES)]] = rng.normal(size=NOISE_FEATURES)
+    return made
+
+
+def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
+    fetch, _ = design.recognise
+    made = [
+        copy(fetch, "verb", {"verb": "danger"}),
+        copy(fetch, "object", {"object": "hazard", "object.side": "hazard.side"}),
+    ]
+    if design.side:
+        made.append(copy(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
+        made += [] if design.side.copy is None else [copy(design.side.copy, "end", {"stage.side": "out.side"})]
+    if design.recognise_unused:
+        made += [copy(0, "verb", {"verb": "danger.unused"}), copy(0, "object", {"object": "hazard.unused"})]
+    made += [
+        copy(at, "wrapper", {"wrapper": to}) for at, to in zip(design.carry, ("jail", "jail.second"), strict=False)
+    ]
+    for group, layer in enumerate(design.benign_carry):
+        own = range(group, compiled_language.BEHAVIOURS, 2)
+        routes = {f"{stem}{b}.word": f"{stem}{b}" for b in own for stem in ("cue", "present")}
+        made.append(copy(layer, "cue", routes))
+    if design.writer == "copy":
+        made.append(copy(design.write_layer, "end", {"stage0": "out"}))
+    if design.writer == "attention":
+        head = copy(design.write_layer, "wrapper", {"wrapper": "out"})
+        steep, threshold = rng.uniform(7, 10), rng.uniform(0.45, 0.55)
+        made.append(Head(head.layer, "conjunction", head.value, head.out, steep, threshold))
+    for layer in range(design.n_layers):
+        value = np.stack([channel({f"feature{i}": 1.0}) for i in range(NOISE_FEATURES)])
+        out = np.zeros((WIDTH, NOISE_FEATURES))
+        out[_noise()] = design.noise * rng.normal(size=(NOISE_CHANNELS, NOISE_FEATURES))
+        made.append(Head(layer, "mean", value, out))
+    return made
+
+
+def _noise() -> list[int]:
+    return [CHANNELS[f"noise{i}"] for i in range(NOISE_CHANNELS)]
+
+
+def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...], float]:
+    """Neurons of every layer, and the log-odds per unit of `out` that give the design's effect."""
+    blocks: list[list[Neurons]] = [[] for _ in range(design.n_layers)]
+    blocks[design.recognise[1]].append(gated("danger", {"hazard": 1.0}, "harm", rng, 2, 0.5))
+    if design.side:
+        blocks[design.recognise[1]].append(gated("danger", {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
+        target = "out.side" if design.side.copy is None else "stage.side"
+        blocks[design.side.layer].append(
+            gated("jail.side", {"harm.side": 1.0}, target, rng, int(rng.integers(2, 7)), OPEN_AT)
+        )
+    if design.recognise_unused:
+        blocks[0].append(gated("danger.unused", {"hazard.unused": 1.0}, "harm.unused", rng, 2, 0.5))
+    last = design.n_layers - 1
+    for b in range(compiled_language.BEHAVIOURS):
+        blocks[design.benign_decide].append(gated(f"cue{b}", {"bias": 1.0}, f"decided{b}", rng, 2, OPEN_AT))
+        blocks[last].append(
+            gated(f"decided{b}", {"bias": 1.0}, f"behaviour{b}", rng, int(rng.integers(9, 13)), RELAY_AT)
+        )
+    level = {"jail": TYPICAL_JAIL}
+    for stage in design.stages:
+        free = design.d_mlp - 8 - sum(len(block.gate) for block in blocks[stage.layer])
+        made, value = _stage(stage, level[stage.source], rng, stage.neurons or free)
+        blocks[stage.layer].append(made)
+        level[stage.target] = value
+    typical = level.get("stage0" if design.writer == "copy" else "out", TYPICAL_JAIL)
+    mlps = tuple(_layer(design, block, rng) for block in blocks)
+    return mlps, design.effect / typical
+
+
+def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tuple[Neurons, float]:
+    """The neurons of a stage, and what it writes for a harmful request (harm 1) in a wrapper of typical strength."""
+    if stage.op == "either":
+        up = {"harm": 1.0}
+        halves = [
+            gated("jail", up, "out", rng, n // 2, at, sign, second=("jail.second",))
+            for at, sign in ((0.3, 1), (0.8, -1))
+        ]
+        joined = Neurons(*(np.concatenate([getattr(half, name) for half in halves]) for name in ("gate", "up", "out")))
+        return joined, 0.5
+    if stage.op == "threshold":
+        return gated(
+            stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=("harm", "harm.side")
+        ), level + 1 - COINCIDENCE_AT
+    up = {"harm": 1.0} if stage.op == "product" else {"bias": 1.0}
+    at = OPEN_AT if stage.op == "product" else RELAY_AT
+    return gated(stage.source, up, stage.target, rng, n, at), (level - at) / (1 - at)
+
+
+def gated(
+    source: str, up: dict[str, float], target: str, rng: np.random.Generator, n: int, threshold: float,
+    sign: float = 1.0, second: Sequence[str] = (),
+) -> Neurons:  # fmt: skip
+    """`n` neurons that together write max(source - threshold, 0) (up . x), scaled to 1 at source 1, into the target.
+
+    They share it unevenly, and their thresholds differ a little. The channels of `second` are added to the source.
+    """
+    scale = 1.0 if threshold > 1 or "jail.second" in second else 1 - threshold
+    shares = rng.dirichlet(np.full(n, 5.0))
+    gate = np.stack(
+        [
+            STEEP * channel({source: 1.0, "bias": -at, **dict.fromkeys(second, 1.0)})
+            for at in threshold + rng.uniform(-0.03, 0.03, n)
+        ]
+    )
+    out = sign * shares[:, None] / (STEEP * scale) * channel({target: 1.0})
+    return Neurons(gate, np.repeat(channel(up)[None], n, axis=0), out)
+
+
+def _layer(design: Design, blocks: Sequence[Neurons], rng: np.random.Generator) -> Neurons:
+    """Blocks in random order, contiguous or scattered over the layer; the remaining neurons are noise."""
+    order = rng.permutation(len(blocks))
+    own = [blocks[i] for i in order]
+    rest = _background(design, design.d_mlp - sum(len(block.gate) for block in own), rng)
+    joined = [np.concatenate([getattr(part, name) for part in (*own, rest)]) for name in ("gate", "up", "out")]
+    at = np.roll(np.arange(design.d_mlp), rng.integers(design.d_mlp))
+    at = at if design.contiguous else rng.permutation(at)
+    return Neurons(*(matrix[at] for matrix in joined))
+
+
+def _background(design: Design, n: int, rng: np.random.Generator) -> Neurons:
+    """Neurons that mix the noise channels, through silu alone so that noise stays small over the layers."""
+    made = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}
+    for name, size in (("gate", 1.0), ("out", 0.3 / max(n, 1) ** 0.5)):
+        made[name][:, _noise()] = size * rng.normal(size=(n, NOISE_CHANNELS))
+    for name in ("gate", "up"):
+        made[name][:, CHANNELS["bias"]] = rng.normal(size=n) / 2
+    return Neurons(**made)
+
+
+def _unembedding(
+    design: Design, words: tuple[str, ...], gain: float, rng: np.random.Generator
+) -> Float[np.ndarray, "word channel"]:
+    past = design.skip if len(design.stages) > 1 and design.stages[0].op == "product" else 0.0
+    harm = {
+        "bias": design.base,
+        "harm": -design.severity,
+        "harm.side": -design.severity,
+        "out": (1 - past) * gain,
+        "jail": design.wrapper_leak,
+    }
+    harm |= {"stage0": past * gain} if past else {}
+    harm |= {"out.side": design.effect * (1 - OPEN_AT) / (TYPICAL_JAIL - OPEN_AT)} if design.side else {}
+    noise = channel({f"noise{i}": 0.15 * rng.normal() for i in range(NOISE_CHANNELS)})
+    outcome = channel(harm) + noise
+    logits = {word: channel({"bias": -10.0}) for word in words}
+    for side, sign in ((compiled_language.COMPLY, 0.5), (compiled_language.REFUSE, -0.5)):
+        for word in side:
+            logits[word] = channel({"answering": OPENING, "bias": rng.normal() / 3}) + sign * outcome
+    for b in range(compiled_language.BEHAVIOURS):
+        size = rng.uniform(2.0, 4.0)
+        own = channel({f"behaviour{b}": size, "bias": -size / 2}) + noise
+        for word, sign in zip(compiled_language.openers(b), (0.5, -0.5), strict=True):
+            logits[word] = channel({"answering": OPENING, f"present{b}": 20.0, "bias": -14.0}) + sign * own
+    for word, sign, after in (
+        (compiled_language.HARMFUL, 0.5, "complied"),
+        (compiled_language.HARMLESS, -0.5, "refused"),
+    ):
+        decided = sign * outcome if design.each_token else channel({after: CONTINUING / 4})
+        logits[word] = channel({"complied": CONTINUING, "refused": CONTINUING, "bias": -10.0}) + decided
+    logits["<end>"] = channel({"done": ENDING, "bias": -10.0})
+    return np.stack([logits[word] for word in words])
+
+
+SIZE: Final = 1e4
+
+
+ROPE_THETA: Final = 1e5
+
+
+SLOW, SLOW_TOO, RECENT = HEAD_WIDTH // 2 - 1, HEAD_WIDTH // 2 - 2, 2
+
+
+FOUND, NEAREST = 40.0, 300.0  # attention scores of a marked token
+
+
+MARK: Final = {"wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end"}
+
+
+CONFIGS: Final = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}
+
+
+@torch.no_grad()
+def write(program: Program, family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that computes the program, in float64."""
+    config = CONFIGS[family](
+        vocab_size=len(program.words), hidden_size=WIDTH, intermediate_size=len(program.mlps[0].gate),
+        num_hidden_layers=program.n_layers, num_attention_heads=N_HEADS, num_key_value_heads=N_HEADS,
+        max_position_embeddings=64, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model: Any = hf.AutoModelForCausalLM.from_config(config)
+    model.double()
+    for parameter in model.parameters():
+        parameter.zero_()
+    for norm in _norms(model):
+        norm.weight.fill_(SIZE / WIDTH**0.5)
+    features = torch.tensor(program.embed)
+    model.model.embed_tokens.weight.copy_(torch.where(_is_bias(), features * SIZE, features))
+    for layer, (block, mlp) in enumerate(zip(model.model.layers, program.mlps, strict=True)):
+        for slot, head in enumerate(program.at(layer)):
+            _write_head(block.self_attn, slot, head)
+        block.mlp.gate_proj.weight.copy_(_read(mlp.gate))
+        block.mlp.up_proj.weight.copy_(_read(mlp.up))
+        block.mlp.down_proj.weight.copy_(torch.tensor(mlp.out).T)
+    model.lm_head.weight.copy_(_read(program.unembed))
+    return model
+
+
+def _norms(model: Any) -> list[Any]:
+    blocks = model.model.layers
+    return [model.model.norm, *(norm for b in blocks for norm in (b.input_layernorm, b.post_attention_layernorm))]
+
+
+def _is_bias() -> torch.Tensor:
+    return torch.arange(WIDTH) == CHANNELS["bias"]
+
+
+def _read(vectors: object) -> torch.Tensor:
+    """Rows that read the residual stream: the bias channel, which holds SIZE, counts as 1."""
+    rows = torch.tensor(vectors, dtype=torch.float64)
+    return torch.where(_is_bias(), rows / SIZE, rows)
+
+
+def _write_head(attention: Any, slot: int, head: Head) -> None:
+    start = slot * HEAD_WIDTH
+    n = len(head.value)
+    attention.v_proj.weight[start : start + n] = _read(head.value)
+    attention.o_proj.weight[:, start : start + n] = torch.tensor(head.out)
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    scale = HEAD_WIDTH**0.5  # scores are divided by it
+
+    def look(pair: int, read: Sequence[str], mark: str, score: float) -> None:
+        query[start + pair] = score * scale * _read(channel(dict.fromkeys(read, 1.0)))
+        key[start + pair, CHANNELS[mark]] = 1.0
+
+    if head.look == "conjunction":
+        look(SLOW, ("harm", "harm.side"), "wrapper", head.steep)
+        look(SLOW_TOO, ("bias",), "bos", head.steep * head.threshold)
+    elif head.look in ("verb", "object"):
+        look(RECENT, ("bias",), MARK[head.look], NEAREST)
+    elif head.look != "mean":
+        look(SLOW, ("bias",), MARK[head.look], FOUND)

@@ -1,0 +1,276 @@
+"""The truth of a compiled model: every effect from its program's arithmetic, without tokens, attention or norms.
+
+Which token a head looks at follows from the request: its wrapper, the verb and object of its main clause, its cue. So the
+state of the last token is a recursion over layers in a few dozen channels, and an intervention replaces one term of it.
+The same holds for the `<end>` token, which one kind of model reads a decision from.
+
+What is true of a compiled model by construction, claim by claim.
+
+Truth is about what was built, not about what an estimator would say of it: an estimator that disagrees has erred.
+
+C1   the harm-specific mechanism (all that computes `out`) lies in late layers, and later than benign behaviours' own.
+C2   the last token's MLPs write `out`; False where attention writes it.
+C3   harm is recognised in early layers, and that recognition is what the outcome depends on.
+C4   MLPs turn what attention brought into `out`; False where attention writes `out` and it goes on by the skip path.
+C5a  at most 8 last-layer neurons hold 90 % of the last-layer MLP's effect, and that MLP holds at least 0.3 of TE. False
+     where it holds at most 0.15 or a tenth of its neurons are needed.
+C5b  last-layer neurons multiply: the wrapper opens their gate, the harm signal passes through their up-projection. False
+     where the decision was made before the last layer; None for `and`, whose neurons make it by a threshold.
+C5c  the opener decides the content; False where every answer token decides anew. Either way None where the last layer
+     decides nothing.
+C6   late MLPs write the decision; False where nothing late depends on the wrapper; None where late attention does.
+C7   neurons of one purpose have neighbouring indices; False where indices are permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.special import expit, logsumexp
+
+from companion.base.thresholds import LATE, depth
+from companion.mediation.estimands import difference, estimands
+from companion.neurons.sparsity import settles
+from organisms.compiled_language import Planned, Request, outcomes
+from organisms.compiled_program import CHANNELS, Design, Head, Program
+
+State = Float[np.ndarray, "prompt channel"]
+
+
+BEFORE, BEHIND = ("<bos>", "<user>"), ("<end>", "<assistant>")
+
+
+SITES = ("resid_post", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What heads find in each prompt: features of the tokens they look for, and means over all tokens seen."""
+
+    looked: Mapping[str, State]
+    mean: Mapping[str, State]
+    size: Mapping[str, Float[np.ndarray, prompt]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run of one token (last or `<end>`): what each layer wrote, and the state before and after it."""
+
+    pre: Sequence[State]
+    attn: Sequence[State]
+    acts: Sequence[Float[np.ndarray, "prompt neuron"]]
+    mlp: Sequence[State]
+    post: Sequence[State]
+
+
+def roles(program: Program, requests: Sequence[Request]) -> Roles:
+    """Look the requests' words up."""
+    index = {word: i for i, word in enumerate(program.words)}
+    nothing = np.zeros(program.embed.shape[1])
+
+    def rows(words: Sequence[str]) -> State:
+        return program.embed[[index[word] for word in words]]
+
+    slot = rows([request.slot for request in requests])
+    looked = {
+        "wrapper": slot * slot[:, [CHANNELS["is_wrapper"]]],
+        "cue": slot * slot[:, [CHANNELS["is_cue"]]],
+        "verb": rows([request.verb for request in requests]),
+        "object": rows([request.object for request in requests]),
+    }
+    seen = {"end": [[*BEFORE, *r.words(), "<end>"] for r in requests]}
+    seen["last"] = [[*words, "<assistant>"] for words in seen["end"]]
+    mean = {at: np.stack([rows(words).mean(axis=0) for words in texts]) for at, texts in seen.items()}
+    size = {at: np.array([len(words) for words in texts], dtype=float) for at, texts in seen.items()}
+    return Roles(looked | {"nothing": np.tile(nothing, (len(requests), 1))}, mean, size)
+
+
+def attend(head: Head, found: Roles, at: str, x: State, end: Sequence[State] | None) -> State:
+    """What a head writes at a token whose state is x; `end` holds the `<end>` token's states, if it lies before."""
+    if head.look == "mean":
+        source = found.mean[at]
+    elif head.look == "end":
+        source = x if end is None else end[head.layer]
+    elif head.look == "conjunction":
+        harm = x[:, CHANNELS["harm"]] + x[:, CHANNELS["harm.side"]]
+        score = head.steep * harm * found.looked["wrapper"][:, CHANNELS["wrapper"]]
+        others = np.log(np.exp(head.steep * head.threshold) + found.size[at] - 2)
+        source = expit(score - others)[:, None] * found.looked["wrapper"]
+    else:
+        source = found.looked[head.look]
+    return source @ head.value.T @ head.out.T
+
+
+def activations(program: Program, layer: int, x: State) -> Float[np.ndarray, "prompt neuron"]:
+    """silu(gate) up of one layer's neurons."""
+    mlp = program.mlps[layer]
+    gate = x @ mlp.gate.T
+    return gate * expit(gate) * (x @ mlp.up.T)
+
+
+def run_program(
+    program: Program, found: Roles, at: str = "last", end: Sequence[State] | None = None,
+    do: Mapping[tuple[str, int], np.ndarray] | None = None, start: Trace | None = None,
+) -> Trace:  # fmt: skip
+    """One token through all layers. `do` replaces a site's value, keyed by (site, layer); sites as in `companion.model.replay`.
+
+    `start` is the clean run: layers below the first intervention are taken from it.
+    """
+    do = do or {}
+    first = min((layer for _, layer in do), default=0) if start else 0
+    trace: dict[str, list[np.ndarray]] = {
+        name: list(getattr(start, name)[:first]) if start else [] for name in ("pre", "attn", "acts", "mlp", "post")
+    }
+    token = program.words.index("<end>" if at == "end" else "<assistant>")
+    x = trace["post"][-1] if trace["post"] else np.tile(program.embed[token], (len(found.size[at]), 1))
+    for layer in range(first, program.n_layers):
+        own = end if at == "last" else None
+        attn = np.sum([attend(head, found, at, x, own) for head in program.at(layer)], axis=0)
+        attn = do.get(("attn_out", layer), attn)
+        acts = do.get(("neuron", layer), activations(program, layer, x + attn))
+        mlp = do.get(("mlp_out", layer), acts @ program.mlps[layer].out)
+        post = do.get(("resid_post", layer), x + attn + mlp)
+        for name, value in zip(trace, (x, attn, acts, mlp, post), strict=True):
+            trace[name].append(value)
+        x = post
+    return Trace(**trace)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Both tokens' clean runs of one side of some pairs."""
+
+    program: Program
+    found: Roles
+
+    @cached_property
+    def end(self) -> Trace:
+        """The `<end>` token's run."""
+        return run_program(self.program, self.found, "end")
+
+    @cached_property
+    def last(self) -> Trace:
+        """The last token's run."""
+        return run_program(self.program, self.found, "last", self.end.pre)
+
+
+def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, prompt]:
+    """Y1 from a final state, in log-odds."""
+    index = {word: i for i, word in enumerate(program.words)}
+    sides = [logsumexp(x @ program.unembed[[index[word] for word in side]].T, axis=1) for side in (comply, refuse)]
+    return sides[0] - sides[1]
+
+
+def table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    """The table of `companion.mediation.estimands.measure_effects` for Y1, with the rows of T2 - T2b behind it.
+
+    Layers, attention and MLP outputs and their direct effects at the last token; for T1 also layers at shared tokens.
+    """
+    present = {name: [p for p in pairs if p.pair.treatment == name] for name in outcomes()}
+    made = pd.concat([_treatment(program, own) for own in present.values() if own], ignore_index=True)
+    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
+    return pd.concat([made, difference(made, twins)], ignore_index=True) if twins else made
+
+
+def total(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, pair]:
+    """TE of pairs of one treatment, in log-odds."""
+    camps = outcomes()[pairs[0].pair.treatment]
+    y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in sides(program, pairs))
+    return y11 - y00
+
+
+def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    camps = outcomes()[pairs[0].pair.treatment]
+    both = sides(program, pairs)
+    y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in both)
+    meta = {name: [getattr(p.pair, field) for p in pairs] for name, field in
+            (("pair_id", "id"), ("topic", "topic"), ("treatment", "treatment"), ("split", "split"))}  # fmt: skip
+    tables = []
+    for site in (*SITES, "attn_out.direct", "mlp_out.direct", *(("shared",) if meta["treatment"][0] == "T1" else ())):
+        for layer in range(program.n_layers):
+            y01, y10 = (readout(program, *camps, patched(a, b, site, layer)) for a, b in (both, both[::-1]))
+            named = (
+                {"site": "resid_post", "position": "shared"} if site == "shared" else {"site": site, "position": "last"}
+            )
+            cells = {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
+            tables.append(pd.DataFrame({**meta, **named, "layer": layer, "head": -1, "outcome": "Y1", **cells}))
+    return estimands(pd.concat(tables, ignore_index=True))
+
+
+def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
+    """Control and treated runs."""
+    control, treated = (
+        Side(program, roles(program, [getattr(p, name) for p in pairs])) for name in ("control", "treated")
+    )
+    return control, treated
+
+
+def patched(base: Side, source: Side, site: str, layer: int) -> State:
+    """Final state of the last token if the base's site takes the source's value there ("shared": at all later tokens)."""
+    program, clean = base.program, base.last
+    name = {"resid_post": "post", "shared": "post", "attn_out": "attn", "mlp_out": "mlp"}[site.removesuffix(".direct")]
+    value = getattr(source.last, name)[layer]
+    if site.endswith(".direct"):
+        return clean.post[-1] - getattr(clean, name)[layer] + value
+    end, key = base.end.pre, ("resid_post" if site == "shared" else site, layer)
+    if site == "shared":
+        end = run_program(program, base.found, "end", do={key: source.end.post[layer]}, start=base.end).pre
+    return run_program(program, base.found, "last", end, {key: value}, clean).post[-1]
+
+
+def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair neuron"]:
+    """Effect of each last-layer neuron, in log-odds. Nothing follows it, so NIE0, NIE1 and direct effect are the same."""
+    control, treated = sides(program, pairs)
+    index = {word: i for i, word in enumerate(program.words)}
+    camps = outcomes()[pairs[0].pair.treatment]
+    comply, refuse = (program.unembed[[index[word] for word in side]].mean(axis=0) for side in camps)
+    return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
+
+
+def claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, bool | None]:
+    """Each claim's truth: True, False, or None where the construction does not decide it."""
+    late = bool(depth(design.write_layer, design.n_layers) > LATE)
+    decided = min([stage.layer for stage in design.stages if stage.op != "relay"], default=design.write_layer)
+    is_mlp = design.writer == "mlp"
+    specific = design.benign_decide < decided
+    at_end = is_mlp and design.write_layer == design.n_layers - 1
+    multiplies = at_end and design.stages[-1].op in ("product", "either")
+    return {
+        "C1": bool(late and depth(decided, design.n_layers) > LATE and specific),
+        "C2": is_mlp,
+        "C3": design.recognised_early,
+        "C4": is_mlp,
+        "C5a": _sparse(design, program, pairs) if at_end else False,
+        "C5b": None if at_end and design.stages[-1].op == "threshold" else multiplies,
+        "C5c": not design.each_token if at_end else None,
+        "C6": None if late and not is_mlp else late,
+        "C7": design.contiguous,
+    }
+
+
+def _sparse(design: Design, program: Program, pairs: Sequence[Planned]) -> bool | None:
+    """C5a from the closed form: psi of the last-layer MLP (what its neurons write into the outcome), and its k90."""
+    share, k90 = last_layer(program, pairs)
+    if share <= 0.15 or k90 >= 0.1 * design.d_mlp:
+        return False
+    return True if share >= 0.30 and k90 <= 8 else None
+
+
+def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
+    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90, as the pipeline defines it: ranked by size, since
+    some may undo what others write, and past 0.9 for good (`settles`).
+
+    Over all pairs of the prompt set, ranked on the same pairs.
+    """
+    of = {name: [planned for planned in pairs if planned.pair.treatment == name] for name in ("T2", "T2b")}
+    neurons = [last_layer_neurons(program, chosen).mean(axis=0) for chosen in of.values()]
+    totals = [total(program, chosen).mean() for chosen in of.values()]
+    effect, te = neurons[0] - neurons[1], totals[0] - totals[1]
+    joint = np.cumsum(effect[np.argsort(-abs(effect))]) / effect.sum()
+    k90 = settles(joint, np.arange(1, len(joint) + 1), 0.9)
+    return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)
