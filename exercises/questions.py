@@ -18,8 +18,8 @@ class Question:
 
 
 _CODE = "CODE = 1  # your teacher may give you another number: it draws other things"
-_MODELS = """from exercises import mystery
-from companion.mediation import estimands
+_MODELS = """from companion.mediation import estimands
+from exercises import mystery
 
 %s
 models = mystery.models("%s", CODE)
@@ -120,7 +120,7 @@ QUESTIONS: dict[str, Question] = {
         "With `resid = batch.treated.resid_post[-1][:, -1]`, the jailbroken prompts, compare "
         '`outcomes.log_odds(this.subject, resid + vector / 2, this.openers["T2"])` with the same without the vector. The '
         "outcome is the log-odds of complying. Draw random vectors of the same length for comparison, as in exercise 06-3.",
-        "from exercises import mystery\nfrom companion.mediation import estimands, outcomes, study\n\n"
+        "from companion.mediation import estimands, outcomes, study\nfrom exercises import mystery\n\n"
         f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
         "vectors = mystery.vectors(this, CODE)\n"
         'of_one_length = estimands.batches(this.of("T2"), this.subject)[0]\n'

@@ -47,9 +47,9 @@ def test_00_the_sign_of_the_interaction_tells(code: int) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 def test_01_topics_and_wrapper_words_tell(code: int) -> None:
-    for letter, pairs in mystery.prompt_sets(code).items():
-        splits = pd.Series([pair.split for pair in pairs]).groupby([pair.topic for pair in pairs]).nunique()
-        neutral_is_treated = any(" simple " in pair.treated for pair in pairs)
+    for letter, drawn in mystery.prompt_sets(code).items():
+        splits = pd.Series([pair.split for pair in drawn]).groupby([pair.topic for pair in drawn]).nunique()
+        neutral_is_treated = any(" simple " in pair.treated for pair in drawn)
         says = mystery.NATURES["01"][1 if splits.max() > 1 else 2 if neutral_is_treated else 0]
         assert says == mystery.key("01", code)[letter]
 
