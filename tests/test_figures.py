@@ -16,7 +16,7 @@ from PIL import Image
 from companion.base import files, paths
 from companion.base.errors import InputError
 from companion.plots import figures, style
-from companion.plots.figures import SPECS, describe, index, spec
+from companion.plots.figures import SPECS, describe, index, spec_of
 from companion.plots.style import FigureSpec
 
 MAPS = (
@@ -45,7 +45,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_estimate_and_interval_is_drawn(name: str) -> None:
-    entry = spec(name)
+    entry = spec_of(name)
     table = table_for(entry)
     shown = numbers(drawn(name, table))
     for column in ("estimate", "low", "high", "band_low", "band_high"):
@@ -58,12 +58,12 @@ def test_figures_have_titles_and_units(name: str) -> None:
     figure = drawn(name)
     titles = [figure.get_suptitle(), *(ax.get_title(loc="left") for ax in figure.axes)]
     assert any(len(title) > 10 for title in titles)
-    if "estimate" in spec(name).columns:
+    if "estimate" in spec_of(name).columns:
         axis = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
         assert re.search("log-odds|share|P\\(|direction lengths", axis)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec(name).columns and name not in MAPS])
+@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns and name not in MAPS])
 def test_colour_is_never_alone(name: str) -> None:
     figure = drawn(name)
     for ax in figure.axes:
@@ -80,12 +80,12 @@ def test_colour_is_never_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_table_of_one_row_draws(name: str) -> None:
-    drawn(name, table_for(spec(name)).head(1))
+    drawn(name, table_for(spec_of(name)).head(1))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec(name).columns])
+@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns])
 def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
-    entry = spec(name)
+    entry = spec_of(name)
     table = table_for(entry)
     for column, value in (("low", -np.inf), ("high", np.inf), ("band_low", -np.inf), ("band_high", np.inf)):
         if column in entry.columns:
@@ -137,7 +137,7 @@ def test_alternative_text_is_in_both_files(folders: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_alternative_text_says_what_and_where(name: str) -> None:
-    entry = spec(name)
+    entry = spec_of(name)
     table = table_for(entry)
     alt = describe(entry, table)
     assert alt.startswith(entry.shows)

@@ -5,7 +5,7 @@ import pandas as pd
 from figure_tables import numbers, table_for
 
 from companion.plots import calibration, layers, steering, style
-from companion.plots.figures import spec
+from companion.plots.figures import spec_of
 
 # ---- the kinds of drawing ----
 
@@ -35,7 +35,7 @@ def test_late_layers_are_those_of_the_claims() -> None:
 
 
 def test_the_light_cone_is_shaded() -> None:
-    table = table_for(spec("02_cumulative"))
+    table = table_for(spec_of("02_cumulative"))
     for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
         ax = style.cumulative(table.assign(earliest=earliest)).axes[0]
         assert len(ax.patches) == n_shaded
