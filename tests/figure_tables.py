@@ -1,6 +1,5 @@
 """A table for every figure, and what a figure shows as numbers."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure

@@ -12,15 +12,8 @@ from companion.plots.figures import spec_of
 
 def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
     """A BCa interval of a skewed statistic need not hold the estimate."""
-    table = pd.DataFrame(
-        {
-            "layer": [0, 1, 2],
-            "site": "mlp_out",
-            "estimate": [0.0, 1.0, 2.0],
-            "low": [0.35, 0.5, 1.0],
-            "high": [0.6, 0.8, 3.0],
-        }
-    )
+    limits = {"estimate": [0.0, 1.0, 2.0], "low": [0.35, 0.5, 1.0], "high": [0.6, 0.8, 3.0]}
+    table = pd.DataFrame({"layer": [0, 1, 2], "site": "mlp_out", **limits})
     shown = numbers(style.by_layer(table, group="site", title="", unit=""))
     assert {0.6, 0.5, 1.0, 3.0} <= shown
     assert not {-0.35, 1.2} & shown  # limits mirrored at the estimate
@@ -46,12 +39,7 @@ def test_the_light_cone_is_shaded() -> None:
 
 def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
     table = pd.DataFrame(
-        [
-            (0, 0, "a", 3.0, 2.0, 4.0),
-            (0, 1, "a", 0.1, -1.0, 1.0),
-            (1, 0, "a", -1.0, -2.0, -0.5),
-            (1, 1, "a", 0.0, 0.0, 0.0),
-        ],
+        [(0, 0, "a", 3, 2, 4), (0, 1, "a", 0.1, -1, 1), (1, 0, "a", -1, -2, -0.5), (1, 1, "a", 0, 0, 0)],
         columns=["layer", "head", "effect", "estimate", "low", "high"],
     )
     ax = style.heatmap(table, row="layer", column="head", panel="effect", title="", unit="").axes[0]
@@ -62,32 +50,17 @@ def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
 
 
 def test_verdicts_are_told_by_sign_too() -> None:
-    rows = [
-        ("m", "C1", "supported"),
-        ("m", "C2", "contradicted"),
-        ("n", "C1", "inconclusive"),
-        ("n", "C2", "not testable"),
-    ]
-    ax = style.verdicts(pd.DataFrame(rows, columns=["model", "claim", "verdict"])).axes[0]
-    assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (0, 0): "+",
-        (1, 0): "-",
-        (0, 1): "?",
-        (1, 1): "",
-    }
+    said = ["supported", "contradicted", "inconclusive", "not testable"]
+    table = pd.DataFrame({"model": list("mmnn"), "claim": ["C1", "C2", "C1", "C2"], "verdict": said})
+    ax = style.verdicts(table).axes[0]
+    signs = {(0, 0): "+", (1, 0): "-", (0, 1): "?", (1, 1): ""}
+    assert {text.get_position(): text.get_text() for text in ax.texts} == signs
     assert [label.get_text() for label in ax.get_yticklabels()] == ["m", "n"]
 
 
 def test_tokens_that_differ_are_outlined() -> None:
-    table = pd.DataFrame(
-        {
-            "position": range(3),
-            "group": ["header", "verb", "rest"],
-            "control": list("abc"),
-            "treated": list("adc"),
-            "differ": [False, True, False],
-        }
-    )
+    texts = {"group": ["header", "verb", "rest"], "control": list("abc"), "treated": list("adc")}
+    table = pd.DataFrame({"position": range(3), **texts, "differ": [False, True, False]})
     figure = layers.tokens(table)
     (ax,) = figure.axes
     wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
@@ -97,15 +70,8 @@ def test_tokens_that_differ_are_outlined() -> None:
 
 def test_the_grid_counts_its_cells() -> None:
     states = ["clean"] * 6 + ["patched", "recomputed", "clean", "read"]
-    table = pd.DataFrame(
-        {
-            "panel": "p",
-            "layer": [0] * 5 + [1] * 5,
-            "position": [*range(5), *range(5)],
-            "state": states,
-            "token": list("abcde") * 2,
-        }
-    )
+    cells = {"layer": [0] * 5 + [1] * 5, "position": [*range(5), *range(5)], "state": states}
+    table = pd.DataFrame({"panel": "p", **cells, "token": list("abcde") * 2})
     ax = layers.grid(table).axes[0]
     assert "30%" in ax.get_title() + ax.get_title(loc="left")
     assert len(ax.patches) == 10

@@ -14,19 +14,14 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from companion.base import files, paths
+from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.plots import figures, style
 from companion.plots.figures import SPECS, describe, index, spec_of
 from companion.plots.style import FigureSpec
 
-MAPS = (
-    "03_heads",
-    "05_groups",
-    "05_components",
-    "07_confusion",
-    "07_severity",
-    "07_plants",
-)  # numbers are colours there
+# In these, numbers are colours.
+MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
 
 
 @pytest.fixture
@@ -121,8 +116,8 @@ def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folde
 
 def test_alternative_text_is_in_both_files(folders: Path) -> None:
     shown = figures.show("02_components", "made")
-    table = files.read_table(folders / "results" / "made" / "02_components.csv", spec("02_components").columns)
-    alt = describe(spec("02_components"), table)
+    table = files.read_table(folders / "results" / "made" / "02_components.csv", spec_of("02_components").columns)
+    alt = describe(spec_of("02_components"), table)
     assert shown.alt == alt
     with Image.open(folders / "figures" / "made" / "02_components.png") as image:
         assert image.text["Description"] == alt
@@ -157,7 +152,7 @@ def test_alternative_text_is_a_sentence_about_what_is_seen(entry: FigureSpec) ->
 
 
 def test_alternative_text_has_a_number_for_each_line() -> None:
-    entry = spec("02_cumulative")
+    entry = spec_of("02_cumulative")
     table = pd.DataFrame(
         {"model": ["a", "a", "b"], "layer": [0, 1, 1], "estimate": [0.2, 1.0, -0.5], "low": 0.0, "high": 1.0}
     )
@@ -175,7 +170,7 @@ def test_a_figure_draws_its_csv_only(folders: Path) -> None:
 
 def test_what_is_not_there_is_named(folders: Path) -> None:
     with pytest.raises(InputError, match="no figure '99_none'; there are 00_pipeline"):
-        spec("99_none")
+        spec_of("99_none")
     with pytest.raises(InputError, match="no result tables in results/nobody"):
         figures.redraw("nobody")
     for entry in SPECS[3:]:
@@ -183,10 +178,18 @@ def test_what_is_not_there_is_named(folders: Path) -> None:
     assert figures.redraw("made") == NAMES[:3]
 
 
+def test_a_result_that_is_not_defined_is_a_frame_with_its_reason(folders: Path) -> None:
+    shown = figures.show("02_benign", "made", NotDefined("the prompt set has no benign pairs"))
+    svg = (folders / "figures" / "made" / "02_benign.svg").read_text(encoding="utf-8")
+    assert shown.alt == "the prompt set has no benign pairs"
+    assert svg.count("the prompt set has no benign pairs") >= 2  # drawn, and as alternative text
+
+
 def test_the_index_lists_every_figure(folders: Path) -> None:
     figures.write_index()
     text = (folders / "figures" / "INDEX.md").read_text(encoding="utf-8")
     assert text == index()
+    assert "](../notebooks/02_layers.ipynb), cell" in text and "../../" not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "`results/" in line]
     assert [row[1].strip("`") for row in rows] == NAMES
     for entry, row in zip(SPECS, rows, strict=True):
@@ -212,8 +215,3 @@ def test_names_are_unique_and_claims_are_claims() -> None:
     assert len(set(NAMES)) == len(NAMES)
     assert {entry.claim for entry in SPECS} <= {"all", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7"}
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NAMES)
-
-
-def test_the_index_links_to_the_notebooks_wherever_a_run_is_staged(folders: Path) -> None:
-    assert "](../notebooks/02_layers.ipynb), cell" in figures.index()
-    assert "../../" not in figures.index()
