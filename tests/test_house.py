@@ -199,3 +199,13 @@ def test_nothing_is_left_unfinished_or_tied_to_a_machine() -> None:
 def test_there_is_no_pickle() -> None:
     paths = [path for folder in ("data", "results", "tests", *HOUSES) for path in (ROOT / folder).rglob("*")]
     assert not [path for path in paths if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+
+
+def test_the_page_on_data_flow_names_what_is_there_and_each_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+\.){2}\w+)`", text)
+    assert len(named) == len(set(named)) >= 20
+    for name in named:
+        package, module, function = name.split(".")
+        tree = MODULES[Path("companion") / package / f"{module}.py"]
+        assert function in {node.name for node in functions(tree)}, name
