@@ -34,17 +34,9 @@ from companion.prompts import tokens
 from companion.prompts.pairs import Pair
 
 CACHE = "COMPANION_CACHE"
-
-
 OUTCOME = "outcome.json"
-
-
 FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
-
-
 OPEN = "jailbreakbench,strongreject,xstest"  # with harmless partners from BENIGN where they have none of their own
-
-
 BENIGN = "alpaca"  # open, and harmless but for what slipped into it
 
 
