@@ -131,9 +131,9 @@ def read_json(path: Path | str) -> Any:
 
 
 @overload
-def write_table(table: pd.DataFrame, path: Path | str) -> Path: ...
-@overload
 def write_table(table: NotDefined, path: Path | str) -> NotDefined: ...
+@overload
+def write_table(table: pd.DataFrame, path: Path | str) -> Path: ...
 def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | NotDefined:
     """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
 

@@ -127,11 +127,13 @@ def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
 
 
 def _outcome(entry: Any, where: str) -> Outcome:
-    sides = [entry.get(side) if isinstance(entry, dict) else None for side in ("comply", "refuse")]
-    for side, strings in zip(("comply", "refuse"), sides, strict=True):
+    sides = []
+    for side in ("comply", "refuse"):
+        strings = entry.get(side) if isinstance(entry, dict) else None
         if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
             raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
-    return tuple(sides[0]), tuple(sides[1])
+        sides.append(tuple(strings))
+    return sides[0], sides[1]
 
 
 def _is_sensitive(folder: Path) -> bool:
@@ -184,7 +186,8 @@ def _pair(row: Any, where: str) -> Pair:
         raise InputError(f"{where}: split '{split}' is not one of {', '.join(SPLITS)}")
     if row["control"] == row["treated"]:
         raise InputError(f"{where}: control and treated are the same text")
-    return Pair(*(row[name] for name in REQUIRED), split, twin, family, _spans(row, where))
+    required = {name: row[name] for name in REQUIRED}
+    return Pair(**required, split=split, twin=twin, family=family, spans=_spans(row, where))
 
 
 def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int, int]]]:
