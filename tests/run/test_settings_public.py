@@ -1,4 +1,4 @@
-"""Public sets by name: columns, correspondence of rows, access, and what is written of them. All rows are placeholders."""
+"""A prompt set made of public ones for a run: partners, wrappers, openers, and what is said. All rows are placeholders."""
 
 import hashlib
 import json
@@ -7,15 +7,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
-import datasets
 import pandas as pd
 import pytest
 import torch
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
+from public_rows import jbb, prompt_rows
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from companion.base import thresholds
 from companion.base.errors import InputError
@@ -23,131 +24,16 @@ from companion.base.paths import ROOT
 from companion.generation import openers
 from companion.generation.openers import FirstWords
 from companion.model.load import load_tokenizer
-from companion.prompts import pairs, public, tokens, wrappers
-from companion.prompts.public import SETS, read_public_set
+from companion.prompts import pairs, partners, public, tokens, wrappers
+from companion.prompts.wrappers import Wrapper
 from companion.run import settings
 from tests.nine_families import texts_in
 
-WRAPPERS = [
-    {"family": "tale", "neutral": "w5 w6 {request} w7", "jailbreak": "w8 w9 {request} w7"},
-    {"family": "long", "neutral": "w5 {request}", "jailbreak": "w8 w9 w10 {request}"},
-]
-
-
-def jbb(n: int = 12, **changes: str) -> dict[str, list[dict]]:
-    """Row i of both splits belongs together; every third pair differs in length."""
-    sides: dict[str, list[dict]] = {"harmful": [], "benign": []}
-    for i in range(n):
-        kinds = {"Index": i, "Target": "", "Behavior": f"b{i}", "Category": f"c{i % 4}"}
-        sides["harmful"].append({"Goal": f"w20 w{30 + i}", **kinds})
-        sides["benign"].append({"Goal": f"w21 w{30 + i}{'' if i % 3 else ' w4'}", **kinds})
-    sides["benign"][2] |= changes
-    return sides
-
-
-def prompt_rows(n: int = 12) -> dict[str, list[dict]]:
-    return {"train": [{"prompt": f"w22 w{30 + i} w40", "category": "k"} for i in range(n)]}
-
-
-def alpaca() -> dict[str, list[dict]]:
-    rows = [{"instruction": " ".join(f"w{3 + (i + j) % 50}" for j in range(1 + i % 4)), "input": ""} for i in range(60)]
-    return {"train": [*rows, {"instruction": "w3 w4 w5", "input": "more"}]}
-
-
-def xstest() -> dict[str, list[dict]]:
-    kinds = [("homonyms", "safe")] * 3 + [("contrast_homonyms", "unsafe")] * 2
-    kinds += [("privacy_fictional", "safe"), ("real_group_nons_discr", "safe"), ("contrast_privacy", "unsafe")]
-    kinds += [("contrast_discr", "unsafe")] * 2
-    return {"test": [{"prompt": f"request {i}", "type": kind, "label": label} for i, (kind, label) in enumerate(kinds)]}
-
-
-HUB = {
-    "JailbreakBench/JBB-Behaviors": jbb,
-    "walledai/StrongREJECT": prompt_rows,
-    "walledai/XSTest": xstest,
-    "tatsu-lab/alpaca": alpaca,
-}
-
-
-# What each set's page says: (configuration, split) to columns. Independent of companion.prompts.public, whose lines it checks.
-PAGES: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
-    "JailbreakBench/JBB-Behaviors": {
-        ("behaviors", split): ("Index", "Goal", "Target", "Behavior", "Category") for split in ("harmful", "benign")
-    },
-    "walledai/StrongREJECT": {("", "train"): ("prompt", "category")},
-    "walledai/MaliciousInstruct": {("", "train"): ("prompt",)},
-    "walledai/XSTest": {("", "test"): ("prompt", "type", "label")},
-    "bench-llm/or-bench": {
-        (config, "train"): ("prompt", "category") for config in ("or-bench-80k", "or-bench-hard-1k", "or-bench-toxic")
-    },
-    "tatsu-lab/alpaca": {("", "train"): ("instruction", "input", "output")},
-    "walledai/AdvBench": {("", "train"): ("prompt", "target")},
-    "walledai/HarmBench": {
-        (config, "train"): ("prompt", "category") for config in ("standard", "contextual", "copyright")
-    },
-    "allenai/wildjailbreak": {("train", "train"): ("vanilla", "adversarial", "completion", "data_type")},
-    "sorry-bench/sorry-bench-202503": {("", "train"): ("question_id", "category", "turns", "prompt_style")},
-    "allenai/wildguardmix": {
-        ("wildguardtest", "test"): ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory"),
-        ("wildguardtrain", "train"): ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory"),
-    },
-}
-MARKED = {  # values that tell harmful from harmless rows, of a column
-    "label": ("unsafe", "safe"),
-    "data_type": ("vanilla_harmful", "vanilla_benign", "adversarial_harmful"),
-    "prompt_harm_label": ("harmful", "unharmful"),
-    "prompt_style": ("base", "slang"),
-}
-
-
-def test_every_set_is_read_by_the_columns_and_configurations_of_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(repo: str, *config: str) -> datasets.DatasetDict:
-        splits = {split: columns for (name, split), columns in PAGES[repo].items() if name == "".join(config)}
-        if not splits:
-            raise ValueError(f"BuilderConfig {config} not found")
-        return datasets.DatasetDict(
-            {s: datasets.Dataset.from_list([row(c, i) for i in range(6)]) for s, c in splits.items()}
-        )
-
-    def row(columns: tuple[str, ...], i: int) -> dict:
-        made = {name: MARKED[name][i % len(MARKED[name])] if name in MARKED else f"{name} {i}" for name in columns}
-        return (
-            made
-            | ({"turns": [f"turns {i}", "more"]} if "turns" in columns else {})
-            | {name: "same" for name in ("category", "Category", "type") if name in columns}
-            | ({"input": ""} if "input" in columns else {})
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert {public.repo for public in SETS.values()} == set(PAGES)
-    for name, one in SETS.items():
-        for part in (one.harmful, one.harmless):
-            found = read_public_set(name, one, part) if part is not None else ()
-            assert len({request.text for request in found}) == len(found)
-            assert part is None or found
-            marked = [column for column in (part.where if part else ()) if column in MARKED]
-            assert len(found) == (0 if part is None else 6 / len(MARKED[marked[0]]) if marked else 6), name
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """The library's own reader on small files with the public sets' columns."""
-    content = dict(HUB)
-    plain = datasets.load_dataset
-
-    def load(repo: str, *config: str) -> datasets.DatasetDict:
-        if repo not in content:
-            raise DatasetNotFoundError(f"Dataset '{repo}' is a gated dataset on the Hub. You must be authenticated.")
-        made = content[repo]
-        files = {}
-        for split, rows in (made() if callable(made) else made).items():
-            files[split] = str(tmp_path / f"{split}.jsonl")
-            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return plain("json", data_files=files, cache_dir=str(tmp_path / "arrow"))
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
-    return content
+FOUND = FirstWords(("w11",), ("w12",), 0.9, 3, 9)
+WRAPPERS = (
+    Wrapper("tale", "w5 w6 {request} w7", "w8 w9 {request} w7"),
+    Wrapper("long", "w5 {request}", "w8 w9 w10 {request}"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -160,119 +46,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> Tokenizer:
+    return load_tokenizer(model)
+
+
+@pytest.fixture
+def asked(model: Path) -> dict[str, str]:
+    return {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
+
+
 @pytest.fixture
 def template_file(tmp_path: Path) -> Path:
     file = tmp_path / "mine" / wrappers.FILE
     file.parent.mkdir()
-    file.write_text("".join(json.dumps(row) + "\n" for row in WRAPPERS))
+    file.write_text("".join(json.dumps(asdict(wrapper)) + "\n" for wrapper in WRAPPERS))
     return file
 
 
-def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
-    rows = public.load_rows("jailbreakbench")
-    assert [(one.text, other.text) for one, other in zip(rows.harmful, rows.harmless, strict=True)][1] == (
-        "w20 w31",
-        "w21 w31",
-    )
-    assert rows.harmful[1].id == "jailbreakbench-001" and len(rows.harmful[1].sha256) == 64
-    served["JailbreakBench/JBB-Behaviors"] = jbb(Category="c9")
-    with pytest.raises(InputError, match=r"do not correspond \(row 2 differs in its category\)"):
-        public.load_rows("jailbreakbench")
-    served["JailbreakBench/JBB-Behaviors"] = jbb(Goal=" ")
-    with pytest.raises(InputError, match=r"do not correspond \(row 2 has no harmless request\)"):
-        public.load_rows("jailbreakbench")
-    served["JailbreakBench/JBB-Behaviors"] = {"harmful": jbb()["harmful"], "benign": jbb(11)["benign"]}
-    with pytest.raises(InputError, match="do not correspond"):
-        public.load_rows("jailbreakbench")
-
-
-def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
-    rows = public.load_rows("xstest")
-    assert [(a.row, b and b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)] == [
-        (3, 0),
-        (4, 1),
-        (7, 5),
-        (8, 6),
-        (9, None),
-    ], "the second of discrimination has no safe request left"
-
-
-def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(served: dict, model: Path) -> None:
+def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(served: dict, tokenizer: Tokenizer) -> None:
     said: list[str] = []
-    made = settings.collect("xstest", load_tokenizer(model), wrappers_of(WRAPPERS), said.append)
+    made = settings.collect("xstest", tokenizer, WRAPPERS, said.append)
     assert "xstest: 1 of 5 harmful rows have no harmless partner of their category" in said
     kinds = Counter(pair.treatment for pair in made.pairs)
     assert kinds == {"T1": 4, "T2": 10} and made.n_requests == 5, "T2 needs no partner"
     assert not [pair for pair in made.pairs if pair.twin]
 
 
-def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
-    with pytest.raises(
-        InputError, match=r"advbench is gated: accept its terms at huggingface.co/datasets/walledai/AdvBench"
-    ):
-        public.load_rows("advbench")
-    served["walledai/StrongREJECT"] = {"train": [{"secret": "request 17", "category": "k"}]}
-    with pytest.raises(InputError, match=r"no column 'prompt' \(it has secret, category\)") as caught:
-        public.load_rows("strongreject")
-    assert "request 17" not in str(caught.value)
-
-
-def caused(cause: Exception) -> Exception:
-    error = DatasetGenerationError("An error occurred while generating the dataset")
-    error.__cause__ = cause
-    return error
-
-
-REFUSALS = {
-    "no network": (
-        ConnectionError("Couldn't reach the Hub"),
-        "the hub cannot be reached: connect, unset HF_HUB_OFFLINE",
-    ),
-    "script": (
-        RuntimeError("Dataset scripts are no longer supported, but found StrongREJECT.py"),
-        r"^strongreject \(walledai/StrongREJECT\) is read by a script of its own.*: name another set",
-    ),
-    "broken off": (
-        RuntimeError("request 17"),
-        r"^the transfer of strongreject \(.*\) broke off .*: run the same command",
-    ),
-    "broken off, hidden": (
-        caused(RuntimeError("request 17")),
-        r"broke off \(RuntimeError\): run the same command again",
-    ),
-    "anything else": (caused(ValueError("request 17")), r"could not be loaded \(DatasetGenerationError\)"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_every_error_of_the_datasets_library_is_one_sentence(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    error, message = REFUSALS[case]
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=message) as caught:
-        public.load_rows("strongreject")
-    assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
-
-
-@pytest.mark.parametrize(
-    "name", ["strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"]
-)
-def test_names_that_ask_for_nothing_usable(name: str) -> None:
-    with pytest.raises(InputError, match="--prompts"):
-        public.parse(name)
-
-
-def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
-    with pytest.raises(InputError, match="lies inside the repository"):
-        public.cache()
-
-
 def test_a_set_is_made_with_wrappers_twins_and_hashes(
-    served: dict, model: Path, template_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served: dict, asked: dict, template_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[str] = []
 
@@ -281,7 +83,7 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
         return FirstWords(("w11",), ("w12",), 0.7, 3, 9)
 
     monkeypatch.setattr(openers, "find_openers", find)
-    given = {"MODEL": str(model), "PROMPTS": "jailbreakbench,advbench", "DEVICE": "cpu", "DTYPE": "float32"}
+    given = asked | {"PROMPTS": "jailbreakbench,advbench"}
     with pytest.raises(InputError, match="is not made for"):
         settings.known(given, str(template_file))
     found = settings.fetched(given, str(template_file))
@@ -294,15 +96,15 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert (by_id["jailbreakbench-004-t1"].control, by_id["jailbreakbench-004-t1"].treated) == ("w21 w34", "w20 w34")
     assert "w20 w30" in seen and "w8 w9 w20 w30 w7" in seen
     said = capsys.readouterr().out
-    assert "left out: advbench is gated" in said
-    assert (
-        "T1: 8 of 12 requests have a benign partner of their length and can be interchanged; "
-        "4 of 12 requests have no benign partner of their length\n"
-    ) in said and "T2: 12 of 24 pairs" in said
+    assert "left out: advbench is gated" in said and "T2: 12 of 24 pairs" in said
+    assert "T1: 8 of 12 requests have a benign partner of their length and can be interchanged; 4 of 12" in said
     assert said.count("joint probability") == said.count("below 0.8: edit outcome.json") == 1
     assert not [pair for pair in content.pairs if pair.control in said or pair.treated in said]
     note = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())
-    assert len(note["rows"]) == 24 and note["rows"]["jailbreakbench-harmless-004"] == sha("w21 w34")
+    assert (
+        len(note["rows"]) == 24
+        and note["rows"]["jailbreakbench-harmless-004"] == hashlib.sha256(b"w21 w34").hexdigest()
+    )
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
     assert settings.fetched(given, str(template_file)) == found == settings.known(given, str(template_file)) | found
     again = capsys.readouterr().out
@@ -318,18 +120,17 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
 
 
 def test_harmful_rows_alone_get_partners_of_equal_length(
-    served: dict, model: Path, monkeypatch: pytest.MonkeyPatch
+    served: dict, model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
-    tokenizer = load_tokenizer(model)
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
     said: list[str] = []
-    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append).pairs
+    made = settings.collect("strongreject", tokenizer, WRAPPERS, said.append).pairs
     t1 = [pair for pair in made if pair.treatment == "T1"]
     assert len(t1) == 12 and all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
     assert len({pair.control for pair in t1}) == 12
     assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
     made = settings.collect("jailbreakbench+alpaca", tokenizer, (), said.append).pairs
-    assert public.survival(made, 12, tokenizer) == [
+    assert partners.survival(made, 12, tokenizer) == [
         "T1: 12 of 12 requests have a benign partner of their length and can be interchanged"
     ]
     folder = public.folder("strongreject", str(model), None)
@@ -337,33 +138,32 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}" in said and not any("rm -r" in line for line in said)
 
 
-def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(served: dict, model: Path) -> None:
+def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(
+    served: dict, tokenizer: Tokenizer
+) -> None:
     rows = prompt_rows()["train"]
     for row in rows[:7]:
         row["prompt"] += " w5 w6 w7 w8 w9"
     served["walledai/StrongREJECT"] = {"train": rows}
-    tokenizer = load_tokenizer(model)
-    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
+    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], lambda _: None)
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
-    assert next(pair.treated for pair in made.pairs if pair.id == "strongreject-000-t2-tale").startswith(
-        "w8 w9 w22 w30"
-    )
-    assert "strongreject-000" in made.hashes
-    assert public.survival(made.pairs, made.n_requests, tokenizer) == [
+    treated = {pair.id: pair.treated for pair in made.pairs}
+    assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
+    assert partners.survival(made.pairs, made.n_requests, tokenizer) == [
         "T1: 5 of 12 requests have a benign partner of their length and can be interchanged; 7 of 12 requests have no "
         "benign partner of their length; few: take harmless partners by length (+alpaca), or sets with more rows",
         "T2: 12 of 12 pairs have equal token length and can be interchanged",
     ]
     served["tatsu-lab/alpaca"] = {"train": [{"instruction": "w3", "input": ""}]}
-    made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS[:1]), lambda _: None)
-    assert public.survival(made.pairs, made.n_requests, tokenizer)[0].startswith("T1: 0 of 12 requests")
+    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], lambda _: None)
+    assert partners.survival(made.pairs, made.n_requests, tokenizer)[0].startswith("T1: 0 of 12 requests")
 
 
-def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, model: Path) -> None:
+def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, tokenizer: Tokenizer) -> None:
     del served["tatsu-lab/alpaca"]
     served["walledai/StrongREJECT"] = {"train": [{"prompt": row["Goal"], "category": "k"} for row in jbb()["harmful"]]}
     said: list[str] = []
-    made = settings.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
+    made = settings.collect("strongreject,jailbreakbench", tokenizer, (), said.append)
     assert len(made.pairs) == made.n_requests == 12 and len(said) == 1
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
@@ -372,84 +172,67 @@ def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(serve
     "rows",
     [[], [{"prompt": "", "category": "k"}, {"prompt": " ", "category": "k"}], [{"prompt": None, "category": None}]],
 )
-def test_a_set_without_a_request_is_left_out_with_a_sentence(served: dict, model: Path, rows: list[dict]) -> None:
+def test_a_set_without_a_request_is_left_out_with_a_sentence(
+    served: dict, tokenizer: Tokenizer, rows: list[dict]
+) -> None:
     said: list[str] = []
     served["walledai/StrongREJECT"] = {"train": rows}
-    settings.collect("strongreject,jailbreakbench", load_tokenizer(model), (), said.append)
+    settings.collect("strongreject,jailbreakbench", tokenizer, (), said.append)
     assert len(said) == 1 and said[0].startswith("left out: ") and "StrongREJECT" in said[0]
-    served["walledai/XSTest"] = {"test": [row | {"label": "other"} for row in xstest()["test"]]}
-    with pytest.raises(InputError, match=r"none of the 10 rows of .* \(column prompt, label 'unsafe'\)"):
-        public.load_rows("xstest")
 
 
-def test_a_request_of_two_sets_makes_one_topic(served: dict, model: Path) -> None:
+def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenizer) -> None:
     """Row 3 of the second set is a row of the first but for case, spacing and a full stop, row 5 is its own row 4 again."""
     rows = prompt_rows()["train"]
     rows[3]["prompt"], rows[5]["prompt"] = "W20  w33 .", rows[4]["prompt"]
     served["walledai/StrongREJECT"] = {"train": rows}
     said: list[str] = []
-    found = settings.collect("jailbreakbench,strongreject", load_tokenizer(model), (), said.append)
-    made, hashes = found.pairs, found.hashes
+    found = settings.collect("jailbreakbench,strongreject", tokenizer, (), said.append)
     assert found.n_requests == 22
     assert [line for line in said if "left out" in line] == [
         "strongreject: 2 rows have a request that an earlier row or set has too (but for case, spacing or closing "
         "punctuation) and are left out, since topics must be independent"
     ]
-    topics = {pair.topic for pair in made}
-    assert "jailbreakbench-003" in topics and not {"strongreject-003", "strongreject-005"} & (topics | set(hashes))
-    assert "strongreject-004" in topics and len(topics) == len({pair.treated for pair in made}) == 22
+    topics = {pair.topic for pair in found.pairs}
+    assert "jailbreakbench-003" in topics and not {"strongreject-003", "strongreject-005"} & (
+        topics | set(found.hashes)
+    )
+    assert "strongreject-004" in topics and len(topics) == len({pair.treated for pair in found.pairs}) == 22
     assert all("w20" not in line for line in said)
 
 
-def test_a_harmless_text_is_the_partner_of_one_topic_only(served: dict, model: Path) -> None:
+def test_a_harmless_text_is_the_partner_of_one_topic_only(served: dict, tokenizer: Tokenizer) -> None:
     """Alpaca has every text twice, and one that is a harmless row of the other set."""
     twice = [{"instruction": f"w{4 + i % 15} w6 w7{' w8' * (i % 2)}", "input": ""} for i in range(60)]
     served["tatsu-lab/alpaca"] = {"train": [*twice, {"instruction": "w21 w31", "input": ""}]}
-    made = settings.collect("jailbreakbench,strongreject", load_tokenizer(model), (), lambda _: None)
+    made = settings.collect("jailbreakbench,strongreject", tokenizer, (), lambda _: None)
     controls = [pair.control for pair in made.pairs]
     assert len(controls) == 24 and len(set(controls)) == 24
-    rows = public.load_rows("jailbreakbench")
-    again = public.unseen(public.Rows(rows.harmful * 2, rows.harmless * 2), set())
-    assert again == rows
 
 
-def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(served: dict, model: Path) -> None:
+def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(
+    served: dict, tokenizer: Tokenizer
+) -> None:
     """Lengths alternate between the two sides, so that no row fits its own partner and nearly all fit another's."""
     sides = jbb()
     for i in range(12):
         sides["harmful"][i]["Goal"] = f"w20 w{30 + i}{' w4' if i % 2 else ''}"
         sides["benign"][i]["Goal"] = f"w21 w{30 + i}{'' if i % 2 else ' w4'}"
     served["JailbreakBench/JBB-Behaviors"] = sides
-    tokenizer = load_tokenizer(model)
     said: list[str] = []
-    found = settings.collect("jailbreakbench", tokenizer, wrappers_of(WRAPPERS[:1]), said.append)
-    made, hashes = found.pairs, found.hashes
+    found = settings.collect("jailbreakbench", tokenizer, WRAPPERS[:1], said.append)
     assert said == [
         "jailbreakbench: 0 of 12 rows have the length of their own partner, so groups are interchanged: T1 takes a partner "
         "of equal length from all harmless rows of the set (12 pairs)"
     ]
-    t1 = {pair.topic: pair for pair in made if pair.treatment == "T1"}
-    assert len({pair.control for pair in t1.values()}) == 12 and len(hashes) == 24
-    assert "T1: 12 of 12 requests" in public.survival(made, found.n_requests, tokenizer)[0]
-    twin = next(pair for pair in made if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
+    assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
+    assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
+    twin = next(pair for pair in found.pairs if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
     rows = public.load_rows("jailbreakbench")
-    assert public.grouped(rows, tokenizer, "x", said.append) != rows
+    assert partners.grouped(rows, tokenizer, "x", said.append) != rows
     enough = public.Rows(rows.harmful, tuple(reversed(rows.harmless)))  # lengths fit now
-    assert public.grouped(enough, tokenizer, "x", said.append) is enough
-
-
-def sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def wrappers_of(rows: list[dict]) -> tuple[wrappers.Wrapper, ...]:
-    return tuple(wrappers.Wrapper(**row) for row in rows)
-
-
-@pytest.fixture
-def asked(model: Path) -> dict[str, str]:
-    return {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
+    assert partners.grouped(enough, tokenizer, "x", said.append) is enough
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"comply": "w11", "refuse": ["w12"]}'])
@@ -475,10 +258,7 @@ def test_an_own_outcome_is_shown_and_counts_as_it_is_now(
     assert len(set(places)) == 2
     assert settings.known(asked, str(template_file))["PROMPTS"] == places[1]
     own.write_text('{"comply": [" nosuchword"], "refuse": [" w12"]}')
-    with pytest.raises(
-        InputError,
-        match=r"outcome\.json: outcome string ' nosuchword' starts with a word that the tokenizer does not know",
-    ):
+    with pytest.raises(InputError, match=r"outcome\.json: outcome string ' nosuchword' starts with a word that"):
         settings.fetched(asked, str(template_file))
     own.unlink()
     with pytest.raises(InputError, match="is not made for"):
@@ -529,7 +309,7 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
     served: dict, asked: dict, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its note a set would no longer count as sensitive."""
-    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
     place = Path(settings.fetched(asked, None)["PROMPTS"])
     (place / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
     (place / lost).unlink()
@@ -541,27 +321,17 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
 
 
 def test_a_public_set_with_wrappers_goes_through_a_run_offline(
-    served: dict, model: Path, template_file: Path, tmp_path: Path
+    served: dict, asked: dict, template_file: Path, tmp_path: Path
 ) -> None:
     """By the command that users type, in a process of its own, once the set lies in the cache; no text is left behind."""
     served["JailbreakBench/JBB-Behaviors"] = jbb(30)
     (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
-    given = {"MODEL": str(model), "PROMPTS": "jailbreakbench", "DEVICE": "cpu", "DTYPE": "float32"}
-    made = Path(settings.fetched(given, str(template_file))["PROMPTS"])
+    made = Path(settings.fetched(asked, str(template_file))["PROMPTS"])
     (tmp_path / "prompts").symlink_to(made)
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
-    words = [
-        "--model",
-        str(model),
-        "--prompts",
-        "jailbreakbench",
-        "--wrappers",
-        str(template_file),
-        "--profile",
-        "smoke",
-    ]
+    words = f"--model {asked['MODEL']} --prompts jailbreakbench --wrappers {template_file} --profile smoke --only 02 --name mine"
     done = subprocess.run(
-        [sys.executable, "-m", "companion.run.cli", *words, "--only", "02", "--name", "mine"],
+        [sys.executable, "-m", "companion.run.cli", *words.split()],
         cwd=ROOT, env={**os.environ, **places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -570,3 +340,9 @@ def test_a_public_set_with_wrappers_goes_through_a_run_offline(
     assert set(found.treatment) == {"T1", "T2", "T2b", "T2-T2b"}
     n_files, leaks = texts_in(tmp_path, done.stdout + done.stderr)
     assert n_files > 10 and not leaks
+
+
+def test_wrappers_go_with_a_public_set_only(template_file: Path) -> None:
+    with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
+        settings.check("embedded", str(template_file))
+    settings.check("jailbreakbench", str(template_file))
