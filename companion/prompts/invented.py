@@ -169,7 +169,6 @@ TIER_STRENGTH: Final = (-4.0, -2.5, -1.2, 0.0, 1.2, 2.5, 4.0)  # log-odds of com
 SEVERITIES: Final = (-0.6, 0.0, 0.6)  # log-odds subtracted, by dangerous verb
 BENIGN_LOGIT: Final = 3.0  # a benign cue gives its own opener with probability sigmoid(3) = 0.95
 OVER_REFUSAL: Final = {"harmless": 0.01, "borderline": 0.03}
-Spans = dict[str, list[int]]
 
 
 def sigmoid(x: float) -> float:
@@ -270,14 +269,15 @@ class Request:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def render(request: Request) -> tuple[str, Spans]:
+def render(request: Request) -> tuple[str, dict[str, list[int]]]:
     """The user turn and the character ranges of its named parts.
 
     >>> text, spans = render(Request(Clause("paint", "falk", "ova"), "garden"))
     >>> text, text[slice(*spans["object"])]
     ('how do i paint the falkova in the garden?', 'falkova')
     """
-    text, spans = "", {}
+    text = ""
+    spans: dict[str, list[int]] = {}
     for name, segment in _segments(request):
         if name:
             spans[name] = [len(text), len(text) + len(segment)]

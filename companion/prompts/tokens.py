@@ -7,7 +7,7 @@ tokenizer is always called with `add_special_tokens=False`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from companion.base.errors import InputError
-from companion.prompts.pairs import MIN_PAIRS, Outcome, Pair, PromptSet
+from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
 
 STAND_IN = "@turn@"
 
@@ -97,14 +97,9 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
     An interchange needs one position of the control for each of the treated prompt, so pairs of unequal length are
     dropped, never truncated or padded into shape.
     """
-    kept: list[TokenPair] = []
-    dropped: Counter[str] = Counter()
-    for pair in pairs:
-        made, reason = token_pair(pair, tokenizer)
-        if made is None:
-            dropped[reason] += 1
-        else:
-            kept.append(made)
+    made = [token_pair(pair, tokenizer) for pair in pairs]
+    kept = [pair for pair, _ in made if pair is not None]
+    dropped = Counter(reason for _, reason in made if reason)
     if len(kept) < MIN_PAIRS:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in sorted(dropped.items())) or "none dropped"
         raise InputError(f"{len(kept)} usable pairs of {len(pairs)} ({reasons}); at least {MIN_PAIRS} are needed")
@@ -115,28 +110,28 @@ def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[s
     """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
     context = render(tokenizer, prompt_set.pairs[0].control)
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
-    first: dict[str, int] = {}
-    notes: dict[str, str] = {}
+    ids: dict[str, list[int]] = {}
     for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):
         whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
-        ids = whole[len(before) :]
-        if not ids or whole[: len(before)] != before:
+        ids[string] = whole[len(before) :]
+        if not ids[string] or whole[: len(before)] != before:
             raise InputError(
                 f"outcome string {string!r} starts no token of its own behind the prompt: is a leading space missing "
                 "or too many?"
             )
-        if ids[0] == tokenizer.unk_token_id:
+        if ids[string][0] == tokenizer.unk_token_id:
             raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
-        first[string] = ids[0]
-        if len(ids) > 1:
-            notes[string] = f"outcome string {string!r} is {len(ids)} tokens; its first decides"
-    return {name: _openers(name, sides, first, notes) for name, sides in prompt_set.outcomes.items()}
-
-
-def _openers(treatment: str, sides: Outcome, first: Mapping[str, int], notes: Mapping[str, str]) -> Openers:
-    comply, refuse = (tuple(sorted({first[string] for string in side})) for side in sides)
-    if both := set(comply) & set(refuse):
-        raise InputError(
-            f"outcome of {treatment}: comply and refuse share the first token {both.pop()}; it decides nothing"
+    found: dict[str, Openers] = {}
+    for treatment, sides in prompt_set.outcomes.items():
+        comply, refuse = (tuple(sorted({ids[string][0] for string in side})) for side in sides)
+        if both := set(comply) & set(refuse):
+            shared = f"comply and refuse share the first token {both.pop()}"
+            raise InputError(f"outcome of {treatment}: {shared}; it decides nothing")
+        notes = (
+            f"outcome string {string!r} is {len(ids[string])} tokens; its first decides"
+            for side in sides
+            for string in side
+            if len(ids[string]) > 1
         )
-    return Openers(comply, refuse, tuple(notes[string] for side in sides for string in side if string in notes))
+        found[treatment] = Openers(comply, refuse, tuple(notes))
+    return found

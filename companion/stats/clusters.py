@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import ArrayLike
 from scipy import stats as st
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -56,10 +55,18 @@ def cluster_sums(
     array([[1., 2.],
            [3., 0.]])
 
-    Raises `InputError` for missing columns, no rows, and missing or infinite entries.
+    Raises `InputError` for no rows, and for missing or infinite entries.
     """
     values, by = [values] if isinstance(values, str) else list(values), list(by)
-    _check_table(table, values, ["topic", *by, *([strata] if strata else [])])
+    if table.empty or table[["topic", *by, *([strata] if strata else [])]].isna().any(axis=None):
+        raise InputError("no rows, or rows without a topic or a cell: check the filter that made the table")
+    for name in values:
+        finite = np.isfinite(pd.to_numeric(table[name], errors="coerce").to_numpy(float, na_value=np.nan))
+        if not finite.all():
+            raise InputError(
+                f"{(~finite).sum()} of {len(finite)} entries of {name!r} are not finite numbers: leave out rows "
+                "that were not measured, and look for a prompt of zero probability"
+            )
     row, clusters = pd.factorize(table["topic"], sort=True)
     if by:
         grouped = table.groupby(by, sort=True, observed=True)
@@ -75,23 +82,6 @@ def cluster_sums(
         codes = np.unique(occurs, axis=0, return_inverse=True)[1]
     columns = pd.concat([cells.assign(value=name) for name in values], ignore_index=True)[["value", *by]]
     return ClusterSums(np.hstack(sums), np.tile(counts, len(values)), columns, pd.Index(clusters, name="topic"), codes)
-
-
-def _check_table(table: pd.DataFrame, values: list[str], keys: list[str]) -> None:
-    if missing := [name for name in [*values, *keys] if name not in table.columns]:
-        raise InputError(f"no column {missing} in the table: name some of {list(table.columns)}")
-    if table.empty or not values:
-        raise InputError("nothing to sum, no rows or no value column: check the filter that made the table")
-    for name in keys:
-        if table[name].isna().any():
-            raise InputError(f"column {name!r} has missing entries: every row needs one")
-    for name in values:
-        finite = np.isfinite(pd.to_numeric(table[name], errors="coerce").to_numpy(float, na_value=np.nan))
-        if not finite.all():
-            raise InputError(
-                f"{(~finite).sum()} of {len(finite)} entries of {name!r} are not finite numbers: leave out rows "
-                "that were not measured, and look for a prompt of zero probability"
-            )
 
 
 def mean(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -179,23 +169,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     >>> [round(limit, 3) for limit in wilson(0, 10)]
     [0.0, 0.278]
     """
-    if not (n > 0 and 0 <= successes <= n and successes == int(successes) and n == int(n)):
-        raise InputError(f"{successes} of {n}: expected whole numbers 0 <= successes <= n, n > 0")
+    if not 0 <= successes <= n or n == 0:
+        raise InputError(f"{successes} of {n}: expected 0 <= successes <= n, n > 0")
     low, high = proportion_confint(successes, n, alpha=1 - 0.95, method="wilson")
     return float(low), float(high)
-
-
-def exact_mcnemar(first: Bool[np.ndarray, prompt], second: Bool[np.ndarray, prompt]) -> float:
-    """Exact McNemar p-value that two yes/no outcomes of the same independent prompts have equal rates.
-
-    >>> exact_mcnemar(np.array([1, 1, 1, 1, 1, 0]) > 0, np.zeros(6) > 0)
-    0.0625
-    """
-    first, second = np.asarray(first), np.asarray(second)
-    if first.dtype != bool or second.dtype != bool or first.ndim != 1 or first.shape != second.shape:
-        raise InputError(
-            f"outcomes {first.dtype} {first.shape} and {second.dtype} {second.shape}: expected two Boolean arrays "
-            "of one length, the same prompts in the same order"
-        )
-    both = [[(a & b).sum() for b in (second, ~second)] for a in (first, ~first)]
-    return float(mcnemar(both, exact=True).pvalue)

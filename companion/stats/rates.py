@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats as st
+from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from companion.base.errors import InputError
 from companion.stats.bootstrap import Estimates, interval
-from companion.stats.clusters import cluster_sums, exact_mcnemar, mean, ratio, wilson
+from companion.stats.clusters import cluster_sums, mean, ratio, wilson
 
 Z = float(st.norm.ppf(0.975))
 
@@ -71,10 +72,15 @@ def rate_change(
     >>> change.estimate, round(change.high, 2)
     (0.0, 0.95)
     """
-    p = exact_mcnemar(np.asarray(before), np.asarray(after))
+    p = float(mcnemar(_paired_counts(before, after), exact=True).pvalue)
     boot = mean_change(100 * (after.astype(float) - before.astype(float)), topic)
     low, high = newcombe(before, after)
     return replace(boot, low=min(boot.low, 100 * low), high=max(boot.high, 100 * high), p=p)
+
+
+def _paired_counts(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> Int[np.ndarray, "2 2"]:
+    """How many prompts are yes and no after (rows) and before (columns)."""
+    return np.array([[np.sum(a & b) for b in (before, ~before)] for a in (after, ~after)])
 
 
 def newcombe(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> tuple[float, float]:
@@ -84,7 +90,7 @@ def newcombe(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) 
     prompts are assumed; no discordant pair at all still leaves room for some.
     """
     n = len(before)
-    both = np.array([[np.sum(a & b) for b in (before, ~before)] for a in (after, ~after)])
+    both = _paired_counts(before, after)
     rates = after.mean(), before.mean()
     limits = [wilson(int(x.sum()), n) for x in (after, before)]
     margins = np.prod(both.sum(0)) * np.prod(both.sum(1))

@@ -235,15 +235,6 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     assert partners.grouped(enough, tokenizer, "x", said.append) is enough
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"comply": "w11", "refuse": ["w12"]}'])
-def test_a_broken_outcome_beside_the_wrappers_is_named(
-    served: dict, asked: dict, template_file: Path, content: str
-) -> None:
-    (template_file.parent / "outcome.json").write_text(content)
-    with pytest.raises(InputError, match=r"outcome\.json"):
-        settings.fetched(asked, str(template_file))
-
-
 def test_an_own_outcome_is_shown_and_counts_as_it_is_now(
     served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,8 @@ def test_a_change_has_the_sign_of_after_minus_before() -> None:
     change = rates.rate_change(*outcomes(50, 5, 45, 0), np.arange(100))
     assert change.estimate == -40 and change.high < 0
     assert change.p == pytest.approx(2 * st.binom.cdf(5, 50, 0.5))
+    assert rates.rate_change(*outcomes(10, 1, 7, 5), np.arange(23)).p == pytest.approx(2 * (1 + 8) / 2**8)
+    assert rates.rate_change(*outcomes(10, 0, 0, 5), np.arange(15)).p == 1
 
 
 def test_refits_add_their_variance() -> None:
