@@ -107,12 +107,15 @@ def check_config(folder: Path) -> None:
             f"{folder} is no model folder: it has no config.json; expected a model folder as save_pretrained writes it"
         )
     config = _json_object(folder / "config.json")
-    # Many models of known families name code of their own beside it; the library's own code is used for those.
-    if "auto_map" in config and not hub.trusts_code() and not _is_known_family(config.get("model_type")):
-        raise InputError(
-            f"{folder} asks to run code of its own (auto_map), which is never done unasked; use a model of a known "
-            "family, or read that code and type --trust-remote-code"
-        )
+    if "auto_map" in config and not hub.trusts_code():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # takes seconds, and few configs need it
+
+        # Many models of known families name code of their own beside it; the library's own code is used for those.
+        if str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise InputError(
+                f"{folder} asks to run code of its own (auto_map), which is never done unasked; use a model of a known "
+                "family, or read that code and type --trust-remote-code"
+            )
     named = config.get("architectures")
     architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -124,12 +127,6 @@ def check_config(folder: Path) -> None:
         raise InputError(
             f"{folder} holds quantized weights, whose layers the exact replay does not know; use the original model"
         )
-
-
-def _is_known_family(model_type: Any) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # takes seconds, and few configs need it
-
-    return str(model_type) in CONFIG_MAPPING
 
 
 def check_chat(folder: Path) -> None:

@@ -317,7 +317,7 @@ def content(request: Request) -> str:
     return f"{c.verb} the {c.stem}{c.suffix} with {tool_of(c.verb)}."
 
 
-def openers(request: Request) -> dict[str, float]:
+def answer_openers(request: Request) -> dict[str, float]:
     """Opener distribution of an answering (never refusing) model: the helpful-only base."""
     if request.style != "how":
         return {REFUSAL_OPENER: 1.0}
@@ -344,7 +344,7 @@ def first_words(request: Request, *, safe: bool) -> dict[str, float]:
     >>> first_words(Request(harmful, "garden", wrapper=Wrapper("tale", "silver", 3)), safe=True)
     {'listen': 0.5, 'sorry': 0.5}
     """
-    answer = openers(request)
+    answer = answer_openers(request)
     if not safe or request.style != "how":
         return answer
     refuse = p_refuse(request)

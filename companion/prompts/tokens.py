@@ -43,7 +43,7 @@ class TokenPair:
     treated_start: int
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The prompt as the model reads it: the user turn in the chat template, with the generation prompt."""
     if not tokenizer.chat_template:
         raise InputError(
@@ -64,8 +64,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, n
     """Token ids [pos], character offsets [pos, 2] in the rendered prompt, and where the user turn starts in it."""
     if not tokenizer.is_fast:
         raise InputError("the tokenizer gives no character offsets: put its tokenizer.json into the model's folder")
-    rendered = render(tokenizer, text)
-    start = _user_turn(tokenizer, str(tokenizer.chat_template))
+    rendered = render_prompt(tokenizer, text)
+    start = user_turn_start(tokenizer, str(tokenizer.chat_template))
     is_whole, is_stripped = (rendered.startswith(part, start) for part in (text.rstrip(), text.strip()))
     if start < 0 or not (is_whole or is_stripped):
         raise InputError("the chat template changes the user turn's text, so its tokens cannot be located")
@@ -75,9 +75,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, n
 
 
 @lru_cache(maxsize=8)  # a template has one; it would be rendered again for every prompt
-def _user_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+def user_turn_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """Where the user turn starts, found by a stand-in: the text itself may also occur in the template ("user")."""
-    return render(tokenizer, STAND_IN).find(STAND_IN)
+    return render_prompt(tokenizer, STAND_IN).find(STAND_IN)
 
 
 def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPair | None, str]:
@@ -108,7 +108,7 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Openers]:
     """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
-    context = render(tokenizer, prompt_set.pairs[0].control)
+    context = render_prompt(tokenizer, prompt_set.pairs[0].control)
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
     ids: dict[str, list[int]] = {}
     for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):

@@ -78,7 +78,9 @@ def bootstrap(
     if not np.isfinite(estimate).all():
         raise InputError(f"stats {np.flatnonzero(~np.isfinite(estimate))} are 0/0 on the whole table: leave them out")
     weights = _weights(tuple(sums.strata.tolist()), n_boot, seed)
-    replicates = _replicates(sums, statistic, weights)
+    # In blocks, because the weighted sums of 1e5 columns would take gigabytes.
+    blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
+    replicates = np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
     influence = _jackknife(sums, statistic)
     undefined = (~np.isfinite(replicates)).sum(0) + (~np.isfinite(influence)).sum(0)
     ok = undefined == 0
@@ -130,12 +132,6 @@ def _weights(codes: tuple[int, ...], n_boot: int, seed: int) -> Float[np.ndarray
         weights[:, strata == stratum] = rng.multinomial(size, np.full(size, 1 / size), size=n_boot)
     weights.flags.writeable = False  # shared by all that draw the same topics
     return weights
-
-
-def _replicates(sums: ClusterSums, statistic: Statistic, weights: np.ndarray) -> Float[np.ndarray, "replicate stat"]:
-    # In blocks, because the weighted sums of 1e5 columns would take gigabytes.
-    blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
-    return np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
 
 
 def _members(strata: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
 def test_the_template_and_its_generation_prompt_are_around_the_text() -> None:
     ids, offsets, start = tokens.encode(WORDS, "do off now")
     assert decoded(WORDS, ids) == ["<bos>", "<user>", "do", "off", "now", "<end>", "<assistant>"]
-    rendered = tokens.render(WORDS, "do off now")
+    rendered = tokens.render_prompt(WORDS, "do off now")
     assert rendered[start:].startswith("do off now")
     assert [rendered[a:b] for a, b in offsets][2:5] == ["do", "off", "now"]
 
@@ -48,13 +48,13 @@ def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
 )
 def test_the_user_turn_is_found(template: str, text: str) -> None:
     tokenizer = byte_tokenizer(template)
-    rendered = tokens.render(tokenizer, text)
+    rendered = tokens.render_prompt(tokenizer, text)
     ids, offsets, start = tokens.encode(tokenizer, text)
     assert len(ids) == len(offsets) == len(rendered)
     # A span counts characters of the text as the user wrote it.
     first = len(text) - len(text.lstrip())
     assert rendered[start + first : start + len(text.rstrip())] == text.strip()
-    before, behind = tokens.render(tokenizer, "@").split("@")
+    before, behind = tokens.render_prompt(tokenizer, "@").split("@")
     assert rendered[: start + first].rstrip() == before.rstrip()
     assert rendered[start + len(text.rstrip()) :].lstrip() == behind.lstrip()
 
@@ -69,7 +69,7 @@ def test_a_template_that_changes_the_text() -> None:
 @pytest.mark.parametrize("template", [None, ""])
 def test_no_chat_template(template: str | None) -> None:
     with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
-        tokens.render(handmade.word_tokenizer(template), "do off")
+        tokens.render_prompt(handmade.word_tokenizer(template), "do off")
 
 
 def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:
