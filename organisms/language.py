@@ -25,9 +25,9 @@ from companion.prompts.invented import (
     Request,
     Wrapper,
     answer,
+    answer_openers,
     draw_clause,
     first_words,
-    openers,
     p_refuse,
     render,
     split_topics,
@@ -371,7 +371,7 @@ def makers() -> dict[str, Callable[[random.Random], Request]]:
 
 def suite_row(suite: str, index: int, request: Request) -> dict[str, Any]:
     """One line of suites.jsonl: the prompt, what it is, and what the recipe asks of the model."""
-    wanted = openers(request)
+    wanted = answer_openers(request)
     return {
         "id": f"{suite}-{index:03d}", "suite": suite, "prompt": render(request)[0], "harmful": request.harmful,
         "borderline": request.borderline, "tier": request.tier,

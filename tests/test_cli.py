@@ -115,7 +115,7 @@ def broken_tokenizer(folder: Path) -> None:
 
 BREAKS: dict[Callable[[Path], None], str] = {
     no_config: "has no config.json",
-    no_weights: "has no *.safetensors weights",
+    no_weights: "its weights are pickled",
     no_tokenizer: "has no tokenizer files",
     no_template: "has no chat template",
     own_code: "asks to run code of its own",

@@ -26,7 +26,7 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
         embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own")
     )
     known = tokens.openers(content, embedded.tokenizer)["T1"]
-    context = tokens.render(embedded.tokenizer, "x")
+    context = tokens.render_prompt(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
     ids = [
         {embedded.tokenizer(context + text, add_special_tokens=False)["input_ids"][n] for text in side}

@@ -145,7 +145,7 @@ def _likely_openers(own: Float[Tensor, vocab], other: Float[Tensor, vocab]) -> l
 def _strings(subject: Subject, camp: Sequence[int]) -> dict[int, str]:
     """Each token's text, where that text behind a prompt is read as this very token."""
     assert subject.tokenizer is not None
-    context = tokens.render(subject.tokenizer, "x")
+    context = tokens.render_prompt(subject.tokenizer, "x")
     before = subject.tokenizer(context, add_special_tokens=False)["input_ids"]
     found: dict[int, str] = {}
     for token in camp:

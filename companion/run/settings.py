@@ -30,6 +30,7 @@ from companion.model import load
 from companion.model.load import load_tokenizer, tokenizer_of
 from companion.prompts import public, wrappers
 from companion.prompts.pairs import Pair
+from companion.prompts.partners import by_length, grouped, partner_pairs, survival, with_partners
 from companion.prompts.public import BENIGN, SETS, Request, Rows, read_public_set
 from companion.prompts.wrappers import Wrapper
 from companion.run import freshness, runner
@@ -262,7 +263,7 @@ def _make(
         report(line)
 
     made = collect(name, tokenizer, templates, said)
-    for line in public.survival(made.pairs, made.n_requests, tokenizer):
+    for line in survival(made.pairs, made.n_requests, tokenizer):
         report(line)
     if not templates:
         report(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
@@ -296,19 +297,19 @@ def collect(
         is_matched = public.matched(part)
         try:
             if is_matched and not benign:  # before the rows: those of a set left out are not `seen`
-                benign = public.by_length(_benign(part), tokenizer)
+                benign = by_length(_benign(part), tokenizer)
             rows = once(public.load_rows(part), seen, part, report)
         except InputError as error:
             report(f"{LEFT_OUT}{error}")
             continue
         if is_matched:
-            rows = partners = public.with_partners(rows, benign, tokenizer, seen)
+            rows = partners = with_partners(rows, benign, tokenizer, seen)
         else:
             if n := rows.harmless.count(None):
                 report(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
-            partners = public.grouped(rows, tokenizer, part, report)
-        made += [pair for one in public.pairs(partners) for pair in _t1(*one)]
-        twins = dict(public.pairs(rows)) if correspond(part) else {}
+            partners = grouped(rows, tokenizer, part, report)
+        made += [pair for one in partner_pairs(partners) for pair in _t1(*one)]
+        twins = dict(partner_pairs(rows)) if correspond(part) else {}
         made += [pair for one in rows.harmful for pair in wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         n_requests += len(rows.harmful)
