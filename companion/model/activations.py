@@ -22,14 +22,8 @@ from companion.base.errors import InputError
 from companion.model.architecture import Subject
 
 Site = Literal["resid_post", "attn_out", "mlp_out", "head", "neuron"]
-
-
 KEPT = ("resid", "attn_out", "mlp_out", "z", "neurons", "cache")
-
-
 _KEPT_AS = {"resid_post": "resid", "attn_out": "attn_out", "mlp_out": "mlp_out", "head": "z", "neuron": "neurons"}
-
-
 Layers = tuple[Tensor, ...]
 
 

@@ -31,8 +31,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from companion.base.errors import InputError
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
-
-
 WAITING = ("cpu", "disk")
 
 

@@ -19,11 +19,7 @@ from companion.base.hub import HubId
 from companion.base.network import FAILURES, explain, is_network
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
-
-
 WEIGHTS = ["*.safetensors"]
-
-
 # Subfolders hold other formats, and some repositories a second copy of the weights under this name.
 IGNORED = ["*/*", "consolidated*"]
 

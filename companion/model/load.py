@@ -25,8 +25,6 @@ from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import check_sites, clean_pair, verify
 
 EMBEDDED = "window-0"
-
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 

@@ -28,11 +28,7 @@ from companion.model.interventions import head_width
 from companion.model.propagation import Stretch
 
 WORKING_SHARE = 0.4
-
-
 MASK_SHARE = 0.1
-
-
 _events: list[str] = []
 
 
@@ -143,17 +139,9 @@ def _key_width(subject: Subject) -> int:
 
 
 LONGEST = 256  # tokens of a prompt, where none has been read yet
-
-
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
-
-
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
-
-
 MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-
-
 # How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
 VERSIONS = (
     ("", "memory.max", "memory.current", "inactive_file"),
@@ -359,8 +347,6 @@ def _gb(size: float) -> str:
 
 
 BATCH = 64
-
-
 CLEAN_RUN_BYTES = 2**30
 
 

@@ -130,8 +130,6 @@ def _check_runs(base: CleanRun, source: CleanRun) -> None:
 
 
 LAYERS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "keys", "values")
-
-
 Patches = Sequence[Patch | Sequence[Patch]]
 
 

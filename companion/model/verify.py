@@ -19,11 +19,7 @@ from companion.model.readout import logits
 
 # Share of the largest compared value; the library's float64 casts to float32 inside its norms.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
 N_POS = 10
-
-
 SLOW_HINT = "load it with allow_slow=True to use one full forward pass per intervention instead"
 
 
