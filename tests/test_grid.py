@@ -48,7 +48,7 @@ def runs(subject: Subject, attention_mask: Tensor | None = None) -> tuple[CleanR
 def worst(subject: Subject, pair: tuple[CleanRun, CleanRun], patches: list, read: object = (-1,)) -> float:
     """The largest deviation from the reference, as a share of the largest effect."""
     fast = replay.interchange(subject, *pair, patches, read=read)
-    plain = reference.interchange(subject, *pair, patches, read=read)
+    plain = reference.interchange_full_forward(subject, *pair, patches, read=read)
     effect = plain - replay.interchange(subject, *pair, [Patch("mlp_out", 0, mask([]))], read=read)
     assert float(effect.abs().max()) > 0.1
     return float((fast - plain).abs().max() / effect.abs().max())

@@ -110,7 +110,7 @@ def test_mixture_of_experts_takes_the_slow_path() -> None:
     patches = [Patch("mlp_out", 1, mask([8])), Patch("head", 0, mask([4]), 2)]
     with pytest.warns(UserWarning, match="18 times slower for last-token patches"):
         got = replay.interchange(subject, *pair, patches)
-    assert torch.equal(got, reference.interchange(subject, *pair, patches))
+    assert torch.equal(got, reference.interchange_full_forward(subject, *pair, patches))
     with pytest.raises(InputError, match="no down projection"):
         replay.interchange(subject, *pair, [Patch("neuron", 0, mask([4]), 0)])
 

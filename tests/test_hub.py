@@ -17,7 +17,7 @@ from companion.base.errors import InputError
 from companion.base.hub import HubId
 from companion.base.paths import check_slug
 from companion.model import download, memory
-from companion.model.download import WEIGHTS, ready
+from companion.model.download import WEIGHTS, prepare_model
 from companion.model.load import load
 from companion.run import freshness
 
@@ -132,9 +132,9 @@ def test_what_was_downloaded_by_branch_is_there_without_a_network(
     name = REPO + revision
     for commit in (COMMIT, COMMIT[::-1]):
         serve(monkeypatch, source, cache, commit)
-        assert ready(name, "cpu", "float32") == f"{REPO}@{commit}"
+        assert prepare_model(name, "cpu", "float32") == f"{REPO}@{commit}"
         refuse(monkeypatch, errors.OfflineModeIsEnabled("off"))
-        assert hub.pinned(name) == f"{REPO}@{commit}" == ready(name, "cpu", "float32")
+        assert hub.pinned(name) == f"{REPO}@{commit}" == prepare_model(name, "cpu", "float32")
     assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
     serve(monkeypatch, source, cache, "f" * 40)
     download = huggingface_hub.snapshot_download
@@ -146,7 +146,7 @@ def test_what_was_downloaded_by_branch_is_there_without_a_network(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
     with pytest.raises(InputError, match="only a part of it is in the cache"):
-        ready(name, "cpu", "float32")
+        prepare_model(name, "cpu", "float32")
     assert hub.pinned(name) == f"{REPO}@{commit}"
 
 
@@ -154,7 +154,7 @@ def test_a_commit_asked_for_by_its_hash_moves_no_branch(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, source, cache, COMMIT)
-    assert download.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
+    assert download.prepare_model(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
     assert not list(cache.rglob("refs/*"))
 
 
@@ -242,7 +242,7 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
     damage(folder)
     fetched = serve(monkeypatch, folder, cache, COMMIT)
     with pytest.raises(InputError, match=message):
-        download.ready(REPO, "cpu", "float32")
+        download.prepare_model(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith((".safetensors", ".bin", ".py"))]
 
 
@@ -250,7 +250,7 @@ def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.Monk
     fetched = serve(monkeypatch, source, cache, COMMIT)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
-        download.ready(REPO, "cpu", "float32")
+        download.prepare_model(REPO, "cpu", "float32")
     assert not [name for name in fetched if name.endswith(".safetensors")]
 
 
@@ -258,22 +258,22 @@ def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = serve(monkeypatch, source, cache, COMMIT)
-    free = memory.needs(memory.on_meta(source, torch.bfloat16), copies=1).total
+    free = memory.run_memory(memory.on_meta(source, torch.bfloat16), copies=1).total
     monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
     for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
         with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
-            download.ready(REPO, "cpu", "bfloat16", **asked)
+            download.prepare_model(REPO, "cpu", "bfloat16", **asked)
     assert not [name for name in fetched if name.endswith(".safetensors")]
-    assert download.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
+    assert download.prepare_model(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
 
 
 def test_the_manifest_names_commit_and_file_hashes(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve(monkeypatch, source, cache, COMMIT)
-    name = download.ready(REPO, "cpu", "float32")
+    name = download.prepare_model(REPO, "cpu", "float32")
     assert name == f"{REPO}@{COMMIT}"
-    assert download.ready(name, "cpu", "float32") == name
+    assert download.prepare_model(name, "cpu", "float32") == name
     assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 2, "once a call"
     given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
     freshness.write_manifest(tmp_path, given, {})

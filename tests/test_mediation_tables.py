@@ -65,7 +65,7 @@ def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) ->
     """As many pairs at once as keep a clean run below its share of memory, at least one."""
     subject = tiny_subject("llama")
     pairs = random_pairs(12, 9, 61)
-    one = memory.memory_need(subject, 1, 9).clean_run
+    one = memory.sweep_memory(subject, 1, 9).clean_run
     for budget, sizes in ((10**9, [12]), (5 * one, [5, 5, 2]), (one // 2, [1] * 12)):
         monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
         assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes

@@ -110,7 +110,7 @@ def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
 def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     shapes = memory.on_meta(tmp_path, torch.float32)
-    asked = memory.needs(shapes)
+    asked = memory.run_memory(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
     free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": layer, "cuda": asked.total - 2 * layer}
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / memory.USABLE) + 1)
@@ -118,7 +118,7 @@ def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.Monke
     where = memory.placement(shapes, torch.device("cuda"))
     assert where is not None
     assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
-    said = memory.describe(shapes, where)
+    said = memory.describe_size(shapes, where)
     assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
     free["cpu"] = layer - 9
     with pytest.raises(errors.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):

@@ -1,6 +1,6 @@
-"""What an intervention is: a site, a layer, positions, and the value written there.
+"""Interventions: a site, a layer, positions, and the value written there; and what they do inside their own layer.
 
-What a patch does inside its own layer: the edited residual stream above it, or hooks for joint interventions.
+A single patch gives the edited residual stream above its layer; joint interventions set hooks while their layers run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from companion.base.errors import InputError
-from companion.model.activations import CleanRun, first, on_input, on_output
+from companion.model.activations import CleanRun, Hook, first, on_input, on_output
 from companion.model.architecture import LayerParts, Subject, written_vectors
 
 SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
@@ -24,11 +24,10 @@ SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
 
 @dataclass(frozen=True)
 class Patch:
-    """Set one site of one layer at some positions.
+    """Set one site of one layer at some positions, which may differ between pairs.
 
-    `positions` may differ between pairs. `index` names the head or neuron (several: set together) and is None for
-    the other sites. `value`, broadcastable to (pair, pos, width), is what is written; None takes the source run's
-    own activation.
+    `index` names the head or neuron (several: set together) and is None for the other sites. `value`, broadcastable to
+    (pair, pos, width), is what is written; None takes the source run's own activation.
     """
 
     site: str
@@ -58,6 +57,21 @@ def projection(parts: LayerParts, site: str) -> nn.Module:
     if module is None:
         raise InputError("this model's MLP has no down projection (a mixture of experts?); use the site mlp_out")
     return module
+
+
+def on_site(parts: LayerParts, site: str, see: Callable[[Tensor], Tensor | None]) -> Hook:
+    """Hands a site's activations in one layer to `see`; a tensor that `see` returns takes their place."""
+    if site in ("head", "neuron"):
+        return on_input(projection(parts, site), see)
+    modules = {"attn_out": parts.attn_write, "mlp_out": parts.mlp_write, "resid_post": parts.block}
+    return on_output(modules[site], see)
+
+
+def position_mask(tokens: Tensor, position: int) -> Bool[Tensor, "pair pos"]:
+    """True at one position of every pair; negative positions count from the end."""
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, position] = True
+    return mask
 
 
 def entries(subject: Subject, patch: Patch) -> slice | list[int]:
@@ -151,28 +165,21 @@ class Entering:
     end: int
 
 
-@dataclass(frozen=True)
-class _CellEdit:
-    tokens: list[int]
-    entries: slice | list[int]
-    mask: Bool[Tensor, "pair col 1"]
-    new: Float[Tensor, "pair col width"]
-
-
 def enter(
     subject: Subject, base: CleanRun, source: CleanRun, entering: Sequence[Entering], layer: int
 ) -> list[Float[Tensor, "pair pos d"]]:
     """The residual stream above `layer` on each stretch: the clean one, with the patched cells recomputed."""
     cols = [[c for c in columns(e.patch) if e.start <= c < e.end] for e in entering]
-    writes = [_write(subject, base, source, e.patch, c) for e, c in zip(entering, cols, strict=True)]
+    writes = [written(subject, base, source, e.patch, c)[1] for e, c in zip(entering, cols, strict=True)]
     through_mlp = [i for i, e in enumerate(entering) if e.patch.site in ("attn_out", "head")]
     edited = dict(zip(through_mlp, _finish_layer(subject, base, layer, cols, writes, through_mlp), strict=True))
     states = []
     for i, e in enumerate(entering):
-        new = edited[i] if i in edited else _above(base, e.patch, cols[i], writes[i])
+        if e.patch.site in ("mlp_out", "neuron"):  # the last write in a layer
+            middle = base.resid_pre[layer][:, cols[i]] + base.site("attn_out", layer)[:, cols[i]]
+            edited[i] = middle + writes[i]
         state = clean_stretch(base, layer, e.start, e.end).clone()
-        inside = [c - e.start for c in cols[i]]
-        state[:, inside] = new
+        state[:, [c - e.start for c in cols[i]]] = edited.get(i, writes[i])
         states.append(state)
     return states
 
@@ -191,32 +198,14 @@ def written(
     if patch.site not in ("head", "neuron"):
         return old, new
     parts = subject.layers[patch.layer]
-    vectors = written_vectors(projection(parts, patch.site))[entries(subject, patch)]
-    raw = _raw_output(parts, base, patch, cols)
-    post = parts.attn_post if patch.site == "head" else parts.mlp_post
-    change = (new - old) @ vectors  # the projection is linear: only the patched entries matter
-    return (raw, raw + change) if post is None else (post(raw), post(raw + change))
-
-
-def _write(subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]) -> Tensor:
-    return written(subject, base, source, patch, cols)[1]
-
-
-def _raw_output(parts: LayerParts, base: CleanRun, patch: Patch, cols: list[int]) -> Float[Tensor, "pair col d"]:
-    """Attention's or the MLP's output before any post-norm."""
-    site = "attn_out" if patch.site == "head" else "mlp_out"
-    if parts.attn_post is None:
-        return base.site(site, patch.layer)[:, cols]
-    inputs = base.site(patch.site, patch.layer)[:, cols]
-    return projection(parts, patch.site)(inputs)
-
-
-def _above(base: CleanRun, patch: Patch, cols: list[int], write: Tensor) -> Float[Tensor, "pair col d"]:
-    """The edited cells of a site after which nothing else happens in its layer."""
-    if patch.site == "resid_post":
-        return write
-    middle = base.resid_pre[patch.layer][:, cols] + base.site("attn_out", patch.layer)[:, cols]
-    return middle + write
+    module = projection(parts, patch.site)
+    out, post = ("attn_out", parts.attn_post) if patch.site == "head" else ("mlp_out", parts.mlp_post)
+    change = (new - old) @ written_vectors(module)[entries(subject, patch)]  # linear: only the patched entries matter
+    if post is None:
+        raw = base.site(out, patch.layer)[:, cols]
+        return raw, raw + change
+    raw = module(base.site(patch.site, patch.layer)[:, cols])
+    return post(raw), post(raw + change)
 
 
 def _finish_layer(
@@ -280,25 +269,22 @@ def layer_edits(subject: Subject, base: CleanRun, source: CleanRun, joint: Seque
         cols = [c for c in columns(patch) if c < entering.end]
         new = values_at(subject, base, source, patch, cols)[1]
         tokens = [c - entering.start + offset for c in cols]
-        edit = _CellEdit(tokens, entries(subject, patch), patch.positions[:, cols, None], new)
+        edit = (tokens, entries(subject, patch), patch.positions[:, cols, None], new)
         sites.setdefault(patch.site, []).append(edit)
     for site, edits in sites.items():
-        stack.enter_context(_site_hook(subject, site, joint[0][0].patch.layer)(partial(_set_cells, edits)))
+        parts = subject.layers[joint[0][0].patch.layer]
+        stack.enter_context(on_site(parts, site, partial(_set_cells, edits)))
     return stack
 
 
-def _site_hook(subject: Subject, site: str, layer: int) -> Any:
-    parts = subject.layers[layer]
-    if site in ("head", "neuron"):
-        return partial(on_input, projection(parts, site))
-    module = {"attn_out": parts.attn_write, "mlp_out": parts.mlp_write, "resid_post": parts.block}[site]
-    return partial(on_output, module)
+# Tokens and entries of the cells, (pair, col, 1) where they change, and (pair, col, width) what is written there.
+_CellEdit = tuple[list[int], slice | list[int], Tensor, Tensor]
 
 
 def _set_cells(edits: Sequence[_CellEdit], tensor: Tensor) -> Float[Tensor, "pair token width"]:
     tensor = tensor.clone()
-    for edit in edits:
-        cells = tensor[:, edit.tokens]
-        cells[..., edit.entries] = torch.where(edit.mask, edit.new, cells[..., edit.entries])
-        tensor[:, edit.tokens] = cells
+    for tokens, chosen, mask, new in edits:
+        cells = tensor[:, tokens]
+        cells[..., chosen] = torch.where(mask, new, cells[..., chosen])
+        tensor[:, tokens] = cells
     return tensor

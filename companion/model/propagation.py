@@ -1,10 +1,9 @@
-"""One sweep up the layers for many interventions at once.
+"""One sweep up the grid of cells (layer, position) for many interventions at once.
 
-Cells are (layer, position). A patch at layer l and position p changes only cells above l at positions from p on: a
-*stretch* of the sequence. All stretches of a chunk lie side by side as extra tokens of the same pair; a
-block-diagonal mask lets each see its own tokens and the clean prefix before it, whose keys and values come from the
-clean run. The library's own layer code does the arithmetic. A stretch joins the running batch when the sweep
-reaches its layer.
+A patch at layer l and position p changes only cells above l at positions from p on: a *stretch* of the sequence. All
+stretches of a chunk lie side by side as extra tokens of the same pair; a block-diagonal mask lets each see its own tokens
+and the clean prefix before it, whose keys and values come from the clean run. The library's own layer code does the
+arithmetic. A stretch joins the running batch when the sweep reaches its layer.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What an attention layer asks of a cache: the clean prefix's keys and values, then the new ones."""
+    """The part of a cache that an attention layer calls: it puts the clean prefix's keys and values before the new ones."""
 
     keys: Float[Tensor, "pair head pos width"]
     values: Float[Tensor, "pair head pos width"]
@@ -69,10 +68,13 @@ def sweep(
     running, joined = 0, 0
     for layer in range(chunk[0].entry, subject.n_layers):
         if running:
-            with _around(subject, base, source, chunk[:joined], layout, layer, read):
-                resid[:, :running] = replay(subject, base, layer, resid[:, :running], layout)
+            with _layer_hooks(subject, base, source, chunk[:joined], layout, layer, read):
+                resid[:, :running] = replay_layer(subject, base, layer, resid[:, :running], layout)
         entering = [stretch for stretch in chunk[joined:] if stretch.entry == layer]
-        for state in _states(subject, base, source, entering, layer, end):
+        single = [Entering(s.variant[0], s.start, end) for s in entering if len(s.variant) == 1]
+        edited = iter(enter(subject, base, source, single, layer))
+        for s in entering:
+            state = next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end)
             resid[:, running : running + state.shape[1]] = state
             running += state.shape[1]
         joined += len(entering)
@@ -89,7 +91,7 @@ def make_layout(chunk: Sequence[Stretch], end: int, device: torch.device) -> Lay
     return Layout(offset, start, position, owner, prefix=max(stretch.start for stretch in chunk))
 
 
-def replay(
+def replay_layer(
     subject: Subject, base: CleanRun, layer: int, resid: Float[Tensor, "pair token d"], layout: Layout
 ) -> Float[Tensor, "pair token d"]:
     """The library's layer, called on the stretches that are running."""
@@ -110,12 +112,9 @@ def stretch_mask(
     Sliding windows and padding come along because the rows and columns are the library's. No mask at all means
     causal: the library leaves it out where its attention kernel knows better.
     """
-    if id(mask) not in layout.masks:
-        layout.masks[id(mask)] = _stretch_mask(mask, layout, n_pos)
-    return layout.masks[id(mask)]
-
-
-def _stretch_mask(mask: Tensor | None, layout: Layout, n_pos: int) -> Tensor:
+    key = id(mask)
+    if key in layout.masks:
+        return layout.masks[key]
     if mask is None:
         mask = torch.ones(1, 1, n_pos, n_pos, dtype=torch.bool, device=layout.position.device).tril()
     rows = mask[:, :, layout.position]
@@ -124,7 +123,8 @@ def _stretch_mask(mask: Tensor | None, layout: Layout, n_pos: int) -> Tensor:
     before = prefix < layout.start[layout.owner, None]
     own = layout.owner[:, None] == layout.owner
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where(torch.cat([before, own], dim=-1), seen, closed)
+    layout.masks[key] = torch.where(torch.cat([before, own], dim=-1), seen, closed)
+    return layout.masks[key]
 
 
 def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
@@ -141,16 +141,16 @@ def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
     return value
 
 
-def _around(
+def _layer_hooks(
     subject: Subject,
     base: CleanRun,
     source: CleanRun,
     chunk: Sequence[Stretch],
     layout: Layout,
     layer: int,
-    read: Int[Tensor, "pair read"],
+    read: Tensor,
 ) -> ExitStack:
-    """What is set up while a layer is called: edits of joint interventions; at the top, the MLP of read tokens alone."""
+    """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
     end = int(read.max()) + 1
     joint = [
         (Entering(patch, stretch.start, end), offset)
@@ -164,15 +164,6 @@ def _around(
     if layer == subject.n_layers - 1 and not joint and not bool(is_read.all()):
         hooks.enter_context(only_tokens(subject.layers[layer].mlp, is_read))
     return hooks
-
-
-def _states(
-    subject: Subject, base: CleanRun, source: CleanRun, entering: Sequence[Stretch], layer: int, end: int
-) -> list[Float[Tensor, "pair pos d"]]:
-    """The residual stream above `layer` on each entering stretch."""
-    single = [Entering(s.variant[0], s.start, end) for s in entering if len(s.variant) == 1]
-    edited = iter(enter(subject, base, source, single, layer))
-    return [next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end) for s in entering]
 
 
 def _read_out(

@@ -24,8 +24,8 @@ def logits(
 ) -> Float[Tensor, "... row"]:
     """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
 
-    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to
-    the soft cap).
+    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to the soft
+    cap).
     """
     return _unembed(subject, _normed(subject, resid, norm_like), slice(None) if rows is None else rows)
 
@@ -43,16 +43,13 @@ def log_probs(
     blocks = [slice(start, start + VOCABULARY_BLOCK) for start in range(0, n_rows, VOCABULARY_BLOCK)]
     total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
     for block in blocks:
-        total += _at_least_float32(_unembed(subject, normed, block)).exp_().sum(-1)
+        part = _unembed(subject, normed, block)
+        total += (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).exp_().sum(-1)
     if not is_usable(total):  # logits beyond what exp can take
         total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
     else:
         total = total.log()
     return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def is_usable(total: Tensor) -> bool:

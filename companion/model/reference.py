@@ -10,21 +10,20 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.base.display import progress
-from companion.model.activations import CleanRun, model_inputs, on_input, on_output
+from companion.model.activations import CleanRun, Hook, model_inputs, on_input
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, as_variants, entries, projection
+from companion.model.interventions import Patch, as_variants, entries, on_site
 from companion.model.readout import read_positions
 
 
 @torch.no_grad()
-def interchange(
+def interchange_full_forward(
     subject: Subject,
     base: CleanRun,
     source: CleanRun,
@@ -64,17 +63,13 @@ def warn_slow(subject: Subject, base: CleanRun, n_patches: int) -> None:
     )
 
 
-def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Any:
+def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Hook:
     chosen = entries(subject, patch)
-    width = source.site(patch.site, patch.layer)[..., chosen] if patch.value is None else patch.value
+    value = source.site(patch.site, patch.layer)[..., chosen] if patch.value is None else patch.value
 
     def replace(tensor: Tensor) -> Tensor:
         new = tensor.clone()
-        new[..., chosen] = torch.where(patch.positions[..., None], width.to(new), new[..., chosen])
+        new[..., chosen] = torch.where(patch.positions[..., None], value.to(new), new[..., chosen])
         return new
 
-    parts = subject.layers[patch.layer]
-    if patch.site in ("head", "neuron"):
-        return on_input(projection(parts, patch.site), replace)
-    module = {"attn_out": parts.attn_write, "mlp_out": parts.mlp_write, "resid_post": parts.block}[patch.site]
-    return on_output(module, replace)
+    return on_site(subject.layers[patch.layer], patch.site, replace)
