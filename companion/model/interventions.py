@@ -40,6 +40,24 @@ class Patch:
 Variant = tuple[Patch, ...]  # set together; most variants are a single patch
 
 
+@dataclass(frozen=True)
+class RunPair:
+    """A model, the run that is patched (`base`), and the run that patches take their values from (`source`)."""
+
+    subject: Subject
+    base: CleanRun
+    source: CleanRun
+
+
+@dataclass(frozen=True)
+class Entering:
+    """A single patch that joins a sweep, and the positions [start, end) that are followed from there."""
+
+    patch: Patch
+    start: int
+    end: int
+
+
 def as_variants(subject: Subject, base: CleanRun, patches: Sequence[Patch | Sequence[Patch]]) -> list[Variant]:
     """Every entry as a tuple of patches, checked; `InputError` names the first that cannot be applied."""
     variants = [(entry,) if isinstance(entry, Patch) else tuple(entry) for entry in patches]
@@ -78,11 +96,10 @@ def entries(subject: Subject, patch: Patch) -> slice | list[int]:
     """Which entries of the site's tensor a patch sets: all of a vector, a head's slice, one neuron."""
     if patch.index is None:
         return slice(None)
-    index = _indices(patch)
     if patch.site == "neuron":
-        return list(index)
+        return list(_indices(patch))
     width = head_width(subject, patch.layer)
-    return [i for head in index for i in range(head * width, (head + 1) * width)]
+    return [i for head in _indices(patch) for i in range(head * width, (head + 1) * width)]
 
 
 def head_width(subject: Subject, layer: int) -> int:
@@ -98,27 +115,26 @@ def columns(patch: Patch) -> list[int]:
 
 
 def values_at(
-    subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]
+    runs: RunPair, patch: Patch, cols: list[int]
 ) -> tuple[Float[Tensor, "pair col width"], Float[Tensor, "pair col width"]]:
     """The base's own value of a patch's entries at some positions, and the value after the patch."""
-    chosen = entries(subject, patch)
-    old = base.site(patch.site, patch.layer)[:, cols][..., chosen]
+    chosen = entries(runs.subject, patch)
+    old = runs.base.site(patch.site, patch.layer)[:, cols][..., chosen]
     if patch.value is None:
-        new = source.site(patch.site, patch.layer)[:, cols][..., chosen]
+        new = runs.source.site(patch.site, patch.layer)[:, cols][..., chosen]
     else:
-        n_pairs, n_pos = base.tokens.shape
-        new = patch.value.to(old).expand(n_pairs, n_pos, old.shape[-1])[:, cols]
+        new = patch.value.to(old).expand(*runs.base.tokens.shape, old.shape[-1])[:, cols]
     return old, torch.where(patch.positions[:, cols, None], new, old)
 
 
-def changed_columns(subject: Subject, base: CleanRun, source: CleanRun, patch: Patch) -> list[int]:
+def changed_columns(runs: RunPair, patch: Patch) -> list[int]:
     """The positions at which a patch changes anything in any pair, bit for bit.
 
     Before the first token in which two prompts differ every activation is the same, so patches there change nothing
     and nothing needs to be computed.
     """
     cols = columns(patch)
-    old, new = values_at(subject, base, source, patch, cols)
+    old, new = values_at(runs, patch, cols)
     changed = (old != new).any(-1).any(0).tolist()  # NaN differs from itself, so it is never skipped
     return [col for col, is_changed in zip(cols, changed, strict=True) if is_changed]
 
@@ -133,21 +149,15 @@ def _check(subject: Subject, base: CleanRun, patch: Patch) -> None:
             f"positions of {patch.site} must be a mask of shape {tuple(base.tokens.shape)} (pair, pos), "
             f"not {patch.positions.dtype} {tuple(patch.positions.shape)}"
         )
-    _check_index(subject, patch)
-
-
-def _check_index(subject: Subject, patch: Patch) -> None:
-    size = {"head": subject.n_heads, "neuron": subject.d_mlp}.get(patch.site)
-    if size is None:
+    if patch.site not in ("head", "neuron"):
         if patch.index is not None:
             raise InputError(f"{patch.site} takes no index; index is for head and neuron")
         return
     projection(subject.layers[patch.layer], patch.site)
-    index = _indices(patch)
+    size, index = subject.n_heads if patch.site == "head" else subject.d_mlp, _indices(patch)
     if not index or len(set(index)) < len(index) or not all(0 <= i < size for i in index):
-        raise InputError(
-            f"index {patch.index} of {patch.site}: expected one or several different ones of 0 to {size - 1}"
-        )
+        allowed = f"expected one or several different ones of 0 to {size - 1}"
+        raise InputError(f"index {patch.index} of {patch.site}: {allowed}")
 
 
 def _indices(patch: Patch) -> tuple[int, ...]:
@@ -156,28 +166,17 @@ def _indices(patch: Patch) -> tuple[int, ...]:
     return patch.index if isinstance(patch.index, tuple) else (int(patch.index),)
 
 
-@dataclass(frozen=True)
-class Entering:
-    """A single patch that joins a sweep, and the positions [start, end) that are followed from there."""
-
-    patch: Patch
-    start: int
-    end: int
-
-
-def enter(
-    subject: Subject, base: CleanRun, source: CleanRun, entering: Sequence[Entering], layer: int
-) -> list[Float[Tensor, "pair pos d"]]:
+def enter(runs: RunPair, entering: Sequence[Entering], layer: int) -> list[Float[Tensor, "pair pos d"]]:
     """The residual stream above `layer` on each stretch: the clean one, with the patched cells recomputed."""
+    base = runs.base
     cols = [[c for c in columns(e.patch) if e.start <= c < e.end] for e in entering]
-    writes = [written(subject, base, source, e.patch, c)[1] for e, c in zip(entering, cols, strict=True)]
+    writes = [written(runs, e.patch, c)[1] for e, c in zip(entering, cols, strict=True)]
     through_mlp = [i for i, e in enumerate(entering) if e.patch.site in ("attn_out", "head")]
-    edited = dict(zip(through_mlp, _finish_layer(subject, base, layer, cols, writes, through_mlp), strict=True))
+    edited = dict(zip(through_mlp, _finish_layer(runs, layer, cols, writes, through_mlp), strict=True))
     states = []
     for i, e in enumerate(entering):
         if e.patch.site in ("mlp_out", "neuron"):  # the last write in a layer
-            middle = base.resid_pre[layer][:, cols[i]] + base.site("attn_out", layer)[:, cols[i]]
-            edited[i] = middle + writes[i]
+            edited[i] = base.resid_pre[layer][:, cols[i]] + base.site("attn_out", layer)[:, cols[i]] + writes[i]
         state = clean_stretch(base, layer, e.start, e.end).clone()
         state[:, [c - e.start for c in cols[i]]] = edited.get(i, writes[i])
         states.append(state)
@@ -191,42 +190,37 @@ def clean_stretch(base: CleanRun, layer: int, start: int, end: int) -> Float[Ten
 
 
 def written(
-    subject: Subject, base: CleanRun, source: CleanRun, patch: Patch, cols: list[int]
+    runs: RunPair, patch: Patch, cols: list[int]
 ) -> tuple[Float[Tensor, "pair col d"], Float[Tensor, "pair col d"]]:
     """What attention or MLP writes into the residual stream at some positions: in the base, and after the patch."""
-    old, new = values_at(subject, base, source, patch, cols)
+    old, new = values_at(runs, patch, cols)
     if patch.site not in ("head", "neuron"):
         return old, new
-    parts = subject.layers[patch.layer]
+    parts = runs.subject.layers[patch.layer]
     module = projection(parts, patch.site)
     out, post = ("attn_out", parts.attn_post) if patch.site == "head" else ("mlp_out", parts.mlp_post)
-    change = (new - old) @ written_vectors(module)[entries(subject, patch)]  # linear: only the patched entries matter
+    change = (new - old) @ written_vectors(module)[entries(runs.subject, patch)]  # linear: only these entries matter
     if post is None:
-        raw = base.site(out, patch.layer)[:, cols]
+        raw = runs.base.site(out, patch.layer)[:, cols]
         return raw, raw + change
-    raw = module(base.site(patch.site, patch.layer)[:, cols])
+    raw = module(runs.base.site(patch.site, patch.layer)[:, cols])
     return post(raw), post(raw + change)
 
 
 def _finish_layer(
-    subject: Subject,
-    base: CleanRun,
-    layer: int,
-    cols: Sequence[list[int]],
-    writes: Sequence[Tensor],
-    chosen: Sequence[int],
+    runs: RunPair, layer: int, cols: Sequence[list[int]], writes: Sequence[Tensor], chosen: Sequence[int]
 ) -> list[Tensor]:
     """The layer's MLP half for edited attention outputs: the library's block, its attention replaced by a given output."""
     if not chosen:
         return []
-    parts = subject.layers[layer]
-    resid = torch.cat([base.resid_pre[layer][:, cols[i]] for i in chosen], dim=1)
+    parts = runs.subject.layers[layer]
+    resid = torch.cat([runs.base.resid_pre[layer][:, cols[i]] for i in chosen], dim=1)
     write = torch.cat([writes[i] for i in chosen], dim=1)
     with ExitStack() as stack:
         stack.enter_context(returning(parts.attn, (write, None)))
         if parts.attn_post is not None:
             stack.enter_context(returning(parts.attn_post, write))
-        out = first(parts.block(resid, **base.calls[layer]))
+        out = first(parts.block(resid, **runs.base.calls[layer]))
     return list(out.split([len(cols[i]) for i in chosen], dim=1))
 
 
@@ -260,19 +254,19 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-def layer_edits(subject: Subject, base: CleanRun, source: CleanRun, joint: Sequence[tuple[Entering, int]]) -> ExitStack:
-    """Hooks that set the patched cells of running stretches; each patch comes with its stretch's first token."""
-    stack = ExitStack()
+def layer_edits(runs: RunPair, joint: Sequence[tuple[Entering, int]]) -> ExitStack:
+    """Hooks that set the patched cells of running stretches in one layer; each patch comes with its stretch's first token."""
     sites: dict[str, list[_CellEdit]] = {}
     for entering, offset in joint:
         patch = entering.patch
         cols = [c for c in columns(patch) if c < entering.end]
-        new = values_at(subject, base, source, patch, cols)[1]
         tokens = [c - entering.start + offset for c in cols]
-        edit = (tokens, entries(subject, patch), patch.positions[:, cols, None], new)
+        new = values_at(runs, patch, cols)[1]
+        edit = (tokens, entries(runs.subject, patch), patch.positions[:, cols, None], new)
         sites.setdefault(patch.site, []).append(edit)
+    stack = ExitStack()
     for site, edits in sites.items():
-        parts = subject.layers[joint[0][0].patch.layer]
+        parts = runs.subject.layers[joint[0][0].patch.layer]
         stack.enter_context(on_site(parts, site, partial(_set_cells, edits)))
     return stack
 

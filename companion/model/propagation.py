@@ -20,7 +20,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.model.activations import CleanRun, first
 from companion.model.architecture import Subject
-from companion.model.interventions import Entering, Variant, clean_stretch, enter, layer_edits, only_tokens
+from companion.model.interventions import Entering, RunPair, Variant, clean_stretch, enter, layer_edits, only_tokens
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,20 @@ class Prefix:
 
 @torch.no_grad()
 def sweep(
-    subject: Subject, base: CleanRun, source: CleanRun, chunk: Sequence[Stretch], read: Int[Tensor, "pair read"]
+    runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, "pair read"]
 ) -> Float[Tensor, "pair stretch read d"]:
     """Final residual stream at the read positions for every stretch; the chunk must be ordered by entry layer."""
-    end = int(read.max()) + 1
+    subject, base, end = runs.subject, runs.base, int(read.max()) + 1
     layout = make_layout(chunk, end, base.tokens.device)
     resid = base.resid_pre[0].new_empty(len(base.tokens), len(layout.position), subject.d_model)
     running, joined = 0, 0
     for layer in range(chunk[0].entry, subject.n_layers):
         if running:
-            with _layer_hooks(subject, base, source, chunk[:joined], layout, layer, read):
+            with _layer_hooks(runs, chunk[:joined], layout, layer, read):
                 resid[:, :running] = replay_layer(subject, base, layer, resid[:, :running], layout)
         entering = [stretch for stretch in chunk[joined:] if stretch.entry == layer]
         single = [Entering(s.variant[0], s.start, end) for s in entering if len(s.variant) == 1]
-        edited = iter(enter(subject, base, source, single, layer))
+        edited = iter(enter(runs, single, layer))
         for s in entering:
             state = next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end)
             resid[:, running : running + state.shape[1]] = state
@@ -142,27 +142,20 @@ def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
 
 
 def _layer_hooks(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    chunk: Sequence[Stretch],
-    layout: Layout,
-    layer: int,
-    read: Tensor,
+    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, "pair read"]
 ) -> ExitStack:
     """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
-    end = int(read.max()) + 1
     joint = [
-        (Entering(patch, stretch.start, end), offset)
+        (Entering(patch, stretch.start, int(read.max()) + 1), offset)
         for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False)
         if len(stretch.variant) > 1
         for patch in stretch.variant
         if patch.layer == layer
     ]
-    hooks = layer_edits(subject, base, source, joint)
+    hooks = layer_edits(runs, joint)
     is_read = torch.isin(layout.position, read)
-    if layer == subject.n_layers - 1 and not joint and not bool(is_read.all()):
-        hooks.enter_context(only_tokens(subject.layers[layer].mlp, is_read))
+    if layer == runs.subject.n_layers - 1 and not joint and not bool(is_read.all()):
+        hooks.enter_context(only_tokens(runs.subject.layers[layer].mlp, is_read))
     return hooks
 
 

@@ -31,6 +31,7 @@ from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import (
     Patch,
+    RunPair,
     Variant,
     as_variants,
     changed_columns,
@@ -68,17 +69,17 @@ def interchange(
     """
     variants = as_variants(subject, base, patches)
     positions = read_positions(base, read)
-    _check_runs(base, source)
+    runs = _checked_runs(subject, base, source)
     if not subject.replayable:
         reference.warn_slow(subject, base, len(variants))
         return _read(readout, reference.interchange_full_forward(subject, base, source, patches, read))
     end = int(positions.max()) + 1
-    stretches = [s for slot, v in enumerate(variants) if (s := _stretch(subject, base, source, v, slot, end))]
+    stretches = [s for slot, v in enumerate(variants) if (s := _stretch(runs, v, slot, end))]
     clean = base.resid_post[-1].gather(1, positions[..., None].expand(-1, -1, subject.d_model))
     unchanged = _read(readout, clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
-    for chunk, resid in in_chunks(stretches, end, budget, lambda c: sweep(subject, base, source, c, positions)):
+    for chunk, resid in in_chunks(stretches, end, budget, lambda c: sweep(runs, c, positions)):
         result[:, [stretch.slot for stretch in chunk]] = _read(readout, resid)
     return result
 
@@ -93,24 +94,22 @@ def direct(
     read position that it does not touch.
     """
     positions = read_positions(base, read)[..., None].expand(-1, -1, subject.d_model)
-    _check_runs(base, source)
+    runs = _checked_runs(subject, base, source)
     clean = base.resid_post[-1].gather(1, positions)
     results = []
     for (patch,) in as_variants(subject, base, patches):
         cols = columns(patch)
-        old, new = written(subject, base, source, patch, cols)
+        old, new = written(runs, patch, cols)
         change = torch.zeros_like(base.resid_post[-1])
         change[:, cols] = new - old
         results.append(clean + change.gather(1, positions))
     return torch.stack(results, dim=1)
 
 
-def _stretch(
-    subject: Subject, base: CleanRun, source: CleanRun, variant: Variant, slot: int, end: int
-) -> Stretch | None:
+def _stretch(runs: RunPair, variant: Variant, slot: int, end: int) -> Stretch | None:
     """The cells to recompute for one variant, or None if it changes nothing that is read."""
     if len(variant) == 1:
-        cols = [c for c in changed_columns(subject, base, source, variant[0]) if c < end]
+        cols = [c for c in changed_columns(runs, variant[0]) if c < end]
         return Stretch(variant, slot, variant[0].layer, cols[0]) if cols else None
     cols = [c for patch in variant for c in columns(patch) if c < end]
     return Stretch(variant, slot, min(p.layer for p in variant) - 1, min(cols)) if cols else None
@@ -120,12 +119,13 @@ def _read(readout: Callable[[Tensor], Tensor] | None, resid: Tensor) -> Tensor:
     return resid if readout is None else readout(resid)
 
 
-def _check_runs(base: CleanRun, source: CleanRun) -> None:
+def _checked_runs(subject: Subject, base: CleanRun, source: CleanRun) -> RunPair:
     if base.tokens.shape != source.tokens.shape:
         raise InputError(
             f"base tokens have shape {tuple(base.tokens.shape)}, source tokens {tuple(source.tokens.shape)}; "
             "interchange needs pairs of equal length: pad both or drop the pair"
         )
+    return RunPair(subject, base, source)
 
 
 def both_ways(

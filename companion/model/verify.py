@@ -13,7 +13,7 @@ from companion.base.errors import InputError
 from companion.model import reference, replay
 from companion.model.activations import CleanRun, clean_run
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, position_mask, projection
+from companion.model.interventions import Patch, RunPair, position_mask, projection
 from companion.model.propagation import Stretch, sweep
 from companion.model.readout import logits
 
@@ -97,7 +97,7 @@ def replay_noise(subject: Subject, run: CleanRun) -> float:
     `companion.mediation.control_models.precision_noise`.
     """
     last = run.tokens.shape[1] - 1
-    again = sweep(subject, run, run, [Stretch((), 0, -1, last)], torch.full_like(run.tokens[:, :1], last))
+    again = sweep(RunPair(subject, run, run), [Stretch((), 0, -1, last)], torch.full_like(run.tokens[:, :1], last))
     return float((logits(subject, again[:, 0, 0]) - logits(subject, run.resid_post[-1][:, -1])).abs().max())
 
 
