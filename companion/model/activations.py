@@ -35,7 +35,6 @@ class CleanRun:
     """
 
     tokens: Int[Tensor, "pair pos"]
-    mask: Bool[Tensor, "pair pos"] | None
     resid_pre: Layers  # each (pair, pos, d)
     resid_post: Layers
     attn_out: Layers
@@ -63,36 +62,27 @@ class CleanRun:
         return layers
 
 
-def clean_run(
-    subject: Subject,
-    tokens: Int[Tensor, "pair pos"],
-    attention_mask: Tensor | None = None,
-    *,
-    keep: Iterable[str] = KEPT,
-) -> CleanRun:
-    """One forward pass over pairs of one length, or padded ones with a mask (1 for a token, 0 for padding).
+def clean_run(subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Iterable[str] = KEPT) -> CleanRun:
+    """One forward pass over pairs of one length; nothing is padded.
 
-    Padded positions count from each prompt's first real token, which the library does not do by itself. `keep`
-    limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
+    `keep` limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
     and cache (and what its own patches read); a source only the sites that are taken from it.
     """
     wanted = frozenset(keep)
     if unknown := wanted - set(KEPT):
         raise InputError(f"keep names {', '.join(sorted(unknown))}; expected some of {', '.join(KEPT)}")
-    mask = _check_mask(tokens, attention_mask)
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
     cache = DynamicCache()  # without a config it keeps every position, sliding windows included
-    with torch.no_grad(), _recording(subject, wanted) as seen:
-        final = subject.model.base_model(  # stops before the unembedding
-            **model_inputs(tokens, mask), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-    if not bool(torch.isfinite(final if mask is None else final[mask]).all()):
+    with torch.no_grad(), _recording(subject, wanted) as seen:  # the base model stops before the unembedding
+        final = subject.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+    if not bool(torch.isfinite(final).all()):
         raise InputError(
-            "the model returns NaN or infinity: broken weights, an overflow in half precision, or the library's float64 "
-            "eager attention on left-padded prompts; use float32, and prompts of one length without padding"
+            "the model returns NaN or infinity: broken weights, or an overflow in half precision (then use float32)"
         )
     if "cache" in wanted:
         seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
-    return CleanRun(tokens, mask, **{name: tuple(layers) for name, layers in seen.items()})
+    return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
 
 
 def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"] | None) -> dict[str, Tensor]:
@@ -101,16 +91,6 @@ def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"]
         return {"input_ids": tokens}
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": position_ids}
-
-
-def _check_mask(tokens: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "pair pos"] | None:
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if attention_mask.shape != tokens.shape:
-        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, tokens {tuple(tokens.shape)}")
-    return attention_mask.bool()
 
 
 @contextmanager

@@ -58,9 +58,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def sweep(
-    runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, "pair read"]
-) -> Float[Tensor, "pair stretch read d"]:
+def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, read]) -> Float[Tensor, "pair stretch read d"]:
     """Final residual stream at the read positions for every stretch; the chunk must be ordered by entry layer."""
     subject, base, end = runs.subject, runs.base, int(read.max()) + 1
     layout = make_layout(chunk, end, base.tokens.device)
@@ -109,8 +107,8 @@ def stretch_mask(
 ) -> Float[Tensor, "pair 1 token key"] | Bool[Tensor, ...]:
     """The library's own mask, re-indexed: a token sees the clean prefix before its stretch, and its own stretch.
 
-    Sliding windows and padding come along because the rows and columns are the library's. No mask at all means
-    causal: the library leaves it out where its attention kernel knows better.
+    Sliding windows come along because the rows and columns are the library's. No mask at all means causal: the library
+    leaves it out where its attention kernel knows better.
     """
     key = id(mask)
     if key in layout.masks:
@@ -142,7 +140,7 @@ def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
 
 
 def _layer_hooks(
-    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, "pair read"]
+    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, read]
 ) -> ExitStack:
     """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
     joint = [
@@ -160,12 +158,9 @@ def _layer_hooks(
 
 
 def _read_out(
-    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, "pair read"]
+    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, read]
 ) -> Float[Tensor, "pair stretch read d"]:
     """A read position before the stretch is the clean run's own."""
-    n_pairs, n_read, width = *read.shape, resid.shape[-1]
-    behind = read[:, None, :] - layout.start[None, :, None]
-    token = (layout.offset[None, :, None] + behind.clamp(min=0)).reshape(n_pairs, -1, 1).expand(-1, -1, width)
-    patched = resid.gather(1, token).view(n_pairs, -1, n_read, width)
-    clean = base.resid_post[-1].gather(1, read[..., None].expand(-1, -1, width))
-    return torch.where((behind < 0)[..., None], clean[:, None], patched)
+    behind = read - layout.start[:, None]
+    patched = resid[:, layout.offset[:, None] + behind.clamp(min=0)]
+    return torch.where((behind < 0)[..., None], base.resid_post[-1][:, None, read], patched)

@@ -105,14 +105,9 @@ def frozen_norm(norm: nn.Module, resid: Float[Tensor, "... d"], like: Float[Tens
     return normed if bias is None else normed + bias
 
 
-def read_positions(base: CleanRun, read: Sequence[int] | Int[Tensor, "pair read"]) -> Int[Tensor, "pair read"]:
-    """Read positions for every pair, counted from the front; negative ones count from the end of the padded sequence."""
+def read_positions(base: CleanRun, read: Sequence[int]) -> Int[Tensor, read]:
+    """Read positions counted from the front; negative ones count from the end."""
     n_pairs, n_pos = base.tokens.shape
-    given = torch.as_tensor(read if isinstance(read, Tensor) else list(read), device=base.tokens.device)
-    given = given.expand(n_pairs, -1) if given.ndim == 1 else given
-    if given.numel() == 0 or given.shape[0] != n_pairs or int(given.min()) < -n_pos or int(given.max()) >= n_pos:
+    if not read or min(read) < -n_pos or max(read) >= n_pos:
         raise InputError(f"read positions {read} do not exist in {n_pairs} sequences of {n_pos} tokens")
-    positions = given % n_pos
-    if base.mask is not None and not bool(base.mask.gather(1, positions).all()):
-        raise InputError("a read position is padding in some pair; hand in a tensor (pair, read) of real positions")
-    return positions
+    return torch.tensor([position % n_pos for position in read], device=base.tokens.device)

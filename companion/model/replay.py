@@ -45,7 +45,6 @@ from companion.model.propagation import Stretch, make_layout, replay_layer, swee
 from companion.model.readout import read_positions
 
 Patches = Sequence[Patch | Sequence[Patch]]
-Read = Sequence[int] | Int[Tensor, "pair read"]
 LAYERS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "keys", "values")  # what a clean run keeps
 
 
@@ -55,7 +54,7 @@ def interchange(
     base: CleanRun,
     source: CleanRun,
     patches: Patches,
-    read: Read = (-1,),
+    read: Sequence[int] = (-1,),
     readout: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "pair patch read ..."]:
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
@@ -75,7 +74,7 @@ def interchange(
         return _read(readout, reference.interchange_full_forward(subject, base, source, patches, read))
     end = int(positions.max()) + 1
     stretches = [s for slot, v in enumerate(variants) if (s := _stretch(runs, v, slot, end))]
-    clean = base.resid_post[-1].gather(1, positions[..., None].expand(-1, -1, subject.d_model))
+    clean = base.resid_post[-1][:, positions]
     unchanged = _read(readout, clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
@@ -86,23 +85,23 @@ def interchange(
 
 @torch.no_grad()
 def direct(
-    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], read: Read = (-1,)
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], read: Sequence[int] = (-1,)
 ) -> Float[Tensor, "pair patch read d"]:
     """Final residual stream if only the site's own write into it is swapped: direct effects.
 
     No later layer sees the change. For `resid_post` this is the skip path alone. A patch has no direct effect at a
     read position that it does not touch.
     """
-    positions = read_positions(base, read)[..., None].expand(-1, -1, subject.d_model)
+    positions = read_positions(base, read)
     runs = _checked_runs(subject, base, source)
-    clean = base.resid_post[-1].gather(1, positions)
+    clean = base.resid_post[-1][:, positions]
     results = []
     for (patch,) in as_variants(subject, base, patches):
         cols = columns(patch)
         old, new = written(runs, patch, cols)
         change = torch.zeros_like(base.resid_post[-1])
         change[:, cols] = new - old
-        results.append(clean + change.gather(1, positions))
+        results.append(clean + change[:, positions])
     return torch.stack(results, dim=1)
 
 
@@ -144,7 +143,7 @@ def both_ways(
     `at_once` is how many pairs may run together: with copies of both runs in both orders, a third of it is joined.
     """
     n_pairs = len(control.tokens)
-    if 3 * n_pairs > at_once or control.mask is not None or treated.mask is not None or not subject.replayable:
+    if 3 * n_pairs > at_once or not subject.replayable:
         return (
             interchange(subject, control, treated, into_control)[:, :, 0],
             interchange(subject, treated, control, into_treated)[:, :, 0],
@@ -168,7 +167,6 @@ def _stacked_runs(upper: CleanRun, lower: CleanRun) -> CleanRun:
     calls = zip(upper.calls, lower.calls, strict=True)
     return CleanRun(
         torch.cat([upper.tokens, lower.tokens]),
-        None,
         calls=tuple({name: stack(value, theirs[name]) for name, value in own.items()} for own, theirs in calls),
         **{name: stack(getattr(upper, name), getattr(lower, name)) for name in LAYERS},
     )

@@ -13,8 +13,7 @@ from companion.base.errors import InputError
 from companion.model import reference, replay
 from companion.model.activations import CleanRun, clean_run
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, RunPair, position_mask, projection
-from companion.model.propagation import Stretch, sweep
+from companion.model.interventions import Patch, position_mask, projection
 from companion.model.readout import logits
 
 # Share of the largest compared value; the library's float64 casts to float32 inside its norms.
@@ -87,18 +86,6 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> None:
     fast = replay.interchange(subject, base, source, patches)
     plain = reference.interchange_full_forward(subject, base, source, patches)
     _same(subject, fast, plain, "a replay of its layers differs from the model itself", SLOW_HINT)
-
-
-@torch.no_grad()
-def replay_noise(subject: Subject, run: CleanRun) -> float:
-    """The largest change of any logit, in logits, when the grid computes the last token again and nothing is patched.
-
-    About 1e-6 in float32. What half precision does to effects is another question:
-    `companion.mediation.control_models.precision_noise`.
-    """
-    last = run.tokens.shape[1] - 1
-    again = sweep(RunPair(subject, run, run), [Stretch((), 0, -1, last)], torch.full_like(run.tokens[:, :1], last))
-    return float((logits(subject, again[:, 0, 0]) - logits(subject, run.resid_post[-1][:, -1])).abs().max())
 
 
 def _check_projections(subject: Subject, run: CleanRun, layer: int) -> None:
