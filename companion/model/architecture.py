@@ -51,11 +51,6 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
                     setattr(module, key, buffer.to(main))
 
 
-def is_apart(model: nn.Module) -> bool:
-    """Whether some layers of a model lie elsewhere than its embedding does."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
 def weight_here(module: nn.Module) -> Tensor:
     """A projection's weight, moved to where the activations are."""
     weight = module.weight

@@ -82,12 +82,9 @@ def _remember(hub_id: HubId, commit: str) -> None:
 def _download(hub_id: HubId, patterns: list[str]) -> Path:
     try:
         place = huggingface_hub.snapshot_download(
-            hub_id.repo,
-            revision=hub_id.revision,
-            cache_dir=hub.cache(),
-            allow_patterns=patterns,
-            ignore_patterns=IGNORED,
-        )
+            hub_id.repo, revision=hub_id.revision, cache_dir=hub.cache(),
+            allow_patterns=patterns, ignore_patterns=IGNORED,
+        )  # fmt: skip
     except FAILURES as error:
         raise explain(hub_id, error) from error
     return Path(place)

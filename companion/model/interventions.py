@@ -50,12 +50,13 @@ class RunPair:
 
 
 @dataclass(frozen=True)
-class Entering:
-    """A single patch that joins a sweep, and the positions [start, end) that are followed from there."""
+class Stretch:
+    """One variant on the grid: it exists above layer `entry` (-1: above the embedding), at positions from `start` on."""
 
-    patch: Patch
+    variant: Variant
+    slot: int
+    entry: int
     start: int
-    end: int
 
 
 def as_variants(subject: Subject, base: CleanRun, patches: Sequence[Patch | Sequence[Patch]]) -> list[Variant]:
@@ -166,19 +167,19 @@ def _indices(patch: Patch) -> tuple[int, ...]:
     return patch.index if isinstance(patch.index, tuple) else (int(patch.index),)
 
 
-def enter(runs: RunPair, entering: Sequence[Entering], layer: int) -> list[Float[Tensor, "pair pos d"]]:
-    """The residual stream above `layer` on each stretch: the clean one, with the patched cells recomputed."""
-    base = runs.base
-    cols = [[c for c in columns(e.patch) if e.start <= c < e.end] for e in entering]
-    writes = [written(runs, e.patch, c)[1] for e, c in zip(entering, cols, strict=True)]
-    through_mlp = [i for i, e in enumerate(entering) if e.patch.site in ("attn_out", "head")]
+def enter(runs: RunPair, entering: Sequence[Stretch], layer: int, end: int) -> list[Float[Tensor, "pair pos d"]]:
+    """The residual stream above `layer` on each stretch of one patch: the clean one, with the patched cells recomputed."""
+    base, patches = runs.base, [stretch.variant[0] for stretch in entering]
+    cols = [[c for c in columns(s.variant[0]) if s.start <= c < end] for s in entering]
+    writes = [written(runs, patch, c)[1] for patch, c in zip(patches, cols, strict=True)]
+    through_mlp = [i for i, patch in enumerate(patches) if patch.site in ("attn_out", "head")]
     edited = dict(zip(through_mlp, _finish_layer(runs, layer, cols, writes, through_mlp), strict=True))
     states = []
-    for i, e in enumerate(entering):
-        if e.patch.site in ("mlp_out", "neuron"):  # the last write in a layer
+    for i, stretch in enumerate(entering):
+        if patches[i].site in ("mlp_out", "neuron"):  # the last write in a layer
             edited[i] = base.resid_pre[layer][:, cols[i]] + base.site("attn_out", layer)[:, cols[i]] + writes[i]
-        state = clean_stretch(base, layer, e.start, e.end).clone()
-        state[:, [c - e.start for c in cols[i]]] = edited.get(i, writes[i])
+        state = clean_stretch(base, layer, stretch.start, end).clone()
+        state[:, [c - stretch.start for c in cols[i]]] = edited.get(i, writes[i])
         states.append(state)
     return states
 
@@ -254,19 +255,17 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-def layer_edits(runs: RunPair, joint: Sequence[tuple[Entering, int]]) -> ExitStack:
-    """Hooks that set the patched cells of running stretches in one layer; each patch comes with its stretch's first token."""
+def layer_edits(runs: RunPair, joint: Sequence[tuple[Patch, int]], end: int) -> ExitStack:
+    """Hooks that set the patched cells of running stretches in one layer; each patch comes with the token of position 0."""
     sites: dict[str, list[_CellEdit]] = {}
-    for entering, offset in joint:
-        patch = entering.patch
-        cols = [c for c in columns(patch) if c < entering.end]
-        tokens = [c - entering.start + offset for c in cols]
+    for patch, zero in joint:
+        cols = [c for c in columns(patch) if c < end]
         new = values_at(runs, patch, cols)[1]
-        edit = (tokens, entries(runs.subject, patch), patch.positions[:, cols, None], new)
+        edit = ([zero + c for c in cols], entries(runs.subject, patch), patch.positions[:, cols, None], new)
         sites.setdefault(patch.site, []).append(edit)
     stack = ExitStack()
     for site, edits in sites.items():
-        parts = runs.subject.layers[joint[0][0].patch.layer]
+        parts = runs.subject.layers[joint[0][0].layer]
         stack.enter_context(on_site(parts, site, partial(_set_cells, edits)))
     return stack
 

@@ -78,8 +78,8 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
     model = model.to(subject.dtype)
-    if architecture.is_apart(subject.model):
-        where = subject.model.hf_device_map
+    where = getattr(subject.model, "hf_device_map", {})
+    if len(set(where.values())) > 1:  # as the model's own layers, some lie elsewhere
         model = dispatch_model(model, where, main_device=str(subject.device))
         architecture.connect(model, where)
     else:

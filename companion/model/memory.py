@@ -21,8 +21,7 @@ from companion.base import hub
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts
-from companion.model.interventions import head_width
-from companion.model.propagation import Stretch
+from companion.model.interventions import Stretch, head_width
 
 BATCH = 64  # pairs that run together, at the most
 CLEAN_RUN_BYTES = 2**30  # that they keep, at the most
@@ -221,10 +220,21 @@ def _left_by_limits() -> list[int]:
 
 
 def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
-    """One line on the size of a folder's model, its weights unread; `InputError` as `on_meta` and `placement` raise it."""
+    """One line on the size of a folder's model and on what does not fit onto its GPU; the weights stay unread.
+
+    Raises `InputError` as `on_meta` and `placement` do.
+    """
     shapes = on_meta(folder, getattr(torch, dtype))
-    where = placement(shapes, torch.device(device), copies=copies, beside=beside)
-    return describe_size(shapes, where, copies=copies)
+    where = placement(shapes, torch.device(device), copies=copies, beside=beside) or {}
+    places = Counter(where.values())
+    main = next(iter(where.values()), "")  # the embedding's
+    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
+    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
+    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(run_memory(shapes, copies).total)}"]
+    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
+    slow = "layers wait in the processor's memory, which is many times slower"
+    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
+    return "; ".join(notes)
 
 
 def reserved_bytes(folder: Path, device: str, dtype: str) -> int:
@@ -288,20 +298,6 @@ def _too_large(
         f"{_gb(free)} of its memory{other} can be used{next_to}; use a machine with more "
         f"memory{half} or a smaller model"
     )
-
-
-def describe_size(shapes: Subject, where: Mapping[str, str] | None, copies: float | None = None) -> str:
-    """One line on the size of a model and on what does not fit onto its GPU."""
-    asked = run_memory(shapes, copies)
-    places = Counter((where or {}).values())
-    main = next(iter((where or {}).values()), "")  # the embedding's
-    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
-    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
-    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(asked.total)}"]
-    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
-    slow = "layers wait in the processor's memory, which is many times slower"
-    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
-    return "; ".join(notes)
 
 
 def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:

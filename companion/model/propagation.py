@@ -20,17 +20,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.model.activations import CleanRun, first
 from companion.model.architecture import Subject
-from companion.model.interventions import Entering, RunPair, Variant, clean_stretch, enter, layer_edits, only_tokens
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """One variant on the grid: it exists above layer `entry` (-1: above the embedding), at positions from `start` on."""
-
-    variant: Variant
-    slot: int
-    entry: int
-    start: int
+from companion.model.interventions import RunPair, Stretch, clean_stretch, enter, layer_edits, only_tokens
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,7 @@ def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, read]) -> F
             with _layer_hooks(runs, chunk[:joined], layout, layer, read):
                 resid[:, :running] = replay_layer(subject, base, layer, resid[:, :running], layout)
         entering = [stretch for stretch in chunk[joined:] if stretch.entry == layer]
-        single = [Entering(s.variant[0], s.start, end) for s in entering if len(s.variant) == 1]
-        edited = iter(enter(runs, single, layer))
+        edited = iter(enter(runs, [s for s in entering if len(s.variant) == 1], layer, end))
         for s in entering:
             state = next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end)
             resid[:, running : running + state.shape[1]] = state
@@ -144,13 +133,13 @@ def _layer_hooks(
 ) -> ExitStack:
     """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
     joint = [
-        (Entering(patch, stretch.start, int(read.max()) + 1), offset)
+        (patch, offset - stretch.start)
         for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False)
         if len(stretch.variant) > 1
         for patch in stretch.variant
         if patch.layer == layer
     ]
-    hooks = layer_edits(runs, joint)
+    hooks = layer_edits(runs, joint, int(read.max()) + 1)
     is_read = torch.isin(layout.position, read)
     if layer == runs.subject.n_layers - 1 and not joint and not bool(is_read.all()):
         hooks.enter_context(only_tokens(runs.subject.layers[layer].mlp, is_read))

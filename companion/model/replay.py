@@ -32,6 +32,7 @@ from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import (
     Patch,
     RunPair,
+    Stretch,
     Variant,
     as_variants,
     changed_columns,
@@ -41,7 +42,7 @@ from companion.model.interventions import (
     written,
 )
 from companion.model.memory import in_chunks, token_budget
-from companion.model.propagation import Stretch, make_layout, replay_layer, sweep
+from companion.model.propagation import make_layout, replay_layer, sweep
 from companion.model.readout import read_positions
 
 Patches = Sequence[Patch | Sequence[Patch]]
