@@ -224,5 +224,5 @@ def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
     raise InputError(
         f"unknown architecture: {type(parent).__name__} has none of {', '.join(names)}; known are Llama, Qwen2, Qwen3, "
         "Gemma 2, Gemma 3 (text), Mistral, Phi-3, OLMo 2, GPT-2 and models that name their parts as one of these does; "
-        "for another family add its names to companion/model/architecture.py and run tests/test_grid.py on a tiny copy"
+        "for another family add its names to companion/model/architecture.py and run tests/model/test_replay.py on a tiny copy"
     )

@@ -1,16 +1,17 @@
 """The grid against TransformerLens, the tool that readers know; and the trap in one of its hooks."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
-from test_grid import mask, runs
+from grid_tools import mask, runs
 from torch import Tensor
 from transformer_lens.patching import generic_activation_patch
 
 from companion.base.errors import InputError
-from companion.model import activations, load, readout, replay
+from companion.model import activations, readout, replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
 from companion.model.load import bridge, from_model
@@ -19,19 +20,17 @@ HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out"
          "neuron": "mlp.hook_post"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
-    return tmp_path_factory.mktemp("tokenizer")
+@pytest.fixture(scope="module", params=FAMILIES)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return made(request.param, tmp_path_factory.mktemp("tokenizer"))
 
 
-def made(family: str, folder) -> Subject:
+def made(family: str, folder: Path) -> Subject:
     return from_model(tiny_model(family, attention="eager"), tiny_tokenizer(folder), family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_patching_by_transformer_lens_gives_the_same_logits(family: str, folder) -> None:
+def test_patching_by_transformer_lens_gives_the_same_logits(subject: Subject) -> None:
     """Every site at every layer, patched at the last token the way TransformerLens documents it."""
-    subject = made(family, folder)
     base, source = runs(subject)
     lens = bridge(subject)
     _, cache = lens.run_with_cache(source.tokens)
@@ -40,56 +39,43 @@ def test_patching_by_transformer_lens_gives_the_same_logits(family: str, folder)
     fast = readout.logits(subject, replay.interchange(subject, base, source, patches))[:, :, 0]
     for i, patch in enumerate(patches):
         name = f"blocks.{patch.layer}.{HOOKS[patch.site]}"
-        hook = partial(set_last, cache[name], patch.index)
+        hook = partial(
+            set_cell, cache[name], (slice(None), -1) if patch.index is None else (slice(None), -1, patch.index)
+        )
         plain = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, hook)])[:, -1]
         torch.testing.assert_close(fast[:, i], plain, rtol=0, atol=1e-5, msg=f"{patch.site} {patch.layer}")
 
 
-def set_last(clean: Tensor, index: int | None, value: Tensor, hook: object) -> Tensor:
+def set_cell(clean: Tensor, cell: tuple, value: Tensor, hook: object) -> Tensor:
     value = value.clone()
-    if index is None:
-        value[:, -1] = clean[:, -1]
-    elif value.ndim == 4:  # (pair, pos, head, width)
-        value[:, -1, index] = clean[:, -1, index]
-    else:
-        value[:, -1, index] = clean[:, -1, index]
+    value[cell] = clean[cell]
     return value
 
 
-def test_the_patching_module_gives_the_same_curve(folder) -> None:
+def test_the_patching_module_gives_the_same_curve(tmp_path: Path) -> None:
     """TransformerLens's own patching loop over layers and positions, one pair, on the windowed family."""
-    subject = made("qwen2", folder)
-    base, source = runs(subject)
+    subject = made("qwen2", tmp_path)
+    base, source = (activations.clean_run(subject, run.tokens[:1]) for run in runs(subject))
     lens = bridge(subject)
-    base, source = (activations.clean_run(subject, run.tokens[:1]) for run in (base, source))
     _, cache = lens.run_with_cache(source.tokens)
     curve = generic_activation_patch(
         lens, base.tokens, cache, lambda logits: logits[0, -1, 5] - logits[0, -1, 9],
-        patch_setter=set_position, activation_name="resid_post", index_axis_names=("layer", "pos"),
+        patch_setter=lambda value, index, clean: set_cell(clean, (slice(None), index[1]), value, None),
+        activation_name="resid_post", index_axis_names=("layer", "pos"),
     )  # fmt: skip
     patches = [Patch("resid_post", layer, mask([pos], 1)) for layer in range(4) for pos in range(9)]
     rows = readout.logits(subject, replay.interchange(subject, base, source, patches), torch.tensor([5, 9]))[0, :, 0]
     torch.testing.assert_close((rows[:, 0] - rows[:, 1]).view(4, 9), curve, rtol=0, atol=1e-5)
 
 
-def set_position(value: Tensor, index: list[int], clean: Tensor) -> Tensor:
-    position = index[1]
-    value = value.clone()
-    value[:, position] = clean[:, position]
-    return value
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_hook_resid_mid_misses_the_skip_path(family: str, folder) -> None:
+def test_hook_resid_mid_misses_the_skip_path(subject: Subject) -> None:
     """A tensor returned at `hook_resid_mid` reaches the MLP but not the residual stream; written in place it does.
 
     The whole residual between attention and MLP at one position is all that the rest of the layer sees there, so
     setting it to the source's at the last layer must give the source's outcome.
     """
-    subject = made(family, folder)
     base, source = runs(subject)
-    lens = bridge(subject)
-    name = "blocks.3.hook_resid_mid"
+    lens, name = bridge(subject), "blocks.3.hook_resid_mid"
     wanted, cache = lens.run_with_cache(source.tokens)
     clean = cache[name].clone()
     returned = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, lambda value, hook: clean.clone())])[:, -1]
@@ -102,14 +88,13 @@ def test_hook_resid_mid_misses_the_skip_path(family: str, folder) -> None:
     assert float((returned - wanted[:, -1]).detach().abs().max()) > 0.1
 
 
-def test_the_bridge_is_a_twin_that_shares_weights(folder) -> None:
-    subject = made("llama", folder)
-    before = subject.model(torch.arange(3, 12)[None]).logits
+def test_the_bridge_is_a_twin_that_shares_weights(tmp_path: Path) -> None:
+    subject, ids = made("llama", tmp_path), torch.arange(3, 12)[None]
+    before = subject.model(ids).logits
     lens = bridge(subject)
     assert lens.original_model is not subject.model
     assert lens.original_model.get_output_embeddings().weight is subject.unembed.weight
-    assert subject.model.config._attn_implementation == "eager"
-    assert torch.equal(subject.model(torch.arange(3, 12)[None]).logits, before)
-    assert lens(torch.arange(3, 12)[None]).shape[-1] == VOCAB
+    assert torch.equal(subject.model(ids).logits, before)
+    assert lens(ids).shape[-1] == VOCAB
     with pytest.raises(InputError, match="has no tokenizer"):
-        load.bridge(from_model(tiny_model("llama")))
+        bridge(from_model(tiny_model("llama")))
