@@ -79,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags = ["--model", str(model), "--prompts", str(prompts), "--profile", "smoke", "--name", f"tiny-{family}"]
             flags += ["--only", options.only] if options.only else []
             flags += ["--judge", str(judge_folder(Path(folder) / "judge"))] if options.judged else []
-            failed += through(family, flags, Path(folder))
-            if options.judged:  # the run must say that the judge labelled its answers
+            is_wrong = through(family, flags, Path(folder))
+            failed += is_wrong
+            if options.judged and not is_wrong:  # the run must say that the judge labelled its answers
                 manifest = json.loads((Path(folder) / "results" / f"tiny-{family}" / "manifest.json").read_text())
                 failed += "judge" not in manifest.get("judge", "")
     return int(failed > 0)

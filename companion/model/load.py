@@ -43,10 +43,10 @@ def load(
             unknown architecture, too large for memory, missing tensors, or a model that cannot be replayed exactly
             (see `from_model`).
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = _folder(name)
     folders.check_folder(folder)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     model = _quiet(_load_model(folder, DTYPES[dtype], _device(device), copies))
     sha256 = hash_files(folder.glob("*.safetensors"))
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None

@@ -122,8 +122,7 @@ def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -
     try:
         return run(chunk)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not is_memory:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         if len(chunk) == 1:
             raise InputError("one intervention does not fit into memory; use fewer pairs at a time") from error
@@ -288,8 +287,8 @@ def _too_large(
     shapes: Subject, asked: RunMemory, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
 ) -> InputError:
     """The error that says what is needed, what there is, and what else can be done."""
-    named = {"cpu": "the processor's"}
-    other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
+    named = {"the processor's" if name == "cpu" else name: max(0, room) for name, room in rooms.items()}
+    other = "".join(f" and {_gb(room)} of {name}" for name, room in named.items())
     half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
     next_to = " beside the model under study" if beside else ""
     copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""

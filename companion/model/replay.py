@@ -56,7 +56,7 @@ def interchange(
     source: CleanRun,
     patches: Patches,
     read: Sequence[int] = (-1,),
-    readout: Callable[[Tensor], Tensor] | None = None,
+    readout: Callable[[Tensor], Tensor] = lambda resid: resid,
 ) -> Float[Tensor, "pair patch read ..."]:
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
 
@@ -72,15 +72,15 @@ def interchange(
     runs = _checked_runs(subject, base, source)
     if not subject.replayable:
         reference.warn_slow(subject, base, len(variants))
-        return _read(readout, reference.interchange_full_forward(subject, base, source, patches, read))
+        return readout(reference.interchange_full_forward(subject, base, source, patches, read))
     end = int(positions.max()) + 1
     stretches = [s for slot, v in enumerate(variants) if (s := _stretch(runs, v, slot, end))]
     clean = base.resid_post[-1][:, positions]
-    unchanged = _read(readout, clean[:, None])
+    unchanged = readout(clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
     for chunk, resid in in_chunks(stretches, end, budget, lambda c: sweep(runs, c, positions)):
-        result[:, [stretch.slot for stretch in chunk]] = _read(readout, resid)
+        result[:, [stretch.slot for stretch in chunk]] = readout(resid)
     return result
 
 
@@ -113,10 +113,6 @@ def _stretch(runs: RunPair, variant: Variant, slot: int, end: int) -> Stretch | 
         return Stretch(variant, slot, variant[0].layer, cols[0]) if cols else None
     cols = [c for patch in variant for c in columns(patch) if c < end]
     return Stretch(variant, slot, min(p.layer for p in variant) - 1, min(cols)) if cols else None
-
-
-def _read(readout: Callable[[Tensor], Tensor] | None, resid: Tensor) -> Tensor:
-    return resid if readout is None else readout(resid)
 
 
 def _checked_runs(subject: Subject, base: CleanRun, source: CleanRun) -> RunPair:

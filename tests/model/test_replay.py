@@ -106,16 +106,6 @@ def test_the_grid_ends_in_the_clean_runs() -> None:
     torch.testing.assert_close(whole[:, :, 0], source.resid_post[3][:, None, -1].expand(-1, 4, -1), rtol=0, atol=2e-5)
 
 
-def test_joint_attention_at_the_last_token_carries_everything_if_only_earlier_tokens_differ() -> None:
-    subject = tiny_subject("llama", torch.float64)
-    control, treated = tokens(seed=1), tokens(seed=2)
-    treated[:, -1] = control[:, -1]
-    base, source = activations.clean_run(subject, control), activations.clean_run(subject, treated)
-    joint = [tuple(Patch("attn_out", layer, mask([8])) for layer in range(4))]
-    got = replay.interchange(subject, base, source, joint)[:, 0, 0]
-    torch.testing.assert_close(got, source.resid_post[3][:, -1], rtol=0, atol=1e-6)
-
-
 def test_a_patch_that_changes_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first different token, and for a value that is the base's own, the base's residual comes back bit for bit."""
     subject = tiny_subject("qwen2")

@@ -8,10 +8,9 @@ import torch
 from families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from grid_tools import mask, runs
 from torch import Tensor
-from transformer_lens.patching import generic_activation_patch
 
 from companion.base.errors import InputError
-from companion.model import activations, readout, replay
+from companion.model import readout, replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
 from companion.model.load import bridge, from_model
@@ -50,22 +49,6 @@ def set_cell(clean: Tensor, cell: tuple, value: Tensor, hook: object) -> Tensor:
     value = value.clone()
     value[cell] = clean[cell]
     return value
-
-
-def test_the_patching_module_gives_the_same_curve(tmp_path: Path) -> None:
-    """TransformerLens's own patching loop over layers and positions, one pair, on the windowed family."""
-    subject = made("qwen2", tmp_path)
-    base, source = (activations.clean_run(subject, run.tokens[:1]) for run in runs(subject))
-    lens = bridge(subject)
-    _, cache = lens.run_with_cache(source.tokens)
-    curve = generic_activation_patch(
-        lens, base.tokens, cache, lambda logits: logits[0, -1, 5] - logits[0, -1, 9],
-        patch_setter=lambda value, index, clean: set_cell(clean, (slice(None), index[1]), value, None),
-        activation_name="resid_post", index_axis_names=("layer", "pos"),
-    )  # fmt: skip
-    patches = [Patch("resid_post", layer, mask([pos], 1)) for layer in range(4) for pos in range(9)]
-    rows = readout.logits(subject, replay.interchange(subject, base, source, patches), torch.tensor([5, 9]))[0, :, 0]
-    torch.testing.assert_close((rows[:, 0] - rows[:, 1]).view(4, 9), curve, rtol=0, atol=1e-5)
 
 
 def test_hook_resid_mid_misses_the_skip_path(subject: Subject) -> None:
