@@ -137,12 +137,8 @@ def _write(model: hf.PreTrainedModel, program: Program, tokenizer: PreTrainedTok
         norm.weight.fill_(SIZE / WIDTH**0.5)  # so that what the norm gives is what it was given
     embedding = model.model.embed_tokens.weight
     embedding[:, BIAS] = SIZE
-    for word, marker, channel, value in (
-        ("off", IS_A, A, 0),
-        ("on", IS_A, A, 1),
-        ("low", IS_B, B, 0),
-        ("high", IS_B, B, 1),
-    ):
+    cues = (("off", IS_A, A, 0), ("on", IS_A, A, 1), ("low", IS_B, B, 0), ("high", IS_B, B, 1))
+    for word, marker, channel, value in cues:
         embedding[tokenizer.convert_tokens_to_ids(word), [marker, channel]] = torch.tensor([1.0, value])
     _copy(model.model.layers[1].self_attn, head=1, marker=IS_A, source=A, target=FIRST)
     _copy(model.model.layers[0].self_attn, head=0, marker=IS_B, source=B, target=SECOND)

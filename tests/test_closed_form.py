@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, tiny_subject
-from test_grid import mask, runs
+from grid_tools import mask, runs
 from true_float64 import true_float64
 
 from companion.base.errors import InputError

@@ -20,14 +20,13 @@ from companion.model.architecture import Subject
 N_POS = 14
 
 
-def changed(subject: Subject, ids: Tensor, position: int, attention_mask: Tensor | None = None) -> np.ndarray:
+def changed(subject: Subject, ids: Tensor, position: int) -> np.ndarray:
     """Which cells (layer, position) differ, bit for bit, from the given run under any of five other tokens there."""
     same = ids.repeat(5, 1)
     others = same.clone()
     others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61
-    mask = None if attention_mask is None else attention_mask.repeat(5, 1)
     # Both runs have one shape: rows of a matrix product may differ by their place in it.
-    runs = [activations.clean_run(subject, tokens, mask).resid_post for tokens in (same, others)]
+    runs = [activations.clean_run(subject, tokens).resid_post for tokens in (same, others)]
     return np.stack([(a != b).any(-1).any(0).numpy() for a, b in zip(*runs, strict=True)])
 
 
@@ -67,18 +66,6 @@ def test_windows_hold_the_difference_back() -> None:
         3,
         None,
     ]
-
-
-def test_padding_is_not_seen() -> None:
-    subject = tiny_subject("qwen2")
-    ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(1))
-    attention_mask = torch.ones_like(ids)
-    attention_mask[:, :3] = 0
-    visible = visible_keys(activations.clean_run(subject, ids, attention_mask))
-    assert not changed(subject, ids, 1, attention_mask)[:, 3:].any()
-    assert not reached(visible, np.arange(N_POS) == 1)[:, 3:].any()
-    differ = np.arange(N_POS) == 5
-    assert (changed(subject, ids, 5, attention_mask)[:, 3:] == reached(visible, differ)[:, 3:]).all()
 
 
 def test_earliest_layers_of_pairs() -> None:

@@ -5,15 +5,13 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from effect_tools import DIRECT, SITES, YES_NO, log_odds, mixed_pairs, of, one, runs
 from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 
-from companion.mediation import estimands, outcomes
+from companion.mediation import estimands
 from companion.mediation.estimands import Mediator, difference, measure_effects, mediators
-from companion.model import activations, memory, replay
-from companion.model.interventions import Patch
+from companion.model import memory
 from companion.prompts.tokens import Openers
 
 # ---- what must not matter, and tables ----
@@ -65,7 +63,7 @@ def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) ->
     """As many pairs at once as keep a clean run below its share of memory, at least one."""
     subject = tiny_subject("llama")
     pairs = random_pairs(12, 9, 61)
-    one = memory.memory_need(subject, 1, 9).clean_run
+    one = memory.sweep_memory(subject, 1, 9).clean_run
     for budget, sizes in ((10**9, [12]), (5 * one, [5, 5, 2]), (one // 2, [1] * 12)):
         monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
         assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes
@@ -97,25 +95,6 @@ def test_pad_side_does_not_matter() -> None:
         pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=4)
         tables.append(measure_effects(subject, pairs, of(Openers((16,), (17,))), mediators(subject, [*SITES, *DIRECT])))
     assert tables[0].equals(tables[1])
-
-
-@pytest.mark.parametrize("n_left", [0, 2, 4])
-def test_padded_runs_give_the_effects_of_the_bare_prompt(n_left: int) -> None:
-    """Padding on the left, the right or both sides, with the mask that the library asks for."""
-    subject = tiny_subject("qwen2")
-    pairs = random_pairs(3, 9, 61)
-    table = one(subject, pairs, Mediator("mlp_out", 1, "all"))
-    padded = []
-    for side in ("control", "treated"):
-        ids = torch.zeros(3, 13, dtype=torch.long)
-        ids[:, n_left : n_left + 9] = torch.tensor(np.stack([getattr(pair, side) for pair in pairs]))
-        padded.append(ids)
-    mask = torch.zeros(3, 13, dtype=torch.bool)
-    mask[:, n_left : n_left + 9] = True
-    base, source = (activations.clean_run(subject, ids, mask) for ids in padded)
-    resid = replay.interchange(subject, base, source, [Patch("mlp_out", 1, mask)], read=[n_left + 8])[:, 0, 0]
-    np.testing.assert_allclose(table.y01, outcomes.log_odds(subject, resid, YES_NO), atol=1e-4)
-    assert (table.nie0.abs() > 1e-2).all()
 
 
 def test_a_second_run_gives_the_same_bytes() -> None:

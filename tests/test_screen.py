@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, tiny_subject
-from test_grid import mask, runs
+from grid_tools import mask, runs
 from torch import Tensor
 from true_float64 import true_float64
 

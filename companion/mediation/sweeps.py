@@ -359,7 +359,7 @@ def memory_plan(study: Study) -> dict[str, object]:
     """
     n_pos = max(len(pair.control) for pair in study.pairs)
     n_pairs = memory.pairs_at_once(study.subject, n_pos)
-    need = memory.memory_need(study.subject, n_pairs, n_pos)
+    need = memory.sweep_memory(study.subject, n_pairs, n_pos)
     return {
         "longest_prompt": n_pos,
         "pairs_at_once": n_pairs,

@@ -23,7 +23,7 @@ from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, projection
-from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain, read_positions
+from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain
 
 CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
 
@@ -95,7 +95,6 @@ def _is_closed(subject: Subject) -> bool:
 
 
 def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row], freeze_norm: bool) -> _Terms:
-    read_positions(base, (-1,))
     last = subject.n_layers - 1
     norm = subject.final_norm
     gain, norm_bias, eps = norm_gain(norm)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from companion.base.display import progress
 from companion.mediation import estimands
 from companion.mediation.study import Study
-from companion.model.activations import CleanRun, model_inputs, on_input, on_output
+from companion.model.activations import CleanRun, on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import projection
 from companion.neurons.single import NEURONS, PairEffects, all_neurons, in_split, sign_on_discover
@@ -51,7 +51,7 @@ def attribution(
         for parts in subject.layers:
             stack.enter_context(on_input(projection(parts, "neuron"), keep))
         stack.enter_context(on_input(subject.final_norm, final.append))
-        subject.model.base_model(**model_inputs(base.tokens, base.mask), use_cache=False)
+        subject.model.base_model(input_ids=base.tokens, use_cache=False)
         contrast(final[0][:, -1]).sum().backward()
     estimates = []
     for layer, tensor in enumerate(neurons):

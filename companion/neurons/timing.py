@@ -299,7 +299,7 @@ def _answers(
 
 def rows_at_once(subject: Subject, n_pos: int) -> int:
     """How many rows of this length are decoded together: as many as clean runs fit into 1 GiB, a pure function of shapes."""
-    return memory.CLEAN_RUN_BYTES // memory.memory_need(subject, 1, n_pos).clean_run
+    return memory.CLEAN_RUN_BYTES // memory.sweep_memory(subject, 1, n_pos).clean_run
 
 
 def _rows(

@@ -27,7 +27,7 @@ from companion.base.folders import model_folder, names, prompts_folder
 from companion.base.paths import PROMPTS, check_slug, relative
 from companion.generation import openers
 from companion.model import load
-from companion.model.load import load_tokenizer, tokenizer_of
+from companion.model.load import load_tokenizer
 from companion.prompts import public, wrappers
 from companion.prompts.pairs import Pair
 from companion.prompts.partners import by_length, grouped, partner_pairs, survival, with_partners
@@ -159,7 +159,7 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if hub.parse(model) is not None and not Path(model).is_dir():
         from companion.model import download
 
-        model = download.ready(model, found["DEVICE"], found["DTYPE"])
+        model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
     judge = os.environ.get(hub.JUDGE)
     if judge:
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
@@ -189,17 +189,17 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     folders.check_judge(judge)
     # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
     # on the GPU of that model's embedding.
-    beside = memory.taken(folders.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    beside = memory.reserved_bytes(folders.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
-        name = download.ready(judge, device, labels.DTYPE, copies=1, beside=beside)
+        name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
         folder = folders.model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
-        tokenizer = load.tokenizer_of(folder)
+        tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))
         labels.check_judge_fit(memory.on_meta(folder, getattr(torch, labels.DTYPE)), tokenizer)
-        memory.checked(folder, device, labels.DTYPE, copies=1, beside=beside)
+        memory.check_size(folder, device, labels.DTYPE, copies=1, beside=beside)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
     return name
@@ -253,8 +253,6 @@ def _make(
 ) -> list[str]:  # fmt: skip
     """Write the folder's files, outcome.json last; returns what a later run should say again."""
     tokenizer = load_tokenizer(folders.model_folder(model))
-    if tokenizer is None:
-        raise InputError(f"{model} has no tokenizer: save it into the model's folder")
     templates = wrappers.read_wrappers(wrapper_file) if wrapper_file else ()
     notes: list[str] = []
 
@@ -406,7 +404,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     from companion.prompts import subsample, tokens
 
-    tokenizer = tokenizer_of(model_folder(model))
+    tokenizer = load_tokenizer(model_folder(model))
     chosen = subsample.subsample(prompt_set.pairs, subsample.pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)

@@ -75,7 +75,7 @@ def _in_full(
         control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
         made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
         both = ((control, treated), (treated, control))
-        y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
+        y01, y10 = (reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both)
     return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)
 
 

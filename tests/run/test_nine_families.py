@@ -10,7 +10,7 @@ from families import FAMILIES
 from companion.base import folders
 from companion.evidence import layers
 from companion.mediation import study
-from tests.nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
+from nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
 
 
 @pytest.mark.parametrize("family", [FAMILIES[3], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])

@@ -1,11 +1,10 @@
-"""A model whose layers lie elsewhere gives the numbers of one that lies in one place, and takes the same interventions.
+"""The parts of all families; and a model whose layers lie elsewhere gives the numbers of one that lies in one place.
 
 There is one processor here. Another GPU is stood in for by another precision: a weight in float64 takes no part in a
 product with an activation in float32, as one on another GPU takes none, unless what stands between them converts.
 """
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,32 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
-from families import tiny_model, tiny_subject, tokens
+from families import FAMILIES, tiny_model, tiny_subject, tokens
+from grid_tools import mask, runs
 from torch import nn
 
 from companion.base import errors
-from companion.model import activations, architecture, memory, replay
+from companion.model import architecture, memory, replay
 from companion.model.architecture import Subject, find_parts, hash_tensors, written_vectors
 from companion.model.interventions import Patch
 from companion.model.verify import verify
 from companion.neurons import adjacency
 
-LAST = torch.arange(9).expand(3, 9) == 8
-PATCHES = [Patch(site, 1, LAST, 3 if site in ("head", "neuron") else None) for site in ("neuron", "head", "mlp_out")]
+PATCHES = [Patch("neuron", 1, mask([8]), 3), Patch("head", 1, mask([8]), 3), Patch("mlp_out", 1, mask([8]))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts(family: str) -> None:
+    subject = tiny_subject(family)
+    assert subject.post_norm == (family in ("gemma2", "gemma3", "olmo2"))
+    assert subject.soft_cap == (5.0 if family == "gemma2" else None)
+    for parts in subject.layers:
+        assert written_vectors(parts.down_proj).shape == (48, 32)
+        probe = torch.zeros(48)
+        probe[5] = 1.0
+        bias = getattr(parts.down_proj, "bias", None)
+        written = parts.down_proj(probe) - (0 if bias is None else bias)
+        torch.testing.assert_close(written, written_vectors(parts.down_proj)[5], atol=1e-5, rtol=1e-4)
 
 
 class Elsewhere(AlignDevicesHook):
@@ -48,7 +61,7 @@ def apart(family: str, where: str, n_away: int = 3) -> Subject:
         for parts in find_parts(model, None, "x", "x").layers[:n_away]:
             accelerate.cpu_offload(parts.block, execution_device=torch.device("cpu"))
     else:
-        names = memory._names(shapes, [where] * n_away, "cpu")
+        names = memory.name_places(shapes, [where] * n_away, "cpu")
         architecture.connect(model, names, Elsewhere)
         model.hf_device_map = names
     return find_parts(model, None, "apart", "x")
@@ -60,13 +73,12 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["cuda:1", "waiting"])
-def subject(request: pytest.FixtureRequest, family: str) -> Iterator[Subject]:
-    yield apart(family, request.param)
+def subject(request: pytest.FixtureRequest, family: str) -> Subject:
+    return apart(family, request.param)
 
 
 def effects(subject: Subject) -> torch.Tensor:
-    runs = (activations.clean_run(subject, tokens(seed=seed)) for seed in (0, 1))
-    return replay.interchange(subject, *runs, PATCHES)
+    return replay.interchange(subject, *runs(subject), PATCHES)
 
 
 def test_no_number_changes(subject: Subject, family: str) -> None:
@@ -110,7 +122,7 @@ def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
 def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     shapes = memory.on_meta(tmp_path, torch.float32)
-    asked = memory.needs(shapes)
+    asked = memory.run_memory(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
     free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": layer, "cuda": asked.total - 2 * layer}
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / memory.USABLE) + 1)
@@ -118,7 +130,7 @@ def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.Monke
     where = memory.placement(shapes, torch.device("cuda"))
     assert where is not None
     assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
-    said = memory.describe(shapes, where)
+    said = memory.check_size(tmp_path, "cuda", "float32")
     assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
     free["cpu"] = layer - 9
     with pytest.raises(errors.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):

@@ -1,6 +1,7 @@
 """Models by hub id: names, the cache, every refusal of the hub, and weights that are only fetched for a usable model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -17,11 +18,12 @@ from companion.base.errors import InputError
 from companion.base.hub import HubId
 from companion.base.paths import check_slug
 from companion.model import download, memory
-from companion.model.download import WEIGHTS, ready
+from companion.model.download import WEIGHTS, prepare_model
 from companion.model.load import load
 from companion.run import freshness
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PINNED = f"{REPO}@{COMMIT}"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: str = "listing") -> None:
-    """The hub's answer to the first question that is asked of it, or only to that for files."""
+@pytest.fixture
+def served(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hub has the tiny model; the list of files that are fetched from it."""
+    return serve(monkeypatch, source, cache, COMMIT)
 
-    def fail(*_: object, **__: object) -> None:
-        raise error
 
-    place, name = (huggingface_hub.HfApi, "model_info") if at == "listing" else (huggingface_hub, "snapshot_download")
-    monkeypatch.setattr(place, name, fail)
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets the hub answer the first question that is asked of it, or only that for files, with an error."""
+
+    def set_up(error: BaseException, at: str = "listing") -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        place, name = (
+            (huggingface_hub.HfApi, "model_info") if at == "listing" else (huggingface_hub, "snapshot_download")
+        )
+        monkeypatch.setattr(place, name, fail)
+
+    return set_up
+
+
+def is_weight(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
 
 
 @pytest.mark.parametrize(
@@ -52,62 +70,51 @@ def test_what_is_no_hub_id(name: str) -> None:
     assert hub.parse(name) is None
 
 
-def test_hub_ids_and_their_revisions() -> None:
+def test_hub_ids_and_their_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.parse("meta-llama/Llama-3.1-8B-Instruct") == HubId("meta-llama/Llama-3.1-8B-Instruct", "main")
     assert hub.parse("org/m@refs/pr/1") == HubId("org/m", "refs/pr/1")
-    assert hub.parse(f"org/m@{COMMIT}").is_pinned and not hub.parse("org/m@0123").is_pinned
+    assert hub.parse(PINNED).is_pinned and not hub.parse("org/m@0123").is_pinned
     for revision in ("", "../x", "a//b", "a/../b", "/x", "a b"):
         with pytest.raises(InputError, match="names no revision behind its @"):
             hub.parse(f"org/m@{revision}")
-
-
-@pytest.mark.parametrize("name", ["org/m", "org/m@refs/pr/1", f"org/m@{COMMIT}", "a.b/c_d.e@v1.0", "/x/../y/m"])
-def test_the_name_of_a_runs_folder_stays_in_one_folder(name: str) -> None:
-    assert check_slug(hub.slug(name)) == hub.slug(name)
-    assert (Path("results") / hub.slug(name)).resolve().parent == Path("results").resolve()
-
-
-def test_a_home_that_nobody_has_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/cache")
-    assert hub.cache() == Path("~nobody-of-this-name/cache/hub")
+    assert hub.cache() == Path("~nobody-of-this-name/cache/hub"), "no traceback"
 
 
-def test_models_of_the_same_name_by_others_do_not_share_results() -> None:
-    assert len({hub.slug(name) for name in ("a/m", "b/m", "a/m@v1", "a/m@v2")}) == 4
+def test_a_runs_folder_is_one_folder_of_its_own() -> None:
+    names = ["a/m", "b/m", "a/m@refs/pr/1", f"a/m@{COMMIT}", "a.b/c_d.e@v1.0", "/x/../y/m"]
+    assert len({check_slug(hub.slug(name)) for name in names}) == len(names)
+    assert {(Path("results") / hub.slug(name)).resolve().parent for name in names} == {Path("results").resolve()}
 
 
-def test_a_model_is_downloaded_checked_and_loaded(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    extra = Path(chat_folder(tmp_path / "source"))
+def test_a_model_is_downloaded_checked_and_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = chat_folder(tmp_path / "source")
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name in ("original/consolidated.safetensors", "consolidated.safetensors", "modeling_x.py", "old.bin"):
-        (extra / name).parent.mkdir(exist_ok=True)
-        (extra / name).write_text("not ours")
-    fetched = serve(monkeypatch, extra, cache, COMMIT)
-    subject = load(REPO)
-    weights = [name for name in fetched if name.endswith(".safetensors")]
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not ours")
+    fetched = serve(monkeypatch, folder, cache, COMMIT)
+    model = load(REPO)
+    weights = [name for name in fetched if is_weight(name)]
     assert len(weights) > 1 and weights == fetched[-len(weights) :]
     assert not [name for name in fetched if "consolidated" in name or name.endswith((".py", ".bin"))]
-    assert subject.dtype == torch.float32
-    plain = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    torch.testing.assert_close(subject.model(tokens()).logits, plain(tokens()).logits)
+    torch.testing.assert_close(model.model(tokens()).logits, plain(tokens()).logits)
 
 
-def test_a_cached_commit_needs_no_network(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_commit_needs_no_network(source: Path, cache: Path, refuse: Callable[..., None]) -> None:
     put(cache, source, [path.name for path in source.iterdir()], COMMIT)
-    refuse(monkeypatch, AssertionError("the hub was asked"))
-    assert load(f"{REPO}@{COMMIT}").n_layers == 4
+    refuse(AssertionError("the hub was asked"))
+    assert load(PINNED).n_layers == 4
     assert folders.model_folder(REPO) == cache / "models--org--tiny" / "snapshots" / COMMIT
-    assert hub.pinned(REPO) == f"{REPO}@{COMMIT}"
-    assert hub.pinned("window-0") == "window-0"
+    assert (hub.pinned(REPO), hub.pinned("window-0")) == (PINNED, "window-0")
 
 
 @pytest.mark.parametrize("error", [errors.OfflineModeIsEnabled("off"), ConnectionError("down"), TimeoutError("slow")])
 def test_without_a_network_the_cached_copy_of_a_branch_serves(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    source: Path, cache: Path, refuse: Callable[..., None], error: Exception
 ) -> None:
-    refuse(monkeypatch, error)
+    refuse(error)
     with pytest.raises(InputError, match=r"and it is not in the cache .*HF_HOME"):
         load(REPO)
     names = [path.name for path in source.iterdir()]
@@ -121,41 +128,33 @@ def test_without_a_network_the_cached_copy_of_a_branch_serves(
     for name in hub.TOKENIZER:
         (cache / "models--org--tiny" / "snapshots" / COMMIT / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="only a part of it is in the cache"):
-        load(f"{REPO}@{COMMIT}")
+        load(PINNED)
 
 
 @pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
 def test_what_was_downloaded_by_branch_is_there_without_a_network(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., None], revision: str
 ) -> None:
     """The branch moves only when all of its new commit is there."""
     name = REPO + revision
     for commit in (COMMIT, COMMIT[::-1]):
         serve(monkeypatch, source, cache, commit)
-        assert ready(name, "cpu", "float32") == f"{REPO}@{commit}"
-        refuse(monkeypatch, errors.OfflineModeIsEnabled("off"))
-        assert hub.pinned(name) == f"{REPO}@{commit}" == ready(name, "cpu", "float32")
+        assert prepare_model(name, "cpu", "float32") == f"{REPO}@{commit}"
+        refuse(errors.OfflineModeIsEnabled("off"))
+        assert hub.pinned(name) == f"{REPO}@{commit}" == prepare_model(name, "cpu", "float32")
     assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
     serve(monkeypatch, source, cache, "f" * 40)
-    download = huggingface_hub.snapshot_download
+    plain = huggingface_hub.snapshot_download
 
     def cut(repo: str, *, allow_patterns: list, **given: object) -> str:
         if allow_patterns == WEIGHTS:
             raise ConnectionError("down")
-        return download(repo, allow_patterns=allow_patterns, **given)
+        return plain(repo, allow_patterns=allow_patterns, **given)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
     with pytest.raises(InputError, match="only a part of it is in the cache"):
-        ready(name, "cpu", "float32")
+        prepare_model(name, "cpu", "float32")
     assert hub.pinned(name) == f"{REPO}@{commit}"
-
-
-def test_a_commit_asked_for_by_its_hash_moves_no_branch(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve(monkeypatch, source, cache, COMMIT)
-    assert download.ready(f"{REPO}@{COMMIT}", "cpu", "float32") == hub.pinned(f"{REPO}@{COMMIT}")
-    assert not list(cache.rglob("refs/*"))
 
 
 def answer(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
@@ -189,13 +188,10 @@ REFUSALS = {
 
 @pytest.mark.parametrize("at", ["listing", "files"])
 @pytest.mark.parametrize("case", REFUSALS)
-def test_every_refusal_is_one_sentence(
-    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch, case: str, at: str
-) -> None:
+def test_every_refusal_is_one_sentence(served: list[str], refuse: Callable[..., None], case: str, at: str) -> None:
     """Some models are listed for everyone and refuse their files; a transfer breaks off, and a disk is full, only there."""
     make, message = REFUSALS[case]
-    serve(monkeypatch, source, cache, COMMIT)
-    refuse(monkeypatch, make(), at)
+    refuse(make(), at)
     if at == "files":  # which are asked for by the commit that the listing named
         message = message.replace("no revision 'main'", f"no revision '{COMMIT}'")
     with pytest.raises(InputError, match=message) as caught:
@@ -242,40 +238,41 @@ def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
     damage(folder)
     fetched = serve(monkeypatch, folder, cache, COMMIT)
     with pytest.raises(InputError, match=message):
-        download.ready(REPO, "cpu", "float32")
-    assert not [name for name in fetched if name.endswith((".safetensors", ".bin", ".py"))]
+        prepare_model(REPO, "cpu", "float32")
+    assert not [name for name in fetched if is_weight(name) or name.endswith(".py")]
 
 
-def test_no_room_on_the_disk(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetched = serve(monkeypatch, source, cache, COMMIT)
+def test_no_room_on_the_disk(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
-        download.ready(REPO, "cpu", "float32")
-    assert not [name for name in fetched if name.endswith(".safetensors")]
+        prepare_model(REPO, "cpu", "float32")
+    assert not any(map(is_weight, served))
 
 
 def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched = serve(monkeypatch, source, cache, COMMIT)
-    free = memory.needs(memory.on_meta(source, torch.bfloat16), copies=1).total
+    free = memory.run_memory(memory.on_meta(source, torch.bfloat16), copies=1).total
     monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
     for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
         with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
-            download.ready(REPO, "cpu", "bfloat16", **asked)
-    assert not [name for name in fetched if name.endswith(".safetensors")]
-    assert download.ready(REPO, "cpu", "bfloat16", copies=1) == f"{REPO}@{COMMIT}"
+            prepare_model(REPO, "cpu", "bfloat16", **asked)
+    assert not any(map(is_weight, served))
+    assert prepare_model(REPO, "cpu", "bfloat16", copies=1) == PINNED
 
 
 def test_the_manifest_names_commit_and_file_hashes(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, cache: Path, served: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serve(monkeypatch, source, cache, COMMIT)
-    name = download.ready(REPO, "cpu", "float32")
-    assert name == f"{REPO}@{COMMIT}"
-    assert download.ready(name, "cpu", "float32") == name
-    assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 2, "once a call"
-    given = {"MODEL": name, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
+    for name, refs in (
+        (PINNED, []),
+        (REPO, ["main"]),
+        (PINNED, ["main"]),
+    ):  # a commit asked for by its hash moves no branch
+        assert prepare_model(name, "cpu", "float32") == hub.pinned(name) == PINNED
+        assert [path.name for path in cache.rglob("refs/*")] == refs
+    assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 3, "once a call"
+    given = {"MODEL": PINNED, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
     freshness.write_manifest(tmp_path, given, {})
     model = json.loads((tmp_path / "manifest.json").read_text())["model"]
     assert (model["name"], model["revision"]) == (REPO, COMMIT) and "remote_code" not in model
