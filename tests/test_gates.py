@@ -8,6 +8,7 @@ from families import tiny_subject
 from handmade import cue_pairs, random_pairs, word_tokenizer
 
 from companion.mediation import estimands
+from companion.mediation.estimands import with_difference
 from companion.neurons import clamping, gating
 from companion.neurons.clamping import CELLS, NeuronSet
 from companion.prompts.tokens import Openers, TokenPair
@@ -145,7 +146,7 @@ def test_difference_subtracts_cells_of_the_twin() -> None:
     rng = np.random.default_rng(2)
     harm, twin = synthetic(rng, "T2", 1.0, 1.0, 2.0), synthetic(rng, "T2b", 0.5, 0.5, 0.0)
     twins = {f"T2 {i}": f"T2b {i}" for i in range(120)}
-    both = clamping.difference(pd.concat([harm, twin], ignore_index=True), twins)
+    both = with_difference(pd.concat([harm, twin], ignore_index=True), twins)
     made = both[both.treatment == "T2-T2b"].set_index("pair_id")
     np.testing.assert_allclose(made.y11, harm.y11.to_numpy() - twin.y11.to_numpy())
     np.testing.assert_allclose(made.te, harm.te.to_numpy() - twin.te.to_numpy())

@@ -7,6 +7,7 @@ from families import tiny_subject
 from handmade import FIRST, OUT, SECOND, cue_pairs, random_pairs
 from test_gates import CLOSE, TOKENIZER, YES_NO
 
+from companion.mediation.estimands import with_difference
 from companion.neurons import clamping, gating
 from companion.neurons.clamping import CELLS, NeuronSet
 
@@ -27,7 +28,7 @@ def measured(model: gm.Model) -> pd.DataFrame:
     pairs = [*harmful, *harmless]
     made, ends = clamping.measured(subject, pairs, openers, [ONE])
     twin_cells = gating.cells(subject, ends, twins, openers, [ONE])
-    return pd.concat([clamping.difference(made, twins), twin_cells], ignore_index=True)
+    return pd.concat([with_difference(made, twins), twin_cells], ignore_index=True)
 
 
 def index(table: pd.DataFrame, form: str) -> float:

@@ -9,7 +9,7 @@ from grid_tools import mask, runs
 from torch import Tensor
 from true_float64 import true_float64
 
-from companion.mediation.control_models import precision_noise
+from companion.mediation.precision import precision_noise
 from companion.model import replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch

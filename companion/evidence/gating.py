@@ -9,7 +9,7 @@ import pandas as pd
 
 from companion.base import thresholds
 from companion.base.errors import InputError
-from companion.mediation import control_models
+from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
 from companion.neurons import clamping, gating
 from companion.neurons.clamping import LastLayerCache, NeuronSet
@@ -66,7 +66,7 @@ def measure_gates(study: Study, table: pd.DataFrame, ends: Mapping[str, LastLaye
     if LAST not in sets:
         raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
     cells, ends = _harm_cells(study, sets, _usable(study, sets, ends))
-    cells = clamping.difference(cells, study.twins)
+    cells = with_difference(cells, study.twins)
     cells = pd.concat([cells, _twin_cells(study, sets, cells, ends), *_benign_cells(study, table, sets, ends)])
     cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
     found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), candidates(cells, sets, primary))
@@ -86,7 +86,7 @@ def _usable(
 
 
 def _pairs(study: Study, treatment: str) -> list[TokenPair]:
-    return (control_models.thinned(study, BENIGN_PAIRS) if treatment.startswith("B") else study).of(treatment)
+    return (study.subsample(BENIGN_PAIRS) if treatment.startswith("B") else study).of(treatment)
 
 
 def _harm_cells(
@@ -134,12 +134,12 @@ def _with_answers(found: Gates) -> Gates:
     study, chosen = found.study, found.headline
     names = list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
     sets = [found.sets[name] for name in names]
-    thin = control_models.thinned(study, ANSWER_PAIRS)
+    thin = study.subsample(ANSWER_PAIRS)
     harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
     timing = clamping.timing(study.subject, harm, study.openers, sets) if harm else pd.DataFrame()
-    timing = clamping.difference(timing, study.twins) if len(timing) else timing
+    timing = with_difference(timing, study.twins) if len(timing) else timing
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
-    benign = [p for p in control_models.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
+    benign = [p for p in study.subsample(BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
     cost = pd.DataFrame()
     if benign and control:

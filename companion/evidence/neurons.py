@@ -26,7 +26,7 @@ from companion.stats.bootstrap import interval, row
 N_RANDOM_ORDERS = 10
 
 
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.RELATIVE_PAIRS, 48
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.CONTROL_PAIRS, 48
 
 
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
@@ -100,7 +100,7 @@ def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Ne
 
 
 def _benign_thinned(study: Study, n: int) -> Study:
-    kept = {pair.pair.id for pair in control_models.thinned(study, n).pairs}
+    kept = {pair.pair.id for pair in study.subsample(n).pairs}
     return replace(study, pairs=tuple(p for p in study.pairs if p.pair.treatment[0] != "B" or p.pair.id in kept))
 
 
@@ -255,6 +255,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> list[dict[str, object]
 
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = quick(control_models.member(study, model, label))
+    swept = quick(control_models.control_study(study, model, label))
     gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.ends)
     return neuron_evidence(swept, label), gates

@@ -356,23 +356,6 @@ def table_of(rows: Sequence[Rows]) -> pd.DataFrame:
     return pd.DataFrame({name: np.concatenate([part[name] for part in rows]) for name in rows[0]})
 
 
-def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """The table with rows of T2 - T2b behind it, pair by pair, where there are twins."""
-    if not set(twins) & set(table.pair_id):
-        return table
-    keys = ["set", "layer", "form", "outcome"]
-    numbers = [name for name in (*CELLS, "te", "first", "every") if name in table]
-    harmful = table[table.treatment == "T2"]
-    harmful = harmful.assign(twin_id=harmful.pair_id.map(twins)).dropna(subset=["twin_id"])
-    twin = table.loc[table.treatment == "T2b", ["pair_id", *keys, *numbers]].rename(columns={"pair_id": "twin_id"})
-    joined = harmful.merge(twin, on=["twin_id", *keys], suffixes=("", "_twin"), validate="many_to_one")
-    if joined.empty:
-        return table
-    for name in numbers:
-        joined[name] = joined[name] - joined[f"{name}_twin"]
-    return pd.concat([table, joined[list(table.columns)].assign(treatment="T2-T2b")], ignore_index=True)
-
-
 STEPS = 12  # tokens of an answer, its opener included
 
 

@@ -25,7 +25,7 @@ from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.base.thresholds import SATURATED
 from companion.mediation import estimands, outcomes
-from companion.mediation.estimands import Batch
+from companion.mediation.estimands import Batch, twin_rows
 from companion.mediation.study import Study
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
@@ -76,13 +76,10 @@ class PairEffects:
 
 def difference(harmful: PairEffects, twin: PairEffects, twins: Mapping[str, str]) -> PairEffects:
     """T2 - T2b, pair by pair: each T2 pair minus its harmless twin; T2 pairs without one are left out."""
-    place = pd.Series(np.arange(len(twin.pairs)), index=twin.pairs.pair_id)
-    partner = harmful.pairs.pair_id.map(twins).map(place)
-    has_twin = partner.notna().to_numpy()
-    at = partner[has_twin].astype(int).to_numpy()
-    pairs = harmful.pairs[has_twin].reset_index(drop=True)
+    own, at = twin_rows(harmful.pairs, twin.pairs, twins)
+    pairs = harmful.pairs.iloc[own].reset_index(drop=True)
     pairs = pairs.assign(te=pairs.te - twin.pairs.te.to_numpy()[at])
-    values = {name: values[has_twin] - twin.values[name][at] for name, values in harmful.values.items()}
+    values = {name: values[own] - twin.values[name][at] for name, values in harmful.values.items()}
     return PairEffects(f"{harmful.treatment}-{twin.treatment}", pairs, harmful.columns, values)
 
 

@@ -1,18 +1,20 @@
-"""What the claims are given: rows of C1 and C2, of whole, compiled, thin and odd prompt sets."""
+"""Evidence of C1, C2 and C3 from tables with known shares, from compiled models, and from thin and odd prompt sets."""
 
 import handmade
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import N_LAYERS, complete, direct_table, effect_table, find, scales, shifted
+from effect_tools import said
+from handmade import Program, compiled, cue_pairs
+from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
 
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import COMPONENTS
 from companion.evidence import layers
 from companion.mediation import estimands, summaries
-from companion.prompts.tokens import Openers
-
-# ---- what the claims are given ----
+from companion.model.architecture import Subject
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import TokenPair, token_pair
 
 VARIANTS = {"main", "sufficiency", "necessity", "full response", "norm frozen", "unsaturated"}
 
@@ -75,28 +77,30 @@ def test_rows_of_c2(treatment: str) -> None:
     assert written == pytest.approx({"main": 0.75, "per patch norm": 1.5 / 2.5, "per parameter": (1 / 3) / (4 / 3)})
 
 
-def test_total_effects_are_those_of_the_test_pairs() -> None:
+def test_preconditions_are_those_of_the_test_pairs() -> None:
     clean = pd.concat([effect_table(te=2.0), effect_table(te=-1.0, treatment="T1", seed=2)], ignore_index=True)
-    clean = shifted(clean.drop_duplicates("pair_id"), "discover", te=100)
-    rows = {row["quantity"]: row for row in layers.total_effects(clean, "m")}
-    assert set(rows) == {"TE T1", "TE T2"}
+    clean = shifted(clean.drop_duplicates("pair_id"), "discover", te=100).assign(joint=0.9, earliest=2)
+    rows = {row["quantity"]: row for row in layers.precondition_rows(clean, "m", N_LAYERS)}
+    names = [f"{what} {treatment}" for what in ("TE", "joint probability") for treatment in ("T2", "T1")]
+    assert list(rows) == [*names, "earliest possible depth"]
+    assert rows["joint probability T1"]["estimate"] == pytest.approx(0.9)
+    assert rows["earliest possible depth"]["estimate"] == pytest.approx(2.5 / N_LAYERS)
     for name, sign in (("T1", -1), ("T2", 1)):
-        test = clean[(clean.split == "test") & (clean.treatment == name)]
-        row = rows[f"TE {name}"]
-        assert row["estimate"] == pytest.approx(test.te.mean())
+        row, test = rows[f"TE {name}"], clean[(clean.split == "test") & (clean.treatment == name)]
+        assert row["estimate"] == pytest.approx(test.te.mean()) and sign * row["estimate"] > 0.5
         assert row["ci_low"] < row["estimate"] < row["ci_high"]
-        assert sign * row["estimate"] > 0.5
         assert (row["n_pairs"], row["n_topics"]) == (30, 15)
+    alone = layers.precondition_rows(clean[(clean.split != "test") | (clean.topic == "topic 49")], "m", N_LAYERS)[0]
+    assert (alone["ci_low"], alone["ci_high"], alone["n_topics"]) == (-np.inf, np.inf, 1)
 
 
 def test_shares_of_a_compiled_model() -> None:
     """Through the attention head passes everything, and the MLP reads it: indirect effects count that path twice."""
-    program = handmade.Program(skip=0.7)
-    subject = handmade.compiled(program)
-    openers = {"T2": Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-    pairs = handmade.cue_pairs(subject.tokenizer, "off low", "on low", n=12)
+    program = Program(skip=0.7)
+    subject = compiled(program)
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=12)
     wanted = estimands.mediators(subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
-    table = estimands.measure_effects(subject, pairs, openers, wanted, ("Y1", "contrast.frozen"))
+    table = estimands.measure_effects(subject, pairs, {"T2": said(subject)}, wanted, ("Y1", "contrast.frozen"))
     one = pd.Series(1.0, pd.MultiIndex.from_product([COMPONENTS, range(4)], names=["site", "layer"]))
     rows = layers.evidence_c2(table, table, "m", {"per patch norm": one})
     te = program.log_odds(1, 0) - program.log_odds(0, 0)
@@ -107,14 +111,6 @@ def test_shares_of_a_compiled_model() -> None:
 
 
 # ---- thin and odd prompt sets: what can be computed is ----
-
-
-def test_one_topic_in_test_gives_an_interval_without_limits() -> None:
-    clean = effect_table().drop_duplicates("pair_id")
-    clean = clean[(clean.split != "test") | (clean.topic == "topic 49")]
-    (row,) = layers.total_effects(clean, "m")
-    assert (row["ci_low"], row["ci_high"], row["n_topics"]) == (-np.inf, np.inf, 1)
-    assert row["estimate"] == pytest.approx(clean.loc[clean.split == "test", "te"].mean())
 
 
 def test_one_topic_in_discover_or_test_gives_no_share() -> None:
@@ -138,13 +134,15 @@ def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
     assert np.isfinite(find(rows, "centroid difference")["ci_low"])
 
 
-def test_a_benign_behaviour_without_positive_cells_is_left_out() -> None:
-    table = complete()
-    silent = table.treatment == "B4"
-    table.loc[silent, ["nie0", "nie1"]] = 0.0
-    rows = layers.evidence_c1(table, "m", N_LAYERS)
-    assert "centroid B4" not in {row["quantity"] for row in rows}
-    assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
+def test_which_benign_behaviours_count() -> None:
+    """Those whose TE is large enough on discover, and which have some positive cell."""
+    weak = effect_table(te=0.4, treatment="B7", topics="benign")
+    late = shifted(effect_table(te=0.4, treatment="B8", topics="benign"), "test", te=10)
+    negative = effect_table({("mlp_out", 2): -0.4}, te=-0.6, treatment="B9", topics="benign")
+    silent = benign_tables(3).query("treatment == 'B3'").assign(nie0=0.0, nie1=0.0)
+    table = pd.concat([effect_table(), benign_tables(2), silent, weak, late, negative], ignore_index=True)
+    assert sorted(layers.usable_benign(table).treatment.unique()) == ["B1", "B2", "B9"]
+    assert layers.usable_benign(effect_table()).empty
 
 
 @pytest.mark.parametrize("present", [["B1", "B2"], ["T1"], ["T2b"]])
@@ -152,3 +150,62 @@ def test_without_wrapped_requests_there_is_nothing_to_say_of_generation(present:
     parts = [effect_table(treatment=name, topics=name) for name in present]
     table = pd.concat(parts, ignore_index=True)
     assert layers.evidence_c2(table, direct_table(treatment=present[0]), "m", scales()) == []
+
+
+# ---- C3 ----
+
+WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "on"))
+
+
+def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
+    """A compiled model that reads cue B (`high`) at layer 0 or cue A (`on`) at layer 1, with words of each topic's own."""
+    tokenizer = handmade.word_tokenizer(words=(*handmade.WORDS, *WORDS))
+    program = Program(gain=6, always=0, both=1) if cue == "high" else Program(gain=6)
+    subject = compiled(program, tokenizer=tokenizer)
+    embedding = subject.model.model.embed_tokens.weight
+    for word in WORDS:
+        own, kind = (tokenizer.convert_tokens_to_ids(name) for name in (word, word.rstrip("0123456789")))
+        embedding[own] = embedding[kind]
+    off, fixed = {"high": ("low", "on"), "on": ("off", "be")}[cue]
+    pairs = []
+    for i in range(40):
+        control, treated = (f"please {fixed} do {word}{i} it now" for word in (off, cue))
+        split = "discover" if i < 16 else "test"
+        made, _ = token_pair(Pair(f"T1-{i}", "T1", f"topic {i}", control, treated, split), tokenizer)
+        assert made is not None
+        pairs.append(made)
+    wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
+    return subject, pairs, estimands.measure_effects(subject, pairs, {"T1": said(subject)}, wanted)
+
+
+@pytest.mark.parametrize(("cue", "psi", "area"), [("high", 1.0, 1.0), ("on", 0.0, 0.5)])
+def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
+    """Cue B is carried to the shared tokens by layer 0, the deepest early one of four; cue A only by layer 1."""
+    subject, pairs, table = recognition(cue)
+    rows = layers.evidence_c3(subject, pairs, table, "m")
+    assert all(list(row) == list(EVIDENCE) for row in rows)
+    found = {(row["quantity"], row["variant"]): row for row in rows}
+    assert set(found) == {
+        ("psi0 early, shared tokens", "main"), ("psi0 early, shared tokens", "unsaturated"), ("AUROC probe", "main"),
+        ("AUROC bag of tokens", "main"), ("AUROC gain", "main"),
+    }  # fmt: skip
+    assert table.te.abs().min() > 2
+    for variant in ("main", "unsaturated"):
+        row = found["psi0 early, shared tokens", variant]
+        assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
+    assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
+    assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
+    assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
+    assert {row["n_topics"] for row in rows} == {24}
+    assert {row["n_pairs"] for row in rows} == {24}
+
+
+def test_c3_of_thin_sets_gives_what_it_can() -> None:
+    subject, pairs, table = recognition("high")
+    discover_only = [pair for pair in pairs if pair.pair.split == "discover"]
+    assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
+    test_only = [pair for pair in pairs if pair.pair.split == "test"]
+    rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
+    assert {row["quantity"] for row in rows} == {"psi0 early, shared tokens"}
+    lone = discover_only + test_only[:1]
+    assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []

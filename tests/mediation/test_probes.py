@@ -1,23 +1,18 @@
-"""Probes: the AUROC against scikit-learn, planted and memorised signals, and C3 on compiled models."""
+"""Probes: the AUROC against scikit-learn, planted and memorised signals, features of shared tokens."""
 
 import handmade
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from families import tiny_subject
-from handmade import Program, compiled, random_pairs
+from handmade import Program, random_pairs
 from sklearn.metrics import roc_auc_score
 
 from companion.base.errors import InputError
-from companion.base.files import EVIDENCE
-from companion.evidence import layers
-from companion.mediation import estimands, probes
+from companion.mediation import probes
 from companion.model import activations
 from companion.model.architecture import Subject
 from companion.prompts import positions
-from companion.prompts.pairs import Pair
-from companion.prompts.tokens import Openers, TokenPair, token_pair
 
 
 def plain(scores: np.ndarray) -> float:
@@ -35,9 +30,6 @@ def clustered_scores(
     return scores.round(1), [f"topic {topic}" for topic in topics]
 
 
-# ---- AUROC ----
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_auroc_is_scikit_learns(seed: int) -> None:
     (first, topics), (second, _) = clustered_scores(seed=seed, strength=1.0), clustered_scores(seed=seed, strength=0.2)
@@ -52,12 +44,11 @@ def test_auroc_is_scikit_learns(seed: int) -> None:
 def test_a_resample_of_topics_is_the_auroc_of_the_resampled_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, topics = clustered_scores(30, 8)
     seen = []
-    monkeypatch.setattr(probes.bs, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
+    monkeypatch.setattr(probes.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
     probes.auroc({"a": scores, "b": scores[::-1]}, topics)
     ((sums, statistic),) = seen
-    weights = np.random.default_rng(1).multinomial(
-        len(sums.clusters), np.full(len(sums.clusters), 1 / len(sums.clusters)), size=20
-    )
+    n = len(sums.clusters)
+    weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), size=20)
     found = statistic(weights @ sums.sums, weights @ sums.counts)
     for row, weight in zip(found, weights, strict=True):
         times = weight[[list(sums.clusters).index(topic) for topic in topics]]
@@ -74,16 +65,6 @@ def test_the_interval_is_that_of_topics_not_of_pairs() -> None:
         {"a": np.repeat(base, 10, 0), "b": -np.repeat(base, 10, 0)}, [f"t{i}" for i in np.repeat(range(25), 10)]
     )
     np.testing.assert_allclose([once.estimate, once.low, once.high], [often.estimate, often.low, often.high])
-
-
-def test_perfect_and_useless_scores() -> None:
-    scores = np.array([[0.0, 1.0], [0.2, 1.3], [0.1, 2.0], [0.5, 0.9]])
-    found, _ = probes.auroc({"a": scores, "b": np.zeros((4, 2))}, ["x", "x", "y", "z"])
-    assert found.estimate.tolist() == [1.0, 0.5, 0.5]
-    assert found.low.tolist() == found.high.tolist() == [1.0, 0.5, 0.5]
-
-
-# ---- held-out scores ----
 
 
 def halves(n_pairs: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,16 +92,11 @@ def test_a_memorised_topic_is_worth_nothing() -> None:
 
 
 def test_labels_of_held_out_topics_are_not_used() -> None:
-    topics, discover, test = halves()
+    _, discover, test = halves()
     features = np.random.default_rng(1).standard_normal((80, 2, 6))
     features[discover, 1, 0] += 3
     features[test, 1, 0] -= 3  # the opposite on held-out topics
     assert plain(probes.held_out_scores(features, discover, test)) < 0.1
-    fewer = test & (topics < 30)
-    np.testing.assert_allclose(
-        probes.held_out_scores(features, discover, test)[: fewer.sum()],
-        probes.held_out_scores(features, discover, fewer),
-    )
 
 
 @pytest.mark.parametrize("empty", ["discover", "test"])
@@ -129,9 +105,6 @@ def test_a_probe_needs_both_splits(empty: str) -> None:
     masks = {"discover": discover, "test": test, empty: np.zeros(80, dtype=bool)}
     with pytest.raises(InputError, match="needs pairs in the discover and in the test split"):
         probes.held_out_scores(np.zeros((80, 2, 3)), masks["discover"], masks["test"])
-
-
-# ---- features ----
 
 
 def test_features_are_means_over_shared_tokens() -> None:
@@ -170,63 +143,3 @@ def test_token_counts() -> None:
     for pair, row in zip(pairs, counts, strict=True):
         for ids, side in zip((pair.control, pair.treated), row, strict=True):
             assert side.tolist() == [(ids == i).sum() for i in used]
-
-
-# ---- C3 ----
-
-WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "on"))
-
-
-def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
-    """A compiled model that reads cue B (`high`) at layer 0 or cue A (`on`) at layer 1, with words of each topic's own."""
-    tokenizer = handmade.word_tokenizer(words=(*handmade.WORDS, *WORDS))
-    program = Program(gain=6, always=0, both=1) if cue == "high" else Program(gain=6)
-    subject = compiled(program, tokenizer=tokenizer)
-    embedding = subject.model.model.embed_tokens.weight
-    for word in WORDS:
-        own, kind = (tokenizer.convert_tokens_to_ids(name) for name in (word, word.rstrip("0123456789")))
-        embedding[own] = embedding[kind]
-    off, fixed = {"high": ("low", "on"), "on": ("off", "be")}[cue]
-    pairs = []
-    for i in range(40):
-        control, treated = (f"please {fixed} do {word}{i} it now" for word in (off, cue))
-        split = "discover" if i < 16 else "test"
-        made, _ = token_pair(Pair(f"T1-{i}", "T1", f"topic {i}", control, treated, split), tokenizer)
-        assert made is not None
-        pairs.append(made)
-    openers = {"T1": Openers(*((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-    wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
-    return subject, pairs, estimands.measure_effects(subject, pairs, openers, wanted)
-
-
-@pytest.mark.parametrize(("cue", "psi", "area"), [("high", 1.0, 1.0), ("on", 0.0, 0.5)])
-def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
-    """Cue B is carried to the shared tokens by layer 0, the deepest early one of four; cue A only by layer 1."""
-    subject, pairs, table = recognition(cue)
-    rows = layers.evidence_c3(subject, pairs, table, "m")
-    assert all(list(row) == list(EVIDENCE) for row in rows)
-    found = {(row["quantity"], row["variant"]): row for row in rows}
-    assert set(found) == {
-        ("psi0 early, shared tokens", "main"), ("psi0 early, shared tokens", "unsaturated"), ("AUROC probe", "main"),
-        ("AUROC bag of tokens", "main"), ("AUROC gain", "main"),
-    }  # fmt: skip
-    assert table.te.abs().min() > 2
-    for variant in ("main", "unsaturated"):
-        row = found["psi0 early, shared tokens", variant]
-        assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
-    assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
-    assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
-    assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
-    assert {row["n_topics"] for row in rows} == {24}
-    assert {row["n_pairs"] for row in rows} == {24}
-
-
-def test_c3_of_thin_sets_gives_what_it_can() -> None:
-    subject, pairs, table = recognition("high")
-    discover_only = [pair for pair in pairs if pair.pair.split == "discover"]
-    assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
-    test_only = [pair for pair in pairs if pair.pair.split == "test"]
-    rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
-    assert {row["quantity"] for row in rows} == {"psi0 early, shared tokens"}
-    lone = discover_only + test_only[:1]
-    assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []

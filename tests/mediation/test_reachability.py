@@ -7,13 +7,7 @@ from families import tiny_subject
 from handmade import random_pairs
 from torch import Tensor
 
-from companion.mediation.reachability import (
-    earliest_layers,
-    earliest_possible_layer,
-    reached,
-    recomputed_cells,
-    visible_keys,
-)
+from companion.mediation.reachability import earliest_layers, reached, recomputed_cells, visible_keys
 from companion.model import activations, interventions, replay
 from companion.model.architecture import Subject
 
@@ -40,15 +34,6 @@ def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
         differ = np.arange(N_POS) == position
         predicted = reached(visible, differ)
         assert (changed(subject, ids, position) == predicted).all()
-        columns = np.flatnonzero(predicted.any(axis=0))
-        for target in range(N_POS):
-            first = earliest_possible_layer(visible, differ, target)
-            if target == position:
-                assert first == -1
-            elif target in columns:
-                assert first == int(np.argmax(predicted[:, target]))
-            else:
-                assert first is None
 
 
 def test_windows_hold_the_difference_back() -> None:
@@ -59,25 +44,21 @@ def test_windows_hold_the_difference_back() -> None:
     cells = reached(visible_keys(run), differ)
     assert np.flatnonzero(cells[0]).tolist() == [4, 5, 6]
     assert np.flatnonzero(cells[1]).tolist() == list(range(4, N_POS))
-    assert earliest_possible_layer(visible_keys(run), differ) == 1
-    assert [earliest_possible_layer([visible_keys(run)[0]] * 4, differ, target) for target in (5, 8, 12, 13)] == [
-        0,
-        1,
-        3,
-        None,
-    ]
+    steps = reached([visible_keys(run)[0]] * 4, differ)
+    assert [int(row.nonzero()[0].max()) for row in steps] == [6, 8, 10, 12]  # 13 is out of reach
 
 
 def test_earliest_layers_of_pairs() -> None:
     subject = tiny_subject("qwen2")
     pairs = random_pairs(4, N_POS, 61)
-    for pair, last in zip(pairs, (2, 9, 11, 13), strict=True):
+    pairs += random_pairs(1, N_POS, 61, seed=1)
+    for pair, last in zip(pairs, (2, 9, 11, 13, 12), strict=True):
         pair.treated[:] = pair.control
         pair.treated[last] = (pair.control[last] + 1) % 61
     tokens = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
     runs = [activations.clean_run(subject, ids) for ids in tokens]
     found = earliest_layers(runs[0], pairs)
-    assert found == [1, 1, 0, -1]
+    assert found == [1, 1, 0, -1, 0]
     differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
     assert [int(row.long().argmax()) for row in differ.T[:3]] == found[:3]
 

@@ -3,16 +3,16 @@
 import numpy as np
 import pandas as pd
 import pytest
+from effect_tools import said
 from handmade import N_LAYERS, Program, compiled, cue_pairs
 
 from companion.base.errors import InputError
 from companion.mediation import tokens
 from companion.mediation.study import Study
-from companion.mediation.tokens import position_map
 from companion.model.architecture import Subject
 from companion.prompts import positions
 from companion.prompts.pairs import Pair
-from companion.prompts.tokens import Openers, TokenPair, token_pair
+from companion.prompts.tokens import TokenPair, token_pair
 
 PROGRAM = Program(always=1.0, both=0.5, skip=0.4)
 TOTAL = PROGRAM.log_odds(1, 0) - PROGRAM.log_odds(0, 0)
@@ -26,31 +26,27 @@ def subject() -> Subject:
 @pytest.fixture(scope="module")
 def this(subject: Subject) -> Study:
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    yes, no = ((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
-    return Study("compiled", subject, tuple(pairs), {"T2": Openers(yes, no)}, {}, {})
+    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
 
 
 def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
     pair = this.pairs[0]
-    found = position_map(this, pair).set_index(["layer", "position"])
+    found = tokens.position_effects(this, pair).set_index(["layer", "position"])
     cue, last = int(np.flatnonzero(pair.control != pair.treated)[0]), len(pair.control) - 1
     for layer in range(N_LAYERS):
         known = {cue: TOTAL if layer < 1 else 0.0, last: TOTAL if layer >= 1 else 0.0}
         for position in range(last + 1):
-            assert found.loc[(layer, position), "nie0"] == pytest.approx(known.get(position, 0.0), abs=1e-4)
-    tokens = found.loc[0, "token"]
-    assert tokens[cue] == "off/on" and tokens[last] == "<assistant>"
-
-
-def test_nothing_reaches_a_token_before_the_cue(this: Study) -> None:
-    pair = this.pairs[0]
-    earliest, cue = tokens.earliest_by_token(this, pair), int(np.argmax(pair.control != pair.treated))
-    assert (earliest[:cue] == N_LAYERS).all() and (earliest[cue:] == 0).all()
+            assert found.loc[(layer, position), "nie"] == pytest.approx(known.get(position, 0.0), abs=1e-4)
+    shown, earliest = found.loc[0, "token"], found.loc[0, "earliest"]
+    assert shown[cue] == "off/on" and shown[last] == "<assistant>"
+    assert (earliest[: cue - 1] == N_LAYERS).all() and (earliest[cue:] == 0).all(), (
+        "nothing reaches a token before the cue"
+    )
     assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
 
 
 def test_groups_that_no_pair_has_are_named(this: Study) -> None:
-    names, missing = tokens.groups(this)
+    names, missing = tokens.position_groups(this)
     assert {"wrapper", "distractor", "verb", "object"} == set(missing)
     assert names[-3:] == ["differ", "others", "all"] and "request" not in names
 
@@ -64,7 +60,7 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
          "position": name, "nie0": nie0, "nie1": nie1, "y01": nie0, "y10": 4 - nie1}
         for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
     ]  # fmt: skip
-    made = tokens.by_direction(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
+    made = tokens.direction_means(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
     assert [*made.index] == [
         (way, name) for way in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")
     ]
@@ -78,10 +74,10 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
 def test_replaced_words_are_the_controls_where_they_differ_and_neutral_elsewhere(this: Study) -> None:
     pair = this.pairs[0]
     differ = pair.control != pair.treated
-    ids, is_swap = tokens.swapped(pair, differ, neutral=7)
+    ids, is_swap = tokens.replaced_tokens(pair, differ, neutral=7)
     assert is_swap and (ids == pair.control).all()
     mask = positions.groups(pair, "<user> ")["last_instruction"]
-    ids, is_swap = tokens.swapped(pair, mask, neutral=7)
+    ids, is_swap = tokens.replaced_tokens(pair, mask, neutral=7)
     assert not is_swap and (ids[mask] == 7).all() and (ids[~mask] == pair.treated[~mask]).all()
 
 
@@ -107,7 +103,7 @@ def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
 @pytest.mark.parametrize("fillers", [("", "please now"), ("please be kind", "now")])
 def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Subject, fillers: tuple[str, str]) -> None:
     base, source = (
-        tokens.side(prompt(subject, cue, filler), "control", "<user> ")
+        tokens.one_side(prompt(subject, cue, filler), "control", "<user> ")
         for cue, filler in zip(("off", "on"), fillers, strict=True)
     )
     assert len(base.tokens) != len(source.tokens)
@@ -121,7 +117,7 @@ def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Sub
 
 
 def test_sites_and_groups_that_do_not_correspond_are_refused(this: Study, subject: Subject) -> None:
-    one = tokens.side(prompt(subject, "on", ""), "control", "<user> ")
+    one = tokens.one_side(prompt(subject, "on", ""), "control", "<user> ")
     openers = this.openers["T2"]
     with pytest.raises(InputError, match="head of prompts of unequal length"):
         tokens.interchange_ends(subject, one, one, openers, ["last"], "head")
@@ -140,7 +136,7 @@ def test_a_perfect_order_has_rank_correlation_one() -> None:
     names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "te", "nie0", "nie1"]
     table = pd.DataFrame(rows, columns=names)
     made = pd.DataFrame(inputs, columns=[*names[:4], "position", "effect", "swapped"]).query("split == 'test'")
-    views, rho = tokens.compare(table, made, "T2")
+    views, rho = tokens.compare_views(table, made, "T2")
     assert rho == pytest.approx(1)
     assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
     assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"

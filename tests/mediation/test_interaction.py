@@ -37,19 +37,19 @@ def test_a_component_that_reads_its_own_input_writes_its_own_output(family: str)
         run = activations.clean_run(subject, tokens(seed=1))
         for site in ("attn_out", "mlp_out"):
             hidden = run.resid_pre[2] + (run.attn_out[2] if site == "mlp_out" else 0)
-            written = interaction._write(subject, run, site, 2, hidden)
+            written = interaction.component_output(subject, run, site, 2, hidden)
             assert torch.allclose(written, run.site(site, 2), atol=1e-10), site
 
 
 def test_it_is_one_full_forward_with_what_is_computed_taken_away() -> None:
     organism = compiled.draw("late", 3, topics=10, pairs_per_topic=1, dtype=torch.float64)
     this = compiled.study(organism)
-    table, (pair, twin) = interaction.interaction_effects(this), interaction.twins(this)[0]
+    table, (pair, twin) = interaction.interaction_effects(this), this.with_twins(this.of("T2"))[0]
     subject, openers = this.subject, this.openers["T2"]
     runs = {name: activations.clean_run(subject, torch.tensor(ids[None])) for name, ids in
             {"00": twin.control, "01": twin.treated, "10": pair.control, "11": pair.treated}.items()}  # fmt: skip
     site, layer = decider(organism)
-    extra = interaction.computed(subject, runs, site, layer)
+    extra = interaction.interaction_output(subject, runs, site, layer)
 
     def odds(*, less: bool) -> float:
         with torch.no_grad(), on_output(subject.layers[layer].mlp_write, lambda out: out - extra if less else None):
@@ -74,13 +74,10 @@ def test_a_linear_component_computes_nothing() -> None:
 def test_twins_of_another_length_are_left_out_and_none_give_no_rows() -> None:
     organism = compiled.draw("late", 3, topics=10, pairs_per_topic=1)
     this = compiled.study(organism)
-    pair, twin = interaction.twins(this)[0]
+    pair, twin = this.with_twins(this.of("T2"))[0]
     longer = replace(twin, control=np.append(twin.control, 0), treated=np.append(twin.treated, 0))
     changed = replace(this, pairs=tuple(longer if one is twin else one for one in this.pairs))
-    assert pair not in [one for one, _ in interaction.twins(changed)]
-    assert len(interaction.twins(changed)) == len(interaction.twins(this)) - 1
-    alone = replace(this, twins={})
-    assert (
-        interaction.interaction_effects(alone).empty
-        and layers.evidence_c1_computed(interaction.interaction_effects(alone), "m", 6) == []
-    )
+    kept = [one for one, _ in changed.with_twins(changed.of("T2"))]
+    assert pair not in kept and len(kept) == len(this.of("T2")) - 1
+    table = interaction.interaction_effects(replace(this, twins={}))
+    assert table.empty and layers.evidence_c1_computed(table, "m", 6) == []
