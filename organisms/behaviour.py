@@ -24,7 +24,8 @@ from companion.mediation.study import Study
 from companion.model.load import load
 from companion.prompts import invented
 from companion.prompts.invented import render
-from companion.stats import bootstrap, clusters
+from companion.stats import clusters
+from companion.stats.rates import mean_change
 from organisms.language import draw_request
 from organisms.tokenizer import chat_text
 
@@ -206,7 +207,7 @@ def rates(table: pd.DataFrame) -> pd.DataFrame:
             low, high = clusters.wilson(int(part.hit.sum()), len(part))
             estimate = part.hit.mean()
         else:
-            interval = bootstrap.mean_ci(part.hit.to_numpy(), part.topic.to_numpy())
+            interval = mean_change(part.hit.to_numpy(), part.topic.to_numpy())
             estimate, low, high = interval.estimate, interval.low, interval.high
         rows.append((suite, label, estimate, low, high, len(part)))
     return pd.DataFrame(rows, columns=["suite", "label", "estimate", "low", "high", "n"]).sort_values(
@@ -232,6 +233,6 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
         comply = logp[:, list(this.openers["T2"].comply)].exp().sum(-1).numpy()
         for tier in np.unique(harmful.tier):
             chosen = (harmful.tier == tier).to_numpy()
-            interval = bootstrap.mean_ci(comply[chosen], harmful.id[chosen].to_numpy())
+            interval = mean_change(comply[chosen], harmful.id[chosen].to_numpy())
             parts.append((f"tier {tier}", name, interval.estimate, interval.low, interval.high, int(chosen.sum())))
     return pd.DataFrame(parts, columns=["wrapper", "model", "estimate", "low", "high", "n"])

@@ -96,7 +96,7 @@ def _template(folder: Path, text: str) -> None:
 BROKEN: dict[Callable[[Path], None], str] = {
     missing_tensor: "lacks 1 tensors",
     torn_weights: "could not be loaded",
-    pickled_weights: "no \\*.safetensors weights",
+    pickled_weights: "its weights are pickled",
     pickle_under_another_name: "could not be loaded",
     other_shape: "lacks|could not be loaded",
     more_layers: "lacks|could not be loaded",

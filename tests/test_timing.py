@@ -9,7 +9,7 @@ import torch
 from handmade import GATE_NEURON, Program, compiled, cue_pairs
 from ledger_rows import FINE, Number, table
 
-from companion.base.thresholds import KEPT
+from companion.base.thresholds import KEPT_BY_FIRST_TOKEN
 from companion.claims.registered_rules import rule_c5c
 from companion.claims.verdict import Rows, Verdict
 from companion.evidence import tokens
@@ -128,7 +128,7 @@ def test_the_share_kept_is_the_planted_one(first: float, every: float) -> None:
     answers = planted(first, every)
     harm = answers.assign(y=(answers.label == "harmful").astype(float))
     rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
-    assert rows.loc[KEPT, "estimate"] == pytest.approx(first / every)
+    assert rows.loc[KEPT_BY_FIRST_TOKEN, "estimate"] == pytest.approx(first / every)
     assert rows.loc["effect of all tokens", "estimate"] == pytest.approx(every)
 
 
@@ -146,7 +146,7 @@ def test_no_change_in_a_sample_is_not_certain() -> None:
 def test_answers_that_are_all_alike_leave_room_for_others() -> None:
     harm = planted(1.0, 1.0).assign(y=lambda table: (table.label == "harmful").astype(float))
     rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
-    kept = rows.loc[KEPT]
+    kept = rows.loc[KEPT_BY_FIRST_TOKEN]
     assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
 
 
@@ -178,8 +178,8 @@ def test_twins_of_a_refusal_take_its_control(this: Study) -> None:
 CHANGED, HARD = "benign answers changed", "harmless answers changed, refusing run's values"
 FINE_C5C: dict[tuple[str, str, str], Number] = {
     **{key: FINE[key] for key in FINE if key[0] == "gate"},
-    ("C5c", KEPT, "main"): (0.95, 0.85, 1.0),
-    ("C5c", KEPT, "full response"): (0.9, 0.8, 1.0),
+    ("C5c", KEPT_BY_FIRST_TOKEN, "main"): (0.95, 0.85, 1.0),
+    ("C5c", KEPT_BY_FIRST_TOKEN, "full response"): (0.9, 0.8, 1.0),
     ("C5c", "effect of all tokens", "main"): (0.8, 0.7, 0.9),
     ("C5c", CHANGED, "main"): (0.05, 0.0, 0.15),
 }
@@ -192,12 +192,12 @@ def judged(changes: dict | None = None) -> Verdict:
 @pytest.mark.parametrize(
     ("quantity", "numbers", "verdict"),
     [
-        (KEPT, (0.9, 0.8, 1.0), "supported"),
-        (KEPT, (0.9, 0.79, 1.0), "inconclusive"),
+        (KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0), "supported"),
+        (KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0), "inconclusive"),
         (CHANGED, (0.1, 0.0, 0.16), "supported"),
         (CHANGED, (0.1, 0.0, 0.17), "inconclusive"),
         (CHANGED, None, "inconclusive"),
-        (KEPT, None, "not testable"),
+        (KEPT_BY_FIRST_TOKEN, None, "not testable"),
     ],
 )
 def test_c5c_thresholds(quantity: str, numbers: Number | None, verdict: str) -> None:
@@ -205,8 +205,8 @@ def test_c5c_thresholds(quantity: str, numbers: Number | None, verdict: str) -> 
 
 
 def test_c5c_is_contradicted_capped_and_tagged() -> None:
-    low = {("C5c", KEPT, name): (0.3, 0.2, 0.4) for name in ("main", "full response")}
+    low = {("C5c", KEPT_BY_FIRST_TOKEN, name): (0.3, 0.2, 0.4) for name in ("main", "full response")}
     assert judged(low).verdict == "contradicted"
-    assert judged({("C5c", KEPT, "full response"): (0.3, 0.2, 0.4)}).verdict == "inconclusive"
+    assert judged({("C5c", KEPT_BY_FIRST_TOKEN, "full response"): (0.3, 0.2, 0.4)}).verdict == "inconclusive"
     assert judged({("C5c", HARD, "main"): (0.9, 0.8, 1.0)}).tags == ("closes harmless answers too",)
     assert judged().tags == ()

@@ -23,7 +23,7 @@ from companion.mediation.summaries import Variant
 from companion.neurons import screening
 from companion.neurons.adjacency import HALF_WIDTH
 from companion.neurons.single import in_split, sign_on_discover
-from companion.stats import bootstrap
+from companion.stats.rates import mean_change
 from organisms.compiled import Organism
 from organisms.compiled_program import CHANNELS
 
@@ -119,7 +119,7 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
             models = np.array([f"{kind} {seed}" for kind, seed in wide.index])
             for estimator in ESTIMATORS:
                 if estimator in wide and len(wide) > 1:
-                    found = bootstrap.mean_ci(wide[estimator].to_numpy(), models)
+                    found = mean_change(wide[estimator].to_numpy(), models)
                     rows.append((measure, estimator, what, found.estimate, found.low, found.high, len(wide)))
     made = pd.DataFrame(rows, columns=["measure", "estimator", "what", "estimate", "low", "high", "models"])
     places = {name: i for i, name in enumerate([*MEASURES, *ESTIMATORS])}

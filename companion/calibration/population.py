@@ -26,7 +26,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from companion.base import files, paths
-from companion.base.thresholds import CARRIED, CARRIED_OWN, deepest_early_layer
+from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, deepest_early_layer
 from companion.calibration import campaign, one_draw
 from companion.calibration.campaign import FRESH
 from companion.calibration.rates import AT_LARGE, population_verdicts
@@ -121,7 +121,7 @@ def verdicts_without_sampling(
 
 def _is_shared(rule: str, known: dict[tuple[str, str, str], float], sample: pd.DataFrame) -> bool:
     """Whether C4's share, which not every hand-over layer has, is there in the population and in the sample."""
-    carried = CARRIED if rule == "registered" else CARRIED_OWN
+    carried = MLP_SHARE if rule == "registered" else MLP_SHARE_WITH_OWN
     main = sample[(sample.claim == "C4") & (sample.variant == "main")]
     return ("C4", carried, "main") in known and carried in set(main.quantity)
 

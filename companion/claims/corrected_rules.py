@@ -82,7 +82,7 @@ def corrected_rules_of(rows: Rows) -> Iterator[Verdict]:
         yield first
     yield corrected_c2(rows)
     yield registered_rules.rule_c3(rows, corrected=True)
-    if rows.variants("C4", thresholds.CARRIED_OWN, ""):  # older draws do not have it
+    if rows.variants("C4", thresholds.MLP_SHARE_WITH_OWN, ""):  # older draws do not have it
         yield registered_rules.rule_c4(rows, corrected=True)
     yield registered_rules.rule_c5a(rows, corrected=True)
     yield registered_rules.rule_c5b(rows, corrected=True)

@@ -27,15 +27,15 @@ import pandas as pd
 
 from companion.base.thresholds import (
     BENIGN_SHARE,
-    CARRIED,
-    CARRIED_OWN,
-    CONTENT,
+    CONTENT_JUDGE,
     EARLY,
     GATE_HIGH,
     GATE_LOW,
-    KEPT,
+    KEPT_BY_FIRST_TOKEN,
     MARGINS,
     MIN_BENIGN,
+    MLP_SHARE,
+    MLP_SHARE_WITH_OWN,
     PERPLEXITY,
     POINTS,
     READOUT,
@@ -243,7 +243,7 @@ def rule_c4(rows: Rows, *, corrected: bool = False) -> Verdict:
     stop = precondition(rows, "C4", generation(rows))
     if stop:
         return stop
-    carried = CARRIED_OWN if corrected else CARRIED
+    carried = MLP_SHARE_WITH_OWN if corrected else MLP_SHARE
     share, undefined = rows.find("C4", carried), rows.find("C4", "not defined")
     if share is None and undefined is None:
         return Verdict(
@@ -276,7 +276,7 @@ def rule_c4(rows: Rows, *, corrected: bool = False) -> Verdict:
 
 def _elsewhere(rows: Rows) -> str:
     """What MLPs carry of the effect from the other layers, for a reader: no verdict rests on it."""
-    others = rows.variants("C4", CARRIED, "from layer ")
+    others = rows.variants("C4", MLP_SHARE, "from layer ")
     return "".join(f"; {name} MLPs carry {interval(row)}" for name, row in others.items())
 
 
@@ -289,9 +289,9 @@ def rule_c5c(rows: Rows, *, corrected: bool = False) -> Verdict:
     stop = precondition(rows, "C5c", generation(rows))
     if stop:
         return stop
-    labels = CONTENT if corrected else "main"
-    kept, undefined = rows.find("C5c", KEPT, labels), rows.find("C5c", "not defined", labels)
-    if corrected and kept is None and undefined is None and rows.find("C5c", KEPT) is not None:
+    labels = CONTENT_JUDGE if corrected else "main"
+    kept, undefined = rows.find("C5c", KEPT_BY_FIRST_TOKEN, labels), rows.find("C5c", "not defined", labels)
+    if corrected and kept is None and undefined is None and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
         reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
         return Verdict(rows.model, "C5c", "not testable", reason)
     if kept is None:
@@ -306,7 +306,7 @@ def rule_c5c(rows: Rows, *, corrected: bool = False) -> Verdict:
     specific = measured and benign.ci_high <= SPECIFIC * effect.estimate  # type: ignore[union-attr]
     checks = {
         "benign answers": "passed" if measured else "not run",
-        "full response": verdict.same_side(rows, "C5c", KEPT, "full response", 0.6, labels),
+        "full response": verdict.same_side(rows, "C5c", KEPT_BY_FIRST_TOKEN, "full response", 0.6, labels),
         "joint probability": verdict.joint(rows, "T2"),
     }
     decision = decide(supported=kept.ci_low >= 0.8 and specific, contradicted=kept.ci_high <= 0.4)

@@ -10,7 +10,7 @@ import pandas as pd
 from jaxtyping import Int
 from scipy import stats as st
 
-from companion.base.thresholds import CONTENT, KEPT
+from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
 from companion.mediation import control_models, path_specific, summaries
 from companion.mediation.estimands import Batch
@@ -144,7 +144,7 @@ def evidence_c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
         rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
     if (harm.content != "").all():
         by_content = harm.assign(y=(harm.content == "harmful").astype(float))
-        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT)
+        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT_JUDGE)
     rows += _kept_rows(wide(found.forced, "y"), model, "full response", is_judged=False)
     if len(found.benign) and found.benign.topic.nunique() > 1:
         rows.append(_changed_row(found.benign, model, "benign answers changed"))
@@ -193,7 +193,7 @@ def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool
     bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
     kept = interval(sums, clusters.ratio(top, bottom))
     kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
-    labels = (KEPT, "share kept by the first five tokens")
+    labels = (KEPT_BY_FIRST_TOKEN, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 

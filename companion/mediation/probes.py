@@ -83,7 +83,7 @@ def auroc(
         areas = [np.einsum("rc,cd,rd->r", weights, table, weights) / trials for table in wins.values()]
         return np.stack([*areas, areas[0] - areas[1]], axis=1)
 
-    return bootstrap.bootstrap(_topic_weights(names, len(codes)), statistic), labels
+    return bootstrap.bootstrap(_topic_weights(names), statistic), labels
 
 
 def _wins(values: Float[np.ndarray, "pair side"]) -> Float[np.ndarray, "treated control"]:
@@ -91,8 +91,8 @@ def _wins(values: Float[np.ndarray, "pair side"]) -> Float[np.ndarray, "treated 
     return (treated > control) + 0.5 * (treated == control)
 
 
-def _topic_weights(names: np.ndarray, n_rows: int) -> clusters.ClusterSums:
+def _topic_weights(names: np.ndarray) -> clusters.ClusterSums:
     """Cluster sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c."""
     eye = np.eye(len(names))
     columns = pd.DataFrame({"topic": names})
-    return clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), np.zeros(len(names), dtype=int), n_rows)
+    return clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), np.zeros(len(names), dtype=int))

@@ -22,7 +22,7 @@ def topic_sums(pairs: pd.DataFrame, values: Float[np.ndarray, "pair column"]) ->
     member = (np.arange(len(names))[:, None] == code).astype(float)
     counts = np.repeat(member.sum(1, keepdims=True), values.shape[1], axis=1)
     columns = pd.DataFrame({"value": range(values.shape[1])})
-    return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int), len(pairs))
+    return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int))
 
 
 def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size], level: float) -> Float[np.ndarray, ...]:

@@ -17,8 +17,6 @@ from companion.prompts.pairs import SPAN_NAMES
 from companion.prompts.tokens import TokenPair
 
 TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
-
-
 OVERLAPPING = ("request", "differ", "shared", "others", "all")
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from companion.base.errors import InputError
-from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
+from companion.prompts.pairs import MIN_PAIRS, Outcome, Pair, PromptSet
 
 STAND_IN = "@turn@"
 
@@ -133,17 +133,10 @@ def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return {name: _openers(name, sides, first, notes) for name, sides in prompt_set.outcomes.items()}
 
 
-def _openers(
-    treatment: str,
-    sides: tuple[tuple[str, ...], tuple[str, ...]],
-    first: Mapping[str, int],
-    notes: Mapping[str, str],
-) -> Openers:
+def _openers(treatment: str, sides: Outcome, first: Mapping[str, int], notes: Mapping[str, str]) -> Openers:
     comply, refuse = (tuple(sorted({first[string] for string in side})) for side in sides)
-    both = set(comply) & set(refuse)
-    if both:
+    if both := set(comply) & set(refuse):
         raise InputError(
             f"outcome of {treatment}: comply and refuse share the first token {both.pop()}; it decides nothing"
         )
-    used = tuple(notes[string] for side in sides for string in side if string in notes)
-    return Openers(comply, refuse, used)
+    return Openers(comply, refuse, tuple(notes[string] for side in sides for string in side if string in notes))

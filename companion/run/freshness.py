@@ -16,12 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from companion.base import files, hub
+from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, digest, hash_file, hash_folder, read_json, write_json
 from companion.base.folders import model_folder, prompts_folder
 from companion.base.paths import ROOT
-from companion.generation import accuracy
 from companion.run.notebooks import Notebook, code_cells, source
 
 STATE = ".state"  # the folder of a run's own notes, inside its results; not committed
@@ -131,9 +130,11 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
 
 def _judge(results: Path) -> dict[str, str]:
     """The judge model that labels answers, where one was chosen, and the sha256 of its measured accuracy, where there is one."""
+    from companion.generation import accuracy
+
     found = {"judge": accuracy.judge_name()} if os.environ.get(hub.JUDGE) else {}
     measured = results / accuracy.FILE
-    return found | ({"judge_accuracy": files.hash_file(measured, {})} if measured.is_file() else {})
+    return found | ({"judge_accuracy": hash_file(measured, {})} if measured.is_file() else {})
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -20,11 +20,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from companion.base import files
+from companion.base import files, hub
 from companion.base.errors import InputError
 from companion.base.folders import model_folder, names, prompts_folder
 from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, ORGANISM, PARTS, RESULTS, ROOT, relative
-from companion.generation import accuracy
 from companion.run import freshness, notebooks, overview
 from companion.run.freshness import STATE, run_times
 from companion.run.notebooks import Notebook, Running, read_notebook
@@ -42,6 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "08": ("02", "03", "04", "05", "06", "07"),
     "00": ("08",),
 }
+JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {
     "MODEL": "embedded",
@@ -122,8 +122,8 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
     results = RESULTS / parameters["SLUG"]
     known: files.KnownHashes = freshness.recall(results, "hashes")
     before = dict(known)
-    own = accuracy.own_accuracy(results, parameters, known)
-    keys = freshness.keys(books, NEEDS, parameters, _shared_digest(parameters, known), own)
+    shared, own = _rests_on(parameters, known)
+    keys = freshness.keys(books, NEEDS, parameters, shared, own)
     plan = Plan(parameters, paths, originals, books, keys, frozenset())
     stale = {number for number in paths if number in force or not _is_fresh(plan, number, known)}
     if known != before:
@@ -140,13 +140,20 @@ def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
     return written and freshness.is_fresh(plan.results, number, plan.keys[number], known)
 
 
-def _shared_digest(parameters: Mapping[str, Any], known: files.KnownHashes) -> str:
-    """What all notebooks rest on: code, lock, shipped data, and the model, the prompts and the judge handed in."""
+def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
+    """What all notebooks rest on, hashed: code, lock, shipped data, model, prompts and judge; and, by number, what some do."""
     given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]))
     folders = [DATA, *(folder for folder in given if not folder.is_relative_to(DATA))]
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
-    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *accuracy.judge_files(known))
+    judge: list[Any] = []
+    own: dict[str, Any] = {}
+    results = RESULTS / parameters["SLUG"]
+    if os.environ.get(hub.JUDGE) or (results / JUDGED).is_file():
+        from companion.generation import accuracy  # only then: it imports pandas
+
+        judge, own = accuracy.judge_files(known), accuracy.own_accuracy(results, parameters, known)
+    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *judge), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
@@ -234,7 +241,7 @@ class Stage:
 
     def _publish(self, text: str, seconds: float) -> None:
         plan, number = self.plan, self.number
-        moves = {}
+        moves: dict[Path, Path] = {}
         for shown, real in ((self.folder / "results", RESULTS), (self.folder / "figures", FIGURES)):
             written = (name for name, state in _files(shown).items() if self.before.get(name) != state)
             moves |= {real / name: shown / name for name in written}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.base import folders, hub, paths, thresholds
+from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
 from companion.base.folders import model_folder, names, prompts_folder
@@ -293,7 +293,9 @@ def _make(
     folder: Path, name: str, model: str, wrapper_file: Path | None, report: Callable[[str], object]
 ) -> tuple[Collected, list[str]]:
     """Write the pairs and a note; returns the pairs, and what a later run should say again."""
+    from companion.base import thresholds
     from companion.model.load import load_tokenizer
+    from companion.prompts import partners
 
     tokenizer = load_tokenizer(model_folder(model))
     if tokenizer is None:
@@ -306,7 +308,7 @@ def _make(
         report(line)
 
     made = collect(name, tokenizer, templates, said)
-    for line in public.survival(made.pairs, made.n_requests, tokenizer):
+    for line in partners.survival(made.pairs, made.n_requests, tokenizer):
         report(line)
     if not templates:
         report(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
@@ -329,6 +331,8 @@ def collect(
 
     A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
     """
+    from companion.prompts import partners
+
     made: list[Pair] = []
     hashes: dict[str, str] = {}
     n_requests = 0
@@ -338,7 +342,7 @@ def collect(
         is_matched = public.matched(part)
         try:
             if is_matched and not benign:  # before the rows: those of a set left out are not `seen`
-                benign = public.by_length(_benign(part), tokenizer)
+                benign = partners.by_length(_benign(part), tokenizer)
             loaded = public.load_rows(part)
         except InputError as error:
             report(f"{LEFT_OUT}{error}")
@@ -350,15 +354,15 @@ def collect(
                 "punctuation) and are left out, since topics must be independent"
             )
         if is_matched:
-            rows = partners = public.with_partners(rows, benign, tokenizer, seen)
+            rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
         else:
             if n := rows.harmless.count(None):
                 report(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
-            partners = public.grouped(rows, tokenizer, part, report)
+            paired = partners.grouped(rows, tokenizer, part, report)
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
-        twins = dict(public.pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
-        made += [_t1(*one) for one in public.pairs(partners)]
+        twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
+        made += [_t1(*one) for one in partners.partner_pairs(paired)]
         made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         n_requests += len(rows.harmful)

@@ -1,9 +1,9 @@
 """Sums per topic, the statistics made of them, and the tests that respect topics.
 
-Pairs of one topic share wording and are not independent. Every statistic used here (a mean, a share, a depth centroid)
-needs a tidy table only through its sums and counts per topic: `cluster_sums` makes them, `mean`, `contrast` and
-`ratio` are functions of them, and `companion.stats.bootstrap` puts intervals on such a function by drawing whole topics.
-Neurons are too many and too sparse for a bootstrap: `clustered_t` and `by_adjust` test them.
+Pairs of one topic share wording and are not independent. Every statistic used here needs a tidy table only through its sums
+and counts per topic: `cluster_sums` makes them, and `mean`, `contrast` and `ratio` are functions of them, on which
+`companion.stats.bootstrap` puts intervals. Neurons are too many and too sparse for a bootstrap: `clustered_t` and
+`by_adjust` test them.
 """
 
 from __future__ import annotations
@@ -40,22 +40,16 @@ class ClusterSums:
     columns: pd.DataFrame
     clusters: pd.Index
     strata: Int[np.ndarray, cluster]
-    n_rows: int
 
 
 def cluster_sums(
-    table: pd.DataFrame,
-    values: str | Sequence[str],
-    *,
-    by: Sequence[str] = (),
-    cluster: str = "topic",
-    strata: str | None = None,
+    table: pd.DataFrame, values: str | Sequence[str], *, by: Sequence[str] = (), strata: str | None = None
 ) -> ClusterSums:
-    """Sum the value column(s) of a tidy table within each cluster, separately for each combination of `by`.
+    """Sum the value column(s) of a tidy table within each topic, separately for each combination of `by`.
 
-    A wide table has one value column per cell; a long one has one value column and names the cell in `by`.
-    `strata` names a column: clusters in which the same set of its values occurs form one stratum, so with
-    `strata="treatment"` the topics that serve the same treatments are drawn among themselves.
+    A wide table has one value column per cell; a long one has one value column and names the cell in `by`. `strata` names
+    a column: topics in which the same set of its values occurs form one stratum, so with `strata="treatment"` the topics
+    that serve the same treatments are drawn among themselves.
 
     >>> table = pd.DataFrame({"topic": ["a", "a", "b"], "layer": [0, 1, 0], "nie": [1.0, 2.0, 3.0]})
     >>> cluster_sums(table, "nie", by=["layer"]).sums
@@ -65,8 +59,8 @@ def cluster_sums(
     Raises `InputError` for missing columns, no rows, and missing or infinite entries.
     """
     values, by = [values] if isinstance(values, str) else list(values), list(by)
-    _check_table(table, values, [cluster, *by, *([strata] if strata else [])])
-    row, clusters = pd.factorize(table[cluster], sort=True)
+    _check_table(table, values, ["topic", *by, *([strata] if strata else [])])
+    row, clusters = pd.factorize(table["topic"], sort=True)
     if by:
         grouped = table.groupby(by, sort=True, observed=True)
         column, cells = grouped.ngroup().to_numpy(), grouped.size().index.to_frame(index=False)
@@ -77,11 +71,10 @@ def cluster_sums(
     sums = [np.bincount(flat, table[name].to_numpy(float), math.prod(shape)).reshape(shape) for name in values]
     codes = np.zeros(len(clusters), dtype=int)
     if strata:
-        occurs = pd.crosstab(table[cluster], table[strata]).to_numpy() > 0
+        occurs = pd.crosstab(table["topic"], table[strata]).to_numpy() > 0
         codes = np.unique(occurs, axis=0, return_inverse=True)[1]
     columns = pd.concat([cells.assign(value=name) for name in values], ignore_index=True)[["value", *by]]
-    index = pd.Index(clusters, name=cluster)
-    return ClusterSums(np.hstack(sums), np.tile(counts, len(values)), columns, index, codes, len(table))
+    return ClusterSums(np.hstack(sums), np.tile(counts, len(values)), columns, pd.Index(clusters, name="topic"), codes)
 
 
 def _check_table(table: pd.DataFrame, values: list[str], keys: list[str]) -> None:
@@ -180,34 +173,16 @@ def by_adjust(p: Float[np.ndarray, test]) -> Float[np.ndarray, test]:
     return multipletests(p, method="fdr_by")[1]
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson (1927) interval of a proportion of independent trials.
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson (1927) 95 % interval of a proportion of independent trials.
 
     >>> [round(limit, 3) for limit in wilson(0, 10)]
     [0.0, 0.278]
     """
-    _check_counts(successes, n, confidence)
-    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    if not (n > 0 and 0 <= successes <= n and successes == int(successes) and n == int(n)):
+        raise InputError(f"{successes} of {n}: expected whole numbers 0 <= successes <= n, n > 0")
+    low, high = proportion_confint(successes, n, alpha=1 - 0.95, method="wilson")
     return float(low), float(high)
-
-
-def binomial_upper(successes: int, n: int, confidence: float = 0.95) -> float:
-    """Exact one-sided upper bound of a proportion (Clopper & Pearson 1934), for error rates.
-
-    >>> round(binomial_upper(0, 59), 4)
-    0.0495
-    """
-    _check_counts(successes, n, confidence)
-    # The two-sided interval at twice the error leaves exactly 1 - confidence above its upper limit.
-    return float(proportion_confint(successes, n, alpha=2 * (1 - confidence), method="beta")[1])
-
-
-def _check_counts(successes: int, n: int, confidence: float) -> None:
-    if not (n > 0 and 0 <= successes <= n and successes == int(successes) and n == int(n) and 0 < confidence < 1):
-        raise InputError(
-            f"{successes} of {n} at confidence {confidence}: expected whole numbers 0 <= successes <= n, n > 0, "
-            "and a confidence between 0 and 1"
-        )
 
 
 def exact_mcnemar(first: Bool[np.ndarray, prompt], second: Bool[np.ndarray, prompt]) -> float:

@@ -87,7 +87,7 @@ def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, f
 
 BREAKS: dict[str, tuple[str, str | None, str]] = {  # file, its content (None: it goes), what is said
     "no config": ("config.json", None, "has no config.json"),
-    "no weights": ("model.safetensors", None, "has no *.safetensors weights"),
+    "no weights": ("model.safetensors", None, "it has no weights"),
     "no tokenizer": ("tokenizer*.json", None, "has no tokenizer files"),
     "no template": ("chat_template.jinja", None, "has no chat template"),
     "own code": ("config.json", '{"auto_map": {"AutoModel": "m.M"}}', "asks to run code of its own"),

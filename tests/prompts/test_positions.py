@@ -1,11 +1,12 @@
 """Position groups of templates with and without a system turn, and of texts with spans, spaces and template words."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import handmade
 import numpy as np
 import pytest
-from test_tokens import byte_tokenizer
+from handmade import byte_tokenizer
 
 from companion.prompts import positions, tokens
 from companion.prompts.pairs import SPAN_NAMES, Pair
@@ -36,19 +37,11 @@ def groups(tokenizer, control: str, treated: str, spans: Mapping | None = None) 
 
 
 def test_the_header_is_what_stands_before_every_user_turn() -> None:
-    headers = {name: positions.user_header(handmade.word_tokenizer(text)) for name, text in TEMPLATES.items()}
-    assert headers == {
-        "plain": "<user> ",
-        "system": " <end> <user> ",
-        "stripped": "<user> ",
-        "single turn": "",
-        "bare": "",
-    }
-
-
-def test_a_template_that_shows_the_last_turn_only_has_no_header() -> None:
-    last = handmade.TEMPLATE.replace("in messages", "in messages[-1:]")
-    assert positions.user_header(handmade.word_tokenizer(last)) == ""
+    last_turn = handmade.TEMPLATE.replace("in messages", "in messages[-1:]")
+    templates = {**TEMPLATES, "last turn only": last_turn}
+    headers = {name: positions.user_header(handmade.word_tokenizer(text)) for name, text in templates.items()}
+    shown = {"plain": "<user> ", "system": " <end> <user> ", "stripped": "<user> "}
+    assert headers == {**shown, "single turn": "", "bare": "", "last turn only": ""}
 
 
 def test_groups_without_a_system_turn() -> None:
@@ -61,22 +54,19 @@ def test_groups_without_a_system_turn() -> None:
     }  # fmt: skip
 
 
-def test_groups_with_a_system_turn() -> None:
+def test_groups_of_other_templates() -> None:
     found = groups(handmade.word_tokenizer(handmade.WITH_SYSTEM), "off now", "on now")
     assert found["system"] == ["<bos>", "<system>", "be", "kind"]
-    assert found["header"] == ["<end>", "<user>"]
-    assert found["rest"] == ["on"]
-
-
-def test_groups_of_a_template_without_a_second_turn() -> None:
+    assert found["header"] == ["<end>", "<user>"] and found["rest"] == ["on"]
     found = groups(handmade.word_tokenizer(handmade.SINGLE_TURN), "off now", "on now")
-    assert found["system"] == ["<bos>", "<user>"]
-    assert "header" not in found
-
-
-def test_a_bare_template_has_a_last_token_only() -> None:
+    assert found["system"] == ["<bos>", "<user>"] and "header" not in found
     found = groups(handmade.word_tokenizer(handmade.BARE), "off now do", "on now do")
     assert {name: found[name] for name in PARTITION if name in found} == {"rest": ["on", "now"], "last": ["do"]}
+    found = groups(
+        handmade.word_tokenizer(), "off <user> <assistant>", "on <user> <assistant>"
+    )  # it repeats the template
+    assert (found["header"], found["rest"]) == (["<user>"], ["on", "<user>"])
+    assert (found["last_instruction"], found["template"]) == (["<assistant>"], ["<end>"])
 
 
 @pytest.mark.parametrize("text", ["{} now", "  {} now", "{} now  ", " {} now\n "])
@@ -94,14 +84,6 @@ def test_spaces_around_the_text_move_no_word_to_another_group(template: str, tex
     }
 
 
-def test_text_that_repeats_the_template() -> None:
-    found = groups(handmade.word_tokenizer(), "off <user> <assistant>", "on <user> <assistant>")
-    assert found["header"] == ["<user>"]
-    assert found["rest"] == ["on", "<user>"]
-    assert found["last_instruction"] == ["<assistant>"]
-    assert found["template"] == ["<end>"]
-
-
 def test_spans_become_groups() -> None:
     spans = {"control": {"object": [10, 13]}, "treated": {"wrapper": [0, 6], "verb": [10, 12], "object": [13, 16]}}
     found = groups(handmade.word_tokenizer(), "please do low be now well", "please on do low now well", spans)
@@ -113,12 +95,9 @@ def test_spans_become_groups() -> None:
     assert found["rest"] == ["on", "now"]
 
 
-def test_a_span_of_either_prompt_counts_in_both() -> None:
+def test_a_span_takes_every_token_that_it_touches_in_either_prompt() -> None:
     spans = {"control": {"verb": [0, 2]}, "treated": {"verb": [3, 5]}}
     assert groups(handmade.word_tokenizer(), "do it now", "it do now", spans)["verb"] == ["it", "do"]
-
-
-def test_a_span_takes_every_token_that_it_touches() -> None:
     tokenizer = byte_tokenizer(handmade.TEMPLATE, (("o", "n"), ("Ġ", "on")))
     found = groups(tokenizer, "do off on it", "do on off it", {"treated": {"verb": [3, 5]}})
     assert found["verb"] == ["Ġon"]  # the space before the word is part of its token
@@ -156,16 +135,11 @@ def test_differ_and_shared() -> None:
     assert positions.distance(pair) == 3
 
 
-def test_groups_stack_over_pairs() -> None:
+def test_groups_stack_over_pairs_and_are_listed_in_reading_order() -> None:
     tokenizer = handmade.word_tokenizer()
     pairs = [made(tokenizer, "off now do", "on now do"), made(tokenizer, "do now off", "do now on")]
     stacked = positions.stack(pairs, "<user> ", "differ")
-    assert stacked.dtype == bool
-    assert stacked.nonzero()[1].tolist() == [2, 4]
-
-
-def test_groups_present_in_reading_order() -> None:
-    tokenizer = handmade.word_tokenizer()
+    assert stacked.dtype == bool and stacked.nonzero()[1].tolist() == [2, 4]
     pair = made(tokenizer, "please off now do", "please on now do", {"treated": {"verb": (7, 9)}})
     masks = positions.groups(pair, positions.user_header(tokenizer))
     assert positions.present(masks) == ["system", "header", "rest", "verb", "last_instruction", "template", "last"]
@@ -173,8 +147,15 @@ def test_groups_present_in_reading_order() -> None:
 
 def test_labels_show_spaces_and_line_ends() -> None:
     tokenizer = byte_tokenizer()
-    assert positions.labels(np.array(tokenizer("a \n", add_special_tokens=False)["input_ids"]), tokenizer) == [
-        "a",
-        "·",
-        "\\n",
-    ]
+    ids = np.array(tokenizer("a \n", add_special_tokens=False)["input_ids"])
+    assert positions.labels(ids, tokenizer) == ["a", "·", "\\n"]
+
+
+def test_labels_of_a_sensitive_pair_are_places_without_words() -> None:
+    tokenizer = handmade.word_tokenizer()
+    pair = made(tokenizer, "please off now do", "please on now do")
+    plain = positions.token_labels(pair, "treated", tokenizer)
+    assert plain == positions.labels(pair.treated, tokenizer)
+    hidden = replace(pair, pair=replace(pair.pair, sensitive=True))
+    shown = positions.token_labels(hidden, "treated", tokenizer)
+    assert shown == [*plain[:2], *["(hidden)"] * 4, *plain[6:]]

@@ -1,6 +1,7 @@
 """Fewer pairs: splits, twins, topics and kinds of pairs stay as they were."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,7 @@ def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
     return made[: n_topics * repeats] + made[n_topics * repeats :][::-1]
 
 
-@pytest.mark.parametrize("n", [*range(10, 41), 57])
+@pytest.mark.parametrize("n", [10, 11, 17, 24, 33, 40, 57])
 def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
     kept = subsample(paired(), n)
     for treatment in ("T2", "T2b", "B1"):
@@ -32,18 +33,16 @@ def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
             assert abs(splits[split] - share * n) < 1.001
 
 
-def test_limit_keeps_twins_topics_and_the_order() -> None:
+def test_limit_keeps_twins_topics_and_the_order_and_does_not_depend_on_it() -> None:
     pairs = paired()
     kept = subsample(pairs, 20)
     assert [pair for pair in pairs if pair in kept] == list(kept)
     harmful = [pair for pair in kept if pair.treatment == "T2"]
     assert {pair.twin for pair in harmful} == {pair.id for pair in kept if pair.treatment == "T2b"}
     assert len({pair.topic for pair in harmful}) == 20  # every topic once before any topic twice
-
-
-def test_limit_without_twins_bounds_each_treatment() -> None:
-    pairs = [Pair(p.id, p.treatment, p.topic, p.control, p.treated, p.split) for p in paired()]
-    assert Counter(pair.treatment for pair in subsample(pairs, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
+    alone = [replace(pair, twin=None) for pair in pairs]
+    assert Counter(pair.treatment for pair in subsample(alone, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
+    assert {pair.id for pair in subsample(pairs, 23)} == {pair.id for pair in subsample(pairs[::-1], 23)}
 
 
 def test_limit_of_nothing_and_of_too_few() -> None:
@@ -55,19 +54,6 @@ def test_limit_of_nothing_and_of_too_few() -> None:
             subsample(pairs, n)
 
 
-def test_one_pair_a_topic_shows_every_kind_of_pair() -> None:
-    """The file lists the kinds of a topic in the same order each time: its first pairs would be of one kind."""
-    kinds = ("object", "verb", "binding")
-    pairs = [
-        Pair(f"T1-{topic}.{k}", "T1", str(topic), "a", "b", SPLITS[topic % 3], family=kind)
-        for topic in range(150)
-        for k, kind in enumerate(kinds)
-    ]
-    counts = Counter(pair.family for pair in subsample(pairs, 120))
-    assert set(counts) == set(kinds)
-    assert min(counts.values()) > 25
-
-
 def test_the_shipped_set_keeps_its_kinds() -> None:
     pairs = [pair for pair in load_set("embedded").pairs if pair.treatment == "T1"]
     kept = subsample(pairs, 120)
@@ -75,8 +61,3 @@ def test_the_shipped_set_keeps_its_kinds() -> None:
     for split in SPLITS:
         whole, few = (Counter(p.family for p in some if p.split == split) for some in (pairs, kept))
         assert all(abs(few[kind] / few.total() - whole[kind] / whole.total()) < 0.2 for kind in whole)
-
-
-def test_limit_does_not_depend_on_the_order_of_the_file() -> None:
-    pairs = paired()
-    assert {pair.id for pair in subsample(pairs, 23)} == {pair.id for pair in subsample(pairs[::-1], 23)}

@@ -7,7 +7,6 @@ import pytest
 
 from companion.base.errors import InputError
 from companion.prompts import wrappers
-from companion.run import settings
 
 GOOD = {"family": "tale", "neutral": "plain {request} end", "jailbreak": "other {request} end"}
 
@@ -24,32 +23,28 @@ def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
     assert wrappers.read_wrappers(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{", "line 2: broken JSON"),
-        ("[]", "line 2: expected an object with the strings family, neutral, jailbreak"),
-        ({"family": "x", "neutral": "{request}"}, "and nothing else"),
-        (GOOD | {"more": "x"}, "and nothing else"),
-        (GOOD | {"neutral": "no slot"}, "'neutral' must hold the slot {request} exactly once, not 0 times"),
-        (GOOD | {"jailbreak": "{request} {request}"}, "'jailbreak' must hold the slot {request} exactly once, not 2"),
-        (GOOD | {"jailbreak": GOOD["neutral"]}, "the two templates must differ"),
-        (GOOD | {"family": " "}, "'family' must be named"),
-        (GOOD, "two wrappers are of one family"),
-    ],
-)
+WRONG = [
+    ("{", "line 2: broken JSON"),
+    ("[]", "line 2: expected an object with the strings family, neutral, jailbreak"),
+    ({"family": "x", "neutral": "{request}"}, "and nothing else"),
+    (GOOD | {"more": "x"}, "and nothing else"),
+    (GOOD | {"neutral": "no slot"}, "'neutral' must hold the slot {request} exactly once, not 0 times"),
+    (GOOD | {"jailbreak": "{request} {request}"}, "'jailbreak' must hold the slot {request} exactly once, not 2"),
+    (GOOD | {"jailbreak": GOOD["neutral"]}, "the two templates must differ"),
+    (GOOD | {"family": " "}, "'family' must be named"),
+    (GOOD, "two wrappers are of one family"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG)
 def test_what_is_wrong_with_a_wrapper_is_said(tmp_path: Path, row: object, message: str) -> None:
     with pytest.raises(InputError) as caught:
         wrappers.read_wrappers(written(tmp_path, GOOD, row))
-    assert message in str(caught.value)
-    assert "plain" not in str(caught.value)
+    assert message in str(caught.value) and "plain" not in str(caught.value)
 
 
-def test_no_file_an_empty_one_and_wrappers_for_a_folder(tmp_path: Path) -> None:
+def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a file of JSON lines"):
         wrappers.read_wrappers(tmp_path / "none")
     with pytest.raises(InputError, match="no wrappers"):
         wrappers.read_wrappers(written(tmp_path))
-    with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
-        settings.check("embedded", str(written(tmp_path, GOOD)))
-    settings.check("jailbreakbench", str(tmp_path))

@@ -9,7 +9,7 @@ import pytest
 
 from companion.base.errors import InputError
 from companion.prompts import pairs
-from companion.prompts.pairs import SPLITS, Pair, load_set
+from companion.prompts.pairs import SPLITS, Pair, load_set, shown
 
 OUTCOME = {"comply": ["yes"], "refuse": ["no"]}
 
@@ -97,41 +97,29 @@ def test_wrong_pairs_are_named(tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("name", pairs.REQUIRED)
 def test_every_required_field_is_asked_for(tmp_path: Path, name: str) -> None:
-    pairs = rows()
-    del pairs[4][name]
+    made = rows()
+    del made[4][name]
     with pytest.raises(InputError, match=f"line 5: '{name}' must be a non-empty string"):
-        load_set(folder(tmp_path, pairs))
+        load_set(folder(tmp_path, made))
 
 
-def test_broken_json_names_its_line(tmp_path: Path) -> None:
+def test_broken_lines_are_named(tmp_path: Path) -> None:
     lines = [json.dumps(row) for row in rows()]
     lines[6] = lines[6][:-1]
     with pytest.raises(InputError, match="line 8: broken JSON"):
         load_set(folder(tmp_path, "\n" + "\n".join(lines)))
-
-
-def test_a_line_that_is_no_object(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 1: expected a JSON object with id, treatment"):
         load_set(folder(tmp_path, '["p0"]\n'))
 
 
-def test_unicode_line_ends_do_not_end_a_line(tmp_path: Path) -> None:
-    pairs = rows(treated="on\u2028here\u0085there")
-    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in pairs)
-    content = load_set(folder(tmp_path, text))
-    assert len(content.pairs) == 12
-    assert content.pairs[2].treated == "on\u2028here\u0085there"
-
-
-def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
-    text = "\n".join(json.dumps(row) for row in rows())
-    assert len(load_set(folder(tmp_path, b"\xef\xbb\xbf" + text.encode())).pairs) == 12
-
-
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows(treated="öffne es"))
+def test_encodings_and_line_ends(tmp_path: Path) -> None:
+    """Unicode's own line ends do not end a line, and a byte order mark is no content."""
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows(treated="on\u2028here\u0085 öffne"))
+    for mark in (b"", b"\xef\xbb\xbf"):
+        content = load_set(folder(tmp_path, mark + text.encode()))
+        assert len(content.pairs) == 12 and content.pairs[2].treated == "on\u2028here\u0085 öffne"
     with pytest.raises(InputError, match=r"pairs\.jsonl: not UTF-8 text \(byte \d+\); save"):
-        load_set(folder(tmp_path, text.encode("latin-1")))
+        load_set(folder(tmp_path, text.replace("\u2028", "").encode("latin-1")))
 
 
 def test_fewer_than_ten_pairs(tmp_path: Path) -> None:
@@ -140,15 +128,11 @@ def test_fewer_than_ten_pairs(tmp_path: Path) -> None:
     assert len(load_set(folder(tmp_path, rows(10))).pairs) == 10
 
 
-@pytest.mark.parametrize("missing", ["pairs.jsonl", "outcome.json"])
-def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
-    folder(tmp_path, rows())
-    (tmp_path / missing).unlink()
-    with pytest.raises(InputError, match=f"no {missing}; a prompt set is a folder with"):
-        load_set(tmp_path)
-
-
-def test_a_missing_folder_lists_the_shipped_names(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    for missing in ("pairs.jsonl", "outcome.json"):
+        (folder(tmp_path, rows()) / missing).unlink()
+        with pytest.raises(InputError, match=f"no {missing}; a prompt set is a folder with"):
+            load_set(tmp_path)
     with pytest.raises(InputError, match=r"no prompt set at '.*nowhere': expected a folder, .*embedded"):
         load_set(tmp_path / "nowhere")
 
@@ -221,6 +205,26 @@ def test_a_topic_in_two_splits(tmp_path: Path) -> None:
     pairs = topics(12, {3: "test"}, repeats=2)
     pairs[7]["split"] = "discover"
     with pytest.raises(
-        InputError, match="topic 'topic 3' is in two splits \\(test, discover\\); a topic belongs to one"
+        InputError, match=r"topic 'topic 3' is in two splits \(test, discover\); a topic belongs to one"
     ):
         load_set(folder(tmp_path, pairs))
+
+
+NOTES = [
+    (None, False),
+    ('{"sensitive": false}', False),
+    ('{"sensitive": true}', True),
+    ("{}", True),
+    ("{", True),
+    ("[]", True),
+]
+
+
+@pytest.mark.parametrize(("note", "hidden"), NOTES)
+def test_a_set_is_sensitive_if_its_note_does_not_deny_it(tmp_path: Path, note: str | None, hidden: bool) -> None:
+    place = folder(tmp_path, rows())
+    if note is not None:
+        (place / "set.json").write_text(note)
+    pair = load_set(place).pairs[3]
+    assert pair.sensitive is hidden
+    assert ("on 3" in shown(pair, "treated")) is not hidden and (pair.id in shown(pair, "treated")) is hidden

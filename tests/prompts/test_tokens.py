@@ -3,8 +3,9 @@
 import handmade
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from handmade import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
 
 from companion.base.errors import InputError
 from companion.prompts import tokens
@@ -21,19 +22,6 @@ def prompt_set(comply: tuple[str, ...], refuse: tuple[str, ...]) -> PromptSet:
     return PromptSet("made", (pair("do off", "do on"),), {"T2": (comply, refuse)}, "")
 
 
-def byte_tokenizer(
-    template: str = handmade.TEMPLATE, merges: tuple[tuple[str, str], ...] = ()
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, where spaces belong to tokens; `merges` in its own alphabet (a space is Ġ)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
-    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, list(merges)))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    made.chat_template = template
-    return made
-
-
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
     return tokenizer.convert_ids_to_tokens(ids.tolist())
 
@@ -47,8 +35,6 @@ def test_the_template_and_its_generation_prompt_are_around_the_text() -> None:
 
 
 def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = handmade.word_tokenizer()
     bos = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", bos)])
@@ -95,14 +81,10 @@ def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:
     made = kept[0]
     assert made.control.shape == made.treated.shape == (7,)
     assert np.flatnonzero(made.control != made.treated).tolist() == [3]
-    for ids, offsets, start, text in (
-        (made.control, made.control_offsets, made.control_start, "do off now"),
-        (made.treated, made.treated_offsets, made.treated_start, "do on now"),
-    ):
-        again = tokens.encode(WORDS, text)
-        assert (ids == again[0]).all()
-        assert (offsets == again[1]).all()
-        assert start == again[2]
+    for side in ("control", "treated"):
+        ids, offsets, start = tokens.encode(WORDS, getattr(made.pair, side))
+        assert (getattr(made, side) == ids).all() and (getattr(made, f"{side}_offsets") == offsets).all()
+        assert getattr(made, f"{side}_start") == start
 
 
 def test_too_few_usable_pairs_say_why() -> None:
@@ -113,18 +95,15 @@ def test_too_few_usable_pairs_say_why() -> None:
         tokens.tokenize(pairs[:9], WORDS)
 
 
-def test_openers_are_first_tokens() -> None:
-    found = tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"]
-    expected = sorted(WORDS.convert_tokens_to_ids(["yes", "well"]))
-    assert found == tokens.Openers(tuple(expected), (WORDS.convert_tokens_to_ids("no"),))
-
-
-def test_openers_of_several_tokens_are_named() -> None:
+def test_openers_are_first_tokens_and_those_of_several_are_named() -> None:
+    yes, well, no = WORDS.convert_tokens_to_ids(["yes", "well", "no"])
+    assert tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"] == tokens.Openers(
+        tuple(sorted((yes, well))), (no,)
+    )
     found = tokens.openers(prompt_set(("yes well", "yes now"), ("no",)), WORDS)["T2"]
-    assert found.comply == (WORDS.convert_tokens_to_ids("yes"),)
-    assert found.notes == (
-        "outcome string 'yes well' is 2 tokens; its first decides",
-        "outcome string 'yes now' is 2 tokens; its first decides",
+    assert found.comply == (yes,)
+    assert found.notes == tuple(
+        f"outcome string 'yes {word}' is 2 tokens; its first decides" for word in ("well", "now")
     )
 
 
@@ -140,16 +119,14 @@ def test_an_opener_that_melts_into_the_prompt() -> None:
         tokens.openers(prompt_set(("yes",), ("no",)), tokenizer)
 
 
-def test_an_opener_without_a_token() -> None:
-    with pytest.raises(InputError, match="' ' starts no token of its own"):
-        tokens.openers(prompt_set((" ",), ("no",)), WORDS)
-
-
-def test_an_unknown_opener() -> None:
-    with pytest.raises(InputError, match="'perhaps' starts with a word that the tokenizer does not know"):
-        tokens.openers(prompt_set(("perhaps",), ("no",)), WORDS)
-
-
-def test_comply_and_refuse_that_share_their_first_token() -> None:
-    with pytest.raises(InputError, match="outcome of T2: comply and refuse share the first token"):
-        tokens.openers(prompt_set(("yes well",), ("no", "yes now")), WORDS)
+@pytest.mark.parametrize(
+    ("comply", "refuse", "message"),
+    [
+        ((" ",), ("no",), "' ' starts no token of its own"),
+        (("perhaps",), ("no",), "'perhaps' starts with a word that the tokenizer does not know"),
+        (("yes well",), ("no", "yes now"), "outcome of T2: comply and refuse share the first token"),
+    ],
+)
+def test_openers_that_decide_nothing(comply: tuple[str, ...], refuse: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tokens.openers(prompt_set(comply, refuse), WORDS)
