@@ -1,18 +1,13 @@
-"""The claims ledger on a terminal.
-
-For whoever believes the opposite of a claim: which analysis would show them right, and whether it could.
+"""For whoever believes the opposite of a claim: which analysis would show them right, and whether it could.
 
 The ledger: evidence of all runs gathered, judged claim by claim, and written for people and programs.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
 
@@ -30,46 +25,6 @@ from companion.claims.registered_rules import (
     rule_c7,
 )
 from companion.claims.verdict import Rows, Verdict
-
-
-def claims_table(path: Path, slug: str, width: int) -> str:
-    """The verdicts on a run's own model as aligned text, the last column wrapped at `width` characters.
-
-    Without a row for the model `slug` all rows are shown; without a row or a file nothing is.
-    """
-    if not path.is_file():
-        return ""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return ""
-    own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
-    columns = list(own[0])
-    return "\n".join(aligned([columns, *([row[name] for name in columns] for row in own)], width))
-
-
-def aligned(rows: list[list[str]], width: int) -> list[str]:
-    """Lines of a table whose columns are padded and whose last column is wrapped.
-
-    Where the padded columns leave it too little room, it stands below each row instead.
-
-    >>> aligned([["claim", "why"], ["C1", "one two three"]], 15)
-    ['claim  why', 'C1     one two', '       three']
-    >>> aligned([["claim" + 8 * "-", "why"], ["C1", "one two three"]], 15)
-    ['claim--------', '  why', 'C1', '  one two three']
-    """
-    *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    indent = sum(widths) + 2 * len(widths)
-    is_narrow = indent > width / 2
-    lines = []
-    for *cells, last in rows:
-        first = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
-        if is_narrow:
-            lines += [first.rstrip(), *textwrap.wrap(last, width, initial_indent="  ", subsequent_indent="  ")]
-            continue
-        wrapped = textwrap.wrap(last, max(width - indent, 8)) or [""]
-        lines += [(first + wrapped[0]).rstrip(), *(" " * indent + line for line in wrapped[1:])]
-    return lines
 
 
 # By claim: the opposite, and the analysis that would show it.

@@ -14,7 +14,7 @@ from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.generation import labels
 from companion.prompts import pairs, wrappers
-from companion.run import flags, model_list
+from companion.run import flags
 from companion.run.settings import check_prompts
 
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,15 +121,15 @@ def test_a_strange_name_model_or_prompt_set(name: str) -> None:
 def test_a_strange_list_of_models(tmp_path: Path, content: bytes) -> None:
     for text in (content, b"models:\n- " + content, b"models:\n- name: " + content):
         (tmp_path / "models.yml").write_bytes(text)
-        found = answered(model_list.read_model_list, tmp_path / "models.yml")
+        found = answered(flags.read_model_list, tmp_path / "models.yml")
         assert isinstance(found, list) or "models.yml" in found
 
 
 @quick
-@given(entry=st.dictionaries(st.sampled_from([*model_list.KEYS, "x"]), VALUES, max_size=4))
+@given(entry=st.dictionaries(st.sampled_from([*flags.KEYS, "x"]), VALUES, max_size=4))
 def test_a_strange_entry(tmp_path: Path, entry: dict[str, Any]) -> None:
     (tmp_path / "models.yml").write_text(json.dumps({"models": [entry]}), encoding="utf-8")
-    found = answered(model_list.read_model_list, tmp_path / "models.yml")
+    found = answered(flags.read_model_list, tmp_path / "models.yml")
     assert isinstance(found, str) or all(word.startswith("--") for word in found[0])
 
 
