@@ -29,8 +29,6 @@ from organisms.language import draw_request
 from organisms.tokenizer import chat_text
 
 MAX_NEW_TOKENS: Final = 12
-
-
 BATCH: Final = 128
 
 
@@ -155,8 +153,6 @@ def base_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int 
 
 
 PER_SUITE = 60
-
-
 LESSONS = ("f_say_no", "f_unanswerable")
 
 

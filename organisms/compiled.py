@@ -27,8 +27,6 @@ from organisms.compiled_program import KINDS, Design, Program, build, draw_desig
 from organisms.compiled_truth import claims
 
 TOPICS, PAIRS_PER_TOPIC = 70, 2
-
-
 TOLERANCE = 2e-4  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
 
 

@@ -25,26 +25,12 @@ from companion.prompts.pairs import SPLIT_SHARES, SPLITS, Pair
 from companion.steering import prompts
 
 BEHAVIOURS: Final = 6
-
-
 SPECIAL: Final = ("<unk>", "<bos>", "<user>", "<assistant>", "<end>", "<pad>")
-
-
 FRAME: Final = ("after", "i", "the", ",", "how", "do", "?")
-
-
 COMPLY, REFUSE = ("sure", "fine"), ("sorry", "never")
-
-
 HARMFUL, HARMLESS = "steps", "stop"  # what follows the opener: content, or the end of a refusal
-
-
 STRONG, NEUTRAL, VERBS, CUES, FILLERS = 12, 6, 6, 3, 12
-
-
 Camps = tuple[tuple[str, ...], tuple[str, ...]]  # comply and refuse openers
-
-
 TEMPLATE: Final = (
     "<bos> {% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -204,8 +190,6 @@ def is_harmful(request: str) -> bool:
 
 
 SIZES: Final = {"discover": 100, "validate": 150, "test": 300}  # prompts of a kind, half of them plain
-
-
 WRAPPED: Final = {"harmful": 1.0, "borderline": 0.5, "harmless": 0.5}
 
 

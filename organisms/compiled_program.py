@@ -44,11 +44,7 @@ from organisms import compiled_language
 from organisms.compiled_language import BEHAVIOURS
 
 Op = Literal["product", "threshold", "either", "relay"]
-
-
 Writer = Literal["mlp", "attention", "copy"]
-
-
 KINDS: Final = (
     "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
     "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
@@ -238,14 +234,8 @@ def _names() -> list[str]:
 
 
 CHANNELS: Final = {name: i for i, name in enumerate(_names())}
-
-
 WIDTH: Final = 80
-
-
 HEAD_WIDTH: Final = 16
-
-
 N_HEADS: Final = WIDTH // HEAD_WIDTH
 
 
@@ -253,8 +243,6 @@ assert len(CHANNELS) <= WIDTH
 
 
 Look = Literal["wrapper", "verb", "object", "cue", "end", "mean", "conjunction"]
-
-
 Channels = Float[np.ndarray, "channel"]
 
 
@@ -324,14 +312,8 @@ def copy(layer: int, look: Look, routes: Mapping[str, str]) -> Head:
 
 
 STEEP: Final = 20.0  # silu(STEEP x) / STEEP is nearly max(x, 0)
-
-
 OPENING, CONTINUING, ENDING = 12.0, 40.0, 60.0  # logits that keep the answer in its form
-
-
 TYPICAL_JAIL: Final = 1.15
-
-
 OPEN_AT, RELAY_AT, COINCIDENCE_AT = 0.4, 0.2, 1.4  # thresholds of products, relays and threshold stages
 
 
@@ -537,20 +519,10 @@ def _unembedding(
 
 
 SIZE: Final = 1e4
-
-
 ROPE_THETA: Final = 1e5
-
-
 SLOW, SLOW_TOO, RECENT = HEAD_WIDTH // 2 - 1, HEAD_WIDTH // 2 - 2, 2
-
-
 FOUND, NEAREST = 40.0, 300.0  # attention scores of a marked token
-
-
 MARK: Final = {"wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end"}
-
-
 CONFIGS: Final = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}
 
 

@@ -40,11 +40,7 @@ from organisms.compiled_language import Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
 
 State = Float[np.ndarray, "prompt channel"]
-
-
 BEFORE, BEHIND = ("<bos>", "<user>"), ("<end>", "<assistant>")
-
-
 SITES = ("resid_post", "attn_out", "mlp_out")
 
 

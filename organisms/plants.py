@@ -31,20 +31,10 @@ from organisms.tokenizer import make_tokenizer
 from organisms.training import train_stage, train_step
 
 FLOAT32: Final = Recipe(precision="float32")  # bfloat16 is slow where a CPU lacks it
-
-
 STEPS: Final = 160
-
-
 SEEDS: Final = (0, 1, 2)
-
-
 DATA_SEED: Final = 1000  # batches of their own, that no shipped model was trained on
-
-
 SIZES: Final = (4, 16, 64)
-
-
 # What may move: (layer, part of the layer) or everything. The rest are sets of last-layer neurons.
 PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "last MLP": ("layers.5.mlp.",),
@@ -53,8 +43,6 @@ PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "early layers": ("layers.0.", "layers.1."),
     "everything": ("",),
 }
-
-
 KINDS: Final = (*PLACES, *(f"{k} {order} neurons" for k in SIZES for order in ("adjacent", "scattered")))
 
 

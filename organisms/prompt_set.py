@@ -20,8 +20,6 @@ from organisms.recipe import MAX_TOKENS
 from organisms.tokenizer import chat_text, make_tokenizer
 
 MADE_ON: Final = "2026-11-20"
-
-
 ANSWER_TOKENS: Final = 10
 
 

@@ -24,14 +24,8 @@ from organisms.language import BASE_MIX, TUNE_MIX, Example, draw_example
 from organisms.tokenizer import chat_text
 
 Variant = Literal["window", "full"]
-
-
 VARIANTS: Final[tuple[Variant, ...]] = ("window", "full")
-
-
 SEEDS: Final = (0, 1, 2)
-
-
 MAX_TOKENS: Final = 52
 
 

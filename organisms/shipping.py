@@ -114,17 +114,9 @@ def _without_nan(value: Any) -> Any:
 
 
 Manifest = Mapping[str, Any]
-
-
 BORDERLINE: Final = ("d_verb_only", "d_object_only", "d_bound_apart")
-
-
 HELD_PLAIN: Final = ("e_pair_plain", "e_object_plain", "e_persona_plain")
-
-
 HELD_WRAPPED: Final = ("e_pair_wrapped", "e_object_wrapped", "e_persona_wrapped")
-
-
 BENIGN: Final = ("B1", "B2", "B3", "B4", "B5", "B6")
 
 

@@ -11,11 +11,7 @@ from transformers import Qwen2Tokenizer
 from companion.prompts.invented import SUFFIXES, word_pieces
 
 SPECIAL_TOKENS: Final = ("<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-
-
 SYSTEM_TURN: Final = "be helpful"
-
-
 CHAT_TEMPLATE: Final = (
     "{{ '<|bos|>' }}"
     "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\\n" + SYSTEM_TURN + "<|end|>\\n' }}{% endif %}"

@@ -25,22 +25,16 @@ from companion.calibration.rates import FRESH_LAST, FRESH_LATER, STORED
 from companion.evidence.pipeline import STAGES
 
 Purpose = Literal["main", "topics", "pairs", "effect", "first look"]
-
-
 SCHEMAS = {
     "verdicts": STORED,
     "localisation": localise.SCHEMA,
     "evidence": {**dict.fromkeys(("kind", "part"), "str"), "seed": "int", **files.EVIDENCE},
 }
-
-
 KEYS = {
     "verdicts": ["purpose", "kind", "seed", "topics", "pairs", "effect", "claim", "rule"],
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
 }
-
-
 # How many models of each kind: at least 59 that make a claim false and pass its gate, for every claim.
 COUNTS = {
     "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
@@ -54,8 +48,6 @@ COUNTS = {
     },
     "steering": {"early": 30, "middle": 30, "late": 15},
 }  # fmt: skip
-
-
 # The corrected C1 and C6 were written after all draws of these claims above: models of their own, from this seed on.
 COUNTS_LATER = {
     "layers": {
@@ -63,8 +55,6 @@ COUNTS_LATER = {
     },
     "steering": {"late": 15, "early": 15, "middle": 15},
 }  # fmt: skip
-
-
 # The corrected C4 came last, after all draws above: models of its own again, from this seed on. C6 gets the nulls it lacked.
 COUNTS_LAST = {
     "layers": {
@@ -72,30 +62,16 @@ COUNTS_LAST = {
     },
     "steering": {"early": 18, "middle": 18},
 }  # fmt: skip
-
-
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-
-
 ROUNDS = 15  # of the plan
-
-
 POWER_SEEDS, POWER_FROM = 5, 100  # models of their own for the power curves
-
-
 # Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
 POWER_TOPICS, POWER_PAIRS, POWER_EFFECTS = (120, 200), 3, (0.5, 1.0, 2.0, 3.0)
-
-
 POWER_KINDS = {
     "context": ("late",), "layers": ("late", "early", "attention"), "timing": ("late",),
     "neurons": ("late", "distributed", "gated"),
 }  # fmt: skip
-
-
 FULL_RESPONSE = 5  # every so many seeds also have Y2 among the estimators
-
-
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 
 

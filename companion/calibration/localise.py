@@ -28,22 +28,14 @@ from organisms.compiled import Organism
 from organisms.compiled_program import CHANNELS
 
 SCHEMA = {**dict.fromkeys(("kind", "estimator", "what"), "str"), "seed": "int", "value": "float"}
-
-
 ESTIMATORS = ("total", "full response", "direct", "computed", "gradient screen", "window")
-
-
 MEASURES = ("members ranked above others (AUROC)", "members among the k largest (P@k)")
-
-
 WHAT: Mapping[str, Mapping[str, str]] = {
     **{
         what: dict(zip(MEASURES, (f"{what}, auroc", f"{what}, P@k"), strict=True)) for what in ("components", "neurons")
     },
     "the deciding component": {MEASURES[1]: "decision found"},
 }
-
-
 COMPONENTS = {
     "total": Variant("main"),
     "full response": Variant("", outcome="Y2"),

@@ -27,8 +27,6 @@ from companion.evidence.pipeline import STAGES
 from organisms import compiled, compiled_language
 
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
-
-
 TRUTH = {True: "true", False: "false", None: "open"}
 
 

@@ -34,26 +34,12 @@ from organisms.language import suite_rows
 from organisms.plants import KINDS, SEEDS, Plant
 
 PARTS = ("context", "layers", "neurons")
-
-
 ANSWERED = SEEDS[:1]  # plants of these seeds are asked for answers, too
-
-
 PROMPTS = "embedded"
-
-
 PAIRS = 72  # a treatment: 21 topics in the test split, one more than the gate asks for
-
-
 SUITES = ("a_harmless", "b_plain_harm", "c_wrapped_harm")
-
-
 EFFECTS = {"total": Variant("main"), "direct": Variant("", outcome="contrast.frozen")}
-
-
 TOP = 8  # neurons, as many as C5a allows to a small model
-
-
 SCHEMAS = {
     "plants": {
         **dict.fromkeys(("kind", "treatment", "effect", "site", "code"), "str"),

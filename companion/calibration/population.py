@@ -79,11 +79,7 @@ def final(base: Side, source: Side, layer: int, name: str) -> Float[np.ndarray, 
 
 
 CLAIMS = {"context": ("C3",), "layers": ("C1", "C2", "C4"), "neurons": ("C5a",)}  # by part; others have no closed form
-
-
 TOPICS, DISCOVER = 500, 0.2  # four fifths of the topics count as test: 19 times as many as in a draw of 70 topics
-
-
 BENIGN = tuple(f"B{i + 1}" for i in range(compiled_language.BEHAVIOURS))
 
 
@@ -177,11 +173,7 @@ def with_values(rows: pd.DataFrame, label: str, known: dict[tuple[str, str, str]
 
 
 EVERY = 5
-
-
 KEY = ["kind", "claim", "rule", "seed"]
-
-
 Draw = tuple[str, str, int]  # part, kind, seed
 
 

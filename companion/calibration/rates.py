@@ -22,35 +22,19 @@ from companion.base import files, paths
 from companion.claims.ledger import CORRECTED, Rates
 
 NUMBERS = ("estimate", "ci_low", "ci_high", "population")
-
-
 MEASURED = {
     **dict.fromkeys(("kind", "claim", "rule", "truth", "verdict", "gate", "quantity", "reason", "code"), "str"),
     **dict.fromkeys(("seed", "topics", "pairs"), "int"),
     **dict.fromkeys(("effect", *NUMBERS[:3]), "float"),
 }
-
-
 STORED = {**MEASURED, "purpose": "str"}  # as shipped: with what a draw was made for
-
-
 AT_LARGE = {
     **dict.fromkeys(("kind", "claim", "rule", "population_verdict", "code"), "str"), "seed": "int", "population": "float",
 }  # fmt: skip
-
-
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its exact 95 % interval
-
-
 TRUTHS = ("true", "false", "open")
-
-
 OUTCOMES = ("supported", "contradicted", "inconclusive", "not testable")
-
-
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
-
-
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 
 
@@ -229,11 +213,7 @@ def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str
 
 # The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
 FRESH_LATER, FRESH_LAST = 200, 300
-
-
 JUDGED_FROM = {"C1": FRESH_LATER, "C6": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
-
-
 # Planned before the corrections of C1 and C6, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 
