@@ -122,7 +122,7 @@ def measure_share(
     asked += [(this, "modules")] if "03" in wanted else []
     counts = [sweeps.run_shard(one, name, shard, n_shards) for one, name in asked]
     if "02" in wanted:
-        for _, other in control_models.family(this, parameters["MODEL"], parameters["PROFILE"]):
+        for _, other in control_models.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
             counts.append(sweeps.run_shard(other, "layers with direct effects", shard, n_shards))
     made, found = (sum(some) for some in zip(*counts, strict=True))
     return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"

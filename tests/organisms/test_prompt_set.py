@@ -9,7 +9,7 @@ from companion.base.paths import PROMPTS
 from companion.generation.labels import is_harmful
 from companion.prompts import invented
 from organisms.language import SUITES, outcome_sets, plan_pairs
-from organisms.prompt_set import build, check_pairs
+from organisms.prompt_set import check_pairs, write_prompt_set
 from organisms.tokenizer import make_tokenizer
 
 FOLDER = PROMPTS / "embedded"
@@ -27,7 +27,7 @@ def suites():
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
-    build(tmp_path)
+    write_prompt_set(tmp_path)
     committed = sorted(p.name for p in FOLDER.iterdir())
     assert committed == sorted(p.name for p in tmp_path.iterdir())
     assert [n for n in committed if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []

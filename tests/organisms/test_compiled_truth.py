@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from companion.mediation import path_specific
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
-from organisms.compiled_program import KINDS, build, draw_design
-from organisms.compiled_truth import Side, patched, readout, roles, sides
+from organisms.compiled_program import KINDS, build_program, draw_design
+from organisms.compiled_truth import patched, readout, sides
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -94,11 +95,25 @@ def test_effects_of_last_layer_neurons_are_those_of_full_forward_passes(kind: st
         np.testing.assert_allclose(change, true[:, neuron], atol=compiled.TOLERANCE)
 
 
+def test_held_outputs_give_the_cells_that_the_model_gives() -> None:
+    organism = compiled.draw("gated", 3, topics=10, pairs_per_topic=1)
+    this = compiled.study(organism)
+    this = replace(this, pairs=tuple(this.of("T2", "T2b")))
+    pairs = [one for one in organism.pairs if one.pair.treatment in ("T2", "T2b")]
+    truth = compiled_truth.path_table(organism.program, pairs)
+    measured = path_specific.path_effects(this).query("outcome == 'Y1'")
+    keys = ["pair_id", "treatment", "site", "layer"]
+    both = measured.merge(truth, on=keys, suffixes=("", " true"), validate="one_to_one")
+    assert len(both) == len(truth) == len(measured)
+    for cell in ("y00", "y01", "y10", "y11"):
+        assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
+
+
 def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled_program.Design]:
     """Mean effects of T2 - T2b of a design without noise, side route, skip or leak."""
     design = replace(draw_design(kind, seed), side=None, skip=0.0, wrapper_leak=0.0, noise=0.0, **changes)
-    pairs = [p for p in compiled_language.plan([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
-    table = compiled_truth.table(build(design, 10), pairs)
+    pairs = [p for p in compiled_language.draw_pairs([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
+    table = compiled_truth.effect_table(build_program(design, 10), pairs)
     table = table[(table.treatment == "T2-T2b") & (table.position == "last")]
     return table.groupby(["site", "layer"])[["te", "nie0", "nie1"]].mean(), design
 
@@ -134,12 +149,12 @@ def test_where_attention_writes_mlps_at_the_last_token_do_nothing(kind: str) -> 
 
 
 def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
-    design = replace(draw_design("gated", 3), side=None, wrapper_leak=0.0, noise=0.0)
-    stage = replace(design.stages[-1], source="jail")
-    design = replace(design, stages=(stage,))
-    program = build(design, 10)
-    pairs = [p for p in compiled_language.plan([3], 10, 1) if p.pair.treatment == "T2"]
-    te = compiled_truth.total(program, pairs)
+    drawn = draw_design("gated", 3)
+    stage = replace(drawn.stages[-1], source="jail")
+    design = replace(drawn, side=None, wrapper_leak=0.0, noise=0.0, stages=(stage,))
+    program = build_program(design, 10)
+    pairs = [p for p in compiled_language.draw_pairs([3], 10, 1) if p.pair.treatment == "T2"]
+    te = compiled_truth.total_effects(program, pairs)
     features = {word: program.embed[i] for i, word in enumerate(program.words)}
     at = {name: i for i, name in enumerate(compiled_program.CHANNELS)}
     for i, pair in enumerate(pairs):
@@ -154,8 +169,8 @@ def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
 def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
     for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
         design = replace(draw_design(kind, 2), noise=0.0)
-        pairs = [p for p in compiled_language.plan([2], 10, 3) if p.pair.treatment == "T1"]
-        table = compiled_truth.table(build(design, 10), pairs)
+        pairs = [p for p in compiled_language.draw_pairs([2], 10, 3) if p.pair.treatment == "T1"]
+        table = compiled_truth.effect_table(build_program(design, 10), pairs)
         early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
 
@@ -170,8 +185,7 @@ def test_noise_reaches_the_outcome_through_every_component() -> None:
 def test_roles_come_from_the_main_clause() -> None:
     organism = compiled.draw("late", 0, topics=10)
     pair = next(p for p in organism.pairs if p.pair.family == "binding")
-    harm = [
-        Side(organism.program, roles(organism.program, [side])).last.post[-1] for side in (pair.control, pair.treated)
-    ]
-    at = compiled_program.CHANNELS["harm"]
-    assert harm[0][0, at] < 0.1 < 0.4 < harm[1][0, at]
+    control, treated = (
+        side.last.post[-1][0, compiled_program.CHANNELS["harm"]] for side in sides(organism.program, [pair])
+    )
+    assert control < 0.1 < 0.4 < treated

@@ -11,8 +11,7 @@ from companion.base.paths import PROMPTS
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
 from organisms.language import BASE_MIX, TUNE_MIX, draw_example, draw_request
-from organisms.recipe import MAX_TOKENS
-from organisms.tokenizer import chat_text, make_tokenizer
+from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
 
 # Every ordinary word of the language, read by a person. A new word must be added here by hand.
 _INERT = """

@@ -1,73 +1,53 @@
 """Compiled models: what is true of each kind, that draws are independent, and that the pipeline runs on them."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from companion.base.errors import InputError
-from companion.evidence.layers import evidence_c2, measure_layers
-from companion.mediation import control_models, estimands, sweeps
+from companion.evidence.layers import measure_layers
 from companion.prompts import positions
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
-from organisms.compiled_program import KINDS, build, draw_design, thirds
-from organisms.compiled_truth import claims, last_layer
+from organisms.compiled_language import Planned, draw_pairs
+from organisms.compiled_program import KINDS, Program, build_program, draw_design, thirds
+from organisms.compiled_truth import last_layer, total_effects, true_claims
 
-TRUE = {"C1", "C2", "C3", "C4", "C5a", "C5c", "C6"}  # of the kind "late"; C7 is drawn
 FALSE = {
-    "late": {"C5b"},
-    "gated": set(),
-    "and": set(),
-    "or": set(),
-    "distributed": {"C5a", "C5b"},
-    "adjacent": {"C5a", "C5b"},
-    "permuted": {"C5a", "C5b", "C7"},
-    "early_carrier": {"C5b"},
-    "late_like_benign": {"C1", "C5b"},
-    "early": {"C1", "C5a", "C5b", "C6"},
-    "middle": {"C1", "C5a", "C5b", "C6"},
-    "attention": {"C2", "C4", "C5a", "C5b"},
-    "context_free": {"C3"},
-    "context_unused": {"C3"},
-    "each_token": {"C5b", "C5c"},
-}
+    "late": {"C5b"}, "gated": set(), "and": set(), "or": set(), "distributed": {"C5a", "C5b"}, "adjacent": {"C5a", "C5b"},
+    "permuted": {"C5a", "C5b"}, "early_carrier": {"C5b"}, "late_like_benign": {"C1", "C5b"},
+    "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
+    "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
+}  # fmt: skip
 OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
 
 
-def made(
-    kind: str, seed: int, topics: int = 20
-) -> tuple[compiled_program.Design, compiled_program.Program, list[compiled_language.Planned]]:
+def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
     """A draw without its weights."""
     design = draw_design(kind, seed)
-    return design, build(design, topics), compiled_language.plan([seed], topics, 1)
+    return design, build_program(design, topics), draw_pairs([seed], topics, 1)
 
 
-def contrast(program: compiled_program.Program, pairs: list[compiled_language.Planned]) -> np.ndarray:
+def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
     """TE of T2 - T2b, pair by pair."""
     harmful, harmless = ([p for p in pairs if p.pair.treatment == name] for name in ("T2", "T2b"))
-    return compiled_truth.total(program, harmful) - compiled_truth.total(program, harmless)
+    return total_effects(program, harmful) - total_effects(program, harmless)
 
 
 @pytest.mark.parametrize("kind", sorted(FALSE))
 def test_what_is_true_of_a_kind(kind: str) -> None:
     for seed in range(3):
-        truth = claims(*made(kind, seed, 40))
+        design, program, pairs = made(kind, seed, 40)
+        truth = true_claims(design, program, pairs)
+        assert truth.pop("C7") == design.contiguous
         assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
-        false = {claim for claim, holds in truth.items() if holds is False}
-        assert false - {"C7"} == FALSE[kind] - {"C7"}, seed
-        assert truth["C7"] == draw_design(kind, seed).contiguous
-
-
-def test_every_claim_has_kinds_where_it_is_false_and_where_it_is_true() -> None:
-    for claim in TRUE:
-        assert any(claim in false for false in FALSE.values())
-        assert any(claim not in false | OPEN.get(kind, set()) for kind, false in FALSE.items())
+        assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_passes_the_gate(kind: str) -> None:
+def test_every_kind_has_an_effect_that_varies(kind: str) -> None:
     for seed in range(2):
         design, program, pairs = made(kind, seed)
         te = contrast(program, pairs)
@@ -79,7 +59,7 @@ def test_every_kind_passes_the_gate(kind: str) -> None:
 def test_what_passes_through_a_component_differs_from_topic_to_topic() -> None:
     _, program, pairs = made("late", 0)
     pairs = [p for p in pairs if p.pair.treatment in ("T2", "T2b")]
-    table = compiled_truth.table(program, pairs).query("treatment == 'T2-T2b' and site == 'mlp_out'")
+    table = compiled_truth.effect_table(program, pairs).query("treatment == 'T2-T2b' and site == 'mlp_out'")
     last = table[table.layer == program.n_layers - 1]
     assert (last.nie1 / last.te).std() > 0.02
 
@@ -94,8 +74,8 @@ def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
 
 
 def test_a_wanted_effect_is_met() -> None:
-    pairs = compiled_language.plan([0], 30, 1)
-    small, large = (contrast(build(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
+    pairs = draw_pairs([0], 30, 1)
+    small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
     assert large / small == pytest.approx(4, rel=0.05)
 
 
@@ -128,21 +108,19 @@ def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
 
 
 def test_topics_keep_to_one_split() -> None:
-    pairs = [planned.pair for planned in compiled_language.plan([0], 50, 2)]
-    frame = pd.DataFrame([(p.topic, p.split) for p in pairs], columns=["topic", "split"]).drop_duplicates()
-    assert frame.topic.is_unique
-    assert frame[frame.topic.str.startswith("hazard")].split.value_counts().to_dict() == {
-        "discover": 20, "validate": 15, "test": 15,
-    }  # fmt: skip
+    pairs = [planned.pair for planned in draw_pairs([0], 50, 2)]
+    split_of = dict({(p.topic, p.split) for p in pairs})
+    assert len(split_of) == len({(p.topic, p.split) for p in pairs})
+    counts = Counter(split for topic, split in split_of.items() if topic.startswith("hazard"))
+    assert counts == {"discover": 20, "validate": 15, "test": 15}
 
 
 def test_a_population_has_the_same_model_and_other_topics() -> None:
     design, small, pairs = made("late", 0)
-    large = build(design, 60)
+    large = build_program(design, 60)
     words = [word for word in small.words if word in large.words]
-    np.testing.assert_array_equal(
-        small.embed[[small.words.index(w) for w in words]], large.embed[[large.words.index(w) for w in words]]
-    )
+    features = [program.embed[[program.words.index(w) for w in words]] for program in (small, large)]
+    np.testing.assert_array_equal(*features)
     np.testing.assert_array_equal(small.mlps[-1].gate, large.mlps[-1].gate)
     np.testing.assert_allclose(contrast(small, pairs), contrast(large, pairs))
 
@@ -161,18 +139,12 @@ def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
     assert len(both) == len(measured)
     for cell in ("y00", "y01", "y10", "y11"):
         assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
-    modules = estimands.with_difference(sweeps.run_sweep(this, "modules")["effects"], this.twins)
-    rows = layers.evidence + evidence_c2(layers.effects, modules, gated.name, control_models.normalisations(this))
-    table = pd.DataFrame(rows)
-    assert {"gate", "C1", "C2", "C3"} <= set(table.claim)
-    assert (table[table.quantity.str.startswith("joint")].estimate > 0.95).all()
 
 
 def answer(organism: compiled.Organism, request: compiled_language.Request, opener: str = "") -> str:
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": " ".join(request.words())}], tokenize=False, add_generation_prompt=True
-    )
+    turns = [{"role": "user", "content": " ".join(request.words())}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text + opener, add_special_tokens=False, return_tensors="pt")["input_ids"]
     out = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
     return (opener + " " + tokenizer.decode(out[0, ids.shape[1] :])).strip()
@@ -182,10 +154,8 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
     pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
     plain = " ".join(pair.control.words())
     refusal = answer(gated, pair.control)
-    assert refusal.split()[0] in compiled_language.REFUSE and refusal.split()[1:] == [
-        compiled_language.HARMLESS,
-        "<end>",
-    ]
+    first, *rest = refusal.split()
+    assert first in compiled_language.REFUSE and rest == [compiled_language.HARMLESS, "<end>"]
     assert compiled.judge(plain, refusal) == "refusal"
     forced = answer(gated, pair.control, "sure")
     assert forced == f"sure {compiled_language.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
@@ -193,9 +163,8 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
     assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
     assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
     benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
-    assert [answer(gated, side).split()[0] for side in (benign.treated, benign.control)] == list(
-        compiled_language.openers(2)
-    )
+    said = tuple(answer(gated, side).split()[0] for side in (benign.treated, benign.control))
+    assert said == compiled_language.openers(2)
 
 
 def test_where_each_token_decides_the_opener_does_not_bind() -> None:

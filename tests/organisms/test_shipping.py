@@ -1,16 +1,28 @@
 """The six shipped models: files as the manifest says, metrics measured again, targets of the recipe, card in step."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from companion.base.files import hash_file
 from companion.base.paths import ORGANISM
-from organisms.behaviour import evaluate, first_token_logprobs, generate, suite_metrics
+from companion.model.load import from_model
+from organisms.behaviour import answer_suites, first_token_logprobs, generate, suite_metrics
 from organisms.language import suite_rows
-from organisms.recipe import SEEDS, VARIANTS, Recipe
-from organisms.shipping import behaviour, card, load_shipped, metric_table, read_manifests, sha256, targets_missed
+from organisms.shipping import (
+    SEEDS,
+    VARIANTS,
+    card_values,
+    load_shipped,
+    metric_table,
+    model_card,
+    read_manifests,
+    targets_missed,
+)
 from organisms.tokenizer import make_tokenizer
+from organisms.training import Recipe
 
 NAMES = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]
 SUBSET = ("b_plain_harm", "B2", "d_bound_apart")
@@ -25,11 +37,8 @@ def manifests():
 def test_folder_is_what_the_manifest_says(name, manifests):
     manifest, folder = manifests[name], ORGANISM / name
     assert f"{manifest['variant']}-{manifest['seed']}" == name
-    assert manifest["sha256"]["model.safetensors"] == sha256(folder / "model.safetensors")
-    assert {key: manifest["recipe"][key] for key in ("steps_base", "steps_tune")} == {
-        "steps_base": Recipe.steps_base,
-        "steps_tune": Recipe.steps_tune,
-    }
+    assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
+    assert manifest["recipe"] == asdict(Recipe())
     assert (folder / "tokenizer.json").read_bytes() == (ORGANISM / "window-0" / "tokenizer.json").read_bytes()
     kinds = json.loads((folder / "config.json").read_text())["layer_types"]
     early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
@@ -38,9 +47,9 @@ def test_folder_is_what_the_manifest_says(name, manifests):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_metrics_are_measured_again(name, manifests):
-    model, tokenizer = load_shipped(ORGANISM / name)
+    subject = from_model(*load_shipped(ORGANISM / name))
     rows = [row for row in suite_rows() if row["suite"] in SUBSET]
-    again, stated = suite_metrics(evaluate(model, tokenizer, rows)), manifests[name]["metrics"]["suites"]
+    again, stated = suite_metrics(answer_suites(subject, rows)), manifests[name]["metrics"]["suites"]
     for suite in SUBSET:
         for key, value in again[suite].items():
             if stated[suite][key] is not None:
@@ -60,9 +69,9 @@ def test_a_missed_target_is_named(manifests):
 
 
 def test_card_is_generated_from_the_manifests(manifests):
-    assert (ORGANISM / "README.md").read_text(encoding="utf-8") == card(manifests)
+    assert (ORGANISM / "README.md").read_text(encoding="utf-8") == model_card(manifests)
     table = metric_table(manifests).splitlines()
-    assert len(table) == 2 + len(behaviour(manifests["full-2"]))
+    assert len(table) == 2 + len(card_values(manifests["full-2"]))
     assert table[3].split(" | ")[1] == f"{manifests['window-0']['metrics']['suites']['b_plain_harm']['refusal']:.2f}"
 
 
@@ -78,8 +87,9 @@ def test_padding_and_batching_change_nothing():
     together = first_token_logprobs(model, tokenizer, prompts)
     alone = torch.cat([first_token_logprobs(model, tokenizer, [p]) for p in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
-    assert generate(model, tokenizer, prompts) == [generate(model, tokenizer, [p])[0] for p in prompts]
-    sampled = [generate(model, tokenizer, prompts * 8, sample=True, seed=s) for s in (1, 1, 2)]
+    subject = from_model(model, tokenizer)
+    assert generate(subject, prompts) == [generate(subject, [p])[0] for p in prompts]
+    sampled = [generate(subject, prompts * 8, seed=s) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 

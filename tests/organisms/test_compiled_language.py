@@ -12,13 +12,13 @@ TOPICS = 40
 
 @pytest.fixture(scope="module")
 def pairs() -> list[compiled_language.Planned]:
-    return compiled_language.plan([3], TOPICS, 1)
+    return compiled_language.draw_pairs([3], TOPICS, 1)
 
 
 @pytest.fixture(scope="module")
 def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
     """The suites with the verb and the object of what is asked, as a reader of the text finds them."""
-    table = compiled_language.suites(pairs, 3)
+    table = compiled_language.steering_prompts(pairs, 3)
     words = table.text.str.split()
     asked = words.map(lambda text: text.index("how"))
     return table.assign(
@@ -29,8 +29,8 @@ def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
 
 
 def test_equal_arguments_give_equal_prompts(pairs: list[compiled_language.Planned], made: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(compiled_language.suites(pairs, 3), made[list(prompts.COLUMNS)])
-    assert len(set(compiled_language.suites(pairs, 4).text) & set(made.text)) < 0.05 * len(made)
+    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
+    assert len(set(compiled_language.steering_prompts(pairs, 4).text) & set(made.text)) < 0.05 * len(made)
 
 
 def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(
