@@ -112,8 +112,6 @@ def _shown(rates: Rates, name: str) -> str:
 
 
 KEYS = ["model", "claim", "quantity", "variant"]
-
-
 # The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
 RULES: dict[str, Callable[[Rows], Verdict]] = {
     "C4": rule_c4,
@@ -218,8 +216,6 @@ def markdown(
 
 
 Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
-
-
 CORRECTED = "*"  # behind a claim's name: its corrected rule
 
 

@@ -155,8 +155,6 @@ def rule_c3(rows: Rows, *, corrected: bool = False) -> Verdict:
 
 
 FEW = 8  # k90 may be 1 % of the layer or this, whichever is more
-
-
 PSI_MIDDLE = 0.225  # half way between the two thresholds of psi1
 
 
@@ -427,20 +425,10 @@ def _reason(rows: Rows, index: pd.Series, signed: pd.Series | None) -> str:
 
 
 PHI = 0.75
-
-
 MIN_HARMLESS = 300
-
-
 BEATS = 0.05  # p-value of a rank among random directions
-
-
 BUDGET = 0.05  # relative difference up to which two budgets count as equal
-
-
 RIVALS = ("early", "mid")
-
-
 RANDOM = ("isotropic", "covariance-matched")
 
 

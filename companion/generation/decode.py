@@ -30,8 +30,6 @@ from companion.model.activations import model_inputs
 from companion.model.architecture import Subject
 
 DROP: Final = 0.75  # share of answers that go on, below which the ended ones are taken out of the batch
-
-
 # The chosen token of each row [row], from logits [row, vocab], the places of the rows in the list of prompts, and the step.
 Choice = Callable[[Float[Tensor, "row vocab"], np.ndarray, int], Int[Tensor, "row"]]
 

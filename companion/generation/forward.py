@@ -45,14 +45,8 @@ from companion.model.readout import logits
 from companion.prompts import tokens
 
 KEPT_BYTES: Final = 2**29  # of the plain runs of one model that are kept
-
-
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
-
-
 ALL, LAST = slice(None), slice(-1, None)  # positions
-
-
 _kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[bytes, CleanRun]] = WeakKeyDictionary()
 
 
@@ -313,12 +307,8 @@ def _each(
 
 # Switches steering on for the calls inside it; `nullcontext` is no steering.
 Steer = Callable[[], AbstractContextManager[object]]
-
-
 # What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
 Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
-
-
 BATCH = 128
 
 

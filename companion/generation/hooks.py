@@ -75,20 +75,10 @@ def tail(prompt: Prompt, n: int) -> Prompt:
 
 
 Part = Literal["resid_post", "mlp_out", "neurons"]
-
-
 Where = Literal["prompt", "last", "every"]
-
-
 PARTS: Final = ("resid_post", "mlp_out", "neurons")
-
-
 WHERES: Final = ("prompt", "last", "every")
-
-
 Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
-
-
 Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 
 

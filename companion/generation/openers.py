@@ -30,23 +30,11 @@ from companion.prompts import pairs, public, tokens
 from companion.prompts.pairs import Pair, read_outcome
 
 STEPS = 24
-
-
 MAX_PROMPTS = 64
-
-
 MIN_SIDE = 5
-
-
 COVERED = 0.95  # of a camp's own probability
-
-
 FLOOR = 0.005
-
-
 MOST = 20
-
-
 JOINT = 0.8  # below it Y1 sees too little of the model's behaviour
 
 

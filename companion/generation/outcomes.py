@@ -26,8 +26,6 @@ from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
 
 LOGIT_BYTES = 2**28  # of the log-probabilities of one batch of answers
-
-
 _spoken: WeakKeyDictionary[PreTrainedModel, dict[tuple[tuple[int, ...], ...], Tensor]] = WeakKeyDictionary()
 
 
