@@ -53,5 +53,5 @@ def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
 
 
 def test_a_low_joint_probability_is_said() -> None:
-    assert "below 0.8: edit outcome.json" in openers.FirstWords(("a",), ("b",), 0.79, 5, 10).note
-    assert "below" not in openers.FirstWords(("a",), ("b",), 0.8, 5, 10).note
+    assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
+    assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note

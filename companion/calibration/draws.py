@@ -24,7 +24,7 @@ from companion.calibration.localise import localise_draw
 from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER
 from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
-from companion.claims.verdict import Rows, Verdict, generation, precondition
+from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import pipeline
 from companion.evidence.pipeline import STAGES
 from organisms import compiled, compiled_language
@@ -148,11 +148,10 @@ def measure_draw(
 
 
 def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:
-    treatment = "T1" if verdict.claim == "C3" else generation(rows)
     numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
     return {
         **{name: getattr(verdict, name) for name in ("claim", "verdict", "reason", "quantity")},
-        "gate": "passed" if precondition(rows, verdict.claim, treatment) is None else "stopped",
+        "gate": "passed" if precondition(rows, verdict.claim) is None else "stopped",
         **{name: math.nan if value is None else value for name, value in numbers.items()},
     }
 
@@ -161,7 +160,7 @@ def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(ST
     """What the registered and the corrected rules say of a model's evidence, on the claims of some parts."""
     asked = {claim for part in parts for claim in STAGES[part]}
     own = Rows(model, evidence[evidence.model == model])
-    rules = {"registered": ledger(evidence, (model,)), "corrected": corrected_rules.corrected_rules_of(own)}
+    rules = {"registered": ledger(evidence, (model,)), "corrected": corrected_rules.corrected_verdicts(own)}
     return [(rule, one) for rule, verdicts in rules.items() for one in verdicts if one.claim in asked]
 
 

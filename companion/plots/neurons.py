@@ -229,8 +229,8 @@ def indices(table: pd.DataFrame) -> Figure:
         part = table[table.outcome == name]
         y = [rows.index(form) + 0.22 * (k - (len(groups) - 1) / 2) for form in part.form]
         ax.errorbar(part.estimate, y, xerr=interval_lengths(part), ms=4, label=str(name), **mark(k))
-    for mark, style in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
-        ax.axvline(mark, color="black", lw=0.8, ls=style)
+    for at, style in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
+        ax.axvline(at, color="black", lw=0.8, ls=style)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel("signed gate index (interaction as a share of the whole effect)")

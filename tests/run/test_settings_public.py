@@ -22,14 +22,14 @@ from companion.base import thresholds
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.generation import openers
-from companion.generation.openers import FirstWords
+from companion.generation.openers import FoundOpeners
 from companion.model.load import load_tokenizer
 from companion.prompts import pairs, partners, public, tokens, wrappers
 from companion.prompts.wrappers import Wrapper
 from companion.run import settings
 from tests.nine_families import texts_in
 
-FOUND = FirstWords(("w11",), ("w12",), 0.9, 3, 9)
+FOUND = FoundOpeners(("w11",), ("w12",), 0.9, 3, 9)
 WRAPPERS = (
     Wrapper("tale", "w5 w6 {request} w7", "w8 w9 {request} w7"),
     Wrapper("long", "w5 {request}", "w8 w9 w10 {request}"),
@@ -78,9 +78,9 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
 ) -> None:
     seen: list[str] = []
 
-    def find(subject: object, texts: list[str], own: Path) -> FirstWords:
+    def find(subject: object, texts: list[str], own: Path) -> FoundOpeners:
         seen.extend(texts)
-        return FirstWords(("w11",), ("w12",), 0.7, 3, 9)
+        return FoundOpeners(("w11",), ("w12",), 0.7, 3, 9)
 
     monkeypatch.setattr(openers, "find_openers", find)
     given = asked | {"PROMPTS": "jailbreakbench,advbench"}
