@@ -71,6 +71,6 @@ def measure_study(
         neurons = measure_neurons(core)
         rows += neuron_evidence(neurons, label) + gating.gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
-        rows += steering.steering_evidence(this, prompt_set, label, judge=this.judge)
+        rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
     return Measured(table, swept, neurons, computed)

@@ -43,7 +43,7 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
     assert all(of_pairs.get(text, split) == split for text, split in zip(made.text, made.split, strict=True))
     # So none is left out where both are put together, except for texts that are the same.
-    both = prompts.table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
+    both = prompts.prompt_table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
     assert set(made.text) <= set(both.text)
 
 
@@ -75,6 +75,6 @@ def test_the_rule_has_as_many_harmless_test_prompts_as_it_asks_for(
     assert not made.text.duplicated().any()
     test = made[made.split == "test"]
     assert (test.kind.value_counts() >= 0.99 * compiled_language.SIZES["test"]).all()
-    both = prompts.table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
+    both = prompts.prompt_table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
     assert ((both.kind == "harmless") & (both.split == "test")).sum() >= MIN_HARMLESS
     assert set(made[made.kind == "harmful"].split) == {"discover", "validate", "test"}

@@ -39,7 +39,7 @@ def test_every_side_has_its_role() -> None:
 
 
 def test_a_set_without_benign_behaviours_has_harmless_prompts() -> None:
-    table = prompts.table(PAIRS[:3], "no such set")
+    table = prompts.prompt_table(PAIRS[:3], "no such set")
     assert set(table.loc[table.kind == "harmless", "text"]) == {"b off", "c off"}
 
 
@@ -52,7 +52,7 @@ def suite_file(folder: Path, *rows: dict) -> Path:
 def test_a_suite_prompt_on_a_topic_already_used_is_left_out(tmp_path: Path) -> None:
     row = {"suite": "s", "harmful": True, "tier": 3}
     rows = [{**row, "id": str(i), "prompt": f"p{i}", "topic": topic} for i, topic in enumerate("xyz")]
-    assert set(prompts.table(PAIRS, suite_file(tmp_path, *rows)).query("suite == 's'").topic) == {"x"}
+    assert set(prompts.prompt_table(PAIRS, suite_file(tmp_path, *rows)).query("suite == 's'").topic) == {"x"}
     free = [{**row, "id": "n", "prompt": "n", "topic": "new"}]
     assert prompts.from_suites(suite_file(tmp_path, *free)).split.tolist() == ["test"]
 
@@ -65,7 +65,7 @@ def test_a_broken_suite_names_its_line(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shipped() -> pd.DataFrame:
-    return prompts.table(pairs.load_set("embedded").pairs, "embedded")
+    return prompts.prompt_table(pairs.load_set("embedded").pairs, "embedded")
 
 
 def test_the_shipped_prompts_never_share_a_topic_over_splits(shipped: pd.DataFrame) -> None:

@@ -11,7 +11,6 @@ from families import VOCAB, tiny_subject
 from handmade import random_pairs, word_tokenizer
 from torch import Tensor
 
-from companion.evidence import steering
 from companion.generation import hooks
 from companion.generation.forward import Switch
 from companion.model import reference
@@ -33,19 +32,22 @@ def as_far_as_read(prompt: hooks.Prompt) -> Tensor:
 
 
 READ = hooks.Read("g", 1, plain=True)  # at the last token, so an intervention at layer 0 or 1 moves the gate
+ramp = lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1)  # noqa: E731
 STEERINGS = {
-    "all tokens": hooks.Steering("a", (hooks.Edit(2, "resid_post", following_last), hooks.Edit(3, "mlp_out", following_last))),
-    "last token": hooks.Steering("b", (hooks.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), 2.0, as_far_as_read, (READ,)),
-    "blind": hooks.Steering("e", (hooks.Edit(2, "resid_post", lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1),
-                                       blind=True),), 2.0, as_far_as_read, (READ,)),
-    "gated, all tokens": hooks.Steering("c", (hooks.Edit(2, "resid_post", following_last),), 2.0, as_far_as_read, (READ,)),
-    "neurons": hooks.Steering("d", (hooks.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), 1.0, as_far_as_read, (READ,)),
-}  # fmt: skip
+    name: hooks.Steering(name, edits, 2.0, *gate)
+    for name, edits, gate in (
+        ("all tokens", (hooks.Edit(2, "resid_post", following_last), hooks.Edit(3, "mlp_out", following_last)), ()),
+        ("last token", (hooks.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), (as_far_as_read, (READ,))),
+        ("blind", (hooks.Edit(2, "resid_post", ramp, blind=True),), (as_far_as_read, (READ,))),
+        ("gated, all tokens", (hooks.Edit(2, "resid_post", following_last),), (as_far_as_read, (READ,))),
+        ("neurons", (hooks.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), (as_far_as_read, (READ,))),
+    )
+}
 
 
 def effects(subject: Subject, steer: object) -> pd.DataFrame:
     pairs = random_pairs(4, 9, VOCAB)
-    return indirect_effects.steered_effects(subject, pairs, OPENERS, range(subject.n_layers), steer)
+    return indirect_effects.steered_effects(subject, pairs, OPENERS, steer)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -64,38 +66,16 @@ def test_a_replayed_intervention_is_that_of_a_full_pass(
     assert (slow.y01 - slow.y00).abs().groupby(slow.layer).max().min() > 0.01
 
 
-def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
-    """Half of the effect of layer 2 is left; every other layer keeps its own."""
-    rows = [(f"p{i}", f"t{i}", layer, 1.0, 1.0 + 0.1 * i) for i in range(8) for layer in range(6)]
-    before = pd.DataFrame(rows, columns=["pair_id", "topic", "layer", "nie0", "nie1"]).assign(y00=0.0, y11=2.0)
-    half = np.where(before.layer == 2, 0.5, 1.0)
-    after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
-
-    def left(*steered: int) -> dict[str, float]:
-        made = steering.mediation_rows("m", before, after, "method a", steered)
-        assert {row["variant"] for row in made} == {"method a"}
-        return {str(row["quantity"]).replace("NIE after/before, ", ""): float(str(row["estimate"])) for row in made}
-
-    assert left(2) == pytest.approx({"phi": 0.5, "steered sites": 0.5, "other sites": 1.0})
-    late = {"phi": 0.5, "steered sites": 1.0, "other sites": 3.5 / 4}
-    assert left() == left(4, 5) == pytest.approx(late)
-    assert left(*range(6)) == pytest.approx({"phi": 0.5, "steered sites": 5.5 / 6}), "no other site is left"
-
-
 def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_own() -> None:
-    rows = [
+    sites = [
         (0, "attn_out", 2.0),
         (0, "mlp_out", -2.0),
         (1, "attn_out", 1e-4),
         (2, "mlp_out", 0.0),
         (3, "mlp_out", -9.0),
     ]
-    table = pd.DataFrame(
-        [(layer, site, nie, nie) for layer, site, nie in rows], columns=["layer", "site", "nie0", "nie1"]
-    )
+    table = pd.DataFrame(sites, columns=["layer", "site", "nie0"]).assign(nie1=lambda rows: rows.nie0)
     assert indirect_effects.layer_effects(table).to_dict() == pytest.approx({0: 4.0, 1: 1e-4, 2: 0.0, 3: 9.0})
-    assert indirect_effects.idle_layers(table, 1) == [1], (
-        "rounding counts as none, and of equals the lower one is taken"
-    )
+    assert indirect_effects.idle_layers(table, 1) == [1], "rounding counts as none; of equals the lower one is taken"
     assert indirect_effects.idle_layers(table, 2, besides=[1]) == [0, 2]
     assert indirect_effects.idle_layers(table, 9, besides=[3]) == [0, 1, 2]
