@@ -9,6 +9,7 @@ import pandas as pd
 
 from companion.base import thresholds
 from companion.base.errors import InputError
+from companion.evidence.layers import EvidenceRows
 from companion.mediation import control_models
 from companion.mediation.study import Study
 from companion.neurons import gating, teacher_forcing
@@ -118,7 +119,7 @@ def _with_answers(found: Gates) -> Gates:
 
 def gating_evidence(
     study: Study, table: pd.DataFrame, model: str, caches: Mapping[str, LastLayerCache] | None = None
-) -> list[dict[str, object]]:
+) -> EvidenceRows:
     """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
     try:
         return evidence_c5b(measure_gates(study, table, caches), model)
@@ -126,9 +127,9 @@ def gating_evidence(
         return []
 
 
-def evidence_c5b(found: Gates, model: str) -> list[dict[str, object]]:
+def evidence_c5b(found: Gates, model: str) -> EvidenceRows:
     """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
-    rows: list[dict[str, object]] = []
+    rows: EvidenceRows = []
     for one in found.forms:
         where = "" if one.treatment == found.primary else f" {one.treatment}"
         label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where
@@ -141,7 +142,7 @@ def evidence_c5b(found: Gates, model: str) -> list[dict[str, object]]:
     return rows
 
 
-def _index_rows(model: str, quantity: str, variant: str, one: GateForm) -> list[dict[str, object]]:
+def _index_rows(model: str, quantity: str, variant: str, one: GateForm) -> EvidenceRows:
     made = []
     undefined = "" if one.main.is_defined else "not defined: too little at stake; "
     for label, index in {"main": one.main, **one.variants}.items():
@@ -153,7 +154,7 @@ def _index_rows(model: str, quantity: str, variant: str, one: GateForm) -> list[
     return made
 
 
-def _other_rows(found: Gates, model: str, name: str, variant: str) -> list[dict[str, object]]:
+def _other_rows(found: Gates, model: str, name: str, variant: str) -> EvidenceRows:
     discover = found.cells[(found.cells.split == "discover") & (found.cells.outcome == "Y1")]
     te = discover[discover.treatment.str.startswith("B")].groupby("treatment")["te"].mean()
     # Only benign behaviours whose TE is large enough on discover have an effect to compare with.

@@ -133,7 +133,7 @@ def all_curves(found: Neurons) -> dict[str, PairEffects]:
     return {**made, "random order": random_curve(found, name), **benign}
 
 
-def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> list[dict[str, object]]:
+def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> EvidenceRows:
     """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas of `all_curves`; concentration of single effects."""
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
     if name not in ("T2", "T2-T2b") or not made:
@@ -154,7 +154,7 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     return rows + [_exact_row(model, "C5a", label, value, rows[0]) for label, value in counts.items()]
 
 
-def _psi_rows(found: Neurons, model: str) -> list[dict[str, object]]:
+def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
     """Share of TE that the whole last MLP is necessary (psi1) and sufficient (psi0) for, with robustness checks."""
     measured, name, rows = found.measured, found.primary, []
     for variant, is_frozen in (("main", False), ("norm frozen", True), ("unsaturated", False)):
@@ -173,7 +173,7 @@ def _psi_rows(found: Neurons, model: str) -> list[dict[str, object]]:
 
 def _curve_rows(
     model: str, estimates: bootstrap.Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
-) -> list[dict[str, object]]:
+) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
     settled = estimates.estimate[sparsity.SUMMARY.index("k90")] <= d_mlp
     kept = [i for i, label in enumerate(sparsity.SUMMARY) if label != "psi" and settled]
@@ -200,7 +200,7 @@ def groups(found: Neurons) -> adjacency.WindowContest | None:
 
 def evidence_c7(
     found: Neurons, model: str, pooled: adjacency.MoranTest, best: adjacency.WindowContest | None
-) -> list[dict[str, object]]:
+) -> EvidenceRows:
     """C7, related neurons are adjacent: rows of `moran` and of `groups`."""
     if found.primary not in ("T2", "T2-T2b"):
         return []
@@ -241,7 +241,7 @@ def measure_last_layer(study: Study) -> Neurons | None:
     return replace(found, caches=clamping.joined_by_treatment(kept))
 
 
-def neuron_evidence(found: Neurons | None, model: str) -> list[dict[str, object]]:
+def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
     """Evidence rows for C5a and C7 from a sweep; none for a claim that its pairs or its model cannot speak to."""
     if found is None or not enough(found, found.primary):
         return []

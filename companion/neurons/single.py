@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -250,33 +250,26 @@ def joined_batches(parts: Sequence[tuple[PairEffects, FinalStates]]) -> tuple[Pa
 def _batch_values(
     subject: Subject, batch: Batch, columns: pd.DataFrame, openers: Openers, clean: Sequence[Tensor]
 ) -> dict[str, Float[np.ndarray, "pair column"]]:
-    control, treated = batch.control, batch.treated
+    runs = (batch.control, batch.treated)
     found = {name: np.zeros((len(batch.pairs), len(columns))) for name in ("nie0", "nie1", "direct")}
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
-    for layer in np.unique(layers):
-        if torch.equal(control.neurons[layer][:, -1], treated.neurons[layer][:, -1]):
+    for layer in (int(layer) for layer in np.unique(layers)):
+        if torch.equal(runs[0].neurons[layer][:, -1], runs[1].neurons[layer][:, -1]):
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
         chosen = torch.tensor(neurons[at], device=subject.device)
-        for base, source, start, sign, name in (
-            (control, treated, clean[0], 1, "nie0"),
-            (treated, control, clean[1], -1, "nie1"),
-        ):
-            after = _after_each(subject, base, source, int(layer), chosen, openers)
+        for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
+            base, source, start = runs[side], runs[1 - side], clean[side]
+            if layer == subject.n_layers - 1:
+                every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
+                after = every[:, chosen]
+            else:
+                y1 = partial(outcomes.log_odds, subject, openers=openers)
+                after = each_neuron(subject, base, source, layer, chosen, y1)
             found[name][:, at] = sign * (after - start).cpu().numpy()
-            own = _own_write(subject, base, source, int(layer), chosen, openers)
+            own = _own_write(subject, base, source, layer, chosen, openers)
             found["direct"][:, at] += sign * (own - start).cpu().numpy() / 2
     return found
-
-
-def _after_each(
-    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, neuron], openers: Openers
-) -> Float[Tensor, "pair neuron"]:
-    """Y1 after each chosen neuron, on its own, is set to the source's at the last token."""
-    if layer == subject.n_layers - 1:
-        every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
-        return every[:, chosen]
-    return each_neuron(subject, base, source, layer, chosen, lambda resid: outcomes.log_odds(subject, resid, openers))
 
 
 def _own_write(
@@ -288,18 +281,14 @@ def _own_write(
     change = (source.neurons[layer] - base.neurons[layer])[:, -1, chosen]
     step = max(1, BLOCK // max(1, change.shape[0] * subject.d_model))
     read = []
-    for first, end in pairwise([*range(0, len(chosen), step), len(chosen)]):
-        writes = change[:, first:end, None] * vectors[first:end]
-        moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], writes)
+    for some, written in zip(change.split(step, dim=1), vectors.split(step), strict=True):
+        moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], some[..., None] * written)
         read.append(outcomes.log_odds(subject, moved, openers, norm_like=resid))
     return torch.cat(read, dim=1)
 
 
 def residual_change(
-    subject: Subject,
-    layer: int,
-    neurons: Float[Tensor, "pair neuron"],
-    change: Float[Tensor, "pair set d"],
+    subject: Subject, layer: int, neurons: Float[Tensor, "pair neuron"], change: Float[Tensor, "pair set d"]
 ) -> Float[Tensor, "pair set d"]:
     """What an MLP adds to the residual stream beyond its clean write, if its down projection's output changes.
 

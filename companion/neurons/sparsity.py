@@ -120,9 +120,3 @@ def concentration(effects: PairEffects) -> bootstrap.Estimates:
         return np.column_stack([gini(size), participation(size)])
 
     return interval(topic_sums(effects.pairs, effects.nie), statistic)
-
-
-def plotted(ks: Int[np.ndarray, size], n: int = 40) -> Int[np.ndarray, size]:
-    """Some set sizes, evenly spaced on a logarithmic axis, that are enough to draw a curve."""
-    wanted = np.geomspace(1, ks[-1], n)
-    return np.unique(ks[np.searchsorted(ks, wanted).clip(max=len(ks) - 1)])
