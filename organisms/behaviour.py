@@ -225,7 +225,7 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
     harmful = suites[suites.suite.isin(["b_plain_harm", "c_wrapped_harm"])].reset_index(drop=True)
     subjects = {this.slug: this.subject}
     if profile == "full":
-        subjects |= {name: load(name) for name in control_models.relatives(model)}
+        subjects |= {name: load(name) for name in control_models.other_shipped(model)}
     parts = []
     for name, subject in subjects.items():
         logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from scipy.special import expit, logsumexp
 
 from companion.base.thresholds import LATE, depth
-from companion.mediation.estimands import difference, estimands
+from companion.mediation.estimands import with_difference, with_estimands
 from companion.neurons.sparsity import settles
 from organisms.compiled_language import Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
@@ -174,7 +174,7 @@ def table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
     present = {name: [p for p in pairs if p.pair.treatment == name] for name in outcomes()}
     made = pd.concat([_treatment(program, own) for own in present.values() if own], ignore_index=True)
     twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
-    return pd.concat([made, difference(made, twins)], ignore_index=True) if twins else made
+    return with_difference(made, twins)
 
 
 def total(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, pair]:
@@ -199,7 +199,7 @@ def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
             )
             cells = {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
             tables.append(pd.DataFrame({**meta, **named, "layer": layer, "head": -1, "outcome": "Y1", **cells}))
-    return estimands(pd.concat(tables, ignore_index=True))
+    return with_estimands(pd.concat(tables, ignore_index=True))
 
 
 def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:

@@ -161,7 +161,7 @@ def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
     assert len(both) == len(measured)
     for cell in ("y00", "y01", "y10", "y11"):
         assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
-    modules = estimands.with_difference(sweeps.module_effects(this), this.twins)
+    modules = estimands.with_difference(sweeps.run_sweep(this, "modules")["effects"], this.twins)
     rows = layers.evidence + evidence_c2(layers.effects, modules, gated.name, control_models.normalisations(this))
     table = pd.DataFrame(rows)
     assert {"gate", "C1", "C2", "C3"} <= set(table.claim)

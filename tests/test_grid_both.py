@@ -7,7 +7,7 @@ from handmade import random_pairs
 from true_float64 import true_float64
 
 from companion.mediation import estimands
-from companion.mediation.path_specific import variants
+from companion.mediation.path_specific import held_patches
 from companion.model import replay
 from companion.model.interventions import Patch
 from companion.model.replay import both_ways
@@ -24,7 +24,7 @@ def test_both_ways_are_two_interchanges(family: str, n_pairs: int, monkeypatch: 
         where[0, 2:5], where[-1, 4:] = True, True  # other positions in other pairs
         plain = [Patch("resid_post", 0, where), Patch("attn_out", 1, where), Patch("neuron", 2, where, (0, 3))]
         # and values of the base's own, or of both
-        lists = [[*plain, *variants(subject, *pair, [0, 2])] for pair in (runs, runs[::-1])]
+        lists = [[*plain, *held_patches(subject, *pair, [0, 2])] for pair in (runs, runs[::-1])]
         expected = [
             replay.interchange(subject, *order, some)[:, :, 0]
             for order, some in zip((runs, runs[::-1]), lists, strict=True)

@@ -23,7 +23,7 @@ from companion.calibration.rates import ranking_quality
 from companion.claims.ledger import CORRECTED
 from companion.evidence import pipeline
 from companion.evidence.neurons import Neurons
-from companion.mediation import control_models, study, summaries, sweeps
+from companion.mediation import study, summaries, sweeps
 from companion.mediation.study import Study
 from companion.mediation.summaries import Variant
 from companion.model.load import from_model
@@ -74,7 +74,7 @@ def plan_plants() -> list[Plant]:
 def study_of(plant: Plant, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Study:
     """A plant with some pairs of the default prompt set."""
     this = study.begin("embedded", PROMPTS, plant.name)
-    return control_models.thinned(replace(this, subject=from_model(model, tokenizer, plant.name)), PAIRS)
+    return replace(this, subject=from_model(model, tokenizer, plant.name)).subsample(PAIRS)
 
 
 def measure_plant(plant: Plant) -> dict[str, pd.DataFrame]:

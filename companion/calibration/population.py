@@ -49,9 +49,9 @@ PARTS = {"attn_out": "attn", "mlp_out": "mlp"}  # what a run's trace calls them
 def carrier_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
     """The rows of `path_specific.path_effects` on Y1, with those of T2 - T2b behind them, for pairs of T2 and T2b."""
     made = [_treatment(program, [one for one in pairs if one.pair.treatment == name]) for name in ("T2", "T2b")]
-    effects = estimands.estimands(pd.concat(made, ignore_index=True))
+    effects = estimands.with_estimands(pd.concat(made, ignore_index=True))
     twins = {one.pair.id: one.pair.twin for one in pairs if one.pair.twin}
-    return pd.concat([effects, estimands.difference(effects, twins)], ignore_index=True)
+    return estimands.with_difference(effects, twins)
 
 
 def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:

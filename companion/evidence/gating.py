@@ -10,10 +10,10 @@ import pandas as pd
 from companion.base import thresholds
 from companion.base.errors import InputError
 from companion.evidence.layers import EvidenceRows
-from companion.mediation import control_models
+from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
 from companion.neurons import gating, teacher_forcing
-from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells, with_difference
+from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
 from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm, gate_forms, sets_of
 from companion.stats import bootstrap
 from companion.stats.bootstrap import row
@@ -92,7 +92,7 @@ def _benign_cells(
     study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], caches: dict[str, LastLayerCache]
 ) -> list[pd.DataFrame]:
     """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
-    made, thin = [], control_models.thinned(study, BENIGN_PAIRS)
+    made, thin = [], study.subsample(BENIGN_PAIRS)
     for name in (name for name in study.treatments if name.startswith("B")):
         own = sets_of(study, table, name) if name in set(table.treatment) else {}
         every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
@@ -103,13 +103,13 @@ def _benign_cells(
 def _with_answers(found: Gates) -> Gates:
     """Timing and perplexity for the sets that all tests are made on."""
     study, sets = found.study, [found.sets[name] for name in found.tested]
-    subject, openers, thin = study.subject, study.openers, control_models.thinned(study, ANSWER_PAIRS)
+    subject, openers, thin = study.subject, study.openers, study.subsample(ANSWER_PAIRS)
     harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
     timing, cost = pd.DataFrame(), pd.DataFrame()
     if harm:
         timing = with_difference(teacher_forcing.timing_effects(subject, harm, openers, sets), study.twins)
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
-    benign = [p for p in control_models.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
+    benign = [p for p in study.subsample(BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
     if benign and control:
         closed = teacher_forcing.closed_values(subject, control, sets)

@@ -24,7 +24,7 @@ from companion.stats import bootstrap
 from companion.stats.bootstrap import interval, row
 
 N_RANDOM_ORDERS = 10
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.RELATIVE_PAIRS, 48
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.CONTROL_PAIRS, 48
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
@@ -78,7 +78,7 @@ def measure_neurons(
         chosen = screening.to_recheck(below)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
-    kept = {pair.pair.id for pair in control_models.thinned(study, benign).pairs}
+    kept = {pair.pair.id for pair in study.subsample(benign).pairs}
     pairs = tuple(one for one in study.pairs if one.pair.treatment[0] != "B" or one.pair.id in kept)
     measured = measure_all(replace(study, pairs=pairs), columns, watch)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
@@ -250,6 +250,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
 
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = measure_last_layer(control_models.member(study, model, label))
+    swept = measure_last_layer(control_models.control_study(study, model, label))
     gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.caches)
     return neuron_evidence(swept, label), gates

@@ -28,7 +28,6 @@ from companion.model import replay
 from companion.model.activations import CleanRun, first, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
-from companion.neurons.single import twin_rows
 from companion.prompts.tokens import Openers, TokenPair
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons")
@@ -292,15 +291,3 @@ def _rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor
 def table_of(rows: Sequence[Rows]) -> pd.DataFrame:
     """One table of the rows of all batches, made at once: a frame for each would cost more than what it holds."""
     return pd.DataFrame({name: np.concatenate([part[name] for part in rows]) for name in rows[0]})
-
-
-def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """The table with rows of T2 - T2b behind it, pair by pair, where there are twins."""
-    harmful, twin = (table[table.treatment == name] for name in ("T2", "T2b"))
-    at = twin_rows(harmful, twin, twins, ["set", "layer", "form", "outcome"])
-    if not (at >= 0).any():
-        return table
-    made, theirs = harmful[at >= 0], twin.iloc[at[at >= 0]]
-    numbers = [name for name in (*CELLS, "te", "first", "every") if name in table]
-    made = made.assign(treatment="T2-T2b", **{name: made[name] - theirs[name].to_numpy() for name in numbers})
-    return pd.concat([table, made], ignore_index=True)

@@ -21,7 +21,7 @@ from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.base.thresholds import SATURATED
 from companion.mediation import estimands, outcomes
-from companion.mediation.estimands import Batch
+from companion.mediation.estimands import Batch, twin_rows
 from companion.mediation.study import Study
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
@@ -90,22 +90,12 @@ class FinalStates:
         return replace(self, pairs=pairs, resid=self.resid[:, at], neurons=self.neurons[:, at])
 
 
-def twin_rows(
-    harmful: pd.DataFrame, twin: pd.DataFrame, twins: Mapping[str, str], keys: Sequence[str] = ()
-) -> Int[np.ndarray, row]:
-    """For each row of `harmful` the row of `twin` that has its pair's twin and the same `keys`; -1 where there is none."""
-    wanted = harmful.assign(pair_id=harmful.pair_id.map(twins))
-    wanted_keys, known_keys = (pd.MultiIndex.from_frame(one[["pair_id", *keys]]) for one in (wanted, twin))
-    return known_keys.get_indexer(wanted_keys)
-
-
 def difference(harmful: PairEffects, twin: PairEffects, twins: Mapping[str, str]) -> PairEffects:
     """T2 - T2b, pair by pair: each T2 pair minus its harmless twin; T2 pairs without one are left out."""
-    at = twin_rows(harmful.pairs, twin.pairs, twins)
-    has_twin, at = at >= 0, at[at >= 0]
-    pairs = harmful.pairs[has_twin].reset_index(drop=True)
+    own, at = twin_rows(harmful.pairs, twin.pairs, twins)
+    pairs = harmful.pairs.iloc[own].reset_index(drop=True)
     pairs = pairs.assign(te=pairs.te - twin.pairs.te.to_numpy()[at])
-    values = {name: values[has_twin] - twin.values[name][at] for name, values in harmful.values.items()}
+    values = {name: values[own] - twin.values[name][at] for name, values in harmful.values.items()}
     return PairEffects(f"{harmful.treatment}-{twin.treatment}", pairs, harmful.columns, values)
 
 

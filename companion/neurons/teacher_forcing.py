@@ -54,17 +54,13 @@ def _effects_on_text(
 ) -> Float[np.ndarray, "pair set when"]:
     """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
     start, n_steps = prompts[0].shape[1] - 1, text[0].shape[1]
-    runs = [_run(subject, prompt, text) for prompt in prompts]
+    runs = [outcomes.forced_run(subject, prompt, text[0]) for prompt in prompts]
     patches = [_patch(one, runs[0], range(start, end)) for one in sets for end in (start + 1, start + n_steps)]
     both = []
     for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
         clean, moved = _log_probs(subject, base, source, patches, text)
         both.append(sign * (moved - clean))
     return ((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2).cpu().numpy()
-
-
-def _run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text) -> CleanRun:
-    return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1))
 
 
 def _patch(one: NeuronSet, run: CleanRun, columns: range, value: Tensor | None = None) -> Patch:
@@ -107,7 +103,10 @@ def closing_cost(
         prompt = prompt_tokens(subject, group)[1]
         text = outcomes.opened_with(subject, prompt, [openers[one.pair.treatment].comply for one in group], STEPS)
         turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
-        run, answer = _run(subject, prompt, text), range(prompt.shape[1] - 1, prompt.shape[1] - 1 + text[0].shape[1])
+        run, answer = (
+            outcomes.forced_run(subject, prompt, text[0]),
+            range(prompt.shape[1] - 1, prompt.shape[1] - 1 + text[0].shape[1]),
+        )
         patches = [_patch(one, run, answer, values[turns % len(values)][:, None]) for one, values in closed.items()]
         clean, moved = _log_probs(subject, run, run, patches, text)
         lost, n_tokens = (clean - moved).cpu().numpy(), text[1].sum(1).cpu().numpy().astype(float)

@@ -28,7 +28,7 @@ from companion.generation import labels
 from companion.generation.decode import Answers, Begun, decode
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import activations, load, memory, replay
+from companion.model import activations, load, memory
 from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch, projection
@@ -177,8 +177,8 @@ def forced_scores(
         openers = [study.openers[one.pair.treatment] for one in group]
         texts = outcomes.continuations(subject, control, treated, openers, STEPS)
         values = known[tuple(one.pair.id for one in group)][clamp]
-        answer = _text_log_prob(subject, treated, texts.answer, texts.answer_mask, clamp, values, schedules)
-        refusal = _text_log_prob(subject, treated, texts.refusal, texts.refusal_mask, clamp, values, schedules)
+        both = ((texts.answer, texts.answer_mask), (texts.refusal, texts.refusal_mask))
+        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in both)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):
             pair = token_pair.pair
             key = (pair.id, pair.topic, pair.treatment, pair.split)
@@ -189,25 +189,21 @@ def forced_scores(
 def _text_log_prob(
     subject: Subject,
     prompt: Int[Tensor, "pair pos"],
-    tokens: Int[Tensor, "pair step"],
-    mask: Bool[Tensor, "pair step"],
+    text: tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]],
     clamp: Clamp,
     control: ControlValues,
     schedules: Sequence[str],
 ) -> Float[Tensor, "pair schedule"]:
     """log p of one text behind the prompt under each schedule."""
-    base = activations.clean_run(subject, torch.cat([prompt, tokens[:, :-1]], dim=1))
-    first, n_steps = prompt.shape[1] - 1, tokens.shape[1]
+    base = outcomes.forced_run(subject, prompt, text[0])
+    first, n_steps = prompt.shape[1] - 1, text[0].shape[1]
     value = torch.cat([control.prompt, control.answer.expand(-1, n_steps - 1, -1)], dim=1)
     patches = []
     for schedule in schedules:
         where = torch.zeros_like(base.tokens, dtype=torch.bool)
         where[:, [first + step for step in range(n_steps) if SCHEDULES[schedule](step)]] = True
         patches.append(Patch(clamp.site, subject.n_layers - 1, where, clamp.neurons, value))
-    resid = replay.interchange(subject, base, base, patches, read=tuple(range(first, first + n_steps)))
-    # One schedule at a time: the full vocabulary at every step is large.
-    scores = [outcomes.sequence_log_prob(subject, resid[:, i], tokens, mask) for i in range(len(patches))]
-    return torch.stack(scores, dim=1)
+    return outcomes.patched_text_log_probs(subject, base, base, patches, *text)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def asked_for(this: Study, parameters: Mapping[str, Any], notebooks: Sequence[st
     if "03" in notebooks:
         yield this, "modules"
     if "02" in notebooks:
-        for _, relative in control_models.family(this, parameters["MODEL"], parameters["PROFILE"]):
+        for _, relative in control_models.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
             yield relative, "layers with direct effects"
 
 

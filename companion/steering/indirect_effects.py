@@ -63,7 +63,7 @@ def steered_effects(
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
-    return estimands.estimands(pd.concat(tables, ignore_index=True))
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True))
 
 
 def _in_full(

@@ -31,25 +31,25 @@ def planted(first: float, every: float, n: int = 60) -> pd.DataFrame:
 def test_the_share_kept_is_the_planted_one(first: float, every: float) -> None:
     answers = planted(first, every)
     harm = answers.assign(y=(answers.label == "harmful").astype(float))
-    rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
+    rows = pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
     assert rows.loc[KEPT, "estimate"] == pytest.approx(first / every)
     assert rows.loc["effect of all tokens", "estimate"] == pytest.approx(every)
 
 
 def test_without_an_effect_of_all_tokens_nothing_is_kept() -> None:
     harm = planted(0.0, 0.0).assign(y=1.0)
-    rows = tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")
+    rows = tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")
     assert [row["quantity"] for row in rows] == ["effect of all tokens", "not defined"]
 
 
 def test_no_change_in_a_sample_is_not_certain() -> None:
-    row = tokens._changed_row(planted(0.0, 0.0), "m", "benign answers changed")
+    row = tokens.changed_share_row(planted(0.0, 0.0), "m", "benign answers changed")
     assert row["estimate"] == 0 and 0.05 < float(str(row["ci_high"])) < 0.15
 
 
 def test_answers_that_are_all_alike_leave_room_for_others() -> None:
     harm = planted(1.0, 1.0).assign(y=lambda table: (table.label == "harmful").astype(float))
-    rows = pd.DataFrame(tokens._kept_rows(tokens.wide(harm, "y"), "m", "main")).set_index("quantity")
+    rows = pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
     kept = rows.loc[KEPT]
     assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
 
@@ -63,7 +63,7 @@ def test_the_share_kept_covers_its_truth_near_one(share: float) -> None:
         topic = np.repeat([f"t{i}" for i in range(36)], 3)
         table = pd.DataFrame({"pair_id": range(108), "topic": topic, "first token": is_kept, "first five": is_kept})
         for is_judged in held:
-            row = tokens._kept_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
+            row = tokens.kept_share_rows(table.assign(**{"all tokens": 1.0}), "m", "main", is_judged=is_judged)[1]
             held[is_judged] += row["ci_low"] <= share <= row["ci_high"]
     assert held[True] >= 0.93 * 60 and held[True] > held[False]
 

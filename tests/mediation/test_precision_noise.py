@@ -3,7 +3,7 @@
 import torch
 from neuron_tools import clean_batch, neuron_patches, tiny_study
 
-from companion.mediation.control_models import precision_noise
+from companion.mediation.precision import precision_noise
 
 
 def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:

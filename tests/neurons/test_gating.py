@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from companion.mediation.estimands import with_difference
 from companion.neurons import gating
-from companion.neurons.clamping import CELLS, with_difference
+from companion.neurons.clamping import CELLS
 
 
 def known_cells(seed: int, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
