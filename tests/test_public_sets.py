@@ -21,7 +21,7 @@ from companion.base import thresholds
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.generation import openers
-from companion.generation.openers import FirstWords
+from companion.generation.openers import FoundOpeners
 from companion.model.load import load_tokenizer
 from companion.prompts import pairs, public, tokens, wrappers
 from companion.prompts.public import SETS, read_public_set
@@ -276,9 +276,9 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
 ) -> None:
     seen: list[str] = []
 
-    def find(subject: object, texts: list[str], own: Path) -> FirstWords:
+    def find(subject: object, texts: list[str], own: Path) -> FoundOpeners:
         seen.extend(texts)
-        return FirstWords(("w11",), ("w12",), 0.7, 3, 9)
+        return FoundOpeners(("w11",), ("w12",), 0.7, 3, 9)
 
     monkeypatch.setattr(openers, "find_openers", find)
     given = {"MODEL": str(model), "PROMPTS": "jailbreakbench,advbench", "DEVICE": "cpu", "DTYPE": "float32"}
@@ -320,7 +320,7 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
 def test_harmful_rows_alone_get_partners_of_equal_length(
     served: dict, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FoundOpeners(("w11",), ("w12",), 0.9, 3, 9))
     tokenizer = load_tokenizer(model)
     said: list[str] = []
     made = settings.collect("strongreject", tokenizer, wrappers_of(WRAPPERS), said.append).pairs
@@ -529,7 +529,7 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
     served: dict, asked: dict, lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its note a set would no longer count as sensitive."""
-    monkeypatch.setattr(openers, "find_openers", lambda *_: FirstWords(("w11",), ("w12",), 0.9, 3, 9))
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FoundOpeners(("w11",), ("w12",), 0.9, 3, 9))
     place = Path(settings.fetched(asked, None)["PROMPTS"])
     (place / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
     (place / lost).unlink()

@@ -21,7 +21,7 @@ from companion.calibration import localise
 from companion.calibration.rates import MEASURED
 from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
-from companion.claims.verdict import Rows, Verdict, generation, precondition
+from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import pipeline
 from companion.evidence.pipeline import STAGES
 from organisms import compiled, compiled_language
@@ -77,13 +77,12 @@ def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(ST
     """What the registered and the corrected rules say of a model's evidence, on the claims of some parts."""
     asked = {claim for part in parts for claim in STAGES[part]}
     own = Rows(model, evidence[evidence.model == model])
-    rules = {"registered": ledger(evidence, (model,)), "corrected": corrected_rules.corrected_rules_of(own)}
+    rules = {"registered": ledger(evidence, (model,)), "corrected": corrected_rules.corrected_verdicts(own)}
     return [(rule, one) for rule, verdicts in rules.items() for one in verdicts if one.claim in asked]
 
 
 def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:
-    treatment = "T1" if verdict.claim == "C3" else generation(rows)
-    stopped = precondition(rows, verdict.claim, treatment) is not None
+    stopped = precondition(rows, verdict.claim) is not None
     numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
     return {
         "claim": verdict.claim,

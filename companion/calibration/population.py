@@ -111,7 +111,7 @@ def verdicts_without_sampling(
     replaced = with_values(rows, label, known)
     own = Rows(label, replaced[replaced.model == label])
     said = [("registered", one) for one in ledger(replaced, (label,))]
-    said += [("corrected", one) for one in corrected_rules.corrected_rules_of(own) if one.claim != "C1"]
+    said += [("corrected", one) for one in corrected_rules.corrected_verdicts(own) if one.claim != "C1"]
     return {
         (one.claim, rule): (one, replaced)
         for rule, one in said

@@ -242,7 +242,7 @@ def ensure(
     else:
         notes = _make(folder, name, model, wrapper_file, device, dtype, report)
         report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-    openers.check(folder, model=model, device=device, dtype=dtype, report=report)
+    openers.check_openers(folder, model=model, device=device, dtype=dtype, report=report)
     retry(notes, folder, report)
 
 
@@ -270,7 +270,7 @@ def _make(
     note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": made.hashes}
     write_json(note, folder / "set.json")
     write_text("".join(json.dumps(_row(pair)) + "\n" for pair in made.pairs), folder / "pairs.jsonl")
-    openers.ensure(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
+    openers.ensure_openers(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
     return notes
 
 

@@ -82,7 +82,7 @@ def _squares(
     return found
 
 
-def _blind_squares(steering: Steering, part: forward.Part) -> Float[Tensor, row]:
+def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor, row]:
     """The squared norm of edits that add the same whatever the activations are: nothing has to be computed for it."""
     prompt, total = part.prompt, torch.zeros(len(part.rows), dtype=torch.float64, device=part.rows.device)
     for edit in steering.edits:
