@@ -20,15 +20,14 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from companion.base.display import progress
 from companion.base.hub import JUDGE
 from companion.generation import labels
-from companion.generation.decode import Answers, Begun, decode
+from companion.generation.decode import Answers, greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import activations, load, memory
+from companion.model import activations, memory
 from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch, projection
@@ -137,23 +136,6 @@ def _edited(
         else:
             cells[:, -1:, clamp.entries] = control.prompt[:, -1:]
     return new if acting else None
-
-
-@torch.no_grad()
-def greedy_answers(
-    subject: Subject, tokens: Int[Tensor, "row pos"], steps: int, cache: DynamicCache | None = None
-) -> Answers:
-    """Greedy continuations up to their end tokens, which belong to them; read on from a cache if one is given."""
-    out = subject.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    length = torch.full((len(tokens),), out.past_key_values.get_seq_length(), device=tokens.device)
-    begun, ends = (
-        Begun(np.arange(len(tokens)), out.logits[:, -1], out.past_key_values, length),
-        load.end_tokens(subject),
-    )
-    end_ids = torch.tensor(ends, device=tokens.device)
-    ids = decode(subject, begun, steps, end_ids, lambda logits, *_: logits.argmax(-1), shrink=False)
-    is_end = np.isin(ids, ends)
-    return Answers(ids, is_end.cumsum(-1) - is_end == 0)
 
 
 def _chosen(made: Answers, rows: slice | Bool[np.ndarray, row]) -> Answers:

@@ -10,6 +10,7 @@ from handmade import GATE_NEURON, Program, compiled, cue_pairs
 
 from companion.base.hub import JUDGE
 from companion.generation import labels
+from companion.generation.decode import greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.neurons import timing
@@ -79,7 +80,7 @@ def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, sc
 
 def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study) -> None:
     subject, (prompt, _) = this.subject, estimands.prompt_tokens(this.subject, [this.pairs[0]])
-    answer = timing.greedy_answers(subject, prompt, STEPS)
+    answer = greedy_answers(subject, prompt, STEPS)
     (own,) = timing.control_values(subject, prompt, answer, [GATE]).values()
     seen: list[torch.Tensor] = []
     look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
