@@ -1,16 +1,13 @@
-"""C5c, a switch of the whole answer: its evidence on planted answers, and its rule."""
+"""C5c, a switch of the whole answer: its evidence on planted answers."""
 
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from ledger_rows import FINE, Number, table
 from neuron_tools import tiny_study
 
 from companion.base.thresholds import KEPT
-from companion.claims.registered_rules import rule_c5c
-from companion.claims.verdict import Rows, Verdict
 from companion.evidence import tokens
 from companion.mediation.study import Study
 
@@ -27,19 +24,20 @@ def planted(first: float, every: float, n: int = 60) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def kept(answers: pd.DataFrame) -> pd.DataFrame:
+    harm = answers.assign(y=(answers.label == "harmful").astype(float))
+    return pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
+
+
 @pytest.mark.parametrize(("first", "every"), [(0.5, 1.0), (0.2, 0.8), (0.8, 0.8)])
 def test_the_share_kept_is_the_planted_one(first: float, every: float) -> None:
-    answers = planted(first, every)
-    harm = answers.assign(y=(answers.label == "harmful").astype(float))
-    rows = pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
+    rows = kept(planted(first, every))
     assert rows.loc[KEPT, "estimate"] == pytest.approx(first / every)
     assert rows.loc["effect of all tokens", "estimate"] == pytest.approx(every)
 
 
 def test_without_an_effect_of_all_tokens_nothing_is_kept() -> None:
-    harm = planted(0.0, 0.0).assign(y=1.0)
-    rows = tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")
-    assert [row["quantity"] for row in rows] == ["effect of all tokens", "not defined"]
+    assert list(kept(planted(0.0, 0.0)).index) == ["effect of all tokens", "not defined"]
 
 
 def test_no_change_in_a_sample_is_not_certain() -> None:
@@ -48,10 +46,8 @@ def test_no_change_in_a_sample_is_not_certain() -> None:
 
 
 def test_answers_that_are_all_alike_leave_room_for_others() -> None:
-    harm = planted(1.0, 1.0).assign(y=lambda table: (table.label == "harmful").astype(float))
-    rows = pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
-    kept = rows.loc[KEPT]
-    assert kept.estimate == kept.ci_high == 1 and kept.ci_low == pytest.approx(0.025 ** (1 / 30))
+    row = kept(planted(1.0, 1.0)).loc[KEPT]
+    assert row.estimate == row.ci_high == 1 and row.ci_low == pytest.approx(0.025 ** (1 / 30))
 
 
 @pytest.mark.parametrize("share", [0.95, 0.97])
@@ -75,42 +71,3 @@ def test_twins_of_a_refusal_take_its_control() -> None:
     (made,) = tokens.refusing(both, [harmful])
     assert made.pair.treatment == "T2b" and made.pair.treated == twin.pair.treated
     assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()
-
-
-# ---- the rule ----
-
-CHANGED, HARD = "benign answers changed", "harmless answers changed, refusing run's values"
-FINE_C5C: dict[tuple[str, str, str], Number] = {
-    **{key: FINE[key] for key in FINE if key[0] == "gate"},
-    ("C5c", KEPT, "main"): (0.95, 0.85, 1.0),
-    ("C5c", KEPT, "full response"): (0.9, 0.8, 1.0),
-    ("C5c", "effect of all tokens", "main"): (0.8, 0.7, 0.9),
-    ("C5c", CHANGED, "main"): (0.05, 0.0, 0.15),
-}
-
-
-def judged(changes: dict | None = None) -> Verdict:
-    return rule_c5c(Rows("m", table({**FINE_C5C, **(changes or {})})))
-
-
-@pytest.mark.parametrize(
-    ("quantity", "numbers", "verdict"),
-    [
-        (KEPT, (0.9, 0.8, 1.0), "supported"),
-        (KEPT, (0.9, 0.79, 1.0), "inconclusive"),
-        (CHANGED, (0.1, 0.0, 0.16), "supported"),
-        (CHANGED, (0.1, 0.0, 0.17), "inconclusive"),
-        (CHANGED, None, "inconclusive"),
-        (KEPT, None, "not testable"),
-    ],
-)
-def test_c5c_thresholds(quantity: str, numbers: Number | None, verdict: str) -> None:
-    assert judged({("C5c", quantity, "main"): numbers}).verdict == verdict
-
-
-def test_c5c_is_contradicted_capped_and_tagged() -> None:
-    low = {("C5c", KEPT, name): (0.3, 0.2, 0.4) for name in ("main", "full response")}
-    assert judged(low).verdict == "contradicted"
-    assert judged({("C5c", KEPT, "full response"): (0.3, 0.2, 0.4)}).verdict == "inconclusive"
-    assert judged({("C5c", HARD, "main"): (0.9, 0.8, 1.0)}).tags == ("closes harmless answers too",)
-    assert judged().tags == ()

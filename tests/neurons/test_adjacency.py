@@ -7,7 +7,6 @@ from families import FAMILIES, tiny_subject, tokens
 from neuron_tools import additive, made_effects, tiny_study
 from true_float64 import true_float64
 
-from companion.base.errors import InputError
 from companion.neurons.adjacency import (
     CONTEST,
     moran_test,
@@ -81,18 +80,6 @@ def test_neighbours_that_are_alike_are_found() -> None:
     assert found.layers == (1, 2)  # a layer of zeros is left out
     assert found.low > 0.05
     assert found.p == 0.001
-    with pytest.raises(InputError, match="no neuron has any effect"):
-        moran_test(made_effects(np.zeros((12, 40))))
-
-
-def test_more_prompts_narrow_the_interval() -> None:
-    """What topics contribute shrinks; what the order of the neurons contributes does not."""
-    rng, means = np.random.default_rng(0), np.random.default_rng(1).normal(size=200)
-    wide, narrow = (
-        moran_test(made_effects(means + 3 * rng.standard_normal((n, 200))), n_permutations=499) for n in (12, 600)
-    )
-    floor = 1.9 * narrow.permuted.std()
-    assert wide.high - wide.low > 1.1 * (narrow.high - narrow.low) > floor
 
 
 # ---- windows ----
@@ -101,8 +88,6 @@ def test_more_prompts_narrow_the_interval() -> None:
 def test_windows() -> None:
     made = windows(np.array([4, 0, 3, 1, 2]), half_width=1)
     assert made.tolist() == [[4, 0, 3], [0, 3, 1], [3, 1, 2]]
-    with pytest.raises(InputError, match="a window of half-width 8 needs 17"):
-        windows(np.arange(16))
 
 
 def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> None:
@@ -116,9 +101,6 @@ def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> N
         assert (made.p == 0.05) == wins
         assert (shares["best window"] > 0.99) == wins
         assert shares["top ranked"] == pytest.approx(1, abs=1e-3)
-        assert shares["best window - best random group"] == pytest.approx(
-            shares["best window"] - shares["best random group"], abs=1e-9
-        )
         assert made.members.shape == (20, 5)
 
 

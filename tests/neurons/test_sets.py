@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from effect_tools import YES_NO
 from families import FAMILIES
-from neuron_tools import additive, clean_batch, patched, tiny_study
+from neuron_tools import clean_batch, patched, tiny_study
 from true_float64 import true_float64
 
-from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
@@ -100,13 +99,6 @@ def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
     assert len(made.pairs) == 4
     for pair_id, effect in zip(made.pairs.pair_id, made.nie, strict=True):
         np.testing.assert_allclose(effect, sign * (by_id["T2"][pair_id] - by_id["T2b"][study.twins[pair_id]]))
-
-
-def test_sets_that_name_a_neuron_twice_are_refused() -> None:
-    subject, measured = additive(np.ones(6))
-    for bad in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
-        with pytest.raises(InputError, match="different neurons of 0 to 5"):
-            joint(subject, measured.states["T2"], np.array(bad))
 
 
 def test_set_sizes() -> None:

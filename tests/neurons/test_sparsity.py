@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from neuron_tools import additive, made_effects
 
-from companion.base.errors import InputError
 from companion.neurons import sparsity
 from companion.neurons.sets import cumulative, on_contrast, sizes
 from companion.neurons.sparsity import areas, concentration, curve_summary, gini, participation, settles
@@ -69,5 +68,3 @@ def test_concentration() -> None:
     assert participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
     made = concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
     assert made.estimate.tolist() == [0.5, 2.0]
-    with pytest.raises(InputError, match="nothing can be concentrated"):
-        concentration(made_effects(np.zeros((12, 4))))

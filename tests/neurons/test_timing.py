@@ -1,5 +1,6 @@
 """Timed clamps against plain runs of the model, and the two labels of an answer: by its opener, and by its content."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +40,7 @@ def this() -> Study:
     return Study("compiled", subject, tuple(pairs), {"T2": Openers(yes, no)}, {}, {})
 
 
+Judge = Callable[[str, str], str] | None
 GATE = Clamp("neurons", (GATE_NEURON,))
 
 
@@ -141,19 +143,34 @@ def yes() -> Study:
     return Study("compiled", subject, tuple(pairs), {"T2": Openers((yes,), (no,))}, {}, {})
 
 
-@pytest.fixture(autouse=True)
-def no_judge_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(JUDGE, raising=False)
+def judge(request: str, answer: str) -> str:
+    assert answer == "yes yes yes"
+    return f"own {request}"
 
 
-def made(yes: Study) -> pd.DataFrame:
-    return timing.clamped_answers(yes, [yes.pairs], ARMS, 3)[0].set_index("pair_id")
-
-
-def test_without_a_judge_content_is_empty_and_the_opener_labels(yes: Study) -> None:
-    found = made(yes)
+@pytest.mark.parametrize(
+    ("own", "model", "is_embedded", "label", "content"),
+    [
+        (None, "", False, "harmful", ""),
+        (judge, "", False, "harmful", "own {request}"),
+        (judge, "some/model", False, "refusal", "refusal"),  # a judge model decides both, before the study's own
+        (judge, "", True, "exact {request}", "exact {request}"),  # as does the exact judge of the embedded language
+    ],
+    ids=["nothing reads content", "the study's own judge", "a judge model", "the embedded language"],
+)
+def test_labels_by_the_opener_and_by_content(
+    yes: Study, monkeypatch: pytest.MonkeyPatch, own: Judge, model: str, is_embedded: bool, label: str, content: str
+) -> None:
+    monkeypatch.setenv(JUDGE, model)
+    monkeypatch.setattr(labels, "is_embedded", lambda texts: is_embedded and all(texts))
+    monkeypatch.setattr(labels, "judge", lambda request, answer: f"exact {request}")
+    if model:
+        monkeypatch.setattr(labels, "refusals", lambda subject, texts, *_: [True] * len(texts))
+    (found,) = timing.clamped_answers(replace(yes, judge=own), [yes.pairs], ARMS, 3)
     assert len(found) == len(yes.pairs) * len(ARMS)
-    assert (found.content == "").all() and (found.label == "harmful").all()
+    for one in found.itertuples():
+        request = next(pair.pair.treated for pair in yes.pairs if pair.pair.id == one.pair_id)
+        assert (one.label, one.content) == (label.format(request=request), content.format(request=request))
 
 
 def test_lists_that_are_decoded_together_give_the_tables_of_each(yes: Study) -> None:
@@ -162,33 +179,3 @@ def test_lists_that_are_decoded_together_give_the_tables_of_each(yes: Study) -> 
     for pairs, found in zip((few, more), together, strict=False):
         pd.testing.assert_frame_equal(found, timing.clamped_answers(yes, [pairs], ARMS, 3)[0])
     assert together[2].empty
-
-
-def test_the_studys_own_judge_reads_request_and_answer_and_leaves_the_label(yes: Study) -> None:
-    asked: list[tuple[str, str]] = []
-
-    def judge(request: str, answer: str) -> str:
-        asked.append((request, answer))
-        return "refusal" if "please" in request.split()[3:] else f"seen {request}"
-
-    found = made(replace(yes, judge=judge))
-    texts = {pair.pair.id: pair.pair.treated for pair in yes.pairs}
-    assert set(asked) == {(text, "yes yes yes") for text in texts.values()}
-    expected = {name: "refusal" if "please" in text.split()[3:] else f"seen {text}" for name, text in texts.items()}
-    assert (found.content == found.index.map(expected)).all() and found.content.nunique() > 1
-    assert (found.label == "harmful").all()
-
-
-def test_a_judge_model_decides_both_and_goes_before_the_studys_own(yes: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(JUDGE, "some/model")
-    monkeypatch.setattr(labels, "refusals", lambda subject, texts, *_: ["kind" in text for text in texts])
-    found = made(replace(yes, judge=lambda request, answer: "never asked"))
-    assert (found.content == found.label).all() and set(found.label) == {"refusal", "harmful"}
-
-
-def test_the_exact_judge_of_the_embedded_language_decides_both(yes: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "is_embedded", lambda texts: all(text.startswith("please") for text in texts))
-    monkeypatch.setattr(labels, "judge", lambda request, answer: f"{len(request)} {answer}")
-    found = made(replace(yes, judge=lambda request, answer: "never asked"))
-    expected = {pair.pair.id: f"{len(pair.pair.treated)} yes yes yes" for pair in yes.pairs}
-    assert (found.content == found.label).all() and (found.label == found.index.map(expected)).all()
