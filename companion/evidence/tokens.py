@@ -17,8 +17,8 @@ from companion.mediation.path_specific import HELD, PATHS, VARIANTS, WITH_OWN
 from companion.mediation.study import Study
 from companion.neurons import single, sparsity, timing
 from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, sizes
-from companion.neurons.single import Part, all_neurons, assembled, part_of
-from companion.neurons.timing import Clamp, generated, generated_each
+from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
+from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval, row
@@ -52,7 +52,7 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
     subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
     if measured is None:
         measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
-    order = single.ranking(single.table(measured.effects[treatment]), treatment, measured.last)
+    order = single.ranking(single.neuron_table(measured.effects[treatment]), treatment, measured.last)
     ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
     effect = curve.nie.mean(0)
@@ -77,10 +77,10 @@ def measure_timing(
     arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
     thin = study.subsample(BENIGN_PAIRS).pairs
     benign = [pair for pair in thin if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
-    seen: timing.Others = {}
-    harmful = generated(study, tested, arms, seen=seen)
-    clamped_always = generated_each(study, [benign, refusing(study, tested)], [(few, "all tokens")])
-    return Timing(chosen, harmful, timing.forced(study, tested, few, WANTED, seen), *clamped_always)
+    known: timing.Controls = {}
+    (harmful,) = clamped_answers(study, [tested], arms, known=known)
+    clamped_always = clamped_answers(study, [benign, refusing(study, tested)], [(few, "all tokens")])
+    return Timing(chosen, harmful, timing.forced_scores(study, tested, few, WANTED, known), *clamped_always)
 
 
 def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
@@ -180,13 +180,13 @@ def token_evidence(study: Study, model: str) -> EvidenceRows:
     if not study.of("T2") or not study.subject.d_mlp:
         return measure_c4(study, model)
     last = all_neurons(study.subject, [study.subject.n_layers - 1])
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[tuple[PairEffects, FinalStates]]] = {}
 
     def watch(batch: Batch) -> None:
-        parts.setdefault(batch.pairs[0].pair.treatment, []).append(part_of(study, batch, last))
+        parts.setdefault(batch.pairs[0].pair.treatment, []).append(measure_batch(study, batch, last))
 
     rows = measure_c4(study, model, watch)
-    found = {name: assembled(study, name, last, some) for name, some in parts.items()}
+    found = {name: joined_batches(some) for name, some in parts.items()}
     return rows + evidence_c5c(measure_timing(study, WANTED, collected(study, found) if found else None), model)
 
 

@@ -18,7 +18,7 @@ from companion.prompts.tokens import Openers, TokenPair
 class Study:
     """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs.
 
-    `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.generated`.
+    `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
     """
 
     slug: str
