@@ -15,7 +15,6 @@ import pandas as pd
 
 from companion.base.thresholds import (
     BENIGN_SHARE,
-    MLP_SHARE,
     EARLY,
     GATE_HIGH,
     GATE_LOW,
@@ -23,7 +22,6 @@ from companion.base.thresholds import (
     MARGINS,
     MIN_BENIGN,
     MLP_SHARE,
-    MLP_SHARE_WITH_OWN,
     PERPLEXITY,
     POINTS,
     READOUT,

@@ -262,7 +262,7 @@ def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFra
 
 def twin_rows(
     harmful: pd.DataFrame, twin: pd.DataFrame, twins: Mapping[str, str], keys: Sequence[str] = ()
-) -> tuple[Int[np.ndarray, row], Int[np.ndarray, row]]:
+) -> tuple[Int[np.ndarray, "row"], Int[np.ndarray, "row"]]:
     """Places of the T2 rows whose T2b twin has a row with the same `keys`, and the places of those rows."""
     wanted = harmful[["pair_id", *keys]].assign(pair_id=harmful.pair_id.map(twins))
     at = pd.MultiIndex.from_frame(twin[["pair_id", *keys]]).get_indexer(pd.MultiIndex.from_frame(wanted))

@@ -52,7 +52,7 @@ def token_counts(pairs: Sequence[TokenPair]) -> Float[np.ndarray, "pair side voc
 
 
 def held_out_scores(
-    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, pair], test: Bool[np.ndarray, pair]
+    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, "pair"], test: Bool[np.ndarray, "pair"]
 ) -> Float[np.ndarray, "test side"]:
     """Decision scores on the test pairs of a logistic probe (treated against control) fitted on the discover pairs."""
     if not discover.any() or not test.any():
