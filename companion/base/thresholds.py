@@ -26,7 +26,7 @@ def deepest_early_layer(n_layers: int) -> int:
     return int(np.flatnonzero(depth(np.arange(n_layers), n_layers) < EARLY)[-1])
 
 
-COMPUTED = "late share of what is computed"  # measured by `origin`
+COMPUTED = "late share of what is computed"  # measured by `mediation.interaction`
 
 
 POINTS = 2.0  # smallest harm change that counts, largest harmless loss, and how near counts as equal
