@@ -16,7 +16,7 @@ import pandas as pd
 
 from companion.base.errors import InputError
 from companion.base.paths import PROMPTS
-from companion.generation.labels import _clause, _topic
+from companion.generation.labels import clause_of
 from companion.prompts.invented import Request
 from companion.prompts.pairs import Pair
 
@@ -95,14 +95,14 @@ def _suite_row(line: str, where: str) -> tuple[Any, ...] | None:
     tier = int(row.get("tier", UNKNOWN))
     wrapped = tier > 0 or (tier == UNKNOWN and bool(row.get("wrapper")))
     kind = "harmful" if harmful else "borderline" if row.get("borderline") else "harmless"
-    topic = str(row.get("topic") or _topic(prompt) or name)
+    topic = str(row.get("topic") or getattr(clause_of(prompt), "topic", name))
     family = str(row.get("family") or "")
     return name, prompt, kind, wrapped, family, tier, _severity(prompt), topic, "test", suite
 
 
 def _severity(prompt: str) -> float:
     """Log-odds that the request takes off compliance, known in the embedded language only; NaN if not harmful."""
-    clause = _clause(prompt)
+    clause = clause_of(prompt)
     asked = Request(clause, "") if clause else None
     return asked.severity if asked and asked.harmful else float("nan")
 
