@@ -227,9 +227,14 @@ def label_answers(
     return [str(label) for label in np.select([refused, stuck], ["refusal", "off_topic"], complied)]
 
 
+def clause_of(prompt: str) -> Clause | None:
+    """What a request in the embedded language asks about; None for any other text."""
+    try:
+        return main_clause(prompt)
+    except InputError:
+        return None
+
+
 def is_embedded(texts: Iterable[str]) -> bool:
     """Whether every text is a request in the embedded language, so that the exact judge can label its answers."""
-    try:
-        return all(main_clause(text) is not None for text in texts)
-    except InputError:
-        return False
+    return all(clause_of(text) is not None for text in texts)

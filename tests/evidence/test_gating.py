@@ -1,12 +1,11 @@
-"""C5b's rule on evidence written by hand, and the evidence of hand-made models."""
+"""Evidence of C5b on hand-made models: which set is read, in which form, and what the rule makes of a contributor."""
 
 from dataclasses import replace
 
 import gate_models as gm
 import pandas as pd
 import pytest
-from gate_models import GATE, TOKENIZER, YES_NO
-from handmade import FIRST, OUT, cue_pairs
+from handmade import FIRST, OUT, SECOND, cue_pairs, word_tokenizer
 
 from companion.base.files import EVIDENCE
 from companion.claims.registered_rules import rule_c5b
@@ -15,71 +14,11 @@ from companion.evidence import gating, neurons
 from companion.mediation.study import Study
 from companion.neurons.gating import WRAPPER_HARM
 from companion.neurons.teacher_forcing import STEPS
+from companion.prompts.tokens import Openers
 
-INDEX = ("gate index", "main")
-NUMBERS = {
-    ("gate", "TE T2-T2b", "main"): (5.0, 4.0, 6.0),
-    ("gate", "joint probability T2", "main"): (0.95, 0.9, 1.0),
-    ("C5b", *INDEX): (0.8, 0.7, 0.9),
-    ("C5b", "gate index", "norm frozen"): (0.7, 0.6, 0.8),
-    ("C5b", "gate index, signed", "main"): (0.8, 0.7, 0.9),
-    ("C5b", "gate index, form", "a: last"): (0.0, 0.0, 0.0),
-    ("C5b", "gate index, form", "b: inside"): (0.1, 0.0, 0.15),
-    ("C5b", "gate index, form", "c: below"): (0.8, 0.7, 0.9),
-    ("C5b", "readout share", "main"): (0.2, 0.1, 0.3),
-    ("C5b", "benign share", "main"): (0.1, 0.05, 0.15),
-    ("C5b", "perplexity ratio", "main"): (1.0, 0.99, 1.005),
-}
-
-
-def rows(**changed: tuple[float, float, float] | None) -> Rows:
-    """The numbers of a gate; `changed` by "quantity|variant", None to leave one out."""
-    numbers = dict(NUMBERS)
-    for name, value in changed.items():
-        key = next(key for key in NUMBERS if "|".join(key[1:]) == name)
-        numbers.pop(key) if value is None else numbers.update({key: value})
-    made = [(*key, *value, 120, 40, "c, layer 4") for key, value in numbers.items()]
-    columns = [name for name in EVIDENCE if name != "model"]
-    return Rows("m", pd.DataFrame(made, columns=columns).assign(model="m"))
-
-
-def test_a_gate_is_supported() -> None:
-    made = rule_c5b(rows())
-    assert made.verdict == "supported" and made.estimate == 0.8
-
-
-@pytest.mark.parametrize(
-    ("quantity", "value"),
-    [
-        ("gate index|main", (0.8, 0.55, 0.9)),
-        ("gate index, signed|main", (-0.8, -0.9, -0.7)),  # an OR
-        ("readout share|main", (0.4, 0.3, 0.5)),
-        ("benign share|main", (0.15, 0.1, 0.25)),
-        ("perplexity ratio|main", (1.005, 1.0, 1.02)),
-        ("perplexity ratio|main", None),
-        ("benign share|main", None),
-        ("gate index|norm frozen", (0.1, 0.0, 0.2)),
-        ("joint probability T2|main", (0.5, 0.4, 0.6)),
-    ],
-)
-def test_each_condition_can_withhold_support(quantity: str, value: tuple[float, float, float] | None) -> None:
-    assert rule_c5b(rows(**{quantity: value})).verdict == "inconclusive"
-
-
-def test_contradicted_needs_every_form_low() -> None:
-    low = (0.1, 0.05, 0.15)
-    small = {"gate index|main": low, "gate index|norm frozen": low, "gate index, signed|main": low}
-    assert rule_c5b(rows(**small)).verdict == "inconclusive"  # form c is high
-    assert rule_c5b(rows(**small, **{"gate index, form|c: below": low})).verdict == "contradicted"
-
-
-def test_what_was_not_measured_is_not_testable() -> None:
-    table = rows().table
-    made = rule_c5b(Rows("m", table[table.claim == "gate"]))
-    assert made.verdict == "not testable" and "notebook 04" in made.reason
-    assert rule_c5b(Rows("m", table[table.claim == "C5b"])).verdict == "not testable"
-    made = rule_c5b(Rows("m", table[(table.claim == "gate") | table.variant.str.startswith("a:")]))
-    assert made.verdict == "inconclusive" and "nothing of which" in made.reason
+TOKENIZER = word_tokenizer()
+YES_NO = Openers(*((TOKENIZER.convert_tokens_to_ids(word),) for word in ("yes", "no")), 0)
+GATE = gm.Model((gm.Neuron(3, 0, gm.step(FIRST), {SECOND: 1.0}, {OUT: 3.0 / gm.STEEP}),))
 
 
 def study(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] | None) -> Study:

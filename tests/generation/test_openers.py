@@ -8,23 +8,15 @@ import torch
 from companion.base.errors import InputError
 from companion.generation import openers
 from companion.model.architecture import Subject
-from companion.model.load import load
 from companion.prompts import invented, tokens
 from companion.prompts.pairs import load_set
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Subject:
-    return load("embedded")
 
 
 def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openers, "is_refusal", lambda text: text.strip().startswith(invented.REFUSAL_OPENER))
     content = load_set("embedded")
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
-    found = openers.find_openers(
-        embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own")
-    )
+    found = openers.find_openers(embedded, [text for p in pairs for text in (p.control, p.treated)], Path("own"))
     known = tokens.openers(content, embedded.tokenizer)["T1"]
     context = tokens.render_prompt(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
@@ -55,3 +47,9 @@ def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
 def test_a_low_joint_probability_is_said() -> None:
     assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
     assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note
+
+
+def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(embedded: Subject, texts: list[str]) -> None:
+    together = openers.first_token_probabilities(embedded, texts)
+    alone = torch.cat([openers.first_token_probabilities(embedded, [text]) for text in texts])
+    torch.testing.assert_close(together, alone)
