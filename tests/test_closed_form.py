@@ -6,7 +6,6 @@ from families import FAMILIES, tiny_subject
 from grid_tools import mask, runs
 from true_float64 import true_float64
 
-from companion.base.errors import InputError
 from companion.model import readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
@@ -63,10 +62,3 @@ def test_blocks_and_large_logits_do_not_change_log_probs(monkeypatch: pytest.Mon
     monkeypatch.setattr(closed_form, "CACHED", 2 * 61)
     got = closed_form.last_layer_log_probs(subject, *pair, ROWS)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
-
-
-def test_right_padding_is_refused() -> None:
-    subject = tiny_subject("llama")
-    base, source = runs(subject, torch.arange(9) < torch.tensor([[9], [8], [7]]))
-    with pytest.raises(InputError, match="is padding in some pair"):
-        closed_form.last_layer_neurons(subject, base, source, ROWS)
