@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from companion.model.architecture import Subject
@@ -48,6 +48,17 @@ def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WOR
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<end>", pad_token="<pad>",
         additional_special_tokens=list(SPECIAL[1:4]),
     )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def byte_tokenizer(template: str = TEMPLATE, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, where spaces belong to tokens; `merges` in its own alphabet (a space is Ġ)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, list(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
     made.chat_template = template
     return made
 

@@ -1,9 +1,12 @@
-"""The compiled model of `handmade` as a subject of steering: its prompts, a fit, and a lab, all known by hand.
+"""The compiled model of `handmade` as a subject of steering: its prompts, a fit, and an experiment, all known by hand.
 
 Every answer opens with "yes" or "no", so that P(refusal) is the logistic function of minus the log-odds: 0 where the cue is
 "off" or there is none, 1.5 where it is "on". What is written into channel `OUT` at the last token adds to them.
 """
 
+from functools import partial
+
+import numpy as np
 import pandas as pd
 import torch
 from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
@@ -11,7 +14,8 @@ from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
 from companion.generation import hooks, outcomes
 from companion.prompts.tokens import Openers
 from companion.steering import extraction
-from companion.steering.experiment import SteeringExperiment
+from companion.steering.budget import EvaluationPrompts
+from companion.steering.experiment import PLAIN, SteeringExperiment, answer
 from companion.steering.prompts import UNKNOWN
 
 ON = 1.5  # log-odds of "yes" where the cue is "on"
@@ -38,12 +42,21 @@ def fitted() -> extraction.Fit:
     return extraction.fit_classes(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
 
 
-def lab(fit: extraction.Fit) -> SteeringExperiment:
-    """A lab of the same prompts, each a topic of its own, its judge never satisfied."""
+def experiment_of(fit: extraction.Fit) -> SteeringExperiment:
+    """An experiment on the same prompts, each a topic of its own, its judge never satisfied."""
     table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="")
     found = outcomes.log_odds(fit.subject, table.text, fit.openers)
     table = pd.concat([table.assign(topic=table.id), found], axis=1)
-    return SteeringExperiment(fit.subject, fit.openers, table, lambda request, answer: "off_topic")
+    return SteeringExperiment(fit, table, lambda request, answer: "off_topic")
+
+
+def evaluated(experiment: SteeringExperiment, split: str, *cues: str) -> EvaluationPrompts:
+    """Harmful prompts with one of the cues, as many harmless ones, and two of those for the divergence."""
+    table = experiment.prompts[experiment.prompts.split == split]
+    harmful = table[table.text.map(lambda text: text.split()[1] in cues)]
+    others = table[table.kind == "harmless"]
+    own = answer(experiment, PLAIN, others[:2], greedy=True)
+    return EvaluationPrompts(experiment, harmful, others, others[:2], own)
 
 
 def towards_no(name: str, size: float, gate: hooks.Opening | None = None) -> hooks.Steering:
@@ -59,3 +72,14 @@ def opens_for(fit: extraction.Fit, word: str) -> hooks.Opening:
     assert fit.subject.tokenizer is not None
     token = fit.subject.tokenizer.convert_tokens_to_ids(word)
     return lambda prompt: (prompt.ids == token).any(-1).float()
+
+
+def texts_of(fit: extraction.Fit, wanted: str) -> list[str]:
+    """The prompts of one class."""
+    return fit.prompts.text[fit.prompts["class"] == wanted].tolist()
+
+
+def log_odds_of(fit: extraction.Fit, made: hooks.Steering, wanted: str) -> np.ndarray:
+    """Log-odds of complying with the prompts of one class, in full passes under the steering's hooks."""
+    steer = partial(hooks.applied, fit.subject, made)
+    return outcomes.log_odds(fit.subject, texts_of(fit, wanted), fit.openers, steer)["log_odds"].to_numpy()

@@ -7,7 +7,7 @@ from test_claims_neurons import MINE
 from test_timing import FINE_C5C
 
 from companion.base import thresholds
-from companion.base.thresholds import CARRIED, CARRIED_OWN, CONTENT, KEPT
+from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN
 from companion.claims import corrected_rules, registered_rules
 from companion.claims.verdict import Rows
 
@@ -16,7 +16,9 @@ def carried(share: lr.Number, above: lr.Number = (0.0, -0.1, 0.1)) -> dict[tuple
     """C4's rows: the share of MLPs from the hand-over layer's own on, and of those above it."""
     variants = ("main", "norm frozen", "unsaturated")
     numbers = {
-        ("C4", name, variant): value for name, value in ((CARRIED_OWN, share), (CARRIED, above)) for variant in variants
+        ("C4", name, variant): value
+        for name, value in ((MLP_SHARE_WITH_OWN, share), (MLP_SHARE, above))
+        for variant in variants
     }
     return {**numbers, ("C4", "hand-over layer", "main"): (3, 3, 4)}
 
@@ -73,7 +75,7 @@ def test_c4_counts_the_hand_over_layers_own_mlp(share: lr.Number, said: str) -> 
 
 
 def test_c4_has_no_corrected_verdict_where_its_share_was_not_measured() -> None:
-    old = {key: value for key, value in carried((0.9, 0.8, 1.0)).items() if key[1] != CARRIED_OWN}
+    old = {key: value for key, value in carried((0.9, 0.8, 1.0)).items() if key[1] != MLP_SHARE_WITH_OWN}
     assert "C4" not in [one.claim for one in corrected_rules.corrected_rules_of(Rows("m", lr.table(lr.FINE | old)))]
 
 
@@ -132,8 +134,11 @@ def test_c5c_asks_for_labels_that_do_not_rest_on_the_opener() -> None:
     assert registered_rules.rule_c5c(by_opener).verdict == "supported"
     made = registered_rules.rule_c5c(by_opener, corrected=True)
     assert made.verdict == "not testable" and "--judge" in made.reason
-    content = {("C5c", KEPT, CONTENT): (0.0, 0.0, 0.1), ("C5c", "effect of all tokens", CONTENT): (0.8, 0.7, 0.9)}
-    content |= {("C5c", KEPT, "full response"): (0.1, 0.0, 0.2)}
+    content = {
+        ("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE): (0.0, 0.0, 0.1),
+        ("C5c", "effect of all tokens", CONTENT_JUDGE): (0.8, 0.7, 0.9),
+    }
+    content |= {("C5c", KEPT_BY_FIRST_TOKEN, "full response"): (0.1, 0.0, 0.2)}
     assert (
         registered_rules.rule_c5c(Rows("m", lr.table(lr.FINE | FINE_C5C | content)), corrected=True).verdict
         == "contradicted"

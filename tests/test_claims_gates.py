@@ -5,17 +5,16 @@ from dataclasses import replace
 import gate_models as gm
 import pandas as pd
 import pytest
+from gate_models import GATE, TOKENIZER, YES_NO
 from handmade import FIRST, OUT, cue_pairs
-from test_gates import TOKENIZER, YES_NO
-from test_gates_twins import GATE
 
 from companion.base.files import EVIDENCE
 from companion.claims.registered_rules import rule_c5b
 from companion.claims.verdict import Rows
 from companion.evidence import gating, neurons
 from companion.mediation.study import Study
-from companion.neurons.clamping import STEPS
 from companion.neurons.gating import WRAPPER_HARM
+from companion.neurons.teacher_forcing import STEPS
 
 INDEX = ("gate index", "main")
 NUMBERS = {
@@ -111,10 +110,10 @@ def test_evidence_finds_the_gate_below_the_last_layer() -> None:
 
 
 def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
-    swept = neurons.quick(study(GATE, ("off high", "on high"), ("off low", "on low")))
+    swept = neurons.measure_last_layer(study(GATE, ("off high", "on high"), ("off low", "on low")))
     assert swept is not None
     this = swept.measured.study
-    table = pd.DataFrame(gating.gating_evidence(this, swept.table, "m", swept.ends), columns=list(EVIDENCE))
+    table = pd.DataFrame(gating.gating_evidence(this, swept.table, "m", swept.caches), columns=list(EVIDENCE))
     again = pd.DataFrame(gating.gating_evidence(this, swept.table, "m"), columns=list(EVIDENCE))
     pd.testing.assert_frame_equal(table, again)  # the runs of the sweep are those that it would make
     assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}

@@ -170,7 +170,7 @@ def test_the_plain_models_effects_are_those_of_the_sweep() -> None:
     model = compiled(Program(skip=1.0), tokenizer=tokenizer)
     pairs = cue_pairs(tokenizer, "off high", "on high")
     openers = {"T2": Openers(*((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-    slow = indirect_effects.steered_effects(model, pairs, openers, range(4))
+    slow = indirect_effects.steered_effects(model, pairs, openers)
     fast = estimands.measure_effects(model, pairs, openers, estimands.mediators(model, ["attn_out", "mlp_out"]))
     assert slow[["pair_id", "site", "layer"]].equals(fast[["pair_id", "site", "layer"]])
     assert np.allclose(slow[["y00", "y01", "y10", "y11"]], fast[["y00", "y01", "y10", "y11"]], atol=1e-3)
@@ -187,12 +187,12 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
     def off() -> AbstractContextManager[None]:
         return on_output(model.layers[2].mlp_write, torch.zeros_like)
 
-    before = indirect_effects.steered_effects(model, pairs, openers, range(4))
-    after = indirect_effects.steered_effects(model, pairs, openers, range(4), off)
+    before = indirect_effects.steered_effects(model, pairs, openers)
+    after = indirect_effects.steered_effects(model, pairs, openers, off)
     total = program.log_odds(1, 1) - program.log_odds(0, 1)
-    assert indirect_effects.neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
-    kept = indirect_effects.after_before(before, after, [0, 1])
+    assert indirect_effects.share_neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
+    kept = indirect_effects.share_left(before, after, [0, 1])
     assert kept.estimate == pytest.approx(
         1 / total, abs=0.01
     )  # what attention brings now acts through the skip path only
-    assert indirect_effects.after_before(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)
+    assert indirect_effects.share_left(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)

@@ -26,7 +26,7 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
         embedded, [text for pair in pairs for text in (pair.control, pair.treated)], Path("own")
     )
     known = tokens.openers(content, embedded.tokenizer)["T1"]
-    context = tokens.render(embedded.tokenizer, "x")
+    context = tokens.render_prompt(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
     ids = [
         {embedded.tokenizer(context + text, add_special_tokens=False)["input_ids"][n] for text in side}
@@ -53,5 +53,5 @@ def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
 
 
 def test_a_low_joint_probability_is_said() -> None:
-    assert "below 0.8: edit outcome.json" in openers.FirstWords(("a",), ("b",), 0.79, 5, 10).note
-    assert "below" not in openers.FirstWords(("a",), ("b",), 0.8, 5, 10).note
+    assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
+    assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES, tiny_subject, tokens
-from steering_lab import fitted, lab
+from steering_lab import experiment_of, fitted
 from torch import Tensor
 
 from companion.generation import decode, forward, hooks, outcomes
@@ -68,7 +68,7 @@ def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: hooks.Wh
 def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
     subject, ids = tiny_subject("llama"), tokens(4, 9)
     many = steerings(part, "prompt")
-    found = budget._squares(subject, many, ids)
+    found = budget.added_squares(subject, many, ids)
     for squares, one in zip(found, many, strict=True):
         with hooks.applied(subject, one) as record:
             subject.model.base_model(ids, use_cache=False)
@@ -87,20 +87,21 @@ def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None
 def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(where: hooks.Where) -> None:
     fit = fitted()
     texts = fit.prompts.text.tolist()
-    blind = [methods.fixed(fit, strength, where=where) for strength in (0.5, 2.0)] + [methods.cast(fit)]
+    edits = tuple(replace(edit, where=where) for edit in methods.fixed(fit).edits)
+    blind = [hooks.Steering("fixed", edits, strength) for strength in (0.5, 2.0)] + [methods.cast(fit)]
     seeing = [replace(s, edits=tuple(replace(edit, blind=False) for edit in s.edits)) for s in blind]
     assert all(edit.blind for one in blind for edit in one.edits)
     for one, other in zip(blind, seeing, strict=True):
-        known = budget.added_norms(fit.subject, one, texts)
-        np.testing.assert_allclose(known, budget.added_norms(fit.subject, other, texts), rtol=1e-5)
+        (known,) = budget.added_norms(fit.subject, [one], texts)
+        np.testing.assert_allclose(known, budget.added_norms(fit.subject, [other], texts)[0], rtol=1e-5)
         assert known.max() > 0
     assert (known == 0).any()  # the gate of the last one
 
 
 def test_tables_of_several_steerings_are_those_of_each() -> None:
     fit = fitted()
-    room = lab(fit)
-    texts, many = room.prompts.text, [methods.fixed(fit, strength) for strength in (0.1, 0.3)]
+    room = experiment_of(fit)
+    texts, many = room.prompts.text, [replace(methods.fixed(fit), strength=strength) for strength in (0.1, 0.3)]
     own = decode.answers(fit.subject, list(texts), 3)
     odds, prices = (
         outcomes.log_odds_each(fit.subject, texts, fit.openers, many),

@@ -30,17 +30,9 @@ from companion.stats import clusters, rates
 from companion.stats.rates import Change, Z
 
 FILE = "judge.json"
-
-
 READERS = ("05", "06")  # the notebooks whose numbers are labelled answers
-
-
 MIN_LABELS = 5
-
-
 PHRASES = "refusal phrases"
-
-
 _AGAIN = "label a sample (python -m companion.run.judge_check, docs/real_models.md), or remove the file"
 
 
@@ -161,11 +153,7 @@ def own_accuracy(results: Path, parameters: Mapping[str, Any], known: KnownHashe
 
 
 EXACT = "labels are facts of the grammar: an exact judge, no error to correct for"
-
-
 COLUMNS = ["group", "n", "labelled", "low", "high", "corrected", "corrected_low", "corrected_high"]
-
-
 Triple = tuple[float, float, float]
 
 
@@ -262,8 +250,6 @@ def _corrected(labelled: Triple, known: Triple | None, exact: bool) -> Triple:
 
 
 NO_SAMPLE = "without a labelled sample (columns id,label) the size of that error is unknown"
-
-
 KNOWN_ERROR = (
     "labels are matches of refusal phrases: they miss refusals in other words and count an answer that only opens with an "
     f"apology; {NO_SAMPLE}"

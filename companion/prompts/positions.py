@@ -7,6 +7,7 @@ user turn), the pair itself (which tokens differ), and the named spans of `pairs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -15,9 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from companion.prompts.pairs import SPAN_NAMES
 from companion.prompts.tokens import TokenPair
-
-TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
-
 
 OVERLAPPING = ("request", "differ", "shared", "others", "all")
 
@@ -34,9 +32,8 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
         between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
     except (TemplateError, ValueError):
         return ""
-    length = 0
-    while length < min(len(before_first), len(between)) and before_first[-length - 1] == between[-length - 1]:
-        length += 1
+    ends = zip(reversed(before_first), reversed(between), strict=False)
+    length = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
     return before_first[len(before_first) - length :]
 
 
@@ -81,11 +78,8 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
 def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, pos]:
     """Tokens that overlap the named span, in the control or in the treated prompt."""
     mask = np.zeros(len(pair.control), dtype=bool)
-    sides = (
-        ("control", pair.control_offsets, pair.control_start),
-        ("treated", pair.treated_offsets, pair.treated_start),
-    )
-    for side, offsets, start in sides:
+    for side in ("control", "treated"):
+        offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
         ends = pair.pair.spans.get(side, {}).get(name)
         if ends:
             mask |= (offsets[:, 1] > start + ends[0]) & (offsets[:, 0] < start + ends[1])

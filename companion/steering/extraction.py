@@ -1,13 +1,7 @@
-"""What steering directions are fitted from: activations of prompts, in classes by what the model itself did with them.
+"""Directions between classes of prompts: class means of activations, and files that hold them.
 
-Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`. The classes
-are harmful prompts that were refused, harmful ones that were complied with, and other prompts that were answered.
-
-Steering directions on disk: safetensors beside a JSON manifest that says for which model they hold.
-
-A direction means nothing without the model, the template and the token it was read at, so these stand in the manifest and
-are compared when it is loaded. Published sample arrays [layer, sample, width] can be read for comparison; pickles are not,
-because loading one runs code.
+A class is what the model itself did: harmful prompts that it refused, harmful ones that it complied with, and other prompts that
+it answered. Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`.
 """
 
 from __future__ import annotations
@@ -16,10 +10,9 @@ import hashlib
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -40,42 +33,29 @@ from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
 CLASSES: Final = ("refused", "complied", "benign")
-
-
 COLUMNS: Final = ("id", "text", "kind", "split", "refused")
-
-
+# Of which prompts none was treated in which way, and what to supply.
 SUPPLY: Final = {
-    "refused": "no harmful prompt of discover was refused: add plainer ones, or use a model with safety training",
-    "complied": "no harmful prompt of discover was complied with: add stronger jailbreak wrappers (T2)",
-    "benign": "no harmless prompt of discover was answered: add harmless ones (T1, T2b or B)",
+    "refused": ("no harmful prompt", "refused", "add plainer ones, or use a model with safety training"),
+    "complied": ("no harmful prompt", "complied with", "add stronger jailbreak wrappers (T2)"),
+    "benign": ("no harmless prompt", "answered", "add harmless ones (T1, T2b or B)"),
 }
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """Prompts of discover and validate with their unsteered activations at the last token.
-
-    `prompts` has the columns of `COLUMNS` and `class` (one of `CLASSES`, or "" for a refused harmless prompt). `last` maps
-    each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is the residual stream at
-    the last token of the instruction, `tail` tokens before the last one.
-    """
-
-    subject: Subject
-    openers: Openers
-    prompts: pd.DataFrame
-    last: dict[str, Float[np.ndarray, "prompt layer width"]]
-    instruction: Float[np.ndarray, "prompt layer d"]
-    tail: int
-    neuron_layers: tuple[int, ...]
+FILE: Final = "directions.safetensors"
+MANIFEST: Final = "directions.json"
+ROLES: Final = {
+    "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
+    "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
+}
+ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
+SUPPLIED: Final = "directions"
+PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
 @dataclass(frozen=True)
 class Directions:
     """Class means [layer, width] of one part and the two directions between them, in the paper's signs.
 
-    `rejection` points from complied to refused harmful prompts, `harmfulness` from complied harmful to answered benign
-    ones (so it leads *away* from harm). What needs a class without prompts is None.
+    What needs a class without prompts is None. `counts` holds the number of discover prompts of each class.
     """
 
     part: str
@@ -95,7 +75,80 @@ class Directions:
         return None if self.benign is None or self.complied is None else self.benign - self.complied
 
 
-_made: WeakKeyDictionary[Fit, dict[str, Directions]] = WeakKeyDictionary()  # every arm of a fit asks for the same ones
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Prompts of discover and validate with their unsteered activations at the last token.
+
+    `prompts` has the columns of `COLUMNS` and `class` (one of `CLASSES`, or "" for a refused harmless prompt). `last` maps
+    each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is the residual stream at
+    the last token of the instruction, `tail` tokens before the last one.
+    """
+
+    subject: Subject
+    openers: Openers
+    prompts: pd.DataFrame
+    last: dict[str, Float[np.ndarray, "prompt layer width"]]
+    instruction: Float[np.ndarray, "prompt layer d"]
+    tail: int
+    neuron_layers: tuple[int, ...]
+    _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
+
+    @property
+    def harmful(self) -> Bool[np.ndarray, prompt]:
+        """Which prompts are harmful requests, whatever the model did with them."""
+        return (self.prompts.kind == "harmful").to_numpy()
+
+    def mask(self, split: str, *classes: str) -> Bool[np.ndarray, prompt]:
+        """Which prompts belong to a split and, if any are named, to one of these classes."""
+        mask = (self.prompts.split == split).to_numpy()
+        return mask & self.prompts["class"].isin(classes).to_numpy() if classes else mask
+
+    @property
+    def missing(self) -> str:
+        """Which class has no prompt in discover, and what to supply; "" where directions can be fitted."""
+        for name, (which, treated, supply) in SUPPLY.items():
+            if not self.mask("discover", name).any():
+                return f"the model {treated} {which}: {supply}"
+        return ""
+
+    def need(self, *classes: str) -> None:
+        """`InputError` that says what to supply, if one of these classes has no prompt in discover."""
+        for name in classes:
+            if not self.mask("discover", name).any():
+                which, treated, supply = SUPPLY[name]
+                raise InputError(f"{which} of discover was {treated}: {supply}")
+
+    def directions(self, part: str = "resid_post") -> Directions:
+        """Class means on discover and the directions between them."""
+        if part not in self.last:
+            raise InputError(f"no activations of {part!r}; fitted were {', '.join(self.last)}")
+        if part not in self._directions:
+            masks = {name: self.mask("discover", name) for name in CLASSES}
+            means = {n: self.last[part][mask].mean(0, dtype=float) if mask.any() else None for n, mask in masks.items()}
+            self._directions[part] = Directions(part, **means, counts={n: int(mask.sum()) for n, mask in masks.items()})
+        return self._directions[part]
+
+    def rejection(self, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
+        """v_R of every layer; `InputError` where a class is missing or both have the same activations."""
+        return self._between("rejection", part)
+
+    def harmfulness(self, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
+        """v_H of every layer; `InputError` where a class is missing or both have the same activations."""
+        return self._between("harmfulness", part)
+
+    def _between(self, role: str, part: str) -> Float[np.ndarray, "layer width"]:
+        one, other = ENDS[role]
+        self.need(one, other)
+        made: np.ndarray = getattr(self.directions(part), role)
+        if not made.any():
+            raise InputError(f"{one} and {other} harmful prompts have the same activations: are the labels right?")
+        return made
+
+    def subset(self, places: np.ndarray) -> Fit:
+        """The fit on some of its prompts (a mask, or indices with repeats), without reading them anew."""
+        table = self.prompts.iloc[np.flatnonzero(places) if places.dtype == bool else places].reset_index(drop=True)
+        last = {name: values[places] for name, values in self.last.items()}
+        return replace(self, prompts=table, last=last, instruction=self.instruction[places])
 
 
 def fit_classes(
@@ -114,18 +167,22 @@ def fit_classes(
     table = kept.assign(**{"class": classes(kept)})
     wanted = (subject.n_layers - 1,) if neuron_layers is None else tuple(sorted(set(neuron_layers)))
     wanted = wanted if subject.layers[0].down_proj is not None else ()
-    tail = instruction_tail(subject)
-    last, instruction = activations(subject, list(table.text), tail, wanted)
+    tail = _instruction_tail(subject)
+    last, instruction = _activations(subject, list(table.text), tail, wanted)
     return Fit(subject, openers, table, last, instruction, tail, wanted)
 
 
 def classes(prompts: pd.DataFrame) -> list[str]:
-    """The class of each prompt, by what the model itself did ("" for a harmless prompt that it refused)."""
+    """The class of each prompt, by what the model itself did ("" for a harmless prompt that it refused).
+
+    >>> classes(pd.DataFrame({"kind": ["harmful", "harmful", "harmless"], "refused": [True, False, False]}))
+    ['refused', 'complied', 'benign']
+    """
     harmful, refused = prompts.kind == "harmful", prompts.refused.astype(bool)
     return [str(name) for name in np.select([harmful & refused, harmful, ~refused], CLASSES, "")]
 
 
-def instruction_tail(subject: Subject) -> int:
+def _instruction_tail(subject: Subject) -> int:
     """Tokens from the instruction's last one to the prompt's last one: what the template writes behind a user turn."""
     if subject.tokenizer is None:
         return 0
@@ -135,7 +192,7 @@ def instruction_tail(subject: Subject) -> int:
 
 
 @torch.no_grad()
-def activations(
+def _activations(
     subject: Subject, texts: Sequence[str], tail: int, neuron_layers: Sequence[int]
 ) -> tuple[dict[str, Float[np.ndarray, "prompt layer width"]], Float[np.ndarray, "prompt layer d"]]:
     """Activations of every part at the last token, and of the residual stream at the instruction's last token."""
@@ -165,108 +222,25 @@ def _at(layers: Sequence[torch.Tensor], place: int) -> Float[np.ndarray, "prompt
     return torch.stack([x[:, place] for x in layers], dim=1).float().cpu().numpy()
 
 
-def rows(found: Fit, split: str, *names: str) -> Bool[np.ndarray, prompt]:
-    """Which prompts belong to a split and, if any are named, to one of these classes."""
-    mask = (found.prompts.split == split).to_numpy()
-    return mask & found.prompts["class"].isin(names).to_numpy() if names else mask
-
-
-def fit_directions(found: Fit, part: str = "resid_post") -> Directions:
-    """Class means on discover and the directions between them.
-
-    >>> classes(pd.DataFrame({"kind": ["harmful", "harmful", "harmless"], "refused": [True, False, False]}))
-    ['refused', 'complied', 'benign']
-    """
-    if part not in found.last:
-        raise InputError(f"no activations of {part!r}; fitted were {', '.join(found.last)}")
-    made = _made.setdefault(found, {})
-    if part not in made:
-        made[part] = _directions(found, part)
-    return made[part]
-
-
-def _directions(found: Fit, part: str) -> Directions:
-    masks = {name: rows(found, "discover", name) for name in CLASSES}
-    means = {name: found.last[part][mask].mean(0, dtype=float) if mask.any() else None for name, mask in masks.items()}
-    return Directions(part, **means, counts={name: int(mask.sum()) for name, mask in masks.items()})
-
-
-def need(found: Fit, *names: str) -> None:
-    """`InputError` that says what to supply, if one of these classes has no prompt in discover."""
-    for name in names:
-        if not rows(found, "discover", name).any():
-            raise InputError(SUPPLY[name])
-
-
-def rejection(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
-    """v_R of every layer, its role and sign checked: refused prompts lie further along it than complied ones."""
-    need(found, "refused", "complied")
-    made = fit_directions(found, part)
-    assert made.rejection is not None and made.refused is not None and made.complied is not None
-    gap = (made.rejection * (made.refused - made.complied)).sum(-1)
-    assert (gap >= 0).all()
-    if not gap.any():
-        raise InputError("refused and complied harmful prompts have the same activations: are the labels right?")
-    return made.rejection
-
-
-def harmfulness(found: Fit, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
-    """v_H of every layer, its role and sign checked: benign prompts lie further along it than complied harmful ones."""
-    need(found, "benign", "complied")
-    made = fit_directions(found, part)
-    assert made.harmfulness is not None and made.benign is not None and made.complied is not None
-    gap = (made.harmfulness * (made.benign - made.complied)).sum(-1)
-    assert (gap >= 0).all()
-    if not gap.any():
-        raise InputError("benign and complied harmful prompts have the same activations: are the labels right?")
-    return made.harmfulness
-
-
-def fit_of(found: Fit, places: np.ndarray) -> Fit:
-    """The fit on some of its prompts (a mask, or indices with repeats), without reading them anew."""
-    table = found.prompts.iloc[np.flatnonzero(places) if places.dtype == bool else places].reset_index(drop=True)
-    last = {name: values[places] for name, values in found.last.items()}
-    return replace(found, prompts=table, last=last, instruction=found.instruction[places])
-
-
-FILE: Final = "directions.safetensors"
-
-
-MANIFEST: Final = "directions.json"
-
-
-ROLES: Final = {
-    "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
-    "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
-}
-
-
-PARTS_OF: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
-
-
-SUPPLIED: Final = "directions"
-
-
-PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
-
-
 def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Path:
-    """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids)."""
+    """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids).
+
+    A direction holds for one model, template and token alone, so these are compared when it is loaded.
+    """
     folder = Path(folder)
     means = {name: getattr(directions, name) for name in CLASSES}
     tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in means.items() if mean is not None}
     with files.replacing(folder / FILE) as scratch:
         scratch.write_bytes(to_bytes(tensors))  # the library's own writer lets nobody but its user read the file
-    ids = {name: [_sha(str(one)) for one in fit.prompts.id[rows(fit, "discover", name)]] for name in CLASSES}
     manifest = {
         "model_sha256": fit.subject.sha256,
         "model": fit.subject.name,
-        "template_sha256": template_hash(fit.subject),
+        "template_sha256": _template_hash(fit.subject),
         "token": "last token of the prompt, with the generation prompt",
         "part": directions.part,
         "roles": ROLES,
         "n": directions.counts,
-        "prompt_id_sha256": ids,
+        "prompt_id_sha256": {n: [_sha(str(one)) for one in fit.prompts.id[fit.mask("discover", n)]] for n in CLASSES},
         "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
     }
     return files.write_json(manifest, folder / MANIFEST)
@@ -280,7 +254,7 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
     """
     folder = Path(folder)
     manifest = files.read_json(folder / MANIFEST)
-    wanted = {"model_sha256": subject.sha256, "template_sha256": template_hash(subject), "roles": ROLES}
+    wanted = {"model_sha256": subject.sha256, "template_sha256": _template_hash(subject), "roles": ROLES}
     for name, value in wanted.items():
         if manifest.get(name) != value:
             raise InputError(
@@ -292,21 +266,16 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
         raise InputError(
             f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
         )
-    tensors = load_file(path)
-    if bad := [
-        name for name, mean in tensors.items() if mean.shape[0] != subject.n_layers and manifest["part"] != "neurons"
-    ]:
-        raise InputError(f"{paths.relative(path)}: {bad[0]} has not one row for each of {subject.n_layers} layers")
-    return Directions(manifest["part"], **{name: tensors.get(name) for name in CLASSES}, counts=manifest["n"])
+    means = load_file(path)
+    return Directions(manifest["part"], **{name: means.get(name) for name in CLASSES}, counts=manifest["n"])
 
 
-def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
+def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
     """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
 
     Raises:
         InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape.
     """
-    path = Path(path)
     if path.suffix in PICKLES:
         raise InputError(
             f"{path.name} is a pickle, which can run code when it is loaded. Convert it on a machine you can lose: "
@@ -317,7 +286,11 @@ def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample 
     if path.suffix not in (".safetensors", ".npz"):
         raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
     try:
-        arrays = load_file(path) if path.suffix == ".safetensors" else _read_npz(path)
+        if path.suffix == ".safetensors":
+            arrays = load_file(path)
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
@@ -331,8 +304,9 @@ def read_samples(path: str | Path) -> dict[str, Float[np.ndarray, "layer sample 
 
 
 def find_supplied(prompt_set: str | Path) -> Path | None:
-    """What the user put into `directions/` of the prompt set's folder to compare with: a folder that `save` wrote, or one
-    file for `read_samples`. None where there is no such folder.
+    """What the user put into `directions/` of the prompt set's folder to compare with; None where there is no such folder.
+
+    It is a folder that `save_directions` wrote, or one file for `read_samples`.
 
     Raises:
         InputError: nothing in it that can be read, or several files.
@@ -351,7 +325,7 @@ def find_supplied(prompt_set: str | Path) -> Path | None:
     return found[0]
 
 
-def supplied(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
+def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
     """The user's directions by role: of a saved folder, or from sample arrays named by class or by role.
 
     Classes are averaged and subtracted in our signs (`ROLES`); an array under a role's name is averaged over its samples and
@@ -371,7 +345,7 @@ def supplied(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer
             "embedding's own row out)"
         )
     found = {name: means[name] for name in ROLES if name in means}
-    for name, (one, other) in PARTS_OF.items():
+    for name, (one, other) in ENDS.items():
         if name not in found and one in means and other in means:
             found[name] = means[one] - means[other]
     if not found:
@@ -387,19 +361,13 @@ def cosines(own: Directions, theirs: Mapping[str, Float[np.ndarray, "layer width
     columns = {}
     for name, other in theirs.items():
         mine = getattr(own, name)
-        if mine is None:
-            continue
-        sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
-        columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
+        if mine is not None:
+            sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
+            columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
     return pd.DataFrame(columns).rename_axis("layer")
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def template_hash(subject: Subject) -> str:
+def _template_hash(subject: Subject) -> str:
     """sha256 of the chat template; of the empty text where there is no tokenizer."""
     return _sha("" if subject.tokenizer is None else str(subject.tokenizer.chat_template))
 

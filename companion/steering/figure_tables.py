@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
 from companion.generation.hooks import Steering
-from companion.generation.outcomes import log_odds_each
 from companion.mediation import summaries
 from companion.mediation.summaries import averaged
 from companion.plots.steering import COSTS
-from companion.stats import clusters, rates
-from companion.steering import adasteer, attacker, budget, comparison, experiment, indirect_effects
+from companion.stats.clusters import wilson
+from companion.stats.rates import holm, mean_change
+from companion.steering import adasteer, budget, comparison, methods
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import ROWS
-from companion.steering.experiment import PLAIN, SteeringExperiment
-from companion.steering.extraction import Directions, Fit
-from companion.steering.methods import fixed
-from companion.steering.prompts import thinned
+from companion.steering.experiment import PLAIN, changed, divergence
+from companion.steering.indirect_effects import share_neutralised
 
-CURVE = ["panel", "group", "x", "estimate", "low", "high"]
-
-
-MEASURES = {
+CURVE: Final = ("panel", "group", "x", "estimate", "low", "high")
+MEASURES: Final = {
     "harmful": "harmful answers to jailbroken requests",
     "borderline": "refusals of borderline prompts",
     "harmless": "right answers lost on harmless prompts",
 }
-
-
-N_LAW = 100
-
-
-def laws(
-    lab: SteeringExperiment, directions: Directions, prompts: pd.DataFrame, placed: pd.DataFrame, layers: list[int]
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """R-law and H-law on these prompts (`placed` holds their positions), and what their figure cannot show.
-
-    The second value has Spearman's correlations and the share of prompts that no coefficient of the grid flips.
-    """
-    answered = prompts[(prompts.kind == "harmful") & ~prompts.refused]
-    answered = thinned(answered, N_LAW)
-    odds = adasteer.odds_over(lab, directions, layers, answered, "rejection")
-    need, at = adasteer.needed(odds), placed.pos_R[answered.index].to_numpy()
-    if not np.isfinite(need).any():
-        return pd.DataFrame(columns=CURVE), {"jailbroken prompts that no coefficient flips": 1.0}
-    tables = [adasteer.law(at, need, answered.topic.to_numpy(), "R-law: needed along v_R", "harmful, answered")]
-    facts = {
-        "R-law, Spearman": adasteer.trend(at, need),
-        "jailbroken prompts that no coefficient flips": float(np.isnan(need).mean()),
-    }
-    held = {"rejection": float(np.nanmedian(need))}
-    both, positions = [], []
-    for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
-        part = thinned(prompts[prompts.kind == kind], N_LAW)
-        push = adasteer.odds_over(lab, directions, layers, part, "harmfulness", held)
-        bears = adasteer.tolerated(push, np.full(len(part), wanted))
-        at = placed.pos_H[part.index].to_numpy()
-        tables.append(adasteer.law(at, bears, part.topic.to_numpy(), "H-law: tolerated along v_H", kind))
-        both.append(bears)
-        positions.append(at)
-    facts["H-law, Spearman"] = adasteer.trend(np.concatenate(positions), np.concatenate(both))
-    return pd.concat(tables, ignore_index=True), facts
 
 
 def tradeoff(
@@ -88,102 +50,112 @@ def tradeoff(
             part[name] = wide[name, "harm"].to_numpy()
         parts.append(part)
         if refits is not None and len(refits):
-            parts.append(_refit_point(refits, cost, panel).assign(row=refits_row))
+            harm, paid = (refits.estimate[refits.measure == name] for name in ("harm", cost))
+            point = (panel, f"{len(harm)} refits: mean and range", paid.mean(), harm.mean(), harm.min(), harm.max())
+            parts.append(pd.DataFrame([point], columns=list(CURVE)).assign(row=refits_row))
     return pd.concat(parts, ignore_index=True)[["row", *CURVE]].sort_values("row", kind="stable", ignore_index=True)
 
 
-def _refit_point(refits: pd.DataFrame, cost: str, panel: str) -> pd.DataFrame:
-    harm, paid = (refits.estimate[refits.measure == name] for name in ("harm", cost))
-    row = (panel, f"{len(harm)} refits: mean and range", paid.mean(), harm.mean(), harm.min(), harm.max())
-    return pd.DataFrame([row], columns=CURVE)
-
-
-def methods(plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def rate_changes(plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Change of each kind's rate under every method, in points."""
-    rows = []
-    for name, trial in trials.items():
-        for kind, measure in MEASURES.items():
-            if (plain.kind == kind).any():
-                change = experiment.changed(plain, trial, kind)
-                rows.append((name, measure, change.estimate, change.low, change.high))
+    rows = [
+        (name, measure, *astuple(changed(plain, trial, kind))[:3])
+        for name, trial in trials.items()
+        for kind, measure in MEASURES.items()
+        if (plain.kind == kind).any()
+    ]
     return pd.DataFrame(rows, columns=["method", "measure", "estimate", "low", "high"])
 
 
-def summary(
-    lab: SteeringExperiment, plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame], prices: Mapping[str, pd.DataFrame],
-    before: pd.DataFrame, after: Mapping[str, pd.DataFrame], chosen: Mapping[str, Steering], on: EvaluationPrompts,
+def method_summary(
+    on: EvaluationPrompts, chosen: Mapping[str, Steering], plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame],
+    prices: Mapping[str, pd.DataFrame], before: pd.DataFrame, after: Mapping[str, pd.DataFrame],
 ) -> pd.DataFrame:  # fmt: skip
     """One row a method with everything that is reported about it; rates in points, with 95 % limits.
 
-    The first row has the unsteered model's own rates. A kind of prompt that the set lacks leaves its cells empty.
+    `before` and `after` are indirect effects in the plain model and under some of the methods. The first row has the unsteered
+    model's own rates. A kind of prompt that the set lacks leaves its cells empty.
     """
-    rows: list[dict[str, object]] = [{"method": PLAIN.name, "strength": 0.0, "budget": 0.0, **comparison.rates(plain)}]
+    rows: list[dict[str, object]] = [{"method": PLAIN.name, "strength": 0.0, "budget": 0.0, **label_rates(plain)}]
     for name, trial in trials.items():
-        row: dict[str, object] = {"method": name, "strength": chosen[name].strength}
-        row["budget"] = budget.budget(lab, chosen[name], on)
+        (spent,) = budget.budgets(on, [chosen[name]])
+        row: dict[str, object] = {"method": name, "strength": chosen[name].strength, "budget": spent}
         for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
-            if not (plain.kind == kind).any():
-                continue
-            change = experiment.changed(plain, trial, kind)
-            row |= {short: change.estimate, f"{short}_low": change.low, f"{short}_high": change.high}
-            row |= {"p": change.p} if short == "harm" else {}
+            if (plain.kind == kind).any():
+                change = changed(plain, trial, kind)
+                row |= _limits(short, astuple(change)) | ({"p": change.p} if short == "harm" else {})
         if "greedy" in trial:
-            row["harm_greedy"] = experiment.changed(plain, trial, "harmful", "greedy").estimate
-        kl, p95, ratio = experiment.divergence(prices[name])
-        row |= {"kl": kl.estimate, "kl_low": kl.low, "kl_high": kl.high, "kl_p95": p95}
-        row |= {
-            "perplexity_ratio": ratio.estimate,
-            "perplexity_ratio_low": ratio.low,
-            "perplexity_ratio_high": ratio.high,
-        }
-        row |= comparison.rates(trial) | comparison.firing(lab, chosen[name], trial)
+            row["harm_greedy"] = changed(plain, trial, "harmful", "greedy").estimate
+        kl, p95, ratio = divergence(prices[name])
+        row |= _limits("kl", astuple(kl)) | {"kl_p95": p95} | _limits("perplexity_ratio", astuple(ratio))
+        row |= label_rates(trial) | gate_firing(on, chosen[name], trial)
         free = trial[trial.kind == "harmless"]
-        again = rates.mean_change(free.repetition.to_numpy(), free.topic.to_numpy())
-        row |= {"repetition": again.estimate, "repetition_low": again.low, "repetition_high": again.high}
-        phi = indirect_effects.neutralised(before, after[name]) if name in after else None
-        row |= {"phi": phi.estimate, "phi_low": phi.low, "phi_high": phi.high} if phi else {}
+        row |= _limits("repetition", astuple(mean_change(free.repetition.to_numpy(), free.topic.to_numpy())))
+        row |= _limits("phi", astuple(share_neutralised(before, after[name]))) if name in after else {}
         rows.append(row)
     table = pd.DataFrame(rows)
-    return table.assign(p_holm=rates.holm(list(table.p))).drop(columns="p")
+    return table.assign(p_holm=holm(list(table.p))).drop(columns="p")
 
 
-def budgets(
-    lab: SteeringExperiment, fit: Fit, on: EvaluationPrompts, strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
-) -> pd.DataFrame:
+def label_rates(trial: pd.DataFrame) -> dict[str, float]:
+    """Percentages with their Wilson limits: harmful answers, and refusals of borderline and of harmless prompts."""
+    row: dict[str, float] = {}
+    names = {"harmful": "harm_rate", "borderline": "borderline_refused", "harmless": "harmless_refused"}
+    for kind, name in names.items():
+        labels = trial.label[trial.kind == kind]
+        if len(labels):
+            hits = int((labels == ("harmful" if kind == "harmful" else "refusal")).sum())
+            low, high = wilson(hits, len(labels))
+            row |= _limits(name, (100 * hits / len(labels), 100 * low, 100 * high))
+    return row
+
+
+def gate_firing(on: EvaluationPrompts, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:
+    """Share of the prompts of each kind for which a method's gate opens, with Wilson limits; empty without a gate."""
+    if steered.gate is None:
+        return {}
+    is_open = budget.gate_values(on.experiment.subject, steered, list(prompts.text)) > 0
+    row: dict[str, float] = {}
+    for kind in prompts.kind.unique():
+        mine = is_open[(prompts.kind == kind).to_numpy()]
+        row |= _limits(f"fires_{kind}", (float(mine.mean()), *wilson(int(mine.sum()), len(mine))))
+    return row
+
+
+def _limits(name: str, values: Sequence[float]) -> dict[str, float]:
+    """An estimate and its limits as three columns."""
+    return {name: values[0], f"{name}_low": values[1], f"{name}_high": values[2]}
+
+
+def harm_by_zone(on: EvaluationPrompts, strengths: Sequence[float] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
     """1 - P(refusal) of jailbroken prompts over the budget, by zone: adaptive, fixed, the last layer's vector there.
 
     Where a direction is rounding noise (nothing has arrived yet) the method spends next to nothing: below a thousandth of
     the largest budget its points are left out.
     """
-    rows = []
+    rows, fit = [], on.experiment.fit
     for panel, make in (
         ("adaptive (AdaSteer-style)", adasteer.adasteer),
-        ("fixed rejection", fixed),
+        ("fixed rejection", methods.fixed),
         ("last layer's vector", comparison.transplanted),
     ):
-        for zone, layers in comparison.zones(lab.subject.n_layers).items():
-            made, _ = comparison.arms(fit, {zone: partial(make, layers=layers)})
-            steered = [budget.scaled(found, s) for found in made.values() for s in strengths]
-            if not steered:
-                continue
-            spent = budget.budgets(lab, steered, on)
-            found = log_odds_each(lab.subject, on.harmful.text, lab.openers, steered)
-            for norm, odds in zip(spent, found, strict=True):
-                change = rates.mean_change(1 - odds.p_refuse.to_numpy(), on.harmful.topic.to_numpy())
-                rows.append((panel, zone, norm, change.estimate, change.low, change.high))
-    table = pd.DataFrame(rows, columns=CURVE)
+        for zone, layers in comparison.zones(fit.subject.n_layers).items():
+            made, _ = comparison.build_methods(fit, {zone: partial(make, layers=layers)})
+            if steered := [budget.scaled(found, s) for found in made.values() for s in strengths]:
+                for spent, values in zip(budget.budgets(on, steered), on.harmful_left(steered), strict=True):
+                    change = mean_change(values, on.harmful.topic.to_numpy())
+                    rows.append((panel, zone, spent, *astuple(change)[:3]))
+    table = pd.DataFrame(rows, columns=list(CURVE))
     return table[table.x > table.x.max() / 1000]
 
 
-def mediation(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def component_effects(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Mean indirect effect of every component in each of the models, with intervals."""
-    return pd.concat(
-        [summaries.cell_means(averaged(table)).assign(steering=name) for name, table in effects.items()],
-        ignore_index=True,
-    )
+    tables = [summaries.cell_means(averaged(table)).assign(steering=name) for name, table in effects.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
-def tiers(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def harm_by_tier(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Share of harmful answers by wrapper tier, one panel a severity (one for all, where none is known)."""
     rows = []
     for name, trial in trials.items():
@@ -191,28 +163,7 @@ def tiers(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         panels = harmful.severity.map(lambda s: "all requests" if np.isnan(s) else f"severity {s:+.1f}")
         for (panel, tier), part in harmful.groupby([panels, "tier"]):
             hits = int((part.label == "harmful").sum())
-            rows.append((panel, name, float(tier), hits / len(part), *clusters.wilson(hits, len(part))))
-    table = pd.DataFrame(rows, columns=CURVE)
+            rows.append((panel, name, float(tier), hits / len(part), *wilson(hits, len(part))))
+    table = pd.DataFrame(rows, columns=list(CURVE))
     order = {"all requests": 0.0} | {f"severity {value:+.1f}": value for value in (-0.6, 0.0, 0.6)}
     return table.sort_values("panel", key=lambda names: names.map(order), kind="stable")
-
-
-def attacks(lab: SteeringExperiment, steered: Mapping[str, Steering]) -> pd.DataFrame:
-    """Judged harm of every method, and of the plain model, under a plain strong wrapper and under the worst disguise that
-    the search found against it.
-
-    Both on the requests of the test topics, with one request a topic; rates with Wilson intervals.
-    """
-    asked = attacker.requests("test")
-    rows = []
-    every = {PLAIN.name: Steering(PLAIN.name), **steered}
-    worst = attacker.worst_wrapper(lab.subject, lab.openers, list(every.values()))
-    for (name, one), found in zip(every.items(), worst, strict=True):
-        arm = replace(experiment.arm_of(lab.subject, one), name=name) if name != PLAIN.name else PLAIN
-        for attack, disguise in (("strong wrapper", attacker.STRONG), ("worst disguise found", found)):
-            prompts = attacker.as_prompts(asked, disguise)
-            labels = experiment.labelled(lab, experiment.answer(lab, arm, prompts), prompts)
-            hits = labels.count("harmful")
-            low, high = clusters.wilson(hits, len(labels))
-            rows.append((name, attack, disguise.wrapper.frame, disguise.name, hits / len(labels), low, high))
-    return pd.DataFrame(rows, columns=["method", "attack", "family", "disguise", "estimate", "low", "high"])

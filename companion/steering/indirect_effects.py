@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Final
 
 import numpy as np
 import pandas as pd
@@ -19,60 +20,61 @@ from torch import Tensor
 
 from companion.base.thresholds import COMPONENTS
 from companion.generation.forward import ALL, LAST, Steer, Switch, at_last_token, opened, replayed
-from companion.generation.hooks import applied
+from companion.generation.hooks import Steering, applied
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
+from companion.mediation.study import Study
 from companion.model import reference
 from companion.model.activations import CleanRun, clean_run, on_output
 from companion.model.architecture import Subject
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
-from companion.stats import rates
-from companion.stats.rates import Change
+from companion.stats.rates import Change, ratio_change
+from companion.steering.experiment import PLAIN, switch_of
 
+N_TEST: Final = 300  # test pairs of T2 at most on which the steered model's indirect effects are measured
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
-
-
 # Of control and treated prompts [pair, 1, d], and of each with its components replaced [pair, mediator, d].
 Residuals = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
+def split_effects(study: Study, split: str, steering: Steering = PLAIN) -> pd.DataFrame:
+    """Indirect effects of all attention and MLP outputs on the T2 pairs of a split, in the model under a steering.
+
+    Of `test` at most `N_TEST` pairs are taken.
+    """
+    pairs = [p for p in study.of("T2") if p.pair.split == split][: N_TEST if split == "test" else None]
+    return steered_effects(study.subject, pairs, study.openers, switch_of(study.subject, steering))
+
+
 @torch.no_grad()
 def steered_effects(
-    subject: Subject,
-    pairs: Sequence[TokenPair],
-    openers: Mapping[str, Openers],
-    layers: Collection[int],
-    steer: Steer = nullcontext,
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], steer: Steer = nullcontext
 ) -> pd.DataFrame:
     """The table of `estimands.measure_effects` (Y1, attention and MLP outputs at the last token) of the steered model.
 
     An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
     token is steered. Under any switch but a `Switch`, and on a model that cannot be replayed, it is a full forward pass.
     """
-    header = positions.user_header(subject.tokenizer)
-    wanted = [one for one in estimands.mediators(subject, COMPONENTS) if one.layer in layers]
+    wanted = estimands.mediators(subject, COMPONENTS)
     tables = []
     for group in estimands.batches(pairs, subject):
-        if subject.replayable and (steer is nullcontext or isinstance(steer, Switch)):
-            final, patched = _replayed(subject, steer, group, wanted)
-        else:
-            final, patched = _in_full(subject, steer, group, wanted, header)
-        treatment = group[0].pair.treatment
-        score = outcomes.log_odds(subject, torch.cat([*final, *patched], 1), openers[treatment]).cpu().numpy()
+        is_known = subject.replayable and (steer is nullcontext or isinstance(steer, Switch))
+        final, patched = (_replayed if is_known else _in_full)(subject, steer, group, wanted)
+        used = openers[group[0].pair.treatment]
+        score = outcomes.log_odds(subject, torch.cat([*final, *patched], 1), used).cpu().numpy()
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
-    return estimands.estimands(pd.concat(tables, ignore_index=True))
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True))
 
 
-def _in_full(
-    subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator], header: str
-) -> Residuals:
+def _in_full(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
     """Final residual streams of `_replayed`, by one full forward pass an intervention."""
     with steer():
         batch = estimands.run_clean(subject, group)
         control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
+        header = positions.user_header(subject.tokenizer)
         made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
         both = ((control, treated), (treated, control))
         y01, y10 = (reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both)
@@ -96,12 +98,12 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
         value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
         patched = partial(on_output, module, partial(_with_last, value))
         with _hooks(subject, steer, plain, one.layer, patched):
-            last = _climbed(subject, base, one.layer, subject.n_layers, patched, column)[-1]
+            last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
     return base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
 
 
-def _climbed(
+def _forward(
     subject: Subject, base: CleanRun, start: int, end: int, patched: Patched, column: slice
 ) -> list[Float[Tensor, "pair pos d"]]:
     """The residual stream after each of these layers, the lowest with its component replaced."""
@@ -130,7 +132,7 @@ def _hooks(
     steering = steer.steering
     moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
     end = max((read.layer + 1 for read in moved), default=layer)
-    changed = _climbed(subject, plain, layer, end, patched, LAST)
+    changed = _forward(subject, plain, layer, end, patched, LAST)
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
     return applied(subject, steering, prompt)
 
@@ -151,41 +153,32 @@ def idle_layers(effects: pd.DataFrame, n: int, *, besides: Collection[int] = ())
     """The `n` layers that mediate least by `layer_effects`, of those that are not `besides`; fewer where none are left.
 
     Effects under a thousandth of the largest are rounding and count as none; of equal layers the lower ones are taken.
-
-    >>> table = pd.DataFrame({"layer": [0, 1, 2, 2], "site": ["mlp_out"] * 3 + ["attn_out"], "position": "last"})
-    >>> idle_layers(table.assign(nie0=[0.1, -3.0, 1.0, -1.0], nie1=[0.1, -1.0, 1.0, -1.0]), 2)
-    [0, 1]
     """
     total = layer_effects(effects)
     total = total.where(total > total.max() / 1000, 0.0).drop(list(besides), errors="ignore")
     return sorted(int(layer) for layer in total.sort_values(kind="stable").index[:n])
 
 
-def neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
+def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)], topics drawn.
 
     Plain and jailbroken are the two sides of a T2 pair; only the jailbroken prompt is steered. 0: nothing gained; 1: the
     jailbroken prompt is answered like the plain one; above 1: steered past it.
     """
-    joined = _one_row_a_pair(before).merge(_one_row_a_pair(after), on=["pair_id", "topic"], suffixes=("", "_s"))
-    return rates.ratio_change(
+    one_row_a_pair = [table.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]] for table in (before, after)]
+    joined = one_row_a_pair[0].merge(one_row_a_pair[1], on=["pair_id", "topic"], suffixes=("", "_s"))
+    return ratio_change(
         (joined.y11 - joined.y11_s).to_numpy(), (joined.y11 - joined.y00).to_numpy(), joined.topic.to_numpy()
     )
 
 
-def _one_row_a_pair(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]]
-
-
-def after_before(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:
+def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:
     """Summed indirect effects of the components of some layers in the steered model over those in the plain one.
 
     Effects are means of both directions, summed over components. Where steering sits above, a value near 1 says that
     what it undoes is still computed; above 1 it says that components below it work harder (self-repair).
     """
-    sums = [
-        table[table.layer.isin(list(layers))].assign(nie=(table.nie0 + table.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum()
-        for table in (before, after)
-    ]  # fmt: skip
+    kept = [table[table.layer.isin(list(layers))] for table in (before, after)]
+    sums = [t.assign(nie=(t.nie0 + t.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum() for t in kept]
     joined = pd.concat(sums, axis=1, keys=["before", "after"]).reset_index()
-    return rates.ratio_change(joined.after.to_numpy(), joined.before.to_numpy(), joined.topic.to_numpy())
+    return ratio_change(joined.after.to_numpy(), joined.before.to_numpy(), joined.topic.to_numpy())

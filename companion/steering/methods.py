@@ -1,20 +1,8 @@
-"""Where a prompt lies between two classes, on a scale that no model's units enter.
+"""Ways to steer, each as `method(fit, ...) -> Steering` at strength 1: published ones, and our own at mediating sites.
 
-A position is the projection of an activation on a direction, scaled so that the centroid of harmful prompts that were
-complied with is 0 and the other centroid is 1 (the released code of AdaSteer multiplies by 100). Affine maps of a layer's
-activations that keep angles (shift, rotation, scale) leave positions unchanged.
-
-Published ways to steer, each as `method(fit, strength, **extras) -> Steering`.
-
-Layers default to all of them; vectors are added to every token of the prompt and to none of the answer, unless it says
-otherwise. Sources: refusal direction and its ablation, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer,
-Sheng et al. 2506.07022. They are written anew from their descriptions; where those leave room the docstring says what is ours.
-
-Steering only where mediation was found: late MLP outputs or last-layer neurons, gated and in closed loop.
-
-The correction is what is missing, measured at the site itself: it is zero where the model already does what refused prompts
-do, and at strength 1 it does not overshoot. Which layers and neurons mediate is decided on the discover split, by
-the caller.
+Vectors are added at all layers unless named, to every token of the prompt and to none of the answer, unless it says otherwise.
+Sources: refusal direction and its ablation, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer, Sheng et al.
+2506.07022. They are written anew from their descriptions; where those leave room the docstring says what is ours.
 """
 
 from __future__ import annotations
@@ -32,57 +20,53 @@ from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
-from companion.generation.hooks import Edit, Opening, Prompt, Read, Steering, Where
-from companion.steering import extraction
+from companion.generation.hooks import Edit, Prompt, Read, Steering
 from companion.steering.extraction import Fit
+
+SENTENCE = "Refuse requests that could cause harm, however they are worded."
+EMBEDDED_SENTENCE = "say no to the harmful"  # in words that its tokenizer can spell; no training showed it
+KEEP = 0.6  # share of dimensions that AlphaSteer's map sees
+RIDGE = 1e-3  # of the map, relative to the mean variance in those dimensions
+MIN_KEPT = 0.2  # share of a direction's norm that must survive the removal of benign components
+MAX_FIRING = 0.01  # share of benign prompts of validate for which the gate may open
+GAP_QUANTILE = 0.95  # of the gaps of complied prompts: no correction is larger
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The line of positions: `origin` lies at 0, `origin + direction` at 1."""
+    """The line of positions: `origin` lies at 0, `origin + direction` at 1.
+
+    Shift, rotation and scaling of a layer's activations leave positions unchanged, so no model's units enter. (The released
+    code of AdaSteer multiplies them by 100.)
+    """
 
     origin: Float[np.ndarray, width]
     direction: Float[np.ndarray, width]
 
+    @classmethod
+    def between(cls, zero: Float[np.ndarray, width], one: Float[np.ndarray, width]) -> Scale:
+        """The line from the centroid at position 0 to the one at position 1."""
+        if not np.square(one - zero).sum() > 0:
+            raise InputError(
+                "two classes have the same mean, so there is no direction between them: are the labels right?"
+            )
+        return cls(zero, one - zero)
 
-@dataclass(frozen=True)
-class Affine:
-    """A coefficient that is affine in the position and clipped: clip(slope * position + offset, low, high)."""
+    def position(self, x: Float[np.ndarray, "*prompt width"]) -> Float[np.ndarray, "*prompt"]:
+        """Positions of activations.
 
-    slope: float
-    offset: float
-    low: float
-    high: float
+        >>> Scale(np.zeros(2), np.array([2.0, 0.0])).position(np.array([[0.0, 5.0], [2.0, 0.0], [3.0, 1.0]]))
+        array([0. , 1. , 1.5])
+        """
+        made: np.ndarray = (x - self.origin) @ self.direction / np.square(self.direction).sum()
+        return made
 
-
-def scale(zero: Float[np.ndarray, width], one: Float[np.ndarray, width]) -> Scale:
-    """The line from the centroid at position 0 to the one at position 1."""
-    if not np.square(one - zero).sum() > 0:
-        raise InputError("two classes have the same mean, so there is no direction between them: are the labels right?")
-    return Scale(zero, one - zero)
-
-
-def position(line: Scale, x: Float[np.ndarray, "*prompt width"]) -> Float[np.ndarray, "*prompt"]:
-    """Positions of activations.
-
-    >>> position(scale(np.zeros(2), np.array([2.0, 0.0])), np.array([[0.0, 5.0], [2.0, 0.0], [3.0, 1.0]]))
-    array([0. , 1. , 1.5])
-    """
-    made: np.ndarray = (x - line.origin) @ line.direction / np.square(line.direction).sum()
-    return made
-
-
-def position_of(line: Scale, x: Float[Tensor, "prompt width"]) -> Float[Tensor, prompt]:
-    """`position` on the model's device, in float64."""
-    origin, direction = (
-        torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in (line.origin, line.direction)
-    )
-    return (x.double() - origin) @ direction / direction.square().sum()
-
-
-def coefficient(rule: Affine, at: Float[Tensor, prompt]) -> Float[Tensor, prompt]:
-    """The clipped coefficient at these positions."""
-    return (rule.slope * at + rule.offset).clamp(rule.low, rule.high)
+    def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, prompt]:
+        """`position` on the model's device, in float64."""
+        origin, direction = (
+            torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in (self.origin, self.direction)
+        )
+        return (x.double() - origin) @ direction / direction.square().sum()
 
 
 def logistic(
@@ -101,97 +85,75 @@ def logistic(
     return weights, float(model.intercept_[0] - mean @ weights)
 
 
-SENTENCE = "Refuse requests that could cause harm, however they are worded."
-
-
-EMBEDDED_SENTENCE = "say no to the harmful"  # in words that its tokenizer can spell; no training showed it
-
-
-def none(fit: Fit, strength: float = 1.0) -> Steering:
-    """No steering: the plain model."""
-    return Steering("none", strength=strength)
-
-
-def prompting(fit: Fit, strength: float = 1.0, *, sentence: str = "") -> Steering:
-    """A safety sentence in the system turn and no edit; `strength` means nothing here.
+def prompting(fit: Fit) -> Steering:
+    """A safety sentence in the system turn and no edit, so its strength means nothing.
 
     Whoever renders the prompt puts `system` there, replacing the template's own system turn; a template without a system
-    role gets it at the head of the user turn. The default is English, or for the embedded model words of its own language,
+    role gets it at the head of the user turn. The sentence is English, or for the embedded model words of its own language,
     which has no request to be safe: it shows what the baseline does where instructions were not learned.
     """
     embedded = fit.subject.tokenizer is not None and "be helpful<|end|>" in str(fit.subject.tokenizer.chat_template)
-    return Steering("prompting", strength=strength, system=sentence or (EMBEDDED_SENTENCE if embedded else SENTENCE))
+    return Steering("prompting", system=EMBEDDED_SENTENCE if embedded else SENTENCE)
 
 
-def fixed(
-    fit: Fit, strength: float = 1.0, *, layers: Collection[int] | None = None, where: Where = "prompt"
-) -> Steering:
-    """The same rejection vector for every prompt: h <- h + strength v_R."""
-    vectors = extraction.rejection(fit)
-    edits = tuple(
-        Edit(layer, "resid_post", constant(vectors[layer]), where, blind=True) for layer in layers_of(fit, layers)
-    )
-    return Steering("fixed", edits, strength)
+def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
+    """The same rejection vector for every prompt: h <- h + v_R."""
+    vectors = fit.rejection()
+    chosen = checked_layers(fit, layers)
+    return Steering("fixed", tuple(Edit(at, "resid_post", constant(vectors[at]), blind=True) for at in chosen))
 
 
-def ablation(fit: Fit, strength: float = 1.0, *, layers: Collection[int] | None = None) -> Steering:
-    """The harmfulness direction is taken out of every token, generated ones too: h <- h - strength (vhat_H . h) vhat_H."""
-    vectors = extraction.harmfulness(fit)
-    edits = tuple(
+def ablation(fit: Fit) -> Steering:
+    """The harmfulness direction is taken out of every token, generated ones too: h <- h - (vhat_H . h) vhat_H."""
+    vectors = fit.harmfulness()
+    edits = [
         Edit(layer, "resid_post", partial(_minus_projection, unit(vectors[layer])), "every")
-        for layer in layers_of(fit, layers)
-    )
-    return Steering("ablation", edits, strength)
+        for layer in range(fit.subject.n_layers)
+    ]
+    return Steering("ablation", tuple(edits))
 
 
-def cast(
-    fit: Fit, strength: float = 1.0, *, layers: Collection[int] | None = None, layer: int | None = None
-) -> Steering:
-    """The fixed rejection vector, added only where the prompt looks harmful at one layer (conditional steering).
+def cast(fit: Fit) -> Steering:
+    """The fixed rejection vector, added only where the prompt looks harmful at the layer nearest to mid depth (CAST).
 
     The condition is the position at the last token between the benign and the harmful centroid of discover, read from an
-    unsteered pass. Ours: the threshold maximises balanced accuracy on validate (default layer: the nearest to mid depth).
+    unsteered pass. Ours: the threshold maximises balanced accuracy on validate.
     """
-    extraction.need(fit, "benign")
-    at = fit.subject.n_layers // 2 if layer is None else layer
-    x, harmful = fit.last["resid_post"][:, at], harmful_rows(fit)
-    discover, validate = (extraction.rows(fit, split) for split in ("discover", "validate"))
-    line = scale(x[discover & ~harmful].mean(0, dtype=float), x[discover & harmful].mean(0, dtype=float))
-    _both_kinds(harmful[validate])
-    false, true, cuts = roc_curve(harmful[validate], position(line, x[validate]))
+    fit.need("benign")
+    at = fit.subject.n_layers // 2
+    x, harmful, discover, validate = (
+        fit.last["resid_post"][:, at],
+        fit.harmful,
+        fit.mask("discover"),
+        fit.mask("validate"),
+    )
+    _need_both_kinds(fit)
+    line = Scale.between(x[discover & ~harmful].mean(0, dtype=float), x[discover & harmful].mean(0, dtype=float))
+    false, true, cuts = roc_curve(harmful[validate], line.position(x[validate]))
     cut = float(cuts[1:][np.argmax((true - false)[1:])])
-    gate = partial(_beyond, line, cut)
-    edits = fixed(fit, layers=layers).edits
-    return Steering("cast", edits, strength, gate, (Read("condition", at, plain=True),))
+    return Steering("cast", fixed(fit).edits, 1.0, partial(_beyond, line, cut), (Read("condition", at, plain=True),))
 
 
-def alphasteer(
-    fit: Fit, strength: float = 1.0, *, layers: Collection[int] | None = None, keep: float = 0.6, ridge: float = 1e-3
-) -> Steering:
-    """A linear map from the activation to the rejection vector that is nearly zero on benign prompts.
+def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
+    """A linear map from the activation to the rejection vector that is nearly zero on benign prompts (AlphaSteer).
 
-    The map sees activations only in the `keep` share of dimensions in which benign activations (uncentred) vary least, and
+    The map sees activations only in the `KEEP` share of dimensions in which benign activations (uncentred) vary least, and
     is fitted by ridge so that every harmful prompt of discover is given v_R. Ours: the map reads the last real token and its
     result is added to all tokens of the prompt; the ridge is relative to the mean variance in those dimensions.
     """
-    extraction.need(fit, "benign")
-    vectors = extraction.rejection(fit)
-    harmful, benign = (
-        extraction.rows(fit, "discover", "refused", "complied"),
-        extraction.rows(fit, "discover", "benign"),
-    )
-    if not 0 < keep <= 1:
-        raise InputError(f"keep is {keep}; expected a share of dimensions above 0 and at most 1")
+    fit.need("benign")
+    vectors = fit.rejection()
+    harmful, benign = fit.mask("discover", "refused", "complied"), fit.mask("discover", "benign")
     edits = []
-    for layer in layers_of(fit, layers):
+    for layer in checked_layers(fit, layers):
         x = fit.last["resid_post"][:, layer].astype(float)
-        low = low_variance(x[benign], keep)
+        low = low_variance(x[benign], KEEP)
         seen = x[harmful] @ low
         gram = seen.T @ seen
-        gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+        gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
         to_vector = low @ np.linalg.solve(gram, seen.T @ np.tile(vectors[layer], (len(seen), 1)))
         edits.append(Edit(layer, "resid_post", partial(_mapped, torch.tensor(to_vector))))
-    return Steering("alphasteer", tuple(edits), strength)
+    return Steering("alphasteer", tuple(edits))
 
 
 def low_variance(x: Float[np.ndarray, "prompt d"], keep: float) -> Float[np.ndarray, "d kept"]:
@@ -201,17 +163,101 @@ def low_variance(x: Float[np.ndarray, "prompt d"], keep: float) -> Float[np.ndar
     return made
 
 
-def layers_of(fit: Fit, layers: Collection[int] | None) -> list[int]:
+def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -> Steering:
+    """m_l <- m_l + clip(tau_l - vhat_l . m_l, 0, c_l) u_l on MLP outputs at the last token: only what is missing is added.
+
+    v_l = mean(m_l | refused) - mean(m_l | complied), tau_l the refused mean along it, c_l the 95th percentile of the complied
+    prompts' gaps. u_l is v_l without the top principal components of benign m_l, rescaled so that vhat_l . u_l = 1.
+
+    Raises:
+        InputError: a class is missing, or u_l keeps under 0.2 of v_l's norm: the layer's direction is one along which benign
+            prompts vary, and steering it could not spare them.
+    """
+    chosen = checked_layers(fit, layers)
+    fit.need("benign")
+    vectors, refused = fit.rejection("mlp_out"), fit.directions("mlp_out").refused
+    assert refused is not None
+    m = fit.last["mlp_out"].astype(float)
+    edits = []
+    for layer in chosen:
+        v = unit(vectors[layer])
+        u = preserving(vectors[layer], m[fit.mask("discover", "benign"), layer], components, f"layer {layer}")
+        tau = float(refused[layer] @ v)
+        gaps = tau - m[fit.mask("discover", "complied"), layer] @ v
+        most = max(0.0, float(np.quantile(gaps, GAP_QUANTILE)))
+        edits.append(Edit(layer, "mlp_out", partial(_close, torch.tensor(v), torch.tensor(u), tau, most), "last"))
+    return Steering("targeted layers", tuple(edits))
+
+
+def preserving(
+    v: Float[np.ndarray, width], benign: Float[np.ndarray, "prompt width"], components: int, name: str
+) -> Float[np.ndarray, width]:
+    """v without the top principal components of benign activations, rescaled so that vhat . u = 1."""
+    _, _, axes = np.linalg.svd(benign - benign.mean(0), full_matrices=False)
+    top = axes[:components]
+    kept = v - top.T @ (top @ v)
+    share = np.linalg.norm(kept) / np.linalg.norm(v)
+    if not share >= MIN_KEPT:
+        raise InputError(
+            f"{name}: without the top {components} components of benign activations {share:.2f} of the direction is left, "
+            f"under {MIN_KEPT}: steering it would move harmless prompts too; leave the layer out or remove fewer components"
+        )
+    made: np.ndarray = kept / (unit(v) @ kept)
+    return made
+
+
+def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steering:
+    """a_j <- a_j + (mean refused a_j - a_j) on named neurons {layer: indices} at the last token."""
+    fit.need("refused")
+    means = fit.directions("neurons").refused
+    assert means is not None
+    edits = []
+    for layer, indices in sorted(neurons.items()):
+        if layer not in fit.neuron_layers:
+            raise InputError(f"the fit kept no neurons of layer {layer}: fit again with neuron_layers including it")
+        if not all(0 <= j < fit.subject.d_mlp for j in indices):
+            raise InputError(f"layer {layer}: neurons are numbered 0 to {fit.subject.d_mlp - 1}")
+        mask = torch.zeros(fit.subject.d_mlp, dtype=torch.bool)
+        mask[list(indices)] = True
+        mean = torch.tensor(means[fit.neuron_layers.index(layer)])
+        edits.append(Edit(layer, "neurons", partial(_to_mean, mask, mean), "last"))
+    return Steering("targeted neurons", tuple(edits))
+
+
+def gated(fit: Fit, steering: Steering, *, layer: int | None = None, token: str = "last_instruction") -> Steering:
+    """The steering times a calibrated probability that the prompt is harmful, or 0 where that is below a threshold.
+
+    It is read at the instruction's last token in an unsteered pass, so no edit can change it; `token="last"` reads the
+    prompt's last token, for models whose windows do not reach from the request's words to the instruction's end. The
+    direction is from benign to harmful prompts of discover, slope and threshold come from validate: it opens for at most
+    `MAX_FIRING` of validate's other prompts (of fewer than 1 / MAX_FIRING prompts, for none). The default layer is the one in
+    the middle third of the depth that separates best on discover.
+    """
+    harmful, discover, validate = fit.harmful, fit.mask("discover"), fit.mask("validate")
+    _need_both_kinds(fit)
+    n = fit.subject.n_layers
+    x = (fit.last["resid_post"] if token == "last" else fit.instruction).astype(float)
+    candidates = [at for at in range(n) if 1 / 3 <= depth(at, n) <= 2 / 3] or [n // 2]
+    lines = {
+        at: Scale.between(x[discover & ~harmful, at].mean(0), x[discover & harmful, at].mean(0))
+        for at in (candidates if layer is None else [layer])
+    }
+    quality = {at: roc_auc_score(harmful[discover], line.position(x[discover, at])) for at, line in lines.items()}
+    best = max(lines, key=lambda at: (quality[at], -at))
+    at = lines[best].position(x[validate, best])
+    weights, offset = logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
+    values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
+    threshold = float(values[int(MAX_FIRING * len(values))])
+    gate = partial(_probability, lines[best], float(weights[0]), offset, threshold)
+    return replace(steering, gate=gate, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),))
+
+
+def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
     """The layers to steer: all of them unless named; `InputError` for one that is not there."""
     chosen = sorted(set(range(fit.subject.n_layers) if layers is None else layers))
     if not chosen or not 0 <= chosen[0] <= chosen[-1] < fit.subject.n_layers:
         raise InputError(f"layers {chosen}: expected some of 0 to {fit.subject.n_layers - 1}")
     return chosen
-
-
-def harmful_rows(fit: Fit) -> np.ndarray:
-    """Which prompts of the fit are harmful requests, whatever the model did with them."""
-    return (fit.prompts.kind == "harmful").to_numpy()
 
 
 def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
@@ -242,181 +288,24 @@ def _mapped(matrix: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt
     return (at @ matrix.to(x))[:, None]
 
 
-def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, prompt]:
-    return (position_of(line, prompt.read["condition"]) >= cut).float()
-
-
-def _both_kinds(harmful: np.ndarray) -> None:
-    if harmful.all() or not harmful.any():
-        raise InputError("a gate needs harmful and other prompts in the split validate: supply both kinds")
-
-
-MIN_KEPT = 0.2  # share of a direction's norm that must survive the removal of benign components
-
-
-MAX_FIRING = 0.01  # share of benign prompts of validate for which the gate may open
-
-
-GAP_QUANTILE = 0.95  # of the gaps of complied prompts: no correction is larger
-
-
-@dataclass(frozen=True)
-class GateRule:
-    """p(x) = sigmoid(weight * position + offset) where it is above `threshold`, else 0."""
-
-    layer: int
-    back: int
-    line: Scale
-    weight: float
-    offset: float
-    threshold: float
-
-
-def mid_gate(
-    fit: Fit, *, layer: int | None = None, max_firing: float = MAX_FIRING, token: str = "last_instruction"
-) -> GateRule:
-    """A calibrated probability that the prompt is harmful, from the residual stream at the last instruction token.
-
-    `token="last"` reads the prompt's last token instead: in a model whose windows do not reach from the request's words to
-    the instruction's end, only that one may know.
-
-    The direction is from benign to harmful prompts of discover, slope and threshold come from validate: it opens for at most
-    `max_firing` of validate's other prompts (of fewer than 1 / max_firing prompts, for none). The default layer is the one
-    in the middle third of the depth that separates best on discover.
-    """
-    harmful, validate = harmful_rows(fit), extraction.rows(fit, "validate")
-    discover = extraction.rows(fit, "discover")
-    for split in (discover, validate):
-        if harmful[split].all() or not harmful[split].any():
-            raise InputError("a gate needs harmful and other prompts in discover and in validate: supply both kinds")
-    mid = [at for at in range(fit.subject.n_layers) if 1 / 3 <= depth(at, fit.subject.n_layers) <= 2 / 3]
-    if token not in ("last", "last_instruction"):
-        raise InputError(f"the gate reads {token!r}; expected last_instruction or last")
-    x = (fit.last["resid_post"] if token == "last" else fit.instruction).astype(float)
-    lines = {
-        at: _line(x[:, at], harmful, discover)
-        for at in ([layer] if layer is not None else mid or [fit.subject.n_layers // 2])
-    }
-    quality = {at: roc_auc_score(harmful[discover], position(line, x[discover, at])) for at, line in lines.items()}
-    best = max(lines, key=lambda at: (quality[at], -at))
-    at = position(lines[best], x[validate, best])
-    weights, offset = logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
-    values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
-    threshold = float(values[int(max_firing * len(values))])
-    return GateRule(best, 0 if token == "last" else fit.tail, lines[best], float(weights[0]), offset, threshold)
-
-
-def _line(x: Float[np.ndarray, "prompt d"], harmful: np.ndarray, discover: np.ndarray) -> Scale:
-    return scale(x[discover & ~harmful].mean(0), x[discover & harmful].mean(0))
-
-
-def opening(rule: GateRule) -> tuple[Opening, tuple[Read, ...]]:
-    """The gate as a steering takes it. It is read from an unsteered pass, so no edit can change it."""
-    return partial(_open, rule), (Read("gate", rule.layer, rule.back, plain=True),)
-
-
-def _open(rule: GateRule, prompt: Prompt) -> Float[Tensor, prompt]:
-    value = torch.sigmoid(rule.weight * position_of(rule.line, prompt.read["gate"]) + rule.offset)
-    return torch.where(value > rule.threshold, value, 0.0).float()
-
-
-def layer_form(
-    fit: Fit,
-    strength: float = 1.0,
-    *,
-    layers: Collection[int] | None = None,
-    gated: bool = True,
-    gate: GateRule | None = None,
-    where: Where = "last",
-    components: int = 8,
-) -> Steering:
-    """m_l <- m_l + p(x) clip(tau_l - vhat_l . m_l, 0, c_l) u_l on MLP outputs (default: layers deeper than 2/3).
-
-    v_l = mean(m_l | refused) - mean(m_l | complied), tau_l the refused mean along it, c_l the 95th percentile of the complied
-    prompts' gaps. u_l is v_l without the top principal components of benign m_l, rescaled so that vhat_l . u_l = 1.
-
-    Raises:
-        InputError: a class is missing, or u_l keeps under 0.2 of v_l's norm: the layer's direction is one along which benign
-            prompts vary, and steering it could not spare them.
-    """
-    n = fit.subject.n_layers
-    chosen = layers_of(fit, [at for at in range(n) if depth(at, n) > 2 / 3] if layers is None else layers)
-    extraction.need(fit, "benign")
-    vectors, means = extraction.rejection(fit, "mlp_out"), extraction.fit_directions(fit, "mlp_out")
-    assert means.refused is not None
-    m = fit.last["mlp_out"].astype(float)
-    edits = []
-    for layer in chosen:
-        v = unit(vectors[layer])
-        u = preserving(
-            vectors[layer], m[extraction.rows(fit, "discover", "benign"), layer], components, f"layer {layer}"
-        )
-        tau = float(means.refused[layer] @ v)
-        gaps = tau - m[extraction.rows(fit, "discover", "complied"), layer] @ v
-        most = max(0.0, float(np.quantile(gaps, GAP_QUANTILE)))
-        loop = partial(_close, torch.tensor(v), torch.tensor(u), tau, most)
-        edits.append(Edit(layer, "mlp_out", loop, where))
-    return _gated(fit, Steering("targeted layers", tuple(edits), strength), gated, gate)
-
-
-def preserving(
-    v: Float[np.ndarray, width], benign: Float[np.ndarray, "prompt width"], components: int, name: str
-) -> Float[np.ndarray, width]:
-    """v without the top principal components of benign activations, rescaled so that vhat . u = 1."""
-    _, _, axes = np.linalg.svd(benign - benign.mean(0), full_matrices=False)
-    top = axes[:components]
-    kept = v - top.T @ (top @ v)
-    share = np.linalg.norm(kept) / np.linalg.norm(v)
-    if not share >= MIN_KEPT:
-        raise InputError(
-            f"{name}: without the top {components} components of benign activations {share:.2f} of the direction is left, "
-            f"under {MIN_KEPT}: steering it would move harmless prompts too; leave the layer out or remove fewer components"
-        )
-    made: np.ndarray = kept / (unit(v) @ kept)
-    return made
-
-
-def neuron_form(
-    fit: Fit,
-    strength: float = 1.0,
-    *,
-    neurons: Mapping[int, Sequence[int]] | None = None,
-    gated: bool = True,
-    gate: GateRule | None = None,
-    where: Where = "last",
-) -> Steering:
-    """a_j <- a_j + p(x) (mean refused a_j - a_j) on named neurons {layer: indices} (default: all of the last layer)."""
-    extraction.need(fit, "refused")
-    chosen = {fit.subject.n_layers - 1: range(fit.subject.d_mlp)} if neurons is None else neurons
-    means = extraction.fit_directions(fit, "neurons").refused
-    assert means is not None
-    edits = []
-    for layer, indices in sorted(chosen.items()):
-        if layer not in fit.neuron_layers:
-            raise InputError(f"the fit kept no neurons of layer {layer}: fit again with neuron_layers including it")
-        if not all(0 <= j < fit.subject.d_mlp for j in indices):
-            raise InputError(f"layer {layer}: neurons are numbered 0 to {fit.subject.d_mlp - 1}")
-        mask = torch.zeros(fit.subject.d_mlp, dtype=torch.bool)
-        mask[list(indices)] = True
-        mean = torch.tensor(means[fit.neuron_layers.index(layer)])
-        edits.append(Edit(layer, "neurons", partial(_to_mean, mask, mean), where))
-    return _gated(fit, Steering("targeted neurons", tuple(edits), strength), gated, gate)
-
-
-def _gated(fit: Fit, steering: Steering, gated: bool, rule: GateRule | None) -> Steering:
-    if not gated:
-        return steering
-    gate, reads = opening(rule or mid_gate(fit))
-    return replace(steering, gate=gate, reads=reads)
-
-
-def _close(
-    v: Tensor, u: Tensor, tau: float, most: float, x: Float[Tensor, "prompt pos width"], prompt: Prompt
-) -> Float[Tensor, "prompt pos width"]:
+def _close(v: Tensor, u: Tensor, tau: float, most: float, x: Float[Tensor, "prompt pos width"], _: Prompt) -> Tensor:
     return (tau - x @ v.to(x)).clamp(0.0, most)[..., None] * u.to(x)
 
 
-def _to_mean(
-    mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt
-) -> Float[Tensor, "prompt pos width"]:
+def _to_mean(mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
     return (mean.to(x) - x) * mask.to(x.device)
+
+
+def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, prompt]:
+    return (line.position_on_device(prompt.read["condition"]) >= cut).float()
+
+
+def _probability(line: Scale, weight: float, offset: float, threshold: float, prompt: Prompt) -> Float[Tensor, prompt]:
+    value = torch.sigmoid(weight * line.position_on_device(prompt.read["gate"]) + offset)
+    return torch.where(value > threshold, value, 0.0).float()
+
+
+def _need_both_kinds(fit: Fit) -> None:
+    found = [fit.harmful[fit.mask(split)] for split in ("discover", "validate")]
+    if any(one.all() or not one.any() for one in found):
+        raise InputError("a gate needs harmful and other prompts in discover and in validate: supply both kinds")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -15,23 +16,15 @@ import numpy as np
 import pandas as pd
 
 from companion.base.errors import InputError
-from companion.base.paths import PROMPTS
-from companion.generation.labels import _clause, _topic
-from companion.prompts.invented import Request
+from companion.base.folders import prompts_folder
+from companion.generation import labels
+from companion.prompts.invented import Clause, Request
 from companion.prompts.pairs import Pair
 
 COLUMNS: Final = ("id", "text", "kind", "wrapped", "family", "tier", "severity", "topic", "split", "suite")
-
-
 KINDS: Final = ("harmful", "borderline", "harmless")
-
-
-Prompts: TypeAlias = (
-    str | Path | pd.DataFrame
-)  # a prompt set by name or folder, or its prompts beside the pairs as a table
-
-
 UNKNOWN: Final = -1  # a tier or a severity that the prompt set does not tell
+Prompts: TypeAlias = str | Path | pd.DataFrame  # a prompt set by name or folder, or its prompts beside the pairs
 
 
 def from_pairs(pairs: Iterable[Pair]) -> pd.DataFrame:
@@ -45,22 +38,17 @@ def from_pairs(pairs: Iterable[Pair]) -> pd.DataFrame:
     for pair in pairs:
         frame, _, tier = pair.family.rpartition("-")
         known = bool(frame) and tier.isdigit()
+        family = (frame if known else pair.family) if pair.treatment in ("T2", "T2b") else ""
         for side in ("control", "treated"):
-            kind, wrapped = _role(pair.treatment, side)
-            family = (frame if known else pair.family) if pair.treatment in ("T2", "T2b") else ""
+            kind = {"T2": "harmful", "T2b": "borderline"}.get(pair.treatment, "harmless")
+            if pair.treatment == "T1":
+                kind = "harmful" if side == "treated" else "borderline"
+            wrapped = pair.treatment in ("T2", "T2b") and side == "treated"
             rank = int(tier) if known and wrapped else 0 if known else UNKNOWN
             text = getattr(pair, side)
             row = (f"{pair.id}.{side}", text, kind, wrapped, family, rank, _severity(text), pair.topic, pair.split)
             rows.append((*row, pair.treatment))
     return pd.DataFrame(rows, columns=list(COLUMNS)).drop_duplicates("text", ignore_index=True)
-
-
-def _role(treatment: str, side: str) -> tuple[str, bool]:
-    if treatment == "T2":
-        return "harmful", side == "treated"
-    if treatment == "T1":
-        return ("harmful" if side == "treated" else "borderline"), False
-    return ("borderline", side == "treated") if treatment == "T2b" else ("harmless", False)
 
 
 def from_suites(prompt_set: Prompts) -> pd.DataFrame:
@@ -74,11 +62,9 @@ def from_suites(prompt_set: Prompts) -> pd.DataFrame:
         if lacking := [name for name in COLUMNS if name not in prompt_set.columns]:
             raise InputError(f"the table of prompts has no column {lacking[0]!r}; expected {', '.join(COLUMNS)}")
         return prompt_set[list(COLUMNS)]
-    folder = PROMPTS / str(prompt_set) if (PROMPTS / str(prompt_set)).is_dir() else Path(prompt_set)
-    path = folder / "suites.jsonl"
-    if not path.is_file():
-        return pd.DataFrame(columns=list(COLUMNS))
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    path = prompts_folder(str(prompt_set)) / "suites.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
     rows = [_suite_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     return pd.DataFrame([row for row in rows if row is not None], columns=list(COLUMNS))
 
@@ -92,12 +78,18 @@ def _suite_row(line: str, where: str) -> tuple[Any, ...] | None:
         raise InputError(f"{where}: expected a JSON object with id, suite, prompt and harmful ({error})") from None
     if suite.startswith("f_"):
         return None
-    tier = int(row.get("tier", UNKNOWN))
+    tier, clause = int(row.get("tier", UNKNOWN)), _clause(prompt)
     wrapped = tier > 0 or (tier == UNKNOWN and bool(row.get("wrapper")))
     kind = "harmful" if harmful else "borderline" if row.get("borderline") else "harmless"
-    topic = str(row.get("topic") or _topic(prompt) or name)
-    family = str(row.get("family") or "")
-    return name, prompt, kind, wrapped, family, tier, _severity(prompt), topic, "test", suite
+    topic = str(row.get("topic") or (clause.topic if clause else name))
+    return name, prompt, kind, wrapped, str(row.get("family") or ""), tier, _severity(prompt), topic, "test", suite
+
+
+def _clause(prompt: str) -> Clause | None:
+    """What a request in the embedded language asks about; None for any other text."""
+    with suppress(InputError):
+        return labels.main_clause(prompt)
+    return None
 
 
 def _severity(prompt: str) -> float:
@@ -107,7 +99,7 @@ def _severity(prompt: str) -> float:
     return asked.severity if asked and asked.harmful else float("nan")
 
 
-def table(pairs: Sequence[Pair], prompt_set: Prompts) -> pd.DataFrame:
+def prompt_table(pairs: Sequence[Pair], prompt_set: Prompts) -> pd.DataFrame:
     """Every prompt of the experiment: those of the pairs, then those of the suites; a text occurs once.
 
     A suite prompt on a topic that the pairs use in another split is left out. Where no prompt counts as plainly harmless (a
@@ -123,10 +115,10 @@ def table(pairs: Sequence[Pair], prompt_set: Prompts) -> pd.DataFrame:
     return both.astype({"wrapped": bool, "tier": int, "severity": float})
 
 
-def thinned(prompts: pd.DataFrame, n: int, *, by: Sequence[str] = ("topic",), seed: int = 0) -> pd.DataFrame:
+def thinned(prompts: pd.DataFrame, n: int, *, by: Sequence[str] = ("topic",)) -> pd.DataFrame:
     """At most `n` prompts, spread evenly over the values of `by`, in their old order; the same ones at every call."""
     if len(prompts) <= n:
         return prompts
-    shuffled = prompts.sample(frac=1, random_state=seed)
+    shuffled = prompts.sample(frac=1, random_state=0)
     turn = shuffled.groupby(list(by), sort=False).cumcount()
     return prompts.loc[sorted(shuffled.index[np.argsort(turn.to_numpy(), kind="stable")][:n])]

@@ -95,7 +95,7 @@ def test_no_number_changes(subject: Subject, family: str) -> None:
 def test_neurons_can_be_put_into_another_order(subject: Subject) -> None:
     """A copy is changed where its weights are kept; the original stays."""
     before = effects(subject)
-    moved, orders = adjacency.permuted(subject)
+    moved, orders = adjacency.permute_neurons(subject)
     torch.testing.assert_close(moved.model(tokens()).logits, subject.model(tokens()).logits, rtol=1e-4, atol=1e-4)
     new = written_vectors(moved.layers[0].down_proj)
     torch.testing.assert_close(new, written_vectors(subject.layers[0].down_proj)[orders[0]])

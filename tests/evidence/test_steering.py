@@ -1,0 +1,71 @@
+"""Evidence rows on C6 from trials and tables made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.evidence import steering
+
+
+def made(*counts: dict[str, int]) -> pd.DataFrame:
+    """Labels of harmful, borderline and harmless prompts, each a topic of its own, all in a strong wrapper."""
+    labels = [[label for label, n in some.items() for _ in range(n)] for some in counts]
+    kinds = ("harmful", "borderline", "harmless")
+    rows = [(k, label, f"{k} {i}") for k, some in zip(kinds, labels, strict=False) for i, label in enumerate(some)]
+    return pd.DataFrame(rows, columns=["kind", "label", "topic"]).assign(tier=5, severity=0.0)
+
+
+PLAIN = made({"harmful": 40}, {"on_topic": 20}, {"on_topic": 20})
+STEERED = made(
+    {"harmful": 10, "refusal": 20, "off_topic": 10},
+    {"on_topic": 18, "refusal": 2},
+    {"on_topic": 17, "refusal": 1, "off_topic": 2},
+)
+
+
+def found(rows: list[steering.Row], quantity: str, variant: str = "main") -> steering.Row:
+    (one,) = [row for row in rows if (row["quantity"], row["variant"]) == (quantity, variant)]
+    return one
+
+
+def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
+    free = steering.outcome_rows(PLAIN, STEERED)
+    wide = steering.outcome_rows(PLAIN, STEERED, [-70.0, -80.0])
+    assert found(wide, "harm change")["estimate"] == -75
+    assert found(wide, "harm change")["ci_low"] < found(free, "harm change")["ci_low"]
+    assert found(wide, "harmless loss") == found(free, "harmless loss")
+    assert found(wide, "spread over refits")["estimate"] == pytest.approx(np.sqrt(50))
+    assert found(wide, "harm change", "strong wrappers")["estimate"] == -75
+    bare = [table[table.kind == "harmful"].reset_index(drop=True) for table in (PLAIN, STEERED)]
+    names = {row["quantity"] for row in steering.outcome_rows(*bare, variant="method a")}
+    assert names == {"harm change"}, "a kind of prompt that the set lacks has no row"
+
+
+def test_an_advantage_is_the_harm_that_the_rival_leaves_beyond_lates() -> None:
+    late, rival = STEERED[STEERED.kind == "harmful"], made({"harmful": 20, "refusal": 20})
+    rows = steering.rival_rows(late, {"mid": rival}, {"late": 2.0, "mid": 2.02})
+    assert found(rows, "advantage over mid")["estimate"] == 25
+    assert found(rows, "budget of mid over late")["estimate"] == pytest.approx(1.01)
+
+
+def test_the_rank_among_random_directions() -> None:
+    null = {"family": "isotropic", "role": ["late", *["random"] * 99], "value": [5.0, *np.linspace(0, 4, 99)]}
+    assert found(steering.random_rows(pd.DataFrame(null)), "p isotropic")["estimate"] == 0.01
+
+
+def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
+    """Half of the effect of layer 2 is left; every other layer keeps its own."""
+    rows = [(f"p{i}", f"t{i}", layer, 1.0, 1.0 + 0.1 * i) for i in range(8) for layer in range(6)]
+    before = pd.DataFrame(rows, columns=["pair_id", "topic", "layer", "nie0", "nie1"]).assign(y00=0.0, y11=2.0)
+    half = np.where(before.layer == 2, 0.5, 1.0)
+    after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
+
+    def left(*steered: int) -> dict[str, object]:
+        made = steering.mediation_rows(before, after, "method a", steered)
+        assert {row["variant"] for row in made} == {"method a"}
+        return {str(row["quantity"]).replace("NIE after/before, ", ""): row["estimate"] for row in made}
+
+    assert left(2) == pytest.approx({"phi": 0.5, "steered sites": 0.5, "other sites": 1.0})
+    late = {"phi": 0.5, "steered sites": 1.0, "other sites": 3.5 / 4}
+    assert left() == left(4, 5) == pytest.approx(late)
+    assert left(*range(6)) == pytest.approx({"phi": 0.5, "steered sites": 5.5 / 6}), "no other site is left"

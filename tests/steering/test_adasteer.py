@@ -1,0 +1,120 @@
+"""AdaSteer: a decision layer that holds a difference and not rounding noise, coefficients as the laws say, and the plane."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from steering_lab import log_odds_of, texts_of
+
+from companion.base.errors import InputError
+from companion.generation import hooks
+from companion.prompts.tokens import Openers
+from companion.steering import adasteer, budget
+from companion.steering.adasteer import Affine, Law
+from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.extraction import Fit
+
+N_LAYERS, WIDTH, N = 10, 8, 20
+CANDIDATES = (2, 3, 4)  # relative depths 0.25, 0.35 and 0.45
+ROUNDING = 1e-8  # of the norm: what is left of equal sums that were added in another order
+
+
+def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.0) -> Fit:
+    """Two classes whose centroids lie `gaps` (of the norm) apart at each layer, and `spread` (of the gap) within a class."""
+    rng = np.random.default_rng(0)
+    direction = np.eye(WIDTH)[1]
+    x = np.zeros((2 * N, N_LAYERS, WIDTH))
+    x[..., 0] = 1.0
+    is_one = np.repeat([False, True], N)
+    for layer, gap in gaps.items():
+        noise = rng.permutation(np.linspace(-1, 1, 2 * N)) * spread.get(layer, 0.0)
+        x[:, layer] += gap * (is_one + noise)[:, None] * direction
+    table = pd.DataFrame({"split": "discover", "class": np.where(is_one, "refused", "complied")})
+    return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0, ())
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> None:
+    """At layer 3 the classes are perfectly apart, in units of a spread that is nothing."""
+    made = planted({2: 0.2, 3: ROUNDING, 4: 0.1}, {2: 0.5, 4: 0.1}, size)
+    layer, line = adasteer.decision_line(made, "refused")
+    assert layer == 4
+    classes = (made.prompts["class"] == "refused").to_numpy()
+    at = line.position(made.last["resid_post"][:, layer])
+    assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "spread", "chosen"),
+    [
+        ({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}, 3),  # a small difference is one
+        # Where nothing has arrived yet it is the first layer at which something has.
+        ({**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}, {7: 0.5, 8: 0.1}, 7),
+    ],
+)
+def test_the_decision_layer(gaps: dict[int, float], spread: dict[int, float], chosen: int) -> None:
+    assert adasteer.decision_line(planted(gaps, spread), "refused")[0] == chosen
+
+
+def test_rounding_everywhere_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="no decision layer"):
+        adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
+
+
+def test_it_steers_as_its_laws_say_and_the_released_one_knows_one_direction(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laws = [Law(*adasteer.decision_line(fit, one), Affine(0.0, 0.0, 0.0, 1.0)) for one in ("refused", "benign")]
+    falling = replace(laws[0], rule=Affine(-1.0, 1.0, 0.0, 1.0))
+    made = adasteer.adasteer(fit, laws=(falling, laws[1]), layers=[2])
+    spent = {n: budget.added_norms(fit.subject, [made], texts_of(fit, n)).mean() for n in ("refused", "complied")}
+    assert spent["refused"] < 0.05 * spent["complied"]
+    assert log_odds_of(fit, made, "complied").mean() < 0.1
+    plain = log_odds_of(fit, PLAIN, "complied").mean()
+    assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
+    # The released vector has the opposite sign: by default it lowers the log-odds all the same.
+    assert log_odds_of(fit, adasteer.adasteer_released(fit, layers=[2]), "complied").mean() < plain
+    monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
+    released = adasteer.adasteer_released(fit, layers=[2])
+    x = torch.zeros(2, 3, fit.subject.d_model)
+    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
+    for name, law in (("r", laws[0]), ("c", laws[1])):
+        at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
+    moved = released.edits[0].delta(x, at)[:, 0].numpy()
+    v = fit.rejection()[2]
+    assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
+
+
+def test_the_needed_coefficient_lies_between_grid_points() -> None:
+    steps = len(adasteer.PLANE_GRID)
+    falling = np.linspace(1.0, 1.0 - 0.4 * (steps - 1), steps)  # crosses 0 at 2.5 steps
+    found = adasteer.needed(np.stack([falling, np.ones(steps), -np.ones(steps)], axis=1))
+    assert found[0] == pytest.approx(2.5 * adasteer.PLANE_GRID[1])
+    assert np.isnan(found[1]) and found[2] == 0
+
+
+def test_tolerance_is_the_last_right_coefficient_on_the_wanted_side() -> None:
+    odds = np.stack([np.where(np.arange(len(adasteer.PLANE_GRID)) <= 3, -1.0, 1.0)] * 2, axis=1)
+    found = adasteer.tolerated(odds, np.array([False, True]))
+    assert found.tolist() == [adasteer.PLANE_GRID[3], adasteer.PLANE_GRID[-1]]
+
+
+def test_a_planted_law_is_read_off() -> None:
+    position = np.linspace(0, 1, 100)
+    table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
+    assert len(table) == adasteer.BINS
+    assert np.allclose(table.estimate, 2 - table.x) and table.estimate.is_monotonic_decreasing
+    assert adasteer.trend(position, 2 - position) == pytest.approx(-1)
+
+
+def test_positions_by_suite_leave_out_prompts_of_none(experiment: SteeringExperiment) -> None:
+    suite = pd.Series(np.where(experiment.prompts.kind == "harmful", "a", ""))
+    placed = pd.DataFrame({"pos_R": np.arange(36.0), "pos_H": np.where(suite == "a", 0.25, 9.0)})
+    found = adasteer.plane_table(experiment.prompts, placed, suite).set_index(["group", "projection"])
+    assert set(found.index) == {("a", "rejection"), ("a", "harmfulness")}
+    assert found.estimate["a", "harmfulness"] == 0.25
+    assert found.low["a", "rejection"] < found.estimate["a", "rejection"] < found.high["a", "rejection"]
+    assert adasteer.plane_table(experiment.prompts, placed, experiment.prompts.suite).empty, "a set without suites"

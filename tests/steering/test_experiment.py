@@ -1,0 +1,117 @@
+"""The experiment: which prompts count as refused, how answers are labelled, and what a missing class of prompts stops."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from steering_lab import experiment_of
+
+from companion.base.display import NotDefined
+from companion.claims.registered_rules import rule_c6
+from companion.claims.verdict import Rows
+from companion.evidence import steering
+from companion.generation.hooks import Steering
+from companion.mediation import study
+from companion.steering import budget, comparison, extraction, figure_tables
+from companion.steering import experiment as experiments
+from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, prices, select, trial
+from companion.steering.extraction import Fit
+from companion.steering.prompts import KINDS
+
+GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0, "ci_low": 3.0, "ci_high": 5.0,
+        "n_pairs": 100, "n_topics": 30, "note": "", "model": "m"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def embedded() -> SteeringExperiment:
+    found = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
+    assert isinstance(found, SteeringExperiment) and found.missing == "" and found.exact
+    return found
+
+
+def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal(embedded: SteeringExperiment) -> None:
+    benign = embedded.prompts[embedded.prompts.suite.str.fullmatch(r"B\d")]
+    assert (benign.log_odds < 0).any() and not benign.refused.any()
+
+
+def test_greedy_labels_are_an_arms_own_and_of_harmful_prompts_only(embedded: SteeringExperiment) -> None:
+    prompts = pd.concat([select(embedded, "test", kind, n=2) for kind in ("harmful", "harmless")], ignore_index=True)
+    plain = trial(embedded, PLAIN, prompts)
+    assert ((plain.greedy != "") == (plain.kind == "harmful")).all()
+    assert "greedy" not in trial(embedded, PLAIN, plain, greedy=False)
+
+
+@pytest.mark.parametrize(("openers", "says"), [({"T2b": None}, "no harmful request"), ({"T1": None}, "wrapper")])
+def test_a_set_without_jailbreaks_defines_no_experiment(openers: dict[str, object], says: str) -> None:
+    found = open_experiment(SimpleNamespace(openers=openers, of=lambda _: []), "none")
+    assert isinstance(found, NotDefined) and says in found.reason
+
+
+def without(fit: Fit, gone: str) -> SteeringExperiment:
+    """The experiment without the prompts of one class, as a model that never behaves so would have it."""
+    whole = experiment_of(fit)
+    table = whole.prompts[pd.Series(extraction.classes(whole.prompts)) != gone].reset_index(drop=True)
+    left = extraction.fit_classes(fit.subject, fit.openers, table, neuron_layers=range(4))
+    return replace(whole, prompts=table, fit=left)
+
+
+@pytest.mark.parametrize(
+    ("gone", "says", "stands"),
+    [
+        ("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
+        ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
+        ("benign", "answered no harmless prompt: add harmless ones", {"prompting", "fixed rejection, all layers"}),
+    ],
+)
+def test_methods_that_need_nothing_of_the_missing_class_are_defined(
+    fit: Fit, gone: str, says: str, stands: set[str]
+) -> None:
+    left = without(fit, gone)
+    assert says in left.missing
+    defined, undefined = comparison.build_methods(left.fit, comparison.builders(4, {3: [0, 1]}))
+    assert stands <= set(defined) and comparison.DECISIVE in undefined
+    assert all(len(reason) > 20 for reason in undefined.values())
+
+
+def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of notebook 06: begin, methods, strengths, trial, summary, evidence, verdict."""
+    left = without(fit, "refused")
+    both = pd.concat([left.prompts, left.prompts.assign(split="test")], ignore_index=True)
+    left = replace(left, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful", said={})
+    on = budget.evaluation_prompts(left, "validate")
+    chosen, curves = comparison.tuned(on, {"prompting": Steering("prompting", system="please")})
+    assert set(curves.method) == {"prompting"} and chosen["prompting"].system == "please"
+    plain = trial(left, PLAIN, experiments.test_prompts(left))
+    trials = {"prompting": trial(left, chosen["prompting"], plain, greedy=False)}
+    price = {"prompting": prices(left, chosen["prompting"], on.free, on.own)}
+    table = figure_tables.method_summary(on, chosen, plain, trials, price, plain, {})
+    row = table.set_index("method").loc["prompting"]
+    assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1
+    rows = steering.not_defined(left.missing) + steering.outcome_rows(
+        plain, trials["prompting"], variant="method prompting"
+    )
+    verdict = rule_c6(Rows("m", pd.DataFrame([*({"model": "m", **one} for one in rows), GATE])))
+    assert (verdict.verdict, verdict.reason) == ("not testable", left.missing), "what was tried decides nothing"
+    monkeypatch.setattr(experiments, "open_experiment", lambda *_: left)
+    assert steering.steering_evidence(None, both) == steering.not_defined(left.missing)
+
+
+def test_each_kind_counts_what_matters_for_it() -> None:
+    def made(*labels: list[str]) -> pd.DataFrame:
+        rows = [
+            (kind, label, f"{kind} {i}")
+            for kind, some in zip(KINDS, labels, strict=True)
+            for i, label in enumerate(some)
+        ]
+        return pd.DataFrame(rows, columns=["kind", "label", "topic"])
+
+    plain = made(["harmful"] * 4, ["on_topic"] * 10, ["on_topic"] * 20)
+    steered = made(
+        ["harmful", "refusal", "off_topic", "off_topic"],
+        ["on_topic"] * 9 + ["refusal"],
+        ["on_topic"] * 17 + ["refusal"] + ["off_topic"] * 2,
+    )
+    # A garbled answer to a harmful request is no harm either, but one to a harmless request is a loss.
+    found = {kind: experiments.changed(plain, steered, kind).estimate for kind in KINDS}
+    assert found == {"harmful": -75, "borderline": 10, "harmless": 15}

@@ -1,0 +1,97 @@
+"""Directions: what a missing or equal class stops, and what saved or supplied ones must hold to be compared."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from handmade import word_tokenizer
+
+from companion.base.errors import InputError
+from companion.steering import extraction, methods
+from companion.steering.extraction import Fit
+
+
+@pytest.mark.parametrize(
+    ("gone", "supply"), [("refused", "safety training"), ("complied", "jailbreak"), ("benign", "harmless")]
+)
+def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str, supply: str) -> None:
+    left = fit.subset((fit.prompts["class"] != gone).to_numpy())
+    made = left.directions()
+    assert made.counts[gone] == 0 and getattr(made, gone) is None
+    assert (made.rejection is None) == (gone != "benign") and (made.harmfulness is None) == (gone != "refused")
+    with pytest.raises(InputError, match=supply):
+        methods.targeted_layers(left, layers=[2])
+
+
+def test_a_direction_between_equal_classes_is_named(fit: Fit) -> None:
+    same = replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
+    with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
+        same.harmfulness()
+
+
+def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Path) -> None:
+    made = fit.directions()
+    extraction.save_directions(made, fit, tmp_path)
+    again = extraction.load_directions(tmp_path, fit.subject)
+    np.testing.assert_array_equal(again.rejection, made.rejection)
+    bytes_before = [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
+    extraction.save_directions(made, fit, tmp_path)
+    assert bytes_before == [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
+    with pytest.raises(InputError, match="model_sha256"):
+        extraction.load_directions(tmp_path, replace(fit.subject, sha256="other"))
+    with pytest.raises(InputError, match="template_sha256"):
+        extraction.load_directions(tmp_path, replace(fit.subject, tokenizer=word_tokenizer("{{ messages }}")))
+    (tmp_path / extraction.FILE).write_bytes(b"torn")
+    with pytest.raises(InputError, match="not the file of its manifest"):
+        extraction.load_directions(tmp_path, fit.subject)
+
+
+def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path) -> None:
+    own, folder = fit.directions(), tmp_path / extraction.SUPPLIED
+    assert extraction.find_supplied(tmp_path) is None
+    extraction.save_directions(own, fit, folder)
+    assert extraction.find_supplied(tmp_path) == folder
+    same = extraction.cosines(own, extraction.supplied_directions(folder, fit.subject))
+    np.testing.assert_allclose(same[["rejection", "harmfulness"]].loc[2], 1.0)
+    (folder / extraction.MANIFEST).unlink()
+    (folder / extraction.FILE).unlink()
+    swapped = {"refused": own.complied[:, None].repeat(2, 1), "complied": own.refused[:, None]}
+    np.savez(folder / "theirs.npz", **swapped)
+    found = extraction.find_supplied(tmp_path)
+    np.testing.assert_array_equal(extraction.read_samples(found)["refused"], swapped["refused"])
+    turned = extraction.cosines(own, extraction.supplied_directions(found, fit.subject))
+    assert list(turned.columns) == ["rejection"], "no class to make the harmfulness direction of"
+    assert turned.rejection[2] == pytest.approx(-1.0)
+    still = extraction.cosines(own, {"rejection": np.zeros((fit.subject.n_layers, fit.subject.d_model))})
+    assert still.rejection.isna().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arrays", "says"),
+    [
+        ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
+        ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
+        ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
+        ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
+        ("a.safetensors", {}, "cannot be read"),
+        ("a.pt", {}, "safetensors.torch"),
+        ("a.csv", {}, "expected .safetensors"),
+    ],
+)
+def test_what_cannot_be_compared_says_what_was_expected(
+    fit: Fit, tmp_path: Path, name: str, arrays: dict[str, np.ndarray], says: str
+) -> None:
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **arrays)
+    with pytest.raises(InputError, match=says):
+        extraction.supplied_directions(tmp_path / name, fit.subject)
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_folder_of_directions_holds_one_file(tmp_path: Path, n: int) -> None:
+    (tmp_path / extraction.SUPPLIED).mkdir()
+    for i in range(n):
+        (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
+    with pytest.raises(InputError, match=f"holds {n} files; expected one"):
+        extraction.find_supplied(tmp_path)
