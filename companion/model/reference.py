@@ -6,8 +6,6 @@ grid refuses.
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -48,19 +46,6 @@ def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d
     with torch.no_grad(), on_input(subject.final_norm, seen.append):
         subject.model.base_model(input_ids=run.tokens, use_cache=False)
     return seen[-1]  # hooks that look at the prompt in a pass of their own make that one first
-
-
-def warn_slow(subject: Subject, base: CleanRun, n_patches: int) -> None:
-    """Says how much slower the plain way is: a grid pays about half the layers of the last token, this all of all tokens."""
-    factor = 2 * base.tokens.shape[1]
-    start = time.perf_counter()
-    final_residual(subject, base)
-    seconds = n_patches * (time.perf_counter() - start)
-    warnings.warn(
-        f"{subject.name} cannot be replayed exactly, so each of {n_patches} interventions is a full forward pass: about "
-        f"{seconds:.0f} s, some {factor} times slower for last-token patches than a model that the grid serves",
-        stacklevel=3,
-    )
 
 
 def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Hook:

@@ -24,7 +24,7 @@ from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, projection
-from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain, read_positions
+from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain
 from companion.prompts.tokens import Openers
 
 CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
@@ -94,8 +94,7 @@ def _replayed(
     return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
 
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]) -> _Terms:
-    read_positions(base, (-1,))
+def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]) -> _Terms:
     last = subject.n_layers - 1
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid = base.resid_post[last][:, -1]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator, measure_effects, mediators, with_difference, with_estimands
-from companion.model import activations, memory, replay
+from companion.model import memory, replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
 from companion.prompts import positions
@@ -298,21 +298,6 @@ def test_pad_side_does_not_matter() -> None:
         pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=4)
         tables.append(measure_effects(subject, pairs, of(said(subject)), mediators(subject, [*SITES, *DIRECT])))
     assert tables[0].equals(tables[1])
-
-
-@pytest.mark.parametrize("n_left", [0, 2, 4])
-def test_padded_runs_give_the_effects_of_the_bare_prompt(n_left: int) -> None:
-    """Padding on the left, the right or both sides, with the mask that the library asks for."""
-    subject, pairs = tiny_subject("qwen2"), random_pairs(3, 9, 61)
-    table = one(subject, pairs, Mediator("mlp_out", 1, "all"))
-    padded = torch.zeros(2, 3, 13, dtype=torch.long)
-    padded[..., n_left : n_left + 9] = torch.tensor(np.stack([[p.control for p in pairs], [p.treated for p in pairs]]))
-    mask = torch.zeros(3, 13, dtype=torch.bool)
-    mask[:, n_left : n_left + 9] = True
-    base, source = (activations.clean_run(subject, ids, mask) for ids in padded)
-    resid = replay.interchange(subject, base, source, [Patch("mlp_out", 1, mask)], read=[n_left + 8])[:, 0, 0]
-    np.testing.assert_allclose(table.y01, outcomes.log_odds(subject, resid, YES_NO), atol=1e-4)
-    assert (table.nie0.abs() > 1e-2).all()
 
 
 def test_an_empty_position_group_has_no_effect() -> None:

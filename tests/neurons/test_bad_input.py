@@ -4,21 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
-from families import tiny_subject, tokens
 from neuron_tools import additive, made_effects, tiny_study
 
 from companion.base.errors import InputError
-from companion.model import activations
-from companion.neurons import adjacency, closed_form, sparsity
+from companion.neurons import adjacency, sparsity
 from companion.neurons.sets import joint
 from companion.neurons.single import all_neurons, in_split, measure_chosen, neuron_table, ranking, signed
-
-
-def padded() -> object:
-    subject, mask = tiny_subject("llama"), torch.arange(9) < torch.tensor([[9], [8], [7]])
-    runs = [activations.clean_run(subject, tokens(seed=seed), mask) for seed in (1, 2)]
-    return closed_form.last_layer_neurons(subject, *runs, torch.tensor([5]))
 
 
 def joined(members: list) -> object:
@@ -34,7 +25,6 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: adjacency.windows(np.arange(16)), "a window of half-width 8 needs 17"),
     (lambda: adjacency.moran_test(ZEROS), "no neuron has any effect: there is nothing whose place could matter"),
     (lambda: sparsity.concentration(ZEROS), "nothing can be concentrated"),
-    (padded, "is padding in some pair"),
     *((lambda bad=bad: joined(bad), "different neurons of 0 to 5") for bad in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2])),
 ]
 
