@@ -5,7 +5,7 @@ from types import ModuleType
 import pandas as pd
 
 from companion.base import files
-from companion.base.thresholds import CARRIED, KEPT, UNTRAINED
+from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MLP_SHARE, UNTRAINED
 from companion.claims import registered_rules
 from companion.claims.verdict import Rows, Verdict
 
@@ -42,7 +42,7 @@ FINE: dict[tuple[str, str, str], Number] = {  # C1 to C3, and what every claim a
     ("C3", "AUROC gain", "main"): (0.2, 0.1, 0.3),
 }  # fmt: skip
 LATER: dict[tuple[str, str, str], Number] = {  # C4 to C7
-    **{("C4", CARRIED, variant): (0.8, 0.7, 0.9) for variant in ("main", "norm frozen", "unsaturated")},
+    **{("C4", MLP_SHARE, variant): (0.8, 0.7, 0.9) for variant in ("main", "norm frozen", "unsaturated")},
     ("C4", "hand-over layer", "main"): (3, 3, 4),
     ("C5a", "psi1", "main"): (0.5, 0.4, 0.6),
     ("C5a", "psi1", "norm frozen"): (0.5, 0.4, 0.6),
@@ -60,8 +60,8 @@ LATER: dict[tuple[str, str, str], Number] = {  # C4 to C7
     ("C5b", "readout share", "main"): (0.2, 0.1, 0.3),
     ("C5b", "benign share", "main"): (0.1, 0.05, 0.15),
     ("C5b", "perplexity ratio", "main"): (1.0, 0.99, 1.005),
-    ("C5c", KEPT, "main"): (0.95, 0.85, 1.0),
-    ("C5c", KEPT, "full response"): (0.9, 0.8, 1.0),
+    ("C5c", KEPT_BY_FIRST_TOKEN, "main"): (0.95, 0.85, 1.0),
+    ("C5c", KEPT_BY_FIRST_TOKEN, "full response"): (0.9, 0.8, 1.0),
     ("C5c", "effect of all tokens", "main"): (0.8, 0.7, 0.9),
     ("C5c", "benign answers changed", "main"): (0.05, 0.0, 0.15),
     ("C6", "harm change", "main"): (-60.0, -66.0, -54.0),

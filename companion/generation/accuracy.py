@@ -236,7 +236,7 @@ def _measured(slug: str) -> Measured | None:
     return found
 
 
-def rogan_gladen(labels: Bool[np.ndarray, answer], known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
+def rogan_gladen(labels: Bool[np.ndarray, "answer"], known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
     """Rogan-Gladen: the true rate behind a labelled one, (rate + specificity - 1) / (sensitivity + specificity - 1).
 
     With a 95 % interval that carries the uncertainty of the rate, of the sensitivity and of the specificity (Beta draws
@@ -266,14 +266,14 @@ def corrected_difference(change: Change, known: Accuracy, n_draws: int = 10_000,
     return float(np.clip(change.estimate / gain, -1, 1)), low, high
 
 
-def _drawn(known: Accuracy, n_draws: int, rng: np.random.Generator) -> list[Float[np.ndarray, draw]]:
+def _drawn(known: Accuracy, n_draws: int, rng: np.random.Generator) -> list[Float[np.ndarray, "draw"]]:
     """Draws of sensitivity and specificity."""
     counts = ((known.found, known.n_true), (known.cleared, known.n_false))
     return [rng.beta(k + 0.5, n - k + 0.5, n_draws) for k, n in counts]
 
 
 def _interval(
-    labelled: Float[np.ndarray, draw], gains: Float[np.ndarray, draw], least: float, rng: np.random.Generator
+    labelled: Float[np.ndarray, "draw"], gains: Float[np.ndarray, "draw"], least: float, rng: np.random.Generator
 ) -> tuple[float, float]:
     """95 % limits of draws divided by what a labeller keeps of a difference; the truth lies between `least` and 1."""
     # Where a draw has no information the truth may be anything.

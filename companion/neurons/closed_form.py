@@ -94,7 +94,7 @@ def _replayed(
     return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
 
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]) -> _Terms:
+def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]) -> _Terms:
     last = subject.n_layers - 1
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid = base.resid_post[last][:, -1]

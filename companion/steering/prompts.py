@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 

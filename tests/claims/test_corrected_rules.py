@@ -3,7 +3,7 @@
 import pytest
 from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, Number, judge, row, table
 
-from companion.base.thresholds import CARRIED, CARRIED_OWN, COMPUTED, CONTENT, KEPT
+from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN
 from companion.claims import corrected_rules, registered_rules
 from companion.claims.verdict import Rows, Verdict
 
@@ -20,7 +20,7 @@ def computed(share: Number | None) -> dict:
 
 def test_every_correction_says_why_and_is_asked() -> None:
     """C1 and C4 have none where their share was not measured, as in older runs."""
-    own = row("C4", CARRIED_OWN, (0.9, 0.8, 1.0), *FROZEN)
+    own = row("C4", MLP_SHARE_WITH_OWN, (0.9, 0.8, 1.0), *FROZEN)
     for changes, missing in (({}, {"C1", "C4"}), (own, {"C1"}), (own | computed((0.9, 0.8, 1.0)), set())):
         made = corrected_rules.corrected_verdicts(Rows("m", table(FINE | LATER | changes)))
         assert [one.claim for one in made] == [claim for claim in corrected_rules.WHY if claim not in missing]
@@ -55,7 +55,7 @@ def test_c2_reads_direct_effects_alone(share: Number, said: str) -> None:
 )
 def test_c4_counts_the_hand_over_layers_own_mlp(share: Number, said: str) -> None:
     """Nothing is left to the MLPs above."""
-    numbers = row("C4", CARRIED_OWN, share, *FROZEN) | row("C4", CARRIED, (0.0, -0.1, 0.1), *FROZEN)
+    numbers = row("C4", MLP_SHARE_WITH_OWN, share, *FROZEN) | row("C4", MLP_SHARE, (0.0, -0.1, 0.1), *FROZEN)
     assert (judge("C4", numbers).verdict, correct("C4", numbers).verdict) == ("contradicted", said)
 
 
@@ -97,8 +97,10 @@ def test_a_gate_inside_last_layer_neurons_is_seen_by_the_corrected_rule() -> Non
 def test_c5c_asks_for_labels_that_do_not_rest_on_the_opener() -> None:
     made = correct("C5c")
     assert made.verdict == "not testable" and "--judge" in made.reason
-    content = row("C5c", KEPT, (0.0, 0.0, 0.1), CONTENT) | row("C5c", KEPT, (0.1, 0.0, 0.2), "full response")
-    content |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT)
+    content = row("C5c", KEPT_BY_FIRST_TOKEN, (0.0, 0.0, 0.1), CONTENT_JUDGE) | row(
+        "C5c", KEPT_BY_FIRST_TOKEN, (0.1, 0.0, 0.2), "full response"
+    )
+    content |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
     assert correct("C5c", content).verdict == "contradicted"
 
 

@@ -6,7 +6,7 @@ import pytest
 from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, TWIN, judge, row
 
 from companion.base import thresholds
-from companion.base.thresholds import CARRIED, KEPT
+from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MLP_SHARE
 from companion.claims.registered_rules import STATEMENTS
 
 ON_GENERATION = [claim for claim in STATEMENTS if claim != "C3"]
@@ -26,10 +26,10 @@ SHOWN = {
     "C1": ("late share", 0.7, ("robust",), ["0.70 [0.60, 0.80]", "harm - benign: 0.20 [0.10, 0.30]"]),
     "C2": (NIE, 0.8, ("robust",), ["MLP share 0.85", "no normalisation moves either across one half"]),
     "C3": (PSI, 0.6, (), ["psi0 0.60 [0.50, 0.70]", "by 0.20 [0.10, 0.30] AUROC"]),
-    "C4": (CARRIED, 0.8, (), ["above the hand-over layer carry 0.80 [0.70, 0.90]", "hand-over after layer 3 [3, 4]"]),
+    "C4": (MLP_SHARE, 0.8, (), ["above the hand-over layer carry 0.80 [0.70, 0.90]", "hand-over after layer 3 [3, 4]"]),
     "C5a": ("k90", 5.0, (), ["k90 5 [4, 7] of 1000 neurons (sparse: at most 10, distributed: at least 100), benign median 30"]),
     "C5b": ("gate index", 0.8, (), ["readout share 0.20 [0.10, 0.30]", "timing share not measured"]),
-    "C5c": (KEPT, 0.95, (), ["keeps 0.95 [0.85, 1.00]", "benign answers changed 0.05 [0.00, 0.15], specific"]),
+    "C5c": (KEPT_BY_FIRST_TOKEN, 0.95, (), ["keeps 0.95 [0.85, 1.00]", "benign answers changed 0.05 [0.00, 0.15], specific"]),
     "C6": ("harm change", -60.0, (), ["harmless loss 0.30 [-0.50, 1.10] points (n = 400)", "p 0.01 among isotropic"]),
     "C7": ("Moran's I", 0.2, (), ["0.200 [0.150, 0.250]", "permutation p 0.05"]),
 }  # fmt: skip
@@ -72,11 +72,11 @@ NO_GATE = row("C5b", "gate index", (0.1, 0.05, 0.15), "main", "norm frozen") | r
 RULES = {
     "supported": [
         ("C1", c1((0.7, 0.5, 0.8), (0.2, 0.05, 0.3))), ("C2", c2((0.7, 0.6, 0.8), (0.7, 0.6, 0.8))),
-        ("C3", c3((0.4, 0.3, 0.5), (0.1, 0.01, 0.2))), ("C4", row("C4", CARRIED, (0.8, 0.6, 0.9), *FROZEN)),
+        ("C3", c3((0.4, 0.3, 0.5), (0.1, 0.01, 0.2))), ("C4", row("C4", MLP_SHARE, (0.8, 0.6, 0.9), *FROZEN)),
         ("C5a", c5a((0.5, 0.30, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (10.0, 9.0, 12.0))),
         ("C5a", c5a(FINE_PSI, (8.0, 8.0, 8.0), 384.0)),  # in a small layer 8 neurons count as few
         ("C5a", {**DENSE, **row("C5a", "k90 B5", (4.0, 4.0, 4.0)), **row("C5a", "k90", (4.0, 4.0, 5.0))}),
-        ("C5c", row("C5c", KEPT, (0.9, 0.8, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
         ("C7", c7((0.1, 0.05, 0.2), 0.05)),
     ],
     "inconclusive": [
@@ -89,14 +89,14 @@ RULES = {
         ("C2", c2((0.8, math.nan, math.nan), (0.8, 0.7, 0.9))),
         ("C3", c3((0.4, 0.29, 0.5), (0.1, 0.01, 0.2))), ("C3", c3((0.6, 0.5, 0.7), (0.049, 0.01, 0.1))),
         ("C3", c3((0.6, 0.5, 0.7), (0.2, -0.01, 0.4))), ("C3", c3((0.05, 0.0, 0.11), (0.1, 0.01, 0.2))),
-        ("C4", row("C4", CARRIED, (0.8, 0.59, 0.9), *FROZEN)), ("C4", row("C4", CARRIED, (0.3, 0.2, 0.41), *FROZEN)),
+        ("C4", row("C4", MLP_SHARE, (0.8, 0.59, 0.9), *FROZEN)), ("C4", row("C4", MLP_SHARE, (0.3, 0.2, 0.41), *FROZEN)),
         ("C5a", c5a((0.5, 0.29, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (11.0, 9.0, 12.0))),
         ("C5a", c5a(FINE_PSI, (99.0, 90.0, 110.0))), ("C5a", c5a((0.1, 0.05, 0.16), FINE_K90)),
         ("C5a", c5a(FINE_PSI, (9.0, 8.0, 9.0), 384.0)), ("C5a", DENSE),  # equal to the median is not below it
         ("C5b", row("C5b", "gate index", (0.8, 0.55, 0.9))), ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7))),
         ("C5b", row("C5b", "readout share", (0.4, 0.3, 0.5))), ("C5b", row("C5b", "benign share", (0.15, 0.1, 0.25))),
         ("C5b", row("C5b", "perplexity ratio", (1.005, 1.0, 1.02))), ("C5b", NO_GATE),  # form c is high
-        ("C5c", row("C5c", KEPT, (0.9, 0.79, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
         ("C6", row("C6", "harm change", (-1.9, -3.0, -0.8))), ("C6", row("C6", "harm change", (-5.0, -10.5, 0.5))),
         ("C6", row("C6", "phi", (0.8, 0.74, 0.9))), ("C6", row("C6", "harmless loss", (1.5, 0.5, 2.1))),
         *(("C6", row("C6", f"p {family}", (0.06, 0.06, 0.06))) for family in ("isotropic", "covariance-matched")),
@@ -107,10 +107,10 @@ RULES = {
     "contradicted": [
         ("C1", c1(LOW, (0.2, 0.1, 0.3))), ("C1", c1((0.7, 0.6, 0.8), (-0.1, -0.2, 0.0))),
         ("C2", c2((0.4, 0.3, 0.5), LOW)), ("C3", c3((0.05, 0.0, 0.1), (0.1, 0.01, 0.2))),
-        ("C4", row("C4", CARRIED, LOW, *FROZEN)), ("C5a", c5a(FINE_PSI, (100.0, 90.0, 110.0))),
+        ("C4", row("C4", MLP_SHARE, LOW, *FROZEN)), ("C5a", c5a(FINE_PSI, (100.0, 90.0, 110.0))),
         ("C5a", c5a((0.1, 0.05, 0.15), FINE_K90)), ("C5a", c5a(FINE_PSI, (39.0, 38.0, 40.0), 384.0)),
         ("C5b", NO_GATE | row("C5b", "gate index, form", (0.1, 0.05, 0.15), "c: below")),
-        ("C5c", row("C5c", KEPT, LOW, "main", "full response")), ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "main", "full response")), ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
         ("C6", row("C6", "advantage over mid", (0.0, -2.0, 2.0))), ("C6", row("C6", "p isotropic", (0.5, 0.5, 0.5))),
         ("C6", row("C6", "advantage over early", (-30.0, -35.0, -25.0))), ("C7", c7((0.0, -0.05, 0.05), 0.5)),
     ],
@@ -145,8 +145,8 @@ CAPS = {
     ("C3", "probe above chance on held-out topics, not run"): row("C3", "AUROC probe", None),
     ("C3", "sign in unsaturated pairs, failed"): row("C3", PSI, (-0.1, -0.2, 0.0), "unsaturated"),
     ("C3", "sign in unsaturated pairs, not run"): row("C3", PSI, None, "unsaturated"),
-    ("C4", "final norm frozen, failed"): row("C4", CARRIED, HALF, "norm frozen"),
-    ("C4", "unsaturated pairs, not run"): row("C4", CARRIED, None, "unsaturated"),
+    ("C4", "final norm frozen, failed"): row("C4", MLP_SHARE, HALF, "norm frozen"),
+    ("C4", "unsaturated pairs, not run"): row("C4", MLP_SHARE, None, "unsaturated"),
     ("C5a", "benign behaviours, failed"): row("C5a", "k90 B5", None),
     ("C5a", "benign behaviours, not run"): {("C5a", f"k90 B{i}", "main"): None for i in range(1, 6)},
     ("C5a", "random order, failed"): row("C5a", "k90", (8.0, 6.0, 9.0), "random order"),
@@ -156,7 +156,7 @@ CAPS = {
     ("C5a", "sign in unsaturated pairs, failed"): row("C5a", "psi1", (-0.1, -0.2, 0.1), "unsaturated"),
     ("C5a", "sign in unsaturated pairs, not run"): row("C5a", "psi1", None, "unsaturated"),
     ("C5b", "final norm frozen, failed"): row("C5b", "gate index", (0.1, 0.0, 0.2), "norm frozen"),
-    ("C5c", "full response, failed"): row("C5c", KEPT, LOW, "full response"),
+    ("C5c", "full response, failed"): row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "full response"),
     ("C6", "mid layers at equal budget, failed"): row("C6", "budget of mid over late", (1.2, 1.2, 1.2)),
     ("C6", "refits of the directions, not run"): row("C6", "spread over refits", None),
     ("C6", "greedy decoding, failed"): row("C6", "harm change", (5.0, 1.0, 9.0), "greedy"),
