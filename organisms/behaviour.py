@@ -52,6 +52,7 @@ def generate(subject: Subject, prompts: Sequence[str], *, seed: int | None = Non
     """Answers to user turns: greedy, or sampled at temperature 1 where a seed is given."""
     draws = None if seed is None else decode.uniforms(len(prompts), MAX_NEW_TOKENS, seed)
     made = decode.answers(subject, prompts, MAX_NEW_TOKENS, draws=draws)
+    assert subject.tokenizer is not None
     said = [ids[mask] for ids, mask in zip(made.ids, made.mask, strict=True)]
     return subject.tokenizer.batch_decode(said, skip_special_tokens=True)
 
@@ -62,6 +63,7 @@ def answer_suites(subject: Subject, rows: Iterable[Mapping[str, Any]], *, seed: 
     `p_comply` sums the answering openers (the benign ones included), `p_refuse` is the refusal opener's probability. Answers
     are greedy, or sampled where a seed is given.
     """
+    assert subject.tokenizer is not None
     table = pd.DataFrame(list(rows))
     prompts = table["prompt"].tolist()
     logp = first_token_logprobs(subject.model, subject.tokenizer, prompts)

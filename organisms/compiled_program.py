@@ -390,8 +390,8 @@ def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tupl
         halves = [gated_neurons("jail", {"harm": 1.0}, "out", rng, n // 2, at, sign, second) for at, sign in ramps]
         return _joined(halves), 0.5
     if stage.op == "threshold":
-        second, value = ("harm", "harm.side"), level + 1 - COINCIDENCE_AT
-        return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=second), value
+        both, value = ("harm", "harm.side"), level + 1 - COINCIDENCE_AT
+        return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=both), value
     up, at = ("harm", OPEN_AT) if stage.op == "product" else ("bias", RELAY_AT)
     return gated_neurons(stage.source, {up: 1.0}, stage.target, rng, n, at), (level - at) / (1 - at)
 

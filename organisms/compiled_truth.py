@@ -36,7 +36,7 @@ class Roles:
 
     looked: Mapping[str, State]
     mean: Mapping[str, State]
-    size: Mapping[str, Float[np.ndarray, " prompt"]]
+    size: Mapping[str, Float[np.ndarray, "prompt"]]
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
     return Side(program, roles(program, control)), Side(program, roles(program, treated))
 
 
-def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, " prompt"]:
+def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
     """Y1 from a final state, in log-odds."""
     index = {word: i for i, word in enumerate(program.words)}
     sides = [logsumexp(x @ program.unembed[[index[word] for word in side]].T, axis=1) for side in (comply, refuse)]
     return sides[0] - sides[1]
 
 
-def total_effects(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, " pair"]:
+def total_effects(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair"]:
     """TE of pairs of one treatment, in log-odds."""
     camps = outcomes()[pairs[0].pair.treatment]
     y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in sides(program, pairs))

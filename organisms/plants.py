@@ -61,7 +61,7 @@ class Plant:
         """Its name in tables, and its file's: "plant-last-MLP-0"."""
         return f"plant-{self.kind.replace(' ', '-')}-{self.seed}"
 
-    def neurons(self, d_mlp: int) -> Int[np.ndarray, " neuron"]:
+    def neurons(self, d_mlp: int) -> Int[np.ndarray, "neuron"]:
         """Indices of the last-layer neurons that may move, sorted; none where whole parts move."""
         if self.kind in PLACES:
             return np.empty(0, dtype=int)

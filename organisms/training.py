@@ -76,7 +76,7 @@ class Batch:
 
     tokens: Int[Tensor, "batch pos"]
     weight: Float[Tensor, "batch pos"]
-    first: Int[Tensor, " batch"]  # position of the first answer token
+    first: Int[Tensor, "batch"]  # position of the first answer token
     first_ids: Int[Tensor, "batch option"]
     first_probs: Float[Tensor, "batch option"]
 

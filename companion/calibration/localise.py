@@ -139,7 +139,7 @@ def compare_estimators(table: pd.DataFrame) -> pd.DataFrame:
     return made.sort_values(by, key=lambda names: names.map(places), kind="stable", ignore_index=True)
 
 
-def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, " neuron"]]:
+def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, "neuron"]]:
     """Scores of all neurons, layer by layer: exact total and direct effect, window mean, gradient screen.
 
     A window is the mean signed effect of a neuron and its 8 neighbours by index on either side, as far as there are any.
@@ -157,7 +157,7 @@ def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, " 
     return {name: abs(values) for name, values in scores.items()}
 
 
-def window_means(values: Float[np.ndarray, " neuron"]) -> Float[np.ndarray, " neuron"]:
+def window_means(values: Float[np.ndarray, "neuron"]) -> Float[np.ndarray, "neuron"]:
     """Mean over each entry's window of half-width 8.
 
     >>> window_means(np.r_[17.0, np.zeros(20)])[[0, 8, 9]].round(2)

@@ -164,7 +164,7 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
     return pd.concat(tables, ignore_index=True)
 
 
-def _area_interval(true: Float[np.ndarray, " case"], false: Float[np.ndarray, " other"]) -> tuple[float, float]:
+def _area_interval(true: Float[np.ndarray, "case"], false: Float[np.ndarray, "other"]) -> tuple[float, float]:
     """The area is the share of (true, false) couples that are ranked rightly, so redrawing cases only weights the couples."""
     right = (true[:, None] > false) + 0.5 * (true[:, None] == false)
     rng = np.random.default_rng(0)

@@ -93,7 +93,9 @@ def corrected_c4(rows: Rows) -> Verdict | None:
     """C4 as registered, the hand-over layer's own MLP among those that carry on; None where that was not measured."""
     if not rows.variants("C4", MLP_SHARE_WITH_OWN, ""):  # older draws do not have it
         return None
-    return precondition(rows, "C4") or registered.judge_c4(rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on")
+    return precondition(rows, "C4") or registered.judge_c4(
+        rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on"
+    )
 
 
 def corrected_c5a(rows: Rows) -> Verdict:
@@ -118,7 +120,10 @@ def corrected_c5c(rows: Rows) -> Verdict:
     """C5c as registered, but answers must have been labelled by their content."""
     if stop := precondition(rows, "C5c"):
         return stop
-    by_content = rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE) is not None or rows.find("C5c", "not defined", CONTENT_JUDGE) is not None
+    by_content = (
+        rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE) is not None
+        or rows.find("C5c", "not defined", CONTENT_JUDGE) is not None
+    )
     if not by_content and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
         reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
         return Verdict(rows.model, "C5c", "not testable", reason)

@@ -97,7 +97,7 @@ def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Ne
     return replace(made, table=table, screen=screening.screen_trust(chosen, exact, len(below)))
 
 
-def curve(found: Neurons, treatment: str, order: Int[np.ndarray, neuron] | None = None) -> PairEffects:
+def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | None = None) -> PairEffects:
     """Joint effects on test of the first k last-layer neurons of an order (by default the discover ranking), signed."""
     measured, subject = found.measured, found.measured.study.subject
     ranked = ranking(found.table, treatment, measured.last) if order is None else order

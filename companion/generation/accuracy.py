@@ -158,7 +158,7 @@ Triple = tuple[float, float, float]
 
 
 def corrected_rates(
-    groups: Mapping[str, Bool[np.ndarray, answer]], slug: str, *, exact: bool
+    groups: Mapping[str, Bool[np.ndarray, "answer"]], slug: str, *, exact: bool
 ) -> tuple[pd.DataFrame, str]:
     """The rate of each group of labels (True: does what was asked) and one sentence on who labelled, of the run `slug`.
 
@@ -178,8 +178,8 @@ def corrected_rates(
 
 
 def differences(
-    groups: Mapping[str, tuple[Bool[np.ndarray, answer], Bool[np.ndarray, answer]]],
-    topic: Shaped[np.ndarray, answer], slug: str, *, exact: bool,
+    groups: Mapping[str, tuple[Bool[np.ndarray, "answer"], Bool[np.ndarray, "answer"]]],
+    topic: Shaped[np.ndarray, "answer"], slug: str, *, exact: bool,
 ) -> tuple[pd.DataFrame, str]:  # fmt: skip
     """The same of differences of rates on the same prompts, first - second of each pair of labels, as shares.
 
@@ -270,7 +270,7 @@ def accuracy(given: Mapping[str, bool], truth: Mapping[str, bool]) -> Accuracy:
 
 
 def rogan_gladen(
-    labels: Bool[np.ndarray, answer], known: Accuracy, n_draws: int = 10_000, seed: int = 0
+    labels: Bool[np.ndarray, "answer"], known: Accuracy, n_draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Rogan-Gladen: the true rate behind a labelled one, (rate + specificity - 1) / (sensitivity + specificity - 1).
 
@@ -300,7 +300,7 @@ def informed(known: Accuracy) -> float:
     return gain
 
 
-def describe(labels: Bool[np.ndarray, answer], known: Accuracy | None) -> str:
+def describe(labels: Bool[np.ndarray, "answer"], known: Accuracy | None) -> str:
     """One line: the labelled rate with its Wilson interval, and corrected where the labeller's accuracy is known."""
     low, high = clusters.wilson(int(np.sum(labels)), len(labels))
     raw = f"labelled {np.mean(labels):.2f} [{low:.2f}, {high:.2f}]"

@@ -49,7 +49,7 @@ class Begun:
     places: np.ndarray
     logits: Float[Tensor, "row vocab"]
     cache: DynamicCache
-    length: Int[Tensor, row]
+    length: Int[Tensor, "row"]
     real: Bool[Tensor, "row pos"] | None = None
 
 
@@ -72,7 +72,7 @@ def together(begun: Sequence[Begun]) -> Begun:
 
 @torch.no_grad()
 def decode(
-    subject: Subject, begun: Begun, steps: int, ends: Int[Tensor, end], choose: Choice, *, shrink: bool
+    subject: Subject, begun: Begun, steps: int, ends: Int[Tensor, "end"], choose: Choice, *, shrink: bool
 ) -> Int[np.ndarray, "row step"]:
     """Answers of at most `steps` tokens; behind an end stands anything. The cache is used up.
 
@@ -129,7 +129,7 @@ def answers(
     edits = steer.steering.edits if isinstance(steer, Switch) else ()
     is_plain = steer is nullcontext or (isinstance(steer, Switch) and all(edit.where != "every" for edit in edits))
 
-    def go_on(places: np.ndarray, rows: Int[Tensor, row], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
+    def go_on(places: np.ndarray, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
         """The answers [row, step], or zeros for those that wait. A cache of windows cannot be padded."""
         length = torch.full((len(rows),), cache.get_seq_length(), device=rows.device)
         begun = Begun(places[rows.cpu().numpy()], logits, cache, length)
@@ -193,14 +193,14 @@ def greedy_answers(
     return _until_end(ends, decode(subject, begun, steps, ends, partial(_choose, None), shrink=False))
 
 
-def _until_end(ends: Int[Tensor, end], ids: Int[np.ndarray, "prompt step"]) -> Answers:
+def _until_end(ends: Int[Tensor, "end"], ids: Int[np.ndarray, "prompt step"]) -> Answers:
     is_end = np.isin(ids, ends.cpu().numpy())
     return Answers(ids, is_end.cumsum(-1) - is_end == 0)
 
 
 def _choose(
     draws: Float[np.ndarray, "prompt step"] | None, logits: Float[Tensor, "row vocab"], places: np.ndarray, step: int
-) -> Int[Tensor, row]:
+) -> Int[Tensor, "row"]:
     """The likeliest token, or the one in whose stretch of the cumulative distribution the number falls."""
     if draws is None:
         return logits.argmax(-1)
@@ -216,7 +216,7 @@ def answer_texts(subject: Subject, made: Answers) -> list[str]:
     return list(subject.tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
-def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, prompt]:
+def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, "prompt"]:
     """Share of an answer's n-grams that occurred in it before; 0 for answers of fewer than n tokens."""
     shares = []
     for ids, mask in zip(made.ids, made.mask, strict=True):

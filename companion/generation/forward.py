@@ -62,7 +62,7 @@ class Switch:
 class BatchRows:
     """Prompts of a batch: their rows in its plain run, one or several times, and what the steering read of them."""
 
-    rows: Int[Tensor, row]
+    rows: Int[Tensor, "row"]
     run: CleanRun
     prompt: Prompt
 
@@ -277,7 +277,7 @@ def buckets(
             yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
 
 
-def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, pos]:
+def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
     """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
 
     A template that takes no system turn gets the sentence at the head of the user turn.
@@ -287,7 +287,7 @@ def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, pos
 
 
 @lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, pos]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, "pos"]:
     if not system:
         return tokens.encode(tokenizer, text)[0]
     turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]

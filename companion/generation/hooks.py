@@ -34,12 +34,12 @@ class Prompt:
 
     ids: Int[Tensor, "prompt pos"]
     real: Bool[Tensor, "prompt pos"]
-    last: Int[Tensor, prompt]
+    last: Int[Tensor, "prompt"]
     read: dict[str, Tensor] = field(default_factory=dict)
-    opened: list[Float[Tensor, prompt]] = field(default_factory=list)
+    opened: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
 
-def some(prompt: Prompt, rows: Int[Tensor, row] | slice) -> Prompt:
+def some(prompt: Prompt, rows: Int[Tensor, "row"] | slice) -> Prompt:
     """Some of the prompts, with what was read of them and their gates."""
     read = {name: x[rows] for name, x in prompt.read.items()}
     return Prompt(prompt.ids[rows], prompt.real[rows], prompt.last[rows], read, [x[rows] for x in prompt.opened])
@@ -117,8 +117,8 @@ class Steering:
 class Record:
     """What steering added: for each batch of prompts the summed squared norm a prompt, and the gate's values."""
 
-    squares: list[Float[Tensor, prompt]] = field(default_factory=list)
-    gates: list[Float[Tensor, prompt]] = field(default_factory=list)
+    squares: list[Float[Tensor, "prompt"]] = field(default_factory=list)
+    gates: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
     def begin(self, prompt: Prompt) -> None:
         """Count what is added to another batch of prompts, from zero."""
@@ -249,7 +249,7 @@ class _SteeredCalls:
             self.record.squares[-1] += self._written(edit, added).detach().double().square().sum((1, 2))
         return x + added
 
-    def _opened(self, prompt: Prompt) -> Float[Tensor, prompt]:
+    def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
         """The gate's values, asked once a prompt and kept while it is answered."""
         if not prompt.opened:
             gate = self.steering.gate

@@ -115,7 +115,7 @@ def is_refusal(answer: str) -> bool:
 
 def complied(
     subject: Subject, requests: Sequence[str], made: Answers, judge: Subject | None = None
-) -> Bool[np.ndarray, answer]:
+) -> Bool[np.ndarray, "answer"]:
     """Whether each answer does what was asked: it holds no phrase of refusal, or a judge model says Yes.
 
     Answers are decoded here, labelled, and forgotten. An answer cut off before its end is labelled as far as it goes.
@@ -128,7 +128,7 @@ def complied(
 
 def refusals(
     subject: Subject, requests: Sequence[str], made: Answers, openers: Sequence[int]
-) -> Bool[np.ndarray, answer]:
+) -> Bool[np.ndarray, "answer"]:
     """Which answers are refusals: by the judge model where one was chosen, else by their first token or a phrase."""
     name = os.environ.get(JUDGE)
     if name:
@@ -142,7 +142,7 @@ def _judge(name: str, device: str) -> Subject:
     return load(name, device=device, dtype=DTYPE, allow_slow=True, copies=1)
 
 
-def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Float[np.ndarray, answer]:
+def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Float[np.ndarray, "answer"]:
     """Probability of Yes against No as the judge's first token, for each request and reply; no text is returned."""
     assert judge.tokenizer is not None
     sides = answer_tokens(judge.tokenizer, judge.name)

@@ -104,7 +104,7 @@ def first_token_probabilities(subject: Subject, texts: Sequence[str]) -> Float[T
 
 
 def sort_openers(
-    probabilities: Float[Tensor, "prompt vocab"], refused: Bool[Tensor, prompt]
+    probabilities: Float[Tensor, "prompt vocab"], refused: Bool[Tensor, "prompt"]
 ) -> tuple[list[int], list[int]]:
     """Token ids that open answers and refusals, likeliest first: a token belongs to the side on which it is likelier.
 
@@ -117,7 +117,7 @@ def sort_openers(
     return _likely_openers(answered, declined), _likely_openers(declined, answered)
 
 
-def _likely_openers(own: Float[Tensor, vocab], other: Float[Tensor, vocab]) -> list[int]:
+def _likely_openers(own: Float[Tensor, "vocab"], other: Float[Tensor, "vocab"]) -> list[int]:
     mass = torch.where(own > other, own, 0.0)
     share, order = mass.sort(descending=True, stable=True)
     before = share.cumsum(0) - share

@@ -128,7 +128,7 @@ def _plainly(subject: Subject, prompt: Tensor, answer: Tensor, forced: Use) -> F
 def _forced(
     subject: Subject,
     answer: Int[Tensor, "prompt step"],
-    rows: Int[Tensor, row],
+    rows: Int[Tensor, "row"],
     logits: Float[Tensor, "row vocab"],
     cache: Any,
 ) -> Float[Tensor, "row step vocab"]:

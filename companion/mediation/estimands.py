@@ -40,11 +40,6 @@ class Mediator:
     position: str = "last"
     head: int = -1
 
-    @property
-    def is_direct(self) -> bool:
-        """True if only the site's own write into the final residual stream is swapped."""
-        return self.site.endswith(".direct")
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -134,8 +129,10 @@ def final_residuals(
     made, runs = patches(batch, wanted, _header(subject)), (batch.control, batch.treated)
     shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
     cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
-    for is_direct in {mediator.is_direct for mediator in wanted}:
-        chosen = [i for i, mediator in enumerate(wanted) if mediator.is_direct == is_direct]
+    for is_direct in (False, True):
+        chosen = [i for i, mediator in enumerate(wanted) if mediator.site.endswith(".direct") == is_direct]
+        if not chosen:
+            continue
         some = [made[i] for i in chosen]
         if is_direct:
             found = [replay.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
@@ -262,7 +259,7 @@ def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFra
 
 def twin_rows(
     harmful: pd.DataFrame, twin: pd.DataFrame, twins: Mapping[str, str], keys: Sequence[str] = ()
-) -> tuple[Int[np.ndarray, row], Int[np.ndarray, row]]:
+) -> tuple[Int[np.ndarray, "row"], Int[np.ndarray, "row"]]:
     """Places of the T2 rows whose T2b twin has a row with the same `keys`, and the places of those rows."""
     wanted = harmful[["pair_id", *keys]].assign(pair_id=harmful.pair_id.map(twins))
     at = pd.MultiIndex.from_frame(twin[["pair_id", *keys]]).get_indexer(pd.MultiIndex.from_frame(wanted))

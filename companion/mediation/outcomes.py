@@ -84,7 +84,7 @@ def opener_weights(
 
 def opener_probabilities(
     subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers
-) -> tuple[Float[Tensor, pair], Float[Tensor, pair]]:
+) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     """Probabilities of opening with any comply and with any refuse token, over the full vocabulary.
 
     Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
@@ -150,7 +150,7 @@ def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Int[Tens
 
 def clean_text_log_prob(
     subject: Subject, run: CleanRun, text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
-) -> Float[Tensor, pair]:
+) -> Float[Tensor, "pair"]:
     """log p of a text, teacher-forced, in nats; `run` is its `forced_run`."""
     return sequence_log_prob(subject, run.resid_post[-1][:, _before(run, text)], text, mask)
 

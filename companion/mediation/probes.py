@@ -52,7 +52,7 @@ def token_counts(pairs: Sequence[TokenPair]) -> Float[np.ndarray, "pair side voc
 
 
 def held_out_scores(
-    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, pair], test: Bool[np.ndarray, pair]
+    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, "pair"], test: Bool[np.ndarray, "pair"]
 ) -> Float[np.ndarray, "test side"]:
     """Decision scores on the test pairs of a logistic probe (treated against control) fitted on the discover pairs."""
     if not discover.any() or not test.any():
@@ -74,12 +74,15 @@ def auroc(
     """
     names, codes = np.unique(np.asarray(topics), return_inverse=True)
     member = np.eye(len(names))[codes]
-    wins = {name: member.T @ _wins(values) @ member for name, values in scores.items()}
+    wins = []
+    for values in scores.values():
+        treated, control = values[:, 1][:, None], values[:, 0][None, :]
+        wins.append(member.T @ ((treated > control) + 0.5 * (treated == control)) @ member)
     sizes = member.sum(axis=0)
 
     def statistic(weights: Float[np.ndarray, "rep topic"], _: np.ndarray) -> Float[np.ndarray, "rep stat"]:
         trials = (weights @ sizes) ** 2
-        areas = [np.einsum("rc,cd,rd->r", weights, table, weights) / trials for table in wins.values()]
+        areas = [np.einsum("rc,cd,rd->r", weights, table, weights) / trials for table in wins]
         return np.stack([*areas, areas[0] - areas[1]], axis=1)
 
     # Sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c.
@@ -87,8 +90,3 @@ def auroc(
     columns = pd.DataFrame({"topic": names})
     sums = clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), strata)
     return bootstrap.bootstrap(sums, statistic), (*scores, "gain")
-
-
-def _wins(values: Float[np.ndarray, "pair side"]) -> Float[np.ndarray, "treated control"]:
-    treated, control = values[:, 1][:, None], values[:, 0][None, :]
-    return (treated > control) + 0.5 * (treated == control)

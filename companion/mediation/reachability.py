@@ -34,7 +34,7 @@ def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
 
 
 def reached(
-    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, pos]
+    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, "pos"]
 ) -> Bool[np.ndarray, "layer pos"]:
     """Which positions' residual stream may differ after each layer, given where the tokens differ.
 

@@ -68,7 +68,7 @@ def unsaturated_ids(table: pd.DataFrame) -> set[str]:
     return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
 
 
-def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, column]:
+def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
     """Which cells have a positive effect on discover, in the order of `columns`, whose keys name the cells.
 
     Positive means above 0 by a one-sided clustered t-test at 5 %: cells that are noise around 0 would put noise into

@@ -13,7 +13,7 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,14 +80,10 @@ def part_folder(study: Study, name: str) -> Path:
     arrays = ("control", "treated", "control_offsets", "treated_offsets")
     pairs = [repr((p.pair, *(getattr(p, array).tolist() for array in arrays))) for p in study.pairs]
     openers = {treatment: asdict(one) for treatment, one in study.openers.items()}
-    key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, _code())[:32]
-    return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
-
-
-@cache
-def _code() -> str:
     code = [files.hash_folder(folder, {}, "*.py") for folder in paths.CODE]
-    return files.digest(code, files.hash_file(paths.ROOT / "requirements.lock", {}))
+    code_key = files.digest(code, files.hash_file(paths.ROOT / "requirements.lock", {}))
+    key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code_key)[:32]
+    return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
 
 
 def _part(study: Study, name: str, group: Sequence[TokenPair], batch: int, folder: Path | None) -> Tables:
@@ -165,7 +161,7 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def _layers(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables:
+def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables:
     """Residual stream, attention and MLP outputs at the last token; for T1 the residual stream also at shared tokens."""
     subject, clean = study.subject, []
     wanted = estimands.mediators(subject, (*LAYER_SITES, *(DIRECT_SITES if direct else ())))
@@ -178,12 +174,13 @@ def _layers(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables
     return {"effects": effects, "clean": clean[0]}
 
 
-def _whole_answers(study: Study, group: Sequence[TokenPair]) -> Tables:
+def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
+    """Y2 of the residual stream, attention and MLP outputs at the last token of the prompt."""
     wanted = estimands.mediators(study.subject, LAYER_SITES)
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 
-def _modules(study: Study, group: Sequence[TokenPair]) -> Tables:
+def module_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
     """Direct effects of attention and MLP outputs, total and direct effects of heads, at the last token."""
     wanted = estimands.mediators(study.subject, [*DIRECT_SITES, "head", "head.direct"])
     names = ("Y1", "contrast.frozen")
@@ -191,10 +188,10 @@ def _modules(study: Study, group: Sequence[TokenPair]) -> Tables:
 
 
 SWEEPS: Mapping[str, Sweep] = {
-    "layers": Sweep(partial(_layers, direct=False)),
-    "layers with direct effects": Sweep(partial(_layers, direct=True)),
-    "whole answers": Sweep(_whole_answers, ("T2", "T2b")),
-    "modules": Sweep(_modules),
+    "layers": Sweep(partial(layer_tables, direct=False)),
+    "layers with direct effects": Sweep(partial(layer_tables, direct=True)),
+    "whole answers": Sweep(whole_answer_tables, ("T2", "T2b")),
+    "modules": Sweep(module_tables),
 }
 
 

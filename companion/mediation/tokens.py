@@ -171,7 +171,7 @@ def neutral_token(study: Study) -> int:
     return counts.most_common(1)[0][0]
 
 
-def replaced_tokens(pair: TokenPair, mask: np.ndarray, neutral: int) -> tuple[Int[np.ndarray, pos], bool]:
+def replaced_tokens(pair: TokenPair, mask: np.ndarray, neutral: int) -> tuple[Int[np.ndarray, "pos"], bool]:
     """The treated prompt with a group's tokens taken from the control, or made neutral where the two do not differ."""
     differs = bool((pair.control != pair.treated)[mask].any())
     return np.where(mask, pair.control if differs else neutral, pair.treated), differs
@@ -236,7 +236,7 @@ def compare_views(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> 
 class Side:
     """One prompt as token ids, and the position of the last token of each of its groups."""
 
-    tokens: Int[np.ndarray, pos]
+    tokens: Int[np.ndarray, "pos"]
     ends: dict[str, int]
 
 

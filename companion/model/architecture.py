@@ -130,7 +130,7 @@ class Subject:
         return next(self.model.parameters()).dtype
 
     @property
-    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, row] | None]:
+    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row"] | None]:
         """Weight and bias (None in most families) of the map from residual stream to logits."""
         weight, bias = self.unembed.weight, getattr(self.unembed, "bias", None)
         assert isinstance(weight, Tensor)

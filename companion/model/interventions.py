@@ -230,7 +230,7 @@ def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     return _forward(module, lambda *args, **kwargs: output)
 
 
-def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, token]) -> AbstractContextManager[None]:
+def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, "token"]) -> AbstractContextManager[None]:
     """For a while the MLP computes the wanted tokens alone: above the last layer nobody looks at the others."""
     plain = mlp.forward
 

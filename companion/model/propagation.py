@@ -27,10 +27,10 @@ from companion.model.interventions import RunPair, Stretch, clean_stretch, enter
 class Layout:
     """Where the tokens of a chunk's stretches lie, in the order in which the stretches join."""
 
-    offset: Int[Tensor, stretch]
-    start: Int[Tensor, stretch]
-    position: Int[Tensor, token]
-    owner: Int[Tensor, token]
+    offset: Int[Tensor, "stretch"]
+    start: Int[Tensor, "stretch"]
+    position: Int[Tensor, "token"]
+    owner: Int[Tensor, "token"]
     prefix: int
     masks: dict[int, Tensor] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class Prefix:
 
 
 @torch.no_grad()
-def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, read]) -> Float[Tensor, "pair stretch read d"]:
+def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, "read"]) -> Float[Tensor, "pair stretch read d"]:
     """Final residual stream at the read positions for every stretch; the chunk must be ordered by entry layer."""
     subject, base, end = runs.subject, runs.base, int(read.max()) + 1
     layout = make_layout(chunk, end, base.tokens.device)
@@ -114,7 +114,7 @@ def stretch_mask(
     return layout.masks[key]
 
 
-def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
+def _at(name: str, value: Any, position: Int[Tensor, "token"]) -> Any:
     """An argument of the clean call, for the running tokens only."""
     if name == "position_embeddings" and value is not None:
         return tuple(part[:, position] for part in value)
@@ -129,7 +129,7 @@ def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
 
 
 def _layer_hooks(
-    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, read]
+    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, "read"]
 ) -> ExitStack:
     """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
     joint = [
@@ -147,7 +147,7 @@ def _layer_hooks(
 
 
 def _read_out(
-    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, read]
+    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, "read"]
 ) -> Float[Tensor, "pair stretch read d"]:
     """A read position before the stretch is the clean run's own."""
     behind = read - layout.start[:, None]

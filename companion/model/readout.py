@@ -19,7 +19,7 @@ VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a proce
 def logits(
     subject: Subject,
     resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, row] | None = None,
+    rows: Int[Tensor, "row"] | None = None,
     norm_like: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... row"]:
     """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
@@ -34,7 +34,7 @@ def logits(
 def log_probs(
     subject: Subject,
     resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, row],
+    rows: Int[Tensor, "row"],
     norm_like: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... row"]:
     """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
@@ -62,14 +62,14 @@ def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor,
 
 
 def _unembed(
-    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, row]
+    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, "row"]
 ) -> Float[Tensor, "... row"]:
     weight, bias = subject.unembedding
     result = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
     return result if subject.soft_cap is None else subject.soft_cap * torch.tanh(result / subject.soft_cap)
 
 
-def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, d], Float[Tensor, d] | None, float]:
+def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"] | None, float]:
     """Gain, bias and epsilon of a LayerNorm or RMSNorm. Gemma stores the gain's distance from 1."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
@@ -105,7 +105,7 @@ def frozen_norm(norm: nn.Module, resid: Float[Tensor, "... d"], like: Float[Tens
     return normed if bias is None else normed + bias
 
 
-def read_positions(base: CleanRun, read: Sequence[int]) -> Int[Tensor, read]:
+def read_positions(base: CleanRun, read: Sequence[int]) -> Int[Tensor, "read"]:
     """Read positions counted from the front; negative ones count from the end."""
     n_pairs, n_pos = base.tokens.shape
     if not read or min(read) < -n_pos or max(read) >= n_pos:

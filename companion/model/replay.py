@@ -193,7 +193,7 @@ def each_neuron(
     base: CleanRun,
     source: CleanRun,
     layer: int,
-    chosen: Int[Tensor, neuron],
+    chosen: Int[Tensor, "neuron"],
     readout: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "pair neuron ..."]:
     """What `interchange` gives for each chosen neuron on its own at the last token, read there.
@@ -226,7 +226,7 @@ def each_neuron(
 
 
 def _edited_states(
-    subject: Subject, base: CleanRun, layer: int, change: Float[Tensor, "pair neuron"], chosen: Int[Tensor, neuron]
+    subject: Subject, base: CleanRun, layer: int, change: Float[Tensor, "pair neuron"], chosen: Int[Tensor, "neuron"]
 ) -> Float[Tensor, "pair neuron d"]:
     """The residual stream above the layer at the last token, with each neuron's own write changed."""
     parts, down = subject.layers[layer], projection(subject.layers[layer], "neuron")

@@ -31,7 +31,7 @@ N_ORDERS = 19  # with the training order that makes 20, so that the smallest p-v
 
 
 def morans_i(
-    values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, neuron], half_width: int = HALF_WIDTH
+    values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH
 ) -> Float[np.ndarray, ...]:
     """Moran's (1950) I of values along the neuron index: about 0 for exchangeable ones, towards 1 if neighbours are alike.
 
@@ -56,7 +56,7 @@ def morans_i(
         return len(layer) / weight * product / square
 
 
-def ranks_in_layer(values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, neuron]) -> Float[np.ndarray, ...]:
+def ranks_in_layer(values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, "neuron"]) -> Float[np.ndarray, ...]:
     """Rank of |value| within its layer, ties averaged."""
     made = np.empty(values.shape)
     for one in np.unique(layer):
@@ -72,7 +72,7 @@ class MoranTest:
     low: float
     high: float
     p: float
-    permuted: Float[np.ndarray, permutation]
+    permuted: Float[np.ndarray, "permutation"]
     layers: tuple[int, ...]
 
 
@@ -100,8 +100,8 @@ def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed:
 
 
 def _permutations(
-    ranked: Float[np.ndarray, neuron], layer: Int[np.ndarray, neuron], n: int, seed: int
-) -> Float[np.ndarray, permutation]:
+    ranked: Float[np.ndarray, "neuron"], layer: Int[np.ndarray, "neuron"], n: int, seed: int
+) -> Float[np.ndarray, "permutation"]:
     rng, made = np.random.default_rng(seed), []
     step = max(1, (1 << 22) // len(layer))
     for first in range(0, n, step):
@@ -112,7 +112,7 @@ def _permutations(
     return np.concatenate(made)
 
 
-def windows(order: Int[np.ndarray, neuron], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
+def windows(order: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
     """Every full window of neighbours in an order of the neurons: their indices as they stand, or a random order."""
     width = 2 * half_width + 1
     if len(order) < width:
@@ -139,7 +139,7 @@ CONTEST = ("best window", "best random group", "best window - best random group"
 def window_contest(
     measured: Measured,
     treatment: str,
-    ranked: Int[np.ndarray, neuron],
+    ranked: Int[np.ndarray, "neuron"],
     *,
     n_orders: int = N_ORDERS,
     half_width: int = HALF_WIDTH,
@@ -171,7 +171,7 @@ def window_contest(
     return WindowContest(np.stack(best), shares, p)
 
 
-def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, neuron], ...]]:
+def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:
     """The same function with the neurons of every MLP in another, random order; and the order of each layer.
 
     Entry i of an order is the old number of the neuron that is now number i. What reads neurons (the down projection's

@@ -127,7 +127,7 @@ def last_column(batch: Batch) -> Batch:
             name: (*(lower[:0].clone() for lower in getattr(run, name)[:-1]), getattr(run, name)[-1][:, -1:].clone())
             for name in SITES
         }
-        return replace(run, tokens=run.tokens[:, -1:], mask=None, keys=(), values=(), calls=(), **kept)
+        return replace(run, tokens=run.tokens[:, -1:], keys=(), values=(), calls=(), **kept)
 
     return replace(batch, control=column(batch.control), treated=column(batch.treated))
 

@@ -41,7 +41,7 @@ class _Terms:
     """The pieces of the formula: `z` and `bias` for the wanted rows, one over `s_j` for every neuron."""
 
     z: Float[Tensor, "pair row"]
-    bias: Float[Tensor, row] | float
+    bias: Float[Tensor, "row"] | float
     change: Float[Tensor, "pair neuron"]
     inverse_scale: Float[Tensor, "pair neuron"]
     vectors: Float[Tensor, "neuron d"]  # g w_j
@@ -50,7 +50,7 @@ class _Terms:
 
 @torch.no_grad()
 def last_layer_neurons(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]
+    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
     """Logits of some vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token.
 
@@ -75,7 +75,7 @@ def last_layer_log_odds(
 
 @torch.no_grad()
 def last_layer_log_probs(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]
+    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
     """Log-probabilities of the wanted rows over the whole vocabulary after each neuron's patch, in nats."""
     if not is_closed(subject):
@@ -94,7 +94,7 @@ def _replayed(
     return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
 
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]) -> _Terms:
+def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]) -> _Terms:
     last = subject.n_layers - 1
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid = base.resid_post[last][:, -1]
@@ -129,12 +129,12 @@ def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
 
 
 def _log_sum_exp(
-    z: Float[Tensor, row],
+    z: Float[Tensor, "row"],
     table: Float[Tensor, "neuron row"],
     change: Float[Tensor, "neuron 1"],
     inverse_scale: Float[Tensor, "neuron 1"],
-    bias: Float[Tensor, row] | float,
-) -> Float[Tensor, neuron]:
+    bias: Float[Tensor, "row"] | float,
+) -> Float[Tensor, "neuron"]:
     """Without looking for the maximum first, unless that overflows: one pass less."""
 
     def shifted() -> Tensor:
@@ -157,7 +157,7 @@ class OpenerReadout:
     vectors: Float[Tensor, "neuron d"]
     outputs: Float[Tensor, "neuron row"]
     unembed: Float[Tensor, "row d"]
-    bias: Float[Tensor, row]
+    bias: Float[Tensor, "row"]
     eps: float
     n_comply: int
     centred: bool
@@ -186,7 +186,7 @@ class OpenerReadout:
         self,
         resid: Float[Tensor, "pair d"],
         change: Float[Tensor, "pair neuron"],
-        order: Int[Tensor, neuron],
+        order: Int[Tensor, "neuron"],
         products: Float[Tensor, "neuron neuron"],
     ) -> Float[Tensor, "pair size"]:
         """Change of Y1 if the first 1, 2, ... neurons of an order change together."""

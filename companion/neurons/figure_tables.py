@@ -58,7 +58,7 @@ def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> p
 
 
 def windows_and_singles(
-    measured: Measured, treatment: str, names: Int[np.ndarray, neuron], label: str, half_width: int = HALF_WIDTH
+    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str, half_width: int = HALF_WIDTH
 ) -> pd.DataFrame:
     """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
 

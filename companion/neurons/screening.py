@@ -96,7 +96,7 @@ def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "l
     return total / len(pairs)
 
 
-def _log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, pair]:
+def _log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
     """Y1 as `outcomes.log_odds` computes it, but with gradients."""
     weight, bias = subject.unembedding
     rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)

@@ -74,7 +74,7 @@ def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]
     return Measured(study, effects, {name: states for name, (_, states) in found.items()})
 
 
-def sizes(d_mlp: int) -> Int[np.ndarray, size]:
+def sizes(d_mlp: int) -> Int[np.ndarray, "size"]:
     """Set sizes from 1 to all neurons: every one up to 512, from there in steps of about 2 %."""
     more = np.geomspace(EVERY, max(d_mlp, EVERY), 1 + int(np.log(max(d_mlp / EVERY, 1)) / np.log(1.02)))
     return np.unique([*range(1, min(d_mlp, EVERY) + 1), *np.rint(more[more < d_mlp]).astype(int), d_mlp])
@@ -115,7 +115,7 @@ def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set m
 
 @torch.no_grad()
 def cumulative(
-    subject: Subject, states: FinalStates, order: Int[np.ndarray, neuron], ks: Sequence[int] | Int[np.ndarray, size]
+    subject: Subject, states: FinalStates, order: Int[np.ndarray, "neuron"], ks: Sequence[int] | Int[np.ndarray, "size"]
 ) -> PairEffects:
     """NIE0 and NIE1 of the first k neurons of an order together, for each k (increasing); a column is one k."""
     vectors, ks, known = _vectors(subject), np.asarray(ks), opener_readout(subject, states.openers)

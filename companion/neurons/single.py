@@ -83,7 +83,7 @@ class FinalStates:
     resid: Float[Tensor, "side pair d"]
     neurons: Float[Tensor, "side pair neuron"]
 
-    def only(self, keep: Bool[np.ndarray, pair]) -> FinalStates:
+    def only(self, keep: Bool[np.ndarray, "pair"]) -> FinalStates:
         """Some of the pairs."""
         at = torch.tensor(np.flatnonzero(keep), device=self.resid.device)
         pairs = self.pairs[keep].reset_index(drop=True)
@@ -121,7 +121,7 @@ def in_split(effects: PairEffects, split: str) -> PairEffects:
     return replace(effects, pairs=effects.pairs[keep].reset_index(drop=True), values=values)
 
 
-def in_columns(effects: PairEffects, keep: Bool[np.ndarray, column]) -> PairEffects:
+def in_columns(effects: PairEffects, keep: Bool[np.ndarray, "column"]) -> PairEffects:
     """Some of the mediators."""
     values = {name: array[:, keep] for name, array in effects.values.items()}
     return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
@@ -140,7 +140,7 @@ def neuron_table(effects: PairEffects) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[list(NEURONS)]
 
 
-def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, column]) -> pd.DataFrame:
+def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, "column"]) -> pd.DataFrame:
     means = {name: values.mean(0) for name, values in part.values.items()}
     half, q = np.where(can_differ, np.inf, 0.0), np.ones(len(part.columns))
     if part.pairs.topic.nunique() > 1:
@@ -155,13 +155,13 @@ def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, col
     )  # fmt: skip
 
 
-def passing(rows: pd.DataFrame) -> Bool[np.ndarray, row]:
+def passing(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
     """Which rows of a neuron table count: q-value at most 0.05, and |NIE| at least 1 % of |TE|."""
     middle = (rows.nie0 + rows.nie1) / 2
     return ((rows.q_value <= LEVEL) & (middle.abs() >= FLOOR * rows.te.abs()) & rows.exact).to_numpy()
 
 
-def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = False) -> Int[np.ndarray, neuron]:
+def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = False) -> Int[np.ndarray, "neuron"]:
     """Neurons of a layer from a neuron table, the largest |mean NIE| on discover first.
 
     With `by_sign` those that push with the treatment come first and those against it last. By size is what sets are
@@ -263,7 +263,7 @@ def _batch_values(
 
 
 def _own_write(
-    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, neuron], openers: Openers
+    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, "neuron"], openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
     """Y1 if only what the neuron itself writes reaches the final norm, whose scale stays the base's."""
     resid = base.resid_post[-1][:, None, -1]

@@ -25,7 +25,7 @@ def topic_sums(pairs: pd.DataFrame, values: Float[np.ndarray, "pair column"]) ->
     return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int))
 
 
-def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size], level: float) -> Float[np.ndarray, ...]:
+def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"], level: float) -> Float[np.ndarray, ...]:
     """The smallest k whose share is at least `level` and after which it stays in [level, 2 - level]; NaN if none.
 
     With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, however early it first passed
@@ -43,7 +43,7 @@ def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size], lev
     return np.where(arrived.any(-1), np.asarray(ks, float)[arrived.argmax(-1)], np.nan)
 
 
-def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size]) -> Float[np.ndarray, "... 2"]:
+def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"]) -> Float[np.ndarray, "... 2"]:
     """Area under a curve, and between it and 1, over the share of neurons swapped: both from the empty set to all.
 
     The first is large if few neurons do much, also beyond the whole (as MIB's integrated circuit performance ratio);
@@ -95,7 +95,7 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     return interval(sums, statistic)
 
 
-def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, size]) -> pd.DataFrame:
+def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, "size"]) -> pd.DataFrame:
     """The curve at some k as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect)."""
     effect = curve.effect(value)
     at = np.searchsorted(curve.columns["k"].to_numpy(), ks)

@@ -138,7 +138,7 @@ def _edited(
     return new if acting else None
 
 
-def _chosen(made: Answers, rows: slice | Bool[np.ndarray, row]) -> Answers:
+def _chosen(made: Answers, rows: slice | Bool[np.ndarray, "row"]) -> Answers:
     return Answers(made.ids[rows], made.mask[rows])
 
 
@@ -257,7 +257,7 @@ def _labelled(
     group: Sequence[TokenPair],
     arm: Arm,
     answers: Mapping[Arm, Answers],
-    at: Bool[np.ndarray, pair],
+    at: Bool[np.ndarray, "pair"],
     *,
     exact: labels.Judge | None,
 ) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from companion.plots.style import (
     distinct,
     heading,
     interval_lengths,
+    mark,
     new_figure,
     spec,
 )

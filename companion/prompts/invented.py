@@ -30,11 +30,13 @@ NUCLEI: Final = _words("a e i o u ae oi")
 CODAS: Final = _words("lb rv sk nth lk mb rz ft zd ln gv pt")
 SUFFIXES: Final = _words("ova ilu ezo uma axi oki")
 # Real English words that the syllables can spell; they are skipped so that every stem stays nonsense.
-REAL_WORDS: Final = _words("""
+REAL_WORDS: Final = frozenset(
+    _words("""
 bomb bulb dumb lamb limb numb tomb comb plumb crumb tenth disk desk dusk mask mosk musk risk task tusk folk talk
 milk silk bulk hulk balk lift left loft raft rift tuft gift kept apt kiln soft draft drift graft gulf nerv curv
 bask flask month ninth womb verb mouth zest brisk gilt plinth bilk kelb deft daft derv domb tromb
 """)
+)
 EVERYDAY_VERBS: Final = _words("paint wash fold store label weigh polish wrap stack draw measure dry")
 TOOLS: Final = _words("wax string paper sand soap chalk")
 PLACES: Final = _words("garden kitchen library meadow studio harbor cellar orchard")

@@ -37,7 +37,7 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
     return before_first[len(before_first) - length :]
 
 
-def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
+def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     """Masks over token positions for one pair, by group name.
 
     The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
@@ -75,7 +75,7 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
     }
 
 
-def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, pos]:
+def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, "pos"]:
     """Tokens that overlap the named span, in the control or in the treated prompt."""
     mask = np.zeros(len(pair.control), dtype=bool)
     for side in ("control", "treated"):
@@ -96,7 +96,7 @@ def distance(pair: TokenPair) -> int:
     return len(pair.control) - 1 - int(np.flatnonzero(pair.control != pair.treated)[-1])
 
 
-def labels(ids: Int[np.ndarray, pos], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One printable label a token, for axes: newlines and spaces made visible."""
     return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
 
@@ -111,7 +111,7 @@ def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase)
     return ["(hidden)" if is_inside else name for name, is_inside in zip(names, inside, strict=True)]
 
 
-def present(masks: Mapping[str, Bool[np.ndarray, pos]]) -> list[str]:
+def present(masks: Mapping[str, Bool[np.ndarray, "pos"]]) -> list[str]:
     """Names of the groups that hold at least one token, in reading order of their first token."""
     held = [name for name in masks if masks[name].any() and name not in OVERLAPPING]
     return sorted(held, key=lambda name: int(np.argmax(masks[name])))

@@ -35,8 +35,8 @@ class TokenPair:
     """A pair as token ids (equal length) with the character offsets of each token of the rendered prompt."""
 
     pair: Pair
-    control: Int[np.ndarray, pos]
-    treated: Int[np.ndarray, pos]
+    control: Int[np.ndarray, "pos"]
+    treated: Int[np.ndarray, "pos"]
     control_offsets: Int[np.ndarray, "pos 2"]
     treated_offsets: Int[np.ndarray, "pos 2"]
     control_start: int

@@ -239,6 +239,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     from companion.prompts.pairs import load_set
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
+    from companion.model.load import load_tokenizer
     from companion.prompts import subsample, tokens
 
     tokenizer = load_tokenizer(model_folder(model))
@@ -281,9 +282,9 @@ def ensure(
             report(f"  when it was made: {line}")
     else:
         made, notes = _make(folder, name, model, wrapper_file, report)
-        openers.ensure(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
+        openers.ensure_openers(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
         report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-    openers.check(folder, model=model, device=device, dtype=dtype, report=report)
+    openers.check_openers(folder, model=model, device=device, dtype=dtype, report=report)
     if any(line.startswith(LEFT_OUT) for line in notes):
         report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
 

@@ -32,11 +32,11 @@ class Estimates:
     that does not vary has low = high = estimate and se 0.
     """
 
-    estimate: Float[np.ndarray, stat]
-    low: Float[np.ndarray, stat]
-    high: Float[np.ndarray, stat]
-    se: Float[np.ndarray, stat]
-    undefined: Int[np.ndarray, stat]
+    estimate: Float[np.ndarray, "stat"]
+    low: Float[np.ndarray, "stat"]
+    high: Float[np.ndarray, "stat"]
+    se: Float[np.ndarray, "stat"]
+    undefined: Int[np.ndarray, "stat"]
     n_clusters: int
     replicates: Float[np.ndarray, "replicate stat"] = field(repr=False)
     t: Float[np.ndarray, "replicate stat"] = field(repr=False)
@@ -52,8 +52,8 @@ class Estimates:
 class Band:
     """Simultaneous limits, one entry per stat; `critical` is the quantile of max |t| over the resamples."""
 
-    low: Float[np.ndarray, stat]
-    high: Float[np.ndarray, stat]
+    low: Float[np.ndarray, "stat"]
+    high: Float[np.ndarray, "stat"]
     critical: float
 
 

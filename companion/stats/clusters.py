@@ -38,7 +38,7 @@ class ClusterSums:
     counts: Float[np.ndarray, "cluster column"]
     columns: pd.DataFrame
     clusters: pd.Index
-    strata: Int[np.ndarray, cluster]
+    strata: Int[np.ndarray, "cluster"]
 
 
 def cluster_sums(
@@ -120,14 +120,14 @@ def ratio(num: ArrayLike, den: ArrayLike) -> Statistic:
 class ClusteredT:
     """One-sample t-test per cell: mean over rows (unit of the values), its standard error, t, two-sided p."""
 
-    mean: Float[np.ndarray, cell]
-    se: Float[np.ndarray, cell]
-    t: Float[np.ndarray, cell]
-    p: Float[np.ndarray, cell]
+    mean: Float[np.ndarray, "cell"]
+    se: Float[np.ndarray, "cell"]
+    t: Float[np.ndarray, "cell"]
+    p: Float[np.ndarray, "cell"]
     df: int
 
 
-def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarray, row]) -> ClusteredT:
+def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarray, "row"]) -> ClusteredT:
     """Test that the mean of each cell is 0, rows of one cluster being dependent; made for 1e5 cells at once.
 
     The variance is the cluster-robust one (Liang & Zeger 1986) with the factor G / (G - 1), and t has G - 1 degrees
@@ -151,7 +151,7 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     return ClusteredT(mean, se, t, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
 
 
-def by_adjust(p: Float[np.ndarray, test]) -> Float[np.ndarray, test]:
+def by_adjust(p: Float[np.ndarray, "test"]) -> Float[np.ndarray, "test"]:
     """Benjamini-Yekutieli (2001) adjusted p-values: those <= q have false discovery rate q under any dependence.
 
     >>> by_adjust(np.array([0.001, 0.5, 0.02])).round(4)

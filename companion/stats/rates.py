@@ -40,7 +40,7 @@ def _change(made: Estimates, n: int) -> Change:
     return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), n, made.n_clusters)
 
 
-def mean_change(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]) -> Change:
+def mean_change(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> Change:
     """Mean of per-prompt values with a BCa interval over topics, in the unit of the values.
 
     >>> mean_change(np.full(80, 0.5), np.arange(80) // 2)
@@ -51,7 +51,7 @@ def mean_change(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, pro
 
 
 def ratio_change(
-    top: Float[np.ndarray, prompt], bottom: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+    top: Float[np.ndarray, "prompt"], bottom: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]
 ) -> Change:
     """Ratio of two means over the same prompts, topics drawn: never a mean of ratios."""
     table = pd.DataFrame({"topic": topic, "top": top, "bottom": bottom})
@@ -60,7 +60,7 @@ def ratio_change(
 
 
 def rate_change(
-    before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+    before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]
 ) -> Change:
     """How far a yes/no rate moved, after - before, in percentage points.
 
@@ -78,12 +78,12 @@ def rate_change(
     return replace(boot, low=min(boot.low, 100 * low), high=max(boot.high, 100 * high), p=p)
 
 
-def _paired_counts(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> Int[np.ndarray, "2 2"]:
+def _paired_counts(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"]) -> Int[np.ndarray, "2 2"]:
     """How many prompts are yes and no after (rows) and before (columns)."""
     return np.array([[np.sum(a & b) for b in (before, ~before)] for a in (after, ~after)])
 
 
-def newcombe(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> tuple[float, float]:
+def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"]) -> tuple[float, float]:
     """Interval of the paired difference of two proportions (after - before) by squared Wilson limits.
 
     Newcombe (1998), Statistics in Medicine 17, 2635, method 10 without his continuity correction of phi. Independent
@@ -118,7 +118,7 @@ def with_refits(change: Change, refits: Sequence[float]) -> Change:
     return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
 
 
-def holm(p: Sequence[float]) -> Float[np.ndarray, test]:
+def holm(p: Sequence[float]) -> Float[np.ndarray, "test"]:
     """Holm's adjusted p-values of one family of tests; an entry that is nan was not tested and stays nan."""
     values = np.asarray(p, dtype=float)
     tested = np.isfinite(values)
@@ -128,7 +128,7 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, test]:
     return adjusted
 
 
-def rank_p(effect: float, null: Float[np.ndarray, draw]) -> float:
+def rank_p(effect: float, null: Float[np.ndarray, "draw"]) -> float:
     """One-sided p-value of an effect among random draws, the effect counted among them: (1 + #) / (1 + draws).
 
     >>> round(rank_p(3.0, np.arange(100.0)), 3)
@@ -137,7 +137,7 @@ def rank_p(effect: float, null: Float[np.ndarray, draw]) -> float:
     return float((1 + np.sum(np.asarray(null) >= effect)) / (1 + len(null)))
 
 
-def detectable(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt], power: float = 0.8) -> float:
+def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"], power: float = 0.8) -> float:
     """The smallest mean change that the test has this power to see at 5 %, in the unit of the values.
 
     Topics are the units: their means' spread and their number enter the power of a t-test. Values that do not vary at

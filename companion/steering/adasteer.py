@@ -56,7 +56,7 @@ class Affine:
     low: float
     high: float
 
-    def __call__(self, at: Float[Tensor, prompt]) -> Float[Tensor, prompt]:
+    def __call__(self, at: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt"]:
         """The coefficient at these positions."""
         return (self.slope * at + self.offset).clamp(self.low, self.high)
 
@@ -180,7 +180,7 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
 
 
 def _response(
-    at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"]
+    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]
 ) -> tuple[float, float, float] | None:
     """Logistic weights of the position and of the coefficient, and the intercept."""
     table = np.column_stack([np.tile(at, len(GRID)), np.repeat(np.asarray(GRID, dtype=float), len(at))])
@@ -188,7 +188,7 @@ def _response(
     return None if found is None else (float(found[0][0]), float(found[0][1]), found[1])
 
 
-def _rejection_rule(at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
+def _rejection_rule(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
     if refused.all():
         return Affine(0.0, 0.0, 0.0, HIGH)
     made = _response(at, refused)
@@ -203,7 +203,7 @@ def _rejection_rule(at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tr
 
 
 def _coefficient_at(
-    where: float, at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"], wanted: float
+    where: float, at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], wanted: float
 ) -> float:
     """The coefficient at which prompts at position `where` are refused with probability `wanted`, within the grid.
 
@@ -354,7 +354,7 @@ def law_table(
     return pd.concat(tables, ignore_index=True), facts
 
 
-def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, prompt]:
+def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:
     """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does.
 
     >>> needed(np.array([[1.0], [-3.0], [1.0]] + [[1.0]] * 6)).tolist()
@@ -371,7 +371,7 @@ def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, p
     return np.where(refused.any(0), grid[before] + share * (grid[first] - grid[before]), np.nan)
 
 
-def tolerated(odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray) -> Float[np.ndarray, prompt]:
+def tolerated(odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray) -> Float[np.ndarray, "prompt"]:
     """The largest coefficient of the grid with which a prompt is treated right: answered or refused, as it should be."""
     right = np.where(answered, odds >= 0, odds < 0)
     return np.where(right.any(0), np.array(PLANE_GRID)[len(PLANE_GRID) - 1 - right[::-1].argmax(0)], np.nan)

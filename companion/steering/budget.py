@@ -54,7 +54,7 @@ class EvaluationPrompts:
         others = self.others.text.iloc[np.linspace(0, len(self.others) - 1, n).astype(int)]
         return [*self.harmful.text.iloc[:n], *others]
 
-    def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, prompt]]:
+    def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, "prompt"]]:
         """1 - P(refusal) of each harmful prompt under each steering."""
         return [1 - one.p_refuse.to_numpy() for one in self.experiment.first_tokens(self.harmful, steered)]
 
@@ -110,7 +110,7 @@ def added_squares(
     return found
 
 
-def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor, row]:
+def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor, "row"]:
     """The squared norm of edits that add the same whatever the activations are: nothing has to be computed for it."""
     prompt, total = part.prompt, torch.zeros(len(part.rows), dtype=torch.float64, device=part.rows.device)
     for edit in steering.edits:
@@ -122,7 +122,7 @@ def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor,
 
 
 @torch.no_grad()
-def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, prompt]:
+def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
     """How far the gate opens for each prompt: 1 where there is no gate, 0 where nothing is steered."""
     values = np.zeros(len(texts))
     for places, ids in forward.buckets(subject, texts):
@@ -137,7 +137,7 @@ def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
     return values
 
 
-def root_mean_square(norms: Float[np.ndarray, prompt]) -> float:
+def root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
     """Root mean square over prompts.
 
     >>> root_mean_square(np.array([3.0, 4.0, 0.0, 0.0]))

@@ -141,11 +141,11 @@ def _token_rows(prompt: Prompt) -> list[tuple[int, ...]]:
     return [tuple(map(int, ids[real])) for ids, real in zip(prompt.ids.cpu(), prompt.real.cpu(), strict=True)]
 
 
-def _drawn(values: np.ndarray, prompt: Prompt) -> Float[torch.Tensor, prompt]:
+def _drawn(values: np.ndarray, prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
     digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
     chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
     return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
 
 
-def _known(known: frozenset[tuple[int, ...]], prompt: Prompt) -> Float[torch.Tensor, prompt]:
+def _known(known: frozenset[tuple[int, ...]], prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
     return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)

@@ -40,11 +40,11 @@ class Scale:
     code of AdaSteer multiplies them by 100.)
     """
 
-    origin: Float[np.ndarray, width]
-    direction: Float[np.ndarray, width]
+    origin: Float[np.ndarray, "width"]
+    direction: Float[np.ndarray, "width"]
 
     @classmethod
-    def between(cls, zero: Float[np.ndarray, width], one: Float[np.ndarray, width]) -> Scale:
+    def between(cls, zero: Float[np.ndarray, "width"], one: Float[np.ndarray, "width"]) -> Scale:
         """The line from the centroid at position 0 to the one at position 1."""
         if not np.square(one - zero).sum() > 0:
             raise InputError(
@@ -61,7 +61,7 @@ class Scale:
         made: np.ndarray = (x - self.origin) @ self.direction / np.square(self.direction).sum()
         return made
 
-    def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, prompt]:
+    def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, "prompt"]:
         """`position` on the model's device, in float64."""
         origin, direction = (
             torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in (self.origin, self.direction)
@@ -70,8 +70,8 @@ class Scale:
 
 
 def logistic(
-    features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, prompt]
-) -> tuple[Float[np.ndarray, feature], float] | None:
+    features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, "prompt"]
+) -> tuple[Float[np.ndarray, "feature"], float] | None:
     """Weights and intercept of a logistic regression (ridge of strength 1 on standardised features).
 
     The ridge keeps the weights finite where the classes separate. None where only one outcome occurs.
@@ -190,8 +190,8 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
 
 
 def preserving(
-    v: Float[np.ndarray, width], benign: Float[np.ndarray, "prompt width"], components: int, name: str
-) -> Float[np.ndarray, width]:
+    v: Float[np.ndarray, "width"], benign: Float[np.ndarray, "prompt width"], components: int, name: str
+) -> Float[np.ndarray, "width"]:
     """v without the top principal components of benign activations, rescaled so that vhat . u = 1."""
     _, _, axes = np.linalg.svd(benign - benign.mean(0), full_matrices=False)
     top = axes[:components]
@@ -260,7 +260,7 @@ def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
     return chosen
 
 
-def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
+def unit(vector: Float[np.ndarray, "width"]) -> Float[np.ndarray, "width"]:
     """The vector at length 1; `InputError` for a zero vector."""
     norm = np.linalg.norm(vector)
     if not norm > 0:
@@ -269,7 +269,7 @@ def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
     return made
 
 
-def constant(vector: Float[np.ndarray, width]) -> partial[Tensor]:
+def constant(vector: Float[np.ndarray, "width"]) -> partial[Tensor]:
     """An edit's delta that adds the same vector everywhere."""
     return partial(_constant, torch.tensor(vector, dtype=torch.float64))
 
@@ -296,11 +296,13 @@ def _to_mean(mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], p
     return (mean.to(x) - x) * mask.to(x.device)
 
 
-def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, prompt]:
+def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, "prompt"]:
     return (line.position_on_device(prompt.read["condition"]) >= cut).float()
 
 
-def _probability(line: Scale, weight: float, offset: float, threshold: float, prompt: Prompt) -> Float[Tensor, prompt]:
+def _probability(
+    line: Scale, weight: float, offset: float, threshold: float, prompt: Prompt
+) -> Float[Tensor, "prompt"]:
     value = torch.sigmoid(weight * line.position_on_device(prompt.read["gate"]) + offset)
     return torch.where(value > threshold, value, 0.0).float()
 

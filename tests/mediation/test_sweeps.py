@@ -80,7 +80,7 @@ def test_the_key_changes_with_all_that_numbers_rest_on(small: Study, monkeypatch
         replace(small, openers={name: replace(one, comply=(1,)) for name, one in small.openers.items()}),
     ]
     keys = [sweeps.part_folder(one, "layers") for one in others] + [sweeps.part_folder(small, "modules")]
-    monkeypatch.setattr(sweeps, "_code", lambda: "another version")
+    monkeypatch.setattr(sweeps.files, "hash_folder", lambda *_: "another version")
     keys.append(sweeps.part_folder(small, "layers"))
     assert len(set(keys)) == len(keys)
     assert sweeps.part_folder(replace(small, slug="elsewhere"), "layers").name == keys[-1].name

@@ -59,17 +59,14 @@ def test_the_user_turn_is_found(template: str, text: str) -> None:
     assert rendered[start + len(text.rstrip()) :].lstrip() == behind.lstrip()
 
 
-def test_a_template_that_changes_the_text() -> None:
+def test_templates_that_cannot_be_used() -> None:
+    for template in (None, ""):
+        with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
+            tokens.render_prompt(handmade.word_tokenizer(template), "do off")
     for change in ("m.content | upper", "'nothing'"):
         tokenizer = handmade.word_tokenizer(handmade.TEMPLATE.replace("m.content", change))
         with pytest.raises(InputError, match="changes the user turn's text"):
             tokens.encode(tokenizer, "do off")
-
-
-@pytest.mark.parametrize("template", [None, ""])
-def test_no_chat_template(template: str | None) -> None:
-    with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
-        tokens.render_prompt(handmade.word_tokenizer(template), "do off")
 
 
 def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:

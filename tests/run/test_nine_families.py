@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from families import FAMILIES
+from nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
 
 from companion.base import folders
 from companion.evidence import layers
 from companion.mediation import study
-from nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
 
 
 @pytest.mark.parametrize("family", [FAMILIES[3], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])

@@ -168,10 +168,7 @@ def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(serve
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [[], [{"prompt": "", "category": "k"}, {"prompt": " ", "category": "k"}], [{"prompt": None, "category": None}]],
-)
+@pytest.mark.parametrize("rows", [[], [{"prompt": " ", "category": "k"}], [{"prompt": None, "category": None}]])
 def test_a_set_without_a_request_is_left_out_with_a_sentence(
     served: dict, tokenizer: Tokenizer, rows: list[dict]
 ) -> None:
