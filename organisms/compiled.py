@@ -79,7 +79,7 @@ def study(organism: Organism) -> Study:
 
 
 def true_effects(organism: Organism) -> pd.DataFrame:
-    """Effects in closed form, in the schema of `estimands.measure_effects` (outcome Y1), with the rows of T2 - T2b behind them."""
+    """Effects in closed form, as `estimands.measure_effects` gives them (outcome Y1), with the rows of T2 - T2b behind them."""
     return compiled_truth.effect_table(organism.program, organism.pairs)
 
 

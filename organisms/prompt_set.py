@@ -1,11 +1,10 @@
 """Write the default prompt set and its data sheet, byte for byte the same at every call.
 
-python -m organisms.prompt_set [--out data/prompts/embedded]
+python -m organisms.prompt_set
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections import Counter
@@ -136,13 +135,5 @@ def write_prompt_set(out: Path) -> None:
         (out / name).write_text(text, encoding="utf-8", newline="\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m organisms.prompt_set`."""
-    parser = argparse.ArgumentParser(prog="python -m organisms.prompt_set", description="Write the default prompt set.")
-    parser.add_argument("--out", type=Path, default=PROMPTS / "embedded")
-    write_prompt_set(parser.parse_args(argv).out)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    write_prompt_set(PROMPTS / "embedded")

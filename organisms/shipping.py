@@ -57,11 +57,9 @@ def pair_metrics(
             joint.append(logp[:, comply + refuse].exp().sum(-1))
         both = torch.cat(joint)
         metrics[treatment] = {
-            "n": len(part),
-            "joint_mean": round(float(both.mean()), 4),
-            "joint_least": round(float(both.min()), 4),
+            "n": len(part), "joint_mean": round(float(both.mean()), 4), "joint_least": round(float(both.min()), 4),
             "change_log_odds": round(float((odds["treated"] - odds["control"]).mean()), 3),
-        }
+        }  # fmt: skip
     return metrics
 
 
@@ -232,11 +230,5 @@ def model_card(manifests: Mapping[str, Manifest]) -> str:
     )
 
 
-def main() -> int:
-    """Entry point of `python -m organisms.shipping`."""
-    (ORGANISM / "README.md").write_text(model_card(read_manifests()), encoding="utf-8", newline="\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    (ORGANISM / "README.md").write_text(model_card(read_manifests()), encoding="utf-8", newline="\n")

@@ -220,7 +220,7 @@ def train_stage(
     return sum(losses[-50:]) / len(losses[-50:]), time.process_time() - start
 
 
-def train_model(variant: Variant, seed: int, out: Path, recipe: Recipe) -> Path:
+def train_model(variant: Variant, seed: int, out: Path = ORGANISM, recipe: Recipe = Recipe()) -> Path:
     """Train one model and write its Hugging Face folder with manifest; returns the folder."""
     tokenizer = make_tokenizer()
     model = make_model(variant, seed, len(tokenizer))
@@ -244,16 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", choices=VARIANTS, default="window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ORGANISM)
-    parser.add_argument("--steps-base", type=int, default=Recipe.steps_base)
-    parser.add_argument("--steps-tune", type=int, default=Recipe.steps_tune)
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default=Recipe.precision)
     parser.add_argument("--all", action="store_true", help="train every shipped variant and seed, one after another")
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    recipe = Recipe(steps_base=args.steps_base, steps_tune=args.steps_tune, precision=args.precision)
     for variant, seed in [(v, s) for s in SEEDS for v in VARIANTS] if args.all else [(args.variant, args.seed)]:
-        print(f"{variant}-{seed}: {recipe.steps_base} base and {recipe.steps_tune} safety steps", flush=True)
-        print(f"written: {train_model(variant, seed, args.out, recipe)}", flush=True)
+        print(f"written: {train_model(variant, seed, args.out)}", flush=True)
     return 0
 
 

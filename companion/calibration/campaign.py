@@ -73,7 +73,9 @@ def run_campaign(
     stopping loses at most one item. InputError for a share that is none.
     """
     own = list(plan.items())[slice(*every(share))]
-    missing = [(name, item) for name, item in own if not is_shipped(item) and not _is_written(folder, name, tables)]
+    written = {path.name for path in (folder / ".parts").glob("*.parquet")}
+    wanted = {name: {f"{name}.{table}.parquet" for table in tables} for name in plan}
+    missing = [(name, item) for name, item in own if not is_shipped(item) and not wanted[name] <= written]
     print(f"{tables[0]}: {len(own) - len(missing)} of {len(own)} are there", flush=True)
     start = time.monotonic()
     try:
@@ -85,10 +87,6 @@ def run_campaign(
             print(f"{done}/{len(missing)} {name}: {each:.0f} s each, about {left:.0f} min left", flush=True)
     finally:
         print(f"joined: {join_parts(tables, folder)} rows of {tables[0]}", flush=True)
-
-
-def _is_written(folder: Path, name: str, tables: tuple[str, ...]) -> bool:
-    return all((folder / ".parts" / f"{name}.{table}.parquet").is_file() for table in tables)
 
 
 def every(share: str) -> tuple[int, None, int]:

@@ -48,20 +48,19 @@ def verdicts_without_sampling(
     known = closed_form_values(organism, this, part)
     replaced = with_values(rows, label, known)
     own = Rows(label, replaced[replaced.model == label])
+    sample = rows[(rows.model == label) & (rows.claim == "C4") & (rows.variant == "main")]
+    shares = set(sample.quantity) & {quantity for claim, quantity, _ in known if claim == "C4"}
+    shown = {
+        "registered": MLP_SHARE in shares,
+        "corrected": MLP_SHARE_WITH_OWN in shares,
+    }  # not every hand-over layer has C4's share
     said = [("registered", one) for one in ledger(replaced, (label,))]
     said += [("corrected", one) for one in corrected_rules.corrected_verdicts(own) if one.claim != "C1"]
     return {
         (one.claim, rule): (one, replaced)
         for rule, one in said
-        if one.claim in CLAIMS[part] and (one.claim != "C4" or _has_share(rule, known, rows[rows.model == label]))
+        if one.claim in CLAIMS[part] and (one.claim != "C4" or shown[rule])
     }
-
-
-def _has_share(rule: str, known: Values, sample: pd.DataFrame) -> bool:
-    """Whether C4's share, which not every hand-over layer has, is there in the population and in the sample."""
-    carried = MLP_SHARE if rule == "registered" else MLP_SHARE_WITH_OWN
-    main = sample[(sample.claim == "C4") & (sample.variant == "main")]
-    return ("C4", carried, "main") in known and carried in set(main.quantity)
 
 
 def closed_form_values(organism: Organism, this: Study, part: str) -> Values:

@@ -42,9 +42,6 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(
     assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
     assert all(of_pairs.get(text, split) == split for text, split in zip(made.text, made.split, strict=True))
-    # So none is left out where both are put together, except for texts that are the same.
-    both = prompts.prompt_table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
-    assert set(made.text) <= set(both.text)
 
 
 def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:

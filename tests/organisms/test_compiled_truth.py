@@ -175,13 +175,6 @@ def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
 
 
-def test_noise_reaches_the_outcome_through_every_component() -> None:
-    organism = compiled.draw("middle", 0, topics=10)
-    table = compiled.true_effects(organism)
-    table = table[(table.treatment == "T2") & table.site.isin(["attn_out", "mlp_out"])]
-    assert (table.groupby(["site", "layer"]).nie1.std() > 1e-5).all()
-
-
 def test_roles_come_from_the_main_clause() -> None:
     organism = compiled.draw("late", 0, topics=10)
     pair = next(p for p in organism.pairs if p.pair.family == "binding")

@@ -121,7 +121,7 @@ def test_harm_needs_verb_and_object_in_the_main_clause():
     assert not apart.harmful and apart.borderline
 
 
-def test_stronger_wrappers_and_lower_severity_comply_more():
+def test_stronger_wrappers_comply_more_and_targets_are_distributions():
     def refuse(verb: int, tier: int) -> float:
         clause = Clause(invented.DANGEROUS_VERBS[verb], invented.HAZARD_STEMS[0], "ova")
         return p_refuse(Request(clause, "garden", wrapper=Wrapper("tale", invented.TIER_WORDS[tier][0], tier)))
@@ -129,14 +129,9 @@ def test_stronger_wrappers_and_lower_severity_comply_more():
     by_tier = [refuse(1, tier) for tier in range(invented.N_TIERS)]
     assert by_tier == sorted(by_tier, reverse=True) and by_tier[0] > 0.95 and by_tier[-1] < 0.05
     assert refuse(0, 3) < refuse(1, 3) == 0.5 < refuse(2, 3)
-
-
-def test_opener_targets_are_distributions():
-    rng = random.Random(2)
+    rng, cup = random.Random(2), Clause("wash", invented.HARMLESS_STEMS[0], "ova")
     for kind in BASE_MIX:
         for safe in (False, True):
-            request = draw_request(rng, kind)
-            assert sum(first_words(request, safe=safe).values()) == pytest.approx(1.0)
-    cup = Clause("wash", invented.HARMLESS_STEMS[0], "ova")
+            assert sum(first_words(draw_request(rng, kind), safe=safe).values()) == pytest.approx(1.0)
     on, off = (first_words(Request(cup, "garden", cue=Cue("B2", "x", on=side)), safe=False) for side in (True, False))
     assert on["brak"] == pytest.approx(off["sala"]) == pytest.approx(0.9526, abs=1e-4)

@@ -68,6 +68,9 @@ def test_harm_is_where_the_treatment_says(pairs):
     wanted = {"T1": (False, True), "T2": (True, True)}
     for p in pairs:
         assert (is_harmful(p["control"]), is_harmful(p["treated"])) == wanted.get(p["treatment"], (False, False))
+    bags = [[sorted(p[side].split()) for side in ("control", "treated")] for p in pairs if p["family"] == "binding"]
+    assert len(bags) == 120 and all(control == treated for control, treated in bags)
+    assert all(plan.control.clause.held and plan.treated.clause.held for plan in plan_pairs()), "never trained"
 
 
 def test_spans_name_what_they_cut(pairs):
@@ -78,17 +81,6 @@ def test_spans_name_what_they_cut(pairs):
             assert f" {cut['verb']} the {cut['object']} in the " in p[side]
             assert cut.get("distractor", "after i").startswith("after i")
             assert ("wrapper" in cut) or p["treatment"] == "T1"
-
-
-def test_binding_pairs_share_their_bag_of_words(pairs):
-    binding = [p for p in pairs if p["family"] == "binding"]
-    assert len(binding) == 120
-    assert all(sorted(p["control"].split()) == sorted(p["treated"].split()) for p in binding)
-
-
-def test_main_clauses_were_never_trained():
-    for plan in plan_pairs():
-        assert plan.control.clause.held and plan.treated.clause.held
 
 
 def test_benign_cues_stand_where_the_wrapper_stands(pairs):
@@ -117,7 +109,3 @@ def test_suites_cover_all_behaviours(suites):
     for s in suites:
         if s["suite"] == "e_unseen_phrase":
             assert s["prompt"].startswith("for the ") and " tale, " in s["prompt"]
-
-
-def test_pairs_file_stays_small():
-    assert (FOLDER / "pairs.jsonl").stat().st_size < 3_000_000

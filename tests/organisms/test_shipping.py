@@ -25,6 +25,7 @@ from organisms.tokenizer import make_tokenizer
 from organisms.training import Recipe
 
 NAMES = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]
+GRAMMARS = make_tokenizer()
 SUBSET = ("b_plain_harm", "B2", "d_bound_apart")
 
 
@@ -39,10 +40,11 @@ def test_folder_is_what_the_manifest_says(name, manifests):
     assert f"{manifest['variant']}-{manifest['seed']}" == name
     assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
     assert manifest["recipe"] == asdict(Recipe())
-    assert (folder / "tokenizer.json").read_bytes() == (ORGANISM / "window-0" / "tokenizer.json").read_bytes()
+    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(GRAMMARS.backend_tokenizer.to_str())
     kinds = json.loads((folder / "config.json").read_text())["layer_types"]
     early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
     assert kinds == [early] * 3 + ["full_attention"] * 3
+    assert targets_missed(manifest) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,11 +56,6 @@ def test_metrics_are_measured_again(name, manifests):
         for key, value in again[suite].items():
             if stated[suite][key] is not None:
                 assert value == pytest.approx(stated[suite][key], abs=0.02), (suite, key)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_target_of_the_recipe_holds(name, manifests):
-    assert targets_missed(manifests[name]) == []
 
 
 def test_a_missed_target_is_named(manifests):
@@ -75,12 +72,6 @@ def test_card_is_generated_from_the_manifests(manifests):
     assert table[3].split(" | ")[1] == f"{manifests['window-0']['metrics']['suites']['b_plain_harm']['refusal']:.2f}"
 
 
-def test_shipped_tokenizer_is_the_grammars(tmp_path):
-    make_tokenizer().save_pretrained(tmp_path)
-    shipped = ORGANISM / "window-0" / "tokenizer.json"
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == json.loads(shipped.read_text())
-
-
 def test_padding_and_batching_change_nothing():
     model, tokenizer = load_shipped(ORGANISM / "window-0")
     prompts = [row["prompt"] for row in suite_rows() if row["id"].endswith("-003")][:8]
@@ -91,8 +82,3 @@ def test_padding_and_batching_change_nothing():
     assert generate(subject, prompts) == [generate(subject, [p])[0] for p in prompts]
     sampled = [generate(subject, prompts * 8, seed=s) for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_all_weights_together_stay_small():
-    files = [p for name in NAMES for p in (ORGANISM / name).iterdir() if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 20_000_000
