@@ -40,7 +40,6 @@ REFUSED: Final = 0.95  # wanted probability of refusing a harmful prompt, and of
 N_FIT: Final = 60  # prompts of a kind on which coefficients are tried
 DECISION: Final = (0.2, 0.5)  # relative depth of decision layers
 ROUNDING: Final = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
-RELEASED_SCALE: Final = 100.0
 PLANE_GRID: Final = tuple(np.round(np.arange(0, 2.01, 0.25), 2))  # coefficients tried, in lengths of the direction
 BINS: Final = 5
 N_LAW: Final = 100  # prompts of a kind on which the laws are read
@@ -75,8 +74,8 @@ class Law:
 # As in the published code, positions in hundredths; the clamps are ours, not the authors': a quarter of r against compliance at
 # position 0, nothing at position 100.
 RELEASED: Final = {
-    "r": Affine(0.0025 * RELEASED_SCALE, -0.25, -0.25, 0.0),
-    "c": Affine(0.0 * RELEASED_SCALE, 0.0, 0.0, 0.25),
+    "r": Affine(0.0025 * 100, -0.25, -0.25, 0.0),
+    "c": Affine(0.0, 0.0, 0.0, 0.25),
 }
 
 

@@ -58,8 +58,7 @@ class Scale:
         >>> Scale(np.zeros(2), np.array([2.0, 0.0])).position(np.array([[0.0, 5.0], [2.0, 0.0], [3.0, 1.0]]))
         array([0. , 1. , 1.5])
         """
-        made: np.ndarray = (x - self.origin) @ self.direction / np.square(self.direction).sum()
-        return made
+        return (x - self.origin) @ self.direction / np.square(self.direction).sum()
 
     def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, prompt]:
         """`position` on the model's device, in float64."""
@@ -159,8 +158,7 @@ def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
 def low_variance(x: Float[np.ndarray, "prompt d"], keep: float) -> Float[np.ndarray, "d kept"]:
     """An orthonormal basis of the share of dimensions with the least second moment."""
     _, vectors = np.linalg.eigh(x.T @ x / len(x))
-    made: np.ndarray = vectors[:, : max(1, round(keep * x.shape[1]))]
-    return made
+    return vectors[:, : max(1, round(keep * x.shape[1]))]
 
 
 def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -> Steering:
@@ -202,8 +200,7 @@ def preserving(
             f"{name}: without the top {components} components of benign activations {share:.2f} of the direction is left, "
             f"under {MIN_KEPT}: steering it would move harmless prompts too; leave the layer out or remove fewer components"
         )
-    made: np.ndarray = kept / (unit(v) @ kept)
-    return made
+    return kept / (unit(v) @ kept)
 
 
 def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steering:
@@ -265,8 +262,7 @@ def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
     norm = np.linalg.norm(vector)
     if not norm > 0:
         raise InputError("a direction has length 0: two classes have the same mean; are the labels right?")
-    made: np.ndarray = vector / norm
-    return made
+    return vector / norm
 
 
 def constant(vector: Float[np.ndarray, width]) -> partial[Tensor]:
