@@ -88,7 +88,7 @@ def seconds_of_one_forward(batch: Batch) -> float:
     patch = Patch("mlp_out", batch.subject.n_layers // 2, _last(batch))
 
     def forward() -> None:
-        _log_odds(batch, reference.interchange(batch.subject, batch.base, batch.source, [patch]))
+        _log_odds(batch, reference.interchange_full_forward(batch.subject, batch.base, batch.source, [patch]))
 
     return sorted(measured(batch.subject, forward)[1].seconds for _ in range(3))[1]
 

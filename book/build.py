@@ -20,14 +20,8 @@ from companion.base.errors import InputError
 from companion.base.paths import ROOT, relative
 
 PLACE = ROOT / ".book"
-
-
 VENV = ROOT / ".venv-book"
-
-
 ASKED = ROOT / "requirements-book.in"
-
-
 # What becomes a page, and what pages show or link to.
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "models.example.yml", "docs/*.md", "notebooks/*.ipynb",

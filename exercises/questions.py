@@ -91,8 +91,8 @@ QUESTIONS: dict[str, Question] = {
         "many that are scattered, in one by at most 8. "
         "Which is which? Decide without a window.",
         '`single.measure_chosen(study, "T2", single.all_neurons(study.subject, [last]))` and '
-        "`single.table` of its first part (or `neurons.measure_neurons(study).table`, as in the notebook, which measures more); "
-        "sort by |effect|, then look at the indices.",
+        "`single.neuron_table` of its first part (or `neurons.measure_neurons(study).table`, as in the notebook, which "
+        "measures more); sort by |effect|, then look at the indices.",
         _models("04").replace("import mediation", "import neuron_effects, neurons"),
     ),
     "05": Question(

@@ -10,7 +10,7 @@ pair. None of them is computed by running the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -23,12 +23,10 @@ from companion.prompts import tokens
 from companion.prompts.pairs import PromptSet
 from organisms import compiled_language, compiled_truth
 from organisms.compiled_language import Planned
-from organisms.compiled_program import KINDS, Design, Program, build, draw_design, write
-from organisms.compiled_truth import claims
+from organisms.compiled_program import KINDS, Design, Program, build_program, draw_design
+from organisms.compiled_weights import write_model
 
 TOPICS, PAIRS_PER_TOPIC = 70, 2
-
-
 TOLERANCE = 2e-4  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
 
 
@@ -63,12 +61,12 @@ def draw(
     Raises InputError for an unknown kind.
     """
     design = draw_design(kind, seed, effect)
-    program = build(design, topics)
-    pairs = tuple(compiled_language.plan([seed, KINDS.index(kind)], topics, pairs_per_topic))
-    tokenizer = compiled_language.tokenizer(topics)
-    model = write(program, design.family, tokenizer).to(dtype)
+    program = build_program(design, topics)
+    pairs = tuple(compiled_language.draw_pairs([seed, KINDS.index(kind)], topics, pairs_per_topic))
+    tokenizer = compiled_language.word_tokenizer(topics)
+    model = write_model(program, design.family, tokenizer).to(dtype)
     subject = from_model(model, tokenizer, f"compiled-{kind}-{seed}")
-    return Organism(design, program, subject, pairs, claims(design, program, pairs))
+    return Organism(design, program, subject, pairs, compiled_truth.true_claims(design, program, pairs))
 
 
 def study(organism: Organism) -> Study:
@@ -82,21 +80,7 @@ def study(organism: Organism) -> Study:
 
 def true_effects(organism: Organism) -> pd.DataFrame:
     """Effects in closed form, in the schema of `estimands.measure_effects` (outcome Y1), with the rows of T2 - T2b behind them."""
-    return compiled_truth.table(organism.program, organism.pairs)
-
-
-def population(
-    organism: Organism, topics: int = 500, pairs_per_topic: int = 10, treatments: Collection[str] = ("T2", "T2b")
-) -> pd.DataFrame:
-    """`true_effects` of a large sample of new pairs over new topics, for errors that are not those of sampling.
-
-    Words of the organism keep their features; those of new topics come from the same distributions. By default 5,000
-    pairs of each treatment behind T2 - T2b.
-    """
-    design = organism.design
-    pairs = compiled_language.plan([design.seed, KINDS.index(design.kind), 1], topics, pairs_per_topic)
-    chosen = [planned for planned in pairs if planned.pair.treatment in treatments]
-    return compiled_truth.table(build(design, topics), chosen)
+    return compiled_truth.effect_table(organism.program, organism.pairs)
 
 
 def judge(request: str, answer: str) -> str:

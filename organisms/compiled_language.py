@@ -3,16 +3,12 @@
 Every prompt is one frame, `<first> SLOT <second> after i VERB the OBJECT , how do i VERB the OBJECT (tail) ?`. The slot
 holds a wrapper (treatments T1, T2, T2b) or a benign cue (B1 to B6), so all cues lie at the same distances from the last
 token. The main clause is the second one; the first distracts. All words are made up, and every word is one token.
-
-Prompts for steering a compiled model: harmful, borderline and harmless ones, in a wrapper and without, on all three splits.
-
-They are requests of the compiled language on the topics of the model's own pairs, each topic in the split that it has
-there. Borderline requests share a verb or an object with harmful ones; harmless ones share neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -25,26 +21,12 @@ from companion.prompts.pairs import SPLIT_SHARES, SPLITS, Pair
 from companion.steering import prompts
 
 BEHAVIOURS: Final = 6
-
-
 SPECIAL: Final = ("<unk>", "<bos>", "<user>", "<assistant>", "<end>", "<pad>")
-
-
 FRAME: Final = ("after", "i", "the", ",", "how", "do", "?")
-
-
 COMPLY, REFUSE = ("sure", "fine"), ("sorry", "never")
-
-
 HARMFUL, HARMLESS = "steps", "stop"  # what follows the opener: content, or the end of a refusal
-
-
 STRONG, NEUTRAL, VERBS, CUES, FILLERS = 12, 6, 6, 3, 12
-
-
 Camps = tuple[tuple[str, ...], tuple[str, ...]]  # comply and refuse openers
-
-
 TEMPLATE: Final = (
     "<bos> {% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -109,7 +91,7 @@ def vocabulary(topics: int) -> list[str]:
     return [*words, *numbered("hazard", topics), *numbered("thing", topics)]
 
 
-def tokenizer(topics: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(topics: int) -> PreTrainedTokenizerFast:
     """One token a word, spaces belonging to no token, with a chat template."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary(topics))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
@@ -128,70 +110,73 @@ def outcomes() -> dict[str, Camps]:
     return harm | benign
 
 
-def splits(rng: np.random.Generator, topics: int) -> list[str]:
+def draw_splits(rng: np.random.Generator, topics: int) -> list[str]:
     """The split of every topic: 40/30/30 in a random order."""
     cuts = np.round(np.cumsum(SPLIT_SHARES) * topics)
-    order = rng.permutation(topics)
-    return [SPLITS[int(np.searchsorted(cuts, rank, side="right"))] for rank in order]
+    return [SPLITS[int(np.searchsorted(cuts, rank, side="right"))] for rank in rng.permutation(topics)]
 
 
-def plan(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[Planned]:
+def draw_pairs(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[Planned]:
     """All pairs: T1, T2 and T2b on the hazard topics, B1 to B6 on the harmless ones.
 
     The k-th pair of every treatment has the k-th context (fillers, distractor, tail), as cue distances must match.
     """
     rng = np.random.default_rng([*seed, 1])
-    harm_split, benign_split = splits(rng, topics), splits(rng, topics)
+    harm_split, benign_split = draw_splits(rng, topics), draw_splits(rng, topics)
     made: list[Planned] = []
     for k in range(topics * pairs_per_topic):
         topic = k // pairs_per_topic
-        around = sentence_context(rng, topics)
-        harmful = replace(around, verb=one(rng, "harm", VERBS), object=f"hazard{topic}")
-        harmless = replace(around, verb=one(rng, "use", VERBS), object=f"thing{topic}")
-        made += [_planned(p, f"hazard{topic}", harm_split[topic]) for p in _harm(rng, k, harmful, topics)]
-        made += [_planned(p, f"thing{topic}", benign_split[topic]) for p in _benign(rng, k, harmless)]
+        around = _context(rng, topics)
+        harmful = replace(around, verb=_word(rng, "harm", VERBS), object=f"hazard{topic}")
+        harmless = replace(around, verb=_word(rng, "use", VERBS), object=f"thing{topic}")
+        made += _harm_pairs(rng, k, harmful, topics, harm_split[topic])
+        made += _benign_pairs(rng, k, harmless, benign_split[topic])
     return made
 
 
-Sketch = tuple[str, str, Request, Request, str | None, str]  # id, treatment, control, treated, twin, family
-
-
-def one(rng: np.random.Generator, stem: str, n: int) -> str:
+def _word(rng: np.random.Generator, stem: str, n: int) -> str:
     """A word of a class at random."""
     return f"{stem}{rng.integers(n)}"
 
 
-def sentence_context(rng: np.random.Generator, topics: int) -> Request:
+def _context(rng: np.random.Generator, topics: int) -> Request:
     """What stands around a request, which has no verb and no object yet."""
-    fillers = [one(rng, "filler", FILLERS) for _ in range(3)]
+    fillers = [_word(rng, "filler", FILLERS) for _ in range(3)]
     tail = (fillers[2],) if rng.random() < 0.5 else ()
-    side = one(rng, "use", VERBS), one(rng, "thing", topics)
-    return Request(fillers[0], one(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
+    side = _word(rng, "use", VERBS), _word(rng, "thing", topics)
+    return Request(fillers[0], _word(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
 
 
-def _harm(rng: np.random.Generator, k: int, harmful: Request, topics: int) -> Iterator[Sketch]:
+def _harm_pairs(rng: np.random.Generator, k: int, harmful: Request, topics: int, split: str) -> list[Planned]:
     family = ("object", "verb", "binding")[k % 3]
-    use, thing = one(rng, "use", VERBS), one(rng, "thing", topics)
+    use, thing = _word(rng, "use", VERBS), _word(rng, "thing", topics)
     by_object, by_verb = replace(harmful, object=thing), replace(harmful, verb=use)
     treated, control = harmful, by_object if family == "object" else by_verb
     if family == "binding":  # the same words on both sides: the dangerous verb changes its clause
         treated = replace(harmful, side_verb=use)
         control = replace(harmful, side_verb=harmful.verb, verb=use)
-    yield f"T1-{k:04d}", "T1", control, treated, None, family
-    strong = one(rng, "strong", STRONG)
+    topic = harmful.object
+    made = [_planned(f"T1-{k:04d}", "T1", topic, split, control, treated, family=family)]
+    strong = _word(rng, "strong", STRONG)
     twin = by_object if rng.random() < 0.5 else by_verb
     for name, request, other in (("T2", harmful, f"T2b-{k:04d}"), ("T2b", twin, None)):
-        yield f"{name}-{k:04d}", name, request, replace(request, slot=strong), other, strong
+        wrapped = replace(request, slot=strong)
+        made.append(_planned(f"{name}-{k:04d}", name, topic, split, request, wrapped, other, strong))
+    return made
 
 
-def _benign(rng: np.random.Generator, k: int, request: Request) -> Iterator[Sketch]:
+def _benign_pairs(rng: np.random.Generator, k: int, request: Request, split: str) -> list[Planned]:
+    made = []
     for b in range(BEHAVIOURS):
-        off, on = (cue_words(b, side)[rng.integers(CUES)] for side in (False, True))
-        yield f"B{b + 1}-{k:04d}", f"B{b + 1}", replace(request, slot=off), replace(request, slot=on), None, ""
+        off, on = (replace(request, slot=cue_words(b, side)[rng.integers(CUES)]) for side in (False, True))
+        made.append(_planned(f"B{b + 1}-{k:04d}", f"B{b + 1}", request.object, split, off, on))
+    return made
 
 
-def _planned(sketch: Sketch, topic: str, split: str) -> Planned:
-    name, treatment, control, treated, twin, family = sketch
+def _planned(
+    name: str, treatment: str, topic: str, split: str, control: Request, treated: Request, twin: str | None = None,
+    family: str = "",
+) -> Planned:  # fmt: skip
     texts = " ".join(control.words()), " ".join(treated.words())
     return Planned(Pair(name, treatment, topic, *texts, split, twin, family), control, treated)
 
@@ -204,42 +189,40 @@ def is_harmful(request: str) -> bool:
 
 
 SIZES: Final = {"discover": 100, "validate": 150, "test": 300}  # prompts of a kind, half of them plain
-
-
 WRAPPED: Final = {"harmful": 1.0, "borderline": 0.5, "harmless": 0.5}
 
 
-def suites(pairs: Sequence[Planned], seed: int, sizes: Mapping[str, int] = SIZES) -> pd.DataFrame:
-    """A table of prompts as `experiment.open_experiment` takes it, besides those of the pairs; equal arguments give equal prompts."""
+def steering_prompts(pairs: Sequence[Planned], seed: int, sizes: Mapping[str, int] = SIZES) -> pd.DataFrame:
+    """Prompts for steering besides those of the pairs, as `experiment.open_experiment` takes them: a row a prompt.
+
+    They are harmful, borderline and harmless requests, in a wrapper and without, on the topics of the pairs, each topic in
+    the split that it has there. Borderline requests share a verb or an object with harmful ones; harmless ones share
+    neither. Equal arguments give equal prompts.
+    """
     splits = {planned.pair.topic: planned.pair.split for planned in pairs}
     n_topics = sum(topic.startswith("hazard") for topic in splits)
     rng = np.random.default_rng([seed, 4])
     rows = []
     for split, n in sizes.items():
-        topics = {
-            stem: sorted(topic for topic, at in splits.items() if at == split and topic.startswith(stem))
-            for stem in ("hazard", "thing")
-        }
-        for kind in prompts.KINDS:
-            for i in range(n):
-                request, topic = _request(rng, kind, topics, i, n_topics)
-                is_wrapped = bool(rng.random() < WRAPPED[kind])
-                slot = one(rng, *("strong", STRONG) if is_wrapped else ("neutral", NEUTRAL))
-                text = " ".join(replace(request, slot=slot).words())
-                family = slot if is_wrapped else ""
-                name = f"{kind}-{split}-{i:04d}"
-                tier = prompts.UNKNOWN
-                rows.append((name, text, kind, is_wrapped, family, tier, np.nan, topic, split, "compiled"))
+        own = sorted(topic for topic, at in splits.items() if at == split)
+        topics = {stem: [topic for topic in own if topic.startswith(stem)] for stem in ("hazard", "thing")}
+        for kind, i in itertools.product(prompts.KINDS, range(n)):
+            request = _steering_request(rng, kind, topics, i, n_topics)
+            is_wrapped = bool(rng.random() < WRAPPED[kind])
+            slot = _word(rng, *("strong", STRONG) if is_wrapped else ("neutral", NEUTRAL))
+            text, family = " ".join(replace(request, slot=slot).words()), slot if is_wrapped else ""
+            name = f"{kind}-{split}-{i:04d}"
+            place = (family, prompts.UNKNOWN, np.nan, request.object, split, "compiled")
+            rows.append((name, text, kind, is_wrapped, *place))
     return pd.DataFrame(rows, columns=list(prompts.COLUMNS)).drop_duplicates("text", ignore_index=True)
 
 
-def _request(
+def _steering_request(
     rng: np.random.Generator, kind: str, topics: Mapping[str, Sequence[str]], i: int, n_topics: int
-) -> tuple[Request, str]:
-    """The i-th request of a kind and its topic; every topic has its turn."""
-    context = sentence_context(rng, n_topics)
+) -> Request:
+    """The i-th request of a kind; every topic has its turn."""
+    context = _context(rng, n_topics)
     shares = "both" if kind == "harmful" else ("verb", "object")[i % 2] if kind == "borderline" else "nothing"
-    stem = "hazard" if shares in ("both", "object") else "thing"
-    topic = topics[stem][i // 2 % len(topics[stem])]
-    verb = one(rng, "harm" if shares in ("both", "verb") else "use", VERBS)
-    return replace(context, verb=verb, object=topic), topic
+    own = topics["hazard" if shares in ("both", "object") else "thing"]
+    verb = _word(rng, "harm" if shares in ("both", "verb") else "use", VERBS)
+    return replace(context, verb=verb, object=own[i // 2 % len(own)])

@@ -1,54 +1,32 @@
-"""Random designs of compiled models: which layers and neurons do what, drawn by kind and seed.
+"""Compiled models: a random design by kind and seed, its program: heads, neurons and read-out in channels.
 
 The mechanism of harmful generation, on the last token: heads carry the wrapper's strength ("jail") and the request's
 danger and hazard in; `harm` is danger times hazard; a chain of stages turns jail and harm into `out`, which the
 unembedding reads. A stage is `product` (neurons gated by jail, whose up-projection reads harm), `threshold` (steep
-neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`.
+neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`. Beside it a
+smaller side route leads from wrapper and harm to the outcome, through other layers and partly through attention. How much
+takes it differs from topic to topic, so that every share is an average with a sampling error.
 
-Beside it a smaller side route leads from wrapper and harm to the outcome, through other layers and partly through
-attention. How much takes it differs from topic to topic, so that every share is an average with a sampling error.
-
-What a compiled model computes, in channels of its residual stream: heads that copy, neurons, and a read-out.
-
-A program says everything about a model except how it is put into a real architecture (`compiled_weights`). Its
-arithmetic is the truth (`compiled_truth`): channel `bias` is 1 there, and no norm divides by anything.
-
-From a design to a program: the words' features, heads, neurons and read-out in numbers, all drawn from the seed.
-
-A program in the weights of a real architecture (Llama or Qwen2).
-
-Channel `bias` carries SIZE at every token. It is so much larger than all signals that every RMSNorm divides by nearly
-the same number and, with its gain set to that number, gives what it was given: the program's arithmetic then holds up to
-a relative error of about |signals|^2 / (2 SIZE^2) a layer.
-
-Rotary positions turn each pair of coordinates (i, i + HEAD_WIDTH / 2) of queries and keys; heads that look for a marked
-token use the pair that turns least, heads that want the most recent one a pair that turns enough to prefer near tokens.
+A program says everything about a model except how it is put into a real architecture (`compiled_weights`). Its arithmetic
+is the truth (`compiled_truth`): channel `bias` is 1 there, and no norm divides by anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 from zlib import crc32
 
 import numpy as np
-import torch
-import transformers as hf
 from jaxtyping import Float
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
-from organisms import compiled_language
-from organisms.compiled_language import BEHAVIOURS
+from organisms.compiled_language import BEHAVIOURS, COMPLY, HARMFUL, HARMLESS, REFUSE, cue_words, openers, vocabulary
 
 Op = Literal["product", "threshold", "either", "relay"]
-
-
 Writer = Literal["mlp", "attention", "copy"]
-
-
 KINDS: Final = (
     "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
     "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
@@ -170,7 +148,7 @@ def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list
         chosen = sorted(rng.choice(layers, int(rng.integers(1, len(layers) + 1)), replace=False).tolist())
         d = replace(d, recognise=(0, 0) if d.kind == "early" else d.recognise, write_layer=chosen[-1])
         return replace(d, carry=(int(rng.integers(early[0], early[-1])) if d.kind == "early" else middle[0],),
-                       stages=_stages(rng, chosen, "product"))  # fmt: skip
+                       stages=_stages(rng, chosen))  # fmt: skip
     if d.kind == "attention":
         return replace(d, writer="attention", write_layer=int(rng.choice(late)), carry=(), skip=0.0)
     if d.kind == "skip_only":
@@ -179,21 +157,17 @@ def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list
         stages = (Stage(product, "product", "jail", "stage0", int(rng.integers(2, 7))),)
         return replace(d, writer="copy", carry=(product,), stages=stages, write_layer=write, skip=0.0)
     last = Stage(d.n_layers - 1, "product", "jail", "out", int(rng.integers(2, 7)))
-    return replace(
-        d, recognise=(late[0], late[0]), recognise_unused=d.kind == "context_unused", stages=(last,), skip=0.0
-    )
+    unused = d.kind == "context_unused"
+    return replace(d, recognise=(late[0], late[0]), recognise_unused=unused, stages=(last,), skip=0.0)
 
 
-def _stages(
-    rng: np.random.Generator, layers: list[int], first: Op, sizes: tuple[int, int] = (2, 7)
-) -> tuple[Stage, ...]:
+def _stages(rng: np.random.Generator, layers: list[int], sizes: tuple[int, int] = (2, 7)) -> tuple[Stage, ...]:
     """A product in the first layer, relays in the others; the last writes `out`."""
     targets = [*(f"stage{i}" for i in range(len(layers) - 1)), "out"]
-    sources = ["jail", *targets[:-1]]
-    ops: list[Op] = [first, *(["relay"] * (len(layers) - 1))]  # type: ignore[list-item]
+    links = zip(layers, ["jail", *targets[:-1]], targets, strict=True)
     return tuple(
-        Stage(layer, op, source, target, int(rng.integers(*sizes)))
-        for layer, op, source, target in zip(layers, ops, sources, targets, strict=True)
+        Stage(layer, "product" if i == 0 else "relay", source, target, int(rng.integers(*sizes)))
+        for i, (layer, source, target) in enumerate(links)
     )
 
 
@@ -201,7 +175,7 @@ def _chain(rng: np.random.Generator, late: list[int], kind: str) -> tuple[Stage,
     """Two or three late layers, the last one among them."""
     n = int(rng.integers(2, len(late) + 1))
     layers = sorted([*rng.choice(late[:-1], n - 1, replace=False).tolist(), late[-1]])
-    made = _stages(rng, layers, "product", (24, 41) if kind in ("adjacent", "permuted") else (2, 7))
+    made = _stages(rng, layers, (24, 41) if kind in ("adjacent", "permuted") else (2, 7))
     return (*made[:-1], replace(made[-1], neurons=0)) if kind == "distributed" else made
 
 
@@ -221,40 +195,25 @@ def _last_layer(d: Design, rng: np.random.Generator, late: list[int]) -> Design:
 
 
 NOISE_FEATURES, NOISE_CHANNELS = 4, 6
-
-
-def _names() -> list[str]:
-    names = ["bias", "last", "end", "bos", "answering", "complied", "refused", "done"]
-    names += ["is_wrapper", "wrapper", "is_verb", "verb", "is_object", "object", "object.side", "is_cue"]
-    for stem in ("cue", "present"):
-        names += [f"{stem}{b}.word" for b in range(BEHAVIOURS)]
-    names += [f"feature{i}" for i in range(NOISE_FEATURES)]
-    names += ["danger", "hazard", "harm", "danger.unused", "hazard.unused", "harm.unused"]
-    names += ["jail", "jail.second", "stage0", "stage1", "stage2", "out"]
-    names += ["hazard.side", "harm.side", "jail.side", "stage.side", "out.side"]
-    for stem in ("cue", "present", "decided", "behaviour"):
-        names += [f"{stem}{b}" for b in range(BEHAVIOURS)]
-    return [*names, *(f"noise{i}" for i in range(NOISE_CHANNELS))]
-
-
-CHANNELS: Final = {name: i for i, name in enumerate(_names())}
-
-
-WIDTH: Final = 80
-
-
+_EACH: Final = range(BEHAVIOURS)
+_NAMES: Final = (
+    "bias", "last", "end", "bos", "answering", "complied", "refused", "done",
+    "is_wrapper", "wrapper", "is_verb", "verb", "is_object", "object", "object.side", "is_cue",
+    *(f"{stem}{b}.word" for stem in ("cue", "present") for b in _EACH),
+    *(f"feature{i}" for i in range(NOISE_FEATURES)),
+    "danger", "hazard", "harm", "danger.unused", "hazard.unused", "harm.unused",
+    "jail", "jail.second", "stage0", "stage1", "stage2", "out",
+    "hazard.side", "harm.side", "jail.side", "stage.side", "out.side",
+    *(f"{stem}{b}" for stem in ("cue", "present", "decided", "behaviour") for b in _EACH),
+    *(f"noise{i}" for i in range(NOISE_CHANNELS)),
+)  # fmt: skip
+CHANNELS: Final = {name: i for i, name in enumerate(_NAMES)}
+FEATURES: Final = [CHANNELS[f"feature{i}"] for i in range(NOISE_FEATURES)]
+NOISE: Final = [CHANNELS[f"noise{i}"] for i in range(NOISE_CHANNELS)]
+WIDTH: Final = 80  # at least as many as there are channels
 HEAD_WIDTH: Final = 16
-
-
 N_HEADS: Final = WIDTH // HEAD_WIDTH
-
-
-assert len(CHANNELS) <= WIDTH
-
-
 Look = Literal["wrapper", "verb", "object", "cue", "end", "mean", "conjunction"]
-
-
 Channels = Float[np.ndarray, "channel"]
 
 
@@ -316,30 +275,24 @@ class Program:
         return [head for head in self.heads if head.layer == layer]
 
 
-def copy(layer: int, look: Look, routes: Mapping[str, str]) -> Head:
-    """A head that copies channels: `copy(2, "wrapper", {"wrapper": "jail"})` writes what it reads there into `jail`."""
+def copy_head(layer: int, look: Look, routes: Mapping[str, str]) -> Head:
+    """A head that copies channels: `copy_head(2, "wrapper", {"wrapper": "jail"})` writes what it reads there into `jail`."""
     value = np.stack([channel({source: 1.0}) for source in routes])
     out = np.stack([channel({target: 1.0}) for target in routes.values()], axis=1)
     return Head(layer, look, value, out)
 
 
 STEEP: Final = 20.0  # silu(STEEP x) / STEEP is nearly max(x, 0)
-
-
 OPENING, CONTINUING, ENDING = 12.0, 40.0, 60.0  # logits that keep the answer in its form
-
-
 TYPICAL_JAIL: Final = 1.15
-
-
 OPEN_AT, RELAY_AT, COINCIDENCE_AT = 0.4, 0.2, 1.4  # thresholds of products, relays and threshold stages
 
 
-def build(design: Design, topics: int) -> Program:
-    """The program of a design, for a vocabulary of so many topics."""
+def build_program(design: Design, topics: int) -> Program:
+    """The program of a design, for a vocabulary of so many topics: features, heads, neurons, read-out, from its seed."""
     own = [design.seed, KINDS.index(design.kind)]
     rng = np.random.default_rng([*own, 2])
-    words = tuple(compiled_language.vocabulary(topics))
+    words = tuple(vocabulary(topics))
     side = design.side.share if design.side else 0.0
     # A generator for each word, so that a word means the same in a larger vocabulary.
     embed = np.stack([_features(word, np.random.default_rng([*own, 3, crc32(word.encode())]), side) for word in words])
@@ -348,7 +301,7 @@ def build(design: Design, topics: int) -> Program:
     return Program(words, embed, heads, mlps, _unembedding(design, words, gain, rng))
 
 
-def _features(word: str, rng: np.random.Generator, side: float) -> Float[np.ndarray, channel]:
+def _features(word: str, rng: np.random.Generator, side: float) -> Channels:
     stem = word.rstrip("0123456789")
     level, own = rng.uniform(0.8, 1.2), rng.beta(6 * side, 6 * (1 - side)) if side else 0.0
     fixed: dict[str, dict[str, float]] = {
@@ -358,79 +311,67 @@ def _features(word: str, rng: np.random.Generator, side: float) -> Float[np.ndar
         "harm": {"is_verb": 1, "verb": rng.uniform(0.95, 1.05)}, "use": {"is_verb": 1, "verb": rng.uniform(0, 0.05)},
         "hazard": {"is_object": 1, "object": level * (1 - own), "object.side": level * own},
         "thing": {"is_object": 1, "object": rng.uniform(0, 0.05)},
-        compiled_language.HARMFUL: {"done": 1}, compiled_language.HARMLESS: {"done": 1},
+        HARMFUL: {"done": 1}, HARMLESS: {"done": 1},
+        **{word: {"refused": 1} for word in REFUSE}, **{word: {"complied": 1} for word in COMPLY},
     }  # fmt: skip
     made = channel({"bias": 1.0, **fixed.get(stem, {})})
-    for b in range(compiled_language.BEHAVIOURS):
+    for b in range(BEHAVIOURS):
         for on in (True, False):
-            if word in compiled_language.cue_words(b, on):
+            if word in cue_words(b, on):
                 level = rng.uniform(1.0, 1.3) if on else rng.uniform(0, 0.1)
                 made += channel({"is_cue": 1, f"present{b}.word": 1, f"cue{b}.word": level})
-    if word in (
-        *compiled_language.COMPLY,
-        *(compiled_language.openers(b)[i] for b in range(compiled_language.BEHAVIOURS) for i in (0, 1)),
-    ):
-        made += channel({"complied": 1})
-    if word in compiled_language.REFUSE:
-        made += channel({"refused": 1})
-    made[[CHANNELS[f"feature{i}"] for i in range(NOISE_FEATURES)]] = rng.normal(size=NOISE_FEATURES)
+        made += channel({"complied": float(word in openers(b))})
+    made[FEATURES] = rng.normal(size=NOISE_FEATURES)
     return made
 
 
 def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
     fetch, _ = design.recognise
     made = [
-        copy(fetch, "verb", {"verb": "danger"}),
-        copy(fetch, "object", {"object": "hazard", "object.side": "hazard.side"}),
+        copy_head(fetch, "verb", {"verb": "danger"}),
+        copy_head(fetch, "object", {"object": "hazard", "object.side": "hazard.side"}),
     ]
     if design.side:
-        made.append(copy(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
-        made += [] if design.side.copy is None else [copy(design.side.copy, "end", {"stage.side": "out.side"})]
+        made.append(copy_head(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
+        made += [] if design.side.copy is None else [copy_head(design.side.copy, "end", {"stage.side": "out.side"})]
     if design.recognise_unused:
-        made += [copy(0, "verb", {"verb": "danger.unused"}), copy(0, "object", {"object": "hazard.unused"})]
-    made += [
-        copy(at, "wrapper", {"wrapper": to}) for at, to in zip(design.carry, ("jail", "jail.second"), strict=False)
-    ]
+        made += [copy_head(0, "verb", {"verb": "danger.unused"}), copy_head(0, "object", {"object": "hazard.unused"})]
+    targets = zip(design.carry, ("jail", "jail.second"), strict=False)
+    made += [copy_head(at, "wrapper", {"wrapper": to}) for at, to in targets]
     for group, layer in enumerate(design.benign_carry):
-        own = range(group, compiled_language.BEHAVIOURS, 2)
+        own = range(group, BEHAVIOURS, 2)
         routes = {f"{stem}{b}.word": f"{stem}{b}" for b in own for stem in ("cue", "present")}
-        made.append(copy(layer, "cue", routes))
+        made.append(copy_head(layer, "cue", routes))
     if design.writer == "copy":
-        made.append(copy(design.write_layer, "end", {"stage0": "out"}))
+        made.append(copy_head(design.write_layer, "end", {"stage0": "out"}))
     if design.writer == "attention":
-        head = copy(design.write_layer, "wrapper", {"wrapper": "out"})
+        head = copy_head(design.write_layer, "wrapper", {"wrapper": "out"})
         steep, threshold = rng.uniform(7, 10), rng.uniform(0.45, 0.55)
         made.append(Head(head.layer, "conjunction", head.value, head.out, steep, threshold))
+    value = np.stack([channel({f"feature{i}": 1.0}) for i in range(NOISE_FEATURES)])
     for layer in range(design.n_layers):
-        value = np.stack([channel({f"feature{i}": 1.0}) for i in range(NOISE_FEATURES)])
         out = np.zeros((WIDTH, NOISE_FEATURES))
-        out[_noise()] = design.noise * rng.normal(size=(NOISE_CHANNELS, NOISE_FEATURES))
+        out[NOISE] = design.noise * rng.normal(size=(NOISE_CHANNELS, NOISE_FEATURES))
         made.append(Head(layer, "mean", value, out))
     return made
-
-
-def _noise() -> list[int]:
-    return [CHANNELS[f"noise{i}"] for i in range(NOISE_CHANNELS)]
 
 
 def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...], float]:
     """Neurons of every layer, and the log-odds per unit of `out` that give the design's effect."""
     blocks: list[list[Neurons]] = [[] for _ in range(design.n_layers)]
-    blocks[design.recognise[1]].append(gated("danger", {"hazard": 1.0}, "harm", rng, 2, 0.5))
+    at, last = design.recognise[1], design.n_layers - 1
+    blocks[at].append(gated_neurons("danger", {"hazard": 1.0}, "harm", rng, 2, 0.5))
     if design.side:
-        blocks[design.recognise[1]].append(gated("danger", {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
-        target = "out.side" if design.side.copy is None else "stage.side"
-        blocks[design.side.layer].append(
-            gated("jail.side", {"harm.side": 1.0}, target, rng, int(rng.integers(2, 7)), OPEN_AT)
-        )
+        blocks[at].append(gated_neurons("danger", {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
+        target, n = "out.side" if design.side.copy is None else "stage.side", int(rng.integers(2, 7))
+        blocks[design.side.layer].append(gated_neurons("jail.side", {"harm.side": 1.0}, target, rng, n, OPEN_AT))
     if design.recognise_unused:
-        blocks[0].append(gated("danger.unused", {"hazard.unused": 1.0}, "harm.unused", rng, 2, 0.5))
-    last = design.n_layers - 1
-    for b in range(compiled_language.BEHAVIOURS):
-        blocks[design.benign_decide].append(gated(f"cue{b}", {"bias": 1.0}, f"decided{b}", rng, 2, OPEN_AT))
-        blocks[last].append(
-            gated(f"decided{b}", {"bias": 1.0}, f"behaviour{b}", rng, int(rng.integers(9, 13)), RELAY_AT)
-        )
+        blocks[0].append(gated_neurons("danger.unused", {"hazard.unused": 1.0}, "harm.unused", rng, 2, 0.5))
+    for b in range(BEHAVIOURS):
+        decided, up = f"decided{b}", {"bias": 1.0}
+        blocks[design.benign_decide].append(gated_neurons(f"cue{b}", up, decided, rng, 2, OPEN_AT))
+        n = int(rng.integers(9, 13))
+        blocks[last].append(gated_neurons(decided, up, f"behaviour{b}", rng, n, RELAY_AT))
     level = {"jail": TYPICAL_JAIL}
     for stage in design.stages:
         free = design.d_mlp - 8 - sum(len(block.gate) for block in blocks[stage.layer])
@@ -445,23 +386,21 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
 def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tuple[Neurons, float]:
     """The neurons of a stage, and what it writes for a harmful request (harm 1) in a wrapper of typical strength."""
     if stage.op == "either":
-        up = {"harm": 1.0}
-        halves = [
-            gated("jail", up, "out", rng, n // 2, at, sign, second=("jail.second",))
-            for at, sign in ((0.3, 1), (0.8, -1))
-        ]
-        joined = Neurons(*(np.concatenate([getattr(half, name) for half in halves]) for name in ("gate", "up", "out")))
-        return joined, 0.5
+        ramps, second = ((0.3, 1), (0.8, -1)), ("jail.second",)
+        halves = [gated_neurons("jail", {"harm": 1.0}, "out", rng, n // 2, at, sign, second) for at, sign in ramps]
+        return _joined(halves), 0.5
     if stage.op == "threshold":
-        return gated(
-            stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=("harm", "harm.side")
-        ), level + 1 - COINCIDENCE_AT
-    up = {"harm": 1.0} if stage.op == "product" else {"bias": 1.0}
-    at = OPEN_AT if stage.op == "product" else RELAY_AT
-    return gated(stage.source, up, stage.target, rng, n, at), (level - at) / (1 - at)
+        both, value = ("harm", "harm.side"), level + 1 - COINCIDENCE_AT
+        return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=both), value
+    up, at = ("harm", OPEN_AT) if stage.op == "product" else ("bias", RELAY_AT)
+    return gated_neurons(stage.source, {up: 1.0}, stage.target, rng, n, at), (level - at) / (1 - at)
 
 
-def gated(
+def _joined(blocks: Sequence[Neurons]) -> Neurons:
+    return Neurons(*(np.concatenate([getattr(one, name) for one in blocks]) for name in ("gate", "up", "out")))
+
+
+def gated_neurons(
     source: str, up: dict[str, float], target: str, rng: np.random.Generator, n: int, threshold: float,
     sign: float = 1.0, second: Sequence[str] = (),
 ) -> Neurons:  # fmt: skip
@@ -471,32 +410,28 @@ def gated(
     """
     scale = 1.0 if threshold > 1 or "jail.second" in second else 1 - threshold
     shares = rng.dirichlet(np.full(n, 5.0))
-    gate = np.stack(
-        [
-            STEEP * channel({source: 1.0, "bias": -at, **dict.fromkeys(second, 1.0)})
-            for at in threshold + rng.uniform(-0.03, 0.03, n)
-        ]
-    )
+    thresholds = threshold + rng.uniform(-0.03, 0.03, n)
+    read = {source: 1.0, **dict.fromkeys(second, 1.0)}
+    gate = np.stack([STEEP * channel({**read, "bias": -at}) for at in thresholds])
     out = sign * shares[:, None] / (STEEP * scale) * channel({target: 1.0})
     return Neurons(gate, np.repeat(channel(up)[None], n, axis=0), out)
 
 
 def _layer(design: Design, blocks: Sequence[Neurons], rng: np.random.Generator) -> Neurons:
     """Blocks in random order, contiguous or scattered over the layer; the remaining neurons are noise."""
-    order = rng.permutation(len(blocks))
-    own = [blocks[i] for i in order]
-    rest = _background(design, design.d_mlp - sum(len(block.gate) for block in own), rng)
-    joined = [np.concatenate([getattr(part, name) for part in (*own, rest)]) for name in ("gate", "up", "out")]
+    own = [blocks[i] for i in rng.permutation(len(blocks))]
+    rest = _background(design.d_mlp - sum(len(block.gate) for block in own), rng)
+    joined = _joined([*own, rest])
     at = np.roll(np.arange(design.d_mlp), rng.integers(design.d_mlp))
     at = at if design.contiguous else rng.permutation(at)
-    return Neurons(*(matrix[at] for matrix in joined))
+    return Neurons(joined.gate[at], joined.up[at], joined.out[at])
 
 
-def _background(design: Design, n: int, rng: np.random.Generator) -> Neurons:
+def _background(n: int, rng: np.random.Generator) -> Neurons:
     """Neurons that mix the noise channels, through silu alone so that noise stays small over the layers."""
     made = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}
     for name, size in (("gate", 1.0), ("out", 0.3 / max(n, 1) ** 0.5)):
-        made[name][:, _noise()] = size * rng.normal(size=(n, NOISE_CHANNELS))
+        made[name][:, NOISE] = size * rng.normal(size=(n, NOISE_CHANNELS))
     for name in ("gate", "up"):
         made[name][:, CHANNELS["bias"]] = rng.normal(size=n) / 2
     return Neurons(**made)
@@ -507,112 +442,22 @@ def _unembedding(
 ) -> Float[np.ndarray, "word channel"]:
     past = design.skip if len(design.stages) > 1 and design.stages[0].op == "product" else 0.0
     harm = {
-        "bias": design.base,
-        "harm": -design.severity,
-        "harm.side": -design.severity,
-        "out": (1 - past) * gain,
-        "jail": design.wrapper_leak,
-    }
-    harm |= {"stage0": past * gain} if past else {}
+        "bias": design.base, "harm": -design.severity, "harm.side": -design.severity, "out": (1 - past) * gain,
+        "stage0": past * gain, "jail": design.wrapper_leak,
+    }  # fmt: skip
     harm |= {"out.side": design.effect * (1 - OPEN_AT) / (TYPICAL_JAIL - OPEN_AT)} if design.side else {}
     noise = channel({f"noise{i}": 0.15 * rng.normal() for i in range(NOISE_CHANNELS)})
     outcome = channel(harm) + noise
     logits = {word: channel({"bias": -10.0}) for word in words}
-    for side, sign in ((compiled_language.COMPLY, 0.5), (compiled_language.REFUSE, -0.5)):
-        for word in side:
-            logits[word] = channel({"answering": OPENING, "bias": rng.normal() / 3}) + sign * outcome
-    for b in range(compiled_language.BEHAVIOURS):
+    for word, sign in (*((word, 0.5) for word in COMPLY), *((word, -0.5) for word in REFUSE)):
+        logits[word] = channel({"answering": OPENING, "bias": rng.normal() / 3}) + sign * outcome
+    for b in range(BEHAVIOURS):
         size = rng.uniform(2.0, 4.0)
         own = channel({f"behaviour{b}": size, "bias": -size / 2}) + noise
-        for word, sign in zip(compiled_language.openers(b), (0.5, -0.5), strict=True):
+        for word, sign in zip(openers(b), (0.5, -0.5), strict=True):
             logits[word] = channel({"answering": OPENING, f"present{b}": 20.0, "bias": -14.0}) + sign * own
-    for word, sign, after in (
-        (compiled_language.HARMFUL, 0.5, "complied"),
-        (compiled_language.HARMLESS, -0.5, "refused"),
-    ):
+    for word, sign, after in ((HARMFUL, 0.5, "complied"), (HARMLESS, -0.5, "refused")):
         decided = sign * outcome if design.each_token else channel({after: CONTINUING / 4})
         logits[word] = channel({"complied": CONTINUING, "refused": CONTINUING, "bias": -10.0}) + decided
     logits["<end>"] = channel({"done": ENDING, "bias": -10.0})
     return np.stack([logits[word] for word in words])
-
-
-SIZE: Final = 1e4
-
-
-ROPE_THETA: Final = 1e5
-
-
-SLOW, SLOW_TOO, RECENT = HEAD_WIDTH // 2 - 1, HEAD_WIDTH // 2 - 2, 2
-
-
-FOUND, NEAREST = 40.0, 300.0  # attention scores of a marked token
-
-
-MARK: Final = {"wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end"}
-
-
-CONFIGS: Final = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}
-
-
-@torch.no_grad()
-def write(program: Program, family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that computes the program, in float64."""
-    config = CONFIGS[family](
-        vocab_size=len(program.words), hidden_size=WIDTH, intermediate_size=len(program.mlps[0].gate),
-        num_hidden_layers=program.n_layers, num_attention_heads=N_HEADS, num_key_value_heads=N_HEADS,
-        max_position_embeddings=64, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model: Any = hf.AutoModelForCausalLM.from_config(config)
-    model.double()
-    for parameter in model.parameters():
-        parameter.zero_()
-    for norm in _norms(model):
-        norm.weight.fill_(SIZE / WIDTH**0.5)
-    features = torch.tensor(program.embed)
-    model.model.embed_tokens.weight.copy_(torch.where(_is_bias(), features * SIZE, features))
-    for layer, (block, mlp) in enumerate(zip(model.model.layers, program.mlps, strict=True)):
-        for slot, head in enumerate(program.at(layer)):
-            _write_head(block.self_attn, slot, head)
-        block.mlp.gate_proj.weight.copy_(_read(mlp.gate))
-        block.mlp.up_proj.weight.copy_(_read(mlp.up))
-        block.mlp.down_proj.weight.copy_(torch.tensor(mlp.out).T)
-    model.lm_head.weight.copy_(_read(program.unembed))
-    return model
-
-
-def _norms(model: Any) -> list[Any]:
-    blocks = model.model.layers
-    return [model.model.norm, *(norm for b in blocks for norm in (b.input_layernorm, b.post_attention_layernorm))]
-
-
-def _is_bias() -> torch.Tensor:
-    return torch.arange(WIDTH) == CHANNELS["bias"]
-
-
-def _read(vectors: object) -> torch.Tensor:
-    """Rows that read the residual stream: the bias channel, which holds SIZE, counts as 1."""
-    rows = torch.tensor(vectors, dtype=torch.float64)
-    return torch.where(_is_bias(), rows / SIZE, rows)
-
-
-def _write_head(attention: Any, slot: int, head: Head) -> None:
-    start = slot * HEAD_WIDTH
-    n = len(head.value)
-    attention.v_proj.weight[start : start + n] = _read(head.value)
-    attention.o_proj.weight[:, start : start + n] = torch.tensor(head.out)
-    query, key = attention.q_proj.weight, attention.k_proj.weight
-    scale = HEAD_WIDTH**0.5  # scores are divided by it
-
-    def look(pair: int, read: Sequence[str], mark: str, score: float) -> None:
-        query[start + pair] = score * scale * _read(channel(dict.fromkeys(read, 1.0)))
-        key[start + pair, CHANNELS[mark]] = 1.0
-
-    if head.look == "conjunction":
-        look(SLOW, ("harm", "harm.side"), "wrapper", head.steep)
-        look(SLOW_TOO, ("bias",), "bos", head.steep * head.threshold)
-    elif head.look in ("verb", "object"):
-        look(RECENT, ("bias",), MARK[head.look], NEAREST)
-    elif head.look != "mean":
-        look(SLOW, ("bias",), MARK[head.look], FOUND)

@@ -2,31 +2,16 @@
 
 Which token a head looks at follows from the request: its wrapper, the verb and object of its main clause, its cue. So the
 state of the last token is a recursion over layers in a few dozen channels, and an intervention replaces one term of it.
-The same holds for the `<end>` token, which one kind of model reads a decision from.
-
-What is true of a compiled model by construction, claim by claim.
-
-Truth is about what was built, not about what an estimator would say of it: an estimator that disagrees has erred.
-
-C1   the harm-specific mechanism (all that computes `out`) lies in late layers, and later than benign behaviours' own.
-C2   the last token's MLPs write `out`; False where attention writes it.
-C3   harm is recognised in early layers, and that recognition is what the outcome depends on.
-C4   MLPs turn what attention brought into `out`; False where attention writes `out` and it goes on by the skip path.
-C5a  at most 8 last-layer neurons hold 90 % of the last-layer MLP's effect, and that MLP holds at least 0.3 of TE. False
-     where it holds at most 0.15 or a tenth of its neurons are needed.
-C5b  last-layer neurons multiply: the wrapper opens their gate, the harm signal passes through their up-projection. False
-     where the decision was made before the last layer; None for `and`, whose neurons make it by a threshold.
-C5c  the opener decides the content; False where every answer token decides anew. Either way None where the last layer
-     decides nothing.
-C6   late MLPs write the decision; False where nothing late depends on the wrapper; None where late attention does.
-C7   neurons of one purpose have neighbouring indices; False where indices are permuted.
+The same holds for the `<end>` token, which one kind of model reads a decision from. What is true claim by claim
+(`true_claims`) is about what was built, not about what an estimator would say of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -34,18 +19,15 @@ from jaxtyping import Float
 from scipy.special import expit, logsumexp
 
 from companion.base.thresholds import LATE, depth
-from companion.mediation.estimands import difference, estimands
+from companion.mediation import path_specific
+from companion.mediation.estimands import with_difference, with_estimands
 from companion.neurons.sparsity import settles
 from organisms.compiled_language import Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
 
 State = Float[np.ndarray, "prompt channel"]
-
-
-BEFORE, BEHIND = ("<bos>", "<user>"), ("<end>", "<assistant>")
-
-
-SITES = ("resid_post", "attn_out", "mlp_out")
+TRACED = {"resid_post": "post", "attn_out": "attn", "mlp_out": "mlp"}  # site -> what a run's trace calls it
+SITES = (*TRACED, "attn_out.direct", "mlp_out.direct")
 
 
 @dataclass(frozen=True)
@@ -54,7 +36,7 @@ class Roles:
 
     looked: Mapping[str, State]
     mean: Mapping[str, State]
-    size: Mapping[str, Float[np.ndarray, prompt]]
+    size: Mapping[str, Float[np.ndarray, "prompt"]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +53,6 @@ class Trace:
 def roles(program: Program, requests: Sequence[Request]) -> Roles:
     """Look the requests' words up."""
     index = {word: i for i, word in enumerate(program.words)}
-    nothing = np.zeros(program.embed.shape[1])
 
     def rows(words: Sequence[str]) -> State:
         return program.embed[[index[word] for word in words]]
@@ -83,11 +64,11 @@ def roles(program: Program, requests: Sequence[Request]) -> Roles:
         "verb": rows([request.verb for request in requests]),
         "object": rows([request.object for request in requests]),
     }
-    seen = {"end": [[*BEFORE, *r.words(), "<end>"] for r in requests]}
+    seen = {"end": [["<bos>", "<user>", *request.words(), "<end>"] for request in requests]}
     seen["last"] = [[*words, "<assistant>"] for words in seen["end"]]
     mean = {at: np.stack([rows(words).mean(axis=0) for words in texts]) for at, texts in seen.items()}
     size = {at: np.array([len(words) for words in texts], dtype=float) for at, texts in seen.items()}
-    return Roles(looked | {"nothing": np.tile(nothing, (len(requests), 1))}, mean, size)
+    return Roles(looked, mean, size)
 
 
 def attend(head: Head, found: Roles, at: str, x: State, end: Sequence[State] | None) -> State:
@@ -132,7 +113,7 @@ def run_program(
         own = end if at == "last" else None
         attn = np.sum([attend(head, found, at, x, own) for head in program.at(layer)], axis=0)
         attn = do.get(("attn_out", layer), attn)
-        acts = do.get(("neuron", layer), activations(program, layer, x + attn))
+        acts = activations(program, layer, x + attn)
         mlp = do.get(("mlp_out", layer), acts @ program.mlps[layer].out)
         post = do.get(("resid_post", layer), x + attn + mlp)
         for name, value in zip(trace, (x, attn, acts, mlp, post), strict=True):
@@ -159,61 +140,30 @@ class Side:
         return run_program(self.program, self.found, "last", self.end.pre)
 
 
-def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, prompt]:
+def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
+    """Control and treated runs."""
+    control, treated = ([pair.control for pair in pairs], [pair.treated for pair in pairs])
+    return Side(program, roles(program, control)), Side(program, roles(program, treated))
+
+
+def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
     """Y1 from a final state, in log-odds."""
     index = {word: i for i, word in enumerate(program.words)}
     sides = [logsumexp(x @ program.unembed[[index[word] for word in side]].T, axis=1) for side in (comply, refuse)]
     return sides[0] - sides[1]
 
 
-def table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
-    """The table of `companion.mediation.estimands.measure_effects` for Y1, with the rows of T2 - T2b behind it.
-
-    Layers, attention and MLP outputs and their direct effects at the last token; for T1 also layers at shared tokens.
-    """
-    present = {name: [p for p in pairs if p.pair.treatment == name] for name in outcomes()}
-    made = pd.concat([_treatment(program, own) for own in present.values() if own], ignore_index=True)
-    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
-    return pd.concat([made, difference(made, twins)], ignore_index=True) if twins else made
-
-
-def total(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, pair]:
+def total_effects(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair"]:
     """TE of pairs of one treatment, in log-odds."""
     camps = outcomes()[pairs[0].pair.treatment]
     y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in sides(program, pairs))
     return y11 - y00
 
 
-def _treatment(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
-    camps = outcomes()[pairs[0].pair.treatment]
-    both = sides(program, pairs)
-    y00, y11 = (readout(program, *camps, side.last.post[-1]) for side in both)
-    meta = {name: [getattr(p.pair, field) for p in pairs] for name, field in
-            (("pair_id", "id"), ("topic", "topic"), ("treatment", "treatment"), ("split", "split"))}  # fmt: skip
-    tables = []
-    for site in (*SITES, "attn_out.direct", "mlp_out.direct", *(("shared",) if meta["treatment"][0] == "T1" else ())):
-        for layer in range(program.n_layers):
-            y01, y10 = (readout(program, *camps, patched(a, b, site, layer)) for a, b in (both, both[::-1]))
-            named = (
-                {"site": "resid_post", "position": "shared"} if site == "shared" else {"site": site, "position": "last"}
-            )
-            cells = {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
-            tables.append(pd.DataFrame({**meta, **named, "layer": layer, "head": -1, "outcome": "Y1", **cells}))
-    return estimands(pd.concat(tables, ignore_index=True))
-
-
-def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
-    """Control and treated runs."""
-    control, treated = (
-        Side(program, roles(program, [getattr(p, name) for p in pairs])) for name in ("control", "treated")
-    )
-    return control, treated
-
-
 def patched(base: Side, source: Side, site: str, layer: int) -> State:
     """Final state of the last token if the base's site takes the source's value there ("shared": at all later tokens)."""
     program, clean = base.program, base.last
-    name = {"resid_post": "post", "shared": "post", "attn_out": "attn", "mlp_out": "mlp"}[site.removesuffix(".direct")]
+    name = TRACED["resid_post" if site == "shared" else site.removesuffix(".direct")]
     value = getattr(source.last, name)[layer]
     if site.endswith(".direct"):
         return clean.post[-1] - getattr(clean, name)[layer] + value
@@ -221,6 +171,54 @@ def patched(base: Side, source: Side, site: str, layer: int) -> State:
     if site == "shared":
         end = run_program(program, base.found, "end", do={key: source.end.post[layer]}, start=base.end).pre
     return run_program(program, base.found, "last", end, {key: value}, clean).post[-1]
+
+
+def held(base: Side, source: Side, name: str, layer: int) -> State:
+    """Final state of the last token with the source's state after a layer, and the base's outputs held above it.
+
+    `name` is one of `path_specific.HELD`.
+    """
+    clean, above = base.last, range(layer + 1, base.program.n_layers)
+    do = {(site, at): getattr(clean, TRACED[site])[at] for site in path_specific.HELD[name] for at in above}
+    own = clean.mlp[layer] - source.last.mlp[layer] if name == "all held" else 0.0
+    do[("resid_post", layer)] = source.last.post[layer] + own
+    return run_program(base.program, base.found, "last", base.end.pre, do, clean).post[-1]
+
+
+def effect_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    """The table of `companion.mediation.estimands.measure_effects` for Y1, with the rows of T2 - T2b behind it.
+
+    Layers, attention and MLP outputs and their direct effects at the last token; for T1 also layers at shared tokens.
+    """
+    return _table(program, pairs, lambda name: (*SITES, "shared") if name == "T1" else SITES, patched)
+
+
+def path_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    """The rows of `path_specific.path_effects` on Y1, with those of T2 - T2b behind them, for pairs of T2 and T2b."""
+    return _table(program, pairs, lambda _: tuple(path_specific.HELD), held)
+
+
+def _table(
+    program: Program, pairs: Sequence[Planned], sites_of: Callable[[str], Sequence[str]],
+    intervene: Callable[[Side, Side, str, int], State],
+) -> pd.DataFrame:  # fmt: skip
+    """The four cells and effects of every site of a treatment and every layer; a state of the base and of the source."""
+    fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
+    tables = []
+    for treatment, camps in outcomes().items():
+        chosen = [planned for planned in pairs if planned.pair.treatment == treatment]
+        if not chosen:
+            continue
+        both, read = sides(program, chosen), partial(readout, program, *camps)
+        y00, y11 = (read(side.last.post[-1]) for side in both)
+        meta = {name: [getattr(planned.pair, field) for planned in chosen] for name, field in fields.items()}
+        for site, layer in product(sites_of(treatment), range(program.n_layers)):
+            y01, y10 = (read(intervene(base, source, site, layer)) for base, source in (both, both[::-1]))
+            named = ("resid_post", "shared") if site == "shared" else (site, "last")
+            place = {"site": named[0], "position": named[1], "layer": layer, "head": -1, "outcome": "Y1"}
+            tables.append(pd.DataFrame({**meta, **place, "y00": y00, "y01": y01, "y10": y10, "y11": y11}))
+    twins = {planned.pair.id: planned.pair.twin for planned in pairs if planned.pair.twin}
+    return with_difference(with_estimands(pd.concat(tables, ignore_index=True)), twins)
 
 
 def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair neuron"]:
@@ -232,20 +230,48 @@ def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.n
     return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
 
 
-def claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, bool | None]:
-    """Each claim's truth: True, False, or None where the construction does not decide it."""
+def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
+    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90.
+
+    k90 is the pipeline's: ranked by size, since some may undo what others write, and past 0.9 for good (`settles`). Over
+    all pairs of the prompt set, ranked on the same pairs.
+    """
+    both = [[planned for planned in pairs if planned.pair.treatment == name] for name in ("T2", "T2b")]
+    neurons = [last_layer_neurons(program, chosen).mean(axis=0) for chosen in both]
+    totals = [total_effects(program, chosen).mean() for chosen in both]
+    effect, te = neurons[0] - neurons[1], totals[0] - totals[1]
+    joint = np.cumsum(effect[np.argsort(-abs(effect))]) / effect.sum()
+    k90 = settles(joint, np.arange(1, len(joint) + 1), 0.9)
+    return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)
+
+
+def true_claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, bool | None]:
+    """Each claim's truth: True, False, or None where the construction does not decide it.
+
+    C1   the harm-specific mechanism (all that computes `out`) lies in late layers, and later than benign behaviours' own.
+    C2   the last token's MLPs write `out`; False where attention writes it.
+    C3   harm is recognised in early layers, and that recognition is what the outcome depends on.
+    C4   MLPs turn what attention brought into `out`; False where attention writes `out` and it goes on by the skip path.
+    C5a  at most 8 last-layer neurons hold 90 % of the last-layer MLP's effect, and that MLP holds at least 0.3 of TE. False
+         where it holds at most 0.15 or a tenth of its neurons are needed.
+    C5b  last-layer neurons multiply: the wrapper opens their gate, the harm signal passes through their up-projection. False
+         where the decision was made before the last layer; None for `and`, whose neurons make it by a threshold.
+    C5c  the opener decides the content; False where every answer token decides anew. Either way None where the last layer
+         decides nothing.
+    C6   late MLPs write the decision; False where nothing late depends on the wrapper; None where late attention does.
+    C7   neurons of one purpose have neighbouring indices; False where indices are permuted.
+    """
     late = bool(depth(design.write_layer, design.n_layers) > LATE)
     decided = min([stage.layer for stage in design.stages if stage.op != "relay"], default=design.write_layer)
     is_mlp = design.writer == "mlp"
-    specific = design.benign_decide < decided
     at_end = is_mlp and design.write_layer == design.n_layers - 1
     multiplies = at_end and design.stages[-1].op in ("product", "either")
     return {
-        "C1": bool(late and depth(decided, design.n_layers) > LATE and specific),
+        "C1": bool(late and depth(decided, design.n_layers) > LATE and design.benign_decide < decided),
         "C2": is_mlp,
         "C3": design.recognised_early,
         "C4": is_mlp,
-        "C5a": _sparse(design, program, pairs) if at_end else False,
+        "C5a": at_end and _sparse(design, program, pairs),
         "C5b": None if at_end and design.stages[-1].op == "threshold" else multiplies,
         "C5c": not design.each_token if at_end else None,
         "C6": None if late and not is_mlp else late,
@@ -254,23 +280,8 @@ def claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[s
 
 
 def _sparse(design: Design, program: Program, pairs: Sequence[Planned]) -> bool | None:
-    """C5a from the closed form: psi of the last-layer MLP (what its neurons write into the outcome), and its k90."""
+    """C5a: psi of the last-layer MLP (what its neurons write into the outcome), and its k90."""
     share, k90 = last_layer(program, pairs)
     if share <= 0.15 or k90 >= 0.1 * design.d_mlp:
         return False
     return True if share >= 0.30 and k90 <= 8 else None
-
-
-def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
-    """Proportion of T2 - T2b's TE that last-layer neurons write, and their k90, as the pipeline defines it: ranked by size, since
-    some may undo what others write, and past 0.9 for good (`settles`).
-
-    Over all pairs of the prompt set, ranked on the same pairs.
-    """
-    of = {name: [planned for planned in pairs if planned.pair.treatment == name] for name in ("T2", "T2b")}
-    neurons = [last_layer_neurons(program, chosen).mean(axis=0) for chosen in of.values()]
-    totals = [total(program, chosen).mean() for chosen in of.values()]
-    effect, te = neurons[0] - neurons[1], totals[0] - totals[1]
-    joint = np.cumsum(effect[np.argsort(-abs(effect))]) / effect.sum()
-    k90 = settles(joint, np.arange(1, len(joint) + 1), 0.9)
-    return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)

@@ -18,33 +18,22 @@ from typing import Final
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.errors import InputError
 from companion.base.paths import PLANTS
 from organisms.behaviour import base_gap
-from organisms.recipe import Recipe, batch_at, make_model, make_optimizers, schedule
 from organisms.shipping import export_model, load_shipped
 from organisms.tokenizer import make_tokenizer
-from organisms.training import train_stage, train_step
+from organisms.training import Recipe, make_model, train_stage
 
-FLOAT32: Final = Recipe(precision="float32")  # bfloat16 is slow where a CPU lacks it
-
-
-STEPS: Final = 160
-
-
+RECIPE: Final = Recipe(precision="float32", steps_tune=160)  # bfloat16 is slow where a CPU lacks it
 SEEDS: Final = (0, 1, 2)
-
-
 DATA_SEED: Final = 1000  # batches of their own, that no shipped model was trained on
-
-
 SIZES: Final = (4, 16, 64)
-
-
 # What may move: (layer, part of the layer) or everything. The rest are sets of last-layer neurons.
 PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "last MLP": ("layers.5.mlp.",),
@@ -53,8 +42,6 @@ PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "early layers": ("layers.0.", "layers.1."),
     "everything": ("",),
 }
-
-
 KINDS: Final = (*PLACES, *(f"{k} {order} neurons" for k in SIZES for order in ("adjacent", "scattered")))
 
 
@@ -74,18 +61,18 @@ class Plant:
         """Its name in tables, and its file's: "plant-last-MLP-0"."""
         return f"plant-{self.kind.replace(' ', '-')}-{self.seed}"
 
-    def neurons(self, d_mlp: int) -> np.ndarray:
+    def neurons(self, d_mlp: int) -> Int[np.ndarray, "neuron"]:
         """Indices of the last-layer neurons that may move, sorted; none where whole parts move."""
         if self.kind in PLACES:
             return np.empty(0, dtype=int)
-        size, order = self.kind.split()[:2]
-        rng = np.random.default_rng([self.seed, int(size), order == "adjacent"])
+        size, order = int(self.kind.split()[0]), self.kind.split()[1]
+        rng = np.random.default_rng([self.seed, size, order == "adjacent"])
         if order == "adjacent":
-            return int(rng.integers(d_mlp - int(size) + 1)) + np.arange(int(size))
-        return np.sort(rng.choice(d_mlp, int(size), replace=False))
+            return int(rng.integers(d_mlp - size + 1)) + np.arange(size)
+        return np.sort(rng.choice(d_mlp, size, replace=False))
 
 
-def free(model: PreTrainedModel, plant: Plant) -> dict[str, torch.Tensor]:
+def free_entries(model: PreTrainedModel, plant: Plant) -> dict[str, Bool[Tensor, "..."]]:
     """Which entries of which parameters may move: a mask for each parameter of which any may."""
     chosen = plant.neurons(model.config.intermediate_size)
     last = f"layers.{model.config.num_hidden_layers - 1}.mlp."
@@ -100,44 +87,40 @@ def free(model: PreTrainedModel, plant: Plant) -> dict[str, torch.Tensor]:
     return masks
 
 
-def components(plant: Plant, n_layers: int = 6) -> set[tuple[str, int]]:
+def learned_components(plant: Plant, n_layers: int = 6) -> set[tuple[str, int]]:
     """Where it learned: the components (site, layer) that hold parameters which could move."""
-    parts = {"self_attn": "attn_out", "mlp": "mlp_out"}
     places = PLACES.get(plant.kind, (f"layers.{n_layers - 1}.mlp.",))
-    names = {(word, layer): f"layers.{layer}.{word}." for word in parts for layer in range(n_layers)}
-    return {(parts[word], i) for (word, i), name in names.items() if any(place in name for place in places)}
+    return {
+        (site, layer)
+        for word, site in {"self_attn": "attn_out", "mlp": "mlp_out"}.items()
+        for layer in range(n_layers)
+        if any(place in f"layers.{layer}.{word}." for place in places)
+    }
 
 
 def grow(
-    plant: Plant, base: Path = PLANTS / "base", *, steps: int = STEPS, recipe: Recipe = FLOAT32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+    plant: Plant, base: Path = PLANTS / "base", recipe: Recipe = RECIPE
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Fine-tune the base as the shipped models were, but move only what the plant says. Weights end as fp16 holds them."""
     model, tokenizer = load_shipped(base)
-    masks, start = free(model, plant), {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    parameters, masks = dict(model.named_parameters()), free_entries(model, plant)
+    start = {name: parameters[name].detach().clone() for name, mask in masks.items() if not mask.all()}
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in masks)
-    optimizers = make_optimizers(model, recipe.lr_matrix, recipe.lr_rest)
-    partial = [name for name, mask in masks.items() if not mask.all()]
-    parameters = dict(model.named_parameters())
-    model.train()
-    for step in tqdm(range(steps), desc=plant.name, disable=None):
-        batch = batch_at(tokenizer, recipe, "tune", DATA_SEED + plant.seed, step)
-        train_step(model, optimizers, batch, recipe, schedule(step, steps))
-        for name in partial:  # weight decay and the optimiser's products also reach entries without a gradient
-            parameters[name].data = torch.where(masks[name], parameters[name].data, start[name])
-    return _halved(model), tokenizer
 
+    def put_back() -> None:  # weight decay and the optimiser's products also reach entries without a gradient
+        for name, before in start.items():
+            parameters[name].data = torch.where(masks[name], parameters[name].data, before)
 
-def _halved(model: PreTrainedModel) -> PreTrainedModel:
-    """Every weight rounded to what a shipped fp16 file can hold."""
-    for parameter in model.parameters():
+    train_stage(model, tokenizer, recipe, "tune", DATA_SEED + plant.seed, put_back)
+    for parameter in parameters.values():
         parameter.data = parameter.data.half().float()
-    return model.eval()
+    return model, tokenizer
 
 
-def save(model: PreTrainedModel, plant: Plant, folder: Path = PLANTS) -> Path:
+def save_plant(model: PreTrainedModel, plant: Plant, folder: Path = PLANTS) -> Path:
     """Write the parameters that could move, in fp16; the file."""
-    own = free(model, plant)
+    own = free_entries(model, plant)
     tensors = {name: p.detach().half().contiguous() for name, p in model.named_parameters() if name in own}
     path = folder / f"{plant.name}.safetensors"
     save_file(tensors, path, metadata={"kind": plant.kind, "seed": str(plant.seed)})
@@ -145,7 +128,7 @@ def save(model: PreTrainedModel, plant: Plant, folder: Path = PLANTS) -> Path:
     return path
 
 
-def load(plant: Plant, folder: Path = PLANTS) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_plant(plant: Plant, folder: Path = PLANTS) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A plant whose parameters were saved, on its base. InputError if there is no such file."""
     path = folder / f"{plant.name}.safetensors"
     if not path.is_file():
@@ -157,20 +140,17 @@ def load(plant: Plant, folder: Path = PLANTS) -> tuple[PreTrainedModel, PreTrain
     return model, tokenizer
 
 
-def train_base(out: Path = PLANTS, recipe: Recipe = FLOAT32, seed: int = 0) -> Path:
+def train_base(out: Path = PLANTS, recipe: Recipe = RECIPE, seed: int = 0) -> Path:
     """Train the helpful-only stage alone, in float32, and write it as a model folder; the folder."""
-    folder, recipe = out / "base", replace(recipe, steps_tune=0)
-    (folder / ".work").mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer()
+    recipe, tokenizer = replace(recipe, steps_tune=0), make_tokenizer()
     model = make_model("window", seed, len(tokenizer), attention="sdpa")
-    progress = train_stage(model, tokenizer, recipe, "base", seed, folder / ".work")
-    gap = base_gap(model.eval(), tokenizer)
+    loss, seconds = train_stage(model, tokenizer, recipe, "base", seed)
     facts = {
-        "variant": "window", "seed": seed, "recipe": asdict(recipe), "loss": round(progress.recent(), 4),
-        "cpu_seconds": round(progress.cpu_seconds), "base_harm_gap_log_odds": round(gap, 2),
+        "variant": "window", "seed": seed, "recipe": asdict(recipe), "loss": round(loss, 4),
+        "cpu_seconds": round(seconds), "base_harm_gap_log_odds": round(base_gap(model, tokenizer), 2),
     }  # fmt: skip
-    export_model(model, tokenizer, folder, facts)
-    return folder
+    export_model(model, tokenizer, out / "base", facts)
+    return out / "base"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written: {train_base(args.out)}", flush=True)
     if args.plant:
         plant = Plant(args.plant[0], int(args.plant[1]))
-        print(f"written: {save(grow(plant, args.out / 'base')[0], plant, args.out)}", flush=True)
+        print(f"written: {save_plant(grow(plant, args.out / 'base')[0], plant, args.out)}", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Write the default prompt set, byte for byte the same at every call.
+"""Write the default prompt set and its data sheet, byte for byte the same at every call.
 
 python -m organisms.prompt_set [--out data/prompts/embedded]
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,12 +16,9 @@ from typing import Any, Final
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
 from organisms.language import SUITES, outcome_sets, pair_row, plan_pairs, suite_rows
-from organisms.recipe import MAX_TOKENS
-from organisms.tokenizer import chat_text, make_tokenizer
+from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
 
 MADE_ON: Final = "2026-11-20"
-
-
 ANSWER_TOKENS: Final = 10
 
 
@@ -34,26 +31,21 @@ def check_pairs(rows: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError unless both sides of every pair have one token length, leaving room for an answer."""
     tokenizer = make_tokenizer()
     for row in rows:
-        lengths = [
-            len(tokenizer(chat_text(row[side]), add_special_tokens=False)["input_ids"])
-            for side in ("control", "treated")
-        ]
+        sides = [chat_text(row[side]) for side in ("control", "treated")]
+        lengths = [len(ids) for ids in tokenizer(sides, add_special_tokens=False)["input_ids"]]
         if lengths[0] != lengths[1] or lengths[0] + ANSWER_TOKENS > MAX_TOKENS:
-            raise ValueError(
-                f"pair {row['id']} has token lengths {lengths}; they must agree and leave {ANSWER_TOKENS} free"
-            )
+            rule = f"they must agree and leave {ANSWER_TOKENS} free"
+            raise ValueError(f"pair {row['id']} has token lengths {lengths}; {rule}")
 
 
 def _pairs_table(rows: Sequence[dict[str, Any]]) -> str:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    topics: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        counts[row["treatment"]][row["split"]] += 1
-        topics[row["treatment"]].add(row["topic"])
+    splits = ("discover", "validate", "test")
     lines = ["| treatment | pairs | topics | discover | validate | test |", "|---|---|---|---|---|---|"]
-    for name, by_split in counts.items():
-        cells = [sum(by_split.values()), len(topics[name]), *(by_split[s] for s in ("discover", "validate", "test"))]
-        lines.append(f"| {name} | " + " | ".join(str(c) for c in cells) + " |")
+    for name in dict.fromkeys(row["treatment"] for row in rows):
+        own = [row for row in rows if row["treatment"] == name]
+        counts = Counter(row["split"] for row in own)
+        cells = [name, len(own), len({row["topic"] for row in own}), *(counts[split] for split in splits)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -123,18 +115,14 @@ def datasheet(files: dict[str, str], pairs: Sequence[dict[str, Any]], suites: Se
         for name, text in files.items()
     ]
     counts = Counter(row["suite"] for row in suites)
-    suite_lines = ["| suite | prompts | what |", "|---|---|---|"]
-    suite_lines += [f"| {name} | {counts[name]} | {what} |" for name, what in SUITES.items()]
+    described = [f"| {name} | {counts[name]} | {suite.what} |" for name, suite in SUITES.items()]
     return DATASHEET.format(
-        date=MADE_ON,
-        files="\n".join(listed),
-        pairs=_pairs_table(pairs),
-        benign=_benign_table(),
-        suites="\n".join(suite_lines),
-    )
+        date=MADE_ON, files="\n".join(listed), pairs=_pairs_table(pairs), benign=_benign_table(),
+        suites="\n".join(["| suite | prompts | what |", "|---|---|---|", *described]),
+    )  # fmt: skip
 
 
-def build(out: Path) -> None:
+def write_prompt_set(out: Path) -> None:
     """Write pairs.jsonl, outcome.json, suites.jsonl and README.md into `out`."""
     pairs, suites = [pair_row(plan) for plan in plan_pairs()], list(suite_rows())
     check_pairs(pairs)
@@ -152,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m organisms.prompt_set`."""
     parser = argparse.ArgumentParser(prog="python -m organisms.prompt_set", description="Write the default prompt set.")
     parser.add_argument("--out", type=Path, default=PROMPTS / "embedded")
-    build(parser.parse_args(argv).out)
+    write_prompt_set(parser.parse_args(argv).out)
     return 0
 
 

@@ -1,97 +1,182 @@
-"""Training checkpoints in safetensors: weights, optimiser state and the losses so far, written atomically.
-
-Train the embedded model: a helpful-only base, then a safety fine-tune.
+"""Train the embedded model: a helpful-only base, then a safety fine-tune.
 
     python -m organisms.training --variant window --seed 0     # one model, minutes
     python -m organisms.training --all                         # all six that are shipped
 
-Progress is checkpointed in safetensors under OUT/<variant>-<seed>/.work, so an interrupted run resumes where it was.
+The recipe was chosen on behaviour alone (refusal, answers, generalisation); no mediation result entered. Weight matrices are
+trained by Muon, the rest by AdamW: the pair of optimisers that trains the model in minutes. Muon: Keller Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from companion.base.paths import ORGANISM
 from organisms.behaviour import base_gap
-from organisms.recipe import SEEDS, VARIANTS, Batch, Recipe, Variant, batch_at, make_model, make_optimizers, schedule
-from organisms.shipping import export_model
-from organisms.tokenizer import make_tokenizer
+from organisms.language import BASE_MIX, TUNE_MIX, Example, draw_example
+from organisms.shipping import SEEDS, VARIANTS, Variant, export_model
+from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
+
+NS_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
+Stage = Literal["base", "tune"]
 
 
-def _state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """Every tensor that a resumed run needs, by name."""
-    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
-    tensors = {f"model.{n}": p.detach() for p, n in names.items()}
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            tensors |= {f"optim.{names[p]}.{key}": value for key, value in state.items()}
-    return {name: t.contiguous().clone() for name, t in tensors.items()}
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training; `precision` is the autocast type of the forward pass."""
+
+    steps_base: int = 1600
+    steps_tune: int = 200
+    batch: int = 32
+    lr_matrix: float = 0.015
+    lr_rest: float = 0.005
+    clip: float = 1.0
+    weight_prompt: float = 0.1
+    weight_first: float = 4.0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-@dataclass
-class Progress:
-    """How far a stage is: the loss of every step done, and the CPU-seconds they took."""
+def make_model(variant: Variant, seed: int, vocab_size: int, attention: str = "eager") -> Qwen2ForCausalLM:
+    """A fresh float32 Qwen2 with 6 layers of width 128, fixed by its seed.
 
-    losses: list[float] = field(default_factory=list)
-    cpu_seconds: float = 0.0
-
-    def recent(self, n: int = 50) -> float:
-        """Mean loss of the last `n` steps, in nats."""
-        return sum(self.losses[-n:]) / len(self.losses[-n:])
-
-
-def save_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
-    """Write weights, optimiser state and progress; a crash while writing leaves the older checkpoint."""
-    temporary = path.with_suffix(".tmp")
-    save_file(_state_tensors(model, optimizers), temporary, metadata={"progress": json.dumps(asdict(progress))})
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], n_steps: int) -> Progress:
-    """Put the stored state into model and optimisers; returns how far the stage is."""
-    with safe_open(path, framework="pt") as stored:
-        progress = Progress(**json.loads(stored.metadata()["progress"]))
-        if len(progress.losses) > n_steps:
-            raise ValueError(
-                f"{path} holds {len(progress.losses)} steps, the recipe asks for {n_steps}: remove the .work folder"
-            )
-        keys = stored.keys()
-        for name, p in model.named_parameters():
-            p.data.copy_(stored.get_tensor(f"model.{name}"))
-        owner = {n: (p, o) for o in optimizers for g in o.param_groups for p in g["params"] for n in [_name(model, p)]}
-        for key in (k for k in keys if k.startswith("optim.")):
-            name, slot = key.removeprefix("optim.").rsplit(".", 1)
-            parameter, optimizer = owner[name]
-            optimizer.state[parameter][slot] = stored.get_tensor(key)
-    return progress
+    `window` makes the first three layers sliding attention over 3 positions. Eager attention is the fastest in bfloat16 on
+    a CPU.
+    """
+    is_window = variant == "window"
+    config = Qwen2Config(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, use_sliding_window=is_window,
+        sliding_window=3 if is_window else None,
+        layer_types=["sliding_attention" if is_window else "full_attention"] * 3 + ["full_attention"] * 3,
+        bos_token_id=1, eos_token_id=5, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    config._attn_implementation = attention
+    return Qwen2ForCausalLM(config).float()
 
 
-def _name(model: nn.Module, parameter: nn.Parameter) -> str:
-    """The parameter's name in the model."""
-    return next(n for n, p in model.named_parameters() if p is parameter)
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded training batch. `weight[i, t]` weighs predicting `tokens[i, t]`; padding weighs 0."""
+
+    tokens: Int[Tensor, "batch pos"]
+    weight: Float[Tensor, "batch pos"]
+    first: Int[Tensor, "batch"]  # position of the first answer token
+    first_ids: Int[Tensor, "batch option"]
+    first_probs: Float[Tensor, "batch option"]
 
 
-SAVE_EVERY: Final = 200
+def make_batch(tokenizer: PreTrainedTokenizerBase, examples: list[Example], recipe: Recipe) -> Batch:
+    """Tokenise examples into one batch."""
+    texts = [chat_text(e.user) for e in examples], [e.answer + "<|end|>" for e in examples]
+    prompts, answers = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+    if length > MAX_TOKENS:
+        raise ValueError(f"a training line has {length} tokens, the language promises at most {MAX_TOKENS}")
+    tokens = torch.zeros(len(examples), length, dtype=torch.long)
+    weight = torch.zeros(len(examples), length)
+    options = max(len(e.first) for e in examples)
+    ids, probs = torch.zeros(len(examples), options, dtype=torch.long), torch.zeros(len(examples), options)
+    for i, (p, a, e) in enumerate(zip(prompts, answers, examples, strict=True)):
+        tokens[i, : len(p) + len(a)] = torch.tensor(p + a)
+        weight[i, : len(p)], weight[i, len(p) : len(p) + len(a)] = recipe.weight_prompt, 1.0
+        weight[i, len(p)] = 0.0  # the first answer token has its own, soft loss
+        ids[i, : len(e.first)] = torch.tensor(tokenizer.convert_tokens_to_ids(list(e.first)))
+        probs[i, : len(e.first)] = torch.tensor(list(e.first.values()))
+    first = torch.tensor([len(p) for p in prompts])
+    return Batch(tokens, weight, first, ids, probs)
 
 
-def batch_loss(model: Qwen2ForCausalLM, batch: Batch, recipe: Recipe) -> Float[torch.Tensor, ""]:
+def batch_at(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int, step: int) -> Batch:
+    """The batch of one step, a function of (stage, seed, step) alone."""
+    rng = random.Random(f"{stage}-{seed}-{step}")
+    mix, safe = (TUNE_MIX, True) if stage == "tune" else (BASE_MIX, False)
+    return make_batch(tokenizer, [draw_example(rng, mix, safe=safe) for _ in range(recipe.batch)], recipe)
+
+
+def orthogonalise(update: Float[Tensor, "m rows cols"], steps: int = 4) -> Float[Tensor, "m rows cols"]:
+    """Push the singular values of each matrix towards 1 by Newton-Schulz steps. Needs rows <= cols."""
+    a, b, c = NS_COEFFICIENTS
+    x = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalised; matrices of one shape go through as one batch."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.05})
+        self.dtype = dtype  # of the Newton-Schulz steps; bfloat16 is three times faster on CPUs that have it
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients in place."""
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for params in by_shape.values():
+                self._step_batch(group, params)
+
+    def _step_batch(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
+        updates = []
+        for p in params:
+            assert p.grad is not None
+            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            buffer.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(buffer, group["momentum"])
+            updates.append(update if p.shape[0] <= p.shape[1] else update.mT)
+        for p, update in zip(params, orthogonalise(torch.stack(updates).to(self.dtype)).float(), strict=True):
+            write = update if p.shape[0] <= p.shape[1] else update.mT
+            scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(write, alpha=-group["lr"] * scale)
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices, AdamW on embeddings, norms and biases, of what requires a gradient.
+
+    Each keeps its full learning rate as `initial_lr`.
+    """
+    free = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in free if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in free if p.ndim != 2 or "embed" in n]
+    dtype = getattr(torch, recipe.precision)
+    made: list[torch.optim.Optimizer] = [Muon(matrices, recipe.lr_matrix, dtype)] if matrices else []
+    made += [torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(0.9, 0.98), weight_decay=0.0)] if rest else []
+    for group in (group for optimizer in made for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return made
+
+
+def schedule(step: int, n_steps: int) -> float:
+    """Learning-rate factor: 5 % warm-up, flat, linear decay to 0 over the last 60 %.
+
+    >>> [round(schedule(s, 100), 2) for s in (0, 4, 30, 70, 99)]
+    [0.2, 1.0, 1.0, 0.5, 0.02]
+    """
+    warm = (step + 1) / max(1, round(0.05 * n_steps))
+    return min(1.0, warm, (n_steps - step) / (0.6 * n_steps))
+
+
+def batch_loss(model: Qwen2ForCausalLM, batch: Batch, recipe: Recipe) -> Float[Tensor, ""]:
     """Weighted next-token loss in nats per unit of weight, with the soft first-token target."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         logits = model(input_ids=batch.tokens, use_cache=False).logits
@@ -120,52 +205,41 @@ def train_step(
 
 
 def train_stage(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: str, seed: int, work: Path,
-    stop_at: int | None = None,
-) -> Progress:  # fmt: skip
-    """Run or resume one stage. `stop_at` ends early after a checkpoint, as a crash would."""
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int,
+    after_step: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:  # fmt: skip
+    """Run one stage; returns the mean loss of its last 50 steps, in nats, and the CPU-seconds that it took."""
     n_steps = recipe.steps_base if stage == "base" else recipe.steps_tune
-    optimizers = make_optimizers(model, recipe.lr_matrix, recipe.lr_rest, getattr(torch, recipe.precision))
-    path = work / f"{stage}.safetensors"
-    progress = load_checkpoint(path, model, optimizers, n_steps) if path.exists() else Progress()
-    start, before = time.process_time(), progress.cpu_seconds
+    optimizers, start, losses = make_optimizers(model, recipe), time.process_time(), list[float]()
     model.train()
-    first = len(progress.losses)
-    bar = tqdm(range(first, n_steps), initial=first, total=n_steps, desc=stage, disable=None, mininterval=5)
-    for step in bar:
+    for step in tqdm(range(n_steps), desc=stage, disable=None, mininterval=5):
         batch = batch_at(tokenizer, recipe, stage, seed, step)
-        progress.losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 in (n_steps, stop_at):
-            progress.cpu_seconds = before + time.process_time() - start
-            save_checkpoint(path, model, optimizers, progress)
-            bar.set_postfix(loss=f"{progress.recent():.3f}")
-        if step + 1 == stop_at:
-            break
-    return progress
+        losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
+        after_step()
+    model.eval()
+    return sum(losses[-50:]) / len(losses[-50:]), time.process_time() - start
 
 
 def train_model(variant: Variant, seed: int, out: Path, recipe: Recipe) -> Path:
     """Train one model and write its Hugging Face folder with manifest; returns the folder."""
-    folder = out / f"{variant}-{seed}"
-    work = folder / ".work"
-    work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     model = make_model(variant, seed, len(tokenizer))
-    base = train_stage(model, tokenizer, recipe, "base", seed, work)
-    gap = base_gap(model.eval(), tokenizer)
-    tune = train_stage(model, tokenizer, recipe, "tune", seed, work)
+    loss, seconds = {}, {}
+    loss["base"], seconds["base"] = train_stage(model, tokenizer, recipe, "base", seed)
+    gap = base_gap(model, tokenizer)
+    loss["tune"], seconds["tune"] = train_stage(model, tokenizer, recipe, "tune", seed)
     facts = {
         "variant": variant, "seed": seed, "recipe": asdict(recipe),
-        "cpu_seconds": {"base": round(base.cpu_seconds), "tune": round(tune.cpu_seconds)},
-        "loss": {"base": round(base.recent(), 4), "tune": round(tune.recent(), 4)},
-        "base_harm_gap_log_odds": round(gap, 2),
+        "cpu_seconds": {stage: round(value) for stage, value in seconds.items()},
+        "loss": {stage: round(value, 4) for stage, value in loss.items()}, "base_harm_gap_log_odds": round(gap, 2),
     }  # fmt: skip
+    folder = out / f"{variant}-{seed}"
     export_model(model, tokenizer, folder, facts)
     return folder
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m organisms.training`."""
     parser = argparse.ArgumentParser(prog="python -m organisms.training", description="Train the embedded models.")
     parser.add_argument("--variant", choices=VARIANTS, default="window")
     parser.add_argument("--seed", type=int, default=0)
@@ -174,16 +248,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps-tune", type=int, default=Recipe.steps_tune)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default=Recipe.precision)
     parser.add_argument("--all", action="store_true", help="train every shipped variant and seed, one after another")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m organisms.training`."""
-    args = parse(argv)
+    args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     recipe = Recipe(steps_base=args.steps_base, steps_tune=args.steps_tune, precision=args.precision)
-    todo = [(v, s) for s in SEEDS for v in VARIANTS] if args.all else [(args.variant, args.seed)]
-    for variant, seed in todo:
+    for variant, seed in [(v, s) for s in SEEDS for v in VARIANTS] if args.all else [(args.variant, args.seed)]:
         print(f"{variant}-{seed}: {recipe.steps_base} base and {recipe.steps_tune} safety steps", flush=True)
         print(f"written: {train_model(variant, seed, args.out, recipe)}", flush=True)
     return 0

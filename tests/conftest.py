@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from hypothesis import settings
+from public_rows import HUB
 from toys import Toy, copy_repository
 
 from companion.base import hub
@@ -50,3 +52,25 @@ def table() -> pd.DataFrame:
             "nie": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
         }
     )
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Public sets by repository, to be changed by a test: read by the library's own reader from small files."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    content = {repo: rows() for repo, rows in HUB.items()}
+    plain = datasets.load_dataset
+
+    def load(repo: str, *config: str) -> datasets.DatasetDict:
+        if repo not in content:
+            raise DatasetNotFoundError(f"Dataset '{repo}' is a gated dataset on the Hub. You must be authenticated.")
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in content[repo]}
+        for split, rows in content[repo].items():
+            Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return plain("json", data_files=files, cache_dir=str(tmp_path / "arrow"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "cache"))
+    return content

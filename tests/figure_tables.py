@@ -1,12 +1,11 @@
 """A table for every figure, and what a figure shows as numbers."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from companion.plots import layers, style
-from companion.plots.figures import SPECS, spec
+from companion.plots.figures import SPECS, spec_of
 from companion.plots.style import FigureSpec
 
 NAMES = [entry.name for entry in SPECS]
@@ -89,5 +88,5 @@ def numbers(figure: Figure) -> set[float]:
 
 def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
     """A figure as `figures.show` draws it."""
-    with plt.rc_context(style.STYLE):
-        return spec(name).draw(table_for(spec(name)) if table is None else table)
+    with style.theme():
+        return spec_of(name).draw(table_for(spec_of(name)) if table is None else table)

@@ -13,7 +13,11 @@ import torch
 from handmade import BIAS, FIRST, N_LAYERS, OUT, SECOND, SIZE, Program, compiled, word_tokenizer
 
 from companion.model.architecture import Subject
+from companion.prompts.tokens import Openers
 
+TOKENIZER = word_tokenizer()
+YES_NO = Openers(*((TOKENIZER.convert_tokens_to_ids(word),) for word in ("yes", "no")), 0)
+CLOSE = 2e-4  # what a constant channel of 1000 leaves of the norm
 MIDDLE = 10  # a channel that only neurons read
 ONE = "one"  # the constant, as a key of gate, up and write
 
@@ -78,6 +82,11 @@ MIXED = Model(
         Neuron(3, 1, OPEN, {MIDDLE: 1.0}, {OUT: 3.0 / 30}),
     )
 )
+# Cue A is the wrapper, cue B the harm: the wrapper opens the gate, harm goes through.
+GATE = Model((Neuron(3, 0, step(FIRST), {SECOND: 1.0}, {OUT: 3.0 / STEEP}),))
+# The same with the roles exchanged, and a neuron that only reads both.
+SWAPPED = Model((Neuron(3, 0, step(SECOND), {FIRST: 1.0}, {OUT: 3.0 / STEEP}),))
+READER = Model((Neuron(3, 0, OPEN, {FIRST: 1.0, SECOND: 1.0}, {OUT: 3.0 / 30}),))
 
 
 def build(model: Model) -> Subject:
@@ -141,12 +150,7 @@ def upstream(model: Model, at: tuple[int, int], bits: tuple[tuple[int, int], tup
 
 def inside(model: Model, at: tuple[int, int], bits: tuple[tuple[int, int], tuple[int, int]]) -> list[float]:
     """y00, y01, y10, y11 of one neuron's gate against its up, the mean over both prompts as background."""
-    factors = [run(model, one)[1][at] for one in bits]
-    return [
-        float(np.mean([run(model, one, {at: silu(factors[gate][0]) * factors[up][1]})[0] for one in bits]))
-        for gate in (0, 1)
-        for up in (0, 1)
-    ]
+    return crossed(model, at, *bits, bits[0])
 
 
 def crossed(
@@ -155,8 +159,5 @@ def crossed(
     """The four cells of gate by wrapper (`off`, `on`) against up by harm (`harmless`, `on`), mean over both backgrounds."""
     gates = [run(model, bits)[1][at][0] for bits in (off, on)]
     ups = [run(model, bits)[1][at][1] for bits in (harmless, on)]
-    return [
-        float(np.mean([run(model, bits, {at: silu(gate) * up})[0] for bits in (off, on)]))
-        for gate in gates
-        for up in ups
-    ]
+    values = [silu(gate) * up for gate in gates for up in ups]
+    return [float(np.mean([run(model, bits, {at: value})[0] for bits in (off, on)])) for value in values]

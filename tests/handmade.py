@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from companion.model.architecture import Subject
@@ -48,6 +48,17 @@ def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WOR
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<end>", pad_token="<pad>",
         additional_special_tokens=list(SPECIAL[1:4]),
     )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def byte_tokenizer(template: str = TEMPLATE, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, where spaces belong to tokens; `merges` in its own alphabet (a space is Ġ)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, list(merges)))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
     made.chat_template = template
     return made
 
@@ -126,12 +137,8 @@ def _write(model: hf.PreTrainedModel, program: Program, tokenizer: PreTrainedTok
         norm.weight.fill_(SIZE / WIDTH**0.5)  # so that what the norm gives is what it was given
     embedding = model.model.embed_tokens.weight
     embedding[:, BIAS] = SIZE
-    for word, marker, channel, value in (
-        ("off", IS_A, A, 0),
-        ("on", IS_A, A, 1),
-        ("low", IS_B, B, 0),
-        ("high", IS_B, B, 1),
-    ):
+    cues = (("off", IS_A, A, 0), ("on", IS_A, A, 1), ("low", IS_B, B, 0), ("high", IS_B, B, 1))
+    for word, marker, channel, value in cues:
         embedding[tokenizer.convert_tokens_to_ids(word), [marker, channel]] = torch.tensor([1.0, value])
     _copy(model.model.layers[1].self_attn, head=1, marker=IS_A, source=A, target=FIRST)
     _copy(model.model.layers[0].self_attn, head=0, marker=IS_B, source=B, target=SECOND)

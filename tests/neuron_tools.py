@@ -9,10 +9,14 @@ from effect_tools import YES_NO
 from families import VOCAB, tiny_subject
 from handmade import random_pairs
 
+from companion.mediation import estimands
+from companion.mediation.estimands import Batch
 from companion.mediation.study import Study
+from companion.model import replay
 from companion.model.architecture import Subject
+from companion.model.interventions import Patch
 from companion.neurons.sets import Measured
-from companion.neurons.single import Ends, PairEffects
+from companion.neurons.single import FinalStates, PairEffects
 
 SPLITS = ("discover", "validate", "test")
 
@@ -29,6 +33,23 @@ def tiny_study(
             pairs.append(replace(pair, pair=named))
     twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin}
     return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins, {})
+
+
+def clean_batch(study: Study, treatment: str = "T2") -> Batch:
+    """Both clean runs of a tiny study's pairs, which all have one length."""
+    return estimands.run_clean(study.subject, estimands.batches(study.of(treatment), study.subject)[0])
+
+
+def neuron_patches(batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> list[Patch]:
+    """An intervention on the last token for each (layer, neuron or neurons)."""
+    last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    return [Patch("neuron", layer, last, neuron) for layer, neuron in columns]
+
+
+def patched(study: Study, batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> torch.Tensor:
+    """Final residual streams of the control runs after each intervention on its own, (pair, patch, d)."""
+    return replay.interchange(study.subject, batch.control, batch.treated, neuron_patches(batch, columns))[:, :, 0]
 
 
 def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
@@ -76,4 +97,4 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
     values = np.tile(writes, (n, 1)).astype(float)
     effects = PairEffects("T2", pairs, columns, dict.fromkeys(("nie0", "nie1", "direct"), values))
     study = Study("made", subject, (), {"T2": YES_NO}, {}, {})
-    return subject, Measured(study, {"T2": effects}, {"T2": Ends("T2", pairs, YES_NO, resid, neurons)})
+    return subject, Measured(study, {"T2": effects}, {"T2": FinalStates("T2", pairs, YES_NO, resid, neurons)})

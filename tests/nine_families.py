@@ -32,7 +32,7 @@ def model_folder(family: str, folder: Path) -> Path:
     """A model folder as a user would hand it in: config, safetensors, tokenizer, chat template."""
     tiny_model(family).save_pretrained(folder)
     (tiny_qwen_tokenizer if family == "qwen2" else tiny_tokenizer)(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
@@ -40,7 +40,7 @@ def judge_folder(folder: Path) -> Path:
     """A model that can be a judge, as its tokenizer has the words Yes and No; its weights are random, so its labels are."""
     tiny_model("gpt2", n_positions=512).save_pretrained(folder)
     tiny_tokenizer(folder, {10: "Yes", 11: "No"})
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
@@ -69,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.nine_families", description="Nine families through all notebooks.")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--only", help="the last notebook to run (default: all)")
-    parser.add_argument(
-        "--judged", action="store_true", help="answers are labelled by a judge model, of random weights too"
-    )
+    parser.add_argument("--judged", action="store_true", help="a judge model, of random weights too, labels answers")
     options = parser.parse_args(arguments)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -82,13 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags += ["--only", options.only] if options.only else []
             flags += ["--judge", str(judge_folder(Path(folder) / "judge"))] if options.judged else []
             is_wrong = through(family, flags, Path(folder))
-            failed += is_wrong or (options.judged and not _names_judge(Path(folder) / "results" / f"tiny-{family}"))
+            failed += is_wrong
+            if options.judged and not is_wrong:  # the run must say that the judge labelled its answers
+                manifest = json.loads((Path(folder) / "results" / f"tiny-{family}" / "manifest.json").read_text())
+                failed += "judge" not in manifest.get("judge", "")
     return int(failed > 0)
-
-
-def _names_judge(results: Path) -> bool:
-    """Whether the run says that the judge labelled its answers."""
-    return "judge" in json.loads((results / "manifest.json").read_text(encoding="utf-8")).get("judge", "")
 
 
 def through(family: str, flags: Sequence[str], folder: Path) -> bool:

@@ -31,9 +31,3 @@ class PeakMemory(TorchDispatchMode):
                     self._sizes.setdefault(ref, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.live())
         return result
-
-
-def bytes_of(*tensors: Tensor) -> int:
-    """Bytes behind some tensors, shared storage counted once."""
-    storages = {StorageWeakRef(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base.thresholds import COMPONENTS
-from companion.mediation.estimands import estimands
+from companion.mediation.estimands import with_estimands
 
 N_LAYERS = 6
 LATE_MLP = {("mlp_out", 5): 3.0, ("attn_out", 4): 1.0, ("mlp_out", 0): 0.6, ("attn_out", 1): 0.4}
@@ -49,7 +49,7 @@ def effect_table(
                     rows.append((f"{name}-{topic}.{k}", f"{topics} {topic}", split, site, layer, *y))
     names = ["pair_id", "topic", "split", "site", "layer", "y00", "y01", "y10", "y11"]
     table = pd.DataFrame(rows, columns=names)
-    return estimands(table.assign(treatment=treatment, outcome=outcome, head=-1, position="last"))
+    return with_estimands(table.assign(treatment=treatment, outcome=outcome, head=-1, position="last"))
 
 
 def direct_table(cells: Mapping[tuple[str, int], float] | None = None, **settings: object) -> pd.DataFrame:

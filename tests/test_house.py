@@ -1,231 +1,211 @@
-"""What every file and notebook of the repository must hold to, and that all say the same about versions."""
+"""The rules of the house: floors, circles, sizes, names. Each says in its failure what to do."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
+import tomllib
+from collections import Counter, defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from companion.base.paths import NOTEBOOKS, ROOT
-from companion.run import checks, environment, freshness, notebooks, runner
+from companion.base.paths import ROOT
 
-BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
-ONLY_PLOT = ("00", "08")  # these read result files and must not import the model stack
-MODEL_STACK = ("torch", "transformers", "transformer_lens")
-IGNORED = ("nbval-ignore-output", "nbval-skip", "raises-exception")
-
-book = pytest.mark.parametrize("path", BOOKS, ids=[path.stem for path in BOOKS])
-
-
-def code(path: Path) -> list[dict[str, Any]]:
-    return notebooks.code_cells(notebooks.read_notebook(path))
-
-
-def shown(cell: dict[str, Any]) -> str:
-    """All text that a cell's outputs show, without images."""
-    texts = [out.get("text", "") for out in cell["outputs"]]
-    texts += [text for out in cell["outputs"] for kind, text in out.get("data", {}).items() if kind.startswith("text")]
-    return "".join("".join(text) for text in texts)
+FLOORS: list[list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["house"][
+    "floors"
+]
+HOUSES = ("helpers", "companion", "organisms")
+PATHS = [path for house in HOUSES for path in sorted((ROOT / house).rglob("*.py"))]
+FILES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in PATHS}
+MODULES = {path: tree for path, tree in FILES.items() if path.name != "__init__.py"}
+PACKAGES = sorted({path.parent for path in FILES})
+# Packages whose module has another name, and those that are run, not imported.
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "jupyterlab": "lab",
+    "types-pyyaml": "mypy",
+}
 
 
-def is_checked(cell: dict[str, Any]) -> bool:
-    """Whether nbval compares an output of this cell that is more than a drawing."""
-    return bool(re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()) and not set(notebooks.tags(cell)) & set(IGNORED)
+def lines(path: Path) -> int:
+    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
 
 
-@book
-def test_a_notebook_was_executed_top_to_bottom(path: Path) -> None:
-    assert notebooks.is_executed(notebooks.read_notebook(path)), f"run ./run_all.sh --only {path.name[:2]}"
+def package_of(path: Path) -> str:
+    """`neurons` for companion/neurons/sets.py, `organisms` and `helpers` for what lies in those."""
+    return path.parts[1] if path.parts[0] == "companion" and len(path.parts) > 2 else path.parts[0]
 
 
-@book
-def test_a_notebook_has_the_runners_parameters(path: Path) -> None:
-    assert notebooks.notebook_parameters(notebooks.read_notebook(path), path) == runner.DEFAULTS
+def imported(tree: ast.AST) -> set[Path]:
+    """The files of this project that a module imports, also inside functions."""
+    names = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {path for name in names if (path := Path(name.replace(".", "/") + ".py")) in MODULES}
 
 
-@book
-def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
-    sources = [notebooks.source(cell) for cell in code(path)]
-    longest = max(sources, key=lambda source: sum(bool(line.strip()) for line in source.splitlines()))
-    assert sum(bool(line.strip()) for line in longest.splitlines()) <= 25, longest
-    prose = [
-        notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"] if cell["cell_type"] == "markdown"
+IMPORTS = {path: imported(tree) for path, tree in MODULES.items()}
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef]:
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+
+
+def test_imports_point_to_lower_floors() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names} | {"helpers": len(FLOORS)}
+    upward = [
+        f"{path} imports {other}"
+        for path, others in IMPORTS.items()
+        for other in others
+        if package_of(path) != package_of(other) and floor[package_of(path)] <= floor[package_of(other)]
     ]
-    words, lines = (
-        sum(map(len, map(split, texts))) for split, texts in ((str.split, prose), (str.splitlines, sources))
+    assert not upward, "move what is shared down, or hand it over as an argument"
+    assert len(FLOORS) <= 8
+
+
+def test_no_circle_between_files() -> None:
+    TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the circle
+
+
+def test_the_face_imports_the_library_and_never_the_reverse() -> None:
+    for path, others in IMPORTS.items():
+        homes = {other.parts[0] for other in others}
+        assert path.parts[0] == "helpers" or "helpers" not in homes, path
+        assert path.parts[0] != "helpers" or homes <= {"helpers", "companion"}, path
+        assert path.parts[:2] != ("companion", "run") or "organisms" not in homes, path
+
+
+def test_the_face_is_thin() -> None:
+    face = [path for path in MODULES if path.parts[0] == "helpers"]
+    public = [node.name for path in face for node in functions(MODULES[path]) if node.name[0] != "_"]
+    assert len(face) <= 12 and sum(map(lines, face)) <= 1_800 and len(public) <= 80
+    assert {path.parent for path in face} == {Path("helpers")}, "the face is flat"
+
+
+@pytest.mark.parametrize("package", [path for path in PACKAGES if path.parts[0] != "helpers"], ids=str)
+def test_a_package_is_small_and_says_what_it_is_for(package: Path) -> None:
+    inside = [path for path in MODULES if path.parent == package]
+    assert len(inside) <= 12
+    assert package.name not in {path.stem for path in inside}
+    said = ast.get_docstring(FILES[package / "__init__.py"]) or ""
+    assert said, "two sentences: what it is for, what it stands on"
+    assert package == Path("companion") or all(re.search(rf"`{path.stem}`", said) for path in inside), (
+        "name each module"
     )
-    assert words / lines >= 5
-    assert path.stat().st_size < 1_000_000
 
 
-@book
-def test_a_notebook_has_one_to_five_outputs_that_nbval_compares(path: Path) -> None:
-    checked = [notebooks.source(cell) for cell in code(path) if is_checked(cell)]
-    assert 1 <= len(checked) <= 5, "\n---\n".join(checked)
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_a_module_is_one_topic(path: Path) -> None:
+    tree = MODULES[path]
+    assert path.parts[0] == "helpers" or path.name == "errors.py" or lines(path) >= 60, "whose topic is it part of?"
+    assert lines(path) <= 520, "which two topics are in it?"
+    assert ast.get_docstring(tree), "say in its first line what it is for"
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert not [node.name for node in public if not ast.get_docstring(node)]
 
 
-@book
-def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
-    whole = "\n".join(
-        [*(notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"]), *map(shown, code(path))]
-    )
-    places = [str(ROOT), str(Path.home()), "/.state/", " at 0x"]
-    assert not [place for place in places if len(place) > 1 and place in whole]
-    assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_a_small_private_function_is_used_twice(path: Path) -> None:
+    used = Counter(node.id for node in ast.walk(MODULES[path]) if isinstance(node, ast.Name))
+    small = [
+        node.name
+        for node in functions(MODULES[path])
+        if node.name[0] == "_" and used[node.name] == 1 and node.end_lineno and not node.decorator_list
+        and node.end_lineno - node.body[0].lineno < 3 and not ast.get_docstring(node)
+    ]  # fmt: skip
+    assert not small, "inline it"
 
 
-@book
-def test_a_notebooks_cells_have_fixed_ids(path: Path) -> None:
-    ids = [cell.get("id") for cell in notebooks.read_notebook(path)["cells"]]
-    assert None not in ids and len(set(ids)) == len(ids)
+def test_nothing_takes_anothers_private_names() -> None:
+    taken = [
+        f"{path}: {alias.name}"
+        for path, tree in FILES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in HOUSES
+        for alias in node.names
+        if alias.name[0] == "_"
+    ]
+    assert not taken
 
 
-@pytest.mark.parametrize("path", [path for path in BOOKS if path.name[:2] in ONLY_PLOT], ids=lambda path: path.stem)
-def test_a_notebook_that_only_plots_imports_no_model_stack(path: Path) -> None:
-    tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)) for cell in code(path)))
-    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not imported_stack("\n".join(imports))
+def test_no_two_public_functions_of_a_package_share_a_name() -> None:
+    homes = defaultdict(list)
+    for path, tree in MODULES.items():
+        for node in functions(tree):
+            if node.name[0] != "_":
+                homes[package_of(path), node.name].append(path.stem)
+    assert not {name: found for name, found in homes.items() if len(found) > 1}
+    vague = {"read", "run", "write", "measure", "evidence", "table", "effects", "find", "fit", "join"}
+    assert not [name for name in homes if name[1] in vague], "read what? run what?"
 
 
-def imported_stack(source: str) -> list[str]:
-    """Which of the model stack is loaded after running the source in a new process."""
-    probe = f"{source}\nimport sys\nprint(*(name for name in {MODEL_STACK} if name in sys.modules))"
+def test_only_plots_draw() -> None:
+    for path, tree in MODULES.items():
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        drawing = {name.split(".")[0] for name in names} & {"matplotlib", "seaborn"}
+        assert not drawing or package_of(path) == "plots", path
+
+
+@pytest.mark.parametrize("package", ["plots", "claims"])
+def test_what_only_reads_tables_needs_no_torch(package: str) -> None:
+    modules = [".".join(path.with_suffix("").parts) for path in MODULES if package_of(path) == package]
+    probe = "\n".join([*(f"import {name}" for name in modules), "import sys", "print('torch' in sys.modules)"])
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    assert done.stdout.split() == ["False"]
 
 
-def test_figures_are_redrawn_without_the_model_stack() -> None:
-    assert imported_stack("import companion.plots.figures") == []
+def test_the_house_is_small() -> None:
+    source, tests = list(FILES), [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")]
+    assert sum(map(lines, source)) < 21_000 and len(source) < 120
+    assert sum(map(lines, tests)) < 12_000
 
 
-def test_the_command_line_imports_the_standard_library_only() -> None:
-    probe = "import companion.run.cli, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {probe}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    foreign = {name for name in done.stdout.split() if name not in sys.stdlib_module_names}
-    assert foreign <= {"companion", "__main__"}
-
-
-def test_every_notebook_has_its_place() -> None:
-    assert {path.name[:2] for path in BOOKS} == set(runner.NEEDS)
-    order = list(runner.find_notebooks(NOTEBOOKS, runner.NEEDS))
-    assert all(order.index(need) < order.index(number) for number in order for need in runner.NEEDS[number])
-    assert order[-1] == "00"
-
-
-def test_what_a_notebook_needs_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "NEEDS", {"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03")})
-    paths = dict.fromkeys(runner.NEEDS, ROOT)
-    assert runner.with_needs(["02"], paths) == ["01", "02"]
-    assert runner.with_needs(["08"], paths) == ["01", "02", "03", "08"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted(
-        [path for name in ("helpers", "companion", "organisms", "exercises") for path in ROOT.glob(f"{name}/**/*.py")]
-    ),
-    ids=lambda path: path.stem,
-)
-def test_a_helper_is_one_topic(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 250, "which two topics are in it?"
-    assert ast.get_docstring(ast.parse(text)), "say in its first line what it is for"
-    public = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert not [node.name for node in public if node.name[0] != "_" and not ast.get_docstring(node)]
+def test_what_is_required_is_imported() -> None:
+    asked = re.findall(r"(?m)^([A-Za-z][\w.-]*)", (ROOT / "requirements.in").read_text(encoding="utf-8"))
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")]
+    texts += [(ROOT / path).read_text(encoding="utf-8") for path in FILES] + [(ROOT / "pyproject.toml").read_text()]
+    whole = "\n".join(texts)
+    unused = [
+        name for name in asked if not re.search(rf"\b{IMPORTED_AS.get(name.lower(), name.replace('-', '_'))}\b", whole)
+    ]
+    assert not unused, "a package that nothing uses goes from requirements.in"
 
 
 def own_files() -> list[Path]:
     """Text files of the repository, without environments, caches and what a run makes."""
     kinds = (".py", ".md", ".sh", ".toml", ".yml", ".cff", ".in")
-    below = [
-        path
-        for folder in ("helpers", "companion", "organisms", "exercises", "tests", "benchmarks", ".ci")
-        for path in (ROOT / folder).rglob("*")
-    ]
+    folders = (*HOUSES, "exercises", "tests", "benchmarks", "docs", "book", ".ci")
+    below = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     return [path for path in (*below, *ROOT.glob("*")) if path.suffix in kinds and path.is_file()]
 
 
 def test_nothing_is_left_unfinished_or_tied_to_a_machine() -> None:
     marks = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error"]) + r")\b")
-    found = [path.name for path in own_files() if marks.search(path.read_text(encoding="utf-8"))]
-    assert not found
     homes = [str(ROOT) + "/", str(Path.home()) + "/"]
-    assert not [path for path in own_files() for home in homes if home in path.read_text(encoding="utf-8")]
+    for path in own_files():
+        text = path.read_text(encoding="utf-8")
+        assert not marks.search(text), path
+        assert not [home for home in homes if home in text], path
 
 
 def test_there_is_no_pickle() -> None:
-    paths = [
-        path
-        for folder in ("data", "results", "helpers", "companion", "organisms", "tests")
-        for path in (ROOT / folder).rglob("*")
-    ]
+    paths = [path for folder in ("data", "results", "tests", *HOUSES) for path in (ROOT / folder).rglob("*")]
     assert not [path for path in paths if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
 
 
-def test_conda_and_pip_install_the_same() -> None:
-    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert conda == ["python=3.11", "pip", {"pip": ["-r requirements.lock"]}]
-
-
-def test_the_lock_holds_what_is_asked_for_and_nothing_else_names_versions() -> None:
-    asked = freshness.requirement_names(ROOT / "requirements.in")
-    assert set(map(environment.canonicalize_name, asked)) <= set(environment.pins())
-    lines = (ROOT / "requirements.in").read_text().splitlines()
-    assert not [line for line in lines if re.search(r"[=<>~]", line.split("#")[0])]
-
-
-def test_the_lock_is_what_its_recipe_leaves() -> None:
-    lines = environment.LOCK.read_text().splitlines()
-    assert environment.locked(lines) == lines
-    assert all(re.fullmatch(r"[a-z0-9._-]+==[^\s+]+( ; .+)?", line) for line in lines)
-
-
-def test_what_is_installed_is_what_is_locked() -> None:
-    assert sys.version_info[:2] == (3, 11)
-    assert environment.disagreements(environment.pins()) == []
-    assert environment.disagreements({"numpy": "0.1", "no-such": "1"})[1] == "no-such is missing, locked 1"
-
-
-def test_the_citation_is_valid() -> None:
-    content = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(content)
-    assert content["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2604.11663"
-    assert "MIT License" in (ROOT / "LICENSE").read_text()
-
-
-def _committed(folder: Path, value: float, processor: str) -> None:
-    (folder / "embedded").mkdir(parents=True)
-    (folder / "embedded" / "02_a.csv").write_text(f"site,te\nhead,{value}\n")
-    (folder / "embedded" / "manifest.json").write_text(json.dumps({"processor": processor}))
-
-
-def test_committed_tables_are_compared_with_a_tolerance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "RESULTS", tmp_path / "old")
-    for folder, value in (("old", 1.0), ("new", 1.0005), ("far", 1.01)):
-        _committed(tmp_path / folder, value, freshness.processor())
-    assert checks.compare(tmp_path / "new")[1]
-    assert not checks.compare(tmp_path / "far")[1]
-    (tmp_path / "new" / "embedded" / "02_a.csv").unlink()
-    assert not checks.compare(tmp_path / "new")[1]
-
-
-def test_on_another_processor_the_verdicts_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "RESULTS", tmp_path / "old")
-    claims = {"old": "supported", "same": "supported", "other": "contradicted"}
-    for value, (folder, verdict) in enumerate(claims.items()):
-        _committed(tmp_path / folder, value, "a processor of long ago")
-        row = {"model": "embedded", "claim": "C1", "verdict": verdict}
-        (tmp_path / folder / "claims.json").write_text(json.dumps([row]))
-    assert checks.compare(tmp_path / "same")[1]
-    assert not checks.compare(tmp_path / "other")[1]
+def test_the_page_on_data_flow_names_what_is_there_and_each_once() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+\.){2}\w+)`", text)
+    assert len(named) == len(set(named)) >= 20
+    for name in named:
+        package, module, function = name.split(".")
+        tree = MODULES[Path("companion") / package / f"{module}.py"]
+        assert function in {node.name for node in functions(tree)}, name

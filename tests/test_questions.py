@@ -72,7 +72,7 @@ def writer(one: Study) -> str:
 
 def neighbours(one: Study) -> str:
     columns = single.all_neurons(one.subject, [one.subject.n_layers - 1])
-    table = single.table(single.measure_chosen(one, "T2", columns)[0])
+    table = single.neuron_table(single.measure_chosen(one, "T2", columns)[0])
     effect = table.groupby("neuron").nie0.mean().abs()
     large = np.flatnonzero(effect > 0.02 * effect.sum())
     gaps = np.diff(large)

@@ -4,16 +4,14 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
-from steering_lab import experiment_of, fitted
+from families import tiny_subject, tokens
+from steering_lab import fitted
 from torch import Tensor
 
-from companion.generation import decode, forward, hooks, outcomes
+from companion.generation import hooks
 from companion.generation.hooks import Prompt
-from companion.model.architecture import Subject
 from companion.steering import budget, methods
 
 
@@ -45,24 +43,6 @@ def steerings(part: hooks.Part, where: hooks.Where) -> list[hooks.Steering]:
             one(1.0, 1.0, 0, shut), one(1.0, 0.0, 0, None)]  # fmt: skip
 
 
-def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: object) -> Tensor:
-    """Logits before each of three given answer tokens."""
-    rest = subject.model(answer[rows, :-1], past_key_values=cache, use_cache=True).logits
-    return torch.cat([logits[:, None], rest], dim=1)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("where", ["prompt", "last", "every"])
-@torch.no_grad()
-def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: hooks.Where) -> None:
-    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
-    use, many = partial(said, subject, answer), steerings("resid_post", where)
-    found = forward.read_prompts_each(subject, ids, many, use)
-    alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
-    torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
-    assert all((found[i] - found[4]).abs().max() > 1e-3 for i in range(3)) and torch.equal(found[3], found[4])
-
-
 @pytest.mark.parametrize("part", ["resid_post", "mlp_out", "neurons"])
 @torch.no_grad()
 def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
@@ -75,12 +55,6 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> 
         expected = record.squares[0] if record.squares else torch.zeros(4, dtype=torch.float64)
         torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-9)
     assert (found[0] > 0.01).all() and found[1, 0] == 0 and not found[3:].any()
-
-
-def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None:
-    same, other = steerings("resid_post", "prompt")[:3], steerings("mlp_out", "prompt")[0]
-    assert list(map(len, forward.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
-    assert list(map(len, forward.fitting(same, 100, 10))) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("where", ["prompt", "last"])
@@ -96,23 +70,3 @@ def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(where: hooks.Where)
         np.testing.assert_allclose(known, budget.added_norms(fit.subject, [other], texts)[0], rtol=1e-5)
         assert known.max() > 0
     assert (known == 0).any()  # the gate of the last one
-
-
-def test_tables_of_several_steerings_are_those_of_each() -> None:
-    fit = fitted()
-    room = experiment_of(fit)
-    texts, many = room.prompts.text, [replace(methods.fixed(fit), strength=strength) for strength in (0.1, 0.3)]
-    own = decode.answers(fit.subject, list(texts), 3)
-    odds, prices = (
-        outcomes.log_odds_each(fit.subject, texts, fit.openers, many),
-        outcomes.price_each(fit.subject, list(texts), own, many),
-    )
-    for i, one in enumerate(many):
-        switch = forward.Switch(fit.subject, one)
-        pd.testing.assert_frame_equal(odds[i], outcomes.log_odds(fit.subject, texts, fit.openers, switch), rtol=1e-5)
-        pd.testing.assert_frame_equal(
-            prices[i], outcomes.price(fit.subject, list(texts), own, switch), rtol=1e-4, atol=1e-6
-        )
-    again = outcomes.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
-    assert all(one.equals(two) for one, two in zip(prices, again, strict=True))
-    assert (prices[1].kl > prices[0].kl).all() and (odds[1].p_refuse > odds[0].p_refuse).all()

@@ -29,7 +29,7 @@ from companion.base.errors import InputError
 out, figures = paths.results_dir(SLUG), paths.figures_dir(SLUG)"""
 
 CLAIMS = """rows = ["model,claim,verdict", "other,C9,none", "embedded,C1,supported", "embedded,C2,not testable"]
-_ = files.write_text("\\n".join(rows) + "\\n", paths.RESULTS / "claims.csv")"""
+_ = files.write_text("\\n".join(rows) + "\\n", out / "claims.csv")"""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,29 @@ class Toy:
         return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, check=False)
 
     def contents(self) -> dict[str, bytes]:
-        """Every file that a user would miss, by its path inside."""
+        """Every file that a user would miss, by its path inside: no logs, times and notes of the runner."""
         own = (self.root / name for name in ("notebooks", "results", "figures"))
         paths = sorted(path for folder in own for path in folder.rglob("*") if path.is_file())
         named = {path.relative_to(self.root).as_posix(): path for path in paths}
-        return {name: path.read_bytes() for name, path in named.items() if "/.state/" not in name}
+        left_out = re.compile(r"/\.state/|/logs/|run_times")
+        return {name: path.read_bytes() for name, path in named.items() if not left_out.search(name)}
+
+
+def pair(number: int, treated: str = "say b", control: str = "say a") -> str:
+    """A line of a prompt set."""
+    fields = {"id": f"p{number}", "treatment": "T1", "topic": f"t{number}", "control": control, "treated": treated}
+    return json.dumps(fields)
+
+
+PAIRS = [pair(number) for number in range(12)]
+
+
+def prompt_set(folder: Path, lines: list[str], outcome: str = '{"comply": ["a"], "refuse": ["b"]}') -> Path:
+    """A prompt set of these lines."""
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "outcome.json").write_text(outcome, encoding="utf-8")
+    return folder
 
 
 def environment(**variables: str) -> dict[str, str]:

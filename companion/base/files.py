@@ -1,6 +1,6 @@
-"""Reading JSON that others wrote: whatever is wrong with it is one kind of error with a short reason.
+"""Files: written whole or not at all, checked when they are read, and known by their hash.
 
-Result files: written whole or not at all, and checked when they are read.
+Whatever is wrong with a file, the error is one `InputError` that names it and says what to do.
 """
 
 from __future__ import annotations
@@ -13,15 +13,32 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-import pandas as pd
-
+from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.paths import NOTEBOOKS, RESULTS, relative
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Columns and kinds of the effects table: a row is one pair's four cells for one mediator. First digit of y: the prompt,
+# second: the mediator.
+EFFECTS = {
+    **dict.fromkeys(("pair_id", "topic", "treatment", "split", "site"), "str"),
+    "layer": "int",
+    **dict.fromkeys(("position", "outcome"), "str"),
+    **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float"),
+}
+# The same of an evidence table: a row is one number that a verdict of the claims ledger rests on.
+EVIDENCE = {
+    **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
+    **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
+    **dict.fromkeys(("n_pairs", "n_topics"), "int"),
+    "note": "str",
+}
+KnownHashes = dict[str, list[Any]]  # path -> size, time of change and sha256 of a big file: weights may be many GB
+_BIG = 1 << 20  # bytes from which on a file's hash is remembered
 
 
 class BrokenJson(ValueError):
@@ -32,8 +49,8 @@ class BrokenJson(ValueError):
         self.reason, self.line = reason, line
 
 
-def load_json(path: Path) -> str:
-    """The text of a file; `InputError` if it is not UTF-8."""
+def read_utf8(path: Path) -> str:
+    """The text of a file that a user wrote; `InputError` if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
@@ -41,11 +58,9 @@ def load_json(path: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    r"""The value of a JSON text.
+    r"""The value of a JSON text; `BrokenJson` with a short reason for whatever is wrong with it.
 
-    >>> parse('{"a": 1}')
-    {'a': 1}
-    >>> parse('["\\ud800"]')
+    >>> parse_json('["\\ud800"]')
     Traceback (most recent call last):
     companion.base.files.BrokenJson: line 1: it holds half of a surrogate pair, which is no character
     """
@@ -61,27 +76,6 @@ def parse_json(text: str) -> Any:
     except ValueError:
         raise BrokenJson("it holds a number of too many digits") from None
     return value
-
-
-KINDS = {"str": "text", "int": "whole numbers", "float": "numbers", "bool": "True or False"}
-
-
-# One row: one pair's four cells for one mediator. First digit of y: the prompt, second: the mediator.
-EFFECTS = {
-    **dict.fromkeys(("pair_id", "topic", "treatment", "split", "site"), "str"),
-    "layer": "int",
-    **dict.fromkeys(("position", "outcome"), "str"),
-    **dict.fromkeys(("y00", "y01", "y10", "y11", "te", "nie0", "nie1"), "float"),
-}
-
-
-# One row: one number that a verdict of the claims ledger rests on.
-EVIDENCE = {
-    **dict.fromkeys(("model", "claim", "quantity", "variant"), "str"),
-    **dict.fromkeys(("estimate", "ci_low", "ci_high"), "float"),
-    **dict.fromkeys(("n_pairs", "n_topics"), "int"),
-    "note": "str",
-}
 
 
 @contextmanager
@@ -113,12 +107,17 @@ def write_json(value: Any, path: Path | str) -> Path:
 
     NaN and inf are not JSON and raise `ValueError`: write None where there is no number.
     """
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
     try:
-        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=_plain)
+        text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False, default=plain)
     except ValueError as error:
-        raise ValueError(
-            f"{relative(Path(path))} would hold NaN or inf: write None where there is no number"
-        ) from error
+        place = relative(Path(path))
+        raise ValueError(f"{place} would hold NaN or inf: write None where there is no number") from error
     return write_text(text + "\n", path)
 
 
@@ -131,28 +130,36 @@ def read_json(path: Path | str) -> Any:
         raise InputError(f"{relative(path)} is not valid JSON ({error}). {_remedy(path)}") from error
 
 
-def write_table(table: pd.DataFrame, path: Path | str) -> Path:
+@overload
+def write_table(table: NotDefined, path: Path | str) -> NotDefined: ...
+@overload
+def write_table(table: pd.DataFrame, path: Path | str) -> Path: ...
+def write_table(table: pd.DataFrame | NotDefined, path: Path | str) -> Path | NotDefined:
     """Write a table as parquet or CSV, by the suffix, atomically and without its index; returns the path.
 
     CSV floats have six significant digits: what is committed must not change with the last bit of a sum. Parquet holds
-    checksums of its values, so that a changed bit is not read as another number.
+    checksums of its values, so that a changed bit is not read as another number. Of a table that is `NotDefined` nothing
+    is written: an older file of that name is removed, and the `NotDefined` is returned, so that a notebook shows why.
     """
     path = Path(path)
+    if path.suffix not in (".parquet", ".csv"):
+        raise ValueError(f"{path.name}: a table is written as .parquet or .csv")
+    if isinstance(table, NotDefined):
+        path.unlink(missing_ok=True)
+        return table
     with replacing(path) as scratch:
         if path.suffix == ".parquet":
             table.to_parquet(scratch, index=False, compression="zstd", write_page_checksum=True)
-        elif path.suffix == ".csv":
-            table.to_csv(scratch, index=False, float_format="%.6g", lineterminator="\n")
         else:
-            raise ValueError(f"{path.name}: a table is written as .parquet or .csv")
+            table.to_csv(scratch, index=False, float_format="%.6g", lineterminator="\n")
     return path
 
 
 def read_table(path: Path | str, columns: Mapping[str, str]) -> pd.DataFrame:
     """A table whose `columns` (name -> "str", "int", "float" or "bool") are there and of that kind.
 
-    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and
-    what to do if the file is missing or torn, or a column is missing or of another kind.
+    Columns beyond those are passed on as they are. Raises `InputError` naming the file, the column and what to do if the
+    file is missing or torn, or a column is missing or of another kind.
     """
     path = _existing(path)
     table = _parsed(path, columns)
@@ -184,16 +191,16 @@ def _parsed(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
 def _cast(column: pd.Series, kind: str, path: Path) -> pd.Series:
     from pandas.api import types
 
-    found = {
-        "str": lambda: types.infer_dtype(column, skipna=False) in ("string", "empty"),
-        "int": lambda: types.is_integer_dtype(column) or not len(column),
-        "float": lambda: types.is_any_real_numeric_dtype(column) or not len(column),
-        "bool": lambda: types.is_bool_dtype(column) or not len(column),
-    }
-    if not found[kind]():
-        have = f"column {column.name!r} should hold {KINDS[kind]}, but is {column.dtype}"
+    word, dtype, fits = {
+        "str": ("text", str, lambda: types.infer_dtype(column, skipna=False) in ("string", "empty")),
+        "int": ("whole numbers", "int64", lambda: types.is_integer_dtype(column) or not len(column)),
+        "float": ("numbers", "float64", lambda: types.is_any_real_numeric_dtype(column) or not len(column)),
+        "bool": ("True or False", bool, lambda: types.is_bool_dtype(column) or not len(column)),
+    }[kind]
+    if not fits():
+        have = f"column {column.name!r} should hold {word}, but is {column.dtype}"
         raise InputError(f"{relative(path)}: {have} (or has blanks). {_remedy(path)}")
-    return column.astype({"str": str, "int": "int64", "float": "float64", "bool": bool}[kind])
+    return column.astype(dtype)
 
 
 def _existing(path: Path | str) -> Path:
@@ -206,26 +213,13 @@ def _existing(path: Path | str) -> Path:
 def _remedy(path: Path) -> str:
     """How to make a result file again: its number is its notebook's."""
     number = "08" if path.name == "claims.csv" else (re.match(r"(\d\d)_", path.name) or ("", ""))[1]
-    made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None) if number else None
     if not number or not path.resolve().is_relative_to(RESULTS):
         return "Restore the file or make it again."
+    made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None)
     name = f"notebooks/{made_by.name}" if made_by else f"notebook {number}"
     slug = path.resolve().relative_to(RESULTS).parts[0]
     same = "" if slug in ("embedded", path.name) else f" with the flags that made {slug!r}"
     return f"It is made by {name}: ./run_all.sh --only {number} --force{same}"
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-_BIG = 1 << 20  # bytes from which on a file's hash is remembered
-
-
-# sha256 of big files with the size and the time of change that they had: weights may be many GB
-KnownHashes = dict[str, list[Any]]
 
 
 def hash_file(path: Path, known: KnownHashes) -> str:
@@ -244,12 +238,11 @@ def hash_file(path: Path, known: KnownHashes) -> str:
 def hash_folder(folder: Path, known: KnownHashes, pattern: str = "*") -> dict[str, str]:
     """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out."""
     inside = {path: path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()}
-    kept = {path: name for path, name in inside.items() if not _is_hidden(name)}
-    return {name.as_posix(): hash_file(path, known) for path, name in kept.items()}
-
-
-def _is_hidden(name: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    return {
+        name.as_posix(): hash_file(path, known)
+        for path, name in inside.items()
+        if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+    }
 
 
 def digest(*parts: Any) -> str:

@@ -1,6 +1,6 @@
-"""Checks of what a user hands in, before any notebook starts: a mistake shows in seconds, nothing is overwritten.
+"""Folders of models and prompt sets that a user names, and the checks of a model's files before its weights are read.
 
-What must be true of a model's folder before its weights are read: a config of a causal LM, safetensors, no foreign code.
+A mistake thus shows in seconds, before any notebook starts or gigabytes are loaded.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from companion.base import files, hub
+from companion.base import hub
 from companion.base.errors import InputError
-from companion.base.files import BrokenJson, read_json
+from companion.base.files import read_json
 from companion.base.paths import ORGANISM, PROMPTS, at_home, relative
+
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is that of a hub model, and no folder of that name is here."""
+    return hub.parse(name) is not None and not Path(name).is_dir()
 
 
 def model_folder(name: str) -> Path:
     """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
 
-    Raises InputError for a model of the hub that is not in the cache.
+    Raises `InputError` for a model of the hub that is not in the cache.
     """
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
-    if shipped.is_dir() or Path(name).is_dir() or hub.parse(name) is None:
-        return shipped if shipped.is_dir() else Path(name)
-    return hub.folder_of(name)
+    if shipped.is_dir():
+        return shipped
+    return hub.folder_of(name) if is_on_hub(name) else Path(name)
 
 
 def prompts_folder(name: str) -> Path:
@@ -53,51 +58,93 @@ def names(folder: Path) -> list[str]:
 
 
 def check_model(name: str) -> None:
-    """`InputError` unless `name` is a shipped model or a Hugging Face chat model's folder with safetensors.
+    """`InputError` unless `name` is a shipped model or the folder of a chat model that can be loaded, as far as files tell.
 
-    This looks at files only; `companion.model.load.load` checks what is in them. A model of the hub is looked at when it is
-    downloaded.
+    `companion.model.load` checks the weights themselves. A model of the hub is looked at when it is downloaded.
     """
-    if hub.parse(name) is not None and not Path(name).is_dir():
+    if is_on_hub(name):
         return
     folder = model_folder(name)
     if not folder.is_dir():
+        shipped = ", ".join(names(ORGANISM))
         raise InputError(
-            f"no model {name!r}: give a folder or one of the shipped models ({', '.join(names(ORGANISM))}), "
-            "or a model of the hub as ORG/MODEL"
+            f"no model {name!r}: give a folder or one of the shipped models ({shipped}), or a model of the hub as ORG/MODEL"
         )
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is no model folder: it has no config.json (give the folder that holds it)")
-    config = _json(folder / "config.json")
-    if (
-        "auto_map" in config and "model_type" not in config and not hub.trusts_code()
-    ):  # of a known family the library's own code is used
-        raise InputError(
-            f"{folder} asks to run code of its own (auto_map), which is never done unasked: use a known family"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder} has no *.safetensors weights: only these are read, convert other formats first")
+    check_folder(folder)
     check_chat(folder)
 
 
 def check_judge(name: str) -> None:
-    """`InputError` unless the model that is to label answers could be loaded, as far as files tell: hours pass before it is.
+    """`InputError` unless the model that is to label answers could be loaded: hours pass before it is.
 
-    What `check_model` asks, and whether the weight files are all there and whole. A model of the hub is looked at when it
-    is downloaded.
+    This is what `check_model` asks, and whether the weight files are all there and whole.
     """
     try:
         check_model(name)
-        if not (hub.parse(name) is not None and not Path(name).is_dir()):
+        if not is_on_hub(name):
             check_weights(model_folder(name))
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
 
 
+def check_folder(folder: Path) -> None:
+    """`InputError` unless the folder holds a causal language model with safetensors weights and no code that is not trusted."""
+    check_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise no_weights(str(folder), next((path.name for kind in PICKLED for path in folder.glob(kind)), None))
+
+
+def no_weights(where: str, pickled: str | None) -> InputError:
+    """The error for a model without safetensors; `pickled` names a file of pickled weights, where there is one."""
+    what = f"its weights are pickled ({pickled}), which can run code" if pickled else "it has no weights"
+    return InputError(f"{where}: {what}; expected *.safetensors (save_pretrained writes them)")
+
+
+def check_config(folder: Path) -> None:
+    """The part of `check_folder` that needs no weights, so that it can be asked before they are downloaded."""
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is no model folder: it has no config.json; expected a model folder as save_pretrained writes it"
+        )
+    config = _json_object(folder / "config.json")
+    if "auto_map" in config and not hub.trusts_code():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # takes seconds, and few configs need it
+
+        # Many models of known families name code of their own beside it; the library's own code is used for those.
+        if str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise InputError(
+                f"{folder} asks to run code of its own (auto_map), which is never done unasked; use a model of a known "
+                "family, or read that code and type --trust-remote-code"
+            )
+    named = config.get("architectures")
+    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise InputError(
+            f"{folder} holds {', '.join(architectures) or 'no named architecture'}, not a causal language model; "
+            "expected a class ...ForCausalLM or ...LMHeadModel (of a multimodal model, its text part)"
+        )
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{folder} holds quantized weights, whose layers the exact replay does not know; use the original model"
+        )
+
+
+def check_chat(folder: Path) -> None:
+    """`InputError` unless a tokenizer and a chat template are in the model's folder."""
+    if not any((folder / file).is_file() for file in hub.TOKENIZER):
+        raise InputError(f"{folder} has no tokenizer files: save the tokenizer into it (save_pretrained)")
+    settings = folder / "tokenizer_config.json"
+    if (
+        not any((folder / f"chat_template.{kind}").is_file() for kind in ("jinja", "json"))
+        and not (settings.is_file() and _json_object(settings).get("chat_template"))
+    ):  # fmt: skip
+        raise InputError(f"{folder} has no chat template: use a chat model, or put a chat_template.jinja into it")
+
+
 def check_weights(folder: Path) -> None:
     """`InputError` for a weight file that the index names and is not there, and for one that is cut off or no safetensors."""
-    names = hub.weight_files(folder) if (folder / hub.INDEX).is_file() else []
-    for path in [*(folder / name for name in names), *sorted(folder.glob("*.safetensors"))]:
+    indexed = hub.weight_files(folder) if (folder / hub.INDEX).is_file() else []
+    for path in [*(folder / name for name in indexed), *sorted(folder.glob("*.safetensors"))]:
         if not path.is_file():
             raise InputError(f"{path} is not there, though {hub.INDEX} names it: copy or download the model again")
         if not _is_whole(path):
@@ -118,77 +165,8 @@ def _is_whole(path: Path) -> bool:
     return all(type(end) is int for end in ends) and path.stat().st_size == 8 + length + max(ends, default=0)
 
 
-def check_chat(folder: Path) -> None:
-    """`InputError` unless a tokenizer and a chat template are in the model's folder."""
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        raise InputError(f"{folder} has no tokenizer files: save the tokenizer into it (save_pretrained)")
-    if not _has_template(folder):
-        raise InputError(f"{folder} has no chat template: use a chat model, or put a chat_template.jinja into it")
-
-
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.is_file() and bool(_json(config).get("chat_template"))
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{relative(path)} holds no JSON object: save the model again")
-    return content
-
-
-PICKLED = ("*.bin", "*.pt", "*.pth")
-
-
-def check_folder(folder: Path) -> None:
-    """`InputError` unless the folder holds a causal language model with safetensors weights and no code that is not trusted."""
-    check_config(folder)
-    if not any(folder.glob("*.safetensors")):
-        pickled = next((path.name for suffix in PICKLED for path in folder.glob(suffix)), None)
-        raise no_weights(str(folder), pickled)
-
-
-def no_weights(where: str, pickled: str | None) -> InputError:
-    """The error for a model without safetensors; `pickled` names a file of pickled weights, where there is one."""
-    what = f"its weights are pickled ({pickled}), which can run code" if pickled else "it has no weights"
-    return InputError(f"{where}: {what}; expected *.safetensors (save_pretrained writes them)")
-
-
-def check_config(folder: Path) -> None:
-    """The part of `check_folder` that needs no weights, so that it can be asked before they are downloaded."""
-    settings = _settings(folder)
-    # Many models of known families name code of their own beside it; the library's own code is used for those.
-    if "auto_map" in settings and str(settings.get("model_type")) not in CONFIG_MAPPING and not hub.trusts_code():
-        raise InputError(
-            f"{folder} asks to run code of its own (auto_map), which is never done unasked; use a model of a known "
-            "family, or read that code and type --trust-remote-code"
-        )
-    named = settings.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise InputError(
-            f"{folder} holds {', '.join(names) or 'no named architecture'}, not a causal language model; "
-            "expected a class ...ForCausalLM or ...LMHeadModel (of a multimodal model, its text part)"
-        )
-    if settings.get("quantization_config"):
-        raise InputError(
-            f"{folder} holds quantized weights, whose layers the exact replay does not know; use the original model"
-        )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f"{folder} has no config.json; expected a model folder as save_pretrained writes it")
-    try:
-        content = files.parse_json(config.read_text(encoding="utf-8"))
-    except BrokenJson as error:
-        raise InputError(f"{config} is not valid JSON ({error}); download it again") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{config} is not UTF-8 text; download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{config} holds no JSON object; download it again")
     return content

@@ -1,7 +1,6 @@
 """Names of models on the Hugging Face hub, and where the hub's own cache keeps them.
 
-A name is `ORG/MODEL` or `ORG/MODEL@REVISION`. Only the standard library: the command line imports it; downloads are in
-`companion.model.download`.
+A name is `ORG/MODEL` or `ORG/MODEL@REVISION`. Nothing is downloaded here; `companion.model.download` does it.
 """
 
 from __future__ import annotations
@@ -16,29 +15,11 @@ from companion.base.files import read_json
 from companion.base.paths import at_home
 
 TRUST = "COMPANION_TRUST_REMOTE_CODE"
-
-
 JUDGE = "COMPANION_JUDGE"  # the model that labels answers, if one was chosen
-
-
-_PART = r"[A-Za-z0-9][\w.-]*"
-
-
-_ID = re.compile(rf"{_PART}/{_PART}")
-
-
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
-
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
 INDEX = "model.safetensors.index.json"
-
-
-SINGLE = "model.safetensors"
-
-
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # one of them at least
 
 
@@ -91,27 +72,32 @@ def slug(name: str) -> str:
 def cache() -> Path:
     """The hub's cache, by the variables that its own library reads."""
     if place := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return expanded(place)
+        return expand_variables(place)
     return home() / "hub"
 
 
 def home() -> Path:
     """The folder of everything that the hub's libraries keep."""
     if place := os.environ.get("HF_HOME"):
-        return expanded(place)
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+        return expand_variables(place)
+    return expand_variables(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+
+
+def expand_variables(place: str) -> Path:
+    """A path with variables and `~` replaced where they are known, as the hub's library does it."""
+    return at_home(Path(os.path.expandvars(place)))
 
 
 def ref(hub_id: HubId) -> Path:
     """The file of the cache that holds the commit which a branch or tag was when it was last downloaded."""
-    return _place(hub_id) / "refs" / hub_id.revision
+    return cache() / f"models--{hub_id.repo.replace('/', '--')}" / "refs" / hub_id.revision
 
 
 def snapshot(hub_id: HubId) -> Path | None:
     """The folder of a revision in the cache, if one is there; it may be incomplete (see `is_complete`)."""
     file = ref(hub_id)
     commit = hub_id.revision if hub_id.is_pinned else file.read_text().strip() if file.is_file() else ""
-    folder = _place(hub_id) / "snapshots" / commit
+    folder = cache() / f"models--{hub_id.repo.replace('/', '--')}" / "snapshots" / commit
     return folder if _COMMIT.fullmatch(commit) and folder.is_dir() else None
 
 
@@ -125,14 +111,13 @@ def name_of(folder: Path) -> str:
 def weight_files(folder: Path) -> list[str]:
     """Names of the weight files that a model's folder must have, by its index; one file where it has no index."""
     if not (folder / INDEX).is_file():
-        return [SINGLE]
+        return ["model.safetensors"]
     content = read_json(folder / INDEX)
     shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in shards.values()
-    ):
+    shards = list(shards.values()) if isinstance(shards, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in shards):
         raise InputError(f"{folder / INDEX} names no weight files of this folder: download the model again")
-    return sorted(set(shards.values()))
+    return sorted(set(shards))
 
 
 def is_complete(folder: Path) -> bool:
@@ -144,7 +129,7 @@ def is_complete(folder: Path) -> bool:
 def folder_of(name: str) -> Path:
     """The cached folder of a hub id, downloading nothing; `InputError` where it is not (wholly) in the cache."""
     hub_id = parse(name)
-    assert hub_id is not None
+    assert hub_id is not None, "callers ask only about names of the hub"
     folder = snapshot(hub_id)
     if folder is None or not is_complete(folder):
         raise InputError(f"{name} is not in the hub's cache yet: ./run_all.sh --model {name} downloads it")
@@ -159,16 +144,12 @@ def pinned(name: str) -> str:
 
 def trust_code(is_trusted: bool) -> None:
     """Let this process and the notebooks that it starts run a model's own code, or not, whatever stood there before."""
-    os.environ.pop(TRUST, None)
-    if is_trusted:
-        os.environ[TRUST] = "1"
+    _set_variable(TRUST, "1" if is_trusted else None)
 
 
 def choose_judge(name: str | None) -> None:
     """Let this process and the notebooks that it starts label answers by this model, or by phrases (None)."""
-    os.environ.pop(JUDGE, None)
-    if name:
-        os.environ[JUDGE] = name
+    _set_variable(JUDGE, name)
 
 
 def trusts_code() -> bool:
@@ -176,10 +157,7 @@ def trusts_code() -> bool:
     return os.environ.get(TRUST) == "1"
 
 
-def _place(hub_id: HubId) -> Path:
-    return cache() / f"models--{hub_id.repo.replace('/', '--')}"
-
-
-def expanded(place: str) -> Path:
-    """A path with variables and `~` replaced where they are known, as the hub's library does it."""
-    return at_home(Path(os.path.expandvars(place)))
+def _set_variable(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value:
+        os.environ[name] = value

@@ -1,8 +1,4 @@
-"""Models of the Hugging Face hub: downloaded once into the hub's own cache, safetensors only, checked before the weights.
-
-Files come in two steps: config and tokenizer first, so that a model which cannot be used is refused before gigabytes
-are fetched; then the weights. Without a network, what is in the cache is used.
-"""
+"""What went wrong between this machine and the Hugging Face hub, in one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -13,11 +9,7 @@ from companion.base.errors import InputError
 from companion.base.hub import HubId
 
 TOKEN_HELP = "make a token at huggingface.co/settings/tokens and put it into the variable HF_TOKEN"
-
-
 FAILURES = (OSError, ValueError, RuntimeError, hub_errors.HTTPError)  # hf_xet raises RuntimeError if the network goes
-
-
 AGAIN = "run the same command again, it goes on from there"
 
 

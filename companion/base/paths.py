@@ -1,4 +1,4 @@
-"""Where everything lies; the only module that knows folders."""
+"""Where everything of the repository lies, and what may name a run's folder."""
 
 from __future__ import annotations
 
@@ -9,35 +9,14 @@ from pathlib import Path
 from companion.base.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 CODE = tuple(ROOT / name for name in ("helpers", "companion", "organisms"))  # whatever results can rest on
 DATA = ROOT / "data"
-
-
-ORGANISM = DATA / "organism"
-
-
-PROMPTS = DATA / "prompts"
-
-
-CALIBRATION = DATA / "calibration"
-
-
-PLANTS = DATA / "plants"
-
-
+ORGANISM, PROMPTS, CALIBRATION, PLANTS = (DATA / name for name in ("organism", "prompts", "calibration", "plants"))
 NOTEBOOKS = ROOT / "notebooks"
-
-
 # A test run must not write over what is committed, so these two can be moved.
 RESULTS = Path(os.environ.get("COMPANION_RESULTS") or ROOT / "results").resolve()
-
-
 FIGURES = Path(os.environ.get("COMPANION_FIGURES") or ROOT / "figures").resolve()
-
-
-_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+PARTS = "parts"  # of sharded sweeps: many, and written whole one by one, so a stage shows the folder itself
 
 
 def check_slug(slug: str) -> str:
@@ -45,12 +24,8 @@ def check_slug(slug: str) -> str:
 
     >>> check_slug("qwen2-0.5b")
     'qwen2-0.5b'
-    >>> check_slug("../out")
-    Traceback (most recent call last):
-    ...
-    companion.base.errors.InputError: '../out' cannot name a run: letters, digits, '.', '_', '-', no leading dot; --name gives another
     """
-    if not _SLUG.fullmatch(slug) or len(slug) > 100:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", slug) or len(slug) > 100:
         rule = "letters, digits, '.', '_', '-', no leading dot" if len(slug) <= 100 else "at most 100 characters"
         raise InputError(f"{slug!r} cannot name a run: {rule}; --name gives another")
     return slug
@@ -66,25 +41,22 @@ def figures_dir(slug: str) -> Path:
     return _made(FIGURES / check_slug(slug))
 
 
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def relative(path: Path | str) -> str:
     """The path as a reader of the repository would write it, wherever a test run keeps its folders.
 
     >>> relative(RESULTS / "embedded" / "02_layers.parquet")
     'results/embedded/02_layers.parquet'
-    >>> relative(ROOT / "companion" / "base" / "paths.py")
-    'companion/base/paths.py'
     """
     resolved = Path(path).resolve()
-    homes = {RESULTS: "results", FIGURES: "figures", ROOT: "."}
-    for home, name in homes.items():
+    for home, name in {RESULTS: "results", FIGURES: "figures", ROOT: "."}.items():
         if resolved.is_relative_to(home):
             return (Path(name) / resolved.relative_to(home)).as_posix()
     return str(path)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def at_home(path: Path) -> Path:
@@ -93,6 +65,3 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         return path
-
-
-PARTS = "parts"  # of sharded sweeps: many, and written whole one by one, so a stage shows the folder itself

@@ -1,1 +1,8 @@
-"""How often the method is wrong: the unchanged pipeline on models whose mechanism was built, and the error rates of its verdicts."""
+"""How often the method is wrong: the unchanged pipeline on models whose mechanism was built, and the error rates of its verdicts.
+
+It stands on `companion.evidence` and `organisms`; it changes nothing in the pipeline and no rule reads it.
+
+Public: `campaign` (measure a plan, stop and go on, join; read the shipped tables), `draws` (the plan of compiled models and
+one draw), `population` (verdicts without sampling error), `plants` (fine-tuned models), `localise` (which estimator finds
+the mechanism), `rates` (error rates, power, coverage).
+"""

@@ -2,7 +2,7 @@
 
 The mechanism of T2 - T2b is everything on the last token's way from the wrapper to the outcome: heads that fetch the
 wrapper, stages that compute from it, whatever writes the decision, and the side route. Components are attention or MLP
-outputs of a layer. The component that writes the decision is `writer`, the one that makes it `decider`.
+outputs of a layer.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from companion.base import thresholds
+from companion.calibration.campaign import SCORES
 from companion.calibration.rates import ranking_quality
 from companion.evidence.neurons import Neurons
 from companion.evidence.pipeline import Measured
@@ -23,28 +24,18 @@ from companion.mediation.summaries import Variant
 from companion.neurons import screening
 from companion.neurons.adjacency import HALF_WIDTH
 from companion.neurons.single import in_split, sign_on_discover
-from companion.stats import bootstrap
+from companion.stats.rates import mean_change
 from organisms.compiled import Organism
 from organisms.compiled_program import CHANNELS
 
-SCHEMA = {**dict.fromkeys(("kind", "estimator", "what"), "str"), "seed": "int", "value": "float"}
-
-
 ESTIMATORS = ("total", "full response", "direct", "computed", "gradient screen", "window")
-
-
 MEASURES = ("members ranked above others (AUROC)", "members among the k largest (P@k)")
-
-
-WHAT: Mapping[str, Mapping[str, str]] = {
-    **{
-        what: dict(zip(MEASURES, (f"{what}, auroc", f"{what}, P@k"), strict=True)) for what in ("components", "neurons")
-    },
+WHAT: Mapping[str, Mapping[str, str]] = {  # what is looked for -> measure -> its name in the table
+    "components": {MEASURES[0]: "components, auroc", MEASURES[1]: "components, P@k"},
+    "neurons": {MEASURES[0]: "neurons, auroc", MEASURES[1]: "neurons, P@k"},
     "the deciding component": {MEASURES[1]: "decision found"},
 }
-
-
-COMPONENTS = {
+VARIANTS = {
     "total": Variant("main"),
     "full response": Variant("", outcome="Y2"),
     "direct": Variant("", outcome="contrast.frozen"),
@@ -63,7 +54,7 @@ def decider(organism: Organism) -> tuple[str, int]:
     return ("mlp_out", computing[0]) if computing else writer(organism)
 
 
-def components(organism: Organism) -> set[tuple[str, int]]:
+def mechanism_components(organism: Organism) -> set[tuple[str, int]]:
     """All components (site, layer) of the mechanism at the last token; what is copied from `<end>` enters by the copying."""
     design, side = organism.design, organism.design.side
     found = {writer(organism)}
@@ -75,7 +66,7 @@ def components(organism: Organism) -> set[tuple[str, int]]:
     return found
 
 
-def neurons(organism: Organism) -> Bool[np.ndarray, "layer neuron"]:
+def mechanism_neurons(organism: Organism) -> Bool[np.ndarray, "layer neuron"]:
     """Which neurons write a channel of the mechanism that counts at the last token."""
     names = ["out.side"] + (["stage0", "stage1", "stage2", "out"] if organism.design.writer != "copy" else [])
     columns = [CHANNELS[name] for name in names]
@@ -83,78 +74,72 @@ def neurons(organism: Organism) -> Bool[np.ndarray, "layer neuron"]:
 
 
 def localise_draw(organism: Organism, this: Study, measured: Measured) -> pd.DataFrame:
-    """One row an estimator and measure of how well it finds the mechanism (`SCHEMA`), from all pairs of T2 - T2b."""
+    """One row an estimator and measure of how well it finds the mechanism (`SCORES`), from all pairs of T2 - T2b."""
     found: list[tuple[str, str, float]] = []
     if measured.layers:
-        for name, variant in COMPONENTS.items():
+        for name, variant in VARIANTS.items():
             sites = [site + (".direct" if name == "direct" else "") for site in thresholds.COMPONENTS]
             table = summaries.select(measured.layers.effects, "T2-T2b", variant, sites)
-            if len(table):
-                effects = summaries.signed(table)
-                found += component_rows(organism, name, effects) + decision_rows(organism, name, effects)
+            found += _component_rows(organism, name, table) if len(table) else []
     if measured.computed is not None and len(measured.computed):
-        found += decision_rows(organism, "computed", summaries.signed(measured.computed))
+        found += _decision_rows(organism, "computed", _component_means(measured.computed))
     if measured.neurons:
-        member = neurons(organism).ravel()
+        member = mechanism_neurons(organism).ravel()
         for name, score in neuron_scores(measured.neurons, this).items():
-            found += [
-                (name, f"neurons, {what}", value)
-                for what, value in ranking_quality(member.tolist(), score.tolist()).items()
-            ]
+            quality = ranking_quality(member.tolist(), score.tolist())
+            found += [(name, f"neurons, {what}", value) for what, value in quality.items()]
     table = pd.DataFrame(found, columns=["estimator", "what", "value"])
-    return table.assign(kind=organism.design.kind, seed=organism.design.seed)[list(SCHEMA)]
+    return table.assign(kind=organism.design.kind, seed=organism.design.seed)[list(SCORES)]
 
 
-def compared(table: pd.DataFrame) -> pd.DataFrame:
+def _component_means(effects: pd.DataFrame) -> pd.Series:
+    """Mean signed NIE by (site, layer)."""
+    table = summaries.signed(effects)
+    return table.assign(site=table.site.str.removesuffix(".direct")).groupby(["site", "layer"])["nie"].mean()
+
+
+def _component_rows(organism: Organism, name: str, effects: pd.DataFrame) -> list[tuple[str, str, float]]:
+    """Ranking of components; whether the largest effect is the writer's, by site and by layer; and the decider's rows."""
+    means, known = _component_means(effects), mechanism_components(organism)
+    quality = ranking_quality([key in known for key in means.index], means)
+    (site, layer), (true_site, true_layer) = means.idxmax(), writer(organism)
+    return [
+        *((name, f"components, {what}", value) for what, value in quality.items()),
+        (name, "layer error", float(abs(layer - true_layer))),
+        (name, "module accuracy", float(site == true_site)),
+        *_decision_rows(organism, name, means),
+    ]
+
+
+def _decision_rows(organism: Organism, name: str, means: pd.Series) -> list[tuple[str, str, float]]:
+    """Whether the largest effect is that of the component which makes the decision, and how many layers off it is."""
+    found, true = means.idxmax(), decider(organism)
+    error = float(abs(found[1] - true[1]))
+    return [(name, "decision found", float(found == true)), (name, "decision, layer error", error)]
+
+
+def compare_estimators(table: pd.DataFrame) -> pd.DataFrame:
     """For the figure: the mean of each measure and its interval, a row an estimator and what it looks for, on common models.
 
     The models of a row are those that all estimators of the same thing were asked about. The decision is one component, so its
     P@k is the share of models in which the largest is it.
     """
     rows = []
-    for what, of in WHAT.items():
-        asked = {measure: table[table.what == name].dropna() for measure, name in of.items()}
-        for measure, part in asked.items():
+    for what, names in WHAT.items():
+        for measure, name in names.items():
+            part = table[table.what == name].dropna()
             wide = part.pivot(index=["kind", "seed"], columns="estimator", values="value").dropna()
             models = np.array([f"{kind} {seed}" for kind, seed in wide.index])
-            for estimator in ESTIMATORS:
-                if estimator in wide and len(wide) > 1:
-                    found = bootstrap.mean_ci(wide[estimator].to_numpy(), models)
-                    rows.append((measure, estimator, what, found.estimate, found.low, found.high, len(wide)))
+            for estimator in (one for one in ESTIMATORS if one in wide and len(wide) > 1):
+                found = mean_change(wide[estimator].to_numpy(), models)
+                rows.append((measure, estimator, what, found.estimate, found.low, found.high, len(wide)))
     made = pd.DataFrame(rows, columns=["measure", "estimator", "what", "estimate", "low", "high", "models"])
     places = {name: i for i, name in enumerate([*MEASURES, *ESTIMATORS])}
-    return made.sort_values(
-        ["measure", "estimator"], key=lambda names: names.map(places), kind="stable", ignore_index=True
-    )
+    by = ["measure", "estimator"]
+    return made.sort_values(by, key=lambda names: names.map(places), kind="stable", ignore_index=True)
 
 
-def component_rows(organism: Organism, name: str, table: pd.DataFrame) -> list[tuple[str, str, float]]:
-    """Ranking of components, and whether the largest effect is the writer's: its site, and how many layers off it is."""
-    table = table.assign(site=table.site.str.removesuffix(".direct"))
-    effect = table.groupby(["site", "layer"])["nie"].mean()
-    member = [key in components(organism) for key in effect.index]
-    found = [(name, f"components, {what}", value) for what, value in ranking_quality(member, effect).items()]
-    site, layer = effect.idxmax()
-    true_site, true_layer = writer(organism)
-    return [
-        *found,
-        (name, "layer error", float(abs(layer - true_layer))),
-        (name, "module accuracy", float(site == true_site)),
-    ]
-
-
-def decision_rows(organism: Organism, name: str, table: pd.DataFrame) -> list[tuple[str, str, float]]:
-    """Whether the largest effect is that of the component which makes the decision, and how many layers off it is."""
-    table = table.assign(site=table.site.str.removesuffix(".direct"))
-    found = table.groupby(["site", "layer"])["nie"].mean().idxmax()
-    true = decider(organism)
-    return [
-        (name, "decision found", float(found == true)),
-        (name, "decision, layer error", float(abs(found[1] - true[1]))),
-    ]
-
-
-def neuron_scores(found: Neurons, this: Study) -> Mapping[str, np.ndarray]:
+def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, "neuron"]]:
     """Scores of all neurons, layer by layer: exact total and direct effect, window mean, gradient screen.
 
     A window is the mean signed effect of a neuron and its 8 neighbours by index on either side, as far as there are any.
@@ -163,22 +148,20 @@ def neuron_scores(found: Neurons, this: Study) -> Mapping[str, np.ndarray]:
     sign, d_mlp = sign_on_discover(effects.pairs), found.measured.study.subject.d_mlp
     mean = {name: sign * values.mean(0) for name, values in in_split(effects, "all").values.items()}
     total = (mean["nie0"] + mean["nie1"]) / 2
-    windows = [window_means(layer) for layer in total.reshape(-1, d_mlp)]
-    screen = screening.estimates(this, "T2-T2b").estimate.to_numpy()
-    return {
-        "total": abs(total),
-        "direct": abs(mean["direct"]),
-        "window": abs(np.concatenate(windows)),
-        "gradient screen": abs(screen),
+    scores = {
+        "total": total,
+        "direct": mean["direct"],
+        "window": np.concatenate([window_means(layer) for layer in total.reshape(-1, d_mlp)]),
+        "gradient screen": screening.estimates(this, "T2-T2b").estimate.to_numpy(),
     }
+    return {name: abs(values) for name, values in scores.items()}
 
 
-def window_means(values: np.ndarray) -> np.ndarray:
+def window_means(values: Float[np.ndarray, "neuron"]) -> Float[np.ndarray, "neuron"]:
     """Mean over each entry's window of half-width 8.
 
     >>> window_means(np.r_[17.0, np.zeros(20)])[[0, 8, 9]].round(2)
     array([1.89, 1.  , 0.  ])
     """
     box = np.ones(2 * HALF_WIDTH + 1)
-    counts = np.convolve(np.ones(len(values)), box, "same")
-    return np.convolve(values, box, "same") / counts
+    return np.convolve(values, box, "same") / np.convolve(np.ones(len(values)), box, "same")

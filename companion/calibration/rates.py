@@ -1,11 +1,9 @@
 """Error rates of the method's own verdicts, from models whose truth is known.
 
-A row a draw, claim and rule (`MEASURED`): `rule` is the registered one or its correction (`claims_corrected`), `truth` what
-was built, `verdict` what the rule said at the draw's sample size. `population_verdict` is what it says on a sample so large
-that its error is negligible (`AT_LARGE`). So a wrong verdict has two possible causes: the sample (verdict against population
-verdict), or the rule itself (population verdict against truth).
-
-What the calibration says of a claim's rule, for the ledger: its error rates on models whose truth is known.
+A row of a table of draws is a draw, claim and rule: `rule` is the registered one or its correction, `truth` what was built,
+`verdict` what the rule said at the draw's sample size, and `population_verdict` what it says where sampling error is gone.
+So a wrong verdict has two possible causes: the sample (verdict against population verdict), or the rule itself (population
+verdict against truth).
 """
 
 from __future__ import annotations
@@ -15,43 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from statsmodels.stats.proportion import proportion_confint
 
-from companion.base import files, paths
+from companion.base import paths
+from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import CORRECTED, Rates
 
-NUMBERS = ("estimate", "ci_low", "ci_high", "population")
-
-
-MEASURED = {
-    **dict.fromkeys(("kind", "claim", "rule", "truth", "verdict", "gate", "quantity", "reason", "code"), "str"),
-    **dict.fromkeys(("seed", "topics", "pairs"), "int"),
-    **dict.fromkeys(("effect", *NUMBERS[:3]), "float"),
-}
-
-
-STORED = {**MEASURED, "purpose": "str"}  # as shipped: with what a draw was made for
-
-
-AT_LARGE = {
-    **dict.fromkeys(("kind", "claim", "rule", "population_verdict", "code"), "str"), "seed": "int", "population": "float",
-}  # fmt: skip
-
-
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its exact 95 % interval
-
-
 TRUTHS = ("true", "false", "open")
-
-
 OUTCOMES = ("supported", "contradicted", "inconclusive", "not testable")
-
-
+RIGHT = {"true": "supported", "false": "contradicted"}
+WRONG = {"true": "contradicted", "false": "supported"}
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
-
-
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
+FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
+# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
+FRESH_LATER, FRESH_LAST = 200, 300
+JUDGED_FROM = {"C1": FRESH_LATER, "C6": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
+# Planned before the corrections of C1 and C6, but measured only afterwards.
+UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 
 
 def rate(hits: int, n: int) -> tuple[float, float, float]:
@@ -66,63 +48,59 @@ def rate(hits: int, n: int) -> tuple[float, float, float]:
     return hits / n, float(low), float(high)
 
 
-def upper_bound(hits: int, n: int) -> float:
-    """Exact one-sided 95 % upper bound on a rate.
+def one_sided(hits: int, n: int) -> tuple[float, float]:
+    """Exact one-sided 95 % lower and upper bound on a rate.
 
-    >>> round(upper_bound(0, 59), 4)
-    0.0495
+    >>> [round(x, 4) for x in one_sided(6, 60)]
+    [0.0445, 0.1885]
     """
-    return float(proportion_confint(hits, n, alpha=0.10, method="beta")[1]) if n else 1.0
+    low, high = proportion_confint(hits, n, alpha=0.10, method="beta") if n else (0.0, 1.0)
+    return float(low), float(high)
 
 
-def lower_bound(hits: int, n: int) -> float:
-    """Exact one-sided 95 % lower bound on a rate.
-
-    >>> round(lower_bound(6, 60), 4)
-    0.0445
-    """
-    return float(proportion_confint(hits, n, alpha=0.10, method="beta")[0]) if n else 0.0
-
-
-def given(table: pd.DataFrame) -> pd.DataFrame:
-    """The draws in which a rule was asked and had something to read: past the gate, and testable."""
+def testable(table: pd.DataFrame) -> pd.DataFrame:
+    """The draws in which a rule was asked and had something to read: past the precondition, and testable."""
     return table[(table.gate == "passed") & (table.verdict != "not testable")]
 
 
-def confusion(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
-    """Counts of verdicts by claim and truth: `hits` of `n`, exact intervals; on request only of the draws that are `given`."""
-    chosen = given(table) if given_gate else table
-    index = pd.MultiIndex.from_product(
-        [sorted(table.claim.unique()), TRUTHS, OUTCOMES], names=["claim", "truth", "verdict"]
-    )
-    counts = chosen.groupby(["claim", "truth", "verdict"]).size().reindex(index, fill_value=0)
+def confusion(table: pd.DataFrame) -> pd.DataFrame:
+    """Counts of verdicts by claim and truth: `hits` of `n`, with exact intervals."""
+    levels = [sorted(table.claim.unique()), TRUTHS, OUTCOMES]
+    index = pd.MultiIndex.from_product(levels, names=["claim", "truth", "verdict"])
+    counts = table.groupby(index.names).size().reindex(index, fill_value=0)
     made = pd.DataFrame({"hits": counts, "n": counts.groupby(["claim", "truth"]).transform("sum")}).reset_index()
     made[["estimate", "low", "high"]] = [rate(row.hits, row.n) for row in made.itertuples()]
     return made
 
 
-def errors(table: pd.DataFrame, *, given_gate: bool = False) -> pd.DataFrame:
+def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataFrame:
     """Per claim: how often "supported" is said of a false claim and "contradicted" of a true one, and the power of both.
 
     Columns `error` (false supported, false contradicted, power to support, power to contradict), `hits`, `n`,
-    `estimate`, `low`, `high` (exact), and `lower` and `upper`, the one-sided 95 % bounds. On request only of the draws that are
-    `given`.
+    `estimate`, `low`, `high` (exact), and `lower` and `upper`, the one-sided 95 % bounds. Every claim of the table has its
+    rows; on request they count only the draws in which its rule had something to read.
     """
-    chosen = given(table) if given_gate else table
-    asked = (
-        ("false supported", "false", "supported"),
-        ("false contradicted", "true", "contradicted"),
-        ("power to support", "true", "supported"),
-        ("power to contradict", "false", "contradicted"),
-    )
+    chosen = testable(table) if only_testable else table
+    asked = {
+        "false supported": ("false", "supported"),
+        "false contradicted": ("true", "contradicted"),
+        "power to support": ("true", "supported"),
+        "power to contradict": ("false", "contradicted"),
+    }
     rows = []
     for claim in sorted(table.claim.unique()):
-        for name, truth, verdict in asked:
+        for name, (truth, verdict) in asked.items():
             part = chosen[(chosen.claim == claim) & (chosen.truth == truth)]
-            hits = int((part.verdict == verdict).sum())
-            n = len(part)
-            rows.append((claim, name, hits, n, *rate(hits, n), lower_bound(hits, n), upper_bound(hits, n)))
+            hits, n = int((part.verdict == verdict).sum()), len(part)
+            rows.append((claim, name, hits, n, *rate(hits, n), *one_sided(hits, n)))
     return pd.DataFrame(rows, columns=["claim", "error", *COUNTED, "lower", "upper"])
+
+
+def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.DataFrame:
+    """How often the condition holds in each group of rows, with exact intervals."""
+    made = hit.groupby([table[name] for name in by]).agg(hits="sum", n="size").reset_index()
+    shares = [rate(hits, n) for hits, n in zip(made.hits, made.n, strict=True)]
+    return made.join(pd.DataFrame(shares, columns=["estimate", "low", "high"]))
 
 
 def supported_by_kind(table: pd.DataFrame, truth: str) -> pd.DataFrame:
@@ -130,11 +108,9 @@ def supported_by_kind(table: pd.DataFrame, truth: str) -> pd.DataFrame:
 
     Of false claims this is the severity of a rule, of true ones its power. `upper` is the one-sided exact 95 % bound.
     """
-    rows = []
-    for (claim, kind), part in table[table.truth == truth].groupby(["claim", "kind"]):
-        hits = int((part.verdict == "supported").sum())
-        rows.append((claim, kind, hits, len(part), *rate(hits, len(part)), upper_bound(hits, len(part))))
-    return pd.DataFrame(rows, columns=["claim", "kind", *COUNTED, "upper"])
+    part = table[table.truth == truth]
+    made = _by_group(part, ["claim", "kind"], part.verdict == "supported")
+    return made.assign(upper=[one_sided(row.hits, row.n)[1] for row in made.itertuples()])
 
 
 def split_errors(table: pd.DataFrame) -> pd.DataFrame:
@@ -144,36 +120,27 @@ def split_errors(table: pd.DataFrame) -> pd.DataFrame:
     claim: "inconclusive" is no error, but no help either, and is counted as `silent`.
     """
     known = table[(table.population_verdict != "") & (table.truth != "open")]
-    wrong = {"true": "contradicted", "false": "supported"}
-    rows = []
-    for claim, part in known.groupby("claim"):
-        construct = part.population_verdict == part.truth.map(wrong)
-        silent = ~part.population_verdict.isin(["supported", "contradicted"])
-        differs = part.verdict != part.population_verdict
-        for name, hit in (("sampling", differs), ("construct", construct), ("silent", silent)):
-            rows.append((claim, name, int(hit.sum()), len(part), *rate(int(hit.sum()), len(part))))
-    return pd.DataFrame(rows, columns=["claim", "error", *COUNTED])
+    hits = {
+        "sampling": known.verdict != known.population_verdict,
+        "construct": known.population_verdict == known.truth.map(WRONG),
+        "silent": ~known.population_verdict.isin(["supported", "contradicted"]),
+    }
+    parts = [_by_group(known, ["claim"], hit).assign(error=name) for name, hit in hits.items()]
+    made = pd.concat(parts).sort_values("claim", kind="stable", ignore_index=True)
+    return made[["claim", "error", *COUNTED]]
 
 
-def coverage(table: pd.DataFrame) -> pd.DataFrame:
+def interval_coverage(table: pd.DataFrame) -> pd.DataFrame:
     """Share of intervals that hold the population value up to `ROUNDING`, by claim and quantity; both ends finite."""
-    known = table[np.isfinite(table[list(NUMBERS)]).all(axis=1)]
-    rows = []
-    for (claim, quantity), part in known.groupby(["claim", "quantity"]):
-        above, below = part.population - part.ci_low, part.ci_high - part.population
-        hits = int((np.minimum(above, below) >= -ROUNDING).sum())
-        rows.append((claim, quantity, hits, len(part), *rate(hits, len(part))))
-    return pd.DataFrame(rows, columns=["claim", "quantity", *COUNTED])
+    known = table[np.isfinite(table[["estimate", "ci_low", "ci_high", "population"]]).all(axis=1)]
+    room = np.minimum(known.population - known.ci_low, known.ci_high - known.population)
+    return _by_group(known, ["claim", "quantity"], room >= -ROUNDING)
 
 
-def power(table: pd.DataFrame, by: str) -> pd.DataFrame:
+def power_curve(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """Share of right verdicts (supported if true, contradicted if false) by claim, truth and a column (`topics`, `effect`)."""
-    right = {"true": "supported", "false": "contradicted"}
-    rows = []
-    for (claim, truth, value), part in table[table.truth.isin(right)].groupby(["claim", "truth", by]):
-        hits = int((part.verdict == right[truth]).sum())
-        rows.append((claim, truth, value, hits, len(part), *rate(hits, len(part))))
-    return pd.DataFrame(rows, columns=["claim", "truth", by, *COUNTED])
+    known = table[table.truth.isin(RIGHT)]
+    return _by_group(known, ["claim", "truth", by], known.verdict == known.truth.map(RIGHT))
 
 
 def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float]]) -> pd.DataFrame:
@@ -197,12 +164,11 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
     return pd.concat(tables, ignore_index=True)
 
 
-def _area_interval(true: np.ndarray, false: np.ndarray) -> tuple[float, float]:
+def _area_interval(true: Float[np.ndarray, "case"], false: Float[np.ndarray, "other"]) -> tuple[float, float]:
     """The area is the share of (true, false) couples that are ranked rightly, so redrawing cases only weights the couples."""
     right = (true[:, None] > false) + 0.5 * (true[:, None] == false)
     rng = np.random.default_rng(0)
-    n_true, n_false = right.shape
-    times = [rng.multinomial(n, np.full(n, 1 / n), size=2000) for n in (n_true, n_false)]
+    times = [rng.multinomial(n, np.full(n, 1 / n), size=2000) for n in right.shape]
     low, high = np.quantile(((times[0] @ right) * times[1]).sum(1) / right.size, [0.025, 0.975])
     return float(low), float(high)
 
@@ -218,24 +184,12 @@ def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str
     member, values = np.asarray(is_part, dtype=bool), np.asarray(score, dtype=float)
     if member.all() or not member.any():
         return dict.fromkeys(("auroc", "average precision", "P@k"), float("nan"))
-    k = int(member.sum())
-    top = np.argsort(-values, kind="stable")[:k]
+    top = np.argsort(-values, kind="stable")[: int(member.sum())]
     return {
         "auroc": float(roc_auc_score(member, values)),
         "average precision": float(average_precision_score(member, values)),
         "P@k": float(member[top].mean()),
     }
-
-
-# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
-FRESH_LATER, FRESH_LAST = 200, 300
-
-
-JUDGED_FROM = {"C1": FRESH_LATER, "C6": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
-
-
-# Planned before the corrections of C1 and C6, but measured only afterwards.
-UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 
 
 def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
@@ -244,7 +198,11 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
     ['C2', 'C2*']
     """
-    return _draws(("main",), folder)
+    table = read_shipped("verdicts", folder)
+    table = table[(table.purpose == "main") & ~_seen(table)]
+    known = read_shipped("population", folder, or_empty=True).drop(columns="code")
+    table = table.merge(known, how="left", on=["kind", "seed", "claim", "rule"], validate="one_to_one")
+    return _named(table.assign(population_verdict=table.population_verdict.fillna("")))
 
 
 def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
@@ -252,26 +210,13 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
 
     Every model is there with each of them, so what differs along a curve is that number alone.
     """
-    table = _draws(("effect", "topics", "pairs"), folder)
-    return table.assign(effect=table.effect.round(3))
+    table = read_shipped("verdicts", folder)
+    table = table[table.purpose.isin(("effect", "topics", "pairs"))]
+    return _named(table.assign(effect=table.effect.round(3)))
 
 
-def _draws(purposes: Sequence[str], folder: Path) -> pd.DataFrame:
-    table = files.read_table(folder / "verdicts.parquet", STORED)
-    table = table[table.purpose.isin(purposes) & ~_seen(table)]
-    if "main" in purposes:
-        known = population_verdicts(folder).drop(columns="code")
-        table = table.merge(known, how="left", on=["kind", "seed", "claim", "rule"], validate="one_to_one")
-        table["population_verdict"] = table.population_verdict.fillna("")
+def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
-
-
-def population_verdicts(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
-    """Population verdicts (`rates.AT_LARGE`); empty where none are shipped."""
-    path = folder / "population.parquet"
-    if path.is_file():
-        return files.read_table(path, AT_LARGE)
-    return pd.DataFrame(columns=list(AT_LARGE)).astype({"seed": "int64", "population": "float64"})
 
 
 def _seen(table: pd.DataFrame) -> pd.Series:
@@ -284,30 +229,24 @@ def _seen(table: pd.DataFrame) -> pd.Series:
     return late & (table.seed < table.claim.map(JUDGED_FROM)) & ~((table.claim == "C1") & known.isin(UNSEEN))
 
 
-def by_claim(folder: Path = paths.CALIBRATION) -> Rates:
+def claim_rates(folder: Path = paths.CALIBRATION) -> Rates:
     """For each claim (a corrected rule: "C2*") and error: `hits` of `n` draws, `rate`, and `upper`, the exact 95 % bound.
 
-    The errors are those of `rates.errors`. Empty where no draws are shipped.
+    The errors are those of `error_rates`, of testable draws. Empty where no draws are shipped.
     """
     if not (folder / "verdicts.parquet").is_file():
         return {}
     found: dict[str, dict[str, dict[str, object]]] = {}
-    for row in errors(main_draws(folder), given_gate=True).itertuples():
-        if row.n:
-            rate = {
-                "hits": int(row.hits),
-                "n": int(row.n),
-                "rate": round(row.estimate, 4),
-                "upper": round(row.upper, 4),
-            }
-            found.setdefault(str(row.claim), {})[str(row.error).replace(" ", "_")] = rate
+    for row in error_rates(main_draws(folder), only_testable=True).query("n > 0").itertuples():
+        numbers = {"hits": int(row.hits), "n": int(row.n), "rate": round(row.estimate, 4), "upper": round(row.upper, 4)}
+        found.setdefault(str(row.claim), {})[str(row.error).replace(" ", "_")] = numbers
     return found
 
 
-def state(row: pd.Series) -> str:
+def support_state(row: pd.Series) -> str:
     """Whether a rate of false support shows the 5 % target: its one-sided 95 % bounds against it.
 
-    >>> state(pd.Series({"n": 20, "upper": 0.14, "lower": 0.0}))
+    >>> support_state(pd.Series({"n": 20, "upper": 0.14, "lower": 0.0}))
     'not enough draws'
     """
     if row.upper <= 0.05:
@@ -328,11 +267,3 @@ def power_state(row: pd.Series) -> str:
     if row.lower >= 0.8:
         return "80 % shown"
     return "80 % missed" if row.upper < 0.8 else "80 % neither shown nor missed"
-
-
-def plants(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
-    """Evidence of the plants and of their untrained twins, for the ledger; empty where none is shipped."""
-    path = folder / "plant_evidence.parquet"
-    if not path.is_file():
-        return pd.DataFrame(columns=list(files.EVIDENCE))
-    return files.read_table(path, files.EVIDENCE)

@@ -8,12 +8,22 @@ Thresholds are the registered ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
-from companion.base import thresholds
-from companion.base.thresholds import COMPUTED
-from companion.claims import registered_rules, verdict
-from companion.claims.verdict import Rows, Verdict, decide, generation, interval, precondition
+from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN
+from companion.claims import registered_rules as registered
+from companion.claims.verdict import (
+    Rows,
+    Verdict,
+    benign_behaviours,
+    conclude,
+    control,
+    decide,
+    interval,
+    joint_probability,
+    precondition,
+    same_side,
+)
 
 WHY = {
     "C1": "An indirect effect is as large where a decision is only copied or fetched as where it is made: what counts is "
@@ -44,47 +54,92 @@ def corrected_c1(rows: Rows) -> Verdict | None:
     share, centroid = rows.find("C1", COMPUTED), rows.find("C1", "centroid difference")
     if share is None:
         return None
-    stop = precondition(rows, "C1", generation(rows))
-    if stop:
+    if stop := precondition(rows, "C1"):
         return stop
     checks = {
-        "benign behaviours": verdict.benign(rows),
-        "unsaturated pairs": verdict.same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
-        "joint probability": verdict.joint(rows, "T2"),
+        "benign behaviours": benign_behaviours(rows),
+        "unsaturated pairs": same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
+        "joint probability": joint_probability(rows, "T2"),
     }
-    later = centroid is not None and centroid.ci_low >= 0.05
-    decision = decide(supported=share.ci_low >= 0.50 and later, contradicted=share.ci_high <= 0.40)
-    against_benign = "no benign behaviour to compare with" if centroid is None else interval(centroid)
+    is_later = centroid is not None and centroid.ci_low >= 0.05
+    decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
+    against_benign = registered.NO_BENIGN if centroid is None else interval(centroid)
     reason = f"late share {interval(share)} of what is computed; depth centroid, harm - benign: {against_benign}"
-    return verdict.verdict(rows, share, decision, checks, reason)
+    return conclude(rows, share, decision, checks, reason)
 
 
 def corrected_c2(rows: Rows) -> Verdict:
     """C2 by direct effects alone: supported if the MLP share is low >= 0.60, contradicted if high <= 0.50."""
-    stop = precondition(rows, "C2", generation(rows))
-    if stop:
+    if stop := precondition(rows, "C2"):
         return stop
     direct = rows.find("C2", "MLP share of direct effects")
     if direct is None:
-        return registered_rules.rule_c2(rows)  # which says what was not measured
+        return registered.rule_c2(rows)  # which says what was not measured
     checks = {
-        "per patch norm": verdict.measured(rows, "per patch norm"),
-        "per parameter": verdict.measured(rows, "per parameter"),
-        "joint probability": verdict.joint(rows, "T2"),
+        "per patch norm": control(rows.find("C2", "MLP share of NIE", "per patch norm")),
+        "per parameter": control(rows.find("C2", "MLP share of NIE", "per parameter")),
+        "joint probability": joint_probability(rows, "T2"),
     }
     decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
-    return verdict.verdict(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
+    return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
 
 
-def corrected_rules_of(rows: Rows) -> Iterator[Verdict]:
+def corrected_c3(rows: Rows) -> Verdict:
+    """C3 as registered, but the probe's control can spoil "supported" only."""
+    return precondition(rows, "C3") or registered.judge_c3(rows, for_support=(registered.PROBE,))
+
+
+def corrected_c4(rows: Rows) -> Verdict | None:
+    """C4 as registered, the hand-over layer's own MLP among those that carry on; None where that was not measured."""
+    if not rows.variants("C4", MLP_SHARE_WITH_OWN, ""):  # older draws do not have it
+        return None
+    return precondition(rows, "C4") or registered.judge_c4(
+        rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on"
+    )
+
+
+def corrected_c5a(rows: Rows) -> Verdict:
+    """C5a as registered, but the comparison with a random order can spoil "supported" only."""
+    return precondition(rows, "C5a") or registered.judge_c5a(rows, for_support=(registered.ORDER,))
+
+
+def corrected_c5b(rows: Rows) -> Verdict:
+    """C5b as registered, but an index inside the last layer's sparse set counts where it is the larger one.
+
+    A set with such an index may be a readout.
+    """
+    index = rows.find("C5b", "gate index")
+    sparse = [row for row in registered.gate_forms(rows, "b") if not str(row.note).endswith(", whole last layer")]
+    inside = max(sparse, key=lambda row: row.ci_low, default=None)
+    if index is None or inside is None or not inside.ci_low >= index.ci_low:
+        return registered.rule_c5b(rows)
+    return precondition(rows, "C5b") or registered.judge_c5b(rows, inside, may_read_out=True)
+
+
+def corrected_c5c(rows: Rows) -> Verdict:
+    """C5c as registered, but answers must have been labelled by their content."""
+    if stop := precondition(rows, "C5c"):
+        return stop
+    by_content = (
+        rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE) is not None
+        or rows.find("C5c", "not defined", CONTENT_JUDGE) is not None
+    )
+    if not by_content and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
+        reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
+        return Verdict(rows.model, "C5c", "not testable", reason)
+    return registered.judge_c5c(rows, CONTENT_JUDGE)
+
+
+def corrected_c6(rows: Rows) -> Verdict:
+    """C6 as registered, but early or middle layers that do as well stand in the way of "supported" and contradict nothing."""
+    return precondition(rows, "C6") or registered.judge_c6(rows, contradicting=())
+
+
+RULES: tuple[Callable[[Rows], Verdict | None], ...] = (
+    corrected_c1, corrected_c2, corrected_c3, corrected_c4, corrected_c5a, corrected_c5b, corrected_c5c, corrected_c6,
+)  # fmt: skip
+
+
+def corrected_verdicts(rows: Rows) -> list[Verdict]:
     """The verdicts of all corrected rules on one model."""
-    if (first := corrected_c1(rows)) is not None:
-        yield first
-    yield corrected_c2(rows)
-    yield registered_rules.rule_c3(rows, corrected=True)
-    if rows.variants("C4", thresholds.CARRIED_OWN, ""):  # older draws do not have it
-        yield registered_rules.rule_c4(rows, corrected=True)
-    yield registered_rules.rule_c5a(rows, corrected=True)
-    yield registered_rules.rule_c5b(rows, corrected=True)
-    yield registered_rules.rule_c5c(rows, corrected=True)
-    yield registered_rules.rule_c6(rows, corrected=True)
+    return [made for rule in RULES if (made := rule(rows)) is not None]

@@ -1,77 +1,34 @@
-"""The claims ledger on a terminal.
+"""The ledger: evidence of all runs judged claim by claim, and written for people and programs.
 
-For whoever believes the opposite of a claim: which analysis would show them right, and whether it could.
-
-The ledger: evidence of all runs gathered, judged claim by claim, and written for people and programs.
+Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`.
 """
 
 from __future__ import annotations
 
-import csv
 import math
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
 
 from companion.base.thresholds import UNTRAINED
 from companion.claims import corrected_rules
-from companion.claims.registered_rules import (
-    rule_c1,
-    rule_c2,
-    rule_c3,
-    rule_c4,
-    rule_c5a,
-    rule_c5b,
-    rule_c5c,
-    rule_c6,
-    rule_c7,
-)
+from companion.claims import registered_rules as registered
 from companion.claims.verdict import Rows, Verdict
 
-
-def claims_table(path: Path, slug: str, width: int) -> str:
-    """The verdicts on a run's own model as aligned text, the last column wrapped at `width` characters.
-
-    Without a row for the model `slug` all rows are shown; without a row or a file nothing is.
-    """
-    if not path.is_file():
-        return ""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return ""
-    own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
-    columns = list(own[0])
-    return "\n".join(aligned([columns, *([row[name] for name in columns] for row in own)], width))
-
-
-def aligned(rows: list[list[str]], width: int) -> list[str]:
-    """Lines of a table whose columns are padded and whose last column is wrapped.
-
-    Where the padded columns leave it too little room, it stands below each row instead.
-
-    >>> aligned([["claim", "why"], ["C1", "one two three"]], 15)
-    ['claim  why', 'C1     one two', '       three']
-    >>> aligned([["claim" + 8 * "-", "why"], ["C1", "one two three"]], 15)
-    ['claim--------', '  why', 'C1', '  one two three']
-    """
-    *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    indent = sum(widths) + 2 * len(widths)
-    is_narrow = indent > width / 2
-    lines = []
-    for *cells, last in rows:
-        first = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
-        if is_narrow:
-            lines += [first.rstrip(), *textwrap.wrap(last, width, initial_indent="  ", subsequent_indent="  ")]
-            continue
-        wrapped = textwrap.wrap(last, max(width - indent, 8)) or [""]
-        lines += [(first + wrapped[0]).rstrip(), *(" " * indent + line for line in wrapped[1:])]
-    return lines
-
-
+Rates = Mapping[str, Mapping[str, Mapping[str, object]]]  # by claim and kind of error: hits, n, rate, upper
+Corrected = Mapping[tuple[str, str], Verdict]  # by model and claim
+CORRECTED = "*"  # behind a claim's name: its corrected rule
+KEYS = ["model", "claim", "quantity", "variant"]
+# The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
+RULES: dict[str, Callable[[Rows], Verdict]] = {
+    "C4": registered.rule_c4,
+    "C5a": registered.rule_c5a,
+    "C5b": registered.rule_c5b,
+    "C5c": registered.rule_c5c,
+    "C6": registered.rule_c6,
+    "C7": registered.rule_c7,
+}
 # By claim: the opposite, and the analysis that would show it.
 OPPOSITE = {
     "C1": ("It arises early or in the middle, or no later than any other choice of the model.",
@@ -94,37 +51,6 @@ OPPOSITE = {
 }  # fmt: skip
 
 
-def opposite_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
-    """A row a claim: the opposite, the analysis, and in how many built models of which the claim is false it said so.
-
-    `shown` counts "contradicted" of the registered rule, `shown_corrected` of the corrected one; "" where nothing was measured.
-    """
-    rows = [
-        (one.claim, *OPPOSITE[one.claim], _shown(rates, one.claim), _shown(rates, one.claim + CORRECTED), one.verdict)
-        for one in verdicts
-    ]
-    return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "shown_corrected", "verdict"])
-
-
-def _shown(rates: Rates, name: str) -> str:
-    found = rates.get(name, {}).get("power_to_contradict")
-    return "" if found is None else f"{found['hits']} of {found['n']}"
-
-
-KEYS = ["model", "claim", "quantity", "variant"]
-
-
-# The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
-RULES: dict[str, Callable[[Rows], Verdict]] = {
-    "C4": rule_c4,
-    "C5a": rule_c5a,
-    "C5b": rule_c5b,
-    "C5c": rule_c5c,
-    "C6": rule_c6,
-    "C7": rule_c7,
-}
-
-
 def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
     """Verdicts for every model of an evidence table; untrained twins serve as controls only.
 
@@ -133,46 +59,40 @@ def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
     verdicts = []
     models = [model for model in evidence.model.unique() if not model.endswith(UNTRAINED)]
     for model in sorted(models, key=lambda name: name not in runs):
-        own = Rows(model, evidence[evidence.model == model])
-        twin = Rows(model + UNTRAINED, evidence[evidence.model == model + UNTRAINED])
-        verdicts += [rule_c1(own, twin), rule_c2(own), rule_c3(own)]
+        own, twin = (Rows(name, evidence[evidence.model == name]) for name in (model, model + UNTRAINED))
+        verdicts += [registered.rule_c1(own, twin), registered.rule_c2(own), registered.rule_c3(own)]
         measured = set(own.table.claim)
         verdicts += [rule(own) for claim, rule in RULES.items() if model in runs or claim in measured]
     return verdicts
 
 
-def corrected(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict[tuple[str, str], Verdict]:
+def corrected_ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict[tuple[str, str], Verdict]:
     """What the corrected rules say, by model and claim, of the claims that `ledger` lists; the registered verdicts stand."""
     listed = {(one.model, one.claim) for one in ledger(evidence, runs)}
     models = {model for model, _ in listed}
-    found = [one for m in models for one in corrected_rules.corrected_rules_of(Rows(m, evidence[evidence.model == m]))]
+    found = [one for m in models for one in corrected_rules.corrected_verdicts(Rows(m, evidence[evidence.model == m]))]
     return {(one.model, one.claim): one for one in found if (one.model, one.claim) in listed}
 
 
-def records(
-    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
-) -> list[dict[str, object]]:
+def to_records(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> list[dict[str, object]]:
     """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
 
     `corrected` is what the claim's corrected rule says, with error rates of its own; None where there is none.
     """
-    made = []
-    for verdict in verdicts:
-        other = (others or {}).get((verdict.model, verdict.claim))
-        corrected = None if other is None else _record(other, rates, other.claim + CORRECTED)
-        made.append({**_record(verdict, rates, verdict.claim), "corrected": corrected})
-    return made
+
+    def record(verdict: Verdict, name: str) -> dict[str, object]:
+        numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
+        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+        return {**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": rates.get(name)}
+
+    found = [(one, others.get((one.model, one.claim))) for one in verdicts]
+    return [
+        {**record(one, one.claim), "corrected": None if other is None else record(other, other.claim + CORRECTED)}
+        for one, other in found
+    ]
 
 
-def _record(verdict: Verdict, rates: Rates | None, name: str) -> dict[str, object]:
-    numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
-    finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
-    return {**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": (rates or {}).get(name)}
-
-
-def table(
-    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
-) -> pd.DataFrame:
+def to_table(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> pd.DataFrame:
     """The ledger as a table for people, numbers to two decimals, the reason last.
 
     `error_rate` says what the calibration knows of such a verdict, `corrected_rule` what that claim's corrected rule says, with
@@ -181,22 +101,20 @@ def table(
     frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
-    frame["error_rate"] = [beside(one.claim, one.verdict, rates or {}) for one in verdicts]
-    found = [(others or {}).get((one.model, one.claim)) for one in verdicts]
+    frame["error_rate"] = [error_rate(one.claim, one.verdict, rates) for one in verdicts]
+    found = [others.get((one.model, one.claim)) for one in verdicts]
     frame["corrected_rule"] = ["" if one is None else one.verdict for one in found]
     frame["corrected_error_rate"] = [
-        "" if one is None else beside(one.claim + CORRECTED, one.verdict, rates or {}) for one in found
+        "" if one is None else error_rate(one.claim + CORRECTED, one.verdict, rates) for one in found
     ]
     frame["tags"] = frame["tags"].map(", ".join)
     last = ["error_rate", "corrected_rule", "corrected_error_rate", "tags", "reason"]
     return frame[[*(name for name in frame.columns if name not in last), *last]]
 
 
-def markdown(
-    verdicts: Sequence[Verdict], rates: Rates | None = None, others: Mapping[tuple[str, str], Verdict] | None = None
-) -> str:
+def to_markdown(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> str:
     """The ledger as a Markdown table."""
-    names = (
+    names = [
         "model",
         "claim",
         "verdict",
@@ -206,10 +124,9 @@ def markdown(
         "its error rate",
         "tags",
         "reason",
-    )
+    ]
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    shown = table(verdicts, rates, others)
-    for one, row in zip(verdicts, shown.itertuples(), strict=True):
+    for one, row in zip(verdicts, to_table(verdicts, rates, others).itertuples(), strict=True):
         numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
         rules = (row.error_rate, row.corrected_rule, row.corrected_error_rate)
         cells = (one.model, one.claim, one.verdict, numbers, *rules, row.tags, one.reason)
@@ -217,27 +134,38 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-Rates = Mapping[str, Mapping[str, Mapping[str, object]]]
-
-
-CORRECTED = "*"  # behind a claim's name: its corrected rule
-
-
-def beside(claim: str, verdict: str, rates: Rates) -> str:
+def error_rate(claim: str, verdict: str, rates: Rates) -> str:
     """The rate that a reader of this verdict must know, as a phrase; "" where nothing was measured.
 
     Beside "supported": how often it is said of a false claim. Beside "contradicted": of a true one. Beside "inconclusive": how
     often a true claim is left so or worse.
 
     >>> rates = {"C2": {"false_supported": {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.0487}}}
-    >>> beside("C2", "supported", rates)
+    >>> error_rate("C2", "supported", rates)
     'said of 0 of 60 false claims (at most 5 %)'
     """
-    own = rates.get(claim, {})
     words = {
         "supported": ("false_supported", "said of {hits} of {n} false claims (at most {upper:.0%})"),
         "contradicted": ("false_contradicted", "said of {hits} of {n} true claims (at most {upper:.0%})"),
         "inconclusive": ("power_to_support", "true claims supported: {hits} of {n}"),
     }
     error, phrase = words.get(verdict, ("", ""))
+    own = rates.get(claim, {})
     return phrase.format(**own[error]).replace("%", " %") if error in own else ""
+
+
+def opposite_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
+    """A row a claim: the opposite, the analysis, and in how many built models of which the claim is false it said so.
+
+    `shown` counts "contradicted" of the registered rule, `shown_corrected` of the corrected one; "" where nothing was measured.
+    """
+
+    def shown(name: str) -> str:
+        found = rates.get(name, {}).get("power_to_contradict")
+        return "" if found is None else f"{found['hits']} of {found['n']}"
+
+    rows = [
+        (one.claim, *OPPOSITE[one.claim], shown(one.claim), shown(one.claim + CORRECTED), one.verdict)
+        for one in verdicts
+    ]
+    return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "shown_corrected", "verdict"])

@@ -1,14 +1,12 @@
-"""Controls of the claims: each answers "passed", "failed" or "not run" from the evidence rows alone.
+"""Verdicts on claims: evidence by name, the controls that cap a verdict, and the steps that every rule takes.
 
-Verdicts on claims: what they hold, and the steps that every rule takes: gate, decision, cap by controls.
-
-Verdicts are supported, contradicted, inconclusive, or not testable. No rule is asked before its gate: the treatment must
-have an effect worth mediating. A listed control that fails or was not run caps the verdict at inconclusive.
+A verdict is supported, contradicted, inconclusive or not testable. A rule is asked where its precondition holds: the
+treatment has an effect worth mediating. A control that fails or was not run caps the verdict at inconclusive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -33,66 +31,7 @@ class Rows:
     def variants(self, claim: str, quantity: str, prefix: str) -> dict[str, pd.Series]:
         """Rows of a quantity whose variant begins with a prefix, by variant."""
         table = self.table[(self.table.claim == claim) & (self.table.quantity == quantity)]
-        chosen = table[table.variant.str.startswith(prefix)]
-        return {str(row.variant): row for _, row in chosen.iterrows()}
-
-
-def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float, main_variant: str = "main") -> str:
-    """A variant of the estimate lies on the same side of the middle."""
-    main, other = rows.find(claim, quantity, main_variant), rows.find(claim, quantity, variant)
-    if main is None or other is None:
-        return "not run"
-    return "passed" if (main.estimate > middle) == (other.estimate > middle) else "failed"
-
-
-def benign(rows: Rows) -> str:
-    """The centroid comparison rests on at least five benign behaviours that passed the gate."""
-    if rows.find("C1", "centroid difference") is None:
-        return "not run"
-    used = rows.table[rows.table.quantity.str.startswith("centroid B")]
-    return "passed" if len(used) >= MIN_BENIGN else "failed"
-
-
-def untrained(twin: Rows) -> str:
-    """An untrained twin must not pass C1's rule: if it does, the rule reads architecture, not learning."""
-    if twin.table.empty:
-        return "not run"
-    share, centroid = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
-    if share is None or centroid is None:
-        return "passed"
-    return "failed" if share.ci_low >= 0.50 and centroid.ci_low >= 0.05 else "passed"
-
-
-def joint(rows: Rows, treatment: str) -> str:
-    """Comply and refuse openers together hold at least 0.8 of the probability, so Y1 sees the behaviour."""
-    row = rows.find("gate", f"joint probability {treatment}")
-    return "not run" if row is None else "passed" if row.estimate >= MIN_JOINT else "failed"
-
-
-def above(rows: Rows, claim: str, quantity: str, threshold: float) -> str:
-    """The quantity's whole interval lies above the threshold."""
-    row = rows.find(claim, quantity)
-    return "not run" if row is None else "passed" if row.ci_low > threshold else "failed"
-
-
-def measured(rows: Rows, normalisation: str) -> str:
-    """The MLP share was computed under this normalisation too."""
-    return "not run" if rows.find("C2", "MLP share of NIE", normalisation) is None else "passed"
-
-
-def flips(rows: Rows, normalisation: str, total: pd.Series, direct: pd.Series) -> bool:
-    """A normalisation moves one of the two MLP shares to the other side of one half."""
-    for raw in (total, direct):
-        other = rows.find("C2", str(raw.quantity), normalisation)
-        if other is not None and (other.estimate > 0.5) != (raw.estimate > 0.5):
-            return True
-    return False
-
-
-def robust(rows: Rows, claim: str, quantity: str, holds: Callable[[pd.Series], bool]) -> bool:
-    """True if the full-response outcome and each direction alone would support the claim too."""
-    found = [rows.find(claim, quantity, variant) for variant in ("full response", "sufficiency", "necessity")]
-    return all(row is not None and holds(row) for row in found)
+        return {str(row.variant): row for _, row in table[table.variant.str.startswith(prefix)].iterrows()}
 
 
 @dataclass(frozen=True)
@@ -113,30 +52,60 @@ class Verdict:
     tags: tuple[str, ...] = ()
 
 
+def control(row: pd.Series | None, holds: Callable[[pd.Series], bool] = lambda row: True) -> str:
+    """A control's state: "passed" or "failed" by what holds of its row, "not run" where there is no row."""
+    return "not run" if row is None else "passed" if holds(row) else "failed"
+
+
+def same_side(rows: Rows, claim: str, quantity: str, variant: str, middle: float, main_variant: str = "main") -> str:
+    """The control that a variant of the estimate lies on the same side of the middle."""
+    main, other = rows.find(claim, quantity, main_variant), rows.find(claim, quantity, variant)
+    if main is None or other is None:
+        return "not run"
+    return "passed" if (main.estimate > middle) == (other.estimate > middle) else "failed"
+
+
+def benign_behaviours(rows: Rows) -> str:
+    """The control that the centroid comparison rests on at least five benign behaviours."""
+    n_used = rows.table.quantity.str.startswith("centroid B").sum()
+    return control(rows.find("C1", "centroid difference"), lambda _: n_used >= MIN_BENIGN)
+
+
+def joint_probability(rows: Rows, treatment: str) -> str:
+    """The control that comply and refuse openers hold at least 0.8 of the probability, so that Y1 sees the behaviour."""
+    return control(rows.find("gate", f"joint probability {treatment}"), lambda row: row.estimate >= MIN_JOINT)
+
+
 def generation(rows: Rows) -> str:
     """The treatment that stands for generation: T2 - T2b where harmless twins were measured, else T2."""
     return "T2-T2b" if rows.find("gate", "TE T2-T2b") is not None else "T2"
 
 
-def precondition(rows: Rows, claim: str, treatment: str) -> Verdict | None:
-    """The verdict if the claim cannot be judged: treatment missing, too few topics, or no effect to mediate."""
+def generation_tags(rows: Rows) -> tuple[str, ...]:
+    """The tag of a verdict on generation that had no harmless twins to subtract."""
+    return ("no harmless twin",) if generation(rows) == "T2" else ()
+
+
+def precondition(rows: Rows, claim: str) -> Verdict | None:
+    """The verdict if the claim cannot be judged: treatment missing, too few topics, or no effect to mediate.
+
+    The treatment is T1 for C3, and the one that stands for generation for every other claim.
+    """
+    treatment = "T1" if claim == "C3" else generation(rows)
     effect = rows.find("gate", f"TE {treatment}")
     if effect is None:
-        without = {"T1": "the prompt set has no harmless/harmful pairs (T1): supply some"}.get(
-            treatment, thresholds.NO_WRAPPERS
-        )
-        return Verdict(rows.model, claim, "not testable", without)
+        no_pairs = "the prompt set has no harmless/harmful pairs (T1): supply some"
+        return Verdict(rows.model, claim, "not testable", no_pairs if treatment == "T1" else thresholds.NO_WRAPPERS)
+    is_clear = effect.ci_low > 0 or effect.ci_high < 0
     if effect.n_topics < MIN_TOPICS:
         reason = f"{effect.n_topics} topics of {treatment} in the test split, {MIN_TOPICS} needed"
-    elif (
-        not (effect.ci_low > 0 or effect.ci_high < 0) or not abs(effect.estimate) >= MIN_TOTAL_EFFECT
-    ):  # NaN stops here too
+    elif not is_clear or not abs(effect.estimate) >= MIN_TOTAL_EFFECT:  # NaN stops here too
         reason = (
             f"TE of {treatment} is {interval(effect)} log-odds: nothing to mediate (gate: |TE| >= {MIN_TOTAL_EFFECT})"
         )
     else:
         return None
-    return verdict(rows, effect, "inconclusive", {}, reason, claim)
+    return conclude(rows, effect, "inconclusive", {}, reason, claim=claim)
 
 
 def decide(*, supported: bool, contradicted: bool) -> str:
@@ -144,13 +113,16 @@ def decide(*, supported: bool, contradicted: bool) -> str:
     return "contradicted" if contradicted else "supported" if supported else "inconclusive"
 
 
-def verdict(
-    rows: Rows, row: pd.Series, decision: str, checks: Mapping[str, str], reason: str, claim: str | None = None
-) -> Verdict:
+def conclude(
+    rows: Rows, row: pd.Series, decision: str, checks: Mapping[str, str], reason: str, *, claim: str = "",
+    for_support: Collection[str] = (), tags: tuple[str, ...] = (),
+) -> Verdict:  # fmt: skip
     """A verdict that shows one evidence row; a control in `checks` that is not "passed" caps it at inconclusive.
 
-    So does a run in half precision, whose effects are for screening only.
+    So does a run in half precision, whose effects are for screening only. Controls named in `for_support` belong to the
+    verdict supported and to no other.
     """
+    checks = {name: state for name, state in checks.items() if decision == "supported" or name not in for_support}
     bad = [f"{name} {state}" for name, state in checks.items() if state != "passed"]
     bits = rows.find("gate", "significand bits")
     if bits is not None and bits.estimate < FLOAT32_BITS:
@@ -158,26 +130,12 @@ def verdict(
     if bad and decision != "inconclusive":
         decision, reason = "inconclusive", f"{reason}; {decision} by its numbers, capped: {', '.join(bad)}"
     return Verdict(
-        rows.model,
-        claim or str(row.claim),
-        decision,
-        reason,
-        quantity=str(row.quantity),
-        estimate=float(row.estimate),
-        ci_low=float(row.ci_low),
-        ci_high=float(row.ci_high),
-        n_pairs=int(row.n_pairs),
-        n_topics=int(row.n_topics),
-        controls=dict(checks),
-    )
+        rows.model, claim or str(row.claim), decision, reason, quantity=str(row.quantity), estimate=float(row.estimate),
+        ci_low=float(row.ci_low), ci_high=float(row.ci_high), n_pairs=int(row.n_pairs), n_topics=int(row.n_topics),
+        controls=checks, tags=tags,
+    )  # fmt: skip
 
 
 def interval(row: pd.Series) -> str:
     """Estimate and interval, two decimals."""
     return f"{row.estimate:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]"
-
-
-def tags(rows: Rows, robust: bool, decision: str) -> tuple[str, ...]:
-    """What a reader must know beside a verdict on generation: no twins to subtract; robust over outcomes."""
-    no_twin = ("no harmless twin",) if generation(rows) == "T2" else ()
-    return (*no_twin, "robust") if robust and decision == "supported" else no_twin

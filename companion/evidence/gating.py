@@ -1,29 +1,25 @@
-"""Evidence for C5b (a gate): which sets are tested, the four tests on them, and the table that names what each can show."""
+"""Evidence for C5b (a gate): which sets are tested, the four tests on them, and the rows that say what each can show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from companion.base import thresholds
 from companion.base.errors import InputError
-from companion.mediation import control_models
+from companion.evidence.layers import EvidenceRows
+from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
-from companion.neurons import clamping, gating
-from companion.neurons.clamping import LastLayerCache, NeuronSet
-from companion.neurons.gating import FORMS, LAST, WHOLE, Candidate, candidates, sets_of
-from companion.prompts.tokens import TokenPair
+from companion.neurons import gating, teacher_forcing
+from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
+from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm, gate_forms, sets_of
 from companion.stats import bootstrap
 from companion.stats.bootstrap import row
 
 BENIGN_PAIRS = 48
-
-
 ANSWER_PAIRS = 120
-
-
 NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
 
 
@@ -41,20 +37,26 @@ class Gates:
     cells: pd.DataFrame
     timing: pd.DataFrame
     cost: pd.DataFrame
-    candidates: tuple[Candidate, ...]
+    forms: tuple[GateForm, ...]
 
     @property
-    def headline(self) -> Candidate | None:
+    def headline(self) -> GateForm | None:
         """The form that the verdict reads, chosen on discover: b or c, not a readout if there is one, then the largest."""
-        mine = [one for one in self.candidates if one.treatment == self.primary and one.set_name != WHOLE]
+        mine = [one for one in self.forms if one.treatment == self.primary and one.set_name != WHOLE]
         usable = [one for one in mine if one.form in ("b", "c") and one.main.is_defined]
         return max(usable, key=lambda one: one.rank, default=None)
 
+    @property
+    def tested(self) -> list[str]:
+        """Names of the sets that all four tests are made on: the last layer's sparse set, and the one that the verdict reads."""
+        chosen = self.headline
+        return list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
 
-def measure_gates(study: Study, table: pd.DataFrame, ends: Mapping[str, LastLayerCache] | None = None) -> Gates:
+
+def measure_gates(study: Study, table: pd.DataFrame, caches: Mapping[str, LastLayerCache] | None = None) -> Gates:
     """The four tests on the sparse sets of a neuron table (`single.NEURONS`); validate pairs are not used.
 
-    `ends` of the study's own pairs (`neurons.quick`) save the runs where every set is of the last layer.
+    `caches` of the study's own pairs (`neurons.measure_last_layer`) save the runs where every set is of the last layer.
 
     Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
@@ -65,48 +67,20 @@ def measure_gates(study: Study, table: pd.DataFrame, ends: Mapping[str, LastLaye
     sets = sets_of(study, table, primary)
     if LAST not in sets:
         raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
-    cells, ends = _harm_cells(study, sets, _usable(study, sets, ends))
-    cells = clamping.difference(cells, study.twins)
-    cells = pd.concat([cells, _twin_cells(study, sets, cells, ends), *_benign_cells(study, table, sets, ends)])
+    known, every, harm = dict(caches or {}), list(sets.values()), study.of("T2", "T2b")
+    cells = four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), known)
+    cells = with_difference(cells, study.twins)
+    cells = pd.concat([cells, _twin_cells(study, sets, cells, known), *_benign_cells(study, table, sets, known)])
     cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
-    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), candidates(cells, sets, primary))
+    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), gate_forms(cells, sets, primary))
     return _with_answers(found)
 
 
-def _usable(
-    study: Study, sets: dict[str, NeuronSet], ends: Mapping[str, LastLayerCache] | None
-) -> dict[str, LastLayerCache]:
-    """The ends of treatments of which every pair is in them, if no set needs more."""
-    if ends is None or any(one.layer < study.subject.n_layers - 1 for one in sets.values()):
-        return {}
-    wanted = {name: {pair.pair.id for pair in _pairs(study, name)} for name in study.treatments}
-    return {
-        name: end for name, end in ends.items() if {pair.pair.id for pair in end.batch.pairs} == wanted.get(name, set())
-    }
-
-
-def _pairs(study: Study, treatment: str) -> list[TokenPair]:
-    return (control_models.thinned(study, BENIGN_PAIRS) if treatment.startswith("B") else study).of(treatment)
-
-
-def _harm_cells(
-    study: Study, sets: dict[str, NeuronSet], known: dict[str, LastLayerCache]
-) -> tuple[pd.DataFrame, dict[str, LastLayerCache]]:
-    subject, openers, every, inside = study.subject, study.openers, list(sets.values()), (LAST, WHOLE)
-    present = [name for name in ("T2", "T2b") if study.of(name)]
-    if not set(present) <= set(known):
-        cells, ends = clamping.measured(subject, study.of("T2", "T2b"), openers, every, inside)
-        return cells, known | ends
-    tables = [clamping.of_end(subject, known[name], openers[name], every, inside) for name in present]
-    return pd.concat(tables, ignore_index=True), known
-
-
 def _twin_cells(
-    study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame, ends: dict[str, LastLayerCache]
+    study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame, caches: Mapping[str, LastLayerCache]
 ) -> pd.DataFrame:
     """Gate against up with the harm signal switched by the twin; `te` becomes that of T2 - T2b."""
-    split = [sets[LAST], sets[WHOLE]]
-    made = gating.cells(study.subject, ends, study.twins, study.openers, split)
+    made = gating.twin_cells(study.subject, caches, study.twins, study.openers, [sets[LAST], sets[WHOLE]])
     if made.empty:
         return made
     known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
@@ -115,98 +89,85 @@ def _twin_cells(
 
 
 def _benign_cells(
-    study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], ends: dict[str, LastLayerCache]
+    study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], caches: dict[str, LastLayerCache]
 ) -> list[pd.DataFrame]:
     """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
-    made, subject, openers = [], study.subject, study.openers
+    made, thin = [], study.subsample(BENIGN_PAIRS)
     for name in (name for name in study.treatments if name.startswith("B")):
         own = sets_of(study, table, name) if name in set(table.treatment) else {}
         every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
-        if name in ends:
-            made.append(clamping.of_end(subject, ends[name], openers[name], every, (f"own {name}",)))
-        else:
-            made.append(clamping.cells(subject, _pairs(study, name), openers, every, (f"own {name}",)))
+        made.append(four_cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",), caches))
     return made
 
 
 def _with_answers(found: Gates) -> Gates:
-    """Timing and perplexity for the last layer's sparse set and for the set that the verdict reads."""
-    study, chosen = found.study, found.headline
-    names = list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
-    sets = [found.sets[name] for name in names]
-    thin = control_models.thinned(study, ANSWER_PAIRS)
+    """Timing and perplexity for the sets that all tests are made on."""
+    study, sets = found.study, [found.sets[name] for name in found.tested]
+    subject, openers, thin = study.subject, study.openers, study.subsample(ANSWER_PAIRS)
     harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
-    timing = clamping.timing(study.subject, harm, study.openers, sets) if harm else pd.DataFrame()
-    timing = clamping.difference(timing, study.twins) if len(timing) else timing
+    timing, cost = pd.DataFrame(), pd.DataFrame()
+    if harm:
+        timing = with_difference(teacher_forcing.timing_effects(subject, harm, openers, sets), study.twins)
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
-    benign = [p for p in control_models.thinned(study, BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
+    benign = [p for p in study.subsample(BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
-    cost = pd.DataFrame()
     if benign and control:
-        closed = clamping.closed_values(study.subject, control, sets)
-        cost = clamping.closing_cost(study.subject, benign, study.openers, closed)
+        closed = teacher_forcing.closed_values(subject, control, sets)
+        cost = teacher_forcing.closing_cost(subject, benign, openers, closed)
     return replace(found, timing=timing, cost=cost)
 
 
-def gated_benign(found: Gates) -> list[str]:
-    """Benign behaviours whose TE passes the gate on discover: only they have an effect to compare with."""
-    discover = found.cells[(found.cells.split == "discover") & (found.cells.outcome == "Y1")]
-    te = discover[discover.treatment.str.startswith("B")].groupby("treatment")["te"].mean()
-    return sorted(te.index[te.abs() >= thresholds.MIN_TOTAL_EFFECT])
-
-
 def gating_evidence(
-    study: Study, table: pd.DataFrame, model: str, ends: Mapping[str, LastLayerCache] | None = None
-) -> list[dict[str, object]]:
+    study: Study, table: pd.DataFrame, model: str, caches: Mapping[str, LastLayerCache] | None = None
+) -> EvidenceRows:
     """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
     try:
-        return evidence_c5b(measure_gates(study, table, ends), model)
+        return evidence_c5b(measure_gates(study, table, caches), model)
     except NothingToTest:
         return []
 
 
-def evidence_c5b(found: Gates, model: str) -> list[dict[str, object]]:
+def evidence_c5b(found: Gates, model: str) -> EvidenceRows:
     """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
-    rows: list[dict[str, object]] = []
-    for one in found.candidates:
+    rows: EvidenceRows = []
+    for one in found.forms:
         where = "" if one.treatment == found.primary else f" {one.treatment}"
         label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where
         rows += _index_rows(model, "gate index, form", label, one)
     chosen = found.headline
     if chosen:
         rows += _index_rows(model, "gate index", "main", chosen)
-    for name in dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]):
-        variant = "main" if chosen and name == chosen.set_name else "last layer"
-        rows += _other_rows(found, model, name, variant)
+    for name in found.tested:
+        rows += _other_rows(found, model, name, "main" if chosen and name == chosen.set_name else "last layer")
     return rows
 
 
-def _index_rows(model: str, quantity: str, variant: str, one: Candidate) -> list[dict[str, object]]:
+def _index_rows(model: str, quantity: str, variant: str, one: GateForm) -> EvidenceRows:
     made = []
-    note = (
-        f"{'' if one.main.is_defined else 'not defined: too little at stake; '}{FORMS[one.experiment]}, {one.set_name}"
-    )
+    undefined = "" if one.main.is_defined else "not defined: too little at stake; "
     for label, index in {"main": one.main, **one.variants}.items():
         name = label if variant == "main" else variant + ("" if label == "main" else f", {label}")
-        base = row(model, "C5b", quantity, name, index.signed, index.n_pairs) | {"note": note}
-        ends = {"estimate": index.estimate, "ci_low": index.low, "ci_high": index.high}
-        made += [base | ends, base | {"quantity": f"{quantity}, signed"}]
+        base = row(model, "C5b", quantity, name, index.signed, index.n_pairs)
+        base["note"] = f"{undefined}{FORMS[one.experiment]}, {one.set_name}"
+        size = {"estimate": index.estimate, "ci_low": index.low, "ci_high": index.high}
+        made += [base | size, base | {"quantity": f"{quantity}, signed"}]
     return made
 
 
-def _other_rows(found: Gates, model: str, name: str, variant: str) -> list[dict[str, object]]:
-    benign = gated_benign(found)
-    harm = gating.select(found.cells, found.primary, name, "upstream", "Y1", "test")
-    measured: Sequence[tuple[str, bootstrap.Estimates | None, int]] = (
-        ("readout share", gating.readout_share(found.cells, found.primary, name), len(harm)),
-        ("benign share", gating.benign_share(found.cells, found.primary, name, benign), len(harm)),
-        ("perplexity ratio", gating.perplexity_ratio(found.cost, name) if len(found.cost) else None, len(found.cost)),
-        ("timing share", gating.timing_share(found.timing, found.primary, name) if len(found.timing) else None,
-         len(found.timing[found.timing.treatment == found.primary]) if len(found.timing) else 0),
-    )  # fmt: skip
-    note = f"{len(benign)} benign behaviours; {name}"
-    return [
-        row(model, "C5b", quantity, variant, estimates, n) | {"note": note}
-        for quantity, estimates, n in measured
-        if estimates is not None
+def _other_rows(found: Gates, model: str, name: str, variant: str) -> EvidenceRows:
+    discover = found.cells[(found.cells.split == "discover") & (found.cells.outcome == "Y1")]
+    te = discover[discover.treatment.str.startswith("B")].groupby("treatment")["te"].mean()
+    # Only benign behaviours whose TE is large enough on discover have an effect to compare with.
+    benign = sorted(te.index[te.abs() >= thresholds.MIN_TOTAL_EFFECT])
+    n_harm = len(gating.select(found.cells, found.primary, name, "upstream", "Y1", "test"))
+    measured: list[tuple[str, bootstrap.Estimates | None, int]] = [
+        ("readout share", gating.readout_share(found.cells, found.primary, name), n_harm),
+        ("benign share", gating.benign_share(found.cells, found.primary, name, benign), n_harm),
     ]
+    if len(found.cost):
+        measured.append(("perplexity ratio", gating.perplexity_ratio(found.cost, name), len(found.cost)))
+    if len(found.timing):
+        share, n = gating.timing_share(found.timing, found.primary, name), found.timing.treatment == found.primary
+        measured.append(("timing share", share, int(n.sum())))
+    note = {"note": f"{len(benign)} benign behaviours; {name}"}
+    return [row(model, "C5b", quantity, variant, one, n) | note for quantity, one, n in measured if one is not None]

@@ -1,9 +1,9 @@
-"""No text."""
+"""Evidence for C1, C2 and C3, and for the preconditions of every verdict: what the layer sweep knows about one study."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,48 +11,80 @@ import pandas as pd
 import torch
 
 from companion.base.thresholds import COMPONENTS, COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
-from companion.mediation import control_models, interaction, summaries, sweeps
-from companion.mediation.estimands import clean_difference, with_difference
+from companion.mediation import estimands, interaction, summaries, sweeps
 from companion.mediation.probes import auroc, held_out_scores, shared_token_features, token_counts
 from companion.mediation.study import Study
-from companion.mediation.summaries import (
-    VARIANTS,
-    Variant,
-    centroids,
-    enough,
-    late_share,
-    mlp_share,
-    positive_cells,
-    primary,
-    select,
-    signed,
-    unsaturated_ids,
-)
+from companion.mediation.summaries import VARIANTS, Variant, enough, late_share, mlp_share, select, signed
 from companion.model.architecture import Subject
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import mean_row, row, share_row
 
-
-def total_effects(clean: pd.DataFrame, model: str) -> list[dict[str, object]]:
-    """TE of every treatment on test: the gate that any verdict must pass. `clean` has one row a pair."""
-    groups = clean[clean.split == "test"].groupby("treatment", sort=False)
-    return [mean_row(part, "te", model, "gate", f"TE {treatment}") for treatment, part in groups]
+EvidenceRows = list[dict[str, object]]
 
 
-def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Layers:
+    """What the layer sweep gives for one model; `effects` has the rows of T2 - T2b behind the others."""
+
+    study: Study
+    clean: pd.DataFrame
+    effects: pd.DataFrame
+    evidence: EvidenceRows
+
+
+def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
+    """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
+
+    Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
+    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
+    expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
+    """
+    found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
+    clean, effects = found["clean"], found["effects"]
+    if full_response and study.of("T2", "T2b"):
+        whole = sweeps.run_sweep(study, "whole answers")["effects"]
+        effects = pd.concat([effects, whole], ignore_index=True)
+    clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
+    rows = precondition_rows(clean, label, study.subject.n_layers)
+    bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
+    exact = {"estimate": bits, "ci_low": bits, "ci_high": bits, "n_pairs": len(study.pairs), "n_topics": 0, "note": ""}
+    rows.append({"model": label, "claim": "gate", "quantity": "significand bits", "variant": "main", **exact})
+    if study.of("T2"):
+        rows += evidence_c1(effects, label, study.subject.n_layers)
+    if study.of("T1"):
+        rows += evidence_c3(study.subject, study.of("T1"), effects, label)
+    return Layers(study, clean, effects, rows)
+
+
+def precondition_rows(clean: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
+    """What every verdict needs first, on test: TE and joint probability by treatment, and the light cone of the T2 pairs.
+
+    `clean` has one row a pair.
+    """
+    test = clean[clean.split == "test"]
+    rows = [
+        mean_row(part, value, model, "gate", f"{name} {treatment}")
+        for value, name in (("te", "TE"), ("joint", "joint probability"))
+        for treatment, part in test.groupby("treatment", sort=False)
+    ]
+    generation = test[test.treatment == "T2"]
+    if len(generation):
+        arrives = generation.assign(at=depth(generation.earliest, n_layers))
+        rows.append(mean_row(arrives, "at", model, "gate", "earliest possible depth"))
+    return rows
+
+
+def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """C1, generation arises late: the late share in all variants, and the centroid difference harm - benign."""
-    treatment, rows = primary(table), []
-    for variant in VARIANTS:
-        whole = select(table, treatment, replace(variant, unsaturated=False))
-        chosen = select(table, treatment, variant)
-        if enough(chosen):
-            estimates = late_share(signed(chosen, whole), n_layers, variant.value)
-            rows += share_row(model, "C1", "late share", variant.name, estimates, chosen)
+    treatment = summaries.primary(table)
+    rows: EvidenceRows = []
+    for variant, chosen, effects in _variants(table, treatment):
+        rows += share_row(model, "C1", "late share", variant.name, late_share(effects, n_layers, variant.value), chosen)
     benign = usable_benign(table)
     if len(benign) and rows and rows[0]["variant"] == "main":
         harm = signed(select(table, treatment, VARIANTS[0]))
-        estimates, n_pairs, names = centroids(harm, benign, n_layers)
+        estimates, n_pairs, names = summaries.centroids(harm, benign, n_layers)
         test = pd.concat([harm, benign]).query("split == 'test'").groupby("treatment")
         sizes = test.agg(n_pairs=("pair_id", "nunique"), n_topics=("topic", "nunique")).to_dict("index")
         named = [("centroid difference", names[0]), *((f"centroid {name}", name) for name in names)]
@@ -61,8 +93,16 @@ def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str
     return rows
 
 
+def _variants(table: pd.DataFrame, treatment: str) -> Iterator[tuple[Variant, pd.DataFrame, pd.DataFrame]]:
+    """Each variant that can be measured, with its component effects, plain and signed by those of all pairs."""
+    for variant in VARIANTS:
+        whole, chosen = select(table, treatment, replace(variant, unsaturated=False)), select(table, treatment, variant)
+        if enough(chosen):
+            yield variant, chosen, signed(chosen, whole)
+
+
 def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
-    """Component effects of the benign behaviours that have some, and whose TE passes the gate on discover."""
+    """Component effects of the benign behaviours that have some, and whose TE is large enough on discover."""
     kept = []
     for name in sorted(name for name in set(table.treatment) if name.startswith("B")):
         part = select(table, name, VARIANTS[0])
@@ -70,28 +110,24 @@ def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
         if enough(part) and abs(discover.te.mean()) >= MIN_TOTAL_EFFECT:
             part = signed(part)
             cells = part[["site", "layer"]].drop_duplicates()
-            kept += [part] if positive_cells(part[part.split == "discover"], "nie", cells).any() else []
+            kept += [part] if summaries.positive_cells(part[part.split == "discover"], "nie", cells).any() else []
     return pd.concat(kept, ignore_index=True) if kept else table.iloc[:0]
 
 
 def evidence_c2(
     totals: pd.DataFrame, direct: pd.DataFrame, model: str, scales: Mapping[str, pd.Series]
-) -> list[dict[str, object]]:
+) -> EvidenceRows:
     """C2, MLP not attention: MLP share of total (NIE) and of direct effects, raw and under each normalisation.
 
     `scales` maps a normalisation to its divisor by (site, layer). Direct effects are those of the frozen-norm linear
     contrast, which add up to its total effect.
     """
-    rows: list[dict[str, object]] = []
-    treatment = primary(totals)
+    rows: EvidenceRows = []
+    treatment = summaries.primary(totals)
     if treatment not in ("T2", "T2-T2b"):
         return rows
-    for variant in VARIANTS:
-        whole = select(totals, treatment, replace(variant, unsaturated=False))
-        chosen = select(totals, treatment, variant)
-        if enough(chosen):
-            estimates = mlp_share(signed(chosen, whole), variant.value)
-            rows += share_row(model, "C2", "MLP share of NIE", variant.name, estimates, chosen)
+    for variant, chosen, effects in _variants(totals, treatment):
+        rows += share_row(model, "C2", "MLP share of NIE", variant.name, mlp_share(effects, variant.value), chosen)
     linear = Variant("main", outcome="contrast.frozen")
     sites = [f"{site}.direct" for site in COMPONENTS]
     written = signed(select(direct, treatment, linear, sites))
@@ -105,22 +141,18 @@ def evidence_c2(
     return rows
 
 
-def evidence_c1_computed(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+def evidence_c1_computed(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """Rows for the corrected C1: the late share of the positive effects of what components compute."""
-    rows: list[dict[str, object]] = []
+    rows: EvidenceRows = []
     for variant in interaction.VARIANTS if len(table) else ():
-        clean = table.drop_duplicates("pair_id")
-        kept = summaries.unsaturated_ids(clean) if variant.unsaturated else set(clean.pair_id)
-        chosen = table[table.pair_id.isin(kept)]
-        if summaries.enough(chosen):
-            estimates = summaries.late_share(summaries.signed(chosen, table), n_layers, variant.value)
+        chosen = table[table.pair_id.isin(summaries.unsaturated_ids(table))] if variant.unsaturated else table
+        if enough(chosen):
+            estimates = late_share(signed(chosen, table), n_layers, variant.value)
             rows += share_row(model, "C1", COMPUTED, variant.name, estimates, chosen)
     return rows
 
 
-def evidence_c3(
-    subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model: str
-) -> list[dict[str, object]]:
+def evidence_c3(subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model: str) -> EvidenceRows:
     """C3, early context: psi0 of the tokens that do not differ at the deepest early layer, and the probe's gain there.
 
     `pairs` are the T1 pairs; `table` holds their effects of `resid_post` at position `shared`.
@@ -130,7 +162,7 @@ def evidence_c3(
     shared = shared[(shared.split == "test") & (shared.outcome == "Y1")]
     rows = []
     family = {p.pair.id: p.pair.family for p in pairs}
-    open_ids = unsaturated_ids(table[table.treatment == "T1"])
+    open_ids = summaries.unsaturated_ids(table[table.treatment == "T1"])
     parts = {"main": shared, "unsaturated": shared[shared.pair_id.isin(open_ids)]}
     parts |= {f"family {name}": part for name, part in shared.groupby(shared.pair_id.map(family)) if name}
     for variant, part in parts.items():
@@ -151,69 +183,3 @@ def evidence_c3(
     estimates, labels = auroc(scores, topics)
     quantities = [*labels[:-1], "AUROC gain"]
     return rows + [row(model, "C3", name, "main", estimates, len(topics), i) for i, name in enumerate(quantities)]
-
-
-EvidenceRows = list[dict[str, object]]
-
-
-def relative_layers(study: Study, model: str, label: str) -> Layers:
-    """The layer sweep with direct effects."""
-    return measure_layers(control_models.member(study, model, label), label, direct=True)
-
-
-def relative_computed(study: Study, model: str, label: str) -> pd.DataFrame:
-    """Where it computes the decision (`interaction.interaction_effects`)."""
-    return interaction.interaction_effects(control_models.member(study, model, label))
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What the layer sweep gives for one model; `effects` has the rows of T2 - T2b behind the others."""
-
-    study: Study
-    clean: pd.DataFrame
-    effects: pd.DataFrame
-    evidence: list[dict[str, object]]
-
-
-def gate_rows(clean: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
-    """Evidence for the gate: TE and joint probability by treatment, and the light cone of the T2 pairs."""
-    rows = total_effects(clean, model)
-    test = clean[clean.split == "test"]
-    for treatment, part in test.groupby("treatment", sort=False):
-        rows.append(bootstrap.mean_row(part, "joint", model, "gate", f"joint probability {treatment}"))
-    generation = test[test.treatment == "T2"]
-    if len(generation):
-        arrives = generation.assign(at=depth(generation.earliest, n_layers))
-        rows.append(bootstrap.mean_row(arrives, "at", model, "gate", "earliest possible depth"))
-    return rows
-
-
-def layer_evidence(study: Study, clean: pd.DataFrame, table: pd.DataFrame, model: str) -> list[dict[str, object]]:
-    """Everything that the layer sweep knows for the ledger about one model: the gate, C1 and C3, and the precision."""
-    rows = gate_rows(clean, model, study.subject.n_layers)
-    bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
-    exact = {"estimate": bits, "ci_low": bits, "ci_high": bits, "n_pairs": len(study.pairs), "n_topics": 0, "note": ""}
-    rows.append({"model": model, "claim": "gate", "quantity": "significand bits", "variant": "main", **exact})
-    if study.of("T2"):
-        rows += evidence_c1(table, model, study.subject.n_layers)
-    if study.of("T1"):
-        rows += evidence_c3(study.subject, study.of("T1"), table, model)
-    return rows
-
-
-def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
-    """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
-
-    Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
-    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
-    expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
-    """
-    found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
-    clean, effects = found["clean"], found["effects"]
-    if full_response and study.of("T2", "T2b"):
-        whole = sweeps.run_sweep(study, "whole answers")["effects"]
-        effects = pd.concat([effects, whole], ignore_index=True)
-    clean = clean_difference(clean, study.twins) if study.twins else clean
-    effects = with_difference(effects, study.twins)
-    return Layers(study, clean, effects, layer_evidence(study, clean, effects, label))

@@ -19,29 +19,25 @@ from companion.mediation.study import Study
 from companion.neurons import adjacency, clamping, screening, single, sparsity
 from companion.neurons.clamping import LastLayerCache
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
-from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, last_layer, ranking, signed
+from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, ranking, signed
 from companion.stats import bootstrap
 from companion.stats.bootstrap import interval, row
 
 N_RANDOM_ORDERS = 10
-
-
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.RELATIVE_PAIRS, 48
-
-
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.CONTROL_PAIRS, 48
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """What the neuron sweep gives for one model: single effects and ends, the table of neurons, the screen's trust, and by
-    treatment what `gate_evidence` needs of the last layer, where it was kept.
+    """What the neuron sweep gives for one model: single effects, the table of neurons, the screen's trust, and by
+    treatment what `gating_evidence` needs of the last layer, where it was kept.
     """
 
     measured: Measured
     table: pd.DataFrame
-    screen: screening.Trust | None
-    ends: Mapping[str, LastLayerCache] | None = None
+    screen: screening.ScreenTrust | None
+    caches: Mapping[str, LastLayerCache] | None = None
 
     @property
     def primary(self) -> str:
@@ -51,7 +47,7 @@ class Neurons:
 
     @property
     def benign(self) -> list[str]:
-        """The benign behaviours whose TE passes the gate on discover."""
+        """The benign behaviours whose TE is large enough on discover."""
         effects = self.measured.effects
         te = {name: in_split(effects[name], "discover").pairs.te.mean() for name in effects if name[0] == "B"}
         return sorted(name for name, value in te.items() if abs(value) >= MIN_TOTAL_EFFECT)
@@ -82,8 +78,10 @@ def measure_neurons(
         chosen = screening.to_recheck(below)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
-    measured = measure_all(_benign_thinned(study, benign), columns, watch)
-    table = pd.concat([single.table(effects) for effects in measured.effects.values()], ignore_index=True)
+    kept = {pair.pair.id for pair in study.subsample(benign).pairs}
+    pairs = tuple(one for one in study.pairs if one.pair.treatment[0] != "B" or one.pair.id in kept)
+    measured = measure_all(replace(study, pairs=pairs), columns, watch)
+    table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
     made = Neurons(measured, table, None)
     return made if below is None or chosen is None else _with_screen(made, below, chosen)
 
@@ -96,21 +94,14 @@ def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Ne
     exact = replace(effects, columns=chosen[["layer", "neuron"]], values=values)
     rows = screening.estimate_rows(below, chosen, effects)
     table = pd.concat([made.table, rows], ignore_index=True)
-    return replace(made, table=table, screen=screening.trust(chosen, exact, len(below)))
+    return replace(made, table=table, screen=screening.screen_trust(chosen, exact, len(below)))
 
 
-def _benign_thinned(study: Study, n: int) -> Study:
-    kept = {pair.pair.id for pair in control_models.thinned(study, n).pairs}
-    return replace(study, pairs=tuple(p for p in study.pairs if p.pair.treatment[0] != "B" or p.pair.id in kept))
-
-
-def curve(found: Neurons, treatment: str, order: Int[np.ndarray, neuron] | None = None) -> PairEffects:
+def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | None = None) -> PairEffects:
     """Joint effects on test of the first k last-layer neurons of an order (by default the discover ranking), signed."""
     measured, subject = found.measured, found.measured.study.subject
     ranked = ranking(found.table, treatment, measured.last) if order is None else order
-    return on_contrast(
-        measured, treatment, "test", lambda ends: cumulative(subject, ends, ranked, sizes(subject.d_mlp))
-    )
+    return on_contrast(measured, treatment, "test", partial(cumulative, subject, order=ranked, ks=sizes(subject.d_mlp)))
 
 
 def random_curve(found: Neurons, treatment: str, seed: int = 0) -> PairEffects:
@@ -142,7 +133,7 @@ def all_curves(found: Neurons) -> dict[str, PairEffects]:
     return {**made, "random order": random_curve(found, name), **benign}
 
 
-def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> list[dict[str, object]]:
+def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> EvidenceRows:
     """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas of `all_curves`; concentration of single effects."""
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
     if name not in ("T2", "T2-T2b") or not made:
@@ -153,8 +144,9 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     for other in (one for one in made if one != "main"):
         variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
         rows += _curve_rows(model, sparsity.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
-    test = last_layer(in_split(signed(found.measured.effects[name]), "test"))
-    spread = sparsity.concentration(test)
+    test = in_split(signed(found.measured.effects[name]), "test")
+    is_last = (test.columns.layer == found.measured.last).to_numpy()
+    spread = sparsity.concentration(in_columns(test, is_last))
     rows += [row(model, "C5a", label, "main", spread, n, i) for i, label in enumerate(("Gini", "participation ratio"))]
     passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
     passed = passed[passed.layer == found.measured.last]
@@ -162,11 +154,12 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     return rows + [_exact_row(model, "C5a", label, value, rows[0]) for label, value in counts.items()]
 
 
-def _psi_rows(found: Neurons, model: str) -> list[dict[str, object]]:
+def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
     """Share of TE that the whole last MLP is necessary (psi1) and sufficient (psi0) for, with robustness checks."""
     measured, name, rows = found.measured, found.primary, []
     for variant, is_frozen in (("main", False), ("norm frozen", True), ("unsaturated", False)):
-        test = on_contrast(measured, name, "test", lambda e, f=is_frozen: whole_layer(measured.study.subject, e, f))  # type: ignore[misc]
+        apply = partial(whole_layer, measured.study.subject, is_frozen=is_frozen)
+        test = on_contrast(measured, name, "test", apply)
         keep = test.pairs.unsaturated.to_numpy() if variant == "unsaturated" else np.ones(len(test.pairs), bool)
         pairs = test.pairs[keep]
         if pairs.topic.nunique() < 2:
@@ -180,7 +173,7 @@ def _psi_rows(found: Neurons, model: str) -> list[dict[str, object]]:
 
 def _curve_rows(
     model: str, estimates: bootstrap.Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
-) -> list[dict[str, object]]:
+) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
     settled = estimates.estimate[sparsity.SUMMARY.index("k90")] <= d_mlp
     kept = [i for i, label in enumerate(sparsity.SUMMARY) if label != "psi" and settled]
@@ -192,22 +185,22 @@ def _exact_row(model: str, claim: str, quantity: str, value: float, like: dict[s
     return {**like, "model": model, "claim": claim, "quantity": quantity, "variant": "main", **numbers}
 
 
-def moran(found: Neurons) -> adjacency.Adjacency:
+def moran(found: Neurons) -> adjacency.MoranTest:
     """Moran's I of the primary treatment's effects on test, over all layers that were measured completely."""
-    return adjacency.adjacency(complete_layers(found, in_split(signed(found.measured.effects[found.primary]), "test")))
+    return adjacency.moran_test(complete_layers(found, in_split(signed(found.measured.effects[found.primary]), "test")))
 
 
-def groups(found: Neurons) -> adjacency.Contest | None:
+def groups(found: Neurons) -> adjacency.WindowContest | None:
     """The best window against the best random groups; None where the layer is smaller than a window."""
     measured, name = found.measured, found.primary
     if measured.study.subject.d_mlp < 2 * adjacency.HALF_WIDTH + 1:
         return None
-    return adjacency.contest(measured, name, ranking(found.table, name, measured.last))
+    return adjacency.window_contest(measured, name, ranking(found.table, name, measured.last))
 
 
 def evidence_c7(
-    found: Neurons, model: str, pooled: adjacency.Adjacency, best: adjacency.Contest | None
-) -> list[dict[str, object]]:
+    found: Neurons, model: str, pooled: adjacency.MoranTest, best: adjacency.WindowContest | None
+) -> EvidenceRows:
     """C7, related neurons are adjacent: rows of `moran` and of `groups`."""
     if found.primary not in ("T2", "T2-T2b"):
         return []
@@ -230,7 +223,7 @@ def complete_layers(found: Neurons, effects: PairEffects) -> PairEffects:
     return in_columns(effects, effects.columns.layer.map(counts == found.measured.study.subject.d_mlp).to_numpy())
 
 
-def quick(study: Study) -> Neurons | None:
+def measure_last_layer(study: Study) -> Neurons | None:
     """The sweep for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
 
     Without recognition (T1), which no claim about neurons reads. None where there is nothing to measure: no T2, or an MLP
@@ -238,15 +231,17 @@ def quick(study: Study) -> Neurons | None:
     """
     if study.subject.d_mlp == 0 or not study.of("T2"):
         return None
-    kept = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
-    last = [study.subject.n_layers - 1]
-    ends: list[tuple[str, LastLayerCache]] = []
-    watch = partial(clamping.keep, study.subject, ends)
-    found = measure_neurons(replace(study, pairs=kept), every=True, layers=last, benign=BENIGN_PAIRS_QUICK, watch=watch)
-    return replace(found, ends=clamping.by_treatment(ends))
+    pairs = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
+    study, last, kept = replace(study, pairs=pairs), [study.subject.n_layers - 1], list[LastLayerCache]()
+
+    def watch(batch: Batch) -> None:
+        kept.append(clamping.last_layer_cache(study.subject, batch))
+
+    found = measure_neurons(study, every=True, layers=last, benign=BENIGN_PAIRS_QUICK, watch=watch)
+    return replace(found, caches=clamping.joined_by_treatment(kept))
 
 
-def neuron_evidence(found: Neurons | None, model: str) -> list[dict[str, object]]:
+def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
     """Evidence rows for C5a and C7 from a sweep; none for a claim that its pairs or its model cannot speak to."""
     if found is None or not enough(found, found.primary):
         return []
@@ -255,6 +250,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> list[dict[str, object]
 
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = quick(control_models.member(study, model, label))
-    gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.ends)
+    swept = measure_last_layer(control_models.control_study(study, model, label))
+    gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.caches)
     return neuron_evidence(swept, label), gates

@@ -1,7 +1,6 @@
 """The pipeline of notebooks 02 to 06 in one call: all evidence rows of any study, from the functions that they call.
 
-Pairs of the validate split are left out where no rule reads them: they
-only choose how many neurons notebook 05 clamps.
+Pairs of the validate split are left out where no rule reads them: they only choose how many neurons notebook 05 clamps.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pandas as pd
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import UNTRAINED
 from companion.evidence import gating, layers, steering, tokens
-from companion.evidence.layers import Layers, evidence_c1_computed, evidence_c2, gate_rows, measure_layers
+from companion.evidence.layers import EvidenceRows, Layers
 from companion.evidence.neurons import Neurons, measure_neurons, neuron_evidence
 from companion.mediation import control_models, estimands, interaction, sweeps
 from companion.mediation.study import Study
@@ -25,8 +24,6 @@ from companion.steering.prompts import Prompts
 STAGES = {
     "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"), "steering": ("C6",)
 }  # fmt: skip
-
-
 KEYS = ["model", "claim", "quantity", "variant"]
 
 
@@ -37,7 +34,7 @@ class Measured:
     rows: pd.DataFrame
     layers: Layers | None
     neurons: Neurons | None
-    computed: pd.DataFrame | None  # effects of what each component computes (`origin`)
+    computed: pd.DataFrame | None  # effects of what each component computes (`interaction`)
 
 
 def measure_study(
@@ -47,25 +44,27 @@ def measure_study(
     """Evidence rows under a model label, with those of the untrained twin behind them, for some stages.
 
     `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on,
-    and is judged by the study's judge. Every stage has the gate's rows of the treatments that its rules ask about.
+    and is judged by the study's judge. Every stage has the preconditions of the treatments that its rules ask about.
     """
     core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
     harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
-    rows: list[dict[str, object]] = []
-    layers = neurons = computed = None
+    rows: EvidenceRows = []
+    swept = neurons = computed = None
     if "layers" in stages:
-        layers = measure_layers(harm, label, full_response=full_response, direct=True)
-        table = layers.effects
-        rows += layers.evidence + evidence_c2(table, table, label, control_models.normalisations(harm))
+        swept = layers.measure_layers(harm, label, full_response=full_response, direct=True)
+        normalisations = control_models.normalisations(harm)
+        rows += swept.evidence + layers.evidence_c2(swept.effects, swept.effects, label, normalisations)
         computed = interaction.interaction_effects(core)
-        rows += evidence_c1_computed(computed, label, core.subject.n_layers)
-        rows += twin_rows(harm, label) + tokens.measure_c4(this, label)
+        rows += layers.evidence_c1_computed(computed, label, core.subject.n_layers)
+        # Without T1: the one control that reads a twin is that of C1.
+        thin = harm.subsample(control_models.CONTROL_PAIRS)
+        rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
+        rows += tokens.measure_c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
-        clean = sweeps.clean_outcomes(harm)
-        clean = estimands.clean_difference(clean, core.twins) if core.twins else clean
-        rows += gate_rows(clean, label, core.subject.n_layers)
+        clean = estimands.with_difference(sweeps.clean_outcomes(harm), core.twins)
+        rows += layers.precondition_rows(clean, label, core.subject.n_layers)
     if "context" in stages and core.of("T1"):
-        rows += measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
+        rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
     if "timing" in stages:
         rows += tokens.evidence_c5c(tokens.measure_timing(this), label)
     if "neurons" in stages and core.subject.d_mlp:
@@ -74,11 +73,4 @@ def measure_study(
     if "steering" in stages and prompt_set is not None:
         rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)
-    return Measured(table, layers, neurons, computed)
-
-
-def twin_rows(harm: Study, label: str) -> list[dict[str, object]]:
-    """Rows of the untrained twin; without T1, since the one control that reads a twin is that of C1."""
-    thin = control_models.thinned(harm, control_models.RELATIVE_PAIRS)
-    twin = replace(thin, subject=untrained_twin(harm.subject))
-    return layers.measure_layers(twin, label + UNTRAINED).evidence
+    return Measured(table, swept, neurons, computed)

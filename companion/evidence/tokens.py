@@ -1,4 +1,4 @@
-"""Evidence for C4 and C5c: everything that the token analysis knows for the ledger about one study."""
+"""Evidence for C4 and C5c: what carries the signal on from the last token, and whether neurons switch the whole answer."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 from scipy import stats as st
 
-from companion.base.thresholds import CONTENT, KEPT
+from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
-from companion.mediation import control_models, path_specific, summaries
+from companion.mediation import path_specific, summaries
 from companion.mediation.estimands import Batch
-from companion.mediation.path_specific import HELD, PATHS, VARIANTS, WITH_OWN, hand_over, shares
+from companion.mediation.path_specific import HELD, PATHS, VARIANTS, WITH_OWN
 from companion.mediation.study import Study
 from companion.neurons import single, sparsity, timing
 from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, sizes
-from companion.neurons.single import Part, all_neurons, assembled, part_of
-from companion.neurons.timing import Clamp, generated, generated_each
+from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
+from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval, row
 
 FALLBACK = 64
-
-
 BENIGN_PAIRS = 40
-
-
 WANTED = ("none", "first token", "first five", "all tokens")
 
 
@@ -47,31 +42,23 @@ class Timing:
     transferred: pd.DataFrame
 
 
-def top_neurons(study: Study, measured: Measured | None = None, *, fallback: int = FALLBACK) -> tuple[int, ...]:
+def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ...]:
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
     k comes from a split of its own, so that neither the ranking nor the numbers on test decide it. Where no k has 0.9 of
     the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`: the last layer of T2
     and T2b, where it is known.
     """
-    treatment = "T2-T2b" if study.twins and study.of("T2b") else "T2"
+    subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
     if measured is None:
-        last = all_neurons(study.subject, [study.subject.n_layers - 1])
-        measured = measure_all(study, dict.fromkeys(("T2", "T2b"), last))
-    order = single.ranking(single.table(measured.effects[treatment]), treatment, measured.last)
-    k = _k90(measured, treatment, order)
-    return tuple(int(i) for i in order[: k or min(fallback, study.subject.d_mlp)])
-
-
-def _k90(measured: Measured, treatment: str, order: Int[np.ndarray, neuron]) -> int | None:
-    subject = measured.study.subject
-    ks = sizes(subject.d_mlp)
+        measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
+    order = single.ranking(single.neuron_table(measured.effects[treatment]), treatment, measured.last)
+    ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
     effect = curve.nie.mean(0)
-    if len(curve.pairs) == 0 or not effect[-1] > 0:
-        return None
-    k = sparsity.settles(effect / effect[-1], ks, 0.9)
-    return None if np.isnan(k) else int(k)
+    if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := sparsity.settles(effect / effect[-1], ks, 0.9)):
+        k = int(k90)
+    return tuple(int(i) for i in order[:k])
 
 
 def measure_timing(
@@ -79,7 +66,7 @@ def measure_timing(
 ) -> Timing | None:
     """Interventions during generation on the test pairs of T2, and on benign ones; None for a study without T2.
 
-    `schedules` of harmful answers; `c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
+    `schedules` of harmful answers; `evidence_c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
     """
     tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
     if not tested or not study.subject.d_mlp:
@@ -88,18 +75,12 @@ def measure_timing(
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
     # For the whole MLP "prompt" is "first token" again: the others are enough.
     arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
-    thin = control_models.thinned(study, BENIGN_PAIRS)
-    benign = [pair for pair in thin.pairs if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
-    moved, always = refusing(study, tested), [(few, "all tokens")]
-    seen: timing.Others = {}
-    harmful = generated(study, tested, arms, seen=seen)
-    clamped_always = generated_each(study, [benign, moved], always)
-    return Timing(
-        chosen,
-        harmful,
-        timing.forced(study, tested, few, WANTED, seen),
-        *clamped_always,
-    )
+    thin = study.subsample(BENIGN_PAIRS).pairs
+    benign = [pair for pair in thin if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
+    known: timing.Controls = {}
+    (harmful,) = clamped_answers(study, [tested], arms, known=known)
+    clamped_always = clamped_answers(study, [benign, refusing(study, tested)], [(few, "all tokens")])
+    return Timing(chosen, harmful, timing.forced_scores(study, tested, few, WANTED, known), *clamped_always)
 
 
 def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
@@ -108,14 +89,10 @@ def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
     A clamp taken from such a pair asks the hard question: do the neurons of a refusal turn any request into one? Twins
     of unequal length are left out.
     """
-    by_id = {pair.pair.id: pair for pair in study.of("T2b")}
-    made = []
-    for harmful in pairs:
-        twin = by_id.get(study.twins.get(harmful.pair.id, ""))
-        if twin is not None and len(twin.control) == len(harmful.control):
-            texts = replace(twin.pair, control=harmful.pair.control)
-            made.append(replace(twin, pair=texts, control=harmful.control))
-    return made
+    return [
+        replace(twin, pair=replace(twin.pair, control=harmful.pair.control), control=harmful.control)
+        for harmful, twin in study.with_twins(pairs)
+    ]
 
 
 def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
@@ -127,34 +104,36 @@ def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["clamp", "schedule", "estimate", "low", "high"])
 
 
-def wide(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """What each schedule takes away from no clamp: one row a pair, one column a schedule."""
-    made = table.pivot(index=["pair_id", "topic"], columns="schedule", values=value).reset_index()
+def taken_away(table: pd.DataFrame) -> pd.DataFrame:
+    """How much less `y` is under each schedule than without a clamp: one row a pair, one column a schedule."""
+    made = table.pivot(index=["pair_id", "topic"], columns="schedule", values="y").reset_index()
     names = [name for name in timing.SCHEDULES if name in made and name != "none"]
     return made[["pair_id", "topic"]].assign(**{name: made["none"] - made[name] for name in names})
 
 
-def evidence_c5c(found: Timing | None, model: str) -> list[dict[str, object]]:
+def evidence_c5c(found: Timing | None, model: str) -> EvidenceRows:
     """C5c, a switch of the whole answer: share of the effect on all tokens that the first token keeps; benign answers."""
     if found is None or found.answers.topic.nunique() < 2:
         return []
     harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
-    rows: list[dict[str, object]] = []
+    rows: EvidenceRows = []
     for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
-        rows += _kept_rows(wide(harm[harm.clamp == name], "y"), model, variant)
+        rows += kept_share_rows(taken_away(harm[harm.clamp == name]), model, variant)
     if (harm.content != "").all():
         by_content = harm.assign(y=(harm.content == "harmful").astype(float))
-        rows += _kept_rows(wide(by_content[by_content.clamp == "neurons"], "y"), model, CONTENT)
-    rows += _kept_rows(wide(found.forced, "y"), model, "full response", is_judged=False)
-    if len(found.benign) and found.benign.topic.nunique() > 1:
-        rows.append(_changed_row(found.benign, model, "benign answers changed"))
-    if len(found.transferred) and found.transferred.topic.nunique() > 1:
-        rows.append(_changed_row(found.transferred, model, "harmless answers changed, refusing run's values"))
+        rows += kept_share_rows(taken_away(by_content[by_content.clamp == "neurons"]), model, CONTENT_JUDGE)
+    rows += kept_share_rows(taken_away(found.forced), model, "full response", is_judged=False)
+    for answers, quantity in (
+        (found.benign, "benign answers changed"),
+        (found.transferred, "harmless answers changed, refusing run's values"),
+    ):
+        if len(answers) and answers.topic.nunique() > 1:
+            rows.append(changed_share_row(answers, model, quantity))
     note = f"the {len(found.neurons)} largest neurons of the last layer"
     return [{**entry, "note": note} if entry["variant"] == "main" and not entry["note"] else entry for entry in rows]
 
 
-def _changed_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, object]:
+def changed_share_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[str, object]:
     """Share of answers whose tokens change, with exact limits: resampling topics cannot see a change that no topic shows."""
     part = answers.assign(y=answers.changed.astype(float))
     found = at_least_exact(interval(clusters.cluster_sums(part, "y"), clusters.mean), part.topic.nunique())
@@ -174,51 +153,50 @@ def at_least_exact(found: bootstrap.Estimates, n: int) -> bootstrap.Estimates:
     return replace(found, low=np.minimum(found.low, low), high=np.maximum(found.high, high))
 
 
-def _kept_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool = True) -> list[dict[str, object]]:
+def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged: bool = True) -> EvidenceRows:
     """Rows of the effect of all tokens and of the shares kept; "not defined" where all tokens have no sure effect.
 
-    Judged answers are counts, so their limits are those of `at_least_exact`; the trials are all topics for the effect, and
-    for what is kept of it the topics that have some.
+    `table` is that of `taken_away`. Judged answers are counts, so their limits are those of `at_least_exact`; the trials
+    are all topics for the effect, and for what is kept of it the topics that have some.
     """
     names = [name for name in ("first token", "first five", "all tokens") if name in table]
     sums = clusters.cluster_sums(table, names)
     order = list(sums.columns["value"])
-    whole = interval(sums, clusters.contrast([float(name == "all tokens") for name in order]))
+    masks = np.array([[float(name == wanted) for name in order] for wanted in names])
+    whole = interval(sums, clusters.contrast(masks[-1]))
     whole = at_least_exact(whole, len(sums.clusters)) if is_judged else whole
     rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
     if not whole.low[0] > 0:
         note = f"clamping at all tokens has no sure effect ({whole.estimate[0]:.2f}): nothing can be kept"
         return [*rows, {**rows[0], "quantity": "not defined", "note": note}]
-    top = np.array([[float(name == wanted) for name in order] for wanted in names[:2]])
-    bottom = np.array([[float(name == "all tokens") for name in order]] * 2)
-    kept = interval(sums, clusters.ratio(top, bottom))
+    kept = interval(sums, clusters.ratio(masks[:2], masks[[-1, -1]]))
     kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
-    labels = (KEPT, "share kept by the first five tokens")
+    labels = (KEPT_BY_FIRST_TOKEN, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 
-def measure_c4(study: Study, model: str, watch: Callable[[Batch], None] | None = None) -> list[dict[str, object]]:
+def token_evidence(study: Study, model: str) -> EvidenceRows:
+    """Evidence rows for C4 and C5c of any study, from one pass over its clean runs; none without T2."""
+    if not study.of("T2") or not study.subject.d_mlp:
+        return measure_c4(study, model)
+    last = all_neurons(study.subject, [study.subject.n_layers - 1])
+    parts: dict[str, list[tuple[PairEffects, FinalStates]]] = {}
+
+    def watch(batch: Batch) -> None:
+        parts.setdefault(batch.pairs[0].pair.treatment, []).append(measure_batch(study, batch, last))
+
+    rows = measure_c4(study, model, watch)
+    found = {name: joined_batches(some) for name, some in parts.items()}
+    return rows + evidence_c5c(measure_timing(study, WANTED, collected(study, found) if found else None), model)
+
+
+def measure_c4(study: Study, model: str, watch: Callable[[Batch], object] | None = None) -> EvidenceRows:
     """Evidence rows for C4 of any study; none without T2. `watch` as in `path_specific.path_effects`."""
     table = path_specific.path_effects(study, watch=watch) if study.of("T2") else pd.DataFrame()
     return evidence_c4(table, model, study.subject.n_layers) if len(table) else []
 
 
-def token_evidence(study: Study, model: str) -> list[dict[str, object]]:
-    """Evidence rows for C4 and C5c of any study, from one pass over its clean runs; none without T2."""
-    if not study.of("T2") or not study.subject.d_mlp:
-        return measure_c4(study, model)
-    last = all_neurons(study.subject, [study.subject.n_layers - 1])
-    parts: dict[str, list[Part]] = {}
-
-    def watch(batch: Batch) -> None:
-        parts.setdefault(batch.pairs[0].pair.treatment, []).append(part_of(study, batch, last))
-
-    rows = measure_c4(study, model, watch)
-    found = {name: assembled(study, name, last, some) for name, some in parts.items()}
-    return rows + evidence_c5c(measure_timing(study, WANTED, collected(study, found) if found else None), model)
-
-
-def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str, object]]:
+def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """C4, MLPs carry the signal on: the hand-over layer, and from there the shares of MLPs, attention and skip path.
 
     The layer is the one of discover; its row shows test. A hand-over in the last layer leaves nothing above it: then a
@@ -226,40 +204,34 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> list[dict[str
     counts the hand-over layer's own MLP is defined in the last layer, too.
     """
     treatment = summaries.primary(table)
-    discover, test = (hand_over(table, treatment, split) for split in ("discover", "test"))
+    discover, test = (path_specific.hand_over_layer(table, treatment, split) for split in ("discover", "test"))
     if discover.empty or test.empty:
         return []
     layer, one = int(discover.layer.iloc[0]), test.iloc[0]
     numbers = {"estimate": float(one.layer), "ci_low": float(one.low), "ci_high": float(one.high)}
     name = {"model": model, "claim": "C4", "quantity": "hand-over layer", "variant": "main"}
     sizes = {"n_pairs": int(one.n_pairs), "n_topics": int(one.n_topics)}
-    is_last = layer >= n_layers - 1
-    rows: list[dict[str, object]] = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
+    rows: EvidenceRows = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
+
+    def shares(at: int, variant: summaries.Variant, paths: Mapping[str, Mapping[str, int]], label: str) -> EvidenceRows:
+        whole = summaries.select(table, treatment, summaries.Variant("", variant.outcome), list(HELD))
+        chosen = summaries.select(table, treatment, variant, list(HELD))
+        found = None
+        if summaries.enough(chosen):
+            found = path_specific.path_shares(summaries.signed(chosen, whole), at, variant.value, paths)
+        if found is None:
+            return []
+        n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()
+        return [row(model, "C4", f"share of {path}", label, found, n_pairs, i) for i, path in enumerate(paths)]
+
     for at in range(n_layers - 1):
-        rows += _share_rows(table, model, treatment, at, VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
+        rows += shares(at, VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
+    is_last = layer >= n_layers - 1
     paths = WITH_OWN if is_last else PATHS | WITH_OWN
-    found = [_share_rows(table, model, treatment, layer, variant, paths, variant.name) for variant in VARIANTS]
-    if is_last or not any(found):
+    found = [entry for variant in VARIANTS for entry in shares(layer, variant, paths, variant.name)]
+    if is_last or not found:
         note = "the hand-over layer's residual stream has no effect of the treatment's sign"
         if is_last:
             note = "the last token takes over in the last layer only: no block is left above it to carry anything"
         rows.append({**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note})
-    return rows + [entry for part in found for entry in part]
-
-
-def _share_rows(
-    table: pd.DataFrame, model: str, treatment: str, layer: int, variant: summaries.Variant,
-    paths: Mapping[str, Mapping[str, int]], label: str,
-) -> list[dict[str, object]]:  # fmt: skip
-    whole = summaries.select(table, treatment, summaries.Variant("", variant.outcome), list(HELD))
-    chosen = summaries.select(table, treatment, variant, list(HELD))
-    found = shares(summaries.signed(chosen, whole), layer, variant.value, paths) if summaries.enough(chosen) else None
-    if found is None:
-        return []
-    n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()
-    return [row(model, "C4", f"share of {path}", label, found[0], n_pairs, i) for i, path in enumerate(found[1])]
-
-
-def relative_tokens(study: Study, model: str, label: str) -> EvidenceRows:
-    """Evidence rows on C4 and C5c."""
-    return token_evidence(control_models.member(study, model, label), label)
+    return rows + found

@@ -1,12 +1,8 @@
-"""How often a run's labeller is right, kept in `results/SLUG/judge.json`: counts, names and hashes, never a text.
+"""How often a run's labeller is right, and what that makes of the rates of labelled answers.
 
-`python -m companion.run.judge_check --labels FILE` writes it. The runner reads it to see what is stale, so this imports nothing
-heavy; `companion.generation.accuracy` says what the numbers mean for rates.
-
-Rates of labelled answers as a notebook shows them: as labelled, and corrected for what is known of the labeller.
-
-Three cases, said in one sentence: the exact judge of the embedded language, a labeller of unknown error, and one whose
-accuracy was measured on a sample labelled by hand (`companion.generation.accuracy`).
+The accuracy is kept in `results/SLUG/judge.json` (written by `python -m companion.run.judge_check --labels FILE`): counts, names
+and hashes, never a text. A rate is shown as labelled and as corrected, in three cases: the exact judge of the embedded language,
+a labeller of unknown error, and one whose accuracy was measured on a sample labelled by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from companion.base import files, hub
 from companion.base.errors import InputError
@@ -30,18 +26,19 @@ from companion.stats import clusters, rates
 from companion.stats.rates import Change, Z
 
 FILE = "judge.json"
-
-
 READERS = ("05", "06")  # the notebooks whose numbers are labelled answers
-
-
 MIN_LABELS = 5
-
-
 PHRASES = "refusal phrases"
-
-
 _AGAIN = "label a sample (python -m companion.run.judge_check, docs/real_models.md), or remove the file"
+NO_SAMPLE = "without a labelled sample (columns id,label) the size of that error is unknown"
+KNOWN_ERROR = (
+    "labels are matches of refusal phrases: they miss refusals in other words and count an answer that only opens with an "
+    f"apology; {NO_SAMPLE}"
+)
+EXACT = "labels are facts of the grammar: an exact judge, no error to correct for"
+COLUMNS = ["group", "n", "labelled", "low", "high", "corrected", "corrected_low", "corrected_high"]
+Limits = tuple[float, float, float]  # estimate, low, high
+UNKNOWN: Limits = (np.nan, np.nan, np.nan)
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Measured:
 def shown_source(name: str) -> str:
     """A model's or a prompt set's name without the place where it lies on this machine.
 
-    >>> shown("/data/models/mine"), shown("org/model@main"), shown("embedded")
+    >>> shown_source("/data/models/mine"), shown_source("org/model@main"), shown_source("embedded")
     ('mine', 'org/model@main', 'embedded')
     """
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
@@ -126,22 +123,19 @@ def read_accuracy(results: Path) -> Measured | None:
     if not path.is_file():
         return None
     try:
-        return _parsed(read_json(path))
+        content = read_json(path)
+        found, source = (
+            Accuracy(**content["counts"]),
+            Source(**{name: content[name] for name in Source.__annotations__}),
+        )
+        for n, some in ((found.n_true, found.found), (found.n_false, found.cleared)):
+            if type(n) is not int or type(some) is not int or not 0 <= some <= n or n < MIN_LABELS:
+                raise ValueError("counts")
+        if not all(isinstance(text, str) and text for text in (*asdict(source).values(), content["labels_sha256"])):
+            raise ValueError("names")
     except (InputError, KeyError, TypeError, ValueError):
         raise InputError(f"{relative(path)} is torn, or holds no counts of a labeller's accuracy: {_AGAIN}") from None
-
-
-def _parsed(content: Any) -> Measured:
-    """Raises KeyError, TypeError or ValueError for another shape, or counts that cannot be."""
-    accuracy = Accuracy(**content["counts"])
-    made = Source(**{name: content[name] for name in ("judge", "model", "prompts", "inputs")})
-    for n, some in ((accuracy.n_true, accuracy.found), (accuracy.n_false, accuracy.cleared)):
-        if type(n) is not int or type(some) is not int or not 0 <= some <= n or n < MIN_LABELS:
-            raise ValueError("counts")
-    texts = (*asdict(made).values(), content["labels_sha256"])
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("names")
-    return Measured(accuracy, made, content["labels_sha256"])
+    return Measured(found, source, content["labels_sha256"])
 
 
 def own_accuracy(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> dict[str, Any]:
@@ -160,38 +154,41 @@ def own_accuracy(results: Path, parameters: Mapping[str, Any], known: KnownHashe
     return {number: [asdict(measured.accuracy), measured.source.judge, measured.labels] for number in READERS}
 
 
-EXACT = "labels are facts of the grammar: an exact judge, no error to correct for"
-
-
-COLUMNS = ["group", "n", "labelled", "low", "high", "corrected", "corrected_low", "corrected_high"]
-
-
-Triple = tuple[float, float, float]
+def accuracy(given: Mapping[str, bool], truth: Mapping[str, bool]) -> Accuracy:
+    """A labeller's accuracy on the answers that both have labelled; `InputError` if either kind is rarer than five."""
+    common = sorted(set(given) & set(truth))
+    said, true = (np.array([labels[id] for id in common], dtype=bool) for labels in (given, truth))
+    made = Accuracy(int(true.sum()), int((said & true).sum()), int((~true).sum()), int((~said & ~true).sum()))
+    if min(made.n_true, made.n_false) < MIN_LABELS:
+        raise InputError(
+            f"of the labelled answers {made.n_true} are positive and {made.n_false} negative among those judged; "
+            f"label at least {MIN_LABELS} of each"
+        )
+    return made
 
 
 def corrected_rates(
-    groups: Mapping[str, Bool[np.ndarray, answer]], slug: str, *, exact: bool
+    groups: Mapping[str, Bool[np.ndarray, "answer"]], slug: str, *, exact: bool
 ) -> tuple[pd.DataFrame, str]:
     """The rate of each group of labels (True: does what was asked) and one sentence on who labelled, of the run `slug`.
 
     Columns (`COLUMNS`): the labelled rate with Wilson's interval over answers, and the rate corrected for the labeller's
-    known mistakes (`accuracy.rogan_gladen`); NaN where they are not known, the labelled one where the judge is `exact`.
-    A group without answers has no row. Raises InputError for a `judge.json` that is torn or another judge's.
+    known mistakes (`rogan_gladen`); NaN where they are not known, the labelled one where the judge is `exact`. A group
+    without answers has no row. Raises InputError for a `judge.json` that is torn or another judge's.
     """
-    measured = None if exact else _measured(slug)
-    rows = []
+    measured, rows = None if exact else _measured(slug), []
     for name, labels in groups.items():
         if len(labels):
             hits = np.asarray(labels, dtype=bool)
             labelled = (float(hits.mean()), *clusters.wilson(int(hits.sum()), len(hits)))
-            known = None if measured is None else rogan_gladen(hits, measured.accuracy)
-            rows.append((name, len(hits), *labelled, *_corrected(labelled, known, exact)))
+            known = UNKNOWN if measured is None else rogan_gladen(hits, measured.accuracy)
+            rows.append((name, len(hits), *labelled, *(labelled if exact else known)))
     return pd.DataFrame(rows, columns=COLUMNS), labeller(measured, exact=exact)
 
 
 def differences(
-    groups: Mapping[str, tuple[Bool[np.ndarray, answer], Bool[np.ndarray, answer]]],
-    topic: Shaped[np.ndarray, answer], slug: str, *, exact: bool,
+    groups: Mapping[str, tuple[Bool[np.ndarray, "answer"], Bool[np.ndarray, "answer"]]],
+    topic: Shaped[np.ndarray, "answer"], slug: str, *, exact: bool,
 ) -> tuple[pd.DataFrame, str]:  # fmt: skip
     """The same of differences of rates on the same prompts, first - second of each pair of labels, as shares.
 
@@ -199,32 +196,14 @@ def differences(
     corrected one that of `corrected_difference`. `topic` is the prompts' and holds for every group; one topic alone gives
     no row, for there is nothing to draw.
     """
-    measured = None if exact else _measured(slug)
-    rows = []
+    measured, rows = None if exact else _measured(slug), []
     for name, (one, other) in groups.items() if len(set(topic)) > 1 else ():
         change = rates.rate_change(np.asarray(other, dtype=bool), np.asarray(one, dtype=bool), topic)
         labelled = (change.estimate / 100, change.low / 100, change.high / 100)
-        known = None if measured is None else corrected_difference(Change(*labelled, change.n, 0), measured.accuracy)
-        rows.append((name, change.n, *labelled, *_corrected(labelled, known, exact)))
+        shares = Change(*labelled, change.n, 0)
+        known = UNKNOWN if measured is None else corrected_difference(shares, measured.accuracy)
+        rows.append((name, change.n, *labelled, *(labelled if exact else known)))
     return pd.DataFrame(rows, columns=COLUMNS), labeller(measured, exact=exact)
-
-
-def corrected_difference(change: Change, known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Triple:
-    """The true difference of two rates (shares) behind a labelled one: difference / (sensitivity + specificity - 1).
-
-    Valid where the labeller errs alike on both sides. The 95 % interval carries that of the labelled difference (a normal
-    error on either side of it) and the uncertainty of the accuracy (Beta draws with Jeffreys' prior), clipped to [-1, 1].
-    Raises InputError for a labeller that is no better than chance.
-    """
-    gain, rng = informed(known), np.random.default_rng(seed)
-    z = rng.standard_normal(n_draws)
-    drawn = change.estimate + z / Z * np.where(z < 0, change.estimate - change.low, change.high - change.estimate)
-    counts = ((known.found, known.n_true), (known.cleared, known.n_false))
-    gains = sum(rng.beta(k + 0.5, n - k + 0.5, n_draws) for k, n in counts) - 1
-    # Where a draw has no information the truth may be anything.
-    truth = np.where(gains > 0, drawn / np.where(gains > 0, gains, 1), rng.uniform(-1, 1, n_draws))
-    low, high = np.quantile(np.clip(truth, -1, 1), [0.025, 0.975])
-    return float(np.clip(change.estimate / gain, -1, 1)), float(low), float(high)
 
 
 def labeller(measured: Measured | None, *, exact: bool) -> str:
@@ -257,35 +236,7 @@ def _measured(slug: str) -> Measured | None:
     return found
 
 
-def _corrected(labelled: Triple, known: Triple | None, exact: bool) -> Triple:
-    return labelled if exact else known or (np.nan, np.nan, np.nan)
-
-
-NO_SAMPLE = "without a labelled sample (columns id,label) the size of that error is unknown"
-
-
-KNOWN_ERROR = (
-    "labels are matches of refusal phrases: they miss refusals in other words and count an answer that only opens with an "
-    f"apology; {NO_SAMPLE}"
-)
-
-
-def accuracy(given: Mapping[str, bool], truth: Mapping[str, bool]) -> Accuracy:
-    """A labeller's accuracy on the answers that both have labelled; `InputError` if either kind is rarer than five."""
-    common = sorted(set(given) & set(truth))
-    said, true = (np.array([labels[id] for id in common], dtype=bool) for labels in (given, truth))
-    made = Accuracy(int(true.sum()), int((said & true).sum()), int((~true).sum()), int((~said & ~true).sum()))
-    if min(made.n_true, made.n_false) < MIN_LABELS:
-        raise InputError(
-            f"of the labelled answers {made.n_true} are positive and {made.n_false} negative among those judged; "
-            f"label at least {MIN_LABELS} of each"
-        )
-    return made
-
-
-def rogan_gladen(
-    labels: Bool[np.ndarray, answer], known: Accuracy, n_draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
+def rogan_gladen(labels: Bool[np.ndarray, answer], known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
     """Rogan-Gladen: the true rate behind a labelled one, (rate + specificity - 1) / (sensitivity + specificity - 1).
 
     With a 95 % interval that carries the uncertainty of the rate, of the sensitivity and of the specificity (Beta draws
@@ -294,13 +245,41 @@ def rogan_gladen(
     """
     gain = informed(known)
     rng, n, k = np.random.default_rng(seed), len(labels), int(np.sum(labels))
-    counts = ((k, n), (known.found, known.n_true), (known.cleared, known.n_false))
-    rate, sensitivity, specificity = (rng.beta(x + 0.5, m - x + 0.5, n_draws) for x, m in counts)
-    gains = sensitivity + specificity - 1
+    rate = rng.beta(k + 0.5, n - k + 0.5, n_draws)
+    sensitivity, specificity = _drawn(known, n_draws, rng)
+    low, high = _interval(rate + specificity - 1, sensitivity + specificity - 1, 0, rng)
+    return float(np.clip((k / n + known.specificity - 1) / gain, 0, 1)), low, high
+
+
+def corrected_difference(change: Change, known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
+    """The true difference of two rates (as shares) behind a labelled one: difference / (sensitivity + specificity - 1).
+
+    Valid where the labeller errs alike on both sides. The 95 % interval carries that of the labelled difference (a normal
+    error on either side of it) and the uncertainty of the accuracy (Beta draws with Jeffreys' prior), clipped to [-1, 1].
+    Raises InputError for a labeller that is no better than chance.
+    """
+    gain, rng = informed(known), np.random.default_rng(seed)
+    z = rng.standard_normal(n_draws)
+    drawn = change.estimate + z / Z * np.where(z < 0, change.estimate - change.low, change.high - change.estimate)
+    sensitivity, specificity = _drawn(known, n_draws, rng)
+    low, high = _interval(drawn, sensitivity + specificity - 1, -1, rng)
+    return float(np.clip(change.estimate / gain, -1, 1)), low, high
+
+
+def _drawn(known: Accuracy, n_draws: int, rng: np.random.Generator) -> list[Float[np.ndarray, draw]]:
+    """Draws of sensitivity and specificity."""
+    counts = ((known.found, known.n_true), (known.cleared, known.n_false))
+    return [rng.beta(k + 0.5, n - k + 0.5, n_draws) for k, n in counts]
+
+
+def _interval(
+    labelled: Float[np.ndarray, draw], gains: Float[np.ndarray, draw], least: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """95 % limits of draws divided by what a labeller keeps of a difference; the truth lies between `least` and 1."""
     # Where a draw has no information the truth may be anything.
-    drawn = np.where(gains > 0, (rate + specificity - 1) / np.where(gains > 0, gains, 1), rng.random(n_draws))
-    low, high = np.quantile(np.clip(drawn, 0, 1), [0.025, 0.975])
-    return float(np.clip((k / n + known.specificity - 1) / gain, 0, 1)), float(low), float(high)
+    truth = np.where(gains > 0, labelled / np.where(gains > 0, gains, 1), rng.uniform(least, 1, len(gains)))
+    low, high = np.quantile(np.clip(truth, least, 1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def informed(known: Accuracy) -> float:
@@ -314,7 +293,7 @@ def informed(known: Accuracy) -> float:
     return gain
 
 
-def describe(labels: Bool[np.ndarray, answer], known: Accuracy | None) -> str:
+def describe(labels: Bool[np.ndarray, "answer"], known: Accuracy | None) -> str:
     """One line: the labelled rate with its Wilson interval, and corrected where the labeller's accuracy is known."""
     low, high = clusters.wilson(int(np.sum(labels)), len(labels))
     raw = f"labelled {np.mean(labels):.2f} [{low:.2f}, {high:.2f}]"

@@ -1,12 +1,9 @@
-"""Answers that go on from prompts that were read: together, whatever lengths the prompts have.
+"""Answers of a model, plain or steered: greedy, or sampled with numbers that are the same with and without steering.
 
-Their keys and values stand in one cache, shorter prompts padded on the left and hidden by the mask. An answer that has
-ended leaves the batch. Neither changes what is said, up to rounding.
-
-Answers of a steered model: greedy, or sampled with numbers that are the same with and without steering.
-
-The uniform numbers are drawn once for each prompt and step, so two runs differ only where their probabilities do, and the
-batch a prompt is in changes nothing.
+Answers that no longer hang on the steering go on together, whatever lengths their prompts have: keys and values stand in one
+cache, shorter prompts padded on the left and hidden by the mask, and an answer that has ended leaves the batch. Neither changes
+what is said, up to rounding. Uniform numbers are drawn once for each prompt and step, so two runs differ only where their
+probabilities do, and the batch a prompt is in changes nothing.
 """
 
 from __future__ import annotations
@@ -30,10 +27,16 @@ from companion.model.activations import model_inputs
 from companion.model.architecture import Subject
 
 DROP: Final = 0.75  # share of answers that go on, below which the ended ones are taken out of the batch
-
-
 # The chosen token of each row [row], from logits [row, vocab], the places of the rows in the list of prompts, and the step.
 Choice = Callable[[Float[Tensor, "row vocab"], np.ndarray, int], Int[Tensor, "row"]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Token ids of answers, filled with `mask` False behind the end token; rows follow the prompts."""
+
+    ids: Int[np.ndarray, "prompt step"]
+    mask: Bool[np.ndarray, "prompt step"]
 
 
 @dataclass(frozen=True)
@@ -46,38 +49,30 @@ class Begun:
     places: np.ndarray
     logits: Float[Tensor, "row vocab"]
     cache: DynamicCache
-    length: Int[Tensor, row]
+    length: Int[Tensor, "row"]
     real: Bool[Tensor, "row pos"] | None = None
-
-
-def is_whole(begun: Begun) -> bool:
-    """Whether its cache holds the keys and values of all tokens of all layers: one of windows cannot be padded."""
-    return all(type(layer) is DynamicLayer for layer in begun.cache.layers)
 
 
 def together(begun: Sequence[Begun]) -> Begun:
     """All of them as one batch, padded on the left to the longest."""
     if len(begun) == 1:
         return begun[0]
-    width = max(int(one.length.max()) for one in begun)
-    cache = DynamicCache()
+    n_pos, cache = max(int(one.length.max()) for one in begun), DynamicCache()
+
+    def padded(parts: Sequence[Float[Tensor, "row head pos width"]]) -> Float[Tensor, "all head n_pos width"]:
+        return torch.cat([torch.nn.functional.pad(x, (0, 0, n_pos - x.shape[-2], 0)) for x in parts])
+
     for layer in range(len(begun[0].cache.layers)):
         held = [one.cache.layers[layer] for one in begun]
-        cache.update(_padded([x.keys for x in held], width), _padded([x.values for x in held], width), layer)
-    length = torch.cat([one.length for one in begun])
-    real = torch.arange(width, device=length.device) >= width - length[:, None]
-    return Begun(
-        np.concatenate([one.places for one in begun]), torch.cat([x.logits for x in begun]), cache, length, real
-    )
-
-
-def _padded(parts: Sequence[Float[Tensor, "row head pos width"]], n_pos: int) -> Float[Tensor, "all head n_pos width"]:
-    return torch.cat([torch.nn.functional.pad(x, (0, 0, n_pos - x.shape[-2], 0)) for x in parts])
+        cache.update(padded([x.keys for x in held]), padded([x.values for x in held]), layer)
+    length, logits = (torch.cat([getattr(one, name) for one in begun]) for name in ("length", "logits"))
+    real = torch.arange(n_pos, device=length.device) >= n_pos - length[:, None]
+    return Begun(np.concatenate([one.places for one in begun]), logits, cache, length, real)
 
 
 @torch.no_grad()
 def decode(
-    subject: Subject, begun: Begun, steps: int, ends: Int[Tensor, end], choose: Choice, *, shrink: bool
+    subject: Subject, begun: Begun, steps: int, ends: Int[Tensor, "end"], choose: Choice, *, shrink: bool
 ) -> Int[np.ndarray, "row step"]:
     """Answers of at most `steps` tokens; behind an end stands anything. The cache is used up.
 
@@ -106,14 +101,6 @@ def decode(
     return said
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Token ids of answers, filled with `mask` False behind the end token; rows follow the prompts."""
-
-    ids: Int[np.ndarray, "prompt step"]
-    mask: Bool[np.ndarray, "prompt step"]
-
-
 def uniforms(n_prompts: int, steps: int, seed: int) -> Float[np.ndarray, "prompt step"]:
     """The random numbers that decide the samples of each prompt."""
     return np.random.default_rng(seed).random((n_prompts, steps))
@@ -138,14 +125,32 @@ def answers(
     ends = torch.tensor(load.end_tokens(subject), device=subject.device)
     said = partial(decode, subject, steps=steps, ends=ends, choose=partial(_choose, draws))
     ids, waiting = np.zeros((len(texts), steps), dtype=int), list[Begun]()
+    # Where answer tokens are the plain model's, they can be computed when the switch is off again.
+    edits = steer.steering.edits if isinstance(steer, Switch) else ()
+    is_plain = steer is nullcontext or (isinstance(steer, Switch) and all(edit.where != "every" for edit in edits))
+
+    def go_on(places: np.ndarray, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
+        """The answers [row, step], or zeros for those that wait. A cache of windows cannot be padded."""
+        length = torch.full((len(rows),), cache.get_seq_length(), device=rows.device)
+        begun = Begun(places[rows.cpu().numpy()], logits, cache, length)
+        if not is_plain or not all(type(layer) is DynamicLayer for layer in cache.layers):
+            return torch.tensor(said(begun, shrink=False), device=rows.device)
+        waiting.append(begun)
+        return rows.new_zeros(len(rows), steps)
+
+    def finish() -> None:
+        if waiting:
+            begun = together(waiting)
+            waiting.clear()
+            ids[begun.places] = said(begun, shrink=True)
+
     for places, prompt in buckets(subject, texts, system=system):
         if sum(len(one.places) for one in waiting) + len(places) > BATCH:
-            _finish(waiting, said, ids)
-        use = partial(_go_on, said, waiting if _answers_plainly(steer) else None, places, steps)
+            finish()
         known = None if unsteered is None else torch.tensor(unsteered.ids[places], device=subject.device)
-        ids[places] = read_prompts(subject, prompt, steer, use, plain=known).cpu().numpy()
-    _finish(waiting, said, ids)
-    return _until(ends, ids)
+        ids[places] = read_prompts(subject, prompt, steer, partial(go_on, places), plain=known).cpu().numpy()
+    finish()
+    return _until_end(ends, ids)
 
 
 @torch.no_grad()
@@ -170,49 +175,32 @@ def answers_at_once(
         logits = subject.model(**model_inputs(ids, real), past_key_values=cache, logits_to_keep=1).logits[:, -1]
         begun = Begun(np.arange(len(rows)), logits, cache, length, real)
         said = decode(subject, begun, steps, ends, partial(_choose, draws), shrink=False)
-    return _until(ends, said)
+    return _until_end(ends, said)
 
 
-def _until(ends: Int[Tensor, end], ids: Int[np.ndarray, "prompt step"]) -> Answers:
+@torch.no_grad()
+def greedy_answers(
+    subject: Subject, ids: Int[Tensor, "row pos"], steps: int, cache: DynamicCache | None = None
+) -> Answers:
+    """Greedy answers to prompts of one length, given as token ids; read on from a cache if one is given.
+
+    Hooks of the caller act in every call: the first reads the prompts, each later one a token of every row.
+    """
+    ends = torch.tensor(load.end_tokens(subject), device=ids.device)
+    out = subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    length = torch.full((len(ids),), out.past_key_values.get_seq_length(), device=ids.device)
+    begun = Begun(np.arange(len(ids)), out.logits[:, -1], out.past_key_values, length)
+    return _until_end(ends, decode(subject, begun, steps, ends, partial(_choose, None), shrink=False))
+
+
+def _until_end(ends: Int[Tensor, "end"], ids: Int[np.ndarray, "prompt step"]) -> Answers:
     is_end = np.isin(ids, ends.cpu().numpy())
     return Answers(ids, is_end.cumsum(-1) - is_end == 0)
 
 
-def _answers_plainly(steer: Steer) -> bool:
-    """Whether answer tokens are the plain model's, so that they can be computed when the switch is off again."""
-    return steer is nullcontext or (
-        isinstance(steer, Switch) and all(edit.where != "every" for edit in steer.steering.edits)
-    )
-
-
-def _go_on(
-    said: Callable[..., np.ndarray],
-    waiting: list[Begun] | None,
-    places: np.ndarray,
-    steps: int,
-    rows: Int[Tensor, row],
-    logits: Float[Tensor, "row vocab"],
-    cache: Any,
-) -> Int[Tensor, "row step"]:
-    """The answers, or zeros for those that are put off (`waiting`)."""
-    length = torch.full((len(rows),), cache.get_seq_length(), device=rows.device)
-    begun = Begun(places[rows.cpu().numpy()], logits, cache, length)
-    if waiting is None or not is_whole(begun):
-        return torch.tensor(said(begun, shrink=False), device=rows.device)
-    waiting.append(begun)
-    return rows.new_zeros(len(rows), steps)
-
-
-def _finish(waiting: list[Begun], said: Callable[..., np.ndarray], ids: Int[np.ndarray, "prompt step"]) -> None:
-    if waiting:
-        begun = together(waiting)
-        waiting.clear()
-        ids[begun.places] = said(begun, shrink=True)
-
-
 def _choose(
     draws: Float[np.ndarray, "prompt step"] | None, logits: Float[Tensor, "row vocab"], places: np.ndarray, step: int
-) -> Int[Tensor, row]:
+) -> Int[Tensor, "row"]:
     """The likeliest token, or the one in whose stretch of the cumulative distribution the number falls."""
     if draws is None:
         return logits.argmax(-1)
@@ -221,7 +209,14 @@ def _choose(
     return torch.searchsorted(below / below[:, -1:], draw[:, None].contiguous(), right=True)[:, 0]
 
 
-def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, prompt]:
+def answer_texts(subject: Subject, made: Answers) -> list[str]:
+    """The answers as text, without special tokens."""
+    assert subject.tokenizer is not None
+    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
+    return list(subject.tokenizer.batch_decode(kept, skip_special_tokens=True))
+
+
+def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, "prompt"]:
     """Share of an answer's n-grams that occurred in it before; 0 for answers of fewer than n tokens."""
     shares = []
     for ids, mask in zip(made.ids, made.mask, strict=True):

@@ -1,22 +1,12 @@
-"""Steered runs that set in where the steering does: what lies below is the plain model's, and is computed once.
+"""Prompts of one length read together, plain or steered, without computing again what the plain model knows.
 
-The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered
-run (`climb`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate or an
-adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
-edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys
-and values alone are wanted. All of it is exact. Batches whose plain run is too large
-to keep, and models that cannot be replayed, are read from the bottom every time.
-
-Several steerings of the same sites at once: every prompt once a steering, one below the other in the batch.
-
-Strengths of a method, random directions and refits differ in what they add and in nothing else. Batches of a few prompts
-cost mostly what a call costs, so they share the calls. What each steering does to a prompt stays what it does alone.
-
-Prompts of one length together, read under a switch that steers the model or leaves it alone.
-
-Nothing is padded; steerings of the same sites can share a batch (`companion.generation.forward`). Where the plain model's run
-over a batch is kept, a steered run sets in above it (`companion.generation.forward`); any other switch reads the batch from the
-bottom.
+The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered run
+(`forward_from_layer`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate
+or an adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
+edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys and
+values alone are wanted. Steerings of the same sites share a batch: every prompt once a steering, one below the other, since a
+batch of a few prompts costs mostly what a call costs. All of it is exact. Batches whose plain run is too large to keep, and
+models that cannot be replayed, are read from the bottom every time.
 """
 
 from __future__ import annotations
@@ -24,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any, Final
@@ -45,14 +35,14 @@ from companion.model.readout import logits
 from companion.prompts import tokens
 
 KEPT_BYTES: Final = 2**29  # of the plain runs of one model that are kept
-
-
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
-
-
+BATCH = 128  # prompts
+ROWS = 384  # of a batch, up to which steerings are put together
 ALL, LAST = slice(None), slice(-1, None)  # positions
-
-
+# Switches steering on for the calls inside it; `nullcontext` is no steering.
+Steer = Callable[[], AbstractContextManager[object]]
+# What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
+Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
 _kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[bytes, CleanRun]] = WeakKeyDictionary()
 
 
@@ -69,13 +59,10 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The prompts of a batch to which steering adds something: their rows in its plain run, and what was read there.
+class BatchRows:
+    """Prompts of a batch: their rows in its plain run, one or several times, and what the steering read of them."""
 
-    A row may occur more than once (`companion.generation.forward`).
-    """
-
-    rows: Int[Tensor, row]
+    rows: Int[Tensor, "row"]
     run: CleanRun
     prompt: Prompt
 
@@ -102,16 +89,6 @@ def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | No
     return runs[key]
 
 
-def resumable(subject: Subject, steer: object, ids: Int[Tensor, "prompt pos"]) -> tuple[Steering, CleanRun] | None:
-    """What a steered run over these prompts can set in from; None where it must be made from the bottom.
-
-    That is so under any switch but a `Switch` and `nullcontext`: what another one does to the model is not known here.
-    """
-    steering = steer.steering if isinstance(steer, Switch) else Steering("none") if steer is nullcontext else None
-    run = None if steering is None else plain_run(subject, ids)
-    return None if steering is None or run is None else (steering, run)
-
-
 def _size(subject: Subject, ids: Tensor) -> int:
     """Bytes of a kept run: a residual vector, a key and a value for each token and layer (grouped keys are smaller)."""
     return ids.numel() * subject.n_layers * 3 * subject.d_model * subject.dtype.itemsize
@@ -130,28 +107,23 @@ def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | No
     return prompt
 
 
-def steered_part(steering: Steering, run: CleanRun) -> Part | None:
+def steered_part(steering: Steering, run: CleanRun) -> BatchRows | None:
     """The rows of a batch that the steering touches, or None: no edit, no strength, or a gate shut for all of them."""
     if not steering.edits or not steering.strength:
         return None
     prompt = opened(steering, run)
     rows = prompt.opened[0].nonzero().flatten()
-    return Part(rows, run, some(prompt, rows)) if len(rows) else None
+    return BatchRows(rows, run, some(prompt, rows)) if len(rows) else None
 
 
-def untouched(run: CleanRun, rows: Int[Tensor, row]) -> Part:
-    """Some prompts of a batch to which nothing is added."""
-    return Part(rows, run, some(opened(Steering("none"), run), rows))
-
-
-def _cut(value: Any, part: Part) -> Any:
+def _cut(value: Any, part: BatchRows) -> Any:
     if isinstance(value, tuple):
         return tuple(_cut(one, part) for one in value)
     is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(part.run.tokens) > 1
     return part.of(value) if is_batch else value
 
 
-def cache_of(part: Part, below: int | None = None) -> DynamicCache:
+def _cache_of(part: BatchRows, below: int | None = None) -> DynamicCache:
     """A cache that holds the plain run's keys and values (of the layers below one), for going on from it."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(part.run.keys[:below], part.run.values[:below], strict=True)):
@@ -161,7 +133,7 @@ def cache_of(part: Part, below: int | None = None) -> DynamicCache:
 
 @torch.no_grad()
 def forward_from_layer(
-    subject: Subject, steering: Steering, part: Part, *, cached: bool = False, top: int | None = None
+    subject: Subject, steering: Steering, part: BatchRows, *, cached: bool = False, top: int | None = None
 ) -> tuple[Float[Tensor, "row d"], DynamicCache | None]:
     """The final residual stream at the last token, with the filled cache if it is wanted.
 
@@ -171,7 +143,7 @@ def forward_from_layer(
     run, end = part.run, subject.n_layers if top is None else top + 1
     start = min(edit.layer for edit in steering.edits)
     is_known = all(edit.part == "resid_post" for edit in steering.edits if edit.layer == start)
-    cache = cache_of(part, start + is_known) if cached else None
+    cache = _cache_of(part, start + is_known) if cached else None
     column = LAST if at_last_token(steering) else ALL
     hidden = part.of(run.resid_pre[start][:, column])
     for layer in range(start, end):
@@ -183,22 +155,15 @@ def forward_from_layer(
         held: Any = cache
         if column == LAST or (layer == subject.n_layers - 1 and top is None):  # nobody looks at other tokens above it
             is_own = column == LAST or layer == start  # of a run whose earlier tokens are the plain ones up to here
-            keys, values = _own(part, layer) if is_own else _heard(subject, part, layer, hidden)
-            held, hidden, column = _behind(cache, layer, keys, values), hidden[:, LAST], LAST
+            made = (run.keys[layer], run.values[layer])
+            keys, values = map(part.of, made) if is_own else _heard(subject, part, layer, hidden)
+            hidden, column = hidden[:, LAST], LAST
+            if cache is None:
+                held = Prefix(keys[:, :, :-1], values[:, :, :-1])
+            else:
+                cache.update(keys[:, :, :-1], values[:, :, :-1], layer)
         hidden = first(block(hidden, **_call(run, layer, column, part), past_key_values=held))
     return hidden[:, -1], cache
-
-
-def _own(part: Part, layer: int) -> tuple[Tensor, Tensor]:
-    return part.of(part.run.keys[layer]), part.of(part.run.values[layer])
-
-
-def _behind(cache: DynamicCache | None, layer: int, keys: Tensor, values: Tensor) -> DynamicCache | Prefix:
-    """What the last token alone is computed behind: the keys and values of all tokens before it."""
-    if cache is None:
-        return Prefix(keys[:, :, :-1], values[:, :, :-1])
-    cache.update(keys[:, :, :-1], values[:, :, :-1], layer)
-    return cache
 
 
 class _Heard(Exception):
@@ -210,7 +175,7 @@ class _Ear:
         raise _Heard(keys, values)
 
 
-def _heard(subject: Subject, part: Part, layer: int, hidden: Float[Tensor, "row pos d"]) -> tuple[Tensor, Tensor]:
+def _heard(subject: Subject, part: BatchRows, layer: int, hidden: Float[Tensor, "row pos d"]) -> tuple[Tensor, Tensor]:
     """The keys and values of a layer, which is left as soon as the library hands them to its cache."""
     try:
         subject.layers[layer].block(hidden, **_call(part.run, layer, ALL, part), past_key_values=_Ear())
@@ -235,7 +200,7 @@ def at_last_token(steering: Steering) -> bool:
     return all(edit.where == "last" for edit in steering.edits)
 
 
-def _call(run: CleanRun, layer: int, column: slice, part: Part | None = None) -> dict[str, Any]:
+def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = None) -> dict[str, Any]:
     """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
     call = dict(run.calls[layer])
     if column == LAST:
@@ -258,9 +223,6 @@ def _returning(module: nn.Module, value: Tensor) -> Iterator[None]:
         del module.forward
 
 
-ROWS = 384  # of a batch, up to which steerings are put together
-
-
 def fitting(steerings: Sequence[Steering], n_prompts: int, rows: int = ROWS) -> list[list[Steering]]:
     """The steerings in their order, in groups that may share a batch of this many prompts."""
     size = max(1, rows // max(1, n_prompts))
@@ -278,48 +240,28 @@ def _sites(steering: Steering) -> tuple[object, ...]:
     return edits, tuple(sorted(read.name for read in steering.reads))
 
 
-def stacked(steerings: Sequence[Steering], parts: Sequence[Part]) -> tuple[Steering, Part, list[slice]]:
+def stacked(steerings: Sequence[Steering], parts: Sequence[BatchRows]) -> tuple[Steering, BatchRows, list[slice]]:
     """One steering that does to each part what its own does, on all parts together; and where each of them lies."""
     ends = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
     places = [slice(*ends) for ends in pairwise(ends)]
     if len(parts) == 1:
         return steerings[0], parts[0], places
-    prompts = [_scaled(part.prompt, one.strength) for one, part in zip(steerings, parts, strict=True)]
-    whole = Part(torch.cat([part.rows for part in parts]), parts[0].run, joined(prompts))
+    prompts = [  # the strength, which differs between steerings, goes into the gate
+        replace(part.prompt, opened=[one.strength * part.prompt.opened[0]])
+        for one, part in zip(steerings, parts, strict=True)
+    ]
+    whole = BatchRows(torch.cat([part.rows for part in parts]), parts[0].run, joined(prompts))
+
+    def each(deltas: Sequence[Delta], x: Float[Tensor, "row pos width"], prompt: Prompt) -> Tensor:
+        made = [delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)]
+        width = max(one.shape[1] for one in made)
+        return torch.cat([one.expand(at.stop - at.start, width, -1) for one, at in zip(made, places, strict=True)])
+
     edits = tuple(
-        Edit(sites[0].layer, sites[0].part, partial(_each, [edit.delta for edit in sites], places), sites[0].where)
+        Edit(sites[0].layer, sites[0].part, partial(each, [edit.delta for edit in sites]), sites[0].where)
         for sites in zip(*(one.edits for one in steerings), strict=True)
     )
     return Steering(" | ".join(one.name for one in steerings), edits), whole, places
-
-
-def _scaled(prompt: Prompt, strength: float) -> Prompt:
-    """The prompt with its gate times the strength, which differs between steerings."""
-    return Prompt(prompt.ids, prompt.real, prompt.last, prompt.read, [strength * prompt.opened[0]])
-
-
-def _each(
-    deltas: Sequence[Delta], places: Sequence[slice], x: Float[Tensor, "row pos width"], prompt: Prompt
-) -> Float[
-    Tensor,
-    (
-        row  # pos width
-    ),
-]:
-    made = [delta(x[at], some(prompt, at)).to(x) for delta, at in zip(deltas, places, strict=True)]
-    width = max(one.shape[1] for one in made)
-    return torch.cat([one.expand(at.stop - at.start, width, -1) for one, at in zip(made, places, strict=True)])
-
-
-# Switches steering on for the calls inside it; `nullcontext` is no steering.
-Steer = Callable[[], AbstractContextManager[object]]
-
-
-# What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
-Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
-
-
-BATCH = 128
 
 
 def buckets(
@@ -335,7 +277,7 @@ def buckets(
             yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
 
 
-def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, pos]:
+def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
     """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
 
     A template that takes no system turn gets the sentence at the head of the user turn.
@@ -345,7 +287,7 @@ def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, pos
 
 
 @lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, pos]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, "pos"]:
     if not system:
         return tokens.encode(tokenizer, text)[0]
     turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
@@ -370,12 +312,14 @@ def read_prompts(
     Prompts that a steering does not touch (its gate stays shut) are a group of their own; their rows are taken from `plain`
     where that is known. `cached` asks for a cache from which answers can go on.
     """
-    begun = resumable(subject, steer, ids)
-    if begun is None:
+    # What another switch does to the model is not known here.
+    steering = steer.steering if isinstance(steer, Switch) else Steering("none") if steer is nullcontext else None
+    run = None if steering is None else plain_run(subject, ids)
+    if steering is None or run is None:
         with steer():
             out = subject.model(ids, use_cache=cached, logits_to_keep=1)
             return use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values)
-    return _resumed(subject, [begun[0]], begun[1], use, cached, plain)[0]
+    return _resumed(subject, [steering], run, use, cached, plain)[0]
 
 
 def read_prompts_each(
@@ -388,7 +332,7 @@ def read_prompts_each(
     plain: Tensor | None = None,
     rows: int = ROWS,
 ) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
-    """`read` under each of the steerings; those of the same sites share the model's calls, in batches of `rows`."""
+    """`read_prompts` under each of the steerings; those of the same sites share the model's calls, in batches of `rows`."""
     run = plain_run(subject, ids)
     if run is None:
         switches = [Switch(subject, one) for one in steerings]
@@ -400,14 +344,14 @@ def read_prompts_each(
 def _resumed(
     subject: Subject, steerings: Sequence[Steering], run: CleanRun, use: Use, cached: bool, plain: Tensor | None
 ) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
-    """Steerings of the same sites in one climb. What none of them touches in a prompt is the plain model's."""
+    """Steerings of the same sites in one run. What none of them touches in a prompt is the plain model's."""
     parts = {i: part for i, one in enumerate(steerings) if (part := steered_part(one, run)) is not None}
     touched = torch.zeros(len(steerings), len(run.tokens), dtype=torch.bool, device=run.tokens.device)
     for i, part in parts.items():
         touched[i, part.rows] = True
     left = (~touched).any(0).nonzero().flatten()
     if len(left) and plain is None:
-        cache = cache_of(untouched(run, left)) if cached else None
+        cache = _cache_of(BatchRows(left, run, some(opened(Steering("none"), run), left))) if cached else None
         made = use(left, logits(subject, run.resid_post[-1][left, -1]), cache)
         plain = made.new_empty(len(run.tokens), *made.shape[1:])
         plain[left] = made

@@ -1,6 +1,4 @@
-"""The batch under steering: what an edit or a gate may look at, all of it or some rows or the last tokens alone.
-
-Steering a model: what is added, where, and the hooks that add it in one forward pass or while it generates.
+"""Steering a model: what is added, where, and the hooks that add it in one forward pass or while it generates.
 
 A `Steering` is data: edits of named sites, a strength, and a gate. `applied` turns it into forward hooks on the plain
 library model for the length of a `with` block. The prompt is the call that finds an empty cache; calls that come after it
@@ -13,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -36,23 +34,12 @@ class Prompt:
 
     ids: Int[Tensor, "prompt pos"]
     real: Bool[Tensor, "prompt pos"]
-    last: Int[Tensor, prompt]
+    last: Int[Tensor, "prompt"]
     read: dict[str, Tensor] = field(default_factory=dict)
-    opened: list[Float[Tensor, prompt]] = field(default_factory=list)
+    opened: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
 
-def of_call(ids: Any, mask: Any) -> Prompt:
-    """The prompt of a call of the model with these token ids and, if padded, this mask."""
-    if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
-        raise InputError("a steered call needs input_ids and, if padded, an attention_mask of the same shape")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not bool(real.any(-1).all()):
-        raise InputError("a prompt of the batch has no real token: every row of attention_mask needs a 1")
-    place = torch.arange(ids.shape[1], device=ids.device)
-    return Prompt(ids, real, (place * real).argmax(-1))
-
-
-def some(prompt: Prompt, rows: Int[Tensor, row] | slice) -> Prompt:
+def some(prompt: Prompt, rows: Int[Tensor, "row"] | slice) -> Prompt:
     """Some of the prompts, with what was read of them and their gates."""
     read = {name: x[rows] for name, x in prompt.read.items()}
     return Prompt(prompt.ids[rows], prompt.real[rows], prompt.last[rows], read, [x[rows] for x in prompt.opened])
@@ -68,27 +55,16 @@ def joined(prompts: Sequence[Prompt]) -> Prompt:
 
 def tail(prompt: Prompt, n: int) -> Prompt:
     """The last `n` positions, where nothing else is computed."""
-    cut = prompt.ids.shape[1] - n
-    return prompt if not cut else Prompt(
-        prompt.ids[:, cut:], prompt.real[:, cut:], prompt.last - cut, prompt.read, prompt.opened
-    )  # fmt: skip
+    if not (cut := prompt.ids.shape[1] - n):
+        return prompt
+    return replace(prompt, ids=prompt.ids[:, cut:], real=prompt.real[:, cut:], last=prompt.last - cut)
 
 
 Part = Literal["resid_post", "mlp_out", "neurons"]
-
-
 Where = Literal["prompt", "last", "every"]
-
-
 PARTS: Final = ("resid_post", "mlp_out", "neurons")
-
-
 WHERES: Final = ("prompt", "last", "every")
-
-
 Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
-
-
 Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 
 
@@ -141,14 +117,12 @@ class Steering:
 class Record:
     """What steering added: for each batch of prompts the summed squared norm a prompt, and the gate's values."""
 
-    squares: list[Float[Tensor, prompt]] = field(default_factory=list)
-    gates: list[Float[Tensor, prompt]] = field(default_factory=list)
+    squares: list[Float[Tensor, "prompt"]] = field(default_factory=list)
+    gates: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
-
-@dataclass
-class _State:
-    prompt: Prompt | None = None
-    phase: Literal["plain", "prompt", "generated", "outside"] = "outside"
+    def begin(self, prompt: Prompt) -> None:
+        """Count what is added to another batch of prompts, from zero."""
+        self.squares.append(torch.zeros(len(prompt.ids), dtype=torch.float64, device=prompt.ids.device))
 
 
 @contextmanager
@@ -163,26 +137,30 @@ def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) 
         InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
             mask, generated tokens of another batch than the last prompt's).
     """
-    check(subject, steering)
-    record, state = Record(), _State()
+    check_sites(subject, steering)
+    run = _SteeredCalls(subject, steering, Record())
     if prompt is not None:
-        state = _State(prompt, "prompt")
-        record.squares.append(torch.zeros(len(prompt.ids), dtype=torch.float64, device=prompt.ids.device))
+        run.prompt, run.phase = prompt, "prompt"
+        run.record.begin(prompt)
     with ExitStack() as hooks:
         if steering.edits and steering.strength:
             decoder = subject.model.base_model
-            begin = partial(_begin, state, record, any(read.plain for read in steering.reads))
-            hooks.callback(decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            hooks.callback(decoder.register_forward_hook(partial(_end, state), always_call=True).remove)
+            hooks.callback(decoder.register_forward_pre_hook(run.before_decoder, with_kwargs=True).remove)
+            hooks.callback(decoder.register_forward_hook(run.after_decoder, always_call=True).remove)
             for read in steering.reads:  # before the edits, so that a read sees what its own layer made
-                hooks.enter_context(on_output(subject.layers[read.layer].block, partial(_note, state, read)))
+                hooks.enter_context(on_output(subject.layers[read.layer].block, partial(run.note, read)))
             for edit in steering.edits:
-                hook, module = _site(subject, edit)
-                hooks.enter_context(hook(module, partial(_add, state, record, subject, steering, edit)))
-        yield record
+                parts = subject.layers[edit.layer]
+                if edit.part == "neurons":
+                    assert parts.down_proj is not None  # `check_sites` saw to it
+                    hooks.enter_context(on_input(parts.down_proj, partial(run.add, edit)))
+                else:
+                    module = parts.block if edit.part == "resid_post" else parts.mlp_write
+                    hooks.enter_context(on_output(module, partial(run.add, edit)))
+        yield run.record
 
 
-def check(subject: Subject, steering: Steering) -> None:
+def check_sites(subject: Subject, steering: Steering) -> None:
     """`InputError` where a steering names a site that the model does not have."""
     layers = [*(edit.layer for edit in steering.edits), *(read.layer for read in steering.reads)]
     if wrong := sorted({layer for layer in layers if not 0 <= layer < subject.n_layers}):
@@ -197,92 +175,94 @@ def check(subject: Subject, steering: Steering) -> None:
             raise InputError(f"{subject.name} has no single down projection (a mixture of experts): steer mlp_out")
 
 
-def _site(subject: Subject, edit: Edit) -> tuple[Callable[..., Any], nn.Module]:
-    parts = subject.layers[edit.layer]
-    if edit.part == "neurons":
-        assert parts.down_proj is not None  # `check` saw to it
-        return on_input, parts.down_proj
-    return on_output, parts.block if edit.part == "resid_post" else parts.mlp_write
+def _prompt_of(ids: Any, mask: Any) -> Prompt:
+    """The prompt of a call of the model with these token ids and, if padded, this mask."""
+    if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
+        raise InputError("a steered call needs input_ids and, if padded, an attention_mask of the same shape")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool(real.any(-1).all()):
+        raise InputError("a prompt of the batch has no real token: every row of attention_mask needs a 1")
+    place = torch.arange(ids.shape[1], device=ids.device)
+    return Prompt(ids, real, (place * real).argmax(-1))
 
 
-def _begin(
-    state: _State, record: Record, needs_plain: bool, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Before the decoder: is it a prompt or generated tokens, and where are its real tokens?"""
-    if state.phase == "plain":
-        return
-    call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
-    call = {**call, **call.pop("kwargs", {})}
-    cache = call.get("past_key_values")
-    if cache is not None and int(cache.get_seq_length()):
-        if state.prompt is None:
-            raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
-        state.phase = "generated"
-        return
-    state.prompt = of_call(call.get("input_ids"), call.get("attention_mask"))
-    record.squares.append(torch.zeros(len(state.prompt.ids), dtype=torch.float64, device=state.prompt.ids.device))
-    if needs_plain:
-        state.phase = "plain"
-        decoder(**{**call, "past_key_values": None, "use_cache": False})
-    state.phase = "prompt"
+@dataclass
+class _SteeredCalls:
+    """Where in the calls of a steered model its hooks are; their outputs are what the model goes on with."""
 
+    subject: Subject
+    steering: Steering
+    record: Record
+    prompt: Prompt | None = None
+    phase: Literal["plain", "prompt", "generated", "outside"] = "outside"
 
-def _end(state: _State, decoder: nn.Module, args: Any, output: Any) -> None:
-    if state.phase != "plain":
-        state.phase = "outside"
+    def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Is it a prompt or generated tokens, and where are its real tokens?"""
+        if self.phase == "plain":
+            return
+        call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
+        call = {**call, **call.pop("kwargs", {})}
+        cache = call.get("past_key_values")
+        if cache is not None and int(cache.get_seq_length()):
+            if self.prompt is None:
+                raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
+            self.phase = "generated"
+            return
+        self.prompt = _prompt_of(call.get("input_ids"), call.get("attention_mask"))
+        self.record.begin(self.prompt)
+        if any(read.plain for read in self.steering.reads):
+            self.phase = "plain"
+            decoder(**{**call, "past_key_values": None, "use_cache": False})
+        self.phase = "prompt"
 
+    def after_decoder(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        """A plain pass is followed by the steered one; nothing is steered outside of the decoder."""
+        if self.phase != "plain":
+            self.phase = "outside"
 
-def _note(state: _State, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
-    if state.phase == ("plain" if read.plain else "prompt"):
-        assert state.prompt is not None  # the decoder's own hook came first
-        place = (state.prompt.last - read.back).clamp(min=0)
-        state.prompt.read[read.name] = x[torch.arange(len(x), device=x.device), place].detach()
+    def note(self, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
+        """Keep what a read names."""
+        if self.phase == ("plain" if read.plain else "prompt"):
+            assert self.prompt is not None  # the decoder's own hook came first
+            place = (self.prompt.last - read.back).clamp(min=0)
+            self.prompt.read[read.name] = x[torch.arange(len(x), device=x.device), place].detach()
 
+    def add(self, edit: Edit, x: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos width"] | None:
+        """The site's activation with the edit, whose norm is recorded; None where it does not act."""
+        if self.phase not in ("prompt", "generated") or (self.phase == "generated" and edit.where != "every"):
+            return None
+        prompt = self.prompt
+        assert prompt is not None
+        if len(x) != len(prompt.ids):
+            raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
+        if self.phase == "prompt":
+            prompt = tail(
+                prompt, x.shape[1]
+            )  # `companion.generation.forward` leaves out positions on which nothing hangs
+        scale = self.steering.strength * self._opened(prompt).to(x)[:, None, None]
+        added = scale * edit.delta(x, prompt).to(x)
+        if self.phase == "prompt":
+            where = prompt.real
+            if edit.where == "last":
+                where = torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
+            added = torch.where(where[..., None], added, torch.zeros((), dtype=x.dtype, device=x.device))
+            self.record.squares[-1] += self._written(edit, added).detach().double().square().sum((1, 2))
+        return x + added
 
-def _add(
-    state: _State,
-    record: Record,
-    subject: Subject,
-    steering: Steering,
-    edit: Edit,
-    x: Float[Tensor, "prompt pos width"],
-) -> Float[Tensor, "prompt pos width"] | None:
-    if state.phase not in ("prompt", "generated") or (state.phase == "generated" and edit.where != "every"):
-        return None
-    prompt = state.prompt
-    assert prompt is not None
-    if len(x) != len(prompt.ids):
-        raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
-    if state.phase == "prompt":
-        prompt = tail(prompt, x.shape[1])  # `companion.generation.forward` leaves out positions on which nothing hangs
-    scale = steering.strength * _gate(steering, prompt, record).to(x)[:, None, None]
-    added = scale * edit.delta(x, prompt).to(x)
-    if state.phase == "prompt":
-        added = torch.where(_positions(edit, prompt)[..., None], added, torch.zeros((), dtype=x.dtype, device=x.device))
-        written = _written(subject, edit, added)
-        record.squares[-1] += written.detach().double().square().sum((1, 2))
-    return x + added
+    def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
+        """The gate's values, asked once a prompt and kept while it is answered."""
+        if not prompt.opened:
+            gate = self.steering.gate
+            prompt.opened.append(
+                torch.ones(len(prompt.ids), device=prompt.ids.device) if gate is None else gate(prompt)
+            )
+            self.record.gates.append(prompt.opened[0])
+        return prompt.opened[0]
 
-
-def _gate(steering: Steering, prompt: Prompt, record: Record) -> Float[Tensor, prompt]:
-    """The gate's values, asked once a prompt and kept while it is answered."""
-    if not prompt.opened:
-        is_open = torch.ones(len(prompt.ids), device=prompt.ids.device)
-        prompt.opened.append(is_open if steering.gate is None else steering.gate(prompt))
-        record.gates.append(prompt.opened[0])
-    return prompt.opened[0]
-
-
-def _positions(edit: Edit, prompt: Prompt) -> Bool[Tensor, "prompt pos"]:
-    if edit.where != "last":
-        return prompt.real
-    return torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
-
-
-def _written(subject: Subject, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
-    """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
-    if edit.part != "neurons":
-        return added
-    down = subject.layers[edit.layer].down_proj
-    assert down is not None
-    return added @ written_vectors(down)
+    def _written(self, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
+        """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
+        if edit.part != "neurons":
+            return added
+        down = self.subject.layers[edit.layer].down_proj
+        assert down is not None
+        return added @ written_vectors(down)

@@ -1,16 +1,12 @@
-"""Which tokens open a model's refusals and its answers, found from what the model itself says first.
+"""Which tokens open a model's refusals and its answers: the user's own, else those that the model itself says first.
 
-Short greedy answers are labelled by a match of refusal phrases; the first-token distributions of refused and of
-answered prompts then give the two camps of Y1. Only tokens and shares are kept, no text.
-
-Outcome tokens of a prompt set made of public sets: the user's own where there are some, else what the model says first.
-
-Either way they are shown with their joint probability, since Y1 sees nothing else of the model's behaviour.
+Short greedy answers are labelled by a match of refusal phrases; the first-token distributions of refused and of answered
+prompts then give the openers of either kind. They are shown with their joint probability, since Y1 sees nothing else of the
+model's behaviour. Only tokens and shares are kept, no text.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from companion.base.errors import InputError
-from companion.base.files import write_json, write_text
+from companion.base.files import hash_file, write_json, write_text
 from companion.generation import decode, forward
 from companion.generation.labels import is_refusal
 from companion.model.architecture import Subject
@@ -30,29 +26,18 @@ from companion.prompts import pairs, public, tokens
 from companion.prompts.pairs import Pair, read_outcome
 
 STEPS = 24
-
-
 MAX_PROMPTS = 64
-
-
 MIN_SIDE = 5
-
-
-COVERED = 0.95  # of a camp's own probability
-
-
+COVERED = 0.95  # of the probability of the openers of one kind
 FLOOR = 0.005
-
-
 MOST = 20
-
-
 JOINT = 0.8  # below it Y1 sees too little of the model's behaviour
+CHECKED = ".checked"  # sha256 of the outcome.json last shown; hidden, so that it is no part of the prompts
 
 
 @dataclass(frozen=True)
-class FirstWords:
-    """Outcome strings of both camps, the mean joint probability over all prompts, and how many were refused."""
+class FoundOpeners:
+    """Strings that open answers and refusals, the mean joint probability over all prompts, and how many were refused."""
 
     comply: tuple[str, ...]
     refuse: tuple[str, ...]
@@ -64,27 +49,25 @@ class FirstWords:
     def note(self) -> str:
         """One line for the user."""
         seen = f"{self.n_refused} of {self.n_prompts} prompts refused; "
-        return f"answers open with: {described(self.comply, self.refuse, self.joint, seen)}"
+        return f"answers open with: {describe_openers(self.comply, self.refuse, self.joint, seen)}"
 
 
-def described(comply: Sequence[str], refuse: Sequence[str], joint: float, seen: str = "") -> str:
-    """Both camps and how much of the first token's probability they hold, with what to do where that is little."""
+def describe_openers(comply: Sequence[str], refuse: Sequence[str], joint: float, seen: str = "") -> str:
+    """Openers of both kinds and how much of the first token's probability they hold, with what to do where that is little."""
     found = f"comply {', '.join(map(repr, comply))}; refuse {', '.join(map(repr, refuse))}"
     low = f", below {JOINT}: edit outcome.json" if joint < JOINT else ""
     return f"{found} ({seen}joint probability {joint:.2f}{low})"
 
 
-def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FirstWords:
-    """The camps of one model on these user turns, at least some of which it refuses and some of which it answers.
+def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpeners:
+    """The openers of one model on these user turns, at least some of which it refuses and some of which it answers.
 
-    Raises InputError where fewer than five are refused, or answered: nothing is known of that camp then. `own` is the
+    Raises InputError where fewer than five are refused, or answered: nothing is known of those openers then. `own` is the
     file in which the user may name them instead.
     """
-    assert subject.tokenizer is not None
     remedy = f'write {{"comply": [...], "refuse": [...]}} of your own into {own}, then the same command'
     made = decode.answers(subject, texts, STEPS)
-    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
-    refused = np.array([is_refusal(text) for text in subject.tokenizer.batch_decode(kept, skip_special_tokens=True)])
+    refused = np.array([is_refusal(text) for text in decode.answer_texts(subject, made)])
     for count, what in ((refused.sum(), "refused"), ((~refused).sum(), "answered")):
         if count < MIN_SIDE:
             raise InputError(
@@ -93,17 +76,17 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FirstWord
             )
     probabilities = first_token_probabilities(subject, texts)
     comply, refuse = sort_openers(probabilities, torch.tensor(refused))
-    strings = [_strings(subject, camp) for camp in (comply, refuse)]
+    strings = [_strings(subject, ids) for ids in (comply, refuse)]
     if not all(strings):
         raise InputError(f"the model's first tokens cannot be written as text: {remedy}")
     held = joint_probability(probabilities, [id for side in strings for id in side])
-    return FirstWords(tuple(strings[0].values()), tuple(strings[1].values()), held, int(refused.sum()), len(texts))
+    return FoundOpeners(tuple(strings[0].values()), tuple(strings[1].values()), held, int(refused.sum()), len(texts))
 
 
 def joint_probability(probabilities: Float[Tensor, "prompt vocab"], ids: Sequence[int]) -> float:
     """How much of the first token's probability these tokens hold, on the mean over prompts.
 
-    >>> joint(torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]), [0, 1])
+    >>> joint_probability(torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]), [0, 1])
     0.875
     """
     return float(probabilities[:, list(ids)].sum(-1).mean())
@@ -121,20 +104,20 @@ def first_token_probabilities(subject: Subject, texts: Sequence[str]) -> Float[T
 
 
 def sort_openers(
-    probabilities: Float[Tensor, "prompt vocab"], refused: Bool[Tensor, prompt]
+    probabilities: Float[Tensor, "prompt vocab"], refused: Bool[Tensor, "prompt"]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the two camps, likeliest first: each token belongs to the side on which it is likelier.
+    """Token ids that open answers and refusals, likeliest first: a token belongs to the side on which it is likelier.
 
-    A camp holds the fewest tokens that cover 0.95 of its own probability, at most 20, each with at least 0.005.
+    Each side has the fewest tokens that cover 0.95 of its own probability, at most 20, each with at least 0.005.
 
-    >>> camps(torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.0, 0.8]]), torch.tensor([False, True]))
+    >>> sort_openers(torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.0, 0.8]]), torch.tensor([False, True]))
     ([0, 1], [2])
     """
     answered, declined = probabilities[~refused].mean(0), probabilities[refused].mean(0)
     return _likely_openers(answered, declined), _likely_openers(declined, answered)
 
 
-def _likely_openers(own: Float[Tensor, vocab], other: Float[Tensor, vocab]) -> list[int]:
+def _likely_openers(own: Float[Tensor, "vocab"], other: Float[Tensor, "vocab"]) -> list[int]:
     mass = torch.where(own > other, own, 0.0)
     share, order = mass.sort(descending=True, stable=True)
     before = share.cumsum(0) - share
@@ -142,13 +125,13 @@ def _likely_openers(own: Float[Tensor, vocab], other: Float[Tensor, vocab]) -> l
     return [int(i) for i in order[:MOST][chosen[:MOST]]]
 
 
-def _strings(subject: Subject, camp: Sequence[int]) -> dict[int, str]:
+def _strings(subject: Subject, ids: Sequence[int]) -> dict[int, str]:
     """Each token's text, where that text behind a prompt is read as this very token."""
     assert subject.tokenizer is not None
-    context = tokens.render(subject.tokenizer, "x")
+    context = tokens.render_prompt(subject.tokenizer, "x")
     before = subject.tokenizer(context, add_special_tokens=False)["input_ids"]
     found: dict[int, str] = {}
-    for token in camp:
+    for token in ids:
         text = subject.tokenizer.decode([token])
         whole = subject.tokenizer(context + text, add_special_tokens=False)["input_ids"]
         if text and whole[: len(before)] == before and whole[len(before) :][:1] == [token]:
@@ -156,10 +139,7 @@ def _strings(subject: Subject, camp: Sequence[int]) -> dict[int, str]:
     return found
 
 
-CHECKED = ".checked"  # sha256 of the outcome.json last shown; hidden, so that it is no part of the prompts
-
-
-def ensure(
+def ensure_openers(
     folder: Path, pairs: Sequence[Pair], wrapper_file: Path | None, *, model: str, device: str, dtype: str,
     report: Callable[[str], object],
 ) -> None:  # fmt: skip
@@ -178,16 +158,16 @@ def ensure(
     found = find_openers(load(model, device=device, dtype=dtype), _asked(pairs, "T1") + _asked(pairs, "T2"), file)
     report(found.note)
     write_json({"comply": list(found.comply), "refuse": list(found.refuse)}, file)
-    _remember(file)
+    write_text(hash_file(file, {}), folder / CHECKED)
 
 
-def check(folder: Path, *, model: str, device: str, dtype: str, report: Callable[[str], object]) -> None:
+def check_openers(folder: Path, *, model: str, device: str, dtype: str, report: Callable[[str], object]) -> None:
     """Show the joint probability of openers that the user wrote, once for each version of the file.
 
     Raises InputError where the file, or a string in it, cannot be used with this model.
     """
     file = folder / public.OUTCOME
-    if (folder / CHECKED).is_file() and (folder / CHECKED).read_text() == _sha256(file):
+    if (folder / CHECKED).is_file() and (folder / CHECKED).read_text() == hash_file(file, {}):
         return
     content = pairs.load_set(folder)
     subject = load(model, device=device, dtype=dtype)
@@ -200,19 +180,11 @@ def check(folder: Path, *, model: str, device: str, dtype: str, report: Callable
         ids = [*openers[treatment].comply, *openers[treatment].refuse]
         texts = _asked(content.pairs, treatment)
         joint = joint_probability(first_token_probabilities(subject, texts), ids)
-        report(f"{treatment}: {described(*content.outcomes[treatment], joint)}")
-    _remember(file)
+        report(f"{treatment}: {describe_openers(*content.outcomes[treatment], joint)}")
+    write_text(hash_file(file, {}), folder / CHECKED)
 
 
 def _asked(pairs: Sequence[Pair], treatment: str) -> list[str]:
     """Prompts of up to 64 pairs: both sides of T1, else the treated one."""
     chosen = [pair for pair in pairs if pair.treatment == treatment][:MAX_PROMPTS]
     return [text for pair in chosen for text in ([pair.control] * (treatment == "T1") + [pair.treated])]
-
-
-def _remember(file: Path) -> None:
-    write_text(_sha256(file), file.with_name(CHECKED))
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a model does with prompts while it is steered: log-odds, sampled answers, labels, and the price of steering.
+"""What a model does with prompts, plain or steered: log-odds of its first token, and the price of steering.
 
 Prompts of one length are read in one batch, without padding. Steering is switched on by a context manager around the
 model's calls.
@@ -25,9 +25,8 @@ from companion.generation.hooks import Steering
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
 
+FIRST: Use = lambda rows, logits, cache: logits  # noqa: E731
 LOGIT_BYTES = 2**28  # of the log-probabilities of one batch of answers
-
-
 _spoken: WeakKeyDictionary[PreTrainedModel, dict[tuple[tuple[int, ...], ...], Tensor]] = WeakKeyDictionary()
 
 
@@ -38,7 +37,7 @@ def log_odds(
     """A row a prompt: Y1 (`log_odds` of complying) and the probability of opening with a refusal (`p_refuse`)."""
     found = np.empty((len(texts), 2))
     for places, ids in buckets(subject, texts, system=system):
-        found[places] = _opening(read_prompts(subject, ids, steer, _first, cached=False), openers)
+        found[places] = _opening(read_prompts(subject, ids, steer, FIRST, cached=False), openers)
     return pd.DataFrame(found, columns=["log_odds", "p_refuse"])
 
 
@@ -49,7 +48,7 @@ def log_odds_each(
     """`log_odds` under each of the steerings, in their order; together where they have the same sites."""
     found = np.empty((len(steered), len(texts), 2))
     for places, ids in buckets(subject, texts, system=common_system(steered)):
-        found[:, places] = _opening(read_prompts_each(subject, ids, steered, _first, cached=False), openers)
+        found[:, places] = _opening(read_prompts_each(subject, ids, steered, FIRST, cached=False), openers)
     return [pd.DataFrame(one, columns=["log_odds", "p_refuse"]) for one in found]
 
 
@@ -59,13 +58,9 @@ def common_system(steered: Sequence[Steering]) -> str:
     return system
 
 
-def _first(_: object, logits: Float[Tensor, "row vocab"], __: object) -> Float[Tensor, "row vocab"]:
-    return logits
-
-
 def _opening(logits: Float[Tensor, "... vocab"], openers: Openers) -> Float[np.ndarray, "... 2"]:
     logits = logits.double()
-    comply, refuse = (logits[..., list(camp)].logsumexp(-1) for camp in (openers.comply, openers.refuse))
+    comply, refuse = (logits[..., list(ids)].logsumexp(-1) for ids in (openers.comply, openers.refuse))
     made: np.ndarray = torch.stack([comply - refuse, (refuse - logits.logsumexp(-1)).exp()], -1).cpu().numpy()
     return made
 
@@ -78,19 +73,19 @@ def price(subject: Subject, texts: Sequence[str], own: Answers, steer: Steer, *,
     log-probabilities of the answer, `n_tokens` its length: the perplexity ratio is exp of their mean difference.
     """
 
-    def read_it(ids: Tensor, use: Use, plain: Tensor | None) -> Tensor:
+    def steered(ids: Tensor, use: Use, plain: Tensor | None) -> Tensor:
         return read_prompts(subject, ids, steer, use, plain=plain)[None]
 
-    return _prices(subject, texts, own, 1, system, read_it)[0]
+    return _prices(subject, texts, own, 1, system, steered)[0]
 
 
 def price_each(subject: Subject, texts: Sequence[str], own: Answers, steered: Sequence[Steering]) -> list[pd.DataFrame]:
     """`price` of each of the steerings, in their order; together where they have the same sites."""
 
-    def read_them(ids: Tensor, use: Use, plain: Tensor | None) -> Tensor:
+    def each(ids: Tensor, use: Use, plain: Tensor | None) -> Tensor:
         return read_prompts_each(subject, ids, steered, use, plain=plain, rows=_size(subject, own))
 
-    return _prices(subject, texts, own, len(steered), common_system(steered), read_them)
+    return _prices(subject, texts, own, len(steered), common_system(steered), each)
 
 
 def _size(subject: Subject, own: Answers) -> int:
@@ -120,10 +115,8 @@ def _prices(
 
 def _plainly(subject: Subject, prompt: Tensor, answer: Tensor, forced: Use) -> Float[Tensor, "prompt step vocab"]:
     """The plain model's log-probabilities, from memory if they were asked for lately: every arm is held against them."""
-    kept, key = (
-        _spoken.setdefault(subject.model, {}),
-        (tuple(prompt.flatten().tolist()), tuple(answer.flatten().tolist())),
-    )
+    kept = _spoken.setdefault(subject.model, {})
+    key = (tuple(prompt.flatten().tolist()), tuple(answer.flatten().tolist()))
     if key not in kept:
         made = read_prompts(subject, prompt, nullcontext, forced)
         if sum(one.nbytes for one in kept.values()) + made.nbytes > LOGIT_BYTES:
@@ -135,7 +128,7 @@ def _plainly(subject: Subject, prompt: Tensor, answer: Tensor, forced: Use) -> F
 def _forced(
     subject: Subject,
     answer: Int[Tensor, "prompt step"],
-    rows: Int[Tensor, row],
+    rows: Int[Tensor, "row"],
     logits: Float[Tensor, "row vocab"],
     cache: Any,
 ) -> Float[Tensor, "row step vocab"]:

@@ -1,8 +1,7 @@
-"""Causal mediation: the four cells of every pair and mediator, and the estimands derived from them.
+"""The four cells of every pair and mediator, and the estimands of causal mediation made of them.
 
 For a pair with control prompt x0 and treated prompt x1 and a mediator M, the cells are y00 = Y(x0), y11 = Y(x1),
-y01 = Y(x0, M set to its value under x1) and y10 = Y(x1, M set to its value under x0). Everything else is arithmetic
-on them, done in one place (`estimands`).
+y01 = Y(x0, M set to its value under x1) and y10 = Y(x1, M set to its value under x0).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.base.display import progress
@@ -28,7 +27,8 @@ from companion.model.replay import both_ways
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
-KEYS = ["site", "layer", "head", "position", "outcome"]
+CELLS = ("y00", "y01", "y10", "y11")
+KEYS = ["site", "layer", "head", "position", "outcome"]  # what tells a pair's rows of effects apart
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class Mediator:
     position: str = "last"
     head: int = -1
 
-    @property
-    def is_direct(self) -> bool:
-        """True if only the site's own write into the final residual stream is swapped."""
-        return self.site.endswith(".direct")
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,18 +50,14 @@ class Batch:
     treated: CleanRun
 
 
-def estimands(cells: pd.DataFrame) -> pd.DataFrame:
+def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells with `te` (total effect), `nie0` (sufficiency) and `nie1` (necessity) beside them, in the cells' unit.
 
     >>> cells = pd.DataFrame({"y00": [0.0], "y01": [1.0], "y10": [1.5], "y11": [4.0]})
-    >>> estimands(cells)[["te", "nie0", "nie1"]].values.tolist()
+    >>> with_estimands(cells)[["te", "nie0", "nie1"]].values.tolist()
     [[4.0, 1.0, 2.5]]
     """
-    return cells.assign(
-        te=cells.y11 - cells.y00,
-        nie0=cells.y01 - cells.y00,
-        nie1=cells.y11 - cells.y10,
-    )
+    return cells.assign(te=cells.y11 - cells.y00, nie0=cells.y01 - cells.y00, nie1=cells.y11 - cells.y10)
 
 
 def mediators(subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("last",)) -> list[Mediator]:
@@ -113,11 +104,18 @@ def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
     return Batch(tuple(pairs), activations.clean_run(subject, control), activations.clean_run(subject, treated))
 
 
+def _header(subject: Subject) -> str:
+    return positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
+
+
 def patches(batch: Batch, wanted: Sequence[Mediator], header: str) -> list[Patch]:
-    """The mediators as interventions on this batch: position groups become masks over its tokens."""
-    names = {mediator.position for mediator in wanted}
-    device = batch.control.tokens.device
-    masks = {name: torch.tensor(positions.stack(batch.pairs, header, name), device=device) for name in names}
+    """The mediators as interventions on this batch: position groups become masks over the prompt's tokens."""
+    tokens = batch.control.tokens
+    masks: dict[str, Tensor] = {}
+    for name in {mediator.position for mediator in wanted}:
+        prompt = torch.tensor(positions.stack(batch.pairs, header, name), device=tokens.device)
+        masks[name] = torch.zeros_like(tokens, dtype=torch.bool)
+        masks[name][:, : prompt.shape[1]] = prompt
     return [
         Patch(m.site.removesuffix(".direct"), m.layer, masks[m.position], None if m.head < 0 else m.head)
         for m in wanted
@@ -125,14 +123,16 @@ def patches(batch: Batch, wanted: Sequence[Mediator], header: str) -> list[Patch
 
 
 def final_residuals(
-    subject: Subject, batch: Batch, wanted: Sequence[Mediator], header: str
+    subject: Subject, batch: Batch, wanted: Sequence[Mediator]
 ) -> tuple[Float[Tensor, "pair mediator d"], Float[Tensor, "pair mediator d"]]:
     """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
-    made, runs = patches(batch, wanted, header), (batch.control, batch.treated)
+    made, runs = patches(batch, wanted, _header(subject)), (batch.control, batch.treated)
     shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
     cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
-    for is_direct in {mediator.is_direct for mediator in wanted}:
-        chosen = [i for i, mediator in enumerate(wanted) if mediator.is_direct == is_direct]
+    for is_direct in (False, True):
+        chosen = [i for i, mediator in enumerate(wanted) if mediator.site.endswith(".direct") == is_direct]
+        if not chosen:
+            continue
         some = [made[i] for i in chosen]
         if is_direct:
             found = [replay.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
@@ -144,51 +144,38 @@ def final_residuals(
 
 
 def measure_effects(
-    subject: Subject,
-    pairs: Sequence[TokenPair],
-    openers: Mapping[str, Openers],
-    wanted: Sequence[Mediator] | Callable[[str], Sequence[Mediator]],
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
     names: Sequence[str] = ("Y1",),
-    *,
-    watch: Callable[[Batch], None] | None = None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
 
-    `wanted` may depend on the treatment. `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the
-    final norm's scale held at the control run's, in all four cells, so that direct effects add up). `watch` is shown
-    every batch of clean runs, for what else is to be read off them.
+    `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control
+    run's, in all four cells, so that direct effects add up).
     """
-    tables = []
-    for group in progress(batches(pairs, subject), desc="mediation"):
-        chosen = wanted(group[0].pair.treatment) if callable(wanted) else wanted
-        tables.append(batch_effects(subject, group, openers, chosen, names, watch=watch))
-    return pd.concat(tables, ignore_index=True)
+    groups = progress(batches(pairs, subject), desc="mediation")
+    return pd.concat([batch_effects(subject, group, openers, wanted, names) for group in groups], ignore_index=True)
 
 
 def batch_effects(
-    subject: Subject,
-    group: Sequence[TokenPair],
-    openers: Mapping[str, Openers],
-    wanted: Sequence[Mediator],
-    names: Sequence[str] = ("Y1",),
-    *,
-    watch: Callable[[Batch], None] | None = None,
-) -> pd.DataFrame:
-    """The rows of `effects` for one batch: pairs of one treatment and one length."""
-    header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
+    subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
+    names: Sequence[str] = ("Y1",), *, watch: Callable[[Batch], object] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """The rows of `measure_effects` for one batch: pairs of one treatment and one length.
+
+    `watch` is shown the batch of clean runs, for what else is to be read off them.
+    """
     batch = run_clean(subject, group)
     if watch:
         watch(batch)
-    patched = final_residuals(subject, batch, wanted, header)
-    used = openers[group[0].pair.treatment]
-    tables = [tidy(group, wanted, name, score(subject, batch, patched, used, name)) for name in names]
-    return estimands(pd.concat(tables, ignore_index=True))
+    patched, used = final_residuals(subject, batch, wanted), openers[group[0].pair.treatment]
+    tables = [tidy(group, wanted, name, score_cells(subject, batch, patched, used, name)) for name in names]
+    return with_estimands(pd.concat(tables, ignore_index=True))
 
 
-def score(
-    subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str
+def score_cells(
+    subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
 ) -> dict[str, Float[np.ndarray, "pair mediator"]]:
-    """The four cells of a batch in one outcome of `effects`, from the residual streams of `final_residuals`."""
+    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`."""
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     norm_like = control if name.endswith(".frozen") else None
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
@@ -203,54 +190,77 @@ def score(
     return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}
 
 
+def whole_answer_effects(
+    subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator]
+) -> pd.DataFrame:
+    """The rows of `batch_effects` for Y2 = log p(answer) - log p(refusal), teacher-forced, in nats.
+
+    Answer and refusal are the model's own (`outcomes.continuations`), the same words for all four cells of a pair. Only
+    prompt cells are patched; the answer's tokens see the patch through attention, as they would when generated. Meant for
+    pairs that share their request (T2, T2b): otherwise an answer to one prompt is off-topic for the other.
+    """
+    prompts = prompt_tokens(subject, group)
+    texts = outcomes.continuations(subject, *prompts, openers[group[0].pair.treatment])
+    answer = _text_cells(subject, group, prompts, texts.answer, texts.answer_mask, wanted)
+    refusal = _text_cells(subject, group, prompts, texts.refusal, texts.refusal_mask, wanted)
+    return with_estimands(tidy(group, wanted, "Y2", {cell: answer[cell] - refusal[cell] for cell in CELLS}))
+
+
+def _text_cells(
+    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: Int[Tensor, "pair step"],
+    mask: Bool[Tensor, "pair step"], wanted: Sequence[Mediator],
+) -> dict[str, Float[np.ndarray, "pair mediator"]]:  # fmt: skip
+    """log p of one text behind the prompts, in all four cells."""
+    runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
+    made = patches(Batch(tuple(group), *runs), wanted, _header(subject))
+    y00, y11 = (outcomes.clean_text_log_prob(subject, run, text, mask).cpu().numpy()[:, None] for run in runs)
+    y01, y10 = (
+        outcomes.patched_text_log_probs(subject, base, source, made, text, mask).cpu().numpy()
+        for base, source in (runs, runs[::-1])
+    )
+    return {"y00": np.broadcast_to(y00, y01.shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, y01.shape)}
+
+
 def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
-    """Rows in the order pair, mediator."""
-    n = len(wanted)
-    per_pair = {
-        "pair_id": [p.pair.id for p in pairs],
-        "topic": [p.pair.topic for p in pairs],
-        "treatment": [p.pair.treatment for p in pairs],
-        "split": [p.pair.split for p in pairs],
-    }
-    per_mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
+    """The cells, arrays [pair, mediator], as rows in the order pair, mediator."""
+    fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
+    own = {name: np.array([getattr(p.pair, field) for p in pairs], dtype=object) for name, field in fields.items()}
+    mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
     return pd.DataFrame(
         {
-            **{name: np.repeat(np.array(values, dtype=object), n) for name, values in per_pair.items()},
-            **{name: np.tile(np.array(values), len(pairs)) for name, values in per_mediator.items()},
+            **{name: np.repeat(values, len(wanted)) for name, values in own.items()},
+            **{name: np.tile(np.array(values), len(pairs)) for name, values in mediator.items()},
             "outcome": outcome,
             **{name: values.reshape(-1) for name, values in cells.items()},
         }
     )
 
 
-def difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """The contrast T2 - T2b, pair by pair: what a wrapper does to a harmful request beyond what it does to any.
-
-    `twins` maps a T2 pair to its T2b pair. Cells are subtracted, so every estimand of the difference is the
-    difference of the estimands.
-    """
-    harmful = table[table.treatment == "T2"]
-    harmful = harmful.assign(twin_id=harmful.pair_id.map(twins)).dropna(subset=["twin_id"])
-    cells = ["y00", "y01", "y10", "y11"]
-    twin = table.loc[table.treatment == "T2b", ["pair_id", *KEYS, *cells]].rename(columns={"pair_id": "twin_id"})
-    joined = harmful.merge(twin, on=["twin_id", *KEYS], suffixes=("", "_twin"), validate="many_to_one")
-    subtracted = {cell: joined[cell] - joined[f"{cell}_twin"] for cell in cells}
-    result = joined.assign(treatment="T2-T2b", **subtracted)
-    return estimands(result.drop(columns=["twin_id", *(f"{cell}_twin" for cell in cells)]))
-
-
-def clean_difference(clean: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """The clean table with rows for T2 - T2b: TE of the harmful request minus TE of its harmless twin."""
-    by_id = clean.set_index("pair_id")
-    harmful = clean[clean.pair_id.map(twins).isin(by_id.index)]
-    twin = by_id.loc[harmful.pair_id.map(twins)]
-    columns = {name: harmful[name].to_numpy() - twin[name].to_numpy() for name in ("y00", "y11", "te")}
-    joint = np.minimum(harmful.joint.to_numpy(), twin.joint.to_numpy())
-    return pd.concat([clean, harmful.assign(treatment="T2-T2b", joint=joint, **columns)], ignore_index=True)
-
-
 def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:
-    """The effect table with the rows of T2 - T2b behind it, where there are twins."""
-    return pd.concat([table, difference(table, twins)], ignore_index=True) if twins else table
+    """The table with rows of T2 - T2b behind it: what a wrapper does to a harmful request beyond what it does to any.
+
+    `twins` maps a T2 pair to its T2b pair; a row without its twin's row gives none. Outcomes are subtracted row by row,
+    so every estimand of the difference is the difference of the estimands; `joint` is the smaller of the two.
+    """
+    harmful, twin = table[table.treatment == "T2"], table[table.treatment == "T2b"]
+    keys = [name for name in (*KEYS, "set", "form") if name in table]
+    own, at = twin_rows(harmful, twin, twins, keys)
+    if not len(own):
+        return table
+    numbers = [name for name in (*CELLS, "te", "joint", "first", "every") if name in table]
+    made = harmful.iloc[own].assign(treatment="T2-T2b")
+    for name in numbers:
+        ours, theirs = harmful[name].to_numpy()[own], twin[name].to_numpy()[at]
+        made[name] = np.minimum(ours, theirs) if name == "joint" else ours - theirs
+    return pd.concat([table, with_estimands(made) if "nie0" in table else made], ignore_index=True)
+
+
+def twin_rows(
+    harmful: pd.DataFrame, twin: pd.DataFrame, twins: Mapping[str, str], keys: Sequence[str] = ()
+) -> tuple[Int[np.ndarray, "row"], Int[np.ndarray, "row"]]:
+    """Places of the T2 rows whose T2b twin has a row with the same `keys`, and the places of those rows."""
+    wanted = harmful[["pair_id", *keys]].assign(pair_id=harmful.pair_id.map(twins))
+    at = pd.MultiIndex.from_frame(twin[["pair_id", *keys]]).get_indexer(pd.MultiIndex.from_frame(wanted))
+    return np.flatnonzero(at >= 0), at[at >= 0]

@@ -2,9 +2,8 @@
 
 An indirect effect says that a component passes the decision on, a direct effect that it writes it into the logits; a head
 that copies what an earlier layer decided has both. What tells computing from copying is the interaction. For the four
-prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component *would* get if
-everything before it were additive is h10 + h01 - h00. What it makes of that input, beyond the sum of what it makes of the
-three, is computed by it and by nothing before it:
+prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component f *would* get if
+everything before it were additive is h10 + h01 - h00, and what f computes from it beyond the sum of its own outputs is
 
     G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
 
@@ -36,32 +35,22 @@ from companion.model.interventions import Patch, returning
 from companion.prompts.tokens import TokenPair
 
 VARIANTS = tuple(one for one in summaries.VARIANTS if one.name not in ("full response", "norm frozen"))
+SIGNS = {"10": 1, "01": 1, "00": -1}  # first digit: harmful request, second: jailbreak wrapper
 
 
-Cells = Mapping[str, CleanRun]  # "10": harmful request in the neutral wrapper; the first digit is the request
-
-
-SIGNS = {"10": 1, "01": 1, "00": -1}
-
-
-def twins(study: Study) -> list[tuple[TokenPair, TokenPair]]:
-    """T2 pairs with their T2b twins, where all four prompts have equally many tokens."""
-    by_id = {pair.pair.id: pair for pair in study.of("T2b")}
-    both = [(pair, by_id.get(study.twins.get(pair.pair.id, ""))) for pair in study.of("T2")]
-    return [(pair, twin) for pair, twin in both if twin is not None and len(twin.control) == len(pair.control)]
-
-
-def computed(subject: Subject, cells: Cells, site: str, layer: int) -> Float[Tensor, "pair pos d"]:
-    """G of one component: what it computes beyond the sum, from the additive prediction of its input."""
-    ahead = {name: run.resid_pre[layer] for name, run in cells.items()}
+def interaction_output(
+    subject: Subject, runs: Mapping[str, CleanRun], site: str, layer: int
+) -> Float[Tensor, "pair pos d"]:
+    """G of one component, from the clean runs of the four prompts ("11", "10", "01", "00")."""
+    ahead = {name: run.resid_pre[layer] for name, run in runs.items()}
     if site == "mlp_out":
-        ahead = {name: h + cells[name].attn_out[layer] for name, h in ahead.items()}
+        ahead = {name: h + runs[name].attn_out[layer] for name, h in ahead.items()}
     additive = sum((sign * ahead[name] for name, sign in SIGNS.items()), torch.zeros_like(ahead["00"]))
-    summed = sum((sign * cells[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
-    return _write(subject, cells["11"], site, layer, additive) - summed
+    summed = sum((sign * runs[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
+    return component_output(subject, runs["11"], site, layer, additive) - summed
 
 
-def _write(
+def component_output(
     subject: Subject, run: CleanRun, site: str, layer: int, hidden: Float[Tensor, "pair pos d"]
 ) -> Float[Tensor, "pair pos d"]:
     """What a component writes if it reads `hidden`: the library's own block, called with the run's mask and positions."""
@@ -85,42 +74,44 @@ def interaction_effects(study: Study) -> pd.DataFrame:
     `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
     of T2 - T2b. No rows where no twins have prompts of one length.
     """
-    pairs = sorted(twins(study), key=lambda both: len(both[0].control))
+
+    def length(both: tuple[TokenPair, TokenPair]) -> int:
+        return len(both[0].control)
+
     tables = []
-    groups = [list(group) for _, group in itertools.groupby(pairs, key=lambda both: len(both[0].control))]
-    for group in progress(groups, desc="computed"):
-        step = memory.pairs_at_once(study.subject, len(group[0][0].control))
-        tables += [_batch(study, group[start : start + step]) for start in range(0, len(group), step)]
-    return estimands.estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
+    pairs = sorted(study.with_twins(study.of("T2")), key=length)
+    for n_pos, members in progress(
+        [(n, list(some)) for n, some in itertools.groupby(pairs, key=length)], desc="computed"
+    ):
+        step = memory.pairs_at_once(study.subject, n_pos)
+        tables += [_batch(study, members[start : start + step]) for start in range(0, len(members), step)]
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
 
 
 def _batch(study: Study, both: Sequence[tuple[TokenPair, TokenPair]]) -> pd.DataFrame:
     subject, pairs = study.subject, [pair for pair, _ in both]
     harmful, harmless = (estimands.run_clean(subject, one) for one in (pairs, [twin for _, twin in both]))
-    cells = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
+    runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
     wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
-    more = [computed(subject, cells, one.site, one.layer) for one in wanted]
+    more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
     everywhere = torch.ones_like(harmful.control.tokens, dtype=torch.bool)
 
     def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
-        values = [base.site(one.site, one.layer) + sign * change for one, change in zip(wanted, more, strict=True)]
         patches = [
-            Patch(one.site, one.layer, everywhere, value=value) for one, value in zip(wanted, values, strict=True)
+            Patch(one.site, one.layer, everywhere, value=base.site(one.site, one.layer) + sign * change)
+            for one, change in zip(wanted, more, strict=True)
         ]
         resid = replay.interchange(subject, base, base, patches)[:, :, 0]
         return outcomes.log_odds(subject, resid, study.openers["T2"]).cpu().numpy()
 
-    odds = {name: _odds(study, run, "T2" if name[0] == "1" else "T2b") for name, run in cells.items()}
-    shape = (len(pairs), len(wanted))
+    odds = {}
+    for name, run in runs.items():
+        openers = study.openers["T2" if name[0] == "1" else "T2b"]
+        odds[name] = outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers).cpu().numpy()
     y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
-    lost = odds["11"] - changed(harmful.treated, -1)
-    made = {
+    lost, shape = odds["11"] - changed(harmful.treated, -1), (len(pairs), len(wanted))
+    cells = {
         "y00": np.broadcast_to(odds["10"], shape), "y01": changed(harmful.control, 1),
         "y10": y11 - lost, "y11": np.broadcast_to(y11, shape),
     }  # fmt: skip
-    table = estimands.tidy(pairs, wanted, "Y1", made)
-    return table.assign(treatment="T2-T2b")
-
-
-def _odds(study: Study, run: CleanRun, treatment: str) -> Float[np.ndarray, "pair 1"]:
-    return outcomes.log_odds(study.subject, run.resid_post[-1][:, -1:], study.openers[treatment]).cpu().numpy()
+    return estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b")

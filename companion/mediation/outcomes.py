@@ -1,8 +1,8 @@
 """Outcomes: what a run of the model is scored by, each a function of the final residual stream.
 
 Y1 is the log-odds of complying against refusing at the first answer token. Y2 compares a whole answer with a whole
-refusal, teacher-forced. Y3, judged generation, lives with the judge. `contrast` is Y1's linear stand-in: with the final
-norm's scale frozen it is additive over everything written into the residual stream.
+refusal, teacher-forced. `contrast` is Y1's linear stand-in: with the final norm's scale frozen it is additive over
+everything written into the residual stream. Y3, judged generation, is in `companion.generation`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from companion.model import readout
+from companion.model import activations, readout, replay
+from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
+from companion.model.interventions import Patch
 from companion.model.load import end_tokens
 from companion.prompts.tokens import Openers
 
@@ -32,7 +34,7 @@ class Continuations:
     refusal_mask: Bool[Tensor, "pair step"]
 
 
-def _openers(
+def _opener_logits(
     subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
     rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
@@ -48,21 +50,19 @@ def log_odds(
     `resid` is the final residual stream at the last prompt token; `norm_like` freezes the final norm's scale at that
     of another residual stream.
     """
-    comply, refuse = _openers(subject, resid, openers, norm_like)
+    comply, refuse = _opener_logits(subject, resid, openers, norm_like)
     return comply.logsumexp(-1) - refuse.logsumexp(-1)
 
 
 def contrast(
-    subject: Subject,
-    resid: Float[Tensor, "... d"],
-    openers: Openers,
-    norm_like: Tensor | None = None,
+    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None = None,
     weights: tuple[Tensor, Tensor] | None = None,
-) -> Float[Tensor, ...]:
-    """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream once `norm_like` freezes
-    the norm. `weights` are those of `camp_weights`; without them every opener counts the same.
+) -> Float[Tensor, ...]:  # fmt: skip
+    """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream if `norm_like` is given.
+
+    `weights` are those of `opener_weights`; without them every opener counts the same.
     """
-    camps = _openers(subject, resid, openers, norm_like)
+    camps = _opener_logits(subject, resid, openers, norm_like)
     if weights is None:
         return camps[0].mean(-1) - camps[1].mean(-1)
     comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
@@ -72,19 +72,19 @@ def contrast(
 def opener_weights(
     subject: Subject, control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"], openers: Openers
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
-    """Weights that make `contrast` follow Y1: each opener's share of its camp, averaged over a pair's two clean runs.
+    """Weights that make `contrast` follow Y1: each opener's share of its kind, averaged over a pair's two clean runs.
 
     They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so the linear
-    contrast keeps TE close to Y1's where plain means would also count openers that nobody says.
+    contrast keeps TE close to Y1's where plain means would also count openers that the model never says.
     """
-    runs = [_openers(subject, resid, openers, None) for resid in (control, treated)]
+    runs = [_opener_logits(subject, resid, openers, None) for resid in (control, treated)]
     comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
     return comply, refuse
 
 
 def opener_probabilities(
     subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers
-) -> tuple[Float[Tensor, pair], Float[Tensor, pair]]:
+) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     """Probabilities of opening with any comply and with any refuse token, over the full vocabulary.
 
     Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
@@ -94,12 +94,9 @@ def opener_probabilities(
 
 
 def continuations(
-    subject: Subject,
-    control: Int[Tensor, "pair pos"],
-    treated: Int[Tensor, "pair pos"],
-    openers: Openers | Sequence[Openers],
-    steps: int = STEPS,
-) -> Continuations:
+    subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"],
+    openers: Openers | Sequence[Openers], steps: int = STEPS,
+) -> Continuations:  # fmt: skip
     """The model's own answer and refusal to each pair, for Y2; `openers` are those of all pairs, or of each pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
@@ -108,17 +105,11 @@ def continuations(
     """
     own = [openers] * len(control) if isinstance(openers, Openers) else openers
     camps = [*(one.comply for one in own), *(one.refuse for one in own)]
-    texts = [found.split(len(own)) for found in opened_with(subject, torch.cat([treated, control]), camps, steps)]
-    (answer, answer_mask), (refusal, refusal_mask) = (_trimmed(*text) for text in zip(*texts, strict=True))
-    return Continuations(answer, answer_mask, refusal, refusal_mask)
-
-
-def _trimmed(
-    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
-) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
-    """Without the steps that are padding in every row."""
-    used = int(mask.any(0).sum())
-    return text[:, :used], mask[:, :used]
+    texts, masks = opened_with(subject, torch.cat([treated, control]), camps, steps)
+    halves = zip(texts.split(len(own)), masks.split(len(own)), strict=True)
+    # Without the steps that are padding in every row.
+    answer, refusal = ((text[:, : int(mask.any(0).sum())], mask[:, : int(mask.any(0).sum())]) for text, mask in halves)
+    return Continuations(*answer, *refusal)
 
 
 @torch.no_grad()
@@ -130,10 +121,8 @@ def opened_with(
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
     likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
     openers = [camp[int(at)] for camp, at in zip(camps, torch.stack(likeliest).tolist(), strict=True)]
-    text, ends = (
-        torch.tensor(openers, device=prompt.device)[:, None],
-        torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype),
-    )
+    text = torch.tensor(openers, device=prompt.device)[:, None]
+    ends = torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
     while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
         out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
         text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
@@ -143,14 +132,40 @@ def opened_with(
 
 
 def sequence_log_prob(
-    subject: Subject,
-    resid: Float[Tensor, "pair ... step d"],
-    tokens: Int[Tensor, "pair step"],
+    subject: Subject, resid: Float[Tensor, "pair ... step d"], tokens: Int[Tensor, "pair step"],
     mask: Bool[Tensor, "pair step"],
-) -> Float[Tensor, "pair ..."]:
+) -> Float[Tensor, "pair ..."]:  # fmt: skip
     """Sum over steps of log p(token | everything before), in nats (float64); `resid` is at the positions before each."""
     log_probs = readout.logits(subject, resid).double().log_softmax(-1)
     extra = (1,) * (resid.ndim - 3)
     index = tokens.reshape(tokens.shape[0], *extra, tokens.shape[1], 1).expand(*log_probs.shape[:-1], 1)
     keep = mask.reshape(mask.shape[0], *extra, mask.shape[1])
     return (log_probs.gather(-1, index).squeeze(-1) * keep).sum(-1)
+
+
+def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Int[Tensor, "pair step"]) -> CleanRun:
+    """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read."""
+    return activations.clean_run(subject, torch.cat([prompt, text[:, :-1]], dim=1))
+
+
+def clean_text_log_prob(
+    subject: Subject, run: CleanRun, text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
+) -> Float[Tensor, "pair"]:
+    """log p of a text, teacher-forced, in nats; `run` is its `forced_run`."""
+    return sequence_log_prob(subject, run.resid_post[-1][:, _before(run, text)], text, mask)
+
+
+def patched_text_log_probs(
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch | Sequence[Patch]],
+    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"],
+) -> Float[Tensor, "pair patch"]:  # fmt: skip
+    """log p of a text, teacher-forced, in nats, under each intervention; `base` and `source` are `forced_run`s of it."""
+    resid = replay.interchange(subject, base, source, patches, read=tuple(_before(base, text)))
+    # One intervention at a time: the full vocabulary at every step is the largest array of the whole companion.
+    scores = [sequence_log_prob(subject, resid[:, i], text, mask) for i in range(len(patches))]
+    return torch.stack(scores, dim=1)
+
+
+def _before(run: CleanRun, text: Int[Tensor, "pair step"]) -> list[int]:
+    """The positions of a forced run at which the text's tokens are decided."""
+    return list(range(run.tokens.shape[1] - text.shape[1], run.tokens.shape[1]))

@@ -1,8 +1,8 @@
 """Where the last token takes over, and what carries the signal on from there: MLPs, attention, or nothing (C4).
 
 The residual stream at the last token is set to the other run's value after one layer. Above it, at the last token,
-attention outputs and MLP outputs either react or are held at the base run's values. Comparing the four ways says which of
-them the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
+attention outputs and MLP outputs either react or are held at the base run's values. Comparing the ways says which of them
+the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from companion.base.display import progress
 from companion.mediation import estimands, summaries
-from companion.mediation.estimands import Batch, Mediator, with_difference
+from companion.mediation.estimands import Batch, Mediator
 from companion.mediation.study import Study
 from companion.model import memory
 from companion.model.activations import CleanRun
@@ -33,8 +35,6 @@ HELD: dict[str, tuple[str, ...]] = {
     "both held": ("attn_out", "mlp_out"),
     "all held": ("attn_out", "mlp_out"),  # and the MLP output of the patched layer itself
 }
-
-
 # Weights of the effects in each path. MLPs, attention and skip add up to the whole effect.
 PATHS = {
     "MLPs": {"attention held": 1, "both held": -1},
@@ -42,22 +42,13 @@ PATHS = {
     "skip": {"both held": 1},
     "MLPs, attention live": {"live": 1, "MLPs held": -1},
 }
-
-
 # The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
-OWN = "MLPs from this layer on"
-
-
-WITH_OWN = {OWN: {"attention held": 1, "all held": -1}}
-
-
+WITH_OWN = {"MLPs from this layer on": {"attention held": 1, "all held": -1}}
 OUTCOMES = ("Y1", "Y1.frozen")
-
-
 VARIANTS = tuple(variant for variant in summaries.VARIANTS if variant.name != "full response")
 
 
-def variants(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
+def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
     """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
     last = torch.zeros_like(base.tokens, dtype=torch.bool)
     last[:, -1] = True
@@ -71,42 +62,43 @@ def variants(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequenc
     return made
 
 
-def cells(subject: Subject, batch: Batch, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final residual stream at the last token, (pair, layer x held, d), for the cells 01 and 10."""
+def held_residuals(
+    subject: Subject, batch: Batch, layers: Sequence[int]
+) -> tuple[Float[Tensor, "pair way d"], Float[Tensor, "pair way d"]]:
+    """Final residual stream at the last token for the cells 01 and 10; ways are layers times `HELD`."""
     control, treated = batch.control, batch.treated
-    into = (variants(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
+    into = (held_patches(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
     at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
     return both_ways(subject, control, treated, *into, at_once=at_once)
 
 
 def path_effects(
-    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], None] | None = None
+    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], object] | None = None
 ) -> pd.DataFrame:
-    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
+    """Effect of the last token's residual stream after each layer (default: all), in the ways of `HELD` (column `site`).
 
-    Rows as in `estimands.measure_effects`, with T2 - T2b behind the others; by default for every layer. Treatments are T2 and T2b.
-    `watch` is shown every batch of clean runs, for what else is to be read off them.
+    Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them; none without such pairs. `watch` is
+    shown every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
     chosen = range(subject.n_layers) if layers is None else layers
     wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
-    generation = study.of("T2", "T2b")
-    for group in progress(estimands.batches(generation, subject), desc="carriers"):
+    for group in progress(estimands.batches(study.of("T2", "T2b"), subject), desc="carriers"):
         batch = estimands.run_clean(subject, group)
         if watch:
             watch(batch)
-        patched = cells(subject, batch, chosen)
+        patched, openers = held_residuals(subject, batch, chosen), study.openers[group[0].pair.treatment]
         for outcome in OUTCOMES:
-            scored = estimands.score(subject, batch, patched, study.openers[group[0].pair.treatment], outcome)
-            tables.append(estimands.tidy(group, wanted, outcome, scored))
+            cells = estimands.score_cells(subject, batch, patched, openers, outcome)
+            tables.append(estimands.tidy(group, wanted, outcome, cells))
     if not tables:
         return pd.DataFrame()
-    return with_difference(estimands.estimands(pd.concat(tables, ignore_index=True)), study.twins)
+    return estimands.with_difference(estimands.with_estimands(pd.concat(tables, ignore_index=True)), study.twins)
 
 
-def shares(
+def path_shares(
     table: pd.DataFrame, layer: int, value: str = "nie", paths: Mapping[str, Mapping[str, int]] = PATHS
-) -> tuple[bootstrap.Estimates, list[str]] | None:
+) -> bootstrap.Estimates | None:
     """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
 
     `table` holds signed effects of one treatment and outcome. None where the layer's residual stream has no positive
@@ -120,10 +112,25 @@ def shares(
     order = list(sums.columns["site"])
     top = np.array([[path.get(name, 0) for name in order] for path in paths.values()], dtype=float)
     live = np.tile([float(name == "live") for name in order], (len(paths), 1))
-    return interval(sums, clusters.ratio(top, live)), list(paths)
+    return interval(sums, clusters.ratio(top, live))
 
 
-def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live") -> pd.DataFrame:
+def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure.
+
+    In the last layer, above which nothing stands, only the path that counts its own MLP.
+    """
+    signed = summaries.signed(summaries.select(table, treatment, VARIANTS[0], list(HELD)))
+    rows = []
+    for layer in sorted(signed.layer.unique()):
+        paths = WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN
+        if found := path_shares(signed, layer, paths=paths):
+            rows.append(found.to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
+    columns = ["path", "layer", "estimate", "low", "high"]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+
+
+def hand_over_layer(table: pd.DataFrame, treatment: str, split: str) -> pd.DataFrame:
     """The first layer after which the last token's residual stream has more than half of the total effect.
 
     Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer
@@ -131,7 +138,7 @@ def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live
     (percentiles of 2000 bootstraps over topics, since a layer is a whole number), n_pairs, n_topics; no row for a split of
     fewer than two topics. Without a crossing it is the last layer, which has everything by construction.
     """
-    part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == site)]
+    part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == "live")]
     part = summaries.signed(part[part.position == "last"])
     part = part[part.split == split]
     columns = ["layer", "low", "high", "n_pairs", "n_topics"]
@@ -148,18 +155,3 @@ def hand_over(table: pd.DataFrame, treatment: str, split: str, site: str = "live
     low, high = np.percentile(found.replicates[:, 0], [2.5, 97.5], method="nearest")
     numbers = (found.estimate[0], low, high, part.pair_id.nunique(), part.topic.nunique())
     return pd.DataFrame([numbers], columns=columns).astype(int)
-
-
-def by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure.
-
-    In the last layer, above which nothing stands, only the path that counts its own MLP.
-    """
-    signed = summaries.signed(summaries.select(table, treatment, VARIANTS[0], list(HELD)))
-    rows = []
-    for layer in sorted(signed.layer.unique()):
-        found = shares(signed, layer, paths=WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN)
-        if found:
-            rows.append(found[0].to_frame(pd.DataFrame({"path": found[1], "layer": layer})))
-    columns = ["path", "layer", "estimate", "low", "high"]
-    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)

@@ -52,7 +52,7 @@ def token_counts(pairs: Sequence[TokenPair]) -> Float[np.ndarray, "pair side voc
 
 
 def held_out_scores(
-    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, pair], test: Bool[np.ndarray, pair]
+    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, "pair"], test: Bool[np.ndarray, "pair"]
 ) -> Float[np.ndarray, "test side"]:
     """Decision scores on the test pairs of a logistic probe (treated against control) fitted on the discover pairs."""
     if not discover.any() or not test.any():
@@ -72,27 +72,21 @@ def auroc(
     (ties count half). With one weight a topic it is a quadratic form in the weights, so all resamples are two matrix
     products.
     """
-    codes, names = np.unique(np.asarray(topics), return_inverse=True)[::-1]
+    names, codes = np.unique(np.asarray(topics), return_inverse=True)
     member = np.eye(len(names))[codes]
-    wins = {name: member.T @ _wins(values) @ member for name, values in scores.items()}
+    wins = []
+    for values in scores.values():
+        treated, control = values[:, 1][:, None], values[:, 0][None, :]
+        wins.append(member.T @ ((treated > control) + 0.5 * (treated == control)) @ member)
     sizes = member.sum(axis=0)
-    labels = (*scores, "gain")
 
     def statistic(weights: Float[np.ndarray, "rep topic"], _: np.ndarray) -> Float[np.ndarray, "rep stat"]:
         trials = (weights @ sizes) ** 2
-        areas = [np.einsum("rc,cd,rd->r", weights, table, weights) / trials for table in wins.values()]
+        areas = [np.einsum("rc,cd,rd->r", weights, table, weights) / trials for table in wins]
         return np.stack([*areas, areas[0] - areas[1]], axis=1)
 
-    return bootstrap.bootstrap(_topic_weights(names, len(codes)), statistic), labels
-
-
-def _wins(values: Float[np.ndarray, "pair side"]) -> Float[np.ndarray, "treated control"]:
-    treated, control = values[:, 1][:, None], values[:, 0][None, :]
-    return (treated > control) + 0.5 * (treated == control)
-
-
-def _topic_weights(names: np.ndarray, n_rows: int) -> clusters.ClusterSums:
-    """Cluster sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c."""
-    eye = np.eye(len(names))
+    # Sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c.
+    eye, strata = np.eye(len(names)), np.zeros(len(names), dtype=int)
     columns = pd.DataFrame({"topic": names})
-    return clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), np.zeros(len(names), dtype=int), n_rows)
+    sums = clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), strata)
+    return bootstrap.bootstrap(sums, statistic), (*scores, "gain")

@@ -17,8 +17,8 @@ from companion.model.activations import CleanRun
 from companion.prompts.tokens import TokenPair
 
 
-def visible_keys(run: CleanRun, pair: int = 0) -> list[Bool[np.ndarray, "query key"]]:
-    """For each layer, which keys its attention mask shows each query of one pair, read off the library's own call."""
+def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
+    """For each layer, which keys its attention mask shows each query of the first pair, read off the library's own call."""
     n_pos = run.tokens.shape[1]
     causal = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
     shown = []
@@ -28,15 +28,21 @@ def visible_keys(run: CleanRun, pair: int = 0) -> list[Bool[np.ndarray, "query k
             shown.append(causal.numpy())
             continue
         # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
-        own = mask[min(pair, len(mask) - 1), 0, :, :n_pos].cpu()
+        own = mask[0, 0, :, :n_pos].cpu()
         shown.append(((own if own.dtype == torch.bool else own == 0) & causal).numpy())
     return shown
 
 
 def reached(
-    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, pos]
+    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, "pos"]
 ) -> Bool[np.ndarray, "layer pos"]:
-    """Which positions' residual stream may differ after each layer, given where the tokens differ."""
+    """Which positions' residual stream may differ after each layer, given where the tokens differ.
+
+    >>> window = np.tril(np.ones((4, 4), bool)) & ~np.tril(np.ones((4, 4), bool), -2)
+    >>> reached([window, window], np.array([True, False, False, False])).astype(int)
+    array([[1, 1, 0, 0],
+           [1, 1, 1, 0]])
+    """
     rows, now = [], differ
     for mask in visible:
         now = now | (mask & now[None, :]).any(axis=1)
@@ -44,25 +50,17 @@ def reached(
     return np.stack(rows)
 
 
-def earliest_possible_layer(
-    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, pos], target: int = -1
-) -> int | None:
-    """First layer whose output at `target` can differ at all; None if no layer's can, -1 if its own token differs.
+def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair]) -> list[int]:
+    """For each pair of a batch the first layer whose output at the last token can differ at all.
 
-    >>> window = np.tril(np.ones((4, 4), bool)) & ~np.tril(np.ones((4, 4), bool), -2)
-    >>> earliest_possible_layer([window, window, window], np.array([True, False, False, False]))
-    2
+    It is -1 where the last token itself differs, and the number of layers where no layer's output can differ.
     """
-    if differ[target]:
-        return -1
-    arrived = np.flatnonzero(reached(visible, differ)[:, target])
-    return int(arrived[0]) if len(arrived) else None
-
-
-def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair], target: int = -1) -> list[int | None]:
-    """`earliest_possible_layer` of every pair of a batch."""
-    visible = visible_keys(run)
-    return [earliest_possible_layer(visible, p.control != p.treated, target) for p in pairs]
+    visible, found = visible_keys(run), []
+    for pair in pairs:
+        differ = pair.control != pair.treated
+        arrived = np.flatnonzero(reached(visible, differ)[:, -1])
+        found.append(-1 if differ[-1] else int(arrived[0]) if len(arrived) else len(visible))
+    return found
 
 
 def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str, tuple[int, int]]) -> pd.DataFrame:

@@ -1,9 +1,9 @@
-"""A study: one model and one prompt set, ready to be measured; and the sweeps that notebooks 02 and 03 ask for."""
+"""A study: one model and one prompt set, tokenised and ready to be measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from companion.base.errors import InputError
 from companion.mediation import outcomes
@@ -18,7 +18,7 @@ from companion.prompts.tokens import Openers, TokenPair
 class Study:
     """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs.
 
-    `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.generated`.
+    `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
     """
 
     slug: str
@@ -38,17 +38,22 @@ class Study:
         """The treatments that it has pairs of: T1, T2, T2b, then the benign ones."""
         return tuple(sorted({pair.pair.treatment for pair in self.pairs}, key=pairs.treatment_order))
 
+    def with_twins(self, harmful: Sequence[TokenPair]) -> list[tuple[TokenPair, TokenPair]]:
+        """These T2 pairs with their T2b twins, where all four prompts have equally many tokens."""
+        by_id = {pair.pair.id: pair for pair in self.of("T2b")}
+        both = [(pair, by_id.get(self.twins.get(pair.pair.id, ""))) for pair in harmful]
+        return [(pair, twin) for pair, twin in both if twin is not None and len(twin.control) == len(pair.control)]
+
+    def subsample(self, n: int) -> Study:
+        """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
+        kept = {pair.id for pair in subsample.subsample([one.pair for one in self.pairs], n)}
+        return replace(self, pairs=tuple(pair for pair in self.pairs if pair.pair.id in kept))
+
 
 def begin(
-    model: str,
-    prompt_set: str,
-    slug: str,
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    profile: str = "full",
+    model: str, prompt_set: str, slug: str, *, device: str = "cpu", dtype: str = "float32", profile: str = "full",
     pairs: int = 0,
-) -> Study:
+) -> Study:  # fmt: skip
     """Load the model and the prompt set, tokenise the pairs, and find the answer openers.
 
     `pairs` bounds the pairs a treatment (0: all; 24 in the smoke profile).
@@ -57,15 +62,11 @@ def begin(
     content = load_set(prompt_set)
     chosen = subsample.subsample(content.pairs, subsample.pairs_asked(pairs, profile))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
-    _check_fit(subject, kept)
-    twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
-    return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
-
-
-def _check_fit(subject: Subject, pairs: Sequence[TokenPair]) -> None:
-    sides = [side for pair in pairs for side in (pair.control, pair.treated)]
+    sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
+    twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
+    return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:

@@ -1,12 +1,7 @@
-"""The numbers that verdicts rest on: one row for each model, claim, quantity and variant, with an interval.
+"""Summaries of effect tables: signed effects, shares, centroids, increments and means per cell, with intervals over topics.
 
-A claim's rule (in `claims`) reads these rows and nothing else. Choices that could be bent after the fact, such as which
-components count as positive, are fixed on the discover split; every number is from the test split.
-
-Summaries behind the figures: means, shares and increments per cell, each with an interval over topics.
-
-Every function takes effect tables (or their joined relatives) and returns one tidy row per estimate, with `estimate`,
-`low` and `high`; what a figure draws is exactly such a table, saved as CSV.
+Choices that could be bent after the fact, such as which components count as positive, are fixed on the discover split;
+numbers that verdicts rest on are from the test split.
 """
 
 from __future__ import annotations
@@ -55,15 +50,15 @@ def signed(table: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.Dat
 
     A subset is signed by the set it was taken from (`reference`): signed by itself it could never disagree.
     """
-    columns = ["te", "nie0", "nie1"]
     source = table if reference is None else reference
     discover = source[source.split == "discover"]
-    sign = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
-    joined = table.merge(sign, on=["treatment", "outcome"], how="left", validate="many_to_one")
-    if joined["sign"].isna().any():
-        lost = joined.loc[joined["sign"].isna(), "treatment"].iloc[0]
+    signs = np.sign(discover.groupby(["treatment", "outcome"])["te"].mean()).rename("sign").reset_index()
+    joined = table.merge(signs, on=["treatment", "outcome"], how="left", validate="many_to_one")
+    sign = joined.pop("sign")
+    if sign.isna().any():
+        lost = joined.loc[sign.isna(), "treatment"].iloc[0]
         raise InputError(f"{lost} has no pair in the discover split, which fixes its sign: give it more topics")
-    return averaged(joined.assign(**{name: joined[name] * joined["sign"] for name in columns}).drop(columns="sign"))
+    return averaged(joined.assign(**{name: joined[name] * sign for name in ("te", "nie0", "nie1")}))
 
 
 def unsaturated_ids(table: pd.DataFrame) -> set[str]:
@@ -73,13 +68,13 @@ def unsaturated_ids(table: pd.DataFrame) -> set[str]:
     return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
 
 
-def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, column]:
+def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
     """Which cells have a positive effect on discover, in the order of `columns`, whose keys name the cells.
 
     Positive means above 0 by a one-sided clustered t-test at 5 %: cells that are noise around 0 would put noise into
     the denominator of a share.
     """
-    keys = [name for name in columns.columns if name in ("treatment", "site", "layer", "head")]
+    keys = [name for name in columns.columns if name != "value"]
     positive = {}
     for cell, part in discover.groupby(keys):
         test = clusters.clustered_t(part[[value]].to_numpy(), part["topic"].to_numpy())
@@ -134,9 +129,7 @@ def centroids(
     names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
     member = np.stack([(sums.columns["treatment"] == name).to_numpy() for name in names])
 
-    def statistic(
-        total: Float[np.ndarray, "rep column"], count: Float[np.ndarray, "rep column"]
-    ) -> Float[np.ndarray, "rep stat"]:
+    def statistic(total: np.ndarray, count: np.ndarray) -> Float[np.ndarray, "rep stat"]:
         own = (total @ (member * weight * at).T) / (total @ (member * weight).T)
         return np.concatenate([own[:, :1] - own[:, 1:].mean(axis=1, keepdims=True), own], axis=1)
 
@@ -180,8 +173,7 @@ def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("si
     sums = clusters.cluster_sums(table, value, by=list(by))
     estimates = interval(sums, clusters.mean)
     band = bootstrap.max_t_band(estimates)
-    frame = estimates.to_frame(sums.columns[list(by)])
-    return frame.assign(band_low=band.low, band_high=band.high)
+    return estimates.to_frame(sums.columns[list(by)]).assign(band_low=band.low, band_high=band.high)
 
 
 def per_group(
@@ -196,9 +188,7 @@ def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("s
     """Proportion mediated per cell: the effect summed over pairs by TE summed over pairs (never a mean of ratios)."""
     sums = clusters.cluster_sums(table, [value, "te"], by=list(by))
     cells = sums.columns.loc[sums.columns["value"] == value, list(by)].reset_index(drop=True)
-    n = len(cells)
-    effect = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == value)]
-    total = np.eye(2 * n)[np.flatnonzero(sums.columns["value"] == "te")]
+    effect, total = (np.eye(2 * len(cells))[sums.columns["value"] == name] for name in (value, "te"))
     return interval(sums, clusters.ratio(effect, total)).to_frame(cells)
 
 
@@ -215,15 +205,11 @@ def increments(table: pd.DataFrame, value: str = "nie") -> pd.DataFrame:
     """What each layer adds to the cumulative curve: psi(layer) - psi(layer - 1), with psi(-1) = 0, as shares of TE."""
     sums = clusters.cluster_sums(table, [value, "te"], by=["layer"])
     layers = np.sort(table.layer.unique())
-    column = {(row.value, row.layer): i for i, row in enumerate(sums.columns.itertuples())}
-    weights = np.zeros((len(layers), len(column)))
-    total = np.zeros_like(weights)
-    for i, layer in enumerate(layers):
-        weights[i, column[value, layer]] = 1
-        total[i, column["te", layer]] = 1
-        if i:
-            weights[i, column[value, layers[i - 1]]] = -1
-    return interval(sums, clusters.ratio(weights, total)).to_frame(pd.DataFrame({"layer": layers}))
+    none = np.zeros((len(layers), len(layers)))
+    # The sums' columns are the effect of every layer, then TE beside every layer.
+    steps = np.hstack([np.eye(len(layers)) - np.eye(len(layers), k=-1), none])
+    total = np.hstack([none, np.eye(len(layers))])
+    return interval(sums, clusters.ratio(steps, total)).to_frame(pd.DataFrame({"layer": layers}))
 
 
 def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:

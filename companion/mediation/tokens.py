@@ -1,20 +1,14 @@
-"""Mediation by token: position groups and single positions at every layer.
-
-Traps that the tests hold: the residual stream of all positions together carries TE at every layer, and in the last layer
-every position but the last carries nothing. Neither says anything about the model.
-
-The input's side of the token question, and interchange between prompts of unequal length.
+"""Mediation by token: effects of position groups and single positions at every layer, and of words in the prompt.
 
 Replacing tokens in the prompt asks what the model needs to read; replacing their activations asks where the treatment's
-signal is. Both are interventions, on different variables.
-
-The tables behind the figures of the token notebook.
+signal is. Two facts hold in every network and say nothing about one: the residual stream of all positions together
+carries TE at every layer, and in the last layer every position but the last carries nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +18,7 @@ from jaxtyping import Int
 from scipy import stats as st
 
 from companion.base.errors import InputError
-from companion.mediation import control_models, estimands, outcomes, reachability, summaries
-from companion.mediation.estimands import Mediator, with_difference
+from companion.mediation import estimands, outcomes, reachability, summaries
 from companion.mediation.study import Study
 from companion.model import activations, memory, replay
 from companion.model.architecture import Subject
@@ -34,15 +27,17 @@ from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
 SITES = ("resid_post", "attn_out", "mlp_out")
-
-
 TREATMENTS = ("T1", "T2", "T2b")
+PAIRS = 80  # a treatment
+PLACES = {
+    "last": "last token",
+    "others": "all other tokens",
+    "last_instruction": "last instruction token",
+    "request": "verb and object",
+}
 
 
-PAIRS = 80
-
-
-def groups(study: Study) -> tuple[list[str], list[str]]:
+def position_groups(study: Study) -> tuple[list[str], list[str]]:
     """Position groups that some pair of the generation and recognition treatments has, in reading order; and those none has.
 
     The span of the request (verb and object), the differing tokens and all tokens come last: they overlap the others.
@@ -62,57 +57,107 @@ def groups(study: Study) -> tuple[list[str], list[str]]:
     return [*found, *spans, "differ", "others", "all"], missing
 
 
-def wanted(study: Study) -> list[Mediator]:
-    """Residual stream, attention and MLP output of every layer at every group; groups that overlap: residual only."""
-    names, _ = groups(study)
-    apart = [name for name in names if name not in positions.OVERLAPPING]
-    overlapping = [name for name in names if name in positions.OVERLAPPING]
-    return [
-        *estimands.mediators(study.subject, SITES, apart),
-        *estimands.mediators(study.subject, SITES[:1], overlapping),
-    ]
+# ---- effects of groups ----
 
 
 def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.DataFrame:
-    """Group by layer effects (Y1) in both directions for T1, T2, T2b and T2 - T2b, on at most 80 pairs a treatment."""
-    study = control_models.thinned(study, PAIRS)
-    return with_difference(
-        estimands.measure_effects(study.subject, study.of(*treatments), study.openers, wanted(study)), study.twins
-    )
+    """Group by layer effects (Y1) in both directions, with T2 - T2b behind them, on at most 80 pairs a treatment.
+
+    Residual stream, attention and MLP output of every layer at every group; of groups that overlap the residual stream.
+    """
+    study = study.subsample(PAIRS)
+    names, _ = position_groups(study)
+    apart = [name for name in names if name not in positions.OVERLAPPING]
+    overlapping = [name for name in names if name in positions.OVERLAPPING]
+    wanted = estimands.mediators(study.subject, SITES, apart)
+    wanted += estimands.mediators(study.subject, SITES[:1], overlapping)
+    table = estimands.measure_effects(study.subject, study.of(*treatments), study.openers, wanted)
+    return estimands.with_difference(table, study.twins)
 
 
-def summarise(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Mean signed effects on test by site, group and layer: direction, site, position, layer, estimate, low, high."""
-    part = table[(table.treatment == treatment) & (table.outcome == "Y1")]
-    test = summaries.signed(part).query("split == 'test'")
-    names = {"nie0": "sufficiency", "nie1": "necessity", "nie": "mean"}
-    by = ["site", "position", "layer"]
-    made = [summaries.cell_means(test, value, by).assign(direction=name) for value, name in names.items()]
-    return pd.concat(made, ignore_index=True)[["direction", *by, "estimate", "low", "high"]]
+def group_means(study: Study, table: pd.DataFrame, treatment: str, names: Sequence[str]) -> pd.DataFrame:
+    """Mean effects on test of every site, group and layer: treatment, site, group, earliest, layer, estimate, low, high.
+
+    Both directions are averaged and signed by TE on discover; `earliest` is the first layer at which a group can differ.
+    """
+    means = summaries.cell_means(_on_test(table, treatment), "nie", ["site", "position", "layer"])
+    means = means[means.position.isin(names)].sort_values("position", key=_rank(names))
+    earliest = means.position.map(earliest_by_group(study, treatment)).astype(float)
+    means = means.rename(columns={"position": "group"}).assign(earliest=earliest, treatment=treatment)
+    return means[["treatment", "site", "group", "earliest", "layer", "estimate", "low", "high"]]
 
 
-def position_map(study: Study, pair: TokenPair, site: str = "resid_post") -> pd.DataFrame:
-    """One pair, every single position and layer: layer, position, token, group, nie0, nie1 (log-odds, not signed)."""
+def direction_means(table: pd.DataFrame, treatment: str, names: Sequence[str]) -> pd.DataFrame:
+    """The residual stream's mean effects on test, one block of rows for sufficiency (NIE0) and one for necessity (NIE1).
+
+    Rows are direction and group, columns layers. Where no pair of the treatment has a group, its row is left out.
+    """
+    test, ways = _on_test(table, treatment).query("site == 'resid_post'"), {"sufficiency": "nie0", "necessity": "nie1"}
+    by = ["position", "layer"]
+    means = pd.concat([summaries.cell_means(test, nie, by).assign(direction=way) for way, nie in ways.items()])
+    wide = means.pivot(index=["direction", "position"], columns="layer", values="estimate")
+    rows = [(way, name) for way in ways for name in names if (way, name) in wide.index]
+    return wide.loc[rows].rename_axis(index=["direction", "group"])
+
+
+def hand_over_curves(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Share of TE in the residual stream of some places by layer, on test: treatment, where, layer, estimate, low, high."""
+    part = table[table.position.isin(PLACES) & (table.site == "resid_post")]
+    made = summaries.share_of_te(_on_test(part, treatment), by=["position", "layer"])
+    made = made.assign(treatment=treatment, where=made.position.map(PLACES))
+    return made[["treatment", "where", "layer", "estimate", "low", "high"]]
+
+
+def _on_test(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """Signed effects of one treatment on Y1, test split."""
+    return summaries.signed(table[(table.treatment == treatment) & (table.outcome == "Y1")]).query("split == 'test'")
+
+
+def _rank(names: Sequence[str]) -> Callable[[pd.Series], pd.Series]:
+    return lambda column: column.map({name: place for place, name in enumerate(names)})
+
+
+def earliest_by_group(study: Study, treatment: str) -> dict[str, int]:
+    """The first layer at which a group can differ in any pair of a treatment; the number of layers where none can."""
+    header = positions.user_header(study.subject.tokenizer)
+    found: dict[str, int] = {}
+    for group in estimands.batches(study.of(treatment.removesuffix("-T2b")), study.subject):
+        visible = reachability.visible_keys(estimands.run_clean(study.subject, group[:1]).control)
+        for pair in group:
+            reached = reachability.reached(visible, pair.control != pair.treated)
+            for name, mask in positions.groups(pair, header).items():
+                at = np.flatnonzero(reached[:, mask].any(1))
+                layer = int(at[0]) if len(at) else study.subject.n_layers
+                found[name] = min(found.get(name, layer), layer)
+    return found
+
+
+def position_effects(study: Study, pair: TokenPair) -> pd.DataFrame:
+    """Effect of every single token's residual stream in one pair: layer, position, token, earliest, nie (log-odds).
+
+    Signed by the pair's own TE; `earliest` is the first layer at which the token can differ.
+    """
     subject, n_pos = study.subject, len(pair.control)
     batch = estimands.run_clean(subject, [pair])
     places = [(layer, position) for layer in range(subject.n_layers) for position in range(n_pos)]
     eye = torch.eye(n_pos, dtype=torch.bool, device=batch.control.tokens.device)
-    patches = [Patch(site, layer, eye[[position]]) for layer, position in places]
-    patched = tuple(
+    patches = [Patch("resid_post", layer, eye[[position]]) for layer, position in places]
+    control, treated = (
         replay.interchange(subject, base, source, patches)[:, :, 0]
         for base, source in ((batch.control, batch.treated), (batch.treated, batch.control))
     )
-    scored = estimands.score(subject, batch, (patched[0], patched[1]), study.openers[pair.pair.treatment], "Y1")
-    made = estimands.estimands(pd.DataFrame({name: values[0] for name, values in scored.items()}))
-    table = pd.DataFrame(places, columns=["layer", "position"]).assign(nie0=made.nie0, nie1=made.nie1)
+    cells = estimands.score_cells(subject, batch, (control, treated), study.openers[pair.pair.treatment])
+    made = estimands.with_estimands(pd.DataFrame({name: values[0] for name, values in cells.items()}))
+    nie = np.sign(made.nie0.iloc[-1]) * (made.nie0 + made.nie1) / 2  # the last cell of the last layer has all of TE
     text = [positions.token_labels(pair, side, subject.tokenizer) for side in ("control", "treated")]
-    tokens = [a if a == b else f"{a}/{b}" for a, b in zip(*text, strict=True)]
-    masks = positions.groups(pair, positions.user_header(subject.tokenizer))
-    group = {int(at): name for name in positions.present(masks) for at in np.flatnonzero(masks[name])}
-    return table.assign(token=table.position.map(dict(enumerate(tokens))), group=table.position.map(group))
+    shown = [a if a == b else f"{a}/{b}" for a, b in zip(*text, strict=True)]
+    reached = reachability.reached(reachability.visible_keys(batch.control), pair.control != pair.treated)
+    earliest = np.where(reached.any(0), reached.argmax(0), subject.n_layers).astype(float)
+    table = pd.DataFrame(places, columns=["layer", "position"])
+    return table.assign(token=table.position.map(dict(enumerate(shown))), earliest=earliest[table.position], nie=nie)
 
 
-UNEQUAL_SITES = ("resid_post", "attn_out", "mlp_out")
+# ---- words replaced in the prompt ----
 
 
 def neutral_token(study: Study) -> int:
@@ -126,31 +171,30 @@ def neutral_token(study: Study) -> int:
     return counts.most_common(1)[0][0]
 
 
-def swapped(pair: TokenPair, mask: np.ndarray, neutral: int) -> tuple[Int[np.ndarray, pos], bool]:
+def replaced_tokens(pair: TokenPair, mask: np.ndarray, neutral: int) -> tuple[Int[np.ndarray, "pos"], bool]:
     """The treated prompt with a group's tokens taken from the control, or made neutral where the two do not differ."""
     differs = bool((pair.control != pair.treated)[mask].any())
     return np.where(mask, pair.control if differs else neutral, pair.treated), differs
 
 
-def input_effects(study: Study, treatment: str, names: Sequence[str], n: int = 80) -> pd.DataFrame:
+def input_effects(study: Study, treatment: str, names: Sequence[str]) -> pd.DataFrame:
     """Y1 of the treated prompt minus Y1 with one group replaced in the prompt: a row a test pair and group, in log-odds.
 
-    Columns: pair_id, topic, treatment, split, position, effect, and whether the group was `swapped` or made neutral.
-    Signed like TE on discover is up to the caller; a pair that lacks the group has no row.
+    Columns: pair_id, topic, treatment, split, position, effect, and whether the group was `swapped` for the control's or
+    made neutral. Not signed; a pair that lacks the group has no row. At most 80 pairs.
     """
     header, neutral = positions.user_header(study.subject.tokenizer), neutral_token(study)
     rows = []
-    chosen = [pair for pair in study.of(treatment) if pair.pair.split == "test"][:n]
+    chosen = [pair for pair in study.of(treatment) if pair.pair.split == "test"][:PAIRS]
     for group in estimands.batches(chosen, study.subject):
         masks = [positions.groups(p, header) for p in group]
         places = [(i, name) for name in names for i, found in enumerate(masks) if found[name].any()]
-        made = [swapped(group[i], masks[i][name], neutral) for i, name in places]
+        made = [replaced_tokens(group[i], masks[i][name], neutral) for i, name in places]
         ids = np.stack([*(p.treated for p in group), *(ids for ids, _ in made)])
         plain, after = np.split(_log_odds(study.subject, ids, study.openers[treatment]), [len(group)])
         for (i, name), value, (_, differs) in zip(places, after, made, strict=True):
             pair = group[i].pair
-            key = (pair.id, pair.topic, pair.treatment, pair.split, name)
-            rows.append((*key, float(plain[i] - value), differs))
+            rows.append((pair.id, pair.topic, treatment, pair.split, name, float(plain[i] - value), differs))
     columns = ["pair_id", "topic", "treatment", "split", "position", "effect", "swapped"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -163,22 +207,20 @@ def _log_odds(subject: Subject, ids: Int[np.ndarray, "prompt pos"], openers: Ope
     return np.concatenate(found)
 
 
-def compare(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> tuple[pd.DataFrame, float]:
-    """Both views by group, with intervals, and Spearman's rank correlation of their sizes.
+def compare_views(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> tuple[pd.DataFrame, float]:
+    """Effects of activations and of words by group, with intervals, and Spearman's rank correlation of their sizes.
 
     The activations' view is the mean indirect effect of the group's residual stream after the first layer, before much
     has moved. Rows, groups in the order of `table`: view, position, estimate, low, high (log-odds, signed by TE on discover).
     """
-    part = summaries.signed(table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.layer == 0)])
-    part = part[(part.split == "test") & (part.site == "resid_post")]
+    part = _on_test(table[table.layer == 0], treatment).query("site == 'resid_post'")
     discover = table[(table.treatment == treatment) & (table.split == "discover")]
     signed = inputs.assign(effect=inputs.effect * np.sign(discover.te.mean()))
     common = [name for name in dict.fromkeys(part.position) if name in set(signed.position)]
-    rank = {name: place for place, name in enumerate(common)}
     views = {"activations": (part, "nie"), "input": (signed, "effect")}
     made = [
         summaries.cell_means(rows[rows.position.isin(common)], value, ["position"])
-        .sort_values("position", key=lambda names: names.map(rank))
+        .sort_values("position", key=_rank(common))
         .assign(view=name)
         for name, (rows, value) in views.items()
     ]
@@ -188,23 +230,22 @@ def compare(table: pd.DataFrame, inputs: pd.DataFrame, treatment: str) -> tuple[
 
 
 # ---- prompts of unequal length ----
+
+
 @dataclass(frozen=True)
 class Side:
     """One prompt as token ids, and the position of the last token of each of its groups."""
 
-    tokens: Int[np.ndarray, pos]
+    tokens: Int[np.ndarray, "pos"]
     ends: dict[str, int]
 
 
-def side(pair: TokenPair, which: str, header: str) -> Side:
+def one_side(pair: TokenPair, which: str, header: str) -> Side:
     """The control or the treated prompt of a pair on its own: with other prompts' sides it makes pairs of any length."""
-    ids, offsets, start, text = (getattr(pair, name) for name in (which, f"{which}_offsets", f"{which}_start", "pair"))
-    text = getattr(text, which)
-    spans = {"treated": pair.pair.spans.get(which, {})}
-    alone = TokenPair(
-        replace(pair.pair, control=text, treated=text, spans=spans), ids, ids, offsets, offsets, start, start
-    )
-    masks = positions.groups(alone, header)
+    ids, offsets, start = (getattr(pair, name) for name in (which, f"{which}_offsets", f"{which}_start"))
+    text, spans = getattr(pair.pair, which), {"treated": pair.pair.spans.get(which, {})}
+    alone = replace(pair.pair, control=text, treated=text, spans=spans)
+    masks = positions.groups(TokenPair(alone, ids, ids, offsets, offsets, start, start), header)
     return Side(ids, {name: int(np.flatnonzero(masks[name])[-1]) for name in positions.present(masks)})
 
 
@@ -223,8 +264,8 @@ def interchange_ends(
     Raises:
         InputError: another site, or a group that one of the prompts lacks.
     """
-    if site not in UNEQUAL_SITES:
-        raise InputError(f"{site} of prompts of unequal length: expected one of {', '.join(UNEQUAL_SITES)}")
+    if site not in SITES:
+        raise InputError(f"{site} of prompts of unequal length: expected one of {', '.join(SITES)}")
     if lacking := [name for name in names if name not in base.ends or name not in source.ends]:
         raise InputError(f"group {lacking[0]} is not in both prompts: leave it out")
     runs = [activations.clean_run(subject, torch.tensor(s.tokens[None], device=subject.device)) for s in (base, source)]
@@ -239,76 +280,3 @@ def interchange_ends(
     clean = [outcomes.log_odds(subject, run.resid_post[-1][0, -1], openers).item() for run in runs]
     patched = outcomes.log_odds(subject, resid, openers).cpu().numpy()
     return pd.DataFrame(places, columns=["position", "layer"]).assign(base=clean[0], patched=patched, source=clean[1])
-
-
-PLACES = {
-    "last": "last token",
-    "others": "all other tokens",
-    "last_instruction": "last instruction token",
-    "request": "verb and object",
-}
-
-
-def earliest_by_token(study: Study, pair: TokenPair) -> np.ndarray:
-    """For each token the first layer whose residual stream there can differ at all; the number of layers where none can."""
-    run = estimands.run_clean(study.subject, [pair]).control
-    reached = reachability.reached(reachability.visible_keys(run), pair.control != pair.treated)
-    return np.where(reached.any(0), reached.argmax(0), study.subject.n_layers)
-
-
-def earliest_by_group(study: Study, treatment: str) -> dict[str, int]:
-    """The first layer at which a group can differ in any pair of a treatment."""
-    header = positions.user_header(study.subject.tokenizer)
-    found: dict[str, int] = {}
-    for group in estimands.batches(study.of(treatment.removesuffix("-T2b")), study.subject):
-        run = estimands.run_clean(study.subject, group[:1]).control
-        visible = reachability.visible_keys(run)
-        for pair in group:
-            reached = reachability.reached(visible, pair.control != pair.treated)
-            for name, mask in positions.groups(pair, header).items():
-                at = np.flatnonzero(reached[:, mask].any(1))
-                layer = int(at[0]) if len(at) else study.subject.n_layers
-                found[name] = min(found.get(name, layer), layer)
-    return found
-
-
-def one_pair(study: Study, pair: TokenPair) -> pd.DataFrame:
-    """Effect of every single token's residual stream: layer, position, token, earliest, nie; signed by the pair's own TE."""
-    table = position_map(study, pair)
-    last = table[(table.position == table.position.max()) & (table.layer == table.layer.max())]
-    nie = np.sign(last.nie0.item()) * (table.nie0 + table.nie1) / 2
-    earliest = earliest_by_token(study, pair)
-    made = table.assign(nie=nie, earliest=table.position.map(dict(enumerate(earliest))).astype(float))
-    return made[["layer", "position", "token", "earliest", "nie"]]
-
-
-def by_group(study: Study, table: pd.DataFrame, treatment: str, names: list[str]) -> pd.DataFrame:
-    """Mean effects on test of every site, group and layer: treatment, site, group, earliest, layer, estimate, low, high."""
-    means = summarise(table, treatment)
-    means = means[(means.direction == "mean") & means.position.isin(names)]
-    order = {name: i for i, name in enumerate(names)}
-    means = means.assign(group=means.position, treatment=treatment).sort_values("position", key=lambda p: p.map(order))
-    earliest = earliest_by_group(study, treatment)
-    means = means.assign(earliest=means.position.map(earliest).astype(float))
-    return means[["treatment", "site", "group", "earliest", "layer", "estimate", "low", "high"]]
-
-
-def by_direction(table: pd.DataFrame, treatment: str, names: list[str]) -> pd.DataFrame:
-    """The residual stream's mean effects on test, one block of rows for sufficiency (NIE0) and one for necessity (NIE1).
-
-    Rows are direction and group, columns layers. Where no pair of the treatment has a group, its row is left out.
-    """
-    means = summarise(table, treatment).query("site == 'resid_post'")
-    wide = means.pivot(index=["direction", "position"], columns="layer", values="estimate")
-    rows = [(way, name) for way in ("sufficiency", "necessity") for name in names if (way, name) in wide.index]
-    return wide.loc[rows].rename_axis(index=["direction", "group"])
-
-
-def hand_over_curves(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Share of TE in the residual stream of some places by layer, on test: treatment, where, layer, estimate, low, high."""
-    part = table[(table.treatment == treatment) & (table.site == "resid_post") & (table.outcome == "Y1")]
-    test = summaries.signed(part[part.position.isin(PLACES)]).query("split == 'test'")
-    made = summaries.share_of_te(test, by=["position", "layer"])
-    return made.assign(treatment=treatment, where=made.position.map(PLACES))[
-        ["treatment", "where", "layer", "estimate", "low", "high"]
-    ]

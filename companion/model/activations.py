@@ -8,10 +8,10 @@ output projection's input, `z`) and `neuron` (one entry of the down projection's
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,15 +21,8 @@ from transformers import DynamicCache
 from companion.base.errors import InputError
 from companion.model.architecture import Subject
 
-Site = Literal["resid_post", "attn_out", "mlp_out", "head", "neuron"]
-
-
 KEPT = ("resid", "attn_out", "mlp_out", "z", "neurons", "cache")
-
-
 _KEPT_AS = {"resid_post": "resid", "attn_out": "attn_out", "mlp_out": "mlp_out", "head": "z", "neuron": "neurons"}
-
-
 Layers = tuple[Tensor, ...]
 
 
@@ -42,7 +35,6 @@ class CleanRun:
     """
 
     tokens: Int[Tensor, "pair pos"]
-    mask: Bool[Tensor, "pair pos"] | None
     resid_pre: Layers  # each (pair, pos, d)
     resid_post: Layers
     attn_out: Layers
@@ -59,51 +51,38 @@ class CleanRun:
         Raises:
             InputError: the run was made without them (`keep`).
         """
-        if not self.n_kept(site):
+        kept = self.kept(site)
+        if not kept:
             raise InputError(f"the clean run holds no {site}; add {_KEPT_AS[site]!r} to clean_run's keep")
-        return self._kept(site)[layer]
+        return kept[layer]
 
-    def n_kept(self, site: str) -> int:
-        """The number of layers of which the run holds a site."""
-        return len(self._kept(site))
-
-    def _kept(self, site: str) -> Layers:
-        name = _KEPT_AS[site]
-        kept: Layers = self.resid_post if name == "resid" else getattr(self, name)
-        return kept
+    def kept(self, site: str) -> Layers:
+        """A site's activations of all layers; empty if the run was made without them."""
+        layers: Layers = self.resid_post if site == "resid_post" else getattr(self, _KEPT_AS[site])
+        return layers
 
 
-def clean_run(
-    subject: Subject,
-    tokens: Int[Tensor, "pair pos"],
-    attention_mask: Tensor | None = None,
-    *,
-    keep: Iterable[str] = KEPT,
-) -> CleanRun:
-    """One forward pass over pairs of one length, or padded ones with a mask (1 for a token, 0 for padding).
+def clean_run(subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Iterable[str] = KEPT) -> CleanRun:
+    """One forward pass over pairs of one length; nothing is padded.
 
-    Padded positions count from each prompt's first real token, which the library does not do by itself. `keep`
-    limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
+    `keep` limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
     and cache (and what its own patches read); a source only the sites that are taken from it.
     """
-    wanted = _check_keep(keep)
-    mask = _check_mask(tokens, attention_mask)
+    wanted = frozenset(keep)
+    if unknown := wanted - set(KEPT):
+        raise InputError(f"keep names {', '.join(sorted(unknown))}; expected some of {', '.join(KEPT)}")
+    if tokens.ndim != 2 or tokens.is_floating_point():
+        raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
     cache = DynamicCache()  # without a config it keeps every position, sliding windows included
-    with torch.no_grad(), _recording(subject, wanted) as seen:
-        final = subject.model.base_model(  # stops before the unembedding
-            **model_inputs(tokens, mask), past_key_values=cache, use_cache=True
-        ).last_hidden_state
-    _refuse_nan(final, mask)
-    calls = tuple(_without_state(call) for call in seen.pop("calls"))
-    keep_cache = "cache" in wanted
-    return CleanRun(
-        tokens=tokens,
-        mask=mask,
-        keys=tuple(layer.keys for layer in cache.layers) if keep_cache else (),
-        values=tuple(layer.values for layer in cache.layers) if keep_cache else (),
-        calls=calls if keep_cache else (),
-        **{name: tuple(tensors) for name, tensors in seen.items()},
-    )
+    with torch.no_grad(), _recording(subject, wanted) as seen:  # the base model stops before the unembedding
+        final = subject.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+    if not bool(torch.isfinite(final).all()):
+        raise InputError(
+            "the model returns NaN or infinity: broken weights, or an overflow in half precision (then use float32)"
+        )
+    if "cache" in wanted:
+        seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
+    return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
 
 
 def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"] | None) -> dict[str, Tensor]:
@@ -114,52 +93,25 @@ def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"]
     return {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": position_ids}
 
 
-def _refuse_nan(final: Float[Tensor, "pair pos d"], mask: Bool[Tensor, "pair pos"] | None) -> None:
-    real = final if mask is None else final[mask]
-    if not bool(torch.isfinite(real).all()):
-        raise InputError(
-            "the model returns NaN or infinity: broken weights, an overflow in half precision, or the library's float64 "
-            "eager attention on left-padded prompts; use float32, and prompts of one length without padding"
-        )
-
-
-def _check_keep(keep: Iterable[str]) -> frozenset[str]:
-    wanted = frozenset(keep)
-    if unknown := wanted - set(KEPT):
-        raise InputError(f"keep names {', '.join(sorted(unknown))}; expected some of {', '.join(KEPT)}")
-    return wanted
-
-
-def _check_mask(tokens: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "pair pos"] | None:
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    if attention_mask.shape != tokens.shape:
-        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, tokens {tuple(tokens.shape)}")
-    return attention_mask.bool()
-
-
 @contextmanager
-def _recording(subject: Subject, wanted: frozenset[str]) -> Any:
+def _recording(subject: Subject, wanted: frozenset[str]) -> Iterator[dict[str, list[Any]]]:
     """Hooks on every layer; what they see is gathered by name, in the order of the layers."""
-    seen: dict[str, list[Any]] = {
-        name: [] for name in ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
-    }
+    names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "keys", "values", "calls")
+    seen: dict[str, list[Any]] = {name: [] for name in names}
     with ExitStack() as stack:
         for parts in subject.layers:
-            stack.enter_context(on_call(parts.block, seen["calls"].append))
-            if "resid" in wanted:
-                stack.enter_context(on_input(parts.block, seen["resid_pre"].append))
-                stack.enter_context(on_output(parts.block, seen["resid_post"].append))
-            if "attn_out" in wanted:
-                stack.enter_context(on_output(parts.attn_write, seen["attn_out"].append))
-            if "mlp_out" in wanted:
-                stack.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
-            if "z" in wanted:
-                stack.enter_context(on_input(parts.o_proj, seen["z"].append))
-            if "neurons" in wanted and parts.down_proj is not None:
-                stack.enter_context(on_input(parts.down_proj, seen["neurons"].append))
+            hooks: list[tuple[str, str, Any, nn.Module | None]] = [
+                ("cache", "calls", on_call, parts.block),
+                ("resid", "resid_pre", on_input, parts.block),
+                ("resid", "resid_post", on_output, parts.block),
+                ("attn_out", "attn_out", on_output, parts.attn_write),
+                ("mlp_out", "mlp_out", on_output, parts.mlp_write),
+                ("z", "z", on_input, parts.o_proj),
+                ("neurons", "neurons", on_input, parts.down_proj),
+            ]
+            for kept, name, hook, module in hooks:
+                if kept in wanted and module is not None:
+                    stack.enter_context(hook(module, seen[name].append))
         yield seen
 
 
@@ -168,24 +120,22 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-@contextmanager
-def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Any:
-    """Hands every call's arguments, by their names, to `see`."""
+Hook = AbstractContextManager[Any]  # works from now on; leaving the context removes it
+
+
+def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Hook:
+    """Hands every call's arguments, by their names, to `see`, without the input and the cache, which a replay supplies."""
     signature = inspect.signature(module.forward)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         named = dict(signature.bind(*args, **kwargs).arguments)
-        see(named | named.pop("kwargs", {}))
+        named |= named.pop("kwargs", {})
+        see({name: value for name, value in named.items() if name not in ("hidden_states", "past_key_values")})
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@contextmanager
-def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Any:
+def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Hook:
     """Hands a module's first input to `see`; a tensor that `see` returns takes its place."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,28 +145,14 @@ def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Any:
         new = see(kwargs["hidden_states"])
         return None if new is None else (args, kwargs | {"hidden_states": new})
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@contextmanager
-def on_output(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Any:
+def on_output(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Hook:
     """Hands a module's output to `see`; a tensor that `see` returns takes its place."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         new = see(first(output))
         return None if new is None else ((new, *output[1:]) if isinstance(output, tuple) else new)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _without_state(call: dict[str, Any]) -> dict[str, Any]:
-    """A layer's call without its input and the cache, which a replay supplies."""
-    return {name: value for name, value in call.items() if name not in ("hidden_states", "past_key_values")}
+    return module.register_forward_hook(hook)

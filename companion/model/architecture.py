@@ -1,16 +1,13 @@
-"""A model over several GPUs, or partly in the processor's memory: for everybody else it seems to lie on one GPU.
+"""The named parts of a causal language model, found by structure and not by family; also where its layers lie.
 
-`companion.model.memory.placement` says where each layer lies and the `accelerate` library puts it there. A layer on another
-GPU is computed there, one projection or norm at a time: activations travel to it and back, so that all that stands
-between them, which interventions read and write, is on the first GPU. Weights that wait in the processor's memory come for
-each call instead.
+A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an attention
+with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute names differ.
+`find_parts` follows those names; `companion.model.verify` decides by arithmetic whether what it found is right.
 
-The named parts of a causal language model, found by structure and not by family.
-
-A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an
-attention with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute
-names differ. `find_parts` follows those names; whether what it found is right is decided by arithmetic, in
-`companion.model.verify`, on the model at hand.
+A model may lie over several GPUs, or partly in the processor's memory: `companion.model.memory.placement` says where each
+layer lies and the `accelerate` library puts it there. A layer on another GPU is computed there, one projection or norm at a
+time: activations travel to it and back, so that everything that interventions read and write is on the first GPU. Weights
+that wait in the processor's memory come for each call instead.
 """
 
 from __future__ import annotations
@@ -31,13 +28,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from companion.base.errors import InputError
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
-
-
 WAITING = ("cpu", "disk")
 
 
 def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesHook] = AlignDevicesHook) -> None:
-    """Let everything that `where` has put elsewhere take from and give to the GPU of the embedding, its first place."""
+    """Let modules that `where` has put elsewhere take from and give to the embedding's GPU, which is named first."""
     main = next(iter(where.values()))
     here = torch.empty(0, device=main, dtype=next(model.parameters()).dtype)
     for module in model.modules():
@@ -46,10 +41,9 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
     for name, place in where.items():
         block = model.get_submodule(name)
         for module in block.modules():
-            travels = place not in (main, *WAITING) and any(True for _ in module.parameters(recurse=False))
-            if place not in (main, *WAITING):
+            if is_remote := place not in (main, *WAITING):
                 remove_hook_from_module(module)
-            if travels:
+            if is_remote and any(True for _ in module.parameters(recurse=False)):
                 add_hook_to_module(module, hook(execution_device=place, io_same_device=True))
                 object.__setattr__(module, HOME, here)  # no buffer: it must not become part of the weights
             else:  # masks and the like, used between the projections
@@ -57,13 +51,8 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
                     setattr(module, key, buffer.to(main))
 
 
-def is_apart(model: nn.Module) -> bool:
-    """Whether some layers of a model lie elsewhere than its embedding does."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
 def weight_here(module: nn.Module) -> Tensor:
-    """A projection's weight where the activations are, wherever it lies."""
+    """A projection's weight, moved to where the activations are."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
@@ -111,7 +100,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under study: the library's own modules by name, its sizes, and the sha256 of its weights.
+    """A language model: the library's own modules by name, its sizes, and the sha256 of its weights.
 
     `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly.
     """
@@ -141,7 +130,7 @@ class Subject:
         return next(self.model.parameters()).dtype
 
     @property
-    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, row] | None]:
+    def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row"] | None]:
         """Weight and bias (None in most families) of the map from residual stream to logits."""
         weight, bias = self.unembed.weight, getattr(self.unembed, "bias", None)
         assert isinstance(weight, Tensor)
@@ -192,14 +181,24 @@ def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
 
 def hash_tensors(model: nn.Module) -> str:
     """sha256 over the names and bytes of a model's weights (shared tensors once), for models without a file."""
-    named = ((key, *key.rpartition(".")[::2]) for key in sorted(dict(model.named_parameters())))
-    kept = ((key, stored(model.get_submodule(owner), name)) for key, owner, name in named)
-    return _sha256(part for key, tensor in kept for part in (key.encode(), _bytes(tensor)))
+    digest = hashlib.sha256()
+    for key in sorted(dict(model.named_parameters())):
+        owner, _, name = key.rpartition(".")
+        tensor = stored(model.get_submodule(owner), name)
+        assert tensor is not None, "a parameter is a tensor"
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def hash_files(files: Iterable[Path]) -> str:
     """sha256 over weight files, in the order of their names."""
-    return _sha256(part for file in sorted(files) for part in _chunks(file))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _layer_parts(block: nn.Module) -> LayerParts:
@@ -225,23 +224,5 @@ def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
     raise InputError(
         f"unknown architecture: {type(parent).__name__} has none of {', '.join(names)}; known are Llama, Qwen2, Qwen3, "
         "Gemma 2, Gemma 3 (text), Mistral, Phi-3, OLMo 2, GPT-2 and models that name their parts as one of these does; "
-        "for another family add its names to companion/model/architecture.py and run tests/test_grid.py on a tiny copy"
+        "for another family add its names to companion/model/architecture.py and run tests/model/test_replay.py on a tiny copy"
     )
-
-
-def _bytes(tensor: Tensor | None) -> bytes:
-    assert tensor is not None, "a parameter is a tensor"
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _chunks(file: Path) -> Iterable[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 24):
-            yield chunk
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

@@ -19,16 +19,12 @@ from companion.base.hub import HubId
 from companion.base.network import FAILURES, explain, is_network
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
-
-
 WEIGHTS = ["*.safetensors"]
-
-
 # Subfolders hold other formats, and some repositories a second copy of the weights under this name.
 IGNORED = ["*/*", "consolidated*"]
 
 
-def fetch(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
+def fetch_model(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
     """The cached folder of `ORG/MODEL[@REVISION]`, named by its commit; what is missing is downloaded.
 
     `before_weights` is called with the folder when all but the weights is there, and may refuse it. Raises InputError
@@ -86,12 +82,9 @@ def _remember(hub_id: HubId, commit: str) -> None:
 def _download(hub_id: HubId, patterns: list[str]) -> Path:
     try:
         place = huggingface_hub.snapshot_download(
-            hub_id.repo,
-            revision=hub_id.revision,
-            cache_dir=hub.cache(),
-            allow_patterns=patterns,
-            ignore_patterns=IGNORED,
-        )
+            hub_id.repo, revision=hub_id.revision, cache_dir=hub.cache(),
+            allow_patterns=patterns, ignore_patterns=IGNORED,
+        )  # fmt: skip
     except FAILURES as error:
         raise explain(hub_id, error) from error
     return Path(place)
@@ -117,36 +110,26 @@ def _check_room(hub_id: HubId, size: int) -> None:
         )
 
 
-def ready(
-    name: str,
-    device: str,
-    dtype: str,
-    report: Callable[[str], object] = print,
-    *,
-    copies: float | None = None,
-    beside: int = 0,
-) -> str:
+def prepare_model(name: str, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
     """For the command line: the model is downloaded and fits; returns its name with the commit that was resolved.
 
     Other names than hub ids are returned as they are. `copies` and `beside` are those of `memory.placement`. Raises as
-    `fetch`, and for a model without a tokenizer or a chat template, of an unknown architecture, or too large for the
+    `fetch_model`, and for a model without a tokenizer or a chat template, of an unknown architecture, or too large for the
     device's memory.
     """
-    if hub.parse(name) is None or Path(name).is_dir():
+    hub_id = hub.parse(name)
+    if hub_id is None or Path(name).is_dir():
         return name
-
     seen: set[Path] = set()
 
     def check(folder: Path) -> None:
         from companion.model import memory
 
         folders.check_chat(folder)
-        report(f"{name} ({folder.name[:12]}): {memory.checked(folder, device, dtype, copies=copies, beside=beside)}")
+        print(f"{name} ({folder.name[:12]}): {memory.check_size(folder, device, dtype, copies=copies, beside=beside)}")
         seen.add(folder)
 
-    folder = fetch(name, check)
+    folder = fetch_model(name, check)
     if folder not in seen:  # all of it was in the cache
         check(folder)
-    hub_id = hub.parse(name)
-    assert hub_id is not None
     return hub_id.at(folder.name)

@@ -1,9 +1,6 @@
-"""Loading the model under study: by name, from a folder, or one that is already in memory.
+"""Loading a model: by name, from a folder or the hub, or one that is already in memory; and what its tokens may be.
 
-Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is
-used.
-
-Whether tokens and lengths fit a model: what does not would be an index error of the library in the middle of a run.
+Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is used.
 """
 
 from __future__ import annotations
@@ -24,9 +21,6 @@ from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import check_sites, clean_pair, verify
 
-EMBEDDED = "window-0"
-
-
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -42,7 +36,7 @@ def load(
 
     Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
     is for screening, and `companion.mediation.control_models.precision_noise` measures what it does to effects. On a
-    GPU float32 products are computed in full float32 (no TF32). `copies` is that of `memory.needs`.
+    GPU float32 products are computed in full float32 (no TF32). `copies` is that of `memory.run_memory`.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
@@ -51,9 +45,12 @@ def load(
     """
     folder = _folder(name)
     folders.check_folder(folder)
-    model = _load_model(folder, _dtype(dtype), _device(device), copies)
-    files = list(folder.glob("*.safetensors"))
-    return _checked(find_parts(_quiet(model), load_tokenizer(folder), str(name), hash_files(files)), allow_slow)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    model = _quiet(_load_model(folder, DTYPES[dtype], _device(device), copies))
+    sha256 = hash_files(folder.glob("*.safetensors"))
+    tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
+    return _checked(find_parts(model, tokenizer, str(name), sha256), allow_slow)
 
 
 def from_model(
@@ -63,13 +60,11 @@ def from_model(
     *,
     allow_slow: bool = False,
 ) -> Subject:
-    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched
-    off.
+    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched off.
 
     Raises:
-        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot
-            replay exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with
-            a warning.
+        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot replay
+            exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with a warning.
     """
     return _checked(find_parts(_quiet(model), tokenizer, name), allow_slow)
 
@@ -82,19 +77,15 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
-    model = _quiet(_placed_like(model.to(subject.dtype), subject))
-    twin = find_parts(model, subject.tokenizer, f"{subject.name}-untrained-{seed}")
+    model = model.to(subject.dtype)
+    where = getattr(subject.model, "hf_device_map", {})
+    if len(set(where.values())) > 1:  # as the model's own layers, some lie elsewhere
+        model = dispatch_model(model, where, main_device=str(subject.device))
+        architecture.connect(model, where)
+    else:
+        model = model.to(subject.device)
+    twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, replayable=subject.replayable)
-
-
-def _placed_like(model: PreTrainedModel, subject: Subject) -> PreTrainedModel:
-    """The twin of a model whose layers partly lie elsewhere is placed as that model is."""
-    if not architecture.is_apart(subject.model):
-        return model.to(subject.device)
-    where = subject.model.hf_device_map
-    made = dispatch_model(model, where, main_device=str(subject.device))
-    architecture.connect(made, where)
-    return made
 
 
 def bridge(subject: Subject) -> Any:
@@ -118,12 +109,11 @@ def bridge(subject: Subject) -> Any:
 
 
 def _checked(subject: Subject, allow_slow: bool) -> Subject:
-    if not allow_slow:
-        verify(subject)
-        return subject
     try:
         verify(subject)
     except InputError as error:
+        if not allow_slow:
+            raise
         check_sites(subject, clean_pair(subject)[0])
         warnings.warn(f"{error}; going on with one full forward pass per intervention", stacklevel=3)
         return replace(subject, replayable=False)
@@ -131,17 +121,17 @@ def _checked(subject: Subject, allow_slow: bool) -> Subject:
 
 
 def _folder(name: str | Path) -> Path:
-    shipped = paths.ORGANISM / (EMBEDDED if name == "embedded" else str(name))
+    shipped = paths.ORGANISM / ("window-0" if name == "embedded" else str(name))
     folder = shipped if shipped.is_dir() else Path(name)
-    if not folder.is_dir():
-        known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
-        if hub.parse(name) is not None:
-            return download.fetch(str(name))
-        raise InputError(
-            f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
-            "give a folder, or a model of the hub as ORG/MODEL"
-        )
-    return folder
+    if folder.is_dir():
+        return folder
+    if hub.parse(name) is not None:
+        return download.fetch_model(str(name))
+    known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
+    raise InputError(
+        f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
+        "give a folder, or a model of the hub as ORG/MODEL"
+    )
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
@@ -166,27 +156,25 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model's folder, None where there is none; InputError where its files are damaged."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder; `InputError` where there is none or its files are damaged."""
+    if not _has_tokenizer(folder):
+        raise InputError(f"{folder} has no tokenizer: save it into the model's folder")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except Exception as error:  # the same
-        reason = str(error).strip().split("\n", 1)[0]
+    except Exception as error:  # damaged files make the library raise anything
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _device(name: str) -> torch.device:
@@ -223,14 +211,3 @@ def end_tokens(subject: Subject) -> list[int]:
     """The tokens with which the model ends an answer; none where its generation config names none."""
     configured = subject.model.generation_config.eos_token_id
     return [configured] if isinstance(configured, int) else list(configured or [])
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a model's folder; `InputError` where it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except Exception as error:  # damaged files make the library raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error

@@ -1,10 +1,7 @@
-"""How much is computed at once: a pure function of shapes, so that a rerun gives the same bytes.
+"""How much memory a model needs, known before its weights are read, where its layers can lie, and how much runs at once.
 
-Peak memory of a sweep above the model and the two clean runs is kept below half of one clean run with all sites.
-
-How much memory a model will need, known before its weights are read (or downloaded), and where its layers can lie.
-
-The model is built on torch's meta device: all shapes, no numbers.
+Sizes come from the model on torch's meta device: all shapes, no numbers. What runs at once is a pure function of shapes, so
+that a rerun gives the same bytes; a sweep stays, above the model and two clean runs, below half a clean run with all sites.
 """
 
 from __future__ import annotations
@@ -17,43 +14,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from companion.base import hub
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts
-from companion.model.interventions import head_width
-from companion.model.propagation import Stretch
+from companion.model.interventions import Stretch, head_width
 
-WORKING_SHARE = 0.4
-
-
-MASK_SHARE = 0.1
-
-
+BATCH = 64  # pairs that run together, at the most
+CLEAN_RUN_BYTES = 2**30  # that they keep, at the most
+WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
+MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
+LONGEST = 256  # tokens of a prompt, where none has been read yet
+COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
+USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
+VERSIONS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _events: list[str] = []
 
 
 @dataclass(frozen=True)
-class Need:
+class SweepMemory:
     """Bytes above the loaded model: one clean run with all sites, and the working memory of a sweep."""
 
     clean_run: int
     sweep: int
 
 
-def memory_need(subject: Subject, n_pairs: int, n_pos: int) -> Need:
+def sweep_memory(subject: Subject, n_pairs: int, n_pos: int) -> SweepMemory:
     """What `interchange` will need, estimated from shapes before anything runs."""
     tokens = token_budget(subject, n_pos)
     size = n_pairs * subject.dtype.itemsize
-    return Need(size * n_pos * _kept_per_token(subject), size * tokens * _working_per_token(subject, n_pos))
+    return SweepMemory(size * n_pos * _kept_per_token(subject), size * tokens * _working_per_token(subject, n_pos))
 
 
 def token_budget(subject: Subject, n_pos: int) -> int:
-    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal
-    mask.
+    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask.
 
     Depends on the model's shape and the sequence length only.
     """
@@ -61,6 +63,15 @@ def token_budget(subject: Subject, n_pos: int) -> int:
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     by_mask = MASK_SHARE * weights / (2 * subject.n_heads * head_width(subject, 0))
     return int(max(n_pos, 16, min(by_memory, by_mask)))
+
+
+def pairs_at_once(subject: Subject, n_pos: int) -> int:
+    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
+
+    A pure function of shapes, as everything that decides which pairs share a batch.
+    """
+    one = sweep_memory(subject, 1, n_pos).clean_run
+    return max(1, min(BATCH, CLEAN_RUN_BYTES // one))
 
 
 def in_chunks(
@@ -111,8 +122,7 @@ def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -
     try:
         return run(chunk)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        is_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not is_memory:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         if len(chunk) == 1:
             raise InputError("one intervention does not fit into memory; use fewer pairs at a time") from error
@@ -126,8 +136,10 @@ def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -
 
 def _kept_per_token(subject: Subject) -> int:
     """Numbers that a clean run with all sites keeps for one token."""
-    heads = subject.n_heads * head_width(subject, 0)
-    return subject.n_layers * (3 * subject.d_model + heads + subject.d_mlp + 2 * _key_width(subject))
+    width = head_width(subject, 0)
+    n_key_heads = getattr(subject.model.config, "num_key_value_heads", None) or subject.n_heads
+    heads, keys = subject.n_heads * width, int(n_key_heads) * width
+    return subject.n_layers * (3 * subject.d_model + heads + subject.d_mlp + 2 * keys)
 
 
 def _working_per_token(subject: Subject, n_pos: int) -> int:
@@ -137,32 +149,8 @@ def _working_per_token(subject: Subject, n_pos: int) -> int:
     return 6 * subject.d_model + 2 * subject.n_heads * head_width(subject, 0) + 3 * subject.d_mlp + scores
 
 
-def _key_width(subject: Subject) -> int:
-    n_key_heads = getattr(subject.model.config, "num_key_value_heads", None) or subject.n_heads
-    return int(n_key_heads) * head_width(subject, 0)
-
-
-LONGEST = 256  # tokens of a prompt, where none has been read yet
-
-
-COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
-
-
-USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
-
-
-MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-
-
-# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
-VERSIONS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
 @dataclass(frozen=True)
-class Needs:
+class RunMemory:
     """Bytes: of the weights once, of all copies that are alive together, and of a sweep above them."""
 
     weights: int
@@ -189,18 +177,16 @@ def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
 
 
-def needs(shapes: Subject, n_pos: int = LONGEST, copies: float | None = None) -> Needs:
-    """What a run of all notebooks keeps alive at once, for prompts of at most `n_pos` tokens.
+def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
+    """What a run of all notebooks keeps alive at once, for prompts of at most `LONGEST` tokens.
 
     Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
     its weights otherwise: 1 for a model that nothing is compared with.
     """
-    # it builds on companion.model.load, which asks here where a model fits
-
     weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
-    memory = memory_need(shapes, pairs_at_once(shapes, n_pos), n_pos)
+    sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST)
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
-    return Needs(weights, round(alive * weights), 2 * memory.clean_run + memory.sweep)
+    return RunMemory(weights, round(alive * weights), 2 * sweep.clean_run + sweep.sweep)
 
 
 def free_memory(device: torch.device) -> int:
@@ -232,33 +218,44 @@ def _left_by_limits() -> list[int]:
     return found
 
 
-def checked(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
-    """One line on the size of a folder's model, its weights unread; `InputError` as `on_meta` and `placement` raise it."""
+def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
+    """One line on the size of a folder's model and on what does not fit onto its GPU; the weights stay unread.
+
+    Raises `InputError` as `on_meta` and `placement` do.
+    """
     shapes = on_meta(folder, getattr(torch, dtype))
-    where = placement(shapes, torch.device(device), copies=copies, beside=beside)
-    return describe(shapes, where, copies=copies)
+    where = placement(shapes, torch.device(device), copies=copies, beside=beside) or {}
+    places = Counter(where.values())
+    main = next(iter(where.values()), "")  # the embedding's
+    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
+    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
+    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(run_memory(shapes, copies).total)}"]
+    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
+    slow = "layers wait in the processor's memory, which is many times slower"
+    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
+    return "; ".join(notes)
 
 
-def taken(folder: Path, device: str, dtype: str) -> int:
-    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `checked` raises it.
+def reserved_bytes(folder: Path, device: str, dtype: str) -> int:
+    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `check_size` raises it.
 
     0 where a part of it must lie elsewhere: how much is then left is only known when it has been loaded.
     """
     shapes = on_meta(folder, getattr(torch, dtype))
-    return needs(shapes).total if placement(shapes, torch.device(device)) is None else 0
+    return run_memory(shapes).total if placement(shapes, torch.device(device)) is None else 0
 
 
 def placement(
-    shapes: Subject, device: torch.device, n_pos: int = LONGEST, *, copies: float | None = None, beside: int = 0
+    shapes: Subject, device: torch.device, *, copies: float | None = None, beside: int = 0
 ) -> dict[str, str] | None:
     """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
     The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
     memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
-    `companion.model.architecture`. `copies` is that of `needs`; `beside` are bytes of `device` that are free now and will not be. Raises
-    InputError where even that does not fit.
+    `companion.model.architecture`. `copies` is that of `run_memory`; `beside` are bytes of `device` that are free
+    now and will not be. Raises InputError where even that does not fit.
     """
-    asked, free = needs(shapes, n_pos, copies), max(0, int(USABLE * free_memory(device)) - beside)
+    asked, free = run_memory(shapes, copies), max(0, int(USABLE * free_memory(device)) - beside)
     if asked.total <= free:
         return None
     rooms = _rooms(device, asked.sweep)
@@ -273,8 +270,8 @@ def placement(
         missing -= size
         places.append(place)
     if missing > 0:
-        raise too_large(shapes, asked, device, free, rooms, beside)
-    return _names(shapes, places, str(device))
+        raise _too_large(shapes, asked, device, free, rooms, beside)
+    return name_places(shapes, places, str(device))
 
 
 def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
@@ -286,12 +283,12 @@ def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
     return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
 
 
-def too_large(
-    shapes: Subject, asked: Needs, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
+def _too_large(
+    shapes: Subject, asked: RunMemory, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
 ) -> InputError:
     """The error that says what is needed, what there is, and what else can be done."""
-    named = {"cpu": "the processor's"}
-    other = "".join(f" and {_gb(max(0, room))} of {named.get(name, name)}" for name, room in rooms.items())
+    named = {"the processor's" if name == "cpu" else name: max(0, room) for name, room in rooms.items()}
+    other = "".join(f" and {_gb(room)} of {name}" for name, room in named.items())
     half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
     next_to = " beside the model under study" if beside else ""
     copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""
@@ -302,37 +299,17 @@ def too_large(
     )
 
 
-def describe(
-    shapes: Subject, where: Mapping[str, str] | None, n_pos: int = LONGEST, copies: float | None = None
-) -> str:
-    """One line on the size of a model and on what does not fit onto its GPU."""
-    asked = needs(shapes, n_pos, copies)
-    places = Counter((where or {}).values())
-    main = next(iter((where or {}).values()), "")  # the embedding's
-    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
-    size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
-    notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(asked.total)}"]
-    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
-    slow = "layers wait in the processor's memory, which is many times slower"
-    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
-    return "; ".join(notes)
-
-
-def _names(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
-    """Every module that has parameters or buffers of its own or is a layer, by name, with its place."""
-    blocks = {id(parts.block): i for i, parts in enumerate(shapes.layers)}
+def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
+    """Modules by name, each with its place: the first layers lie at `places`, all else on `device`."""
+    layers = [id(parts.block) for parts in shapes.layers]
     found: dict[str, str] = {}
-
-    def walk(module: nn.Module, name: str) -> None:
-        if id(module) in blocks:
-            found[name] = (*places, *[device] * len(blocks))[blocks[id(module)]]
-        elif any(child is parts.block for parts in shapes.layers for child in module.modules()):
-            for key, child in module.named_children():
-                walk(child, f"{name}.{key}" if name else key)
-        else:
+    for name, module in shapes.model.named_modules():
+        if id(module) in layers:
+            found[name] = (*places, *[device] * len(layers))[layers.index(id(module))]
+        elif not any(name.startswith(f"{above}.") for above in found) and not any(
+            id(child) in layers for child in module.modules()
+        ):
             found[name] = device
-
-    walk(shapes.model, "")
     return found
 
 
@@ -356,18 +333,3 @@ def _text(path: Path) -> str:
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-BATCH = 64
-
-
-CLEAN_RUN_BYTES = 2**30
-
-
-def pairs_at_once(subject: Subject, n_pos: int) -> int:
-    """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
-
-    A pure function of shapes, as everything that decides which pairs share a batch.
-    """
-    one = memory_need(subject, 1, n_pos).clean_run
-    return max(1, min(BATCH, CLEAN_RUN_BYTES // one))

@@ -1,10 +1,9 @@
-"""One sweep up the layers for many interventions at once.
+"""One sweep up the grid of cells (layer, position) for many interventions at once.
 
-Cells are (layer, position). A patch at layer l and position p changes only cells above l at positions from p on: a
-*stretch* of the sequence. All stretches of a chunk lie side by side as extra tokens of the same pair; a
-block-diagonal mask lets each see its own tokens and the clean prefix before it, whose keys and values come from the
-clean run. The library's own layer code does the arithmetic. A stretch joins the running batch when the sweep
-reaches its layer.
+A patch at layer l and position p changes only cells above l at positions from p on: a *stretch* of the sequence. All
+stretches of a chunk lie side by side as extra tokens of the same pair; a block-diagonal mask lets each see its own tokens
+and the clean prefix before it, whose keys and values come from the clean run. The library's own layer code does the
+arithmetic. A stretch joins the running batch when the sweep reaches its layer.
 """
 
 from __future__ import annotations
@@ -21,34 +20,24 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.model.activations import CleanRun, first
 from companion.model.architecture import Subject
-from companion.model.interventions import Entering, Variant, clean_stretch, enter, layer_edits, only_tokens
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """One variant on the grid: it exists above layer `entry` (-1: above the embedding), at positions from `start` on."""
-
-    variant: Variant
-    slot: int
-    entry: int
-    start: int
+from companion.model.interventions import RunPair, Stretch, clean_stretch, enter, layer_edits, only_tokens
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the tokens of a chunk's stretches lie, in the order in which the stretches join."""
 
-    offset: Int[Tensor, stretch]
-    start: Int[Tensor, stretch]
-    position: Int[Tensor, token]
-    owner: Int[Tensor, token]
+    offset: Int[Tensor, "stretch"]
+    start: Int[Tensor, "stretch"]
+    position: Int[Tensor, "token"]
+    owner: Int[Tensor, "token"]
     prefix: int
     masks: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What an attention layer asks of a cache: the clean prefix's keys and values, then the new ones."""
+    """The part of a cache that an attention layer calls: it puts the clean prefix's keys and values before the new ones."""
 
     keys: Float[Tensor, "pair head pos width"]
     values: Float[Tensor, "pair head pos width"]
@@ -59,20 +48,20 @@ class Prefix:
 
 
 @torch.no_grad()
-def sweep(
-    subject: Subject, base: CleanRun, source: CleanRun, chunk: Sequence[Stretch], read: Int[Tensor, "pair read"]
-) -> Float[Tensor, "pair stretch read d"]:
+def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, "read"]) -> Float[Tensor, "pair stretch read d"]:
     """Final residual stream at the read positions for every stretch; the chunk must be ordered by entry layer."""
-    end = int(read.max()) + 1
+    subject, base, end = runs.subject, runs.base, int(read.max()) + 1
     layout = make_layout(chunk, end, base.tokens.device)
     resid = base.resid_pre[0].new_empty(len(base.tokens), len(layout.position), subject.d_model)
     running, joined = 0, 0
     for layer in range(chunk[0].entry, subject.n_layers):
         if running:
-            with _around(subject, base, source, chunk[:joined], layout, layer, read):
-                resid[:, :running] = replay(subject, base, layer, resid[:, :running], layout)
+            with _layer_hooks(runs, chunk[:joined], layout, layer, read):
+                resid[:, :running] = replay_layer(subject, base, layer, resid[:, :running], layout)
         entering = [stretch for stretch in chunk[joined:] if stretch.entry == layer]
-        for state in _states(subject, base, source, entering, layer, end):
+        edited = iter(enter(runs, [s for s in entering if len(s.variant) == 1], layer, end))
+        for s in entering:
+            state = next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end)
             resid[:, running : running + state.shape[1]] = state
             running += state.shape[1]
         joined += len(entering)
@@ -89,7 +78,7 @@ def make_layout(chunk: Sequence[Stretch], end: int, device: torch.device) -> Lay
     return Layout(offset, start, position, owner, prefix=max(stretch.start for stretch in chunk))
 
 
-def replay(
+def replay_layer(
     subject: Subject, base: CleanRun, layer: int, resid: Float[Tensor, "pair token d"], layout: Layout
 ) -> Float[Tensor, "pair token d"]:
     """The library's layer, called on the stretches that are running."""
@@ -107,15 +96,12 @@ def stretch_mask(
 ) -> Float[Tensor, "pair 1 token key"] | Bool[Tensor, ...]:
     """The library's own mask, re-indexed: a token sees the clean prefix before its stretch, and its own stretch.
 
-    Sliding windows and padding come along because the rows and columns are the library's. No mask at all means
-    causal: the library leaves it out where its attention kernel knows better.
+    Sliding windows come along because the rows and columns are the library's. No mask at all means causal: the library
+    leaves it out where its attention kernel knows better.
     """
-    if id(mask) not in layout.masks:
-        layout.masks[id(mask)] = _stretch_mask(mask, layout, n_pos)
-    return layout.masks[id(mask)]
-
-
-def _stretch_mask(mask: Tensor | None, layout: Layout, n_pos: int) -> Tensor:
+    key = id(mask)
+    if key in layout.masks:
+        return layout.masks[key]
     if mask is None:
         mask = torch.ones(1, 1, n_pos, n_pos, dtype=torch.bool, device=layout.position.device).tril()
     rows = mask[:, :, layout.position]
@@ -124,10 +110,11 @@ def _stretch_mask(mask: Tensor | None, layout: Layout, n_pos: int) -> Tensor:
     before = prefix < layout.start[layout.owner, None]
     own = layout.owner[:, None] == layout.owner
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where(torch.cat([before, own], dim=-1), seen, closed)
+    layout.masks[key] = torch.where(torch.cat([before, own], dim=-1), seen, closed)
+    return layout.masks[key]
 
 
-def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
+def _at(name: str, value: Any, position: Int[Tensor, "token"]) -> Any:
     """An argument of the clean call, for the running tokens only."""
     if name == "position_embeddings" and value is not None:
         return tuple(part[:, position] for part in value)
@@ -141,47 +128,28 @@ def _at(name: str, value: Any, position: Int[Tensor, token]) -> Any:
     return value
 
 
-def _around(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    chunk: Sequence[Stretch],
-    layout: Layout,
-    layer: int,
-    read: Int[Tensor, "pair read"],
+def _layer_hooks(
+    runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, "read"]
 ) -> ExitStack:
-    """What is set up while a layer is called: edits of joint interventions; at the top, the MLP of read tokens alone."""
-    end = int(read.max()) + 1
+    """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
     joint = [
-        (Entering(patch, stretch.start, end), offset)
+        (patch, offset - stretch.start)
         for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False)
         if len(stretch.variant) > 1
         for patch in stretch.variant
         if patch.layer == layer
     ]
-    hooks = layer_edits(subject, base, source, joint)
+    hooks = layer_edits(runs, joint, int(read.max()) + 1)
     is_read = torch.isin(layout.position, read)
-    if layer == subject.n_layers - 1 and not joint and not bool(is_read.all()):
-        hooks.enter_context(only_tokens(subject.layers[layer].mlp, is_read))
+    if layer == runs.subject.n_layers - 1 and not joint and not bool(is_read.all()):
+        hooks.enter_context(only_tokens(runs.subject.layers[layer].mlp, is_read))
     return hooks
 
 
-def _states(
-    subject: Subject, base: CleanRun, source: CleanRun, entering: Sequence[Stretch], layer: int, end: int
-) -> list[Float[Tensor, "pair pos d"]]:
-    """The residual stream above `layer` on each entering stretch."""
-    single = [Entering(s.variant[0], s.start, end) for s in entering if len(s.variant) == 1]
-    edited = iter(enter(subject, base, source, single, layer))
-    return [next(edited) if len(s.variant) == 1 else clean_stretch(base, layer, s.start, end) for s in entering]
-
-
 def _read_out(
-    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, "pair read"]
+    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, "read"]
 ) -> Float[Tensor, "pair stretch read d"]:
     """A read position before the stretch is the clean run's own."""
-    n_pairs, n_read, width = *read.shape, resid.shape[-1]
-    behind = read[:, None, :] - layout.start[None, :, None]
-    token = (layout.offset[None, :, None] + behind.clamp(min=0)).reshape(n_pairs, -1, 1).expand(-1, -1, width)
-    patched = resid.gather(1, token).view(n_pairs, -1, n_read, width)
-    clean = base.resid_post[-1].gather(1, read[..., None].expand(-1, -1, width))
-    return torch.where((behind < 0)[..., None], clean[:, None], patched)
+    behind = read - layout.start[:, None]
+    patched = resid[:, layout.offset[:, None] + behind.clamp(min=0)]
+    return torch.where((behind < 0)[..., None], base.resid_post[-1][:, None, read], patched)

@@ -19,13 +19,13 @@ VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a proce
 def logits(
     subject: Subject,
     resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, row] | None = None,
+    rows: Int[Tensor, "row"] | None = None,
     norm_like: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... row"]:
     """Final norm, unembedding of the wanted vocabulary rows (all if None), final soft cap.
 
-    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to
-    the soft cap).
+    `norm_like` freezes the final norm's scale at that residual's, so that the result is linear in `resid` (up to the soft
+    cap).
     """
     return _unembed(subject, _normed(subject, resid, norm_like), slice(None) if rows is None else rows)
 
@@ -34,7 +34,7 @@ def logits(
 def log_probs(
     subject: Subject,
     resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, row],
+    rows: Int[Tensor, "row"],
     norm_like: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... row"]:
     """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
@@ -43,16 +43,13 @@ def log_probs(
     blocks = [slice(start, start + VOCABULARY_BLOCK) for start in range(0, n_rows, VOCABULARY_BLOCK)]
     total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
     for block in blocks:
-        total += _at_least_float32(_unembed(subject, normed, block)).exp_().sum(-1)
+        part = _unembed(subject, normed, block)
+        total += (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).exp_().sum(-1)
     if not is_usable(total):  # logits beyond what exp can take
         total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
     else:
         total = total.log()
     return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def is_usable(total: Tensor) -> bool:
@@ -65,14 +62,14 @@ def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor,
 
 
 def _unembed(
-    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, row]
+    subject: Subject, normed: Float[Tensor, "... d"], rows: slice | Int[Tensor, "row"]
 ) -> Float[Tensor, "... row"]:
     weight, bias = subject.unembedding
     result = nn.functional.linear(normed, weight[rows], None if bias is None else bias[rows])
     return result if subject.soft_cap is None else subject.soft_cap * torch.tanh(result / subject.soft_cap)
 
 
-def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, d], Float[Tensor, d] | None, float]:
+def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"] | None, float]:
     """Gain, bias and epsilon of a LayerNorm or RMSNorm. Gemma stores the gain's distance from 1."""
     weight = norm.weight
     assert isinstance(weight, Tensor)
@@ -108,14 +105,9 @@ def frozen_norm(norm: nn.Module, resid: Float[Tensor, "... d"], like: Float[Tens
     return normed if bias is None else normed + bias
 
 
-def read_positions(base: CleanRun, read: Sequence[int] | Int[Tensor, "pair read"]) -> Int[Tensor, "pair read"]:
-    """Read positions for every pair, counted from the front; negative ones count from the end of the padded sequence."""
+def read_positions(base: CleanRun, read: Sequence[int]) -> Int[Tensor, "read"]:
+    """Read positions counted from the front; negative ones count from the end."""
     n_pairs, n_pos = base.tokens.shape
-    given = torch.as_tensor(read if isinstance(read, Tensor) else list(read), device=base.tokens.device)
-    given = given.expand(n_pairs, -1) if given.ndim == 1 else given
-    if given.numel() == 0 or given.shape[0] != n_pairs or int(given.min()) < -n_pos or int(given.max()) >= n_pos:
+    if not read or min(read) < -n_pos or max(read) >= n_pos:
         raise InputError(f"read positions {read} do not exist in {n_pairs} sequences of {n_pos} tokens")
-    positions = given % n_pos
-    if base.mask is not None and not bool(base.mask.gather(1, positions).all()):
-        raise InputError("a read position is padding in some pair; hand in a tensor (pair, read) of real positions")
-    return positions
+    return torch.tensor([position % n_pos for position in read], device=base.tokens.device)

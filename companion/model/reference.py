@@ -10,36 +10,35 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.display import progress
-from companion.model.activations import CleanRun, model_inputs, on_input, on_output
+from companion.model.activations import CleanRun, Hook, on_input
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, as_variants, entries, projection
+from companion.model.interventions import Patch, as_variants, entries, on_site
 from companion.model.readout import read_positions
 
 
 @torch.no_grad()
-def interchange(
+def interchange_full_forward(
     subject: Subject,
     base: CleanRun,
     source: CleanRun,
     patches: Sequence[Patch | Sequence[Patch]],
-    read: Sequence[int] | Int[Tensor, "pair read"] = (-1,),
+    read: Sequence[int] = (-1,),
 ) -> Float[Tensor, "pair patch read d"]:
     """`companion.model.replay.interchange`, computed the plain way."""
     variants = as_variants(subject, base, patches)
-    positions = read_positions(base, read)[..., None].expand(-1, -1, subject.d_model)
+    positions = read_positions(base, read)
     results = []
     for variant in progress(variants, desc="full forward passes", total=len(variants)):
         with ExitStack() as stack:
             for patch in variant:
                 stack.enter_context(_hook(subject, source, patch))
-            results.append(final_residual(subject, base).gather(1, positions))
+            results.append(final_residual(subject, base)[:, positions])
     return torch.stack(results, dim=1)
 
 
@@ -47,7 +46,7 @@ def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d
     """The residual stream before the final norm in one forward pass over a run's tokens, under whatever hooks are set."""
     seen: list[Tensor] = []
     with torch.no_grad(), on_input(subject.final_norm, seen.append):
-        subject.model.base_model(**model_inputs(run.tokens, run.mask), use_cache=False)
+        subject.model.base_model(input_ids=run.tokens, use_cache=False)
     return seen[-1]  # hooks that look at the prompt in a pass of their own make that one first
 
 
@@ -64,17 +63,13 @@ def warn_slow(subject: Subject, base: CleanRun, n_patches: int) -> None:
     )
 
 
-def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Any:
+def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Hook:
     chosen = entries(subject, patch)
-    width = source.site(patch.site, patch.layer)[..., chosen] if patch.value is None else patch.value
+    value = source.site(patch.site, patch.layer)[..., chosen] if patch.value is None else patch.value
 
     def replace(tensor: Tensor) -> Tensor:
         new = tensor.clone()
-        new[..., chosen] = torch.where(patch.positions[..., None], width.to(new), new[..., chosen])
+        new[..., chosen] = torch.where(patch.positions[..., None], value.to(new), new[..., chosen])
         return new
 
-    parts = subject.layers[patch.layer]
-    if patch.site in ("head", "neuron"):
-        return on_input(projection(parts, patch.site), replace)
-    module = {"attn_out": parts.attn_write, "mlp_out": parts.mlp_write, "resid_post": parts.block}[patch.site]
-    return on_output(module, replace)
+    return on_site(subject.layers[patch.layer], patch.site, replace)

@@ -1,6 +1,6 @@
-"""The check made on every model before anything is believed: can the grid replay it exactly?
+"""The check of every model before it is used: are its sites what they are called, and does the grid replay it exactly?
 
-Written so that NaN fails every comparison.
+Every comparison is written so that NaN fails it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from companion.base.errors import InputError
 from companion.model import reference, replay
 from companion.model.activations import CleanRun, clean_run
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, projection
-from companion.model.propagation import Stretch, sweep
+from companion.model.interventions import Patch, position_mask, projection
 from companion.model.readout import logits
 
 # Share of the largest compared value; the library's float64 casts to float32 inside its norms.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
 N_POS = 10
-
-
+_UNKNOWN = (
+    "its blocks are put together in a way that companion/model/architecture.py "
+    "does not know; add the family's names there"
+)
 SLOW_HINT = "load it with allow_slow=True to use one full forward pass per intervention instead"
 
 
@@ -32,8 +31,7 @@ def verify(subject: Subject) -> None:
     """Compares kept activations and replayed interventions with the plain library, on random tokens.
 
     Raises:
-        InputError: a site is not what its name says (residual identity, logits), or the grid cannot replay the
-        model.
+        InputError: a site is not what its name says (residual identity, logits), or the grid cannot replay the model.
     """
     base, source = clean_pair(subject)
     check_sites(subject, base)
@@ -65,47 +63,29 @@ def grid_refusal(subject: Subject) -> str | None:
 def check_sites(subject: Subject, run: CleanRun) -> None:
     """Every hook fired, the block's sum is the residual stream, projections reproduce outputs, logits are the library's."""
     for site in ("resid_post", "attn_out", "mlp_out", "head") + (("neuron",) if subject.d_mlp else ()):
-        n_seen = run.n_kept(site)
+        n_seen = len(run.kept(site))
         if n_seen != subject.n_layers:
             raise InputError(f"{subject.name}: {site} was seen in {n_seen} of {subject.n_layers} layers; {_UNKNOWN}")
     for layer in range(subject.n_layers):
         total = run.resid_pre[layer] + run.attn_out[layer] + run.mlp_out[layer]
-        _same(
-            subject, total, run.resid_post[layer], f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
-        )
+        what = f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
+        _same(subject, total, run.resid_post[layer], what)
         _check_projections(subject, run, layer)
     plain = subject.model(input_ids=run.tokens, use_cache=False).logits
-    _same(
-        subject, logits(subject, run.resid_post[-1]), plain, "final norm and unembedding do not give the model's logits"
-    )
+    what = "final norm and unembedding do not give the model's logits"
+    _same(subject, logits(subject, run.resid_post[-1]), plain, what)
 
 
 def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> None:
     """Interventions at every site and at about four layers, against one full forward pass each."""
     patches = [
-        Patch(site, layer, _columns(base, column), 0 if site in ("head", "neuron") else None)
+        Patch(site, layer, position_mask(base.tokens, column), 0 if site in ("head", "neuron") else None)
         for layer in range(0, subject.n_layers, max(1, subject.n_layers // 4))
         for site, column in (("resid_post", 1), ("attn_out", -1), ("mlp_out", 4), ("head", 2), ("neuron", -1))
     ]
     fast = replay.interchange(subject, base, source, patches)
-    plain = reference.interchange(subject, base, source, patches)
+    plain = reference.interchange_full_forward(subject, base, source, patches)
     _same(subject, fast, plain, "a replay of its layers differs from the model itself", SLOW_HINT)
-
-
-@torch.no_grad()
-def replay_noise(subject: Subject, run: CleanRun) -> float:
-    """The largest change of any logit when the last token is computed again by the grid and nothing is changed, in
-    logits.
-
-    About 1e-6 in float32. What half precision does to effects is another question:
-    `companion.mediation.control_models.precision_noise`.
-    """
-    last = run.tokens.shape[1] - 1
-    again = sweep(subject, run, run, [Stretch((), 0, -1, last)], torch.full_like(run.tokens[:, :1], last))
-    return float((logits(subject, again[:, 0, 0]) - logits(subject, run.resid_post[-1][:, -1])).abs().max())
-
-
-_UNKNOWN = "its blocks are put together in a way that companion/model/architecture.py does not know; add the family's names there"
 
 
 def _check_projections(subject: Subject, run: CleanRun, layer: int) -> None:
@@ -128,9 +108,3 @@ def _tokens(subject: Subject, seed: int) -> Int[Tensor, "pair pos"]:
     vocabulary = subject.model.get_input_embeddings().num_embeddings
     drawn = torch.randint(0, vocabulary, (2, N_POS), generator=torch.Generator().manual_seed(seed))
     return drawn.to(subject.device)
-
-
-def _columns(run: CleanRun, column: int) -> Tensor:
-    mask = torch.zeros_like(run.tokens, dtype=torch.bool)
-    mask[:, column] = True
-    return mask

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from scipy import stats as st
 from torch import nn
 
 from companion.base.errors import InputError
-from companion.model import architecture
-from companion.model.architecture import Subject, find_parts
+from companion.model.architecture import Subject, find_parts, stored
 from companion.model.interventions import projection
 from companion.neurons.sets import Measured, joint, on_contrast
 from companion.neurons.single import PairEffects
@@ -26,16 +26,12 @@ from companion.neurons.sparsity import topic_sums
 from companion.stats import bootstrap
 
 HALF_WIDTH = 8
-
-
 N_PERMUTATIONS = 9_999
-
-
 N_ORDERS = 19  # with the training order that makes 20, so that the smallest p-value is 0.05
 
 
 def morans_i(
-    values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, neuron], half_width: int = HALF_WIDTH
+    values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH
 ) -> Float[np.ndarray, ...]:
     """Moran's (1950) I of values along the neuron index: about 0 for exchangeable ones, towards 1 if neighbours are alike.
 
@@ -60,7 +56,7 @@ def morans_i(
         return len(layer) / weight * product / square
 
 
-def ranks(values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, neuron]) -> Float[np.ndarray, ...]:
+def ranks_in_layer(values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, "neuron"]) -> Float[np.ndarray, ...]:
     """Rank of |value| within its layer, ties averaged."""
     made = np.empty(values.shape)
     for one in np.unique(layer):
@@ -69,18 +65,18 @@ def ranks(values: Float[np.ndarray, "... neuron"], layer: Int[np.ndarray, neuron
 
 
 @dataclass(frozen=True)
-class Adjacency:
+class MoranTest:
     """Moran's I of rank |mean NIE| with its interval and its values under permuted indices; p is one-sided (I large)."""
 
     estimate: float
     low: float
     high: float
     p: float
-    permuted: Float[np.ndarray, permutation]
+    permuted: Float[np.ndarray, "permutation"]
     layers: tuple[int, ...]
 
 
-def adjacency(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> Adjacency:
+def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> MoranTest:
     """Moran's I of rank |mean NIE| over the pairs given, pooled over the layers that have effects.
 
     Indices are permuted within layers. The interval has two parts whose variances are added: other prompts (jackknife over
@@ -92,20 +88,20 @@ def adjacency(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: 
         raise InputError("no neuron has any effect: there is nothing whose place could matter")
     sums = topic_sums(effects.pairs, effects.nie[:, live])
     layer = effects.columns.layer.to_numpy()[live]
-    ranked = ranks(sums.sums.sum(0), layer)
+    ranked = ranks_in_layer(sums.sums.sum(0), layer)
     estimate = float(morans_i(ranked, layer))
-    permuted = _permuted_i(ranked, layer, n_permutations, seed)
+    permuted = _permutations(ranked, layer, n_permutations, seed)
     n = len(sums.clusters)
-    without = morans_i(ranks(sums.sums.sum(0) - sums.sums, layer), layer) if n > 1 else np.full(2, np.nan)
+    without = morans_i(ranks_in_layer(sums.sums.sum(0) - sums.sums, layer), layer) if n > 1 else np.full(2, np.nan)
     variance = permuted.var() + (n - 1) / n * ((without - without.mean()) ** 2).sum()
     half = float(st.norm.isf(0.025) * np.sqrt(variance)) if np.isfinite(variance) else np.inf
     p = float((1 + (permuted >= estimate).sum()) / (1 + n_permutations))
-    return Adjacency(estimate, estimate - half, estimate + half, p, permuted, tuple(np.unique(layer).tolist()))
+    return MoranTest(estimate, estimate - half, estimate + half, p, permuted, tuple(np.unique(layer).tolist()))
 
 
-def _permuted_i(
-    ranked: Float[np.ndarray, neuron], layer: Int[np.ndarray, neuron], n: int, seed: int
-) -> Float[np.ndarray, permutation]:
+def _permutations(
+    ranked: Float[np.ndarray, "neuron"], layer: Int[np.ndarray, "neuron"], n: int, seed: int
+) -> Float[np.ndarray, "permutation"]:
     rng, made = np.random.default_rng(seed), []
     step = max(1, (1 << 22) // len(layer))
     for first in range(0, n, step):
@@ -116,7 +112,7 @@ def _permuted_i(
     return np.concatenate(made)
 
 
-def windows(order: Int[np.ndarray, neuron], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
+def windows(order: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
     """Every full window of neighbours in an order of the neurons: their indices as they stand, or a random order."""
     width = 2 * half_width + 1
     if len(order) < width:
@@ -125,12 +121,11 @@ def windows(order: Int[np.ndarray, neuron], half_width: int = HALF_WIDTH) -> Int
 
 
 @dataclass(frozen=True)
-class Contest:
+class WindowContest:
     """The best group of each kind, chosen on discover, and its joint effect on test.
 
-    `shares` are, with intervals and as shares of TE: the best window of neighbours, the best random groups (mean over
-    the random orders), their difference, and as many top-ranked neurons. `p` says how often a random order's best did as
-    well as the best window.
+    `shares` are shares of TE with intervals, in the order of `CONTEST`; random groups are averaged over their orders, and
+    as many top-ranked neurons stand beside. `p`: how often a random order's best did as well as the best window.
     """
 
     members: Int[np.ndarray, "order member"]
@@ -141,15 +136,15 @@ class Contest:
 CONTEST = ("best window", "best random group", "best window - best random group", "top ranked")
 
 
-def contest(
+def window_contest(
     measured: Measured,
     treatment: str,
-    ranked: Int[np.ndarray, neuron],
+    ranked: Int[np.ndarray, "neuron"],
     *,
     n_orders: int = N_ORDERS,
     half_width: int = HALF_WIDTH,
     seed: int = 0,
-) -> Contest:
+) -> WindowContest:
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
     Random groups are the windows of a random order of the neurons: as many, of the same size, overlapping in the same
@@ -160,10 +155,10 @@ def contest(
     best = []
     for order in orders:
         members = windows(order, half_width)
-        found = on_contrast(measured, treatment, "discover", lambda ends, m=members: joint(subject, ends, m))  # type: ignore[misc]
+        found = on_contrast(measured, treatment, "discover", partial(joint, subject, members=members))
         best.append(members[found.nie.mean(0).argmax()])
     groups = np.stack([*best, ranked[: 2 * half_width + 1]])
-    test = on_contrast(measured, treatment, "test", lambda ends: joint(subject, ends, groups))
+    test = on_contrast(measured, treatment, "test", partial(joint, subject, members=groups))
 
     def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
         share = total[:, :-1] / total[:, -1:]
@@ -173,10 +168,10 @@ def contest(
     shares = bootstrap.bootstrap(topic_sums(test.pairs, np.column_stack([test.nie, test.pairs.te])), statistic)
     means = test.nie.mean(0)
     p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + n_orders)
-    return Contest(np.stack(best), shares, p)
+    return WindowContest(np.stack(best), shares, p)
 
 
-def permuted(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, neuron], ...]]:
+def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:
     """The same function with the neurons of every MLP in another, random order; and the order of each layer.
 
     Entry i of an order is the old number of the neuron that is now number i. What reads neurons (the down projection's
@@ -189,22 +184,20 @@ def permuted(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.nda
         for parts in moved.layers:
             down, order = projection(parts, "neuron"), rng.permutation(subject.d_mlp)
             for module in parts.mlp.modules():
-                weight = architecture.stored(module)
-                if weight is not None and weight.ndim == 2:
-                    _permute(module, torch.tensor(order, device=weight.device), is_down=module is down)
+                _permute(module, torch.tensor(order), is_down=module is down)
             orders.append(order)
     return replace(moved, replayable=subject.replayable), tuple(orders)
 
 
 def _permute(module: nn.Module, order: torch.Tensor, *, is_down: bool) -> None:
     """Move the entries of a projection that belong to neurons; GPT-2 stores its matrices the other way round."""
+    weight, bias = stored(module), stored(module, "bias")
+    if weight is None or weight.ndim != 2:
+        return
     outputs = 0 if isinstance(module, nn.Linear) else 1
     axis = 1 - outputs if is_down else outputs
-    # Fused gate and up projections hold the neurons twice.
-    weight, bias = architecture.stored(module), architecture.stored(module, "bias")
-    assert weight is not None
-    times = weight.shape[axis] // len(order)
-    entries = torch.cat([order + i * len(order) for i in range(times)])
+    n_times = weight.shape[axis] // len(order)  # fused gate and up projections hold the neurons twice
+    entries = torch.cat([order + i * len(order) for i in range(n_times)]).to(weight.device)
     weight.copy_(weight.index_select(axis, entries))
     if not is_down and bias is not None:
         bias.copy_(bias[entries])

@@ -1,4 +1,4 @@
-"""Every neuron of the last layer at the last token, exactly and at once, without running anything.
+"""The last layer at the last token in closed form: each neuron on its own, and sets of neurons, without running anything.
 
 A last-layer neuron adds d_j w_j to the last residual stream h: its own change times its output vector. The final
 norm and the unembedding U are all that follows, so with the norm's gain g and width D
@@ -6,14 +6,15 @@ norm and the unembedding U are all that follows, so with the norm's gain g and w
     logit_v(j) = (z_v + d_j Q_vj) / s_j + U_v b,   z = U (g h),   Q_vj = U_v (g w_j),
     s_j^2 = (|h|^2 + 2 d_j h.w_j + d_j^2 |w_j|^2) / D + eps,
 
-and for LayerNorm the same on centred h and w_j. Families with a norm behind the MLP go through the grid instead.
+and for LayerNorm the same on centred h and w_j. A set S adds the sum of d_j w_j, and |w_S|^2 needs the products of its members'
+vectors with each other: a few numbers for each member where the vector has one for each channel. Single neurons are
+computed in the model's precision, sets in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -24,11 +25,15 @@ from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, projection
 from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain, read_positions
+from companion.prompts.tokens import Openers
 
 CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
-
-
 BLOCK = 1 << 24  # numbers of the neuron-by-vocabulary table that are alive at once
+
+
+def is_closed(subject: Subject) -> bool:
+    """Whether a norm and the unembedding are all that follows the MLP; other families are replayed."""
+    return not subject.post_norm and subject.soft_cap is None
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class _Terms:
     """The pieces of the formula: `z` and `bias` for the wanted rows, one over `s_j` for every neuron."""
 
     z: Float[Tensor, "pair row"]
-    bias: Float[Tensor, row] | float
+    bias: Float[Tensor, "row"] | float
     change: Float[Tensor, "pair neuron"]
     inverse_scale: Float[Tensor, "pair neuron"]
     vectors: Float[Tensor, "neuron d"]  # g w_j
@@ -45,72 +50,65 @@ class _Terms:
 
 @torch.no_grad()
 def last_layer_neurons(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row], *, freeze_norm: bool = False
+    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
-    """Logits of the wanted vocabulary rows after each last-layer neuron, on its own, is set to the source's at the
-    last token.
+    """Logits of some vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token.
 
-    With `freeze_norm` the final norm keeps the base's scale, so that only the neuron's direct write counts. Every
-    neuron of a large model is one row of output; ask for few vocabulary rows.
+    Every neuron of a large model is one row of output; ask for few vocabulary rows.
     """
-    if not _is_closed(subject):
-        like = base.resid_post[-1][:, None, -1:] if freeze_norm else None
-        return _by_grid(subject, base, source, lambda resid: logits(subject, resid, rows, norm_like=like))
-    terms = _terms(subject, base, source, rows, freeze_norm)
+    if not is_closed(subject):
+        return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
+    terms = _terms(subject, base, source, rows)
     moved = terms.change[..., None] * (terms.vectors @ terms.unembed.T)
     return (terms.z[:, None] + moved) * terms.inverse_scale[..., None] + terms.bias
 
 
 @torch.no_grad()
 def last_layer_log_odds(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    comply: Sequence[int],
-    refuse: Sequence[int],
-    *,
-    freeze_norm: bool = False,
+    subject: Subject, base: CleanRun, source: CleanRun, comply: Sequence[int], refuse: Sequence[int]
 ) -> Float[Tensor, "pair neuron"]:
     """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64)."""
     rows = torch.tensor([*comply, *refuse], device=subject.device)
-    both = last_layer_neurons(subject, base, source, rows, freeze_norm=freeze_norm).double()
+    both = last_layer_neurons(subject, base, source, rows).double()
     return both[..., : len(comply)].logsumexp(-1) - both[..., len(comply) :].logsumexp(-1)
 
 
 @torch.no_grad()
 def last_layer_log_probs(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row]
+    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
     """Log-probabilities of the wanted rows over the whole vocabulary after each neuron's patch, in nats."""
-    if not _is_closed(subject):
-        return _by_grid(subject, base, source, lambda resid: log_probs(subject, resid, rows))
+    if not is_closed(subject):
+        return _replayed(subject, base, source, lambda resid: log_probs(subject, resid, rows))
     wanted = last_layer_neurons(subject, base, source, rows)
     everything = torch.arange(len(subject.unembedding[0]), device=subject.device)
-    terms = _terms(subject, base, source, everything, freeze_norm=False)
-    return wanted - _normaliser(terms)[..., None]
+    return wanted - _normaliser(_terms(subject, base, source, everything))[..., None]
 
 
-def _is_closed(subject: Subject) -> bool:
-    return not subject.post_norm and subject.soft_cap is None
+def _replayed(
+    subject: Subject, base: CleanRun, source: CleanRun, readout: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "pair neuron row"]:
+    last = torch.zeros_like(base.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    patches = [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
+    return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
 
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, row], freeze_norm: bool) -> _Terms:
+def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]) -> _Terms:
     read_positions(base, (-1,))
     last = subject.n_layers - 1
-    norm = subject.final_norm
-    gain, norm_bias, eps = norm_gain(norm)
+    gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid = base.resid_post[last][:, -1]
     vectors = written_vectors(projection(subject.layers[last], "neuron"))
-    if is_centred(norm):
+    if is_centred(subject.final_norm):
         resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
     change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
     square = resid.pow(2).sum(-1, keepdim=True)
-    if not freeze_norm:
-        square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
+    square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
     weight, bias = subject.unembedding
     unembed = weight[rows]
     total_bias = (0.0 if norm_bias is None else unembed @ norm_bias) + (0.0 if bias is None else bias[rows])
-    inverse = torch.rsqrt(square / subject.d_model + eps).expand_as(change)
+    inverse = torch.rsqrt(square / subject.d_model + eps)
     return _Terms((gain * resid) @ unembed.T, total_bias, change, inverse, gain * vectors, unembed)
 
 
@@ -124,28 +122,28 @@ def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
     for block in _blocks(terms.change.shape[1], BLOCK // n_rows):
         table = terms.vectors[block] @ terms.unembed.T
         for i in range(len(z)):
-            inverse, factor = terms.inverse_scale[i, block, None], terms.change[i, block, None]
+            inverse, change = terms.inverse_scale[i, block, None], terms.change[i, block, None]
             for part in _blocks(len(table), cached):
-                logits_of_part = partial(_shifted, z[i], table[part], factor[part], inverse[part], terms.bias)
-                result[i, block][part] = _log_sum_exp(logits_of_part)
+                total = _log_sum_exp(z[i], table[part], change[part], inverse[part], terms.bias)
+                result[i, block][part] = total
     return result + top * terms.inverse_scale
 
 
-def _shifted(
-    z: Float[Tensor, row],
+def _log_sum_exp(
+    z: Float[Tensor, "row"],
     table: Float[Tensor, "neuron row"],
     change: Float[Tensor, "neuron 1"],
     inverse_scale: Float[Tensor, "neuron 1"],
-    bias: Float[Tensor, row] | float,
-) -> Float[Tensor, "neuron row"]:
-    moved = (z * inverse_scale).addcmul_(table, change * inverse_scale)
-    return moved.add_(bias) if isinstance(bias, Tensor) else moved
-
-
-def _log_sum_exp(make: Callable[[], Float[Tensor, "neuron row"]]) -> Float[Tensor, neuron]:
+    bias: Float[Tensor, "row"] | float,
+) -> Float[Tensor, "neuron"]:
     """Without looking for the maximum first, unless that overflows: one pass less."""
-    total = make().exp_().sum(-1)
-    return total.log() if is_usable(total) else make().logsumexp(-1)
+
+    def shifted() -> Tensor:
+        moved = (z * inverse_scale).addcmul_(table, change * inverse_scale)
+        return moved.add_(bias) if isinstance(bias, Tensor) else moved
+
+    total = shifted().exp_().sum(-1)
+    return total.log() if is_usable(total) else shifted().logsumexp(-1)
 
 
 def _blocks(n: int, size: int) -> Iterator[slice]:
@@ -153,10 +151,90 @@ def _blocks(n: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, n, size))
 
 
-def _by_grid(
-    subject: Subject, base: CleanRun, source: CleanRun, readout: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "pair neuron row"]:
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    patches = [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
-    return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
+@dataclass(frozen=True)
+class OpenerReadout:
+    """A model's last layer as its openers read it: w_j, U (g w_j) and U g, the norm's epsilon, and the logits' bias."""
+
+    vectors: Float[Tensor, "neuron d"]
+    outputs: Float[Tensor, "neuron row"]
+    unembed: Float[Tensor, "row d"]
+    bias: Float[Tensor, "row"]
+    eps: float
+    n_comply: int
+    centred: bool
+
+    def products(self, members: Int[Tensor, "... member"]) -> Float[Tensor, "... member member"]:
+        """Products of the members' vectors with each other, for `joint_effects` and (upper part) `cumulative_effects`."""
+        vectors = self.vectors[members]
+        return vectors @ vectors.mT
+
+    def joint_effects(
+        self,
+        resid: Float[Tensor, "pair d"],
+        change: Float[Tensor, "pair neuron"],
+        members: Int[Tensor, "set member"],
+        products: Float[Tensor, "set member member"],
+        outputs: Float[Tensor, "set member row"],
+    ) -> Float[Tensor, "pair set"]:
+        """Change of Y1 if each set's neurons change together; `outputs` is what its members write."""
+        resid, change = self._centred(resid), change.double()
+        own = change[:, members].transpose(0, 1)
+        square = ((own @ products) * own).sum(-1).T
+        inner = (change * (resid @ self.vectors.T))[:, members].sum(-1)
+        return self._change(resid, inner, square, (own @ outputs).transpose(0, 1))
+
+    def cumulative_effects(
+        self,
+        resid: Float[Tensor, "pair d"],
+        change: Float[Tensor, "pair neuron"],
+        order: Int[Tensor, "neuron"],
+        products: Float[Tensor, "neuron neuron"],
+    ) -> Float[Tensor, "pair size"]:
+        """Change of Y1 if the first 1, 2, ... neurons of an order change together."""
+        resid, own = self._centred(resid), change.double()[:, order]
+        # What a neuron adds to |w_S|^2: twice its product with those before it, and its own square.
+        added = own * (2 * own @ products.triu(1) + own * products.diagonal())
+        inner = (own * (resid @ self.vectors[order].T)).cumsum(-1)
+        return self._change(resid, inner, added.cumsum(-1), (own[..., None] * self.outputs[order]).cumsum(1))
+
+    def _centred(self, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair d"]:
+        resid = resid.double()
+        return resid - resid.mean(-1, keepdim=True) if self.centred else resid
+
+    def _change(
+        self,
+        resid: Float[Tensor, "pair d"],
+        inner: Float[Tensor, "pair set"],
+        square: Float[Tensor, "pair set"],
+        moved: Float[Tensor, "pair set row"],
+    ) -> Float[Tensor, "pair set"]:
+        """From h.w_S, |w_S|^2 and the change of the logits before the norm's scale."""
+        z, size = (resid @ self.unembed.T)[:, None], resid.pow(2).sum(-1, keepdim=True)
+        start = self._log_odds(z, size)
+        return self._log_odds(z + moved, size + 2 * inner + square) - start
+
+    def _log_odds(
+        self, unscaled: Float[Tensor, "pair set row"], size: Float[Tensor, "pair set"]
+    ) -> Float[Tensor, "pair set"]:
+        scale = torch.rsqrt(size / self.vectors.shape[1] + self.eps)
+        logits = unscaled * scale[..., None] + self.bias
+        return logits[..., : self.n_comply].logsumexp(-1) - logits[..., self.n_comply :].logsumexp(-1)
+
+
+def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
+    """None where something stands between the MLP's write and the logits that is not a norm alone."""
+    if not is_closed(subject):
+        return None
+    gain, norm_bias, eps = norm_gain(subject.final_norm)
+    rows = torch.tensor(openers.comply + openers.refuse, device=subject.device)
+    weight, head_bias = subject.unembedding
+    chosen = weight[rows].double()
+    bias = torch.zeros(len(rows), dtype=torch.float64, device=chosen.device)
+    if norm_bias is not None:
+        bias = bias + chosen @ norm_bias.double()
+    if head_bias is not None:
+        bias = bias + head_bias[rows]
+    vectors = written_vectors(projection(subject.layers[-1], "neuron")).double()
+    centred, unembed = is_centred(subject.final_norm), chosen * gain.double()
+    vectors = vectors - vectors.mean(-1, keepdim=True) if centred else vectors
+    return OpenerReadout(vectors, vectors @ unembed.T, unembed, bias, eps, len(openers.comply), centred)

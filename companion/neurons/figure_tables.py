@@ -1,17 +1,14 @@
-"""Tables behind the pictures of the neuron notebook: one neuron's geometry, windows against single neurons, curves.
-
-Tables of the section "gate or contributor": what the tests gave, what each can show, and a drawing of where a gate can be.
-"""
+"""Tables behind the pictures of the neuron notebook: one neuron's geometry, windows against single neurons, curves, gates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Int
 
 from companion.base.thresholds import BENIGN_SHARE, GATE_LOW, PERPLEXITY, READOUT
 from companion.mediation import outcomes
@@ -20,7 +17,7 @@ from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import projection
 from companion.model.readout import is_centred, norm_gain
 from companion.neurons import sparsity
-from companion.neurons.adjacency import HALF_WIDTH, Adjacency, windows
+from companion.neurons.adjacency import HALF_WIDTH, MoranTest, windows
 from companion.neurons.gating import LEAST
 from companion.neurons.sets import Measured, joint, on_contrast
 from companion.neurons.single import PairEffects
@@ -41,32 +38,27 @@ def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> p
     camps = outcomes.opener_weights(subject, control.to(subject.dtype), treated.to(subject.dtype), openers)
     tokens = (list(openers.comply), list(openers.refuse))
     comply, refuse = (w @ subject.unembedding[0][ids].double() for w, ids in zip(camps, tokens, strict=True))
-    base, write = (_centred(subject, x) for x in (control, change * vector))
+    base, write = (x - x.mean() if is_centred(subject.final_norm) else x for x in (control, change * vector))
     along = base / base.norm()
     across = write - (write @ along) * along
     plane = torch.stack([along, across / across.norm().clamp(min=1e-30)])
     here, step, reads = (plane @ x / base.norm() for x in (base, write, gain * (comply - refuse)))
     moved, reads = here + step, here + 0.25 * reads / reads.norm()
-    ends = {"normed, control": here, "normed, after": moved / moved.norm()}
     rows = [
         ("sphere", 0, 0, 1, 0),
         ("residual stream", 0, 0, *here.tolist()),
         ("neuron's write", *here.tolist(), *moved.tolist()),
         ("after the write", 0, 0, *moved.tolist()),
         ("read-out direction", *here.tolist(), *reads.tolist()),
-        *((name, *point.tolist(), *point.tolist()) for name, point in ends.items()),
+        ("normed, control", *here.tolist(), *here.tolist()),
+        ("normed, after", *(moved / moved.norm()).tolist(), *(moved / moved.norm()).tolist()),
     ]
-    return pd.DataFrame(rows, columns=["item", "x", "y", "to_x", "to_y"]).astype(
-        dict.fromkeys(("x", "y", "to_x", "to_y"), float)
-    )
-
-
-def _centred(subject: Subject, x: Float[Tensor, d]) -> Float[Tensor, d]:
-    return x - x.mean() if is_centred(subject.final_norm) else x
+    ends = ["x", "y", "to_x", "to_y"]
+    return pd.DataFrame(rows, columns=["item", *ends]).astype(dict.fromkeys(ends, float))
 
 
 def windows_and_singles(
-    measured: Measured, treatment: str, names: Int[np.ndarray, neuron], label: str, half_width: int = HALF_WIDTH
+    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str, half_width: int = HALF_WIDTH
 ) -> pd.DataFrame:
     """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
 
@@ -74,17 +66,17 @@ def windows_and_singles(
     """
     subject, n = measured.study.subject, measured.study.subject.d_mlp
     groups = windows(np.arange(n), half_width)
-    both = [
-        on_contrast(measured, treatment, "test", lambda ends, g=members: joint(subject, ends, g))  # type: ignore[misc]
-        for members in (np.arange(n)[:, None], groups)
-    ]
-    single, around = (made.nie.mean(0) / made.pairs.te.mean() for made in both)
+    shares = []
+    for members in (np.arange(n)[:, None], groups):
+        made = on_contrast(measured, treatment, "test", partial(joint, subject, members=members))
+        shares.append(made.nie.mean(0) / made.pairs.te.mean())
+    single, around = shares
     window = np.full(n, np.nan)
     window[half_width : half_width + len(groups)] = around
     return pd.DataFrame({"order": label, "place": np.arange(n), "name": names, "single": single, "window": window})
 
 
-def histogram(found: Adjacency, n_bins: int = 50) -> pd.DataFrame:
+def moran_histogram(found: MoranTest, n_bins: int = 50) -> pd.DataFrame:
     """Moran's I under permuted indices, binned; the model's own estimate and interval repeated in every row."""
     counts, edges = np.histogram(found.permuted, bins=n_bins)
     own = {"observed": found.estimate, "least": found.low, "most": found.high}
@@ -93,7 +85,9 @@ def histogram(found: Adjacency, n_bins: int = 50) -> pd.DataFrame:
 
 def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame:
     """Curves to draw: harm in both directions against a random order, and against the benign behaviours."""
-    ks = sparsity.plotted(next(iter(made.values())).columns["k"].to_numpy())
+    every = next(iter(made.values())).columns["k"].to_numpy()
+    # Some set sizes, evenly spaced on a logarithmic axis, are enough to draw a curve.
+    ks = np.unique(every[np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1)])
     wanted = [
         ("both directions", "sufficiency (NIE0)", "main", "nie0"),
         ("both directions", "necessity (NIE1)", "main", "nie1"),
@@ -123,51 +117,42 @@ TESTS = (
     ("readout share", "iv readout", f"high < {READOUT}", "how much of the effect the set writes into the logits itself",
      "anything about the last layer, where it is near 1 whatever was learned"),
 )  # fmt: skip
-
-
 SETS = {"main": "set of the verdict", "last layer": "sparse set of the last layer"}
 
 
-def tests(rows: pd.DataFrame) -> pd.DataFrame:
+def gate_tests(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a test and set: number, interval, whether it passes, what it can and cannot show. From rows of C5b."""
     made = []
     for quantity, test, rule, can, cannot in TESTS:
         found = rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))]
         for one in found.itertuples():
             signed = rows[(rows.quantity == f"{quantity}, signed") & (rows.variant == one.variant)]
-            state = _state(quantity, one, signed)
-            numbers = (one.estimate, one.ci_low, one.ci_high)
+            low, high = one.ci_low, one.ci_high
+            passes = {
+                "gate index": low >= GATE_LOW and len(signed) > 0 and bool((signed.ci_low > 0).all()),
+                "benign share": high <= BENIGN_SHARE,
+                "perplexity ratio": high <= PERPLEXITY,
+                "readout share": high < READOUT,
+            }
+            state = {True: "passes", False: "does not pass", None: "reported"}[passes.get(quantity)]
+            numbers = (one.estimate, low, high)
             made.append((f"{test}: {quantity}", SETS[str(one.variant)], *numbers, rule, state, can, cannot, one.note))
     names = ["test", "set", "estimate", "low", "high", "rule", "state", "can show", "cannot show", "note"]
     return pd.DataFrame(made, columns=names)
 
 
-def _state(quantity: str, one: object, signed: pd.DataFrame) -> str:
-    low, high = one.ci_low, one.ci_high  # type: ignore[attr-defined]
-    holds = {
-        "gate index": low >= GATE_LOW and len(signed) > 0 and bool((signed.ci_low > 0).all()),
-        "benign share": high <= BENIGN_SHARE,
-        "perplexity ratio": high <= PERPLEXITY,
-        "readout share": high < READOUT,
-    }
-    return "reported" if quantity not in holds else "passes" if holds[quantity] else "does not pass"
-
-
-def forms(rows: pd.DataFrame) -> pd.DataFrame:
+def index_forms(rows: pd.DataFrame) -> pd.DataFrame:
     """The signed index of every form that is defined, by what the outcome is: log-odds, norm frozen, linear read-out."""
     found = rows[(rows.quantity == "gate index, form, signed") & ~rows.note.str.startswith("not defined")]
     outcome = found.variant.str.extract(", (norm frozen|linear read-out)$")[0].fillna("log-odds")
     variant = found.variant.str.replace(", (norm frozen|linear read-out)$", "", regex=True)
     table = found.assign(form=variant, outcome=outcome, low=found.ci_low, high=found.ci_high)
-    table = table[["form", "outcome", "estimate", "low", "high", "note"]]
-    return table.sort_values("form", kind="stable", key=_benign_last).reset_index(drop=True)
+    is_benign = variant.str.contains(r" B\d+$")
+    table = table.assign(order=is_benign.map({False: "0 ", True: "1 "}) + variant).sort_values("order", kind="stable")
+    return table[["form", "outcome", "estimate", "low", "high", "note"]].reset_index(drop=True)
 
 
-def _benign_last(forms: pd.Series) -> pd.Series:
-    return forms.str.contains(r" B\d+$").map({False: "0 ", True: "1 "}) + forms
-
-
-def undefined(rows: pd.DataFrame) -> list[str]:
+def undefined_forms(rows: pd.DataFrame) -> list[str]:
     """Forms of which too little is at stake on discover (less than 0.2 of TE), or whose set takes no part."""
     found = rows[(rows.quantity == "gate index, form") & rows.note.str.startswith("not defined")]
     plain = found[~found.variant.str.contains("frozen|read-out")]

@@ -1,24 +1,15 @@
-"""Gate or contributor: the four tests of a set of neurons, each a ratio of means over pairs with an interval by topic.
+"""Gate or contributor: the four tests of a set of neurons, and which sets and forms are tested and read by the verdict.
 
 A contributor adds its own share to the outcome, whatever the rest of the network does. A gate decides whether something
 else gets through: close it and the upstream signal is lost, open it without a signal and nothing happens. In a factorial
 experiment with the switches *signal* (first digit) and *set* (second digit) a contributor leaves the interaction
 y11 - y10 - y01 + y00 at zero, a gate makes it as large as the whole effect y11 - y00.
 
-Gate or contributor: gate against up inside neurons, with the harm signal switched by the harmless twin.
-
-Within a pair (T2) the request is harmful in both prompts and only the wrapper changes. A neuron whose gate the wrapper
-opens and whose up-projection carries the harm has nothing to multiply with there: its up never moves. The harmless twin
-under the same wrapper (T2b) is what switches the harm signal off. Two roles: gate by wrapper and up by harm, or the other
-way round. Values come from real runs; only those of the last token are taken, so that twins may differ in length.
-
-Gate or contributor: which sets of neurons are tested, in which forms, and which of them the verdict reads.
-
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
 the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
 from test. Changed after a first look at the embedded model, with the thresholds unchanged: form b with the harm signal
-switched by the twin was added (`gate_twins`), because a gate written by hand showed that within a pair an up-projection
+switched by the twin was added (`twin_cells`), because a gate written by hand showed that within a pair an up-projection
 that carries the harm never moves; and the whole last layer, which is not sparse, can no longer be what the verdict reads
 (that "contradicted" needs its index low as well was so from the start). Neither changed the model's verdict.
 """
@@ -35,21 +26,30 @@ from torch import Tensor
 from companion.base import thresholds
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
-from companion.neurons import clamping
-from companion.neurons.clamping import LastLayerCache, NeuronSet, Product, Rows, clamp_products, crossed, table_of
+from companion.neurons.clamping import CELLS, LastLayerCache, NeuronSet, Rows, clamped_products, crossed, table_of
 from companion.neurons.single import ranking
 from companion.prompts.tokens import Openers
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval
 
 FEW = 8  # a sparse set: 1 % of the layer's neurons or this many, whichever is more
-
-
 LEAST = 0.2  # share of |TE| that must be at stake for an index to be defined
+LAST, WHOLE = "last", "whole last layer"
+WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
+# By experiment (a form of `clamping.four_cells` or `twin_cells`): what stands in the tables. Below the last layer the
+# experiment "upstream" is form c.
+FORMS = {
+    "upstream": "a: last layer, prompt x set",
+    "inside": "b: gate x up",
+    WRAPPER_HARM: f"b: {WRAPPER_HARM}",
+    HARM_WRAPPER: f"b: {HARM_WRAPPER}",
+    "below": "c: below the last layer, prompt x set",
+}
+VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
 
 
 @dataclass(frozen=True)
-class Index:
+class GateIndex:
     """A gate index: `signed` with its interval (negative: one of several would do, an OR), and its absolute value.
 
     `at_stake` is |y11 - y00| over |TE|, and `own` the larger of the set's two effects over |TE|, both on discover (inside
@@ -80,15 +80,9 @@ def sparse_size(d_mlp: int) -> int:
 
 
 def absolute(estimate: float, low: float, high: float) -> tuple[float, float, float]:
-    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0.
-
-    >>> absolute(-0.5, -0.7, -0.25)
-    (0.5, 0.25, 0.7)
-    >>> absolute(0.1, -0.3, 0.2)
-    (0.1, 0.0, 0.3)
-    """
-    ends = (abs(low), abs(high))
-    return abs(estimate), 0.0 if low <= 0 <= high else min(ends), max(ends)
+    """Absolute value of an estimate and the interval of it: from 0 where the signed interval holds 0."""
+    limits = (abs(low), abs(high))
+    return abs(estimate), 0.0 if low <= 0 <= high else min(limits), max(limits)
 
 
 def select(
@@ -99,7 +93,7 @@ def select(
     return table[keep if split is None else keep & (table.split == split)]
 
 
-def gate_index(part: pd.DataFrame) -> Index | None:
+def gate_index(part: pd.DataFrame) -> GateIndex | None:
     """Interaction over whole effect, pooled over the test pairs; None where discover or test has no pairs.
 
     Whether the index is defined is decided on discover, by means: choosing single pairs by the size of their own
@@ -111,12 +105,12 @@ def gate_index(part: pd.DataFrame) -> Index | None:
     both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
     signed = interval(clusters.cluster_sums(both, ["interaction", "span"]), clusters.ratio([1, 0], [0, 1]))
     middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
-    means = discover[["y00", "y01", "y10", "y11", "te"]].mean()
+    means = discover[[*CELLS, "te"]].mean()
     unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
     at_stake = abs(means.y11 - means.y00) / unit
     own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
     own = own if part.form.isin(["upstream", "write"]).all() else at_stake
-    return Index(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+    return GateIndex(signed, float(middle), float(low), float(high), at_stake, own, len(test))
 
 
 def interaction(part: pd.DataFrame) -> pd.Series:
@@ -181,78 +175,52 @@ def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | No
     return interval(sums, lambda total, count: np.exp(per_token(total, count)))
 
 
-WRAPPER_HARM, HARM_WRAPPER = "gate by wrapper x up by harm", "gate by harm x up by wrapper"
-
-
-def cells(
+def twin_cells(
     subject: Subject,
-    ends: Mapping[str, LastLayerCache],
+    caches: Mapping[str, LastLayerCache],
     twin_of: Mapping[str, str],
     openers: Mapping[str, Openers],
     sets: Sequence[NeuronSet],
 ) -> pd.DataFrame:
-    """Rows as in `clamping.cells` with the two roles as forms, for T2 pairs with a twin, as treatment T2 - T2b.
+    """Gate against up inside last-layer neurons with the harm signal switched by the harmless twin, as treatment T2 - T2b.
 
-    `ends` are those of `clamping.measured`, sets are of the last layer. The wrapper is switched by the pair itself, harm
-    by the treated prompts of pair and twin. `te` is that of T2; the caller knows the twin's. No rows where neurons are no
-    product or no pair has a twin.
+    Within a pair (T2) the request is harmful in both prompts and only the wrapper changes. A neuron whose gate the wrapper
+    opens and whose up-projection carries the harm has nothing to multiply with there: its up never moves. The harmless twin
+    under the same wrapper (T2b) is what switches the harm signal off. Two roles are the forms: gate by wrapper and up by
+    harm, or the other way round. Only values of the last token are taken, so that twins may differ in length.
+
+    Rows are as in `clamping.four_cells`, for T2 pairs with a twin; `te` is that of T2, the caller knows the twin's. No rows
+    where neurons are no product or no pair has a twin.
     """
-    harmful, harmless = ends.get("T2"), ends.get("T2b")
-    if harmful is None or harmless is None or harmful.factors is None or harmless.factors is None:
+    harmful, harmless = caches.get("T2"), caches.get("T2b")
+    if harmful is None or harmless is None:
         return pd.DataFrame()
     row = {pair.pair.id: i for i, pair in enumerate(harmless.batch.pairs)}
-    own = [i for i, pair in enumerate(harmful.batch.pairs) if twin_of.get(pair.pair.id) in row]
-    if not own:
+    at = [(i, row[twin_of[id]]) for i, pair in enumerate(harmful.batch.pairs) if twin_of.get(id := pair.pair.id) in row]
+    own, twin = harmful.only([i for i, _ in at]), harmless.only([j for _, j in at])
+    if not at or own.factors is None or twin.factors is None:
         return pd.DataFrame()
-    batch = clamping.only(harmful.batch, own)
-    off, on = (replace(side, gate=side.gate[own], up=side.up[own]) for side in harmful.factors)
-    at, treated = [row[twin_of[pair.pair.id]] for pair in batch.pairs], harmless.factors[1]
-    twin = replace(treated, gate=treated.gate[at], up=treated.up[at])
-    rows: list[Rows] = []
-    for form, crossings in _roles(sets, (off, on), twin).items():
-        rows += clamp_products(clamping.still(subject), batch, openers["T2"], form, crossings)
+    roles: dict[str, dict[NeuronSet, list[Tensor]]] = {WRAPPER_HARM: {}, HARM_WRAPPER: {}}
+    for one in sets:
+        off, on, without = (factor.at((slice(None), list(one.neurons))) for factor in (*own.factors, twin.factors[1]))
+        roles[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
+        roles[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
+    replayable, rows = replace(subject, replayable=True), list[Rows]()  # no layer is called
+    for form, crossings in roles.items():
+        rows += clamped_products(replayable, own.batch, openers["T2"], form, crossings)
     return table_of(rows).assign(treatment="T2-T2b")
 
 
-def _roles(
-    sets: Sequence[NeuronSet], factors: tuple[Product, Product], twin: Product
-) -> dict[str, dict[NeuronSet, list[Tensor]]]:
-    """For each role the values of `crossed` for every set."""
-    made: dict[str, dict[NeuronSet, list[Tensor]]] = {WRAPPER_HARM: {}, HARM_WRAPPER: {}}
-    for one in sets:
-        off, on, without = (product.only(one) for product in (*factors, twin))
-        made[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
-        made[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
-    return made
-
-
-# By experiment (a form of `clamping.cells` or `gating.cells`): what stands in the tables. Below the last layer the
-# experiment "upstream" is form c.
-FORMS = {
-    "upstream": "a: last layer, prompt x set",
-    "inside": "b: gate x up",
-    WRAPPER_HARM: f"b: {WRAPPER_HARM}",
-    HARM_WRAPPER: f"b: {HARM_WRAPPER}",
-    "below": "c: below the last layer, prompt x set",
-}
-
-
-VARIANTS = {"main": "Y1", "norm frozen": "Y1.frozen", "linear read-out": "contrast.frozen"}
-
-
-LAST, WHOLE = "last", "whole last layer"
-
-
 @dataclass(frozen=True)
-class Candidate:
+class GateForm:
     """A form of the index on the set that it was measured on, with what was seen on discover."""
 
     form: str
     experiment: str
     set_name: str
     treatment: str
-    main: Index
-    variants: Mapping[str, Index]
+    main: GateIndex
+    variants: Mapping[str, GateIndex]
     discover: float
     readout_discover: float
 
@@ -280,18 +248,18 @@ def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, Neur
     return found
 
 
-def candidates(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[Candidate, ...]:
+def gate_forms(cells: pd.DataFrame, sets: dict[str, NeuronSet], primary: str) -> tuple[GateForm, ...]:
     """Every form on the sets that it is for, and each benign behaviour's own set in forms a and b."""
     below = [name for name in sets if name not in (LAST, WHOLE)]
-    found = [_candidate(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
-    lower = [one for name in below if (one := _candidate(cells, "below", name, primary))]
+    found = [_gate_form(cells, form, name, primary) for form in FORMS if form != "below" for name in (LAST, WHOLE)]
+    lower = [one for name in below if (one := _gate_form(cells, "below", name, primary))]
     best = max(lower, key=lambda one: (one.main.is_defined, *one.rank), default=None)
     benign = sorted(name for name in set(cells.treatment) if name.startswith("B"))
-    own = [_candidate(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
+    own = [_gate_form(cells, form, f"own {name}", name) for form in ("upstream", "inside") for name in benign]
     return tuple(one for one in (*found, best, *own) if one is not None)
 
 
-def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Candidate | None:
+def _gate_form(cells: pd.DataFrame, form: str, name: str, treatment: str) -> GateForm | None:
     experiment = "upstream" if form == "below" else form
     parts = {label: select(cells, treatment, name, experiment, outcome) for label, outcome in VARIANTS.items()}
     found = {label: index for label, part in parts.items() if (index := gate_index(part)) is not None}
@@ -302,4 +270,4 @@ def _candidate(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Can
     size = abs(interaction(discover).sum() / (discover.y11 - discover.y00).sum())
     readout = readout_share(cells, treatment, name, "discover")
     share = np.inf if readout is None else float(readout.estimate[0])
-    return Candidate(FORMS[form][0], form, name, treatment, main, found, float(size), share)
+    return GateForm(FORMS[form][0], form, name, treatment, main, found, float(size), share)

@@ -1,6 +1,4 @@
-"""Cheap screening before exact work: a gradient estimate for every neuron, and what half precision does to effects.
-
-Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
+"""Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
 
 How far the estimate can be trusted is measured on the recheck, every time, and said in words where it cannot.
 """
@@ -10,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -21,11 +20,15 @@ from torch import Tensor, nn
 from companion.base.display import progress
 from companion.mediation import estimands
 from companion.mediation.study import Study
-from companion.model.activations import CleanRun, model_inputs, on_input, on_output
+from companion.model.activations import CleanRun, on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import projection
 from companion.neurons.single import NEURONS, PairEffects, all_neurons, in_split, sign_on_discover
 from companion.prompts.tokens import Openers, TokenPair
+
+EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
+TOP = RANDOM = 500
+MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
 
 
 def attribution(
@@ -51,7 +54,7 @@ def attribution(
         for parts in subject.layers:
             stack.enter_context(on_input(projection(parts, "neuron"), keep))
         stack.enter_context(on_input(subject.final_norm, final.append))
-        subject.model.base_model(**model_inputs(base.tokens, base.mask), use_cache=False)
+        subject.model.base_model(input_ids=base.tokens, use_cache=False)
         contrast(final[0][:, -1]).sum().backward()
     estimates = []
     for layer, tensor in enumerate(neurons):
@@ -59,15 +62,6 @@ def attribution(
         change = source.site("neuron", layer)[:, -1] - base.site("neuron", layer)[:, -1]
         estimates.append(tensor.grad[:, -1] * change)
     return torch.stack(estimates, dim=1)
-
-
-EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
-
-
-TOP = RANDOM = 500
-
-
-MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
 
 
 def is_small(subject: Subject) -> bool:
@@ -82,32 +76,27 @@ def estimates(study: Study, treatment: str) -> pd.DataFrame:
     T2 - T2b those of the twins are subtracted. Source: attribution patching (Nanda 2023; Syed et al. 2023).
     """
     pairs = [pair for pair in study.of(treatment.removesuffix("-T2b")) if pair.pair.split == "discover"]
-    total = _mean(study, pairs)
+    total = _mean_estimate(study, pairs)
     if treatment.endswith("-T2b"):
-        twin = {pair.pair.id: pair for pair in study.of("T2b")}
-        total = total - _mean(
-            study, [twin[study.twins[pair.pair.id]] for pair in pairs if _has_twin(study, pair, twin)]
-        )
+        by_id = {pair.pair.id: pair for pair in study.of("T2b")}
+        twins = [by_id.get(study.twins.get(pair.pair.id, "")) for pair in pairs]
+        total = total - _mean_estimate(study, [twin for twin in twins if twin is not None])
     return all_neurons(study.subject).assign(estimate=total.reshape(-1))
 
 
-def _has_twin(study: Study, pair: TokenPair, twin: dict[str, TokenPair]) -> bool:
-    return study.twins.get(pair.pair.id) in twin
-
-
-def _mean(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "layer neuron"]:
+def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "layer neuron"]:
     subject = study.subject
     total = np.zeros((subject.n_layers, subject.d_mlp))
     for group in progress(estimands.batches(pairs, subject), desc="gradient screen"):
         batch = estimands.run_clean(subject, group)
-        openers = study.openers[group[0].pair.treatment]
+        y1 = partial(_log_odds, subject, study.openers[group[0].pair.treatment])
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
-            found = attribution(subject, base, source, lambda resid, o=openers: log_odds(subject, resid, o))  # type: ignore[misc]
+            found = attribution(subject, base, source, y1)
             total += sign * found.double().sum(0).cpu().numpy() / 2
     return total / len(pairs)
 
 
-def log_odds(subject: Subject, resid: Float[Tensor, "pair d"], openers: Openers) -> Float[Tensor, pair]:
+def _log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
     """Y1 as `outcomes.log_odds` computes it, but with gradients."""
     weight, bias = subject.unembedding
     rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
@@ -129,11 +118,11 @@ def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffect
     """Rows of a neuron table for neurons that were not rechecked: the estimate on discover, signed, without an interval."""
     keys = ["layer", "neuron"]
     others = below[~pd.MultiIndex.from_frame(below[keys]).isin(pd.MultiIndex.from_frame(chosen[keys]))]
-    sign = sign_on_discover(effects.pairs)
+    sign, te = sign_on_discover(effects.pairs), in_split(effects, "discover").pairs.te.mean()
     size = sign * others.estimate
     made = others[keys].assign(
-        treatment=effects.treatment, split="discover", te=sign * in_split(effects, "discover").pairs.te.mean(),
-        nie0=size, nie1=size, direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
+        treatment=effects.treatment, split="discover", te=sign * te, nie0=size, nie1=size,
+        direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
     )  # fmt: skip
     return made[list(NEURONS)]
 
@@ -147,7 +136,7 @@ def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: 
 
 
 @dataclass(frozen=True)
-class Trust:
+class ScreenTrust:
     """How good a screen was: rank correlation with the exact |NIE|, recall of the top, and a warning ("" if none)."""
 
     correlation: float
@@ -155,7 +144,7 @@ class Trust:
     warning: str
 
 
-def trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> Trust:
+def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> ScreenTrust:
     """Compare the screen's estimates with the exact effects of the rechecked neurons, on discover.
 
     `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
@@ -166,16 +155,13 @@ def trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 1
     size = abs(in_split(exact, "discover").nie.mean(0))
     is_top = chosen.is_top.to_numpy()
     if is_top.all():
-        return Trust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0, "")
+        return ScreenTrust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0, "")
     held = np.sort(size[is_top])[::-1][:top]
     weight = (n_neurons - is_top.sum()) / (~is_top).sum()
     missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
     recall = len(held) / (len(held) + missed)
     correlation = float(st.spearmanr(chosen.estimate.abs()[~is_top], size[~is_top]).statistic)
-    low = [
-        f"{name} {value:.2f} (at least {least})"
-        for name, value, least in (("rank correlation", correlation, MIN_CORRELATION), ("recall", recall, MIN_RECALL))
-        if not value >= least
-    ]
+    judged = (("rank correlation", correlation, MIN_CORRELATION), ("recall", recall, MIN_RECALL))
+    low = [f"{name} {value:.2f} (at least {least})" for name, value, least in judged if not value >= least]
     text = f"the gradient screen cannot be trusted here: {' and '.join(low)}; only exact rows count" if low else ""
-    return Trust(correlation, float(recall), text)
+    return ScreenTrust(correlation, float(recall), text)

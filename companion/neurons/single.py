@@ -1,18 +1,14 @@
-"""Effects of neurons as arrays of pairs by neurons, and the table made of them: means, intervals, tests, ranking.
+"""Single neurons: exact NIE0, NIE1 and direct effect of each at the last token, and the table made of them.
 
-A neuron is one entry of a down projection's input. `companion.neurons.single` measures them, `companion.neurons.sets` sets.
-
-Measuring neurons: NIE0, NIE1 and direct effect of many single neurons at the last token, all of them exact.
-
-The last layer has a closed form, other layers go through the grid of cells, and layers that no difference can have
-reached are exact zeros that cost nothing.
+A neuron is one entry of a down projection's input. The last layer has a closed form, other layers are replayed, and layers
+that no difference can have reached are exact zeros that cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -25,14 +21,14 @@ from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.base.thresholds import SATURATED
 from companion.mediation import estimands, outcomes
-from companion.mediation.estimands import Batch
+from companion.mediation.estimands import Batch, twin_rows
 from companion.mediation.study import Study
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import projection
 from companion.model.replay import each_neuron
 from companion.neurons import closed_form
-from companion.prompts.tokens import Openers, TokenPair
+from companion.prompts.tokens import Openers
 from companion.stats import clusters
 
 # One row: one neuron's mean effects over the pairs of a split, signed by TE on discover; the interval is of the mean of
@@ -43,15 +39,11 @@ NEURONS = {
     **dict.fromkeys(("te", "nie0", "nie1", "direct", "ci_low", "ci_high", "q_value"), "float"),
     "exact": "bool",
 }
-
-
 SPLITS = ("discover", "validate", "test", "all")
-
-
 FLOOR = 0.01  # an effect below this share of TE is not counted, however sure
-
-
 LEVEL = 0.05
+SATURATION = np.log((1 - SATURATED) / SATURATED)
+BLOCK = 1 << 24  # numbers that are alive at once
 
 
 @dataclass(frozen=True)
@@ -73,16 +65,37 @@ class PairEffects:
         """The mean of both directions."""
         return (self.values["nie0"] + self.values["nie1"]) / 2
 
+    def effect(self, value: str) -> Float[np.ndarray, "pair column"]:
+        """One of `values`, or "nie"."""
+        return self.nie if value == "nie" else self.values[value]
+
+
+@dataclass(frozen=True)
+class FinalStates:
+    """What joint effects of last-layer neurons need of pairs' clean runs: the last token's final residual stream, neurons.
+
+    Side 0 is control, 1 treated.
+    """
+
+    treatment: str
+    pairs: pd.DataFrame
+    openers: Openers
+    resid: Float[Tensor, "side pair d"]
+    neurons: Float[Tensor, "side pair neuron"]
+
+    def only(self, keep: Bool[np.ndarray, "pair"]) -> FinalStates:
+        """Some of the pairs."""
+        at = torch.tensor(np.flatnonzero(keep), device=self.resid.device)
+        pairs = self.pairs[keep].reset_index(drop=True)
+        return replace(self, pairs=pairs, resid=self.resid[:, at], neurons=self.neurons[:, at])
+
 
 def difference(harmful: PairEffects, twin: PairEffects, twins: Mapping[str, str]) -> PairEffects:
     """T2 - T2b, pair by pair: each T2 pair minus its harmless twin; T2 pairs without one are left out."""
-    place = pd.Series(np.arange(len(twin.pairs)), index=twin.pairs.pair_id)
-    partner = harmful.pairs.pair_id.map(twins).map(place)
-    has_twin = partner.notna().to_numpy()
-    at = partner[has_twin].astype(int).to_numpy()
-    pairs = harmful.pairs[has_twin].reset_index(drop=True)
+    own, at = twin_rows(harmful.pairs, twin.pairs, twins)
+    pairs = harmful.pairs.iloc[own].reset_index(drop=True)
     pairs = pairs.assign(te=pairs.te - twin.pairs.te.to_numpy()[at])
-    values = {name: values[has_twin] - twin.values[name][at] for name, values in harmful.values.items()}
+    values = {name: values[own] - twin.values[name][at] for name, values in harmful.values.items()}
     return PairEffects(f"{harmful.treatment}-{twin.treatment}", pairs, harmful.columns, values)
 
 
@@ -94,9 +107,9 @@ def sign_on_discover(pairs: pd.DataFrame) -> float:
     return 1.0 if discover.mean() >= 0 else -1.0
 
 
-def signed(effects: PairEffects) -> PairEffects:
-    """The same effects, multiplied by the sign of TE on discover."""
-    sign = sign_on_discover(effects.pairs)
+def signed(effects: PairEffects, sign: float | None = None) -> PairEffects:
+    """The same effects, multiplied by a sign: by default that of their own TE on discover."""
+    sign = sign_on_discover(effects.pairs) if sign is None else sign
     values = {name: sign * values for name, values in effects.values.items()}
     return replace(effects, pairs=effects.pairs.assign(te=sign * effects.pairs.te), values=values)
 
@@ -108,18 +121,13 @@ def in_split(effects: PairEffects, split: str) -> PairEffects:
     return replace(effects, pairs=effects.pairs[keep].reset_index(drop=True), values=values)
 
 
-def in_columns(effects: PairEffects, keep: Bool[np.ndarray, column]) -> PairEffects:
+def in_columns(effects: PairEffects, keep: Bool[np.ndarray, "column"]) -> PairEffects:
     """Some of the mediators."""
     values = {name: array[:, keep] for name, array in effects.values.items()}
     return replace(effects, columns=effects.columns[keep].reset_index(drop=True), values=values)
 
 
-def last_layer(effects: PairEffects) -> PairEffects:
-    """The neurons of the last layer only."""
-    return in_columns(effects, (effects.columns.layer == effects.columns.layer.max()).to_numpy())
-
-
-def table(effects: PairEffects) -> pd.DataFrame:
+def neuron_table(effects: PairEffects) -> pd.DataFrame:
     """One row for each neuron and split (`NEURONS`): means over pairs, interval by topic, Benjamini-Yekutieli q-value.
 
     Neurons that are 0 in every pair, because nothing can have reached them, are not tested (q = 1). A split of a
@@ -127,16 +135,14 @@ def table(effects: PairEffects) -> pd.DataFrame:
     """
     effects = signed(effects)
     can_differ = np.any([np.any(values != 0, axis=0) for values in effects.values.values()], axis=0)
-    parts = [_split_table(in_split(effects, split), split, can_differ) for split in SPLITS]
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)[list(NEURONS)]
+    parts = {split: in_split(effects, split) for split in SPLITS}
+    tables = [_split_table(part, split, can_differ) for split, part in parts.items() if len(part.pairs)]
+    return pd.concat(tables, ignore_index=True)[list(NEURONS)]
 
 
-def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, column]) -> pd.DataFrame:
-    n = len(part.columns)
-    if part.pairs.empty:
-        return pd.DataFrame()
+def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, "column"]) -> pd.DataFrame:
     means = {name: values.mean(0) for name, values in part.values.items()}
-    half, q = np.where(can_differ, np.inf, 0.0), np.ones(n)
+    half, q = np.where(can_differ, np.inf, 0.0), np.ones(len(part.columns))
     if part.pairs.topic.nunique() > 1:
         test = clusters.clustered_t(part.nie, part.pairs.topic.to_numpy())
         half = st.t.isf(0.025, test.df) * test.se
@@ -149,13 +155,13 @@ def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, col
     )  # fmt: skip
 
 
-def passing(rows: pd.DataFrame) -> Bool[np.ndarray, row]:
+def passing(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
     """Which rows of a neuron table count: q-value at most 0.05, and |NIE| at least 1 % of |TE|."""
     middle = (rows.nie0 + rows.nie1) / 2
     return ((rows.q_value <= LEVEL) & (middle.abs() >= FLOOR * rows.te.abs()) & rows.exact).to_numpy()
 
 
-def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = False) -> Int[np.ndarray, neuron]:
+def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = False) -> Int[np.ndarray, "neuron"]:
     """Neurons of a layer from a neuron table, the largest |mean NIE| on discover first.
 
     With `by_sign` those that push with the treatment come first and those against it last. By size is what sets are
@@ -166,33 +172,6 @@ def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = F
         raise InputError(f"the neuron table has no rows of {treatment}, layer {layer}, on discover: run notebook 04")
     size = ((chosen.nie0 + chosen.nie1) / 2).to_numpy()
     return chosen.neuron.to_numpy()[np.argsort(-(size if by_sign else abs(size)), kind="stable")]
-
-
-SATURATION = np.log((1 - SATURATED) / SATURATED)
-
-
-BLOCK = 1 << 24  # numbers that are alive at once
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What the last layer needs of both clean runs of some pairs, at the last token; side 0 is control, 1 treated."""
-
-    treatment: str
-    pairs: pd.DataFrame
-    openers: Openers
-    resid: Float[Tensor, "side pair d"]
-    neurons: Float[Tensor, "side pair neuron"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One batch's pairs, effects by name (pair, column) with both clean outcomes, and ends."""
-
-    pairs: tuple[TokenPair, ...]
-    values: dict[str, np.ndarray]
-    resid: Float[Tensor, "side pair d"]
-    neurons: Float[Tensor, "side pair neuron"]
 
 
 def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.DataFrame:
@@ -209,7 +188,7 @@ def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.Dat
 
 def measure_chosen(
     study: Study, treatment: str, columns: pd.DataFrame, watch: Callable[[Batch], None] | None = None
-) -> tuple[PairEffects, Ends]:
+) -> tuple[PairEffects, FinalStates]:
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
@@ -223,74 +202,68 @@ def measure_chosen(
     parts = []
     for group in progress(groups, desc=f"neurons, {treatment}"):
         batch = estimands.run_clean(study.subject, group)
-        parts.append(part_of(study, batch, columns))
+        parts.append(measure_batch(study, batch, columns))
         if watch:
             watch(batch)
-    return assembled(study, treatment, columns, parts)
+    return joined_batches(parts)
 
 
-def part_of(study: Study, batch: Batch, columns: pd.DataFrame) -> Part:
-    """What `measure` takes from one batch of clean runs."""
-    found = _batch_effects(study.subject, batch, columns, study.openers[batch.pairs[0].pair.treatment])
-    runs = (batch.control, batch.treated)
-    resid, neurons = (
-        torch.stack([getattr(run, name)[-1][:, -1] for run in runs]) for name in ("resid_post", "neurons")
-    )
-    return Part(batch.pairs, found, resid, neurons)
-
-
-def assembled(study: Study, treatment: str, columns: pd.DataFrame, parts: Sequence[Part]) -> tuple[PairEffects, Ends]:
-    """What `measure` gives, from the parts of all batches of a treatment."""
-    joined = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
-    members = [token_pair.pair for part in parts for token_pair in part.pairs]
-    named = [(pair.id, pair.topic, pair.split) for pair in members]
-    y00, y11 = joined.pop("y00"), joined.pop("y11")
+def measure_batch(study: Study, batch: Batch, columns: pd.DataFrame) -> tuple[PairEffects, FinalStates]:
+    """`measure_chosen` for the pairs of one batch of clean runs."""
+    subject, treatment, sides = study.subject, batch.pairs[0].pair.treatment, (batch.control, batch.treated)
+    openers = study.openers[treatment]
+    # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
+    clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in sides]
+    y00, y11 = (odds[:, 0].cpu().numpy() for odds in clean)
+    named = [(one.pair.id, one.pair.topic, one.pair.split) for one in batch.pairs]
     pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
         te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
     )
-    made = PairEffects(treatment, pairs, columns.reset_index(drop=True), joined)
-    resid, neurons = (torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("resid", "neurons"))
-    return made, Ends(treatment, pairs, study.openers[treatment], resid, neurons)
+    values = _batch_values(subject, batch, columns, openers, clean)
+    states = (torch.stack([getattr(run, name)[-1][:, -1] for run in sides]) for name in ("resid_post", "neurons"))
+    effects = PairEffects(treatment, pairs, columns.reset_index(drop=True), values)
+    return effects, FinalStates(treatment, pairs, openers, *states)
 
 
-def _batch_effects(
-    subject: Subject, batch: Batch, columns: pd.DataFrame, openers: Openers
+def joined_batches(parts: Sequence[tuple[PairEffects, FinalStates]]) -> tuple[PairEffects, FinalStates]:
+    """What was measured of all batches of one treatment as one."""
+    effects, states = zip(*parts, strict=True)
+    pairs = pd.concat([one.pairs for one in effects], ignore_index=True)
+    values = {name: np.concatenate([one.values[name] for one in effects]) for name in effects[0].values}
+    resid, neurons = (torch.cat([getattr(one, name) for one in states], dim=1) for name in ("resid", "neurons"))
+    return (
+        replace(effects[0], pairs=pairs, values=values),
+        replace(states[0], pairs=pairs, resid=resid, neurons=neurons),
+    )
+
+
+def _batch_values(
+    subject: Subject, batch: Batch, columns: pd.DataFrame, openers: Openers, clean: Sequence[Tensor]
 ) -> dict[str, Float[np.ndarray, "pair column"]]:
-    control, treated = batch.control, batch.treated
-    # The shape of the grid's own read-out, so that a patch that changes nothing has an effect of exactly 0.
-    clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in (control, treated)]
-    shape = (len(batch.pairs), len(columns))
-    found = {name: np.zeros(shape) for name in ("nie0", "nie1", "direct")}
-    found["y00"], found["y11"] = (odds[:, 0].cpu().numpy() for odds in clean)
+    runs = (batch.control, batch.treated)
+    found = {name: np.zeros((len(batch.pairs), len(columns))) for name in ("nie0", "nie1", "direct")}
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
-    for layer in np.unique(layers):
-        if torch.equal(control.neurons[layer][:, -1], treated.neurons[layer][:, -1]):
+    for layer in (int(layer) for layer in np.unique(layers)):
+        if torch.equal(runs[0].neurons[layer][:, -1], runs[1].neurons[layer][:, -1]):
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
         chosen = torch.tensor(neurons[at], device=subject.device)
-        for base, source, start, sign, name in (
-            (control, treated, clean[0], 1, "nie0"),
-            (treated, control, clean[1], -1, "nie1"),
-        ):
-            after = _after_each(subject, base, source, int(layer), chosen, openers)
+        for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
+            base, source, start = runs[side], runs[1 - side], clean[side]
+            if layer == subject.n_layers - 1:
+                every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
+                after = every[:, chosen]
+            else:
+                y1 = partial(outcomes.log_odds, subject, openers=openers)
+                after = each_neuron(subject, base, source, layer, chosen, y1)
             found[name][:, at] = sign * (after - start).cpu().numpy()
-            own = _own_write(subject, base, source, int(layer), chosen, openers)
+            own = _own_write(subject, base, source, layer, chosen, openers)
             found["direct"][:, at] += sign * (own - start).cpu().numpy() / 2
     return found
 
 
-def _after_each(
-    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, neuron], openers: Openers
-) -> Float[Tensor, "pair neuron"]:
-    """Y1 after each chosen neuron, on its own, is set to the source's at the last token."""
-    if layer == subject.n_layers - 1:
-        every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
-        return every[:, chosen]
-    return each_neuron(subject, base, source, layer, chosen, lambda resid: outcomes.log_odds(subject, resid, openers))
-
-
 def _own_write(
-    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, neuron], openers: Openers
+    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, "neuron"], openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
     """Y1 if only what the neuron itself writes reaches the final norm, whose scale stays the base's."""
     resid = base.resid_post[-1][:, None, -1]
@@ -298,18 +271,14 @@ def _own_write(
     change = (source.neurons[layer] - base.neurons[layer])[:, -1, chosen]
     step = max(1, BLOCK // max(1, change.shape[0] * subject.d_model))
     read = []
-    for first, end in pairwise([*range(0, len(chosen), step), len(chosen)]):
-        writes = change[:, first:end, None] * vectors[first:end]
-        moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], writes)
+    for some, written in zip(change.split(step, dim=1), vectors.split(step), strict=True):
+        moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], some[..., None] * written)
         read.append(outcomes.log_odds(subject, moved, openers, norm_like=resid))
     return torch.cat(read, dim=1)
 
 
 def residual_change(
-    subject: Subject,
-    layer: int,
-    neurons: Float[Tensor, "pair neuron"],
-    change: Float[Tensor, "pair set d"],
+    subject: Subject, layer: int, neurons: Float[Tensor, "pair neuron"], change: Float[Tensor, "pair set d"]
 ) -> Float[Tensor, "pair set d"]:
     """What an MLP adds to the residual stream beyond its clean write, if its down projection's output changes.
 

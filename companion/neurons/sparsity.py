@@ -1,4 +1,4 @@
-"""How few neurons carry an effect: curves of sets of growing size, k50 and k90, areas, and concentration of single effects.
+"""How few neurons carry an effect: k50, k90 and areas of a curve of growing sets, and concentration of single effects.
 
 Neurons are ranked on the discover split and the curve of the first k is drawn on the test split, as joint effects.
 """
@@ -22,16 +22,15 @@ def topic_sums(pairs: pd.DataFrame, values: Float[np.ndarray, "pair column"]) ->
     member = (np.arange(len(names))[:, None] == code).astype(float)
     counts = np.repeat(member.sum(1, keepdims=True), values.shape[1], axis=1)
     columns = pd.DataFrame({"value": range(values.shape[1])})
-    return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int), len(pairs))
+    return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int))
 
 
-def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size], level: float) -> Float[np.ndarray, ...]:
+def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"], level: float) -> Float[np.ndarray, ...]:
     """The smallest k whose share is at least `level` and after which it stays in [level, 2 - level]; NaN if none.
 
     With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, however early it first passed
-    0.9, because neurons are to come that undo a part of it. The band binds all larger k; at k itself the share may be
-    above it, as in the third curve below. With the set of all neurons the share is 1, so a k always exists where the whole
-    layer has an effect of the treatment's sign.
+    0.9, because neurons are to come that undo a part of it. At k itself the share may be above the band, as in the third
+    curve below. The share of all neurons is 1, so a k exists where the whole layer has an effect of the treatment's sign.
 
     >>> ks = np.array([1, 2, 3, 4])
     >>> settles(np.array([[0.5, 0.95, 1.0, 1.0], [0.95, 0.8, 1.0, 1.0], [0.5, 1.2, 1.0, 1.0]]), ks, 0.9)
@@ -44,7 +43,7 @@ def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size], lev
     return np.where(arrived.any(-1), np.asarray(ks, float)[arrived.argmax(-1)], np.nan)
 
 
-def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size]) -> Float[np.ndarray, "... 2"]:
+def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"]) -> Float[np.ndarray, "... 2"]:
     """Area under a curve, and between it and 1, over the share of neurons swapped: both from the empty set to all.
 
     The first is large if few neurons do much, also beyond the whole (as MIB's integrated circuit performance ratio);
@@ -60,8 +59,8 @@ def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, size]) -> Fl
 def gini(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
     """Gini coefficient of sizes >= 0: 0 if all are equal, 1 - 1/n if one has everything.
 
-    >>> gini(np.array([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 5.0]]))
-    array([0.  , 0.75])
+    >>> gini(np.array([0.0, 0.0, 0.0, 5.0])).item()
+    0.75
     """
     n = size.shape[-1]
     ordered, place = np.sort(size, axis=-1), 2 * np.arange(1, n + 1) - n - 1
@@ -69,11 +68,7 @@ def gini(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
 
 
 def participation(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
-    """Effective number of neurons, (sum of sizes)^2 / sum of squares: n if all are equal, 1 if one has everything.
-
-    >>> participation(np.array([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 5.0]]))
-    array([4., 1.])
-    """
+    """Effective number of neurons, (sum of sizes)^2 / sum of squares: n if all are equal, 1 if one has everything."""
     return size.sum(-1) ** 2 / (size**2).sum(-1)
 
 
@@ -88,8 +83,7 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     subtracted pair by pair first, and the share is that of two differences in differences.
     """
     ks = curve.columns["k"].to_numpy()
-    effect = curve.nie if value == "nie" else curve.values[value]
-    sums = topic_sums(curve.pairs, np.column_stack([effect, curve.pairs.te]))
+    sums = topic_sums(curve.pairs, np.column_stack([curve.effect(value), curve.pairs.te]))
 
     def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
         mean = total / count
@@ -101,9 +95,9 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     return interval(sums, statistic)
 
 
-def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, size]) -> pd.DataFrame:
+def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, "size"]) -> pd.DataFrame:
     """The curve at some k as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect)."""
-    effect = curve.nie if value == "nie" else curve.values[value]
+    effect = curve.effect(value)
     at = np.searchsorted(curve.columns["k"].to_numpy(), ks)
     sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
     if effect[:, -1].mean() <= 0:
@@ -126,9 +120,3 @@ def concentration(effects: PairEffects) -> bootstrap.Estimates:
         return np.column_stack([gini(size), participation(size)])
 
     return interval(topic_sums(effects.pairs, effects.nie), statistic)
-
-
-def plotted(ks: Int[np.ndarray, size], n: int = 40) -> Int[np.ndarray, size]:
-    """Some set sizes, evenly spaced on a logarithmic axis, that are enough to draw a curve."""
-    wanted = np.geomspace(1, ks[-1], n)
-    return np.unique(ks[np.searchsorted(ks, wanted).clip(max=len(ks) - 1)])

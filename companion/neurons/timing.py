@@ -1,44 +1,39 @@
-"""When an intervention on the last layer acts: at the prompt, at the first answer token, at the first five, or at all (C5c).
+"""Answers while last-layer neurons are clamped on a schedule: at the prompt, the first answer token, the first five, or all.
 
-A switch of the whole answer does its work at the first token: what is closed later changes little. Nothing reads the last
-layer at other positions, so in the prompt only its last token counts, and there the first answer token is decided.
-
-Answers that a model generates while last-layer neurons are clamped, on the schedules of `companion.neurons.timing`, labelled.
-
+A switch of the whole answer does its work at the first token: what is closed later changes little (C5c). Nothing reads the
+last layer at other positions, so in the prompt only its last token counts, and there the first answer token is decided.
 Decoding is shared where it is the same: the unclamped answers of both prompts of a pair, and what is read before the
 prompt's last token. All arms of a batch are decoded side by side.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
 from companion.base.display import progress
 from companion.base.hub import JUDGE
 from companion.generation import labels
-from companion.generation.decode import Answers
-from companion.generation.labels import Judge, label_answers
+from companion.generation.decode import Answers, greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import activations, load, memory, replay
+from companion.model import activations, memory
 from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch, projection
 from companion.prompts.tokens import Openers, TokenPair
 
 STEPS = outcomes.STEPS
-
-
 # Decisions, counted from the first answer token (0), at which the clamp is on. Decision 0 is made at the prompt's end.
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "none": lambda step: False,
@@ -63,138 +58,109 @@ class Clamp:
         return "mlp_out" if self.neurons is None else "neuron"
 
     @property
-    def kept(self) -> str:
-        """What a clean run must keep for it."""
-        return "mlp_out" if self.neurons is None else "neurons"
+    def entries(self) -> slice | list[int]:
+        """The entries of the site that are set."""
+        return slice(None) if self.neurons is None else list(self.neurons)
 
 
 Arm = tuple[Clamp, str]  # what is set, and the schedule of when
+PLAIN: Arm = (Clamp("no clamp", ()), "none")
 
 
 @dataclass(frozen=True)
-class Other:
-    """The other run's values of a clamp, for some pairs: at every prompt token, and its mean over its own answer."""
+class ControlValues:
+    """A clamp's values in the control runs of some pairs: at every prompt token, and their mean over the run's own answer.
+
+    Answers of the two runs have different words and lengths, so beyond the prompt there is no token that matches
+    another; the refusing run's mean, its end token included, stands for all of them.
+    """
 
     prompt: Float[Tensor, "pair pos width"]
     answer: Float[Tensor, "pair 1 width"]
 
 
-# By the ids of a batch's pairs.
-Others = dict[tuple[str, ...], dict[Clamp, Other]]
+Controls = dict[tuple[str, ...], dict[Clamp, ControlValues]]  # by the ids of a batch's pairs
 
 
-@torch.no_grad()
-def other_run(subject: Subject, pairs: Sequence[TokenPair], clamp: Clamp, steps: int = STEPS) -> Other:
-    """Values of the control run: of each prompt token, and averaged over the tokens of its own greedy answer.
-
-    Answers of the two runs have different words and lengths, so beyond the prompt there is no token that matches
-    another; the refusing run's mean, its end token included, stands for all of them.
-    """
-    prompt, _ = estimands.prompt_tokens(subject, pairs)
-    return other_runs(subject, prompt, greedy(subject, prompt, steps), [clamp])[clamp]
-
-
-def other_runs(
-    subject: Subject, prompt: Int[Tensor, "pair pos"], answer: Int[Tensor, "pair step"], clamps: Sequence[Clamp]
-) -> dict[Clamp, Other]:
-    """The same for several clamps, from prompts of the control run and its own answers."""
-    mask = torch.tensor(written(subject, answer).mask, device=prompt.device)
-    used = int(mask.any(0).sum())  # what stands behind the last end token of a batch is never read
-    tokens, mask = torch.cat([prompt, answer[:, :used]], dim=1), mask[:, :used]
-    run = activations.clean_run(subject, tokens, keep=("resid", *{clamp.kept for clamp in clamps}))
+def control_values(
+    subject: Subject, prompt: Int[Tensor, "pair pos"], made: Answers, clamps: Sequence[Clamp]
+) -> dict[Clamp, ControlValues]:
+    """Values of several clamps from prompts of the control run and its own greedy answers."""
+    used = int(made.mask.any(0).sum())  # what stands behind the last end token of a batch is never read
+    answer, mask = (torch.tensor(x[:, :used], device=prompt.device) for x in (made.ids, made.mask))
+    run = activations.clean_run(subject, torch.cat([prompt, answer], dim=1), keep=("mlp_out", "neurons"))
     found, n, weight = {}, prompt.shape[1], mask[..., None]
     for clamp in clamps:
-        values = run.site(clamp.site, subject.n_layers - 1)[..., _index(clamp)]
+        values = run.site(clamp.site, subject.n_layers - 1)[..., clamp.entries]
         mean = (values[:, n:] * weight.to(values)).sum(1, keepdim=True) / weight.to(values).sum(1, keepdim=True)
-        found[clamp] = Other(values[:, :n], mean)
+        found[clamp] = ControlValues(values[:, :n], mean)
     return found
 
 
-def _index(clamp: Clamp) -> slice | list[int]:
-    return slice(None) if clamp.neurons is None else list(clamp.neurons)
-
-
 @contextmanager
-def clamped(subject: Subject, arms: Sequence[Arm], others: Mapping[Clamp, Other]) -> Iterator[None]:
+def clamped(subject: Subject, arms: Sequence[Arm], controls: Mapping[Clamp, ControlValues]) -> Iterator[None]:
     """The arms during greedy answers: the first call of the model reads the prompt, every later one a token.
 
-    Rows are pairs (in the order of `others`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
+    Rows are pairs (in the order of `controls`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
     the first call, all others its last one only.
     """
     parts = subject.layers[-1]
     with ExitStack() as stack:
         for clamp in dict.fromkeys(clamp for clamp, _ in arms):
-            mine = [(i, schedule) for i, (other, schedule) in enumerate(arms) if other == clamp]
-            edit = _Edit(clamp, others[clamp], mine, len(arms))
+            mine = {i: schedule for i, (other, schedule) in enumerate(arms) if other == clamp}
+            edit = partial(_edited, clamp, controls[clamp], mine, len(arms), itertools.count())
             whole = clamp.neurons is None
-            at = on_output(parts.mlp_write, edit) if whole else on_input(projection(parts, "neuron"), edit)
-            stack.enter_context(at)
+            stack.enter_context(
+                on_output(parts.mlp_write, edit) if whole else on_input(projection(parts, "neuron"), edit)
+            )
         yield
 
 
-@dataclass
-class _Edit:
-    """Sets one clamp's values, and counts the calls."""
-
-    clamp: Clamp
-    other: Other
-    schedules: Sequence[tuple[int, str]]
-    n_arms: int
-    calls: int = 0
-
-    def __call__(self, tensor: Tensor) -> Tensor | None:
-        step, self.calls = self.calls, self.calls + 1
-        acting = [(i, schedule) for i, schedule in self.schedules if SCHEDULES[schedule](step)]
-        new = tensor.clone()
-        for i, schedule in acting:
-            cells = new[i :: self.n_arms]
-            if step:
-                cells[:, -1:, _index(self.clamp)] = self.other.answer
-            elif schedule == "prompt":
-                cells[..., _index(self.clamp)] = self.other.prompt
-            else:
-                cells[:, -1:, _index(self.clamp)] = self.other.prompt[:, -1:]
-        return new if acting else None
+def _edited(
+    clamp: Clamp,
+    control: ControlValues,
+    schedules: Mapping[int, str],
+    n_arms: int,
+    calls: Iterator[int],
+    tensor: Tensor,
+) -> Tensor | None:
+    step = next(calls)
+    acting = {i: schedule for i, schedule in schedules.items() if SCHEDULES[schedule](step)}
+    new = tensor.clone()
+    for i, schedule in acting.items():
+        cells = new[i::n_arms]
+        if step:
+            cells[:, -1:, clamp.entries] = control.answer
+        elif schedule == "prompt":
+            cells[..., clamp.entries] = control.prompt
+        else:
+            cells[:, -1:, clamp.entries] = control.prompt[:, -1:]
+    return new if acting else None
 
 
-@torch.no_grad()
-def greedy(
-    subject: Subject, tokens: Int[Tensor, "row pos"], steps: int, cache: DynamicCache | None = None
-) -> Int[Tensor, "row step"]:
-    """Greedy continuations, read on from a cache if one is given; filled with the end token once every row has ended."""
-    ends = torch.tensor(load.end_tokens(subject), device=tokens.device)
-    out = subject.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    text = out.logits[:, -1:].argmax(-1)
-    while text.shape[1] < steps and not bool(torch.isin(text, ends).any(-1).all()):
-        out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
-        text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)
-    return torch.nn.functional.pad(text, (0, steps - text.shape[1]), value=int(ends[0]) if len(ends) else 0)
-
-
-def written(subject: Subject, ids: Int[Tensor, "row step"]) -> Answers:
-    """The answers up to their end tokens, which belong to them."""
-    is_end = np.isin(ids.cpu().numpy(), load.end_tokens(subject))
-    return Answers(ids.cpu().numpy(), is_end.cumsum(-1) - is_end == 0)
+def _chosen(made: Answers, rows: slice | Bool[np.ndarray, "row"]) -> Answers:
+    return Answers(made.ids[rows], made.mask[rows])
 
 
 @torch.no_grad()
-def forced(
-    study: Study, pairs: Sequence[TokenPair], clamp: Clamp, schedules: Sequence[str], seen: Others | None = None
+def forced_scores(
+    study: Study, pairs: Sequence[TokenPair], clamp: Clamp, schedules: Sequence[str], known: Controls
 ) -> pd.DataFrame:
     """Y2 = log p(answer) - log p(refusal) after the treated prompt under a clamp, teacher-forced, in nats.
 
     Columns: pair_id, topic, treatment, split, schedule, y. Answer and refusal are the model's own, as in
     `outcomes.continuations`. It needs no judge, so it is there for every model; the texts are fixed, so a clamp of later
-    tokens cannot break an answer, only make it less likely. `seen`: other runs that are known (`timing.generated`).
+    tokens cannot break an answer, only make it less likely. `known`: the control runs that `clamped_answers` of the same
+    pairs has found.
     """
     subject, rows = study.subject, []
-    for group in progress(estimands.batches(pairs, subject), desc="forced answers"):
+    for group in progress(estimands.batches(pairs, subject, mixed=True), desc="forced answers"):
         control, treated = estimands.prompt_tokens(subject, group)
-        texts = outcomes.continuations(subject, control, treated, study.openers[group[0].pair.treatment], STEPS)
-        known = (seen or {}).get(tuple(pair.pair.id for pair in group), {})
-        other = known.get(clamp) or other_run(subject, group, clamp)
-        answer = _text_log_prob(subject, treated, (texts.answer, texts.answer_mask), clamp, other, schedules)
-        refusal = _text_log_prob(subject, treated, (texts.refusal, texts.refusal_mask), clamp, other, schedules)
+        openers = [study.openers[one.pair.treatment] for one in group]
+        texts = outcomes.continuations(subject, control, treated, openers, STEPS)
+        values = known[tuple(one.pair.id for one in group)][clamp]
+        both = ((texts.answer, texts.answer_mask), (texts.refusal, texts.refusal_mask))
+        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in both)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):
             pair = token_pair.pair
             key = (pair.id, pair.topic, pair.treatment, pair.split)
@@ -207,127 +173,108 @@ def _text_log_prob(
     prompt: Int[Tensor, "pair pos"],
     text: tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]],
     clamp: Clamp,
-    other: Other,
+    control: ControlValues,
     schedules: Sequence[str],
 ) -> Float[Tensor, "pair schedule"]:
     """log p of one text behind the prompt under each schedule."""
-    tokens, mask = text
-    base = activations.clean_run(subject, torch.cat([prompt, tokens[:, :-1]], dim=1))
-    first = prompt.shape[1] - 1
-    value = torch.cat([other.prompt, other.answer.expand(-1, base.tokens.shape[1] - first - 1, -1)], dim=1)
+    base = outcomes.forced_run(subject, prompt, text[0])
+    first, n_steps = prompt.shape[1] - 1, text[0].shape[1]
+    value = torch.cat([control.prompt, control.answer.expand(-1, n_steps - 1, -1)], dim=1)
     patches = []
     for schedule in schedules:
         where = torch.zeros_like(base.tokens, dtype=torch.bool)
-        where[:, [first + step for step in range(tokens.shape[1]) if SCHEDULES[schedule](step)]] = True
+        where[:, [first + step for step in range(n_steps) if SCHEDULES[schedule](step)]] = True
         patches.append(Patch(clamp.site, subject.n_layers - 1, where, clamp.neurons, value))
-    read = range(first, first + tokens.shape[1])
-    resid = replay.interchange(subject, base, base, patches, read=tuple(read))
-    # One schedule at a time: the full vocabulary at every step is large.
-    scores = [outcomes.sequence_log_prob(subject, resid[:, i], tokens, mask) for i in range(len(patches))]
-    return torch.stack(scores, dim=1)
-
-
-PLAIN: Arm = (Clamp("no clamp", ()), "none")
+    return outcomes.patched_text_log_probs(subject, base, base, patches, *text)
 
 
 @torch.no_grad()
-def generated(
-    study: Study, pairs: Sequence[TokenPair], arms: Sequence[Arm], steps: int = STEPS, seen: Others | None = None
-) -> pd.DataFrame:
-    """Greedy answers to the treated prompts in each arm (clamp, schedule), labelled: a row a pair and arm.
-
-    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
-    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
-    `labels.label_answers`). `content` is a label that does not rest on the opener, "" where there is none: that of the
-    exact judge, of a judge model, or of the study's own judge.
-    """
-    return generated_each(study, [pairs], arms, steps, seen)[0]
-
-
-@torch.no_grad()
-def generated_each(
+def clamped_answers(
     study: Study,
     lists: Sequence[Sequence[TokenPair]],
     arms: Sequence[Arm],
     steps: int = STEPS,
-    seen: Others | None = None,
+    known: Controls | None = None,
 ) -> list[pd.DataFrame]:
-    """`generated` of several lists of pairs, decoded together; an empty table for an empty list."""
-    subject = study.subject
+    """Greedy answers to the treated prompts of each list in each arm (clamp, schedule), labelled: a row a pair and arm.
+
+    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
+    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
+    `labels.label_answers`). `content` is a label that does not rest on the opener, "" where there is none: that of the
+    exact judge, of a judge model, or of the study's own judge. Lists are decoded together; an empty one has an empty table.
+    The values of the control runs are added to `known`.
+    """
+    subject, known = study.subject, {} if known is None else known
     parts: list[list[pd.DataFrame]] = [[] for _ in lists]
     pairs = [pair for one in lists for pair in one]
     home = {id(pair): i for i, one in enumerate(lists) for pair in one}  # one pair may be in two lists, as two objects
     embedded = [labels.is_embedded(pair.pair.treated for pair in one) for one in lists]
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="answers"):
-        made, others = _answers(subject, group, arms, steps)
-        if seen is not None:
-            seen[tuple(pair.pair.id for pair in group)] = others
+        made, known[tuple(pair.pair.id for pair in group)] = _batch_answers(subject, group, arms, steps)
         kinds = [(home[id(pair)], pair.pair.treatment) for pair in group]
         for kind in dict.fromkeys(kinds):
             at = np.array([other == kind for other in kinds])
             exact = labels.judge if embedded[kind[0]] else None
-            parts[kind[0]] += [_rows(study, group, arm, made, at, exact=exact) for arm in arms]
+            parts[kind[0]] += [_labelled(study, group, arm, made, at, exact=exact) for arm in arms]
     return [pd.concat(part, ignore_index=True) if part else pd.DataFrame() for part in parts]
 
 
-def _answers(
+def _batch_answers(
     subject: Subject, group: Sequence[TokenPair], arms: Sequence[Arm], steps: int
-) -> tuple[dict[Arm, Answers], dict[Clamp, Other]]:
+) -> tuple[dict[Arm, Answers], dict[Clamp, ControlValues]]:
     """Answers of one batch in every arm, and without a clamp (`PLAIN`); and what the clamps were set to.
 
     Tokens before the prompt's last one are read once for all arms but "prompt": no other arm acts there.
     """
     control, treated = estimands.prompt_tokens(subject, group)
-    free, plain = greedy(subject, torch.cat([control, treated]), steps).chunk(2)
-    others = other_runs(subject, control, free, list(dict.fromkeys(clamp for clamp, _ in arms)))
-    found = {arm: written(subject, plain) for arm in (PLAIN, *(arm for arm in arms if arm[1] == "none"))}
-    whole = [arm for arm in arms if arm[1] == "prompt"]
-    for arm in whole:
-        with clamped(subject, [arm], others):
-            found[arm] = written(subject, greedy(subject, treated, steps))
+    both, n = greedy_answers(subject, torch.cat([control, treated]), steps), len(group)
+    free, plain = _chosen(both, slice(n)), _chosen(both, slice(n, None))
+    controls = control_values(subject, control, free, list(dict.fromkeys(clamp for clamp, _ in arms)))
+    found = dict.fromkeys((PLAIN, *(arm for arm in arms if arm[1] == "none")), plain)
+    for arm in arms:
+        if arm[1] == "prompt":
+            with clamped(subject, [arm], controls):
+                found[arm] = greedy_answers(subject, treated, steps)
     rest = [arm for arm in arms if arm not in found]
-    at_once = max(1, rows_at_once(subject, treated.shape[1] + steps) // len(group))
+    at_once = max(1, rows_at_once(subject, treated.shape[1] + steps) // n)
     for start in range(0, len(rest), at_once):
         some = rest[start : start + at_once]
         cache = subject.model(treated[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(some))
-        with clamped(subject, some, others):
-            ids = greedy(subject, treated[:, -1:].repeat_interleave(len(some), 0), steps, cache)
-        found |= {arm: written(subject, ids[i :: len(some)]) for i, arm in enumerate(some)}
-    return found, others
+        with clamped(subject, some, controls):
+            made = greedy_answers(subject, treated[:, -1:].repeat_interleave(len(some), 0), steps, cache)
+        found |= {arm: _chosen(made, slice(i, None, len(some))) for i, arm in enumerate(some)}
+    return found, controls
 
 
 def rows_at_once(subject: Subject, n_pos: int) -> int:
     """How many rows of this length are decoded together: as many as clean runs fit into 1 GiB, a pure function of shapes."""
-    return memory.CLEAN_RUN_BYTES // memory.memory_need(subject, 1, n_pos).clean_run
+    return memory.CLEAN_RUN_BYTES // memory.sweep_memory(subject, 1, n_pos).clean_run
 
 
-def _rows(
+def _labelled(
     study: Study,
     group: Sequence[TokenPair],
     arm: Arm,
     answers: Mapping[Arm, Answers],
-    at: Bool[np.ndarray, pair],
+    at: Bool[np.ndarray, "pair"],
     *,
-    exact: Judge | None,
+    exact: labels.Judge | None,
 ) -> pd.DataFrame:
-    """Rows of `generated` for the pairs `at` (of one treatment) of a batch, in one arm."""
+    """Rows of `clamped_answers` for the pairs `at` (of one treatment) of a batch, in one arm."""
     chosen = [pair.pair for pair, keep in zip(group, at, strict=True) if keep]
-    treatment = chosen[0].treatment
-    texts, harmful = [pair.treated for pair in chosen], [treatment in ("T1", "T2")] * len(chosen)
+    treatment, texts = chosen[0].treatment, [pair.treated for pair in chosen]
     made, plain = answers[arm], answers[PLAIN]
-    own, openers = Answers(made.ids[at], made.mask[at]), study.openers[treatment]
+    own, harmful = _chosen(made, at), [treatment in ("T1", "T2")] * len(chosen)
     changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)[at]
     keys = [(pair.id, pair.topic, treatment, pair.split, arm[0].name, arm[1]) for pair in chosen]
     table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "clamp", "schedule"])
-    labels = label_answers(study.subject, texts, own, openers, judge=exact, harmful=harmful)
-    reads_content = exact is not None or bool(os.environ.get(JUDGE))
-    return table.assign(label=labels, content=labels if reads_content else _judged(study, texts, own), changed=changed)
-
-
-def _judged(study: Study, texts: Sequence[str], made: Answers) -> list[str]:
-    """Labels by the study's own judge, "" for a study without one."""
-    if study.judge is None:
-        return [""] * len(texts)
-    none = Openers((), ())
-    return labels.label_answers(study.subject, texts, made, none, judge=study.judge, harmful=[False] * len(texts))
+    label = labels.label_answers(study.subject, texts, own, study.openers[treatment], judge=exact, harmful=harmful)
+    if exact is not None or os.environ.get(JUDGE):
+        content = label
+    elif study.judge is None:
+        content = [""] * len(texts)
+    else:
+        none, no_harm = Openers((), ()), [False] * len(texts)
+        content = labels.label_answers(study.subject, texts, own, none, judge=study.judge, harmful=no_harm)
+    return table.assign(label=label, content=content, changed=changed)

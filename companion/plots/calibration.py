@@ -1,11 +1,6 @@
-"""Figures of the calibration: matrices of counts, and rates against sample size or effect.
-
-The figures of notebook 07.
-"""
+"""Figures of notebook 07: matrices of counts, and rates against sample size or effect."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
-from companion.plots.style import ESTIMATE, OKABE_ITO, FigureSpec, _figure
+from companion.plots.style import ESTIMATE, OKABE_ITO, distinct, heading, new_figure, spec
 
 SHADE = "Blues"
 
@@ -39,11 +34,13 @@ def _matrix(
 def confusion(table: pd.DataFrame) -> Figure:
     """One matrix a claim: what is true by construction (rows) against what the pipeline said (columns)."""
     drawn = table[table.n > 0]  # a truth of which nothing was drawn is no row
-    truths = list(dict.fromkeys(drawn.truth if len(drawn) else table.truth))
-    claims, verdicts = (list(dict.fromkeys(table[name])) for name in ("claim", "verdict"))
+    truths = distinct(drawn.truth if len(drawn) else table.truth)
+    claims, verdicts = (distinct(table[name]) for name in ("claim", "verdict"))
     n_columns = min(5, len(claims))
     n_rows = -(-len(claims) // n_columns)
-    figure, axes = style._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True)
+    figure, axes = style.new_figure(
+        n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True
+    )
     for ax, claim in zip(axes.flat, claims, strict=False):
         part = table[(table.claim == claim) & table.truth.isin(truths)]
         _matrix(ax, part, "truth", "verdict", truths, verdicts, of="\n/")
@@ -55,15 +52,14 @@ def confusion(table: pd.DataFrame) -> Figure:
         ax.grid(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("built to be (shares)")
-    figure.suptitle("How often is each verdict right? Truth against verdict, claim by claim", fontsize=10,
-                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    heading(figure, "How often is each verdict right? Truth against verdict, claim by claim")
     return figure
 
 
 def severity(table: pd.DataFrame) -> Figure:
     """Claims by ways of being false: how often the pipeline still said "supported"."""
-    claims, kinds = list(dict.fromkeys(table.claim)), sorted(dict.fromkeys(table.kind))
-    figure, axes = style._figure(width=3.0 + 0.48 * len(kinds), height=1.6 + 0.3 * len(claims))
+    claims, kinds = distinct(table.claim), sorted(dict.fromkeys(table.kind))
+    figure, axes = style.new_figure(width=3.0 + 0.48 * len(kinds), height=1.6 + 0.3 * len(claims))
     _matrix(axes[0, 0], table, "claim", "kind", claims, kinds)
     axes[0, 0].set_xlabel("how the claim is false (shade: share of draws)")
     axes[0, 0].set_title('If the claim were false in this way, how often would we still say "supported"?')
@@ -72,16 +68,18 @@ def severity(table: pd.DataFrame) -> Figure:
 
 def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
     """Rates with exact intervals against a number, one panel a claim, one line a truth; dashed at 0.8."""
-    claims, truths = list(dict.fromkeys(table.claim)), list(dict.fromkeys(table.truth))
+    claims, truths = distinct(table.claim), distinct(table.truth)
     n_columns = min(5, len(claims))
     n_rows = -(-len(claims) // n_columns)
-    figure, axes = style._figure(n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.9, sharex=True, sharey=True)
+    figure, axes = style.new_figure(
+        n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.9, sharex=True, sharey=True
+    )
     apart = 0.012 * (table[x].max() - table[x].min() or 10)  # so that the two intervals at one number are both seen
     for ax, claim in zip(axes.flat, claims, strict=False):
         for k, truth in enumerate(truths):
             part = table[(table.claim == claim) & (table.truth == truth)].sort_values(x)
             if len(part):
-                style._points(ax, part[x].to_numpy() + apart * (2 * k - 1), part, k, truth)
+                style.points(ax, part[x].to_numpy() + apart * (2 * k - 1), part, k, truth)
         ax.axhline(0.8, color="black", lw=0.8, ls="--")
         ax.set_ylim(-0.05, 1.05)
         ax.margins(x=0.1 if table[x].nunique() > 1 else 1)
@@ -99,14 +97,14 @@ def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
     named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     labels = [f"the claim is {truth}" for truth in named]
     figure.legend(named.values(), labels, loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
 def estimators(table: pd.DataFrame) -> Figure:
     """One panel a measure: how well each estimator (rows) finds what was built (symbols); dashed where all is found."""
-    measures, rows, groups = (list(dict.fromkeys(table[name])) for name in ("measure", "estimator", "what"))
-    figure, axes = style._figure(1, len(measures), 3.7 * len(measures) + 0.8, 1.5 + 0.32 * len(rows), sharey=True)
+    measures, rows, groups = (distinct(table[name]) for name in ("measure", "estimator", "what"))
+    figure, axes = style.new_figure(1, len(measures), 3.7 * len(measures) + 0.8, 1.5 + 0.32 * len(rows), sharey=True)
     for ax, measure in zip(axes[0], measures, strict=True):
         style.draw_dots(ax, table[table.measure == measure], "estimator", "what", rows, groups)
         ax.axvline(1.0, color="black", lw=0.9, ls="--")
@@ -116,13 +114,13 @@ def estimators(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # shared, so one panel's turn would undo another's
     named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named, loc="outside lower center", ncols=len(groups), fontsize=8)
-    figure.suptitle("Which estimator finds what was built?", fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, "Which estimator finds what was built?")
     return figure
 
 
 def roc(table: pd.DataFrame) -> Figure:
     """One stepped curve a score: share of true cases above a threshold against that of false ones; the area in the legend."""
-    figure, axes = _figure(width=8.2, height=3.6)
+    figure, axes = new_figure(width=8.2, height=3.6)
     ax = axes[0, 0]
     for k, (score, part) in enumerate(table.groupby("score", sort=False)):
         first = part.iloc[0]
@@ -145,9 +143,9 @@ def plants(table: pd.DataFrame) -> Figure:
 
     A number stands where all seeds agree on a share beyond 0.05.
     """
-    kinds, effects = (list(dict.fromkeys(table[name])) for name in ("kind", "effect"))
-    columns = list(dict.fromkeys(table.component))
-    figure, axes = style._figure(1, len(effects), 4.6 * len(effects) + 1.6, 1.3 + 0.32 * len(kinds), sharey=True)
+    kinds, effects = (distinct(table[name]) for name in ("kind", "effect"))
+    columns = distinct(table.component)
+    figure, axes = style.new_figure(1, len(effects), 4.6 * len(effects) + 1.6, 1.3 + 0.32 * len(kinds), sharey=True)
     for ax, effect in zip(axes[0], effects, strict=True):
         part = table[table.effect == effect]
         grid = part.pivot(index="kind", columns="component", values="estimate").loc[kinds, columns].to_numpy()
@@ -165,113 +163,48 @@ def plants(table: pd.DataFrame) -> Figure:
         ax.set_title(effect)
         ax.set_xlabel("component at the last token")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of total effect", shrink=0.8)
-    figure.suptitle("Where a plant learned (framed), and where mediation sees it", fontsize=10,
-                    fontweight="bold", x=0.01, ha="left")  # fmt: skip
+    heading(figure, "Where a plant learned (framed), and where mediation sees it")
     return figure
 
 
 COUNTS = {"hits": "int", "n": "int", **ESTIMATE}
-
-
+# fmt: off
 SPECS = (
-    FigureSpec(
-        "07_confusion",
-        confusion,
-        "all",
-        "Counts of verdicts by what is true in compiled models, one matrix a claim",
-        {**dict.fromkeys(("claim", "truth", "verdict"), "str"), **COUNTS},
-    ),
-    FigureSpec(
-        "07_severity",
-        severity,
-        "all",
-        "How often a claim that is false in a given way is still called supported, claims by kinds of models",
-        {**dict.fromkeys(("claim", "kind"), "str"), **COUNTS},
-    ),
-    FigureSpec(
-        "07_errors",
-        partial(
-            style.dots,
-            row="claim",
-            group="error",
-            title="How often does a verdict say the opposite of the truth?",
-            unit="share of draws with exact 95 % interval",
-            marks=(0.05,),
-            below=True,
-        ),
-        "all",
-        "Rates of false support and false contradiction by claim with exact intervals; the dashed line is 5 %",
-        {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
-    ),
-    FigureSpec(
-        "07_split",
-        partial(
-            style.dots,
-            row="claim",
-            group="error",
-            title="Is it the sample or the rule that errs?",
-            unit="share of draws with exact 95 % interval",
-            below=True,
-        ),
-        "all",
-        "Sampling error, construct error and silence of the population verdict, by claim",
-        {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
-    ),
-    FigureSpec(
-        "07_power_topics",
-        partial(
-            rates, x="topics", unit="topics in the prompt set", title="How many topics does a verdict need?"
-        ),
-        "all",
-        "Share of right verdicts against the number of topics, one panel a claim",
-        {**dict.fromkeys(("claim", "truth"), "str"), "topics": "int", **COUNTS},
-    ),
-    FigureSpec(
-        "07_power_effect",
-        partial(
-            rates, x="log_odds", unit="total effect (log-odds)", title="How large must the effect be?"
-        ),
-        "all",
-        "Share of right verdicts against the size of the total effect, one panel a claim",
-        {**dict.fromkeys(("claim", "truth"), "str"), "log_odds": "float", **COUNTS},
-    ),
-    FigureSpec(
-        "07_coverage",
-        partial(
-            style.dots,
-            row="quantity",
-            group="claim",
-            title="Do 95 % intervals hold the population value?",
-            unit="share of draws with exact 95 % interval",
-            marks=(0.93, 0.97),
-            below=True,
-        ),
-        "all",
-        "Share of draws whose interval holds the value in a large sample, by quantity; dashed lines at 93 % and 97 %",
-        {**dict.fromkeys(("claim", "quantity"), "str"), **COUNTS},
-    ),
-    FigureSpec(
-        "07_estimators",
-        estimators,
-        "all",
-        "How well each estimator finds components, neurons and the decision of the mechanism: left by ranking members above all "
-        "others, right by the share of members among as many at the top",
-        {**dict.fromkeys(("measure", "estimator", "what"), "str"), **ESTIMATE, "models": "int"},
-    ),
-    FigureSpec(
-        "07_gate_roc",
-        roc,
-        "C5b",
-        "Share of models with a gate against share without one above each threshold of the index, one curve a form of the index: "
-        "how far a curve bends to the upper left says how well that form tells them apart",
-        {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc", "auroc_low", "auroc_high"), "float")},
-    ),
-    FigureSpec(
-        "07_plants",
-        plants,
-        "all",
-        "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, right what they "
-        "write; frames mark where each plant was trained, and the strong colours often lie elsewhere",
-        {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", **ESTIMATE},
-    ),
-)  # fmt: skip
+    spec("07_confusion", confusion, "all", {**dict.fromkeys(("claim", "truth", "verdict"), "str"), **COUNTS},
+         "Counts of verdicts by what is true in compiled models, one matrix a claim"),
+    spec("07_severity", severity, "all", {**dict.fromkeys(("claim", "kind"), "str"), **COUNTS},
+         "How often a claim that is false in a given way is still called supported, claims by kinds of models"),
+    spec("07_errors", style.dots, "all", {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
+         "Rates of false support and false contradiction by claim with exact intervals; the dashed line is 5 %",
+         row="claim", group="error", title="How often does a verdict say the opposite of the truth?",
+         unit="share of draws with exact 95 % interval", marks=(0.05,), below=True),
+    spec("07_split", style.dots, "all", {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
+         "Sampling error, construct error and silence of the population verdict, by claim",
+         row="claim", group="error", title="Is it the sample or the rule that errs?",
+         unit="share of draws with exact 95 % interval", below=True),
+    spec("07_power_topics", rates, "all", {**dict.fromkeys(("claim", "truth"), "str"), "topics": "int", **COUNTS},
+         "Share of right verdicts against the number of topics, one panel a claim",
+         x="topics", unit="topics in the prompt set", title="How many topics does a verdict need?"),
+    spec("07_power_effect", rates, "all", {**dict.fromkeys(("claim", "truth"), "str"), "log_odds": "float", **COUNTS},
+         "Share of right verdicts against the size of the total effect, one panel a claim",
+         x="log_odds", unit="total effect (log-odds)", title="How large must the effect be?"),
+    spec("07_coverage", style.dots, "all", {**dict.fromkeys(("claim", "quantity"), "str"), **COUNTS},
+         "Share of draws whose interval holds the value in a large sample, by quantity; dashed lines at 93 % and "
+         "97 %",
+         row="quantity", group="claim", title="Do 95 % intervals hold the population value?",
+         unit="share of draws with exact 95 % interval", marks=(0.93, 0.97), below=True),
+    spec("07_estimators", estimators, "all",
+         {**dict.fromkeys(("measure", "estimator", "what"), "str"), **ESTIMATE, "models": "int"},
+         "How well each estimator finds components, neurons and the decision of the mechanism: left by ranking "
+         "members above all others, right by the share of members among as many at the top"),
+    spec("07_gate_roc", roc, "C5b",
+         {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc", "auroc_low", "auroc_high"), "float")},
+         "Share of models with a gate against share without one above each threshold of the index, one curve a "
+         "form of the index: how far a curve bends to the upper left says how well that form tells them apart"),
+    spec("07_plants", plants, "all",
+         {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", **ESTIMATE},
+         "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, "
+         "right what they write; frames mark where each plant was trained, and the strong colours often lie "
+         "elsewhere"),
+)
+# fmt: on

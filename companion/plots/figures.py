@@ -1,8 +1,6 @@
-"""The list of all figures, in the order of the notebooks.
+"""Draw, save and index the figures: each is a function of its CSV and of nothing else.
 
-Figures: drawing, saving and indexing them.
-
-A figure is a function of its CSV and of nothing else, so a notebook and `./run_all.sh --figures` draw the same picture.
+So a notebook and `./run_all.sh --figures` draw the same picture.
 """
 
 from __future__ import annotations
@@ -19,27 +17,17 @@ from PIL import Image as pil
 from PIL.PngImagePlugin import PngInfo
 
 from companion.base import files
+from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.paths import FIGURES, NOTEBOOKS, RESULTS, check_slug, figures_dir, results_dir
 from companion.plots import calibration, layers, neurons, steering, style, tokens
 from companion.plots.style import ESTIMATE, FigureSpec
 
-SPECS = tuple(
-    sorted(
-        (
-            *layers.SPECS,
-            *neurons.SPECS,
-            *neurons.GATE_SPECS,
-            *tokens.SPECS,
-            *steering.SPECS,
-            *calibration.SPECS,
-        ),
-        key=lambda spec: spec.name[:2],
-    )
-)
+PARTS = (layers, neurons, tokens, steering, calibration)
+SPECS = tuple(sorted((one for part in PARTS for one in part.SPECS), key=lambda one: one.name[:2]))
 
 
-def spec(name: str) -> FigureSpec:
+def spec_of(name: str) -> FigureSpec:
     """The entry of a figure; `InputError` lists the names if there is none."""
     found = [entry for entry in SPECS if entry.name == name]
     if not found:
@@ -95,13 +83,19 @@ def _fewer_colours(path: Path) -> None:
         small.save(path, optimize=True, pnginfo=said, dpi=full.info["dpi"])
 
 
-def show(name: str, slug: str) -> Image:
-    """Draw a figure from its CSV, save it, and return it for a notebook with its alternative text."""
-    entry = spec(name)
-    table = files.read_table(results_dir(slug) / f"{name}.csv", entry.columns)
-    alt = describe(entry, table)
-    with matplotlib.rc_context(style.STYLE):
-        save_figure(entry.draw(table), name, slug, alt=alt)
+def show(name: str, slug: str, table: pd.DataFrame | NotDefined | None = None) -> Image:
+    """Draw a figure from its CSV, save it, and return it for a notebook with its alternative text.
+
+    A `table` that is `NotDefined` has no CSV: the figure is then an empty frame with the reason.
+    """
+    entry = spec_of(name)
+    with style.theme():
+        if isinstance(table, NotDefined):
+            alt, figure = str(table), style.not_defined(table)
+        else:
+            found = files.read_table(results_dir(slug) / f"{name}.csv", entry.columns)
+            alt, figure = describe(entry, found), entry.draw(found)
+        save_figure(figure, name, slug, alt=alt)
     return Image(filename=str(figures_dir(slug) / f"{name}.png"), alt=alt)
 
 

@@ -1,11 +1,4 @@
-"""Drawings of the neuron notebook; each takes one tidy table and computes no statistics.
-
-The figures of notebook 04.
-
-Figures of gates: where a network can multiply, and the forms of the gate index.
-
-The figures of the section "gate or contributor" of notebook 04.
-"""
+"""Figures of notebook 04: single neurons, growing sets, adjacency, and the tests of gating."""
 
 from __future__ import annotations
 
@@ -19,11 +12,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
-from companion.plots.style import ESTIMATE, MARKERS, OKABE_ITO, FigureSpec, _figure, _lengths, _points, dots
+from companion.plots.style import (
+    ESTIMATE,
+    MARKERS,
+    OKABE_ITO,
+    distinct,
+    dots,
+    heading,
+    interval_lengths,
+    mark,
+    new_figure,
+    points,
+    spec,
+)
 
 SHARE = "share of total effect"
-
-
 ARROWS = {
     "neuron's write": ("#D55E00", "-"),
     "read-out direction": ("#009E73", "-"),
@@ -40,7 +43,7 @@ def _below(figure: Figure, axes: Sequence[Axes], ncols: int) -> None:
 
 def geometry(table: pd.DataFrame) -> Figure:
     """One neuron's write in the plane that it spans with the residual stream, the norm's sphere, and the read-out."""
-    figure, axes = _figure(width=7.0, height=3.6)
+    figure, axes = new_figure(width=7.0, height=3.6)
     ax = axes[0, 0]
     for row in table.itertuples():
         item = str(row.item)
@@ -74,28 +77,26 @@ def geometry(table: pd.DataFrame) -> Figure:
 def by_index(table: pd.DataFrame) -> Figure:
     """Every neuron's effect at its index, one panel a layer on one y-axis; squares pass the test and the floor."""
     layers = sorted(table.layer.unique())
-    figure, axes = _figure(len(layers), 1, 7.0, 1.5 * len(layers) + 0.8, sharey=True)
+    figure, axes = new_figure(len(layers), 1, 7.0, 1.5 * len(layers) + 0.8, sharey=True)
     for ax, layer in zip(axes[:, 0], layers, strict=True):
         part = table[table.layer == layer]
         for k, (name, is_in) in enumerate((("not counted", False), ("passes test and floor", True))):
             chosen = part[part.passes == is_in]
             if len(chosen):
-                _points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
+                points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
         ax.axhline(0, color="black", lw=0.8)
         ax.set_title(f"layer {layer}")
         ax.set_ylabel(SHARE)
     axes[-1, 0].set_xlabel("index of the neuron")
     _below(figure, [ax for ax in axes[:, 0] if len(ax.get_legend_handles_labels()[0])], ncols=2)
-    figure.suptitle(
-        "Which single neurons carry the effect at the last token?", fontsize=10, fontweight="bold", x=0.01, ha="left"
-    )
+    heading(figure, "Which single neurons carry the effect at the last token?")
     return figure
 
 
 def set_curves(table: pd.DataFrame) -> Figure:
     """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded."""
-    names = list(dict.fromkeys(table.panel))
-    figure, axes = _figure(1, len(names), 4.0 * len(names), 3.7, sharey=True)
+    names = distinct(table.panel)
+    figure, axes = new_figure(1, len(names), 4.0 * len(names), 3.7, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table.panel == name]
         for k, (label, line) in enumerate(part.groupby("series", sort=False)):
@@ -114,7 +115,7 @@ def set_curves(table: pd.DataFrame) -> Figure:
         )
     axes[0, 0].set_ylabel("share of the whole layer's effect")
     title = "How many neurons does it take? Top neurons of discover, swapped together, on test"
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     bounded = table[np.isfinite(table.estimate)]
     if len(bounded):
         axes[0, 0].set_ylim(min(-0.2, bounded.estimate.min() - 0.1), min(2.2, max(1.3, bounded.estimate.max() + 0.1)))
@@ -141,8 +142,8 @@ def adjacency(table: pd.DataFrame) -> Figure:
 
     The neurons with the largest effects keep their number and marker in every panel, so that one can follow them.
     """
-    names = list(dict.fromkeys(table.order))
-    figure, axes = _figure(len(names), 1, 7.4, 2.3 * len(names) + 0.5, sharey=True)
+    names = distinct(table.order)
+    figure, axes = new_figure(len(names), 1, 7.4, 2.3 * len(names) + 0.5, sharey=True)
     top = table.loc[table.order == names[0]].sort_values("single", key=abs, ascending=False).name.head(5).tolist()
     for ax, name in zip(axes[:, 0], names, strict=True):
         part = table[table.order == name].sort_values("place")
@@ -161,13 +162,13 @@ def adjacency(table: pd.DataFrame) -> Figure:
     axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
     _below(figure, list(axes[:1, 0]), ncols=2)
     title = "Same function, other order: single neurons only move, windows are redrawn"
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
 def permutations(table: pd.DataFrame) -> Figure:
     """Moran's I under permuted indices as a histogram, the model's own with its interval, and the claim's threshold."""
-    figure, axes = _figure(width=6.0, height=2.9)
+    figure, axes = new_figure(width=6.0, height=2.9)
     ax, own = axes[0, 0], table.iloc[0]
     ax.bar(
         table.start, table["count"], table.end - table.start, align="edge", color=OKABE_ITO[5], ec="white", lw=0.3,
@@ -193,61 +194,12 @@ def permutations(table: pd.DataFrame) -> Figure:
     return figure
 
 
-SPECS = (
-    FigureSpec(
-        "04_geometry",
-        geometry,
-        "C5a",
-        "One last-layer neuron's write added to the residual stream, both pulled back to a sphere by the final norm, "
-        "and the read-out direction, in the plane of residual stream and write",
-        {"item": "str", **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
-    ),
-    FigureSpec(
-        "04_neurons",
-        by_index,
-        "C5a",
-        "Exact indirect effect of every single neuron at the last token by layer and index, with intervals",
-        {"layer": "int", "neuron": "int", "passes": "bool", **ESTIMATE},
-    ),
-    FigureSpec(
-        "04_curves",
-        set_curves,
-        "C5a",
-        "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order and benign "
-        "behaviours",
-        {"panel": "str", "series": "str", "k": "int", **ESTIMATE},
-    ),
-    FigureSpec(
-        "04_sparsity",
-        sparsity,
-        "C5a",
-        "k50 and k90 of the last layer for harm and for each benign behaviour",
-        {"behaviour": "str", "quantity": "str", **ESTIMATE},
-    ),
-    FigureSpec(
-        "04_adjacency",
-        adjacency,
-        "C7",
-        "Effects of single last-layer neurons and of windows of neighbours, in training order and after a permutation "
-        "of the neurons that leaves the model's function as it was",
-        {"order": "str", "place": "int", "name": "int", "single": "float", "window": "float"},
-    ),
-    FigureSpec(
-        "04_moran",
-        permutations,
-        "C7",
-        "Moran's I of rank |effect| along the neuron index, against its values under permuted indices",
-        dict.fromkeys(("start", "end", "count", "observed", "least", "most"), "float"),
-    ),
-)
-
-
 COLOURS = {"grey": "#F0F0F0", "orange": "#F0C27B", "blue": "#B7E0F2"}
 
 
 def gate_drawing(table: pd.DataFrame) -> Figure:
     """Boxes and arrows, one panel a case; columns: panel, kind, x, y, to_x, to_y, text, colour."""
-    panels = list(dict.fromkeys(table.panel))
+    panels = distinct(table.panel)
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 2.3), squeeze=False)
     plt.close(figure)
     for ax, panel in zip(axes[0], panels, strict=True):
@@ -264,49 +216,54 @@ def gate_drawing(table: pd.DataFrame) -> Figure:
         ax.set_xlim(part.x.min() - 0.6, part.x.max() + 0.6)
         ax.set_ylim(part.y.min() - 0.5, part.y.max() + 0.5)
         ax.set_title(panel, fontsize=10)
-    figure.suptitle("Where can one signal decide about another?", fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, "Where can one signal decide about another?")
     return figure
 
 
 def indices(table: pd.DataFrame) -> Figure:
     """Signed gate index by form (rows) and outcome; dashed lines: 0, and the thresholds of contributor and gate."""
-    rows, groups = list(dict.fromkeys(table.form)), list(dict.fromkeys(table.outcome))
-    figure, axes = _figure(width=8.4, height=1.3 + 0.27 * len(rows))
+    rows, groups = distinct(table.form), distinct(table.outcome)
+    figure, axes = new_figure(width=8.4, height=1.3 + 0.27 * len(rows))
     ax = axes[0, 0]
     for k, name in enumerate(groups):
         part = table[table.outcome == name]
         y = [rows.index(form) + 0.22 * (k - (len(groups) - 1) / 2) for form in part.form]
-        ax.errorbar(
-            part.estimate, y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
-            label=str(name),
-        )  # fmt: skip
-    for mark, style in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
-        ax.axvline(mark, color="black", lw=0.8, ls=style)
+        ax.errorbar(part.estimate, y, xerr=interval_lengths(part), ms=4, label=str(name), **mark(k))
+    for at, style in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
+        ax.axvline(at, color="black", lw=0.8, ls=style)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel("signed gate index (interaction as a share of the whole effect)")
     title = "Gate or contributor: only together (1), added (0), either one (-1)?"
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
-GATE_SPECS = (
-    FigureSpec(
-        "04_gate_drawing",
-        gate_drawing,
-        "C5b",
-        "Last-layer neurons only add to the residual stream; inside one neuron the gate multiplies the up-projection",
-        {
-            **dict.fromkeys(("panel", "kind", "text", "colour"), "str"),
-            **dict.fromkeys(("x", "y", "to_x", "to_y"), "float"),
-        },
-    ),
-    FigureSpec(
-        "04_gate_forms",
-        indices,
-        "C5b",
-        "Signed gate index of every form that is defined, for the harm contrast and for benign behaviours, by read-out",
-        {"form": "str", "outcome": "str", **ESTIMATE},
-    ),
+# fmt: off
+SPECS = (
+    spec("04_geometry", geometry, "C5a", {"item": "str", **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
+         "One last-layer neuron's write added to the residual stream, both pulled back to a sphere by the final "
+         "norm, and the read-out direction, in the plane of residual stream and write"),
+    spec("04_neurons", by_index, "C5a", {"layer": "int", "neuron": "int", "passes": "bool", **ESTIMATE},
+         "Exact indirect effect of every single neuron at the last token by layer and index, with intervals"),
+    spec("04_curves", set_curves, "C5a", {"panel": "str", "series": "str", "k": "int", **ESTIMATE},
+         "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order and "
+         "benign behaviours"),
+    spec("04_sparsity", sparsity, "C5a", {"behaviour": "str", "quantity": "str", **ESTIMATE},
+         "k50 and k90 of the last layer for harm and for each benign behaviour"),
+    spec("04_adjacency", adjacency, "C7",
+         {"order": "str", "place": "int", "name": "int", "single": "float", "window": "float"},
+         "Effects of single last-layer neurons and of windows of neighbours, in training order and after a "
+         "permutation of the neurons that leaves the model's function as it was"),
+    spec("04_moran", permutations, "C7", dict.fromkeys(("start", "end", "count", "observed", "least", "most"), "float"),
+         "Moran's I of rank |effect| along the neuron index, against its values under permuted indices"),
+    spec("04_gate_drawing", gate_drawing, "C5b",
+         {**dict.fromkeys(("panel", "kind", "text", "colour"), "str"), **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
+         "Last-layer neurons only add to the residual stream; inside one neuron the gate multiplies the "
+         "up-projection"),
+    spec("04_gate_forms", indices, "C5b", {"form": "str", "outcome": "str", **ESTIMATE},
+         "Signed gate index of every form that is defined, for the harm contrast and for benign behaviours, by "
+         "read-out"),
 )
+# fmt: on

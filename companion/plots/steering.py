@@ -1,12 +1,8 @@
-"""Figures of steering: curves with bands in panels, and a null distribution with the effect that is held against it.
-
-The figures of notebook 06: steering.
-"""
+"""Figures of notebook 06: curves over strengths in panels, the plane of prompts, and null distributions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,7 +11,19 @@ from matplotlib.figure import Figure
 
 from companion.base.thresholds import MARGINS
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, MARKERS, OKABE_ITO, FigureSpec, _figure, _lengths
+from companion.plots.style import (
+    BY_LAYER,
+    ESTIMATE,
+    LOG_ODDS,
+    MARKERS,
+    OKABE_ITO,
+    distinct,
+    heading,
+    interval_lengths,
+    mark,
+    new_figure,
+    spec,
+)
 
 
 def strength_curves(
@@ -40,19 +48,19 @@ def strength_curves(
     (a dashed line) `x` is linear up to it and logarithmic beyond. `apart` moves lines sideways, in units of `x`, so that
     intervals at one `x` do not hide each other.
     """
-    names = list(dict.fromkeys(table[panel]))
+    names = distinct(table[panel])
     parts = [part for _, part in table.groupby("row", sort=False)] if "row" in table else [table]
     most = max(part[group].nunique() for part in parts)
     width, columns = min(3.3, 7.2 / len(names)), min(3, most)
     height = len(parts) * (3.2 + 0.2 * -(-most // columns))
     # A row of panels is a figure of its own within the figure, so that its legend stands below it.
-    figure, _ = _figure(1, 1, width * len(names) + 0.7, height)
+    figure, _ = new_figure(1, 1, width * len(names) + 0.7, height)
     figure.clear()
     drawn = []
     for one, part in zip(figure.subfigures(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
         axes = one.subplots(1, len(names), squeeze=False, sharey=sharey)[0]
         drawn.append(axes)
-        groups = list(dict.fromkeys(part[group]))
+        groups = distinct(part[group])
         for ax, name in zip(axes, names, strict=True):
             _lines(ax, part[part[panel] == name], group, groups, apart)
             _scale_x(ax, part[part[panel] == name], log_x, (margins or {}).get(name))
@@ -67,7 +75,7 @@ def strength_curves(
         limits = np.array([ax.get_ylim() for ax in column])
         for ax in column:
             ax.set_ylim(limits[:, 0].min(), limits[:, 1].max())
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
@@ -77,7 +85,7 @@ def _lines(ax: Axes, table: pd.DataFrame, group: str, groups: list[str], apart: 
         if line.empty:
             continue
         ax.errorbar(
-            line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=_lengths(line), color=OKABE_ITO[k % 8],
+            line.x + apart * (k - (len(groups) - 1) / 2), line.estimate, yerr=interval_lengths(line), color=OKABE_ITO[k % 8],
             marker=MARKERS[k % 8], ms=4 if k % 8 < 7 else 7, mec="black" if k % 8 == 7 else None, mew=0.6, lw=1.1,
             capsize=2, label=str(label),
         )  # fmt: skip
@@ -105,16 +113,14 @@ def _up_to(ax: Axes, margin: float) -> None:
 
 def plane(table: pd.DataFrame, *, title: str) -> Figure:
     """Groups of prompts in the plane of the two projections, each with the intervals of both means."""
-    figure, axes = _figure(width=7.0, height=4.8)
+    figure, axes = new_figure(width=7.0, height=4.8)
     ax = axes[0, 0]
     for k, (name, part) in enumerate(table.groupby("group", sort=False)):
         x, y = (part[part.projection == way] for way in ("harmfulness", "rejection"))
         if x.empty or y.empty:
             continue
-        ax.errorbar(
-            x.estimate, y.estimate, xerr=_lengths(x), yerr=_lengths(y), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8],
-            ms=6, ls="none", capsize=2, label=str(name),
-        )  # fmt: skip
+        lengths = {"xerr": interval_lengths(x), "yerr": interval_lengths(y)}
+        ax.errorbar(x.estimate, y.estimate, **lengths, ms=6, label=str(name), **mark(k))
     ax.axhline(0, color="black", lw=0.6)
     ax.axvline(0, color="black", lw=0.6)
     ax.set_xlabel("pos_H: share of the way from harmful-complied (0) to benign-complied (1)")
@@ -126,8 +132,8 @@ def plane(table: pd.DataFrame, *, title: str) -> Figure:
 
 def null(table: pd.DataFrame, *, title: str, x_label: str) -> Figure:
     """Effects of random directions as a histogram, one panel a family; the direction under test as a line."""
-    names = list(dict.fromkeys(table.family))
-    figure, axes = _figure(1, len(names), 3.4 * len(names) + 0.4, 2.8, sharey=True)
+    names = distinct(table.family)
+    figure, axes = new_figure(1, len(names), 3.4 * len(names) + 0.4, 2.8, sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table.family == name]
         drawn, tested = part[part.role == "random"].value, part[part.role != "random"]
@@ -139,184 +145,72 @@ def null(table: pd.DataFrame, *, title: str, x_label: str) -> Figure:
     axes[0, 0].set_ylabel("random directions")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
 CURVE = {"panel": "str", "group": "str", "x": "float", **ESTIMATE}
-
-
 COSTS = {"over-refusal": "against over-refusal (points)", "KL": "against KL (nats a token)"}
-
-
 ROWED = {"row": "str", **CURVE}
-
-
 HARM = "1 - P(refusal) on jailbroken requests"
-
-
+# fmt: off
 SPECS = (
-    FigureSpec(
-        "06_geometry",
-        partial(plane, title="Where do prompts lie along rejection and harmfulness?"),
-        "C6",
-        "Mean positions of prompt groups along the rejection and the harmfulness direction at the decision layer",
-        {"group": "str", "projection": "str", **ESTIMATE},
-    ),
-    FigureSpec(
-        "06_laws",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="position along the direction",
-            y_label="coefficient (direction lengths)",
-            title="The R-law and the H-law: does the position tell how much steering is needed?",
-        ),
-        "C6",
-        "Coefficient that just changes the answer against the prompt's position, for rejection and for harmfulness",
-        CURVE,
-    ),
-    FigureSpec(
-        "06_tradeoff",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="cost",
-            y_label=HARM,
-            title="What does each point of harm cost? One point a strength, dashed: the margin",
-            margins={COSTS["over-refusal"]: MARGINS["over-refusal"], COSTS["KL"]: MARGINS["KL"]},
-        ),
-        "C6",
-        "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, by method",
-        ROWED,
-    ),
-    FigureSpec(
-        "06_budget",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="budget: root mean square of the added norm",
-            y_label=HARM,
-            title="Early, middle or late, with the same budget",
-        ),
-        "C6",
-        "Unrefused jailbreaks against the L2 budget for early, middle and late layers: adaptive, fixed, the last layer's vector",
-        CURVE,
-    ),
-    FigureSpec(
-        "06_equal",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="budget: root mean square of the added norm",
-            y_label="share (left), points (right)",
-            title="All methods with the same budget",
-            log_x=True,
-            sharey=False,
-        ),
-        "C6",
-        "Unrefused jailbreaks and over-refusal against the L2 budget, by method: those at all layers, and those at some",
-        ROWED,
-    ),
-    FigureSpec(
-        "06_random",
-        partial(
-            null,
-            title="Is the direction better than chance?",
-            x_label="fall of the log-odds of complying",
-        ),
-        "C6",
-        "Fall of the log-odds under isotropic and covariance-matched random directions, as histograms, and under the fitted one",
-        {"family": "str", "role": "str", "value": "float"},
-    ),
-    FigureSpec(
-        "06_methods",
-        partial(
-            style.dots,
-            row="method",
-            group="measure",
-            title="What does each method change?",
-            unit="change in share of prompts (percentage points)",
-            below=True,
-            marks=(-2.0, 2.0),
-        ),
-        "C6",
-        "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by method",
-        {"method": "str", "measure": "str", **ESTIMATE},
-    ),
-    FigureSpec(
-        "06_families",
-        partial(
-            style.dots,
-            row="family",
-            group="method",
-            title="Does a defence hold against wrappers that it was not fitted on?",
-            unit="harmful answers (share of prompts), family left out of the fit",
-            below=True,
-        ),
-        "C6",
-        "Share of harmful answers by wrapper family, the family left out of fitting and choosing, by method",
-        {"family": "str", "method": "str", **ESTIMATE},
-    ),
-    FigureSpec(
-        "06_tiers",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="wrapper tier (1 weak, 6 strong)",
-            y_label="harmful answers (share of prompts)",
-            title="Weak and strong wrappers, mild and severe requests",
-            apart=0.07,
-        ),
-        "C6",
-        "Share of harmful answers by wrapper tier, one panel a severity, by method",
-        CURVE,
-    ),
-    FigureSpec(
-        "06_examples",
-        partial(
-            strength_curves,
-            panel="panel",
-            group="group",
-            x_label="fitting examples of each kind",
-            y_label="cosine, or 1 - P(refusal)",
-            title="How many examples does a direction need?",
-            log_x=True,
-        ),
-        "C6",
-        "Cosine between directions fitted on two samples, and unrefused jailbreaks, over the number of fitting examples",
-        CURVE,
-    ),
-    FigureSpec(
-        "06_mediation",
-        partial(
-            style.panels,
-            panel="steering",
-            group="site",
-            title="Is the effect gone, and does another component take over?",
-            unit=LOG_ODDS,
-        ),
-        "C6",
-        "Indirect effect of attention and MLP outputs by layer, unsteered and under each kind of steering",
-        {"steering": "str", "site": "str", **BY_LAYER},
-    ),
-    FigureSpec(
-        "06_attack",
-        partial(
-            style.dots,
-            row="method",
-            group="attack",
-            title="An attacker who knows the defence",
-            unit="harmful answers (share of prompts)",
-            below=True,
-        ),
-        "C6",
-        "Share of harmful answers under the prompt set's strong wrappers and under the worst disguise that a search found",
-        {"method": "str", "attack": "str", **ESTIMATE},
-    ),
+    spec("06_geometry", plane, "C6", {"group": "str", "projection": "str", **ESTIMATE},
+         "Mean positions of prompt groups along the rejection and the harmfulness direction at the decision layer",
+         title="Where do prompts lie along rejection and harmfulness?"),
+    spec("06_laws", strength_curves, "C6", CURVE,
+         "Coefficient that just changes the answer against the prompt's position, for rejection and for "
+         "harmfulness",
+         panel="panel", group="group", x_label="position along the direction",
+         y_label="coefficient (direction lengths)",
+         title="The R-law and the H-law: does the position tell how much steering is needed?"),
+    spec("06_tradeoff", strength_curves, "C6", ROWED,
+         "Unrefused jailbreaks against over-refusal of borderline prompts and KL on harmless ones, over strengths, "
+         "by method",
+         panel="panel", group="group", x_label="cost", y_label=HARM,
+         title="What does each point of harm cost? One point a strength, dashed: the margin",
+         margins={COSTS["over-refusal"]: MARGINS["over-refusal"], COSTS["KL"]: MARGINS["KL"]}),
+    spec("06_budget", strength_curves, "C6", CURVE,
+         "Unrefused jailbreaks against the L2 budget for early, middle and late layers: adaptive, fixed, the last "
+         "layer's vector",
+         panel="panel", group="group", x_label="budget: root mean square of the added norm", y_label=HARM,
+         title="Early, middle or late, with the same budget"),
+    spec("06_equal", strength_curves, "C6", ROWED,
+         "Unrefused jailbreaks and over-refusal against the L2 budget, by method: those at all layers, and those "
+         "at some",
+         panel="panel", group="group", x_label="budget: root mean square of the added norm",
+         y_label="share (left), points (right)", title="All methods with the same budget", log_x=True, sharey=False),
+    spec("06_random", null, "C6", {"family": "str", "role": "str", "value": "float"},
+         "Fall of the log-odds under isotropic and covariance-matched random directions, as histograms, and under "
+         "the fitted one",
+         title="Is the direction better than chance?", x_label="fall of the log-odds of complying"),
+    spec("06_methods", style.dots, "C6", {"method": "str", "measure": "str", **ESTIMATE},
+         "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, "
+         "by method",
+         row="method", group="measure", title="What does each method change?",
+         unit="change in share of prompts (percentage points)", below=True, marks=(-2.0, 2.0)),
+    spec("06_families", style.dots, "C6", {"family": "str", "method": "str", **ESTIMATE},
+         "Share of harmful answers by wrapper family, the family left out of fitting and choosing, by method",
+         row="family", group="method", title="Does a defence hold against wrappers that it was not fitted on?",
+         unit="harmful answers (share of prompts), family left out of the fit", below=True),
+    spec("06_tiers", strength_curves, "C6", CURVE,
+         "Share of harmful answers by wrapper tier, one panel a severity, by method",
+         panel="panel", group="group", x_label="wrapper tier (1 weak, 6 strong)",
+         y_label="harmful answers (share of prompts)", title="Weak and strong wrappers, mild and severe requests",
+         apart=0.07),
+    spec("06_examples", strength_curves, "C6", CURVE,
+         "Cosine between directions fitted on two samples, and unrefused jailbreaks, over the number of fitting "
+         "examples",
+         panel="panel", group="group", x_label="fitting examples of each kind", y_label="cosine, or 1 - P(refusal)",
+         title="How many examples does a direction need?", log_x=True),
+    spec("06_mediation", style.panels, "C6", {"steering": "str", "site": "str", **BY_LAYER},
+         "Indirect effect of attention and MLP outputs by layer, unsteered and under each kind of steering",
+         panel="steering", group="site", title="Is the effect gone, and does another component take over?",
+         unit=LOG_ODDS),
+    spec("06_attack", style.dots, "C6", {"method": "str", "attack": "str", **ESTIMATE},
+         "Share of harmful answers under the prompt set's strong wrappers and under the worst disguise that a "
+         "search found",
+         row="method", group="attack", title="An attacker who knows the defence",
+         unit="harmful answers (share of prompts)", below=True),
 )
+# fmt: on

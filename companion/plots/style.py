@@ -1,51 +1,58 @@
-"""What a figure of the companion is: the table it is drawn from, what draws it, and what it shows.
+"""The look of all figures, what a figure is (`FigureSpec`), and the plots that several notebooks share.
 
-Figures: each function takes one tidy table, as read from its CSV, and returns a matplotlib Figure.
-
-No statistics are computed here. Categories are Okabe-Ito colours *and* markers or hatches, effects a diverging map
-centred at 0; every estimate carries its interval.
+Each function takes one tidy table, as read from its CSV, and returns a matplotlib figure; none computes statistics.
+Categories are Okabe-Ito colours and markers, effects a diverging map centred at 0; every estimate has its interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from companion.base.display import NotDefined
 from companion.base.thresholds import LATE, depth
 
 ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
-
-
 BY_LAYER = {"layer": "int", **ESTIMATE}
-
-
 LOG_ODDS = "effect (log-odds)"
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One figure: its name (also of its CSV), what draws it, the claim it bears on, what it shows, its columns."""
+    """One figure: its name (also of its CSV), what draws it with which options, its claim, its columns, what it shows."""
 
     name: str
-    draw: Callable[[pd.DataFrame], Figure]
+    function: Callable[..., Figure]
     claim: str
-    shows: str
     columns: dict[str, str]
+    shows: str
+    options: dict[str, Any]
+
+    def draw(self, table: pd.DataFrame) -> Figure:
+        """The figure of a table with these columns."""
+        return self.function(table, **self.options)
+
+
+def spec(
+    name: str, function: Callable[..., Figure], claim: str, columns: dict[str, str], shows: str, **options: Any
+) -> FigureSpec:
+    """A `FigureSpec`; what is given by name goes to the drawing function."""
+    return FigureSpec(name, function, claim, columns, shows, options)
 
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
-
 NAMES = {
     "attn_out": "attention",
     "mlp_out": "MLP",
@@ -54,8 +61,6 @@ NAMES = {
     "mlp_out.direct": "MLP, direct",
     "last_instruction": "last instruction",
 }
-
-
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 110,
@@ -73,7 +78,15 @@ STYLE = {
 }
 
 
-def _figure(
+@contextmanager
+def theme() -> Iterator[None]:
+    """The look of every figure, for the length of a `with` block: seaborn's theme in our colours."""
+    with matplotlib.rc_context():
+        seaborn.set_theme(context=None, style=None, palette=OKABE_ITO, color_codes=False, rc=STYLE)
+        yield
+
+
+def new_figure(
     n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
     figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)
@@ -81,27 +94,50 @@ def _figure(
     return figure, axes
 
 
-def _lengths(table: pd.DataFrame) -> np.ndarray:
+def heading(figure: Figure, text: str) -> None:
+    """A bold title over all panels, at the left edge."""
+    figure.suptitle(text, fontsize=10, fontweight="bold", x=0.01, ha="left")
+
+
+def distinct(values: pd.Series) -> list[Any]:
+    """The values in the order in which they first occur."""
+    return list(dict.fromkeys(values))
+
+
+def interval_lengths(table: pd.DataFrame) -> np.ndarray:
     """From the estimate to both limits; 0 where a skewed interval lies beside its estimate."""
     return np.stack([table["estimate"] - table["low"], table["high"] - table["estimate"]]).clip(min=0)
 
 
-def _points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
+def mark(k: int) -> dict[str, Any]:
+    """The k-th colour and marker, for `errorbar` without a line."""
+    return {"color": OKABE_ITO[k % 8], "marker": MARKERS[k % 8], "ls": "none", "capsize": 2}
+
+
+def not_defined(why: NotDefined) -> Figure:
+    """An empty frame with the sentence that says why there is no result to draw."""
+    figure, axes = new_figure(height=1.6)
+    axes[0, 0].set_axis_off()
+    axes[0, 0].text(0.5, 0.5, textwrap.fill(str(why), 80), ha="center", va="center", style="italic")
+    return figure
+
+
+def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
     """Estimates with intervals in the k-th colour and marker."""
     style = "-" if line else "none"
     axes.errorbar(
-        x, table["estimate"], yerr=_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
+        x, table["estimate"], yerr=interval_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
         capsize=2, label=label,
     )  # fmt: skip
 
 
-def _layers(axes: Axes, n_layers: int) -> None:
+def layer_axis(axes: Axes, n_layers: int) -> None:
     axes.set_xticks(range(n_layers))
     axes.set_xlabel("layer")
     axes.axhline(0, color="black", lw=0.8)
 
 
-def _late(axes: Axes, n_layers: int) -> None:
+def shade_late(axes: Axes, n_layers: int) -> None:
     """Shade the layers that the claims call late (depth > 2/3)."""
     late = np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)
     if len(late):  # a network of one layer has none
@@ -110,16 +146,16 @@ def _late(axes: Axes, n_layers: int) -> None:
 
 def cumulative(table: pd.DataFrame) -> Figure:
     """Share of TE carried by the last-token residual stream after each layer, by model; the light cone shaded."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
     for k, (model, part) in enumerate(table.groupby("model", sort=False)):
-        _points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(model))
+        points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(model))
     earliest = float(table.earliest.iloc[0])
     if earliest > 0:
         ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
         ax.text(-0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444")
     ax.axhline(1, color="black", lw=0.8, ls=":")
-    _layers(ax, n_layers)
+    layer_axis(ax, n_layers)
     ax.set_ylabel("share of total effect")
     ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
     ax.legend(loc="lower right")
@@ -128,17 +164,17 @@ def cumulative(table: pd.DataFrame) -> Figure:
 
 def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bool = True) -> Figure:
     """Estimates by layer, one line for each value of `group`; bands are drawn where the table has them."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
-    names = list(dict.fromkeys(table[group]))
+    names = distinct(table[group])
     for k, name in enumerate(names):
         part = table[table[group] == name]
-        _points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
+        points(ax, part.layer.to_numpy() + 0.08 * (k - (len(names) - 1) / 2), part, k, NAMES.get(name, name))
         if "band_low" in part:
             ax.fill_between(part.layer, part.band_low, part.band_high, color=OKABE_ITO[k % 8], alpha=0.15, lw=0)
-    _layers(ax, n_layers)
+    layer_axis(ax, n_layers)
     if late:
-        _late(ax, n_layers)
+        shade_late(ax, n_layers)
     ax.set_ylabel(unit)
     ax.set_title(title)
     ax.legend()
@@ -147,17 +183,17 @@ def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bo
 
 def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str) -> Figure:
     """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
-    names = list(dict.fromkeys(table[panel]))
+    names = distinct(table[panel])
     n_cols = min(4 if len(names) == 4 else 3, len(names))
     n_rows = -(-len(names) // n_cols)
-    figure, axes = _figure(n_rows, n_cols, max(2.4 * n_cols + 0.8, 6.0), 2.3 * n_rows + 0.5, sharey=True)
+    figure, axes = new_figure(n_rows, n_cols, max(2.4 * n_cols + 0.8, 6.0), 2.3 * n_rows + 0.5, sharey=True)
     n_layers = int(table.layer.max()) + 1
     for ax, name in zip(axes.flat, names, strict=False):
         part = table[table[panel] == name]
         for k, (label, line) in enumerate(part.groupby(group, sort=True)):
-            _points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
-        _layers(ax, n_layers)
-        _late(ax, n_layers)
+            points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
+        layer_axis(ax, n_layers)
+        shade_late(ax, n_layers)
         ax.set_title(NAMES.get(str(name), str(name)))
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
@@ -168,7 +204,7 @@ def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str
         figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(5, len(handles)))
     else:
         axes[0, 0].legend(fontsize=8)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
@@ -177,8 +213,8 @@ def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: st
 
     A dot marks cells whose interval excludes 0.
     """
-    names = list(dict.fromkeys(table[panel]))
-    figure, axes = _figure(1, len(names), 3.2 * len(names) + 0.8, 3.0, sharey=True)
+    names = distinct(table[panel])
+    figure, axes = new_figure(1, len(names), 3.2 * len(names) + 0.8, 3.0, sharey=True)
     bound = float(table.estimate.abs().max()) or 1.0
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table[panel] == name]
@@ -193,7 +229,7 @@ def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: st
         ax.set_title(NAMES.get(str(name), str(name)))
         ax.grid(False)
     figure.colorbar(image, ax=axes, label=unit)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
@@ -213,8 +249,8 @@ def dots(
     `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
     axis, where no corner of the frame is free.
     """
-    rows, groups = (list(dict.fromkeys(table[name])) for name in (row, group))
-    figure, axes = _figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
+    rows, groups = (distinct(table[name]) for name in (row, group))
+    figure, axes = new_figure(width=7.0, height=0.9 + len(rows) * (0.14 + 0.045 * len(groups)))
     ax = axes[0, 0]
     draw_dots(ax, table, row, group, rows, groups)
     for mark in marks:
@@ -240,10 +276,8 @@ def draw_dots(ax: Axes, table: pd.DataFrame, row: str, group: str, rows: Sequenc
         part = table[table[group] == name]
         places = [here[value].index(name) - (len(here[value]) - 1) / 2 for value in part[row]]
         y = np.array([rows.index(value) for value in part[row]]) + 0.6 * np.array(places) / max(1, len(groups))
-        ax.errorbar(
-            part["estimate"], y, xerr=_lengths(part), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, ls="none", capsize=2,
-            label=NAMES.get(str(name), str(name)),
-        )  # fmt: skip
+        label = NAMES.get(str(name), str(name))
+        ax.errorbar(part["estimate"], y, xerr=interval_lengths(part), ms=4, label=label, **mark(k))
     ax.set_yticks(range(len(rows)), [NAMES.get(str(r), str(r)) for r in rows])
     ax.invert_yaxis()
 
@@ -253,8 +287,8 @@ VERDICTS = {"supported": ("#009E73", "+"), "contradicted": ("#D55E00", "-"), "in
 
 def verdicts(table: pd.DataFrame) -> Figure:
     """The ledger as a table of models by claims; a sign repeats what the colour says, blank is not testable."""
-    models, claims = list(dict.fromkeys(table.model)), list(dict.fromkeys(table.claim))
-    figure, axes = _figure(width=1.6 + 0.75 * len(claims) + 1.2, height=1.1 + 0.36 * len(models))
+    models, claims = distinct(table.model), distinct(table.claim)
+    figure, axes = new_figure(width=1.6 + 0.75 * len(claims) + 1.2, height=1.1 + 0.36 * len(models))
     ax = axes[0, 0]
     for row in table.itertuples():
         colour, sign = VERDICTS.get(str(row.verdict), ("#FFFFFF", ""))

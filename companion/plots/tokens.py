@@ -1,11 +1,6 @@
-"""Figures of the token notebook: maps of position groups or single tokens by layer.
-
-The figures of notebook 05.
-"""
+"""Figures of notebook 05: maps of position groups or single tokens by layer."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, FigureSpec, _figure, by_layer
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, by_layer, distinct, heading, new_figure, spec
 
 
 def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
@@ -46,22 +41,22 @@ def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str,
 
 def groups(table: pd.DataFrame, *, panel: str, title: str, unit: str) -> Figure:
     """Position groups in reading order against layers, one panel for each value of `panel`, on one scale."""
-    names, rows = list(dict.fromkeys(table[panel])), list(dict.fromkeys(table["group"]))
-    figure, axes = _figure(1, len(names), 2.5 * len(names) + 1.6, 0.9 + 0.26 * len(rows), sharey=True)
+    names, rows = distinct(table[panel]), distinct(table["group"])
+    figure, axes = new_figure(1, len(names), 2.5 * len(names) + 1.6, 0.9 + 0.26 * len(rows), sharey=True)
     bound = float(table.estimate.abs().max()) or 1.0
     for ax, name in zip(axes[0], names, strict=True):
         image = _map(ax, rows, table[table[panel] == name], "group", "estimate", bound)
         ax.set_title(NAMES.get(str(name), str(name)))
     axes[0, 0].set_yticks(range(len(rows)), [str(name).replace("_", " ") for name in rows])
     figure.colorbar(image, ax=axes, label=unit)
-    figure.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
+    heading(figure, title)
     return figure
 
 
 def tokens(table: pd.DataFrame, *, unit: str) -> Figure:
     """Single tokens of one pair against layers: columns layer, position, token, earliest, nie."""
     rows = sorted(table.position.unique())
-    figure, axes = _figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
+    figure, axes = new_figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
     ax = axes[0, 0]
     image = _map(ax, rows, table, "position", "nie", float(table.nie.abs().max()) or 1.0)
     label = table.drop_duplicates("position").set_index("position")["token"]
@@ -89,87 +84,35 @@ def carriers(table: pd.DataFrame) -> Figure:
 
 
 SIGNED = f"{LOG_ODDS}; above 0: with the treatment"
-
-
 HATCHED = "; hatched where the architecture lets no difference arrive"
-
-
+# fmt: off
 SPECS = (
-    FigureSpec(
-        "05_tokens",
-        partial(tokens, unit=SIGNED),
-        "C4",
-        f"Effect of the residual stream at every token and layer of one pair{HATCHED}",
-        {"layer": "int", "position": "int", "token": "str", "earliest": "float", "nie": "float"},
-    ),
-    FigureSpec(
-        "05_groups",
-        partial(
-            groups,
-            panel="treatment",
-            title="Residual stream: where is the signal, layer by layer?",
-            unit=SIGNED,
-        ),
-        "C4",
-        f"Effect of each position group's residual stream by layer, one panel a treatment{HATCHED}",
-        {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
-    ),
-    FigureSpec(
-        "05_components",
-        partial(groups, panel="site", title="Attention and MLP outputs: who moves it?", unit=SIGNED),
-        "C4",
-        f"Effect of attention and MLP outputs by position group and layer{HATCHED}",
-        {"site": "str", "group": "str", "earliest": "float", **BY_LAYER},
-    ),
-    FigureSpec(
-        "05_hand_over",
-        partial(
-            style.panels,
-            panel="treatment",
-            group="where",
-            title="When does the last token take over?",
-            unit="share of total effect",
-        ),
-        "C4",
-        "Share of the total effect in the residual stream of the last token, of all others, of the last instruction "
-        "token, and of verb and object",
-        {"treatment": "str", "where": "str", **BY_LAYER},
-    ),
-    FigureSpec(
-        "05_carriers",
-        carriers,
-        "C4",
-        "Share of the effect of the last token's residual stream that MLPs, attention and the skip path above carry",
-        {"path": "str", **BY_LAYER},
-    ),
-    FigureSpec(
-        "05_timing",
-        partial(
-            style.dots,
-            row="schedule",
-            group="clamp",
-            title="When must the last layer be closed?",
-            unit="share of harmful answers",
-            limits=(-0.05, 1.05),
-            below=True,
-        ),
-        "C5c",
-        "Harmful answers to jailbroken prompts with the last layer clamped at different times, with Wilson intervals",
-        {"schedule": "str", "clamp": "str", **ESTIMATE},
-    ),
-    FigureSpec(
-        "05_input",
-        partial(
-            style.dots,
-            row="group",
-            group="view",
-            title="What is read, and where the signal is",
-            unit=LOG_ODDS,
-            marks=(0.0,),
-            below=True,
-        ),
-        "C4",
-        "Effect of each position group replaced in the prompt, beside that of its activations after the first layer",
-        {"group": "str", "view": "str", **ESTIMATE},
-    ),
+    spec("05_tokens", tokens, "C4",
+         {"layer": "int", "position": "int", "token": "str", "earliest": "float", "nie": "float"},
+         f"Effect of the residual stream at every token and layer of one pair{HATCHED}",
+         unit=SIGNED),
+    spec("05_groups", groups, "C4", {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
+         f"Effect of each position group's residual stream by layer, one panel a treatment{HATCHED}",
+         panel="treatment", title="Residual stream: where is the signal, layer by layer?", unit=SIGNED),
+    spec("05_components", groups, "C4", {"site": "str", "group": "str", "earliest": "float", **BY_LAYER},
+         f"Effect of attention and MLP outputs by position group and layer{HATCHED}",
+         panel="site", title="Attention and MLP outputs: who moves it?", unit=SIGNED),
+    spec("05_hand_over", style.panels, "C4", {"treatment": "str", "where": "str", **BY_LAYER},
+         "Share of the total effect in the residual stream of the last token, of all others, of the last "
+         "instruction token, and of verb and object",
+         panel="treatment", group="where", title="When does the last token take over?", unit="share of total effect"),
+    spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
+         "Share of the effect of the last token's residual stream that MLPs, attention and the skip path above "
+         "carry"),
+    spec("05_timing", style.dots, "C5c", {"schedule": "str", "clamp": "str", **ESTIMATE},
+         "Harmful answers to jailbroken prompts with the last layer clamped at different times, with Wilson "
+         "intervals",
+         row="schedule", group="clamp", title="When must the last layer be closed?", unit="share of harmful answers",
+         limits=(-0.05, 1.05), below=True),
+    spec("05_input", style.dots, "C4", {"group": "str", "view": "str", **ESTIMATE},
+         "Effect of each position group replaced in the prompt, beside that of its activations after the first "
+         "layer",
+         row="group", group="view", title="What is read, and where the signal is", unit=LOG_ODDS, marks=(0.0,),
+         below=True),
 )
+# fmt: on

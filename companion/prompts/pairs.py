@@ -1,9 +1,7 @@
-"""The strings that open an answer, as a prompt set's outcome.json has them (its format stands in data/README.md).
-
-Prompt sets: reading a folder, checking it, and turning pairs into token ids of equal length.
+"""Prompt sets: reading a folder of matched pairs and their answers' openers, and checking all that later steps rest on.
 
 A prompt set is a folder with `pairs.jsonl` and `outcome.json` (their format stands in `data/README.md`). Texts are user
-turns; the model's own chat template, with its generation prompt, is put around them here and nowhere else.
+turns; `companion.prompts.tokens` puts the model's chat template around them.
 """
 
 from __future__ import annotations
@@ -20,55 +18,17 @@ import numpy as np
 from companion.base import files
 from companion.base.errors import InputError
 from companion.base.files import BrokenJson
+from companion.base.folders import names, prompts_folder
 from companion.base.paths import PROMPTS
 
-
-def read_outcome(path: Path, treatments: set[str]) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Openers (comply, refuse) of each treatment; InputError that says what is wrong with the file."""
-    try:
-        content = files.parse_json(files.load_json(path))
-    except BrokenJson as error:
-        raise InputError(f"{path}, line {error.line}: broken JSON ({error.reason})") from None
-    if not isinstance(content, dict):
-        raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
-    per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
-    missing = sorted(treatments - set(per_treatment))
-    if missing:
-        raise InputError(
-            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
-        )
-    return {name: _outcome_strings(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
-
-
-def _outcome_strings(entry: Any, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    sides = []
-    for side in ("comply", "refuse"):
-        strings = entry.get(side) if isinstance(entry, dict) else None
-        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
-            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
-        sides.append(tuple(strings))
-    return sides[0], sides[1]
-
-
 SPLITS = ("discover", "validate", "test")
-
-
 SPLIT_SHARES = (0.4, 0.3, 0.3)
-
-
 MIN_PAIRS = 10
-
-
 REQUIRED = ("id", "treatment", "topic", "control", "treated")
-
-
 OPTIONAL = ("twin", "family", "split", "spans")
-
-
 TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
-
-
 SPAN_NAMES = ("wrapper", "distractor", "verb", "object")
+Outcome = tuple[tuple[str, ...], tuple[str, ...]]  # strings that open an answer which complies, and one which refuses
 
 
 @dataclass(frozen=True)
@@ -93,14 +53,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A checked folder of pairs; `outcomes` maps a treatment to its (comply, refuse) answer openers.
+    """A checked folder of pairs; `outcomes` maps a treatment to its openers.
 
     A set is sensitive if its `set.json` says so; the texts of its pairs are never shown (see `shown`).
     """
 
     name: str
     pairs: tuple[Pair, ...]
-    outcomes: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
+    outcomes: Mapping[str, Outcome]
     sha256: str
 
     @property
@@ -118,29 +78,6 @@ def treatment_order(name: str) -> tuple[int, str]:
     return (0 if name.startswith("T") else 1, name)
 
 
-def load_set(where: str | Path) -> PromptSet:
-    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
-
-    Raises InputError, naming file and line, for anything that later steps could not use.
-    """
-    folder = PROMPTS / str(where) if (PROMPTS / str(where)).is_dir() else Path(where)
-    if not folder.is_dir():
-        known = ", ".join(sorted(p.name for p in PROMPTS.iterdir() if p.is_dir())) if PROMPTS.is_dir() else "none"
-        raise InputError(f"no prompt set at '{where}': expected a folder, or one of the shipped names ({known})")
-    for name in ("pairs.jsonl", "outcome.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name}; a prompt set is a folder with pairs.jsonl and outcome.json")
-    pairs = _read_pairs(folder / "pairs.jsonl")
-    _check_twins(pairs, folder / "pairs.jsonl")
-    pairs = _with_splits(pairs, folder / "pairs.jsonl")
-    pairs = tuple(replace(pair, sensitive=_is_sensitive(folder)) for pair in pairs)
-    outcomes = read_outcome(folder / "outcome.json", {pair.treatment for pair in pairs})
-    digest = hashlib.sha256()
-    for name in ("pairs.jsonl", "outcome.json"):
-        digest.update((folder / name).read_bytes())
-    return PromptSet(folder.name, pairs, outcomes, digest.hexdigest())
-
-
 def shown(pair: Pair, side: str) -> str:
     """One text of a pair for a reader's eyes, `side` being "control" or "treated"; of a sensitive set its id and hash.
 
@@ -151,40 +88,84 @@ def shown(pair: Pair, side: str) -> str:
     return f"[hidden: {pair.id}, sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}]" if pair.sensitive else text
 
 
+def load_set(where: str | Path) -> PromptSet:
+    """Read and check a prompt set, by its name under `data/prompts/` or as a folder.
+
+    Raises `InputError`, naming file and line, for anything that later steps could not use.
+    """
+    folder = prompts_folder(str(where))
+    if not folder.is_dir():
+        known = ", ".join(names(PROMPTS))
+        raise InputError(f"no prompt set at '{where}': expected a folder, or one of the shipped names ({known})")
+    texts, openers = folder / "pairs.jsonl", folder / "outcome.json"
+    for path in (texts, openers):
+        if not path.is_file():
+            raise InputError(f"{folder}: no {path.name}; a prompt set is a folder with pairs.jsonl and outcome.json")
+    pairs = _read_pairs(texts)
+    _check_twins(pairs, texts)
+    splits, is_sensitive = _splits(pairs, texts), _is_sensitive(folder)
+    pairs = [replace(pair, split=splits[pair.topic], sensitive=is_sensitive) for pair in pairs]
+    outcomes = read_outcome(openers, {pair.treatment for pair in pairs})
+    sha256 = hashlib.sha256(texts.read_bytes() + openers.read_bytes()).hexdigest()
+    return PromptSet(folder.name, tuple(pairs), outcomes, sha256)
+
+
+def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
+    """Openers of each treatment as an `outcome.json` has them; `InputError` that says what is wrong with the file."""
+    try:
+        content = files.parse_json(files.read_utf8(path))
+    except BrokenJson as error:
+        raise InputError(f"{path}, line {error.line}: broken JSON ({error.reason})") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
+    per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
+    if missing := sorted(treatments - set(per_treatment)):
+        raise InputError(
+            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
+        )
+    return {name: _outcome(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
+
+
+def _outcome(entry: Any, where: str) -> Outcome:
+    sides = []
+    for side in ("comply", "refuse"):
+        strings = entry.get(side) if isinstance(entry, dict) else None
+        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
+            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
+        sides.append(tuple(strings))
+    return sides[0], sides[1]
+
+
 def _is_sensitive(folder: Path) -> bool:
     """A set whose own note cannot be read counts as sensitive."""
     path = folder / "set.json"
     if not path.is_file():
         return False
     try:
-        return bool(files.parse_json(files.load_json(path)).get("sensitive", True))
+        return bool(files.parse_json(files.read_utf8(path)).get("sensitive", True))
     except (BrokenJson, AttributeError):
         return True
 
 
-def _read_pairs(path: Path) -> tuple[Pair, ...]:
+def _read_pairs(path: Path) -> list[Pair]:
     pairs: list[Pair] = []
     seen: dict[str, int] = {}
     # Not splitlines: JSON allows Unicode's own line ends within a string.
-    for number, line in enumerate(files.load_json(path).split("\n"), start=1):
+    for number, line in enumerate(files.read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            row = files.parse_json(line)
+            pair = _pair(files.parse_json(line), where)
         except BrokenJson as error:
-            raise InputError(
-                f"{path}, line {number}: broken JSON ({error.reason}); one object a line is expected"
-            ) from None
-        pair = _pair(row, f"{path}, line {number}")
+            raise InputError(f"{where}: broken JSON ({error.reason}); one object a line is expected") from None
         if pair.id in seen:
-            raise InputError(
-                f"{path}, line {number}: id '{pair.id}' was used in line {seen[pair.id]}; ids must be unique"
-            )
+            raise InputError(f"{where}: id '{pair.id}' was used in line {seen[pair.id]}; ids must be unique")
         seen[pair.id] = number
         pairs.append(pair)
     if len(pairs) < MIN_PAIRS:
         raise InputError(f"{path}: {len(pairs)} pairs, at least {MIN_PAIRS} are needed")
-    return tuple(pairs)
+    return pairs
 
 
 def _pair(row: Any, where: str) -> Pair:
@@ -195,23 +176,18 @@ def _pair(row: Any, where: str) -> Pair:
             raise InputError(f"{where}: '{name}' must be a non-empty string")
     if not TREATMENT.fullmatch(row["treatment"]):
         raise InputError(f"{where}: treatment {row['treatment']!r:.40} is not one of T1, T2, T2b, B1, B2, ...")
-    unknown = sorted(set(row) - set(REQUIRED) - set(OPTIONAL))
-    if unknown:
+    if unknown := sorted(set(row) - set(REQUIRED) - set(OPTIONAL)):
         raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
     for name in ("twin", "family", "split"):
         if row.get(name) is not None and not isinstance(row[name], str):
             raise InputError(f"{where}: '{name}' must be a string")
-    if row.get("split") and row["split"] not in SPLITS:
-        raise InputError(f"{where}: split '{row['split']}' is not one of {', '.join(SPLITS)}")
+    split, twin, family = row.get("split") or "", row.get("twin"), row.get("family") or ""
+    if split and split not in SPLITS:
+        raise InputError(f"{where}: split '{split}' is not one of {', '.join(SPLITS)}")
     if row["control"] == row["treated"]:
         raise InputError(f"{where}: control and treated are the same text")
-    texts = {name: row[name] for name in REQUIRED}
-    extra: dict[str, Any] = {
-        "split": row.get("split") or "",
-        "twin": row.get("twin"),
-        "family": row.get("family") or "",
-    }
-    return Pair(**texts, **extra, spans=_spans(row, where))
+    required = {name: row[name] for name in REQUIRED}
+    return Pair(**required, split=split, twin=twin, family=family, spans=_spans(row, where))
 
 
 def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int, int]]]:
@@ -250,17 +226,14 @@ def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
             )
 
 
-def _with_splits(pairs: Sequence[Pair], path: Path) -> tuple[Pair, ...]:
-    """Fill in missing splits: 40/30/30 over topics in the order of a hash, a topic never in two splits."""
+def _splits(pairs: Sequence[Pair], path: Path) -> dict[str, str]:
+    """The split of each topic: the given one, or 40/30/30 over the other topics in the order of a hash."""
     given: dict[str, str] = {}
     for pair in pairs:
         if pair.split and given.setdefault(pair.topic, pair.split) != pair.split:
-            raise InputError(
-                f"{path}: topic '{pair.topic}' is in two splits ({given[pair.topic]}, {pair.split}); a topic belongs to one"
-            )
+            both = f"{given[pair.topic]}, {pair.split}"
+            raise InputError(f"{path}: topic '{pair.topic}' is in two splits ({both}); a topic belongs to one")
     free = {pair.topic for pair in pairs} - set(given)
     ordered = sorted(free, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest())
-    cuts = np.cumsum(SPLIT_SHARES) * len(ordered)
-    for rank, topic in enumerate(ordered):
-        given[topic] = SPLITS[int(np.searchsorted(cuts, rank + 0.5))]
-    return tuple(replace(pair, split=given[pair.topic]) for pair in pairs)
+    ranks = np.searchsorted(np.cumsum(SPLIT_SHARES) * len(ordered), np.arange(len(ordered)) + 0.5)
+    return given | {topic: SPLITS[rank] for topic, rank in zip(ordered, ranks, strict=True)}

@@ -7,6 +7,7 @@ user turn), the pair itself (which tokens differ), and the named spans of `pairs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -15,9 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from companion.prompts.pairs import SPAN_NAMES
 from companion.prompts.tokens import TokenPair
-
-TEMPLATE_GROUPS = ("system", "header", "last_instruction", "template", "last")
-
 
 OVERLAPPING = ("request", "differ", "shared", "others", "all")
 
@@ -34,13 +32,12 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
         between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
     except (TemplateError, ValueError):
         return ""
-    length = 0
-    while length < min(len(before_first), len(between)) and before_first[-length - 1] == between[-length - 1]:
-        length += 1
+    ends = zip(reversed(before_first), reversed(between), strict=False)
+    length = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
     return before_first[len(before_first) - length :]
 
 
-def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
+def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     """Masks over token positions for one pair, by group name.
 
     The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
@@ -78,14 +75,11 @@ def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, pos]]:
     }
 
 
-def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, pos]:
+def _span(pair: TokenPair, name: str) -> Bool[np.ndarray, "pos"]:
     """Tokens that overlap the named span, in the control or in the treated prompt."""
     mask = np.zeros(len(pair.control), dtype=bool)
-    sides = (
-        ("control", pair.control_offsets, pair.control_start),
-        ("treated", pair.treated_offsets, pair.treated_start),
-    )
-    for side, offsets, start in sides:
+    for side in ("control", "treated"):
+        offsets, start = getattr(pair, f"{side}_offsets"), getattr(pair, f"{side}_start")
         ends = pair.pair.spans.get(side, {}).get(name)
         if ends:
             mask |= (offsets[:, 1] > start + ends[0]) & (offsets[:, 0] < start + ends[1])
@@ -102,7 +96,7 @@ def distance(pair: TokenPair) -> int:
     return len(pair.control) - 1 - int(np.flatnonzero(pair.control != pair.treated)[-1])
 
 
-def labels(ids: Int[np.ndarray, pos], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One printable label a token, for axes: newlines and spaces made visible."""
     return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
 
@@ -117,7 +111,7 @@ def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase)
     return ["(hidden)" if is_inside else name for name, is_inside in zip(names, inside, strict=True)]
 
 
-def present(masks: Mapping[str, Bool[np.ndarray, pos]]) -> list[str]:
+def present(masks: Mapping[str, Bool[np.ndarray, "pos"]]) -> list[str]:
     """Names of the groups that hold at least one token, in reading order of their first token."""
     held = [name for name in masks if masks[name].any() and name not in OVERLAPPING]
     return sorted(held, key=lambda name: int(np.argmax(masks[name])))

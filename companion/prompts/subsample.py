@@ -17,7 +17,7 @@ SMOKE_PAIRS = 24  # a treatment, in the smoke profile
 def pairs_asked(pairs: int, profile: str) -> int:
     """How many pairs a treatment a run takes at most (0: all).
 
-    >>> asked(0, "full"), asked(0, "smoke"), asked(50, "smoke")
+    >>> pairs_asked(0, "full"), pairs_asked(0, "smoke"), pairs_asked(50, "smoke")
     (0, 24, 50)
     """
     return pairs or (SMOKE_PAIRS if profile == "smoke" else 0)

@@ -7,7 +7,7 @@ tokenizer is always called with `add_special_tokens=False`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,15 +35,15 @@ class TokenPair:
     """A pair as token ids (equal length) with the character offsets of each token of the rendered prompt."""
 
     pair: Pair
-    control: Int[np.ndarray, pos]
-    treated: Int[np.ndarray, pos]
+    control: Int[np.ndarray, "pos"]
+    treated: Int[np.ndarray, "pos"]
     control_offsets: Int[np.ndarray, "pos 2"]
     treated_offsets: Int[np.ndarray, "pos 2"]
     control_start: int
     treated_start: int
 
 
-def render(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The prompt as the model reads it: the user turn in the chat template, with the generation prompt."""
     if not tokenizer.chat_template:
         raise InputError(
@@ -64,8 +64,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, n
     """Token ids [pos], character offsets [pos, 2] in the rendered prompt, and where the user turn starts in it."""
     if not tokenizer.is_fast:
         raise InputError("the tokenizer gives no character offsets: put its tokenizer.json into the model's folder")
-    rendered = render(tokenizer, text)
-    start = _user_turn(tokenizer, str(tokenizer.chat_template))
+    rendered = render_prompt(tokenizer, text)
+    start = user_turn_start(tokenizer, str(tokenizer.chat_template))
     is_whole, is_stripped = (rendered.startswith(part, start) for part in (text.rstrip(), text.strip()))
     if start < 0 or not (is_whole or is_stripped):
         raise InputError("the chat template changes the user turn's text, so its tokens cannot be located")
@@ -75,9 +75,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, n
 
 
 @lru_cache(maxsize=8)  # a template has one; it would be rendered again for every prompt
-def _user_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+def user_turn_start(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """Where the user turn starts, found by a stand-in: the text itself may also occur in the template ("user")."""
-    return render(tokenizer, STAND_IN).find(STAND_IN)
+    return render_prompt(tokenizer, STAND_IN).find(STAND_IN)
 
 
 def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPair | None, str]:
@@ -97,14 +97,9 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
     An interchange needs one position of the control for each of the treated prompt, so pairs of unequal length are
     dropped, never truncated or padded into shape.
     """
-    kept: list[TokenPair] = []
-    dropped: Counter[str] = Counter()
-    for pair in pairs:
-        made, reason = token_pair(pair, tokenizer)
-        if made is None:
-            dropped[reason] += 1
-        else:
-            kept.append(made)
+    made = [token_pair(pair, tokenizer) for pair in pairs]
+    kept = [pair for pair, _ in made if pair is not None]
+    dropped = Counter(reason for _, reason in made if reason)
     if len(kept) < MIN_PAIRS:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in sorted(dropped.items())) or "none dropped"
         raise InputError(f"{len(kept)} usable pairs of {len(pairs)} ({reasons}); at least {MIN_PAIRS} are needed")
@@ -113,37 +108,30 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Openers]:
     """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
-    context = render(tokenizer, prompt_set.pairs[0].control)
+    context = render_prompt(tokenizer, prompt_set.pairs[0].control)
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
-    first: dict[str, int] = {}
-    notes: dict[str, str] = {}
+    ids: dict[str, list[int]] = {}
     for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):
         whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
-        ids = whole[len(before) :]
-        if not ids or whole[: len(before)] != before:
+        ids[string] = whole[len(before) :]
+        if not ids[string] or whole[: len(before)] != before:
             raise InputError(
                 f"outcome string {string!r} starts no token of its own behind the prompt: is a leading space missing "
                 "or too many?"
             )
-        if ids[0] == tokenizer.unk_token_id:
+        if ids[string][0] == tokenizer.unk_token_id:
             raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
-        first[string] = ids[0]
-        if len(ids) > 1:
-            notes[string] = f"outcome string {string!r} is {len(ids)} tokens; its first decides"
-    return {name: _openers(name, sides, first, notes) for name, sides in prompt_set.outcomes.items()}
-
-
-def _openers(
-    treatment: str,
-    sides: tuple[tuple[str, ...], tuple[str, ...]],
-    first: Mapping[str, int],
-    notes: Mapping[str, str],
-) -> Openers:
-    comply, refuse = (tuple(sorted({first[string] for string in side})) for side in sides)
-    both = set(comply) & set(refuse)
-    if both:
-        raise InputError(
-            f"outcome of {treatment}: comply and refuse share the first token {both.pop()}; it decides nothing"
+    found: dict[str, Openers] = {}
+    for treatment, sides in prompt_set.outcomes.items():
+        comply, refuse = (tuple(sorted({ids[string][0] for string in side})) for side in sides)
+        if both := set(comply) & set(refuse):
+            shared = f"comply and refuse share the first token {both.pop()}"
+            raise InputError(f"outcome of {treatment}: {shared}; it decides nothing")
+        notes = (
+            f"outcome string {string!r} is {len(ids[string])} tokens; its first decides"
+            for side in sides
+            for string in side
+            if len(ids[string]) > 1
         )
-    used = tuple(notes[string] for side in sides for string in side if string in notes)
-    return Openers(comply, refuse, used)
+        found[treatment] = Openers(comply, refuse, tuple(notes))
+    return found

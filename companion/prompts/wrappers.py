@@ -14,11 +14,7 @@ from companion.base.errors import InputError
 from companion.base.files import BrokenJson
 
 SLOT = "{request}"
-
-
 FILE = "wrappers.jsonl"
-
-
 FIELDS = ("family", "neutral", "jailbreak")
 
 
@@ -50,10 +46,7 @@ def wrappers_file(place: Path) -> Path:
 def read_wrappers(place: Path) -> tuple[Wrapper, ...]:
     """All wrappers of a file or folder; `InputError` names file and line of the first mistake, and shows no template."""
     file = wrappers_file(place)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: not UTF-8 text; save it as UTF-8") from None
+    lines = files.read_utf8(file).split("\n")
     found = tuple(_wrapper(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
     if not found:
         raise InputError(f"{file}: no wrappers; one JSON object a line is expected, with {', '.join(FIELDS)}")
@@ -72,9 +65,8 @@ def _wrapper(line: str, where: str) -> Wrapper:
         raise InputError(f"{where}: expected an object with the strings {', '.join(FIELDS)}, and nothing else")
     for name in ("neutral", "jailbreak"):
         if row[name].count(SLOT) != 1:
-            raise InputError(
-                f"{where}: '{name}' must hold the slot {SLOT} exactly once, not {row[name].count(SLOT)} times"
-            )
+            times = row[name].count(SLOT)
+            raise InputError(f"{where}: '{name}' must hold the slot {SLOT} exactly once, not {times} times")
     if row["neutral"] == row["jailbreak"] or not row["family"].strip():
         raise InputError(f"{where}: 'family' must be named, and the two templates must differ")
     return Wrapper(*(row[name] for name in FIELDS))

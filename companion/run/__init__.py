@@ -1,3 +1,7 @@
-"""The command line: settings, the runner of notebooks, what is up to date, and work shared among machines.
-Nothing else imports it.
+"""The command line: what a run is asked for, which notebooks are stale, running them, sharing their work, and checking it all.
+
+It measures and judges nothing itself, stands on all other packages, and nothing else imports it.
+
+Public: cli (the command), flags and settings (what is asked for), runner and notebooks (running), freshness (what is up to
+date), overview (tables of whole runs), shards (jobs), judge_check (labels made by hand), checks (tests and the lock).
 """

@@ -1,45 +1,55 @@
-"""`./run_all.sh --test`: every check, one after another, however the ones before went; a table of times at the end."""
+"""`./run_all.sh --test`: every check, however the others went, with a table of times; and the lock that they rest on.
+
+`python -m companion.run.checks` makes `requirements.lock` anew from `requirements.in` with `uv`; versions that are locked stay
+unless uv is told otherwise, as in `python -m companion.run.checks --upgrade-package pandas`.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
+import contextlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-from companion.base.files import read_json
+import pandas as pd
+from packaging.markers import Marker
+from packaging.utils import canonicalize_name
+
+from companion.base.files import read_json, write_text
 from companion.base.paths import NOTEBOOKS, RESULTS, ROOT, relative
 from companion.run import notebooks, runner
 from companion.run.freshness import processor
 
 RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
-
-
-_SIZE = 1 << 20
-
-
-# These tell of one run, not of what it found.
-NOT_COMPARED = ("manifest.json", "run_times.json", "chunks.json")
-
-
 STYLE = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
 }
-
-
 UNIT = ("unit tests and doctests", ["pytest", "--quiet"])
-
-
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
+
+
+LOCK = ROOT / "requirements.lock"
+# torch's wheel for Linux brings these itself, and the CPU build has none of them.
+LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton")
+# Every Python 3.11 that the lock may meet, as far as markers can tell them apart.
+TARGETS = [
+    {"python_full_version": full, "python_version": "3.11", "sys_platform": system, "os_name": name}
+    | {"platform_machine": machine, "implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    for full, (system, name), machine in product(
+        ("3.11.0", "3.11.99"), (("linux", "posix"), ("darwin", "posix"), ("win32", "nt")),
+        ("x86_64", "AMD64", "aarch64", "arm64", "riscv64"),
+    )
+]  # fmt: skip
+Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
@@ -50,35 +60,33 @@ def run_all() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         scratch = Path(folder).resolve()
         # Unit tests use one core, and take as long as all else.
-        units = pool.submit(_aside, *UNIT, unseen, scratch / "unit.log")
+        units = pool.submit(_step, *UNIT, unseen, scratch / "unit.log")
         outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
         results, figures = scratch / "results", scratch / "figures"
         variables = notebooks.environment(results, figures, scratch) | notebooks.threads("embedded")
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
         outcomes.append(compare(results))
-        print(f"\n== {UNIT[0]}", flush=True)
         outcomes.append(units.result())
-        print((scratch / "unit.log").read_text(encoding="utf-8"), flush=True)
-    return _report(outcomes)
+        print(f"\n== {UNIT[0]}\n{(scratch / 'unit.log').read_text(encoding='utf-8')}", flush=True)
+    print("\n== times")
+    for name, passed, seconds in outcomes:
+        print(f"{name:<28}{seconds:7.0f} s  {'passed' if passed else 'FAILED'}")
+    print(f"{'together':<28}{sum(seconds for *_, seconds in outcomes):7.0f} s")
+    failed = [name for name, passed, _ in outcomes if not passed]
+    print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
+    return int(bool(failed))
 
 
-Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
-
-
-def _step(name: str, module: list[str], variables: dict[str, str]) -> Outcome:
-    print(f"\n== {name}", flush=True)
+def _step(name: str, module: Sequence[str], variables: Mapping[str, str], log: Path | None = None) -> Outcome:
+    """Run a module; with `log`, beside other steps, so what it says goes into that file."""
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", *module], cwd=ROOT, env=variables, check=False)
-    return name, done.returncode == 0, time.monotonic() - start
-
-
-def _aside(name: str, module: list[str], variables: dict[str, str], log: Path) -> Outcome:
-    """A step beside others, which writes what it has to say into a file."""
-    start = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
+        file = None if log is None else stack.enter_context(log.open("w", encoding="utf-8"))
+        if file is None:
+            print(f"\n== {name}", flush=True)
         command = [sys.executable, "-m", *module]
-        done = subprocess.run(command, cwd=ROOT, env=variables, check=False, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=ROOT, env=variables, check=False, stdout=file, stderr=file)
     return name, done.returncode == 0, time.monotonic() - start
 
 
@@ -90,79 +98,82 @@ def compare(fresh: Path) -> Outcome:
     """
     print("\n== committed results against those just made", flush=True)
     start = time.monotonic()
-    differences = [line for path in committed_tables(RESULTS) for line in _differences(path, fresh)]
+    found = {
+        path: _difference(path, fresh / path.relative_to(RESULTS)) for path in sorted(RESULTS.glob("embedded/*.csv"))
+    }
+    differences = [f"{relative(path)}: {line}" for path, line in found.items() if line]
     print("\n".join(differences) or "the same")
     made_on, here = read_json(RESULTS / "embedded" / "manifest.json").get("processor"), processor()
     passed = not differences
     if differences and made_on != here:
         print(f"committed results are from another processor ({made_on}; here {here}): only verdicts are compared")
-        passed = verdicts(RESULTS / "claims.json") == verdicts(fresh / "claims.json")
+        passed = _verdicts(RESULTS) == _verdicts(fresh)
     return "committed results", passed, time.monotonic() - start
 
 
-def verdicts(claims: Path) -> dict[tuple[str, str], str]:
-    """The verdicts of a `claims.json` by model and claim; empty where there is none."""
-    rows = json.loads(claims.read_text(encoding="utf-8")) if claims.is_file() else []
-    return {(row["model"], row["claim"]): row["verdict"] for row in rows}
+def _verdicts(results: Path) -> list[list[str]]:
+    """Model, claim and verdict, row by row; empty where there is no table."""
+    path = results / "embedded" / "claims.csv"
+    return pd.read_csv(path)[["model", "claim", "verdict"]].to_numpy().tolist() if path.is_file() else []
 
 
-def committed_tables(results: Path) -> list[Path]:
-    """The small tables of the default run and the claims, which are under version control."""
-    found = [*results.glob("*.csv"), *results.glob("embedded/*.csv"), *results.glob("embedded/*.json")]
-    kept = [path for path in found if path.name not in NOT_COMPARED and path.stat().st_size < _SIZE]
-    return sorted(kept)
-
-
-def _differences(committed: Path, fresh: Path) -> list[str]:
-    other = fresh / committed.relative_to(RESULTS)
-    if not other.is_file():
-        return [f"{relative(committed)}: no notebook made it again"]
-    found = list(unequal(_values(committed), _values(other)))
-    more = [f"  and {len(found) - 5} more places"] if len(found) > 5 else []
-    return [f"{relative(committed)}: {line}" for line in found[:5]] + more
-
-
-def _values(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8"))
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def unequal(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Places at which two JSON-like values differ by more than the tolerance; text that is a number counts as one.
-
-    >>> list(unequal([{"te": "1.00001", "site": "head"}], [{"te": "1.0", "site": "head"}]))
-    []
-    >>> list(unequal([{"te": "1.01"}], [{"te": "1.0"}]))
-    ['[0].te is 1.01, now 1.0']
-    """
-    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-        for name in old:
-            yield from unequal(old[name], new[name], f"{where}.{name}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, pair in enumerate(zip(old, new, strict=True)):
-            yield from unequal(*pair, f"{where}[{index}]")
-    elif not _same(old, new):
-        yield f"{where.lstrip('.')} is {_short(old)}, now {_short(new)}"
-
-
-def _same(old: Any, new: Any) -> bool:
+def _difference(committed: Path, fresh: Path) -> str:
+    """Where two tables differ by more than the tolerance, in a line; "" if they do not."""
+    if not fresh.is_file():
+        return "no notebook made it again"
     try:
-        return old == new or math.isclose(float(new), float(old), rel_tol=RTOL, abs_tol=ATOL)
-    except (TypeError, ValueError):
-        return False
+        pd.testing.assert_frame_equal(pd.read_csv(committed), pd.read_csv(fresh), rtol=RTOL, atol=ATOL)
+    except AssertionError as error:
+        return " ".join(str(error).split())[:500]
+    return ""
 
 
-def _short(value: Any) -> str:
-    return f"{len(value)} entries" if isinstance(value, list | dict) else str(value)
+def locked(lines: Sequence[str]) -> list[str]:
+    """The lines of a universal lock that Python 3.11 needs, without markers that always hold there.
+
+    >>> locked(["numpy==2.4.6 ; python_full_version < '3.12'", "numpy==2.5 ; python_full_version >= '3.12'"])
+    ['numpy==2.4.6']
+    >>> locked(["nvidia-nccl==2 ; sys_platform == 'linux'", "appnope==1 ; sys_platform == 'darwin'"])
+    ["appnope==1 ; sys_platform == 'darwin'"]
+    """
+    kept = []
+    for line in lines:
+        pin, _, marker = line.partition(" ; ")
+        holds = [Marker(marker).evaluate(target) for target in TARGETS] if marker else [True]
+        if any(holds) and not LEFT_TO_TORCH.match(pin):
+            kept.append(pin if all(holds) else line)
+    return kept
 
 
-def _report(outcomes: list[Outcome]) -> int:
-    print("\n== times")
-    for name, passed, seconds in outcomes:
-        print(f"{name:<28}{seconds:7.0f} s  {'passed' if passed else 'FAILED'}")
-    print(f"{'together':<28}{sum(seconds for *_, seconds in outcomes):7.0f} s")
-    failed = [name for name, passed, _ in outcomes if not passed]
-    print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
-    return 1 if failed else 0
+def pins() -> dict[str, str]:
+    """Version by canonical package name, of the lines of the lock that hold on this machine."""
+    parts = [line.partition(" ; ") for line in LOCK.read_text(encoding="utf-8").splitlines()]
+    here = [pin.partition("==") for pin, _, marker in parts if not marker or Marker(marker).evaluate()]
+    return {str(canonicalize_name(name)): version for name, _, version in here}
+
+
+def disagreements(wanted: Mapping[str, str]) -> list[str]:
+    """One sentence for each package that is not installed in the locked version (a build's tag does not count)."""
+    installed = {str(canonicalize_name(one.name)): one.version.partition("+")[0] for one in metadata.distributions()}
+    differing = {name: version for name, version in wanted.items() if installed.get(name) != version}
+    return [f"{name} is {installed.get(name, 'missing')}, locked {version}" for name, version in differing.items()]
+
+
+def make_lock(options: Sequence[str]) -> int:
+    """Resolve `requirements.in` for all systems and write what Python 3.11 needs of it; the exit status of uv."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / LOCK.name
+        raw.write_text(LOCK.read_text(encoding="utf-8"), encoding="utf-8")  # uv keeps the versions that it finds
+        command = ["uv", "pip", "compile", "requirements.in", "--universal", "--python-version", "3.11", "--quiet"]
+        command += ["--no-header", "--no-annotate", "--output-file", str(raw), *options]
+        try:
+            status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        except FileNotFoundError:
+            sys.exit("uv is needed to make the lock: python -m pip install uv")
+        if status == 0:
+            write_text("\n".join(locked(raw.read_text(encoding="utf-8").splitlines())) + "\n", LOCK)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(make_lock(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What `companion.run.cluster` and `companion.run.judge_check` share with `./run_all.sh`: its flags behind `--`, its one-line errors."""
+"""The flags of a run: those of `./run_all.sh`, of an entry in a list of models, and behind `--` of another command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,71 +16,20 @@ from companion.base.errors import InputError
 from companion.base.paths import ORGANISM, PROMPTS
 from companion.run import runner, settings
 
-ELSEWHERE = ("models", "shards", "force", "figures", "list", "test", "recalibrate", "book", "lab")
-
-
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own words, and those behind `--`.
-
-    >>> split(["--shards", "2", "--", "--model", "m"])
-    (['--shards', '2'], ['--model', 'm'])
-    """
-    place = list(arguments).index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:place]), list(arguments[place + 1 :])
-
-
-def flags(words: Sequence[str]) -> argparse.Namespace:
-    """The flags of a run, with what they say of foreign code and of the judge in force, as `./run_all.sh` does it.
-
-    Raises `InputError` for a mistake in them, and for a flag that asks for something else than one run.
-    """
-    asked = parse(words)
-    for name in ELSEWHERE:
-        if getattr(asked, name):
-            raise InputError(f"--{name} behind -- means nothing here: name one run, as for ./run_all.sh")
-    hub.trust_code(asked.trust_remote_code)
-    hub.choose_judge(None if asked.judge is None else _named(asked.judge, ORGANISM))
-    return asked
-
-
-def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """The exit status of a command, whose foreseeable errors are one line each: 2 for them, 130 if it was stopped."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return main(arguments)
-    except (InputError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped; {stop or 'the same command starts again'}", file=sys.stderr)
-        return 130
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add them to the command line."""
-    parser.add_argument(
-        "--recalibrate", metavar="I/N", nargs="?", const="1/1", help="measure known models for 07 (hours)"
-    )
-    parser.add_argument(
-        "--book", action="store_true", help="make a website of the notebooks and documents (.book/html)"
-    )
-    parser.add_argument("--lab", action="store_true", help="open JupyterLab at the first notebook")
-    parser.add_argument("--test", action="store_true", help="run all tests, and check every notebook's outputs")
-
-
-def check_alone(flags: argparse.Namespace, n_words: int) -> None:
-    """`InputError` if one of them has company."""
-    why = {
-        "test": "it always checks the embedded model",
-        "book": "it shows the outputs that are stored",
-        "lab": "parameters are set in the notebook",
-    }
-    for name, reason in why.items():
-        if getattr(flags, name) and n_words > 1:
-            raise InputError(f"--{name} goes alone: {reason}")
-
-
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ELSEWHERE = ("models", "shards", "force", "figures", "list", "test", "recalibrate", "book", "lab")
+ALONE = {
+    "test": "it always checks the embedded model",
+    "book": "it shows the outputs that are stored",
+    "lab": "parameters are set in the notebook",
+}
+# What an entry in a list of models may hold.
+KEYS: Mapping[str, type] = {
+    **dict.fromkeys(("model", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str),
+    "pairs": int,
+}
+KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
+SHIPPED = {"model": ORGANISM, "prompts": PROMPTS, "judge": ORGANISM}
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,33 +47,35 @@ def parser() -> Parser:
         description="Run every notebook that is not up to date. With no flag: the embedded model, on the CPU.",
         allow_abbrev=False,
     )
-    new.add_argument(
-        "--model",
-        metavar="NAME|DIR|ID",
-        default="embedded",
-        help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub",
-    )
-    new.add_argument(
-        "--prompts",
-        metavar="NAME|DIR",
-        help="a shipped or public prompt set, or a folder (default: embedded; for a model of "
-        "the hub the open public sets)",
-    )
-    new.add_argument("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
-    new.add_argument("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
-    new.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    new.add_argument("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
-    new.add_argument("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
-    new.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    new.add_argument("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
-    new.add_argument("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
-    new.add_argument("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
-    new.add_argument("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
-    new.add_argument("--shards", metavar="N", type=int, default=0, help="share the sweeps among N processes or GPUs")
-    new.add_argument("--figures", action="store_true", help="only redraw the figures from results/")
-    new.add_argument("--force", action="store_true", help="run what is up to date as well")
-    new.add_argument("--list", action="store_true", help="list the notebooks and what is up to date")
-    add_flags(new)
+    add = new.add_argument
+    # fmt: off
+    add("--model", metavar="NAME|DIR|ID", default="embedded",
+        help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub")
+    add("--prompts", metavar="NAME|DIR",
+        help="a shipped or public prompt set, or a folder (default: embedded; for a model of the hub the open public sets)")
+    add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
+    add("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
+    add("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
+    add("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
+    add("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
+    add("--jobs", metavar="N", type=int, default=0,
+        help="notebooks at once, where none needs another (default: 2 for a shipped model on the CPU, else 1)")
+    add("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
+    add("--shards", metavar="N", type=int, default=0, help="measure the sweeps in N jobs first (needs submitit)")
+    add("--executor", choices=("local", "slurm"), help="where the jobs run (default: slurm where there is sbatch)")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter of submitit, as timeout_min=240")
+    add("--figures", action="store_true", help="only redraw the figures from results/")
+    add("--force", action="store_true", help="run what is up to date as well")
+    add("--list", action="store_true", help="list the notebooks and what is up to date")
+    add("--recalibrate", metavar="I/N", nargs="?", const="1/1", help="measure known models for 07 (hours)")
+    add("--book", action="store_true", help="make a website of the notebooks and documents (.book/html)")
+    add("--lab", action="store_true", help="open JupyterLab at the first notebook")
+    add("--test", action="store_true", help="run all tests, and check every notebook's outputs")
+    # fmt: on
     return new
 
 
@@ -136,28 +87,35 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else "./run_all.sh --help lists the flags"
         raise InputError(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}: {hint}")
-    if [] in vars(flags).values():  # what Python's parser makes of --flag=--
+    if any(value == [] for name, value in vars(flags).items() if name != "set"):  # what argparse makes of --flag=--
         raise InputError("-- is no value of a flag: expected a name, a folder or a number")
     if not DEVICE.fullmatch(flags.device):
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
     if flags.pairs < 0 or 0 < flags.pairs < 10:
         raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
-    if not 0 <= flags.shards <= 1000:
-        raise InputError(f"--shards {flags.shards}: expected 1 to 1000")
+    for name, most in {"shards": 1000, "jobs": 100}.items():
+        if not 0 <= getattr(flags, name) <= most:
+            raise InputError(f"--{name} {getattr(flags, name)}: expected 1 to {most}")
+    if wrong := next((one for one in flags.set if not re.fullmatch(r"\w+=.+", one)), None):
+        raise InputError(f"--set {wrong}: expected KEY=VALUE, such as timeout_min=240")
+    if (flags.set or flags.executor) and not flags.shards:
+        raise InputError("--executor and --set go with --shards")
     flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
     settings.check(flags.prompts, flags.wrappers)
-    check_alone(flags, len(arguments))
+    for name, reason in ALONE.items():
+        if getattr(flags, name) and len(arguments) > 1:
+            raise InputError(f"--{name} goes alone: {reason}")
     return flags
 
 
 def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
     """The notebooks' parameters of this run; `InputError` if a folder or the run's name cannot be."""
-    model, prompts = _named(flags.model, ORGANISM), _named(flags.prompts, PROMPTS)
+    model, prompts = named(flags.model, ORGANISM), named(flags.prompts, PROMPTS)
     if model != "embedded":
         folders.check_model(model)
     if prompts != "embedded":
         settings.check_prompts(prompts)
-    judge = None if flags.judge is None else _named(flags.judge, ORGANISM)
+    judge = None if flags.judge is None else named(flags.judge, ORGANISM)
     if judge is not None:
         folders.check_judge(judge)
     found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
@@ -170,7 +128,7 @@ def resolved(flags: argparse.Namespace) -> dict[str, Any]:
     return settings.known(parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
 
 
-def _named(given: str, shipped: Path) -> str:
+def named(given: str, shipped: Path) -> str:
     """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
     if not given.strip():
         raise InputError("an empty name was given for --model, --prompts or --judge")
@@ -189,3 +147,85 @@ def chosen_notebooks(only: str | None) -> list[str]:
         there = ", ".join(sorted(present)) or "none"
         raise InputError(f"--only {only}: no notebook {', '.join(unknown) or 'named'}; there are {there}")
     return numbers
+
+
+def in_force(asked: argparse.Namespace) -> argparse.Namespace:
+    """The same flags, once what they say of foreign code and of the judge holds for this process and its notebooks."""
+    hub.trust_code(asked.trust_remote_code)
+    hub.choose_judge(None if asked.judge is None else named(asked.judge, ORGANISM))
+    return asked
+
+
+def flags_of_one_run(words: Sequence[str]) -> argparse.Namespace:
+    """The flags behind the `--` of another command, in force; `InputError` for one that asks for more than a run."""
+    asked = parse(words)
+    for name in ELSEWHERE:
+        if getattr(asked, name):
+            raise InputError(f"--{name} behind -- means nothing here: name one run, as for ./run_all.sh")
+    return in_force(asked)
+
+
+def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """The exit status of a command, whose foreseeable errors are one line each: 2 for them, 130 if it was stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    goes_on = "what finished is kept, and the same command goes on from there"
+    try:
+        return main(arguments)
+    except BrokenPipeError:
+        raise
+    except InputError as error:
+        said = str(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        said = f"{error}: mend that; {goes_on}"
+    except KeyboardInterrupt:
+        print(f"\nstopped; {goes_on}", file=sys.stderr)
+        return 130
+    print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
+    return 2
+
+
+def read_model_list(path: Path) -> list[list[str]]:
+    """The flags of each entry of a list of models, as `["--model=/models/a"]`; folders count from the list's own folder.
+
+    Raises `InputError` naming the entry for anything but a list of entries with known keys and plain values.
+    """
+    import yaml  # the command line is imported before any package is installed
+
+    if not path.is_file():
+        raise InputError(f"no list of models at {path}: give a file like models.example.yml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as YAML in UTF-8 ({reason}); see models.example.yml") from error
+    entries = content.get("models") if isinstance(content, dict) and set(content) == {"models"} else None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: expected one key 'models' with a list of at least one entry; see models.example.yml")
+    return [_entry(entry, path.parent, f"{path}, entry {place}") for place, entry in enumerate(entries, start=1)]
+
+
+def _entry(entry: Any, folder: Path, where: str) -> list[str]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected keys and values ({', '.join(KEYS)}), found {type(entry).__name__}")
+    for key, value in entry.items():
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(KEYS)}"
+            raise InputError(f"{where}: unknown key {key!r}: {hint}")
+        if type(value) is not KEYS[key]:
+            raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
+        if "\0" in str(value):
+            raise InputError(f"{where}: {key!r} holds a null character; take it out")
+        if key in ("wrappers", "judge") and not str(value).strip():
+            raise InputError(f"{where}: {key!r} names nothing; leave the key out")
+    return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
+
+
+def _placed(key: str, value: Any, folder: Path) -> Any:
+    """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
+    if key == "wrappers":  # always a path
+        return (folder / folders.expanded(value)).resolve()
+    if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
+        return value
+    placed = folder / folders.expanded(value)
+    return placed.resolve() if placed.is_dir() else value

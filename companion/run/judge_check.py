@@ -1,4 +1,4 @@
-"""How often the labeller is wrong on this model: a sample of answers to label by hand, then rates corrected by it.
+"""How often the labeller is wrong on a model: a sample of answers to label by hand, then rates corrected by it.
 
     python -m companion.run.judge_check --sample 60 -- --model DIR --prompts DIR       # writes answers.csv, to be labelled
     python -m companion.run.judge_check --labels answers.csv -- --model DIR --prompts DIR
@@ -33,17 +33,15 @@ from companion.prompts.pairs import PromptSet
 from companion.run import flags, runner, settings
 
 STEPS = 64  # tokens of an answer
-
-
 MOST = 300  # answers a treatment
-
-
 ANSWERS = "answers.csv"  # what the user fills in
+GIVEN = "given.csv"  # what the labeller said
 
 
 def main(arguments: Sequence[str]) -> int:
     """Write the sample, or read its labels and print the rates of each treatment's treated prompts."""
-    own, words = flags.split(arguments)
+    place = list(arguments).index("--") if "--" in arguments else len(arguments)
+    own, words = arguments[:place], arguments[place + 1 :]
     parser = flags.Parser(prog="python -m companion.run.judge_check", description=(__doc__ or "").splitlines()[0])
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--sample", metavar="N", type=int, help="write N answers, drawn at random, to be labelled")
@@ -51,11 +49,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(own)
     if options.sample is not None and options.sample < 1:
         raise InputError(f"--sample {options.sample}: expected at least 1")
-    asked = flags.flags(words)
+    asked = flags.flags_of_one_run(words)
     parameters = flags.parameters(asked, settings.resolve_device(asked.device))
     folder = public.cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
-        _refuse_to_lose(folder / ANSWERS)
+        _refuse_to_lose(folder / ANSWERS)  # labels made by hand
         return _sample(settings.fetched(parameters, asked.wrappers), folder, options.sample)
     print("\n".join(rates(folder, labels.read_labels(Path(options.labels)))))
     print(_kept(folder, Path(options.labels), paths.RESULTS / parameters["SLUG"]), file=sys.stderr)
@@ -77,7 +75,7 @@ def _refuse_to_lose(file: Path) -> None:
 
 def _kept(folder: Path, labels: Path, results: Path) -> str:
     """Write the accuracy into the run's results, and say so; the exact judge's runs have nothing to correct."""
-    given = files.hash_file(folder / "given.csv", {})
+    given = files.hash_file(folder / GIVEN, {})
     try:
         note = files.read_json(folder / "given.json")
         source, exact, is_its_own = Source(**note["source"]), note["exact"], note["given"] == given
@@ -89,7 +87,7 @@ def _kept(folder: Path, labels: Path, results: Path) -> str:
         )
     if exact:
         return "not kept: a run on the embedded language labels by its exact judge, which has no error to correct"
-    known = accuracy.accuracy(read_labels(folder / "given.csv"), read_labels(labels))
+    known = accuracy.accuracy(read_labels(folder / GIVEN), read_labels(labels))
     measured = Measured(known, source, files.hash_file(labels, {}))
     with runner.only_run(results):  # or notebooks 05 and 06 of a run at work would correct by different numbers
         path = paths.relative(accuracy.write_accuracy(measured, results))
@@ -101,7 +99,7 @@ def rates(folder: Path, truth: Mapping[str, bool]) -> list[str]:
 
     Raises InputError where there are no labels to correct, or too few made by hand of either kind.
     """
-    file = folder / "given.csv"
+    file = folder / GIVEN
     if not file.is_file():
         raise InputError(f"nothing was labelled for this run yet ({file} is not there): write a sample with --sample N")
     given = labels.read_labels(file)
@@ -120,8 +118,14 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     chosen = random.Random(1).sample(found, min(n, len(found)))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     given = [(name, int(label)) for name, label, _, _ in found]
-    file = files.write_text(_csv(("id", "label"), given), folder / "given.csv")
-    _note(parameters, file, [text for _, _, text, _ in found])
+    file = files.write_text(_csv(("id", "label"), given), folder / GIVEN)
+    # Beside the labels, what they were given to: a model or a judge may be another when the sample is back.
+    note = {
+        "given": files.hash_file(file, {}),
+        "source": asdict(accuracy.accuracy_source(parameters, {})),
+        "exact": labels.is_embedded([text for _, _, text, _ in found]),
+    }
+    files.write_json(note, file.with_suffix(".json"))
     blank = [(name, "", request, answer) for name, _, request, answer in chosen]
     files.write_text(_csv(("id", "label", "request", "answer"), blank), folder / ANSWERS)
     judge = os.environ.get(hub.JUDGE) or "refusal phrases"
@@ -130,16 +134,6 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
         "fill in the column label (1: the answer does what was asked, 0: it does not), then give the file to --labels"
     )
     return 0
-
-
-def _note(parameters: Mapping[str, Any], given: Path, texts: Sequence[str]) -> None:
-    """Beside the labeller's labels, what they were given to: a model or a judge may be another when the sample is back."""
-    content = {
-        "given": files.hash_file(given, {}),
-        "source": asdict(accuracy.accuracy_source(parameters, {})),
-        "exact": labels.is_embedded(texts),
-    }
-    files.write_json(content, given.with_suffix(".json"))
 
 
 def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple[str, bool, str, str]]:

@@ -1,14 +1,8 @@
-"""Notebooks as plain JSON: what a run needs to know of one, and what it keeps of an executed one.
+"""Notebooks as plain JSON, and how one is run in a process of its own.
 
-Only the standard library: the command line reads every notebook each time it starts.
-
-Run one notebook in this process (the runner starts one process for each).
-
-`python -m companion.run.notebooks SOURCE TARGET CWD PARAMETERS PIPE` executes SOURCE into TARGET with the JSON object PARAMETERS
-injected (none if it is empty). If that fails, the exit status is 1, and the open file of number PIPE gets a line that says
-which cell and why: a pipe takes it also where a full disk takes no file.
-
-Start one notebook in a process of its own and say in a sentence what went wrong, if something did.
+Only the standard library is imported here: the command line reads every notebook each time it starts. The process that the
+runner starts, `python -m companion.run.notebooks SOURCE TARGET CWD PARAMETERS PIPE`, executes SOURCE into TARGET with the JSON
+object PARAMETERS injected; if that fails, the open file of number PIPE gets a line that says which cell and why.
 """
 
 from __future__ import annotations
@@ -18,14 +12,14 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
@@ -33,12 +27,22 @@ from companion.base.folders import names
 from companion.base.paths import NOTEBOOKS, ORGANISM, ROOT, relative
 
 Notebook = dict[str, Any]
-
-
 Cell = dict[str, Any]
-
-
 INJECTED = "injected-parameters"  # papermill's tag for the cell that it adds
+# The kernel is this very Python, whatever kernels are registered on the machine.
+KERNEL = {
+    "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+    "display_name": "Python 3",
+    "language": "python",
+}
+DETERMINISTIC = {  # variables under which a library neither phones home nor depends on chance
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONHASHSEED": "0",
+    "SOURCE_DATE_EPOCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # bars hold times, and would be stored in the notebooks
+    "WANDB_MODE": "disabled",
+}
 
 
 def read_notebook(path: Path) -> Notebook:
@@ -64,11 +68,7 @@ def _is_cell(cell: Any) -> bool:
 
 
 def source(cell: Cell) -> str:
-    """A cell's text; the format allows a string or a list of lines.
-
-    >>> source({"source": ["a = 1\\n", "a"]})
-    'a = 1\\na'
-    """
+    """A cell's text; the format allows a string or a list of lines."""
     return "".join(cell.get("source", ""))
 
 
@@ -86,7 +86,7 @@ def code_cells(notebook: Notebook) -> list[Cell]:
 def notebook_title(notebook: Notebook) -> str:
     """The first heading.
 
-    >>> title({"cells": [{"cell_type": "markdown", "source": "# Layers\\ntext"}]})
+    >>> notebook_title({"cells": [{"cell_type": "markdown", "source": "# Layers\\ntext"}]})
     'Layers'
     """
     lines = (line for cell in notebook["cells"] for line in source(cell).splitlines())
@@ -98,14 +98,12 @@ def notebook_parameters(notebook: Notebook, path: Path) -> dict[str, Any]:
     tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     if len(tagged) != 1:
         raise InputError(f"{relative(path)} has {len(tagged)} cells tagged 'parameters', one is expected")
-    found = {}
     try:
-        for statement in ast.parse(source(tagged[0])).body:
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                found[statement.targets[0].id] = ast.literal_eval(statement.value)
+        statements = [node for node in ast.parse(source(tagged[0])).body if isinstance(node, ast.Assign)]
+        named = [(node.targets[0], node.value) for node in statements]
+        return {name.id: ast.literal_eval(value) for name, value in named if isinstance(name, ast.Name)}
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{relative(path)}: its parameters must be plain values ({error})") from error
-    return found
 
 
 def is_executed(notebook: Notebook) -> bool:
@@ -137,8 +135,7 @@ def _metadata(notebook: Notebook) -> dict[str, Any]:
 
 
 def _clean_cell(cell: Cell) -> Cell:
-    dropped = ("papermill", "execution")
-    metadata = {name: value for name, value in cell["metadata"].items() if name not in dropped}
+    metadata = {name: value for name, value in cell["metadata"].items() if name not in ("papermill", "execution")}
     if not metadata.get("tags", True):
         del metadata["tags"]
     clean = {**cell, "metadata": metadata}
@@ -166,9 +163,100 @@ def notebook_text(notebook: Notebook) -> str:
     return json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
+def quiet() -> dict[str, str]:
+    """This process's variables, with those of `DETERMINISTIC`."""
+    return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | DETERMINISTIC
+
+
+def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
+    """Variables for a notebook, which sees its folders at `results` and `figures` and no IPython profile of the user's."""
+    write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
+    folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
+    folders |= {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
+    return quiet() | {name: str(path) for name, path in folders.items()}
+
+
+def threads(model: str) -> dict[str, str]:
+    """One thread for the shipped models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
+
+    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
+    """
+    return {} if "OMP_NUM_THREADS" in os.environ or model not in names(ORGANISM) else {"OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A notebook at work in a process of its own; `told` is a pipe on which the process says what went wrong.
+
+    The process is in a session of its own, so Ctrl-C reaches the runner alone. Its standard input is a pipe from the runner:
+    when that closes, the process ends, also where the runner was killed.
+    """
+
+    process: subprocess.Popen[bytes]
+    told: IO[str]
+    scratch: tempfile.TemporaryDirectory[str]
+    log: Path
+
+    def fileno(self) -> int:
+        """The file descriptor that can be read from when the notebook ends or fails."""
+        return self.told.fileno()
+
+    def finish(self) -> tuple[str, str]:
+        """Wait for the end: the executed notebook's text and "", or "" and a sentence with the cell and the error."""
+        with self.scratch, self.told:
+            why = self.told.read()
+            status = self.process.wait()
+            if status == 0:
+                return Path(self.scratch.name, "target.ipynb").read_text(encoding="utf-8"), ""
+        return "", f"{why or ended(status)}\n  the whole story: {relative(self.log)}"
+
+    def stop(self) -> None:
+        """End the process and its kernel, in 10 s at most."""
+        with self.scratch, self.told:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def start_notebook(
+    notebook: Notebook, parameters: Mapping[str, Any], results: Path, figures: Path, log: Path
+) -> Running:
+    """Start a notebook, which writes into `results` and `figures`; with no parameters nothing is injected.
+
+    `log` gets all that the process writes, with the full traceback.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory()
+    place = Path(scratch.name)
+    write_text(notebook_text(prepared(notebook)), place / "source.ipynb")
+    variables = environment(results, figures, place) | threads(str(parameters.get("MODEL", "embedded")))
+    reading, writing = os.pipe()
+    words = [str(place / "source.ipynb"), str(place / "target.ipynb"), str(NOTEBOOKS), json.dumps(dict(parameters))]
+    with log.open("w", encoding="utf-8") as file, os.fdopen(writing, "wb"):  # our end is closed, so the pipe has an end
+        process = subprocess.Popen(
+            [sys.executable, "-m", "companion.run.notebooks", *words, str(writing)], cwd=ROOT, env=variables,
+            stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
+        )  # fmt: skip
+    return Running(process, os.fdopen(reading, errors="replace"), scratch, log)
+
+
+def ended(status: int) -> str:
+    """What an exit status says of a process that said nothing itself.
+
+    >>> ended(-9)
+    'its process was killed (was there enough memory?)'
+    """
+    killed = "was killed (was there enough memory?)"
+    return f"its process {killed if status == -signal.SIGKILL else f'ended with status {status}'}"
+
+
 def main(arguments: list[str]) -> int:
-    """Execute, and write the cleaned notebook, or say what went wrong."""
+    """Execute a notebook and write it cleaned, or say through the pipe what went wrong."""
     source, target, cwd, parameters, pipe = arguments
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
     try:
         problem, traceback = _executed(Path(source), Path(target), cwd, json.loads(parameters))
     except OSError as error:
@@ -184,6 +272,12 @@ def main(arguments: list[str]) -> int:
     return int(bool(problem))
 
 
+def _end_with_the_runner() -> None:
+    """Wait for the end of standard input, then end this process and its group; the kernel sees that its parent has gone."""
+    os.read(0, 1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
 def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) -> tuple[str, str]:
     """Two empty texts; or, if a cell failed, which and why in a line, and the traceback."""
     import papermill
@@ -194,11 +288,11 @@ def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) 
     try:
         papermill.execute_notebook(source, target, parameters=parameters, **options)
     except PapermillExecutionError as error:
-        cell = answered(read_notebook(target))
+        cell = _answered(read_notebook(target))
         return f"code cell {cell}: {_sentence(error.ename, error.evalue)}", "\n".join(error.traceback)
     except DeadKernelError as error:
         why = "DeadKernelError: the kernel died (was there enough memory?)"
-        return f"code cell {answered(read_notebook(target)) + 1}: {why}", str(error)
+        return f"code cell {_answered(read_notebook(target)) + 1}: {why}", str(error)
     write_text(notebook_text(cleaned(read_notebook(target))), target)
     return "", ""
 
@@ -217,138 +311,11 @@ def _tell(pipe: str, line: str) -> None:
     os.write(int(pipe), line.encode("utf-8", errors="replace"))
 
 
-def answered(notebook: Notebook) -> int:
-    """How many code cells of the notebook as written ran to an end, be it an error; papermill notes each reply.
-
-    >>> cells = [{"cell_type": "code", "source": "x", "metadata": {"execution": {"shell.execute_reply": "12:00"}}}]
-    >>> answered({"cells": cells + [{"cell_type": "code", "source": "x", "metadata": {}}]})
-    1
-    """
+def _answered(notebook: Notebook) -> int:
+    """How many code cells of the notebook as written ran to an end, be it an error; papermill notes each reply."""
     notes = [cell["metadata"].get("execution", {}) for cell in code_cells(notebook)]
     return sum("shell.execute_reply" in note for note in notes)
 
 
-def end_with_the_runner() -> None:
-    """End this process when the runner's end of its standard input closes, also where the runner was killed.
-
-    The kernel sees that its parent has gone and ends as well. Without this a killed run would go on computing, unseen.
-    """
-    os.read(0, 1)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def has_runner() -> bool:
-    """Whether a runner started this process: in a session of its own, with a pipe as its standard input.
-
-    One that was started by hand goes on to its end, whatever its standard input is.
-    """
-    return os.getsid(0) == os.getpid() and stat.S_ISFIFO(os.fstat(0).st_mode)
-
-
 if __name__ == "__main__":
-    if has_runner():
-        threading.Thread(target=end_with_the_runner, daemon=True).start()
     sys.exit(main(sys.argv[1:]))
-
-
-KERNEL = {
-    "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-    "display_name": "Python 3",
-    "language": "python",
-}
-
-
-def quiet() -> dict[str, str]:
-    """This process's variables with those under which a library neither phones home nor depends on chance."""
-    variables = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    return variables | {
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "PYTHONHASHSEED": "0",
-        "SOURCE_DATE_EPOCH": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",  # bars hold times, and would be stored in the notebooks
-        "WANDB_MODE": "disabled",
-    }
-
-
-def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
-    """Variables for a notebook, which sees its folders at `results` and `figures`.
-
-    The kernel is this very Python, without the user's IPython profile, whatever kernels are registered on the machine.
-    """
-    write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
-    folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
-    jupyter = {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
-    return quiet() | {name: str(path) for name, path in (folders | jupyter).items()}
-
-
-def threads(model: str) -> dict[str, str]:
-    """One thread for the shipped models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
-
-    Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
-    """
-    return {} if "OMP_NUM_THREADS" in os.environ or model not in names(ORGANISM) else {"OMP_NUM_THREADS": "1"}
-
-
-def execute(
-    notebook: Notebook, parameters: Mapping[str, Any], results: Path, figures: Path, log: Path
-) -> tuple[str, str]:
-    """Run a notebook; returns its executed text and "", or "" and a sentence with the cell and the error.
-
-    With no parameters nothing is injected. `log` gets all that the process wrote, with the full traceback.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        source, target = scratch / "source.ipynb", scratch / "target.ipynb"
-        write_text(notebook_text(prepared(notebook)), source)
-        words = [str(source), str(target), str(NOTEBOOKS), json.dumps(dict(parameters))]
-        status, why = _wait(
-            [sys.executable, "-m", "companion.run.notebooks", *words],
-            environment(results, figures, scratch) | threads(str(parameters.get("MODEL", "embedded"))),
-            log,
-        )
-        if status == 0:
-            return target.read_text(encoding="utf-8"), ""
-        return "", f"{why or ended(status)}\n  the whole story: {relative(log)}"
-
-
-def _wait(command: list[str], variables: Mapping[str, str], log: Path) -> tuple[int, str]:
-    """Exit status of the command, and what it wrote into the pipe whose number is its last word.
-
-    Ctrl-C reaches us alone and is passed on, so that the kernel is shut down. The command's standard input is a pipe from us:
-    if this process is killed, it ends too.
-    """
-    reading, writing = os.pipe()
-    with log.open("w", encoding="utf-8") as file, os.fdopen(reading, errors="replace") as told:
-        with os.fdopen(writing, "wb"):  # this process's copy is closed, so that what is told has an end
-            child = subprocess.Popen(
-                [*command, str(writing)],
-                cwd=ROOT,
-                env=variables,
-                stdin=subprocess.PIPE,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[writing],
-            )
-        try:
-            why = told.read()
-            return child.wait(), why
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
-            raise
-
-
-def ended(status: int) -> str:
-    """What an exit status says of a process that said nothing itself.
-
-    >>> ended(-9)
-    'its process was killed (was there enough memory?)'
-    """
-    killed = "was killed (was there enough memory?)"
-    return f"its process {killed if status == -signal.SIGKILL else f'ended with status {status}'}"

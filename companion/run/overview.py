@@ -1,18 +1,24 @@
-"""What `00_start_here` shows: the pipeline's steps, run times and verdicts, read from files."""
+"""What is told of whole runs: the tables of `00_start_here`, the evidence that `08_claims` judges, and all runs' verdicts.
+
+Only the standard library is imported here, since the runner joins the verdicts of all runs when its notebooks have finished.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import json
+import textwrap
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from companion.base import files
 from companion.base.errors import InputError
-from companion.base.paths import RESULTS, results_dir
-from companion.base.thresholds import UNTRAINED
-from companion.claims.ledger import KEYS
-from companion.run import freshness
+from companion.base.paths import RESULTS, relative, results_dir
 from companion.run.freshness import run_times
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STEPS = (
     ("prompts", "a folder of\nuser turns", "pairs.jsonl", "01"),
@@ -23,8 +29,6 @@ STEPS = (
     ("verdicts", "rules fixed\nbeforehand", "claims.json", "08"),
     ("figures", "each drawn from\nits own table", "NN_name.csv", "all"),
 )
-
-
 ESTIMANDS = (
     ("TE", "y00", "y11", "what the treatment does"),
     ("NIE0", "y00", "y01", "is the treated value enough?"),
@@ -32,67 +36,129 @@ ESTIMANDS = (
     ("NDE0", "y00", "y10", "what does not\npass through"),
     ("NDE1", "y01", "y11", "the same, mediator\nas in treated"),
 )
-
-
 VERDICTS = {**dict.fromkeys(("model", "claim", "verdict", "tags", "reason"), "str"), "estimate": "float"}
 
 
 def pipeline_steps() -> pd.DataFrame:
     """The steps of the pipeline in order, with the file each leaves and the notebook that takes it."""
+    import pandas as pd
+
     return pd.DataFrame(STEPS, columns=["step", "what", "file", "notebook"])
 
 
 def estimands() -> pd.DataFrame:
     """The effects, each with the two cells whose difference it is."""
+    import pandas as pd
+
     return pd.DataFrame(ESTIMANDS, columns=["estimand", "from_cell", "to_cell", "reads"])
 
 
 def run_time_table(slug: str) -> pd.DataFrame:
     """Wall seconds that each notebook took when it last ran."""
+    import pandas as pd
+
     times = sorted(run_times(results_dir(slug)).items())
     return pd.DataFrame(times, columns=["notebook", "seconds"]).query("notebook != '00_start_here'")
 
 
 def verdict_table(slug: str) -> pd.DataFrame | str:
-    """Claim, verdict and reason for the model of one run; a sentence if no run has been judged yet."""
-    path = RESULTS / "claims.csv"
+    """Claim, verdict and reason for the model of one run; a sentence if it has not been judged yet."""
+    path = RESULTS / slug / "claims.csv"
     if not path.is_file():
         return "No verdicts yet: run ./run_all.sh"
     table = files.read_table(path, VERDICTS)
     own = table[table.model == slug]
     if own.empty:
-        raise InputError(f"results/claims.csv has no row for {slug}: run ./run_all.sh with the flags that made it")
+        raise InputError(f"{relative(path)} has no row for {slug}: run ./run_all.sh with the flags that made it")
     return own[["claim", "verdict", "tags", "reason"]].reset_index(drop=True)
 
 
-def collect(results: Path, own: str) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
-    """Evidence of every run below a results folder, the names of the runs, and a sentence for each file left out.
+def run_evidence(slug: str) -> pd.DataFrame:
+    """The evidence that a run's notebooks 02 to 06 left, of its own model and of those that it is compared with.
 
-    A run also measures its model's relatives; where a relative has a run of its own, that run's rows count. Of runs other
-    than `own`, files are left out that cannot be read, or that are older than what they rest on: one run that failed half
-    way must not stop or spoil the others'. Raises InputError for a damaged file of `own`, and where nothing is found.
+    Raises InputError for a damaged file, and where there is none.
     """
-    tables, left_out = {}, list[str]()
-    for folder in sorted(path for path in results.iterdir() if (path / "02_evidence.csv").is_file()):
-        found = []
-        for path in sorted(folder.glob("0[2-6]_evidence.csv")):
-            try:
-                table = files.read_table(path, files.EVIDENCE)
-            except InputError as error:
-                if folder.name == own:
-                    raise
-                left_out.append(f"{folder.name}: {error}")
-                continue
-            if folder.name == own or freshness.is_of_one_run(folder, path.name[:2]):
-                found.append(table)
+    import pandas as pd
+
+    from companion.claims.ledger import KEYS
+
+    found = sorted((RESULTS / slug).glob("0[2-6]_evidence.csv"))
+    if not found:
+        raise InputError(f"{relative(RESULTS / slug)} holds no evidence: run ./run_all.sh first")
+    tables = [files.read_table(path, files.EVIDENCE) for path in found]
+    return pd.concat(tables, ignore_index=True).drop_duplicates(KEYS)
+
+
+def join_claims(results: Path) -> None:
+    """Join the verdicts of all runs, `NAME/claims.*`, into `claims.csv`, `claims.json` and `claims.md`.
+
+    A run also judges models that its own is compared with; where one of those has a run of its own, that run's rows count.
+    Models with a run come first. A run's torn file is left out: its notebook 08 is stale, and makes it again.
+    """
+    for name in ("claims.csv", "claims.json", "claims.md"):
+        runs = {}
+        for path in sorted(results.glob(f"*/{name}")):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                runs[path.parent.name] = _claims(path)
+        if runs:
+            own = [row for run, (_, rows) in runs.items() for (model, _), row in rows.items() if model == run]
+            others: dict[tuple[str, str], Any] = {}
+            for _, rows in runs.values():
+                others |= {key: row for key, row in rows.items() if key[0] not in runs and key not in others}
+            joined = [*own, *others.values()]
+            if name == "claims.json":
+                files.write_json(joined, results / name)
             else:
-                left_out.append(f"{folder.name}: {path.name} is older than what it rests on: run that model again")
-        if found:
-            tables[folder.name] = pd.concat(found, ignore_index=True)
-    if not tables:
-        raise InputError(f"no run with evidence in {results}: run ./run_all.sh first")
-    parts = []
-    for run, table in tables.items():
-        owner = table.model.str.removesuffix(UNTRAINED)
-        parts.append(table[(owner == run) | ~owner.isin(tables)])
-    return pd.concat(parts, ignore_index=True).drop_duplicates(KEYS), tuple(tables), tuple(left_out)
+                head = next(iter(runs.values()))[0]
+                files.write_text("".join([head, *joined]), results / name)
+
+
+def _claims(path: Path) -> tuple[str, dict[tuple[str, str], Any]]:
+    """The head of a file of verdicts, and its rows by model and claim; a row is a line, or in JSON an object."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return "", {(row["model"], row["claim"]): row for row in json.loads(text)}
+    lines = text.splitlines(keepends=True)
+    if not lines[-1].endswith("\n"):
+        raise ValueError("its last line is not complete")
+    n_head = 1 if path.suffix == ".csv" else 2
+    cells = (next(csv.reader([line])) if path.suffix == ".csv" else line.split(" | ") for line in lines[n_head:])
+    return "".join(lines[:n_head]), {
+        (model.removeprefix("| "), claim): line for (model, claim, *_), line in zip(cells, lines[n_head:], strict=True)
+    }
+
+
+def claims_table(path: Path, slug: str, width: int) -> str:
+    """The verdicts on a run's own model as aligned text, the last column wrapped at `width` characters.
+
+    Without a row for the model `slug` all rows are shown; without a row or a file nothing is.
+    """
+    if not path.is_file():
+        return ""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
+    return "\n".join(aligned([list(own[0]), *(list(row.values()) for row in own)], width)) if own else ""
+
+
+def aligned(rows: list[list[str]], width: int) -> list[str]:
+    """Lines of a table whose columns are padded and whose last column is wrapped.
+
+    Where the padded columns leave it too little room, it stands below each row instead.
+
+    >>> aligned([["claim", "why"], ["C1", "one two three"]], 15)
+    ['claim  why', 'C1     one two', '       three']
+    >>> aligned([["claim" + 8 * "-", "why"], ["C1", "one two three"]], 15)
+    ['claim--------', '  why', 'C1', '  one two three']
+    """
+    *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    indent = sum(widths) + 2 * len(widths)
+    lines = []
+    for *cells, last in rows:
+        first = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
+        if indent > width / 2:
+            lines += [first.rstrip(), *textwrap.wrap(last, width, initial_indent="  ", subsequent_indent="  ")]
+            continue
+        wrapped = textwrap.wrap(last, max(width - indent, 8)) or [""]
+        lines += [(first + wrapped[0]).rstrip(), *(" " * indent + line for line in wrapped[1:])]
+    return lines

@@ -1,116 +1,32 @@
-"""A notebook's files take their place only when it has finished: it writes into a stage, a failure leaves nothing.
+"""Run the notebooks that are not up to date, each in a process of its own, several side by side where none needs another.
 
-Run the notebooks that are not up to date, each in its own process, in the order of what they need.
+A notebook writes into a stage; its files take their place when it has finished, and that it is up to date is noted last. So
+a notebook that fails or is stopped changes nothing, and one that is killed while its files move is stale and runs again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 import secrets
+import select
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from companion.base import files
+from companion.base import files, hub
 from companion.base.errors import InputError
-from companion.base.files import write_text
-from companion.base.folders import model_folder, prompts_folder
-from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, PARTS, RESULTS, ROOT, relative
-from companion.generation import accuracy
-from companion.run import freshness, notebooks
-from companion.run.freshness import STATE, is_as_written, mend_times, note_time, run_times, write_manifest
-from companion.run.notebooks import Notebook, read_notebook
-
-_KEPT_OUT = (STATE, "logs", "notebooks", PARTS)  # the runner's own folders inside a run's results
-
-
-_SCRATCH = re.compile(
-    r"\..+\.\d+-[0-9a-f]{8}(\.\w+)?"
-)  # the names that companion.base.files gives to files half written
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One staged folder: `shown` is what the notebook sees in place of `real`."""
-
-    real: Path
-    shown: Path
-    before: dict[Path, tuple[int, ...]]
-
-    def written(self) -> list[Path]:
-        """Every file that the notebook wrote, by the place that it will take."""
-        return [self.real / name for name, state in _files(self.shown).items() if self.before.get(name) != state]
-
-    def overtaken(self) -> list[Path]:
-        """Files that all runs share which a run of another name replaced, by something else, since this stage was made."""
-        return [path for path in self.written() if path.parent == self.real and path.is_file() and self._is_other(path)]
-
-    def _is_other(self, path: Path) -> bool:
-        stat, before = path.stat(), self.before.get(Path(path.name))  # a copy has the size and time of what was copied
-        is_same = before is not None and before[1:] == (stat.st_size, stat.st_mtime_ns)
-        return not is_same and path.read_bytes() != (self.shown / path.name).read_bytes()
-
-    def publish(self) -> None:
-        """Move what the notebook wrote into its place."""
-        for target in self.written():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.shown / target.relative_to(self.real), target)
-
-
-def tidy(folders: Iterable[Path]) -> None:
-    """Remove what a killed run left in these folders: stages, and files that had not taken their place yet."""
-    for folder in folders:
-        for left in folder.glob(f"{STATE}/stage*"):
-            shutil.rmtree(left)
-        for left in [*folder.glob(".*"), *folder.glob(f"{STATE}/.*")]:
-            if _SCRATCH.fullmatch(left.name) and left.is_file():
-                left.unlink()
-
-
-@contextmanager
-def staged(real: Path, slug: str) -> Iterator[Stage]:
-    """A scratch view of `real` (the folder of all results, or of all figures) for the run `slug`.
-
-    The run's own files are copies, so that no earlier file is touched even by a writer that changes it in place;
-    the folders of other runs are links, for reading.
-    """
-    home = real / slug / STATE  # on the same disk, so that publishing is a rename
-    # A name of its own: what a killed run's notebook still writes for a moment never gets into this one's.
-    shown = home / f"stage-{os.getpid()}-{secrets.token_hex(4)}"
-    shown.mkdir(parents=True)
-    try:
-        for path in real.iterdir():
-            if path.name == slug:
-                shutil.copytree(path, shown / slug, ignore=shutil.ignore_patterns(*_KEPT_OUT, ".*"))
-                if (path / PARTS).is_dir():
-                    (shown / slug / PARTS).symlink_to(path / PARTS, target_is_directory=True)
-            elif path.is_dir():
-                (shown / path.name).symlink_to(path, target_is_directory=True)
-            else:
-                shutil.copy2(path, shown / path.name)
-        yield Stage(real, shown, _files(shown))
-    finally:
-        shutil.rmtree(shown, ignore_errors=True)  # the next run removes what is left
-
-
-def _files(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """Every file below, without following links to folders, with what changes when it is written."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent) / name
-            stat = path.stat()
-            found[path.relative_to(folder)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return found
-
+from companion.base.folders import model_folder, names, prompts_folder
+from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, ORGANISM, PARTS, RESULTS, ROOT, relative
+from companion.run import freshness, notebooks, overview
+from companion.run.freshness import STATE, run_times
+from companion.run.notebooks import Notebook, Running, read_notebook
 
 # Each notebook and those that it needs: it reads their results, or, of 01, takes the model and prompts as checked. 00 is the
 # first to read and the last to run: it reports the run.
@@ -125,11 +41,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "08": ("02", "03", "04", "05", "06", "07"),
     "00": ("08",),
 }
-
-
+JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
-
-
 DEFAULTS: dict[str, Any] = {
     "MODEL": "embedded",
     "PROMPTS": "embedded",
@@ -201,40 +114,46 @@ def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str
     return ordered
 
 
-def make_plan(parameters: Mapping[str, Any], force: Sequence[str] | None = None) -> Plan:
+def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
     """Read the notebooks and see what is stale; those in `force` count as stale."""
     paths = find_notebooks(NOTEBOOKS, NEEDS)
     originals = {number: path.read_bytes() for number, path in paths.items()}
-    notebooks = {number: read_notebook(path) for number, path in paths.items()}
+    books = {number: read_notebook(path) for number, path in paths.items()}
     results = RESULTS / parameters["SLUG"]
     known: files.KnownHashes = freshness.recall(results, "hashes")
     before = dict(known)
-    own = accuracy.own_accuracy(results, parameters, known)
-    keys = freshness.keys(notebooks, NEEDS, parameters, _shared_digest(parameters, known), own)
-    plan = Plan(parameters, paths, originals, notebooks, keys, frozenset())
-    stale = {number for number in paths if number in (force or ()) or not _is_fresh(plan, number, known)}
+    shared, own = _rests_on(parameters, known)
+    keys = freshness.keys(books, NEEDS, parameters, shared, own)
+    plan = Plan(parameters, paths, originals, books, keys, frozenset())
+    stale = {number for number in paths if number in force or not _is_fresh(plan, number, known)}
     if known != before:
         freshness.note(results, "hashes", known)
-    return Plan(parameters, paths, originals, notebooks, keys, frozenset(stale))
+    return Plan(parameters, paths, originals, books, keys, frozenset(stale))
 
 
 def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
     executed = plan.executed(number)
     try:
-        written = executed.is_file() and notebooks.is_executed(notebooks.read_notebook(executed))
+        written = executed.is_file() and notebooks.is_executed(read_notebook(executed))
     except InputError:  # a torn copy is made again; a torn notebook of the repository was named before
         return False
     return written and freshness.is_fresh(plan.results, number, plan.keys[number], known)
 
 
-def _shared_digest(parameters: Mapping[str, Any], known: files.KnownHashes) -> str:
-    """What all notebooks rest on: helpers, lock, shipped data, and the model, the prompts and the judge handed in."""
-    folders = [DATA]
+def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
+    """What all notebooks rest on, hashed: code, lock, shipped data, model, prompts and judge; and, by number, what some do."""
     given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]))
-    folders += [folder for folder in given if not folder.is_relative_to(DATA)]
+    folders = [DATA, *(folder for folder in given if not folder.is_relative_to(DATA))]
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
-    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *accuracy.judge_files(known))
+    judge: list[Any] = []
+    own: dict[str, Any] = {}
+    results = RESULTS / parameters["SLUG"]
+    if os.environ.get(hub.JUDGE) or (results / JUDGED).is_file():
+        from companion.generation import accuracy  # only then: it imports pandas
+
+        judge, own = accuracy.judge_files(known), accuracy.own_accuracy(results, parameters, known)
+    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *judge), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
@@ -255,47 +174,17 @@ def check_parameters(plan: Plan) -> None:
             raise InputError(f"{relative(path)}: its cell tagged 'parameters' must be exactly: {expected}")
 
 
-def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None]) -> int:
-    """Run the stale ones of `numbers`, one line each; returns how many failed or were not started.
-
-    `made_from` is noted with the first result that takes its place: whose results these are (`companion.run.settings.made_from`).
-    """
-    check_parameters(plan)
-    lost: dict[str, str] = {}
-    with only_run(plan.results):
-        tidy([plan.results, FIGURES / plan.slug, *([NOTEBOOKS] if plan.is_default else [])])
-        for place, number in enumerate(numbers, start=1):
-            print(f"[{place}/{len(numbers)}] {plan.paths[number].stem}", end=" ", flush=True)
-            broken = [need for need in NEEDS[number] if need in lost]
-            if broken:
-                lost[number] = lost[broken[0]]
-                print(f"not started: it needs {lost[number]}, which failed", flush=True)
-            elif number not in plan.stale:
-                print("fresh, skipped", flush=True)
-            elif not _run_one(plan, number, made_from):
-                lost[number] = plan.paths[number].stem
-        _finish(plan, done=set(numbers) & plan.stale - set(lost))
-    return len(lost)
-
-
-def _finish(plan: Plan, done: set[str]) -> None:
-    mend_times(plan.results)
-    if done or not is_as_written(plan.results):
-        known: files.KnownHashes = freshness.recall(plan.results, "hashes")
-        write_manifest(plan.results, plan.parameters, known)
-
-
 @contextmanager
-def only_run(results: Path) -> Iterator[None]:
+def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
 
-    Raises `InputError` where another process holds it, or where the file system knows no locks.
+    Raises `InputError` where another process holds it (or waits for that one), or where the file system knows no locks.
     """
-    folder = results / freshness.STATE
+    folder = results / STATE
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(f"another run is writing {relative(results)}: wait, or choose --name") from None
         except OSError as error:
@@ -304,36 +193,165 @@ def only_run(results: Path) -> Iterator[None]:
         yield
 
 
-def _run_one(plan: Plan, number: str, made_from: Mapping[str, str | None]) -> bool:
-    """Run one notebook and put its files in place if it finished; says how it went."""
-    path, name = plan.paths[number], plan.paths[number].stem
-    last = run_times(plan.results).get(name)
-    print(f"(last time {last} s) ..." if last else "...", end=" ", flush=True)
-    start = time.monotonic()
-    with staged(RESULTS, plan.slug) as results, staged(FIGURES, plan.slug) as figures:
-        injected = {} if plan.is_default else plan.parameters
-        log = plan.results / "logs" / f"{name}.log"
-        text, problem = notebooks.execute(plan.notebooks[number], injected, results.shown, figures.shown, log)
-        seconds = time.monotonic() - start
-        if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
-            problem = "it was changed while it ran; the change is kept, so run again"
-        elif not problem and (overtaken := [*results.overtaken(), *figures.overtaken()]):
-            problem = f"a run of another name wrote {relative(overtaken[0])} meanwhile, so run again"
-        if problem:
-            print(f"failed after {seconds:.0f} s", flush=True)
-            print(f"{name}: {problem}", file=sys.stderr, flush=True)
-            return False
-        freshness.note(plan.results, MADE_FROM, made_from)
-        outputs = [*results.written(), *figures.written()]
-        left = freshness.forget(plan.results, number, outputs)
-        results.publish()
-        figures.publish()
+@dataclass(frozen=True)
+class Stage:
+    """Where one notebook of a run works: copies of the run's results, so that no file in place is touched, and no figures."""
+
+    plan: Plan
+    number: str
+    folder: Path
+    before: Mapping[Path, tuple[int, ...]]
+    running: Running
+    start: float
+
+    @classmethod
+    def begin(cls, plan: Plan, number: str) -> Stage:
+        """Make the stage and start the notebook in it."""
+        folder = plan.results / STATE / f"stage-{os.getpid()}-{secrets.token_hex(4)}"  # on the disk of the results
+        results, figures = folder / "results", folder / "figures"
+        figures.mkdir(parents=True)
+        # The runner's own folders stay out, and parts of sweeps, which are many, are written one by one and whole.
+        kept_out = shutil.ignore_patterns(STATE, "logs", "notebooks", PARTS, ".*")
+        shutil.copytree(plan.results, results / plan.slug, ignore=kept_out)
+        if (plan.results / PARTS).is_dir():
+            (results / plan.slug / PARTS).symlink_to(plan.results / PARTS, target_is_directory=True)
+        before = _files(results)
+        parameters = {} if plan.is_default else plan.parameters
+        log = plan.results / "logs" / f"{plan.paths[number].stem}.log"
+        running = notebooks.start_notebook(plan.notebooks[number], parameters, results, figures, log)
+        return cls(plan, number, folder, before, running, time.monotonic())
+
+    def fileno(self) -> int:
+        """The file descriptor that can be read from when the notebook ends or fails."""
+        return self.running.fileno()
+
+    def finish(self) -> tuple[float, str]:
+        """Put the files of a notebook that ended into their places; returns its seconds, and what went wrong, if it did."""
+        plan, number, path = self.plan, self.number, self.plan.paths[self.number]
+        try:
+            text, problem = self.running.finish()
+            seconds = time.monotonic() - self.start
+            if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
+                problem = "it was changed while it ran; the change is kept, so run again"
+            if not problem:
+                self._publish(text, seconds)
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)  # the next run removes what is left
+        return seconds, problem
+
+    def _publish(self, text: str, seconds: float) -> None:
+        plan, number = self.plan, self.number
+        moves: dict[Path, Path] = {}
+        for shown, real in ((self.folder / "results", RESULTS), (self.folder / "figures", FIGURES)):
+            written = (name for name, state in _files(shown).items() if self.before.get(name) != state)
+            moves |= {real / name: shown / name for name in written}
+        left = freshness.outdated(plan.results, number, moves)
+        for target, made in moves.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made, target)  # a rename, unless figures are kept on another disk
         for path in left:  # or a later notebook would take them for results of this run
-            if path.is_file():
-                path.unlink()
-        write_text(text, plan.executed(number))
-    needs = {need: plan.keys[need] for need in NEEDS[number] if need in plan.keys}
-    freshness.remember(plan.results, number, plan.keys[number], outputs, needs)
-    note_time(plan.results, name, seconds)
-    print(f"{seconds:.0f} s", flush=True)
-    return True
+            path.unlink(missing_ok=True)
+        files.write_text(text, plan.executed(number))
+        freshness.remember(plan.results, number, plan.keys[number], moves)
+        freshness.note_time(plan.results, plan.paths[number].stem, seconds)
+
+    def stop(self) -> None:
+        """End the notebook and remove its stage."""
+        self.running.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _files(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """Every file below, without following links to folders, with what changes when it is written."""
+    found = [Path(parent, name) for parent, _, own in os.walk(folder) for name in own]
+    states = {path.relative_to(folder): path.stat() for path in found}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in states.items()}
+
+
+def default_jobs(plan: Plan) -> int:
+    """Two notebooks at once for a shipped model on a processor with two cores: these are small, and have one thread each."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_small = plan.parameters["MODEL"] in names(ORGANISM) and plan.parameters["DEVICE"] == "cpu"
+    return 2 if is_small and n_cores > 1 else 1
+
+
+def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None], jobs: int = 0) -> int:
+    """Run the stale ones of `numbers`, `jobs` at once (0: `default_jobs`); returns how many failed or were not started.
+
+    `made_from` is noted with the first result: whose results these are (`companion.run.settings.made_from`).
+    """
+    check_parameters(plan)
+    with only_run(plan.results):
+        for left in (plan.results / STATE).glob("stage*"):  # of a run that was killed
+            shutil.rmtree(left)
+        work = _Work(plan, numbers, jobs or default_jobs(plan))
+        try:
+            while work.start_ready():
+                work.take_finished()
+                if work.done:
+                    freshness.note(plan.results, MADE_FROM, made_from)
+        finally:
+            for stage in work.stages:
+                stage.stop()
+        _finish(plan, is_new=bool(work.done))
+    return len(work.lost)
+
+
+class _Work:
+    """What is to run, what runs, and what was lost: notebooks that failed, and those that need one of them."""
+
+    def __init__(self, plan: Plan, numbers: Sequence[str], jobs: int) -> None:
+        self.plan, self.numbers, self.jobs = plan, list(numbers), jobs
+        self.times = {**run_times(RESULTS / "embedded"), **run_times(plan.results)}
+        self.waiting = [number for number in numbers if number in plan.stale]
+        self.stages: list[Stage] = []
+        self.done: list[str] = []
+        self.lost: dict[str, str] = {}
+        for number in numbers:
+            if number not in plan.stale:
+                self._say(number, "fresh, skipped")
+
+    def _say(self, number: str, what: str) -> None:
+        place = f"[{self.numbers.index(number) + 1}/{len(self.numbers)}]"
+        print(f"{place} {self.plan.paths[number].stem} {what}", flush=True)
+
+    def start_ready(self) -> bool:
+        """Start what can start while there is room, the longest first by the last run's times; whether any is running."""
+        for number in list(self.waiting):
+            if broken := [need for need in NEEDS[number] if need in self.lost]:
+                self.lost[number] = self.lost[broken[0]]
+                self.waiting.remove(number)
+                self._say(number, f"not started: it needs {self.lost[number]}, which failed")
+        missing = {*self.waiting, *(stage.number for stage in self.stages)}
+        last = {number: self.times.get(self.plan.paths[number].stem, 0) for number in self.waiting}
+        ready = sorted((n for n in self.waiting if missing.isdisjoint(NEEDS[n])), key=lambda n: -last[n])
+        for number in ready[: self.jobs - len(self.stages)]:
+            self._say(number, f"(last time {last[number]} s) ..." if last[number] else "...")
+            self.stages.append(Stage.begin(self.plan, number))
+            self.waiting.remove(number)
+        return bool(self.stages)
+
+    def take_finished(self) -> None:
+        """Wait until one of the running notebooks ends, and put its files in place if it has finished."""
+        for stage in select.select(self.stages, [], [])[0]:
+            self.stages.remove(stage)
+            seconds, problem = stage.finish()
+            if problem:
+                self.lost[stage.number] = self.plan.paths[stage.number].stem
+                self._say(stage.number, f"failed after {seconds:.0f} s")
+                print(f"{self.lost[stage.number]}: {problem}", file=sys.stderr, flush=True)
+            else:
+                self.done.append(stage.number)
+                self._say(stage.number, f"{seconds:.0f} s")
+
+
+def _finish(plan: Plan, *, is_new: bool) -> None:
+    """Write the run's manifest, if that is due, and join the verdicts of all runs."""
+    try:
+        files.read_json(plan.results / "manifest.json")
+    except InputError:  # missing or torn
+        is_new = True
+    if is_new:
+        freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
+    with only_run(RESULTS, wait=True):
+        overview.join_claims(RESULTS)

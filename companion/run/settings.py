@@ -1,9 +1,8 @@
-"""From what was typed to what a run uses: models and public prompt sets by name become folders. Imports nothing heavy.
+"""From what was typed to what a run uses: its name, its device, and models, judges and prompt sets by name become folders.
 
-A prompt set made of public sets, for one model: pairs, outcome and a note, written to the user's cache and never here.
-
-T1 goes from a harmless to a harmful request (`companion.prompts.public`); T2 and T2b put the user's own wrappers around
-the same requests, and need no partner of equal length.
+A prompt set of public sets is made here for one model: T1 goes from a harmless to a harmful request
+(`companion.prompts.public`); T2 and T2b put the user's own wrappers around the same requests. Its texts go to the user's cache
+and never into the repository. What is heavy is imported where it is needed: the command line imports this module.
 """
 
 from __future__ import annotations
@@ -16,23 +15,22 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from companion.base import folders, hub, paths, thresholds
+from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
 from companion.base.folders import model_folder, names, prompts_folder
 from companion.base.paths import PROMPTS, check_slug, relative
-from companion.generation import openers
-from companion.model import load
-from companion.model.load import load_tokenizer, tokenizer_of
 from companion.prompts import public, wrappers
-from companion.prompts.pairs import Pair
-from companion.prompts.public import BENIGN, SETS, Request, Rows, read_public_set
-from companion.prompts.wrappers import Wrapper
 from companion.run import freshness, runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from companion.prompts.pairs import Pair
+    from companion.prompts.public import Request
+    from companion.prompts.wrappers import Wrapper
 
 LONGEST = 90  # characters of a name that nobody chose
 
@@ -72,8 +70,7 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     parts = [hub.slug(found["MODEL"])]
     if found["PROMPTS"] != "embedded":
         parts.append(Path(found["PROMPTS"]).name)
-    plain = {name: found[name] for name in ("DEVICE", "DTYPE", "PROFILE")}
-    parts += [value for name, value in plain.items() if value != runner.DEFAULTS[name]]
+    parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
     parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
     if given:
         place = folders.from_caller(given).resolve()
@@ -82,8 +79,7 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
     if len(whole) <= LONGEST:
         return whole
-    tail = hashlib.sha256(whole.encode()).hexdigest()[:8]
-    return f"{whole[: LONGEST - 9]}-{tail}"
+    return f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
@@ -96,7 +92,7 @@ def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) ->
     return {
         "model": _place(found["MODEL"]),
         "prompts": ",".join(sets) if sets else relative(folders.prompts_folder(prompts)),
-        "wrappers": relative(wrappers.wrappers_file(folders.from_caller(given))) if given else None,
+        "wrappers": relative(file) if (file := _wrappers_file(given)) else None,
         "judge": _place(judge) if judge else None,
     }
 
@@ -125,7 +121,7 @@ def default_prompts(model: str) -> str:
 
 def check(prompts: str, given: str | None) -> None:
     """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
-    is_public = is_public_set(prompts)
+    is_public = is_public_set(prompts)  # raises for a list with an unknown name in it
     if given is None:
         return
     if not given.strip():
@@ -145,11 +141,22 @@ def is_public_set(prompts: str) -> bool:
 
 def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
-    judge = os.environ.get(hub.JUDGE)
-    if judge:
-        hub.choose_judge(_pinned_judge(judge))
-    model = hub.pinned(found["MODEL"]) if not Path(found["MODEL"]).is_dir() else found["MODEL"]
-    return {**found, "MODEL": model, "PROMPTS": _prompts(found["PROMPTS"], model, given)}
+    if judge := os.environ.get(hub.JUDGE):
+        folders.check_judge(judge)
+        try:
+            hub.choose_judge(judge if Path(judge).is_dir() else hub.pinned(judge))
+        except InputError:
+            why = f"--judge: {judge} is not in the hub's cache yet: a run without --list downloads it"
+            raise InputError(why) from None
+    model, prompts = found["MODEL"], found["PROMPTS"]
+    model = model if Path(model).is_dir() else hub.pinned(model)
+    if is_public_set(prompts):
+        folder = public.folder(prompts, model, _wrappers_file(given))
+        if not public.is_made(folder):
+            why = f"the prompt set {prompts} is not made for {model} yet: ./run_all.sh without --list makes it"
+            raise InputError(why)
+        prompts = str(folder)
+    return {**found, "MODEL": model, "PROMPTS": prompts}
 
 
 def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
@@ -158,215 +165,44 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if hub.parse(model) is not None and not Path(model).is_dir():
         from companion.model import download
 
-        model = download.ready(model, found["DEVICE"], found["DTYPE"])
-    judge = os.environ.get(hub.JUDGE)
-    if judge:
+        model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
+    if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
-        file = wrappers.wrappers_file(folders.from_caller(given)) if given else None
+        file = _wrappers_file(given)
         folder = public.folder(found["PROMPTS"], model, file)
         ensure(folder, found["PROMPTS"], model, file, device=found["DEVICE"], dtype=found["DTYPE"])
     return known({**found, "MODEL": model}, given)
 
 
-def _pinned_judge(judge: str) -> str:
-    folders.check_judge(judge)
-    try:
-        return judge if Path(judge).is_dir() else hub.pinned(judge)
-    except InputError:
-        raise InputError(f"--judge: {judge} is not in the hub's cache yet: a run without --list downloads it") from None
+def _wrappers_file(given: str | None) -> Path | None:
+    return wrappers.wrappers_file(folders.from_caller(given)) if given else None
 
 
 def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     """The judge's name once it is downloaded; what would stop it in the middle of a run stops here."""
     import torch
 
-    from companion.base import folders
     from companion.generation import labels
-    from companion.model import download, memory
+    from companion.model import download, load, memory
 
     folders.check_judge(judge)
     # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
     # on the GPU of that model's embedding.
-    beside = memory.taken(folders.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    beside = memory.reserved_bytes(folders.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
-        name = download.ready(judge, device, labels.DTYPE, copies=1, beside=beside)
+        name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
         folder = folders.model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
-        tokenizer = load.tokenizer_of(folder)
+        tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))
         labels.check_judge_fit(memory.on_meta(folder, getattr(torch, labels.DTYPE)), tokenizer)
-        memory.checked(folder, device, labels.DTYPE, copies=1, beside=beside)
+        memory.check_size(folder, device, labels.DTYPE, copies=1, beside=beside)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
     return name
-
-
-def _prompts(name: str, model: str, given: str | None) -> str:
-    if not is_public_set(name):
-        return name
-    folder = public.folder(name, model, wrappers.wrappers_file(folders.from_caller(given)) if given else None)
-    if not public.is_made(folder):
-        raise InputError(f"the prompt set {name} is not made for {model} yet: ./run_all.sh without --list makes it")
-    return str(folder)
-
-
-LEFT_OUT = "left out: "
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The pairs of all sets, the sha256 of each row by its id, and how many harmful requests there are."""
-
-    pairs: tuple[Pair, ...]
-    hashes: Mapping[str, str]
-    n_requests: int
-
-
-def ensure(
-    folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str,
-    report: Callable[[str], object] = print,
-) -> None:  # fmt: skip
-    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
-
-    Sets that cannot be loaded are named and left out; InputError if none can.
-    """
-    if public.is_made(folder):
-        report(f"prompt set: {folder} (remove this folder to make it anew)")
-        note = read_json(folder / "set.json")
-        notes = note.get("notes", []) if isinstance(note, dict) else []
-        for line in notes:
-            report(f"  when it was made: {line}")
-    else:
-        notes = _make(folder, name, model, wrapper_file, device, dtype, report)
-        report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-    openers.check(folder, model=model, device=device, dtype=dtype, report=report)
-    retry(notes, folder, report)
-
-
-def _make(
-    folder: Path, name: str, model: str, wrapper_file: Path | None, device: str, dtype: str,
-    report: Callable[[str], object],
-) -> list[str]:  # fmt: skip
-    """Write the folder's files, outcome.json last; returns what a later run should say again."""
-    tokenizer = load_tokenizer(folders.model_folder(model))
-    if tokenizer is None:
-        raise InputError(f"{model} has no tokenizer: save it into the model's folder")
-    templates = wrappers.read_wrappers(wrapper_file) if wrapper_file else ()
-    notes: list[str] = []
-
-    def said(line: str) -> None:
-        notes.append(line)
-        report(line)
-
-    made = collect(name, tokenizer, templates, said)
-    for line in public.survival(made.pairs, made.n_requests, tokenizer):
-        report(line)
-    if not templates:
-        report(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": made.hashes}
-    write_json(note, folder / "set.json")
-    write_text("".join(json.dumps(_row(pair)) + "\n" for pair in made.pairs), folder / "pairs.jsonl")
-    openers.ensure(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
-    return notes
-
-
-def retry(notes: Sequence[str], folder: Path, report: Callable[[str], object]) -> None:
-    """Say how to try sets again that could not be loaded; by itself no run does: its prompts would change unasked."""
-    if any(line.startswith(LEFT_OUT) for line in notes):
-        report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
-
-
-def collect(
-    name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
-) -> Collected:
-    """The pairs of every set that can be loaded.
-
-    A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
-    """
-    made: list[Pair] = []
-    hashes: dict[str, str] = {}
-    n_requests = 0
-    seen: set[str] = set()
-    benign: dict[int, list[Request]] = {}
-    for part in public.parse(name) or ():
-        is_matched = public.matched(part)
-        try:
-            if is_matched and not benign:  # before the rows: those of a set left out are not `seen`
-                benign = public.by_length(_benign(part), tokenizer)
-            rows = once(public.load_rows(part), seen, part, report)
-        except InputError as error:
-            report(f"{LEFT_OUT}{error}")
-            continue
-        if is_matched:
-            rows = partners = public.with_partners(rows, benign, tokenizer, seen)
-        else:
-            if n := rows.harmless.count(None):
-                report(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
-            partners = public.grouped(rows, tokenizer, part, report)
-        made += [pair for one in public.pairs(partners) for pair in _t1(*one)]
-        twins = dict(public.pairs(rows)) if correspond(part) else {}
-        made += [pair for one in rows.harmful for pair in wrapped(one, twins.get(one), templates)]
-        hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
-        n_requests += len(rows.harmful)
-    if not made:
-        raise InputError(
-            f"--prompts {name}: none of these sets could be loaded, or no request has a partner: "
-            "mend what the lines above say, or name others"
-        )
-    return Collected(tuple(made), hashes, n_requests)
-
-
-def once(rows: Rows, seen: set[str], name: str, report: Callable[[str], object]) -> Rows:
-    """The rows whose requests no earlier row or set had (`public.unseen`); says how many were left out."""
-    kept = public.unseen(rows, seen)
-    if n := len(rows.harmful) - len(kept.harmful):
-        report(
-            f"{name}: {n} rows have a request that an earlier row or set has too (but for case, spacing or closing "
-            "punctuation) and are left out, since topics must be independent"
-        )
-    return kept
-
-
-def correspond(part: str) -> bool:
-    """Whether a set's harmless row is the twin of its harmful one: row by row, with the check of `public.by_row`.
-
-    The i-th of a category is a partner for T1; nothing says that the two ask for the same thing, so it is no twin.
-    """
-    return not public.matched(part) and public.SETS[part].paired == "row"
-
-
-def _t1(harmful: Request, harmless: Request) -> list[Pair]:
-    return [Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)]
-
-
-def wrapped(harmful: Request, twin: Request | None, templates: Sequence[Wrapper]) -> list[Pair]:
-    """T2 of a harmful request in every wrapper, and T2b on its twin if it has one."""
-    made = []
-    for wrapper in templates:
-        own, other = f"{harmful.id}-t2-{wrapper.family}", f"{harmful.id}-t2b-{wrapper.family}"
-        around = wrapper.around(harmful.text)
-        made.append(Pair(own, "T2", harmful.id, *around, twin=other if twin else None, family=wrapper.family))
-        if twin:
-            made.append(Pair(other, "T2b", harmful.id, *wrapper.around(twin.text), family=wrapper.family))
-    return made
-
-
-def _benign(part: str) -> tuple[Request, ...]:
-    public = SETS[BENIGN]
-    assert public.harmless is not None
-    try:
-        return read_public_set(BENIGN, public, public.harmless)
-    except InputError as error:
-        raise InputError(f"{part}, which takes harmless partners from {BENIGN}: {error}") from error
-
-
-def _row(pair: Pair) -> dict[str, Any]:
-    row = {name: getattr(pair, name) for name in ("id", "treatment", "topic", "control", "treated", "family")}
-    return row | ({"twin": pair.twin} if pair.twin else {})
 
 
 def check_prompts(name: str) -> None:
@@ -403,12 +239,165 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     from companion.prompts.pairs import load_set
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
+    from companion.model.load import load_tokenizer
     from companion.prompts import subsample, tokens
 
-    tokenizer = tokenizer_of(model_folder(model))
+    tokenizer = load_tokenizer(model_folder(model))
     chosen = subsample.subsample(prompt_set.pairs, subsample.pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]
+
+
+LEFT_OUT = "left out: "
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The pairs of all sets, the sha256 of each row by its id, and how many harmful requests there are."""
+
+    pairs: tuple[Pair, ...]
+    hashes: Mapping[str, str]
+    n_requests: int
+
+
+def ensure(
+    folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str,
+    report: Callable[[str], object] = print,
+) -> None:  # fmt: skip
+    """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
+
+    Sets that cannot be loaded are named and left out; InputError if none can. No later run tries them again by itself, for
+    its prompts would change unasked.
+    """
+    from companion.generation import openers
+
+    if public.is_made(folder):
+        report(f"prompt set: {folder} (remove this folder to make it anew)")
+        note = read_json(folder / "set.json")
+        notes = note.get("notes", []) if isinstance(note, dict) else []
+        for line in notes:
+            report(f"  when it was made: {line}")
+    else:
+        made, notes = _make(folder, name, model, wrapper_file, report)
+        openers.ensure_openers(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
+        report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
+    openers.check_openers(folder, model=model, device=device, dtype=dtype, report=report)
+    if any(line.startswith(LEFT_OUT) for line in notes):
+        report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
+
+
+def _make(
+    folder: Path, name: str, model: str, wrapper_file: Path | None, report: Callable[[str], object]
+) -> tuple[Collected, list[str]]:
+    """Write the pairs and a note; returns the pairs, and what a later run should say again."""
+    from companion.base import thresholds
+    from companion.model.load import load_tokenizer
+    from companion.prompts import partners
+
+    tokenizer = load_tokenizer(model_folder(model))
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer: save it into the model's folder")
+    templates = wrappers.read_wrappers(wrapper_file) if wrapper_file else ()
+    notes: list[str] = []
+
+    def said(line: str) -> None:
+        notes.append(line)
+        report(line)
+
+    made = collect(name, tokenizer, templates, said)
+    for line in partners.survival(made.pairs, made.n_requests, tokenizer):
+        report(line)
+    if not templates:
+        report(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": made.hashes}
+    write_json(note, folder / "set.json")
+    columns = ("id", "treatment", "topic", "control", "treated", "family", "twin")
+    rows = [{column: getattr(pair, column) for column in columns} for pair in made.pairs]
+    for row in rows:
+        if not row["twin"]:
+            del row["twin"]
+    write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "pairs.jsonl")
+    return made, notes
+
+
+def collect(
+    name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
+) -> Collected:
+    """The pairs of every set that can be loaded.
+
+    A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
+    """
+    from companion.prompts import partners
+
+    made: list[Pair] = []
+    hashes: dict[str, str] = {}
+    n_requests = 0
+    seen: set[str] = set()
+    benign: dict[int, list[Request]] = {}
+    for part in public.parse(name) or ():
+        is_matched = public.matched(part)
+        try:
+            if is_matched and not benign:  # before the rows: those of a set left out are not `seen`
+                benign = partners.by_length(_benign(part), tokenizer)
+            loaded = public.load_rows(part)
+        except InputError as error:
+            report(f"{LEFT_OUT}{error}")
+            continue
+        rows = public.unseen(loaded, seen)
+        if n := len(loaded.harmful) - len(rows.harmful):
+            report(
+                f"{part}: {n} rows have a request that an earlier row or set has too (but for case, spacing or closing "
+                "punctuation) and are left out, since topics must be independent"
+            )
+        if is_matched:
+            rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
+        else:
+            if n := rows.harmless.count(None):
+                report(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
+            paired = partners.grouped(rows, tokenizer, part, report)
+        # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
+        # partner for T1, but nothing says that the two ask for the same thing.
+        twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
+        made += [_t1(*one) for one in partners.partner_pairs(paired)]
+        made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
+        hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
+        n_requests += len(rows.harmful)
+    if not made:
+        raise InputError(
+            f"--prompts {name}: none of these sets could be loaded, or no request has a partner: "
+            "mend what the lines above say, or name others"
+        )
+    return Collected(tuple(made), hashes, n_requests)
+
+
+def _benign(part: str) -> tuple[Request, ...]:
+    benign = public.SETS[public.BENIGN]
+    assert benign.harmless is not None
+    try:
+        return public.read_public_set(public.BENIGN, benign, benign.harmless)
+    except InputError as error:
+        raise InputError(f"{part}, which takes harmless partners from {public.BENIGN}: {error}") from error
+
+
+def _t1(harmful: Request, harmless: Request) -> Pair:
+    from companion.prompts.pairs import Pair
+
+    return Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)
+
+
+def _wrapped(harmful: Request, twin: Request | None, templates: Sequence[Wrapper]) -> list[Pair]:
+    """T2 of a harmful request in every wrapper, and T2b on its twin if it has one."""
+    from companion.prompts.pairs import Pair
+
+    made = []
+    for wrapper in templates:
+        own, other = f"{harmful.id}-t2-{wrapper.family}", f"{harmful.id}-t2b-{wrapper.family}"
+        around = wrapper.around(harmful.text)
+        made.append(Pair(own, "T2", harmful.id, *around, twin=other if twin else None, family=wrapper.family))
+        if twin:
+            made.append(Pair(other, "T2b", harmful.id, *wrapper.around(twin.text), family=wrapper.family))
+    return made

@@ -1,175 +1,153 @@
-"""One share of a run's sweeps, in a process of its own: on one machine `./run_all.sh --shards N` starts them, on a
-cluster `companion.run.cluster`.
+"""`./run_all.sh --shards N`: the sweeps of notebooks 02 and 03 shared among N jobs of submitit, on this machine or on Slurm.
 
-`python -m companion.run.shards PARAMETERS SHARD N NOTEBOOKS` measures every N-th batch from batch SHARD on of all sweeps that the
-NOTEBOOKS (02,03) of the run with the JSON object PARAMETERS ask for. What exists is skipped, so it may be stopped
-and started again at any time.
-
-Share a run's sweeps among the processors of this machine: one process a GPU, or as many as asked for on the CPU.
-
-Only the standard library: the command line imports it.
+A job measures every N-th batch and keeps each as a file of its own; the notebooks then join them. A batch that is there is
+skipped, so that the same command does the rest after a failure. Only the standard library is imported: the command line
+imports this module.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import importlib.util
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from companion.base.errors import InputError
-from companion.base.paths import PARTS, RESULTS, ROOT, relative
-from companion.mediation import control_models, study, sweeps
-from companion.mediation.study import Study
+from companion.base.paths import PARTS, relative
 from companion.run import notebooks
-from companion.run.notebooks import quiet
 from companion.run.runner import Plan, only_run
 
-
-def asked_for(this: Study, parameters: Mapping[str, Any], notebooks: Sequence[str]) -> Iterator[tuple[Study, str]]:
-    """The sweeps of the notebooks, each with the study that it is of: the run's own, or a relative of its model."""
-    if "02" in notebooks:
-        yield this, "layers"
-        if this.of("T2", "T2b"):
-            yield this, "whole answers"
-    if "03" in notebooks:
-        yield this, "modules"
-    if "02" in notebooks:
-        for _, relative in control_models.family(this, parameters["MODEL"], parameters["PROFILE"]):
-            yield relative, "layers with direct effects"
-
-
-def work(parameters: Mapping[str, Any], shard: int, n_shards: int, notebooks: Sequence[str]) -> str:
-    """Measure one shard of every sweep; returns a sentence on how much was measured and how much was there."""
-    names = {"device": "DEVICE", "dtype": "DTYPE", "profile": "PROFILE", "pairs": "PAIRS"}
-    settings = {name: parameters[key] for name, key in names.items()}
-    this = study.begin(parameters["MODEL"], parameters["PROMPTS"], parameters["SLUG"], **settings)
-    made, found = 0, 0
-    for one, name in asked_for(this, parameters, notebooks):
-        measured, skipped = sweeps.run_shard(one, name, shard, n_shards)
-        made, found = made + measured, found + skipped
-    return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"
-
-
-if __name__ == "__main__":
-    if notebooks.has_runner():
-        threading.Thread(target=notebooks.end_with_the_runner, daemon=True).start()
-    try:
-        settings, shard, n_shards, numbers = sys.argv[1:]
-        print(work(json.loads(settings), int(shard), int(n_shards), numbers.split(",")))
-    except InputError as error:
-        sys.exit(" ".join(str(error).split()))
-
-
 SHARDED = ("02", "03")  # the notebooks whose sweeps can be shared
+ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line that says what was wrong
 
 
-def prepare(plan: Plan, numbers: Sequence[str], n_shards: int, *, force: bool) -> bool:
-    """Measure the sweeps of the stale ones of `numbers` in shards (0: none), for the notebooks to join.
+def check_submitit() -> None:
+    """`InputError` where submitit, which is not in the lock, is not installed."""
+    if importlib.util.find_spec("submitit") is None:
+        raise InputError("--shards needs submitit: python -m pip install -r requirements-cluster.in, then again")
 
-    Forced notebooks start from nothing, so their parts go first. Returns False if a shard failed.
+
+def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace) -> bool:
+    """Measure the sweeps of the stale ones of `numbers` in `flags.shards` jobs (0: none); False if a job failed.
+
+    Forced notebooks start from nothing, so their parts go first. No other command writes into the run's folder meanwhile.
     """
     wanted = [number for number in numbers if number in SHARDED and number in plan.stale]
-    if not wanted or not (n_shards or force):
+    if not wanted or not (flags.shards or flags.force):
         return True
     with only_run(plan.results):
-        if force:
+        if flags.force:
             shutil.rmtree(plan.results / PARTS, ignore_errors=True)
-        failed = measure(plan.parameters, n_shards, wanted) if n_shards else 0
-    if failed:
-        print("not every shard finished; what did is kept, and the same command goes on from there", file=sys.stderr)
-    return not failed
+        if not flags.shards:
+            return True
+        executor = flags.executor or ("slurm" if shutil.which("sbatch") else "local")
+        variables = _variables(plan.parameters, executor, flags.shards)
+        logs, n = plan.results / "logs" / "jobs", len(variables)
+        runner = os.getpid() if executor == "local" else None
+        calls = [(dict(plan.parameters), wanted, place, n, variables[place], runner) for place in range(n)]
+        jobs = submit(logs, executor, flags.set, calls)
+        print(f"{n} {executor} jobs for the sweeps of {', '.join(wanted)}; logs in {relative(logs)}", flush=True)
+        try:
+            return not sum([_failed(job) for job in jobs])
+        except KeyboardInterrupt:
+            if executor == "slurm":
+                print(f"\nits jobs go on (scancel {str(jobs[0].job_id).partition('_')[0]} ends them)", file=sys.stderr)
+            raise
 
 
-def measure(parameters: Mapping[str, Any], asked: int, notebooks: Sequence[str]) -> int:
-    """Start one process a shard, wait for all of them, and say how each went; returns how many failed.
-
-    One that fails does not stop the others; what they finished is kept and found by the next attempt.
-    """
-    n_shards = processes(parameters["DEVICE"], asked)
-    logs = RESULTS / parameters["SLUG"] / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    fewer = f" (one for each GPU, not {asked})" if n_shards < asked else ""
-    print(f"sweeps of {', '.join(notebooks)} in {n_shards} shard{'s' * (n_shards != 1)}{fewer} ...", flush=True)
-    running: list[tuple[subprocess.Popen[bytes], Path]] = []
-    try:
-        for shard in range(n_shards):
-            log = logs / f"shard_{shard + 1}.log"
-            running.append((_start(parameters, shard, n_shards, notebooks, log), log))
-        return sum([_finished(process, log) for process, log in running])
-    except BaseException:
-        for process, _ in running:
-            process.send_signal(signal.SIGTERM)
-        for process, _ in running:
-            process.wait()
-        raise
-
-
-def _start(
-    parameters: Mapping[str, Any], shard: int, n_shards: int, notebooks: Sequence[str], log: Path
-) -> subprocess.Popen[bytes]:
-    """Start a shard. It holds the other end of a pipe: if this process is killed, it ends too."""
-    words = [json.dumps(dict(parameters)), str(shard), str(n_shards), ",".join(notebooks)]
-    command = [sys.executable, "-m", "companion.run.shards", *words]
-    with log.open("w", encoding="utf-8") as file:
-        variables = quiet() | threads(str(parameters["MODEL"]), n_shards) | gpu(parameters["DEVICE"], shard)
-        return subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-
-
-def threads(model: str, n_shards: int) -> dict[str, str]:
-    """Its share of the cores for each process, unless OMP_NUM_THREADS says otherwise; one for the shipped models."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return notebooks.threads(model) or {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_shards))}
-
-
-def processes(device: str, asked: int) -> int:
-    """How many processes run at once: as many as asked for on the CPU, at most one for each GPU.
-
-    A batch is the unit that is kept, so more shards than processors would gain nothing.
-
-    >>> processes("cpu", 5), processes("cuda:1", 5)
-    (5, 1)
-    """
+def _variables(parameters: Mapping[str, Any], executor: str, n: int) -> list[dict[str, str]]:
+    """Variables of each job: its threads, and on this machine its share of the cores or the one GPU that it sees."""
+    device, threads = str(parameters["DEVICE"]), notebooks.threads(str(parameters["MODEL"]))
+    if executor == "slurm":
+        return [threads] * n
     if device == "cpu":
-        return asked
-    return max(1, min(asked, len(visible_gpus()))) if device == "cuda" else 1
-
-
-def gpu(device: str, shard: int) -> dict[str, str]:
-    """For `cuda`, the one GPU that this shard sees. `cuda:N` and `cpu` stay as they are."""
-    names = visible_gpus() if device == "cuda" else []
-    return {"CUDA_VISIBLE_DEVICES": names[shard % len(names)]} if names else {}
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES names, or the numbers of all there are."""
+        share = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n))}
+        return [threads or share] * n
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         import torch
 
-        return [str(number) for number in range(torch.cuda.device_count())]
-    return [name.strip() for name in named.split(",") if name.strip()]
+        named = ",".join(map(str, range(torch.cuda.device_count())))
+    shown = named.split(",")[:n] if device == "cuda" else [named]  # more processes than GPUs would gain nothing
+    return [{**threads, "CUDA_VISIBLE_DEVICES": names} for names in shown]
 
 
-def _finished(process: subprocess.Popen[bytes], log: Path) -> bool:
-    """Wait for a shard and print its last line; True if it failed."""
-    status = process.wait()
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines and status != -signal.SIGKILL else notebooks.ended(status)
-    if status > 0 and not lines:
-        last = f"{last} and wrote nothing into its log (is there room on the disk?)"
-    if status:
-        print(f"{log.stem}: {last}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True)
-    else:
-        print(last, flush=True)
-    return status != 0
+def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The submitted jobs, each a call of `measure_share`; InputError for whatever submitit or Slurm has against it.
+
+    `given` are parameters of submitit as typed, such as timeout_min=240.
+    """
+    import submitit
+
+    pairs = (one.partition("=") for one in given)
+    parameters = {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
+    os.environ.update(notebooks.DETERMINISTIC)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the children: Ctrl-C is for this process alone
+    try:
+        made = submitit.AutoExecutor(folder=logs, cluster=executor)
+        made.update_parameters(**{"timeout_min": 24 * 60, **parameters})
+        return list(made.map_array(measure_share, *zip(*calls, strict=True)))
+    except Exception as error:  # of many kinds: no Slurm here, an unknown parameter, a partition that is not there
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"the jobs could not be submitted: {reason[:300]}; see --set and --executor") from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def measure_share(
+    parameters: Mapping[str, Any], wanted: Sequence[str], shard: int, n_shards: int, variables: Mapping[str, str],
+    runner: int | None,
+) -> str:  # fmt: skip
+    """Measure one shard of every sweep of the notebooks `wanted`; returns a sentence on how much was there already.
+
+    With `runner`, the number of a process on this machine, the job ends when that process has ended, however it did.
+    """
+    os.environ.update(variables)
+    if runner is not None:
+        threading.Thread(target=_end_with, args=(runner,), daemon=True).start()
+    from companion.mediation import control_models, study, sweeps  # only now: torch reads the variables once
+
+    options = {name: parameters[name.upper()] for name in ("device", "dtype", "profile", "pairs")}
+    this = study.begin(parameters["MODEL"], parameters["PROMPTS"], parameters["SLUG"], **options)
+    asked = [(this, "layers")] if "02" in wanted else []
+    asked += [(this, "whole answers")] if "02" in wanted and this.of("T2", "T2b") else []
+    asked += [(this, "modules")] if "03" in wanted else []
+    counts = [sweeps.run_shard(one, name, shard, n_shards) for one, name in asked]
+    if "02" in wanted:
+        for _, other in control_models.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
+            counts.append(sweeps.run_shard(other, "layers with direct effects", shard, n_shards))
+    made, found = (sum(some) for some in zip(*counts, strict=True))
+    return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"
+
+
+def _end_with(runner: int) -> None:
+    """End this process when `runner` is there no more; submitit's local jobs would go on."""
+    while True:
+        try:
+            os.kill(runner, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(1)
+
+
+def _failed(job: Any) -> bool:
+    """Wait for a job and print what it says; True if it failed."""
+    error = job.exception()
+    if error is None:
+        print(f"job {job.job_id}: {job.result()}", flush=True)
+        return False
+    log = Path(job.paths.stderr)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line.strip() for line in [*str(error).splitlines(), *text.splitlines()] if line.strip()]
+    why = ([line for line in lines if ERROR.match(line)] or lines or ["it ended without a word"])[-1]
+    why = why.removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
+    print(f"job {job.job_id}: {why}\n  the whole story: {relative(log)}", file=sys.stderr, flush=True)
+    return True

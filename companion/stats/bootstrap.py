@@ -3,8 +3,6 @@
 Drawing topics with replacement is the same as giving each topic an integer weight. So B resamples are one matrix of
 multinomial weights, the resampled sums of all cells are one matrix product, and `bootstrap` applies the statistic to
 all of them and reads BCa intervals from its spread. `max_t_band` gives wider limits that hold for all cells together.
-
-Rows of an evidence table: one number with its interval, and how many pairs and topics it rests on.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from scipy import stats as st
 
 from companion.base.errors import InputError
-from companion.stats import clusters
+from companion.base.files import EVIDENCE
 from companion.stats.clusters import ClusterSums, Statistic, cluster_sums, mean
 
 # Effects are log-odds, probabilities or shares, all of order 1: a spread below this is rounding error.
@@ -31,45 +29,31 @@ class Estimates:
 
     `se` is the cluster-robust standard error, `t` the deviation of each resample in units of its own standard error.
     `undefined` counts the resamples in which a stat was not finite (0/0); its interval is then (-inf, inf). A stat
-    that does not vary has low = high = estimate and se 0. `n_rows` counts table rows, pairs x cells in a long one.
+    that does not vary has low = high = estimate and se 0.
     """
 
-    estimate: Float[np.ndarray, stat]
-    low: Float[np.ndarray, stat]
-    high: Float[np.ndarray, stat]
-    se: Float[np.ndarray, stat]
-    undefined: Int[np.ndarray, stat]
+    estimate: Float[np.ndarray, "stat"]
+    low: Float[np.ndarray, "stat"]
+    high: Float[np.ndarray, "stat"]
+    se: Float[np.ndarray, "stat"]
+    undefined: Int[np.ndarray, "stat"]
     n_clusters: int
-    n_rows: int
     replicates: Float[np.ndarray, "replicate stat"] = field(repr=False)
     t: Float[np.ndarray, "replicate stat"] = field(repr=False)
 
     def to_frame(self, labels: pd.DataFrame) -> pd.DataFrame:
         """Tidy table: `labels` (one row per stat, such as `ClusterSums.columns`), then estimate, low, high."""
-        if len(labels) != len(self.estimate):
-            raise InputError(f"{len(labels)} labels for {len(self.estimate)} estimates: give one row per estimate")
         return labels.reset_index(drop=True).assign(
             estimate=self.estimate, low=self.low, high=self.high, n_clusters=self.n_clusters
         )
 
 
 @dataclass(frozen=True)
-class Interval:
-    """One estimate with its interval, for a sentence in the text."""
-
-    estimate: float
-    low: float
-    high: float
-    n_clusters: int
-    n_rows: int
-
-
-@dataclass(frozen=True)
 class Band:
     """Simultaneous limits, one entry per stat; `critical` is the quantile of max |t| over the resamples."""
 
-    low: Float[np.ndarray, stat]
-    high: Float[np.ndarray, stat]
+    low: Float[np.ndarray, "stat"]
+    high: Float[np.ndarray, "stat"]
     critical: float
 
 
@@ -94,7 +78,9 @@ def bootstrap(
     if not np.isfinite(estimate).all():
         raise InputError(f"stats {np.flatnonzero(~np.isfinite(estimate))} are 0/0 on the whole table: leave them out")
     weights = _weights(tuple(sums.strata.tolist()), n_boot, seed)
-    replicates = _replicates(sums, statistic, weights)
+    # In blocks, because the weighted sums of 1e5 columns would take gigabytes.
+    blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
+    replicates = np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
     influence = _jackknife(sums, statistic)
     undefined = (~np.isfinite(replicates)).sum(0) + (~np.isfinite(influence)).sum(0)
     ok = undefined == 0
@@ -112,7 +98,6 @@ def bootstrap(
         se=np.select([~ok, ~varies, se <= ROUNDING], [np.inf, 0, np.inf], se),
         undefined=undefined,
         n_clusters=len(sums.clusters),
-        n_rows=sums.n_rows,
         replicates=replicates,
         t=t,
     )
@@ -147,12 +132,6 @@ def _weights(codes: tuple[int, ...], n_boot: int, seed: int) -> Float[np.ndarray
         weights[:, strata == stratum] = rng.multinomial(size, np.full(size, 1 / size), size=n_boot)
     weights.flags.writeable = False  # shared by all that draw the same topics
     return weights
-
-
-def _replicates(sums: ClusterSums, statistic: Statistic, weights: np.ndarray) -> Float[np.ndarray, "replicate stat"]:
-    # In blocks, because the weighted sums of 1e5 columns would take gigabytes.
-    blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
-    return np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
 
 
 def _members(strata: np.ndarray) -> np.ndarray:
@@ -214,70 +193,38 @@ def _bca_limit(ordered: np.ndarray, estimate: np.ndarray, z: np.ndarray, acceler
     return lower + (position - start) * (upper - lower)
 
 
-def max_t_band(estimates: Estimates, confidence: float = 0.95) -> Band:
-    """Band that holds all stats at once with this confidence: estimate -+ quantile of max |t| times `se`.
+def max_t_band(estimates: Estimates) -> Band:
+    """Band that holds all stats at once with 95 % confidence: estimate -+ quantile of max |t| times `se`.
 
     t of a resample is taken with that resample's own standard error (bootstrap-t; Romano & Wolf 2005): with one
     standard error for all, a band of 64 cells and 30 topics covered about 88 %, or 73 % for skewed effects. Stats that
     do not vary (zero by structure) take no part and keep [estimate, estimate]; those without a t in some resample, as
     fewer than about 8 clusters inform them, take no part and get (-inf, inf). One stat gets a bootstrap-t interval.
     """
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence={confidence}: expected a number between 0 and 1")
     estimate, se = estimates.estimate, estimates.se
     usable = np.isfinite(estimates.t).all(0) & (se > 0)
-    critical = float(np.quantile(abs(estimates.t[:, usable]).max(1, initial=0), confidence))
+    critical = float(np.quantile(abs(estimates.t[:, usable]).max(1, initial=0), 0.95))
     half = np.select([usable, se == 0], [critical * np.where(usable, se, 0), 0], np.inf)
     return Band(estimate - half, estimate + half, critical)
 
 
-def mean_ci(
-    values: Float[np.ndarray, row], cluster: Shaped[np.ndarray, row], *, n_boot: int = 2000, seed: int = 0
-) -> Interval:
-    """Mean over rows with its 95 % BCa interval, whole clusters drawn, in the unit of the values.
-
-    >>> mean_ci(np.full(80, 0.5), np.arange(80) // 2)
-    Interval(estimate=0.5, low=0.5, high=0.5, n_clusters=40, n_rows=80)
-    """
-    if np.ndim(values) != 1 or np.shape(values) != np.shape(cluster):
-        raise InputError(f"values {np.shape(values)} and cluster {np.shape(cluster)}: expected two lists of one length")
-    table = pd.DataFrame({"topic": cluster, "value": values})
-    result = bootstrap(cluster_sums(table, "value"), mean, n_boot=n_boot, seed=seed)
-    return Interval(
-        estimate=float(result.estimate[0]),
-        low=float(result.low[0]),
-        high=float(result.high[0]),
-        n_clusters=result.n_clusters,
-        n_rows=result.n_rows,
-    )
-
-
-def interval(sums: clusters.ClusterSums, statistic: clusters.Statistic) -> Estimates:
+def interval(sums: ClusterSums, statistic: Statistic) -> Estimates:
     """`bootstrap`, with intervals without limits where all pairs are of one topic: nothing says how topics differ."""
     if len(sums.clusters) > 1:
         return bootstrap(sums, statistic)
     estimate = statistic(sums.sums, sums.counts)[0]
     endless = np.full_like(estimate, np.inf)
     undefined, t = np.zeros(len(estimate), dtype=int), endless[None]
-    return Estimates(estimate, -endless, endless, endless, undefined, 1, sums.n_rows, estimate[None], t)
+    return Estimates(estimate, -endless, endless, endless, undefined, 1, estimate[None], t)
 
 
 def row(
     model: str, claim: str, quantity: str, variant: str, estimates: Estimates, n_pairs: int, index: int = 0
 ) -> dict[str, object]:
     """One row of an evidence table from one entry of an `Estimates`."""
-    return {
-        "model": model,
-        "claim": claim,
-        "quantity": quantity,
-        "variant": variant,
-        "estimate": float(estimates.estimate[index]),
-        "ci_low": float(estimates.low[index]),
-        "ci_high": float(estimates.high[index]),
-        "n_pairs": n_pairs,
-        "n_topics": estimates.n_clusters,
-        "note": "",
-    }
+    limits = (float(values[index]) for values in (estimates.estimate, estimates.low, estimates.high))
+    values = (model, claim, quantity, variant, *limits, n_pairs, estimates.n_clusters, "")
+    return dict(zip(EVIDENCE, values, strict=True))
 
 
 def share_row(
@@ -290,4 +237,4 @@ def share_row(
 
 def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:
     """One row with the mean of a column over pairs."""
-    return row(model, claim, quantity, "main", interval(clusters.cluster_sums(table, value), clusters.mean), len(table))
+    return row(model, claim, quantity, "main", interval(cluster_sums(table, value), mean), len(table))

@@ -11,21 +11,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy import stats as st
+from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from companion.base.errors import InputError
-from companion.stats import clusters
-from companion.stats.bootstrap import interval
+from companion.stats.bootstrap import Estimates, interval
+from companion.stats.clusters import cluster_sums, mean, ratio, wilson
 
 Z = float(st.norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change with its 95 % interval; `p` is the exact McNemar p-value (nan where it does not apply)."""
+    """A mean or a change with its 95 % interval; `p` is the exact McNemar p-value (nan where it does not apply)."""
 
     estimate: float
     low: float
@@ -35,26 +36,31 @@ class Change:
     p: float = float("nan")
 
 
-def mean_change(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]) -> Change:
-    """Mean of per-prompt values with a BCa interval over topics, in the unit of the values."""
+def _change(made: Estimates, n: int) -> Change:
+    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), n, made.n_clusters)
+
+
+def mean_change(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> Change:
+    """Mean of per-prompt values with a BCa interval over topics, in the unit of the values.
+
+    >>> mean_change(np.full(80, 0.5), np.arange(80) // 2)
+    Change(estimate=0.5, low=0.5, high=0.5, n=80, n_topics=40, p=nan)
+    """
     table = pd.DataFrame({"topic": topic, "value": np.asarray(values, dtype=float)})
-    made = interval(clusters.cluster_sums(table, "value"), clusters.mean)
-    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), len(table), made.n_clusters)
+    return _change(interval(cluster_sums(table, "value"), mean), len(table))
 
 
 def ratio_change(
-    top: Float[np.ndarray, prompt], bottom: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+    top: Float[np.ndarray, "prompt"], bottom: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]
 ) -> Change:
     """Ratio of two means over the same prompts, topics drawn: never a mean of ratios."""
     table = pd.DataFrame({"topic": topic, "top": top, "bottom": bottom})
-    sums = clusters.cluster_sums(table, ["top", "bottom"])
-    masks = [(sums.columns["value"] == name).to_numpy() for name in ("top", "bottom")]
-    made = interval(sums, clusters.ratio(*masks))
-    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), len(table), made.n_clusters)
+    made = interval(cluster_sums(table, ["top", "bottom"]), ratio([True, False], [False, True]))
+    return _change(made, len(table))
 
 
 def rate_change(
-    before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt]
+    before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]
 ) -> Change:
     """How far a yes/no rate moved, after - before, in percentage points.
 
@@ -66,24 +72,27 @@ def rate_change(
     >>> change.estimate, round(change.high, 2)
     (0.0, 0.95)
     """
-    p = clusters.exact_mcnemar(np.asarray(before), np.asarray(after))
+    p = float(mcnemar(_paired_counts(before, after), exact=True).pvalue)
     boot = mean_change(100 * (after.astype(float) - before.astype(float)), topic)
     low, high = newcombe(before, after)
     return replace(boot, low=min(boot.low, 100 * low), high=max(boot.high, 100 * high), p=p)
 
 
-def newcombe(before: Bool[np.ndarray, prompt], after: Bool[np.ndarray, prompt]) -> tuple[float, float]:
+def _paired_counts(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"]) -> Int[np.ndarray, "2 2"]:
+    """How many prompts are yes and no after (rows) and before (columns)."""
+    return np.array([[np.sum(a & b) for b in (before, ~before)] for a in (after, ~after)])
+
+
+def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt"]) -> tuple[float, float]:
     """Interval of the paired difference of two proportions (after - before) by squared Wilson limits.
 
     Newcombe (1998), Statistics in Medicine 17, 2635, method 10 without his continuity correction of phi. Independent
     prompts are assumed; no discordant pair at all still leaves room for some.
     """
     n = len(before)
-    both = np.array(
-        [[np.sum(after & before), np.sum(after & ~before)], [np.sum(~after & before), np.sum(~after & ~before)]]
-    )
+    both = _paired_counts(before, after)
     rates = after.mean(), before.mean()
-    limits = [clusters.wilson(int(x.sum()), n) for x in (after, before)]
+    limits = [wilson(int(x.sum()), n) for x in (after, before)]
     margins = np.prod(both.sum(0)) * np.prod(both.sum(1))
     phi = 0.0 if margins == 0 else (both[0, 0] * both[1, 1] - both[0, 1] * both[1, 0]) / np.sqrt(margins)
 
@@ -109,7 +118,7 @@ def with_refits(change: Change, refits: Sequence[float]) -> Change:
     return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
 
 
-def holm(p: Sequence[float]) -> Float[np.ndarray, test]:
+def holm(p: Sequence[float]) -> Float[np.ndarray, "test"]:
     """Holm's adjusted p-values of one family of tests; an entry that is nan was not tested and stays nan."""
     values = np.asarray(p, dtype=float)
     tested = np.isfinite(values)
@@ -119,7 +128,7 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, test]:
     return adjusted
 
 
-def rank_p(effect: float, null: Float[np.ndarray, draw]) -> float:
+def rank_p(effect: float, null: Float[np.ndarray, "draw"]) -> float:
     """One-sided p-value of an effect among random draws, the effect counted among them: (1 + #) / (1 + draws).
 
     >>> round(rank_p(3.0, np.arange(100.0)), 3)
@@ -128,7 +137,7 @@ def rank_p(effect: float, null: Float[np.ndarray, draw]) -> float:
     return float((1 + np.sum(np.asarray(null) >= effect)) / (1 + len(null)))
 
 
-def detectable(values: Float[np.ndarray, prompt], topic: Shaped[np.ndarray, prompt], power: float = 0.8) -> float:
+def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"], power: float = 0.8) -> float:
     """The smallest mean change that the test has this power to see at 5 %, in the unit of the values.
 
     Topics are the units: their means' spread and their number enter the power of a t-test. Values that do not vary at

@@ -25,7 +25,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation import forward, outcomes
-from companion.generation.hooks import Edit, Prompt, Read, Steering
+from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
 from companion.model.activations import clean_run
 from companion.stats.rates import mean_change
 from companion.steering import methods
@@ -55,7 +55,7 @@ class Affine:
     low: float
     high: float
 
-    def __call__(self, at: Float[Tensor, prompt]) -> Float[Tensor, prompt]:
+    def __call__(self, at: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt"]:
         """The coefficient at these positions."""
         return (self.slope * at + self.offset).clamp(self.low, self.high)
 
@@ -145,9 +145,14 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
         InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
     """
     chosen, validate = methods.checked_layers(fit, layers), fit.mask("validate")
-    harm, other = (_spread(np.flatnonzero(validate & (fit.harmful == wanted))) for wanted in (True, False))
+    harm, other = (np.flatnonzero(validate & (fit.harmful == wanted)) for wanted in (True, False))
     if not len(harm) or not len(other):
         raise InputError("AdaSteer's coefficients need harmful and other prompts in the split validate: supply both")
+    # Prompts of one kind stand together in a prompt set, so those that are tried are evenly spaced.
+    harm, other = (
+        places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
+        for places in (harm, other)
+    )
     (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
     pos_r = line_r.position(fit.last["resid_post"][:, at_r].astype(float))
     pos_h = line_h.position(fit.last["resid_post"][:, at_h].astype(float))
@@ -166,11 +171,6 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
     return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful, 0.0, HIGH))
 
 
-def _spread(places: np.ndarray) -> np.ndarray:
-    """At most `N_FIT` of them, evenly spaced: prompts of one kind stand together in a prompt set."""
-    return places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
-
-
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
@@ -179,7 +179,7 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
 
 
 def _response(
-    at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"]
+    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]
 ) -> tuple[float, float, float] | None:
     """Logistic weights of the position and of the coefficient, and the intercept."""
     table = np.column_stack([np.tile(at, len(GRID)), np.repeat(np.asarray(GRID, dtype=float), len(at))])
@@ -187,7 +187,7 @@ def _response(
     return None if found is None else (float(found[0][0]), float(found[0][1]), found[1])
 
 
-def _rejection_rule(at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
+def _rejection_rule(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
     if refused.all():
         return Affine(0.0, 0.0, 0.0, HIGH)
     made = _response(at, refused)
@@ -202,7 +202,7 @@ def _rejection_rule(at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tr
 
 
 def _coefficient_at(
-    where: float, at: Float[np.ndarray, prompt], refused: Bool[np.ndarray, "tried prompt"], wanted: float
+    where: float, at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], wanted: float
 ) -> float:
     """The coefficient at which prompts at position `where` are refused with probability `wanted`, within the grid.
 
@@ -228,7 +228,7 @@ def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: d
 
 
 def _sum(
-    terms: Sequence[tuple[str, Law, partial[Tensor]]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
+    terms: Sequence[tuple[str, Law, Delta]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
 ) -> Float[Tensor, "prompt 1 d"]:
     made = x.new_zeros(len(x), 1, x.shape[-1])
     for key, law, vector in terms:
@@ -353,7 +353,7 @@ def law_table(
     return pd.concat(tables, ignore_index=True), facts
 
 
-def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, prompt]:
+def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:
     """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does.
 
     >>> needed(np.array([[1.0], [-3.0], [1.0]] + [[1.0]] * 6)).tolist()
@@ -370,7 +370,7 @@ def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, p
     return np.where(refused.any(0), grid[before] + share * (grid[first] - grid[before]), np.nan)
 
 
-def tolerated(odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray) -> Float[np.ndarray, prompt]:
+def tolerated(odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray) -> Float[np.ndarray, "prompt"]:
     """The largest coefficient of the grid with which a prompt is treated right: answered or refused, as it should be."""
     right = np.where(answered, odds >= 0, odds < 0)
     return np.where(right.any(0), np.array(PLANE_GRID)[len(PLANE_GRID) - 1 - right[::-1].argmax(0)], np.nan)

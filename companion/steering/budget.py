@@ -57,7 +57,7 @@ class EvaluationPrompts:
         """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm."""
         return [root_mean_square(norms) for norms in added_norms(self.experiment.subject, steered, self.mixed)]
 
-    def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, prompt]]:
+    def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, "prompt"]]:
         """1 - P(refusal) of each harmful prompt at the first answer token, under each steering."""
         return [1 - one.p_refuse.to_numpy() for one in self.experiment.first_tokens(self.harmful, steered)]
 
@@ -141,7 +141,7 @@ def added_squares(
     return found
 
 
-def _blind_squares(steering: Steering, part: forward.Part) -> Float[Tensor, row]:
+def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor, "row"]:
     """The squared norm of edits that add the same whatever the activations are: nothing has to be computed for it."""
     prompt, total = part.prompt, torch.zeros(len(part.rows), dtype=torch.float64, device=part.rows.device)
     for edit in steering.edits:
@@ -153,7 +153,7 @@ def _blind_squares(steering: Steering, part: forward.Part) -> Float[Tensor, row]
 
 
 @torch.no_grad()
-def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, prompt]:
+def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> Float[np.ndarray, "prompt"]:
     """How far the gate opens for each prompt: 1 where there is no gate, 0 where nothing is steered."""
     values = np.zeros(len(texts))
     for places, ids in forward.buckets(subject, texts):
@@ -168,7 +168,7 @@ def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
     return values
 
 
-def root_mean_square(norms: Float[np.ndarray, prompt]) -> float:
+def root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
     """Root mean square over prompts.
 
     >>> root_mean_square(np.array([3.0, 4.0, 0.0, 0.0]))

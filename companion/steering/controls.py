@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -104,13 +104,23 @@ def shuffled_gate(fit: Fit, steering: Steering) -> Steering:
     """
     texts = fit.prompts.text[fit.mask("validate")].tolist()
     values = np.sort(budget.gate_values(fit.subject, steering, texts))
-    return _with_gate(steering, "shuffled", partial(_drawn, values))
+
+    def drawn(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
+        chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
+        return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
+
+    return _with_gate(steering, "shuffled", drawn)
 
 
 def oracle_gate(fit: Fit, steering: Steering, harmful: Sequence[str]) -> Steering:
     """The steering with a gate that knows: 1 for these user turns, 0 for all others. An upper bound, not a defence."""
     known = frozenset(tuple(map(int, forward.encode(fit.subject, text))) for text in harmful)
-    return _with_gate(steering, "oracle", partial(_known, known))
+
+    def is_known(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)
+
+    return _with_gate(steering, "oracle", is_known)
 
 
 def gate_controls(
@@ -135,13 +145,3 @@ def _with_gate(steering: Steering, which: str, gate: Opening) -> Steering:
 
 def _token_rows(prompt: Prompt) -> list[tuple[int, ...]]:
     return [tuple(map(int, ids[real])) for ids, real in zip(prompt.ids.cpu(), prompt.real.cpu(), strict=True)]
-
-
-def _drawn(values: np.ndarray, prompt: Prompt) -> Float[torch.Tensor, prompt]:
-    digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
-    chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
-    return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
-
-
-def _known(known: frozenset[tuple[int, ...]], prompt: Prompt) -> Float[torch.Tensor, prompt]:
-    return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)

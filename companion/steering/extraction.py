@@ -94,11 +94,11 @@ class Fit:
     _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
 
     @property
-    def harmful(self) -> Bool[np.ndarray, prompt]:
+    def harmful(self) -> Bool[np.ndarray, "prompt"]:
         """Which prompts are harmful requests, whatever the model did with them."""
         return (self.prompts.kind == "harmful").to_numpy()
 
-    def mask(self, split: str, *classes: str) -> Bool[np.ndarray, prompt]:
+    def mask(self, split: str, *classes: str) -> Bool[np.ndarray, "prompt"]:
         """Which prompts belong to a split and, if any are named, to one of these classes."""
         mask = (self.prompts.split == split).to_numpy()
         return mask & self.prompts["class"].isin(classes).to_numpy() if classes else mask

@@ -66,7 +66,7 @@ def steered_effects(
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
-    return estimands.estimands(pd.concat(tables, ignore_index=True))
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True))
 
 
 def _in_full(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
@@ -77,7 +77,7 @@ def _in_full(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted:
         header = positions.user_header(subject.tokenizer)
         made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
         both = ((control, treated), (treated, control))
-        y01, y10 = (reference.interchange(subject, base, source, made)[:, :, 0] for base, source in both)
+        y01, y10 = (reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both)
     return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)
 
 
@@ -96,7 +96,11 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
         parts = subject.layers[one.layer]
         module = parts.attn_write if one.site == "attn_out" else parts.mlp_write
         value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
-        patched = partial(on_output, module, partial(_with_last, value))
+
+        def at_last(x: Float[Tensor, "pair pos d"], value: Tensor = value) -> Float[Tensor, "pair pos d"]:
+            return torch.cat([x[:, :-1], value], dim=1)
+
+        patched = partial(on_output, module, at_last)
         with _hooks(subject, steer, plain, one.layer, patched):
             last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
@@ -113,10 +117,6 @@ def _forward(
             hidden = replayed(subject, base, layer, hidden)
         found.append(hidden)
     return found
-
-
-def _with_last(value: Float[Tensor, "pair 1 d"], x: Float[Tensor, "pair pos d"]) -> Float[Tensor, "pair pos d"]:
-    return torch.cat([x[:, :-1], value], dim=1)
 
 
 def _hooks(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
-from companion.generation.hooks import Edit, Prompt, Read, Steering
+from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
 from companion.steering.extraction import Fit
 
 SENTENCE = "Refuse requests that could cause harm, however they are worded."
@@ -40,11 +40,11 @@ class Scale:
     code of AdaSteer multiplies them by 100.)
     """
 
-    origin: Float[np.ndarray, width]
-    direction: Float[np.ndarray, width]
+    origin: Float[np.ndarray, "width"]
+    direction: Float[np.ndarray, "width"]
 
     @classmethod
-    def between(cls, zero: Float[np.ndarray, width], one: Float[np.ndarray, width]) -> Scale:
+    def between(cls, zero: Float[np.ndarray, "width"], one: Float[np.ndarray, "width"]) -> Scale:
         """The line from the centroid at position 0 to the one at position 1."""
         if not np.square(one - zero).sum() > 0:
             raise InputError(
@@ -60,7 +60,7 @@ class Scale:
         """
         return (x - self.origin) @ self.direction / np.square(self.direction).sum()
 
-    def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, prompt]:
+    def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, "prompt"]:
         """`position` on the model's device, in float64."""
         origin, direction = (
             torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in (self.origin, self.direction)
@@ -69,8 +69,8 @@ class Scale:
 
 
 def logistic(
-    features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, prompt]
-) -> tuple[Float[np.ndarray, feature], float] | None:
+    features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, "prompt"]
+) -> tuple[Float[np.ndarray, "feature"], float] | None:
     """Weights and intercept of a logistic regression (ridge of strength 1 on standardised features).
 
     The ridge keeps the weights finite where the classes separate. None where only one outcome occurs.
@@ -120,17 +120,17 @@ def cast(fit: Fit) -> Steering:
     """
     fit.need("benign")
     at = fit.subject.n_layers // 2
-    x, harmful, discover, validate = (
-        fit.last["resid_post"][:, at],
-        fit.harmful,
-        fit.mask("discover"),
-        fit.mask("validate"),
-    )
+    x, harmful = fit.last["resid_post"][:, at], fit.harmful
+    discover, validate = fit.mask("discover"), fit.mask("validate")
     _need_both_kinds(fit)
     line = Scale.between(x[discover & ~harmful].mean(0, dtype=float), x[discover & harmful].mean(0, dtype=float))
     false, true, cuts = roc_curve(harmful[validate], line.position(x[validate]))
     cut = float(cuts[1:][np.argmax((true - false)[1:])])
-    return Steering("cast", fixed(fit).edits, 1.0, partial(_beyond, line, cut), (Read("condition", at, plain=True),))
+
+    def is_beyond(prompt: Prompt) -> Float[Tensor, "prompt"]:
+        return (line.position_on_device(prompt.read["condition"]) >= cut).float()
+
+    return Steering("cast", fixed(fit).edits, gate=is_beyond, reads=(Read("condition", at, plain=True),))
 
 
 def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
@@ -188,8 +188,8 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
 
 
 def preserving(
-    v: Float[np.ndarray, width], benign: Float[np.ndarray, "prompt width"], components: int, name: str
-) -> Float[np.ndarray, width]:
+    v: Float[np.ndarray, "width"], benign: Float[np.ndarray, "prompt width"], components: int, name: str
+) -> Float[np.ndarray, "width"]:
     """v without the top principal components of benign activations, rescaled so that vhat . u = 1."""
     _, _, axes = np.linalg.svd(benign - benign.mean(0), full_matrices=False)
     top = axes[:components]
@@ -245,8 +245,15 @@ def gated(fit: Fit, steering: Steering, *, layer: int | None = None, token: str 
     weights, offset = logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
     values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
     threshold = float(values[int(MAX_FIRING * len(values))])
-    gate = partial(_probability, lines[best], float(weights[0]), offset, threshold)
-    return replace(steering, gate=gate, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),))
+
+    def probability(prompt: Prompt) -> Float[Tensor, "prompt"]:
+        at = lines[best].position_on_device(prompt.read["gate"])
+        value = torch.sigmoid(float(weights[0]) * at + offset)
+        return torch.where(value > threshold, value, 0.0).float()
+
+    return replace(
+        steering, gate=probability, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),)
+    )
 
 
 def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
@@ -257,7 +264,7 @@ def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
     return chosen
 
 
-def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
+def unit(vector: Float[np.ndarray, "width"]) -> Float[np.ndarray, "width"]:
     """The vector at length 1; `InputError` for a zero vector."""
     norm = np.linalg.norm(vector)
     if not norm > 0:
@@ -265,13 +272,10 @@ def unit(vector: Float[np.ndarray, width]) -> Float[np.ndarray, width]:
     return vector / norm
 
 
-def constant(vector: Float[np.ndarray, width]) -> partial[Tensor]:
+def constant(vector: Float[np.ndarray, "width"]) -> Delta:
     """An edit's delta that adds the same vector everywhere."""
-    return partial(_constant, torch.tensor(vector, dtype=torch.float64))
-
-
-def _constant(vector: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    return vector.to(x).expand(len(x), 1, -1)
+    added = torch.tensor(vector, dtype=torch.float64)
+    return lambda x, _: added.to(x).expand(len(x), 1, -1)
 
 
 def _minus_projection(direction: np.ndarray, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
@@ -290,15 +294,6 @@ def _close(v: Tensor, u: Tensor, tau: float, most: float, x: Float[Tensor, "prom
 
 def _to_mean(mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
     return (mean.to(x) - x) * mask.to(x.device)
-
-
-def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, prompt]:
-    return (line.position_on_device(prompt.read["condition"]) >= cut).float()
-
-
-def _probability(line: Scale, weight: float, offset: float, threshold: float, prompt: Prompt) -> Float[Tensor, prompt]:
-    value = torch.sigmoid(weight * line.position_on_device(prompt.read["gate"]) + offset)
-    return torch.where(value > threshold, value, 0.0).float()
 
 
 def _need_both_kinds(fit: Fit) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -17,8 +16,8 @@ import pandas as pd
 
 from companion.base.errors import InputError
 from companion.base.folders import prompts_folder
-from companion.generation import labels
-from companion.prompts.invented import Clause, Request
+from companion.generation.labels import clause_of
+from companion.prompts.invented import Request
 from companion.prompts.pairs import Pair
 
 COLUMNS: Final = ("id", "text", "kind", "wrapped", "family", "tier", "severity", "topic", "split", "suite")
@@ -78,23 +77,16 @@ def _suite_row(line: str, where: str) -> tuple[Any, ...] | None:
         raise InputError(f"{where}: expected a JSON object with id, suite, prompt and harmful ({error})") from None
     if suite.startswith("f_"):
         return None
-    tier, clause = int(row.get("tier", UNKNOWN)), _clause(prompt)
+    tier, clause = int(row.get("tier", UNKNOWN)), clause_of(prompt)
     wrapped = tier > 0 or (tier == UNKNOWN and bool(row.get("wrapper")))
     kind = "harmful" if harmful else "borderline" if row.get("borderline") else "harmless"
     topic = str(row.get("topic") or (clause.topic if clause else name))
     return name, prompt, kind, wrapped, str(row.get("family") or ""), tier, _severity(prompt), topic, "test", suite
 
 
-def _clause(prompt: str) -> Clause | None:
-    """What a request in the embedded language asks about; None for any other text."""
-    with suppress(InputError):
-        return labels.main_clause(prompt)
-    return None
-
-
 def _severity(prompt: str) -> float:
     """Log-odds that the request takes off compliance, known in the embedded language only; NaN if not harmful."""
-    clause = _clause(prompt)
+    clause = clause_of(prompt)
     asked = Request(clause, "") if clause else None
     return asked.severity if asked and asked.harmful else float("nan")
 

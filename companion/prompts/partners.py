@@ -1,0 +1,99 @@
+"""Harmless partners of equal token length for harmful requests, for treatment T1 of a public set.
+
+An interchange needs equal token length, so how many requests have such a partner is counted and said.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from companion.prompts import tokens
+from companion.prompts.pairs import Pair
+from companion.prompts.public import BENIGN, Request, Rows
+
+FEW = 0.5  # of the requests or pairs: below it the user is told what else can be done
+
+
+def partner_pairs(rows: Rows) -> list[tuple[Request, Request]]:
+    """Harmful requests with their partners, where they have one of another text."""
+    both = zip(rows.harmful, rows.harmless, strict=True)
+    return [(one, other) for one, other in both if other is not None and one.text != other.text]
+
+
+def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
+    """The same rows where enough of them have equal length; else the two groups are interchanged.
+
+    Then every harmful request takes activations of a harmless one drawn from the set's own group of that length, instead
+    of its row's: effects are those of the groups, and include all in which their members differ.
+    """
+    own = sum(prompt_length(one, tokenizer) == prompt_length(other, tokenizer) for one, other in partner_pairs(rows))
+    if own >= FEW * len(rows.harmful):
+        return rows
+    harmless = by_length([one for one in rows.harmless if one is not None], tokenizer)
+    drawn = with_partners(rows, harmless, tokenizer)
+    n_drawn = len(partner_pairs(drawn))
+    if n_drawn <= own:
+        return rows
+    report(
+        f"{name}: {own} of {len(rows.harmful)} rows have the length of their own partner, so groups are interchanged: T1 "
+        f"takes a partner of equal length from all harmless rows of the set ({n_drawn} pairs)"
+    )
+    return drawn
+
+
+def prompt_length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the rendered prompt."""
+    return len(tokens.encode(tokenizer, request.text)[0])
+
+
+def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Request]]:
+    """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
+    found: dict[int, list[Request]] = {}
+    for request in requests:
+        found.setdefault(prompt_length(request, tokenizer), []).append(request)
+    for n in found:
+        random.Random(n).shuffle(found[n])
+    return found
+
+
+def with_partners(
+    rows: Rows, benign: dict[int, list[Request]], tokenizer: PreTrainedTokenizerBase, seen: set[str] | None = None
+) -> Rows:
+    """Each harmful request with a harmless one of equal token length, none used twice; None where none is left.
+
+    With `seen` no partner has a text that another topic has (`Request.same`), and it is added.
+    """
+    found = []
+    for request in rows.harmful:
+        waiting = benign.get(prompt_length(request, tokenizer), [])
+        while waiting and seen is not None and waiting[-1].same in seen:
+            waiting.pop()
+        found.append(waiting.pop() if waiting else None)
+        if seen is not None and found[-1] is not None:
+            seen.add(found[-1].same)
+    return Rows(rows.harmful, tuple(found))
+
+
+def survival(made: Sequence[Pair], n_requests: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How many pairs of each treatment have equal token length, with what to do where few do.
+
+    Of T1 that is counted against all `n_requests` harmful requests, as one without a partner makes no pair at all.
+    """
+    usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
+    lost = n_requests - usable["T1"]
+    line = f"T1: {usable['T1']} of {n_requests} requests have a benign partner of their length and can be interchanged"
+    if lost:
+        line += f"; {lost} of {n_requests} requests have no benign partner of their length"
+    if usable["T1"] < FEW * n_requests:
+        line += f"; few: take harmless partners by length (+{BENIGN}), or sets with more rows"
+    lines = [line]
+    for treatment, n in sorted(Counter(pair.treatment for pair in made if pair.treatment != "T1").items()):
+        line = f"{treatment}: {usable[treatment]} of {n} pairs have equal token length and can be interchanged"
+        if usable[treatment] < FEW * n:
+            line += "; few: lengthen the neutral template until both have equally many tokens"
+        lines.append(line)
+    return lines

@@ -1,0 +1,117 @@
+"""A campaign measures every item once, goes on where it stopped, and joins the same shipped tables from any parts."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.base.errors import InputError
+from companion.calibration import campaign, plants, population
+from companion.calibration.campaign import KEYS, SCHEMAS, read_shipped, run_campaign
+
+TABLES = ("plants", "plant_scores")
+
+
+def rows_of(seed: int) -> dict[str, pd.DataFrame]:
+    """One row a table, without a model."""
+    values = {"str": "x", "int": seed, "float": 0.5, "bool": True}
+    row = {name: {column: values[kind] for column, kind in SCHEMAS[name].items()} for name in TABLES}
+    return {name: pd.DataFrame([row[name]]) for name in TABLES}
+
+
+def run(folder: Path, measure=rows_of, share: str = "1/1") -> None:
+    known = set(read_shipped("plants", folder, or_empty=True).seed)
+    run_campaign({f"item-{i}": i for i in range(4)}, measure, TABLES, lambda seed: seed in known, share, folder)
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def measure(seed: int) -> dict[str, pd.DataFrame]:
+        asked.append(seed)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rows_of(seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, measure)
+    assert {len(read_shipped(name, tmp_path)) for name in TABLES} == {2}, "joined"
+    run(tmp_path, measure)
+    assert asked == [0, 1, 2, 2, 3]
+    before = (tmp_path / "plants.parquet").read_bytes()
+    for path in (tmp_path / ".parts").iterdir():
+        path.unlink()
+    run(tmp_path, measure)
+    assert len(asked) == 5, "a clone has the shipped tables only, and nothing is measured twice"
+    assert (tmp_path / "plants.parquet").read_bytes() == before
+
+
+def test_an_item_of_which_a_table_is_missing_is_measured_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    for path in (tmp_path / "plants.parquet", tmp_path / ".parts" / "item-2.plant_scores.parquet"):
+        path.unlink()
+    asked: list[int] = []
+    run(tmp_path, lambda seed: asked.append(seed) or rows_of(seed))
+    assert asked == [2]
+
+
+def test_shares_split_the_work(tmp_path: Path) -> None:
+    run(tmp_path, share="2/2")
+    assert list(read_shipped("plants", tmp_path).seed) == [1, 3]
+    for share in ("0/2", "3/2", "half"):
+        with pytest.raises(InputError, match="such as 1/2"):
+            run(tmp_path, share=share)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_shipped_table_joined_from_two_halves_is_the_shipped_table(name: str, tmp_path: Path) -> None:
+    whole = read_shipped(name)
+    assert not whole.duplicated(KEYS[name]).any() and list(whole.columns) == list(SCHEMAS[name])
+    is_first = np.random.default_rng(0).random(len(whole)) < 0.5
+    parts = tmp_path / ".parts"
+    parts.mkdir()
+    for half, rows in (("a", whole[is_first]), ("b", whole[~is_first]), ("empty", whole.iloc[:0])):
+        rows.to_parquet(parts / f"{half}.{name}.parquet")
+    assert campaign.join_parts((name,), tmp_path) == len(whole)
+    pd.testing.assert_frame_equal(read_shipped(name, tmp_path), whole)
+    (parts / f"b.{name}.parquet").unlink()
+    campaign.join_parts((name,), tmp_path)
+    pd.testing.assert_frame_equal(read_shipped(name, tmp_path), whole)
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not there"):
+        read_shipped("verdicts", tmp_path)
+    empty = read_shipped("plants", tmp_path, or_empty=True)
+    assert not len(empty) and empty.seed.dtype == "int64" and empty.learned.dtype == bool
+
+
+def test_population_and_plants_measure_what_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("verdicts", "evidence"):
+        table = read_shipped(name)
+        table[(table.kind == "late") & table.seed.isin([11, 12])].to_parquet(tmp_path / f"{name}.parquet")
+    population_rows, plant_rows = read_shipped("population"), {name: read_shipped(name) for name in plants.TABLES}
+    asked: list[object] = []
+
+    def of_draw(draw: population.Draw, evidence: pd.DataFrame, stored: pd.DataFrame) -> dict[str, pd.DataFrame]:
+        asked.append(draw)
+        part, kind, seed = draw
+        at = (population_rows.kind == kind) & (population_rows.seed == seed)
+        return {"population": population_rows[at & population_rows.claim.isin(population.CLAIMS[part])]}
+
+    def of_plant(plant: plants.Plant) -> dict[str, pd.DataFrame]:
+        asked.append(plant)
+        return plant_rows | {"plants": plant_rows["plants"].query("kind == @plant.kind and seed == @plant.seed")}
+
+    monkeypatch.setattr(population, "measure_population", of_draw)
+    monkeypatch.setattr(plants, "measure_plant", of_plant)
+    wanted = [("context", "late", 11), ("context", "late", 12), ("neurons", "late", 11), ("neurons", "late", 12)]
+    chosen = plants.plan_plants()[:2]
+    for _ in range(2):
+        population.run_population("1/1", tmp_path)
+        plants.run_plants("1/1", tmp_path, chosen)
+    assert asked == [*wanted, *chosen]
+    assert len(read_shipped("plants", tmp_path)) == sum(
+        ((plant_rows["plants"].kind == one.kind) & (plant_rows["plants"].seed == one.seed)).sum() for one in chosen
+    )

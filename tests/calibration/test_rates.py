@@ -1,0 +1,139 @@
+"""Error rates on hand-made tables of draws, where they can be counted by eye."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.calibration import rates
+
+
+def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:
+    """`n` draws with the given fields each; the others are those of a right, sampled verdict."""
+    fine = {
+        "kind": "late", "claim": "C1", "truth": "true", "verdict": "supported", "population_verdict": "supported",
+        "gate": "passed", "quantity": "share", "reason": "", "code": "x", "topics": 70, "pairs": 1, "effect": 1.0,
+        "estimate": 0.7, "ci_low": 0.6, "ci_high": 0.8, "population": 0.7,
+    }  # fmt: skip
+    rows = [{**fine, **fields} for n, fields in groups for _ in range(n)]
+    return pd.DataFrame(rows).assign(seed=range(len(rows)))
+
+
+def one(table: pd.DataFrame, **where: object) -> pd.Series:
+    for name, value in where.items():
+        table = table[table[name] == value]
+    (row,) = table.itertuples(index=False)
+    return pd.Series(row._asdict())
+
+
+NULL = {"truth": "false", "kind": "early", "verdict": "contradicted", "population_verdict": "contradicted"}
+TABLE = draws(
+    (8, {}),
+    (2, {"verdict": "inconclusive"}),
+    (59, NULL),
+    (1, {**NULL, "verdict": "supported", "kind": "middle"}),
+    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}),
+    (3, {"truth": "open", "verdict": "supported"}),
+)
+
+
+def test_shares_of_verdicts_add_up_within_each_truth() -> None:
+    table = rates.confusion(TABLE)
+    assert one(table, truth="true", verdict="supported").estimate == 0.8
+    assert one(table, truth="false", verdict="supported").hits == 1
+    assert table.groupby(["claim", "truth"]).estimate.sum().round(9).eq(1).all()
+    assert one(rates.confusion(rates.testable(TABLE)), truth="false", verdict="inconclusive").hits == 0
+
+
+def test_false_support_has_an_exact_bound() -> None:
+    found = one(rates.error_rates(TABLE), error="false supported")
+    assert (found.hits, found.n) == (1, 65)
+    assert found.upper == pytest.approx(1 - 0.929, abs=2e-3)  # the rate p with P(at most 1 of 65) = 0.05
+    p = found.upper
+    assert (1 - p) ** 65 + 65 * p * (1 - p) ** 64 == pytest.approx(0.05, abs=1e-6)
+    assert one(rates.error_rates(TABLE, only_testable=True), error="false supported").n == 60
+    untestable = draws((4, NULL), (3, {**NULL, "verdict": "not testable"}))
+    assert one(rates.error_rates(untestable, only_testable=True), error="false supported").n == 4
+
+
+def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
+    assert rates.one_sided(0, rates.ENOUGH_NULLS)[1] < 0.05 < rates.one_sided(0, rates.ENOUGH_NULLS - 1)[1]
+    assert rates.one_sided(0, 0) == (0, 1)
+    assert math.isnan(rates.rate(0, 0)[0])
+
+
+def test_a_target_is_held_against_one_sided_bounds() -> None:
+    """7 of 64: the two-sided limits reach below 5 %, the one-sided one does not."""
+    found = rates.error_rates(draws((57, NULL), (7, {**NULL, "verdict": "supported"})))
+    missed = one(found, error="false supported")
+    assert missed.low < 0.05 < missed.lower and rates.support_state(missed) == "target missed"
+    for n, said in ((0, "80 % shown"), (5, "80 % neither shown nor missed"), (30, "80 % missed")):
+        powers = rates.error_rates(draws((30, {}), (n, {"verdict": "inconclusive"})))
+        assert rates.power_state(one(powers, error="power to support")) == said
+    silent = rates.error_rates(draws((30, {"verdict": "inconclusive"})))
+    assert "never says supported" in rates.power_state(one(silent, error="power to support"))
+
+
+def test_severity_tells_kinds_of_alternatives_apart() -> None:
+    table = rates.supported_by_kind(TABLE, "false")
+    assert one(table, kind="middle").estimate == 1
+    assert one(table, kind="early").estimate == 0
+    assert set(table.kind) == {"early", "middle"}
+    assert one(table, kind="early").upper == rates.one_sided(0, 64)[1]
+    able = one(rates.supported_by_kind(TABLE, "true"), kind="late")
+    power = one(rates.error_rates(TABLE), error="power to support")
+    assert (able.hits, able.n) == (power.hits, power.n) == (8, 10), "open truths count neither way"
+
+
+def test_sampling_and_construct_errors_are_told_apart() -> None:
+    table = draws(
+        (6, {}),
+        (1, {"verdict": "inconclusive"}),  # the sample was too small
+        (2, {**NULL, "verdict": "supported", "population_verdict": "supported"}),  # the rule itself errs
+        (1, {"verdict": "inconclusive", "population_verdict": "inconclusive"}),  # the rule cannot say
+        (9, {"population_verdict": ""}),  # no population was drawn
+    )
+    found = rates.split_errors(table)
+    assert {row.error: (row.hits, row.n) for row in found.itertuples()} == {
+        "sampling": (1, 10),
+        "construct": (2, 10),
+        "silent": (1, 10),
+    }
+
+
+def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
+    rng = np.random.default_rng(1)
+    truth = {i: i < 30 for i in range(130)}
+    noise = {i: float(rng.random()) for i in truth}
+    table = rates.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
+    areas = table.groupby("score")[["auroc", "auroc_low", "auroc_high"]].first()
+    assert areas.loc["perfect"].tolist() == [1.0, 1.0, 1.0]
+    chance = areas.loc["noise"]
+    assert chance.auroc_low < min(chance.auroc, 0.5) and max(chance.auroc, 0.5) < chance.auroc_high
+    # Hanley and McNeil's standard error at an area of one half, for 30 and 100 cases
+    assert (chance.auroc_high - chance.auroc_low) / (2 * 1.96) == pytest.approx((131 / (12 * 30 * 100)) ** 0.5, rel=0.2)
+
+
+def test_coverage_counts_finite_intervals() -> None:
+    rounding = {"ci_low": 1.0, "ci_high": 1.0, "population": 0.9999}  # no width, and off by the network's rounding
+    table = draws(
+        (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
+    )
+    found = one(rates.interval_coverage(table), quantity="share")
+    assert (found.hits, found.n) == (19, 20)
+
+
+def test_power_grows_in_a_table_where_it_does() -> None:
+    table = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
+    assert rates.power_curve(table, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
+
+
+def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:
+    rng = np.random.default_rng(0)
+    member = rng.random(2000) < 0.1
+    noise = rates.ranking_quality(member, rng.random(2000))
+    assert abs(noise["auroc"] - 0.5) < 0.06 and noise["P@k"] < 0.2
+    perfect = rates.ranking_quality(member, member + 0.1 * rng.random(2000))
+    assert set(perfect.values()) == {1.0}
+    assert math.isnan(rates.ranking_quality([False, False], [1.0, 2.0])["auroc"])

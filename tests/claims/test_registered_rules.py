@@ -1,0 +1,333 @@
+"""The registered rules: both sides of every threshold, every control that caps a verdict, and what is missing."""
+
+import math
+
+import pytest
+from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, TWIN, judge, row
+
+from companion.base import thresholds
+from companion.base.thresholds import CARRIED, KEPT
+from companion.claims.registered_rules import STATEMENTS
+
+ON_GENERATION = [claim for claim in STATEMENTS if claim != "C3"]
+GATES = {claim: "T1" if claim == "C3" else "T2-T2b" for claim in STATEMENTS}
+FROZEN = ("main", "norm frozen", "unsaturated")
+ALL = (*FROZEN, "per patch norm", "per parameter")
+LOW, HALF = (0.3, 0.2, 0.4), (0.45, 0.3, 0.6)
+
+
+def every(quantity: str, claim: str) -> dict:
+    """Takes every row of a claim's quantity away."""
+    return {key: None for key in FINE | LATER if key[:2] == (claim, quantity)}
+
+
+# By claim: the evidence that shows, and what its reason says.
+SHOWN = {
+    "C1": ("late share", 0.7, ("robust",), ["0.70 [0.60, 0.80]", "harm - benign: 0.20 [0.10, 0.30]"]),
+    "C2": (NIE, 0.8, ("robust",), ["MLP share 0.85", "no normalisation moves either across one half"]),
+    "C3": (PSI, 0.6, (), ["psi0 0.60 [0.50, 0.70]", "by 0.20 [0.10, 0.30] AUROC"]),
+    "C4": (CARRIED, 0.8, (), ["above the hand-over layer carry 0.80 [0.70, 0.90]", "hand-over after layer 3 [3, 4]"]),
+    "C5a": ("k90", 5.0, (), ["k90 5 [4, 7] of 1000 neurons (sparse: at most 10, distributed: at least 100), benign median 30"]),
+    "C5b": ("gate index", 0.8, (), ["readout share 0.20 [0.10, 0.30]", "timing share not measured"]),
+    "C5c": (KEPT, 0.95, (), ["keeps 0.95 [0.85, 1.00]", "benign answers changed 0.05 [0.00, 0.15], specific"]),
+    "C6": ("harm change", -60.0, (), ["harmless loss 0.30 [-0.50, 1.10] points (n = 400)", "p 0.01 among isotropic"]),
+    "C7": ("Moran's I", 0.2, (), ["0.200 [0.150, 0.250]", "permutation p 0.05"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", STATEMENTS)
+def test_fine_evidence_supports_every_claim(claim: str) -> None:
+    made, (quantity, estimate, tags, said) = judge(claim), SHOWN[claim]
+    assert (made.verdict, made.quantity, made.estimate, made.tags) == ("supported", quantity, estimate, tags)
+    assert made.n_pairs == 72 and made.n_topics == 36 and set((made.controls or {}).values()) == {"passed"}
+    assert not [part for part in said if part not in made.reason]
+
+
+def c1(share: tuple, centroid: tuple) -> dict:
+    return row("C1", "late share", share, *FROZEN) | row("C1", "centroid difference", centroid)
+
+
+def c2(total: tuple, direct: tuple) -> dict:
+    return row("C2", NIE, total, *ALL) | row("C2", DIRECT, direct, *ALL)
+
+
+def c3(psi: tuple, gain: tuple) -> dict:
+    return row("C3", PSI, psi) | row("C3", "AUROC gain", gain)
+
+
+def c5a(psi: tuple, k90: tuple, size: float = 1000.0) -> dict:
+    psis = row("C5a", "psi1", psi, "main", "norm frozen")
+    return psis | row("C5a", "k90", k90) | row("C5a", "neurons in the layer", (size, size, size))
+
+
+def c7(moran: tuple, p: float) -> dict:
+    return row("C7", "Moran's I", moran) | row("C7", "best window, permutation p", (p, p, p))
+
+
+FINE_PSI, FINE_K90 = (0.5, 0.4, 0.6), (5.0, 4.0, 7.0)
+DENSE = {("C5a", f"k90 B{i}", "main"): (5.0, 5.0, 5.0) for i in range(1, 6)}
+NO_GATE = row("C5b", "gate index", (0.1, 0.05, 0.15), "main", "norm frozen") | row(
+    "C5b", "gate index, signed", (0.1, 0.05, 0.15)
+)
+RULES = {
+    "supported": [
+        ("C1", c1((0.7, 0.5, 0.8), (0.2, 0.05, 0.3))), ("C2", c2((0.7, 0.6, 0.8), (0.7, 0.6, 0.8))),
+        ("C3", c3((0.4, 0.3, 0.5), (0.1, 0.01, 0.2))), ("C4", row("C4", CARRIED, (0.8, 0.6, 0.9), *FROZEN)),
+        ("C5a", c5a((0.5, 0.30, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (10.0, 9.0, 12.0))),
+        ("C5a", c5a(FINE_PSI, (8.0, 8.0, 8.0), 384.0)),  # in a small layer 8 neurons count as few
+        ("C5a", {**DENSE, **row("C5a", "k90 B5", (4.0, 4.0, 4.0)), **row("C5a", "k90", (4.0, 4.0, 5.0))}),
+        ("C5c", row("C5c", KEPT, (0.9, 0.8, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
+        ("C7", c7((0.1, 0.05, 0.2), 0.05)),
+    ],
+    "inconclusive": [
+        ("C1", c1((0.7, 0.49, 0.8), (0.2, 0.1, 0.3))), ("C1", c1((0.7, 0.6, 0.8), (0.2, 0.04, 0.3))),
+        ("C1", c1((0.7, 0.6, 0.8), (0.1, -0.1, 0.3))), ("C1", c1((0.3, 0.2, 0.41), (0.2, 0.1, 0.3))),
+        ("C1", c1((0.7, 0.6, 0.8), (-0.1, -0.2, 0.01))), ("C1", c1((0.7, -math.inf, math.inf), (0.2, 0.1, 0.3))),
+        ("C1", c1((0.7, math.nan, math.nan), (0.2, 0.1, 0.3))), ("C1", every("late share", "C1")),
+        ("C2", c2((0.7, 0.59, 0.8), (0.8, 0.7, 0.9))), ("C2", c2((0.8, 0.7, 0.9), (0.7, 0.59, 0.8))),
+        ("C2", c2((0.4, 0.3, 0.5), (0.8, 0.7, 0.9))), ("C2", c2((0.4, 0.3, 0.51), LOW)),
+        ("C2", c2((0.8, math.nan, math.nan), (0.8, 0.7, 0.9))),
+        ("C3", c3((0.4, 0.29, 0.5), (0.1, 0.01, 0.2))), ("C3", c3((0.6, 0.5, 0.7), (0.049, 0.01, 0.1))),
+        ("C3", c3((0.6, 0.5, 0.7), (0.2, -0.01, 0.4))), ("C3", c3((0.05, 0.0, 0.11), (0.1, 0.01, 0.2))),
+        ("C4", row("C4", CARRIED, (0.8, 0.59, 0.9), *FROZEN)), ("C4", row("C4", CARRIED, (0.3, 0.2, 0.41), *FROZEN)),
+        ("C5a", c5a((0.5, 0.29, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (11.0, 9.0, 12.0))),
+        ("C5a", c5a(FINE_PSI, (99.0, 90.0, 110.0))), ("C5a", c5a((0.1, 0.05, 0.16), FINE_K90)),
+        ("C5a", c5a(FINE_PSI, (9.0, 8.0, 9.0), 384.0)), ("C5a", DENSE),  # equal to the median is not below it
+        ("C5b", row("C5b", "gate index", (0.8, 0.55, 0.9))), ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7))),
+        ("C5b", row("C5b", "readout share", (0.4, 0.3, 0.5))), ("C5b", row("C5b", "benign share", (0.15, 0.1, 0.25))),
+        ("C5b", row("C5b", "perplexity ratio", (1.005, 1.0, 1.02))), ("C5b", NO_GATE),  # form c is high
+        ("C5c", row("C5c", KEPT, (0.9, 0.79, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
+        ("C6", row("C6", "harm change", (-1.9, -3.0, -0.8))), ("C6", row("C6", "harm change", (-5.0, -10.5, 0.5))),
+        ("C6", row("C6", "phi", (0.8, 0.74, 0.9))), ("C6", row("C6", "harmless loss", (1.5, 0.5, 2.1))),
+        *(("C6", row("C6", f"p {family}", (0.06, 0.06, 0.06))) for family in ("isotropic", "covariance-matched")),
+        *(("C6", row("C6", f"advantage over {rival}", (2.0, -1.0, 5.0))) for rival in ("early", "mid")),
+        ("C7", c7((0.1, 0.049, 0.2), 0.05)), ("C7", c7((0.0, -0.05, 0.051), 0.5)),
+        ("C7", c7((0.0, -0.05, 0.04), 0.05)), ("C7", c7((0.1, 0.06, 0.2), 0.1)),  # windows say the opposite
+    ],
+    "contradicted": [
+        ("C1", c1(LOW, (0.2, 0.1, 0.3))), ("C1", c1((0.7, 0.6, 0.8), (-0.1, -0.2, 0.0))),
+        ("C2", c2((0.4, 0.3, 0.5), LOW)), ("C3", c3((0.05, 0.0, 0.1), (0.1, 0.01, 0.2))),
+        ("C4", row("C4", CARRIED, LOW, *FROZEN)), ("C5a", c5a(FINE_PSI, (100.0, 90.0, 110.0))),
+        ("C5a", c5a((0.1, 0.05, 0.15), FINE_K90)), ("C5a", c5a(FINE_PSI, (39.0, 38.0, 40.0), 384.0)),
+        ("C5b", NO_GATE | row("C5b", "gate index, form", (0.1, 0.05, 0.15), "c: below")),
+        ("C5c", row("C5c", KEPT, LOW, "main", "full response")), ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
+        ("C6", row("C6", "advantage over mid", (0.0, -2.0, 2.0))), ("C6", row("C6", "p isotropic", (0.5, 0.5, 0.5))),
+        ("C6", row("C6", "advantage over early", (-30.0, -35.0, -25.0))), ("C7", c7((0.0, -0.05, 0.05), 0.5)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("claim", "changes", "said"), [(*case, said) for said, cases in RULES.items() for case in cases]
+)
+def test_both_sides_of_every_threshold(claim: str, changes: dict, said: str) -> None:
+    made = judge(claim, changes)
+    assert made.verdict == said, made.reason
+
+
+JOINT = {claim: f"joint probability {'T1' if claim == 'C3' else 'T2'}" for claim in STATEMENTS}
+CAPS = {
+    **{(claim, "joint probability, failed"): row("gate", name, (0.79, 0.7, 0.9)) for claim, name in JOINT.items()},
+    **{(claim, "joint probability, not run"): row("gate", name, None) for claim, name in JOINT.items()},
+    ("C1", "benign behaviours, failed"): row("C1", "centroid B5", None),
+    ("C1", "benign behaviours, not run"): row("C1", "centroid difference", None) | row("C1", "late share", LOW, *FROZEN),
+    ("C1", "final norm frozen, failed"): row("C1", "late share", HALF, "norm frozen"),
+    ("C1", "final norm frozen, not run"): row("C1", "late share", None, "norm frozen"),
+    ("C1", "unsaturated pairs, failed"): row("C1", "late share", HALF, "unsaturated"),
+    ("C1", "unsaturated pairs, not run"): row("C1", "late share", None, "unsaturated"),
+    ("C2", "final norm frozen, failed"): row("C2", NIE, HALF, "norm frozen"),
+    ("C2", "final norm frozen, not run"): row("C2", NIE, None, "norm frozen"),
+    ("C2", "unsaturated pairs, failed"): row("C2", NIE, HALF, "unsaturated"),
+    ("C2", "unsaturated pairs, not run"): row("C2", NIE, None, "unsaturated"),
+    ("C2", "per patch norm, not run"): row("C2", NIE, None, "per patch norm"),
+    ("C2", "per parameter, not run"): row("C2", NIE, None, "per parameter"),
+    ("C3", "probe above chance on held-out topics, failed"): row("C3", "AUROC probe", (0.6, 0.5, 0.7)),
+    ("C3", "probe above chance on held-out topics, not run"): row("C3", "AUROC probe", None),
+    ("C3", "sign in unsaturated pairs, failed"): row("C3", PSI, (-0.1, -0.2, 0.0), "unsaturated"),
+    ("C3", "sign in unsaturated pairs, not run"): row("C3", PSI, None, "unsaturated"),
+    ("C4", "final norm frozen, failed"): row("C4", CARRIED, HALF, "norm frozen"),
+    ("C4", "unsaturated pairs, not run"): row("C4", CARRIED, None, "unsaturated"),
+    ("C5a", "benign behaviours, failed"): row("C5a", "k90 B5", None),
+    ("C5a", "benign behaviours, not run"): {("C5a", f"k90 B{i}", "main"): None for i in range(1, 6)},
+    ("C5a", "random order, failed"): row("C5a", "k90", (8.0, 6.0, 9.0), "random order"),
+    ("C5a", "random order, not run"): row("C5a", "k90", None, "random order"),
+    ("C5a", "final norm frozen, failed"): row("C5a", "psi1", (0.2, 0.1, 0.3), "norm frozen"),
+    ("C5a", "final norm frozen, not run"): row("C5a", "psi1", None, "norm frozen"),
+    ("C5a", "sign in unsaturated pairs, failed"): row("C5a", "psi1", (-0.1, -0.2, 0.1), "unsaturated"),
+    ("C5a", "sign in unsaturated pairs, not run"): row("C5a", "psi1", None, "unsaturated"),
+    ("C5b", "final norm frozen, failed"): row("C5b", "gate index", (0.1, 0.0, 0.2), "norm frozen"),
+    ("C5c", "full response, failed"): row("C5c", KEPT, LOW, "full response"),
+    ("C6", "mid layers at equal budget, failed"): row("C6", "budget of mid over late", (1.2, 1.2, 1.2)),
+    ("C6", "refits of the directions, not run"): row("C6", "spread over refits", None),
+    ("C6", "greedy decoding, failed"): row("C6", "harm change", (5.0, 1.0, 9.0), "greedy"),
+    **{("C6", f"{name} margin, failed"): row("C6", name, (3.0, 2.5, 3.5)) for name in thresholds.MARGINS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim", "case"), CAPS)
+def test_a_control_that_fails_or_was_not_run_caps(claim: str, case: str) -> None:
+    made, (name, state) = judge(claim, CAPS[claim, case]), case.split(", ")
+    assert made.verdict == "inconclusive" and "robust" not in made.tags
+    assert made.controls is not None and made.controls[name] == state
+    assert {other for key, other in made.controls.items() if key != name} == {"passed"}
+    assert f"by its numbers, capped: {name} {state}" in made.reason
+
+
+# A condition of the rule that is a control as well: without it nothing is supported, so nothing is capped.
+MISSING = {
+    ("C5b", "specificity measured"): row("C5b", "perplexity ratio", None),
+    ("C5c", "benign answers"): row("C5c", "benign answers changed", None),
+    ("C6", "early layers at equal budget"): row("C6", "advantage over early", None),
+    ("C6", "random directions, isotropic"): row("C6", "p isotropic", None),
+    ("C7", "best window against random groups"): row("C7", "best window, permutation p", None),
+}
+
+
+@pytest.mark.parametrize(("claim", "name"), MISSING)
+def test_a_missing_condition_is_a_control_that_was_not_run(claim: str, name: str) -> None:
+    made = judge(claim, MISSING[claim, name])
+    assert made.verdict == "inconclusive" and (made.controls or {})[name] == "not run"
+
+
+def test_the_untrained_twin_of_c1() -> None:
+    """Any network's components are late to some degree: a twin fails by the whole rule alone, and must have been run."""
+    late = judge("C1", twin=row("C1", "centroid difference", (0.1, 0.05, 0.2)))
+    assert late.verdict == "inconclusive" and "capped: untrained twin failed" in late.reason
+    none = judge("C1", twin=dict.fromkeys(TWIN))
+    assert none.verdict == "inconclusive" and (none.controls or {})["untrained twin"] == "not run"
+    for twin in (
+        row("C1", "late share", None), row("C1", "centroid difference", None), row("C1", "late share", (0.99, 0.98, 1.0)),
+    ):  # fmt: skip
+        assert judge("C1", twin=twin).verdict == "supported"
+
+
+def test_a_control_caps_a_contradiction_too_and_an_open_question_is_not_called_capped() -> None:
+    no_joint = row("gate", "joint probability T2", None)
+    made = judge("C1", row("C1", "late share", LOW, *FROZEN) | no_joint)
+    assert made.verdict == "inconclusive" and "contradicted by its numbers" in made.reason
+    made = judge("C1", row("C1", "centroid difference", (0.1, -0.1, 0.3)) | no_joint)
+    assert made.verdict == "inconclusive" and "capped" not in made.reason
+
+
+def test_benign_behaviours_of_any_name_count() -> None:
+    renamed = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)}
+    renamed |= {("C1", f"centroid {name}", "main"): (0.5, 0.4, 0.6) for name in ("B1", "B10", "Btone", "B-unit", "B3")}
+    assert (judge("C1", renamed).controls or {})["benign behaviours"] == "passed"
+    made = judge("C1", row("C1", "centroid difference", None))
+    assert made.verdict == "inconclusive" and "no benign behaviour to compare with" in made.reason
+
+
+def test_c2_shows_the_number_that_decides() -> None:
+    assert judge("C2", c2((0.9, 0.8, 1.0), (0.8, 0.7, 0.9))).quantity == DIRECT
+    for direct, quantity in (((0.3, 0.25, 0.35), NIE), ((0.48, 0.3, 0.5), DIRECT)):
+        against = judge("C2", c2((0.45, 0.4, 0.49), direct))
+        assert (against.verdict, against.quantity) == ("contradicted", quantity)
+
+
+@pytest.mark.parametrize("quantity", [NIE, DIRECT])
+@pytest.mark.parametrize("name", ["per patch norm", "per parameter"])
+def test_c2_names_a_normalisation_that_turns_it(quantity: str, name: str) -> None:
+    made = judge("C2", row("C2", quantity, (0.4, 0.3, 0.5), name))
+    assert made.verdict == "supported"  # the raw shares decide, but the reader is told
+    assert "normalisation-dependent" in made.tags and f"the side changes {name}" in made.reason
+
+
+def test_k90_none_supports_nothing_and_needs_no_random_order() -> None:
+    none = row("C5a", "k90", None, "main", "random order")
+    made = judge("C5a", none)
+    assert (made.verdict, made.quantity) == ("inconclusive", "psi1") and "k90 none" in made.reason
+    low = row("C5a", "psi1", (0.0, -0.1, 0.1), "main", "norm frozen") | row(
+        "C5a", "psi1", (-0.1, -0.2, 0.1), "unsaturated"
+    )
+    assert judge("C5a", none | low).verdict == "contradicted"
+
+
+def test_c5c_says_where_harmless_answers_close_too() -> None:
+    hard = row("C5c", "harmless answers changed, refusing run's values", (0.9, 0.8, 1.0))
+    assert judge("C5c", hard).tags == ("closes harmless answers too",)
+
+
+def test_a_broken_margin_caps_no_contradiction_of_c6_and_too_few_harmless_prompts_leave_it_open() -> None:
+    equal = row("C6", "advantage over mid", (0.0, -1.0, 1.0))
+    assert judge("C6", row("C6", "KL", (3.0, 2.5, 3.5)) | equal).verdict == "contradicted"
+    assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
+
+
+UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
+              "C5c": "notebook 05", "C6": "notebook 06", "C7": "notebook 04"}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", UNMEASURED)
+def test_what_was_not_measured_is_not_testable(claim: str) -> None:
+    made = judge(claim, {key: None for key in FINE | LATER if key[0] == claim})
+    assert made.verdict == "not testable" and UNMEASURED[claim] in made.reason
+
+
+def test_a_part_that_is_missing() -> None:
+    for quantity in (PSI, "AUROC gain"):
+        assert judge("C3", row("C3", quantity, None)).verdict == "not testable"
+    assert judge("C6", row("C6", "phi", None)).verdict == "not testable"
+    made = judge("C5b", every("gate index", "C5b"))
+    assert made.verdict == "inconclusive" and "nothing of which" in made.reason
+
+
+# ---- preconditions and tags ----
+
+
+@pytest.mark.parametrize("claim", STATEMENTS)
+def test_the_precondition_asks_for_topics(claim: str) -> None:
+    assert judge(claim, n_topics=20).verdict == "supported"
+    made = judge(claim, n_topics=19)
+    assert (made.verdict, made.reason) == ("inconclusive", f"19 topics of {GATES[claim]} in the test split, 20 needed")
+
+
+@pytest.mark.parametrize("claim", ["C1", "C3"])
+@pytest.mark.parametrize(
+    ("numbers", "is_open"),
+    [
+        ((0.5, 0.1, 0.9), True), ((-0.5, -0.9, -0.1), True), ((0.49, 0.4, 0.6), False), ((3.0, -0.1, 6.0), False),
+        ((-3.0, -6.0, 0.0), False), ((3.0, -math.inf, math.inf), False), ((3.0, math.nan, math.nan), False),
+        ((math.nan, 1.0, 2.0), False),
+    ],
+)  # fmt: skip
+def test_the_precondition_asks_for_an_effect(claim: str, numbers: tuple, is_open: bool) -> None:
+    made = judge(claim, row("gate", f"TE {GATES[claim]}", numbers))
+    assert made.verdict == ("supported" if is_open else "inconclusive")
+    assert is_open or "nothing to mediate (gate: |TE| >= 0.5)" in made.reason
+    assert is_open or made.quantity == f"TE {GATES[claim]}"
+
+
+@pytest.mark.parametrize("claim", STATEMENTS)
+def test_without_the_treatment_nothing_is_testable(claim: str) -> None:
+    made = judge(claim, {("gate", f"TE {name}", "main"): None for name in ("T1", "T2", "T2-T2b")})
+    expected = (
+        "the prompt set has no harmless/harmful pairs (T1): supply some" if claim == "C3" else thresholds.NO_WRAPPERS
+    )
+    assert (made.verdict, made.reason) == ("not testable", expected)
+
+
+@pytest.mark.parametrize("claim", ON_GENERATION)
+def test_without_twins_t2_alone_is_judged_and_the_verdict_says_so(claim: str) -> None:
+    alone = row("gate", "TE T2-T2b", None)
+    made = judge(claim, alone)
+    assert made.verdict == "supported" and "no harmless twin" in made.tags
+    assert "TE of T2 is" in judge(claim, alone | row("gate", "TE T2", (0.1, 0.0, 0.2))).reason
+
+
+@pytest.mark.parametrize("quantity", [("C1", "late share"), ("C2", NIE)])
+@pytest.mark.parametrize("variant", ["full response", "sufficiency", "necessity"])
+def test_robust_asks_for_y2_and_each_direction(quantity: tuple[str, str], variant: str) -> None:
+    for numbers in (None, HALF):
+        made = judge(quantity[0], row(*quantity, numbers, variant))
+        assert made.verdict == "supported" and "robust" not in made.tags
+
+
+def test_late_by_architecture_is_tagged() -> None:
+    for at, tagged in ((0.33, False), (0.34, True), (0.9, True)):
+        made = judge("C1", row("gate", "earliest possible depth", (at, at, at)))
+        assert ("architecture-imposed" in made.tags) == tagged
+
+
+def test_a_run_in_half_precision_gives_no_verdict() -> None:
+    capped = judge("C2", row("gate", "significand bits", (8, 8, 8)))
+    assert capped.verdict == "inconclusive" and "half precision" in capped.reason

@@ -1,0 +1,211 @@
+"""Evidence of C1, C2 and C3 from tables with known shares, from compiled models, and from thin and odd prompt sets."""
+
+import handmade
+import numpy as np
+import pandas as pd
+import pytest
+from effect_tools import said
+from handmade import Program, compiled, cue_pairs
+from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
+
+from companion.base.files import EVIDENCE
+from companion.base.thresholds import COMPONENTS
+from companion.evidence import layers
+from companion.mediation import estimands, summaries
+from companion.model.architecture import Subject
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import TokenPair, token_pair
+
+VARIANTS = {"main", "sufficiency", "necessity", "full response", "norm frozen", "unsaturated"}
+
+
+@pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
+def test_rows_of_c1(treatment: str) -> None:
+    rows = layers.evidence_c1(complete(treatment=treatment), "model", N_LAYERS)
+    assert all(list(row) == list(EVIDENCE) for row in rows)
+    shares = {row["variant"]: row for row in rows if row["quantity"] == "late share"}
+    assert set(shares) == VARIANTS
+    assert all(row["estimate"] == pytest.approx(0.8) for row in shares.values())
+    assert {row["n_pairs"] for row in shares.values()} == {30}
+    assert {row["n_topics"] for row in shares.values()} == {15}
+    assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
+    assert {row["quantity"] for row in rows if row["quantity"].startswith("centroid ")} == {
+        "centroid difference", f"centroid {treatment}", *(f"centroid B{i}" for i in range(1, 7))
+    }  # fmt: skip
+
+
+def test_the_contrast_is_primary_where_it_was_measured() -> None:
+    both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b")], ignore_index=True)
+    assert find(layers.evidence_c1(both, "m", N_LAYERS), "late share")["estimate"] == pytest.approx(0.8)
+    assert summaries.primary(both) == "T2-T2b"
+    assert summaries.primary(both[both.treatment == "T2"]) == "T2"
+
+
+def test_what_was_not_measured_has_no_row() -> None:
+    rows = layers.evidence_c1(effect_table(), "m", N_LAYERS)
+    assert {row["variant"] for row in rows} == VARIANTS - {"full response", "norm frozen"}
+    assert {row["quantity"] for row in rows} == {"late share"}
+
+
+def test_the_unsaturated_subset_is_that_of_t2() -> None:
+    """In the contrast, log-odds of two requests are subtracted: only T2's own say whether its runs were saturated."""
+    harm = effect_table(start=-3.5)  # p = 0.03
+    saturated = harm.topic.isin(["topic 47", "topic 48", "topic 49"])
+    harm = harm.assign(y00=np.where(saturated, -6.0, harm.y00))
+    contrast = effect_table(treatment="T2-T2b", start=-30)
+    rows = layers.evidence_c1(pd.concat([harm, contrast], ignore_index=True), "m", N_LAYERS)
+    assert find(rows, "late share")["n_pairs"] == 30
+    assert find(rows, "late share", "unsaturated")["n_pairs"] == 24
+
+
+def test_only_the_last_token_counts() -> None:
+    elsewhere = effect_table({("mlp_out", 0): 50.0}).assign(position="shared")
+    rows = layers.evidence_c1(pd.concat([elsewhere, effect_table()], ignore_index=True), "m", N_LAYERS)
+    assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
+def test_rows_of_c2(treatment: str) -> None:
+    direct = direct_table({("mlp_out", 5): 3.0, ("attn_out", 4): 1.0}, treatment=treatment)
+    rows = layers.evidence_c2(complete(treatment=treatment), direct, "model", scales())
+    assert all(list(row) == list(EVIDENCE) for row in rows)
+    known = dict.fromkeys(VARIANTS, 3.6 / 5)
+    known |= {"per patch norm": 1.8 / (1.8 + 1.4), "per parameter": 0.4 / (0.4 + 1.4)}
+    total = {row["variant"]: row["estimate"] for row in rows if row["quantity"] == "MLP share of NIE"}
+    assert total == pytest.approx(known)
+    written = {row["variant"]: row["estimate"] for row in rows if row["quantity"] == "MLP share of direct effects"}
+    assert written == pytest.approx({"main": 0.75, "per patch norm": 1.5 / 2.5, "per parameter": (1 / 3) / (4 / 3)})
+
+
+def test_preconditions_are_those_of_the_test_pairs() -> None:
+    clean = pd.concat([effect_table(te=2.0), effect_table(te=-1.0, treatment="T1", seed=2)], ignore_index=True)
+    clean = shifted(clean.drop_duplicates("pair_id"), "discover", te=100).assign(joint=0.9, earliest=2)
+    rows = {row["quantity"]: row for row in layers.precondition_rows(clean, "m", N_LAYERS)}
+    names = [f"{what} {treatment}" for what in ("TE", "joint probability") for treatment in ("T2", "T1")]
+    assert list(rows) == [*names, "earliest possible depth"]
+    assert rows["joint probability T1"]["estimate"] == pytest.approx(0.9)
+    assert rows["earliest possible depth"]["estimate"] == pytest.approx(2.5 / N_LAYERS)
+    for name, sign in (("T1", -1), ("T2", 1)):
+        row, test = rows[f"TE {name}"], clean[(clean.split == "test") & (clean.treatment == name)]
+        assert row["estimate"] == pytest.approx(test.te.mean()) and sign * row["estimate"] > 0.5
+        assert row["ci_low"] < row["estimate"] < row["ci_high"]
+        assert (row["n_pairs"], row["n_topics"]) == (30, 15)
+    alone = layers.precondition_rows(clean[(clean.split != "test") | (clean.topic == "topic 49")], "m", N_LAYERS)[0]
+    assert (alone["ci_low"], alone["ci_high"], alone["n_topics"]) == (-np.inf, np.inf, 1)
+
+
+def test_shares_of_a_compiled_model() -> None:
+    """Through the attention head passes everything, and the MLP reads it: indirect effects count that path twice."""
+    program = Program(skip=0.7)
+    subject = compiled(program)
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=12)
+    wanted = estimands.mediators(subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
+    table = estimands.measure_effects(subject, pairs, {"T2": said(subject)}, wanted, ("Y1", "contrast.frozen"))
+    one = pd.Series(1.0, pd.MultiIndex.from_product([COMPONENTS, range(4)], names=["site", "layer"]))
+    rows = layers.evidence_c2(table, table, "m", {"per patch norm": one})
+    te = program.log_odds(1, 0) - program.log_odds(0, 0)
+    assert find(rows, "MLP share of direct effects")["estimate"] == pytest.approx((te - 0.7) / te, abs=1e-3)
+    assert find(rows, "MLP share of NIE")["estimate"] == pytest.approx((te - 0.7) / (2 * te - 0.7), abs=1e-3)
+    (late,) = [row for row in layers.evidence_c1(table, "m", 4) if row["variant"] == "main"]
+    assert late["estimate"] == pytest.approx(0, abs=1e-3)  # layers 1 and 2 of 4
+
+
+# ---- thin and odd prompt sets: what can be computed is ----
+
+
+def test_one_topic_in_discover_or_test_gives_no_share() -> None:
+    table = complete()
+    for split, topic in (("discover", "topic 0"), ("test", "topic 49")):
+        thin = table[(table.split != split) | (table.topic == topic) | table.treatment.str.startswith("B")]
+        assert layers.evidence_c1(thin, "m", N_LAYERS) == []
+        assert {row["quantity"] for row in layers.evidence_c2(thin, direct_table(), "m", scales())} == {
+            "MLP share of direct effects"
+        }
+
+
+def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
+    """Pairs of unequal length are dropped, so a topic may lose all pairs of one behaviour, and share others."""
+    table = complete()
+    lost = (table.treatment == "B3") & (table.topic == "benign 49")
+    shared = (table.treatment == "B2") & (table.topic == "benign 48")
+    table = table[~lost].assign(topic=table.topic.where(~shared, "topic 48"))
+    rows = layers.evidence_c1(table, "m", N_LAYERS)
+    assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
+    assert np.isfinite(find(rows, "centroid difference")["ci_low"])
+
+
+def test_which_benign_behaviours_count() -> None:
+    """Those whose TE is large enough on discover, and which have some positive cell."""
+    weak = effect_table(te=0.4, treatment="B7", topics="benign")
+    late = shifted(effect_table(te=0.4, treatment="B8", topics="benign"), "test", te=10)
+    negative = effect_table({("mlp_out", 2): -0.4}, te=-0.6, treatment="B9", topics="benign")
+    silent = benign_tables(3).query("treatment == 'B3'").assign(nie0=0.0, nie1=0.0)
+    table = pd.concat([effect_table(), benign_tables(2), silent, weak, late, negative], ignore_index=True)
+    assert sorted(layers.usable_benign(table).treatment.unique()) == ["B1", "B2", "B9"]
+    assert layers.usable_benign(effect_table()).empty
+
+
+@pytest.mark.parametrize("present", [["B1", "B2"], ["T1"], ["T2b"]])
+def test_without_wrapped_requests_there_is_nothing_to_say_of_generation(present: list[str]) -> None:
+    parts = [effect_table(treatment=name, topics=name) for name in present]
+    table = pd.concat(parts, ignore_index=True)
+    assert layers.evidence_c2(table, direct_table(treatment=present[0]), "m", scales()) == []
+
+
+# ---- C3 ----
+
+WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "on"))
+
+
+def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
+    """A compiled model that reads cue B (`high`) at layer 0 or cue A (`on`) at layer 1, with words of each topic's own."""
+    tokenizer = handmade.word_tokenizer(words=(*handmade.WORDS, *WORDS))
+    program = Program(gain=6, always=0, both=1) if cue == "high" else Program(gain=6)
+    subject = compiled(program, tokenizer=tokenizer)
+    embedding = subject.model.model.embed_tokens.weight
+    for word in WORDS:
+        own, kind = (tokenizer.convert_tokens_to_ids(name) for name in (word, word.rstrip("0123456789")))
+        embedding[own] = embedding[kind]
+    off, fixed = {"high": ("low", "on"), "on": ("off", "be")}[cue]
+    pairs = []
+    for i in range(40):
+        control, treated = (f"please {fixed} do {word}{i} it now" for word in (off, cue))
+        split = "discover" if i < 16 else "test"
+        made, _ = token_pair(Pair(f"T1-{i}", "T1", f"topic {i}", control, treated, split), tokenizer)
+        assert made is not None
+        pairs.append(made)
+    wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
+    return subject, pairs, estimands.measure_effects(subject, pairs, {"T1": said(subject)}, wanted)
+
+
+@pytest.mark.parametrize(("cue", "psi", "area"), [("high", 1.0, 1.0), ("on", 0.0, 0.5)])
+def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
+    """Cue B is carried to the shared tokens by layer 0, the deepest early one of four; cue A only by layer 1."""
+    subject, pairs, table = recognition(cue)
+    rows = layers.evidence_c3(subject, pairs, table, "m")
+    assert all(list(row) == list(EVIDENCE) for row in rows)
+    found = {(row["quantity"], row["variant"]): row for row in rows}
+    assert set(found) == {
+        ("psi0 early, shared tokens", "main"), ("psi0 early, shared tokens", "unsaturated"), ("AUROC probe", "main"),
+        ("AUROC bag of tokens", "main"), ("AUROC gain", "main"),
+    }  # fmt: skip
+    assert table.te.abs().min() > 2
+    for variant in ("main", "unsaturated"):
+        row = found["psi0 early, shared tokens", variant]
+        assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
+    assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
+    assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
+    assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
+    assert {row["n_topics"] for row in rows} == {24}
+    assert {row["n_pairs"] for row in rows} == {24}
+
+
+def test_c3_of_thin_sets_gives_what_it_can() -> None:
+    subject, pairs, table = recognition("high")
+    discover_only = [pair for pair in pairs if pair.pair.split == "discover"]
+    assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
+    test_only = [pair for pair in pairs if pair.pair.split == "test"]
+    rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
+    assert {row["quantity"] for row in rows} == {"psi0 early, shared tokens"}
+    lone = discover_only + test_only[:1]
+    assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []

@@ -1,0 +1,165 @@
+"""Runs that set in above the plain model's, alone or several steerings at once, give what full forward passes give."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, tiny_subject, tokens
+from torch import Tensor
+
+from companion.generation import forward, hooks
+from companion.generation.hooks import Edit, Opening, Part, Prompt, Read, Steering, Where
+from companion.model import activations
+from companion.model.architecture import Subject
+
+
+def following_last(x: Tensor, prompt: Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token."""
+    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
+
+
+def half_shut(prompt: Prompt) -> Tensor:
+    """Shut for the first prompt, and open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) > 0)
+
+
+READ = (Read("g", 1, back=1, plain=True),)
+STEERINGS = {
+    "late, all tokens": Steering("a", (Edit(2, "resid_post", following_last), Edit(3, "mlp_out", following_last))),
+    "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
+    "neurons": Steering("c", (Edit(3, "neurons", lambda x, _: 1 - x, "last"),), gate=half_shut, reads=READ),
+    "every token": Steering("d", (Edit(1, "resid_post", lambda x, _: -0.5 * x, "every"),)),
+}  # fmt: skip
+
+
+def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: object) -> Tensor:
+    """Logits before each of three given answer tokens."""
+    rest = subject.model(answer[rows, :-1], past_key_values=cache, use_cache=True).logits
+    return torch.cat([logits[:, None], rest], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", STEERINGS)
+@torch.no_grad()
+def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
+    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
+    use, steering = partial(said, subject, answer), STEERINGS[name]
+    full = forward.read_prompts(subject, ids, partial(hooks.applied, subject, steering), use)
+    fast = forward.read_prompts(subject, ids, forward.Switch(subject, steering), use)
+    torch.testing.assert_close(fast, full, atol=2e-4, rtol=1e-4)
+    out = subject.model(ids, use_cache=True)
+    plain = use(torch.arange(4), out.logits[:, -1], out.past_key_values)
+    assert (full[1:] - plain[1:]).abs().amax((1, 2)).min() > 1e-3
+    if steering.gate is not None:
+        torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_no_strength_changes_no_bit_of_a_resumed_run() -> None:
+    subject, ids, answer = tiny_subject("llama"), tokens(4, 9), tokens(4, 3, seed=7)
+    use = partial(said, subject, answer)
+    plain = forward.read_prompts(subject, ids, nullcontext, use)
+    for steering in STEERINGS.values():
+        switch = forward.Switch(subject, replace(steering, strength=0.0))
+        assert torch.equal(forward.read_prompts(subject, ids, switch, use), plain)
+
+
+@torch.no_grad()
+def test_after_an_exception_in_a_resumed_run_the_model_is_as_it_was() -> None:
+    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    before = subject.model(ids).logits
+
+    def broken(x: Tensor, prompt: Prompt) -> Tensor:
+        raise RuntimeError("in the middle of a block")
+
+    for first in (following_last, broken):  # in the block that is replaced by its known output, and above it
+        edits = (Edit(1, "resid_post", first), Edit(2, "mlp_out", broken))
+        with pytest.raises(RuntimeError, match="middle"):
+            switch = forward.Switch(subject, Steering("broken", edits))
+            forward.read_prompts(subject, ids, switch, lambda rows, logits, cache: logits)
+    modules = list(subject.model.modules())
+    assert not [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    assert torch.equal(subject.model(ids).logits, before)
+
+
+def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, made = tiny_subject("llama"), []
+    real = activations.clean_run
+    monkeypatch.setattr(forward, "clean_run", lambda *a, **k: made.append(1) or real(*a, **k))
+    first, second = tokens(2, 8, seed=1), tokens(2, 8, seed=2)
+    assert forward.plain_run(subject, first) is forward.plain_run(subject, first) and len(made) == 1
+    one = 2 * 8 * subject.n_layers * 3 * subject.d_model * 4
+    monkeypatch.setattr(forward, "KEPT_BYTES", one)
+    forward.plain_run(subject, second)
+    forward.plain_run(subject, first)
+    assert len(made) == 3
+    monkeypatch.setattr(forward, "BATCH_BYTES", one - 1)
+    assert forward.plain_run(subject, first) is None
+
+
+def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
+    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    steering = STEERINGS["last token"]
+    asked: list[list[int]] = []
+
+    def use(rows: Tensor, logits: Tensor, cache: object) -> Tensor:
+        asked.append(rows.tolist())
+        return logits[:, :1]
+
+    known = torch.full((4, 1), 77.0)
+    with torch.no_grad():
+        found = forward.read_prompts(subject, ids, forward.Switch(subject, steering), use, plain=known)
+    assert asked == [[1, 2, 3]]
+    assert np.array_equal((found == 77).flatten(), [True, False, False, False])
+
+
+# ---- several steerings in one batch ----
+
+
+def following_what_was_read(size: float, x: Tensor, prompt: Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token and on what was read."""
+    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
+def own_state(size: float, x: Tensor, prompt: Prompt) -> Tensor:
+    """The same for every token by itself, generated ones too."""
+    return size * x.tanh() * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
+def gate(shut: int, prompt: Prompt) -> Tensor:
+    """Shut for one prompt (or none), open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
+
+
+def steerings(part: Part, where: Where) -> list[Steering]:
+    """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
+
+    def one(size: float, strength: float, layer: int, opening: Opening | None) -> Steering:
+        delta = partial(own_state if where == "every" else following_what_was_read, size)
+        edits = (Edit(2, part, delta, where), Edit(3, "mlp_out", delta, where))
+        return Steering(f"{size}", edits, strength, opening, (Read("g", layer, plain=True),))
+
+    shut = lambda prompt: torch.zeros(len(prompt.ids))  # noqa: E731
+    return [one(0.5, 1.0, 1, None), one(-0.7, 2.0, 0, partial(gate, 0)), one(1.0, 0.5, 1, partial(gate, 2)),
+            one(1.0, 1.0, 0, shut), one(1.0, 0.0, 0, None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("where", ["prompt", "last", "every"])
+@torch.no_grad()
+def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
+    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
+    use, many = partial(said, subject, answer), steerings("resid_post", where)
+    found = forward.read_prompts_each(subject, ids, many, use)
+    alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
+    torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
+    assert all((found[i] - found[4]).abs().max() > 1e-3 for i in range(3)) and torch.equal(found[3], found[4])
+
+
+def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None:
+    same, other = steerings("resid_post", "prompt")[:3], steerings("mlp_out", "prompt")[0]
+    assert list(map(len, forward.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
+    assert list(map(len, forward.fitting(same, 100, 10))) == [1, 1, 1]

@@ -1,0 +1,55 @@
+"""Outcome tokens found from the model itself: on a shipped model they are those that its prompt set names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from companion.base.errors import InputError
+from companion.generation import openers
+from companion.model.architecture import Subject
+from companion.prompts import invented, tokens
+from companion.prompts.pairs import load_set
+
+
+def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openers, "is_refusal", lambda text: text.strip().startswith(invented.REFUSAL_OPENER))
+    content = load_set("embedded")
+    pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
+    found = openers.find_openers(embedded, [text for p in pairs for text in (p.control, p.treated)], Path("own"))
+    known = tokens.openers(content, embedded.tokenizer)["T1"]
+    context = tokens.render_prompt(embedded.tokenizer, "x")
+    n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
+    ids = [
+        {embedded.tokenizer(context + text, add_special_tokens=False)["input_ids"][n] for text in side}
+        for side in (found.comply, found.refuse)
+    ]
+    assert ids[1] == set(known.refuse) and ids[0] <= set(known.comply)
+    assert found.joint > 0.8 and 5 <= found.n_refused <= 35
+    assert "edit outcome.json" not in found.note
+
+
+def test_a_model_that_refuses_nothing_is_not_guessed_at(embedded: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [pair.control for pair in load_set("embedded").pairs[:12]]
+    for answer, what in ((False, "refused 0 of 12"), (True, "answered 0 of 12")):
+        monkeypatch.setattr(openers, "is_refusal", lambda text, answer=answer: answer)
+        with pytest.raises(InputError, match=f"{what} prompts.*of your own into here/outcome.json, then the same"):
+            openers.find_openers(embedded, texts, Path("here/outcome.json"))
+
+
+def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
+    answered = torch.tensor([0.60, 0.30, 0.07, 0.004, 0.026]).repeat(4, 1)
+    refused = torch.tensor([0.05, 0.05, 0.80, 0.05, 0.05]).repeat(3, 1)
+    both = torch.cat([answered, refused])
+    assert openers.sort_openers(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
+
+
+def test_a_low_joint_probability_is_said() -> None:
+    assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
+    assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note
+
+
+def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(embedded: Subject, texts: list[str]) -> None:
+    together = openers.first_token_probabilities(embedded, texts)
+    alone = torch.cat([openers.first_token_probabilities(embedded, [text]) for text in texts])
+    torch.testing.assert_close(together, alone)

@@ -1,0 +1,446 @@
+"""Cells and effects: a structural model, a compiled transformer, plain forward passes, identities of every network, tables."""
+
+from functools import partial
+
+import handmade
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from effect_tools import (
+    CELLS,
+    DIRECT,
+    FAMILIES,
+    SITES,
+    YES_NO,
+    cell,
+    log_odds,
+    mixed_pairs,
+    of,
+    one,
+    runs,
+    said,
+    swapped,
+)
+from families import tiny_subject
+from handmade import Program, compiled, cue_pairs, random_pairs
+from torch import Tensor
+
+from companion.mediation import estimands, outcomes
+from companion.mediation.estimands import Mediator, measure_effects, mediators, with_difference, with_estimands
+from companion.model import activations, memory, replay
+from companion.model.architecture import Subject
+from companion.model.interventions import Patch
+from companion.prompts import positions
+from companion.prompts.tokens import Openers, TokenPair
+
+EFFECTS = ["te", "nie0", "nie1"]
+
+
+@pytest.mark.parametrize(("direct", "carried", "read", "both"), [(0.5, 2, 1.5, 0), (-1, 0.5, -2, 3), (0, 1, 0, 4)])
+def test_estimands_of_a_structural_model(direct: float, carried: float, read: float, both: float) -> None:
+    def outcome(x: float, m: float) -> float:
+        return 1.7 + direct * x + read * m + both * x * m
+
+    cells = {f"y{x}{m}": [outcome(x, 0.3 + carried * m)] for x in (0, 1) for m in (0, 1)}
+    found = with_estimands(pd.DataFrame(cells)).iloc[0]
+    assert found.te == pytest.approx(direct + carried * (read + both) + 0.3 * both)
+    assert found.nie0 == pytest.approx(carried * read)
+    assert found.nie1 - found.nie0 == pytest.approx(carried * both)  # the mediated interaction
+    assert found.te - found.nie1 == pytest.approx(direct + 0.3 * both)  # NDE0
+    assert found.te - found.nie0 == pytest.approx(direct + (carried + 0.3) * both)  # NDE1
+
+
+# ---- a compiled transformer ----
+
+WANTED = [
+    Mediator(site, layer, "last", head)
+    for site in (*SITES, *(f"{site}.direct" for site in SITES))
+    for layer in range(handmade.N_LAYERS)
+    for head in (range(handmade.N_HEADS) if site.startswith("head") else (-1,))
+] + [Mediator(site, layer, group) for site in SITES[:3] for layer in range(4) for group in ("differ", "all")]
+
+
+def expected(program: Program, mediator: Mediator) -> float:
+    """The known effect of cue A alone: through head 1 of layer 1, and from there through layer 2's MLP and the skip path."""
+    total = program.log_odds(1, 0) - program.log_odds(0, 0)
+    gated = total - program.skip
+    site, layer, is_copy = mediator.site, mediator.layer, mediator.head in (-1, 1)
+    if mediator.position == "all":
+        return {"resid_post": total, "attn_out": total * (layer == 1), "mlp_out": gated * (layer == 2)}[site]
+    if mediator.position == "differ":
+        return total * (site == "resid_post" and layer == 0)  # the head reads the cue at layer 1
+    return {
+        "resid_post": total * (layer >= 1),
+        "attn_out": total * (layer == 1),
+        "mlp_out": gated * (layer == 2),
+        "head": total * (layer == 1 and is_copy),
+        "resid_post.direct": {0: 0, 1: program.skip}.get(layer, total),
+        "attn_out.direct": program.skip * (layer == 1),
+        "mlp_out.direct": gated * (layer == 2),
+        "head.direct": program.skip * (layer == 1 and is_copy),
+    }[site]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("program", [Program(), Program(gain=-2, skip=0.7), Program(always=0, both=1, skip=1.5)])
+def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
+    subject = compiled(program, family)
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low")
+    table = measure_effects(subject, pairs, of(said(subject)), WANTED)
+    assert table.te.to_numpy() == pytest.approx(program.log_odds(1, 0) - program.log_odds(0, 0), abs=1e-4)
+    known = np.tile([expected(program, mediator) for mediator in WANTED], len(pairs))
+    np.testing.assert_allclose(table[["nie0", "nie1"]], np.stack([known, known], axis=1), atol=1e-4)
+    assert np.abs(known).max() > 0.5
+
+
+@pytest.mark.parametrize("program", [Program(always=0, both=1), Program(always=1, both=2, skip=0.5)])
+def test_interaction_in_a_compiled_gate(program: Program) -> None:
+    """Both cues change: each head alone, the MLP that multiplies what they bring, and the residual stream between."""
+    subject = compiled(program)
+    pairs = cue_pairs(subject.tokenizer, "off low", "on high")
+    heads = [Mediator("head", 1, head=1), Mediator("head", 0, head=0)]
+    table = measure_effects(
+        subject, pairs, of(said(subject)), [*heads, Mediator("mlp_out", 2), Mediator("resid_post", 1)]
+    )
+    y = {(a, b): program.log_odds(a, b) for a in (0, 1) for b in (0, 1)}
+    known = {"head 1": (y[1, 0], y[0, 1]), "head 0": (y[0, 1], y[1, 0]), "resid_post": (y[1, 1], y[0, 0])}
+    known["mlp_out"] = (y[1, 1] - program.skip, y[0, 0] + program.skip)
+    for (site, head), rows in table.groupby(["site", "head"]):
+        y01, y10 = known[f"head {head}" if site == "head" else site]
+        np.testing.assert_allclose(rows[CELLS], [[y[0, 0], y01, y10, y[1, 1]]] * 3, atol=1e-4)
+    interaction = (table.nie1 - table.nie0)[table["head"] == 1]
+    assert interaction.to_numpy() == pytest.approx(y[1, 1] - y[0, 1] - y[1, 0] + y[0, 0], abs=1e-4)
+    assert abs(interaction.iloc[0]) > 1
+
+
+def test_the_twin_difference_keeps_what_only_harm_has() -> None:
+    """Cue A off -> on is the wrapper, cue B the request: its effect on a harmful one beyond that on a harmless one."""
+    program = Program(always=1, both=2, skip=0.5)
+    subject = compiled(program)
+    pairs = cue_pairs(subject.tokenizer, "off high", "on high")
+    twins = cue_pairs(subject.tokenizer, "off low", "on low", treatment="T2b")
+    wanted = mediators(subject, ["mlp_out", "attn_out", "attn_out.direct"])
+    table = measure_effects(subject, [*twins[::-1], *pairs], of(said(subject), "T2", "T2b"), wanted)
+    both = with_difference(table, {pair.pair.id: pair.pair.twin for pair in pairs})
+    assert both.iloc[: len(table)].equals(table)
+    made = both.iloc[len(table) :]
+    assert made.pair_id.nunique() == 3 and set(made.treatment) == {"T2-T2b"}
+    known = program.log_odds(1, 1) - program.log_odds(0, 1) - program.log_odds(1, 0) + program.log_odds(0, 0)
+    assert known > 2
+    assert made.te.to_numpy() == pytest.approx(known, abs=1e-4)
+    assert cell(made, "mlp_out", 2).nie0.to_numpy() == pytest.approx(known, abs=1e-4)
+    assert cell(made, "attn_out", 1).nie1.to_numpy() == pytest.approx(known, abs=1e-4)
+    assert cell(made, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0, abs=1e-4)
+    assert cell(table, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_difference_needs_the_twin_and_the_same_cell() -> None:
+    rows = [("a", "T2", 0, 5.0), ("a", "T2", 1, 6.0), ("b", "T2", 0, 7.0), ("c", "T2", 0, 8.0),
+            ("x", "T2b", 1, 2.5), ("x", "T2b", 0, 1.0)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["pair_id", "treatment", "layer", "y11"])
+    table = with_estimands(table.assign(y00=1.0, y01=2.0, y10=3.0, site="mlp_out", topic="t", split="test"))
+    made = with_difference(table, {"a": "x", "b": "gone"}).iloc[len(table) :]
+    assert made[["pair_id", "layer", "y11", "te"]].values.tolist() == [["a", 0, 4.0, 4.0], ["a", 1, 3.5, 3.5]]
+    assert (made[["y00", "y01", "y10", "nie0"]] == 0).all(axis=None)
+    assert with_difference(table, {}) is table
+
+
+def test_a_difference_of_clean_runs_has_the_smaller_joint_probability() -> None:
+    rows = [
+        ("a", "T2", 1.0, 4.0, 0.8),
+        ("x", "T2b", 0.5, 1.0, 0.9),
+        ("b", "T2", 1.0, 2.0, 0.7),
+        ("z", "T2b", 0, 0, 0.6),
+    ]
+    clean = pd.DataFrame(rows, columns=["pair_id", "treatment", "y00", "te", "joint"])
+    made = with_difference(clean, {"a": "x", "b": "z"}).iloc[4:]
+    assert made[["pair_id", "y00", "te", "joint"]].values.tolist() == [["a", 0.5, 3.0, 0.8], ["b", 1.0, 2.0, 0.6]]
+
+
+# ---- identities that hold in every network ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residual_identities(family: str) -> None:
+    subject, pairs = tiny_subject(family), random_pairs(5, 10, 61)
+    table = one(subject, pairs, *mediators(subject, ["resid_post"], ["last", "all", "rest"]))
+    size = table.te.abs().max()
+    assert size > 0.1
+    last = cell(table, "resid_post", 3)
+    np.testing.assert_allclose(last[["nie0", "nie1"]], last[["te", "te"]], atol=1e-6 * size)
+    for layer in range(4):
+        whole = cell(table, "resid_post", layer, "all")
+        np.testing.assert_allclose(whole[["nie0", "nie1"]], whole[["te", "te"]], atol=1e-4 * size)
+    assert (cell(table, "resid_post", 3, "rest")[["nie0", "nie1"]] == 0).all(axis=None)
+    assert (cell(table, "resid_post", 2, "rest")[["nie0", "nie1"]].abs() > 1e-3 * size).any(axis=None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_attention_outputs_at_the_last_token_carry_te_jointly(family: str) -> None:
+    subject = tiny_subject(family)
+    pairs = random_pairs(5, 10, 61)  # the last two tokens are the same in both prompts
+    batch = estimands.run_clean(subject, pairs)
+    last = torch.tensor(positions.stack(pairs, "", "last"))
+    attention, mlps = ([Patch(site, layer, last) for layer in range(4)] for site in ("attn_out", "mlp_out"))
+    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
+        found = replay.interchange(subject, base, source, [attention, mlps, attention[:3]])[:, :, 0]
+        scores = outcomes.log_odds(subject, found, YES_NO)
+        wanted = outcomes.log_odds(subject, source.resid_post[-1][:, -1], YES_NO)
+        assert torch.allclose(scores[:, 0], wanted, atol=1e-4)
+        assert ((scores[:, 1:] - wanted[:, None]).abs().amax(0) > 1e-2).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gpt2"])  # Gemma 2 caps its logits, which is not linear
+def test_direct_effects_add_up_to_the_frozen_norm_effect(family: str) -> None:
+    subject = tiny_subject(family)
+    table = one(subject, random_pairs(5, 10, 61), *mediators(subject, DIRECT), names=("contrast.frozen", "Y1.frozen"))
+    for outcome, is_additive in (("contrast.frozen", True), ("Y1.frozen", False)):
+        sums = table[table.outcome == outcome].groupby("pair_id")[["nie0", "nie1", "te"]].sum()
+        gap = (sums[["nie0", "nie1"]].sub(sums.te / 8, axis=0)).abs().max(axis=None)
+        assert (gap < 1e-5 * sums.te.abs().max()) == is_additive
+
+
+def test_heads_write_what_their_attention_writes() -> None:
+    subject = tiny_subject("llama")
+    wanted = mediators(subject, ["attn_out.direct", "head.direct"])
+    table = one(subject, random_pairs(5, 10, 61), *wanted, names=("contrast.frozen",))
+    sums = table.groupby(["site", "pair_id", "layer"]).nie0.sum().unstack("site")
+    np.testing.assert_allclose(sums["head.direct"], sums["attn_out.direct"], atol=1e-5)
+    assert table.nie0.abs().max() > 0.1
+
+
+# ---- plain forward passes ----
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("wanted", ["resid_post 1 rest", "attn_out 2 last", "mlp_out 0 differ", "mlp_out 3 last"])
+def test_cells_of_a_plain_forward_pass(family: str, wanted: str) -> None:
+    """Hooks on the library's own modules, one pass a cell, the library's own logits."""
+    site, layer, group = wanted.split()
+    subject, mediator, pairs = tiny_subject(family), Mediator(site, int(layer), group), random_pairs(4, 9, 61)
+    ids = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
+    where = torch.tensor(positions.stack(pairs, "", mediator.position))
+    table = one(subject, pairs, mediator)
+    for name, base, source in (("y01", 0, 1), ("y10", 1, 0)):
+        logits = swapped(subject, mediator, ids[base], ids[source], where).logits[:, -1]
+        np.testing.assert_allclose(table[name], log_odds(logits), atol=1e-4)
+    for name, clean in zip(("y00", "y11"), runs(subject, pairs), strict=True):
+        np.testing.assert_allclose(table[name], log_odds(clean), atol=1e-4)
+    assert (table.nie0.abs() > 1e-3).any()
+
+
+def test_frozen_outcomes_by_hand() -> None:
+    subject, pairs = tiny_subject("llama"), random_pairs(4, 9, 61)
+    batch = estimands.run_clean(subject, pairs)
+    y01, y10 = estimands.final_residuals(subject, batch, [Mediator("mlp_out", 2)])
+    control, treated = (run.resid_post[-1][:, -1] for run in (batch.control, batch.treated))
+    norm, unembed = subject.model.model.norm, subject.model.lm_head.weight
+    scale = torch.rsqrt(control.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    table = one(subject, pairs, Mediator("mlp_out", 2), names=("Y1.frozen", "contrast.frozen"))
+    table = table.set_index(["outcome", "pair_id"])
+    own = [logits.detach().softmax(-1) for logits in runs(subject, pairs)]
+    camps = [list(camp) for camp in (YES_NO.comply, YES_NO.refuse)]
+    comply, refuse = (sum(p[:, camp] / p[:, camp].sum(-1, keepdim=True) for p in own) / 2 for camp in camps)
+    for name, resid in {"y00": control, "y01": y01[:, 0], "y10": y10[:, 0], "y11": treated}.items():
+        logits = ((resid * scale * norm.weight) @ unembed.T).detach()
+        np.testing.assert_allclose(table.loc["Y1.frozen", name], log_odds(logits), atol=1e-4)
+        linear = (logits[:, camps[0]] * comply).sum(-1) - (logits[:, camps[1]] * refuse).sum(-1)
+        np.testing.assert_allclose(table.loc["contrast.frozen", name], linear, atol=1e-4)
+
+
+# ---- batches and tables: what must not matter ----
+
+
+def test_batches_are_of_one_treatment_and_length() -> None:
+    pairs = mixed_pairs()
+    made = estimands.batches(pairs, size=2)
+    assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in pairs)
+    assert all(len({(pair.pair.treatment, len(pair.control)) for pair in batch}) == 1 for batch in made)
+    assert sorted(len(batch) for batch in made) == [1] * 4 + [2] * 4
+    lengths = [{len(pair.control) for pair in batch} for batch in estimands.batches(pairs, mixed=True)]
+    assert lengths == [{n} for n in sorted({len(pair.control) for pair in pairs})]
+
+
+def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs at once as keep a clean run below its share of memory, at least one."""
+    subject, pairs = tiny_subject("llama"), random_pairs(12, 9, 61)
+    need = memory.sweep_memory(subject, 1, 9).clean_run
+    for budget, sizes in ((10**9, [12]), (5 * need, [5, 5, 2]), (need // 2, [1] * 12)):
+        monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
+        assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes
+
+
+def test_rows_belong_to_their_pairs_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, pairs = tiny_subject("qwen2"), mixed_pairs()
+    openers = {"T2": YES_NO, "B1": Openers((5,), (6,))}
+    wanted, keys = mediators(subject, [*SITES, *DIRECT], ["last", "differ"]), ["pair_id", *estimands.KEYS]
+    names = ("Y1", "Y1.frozen", "contrast.frozen")
+    table, again = (measure_effects(subject, pairs, openers, wanted, names) for _ in range(2))
+    assert table.equals(again) and len(table) == len(pairs) * len(wanted) * 3 and not table.duplicated(keys).any()
+    for pair in pairs:
+        rows = table[(table.pair_id == pair.pair.id) & (table.outcome == "Y1")]
+        clean = [float(log_odds(logits, openers[pair.pair.treatment])) for logits in runs(subject, [pair])]
+        np.testing.assert_allclose(rows[["y00", "y11"]], [clean] * len(rows), atol=1e-4)
+        own = rows[["topic", "treatment", "split"]].drop_duplicates()
+        assert own.values.tolist() == [[pair.pair.topic, pair.pair.treatment, "discover"]]
+    monkeypatch.setattr(estimands, "batches", partial(estimands.batches, size=1))
+    single = measure_effects(subject, pairs, openers, wanted, names).set_index(keys).sort_index()
+    whole = table.set_index(keys).sort_index()
+    np.testing.assert_allclose(whole[[*CELLS, *EFFECTS]], single[[*CELLS, *EFFECTS]], atol=2e-5 * table.te.abs().max())
+
+
+def test_pad_side_does_not_matter() -> None:
+    tables = []
+    for side in ("left", "right"):
+        subject = compiled(Program(skip=0.7))
+        subject.tokenizer.padding_side = side
+        pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=4)
+        tables.append(measure_effects(subject, pairs, of(said(subject)), mediators(subject, [*SITES, *DIRECT])))
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("n_left", [0, 2, 4])
+def test_padded_runs_give_the_effects_of_the_bare_prompt(n_left: int) -> None:
+    """Padding on the left, the right or both sides, with the mask that the library asks for."""
+    subject, pairs = tiny_subject("qwen2"), random_pairs(3, 9, 61)
+    table = one(subject, pairs, Mediator("mlp_out", 1, "all"))
+    padded = torch.zeros(2, 3, 13, dtype=torch.long)
+    padded[..., n_left : n_left + 9] = torch.tensor(np.stack([[p.control for p in pairs], [p.treated for p in pairs]]))
+    mask = torch.zeros(3, 13, dtype=torch.bool)
+    mask[:, n_left : n_left + 9] = True
+    base, source = (activations.clean_run(subject, ids, mask) for ids in padded)
+    resid = replay.interchange(subject, base, source, [Patch("mlp_out", 1, mask)], read=[n_left + 8])[:, 0, 0]
+    np.testing.assert_allclose(table.y01, outcomes.log_odds(subject, resid, YES_NO), atol=1e-4)
+    assert (table.nie0.abs() > 1e-2).all()
+
+
+def test_an_empty_position_group_has_no_effect() -> None:
+    wanted = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
+    table = one(tiny_subject("llama"), random_pairs(3, 9, 61), *wanted)
+    assert (table[["nie0", "nie1"]] == 0).all(axis=None)
+
+
+def test_mediators_of_every_layer_head_and_group() -> None:
+    made = mediators(tiny_subject("llama"), ["mlp_out", "head.direct"], ["last", "differ"])
+    assert len(made) == len(set(made)) == 2 * (4 + 4 * 4)
+    assert {Mediator("mlp_out", 3, "differ"), Mediator("head.direct", 2, "last", 3)} <= set(made)
+
+
+# ---- Y2: whole answers, against one hooked forward pass a pair and cell over the unpadded prompt and answer ----
+
+OPENERS = {"T2": Openers((10, 12, 13), (20, 21)), "T2b": Openers((30,), (40, 41))}
+
+
+def whole_answers(
+    subject: Subject, pairs: list[TokenPair], wanted: list[Mediator], openers: dict[str, Openers] = OPENERS
+) -> pd.DataFrame:
+    groups = estimands.batches(pairs, subject)
+    tables = [estimands.whole_answer_effects(subject, group, openers, wanted) for group in groups]
+    return pd.concat(tables, ignore_index=True)
+
+
+def answering(family: str, pairs: list[TokenPair], *, ends: bool = False) -> Subject:
+    """A random model; with `ends`, two tokens that it would say are made its end tokens, so that texts differ in length."""
+    subject = tiny_subject(family)
+    subject.model.generation_config.eos_token_id = None
+    if ends:
+        tokens = [texts(subject, pairs[0])[0][5], texts(subject, pairs[-1])[1][9]]
+        subject.model.generation_config.eos_token_id = [int(token) for token in tokens]
+    return subject
+
+
+def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
+    """Answer and refusal of one pair, without padding."""
+    control, treated = (torch.tensor(getattr(pair, side))[None] for side in ("control", "treated"))
+    made = outcomes.continuations(subject, control, treated, OPENERS[pair.pair.treatment])
+    return made.answer[made.answer_mask], made.refusal[made.refusal_mask]
+
+
+def log_p(subject: Subject, pair: TokenPair, text: Tensor, cell: tuple[int, int], mediator: Mediator) -> float:
+    """The library's own loss over one text, with a module's output at prompt positions taken from the other prompt."""
+    prompts = [torch.cat([torch.tensor(ids), text])[None] for ids in (pair.control, pair.treated)]
+    labels = prompts[cell[0]].clone()
+    labels[:, : len(pair.control)] = -100
+    where = torch.zeros_like(labels, dtype=torch.bool)
+    where[0, : len(pair.control)] = torch.tensor(positions.groups(pair, "")[mediator.position])
+    out = swapped(subject, mediator, prompts[cell[0]], prompts[cell[1]], where, labels=labels)
+    return -out.loss.item() * len(text)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) -> None:
+    pairs = random_pairs(2, 8, 61) + random_pairs(3, 9, 61, seed=1, treatment="T2b")
+    for i, pair in enumerate(pairs):
+        object.__setattr__(pair.pair, "id", f"pair {i}")
+    subject = answering(family, pairs, ends=ends)
+    wanted = [Mediator("attn_out", 2), Mediator("resid_post", 1, "rest"), Mediator("mlp_out", 0, "all")]
+    table, again = (whole_answers(subject, pairs[::-1], wanted) for _ in range(2))
+    assert len(table) == len(pairs) * len(wanted) and set(table.outcome) == {"Y2"} and table.equals(again)
+    lengths = set()
+    for pair in pairs:
+        both = texts(subject, pair)
+        lengths |= {len(text) for text in both}
+        rows = table[table.pair_id == pair.pair.id].set_index(["site", "layer", "position"])
+        for mediator in wanted:
+            for name in CELLS:
+                answer, refusal = (log_p(subject, pair, text, (int(name[1]), int(name[2])), mediator) for text in both)
+                found = rows.loc[(mediator.site, mediator.layer, mediator.position), name]
+                assert found == pytest.approx(answer - refusal, abs=2e-4)
+    assert len(lengths) > 2 if ends else lengths == {24}
+    assert (table[["nie0", "nie1"]].abs() > 1e-2).any(axis=None)
+
+
+def test_what_follows_the_end_token_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(4, 8, 61)
+    subject, plain = answering("llama", pairs, ends=True), outcomes.continuations
+    wanted = mediators(subject, ["attn_out"])
+    table = whole_answers(subject, pairs, wanted)
+
+    def other_padding(*args: object) -> outcomes.Continuations:
+        made = plain(*args)
+        assert not made.answer_mask.all()
+        answer, refusal = made.answer.clone(), made.refusal.clone()
+        answer[~made.answer_mask], refusal[~made.refusal_mask] = 7, 9
+        return outcomes.Continuations(answer, made.answer_mask, refusal, made.refusal_mask)
+
+    monkeypatch.setattr(outcomes, "continuations", other_padding)
+    np.testing.assert_allclose(table[CELLS], whole_answers(subject, pairs, wanted)[CELLS], atol=1e-5)
+
+
+def test_all_prompt_cells_carry_the_whole_answer_at_the_first_layer() -> None:
+    """The answer's own tokens are the same in both runs, so all that differs between them lies in the prompt's cells."""
+    pairs = random_pairs(3, 8, 61)
+    subject = answering("qwen2", pairs)
+    table = whole_answers(subject, pairs, [Mediator("resid_post", layer, "all") for layer in (0, 3)])
+    size, first, last = table.te.abs().max(), table[table.layer == 0], table[table.layer == 3]
+    assert size > 0.1
+    np.testing.assert_allclose(first[["nie0", "nie1"]], first[["te", "te"]], atol=1e-4 * size)
+    # At the last layer the first answer token is read at a prompt cell, the others are not.
+    assert ((last.nie0 - last.te).abs() > 1e-3 * size).any()
+
+
+def test_the_first_token_alone_is_y1_of_the_two_openers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = random_pairs(4, 8, 61, treatment="T2b")
+    subject = answering("llama", pairs)
+    wanted, openers = mediators(subject, ["mlp_out"]), {"T2b": Openers((30,), (40,))}
+
+    def openers_only(_: Subject, control: Tensor, *__: object) -> outcomes.Continuations:
+        answer, refusal = (torch.full((len(control), 1), token) for token in (30, 40))
+        return outcomes.Continuations(answer, answer > 0, refusal, refusal > 0)
+
+    monkeypatch.setattr(outcomes, "continuations", openers_only)
+    whole, first = whole_answers(subject, pairs, wanted, openers), measure_effects(subject, pairs, openers, wanted)
+    np.testing.assert_allclose(whole[[*CELLS, *EFFECTS]], first[[*CELLS, *EFFECTS]], atol=1e-4)
+
+
+def test_a_compiled_answer() -> None:
+    """Y2 of a model whose second answer token is decided by nothing in the prompt: the effects are those of the opener."""
+    subject = compiled(Program(skip=0.7))
+    subject.model.generation_config.eos_token_id = None
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low")
+    table = whole_answers(subject, pairs, mediators(subject, ["attn_out", "mlp_out"]), of(said(subject)))
+    assert table.te.abs().min() > 1
+    by_cell = table.groupby(["site", "layer"])[["nie0", "nie1"]].mean().abs().max(axis=1)
+    assert set(by_cell[by_cell > 1e-3].index) == {("attn_out", 1), ("mlp_out", 2)}

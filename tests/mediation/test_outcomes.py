@@ -1,0 +1,150 @@
+"""Outcomes against the library's own logits, losses and greedy generation."""
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_subject, tokens
+from torch import Tensor
+
+from companion.mediation import outcomes
+from companion.model import activations
+from companion.model.architecture import Subject
+from companion.prompts.tokens import Openers
+
+OPENERS = Openers((10, 12, 13), (20, 21))
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return tiny_subject("llama")
+
+
+def final(subject: Subject, ids: Tensor) -> Tensor:
+    return activations.clean_run(subject, ids).resid_post[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_log_odds_are_those_of_the_library(family: str) -> None:
+    subject, ids = tiny_subject(family), tokens()
+    p = subject.model(ids).logits.detach().double().softmax(-1)
+    wanted = p[..., list(OPENERS.comply)].sum(-1).log() - p[..., list(OPENERS.refuse)].sum(-1).log()
+    found = outcomes.log_odds(subject, final(subject, ids), OPENERS)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gpt2"])
+def test_contrast_with_a_frozen_norm_is_linear(family: str) -> None:
+    subject = tiny_subject(family)
+    a, b, like = final(subject, tokens())[:, :3].unbind(1)
+    value = [outcomes.contrast(subject, resid, OPENERS, like) for resid in (a, b, 0.3 * a + 0.7 * b)]
+    np.testing.assert_allclose(value[2], 0.3 * value[0] + 0.7 * value[1], atol=1e-5)
+    free = [outcomes.contrast(subject, resid, OPENERS) for resid in (a, b, 0.3 * a + 0.7 * b)]
+    assert (free[2] - 0.3 * free[0] - 0.7 * free[1]).abs().max() > 1e-3
+    np.testing.assert_allclose(
+        outcomes.log_odds(subject, a, OPENERS, a), outcomes.log_odds(subject, a, OPENERS), atol=1e-5
+    )
+    logits = subject.model(tokens()).logits.detach()[:, 0]
+    wanted = logits[:, list(OPENERS.comply)].mean(-1) - logits[:, list(OPENERS.refuse)].mean(-1)
+    np.testing.assert_allclose(outcomes.contrast(subject, a, OPENERS), wanted, atol=1e-5)
+
+
+def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
+    """Y1's own weights at both ends: an opener that the model never says must not count as much as the one it says."""
+    control, treated = final(subject, tokens())[:, -1], final(subject, tokens(seed=4))[:, -1]
+    comply, refuse = outcomes.opener_weights(subject, control, treated, OPENERS)
+    ones = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(comply.sum(-1), ones)
+    torch.testing.assert_close(refuse.sum(-1), ones)
+    for resid in (control, treated):  # a small step from either end moves both alike, up to the other end's weights
+        same = outcomes.opener_weights(subject, resid, resid, OPENERS)
+        step = 1e-3 * torch.randn(resid.shape, generator=torch.Generator().manual_seed(0))
+        moved = [outcomes.log_odds(subject, at, OPENERS, resid) for at in (resid, resid + step)]
+        linear = [outcomes.contrast(subject, at, OPENERS, resid, same) for at in (resid, resid + step)]
+        torch.testing.assert_close(moved[1] - moved[0], linear[1] - linear[0], atol=2e-5, rtol=0.02)
+    te = outcomes.log_odds(subject, treated, OPENERS) - outcomes.log_odds(subject, control, OPENERS)
+    errors = []
+    for weights in ((comply, refuse), None):
+        ends = [outcomes.contrast(subject, resid, OPENERS, None, weights) for resid in (control, treated)]
+        errors.append(float((ends[1] - ends[0] - te).abs().mean()))
+    assert errors[0] < 0.2 * errors[1]
+
+
+def test_camp_probabilities_over_the_whole_vocabulary(subject: Subject) -> None:
+    ids = tokens()
+    p = subject.model(ids).logits[:, -1].detach().double().softmax(-1)
+    comply, refuse = outcomes.opener_probabilities(subject, final(subject, ids)[:, -1], OPENERS)
+    np.testing.assert_allclose(comply, p[:, [10, 12, 13]].sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(refuse, p[:, [20, 21]].sum(-1), rtol=1e-5)
+    assert (comply + refuse < 0.9).all()
+
+
+def test_sequence_log_prob_is_the_library_s_loss_for_each_variant(subject: Subject) -> None:
+    ids = tokens(4, 12)
+    resid = final(subject, ids)[:, 5:-1]
+    keep = torch.arange(6) < torch.tensor([6, 1, 3, 4])[:, None]
+    variants = torch.stack([resid, resid.roll(1, 0)], dim=1)
+    found = outcomes.sequence_log_prob(subject, variants, ids[:, 6:], keep)
+    assert found.shape == (4, 2)
+    np.testing.assert_allclose(
+        found[:, 1], outcomes.sequence_log_prob(subject, variants[:, 1], ids[:, 6:], keep), atol=1e-6
+    )
+    for row, n, value in zip(ids, keep.sum(1).tolist(), found[:, 0].tolist(), strict=True):
+        labels = row.clone()
+        labels[:6], labels[6 + n :] = -100, -100
+        loss = subject.model(row[None], labels=labels[None]).loss.item()
+        assert value == pytest.approx(-n * loss, abs=1e-4)
+
+
+def greedy(subject: Subject, prompt: Tensor, camp: tuple[int, ...], steps: int, ends: tuple[int, ...]) -> list[int]:
+    """One token at a time, no cache: the likeliest of the camp first, then the likeliest of all."""
+    text: list[int] = []
+    while len(text) < steps and not (text and text[-1] in ends):
+        logits = subject.model(torch.cat([prompt, torch.tensor(text, dtype=torch.long)])[None]).logits[0, -1]
+        text.append(int(logits.argmax()) if text else camp[int(logits[list(camp)].argmax())])
+    return text
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "do_sample": True, "top_k": 1}]
+)
+def test_continuations_are_greedy_behind_the_forced_opener(settings: dict) -> None:
+    subject = tiny_subject("llama")
+    control, treated = tokens(5, 7, seed=1), tokens(5, 7, seed=2)
+    plain = [greedy(subject, prompt, OPENERS.comply, 9, ()) for prompt in treated]
+    ends = (plain[0][3], plain[1][5])  # so that two texts stop early
+    for name, value in {"eos_token_id": list(ends), **settings}.items():
+        setattr(subject.model.generation_config, name, value)
+    found = outcomes.continuations(subject, control, treated, OPENERS, steps=9)
+    for prompts, camp, text, mask in (
+        (treated, OPENERS.comply, found.answer, found.answer_mask),
+        (control, OPENERS.refuse, found.refusal, found.refusal_mask),
+    ):
+        wanted = [greedy(subject, prompt, camp, 9, ends) for prompt in prompts]
+        assert [row[keep].tolist() for row, keep in zip(text, mask, strict=True)] == wanted
+        assert [int(keep.sum()) for keep in mask] == [len(row) for row in wanted]
+        assert all(keep[: len(row)].all() for row, keep in zip(wanted, mask, strict=True))
+    lengths = found.answer_mask.sum(1).tolist()
+    assert min(lengths) < max(lengths)
+
+
+def test_each_pair_may_have_openers_of_its_own() -> None:
+    subject = tiny_subject("llama")
+    control, treated = tokens(3, 7, seed=1), tokens(3, 7, seed=2)
+    own = [OPENERS, Openers((21, 8), (44,)), OPENERS]
+    found = outcomes.continuations(subject, control, treated, own, steps=5)
+    for i, openers in enumerate(own):
+        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], openers, steps=5)
+        for name in ("answer", "refusal"):
+            text, mask = getattr(alone, name)[0], getattr(alone, f"{name}_mask")[0]
+            assert getattr(found, name)[i][: len(text)][mask].tolist() == text[mask].tolist()
+    assert found.answer[1, 0] in (21, 8) and found.refusal[1, 0] == 44
+
+
+def test_continuations_of_a_model_without_an_end_token() -> None:
+    subject = tiny_subject("llama")
+    subject.model.generation_config.eos_token_id = None
+    subject.model.config.eos_token_id = None
+    found = outcomes.continuations(subject, tokens(2, 5, seed=1), tokens(2, 5, seed=2), OPENERS, steps=6)
+    assert found.answer.shape == found.refusal.shape == (2, 6)
+    assert found.answer_mask.all()

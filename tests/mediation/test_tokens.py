@@ -1,0 +1,142 @@
+"""Token groups by layer, words replaced in the prompt, and prompts of unequal length, on a compiled model."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from effect_tools import said
+from handmade import N_LAYERS, Program, compiled, cue_pairs
+
+from companion.base.errors import InputError
+from companion.mediation import tokens
+from companion.mediation.study import Study
+from companion.model.architecture import Subject
+from companion.prompts import positions
+from companion.prompts.pairs import Pair
+from companion.prompts.tokens import TokenPair, token_pair
+
+PROGRAM = Program(always=1.0, both=0.5, skip=0.4)
+TOTAL = PROGRAM.log_odds(1, 0) - PROGRAM.log_odds(0, 0)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return compiled(PROGRAM)
+
+
+@pytest.fixture(scope="module")
+def this(subject: Subject) -> Study:
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
+    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+
+
+def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
+    pair = this.pairs[0]
+    found = tokens.position_effects(this, pair).set_index(["layer", "position"])
+    cue, last = int(np.flatnonzero(pair.control != pair.treated)[0]), len(pair.control) - 1
+    for layer in range(N_LAYERS):
+        known = {cue: TOTAL if layer < 1 else 0.0, last: TOTAL if layer >= 1 else 0.0}
+        for position in range(last + 1):
+            assert found.loc[(layer, position), "nie"] == pytest.approx(known.get(position, 0.0), abs=1e-4)
+    shown, earliest = found.loc[0, "token"], found.loc[0, "earliest"]
+    assert shown[cue] == "off/on" and shown[last] == "<assistant>"
+    assert (earliest[: cue - 1] == N_LAYERS).all() and (earliest[cue:] == 0).all(), (
+        "nothing reaches a token before the cue"
+    )
+    assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
+
+
+def test_groups_that_no_pair_has_are_named(this: Study) -> None:
+    names, missing = tokens.position_groups(this)
+    assert {"wrapper", "distractor", "verb", "object"} == set(missing)
+    assert names[-3:] == ["differ", "others", "all"] and "request" not in names
+
+
+def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
+    """An OR of two groups, 4 log-odds: sufficiency 4, necessity 0; a group that must have everything shows 4 twice."""
+    key = {"treatment": "T2", "outcome": "Y1", "y00": 0.0, "y11": 4.0, "te": 4.0}
+    effects = {("wrapper", 0): (4.0, 0.0), ("rest", 0): (4.0, 0.0), ("wrapper", 1): (0.0, 0.0), ("last", 1): (4.0, 4.0)}
+    rows = [
+        {**key, "pair_id": f"p{i}", "topic": f"t{i}", "split": "discover" if i < 3 else "test", "site": site, "layer": layer,
+         "position": name, "nie0": nie0, "nie1": nie1, "y01": nie0, "y10": 4 - nie1}
+        for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
+    ]  # fmt: skip
+    made = tokens.direction_means(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
+    assert [*made.index] == [
+        (way, name) for way in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")
+    ]
+    assert made[0].tolist()[:2] == [4, 4] and made[0].tolist()[3:5] == [0, 0]
+    assert made.loc[("sufficiency", "last"), 1] == made.loc[("necessity", "last"), 1] == 4
+
+
+# ---- the input's side ----
+
+
+def test_replaced_words_are_the_controls_where_they_differ_and_neutral_elsewhere(this: Study) -> None:
+    pair = this.pairs[0]
+    differ = pair.control != pair.treated
+    ids, is_swap = tokens.replaced_tokens(pair, differ, neutral=7)
+    assert is_swap and (ids == pair.control).all()
+    mask = positions.groups(pair, "<user> ")["last_instruction"]
+    ids, is_swap = tokens.replaced_tokens(pair, mask, neutral=7)
+    assert not is_swap and (ids[mask] == 7).all() and (ids[~mask] == pair.treated[~mask]).all()
+
+
+def test_replacing_the_cue_takes_the_whole_effect_and_a_filler_takes_none(this: Study) -> None:
+    found = tokens.input_effects(this, "T2", ["differ", "last_instruction"]).groupby("position")["effect"].mean()
+    assert found["differ"] == pytest.approx(TOTAL, abs=1e-4)
+    assert found["last_instruction"] == pytest.approx(0, abs=1e-4)
+
+
+# ---- unequal lengths ----
+
+
+def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
+    """A prompt whose cue is a named span, behind as many filler words as wanted."""
+    texts = [f"{filler} {word} low do it".strip() for word in (cue, "off" if cue == "on" else "on")]
+    at = len(filler) + bool(filler)
+    spans = {"control": {"wrapper": (at, at + len(cue))}, "treated": {"wrapper": (at, at + 2 + (cue == "on"))}}
+    made, reason = token_pair(Pair("p", "T2", "t", *texts, spans=spans), subject.tokenizer)
+    assert made is not None, reason
+    return made
+
+
+@pytest.mark.parametrize("fillers", [("", "please now"), ("please be kind", "now")])
+def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Subject, fillers: tuple[str, str]) -> None:
+    base, source = (
+        tokens.one_side(prompt(subject, cue, filler), "control", "<user> ")
+        for cue, filler in zip(("off", "on"), fillers, strict=True)
+    )
+    assert len(base.tokens) != len(source.tokens)
+    names = ["wrapper", "last_instruction", "last"]
+    found = tokens.interchange_ends(subject, base, source, this.openers["T2"], names)
+    effect = (found.patched - found.base).to_numpy().reshape(3, N_LAYERS)
+    known = np.zeros((3, N_LAYERS))
+    known[0, 0] = known[2, 1:] = TOTAL  # before the head of layer 1 reads it, and after
+    np.testing.assert_allclose(effect, known, atol=1e-4)
+    assert (found.source - found.base).to_numpy() == pytest.approx(TOTAL, abs=1e-4)
+
+
+def test_sites_and_groups_that_do_not_correspond_are_refused(this: Study, subject: Subject) -> None:
+    one = tokens.one_side(prompt(subject, "on", ""), "control", "<user> ")
+    openers = this.openers["T2"]
+    with pytest.raises(InputError, match="head of prompts of unequal length"):
+        tokens.interchange_ends(subject, one, one, openers, ["last"], "head")
+    with pytest.raises(InputError, match="group verb is not in both"):
+        tokens.interchange_ends(subject, one, one, openers, ["verb"])
+
+
+def test_a_perfect_order_has_rank_correlation_one() -> None:
+    rows, inputs = [], []
+    for i in range(20):
+        split = "discover" if i < 10 else "test"
+        for size, name in enumerate(("wrapper", "verb", "rest"), start=1):
+            key = (f"p{i}", f"t{i}", "T2", split, "resid_post", 0, name, "Y1")
+            rows.append((*key, 6.0, float(size), float(size)))
+            inputs.append((f"p{i}", f"t{i}", "T2", split, name, 2.0 * size, True))
+    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "te", "nie0", "nie1"]
+    table = pd.DataFrame(rows, columns=names)
+    made = pd.DataFrame(inputs, columns=[*names[:4], "position", "effect", "swapped"]).query("split == 'test'")
+    views, rho = tokens.compare_views(table, made, "T2")
+    assert rho == pytest.approx(1)
+    assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
+    assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"

@@ -1,0 +1,288 @@
+"""Models by hub id: names, the cache, every refusal of the hub, and weights that are only fetched for a usable model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+import pytest
+import torch
+import transformers as hf
+from families import tokens
+from hub_cache import REPO, chat_folder, put, serve
+from huggingface_hub import errors
+
+from companion.base import folders, hub
+from companion.base.errors import InputError
+from companion.base.hub import HubId
+from companion.base.paths import check_slug
+from companion.model import download, memory
+from companion.model.download import WEIGHTS, prepare_model
+from companion.model.load import load
+from companion.run import freshness
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PINNED = f"{REPO}@{COMMIT}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_folder(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def served(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hub has the tiny model; the list of files that are fetched from it."""
+    return serve(monkeypatch, source, cache, COMMIT)
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets the hub answer the first question that is asked of it, or only that for files, with an error."""
+
+    def set_up(error: BaseException, at: str = "listing") -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        place, name = (
+            (huggingface_hub.HfApi, "model_info") if at == "listing" else (huggingface_hub, "snapshot_download")
+        )
+        monkeypatch.setattr(place, name, fail)
+
+    return set_up
+
+
+def is_weight(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
+
+
+@pytest.mark.parametrize(
+    "name", ["window-0", "embedded", "/a/b", "../a/b", "a/b/c", "a/..", "./a/b", "a/.b", "a/b--c", "-a/b", "a/b c"]
+)
+def test_what_is_no_hub_id(name: str) -> None:
+    assert hub.parse(name) is None
+
+
+def test_hub_ids_and_their_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hub.parse("meta-llama/Llama-3.1-8B-Instruct") == HubId("meta-llama/Llama-3.1-8B-Instruct", "main")
+    assert hub.parse("org/m@refs/pr/1") == HubId("org/m", "refs/pr/1")
+    assert hub.parse(PINNED).is_pinned and not hub.parse("org/m@0123").is_pinned
+    for revision in ("", "../x", "a//b", "a/../b", "/x", "a b"):
+        with pytest.raises(InputError, match="names no revision behind its @"):
+            hub.parse(f"org/m@{revision}")
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", "~nobody-of-this-name/cache")
+    assert hub.cache() == Path("~nobody-of-this-name/cache/hub"), "no traceback"
+
+
+def test_a_runs_folder_is_one_folder_of_its_own() -> None:
+    names = ["a/m", "b/m", "a/m@refs/pr/1", f"a/m@{COMMIT}", "a.b/c_d.e@v1.0", "/x/../y/m"]
+    assert len({check_slug(hub.slug(name)) for name in names}) == len(names)
+    assert {(Path("results") / hub.slug(name)).resolve().parent for name in names} == {Path("results").resolve()}
+
+
+def test_a_model_is_downloaded_checked_and_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = chat_folder(tmp_path / "source")
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name in ("original/consolidated.safetensors", "consolidated.safetensors", "modeling_x.py", "old.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not ours")
+    fetched = serve(monkeypatch, folder, cache, COMMIT)
+    model = load(REPO)
+    weights = [name for name in fetched if is_weight(name)]
+    assert len(weights) > 1 and weights == fetched[-len(weights) :]
+    assert not [name for name in fetched if "consolidated" in name or name.endswith((".py", ".bin"))]
+    torch.testing.assert_close(model.model(tokens()).logits, plain(tokens()).logits)
+
+
+def test_a_cached_commit_needs_no_network(source: Path, cache: Path, refuse: Callable[..., None]) -> None:
+    put(cache, source, [path.name for path in source.iterdir()], COMMIT)
+    refuse(AssertionError("the hub was asked"))
+    assert load(PINNED).n_layers == 4
+    assert folders.model_folder(REPO) == cache / "models--org--tiny" / "snapshots" / COMMIT
+    assert (hub.pinned(REPO), hub.pinned("window-0")) == (PINNED, "window-0")
+
+
+@pytest.mark.parametrize("error", [errors.OfflineModeIsEnabled("off"), ConnectionError("down"), TimeoutError("slow")])
+def test_without_a_network_the_cached_copy_of_a_branch_serves(
+    source: Path, cache: Path, refuse: Callable[..., None], error: Exception
+) -> None:
+    refuse(error)
+    with pytest.raises(InputError, match=r"and it is not in the cache .*HF_HOME"):
+        load(REPO)
+    names = [path.name for path in source.iterdir()]
+    put(cache, source, [name for name in names if "00002" not in name], COMMIT)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        load(REPO)
+    with pytest.raises(InputError, match=r"not in the hub's cache yet: \./run_all\.sh --model org/tiny"):
+        folders.model_folder(REPO)
+    put(cache, source, names, COMMIT)
+    assert load(REPO).n_layers == 4
+    for name in hub.TOKENIZER:
+        (cache / "models--org--tiny" / "snapshots" / COMMIT / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        load(PINNED)
+
+
+@pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
+def test_what_was_downloaded_by_branch_is_there_without_a_network(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., None], revision: str
+) -> None:
+    """The branch moves only when all of its new commit is there."""
+    name = REPO + revision
+    for commit in (COMMIT, COMMIT[::-1]):
+        serve(monkeypatch, source, cache, commit)
+        assert prepare_model(name, "cpu", "float32") == f"{REPO}@{commit}"
+        refuse(errors.OfflineModeIsEnabled("off"))
+        assert hub.pinned(name) == f"{REPO}@{commit}" == prepare_model(name, "cpu", "float32")
+    assert hub.ref(hub.parse(name)).read_text() == commit, "as the hub's library reads it, without a line's end"
+    serve(monkeypatch, source, cache, "f" * 40)
+    plain = huggingface_hub.snapshot_download
+
+    def cut(repo: str, *, allow_patterns: list, **given: object) -> str:
+        if allow_patterns == WEIGHTS:
+            raise ConnectionError("down")
+        return plain(repo, allow_patterns=allow_patterns, **given)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cut)
+    with pytest.raises(InputError, match="only a part of it is in the cache"):
+        prepare_model(name, "cpu", "float32")
+    assert hub.pinned(name) == f"{REPO}@{commit}"
+
+
+def answer(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
+    request = httpx2.Request("GET", "https://hub.invalid")
+    return kind("long story\nof many lines", response=httpx2.Response(401, request=request))
+
+
+def local(cause: Exception) -> Exception:
+    error = errors.LocalEntryNotFoundError("nothing in the cache")
+    error.__cause__ = cause
+    return error
+
+
+REFUSALS = {
+    "gated": (lambda: answer(errors.GatedRepoError), "is gated: accept its terms at huggingface.co/org/tiny .*HF_TOKEN"),
+    "gated, seen late": (lambda: local(answer(errors.GatedRepoError)), "is gated"),
+    "no such id": (lambda: answer(errors.RepositoryNotFoundError), "no model 'org/tiny': there is no folder of that name"),
+    "no such revision": (lambda: answer(errors.RevisionNotFoundError), "no revision 'main': see its branches"),
+    "disabled": (lambda: answer(errors.DisabledRepoError), "was disabled by the hub"),
+    "broken server": (lambda: answer(errors.HfHubHTTPError), "the hub did not give org/tiny: long story; try again"),
+    "offline": (lambda: errors.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE forbids downloads.*unset HF_HUB_OFFLINE"),
+    "no network": (lambda: errors.HTTPError("no route"), r"cannot be reached \(no route\)"),
+    "nothing cached": (lambda: errors.LocalEntryNotFoundError("none"), r"cannot be reached \(none\)"),
+    "network lost in the middle": (
+        lambda: RuntimeError("Data processing error: reset\nand more"), "org/tiny broke off: .*: reset; run the same command"
+    ),
+    "file cut off": (lambda: OSError("Consistency check failed: 7 bytes"), "org/tiny broke off: Consistency check failed"),
+    "disk": (lambda: OSError(30, "read-only"), "could not be written to .*read-only; HF_HOME names another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["listing", "files"])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_every_refusal_is_one_sentence(served: list[str], refuse: Callable[..., None], case: str, at: str) -> None:
+    """Some models are listed for everyone and refuse their files; a transfer breaks off, and a disk is full, only there."""
+    make, message = REFUSALS[case]
+    refuse(make(), at)
+    if at == "files":  # which are asked for by the commit that the listing named
+        message = message.replace("no revision 'main'", f"no revision '{COMMIT}'")
+    with pytest.raises(InputError, match=message) as caught:
+        load(REPO)
+    assert "\n" not in str(caught.value)
+
+
+def spoil(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+UNUSABLE = {
+    "no index": (lambda f: (f / hub.INDEX).unlink(), "has no file model.safetensors, where its weights should be"),
+    "a shard of the index": (lambda f: next(f.glob("*-00002-*")).unlink(), r"has no file model-00002-of-\d+.safetensors"),
+    "pickled": (pickle, r"org/tiny: its weights are pickled \(pytorch_model.bin\)"),
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no model"),
+    "not causal": (lambda f: spoil(f, architectures=["BertModel"]), "not a causal language model"),
+    "unknown": (lambda f: spoil(f, model_type="unheard_of"), "^org/tiny could not be loaded: .*its architecture known"),
+    "other parts": (
+        lambda f: spoil(f, model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), "unknown architecture: GPTNeoX"
+    ),
+    "own code": (lambda f: spoil(f, model_type="unheard_of", auto_map={"A": "m.M"}), "type --trust-remote-code"),
+    "quantized": (lambda f: spoil(f, quantization_config={"bits": 4}), "holds quantized weights"),
+    "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
+    "too large": (
+        lambda f: spoil(f, hidden_size=32768, intermediate_size=131072, num_hidden_layers=400), "^org/tiny is too large for cpu"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str
+) -> None:
+    damage, message = UNUSABLE[case]
+    folder = chat_folder(tmp_path / "source")
+    damage(folder)
+    fetched = serve(monkeypatch, folder, cache, COMMIT)
+    with pytest.raises(InputError, match=message):
+        prepare_model(REPO, "cpu", "float32")
+    assert not [name for name in fetched if is_weight(name) or name.endswith(".py")]
+
+
+def test_no_room_on_the_disk(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
+        prepare_model(REPO, "cpu", "float32")
+    assert not any(map(is_weight, served))
+
+
+def test_a_judge_is_downloaded_where_it_fits_beside_the_model(
+    source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = memory.run_memory(memory.on_meta(source, torch.bfloat16), copies=1).total
+    monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
+    for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
+        with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
+            prepare_model(REPO, "cpu", "bfloat16", **asked)
+    assert not any(map(is_weight, served))
+    assert prepare_model(REPO, "cpu", "bfloat16", copies=1) == PINNED
+
+
+def test_the_manifest_names_commit_and_file_hashes(
+    source: Path, cache: Path, served: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, refs in (
+        (PINNED, []),
+        (REPO, ["main"]),
+        (PINNED, ["main"]),
+    ):  # a commit asked for by its hash moves no branch
+        assert prepare_model(name, "cpu", "float32") == hub.pinned(name) == PINNED
+        assert [path.name for path in cache.rglob("refs/*")] == refs
+    assert capsys.readouterr().out.count("billion parameters; memory needed at most") == 3, "once a call"
+    given = {"MODEL": PINNED, "PROMPTS": "embedded", "DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
+    freshness.write_manifest(tmp_path, given, {})
+    model = json.loads((tmp_path / "manifest.json").read_text())["model"]
+    assert (model["name"], model["revision"]) == (REPO, COMMIT) and "remote_code" not in model
+    assert {path.name for path in source.iterdir()} == set(model["sha256"])
+
+
+def test_remote_code_is_only_trusted_where_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hub.TRUST, "1")
+    hub.trust_code(False)
+    assert not hub.trusts_code()
+    hub.trust_code(True)
+    assert hub.trusts_code()
+    hub.trust_code(False)

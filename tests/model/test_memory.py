@@ -1,0 +1,264 @@
+"""What a model needs before it is loaded, where its layers lie, and how much runs at once, with the same bytes every time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import tiny_model, tiny_subject, tiny_tokenizer
+from grid_tools import every_patch, mask, runs
+from peak_memory import PeakMemory
+
+from companion.base.errors import InputError
+from companion.model import activations, memory, replay
+from companion.model.architecture import Subject, find_parts
+from companion.model.interventions import Patch
+from companion.model.load import load
+from companion.model.memory import USABLE, free_memory, name_places, on_meta, placement, run_memory, sweep_memory
+from companion.model.verify import verify
+
+GPU = torch.device("cuda:0")
+GB = 10**9
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp(request.param)
+    tiny_tokenizer(place)
+    tiny_model(request.param).save_pretrained(place)
+    return place
+
+
+def with_memory(monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: int((gpu if device.type == "cuda" else cpu) / USABLE) + 1)
+
+
+def test_shapes_are_those_of_the_loaded_model(folder: Path) -> None:
+    shapes, real = on_meta(folder, torch.float32), load(folder)
+    assert all(p.is_meta for p in shapes.model.parameters())
+    named, wanted = ({n: p.shape for n, p in one.model.named_parameters()} for one in (shapes, real))
+    assert named == wanted
+    weights = sum(p.numel() for p in real.model.parameters())
+    assert run_memory(shapes).weights == 4 * weights and run_memory(shapes).copies == 8 * weights
+    half = run_memory(on_meta(folder, torch.bfloat16))
+    assert (half.weights, half.copies) == (2 * weights, 6 * weights)
+
+
+def test_an_8b_model_in_float32_needs_two_copies_of_32_gb(tmp_path: Path) -> None:
+    """The shapes of a Llama with 8.03 billion parameters, in no memory at all."""
+    hf.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    asked = run_memory(on_meta(tmp_path, torch.float32))
+    assert asked.weights == pytest.approx(4 * 8.03e9, rel=0.001)
+    assert 2.0 < asked.total / asked.weights < 2.3
+
+
+def test_layers_wait_only_as_far_as_they_must(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = on_meta(folder, torch.float32)
+    asked = run_memory(shapes)
+    layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
+    for short, away in ((-1, None), (1, 1), (layer, 1), (layer + 1, 2), (3 * layer, 3)):
+        with_memory(monkeypatch, asked.total - short, 1e9)
+        where = placement(shapes, GPU)
+        assert (where and list(where.values()).count("cpu")) == away, short
+    blocks = [name for name, module in shapes.model.named_modules() if module in [p.block for p in shapes.layers]]
+    assert [where[name] for name in blocks] == ["cpu"] * 3 + ["cuda:0"]
+    covered = [n for n, _ in shapes.model.named_parameters() if any(n.startswith(f"{name}.") for name in where)]
+    assert covered == [n for n, _ in shapes.model.named_parameters()]
+
+
+@pytest.mark.parametrize(("gpu", "cpu"), [(0, 1e9), (0.9, 0)])
+def test_what_fits_nowhere_is_refused_with_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float
+) -> None:
+    shapes = on_meta(folder, torch.float32)
+    with_memory(monkeypatch, gpu * run_memory(shapes).total, cpu)
+    with pytest.raises(InputError, match=r"too large for cuda:0: weights 0.0 GB.*--dtype bfloat16"):
+        placement(shapes, GPU)
+
+
+def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = on_meta(folder, torch.bfloat16)
+    with_memory(monkeypatch, 0, run_memory(shapes).total - 1)
+    with pytest.raises(InputError, match="too large for cpu") as caught:
+        load(folder, dtype="bfloat16")
+    assert "--dtype" not in str(caught.value)
+
+
+def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
+    """Layers kept outside of the model and brought in for each call, as on a GPU that is too small; here from the disk."""
+    shapes = on_meta(folder, torch.float32)
+    names = name_places(shapes, ["cpu"] * 3, "cpu:0")
+    where = {name: "disk" if place == "cpu" else "cpu" for name, place in names.items()}
+    assert list(where.values()).count("disk") == 3
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map=where, offload_folder=tmp_path
+    )
+    away = find_parts(model.eval().requires_grad_(False), None, "away", "x")
+    assert sum(p.is_meta for p in away.model.parameters()) > 0
+    verify(away)
+    here = load(folder)
+    patches = [Patch("neuron", 1, mask([8]), 3), Patch("head", 1, mask([8]), 3), Patch("mlp_out", 1, mask([8]))]
+    one, two = (replay.interchange(model, *runs(model), patches) for model in (away, here))
+    torch.testing.assert_close(one, two)
+
+
+def system(place: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[str, tuple[str, int, int]]) -> int:
+    """Free memory on a machine with 100 GB of it and these control groups: limit, GB used, GB of them files."""
+    (place / "meminfo").write_text(f"MemTotal: {128 * GB // 1024} kB\nMemAvailable: {100 * GB // 1024} kB\n")
+    (place / "own").write_text(own)
+    for folder, (limit, used, files) in groups.items():
+        names = memory.VERSIONS[folder.startswith("memory")][1:]
+        texts = (f"{limit}\n", f"{used * GB}\n", f"anon 1\n{names[2]} {files * GB}\n")
+        (place / "groups" / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names[:2], "memory.stat"), texts, strict=True):
+            (place / "groups" / folder / name).write_text(text)
+    for name, file in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "own"), ("GROUPS", "groups")):
+        monkeypatch.setattr(memory, name, place / file)
+    return round(free_memory(torch.device("cpu")) / GB)
+
+
+BIG = str(2**63 - 4096)  # what the first version says where there is no limit
+LIMITS: dict[str, tuple[str, dict[str, tuple[str, int, int]], int]] = {
+    "no groups": ("", {}, 100),
+    "no limit": ("0::/\n", {"": ("max", 50, 0)}, 100),
+    "files are given back": ("0::/\n", {"": (str(40 * GB), 35, 20)}, 25),
+    "its own group": ("0::/job/step\n", {"job": ("max", 9, 0), "job/step": (str(16 * GB), 5, 1)}, 12),
+    "a parent's limit": ("0::/job/step\n", {"job": (str(20 * GB), 18, 1), "job/step": (str(16 * GB), 5, 1)}, 3),
+    "not another's": ("0::/job\n", {"job": (str(20 * GB), 5, 0), "other": (str(2 * GB), 1, 0)}, 15),
+    "above what is seen": ("0::/../x\n", {"": (str(8 * GB), 1, 0), "../x": (str(2 * GB), 1, 0)}, 7),
+    "a group that is not mounted": ("0::/docker/1a\n", {"": (str(8 * GB), 1, 0)}, 7),
+    "first version": ("4:cpu,memory:/d\n0::/\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 5),
+    "first version, other kind": ("4:cpu:/d\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 100),
+    "more used than allowed": ("0::/\n", {"": (str(4 * GB), 5, 0)}, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_a_containers_limits_count_but_not_its_cached_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    own, groups, free = LIMITS[case]
+    assert system(tmp_path, monkeypatch, own, groups) == free
+
+
+def test_free_memory_where_linux_says_nothing_is_all_of_the_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MEMINFO", "OWN_GROUPS", "GROUPS"):
+        monkeypatch.setattr(memory, name, tmp_path / "none")
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    assert free_memory(torch.device("cpu")) == 4096000
+
+
+def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"free": 10, "given up": 5}
+
+    def empty() -> None:
+        held.update(free=held["free"] + held["given up"])
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
+    assert free_memory(GPU) == 15
+
+
+KEPT_BY_A_PAIR = ("resid", "attn_out", "mlp_out", "z")
+
+
+@pytest.fixture(scope="module")
+def shaped() -> Subject:
+    """The proportions of a real model, small."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=61, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    return find_parts(hf.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False), None, "shaped")
+
+
+@pytest.mark.parametrize("columns", [[[31]], [[16], [28]]])
+def test_peak_memory_stays_below_one_and_a_half_clean_runs(shaped: Subject, columns: list[list[int]]) -> None:
+    """Both clean runs of a pair (without neurons) and the sweep together, against one clean run with all sites."""
+    tokens = torch.randint(0, 61, (2, 4, 32), generator=torch.Generator().manual_seed(0))
+    with PeakMemory() as memory:
+        full = activations.clean_run(shaped, tokens[0])
+        all_sites = memory.live()
+    del full
+    need = sweep_memory(shaped, 4, 32)
+    assert need.clean_run == pytest.approx(all_sites, rel=0.1)
+    sites = [("resid_post", None), ("attn_out", None), ("mlp_out", None), *(("head", head) for head in range(4))]
+    masks = [mask(column, 4, 32) for column in columns]
+    patches = [Patch(site, layer, where, i) for where in masks for layer in range(8) for site, i in sites]
+    with PeakMemory() as memory:
+        base = activations.clean_run(shaped, tokens[0], keep=(*KEPT_BY_A_PAIR, "cache"))
+        source = activations.clean_run(shaped, tokens[1], keep=KEPT_BY_A_PAIR)
+        before = memory.live()
+        replay.interchange(shaped, base, source, patches, readout=lambda resid: resid[..., :1].clone())
+    assert memory.peak < 1.5 * all_sites
+    assert memory.peak - before < need.sweep * 1.1
+
+
+def test_the_budget_depends_on_shapes_only(shaped: Subject) -> None:
+    twin = find_parts(hf.AutoModelForCausalLM.from_config(shaped.model.config), None, "twin")
+    assert memory.token_budget(shaped, 32) == memory.token_budget(twin, 32)
+    assert memory.token_budget(shaped, 64) > memory.token_budget(shaped, 32)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_subject("qwen2", torch.float64)
+    pair = runs(subject)
+    whole = replay.interchange(subject, *pair, every_patch())
+    monkeypatch.setattr(replay, "token_budget", lambda *_: 1)
+    one_by_one = replay.interchange(subject, *pair, every_patch())
+    torch.testing.assert_close(one_by_one, whole, rtol=0, atol=1e-6)
+
+
+def too_many(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A sweep that runs out of memory beyond `limit` interventions, as the allocators of GPU and CPU say it."""
+    seen: list[int] = []
+    plain = replay.sweep
+
+    def sweep(both: object, chunk: list, read: torch.Tensor) -> torch.Tensor:
+        seen.append(len(chunk))
+        if len(chunk) > limit:
+            if len(seen) % 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return plain(both, chunk, read)
+
+    monkeypatch.setattr(replay, "sweep", sweep)
+    return seen
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_subject("llama")
+    pair = runs(subject)
+    patches = every_patch((0, 2))
+    whole = replay.interchange(subject, *pair, patches)
+    n_events = len(memory.chunk_events())
+    seen = too_many(2, monkeypatch)
+    with pytest.warns(UserWarning, match="out of memory with .* interventions at once; went on with half as many"):
+        halved = replay.interchange(subject, *pair, patches)
+    torch.testing.assert_close(halved, whole, rtol=1e-4, atol=1e-5)
+    assert len(memory.chunk_events()) - n_events == sum(size > 2 for size in seen) > 0
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_one_intervention_too_large_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_subject("llama")
+    too_many(0, monkeypatch)
+    with pytest.raises(InputError, match="use fewer pairs at a time"):
+        replay.interchange(subject, *runs(subject), [Patch("mlp_out", 0, mask([8]))])
+
+
+def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = tiny_subject("llama")
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(replay, "sweep", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        replay.interchange(subject, *runs(subject), [Patch("mlp_out", 0, mask([8]))])

@@ -1,0 +1,47 @@
+"""Logits and log-probabilities of final residual streams are the library's; a frozen norm makes them affine."""
+
+import pytest
+import torch
+from families import FAMILIES, tiny_subject
+from grid_tools import runs
+
+from companion.model import readout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_librarys(family: str) -> None:
+    subject = tiny_subject(family)
+    base, source = runs(subject)
+    plain = subject.model(base.tokens).logits
+    rows = torch.tensor([3, 60, 4])
+    torch.testing.assert_close(readout.logits(subject, base.resid_post[3]), plain)
+    torch.testing.assert_close(readout.logits(subject, base.resid_post[3], rows), plain[..., rows])
+    frozen = readout.logits(subject, base.resid_post[3], rows, norm_like=base.resid_post[3])
+    torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
+    other = readout.logits(subject, source.resid_post[3], rows, norm_like=base.resid_post[3])
+    assert not torch.allclose(other, readout.logits(subject, source.resid_post[3], rows), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, also where exp would overflow, and with a frozen norm."""
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    subject = tiny_subject(family, torch.float64)
+    base, source = runs(subject)
+    rows, like = torch.tensor([3, 60, 4]), source.resid_post[3]
+    for factor in (1, 1000):
+        with torch.no_grad():
+            subject.unembed.weight.mul_(factor)
+        for norm_like in (None, like):
+            wanted = readout.logits(subject, base.resid_post[3], norm_like=norm_like).log_softmax(-1)[..., rows]
+            got = readout.log_probs(subject, base.resid_post[3], rows, norm_like=norm_like)
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_frozen_logits_are_affine_in_the_residual() -> None:
+    subject = tiny_subject("gpt2", torch.float64)
+    base, source = runs(subject)
+    like, other = base.resid_post[3], source.resid_post[3]
+    middle = readout.logits(subject, (like + other) / 2, norm_like=like)
+    ends = readout.logits(subject, like, norm_like=like) + readout.logits(subject, other, norm_like=like)
+    torch.testing.assert_close(middle, ends / 2, rtol=0, atol=1e-12)

@@ -1,0 +1,152 @@
+"""Moran's I on known patterns, windows against random groups, and a permutation that changes no function."""
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, tiny_subject, tokens
+from neuron_tools import additive, made_effects, tiny_study
+from true_float64 import true_float64
+
+from companion.neurons.adjacency import (
+    CONTEST,
+    moran_test,
+    morans_i,
+    permute_neurons,
+    ranks_in_layer,
+    window_contest,
+    windows,
+)
+from companion.neurons.sets import joint, measure_all
+from companion.neurons.single import all_neurons
+
+ONE = np.zeros(200, int)
+
+
+def dense(values: np.ndarray, layer: np.ndarray, half_width: int) -> float:
+    """Moran's I from the matrix of weights, as the textbook writes it."""
+    place = np.concatenate([np.arange((layer == one).sum()) for one in np.unique(layer)])
+    apart = abs(place[:, None] - place)
+    weight = (layer[:, None] == layer) & (apart > 0) & (apart <= half_width)
+    z = values - np.array([values[layer == one].mean() for one in layer])
+    return len(z) / weight.sum() * (z @ weight @ z) / (z @ z)
+
+
+@pytest.mark.parametrize("half_width", [1, 3, 8, 500])
+def test_morans_i_is_the_textbooks(half_width: int) -> None:
+    rng = np.random.default_rng(half_width)
+    layer = np.repeat([2, 5, 9], [30, 80, 12])
+    values = rng.exponential(size=(4, 122)) + layer
+    made = morans_i(values, layer, half_width)
+    np.testing.assert_allclose(made, [dense(row, layer, half_width) for row in values], rtol=1e-9)
+
+
+def test_known_patterns() -> None:
+    assert morans_i(np.arange(2000.0), np.zeros(2000, int)) > 0.99  # a perfect gradient
+    assert morans_i(np.resize([1.0, -1.0], 200), ONE, half_width=1) == pytest.approx(-1)  # a checkerboard
+    assert morans_i(np.repeat(np.random.default_rng(0).normal(size=10), 20), ONE) > 0.6  # blocks
+    drawn = np.random.default_rng(0).normal(size=(4000, 200))
+    made = morans_i(drawn, ONE)
+    assert made.mean() == pytest.approx(-1 / 199, abs=0.002)  # exchangeable: the known expectation
+    assert np.isnan(morans_i(np.ones(200), ONE))
+
+
+def test_layers_do_not_make_neighbours() -> None:
+    """Two layers of different size of effect, no pattern within: pooling must not see one."""
+    rng, layer = np.random.default_rng(0), np.repeat([0, 1], 300)
+    values = rng.normal(size=600) ** 2 * np.where(layer == 0, 1.0, 100.0)
+    assert abs(morans_i(ranks_in_layer(values, layer), layer)) < 0.05
+    assert ranks_in_layer(np.array([[-3.0, 1.0, 2.0, 2.0]]), np.zeros(4, int)).tolist() == [[4.0, 1.0, 2.5, 2.5]]
+
+
+def test_the_interval_covers_exchangeable_indices() -> None:
+    rng, hit, small = np.random.default_rng(0), 0, 0
+    for seed in range(100):
+        means = rng.standard_t(3, size=150)
+        effects = made_effects(means + 0.5 * rng.standard_normal((24, 150)))
+        found = moran_test(effects, n_permutations=199, seed=seed)
+        hit += found.low <= 0 <= found.high
+        small += found.p <= 0.05
+    assert hit >= 88
+    assert small <= 11
+
+
+def test_neighbours_that_are_alike_are_found() -> None:
+    rng = np.random.default_rng(0)
+    smooth = np.convolve(rng.normal(size=420), np.ones(21), "valid")
+    means = np.concatenate([np.zeros(50), smooth, rng.permutation(smooth)])
+    layer = np.repeat([0, 1, 2], [50, 400, 400])
+    effects = made_effects(means + 0.1 * rng.standard_normal((24, 850)) * (layer > 0), layer)
+    found = moran_test(effects, n_permutations=999)
+    assert found.layers == (1, 2)  # a layer of zeros is left out
+    assert found.low > 0.05
+    assert found.p == 0.001
+
+
+# ---- windows ----
+
+
+def test_windows() -> None:
+    made = windows(np.array([4, 0, 3, 1, 2]), half_width=1)
+    assert made.tolist() == [[4, 0, 3], [0, 3, 1], [3, 1, 2]]
+
+
+def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> None:
+    writes = np.zeros(120)
+    writes[40:45] = 1.0
+    for place, wins in ((np.arange(120), True), (np.random.default_rng(3).permutation(120), False)):
+        _, measured = additive(writes[place])
+        ranked = np.argsort(-writes[place], kind="stable")
+        made = window_contest(measured, "T2", ranked, half_width=2)
+        shares = dict(zip(CONTEST, made.shares.estimate, strict=True))
+        assert (made.p == 0.05) == wins
+        assert (shares["best window"] > 0.99) == wins
+        assert shares["top ranked"] == pytest.approx(1, abs=1e-3)
+        assert made.members.shape == (20, 5)
+
+
+def test_groups_are_chosen_on_discover_alone() -> None:
+    """On discover one block of neurons changes, on the other splits another: the window must be that of discover."""
+    writes = np.zeros(60)
+    writes[[*range(10, 15), *range(40, 45)]] = 1.0
+    _, measured = additive(writes)
+    states = measured.states["T2"]
+    is_discover = torch.tensor((states.pairs.split == "discover").to_numpy())
+    states.neurons[1, is_discover, 40:45] = 0.0
+    states.neurons[1, ~is_discover, 10:15] = 0.0
+    made = window_contest(measured, "T2", np.arange(60), half_width=2)
+    assert made.members[0].tolist() == [10, 11, 12, 13, 14]
+    assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing
+
+
+# ---- another order, the same function ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_permutation_of_neurons_changes_no_logit(family: str) -> None:
+    subject = tiny_subject(family, torch.float64)
+    ids = tokens(seed=1)
+    with true_float64(subject.model):
+        plain = subject.model(ids).logits
+    moved, orders = permute_neurons(subject, seed=1)
+    with true_float64(moved.model):
+        again = moved.model(ids).logits
+    assert float((plain - again).abs().max()) < 1e-10
+    assert all(sorted(order.tolist()) == list(range(48)) != order.tolist() for order in orders)
+    name = next(name for name, p in moved.model.named_parameters() if "mlp" in name and p.ndim == 2)
+    assert not torch.equal(dict(moved.model.named_parameters())[name], dict(subject.model.named_parameters())[name])
+
+
+def test_single_effects_move_and_windows_change() -> None:
+    study = tiny_study(n=6)
+    moved, orders = permute_neurons(study.subject, seed=1)
+    columns = {"T2": all_neurons(study.subject, [1, 3])}
+    before = measure_all(study, columns)
+    after = measure_all(type(study)(**{**vars(study), "subject": moved}), columns)
+    for layer in (1, 3):
+        at = (before.effects["T2"].columns.layer == layer).to_numpy()
+        old, new = (one.effects["T2"].nie[:, at] for one in (before, after))
+        np.testing.assert_allclose(new, old[:, orders[layer]], atol=1e-6)
+        assert abs(new - old).max() > 1e-3
+    groups = windows(np.arange(48))
+    old, new = (joint(one.study.subject, one.states["T2"], groups).nie for one in (before, after))
+    assert abs(np.sort(new, axis=1) - np.sort(old, axis=1)).max() > 1e-3

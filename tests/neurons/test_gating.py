@@ -1,0 +1,78 @@
+"""Gate or contributor: indices and shares of tables whose mean cells are known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from companion.mediation.estimands import with_difference
+from companion.neurons import gating
+from companion.neurons.clamping import CELLS
+
+
+def known_cells(seed: int, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
+    """120 pairs of 40 topics; the mean cells are known."""
+    n = 120
+    noise = np.random.default_rng(seed).normal(0, 0.05, (n, 4))
+    means = np.array([0.0, own, signal, signal + own + together])
+    table = pd.DataFrame(means + noise, columns=list(CELLS)).assign(
+        pair_id=[f"{treatment} {i}" for i in range(n)], topic=[f"t{i % 40}" for i in range(n)], treatment=treatment,
+        split=["discover" if i % 40 < 20 else "test" for i in range(n)], set="set", layer=3, form="upstream", outcome="Y1",
+    )  # fmt: skip
+    return table.assign(te=table.y11 - table.y00)
+
+
+@pytest.mark.parametrize(
+    ("signed", "expected"),
+    [
+        ((0.3, -0.1, 0.7), (0.3, 0.0, 0.7)),
+        ((-0.3, -0.7, 0.1), (0.3, 0.0, 0.7)),
+        ((0.3, 0.1, 0.4), (0.3, 0.1, 0.4)),
+        ((-0.5, -0.7, -0.25), (0.5, 0.25, 0.7)),
+    ],
+)
+def test_an_absolute_interval_holds_zero_where_the_signed_one_does(signed: tuple, expected: tuple) -> None:
+    assert gating.absolute(*signed) == expected
+
+
+def test_index_of_known_means_and_when_it_is_defined() -> None:
+    index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, 2.0))
+    assert index is not None and index.is_defined and index.low < 0.5 < index.high
+    assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
+    idle = gating.gate_index(known_cells(1, "T2", 1.0, 0.1, 0.0))
+    assert idle is not None and not idle.is_defined  # the set does next to nothing
+    swamped = known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
+    small = gating.gate_index(swamped)
+    assert small is not None and not small.is_defined  # next to nothing is at stake
+    assert gating.gate_index(swamped[swamped.split == "test"]) is None
+
+
+def test_benign_share_of_known_means() -> None:
+    against = known_cells(2, "B2", 1.0, -0.8, 0.0)  # against its behaviour: still an effect
+    table = pd.concat([known_cells(0, "T2", 1.0, 2.0, 0.0), known_cells(1, "B1", 1.0, 0.4, 0.0), against])
+    share = gating.benign_share(table, "T2", "set", ["B1", "B2"])
+    assert share is not None and share.estimate[0] == pytest.approx(0.3, abs=0.02)
+    assert gating.benign_share(table, "T2", "set", []) is None
+
+
+def test_shares_are_ratios_of_means() -> None:
+    table = known_cells(0, "T2", 1.0, 1.0, 0.0)
+    table = table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00)
+    share = gating.timing_share(table, "T2", "set")
+    assert share is not None and share.low[0] < 0.5 < share.high[0]
+    assert share.estimate[0] == pytest.approx(0.5, abs=0.02)
+    cost = pd.DataFrame({"topic": list("aabbcc"), "set": "set", "lost": [0.0, 0.3] * 3, "n_tokens": [1.0, 2.0] * 3})
+    ratio = gating.perplexity_ratio(cost, "set")
+    assert ratio is not None and ratio.estimate[0] == pytest.approx(np.exp(0.1))
+
+
+def test_the_difference_subtracts_cells_of_the_twin() -> None:
+    harm, twin = known_cells(0, "T2", 1.0, 1.0, 2.0), known_cells(1, "T2b", 0.5, 0.5, 0.0)
+    other_set = twin.assign(set="another", y11=99.0)  # is no twin of this set's rows
+    twins = {f"T2 {i}": f"T2b {(i + 7) % 120}" for i in range(100)}
+    both = with_difference(pd.concat([harm, other_set, twin], ignore_index=True), twins)
+    made = both[both.treatment == "T2-T2b"].set_index("pair_id")
+    assert len(made) == 100 and made.index.tolist() == list(twins)
+    partner = twin.set_index("pair_id").loc[list(twins.values())]
+    for name in (*CELLS, "te"):
+        np.testing.assert_array_equal(made[name], harm[name][:100].to_numpy() - partner[name].to_numpy())
+    assert with_difference(harm, twins).equals(harm)

@@ -1,0 +1,204 @@
+"""Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from effect_tools import YES_NO, log_odds
+from handmade import Program, compiled, cue_pairs
+from neuron_tools import clean_batch, made_effects, neuron_patches, patched, tiny_study
+from scipy import stats as st
+from statsmodels.stats.multitest import multipletests
+from torch import Tensor
+from true_float64 import true_float64
+
+from companion.mediation import estimands, outcomes
+from companion.mediation.study import Study
+from companion.model import replay
+from companion.model.replay import each_neuron
+from companion.neurons import single
+from companion.neurons.single import (
+    NEURONS,
+    all_neurons,
+    difference,
+    joined_batches,
+    measure_batch,
+    measure_chosen,
+    neuron_table,
+    passing,
+    ranking,
+)
+from companion.prompts.tokens import Openers
+
+CHOSEN = pd.DataFrame(
+    [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)], columns=["layer", "neuron"]
+)
+
+
+def hooked(study: Study, base: Tensor, source: Tensor, layer: int, neuron: int) -> float:
+    """Y1 of one full forward pass of the plain model, one entry of one down projection's input replaced."""
+    down, seen = study.subject.layers[layer].down_proj, []
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    study.subject.model(source)
+    handle.remove()
+
+    def replace_one(_: object, args: tuple[Tensor]) -> tuple[Tensor]:
+        changed = args[0].clone()
+        changed[:, -1, neuron] = seen[0][:, -1, neuron]
+        return (changed,)
+
+    handle = down.register_forward_pre_hook(replace_one)
+    logits = study.subject.model(base).logits[:, -1]
+    handle.remove()
+    return float(log_odds(logits)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
+def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
+    study = tiny_study(family, n=6)
+    with true_float64(study.subject.model), torch.no_grad():
+        effects, states = measure_chosen(study, "T2", CHOSEN)
+        assert abs(effects.nie).max() > 0.01
+        group = estimands.batches(study.of("T2"), study.subject)[0]
+        assert effects.pairs.pair_id.tolist() == [pair.pair.id for pair in group]
+        for i in (0, 5):
+            x0, x1 = estimands.prompt_tokens(study.subject, [group[i]])
+            y00, y11 = (float(log_odds(study.subject.model(x).logits[:, -1])[0]) for x in (x0, x1))
+            assert effects.pairs.te[i] == pytest.approx(y11 - y00, abs=1e-9)
+            assert states.resid.shape == (2, 6, 32)
+            for c, (layer, neuron) in enumerate(CHOSEN.itertuples(index=False)):
+                nie0, nie1 = hooked(study, x0, x1, layer, neuron) - y00, y11 - hooked(study, x1, x0, layer, neuron)
+                assert effects.values["nie0"][i, c] == pytest.approx(nie0, abs=1e-9)
+                assert effects.values["nie1"][i, c] == pytest.approx(nie1, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
+def test_many_neurons_at_once_are_those_of_one_intervention_each(family: str) -> None:
+    study = tiny_study(family, n=6)
+    subject, chosen = study.subject, torch.tensor([0, 7, 30, 47, 2])
+    with true_float64(subject.model):
+        batch = clean_batch(study)
+        unmoved = replace(batch.treated, neurons=tuple(layer.clone() for layer in batch.treated.neurons))
+        batch = replace(batch, treated=unmoved)
+        for layer in range(subject.n_layers):
+            unmoved.neurons[layer][:, -1, 30] = batch.control.neurons[layer][:, -1, 30]
+            expected = patched(study, batch, [(layer, neuron) for neuron in chosen.tolist()])
+            found = each_neuron(subject, batch.control, unmoved, layer, chosen, lambda resid: resid)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+            assert torch.equal(found[:, 2], batch.control.resid_post[-1][:, -1])
+            assert not torch.allclose(found[:, 0], found[:, 2])
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> None:
+    study = tiny_study(family, n=6)
+    subject = study.subject
+    with true_float64(subject.model):
+        effects, _ = measure_chosen(study, "T2", CHOSEN)
+        batch = clean_batch(study)
+        patches = neuron_patches(batch, list(CHOSEN.itertuples(index=False, name=None)))
+        total = np.zeros((6, len(CHOSEN)))
+        for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
+            like = base.resid_post[-1][:, None, -1]
+            after = outcomes.log_odds(subject, replay.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
+            total += sign * (after - outcomes.log_odds(subject, like, YES_NO)).numpy() / 2
+        np.testing.assert_allclose(effects.values["direct"], total, atol=1e-10)
+
+
+def test_batches_are_joined_in_their_order() -> None:
+    study = tiny_study(n=6)
+    whole, whole_states = measure_chosen(study, "T2", CHOSEN)
+    parts = [
+        measure_batch(study, estimands.run_clean(study.subject, study.of("T2")[i : i + 3]), CHOSEN) for i in (0, 3)
+    ]
+    effects, states = joined_batches(parts)
+    pd.testing.assert_frame_equal(effects.pairs, whole.pairs)
+    np.testing.assert_allclose(effects.nie, whole.nie, atol=1e-6)
+    torch.testing.assert_close(states.neurons, whole_states.neurons, rtol=0, atol=1e-6)
+
+
+def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
+    """The compiled model hands cue A to the last token in layer 1 and reads it in neuron 3 of layer 2, nowhere else."""
+    subject = compiled(Program())
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
+    openers = Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
+    study = Study("compiled", subject, tuple(pairs), {"T2": openers}, {}, {})
+    effects, _ = measure_chosen(study, "T2", all_neurons(subject))
+    at = effects.columns.query("layer == 2 and neuron == 3").index[0]
+    np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
+    np.testing.assert_allclose(effects.values["direct"][:, at], effects.pairs.te, rtol=1e-3)
+    assert abs(np.delete(effects.nie, at, axis=1)).max() < 1e-3
+    assert not effects.nie[:, effects.columns.layer == 0].any()
+
+
+def test_the_contrast_subtracts_each_pairs_own_twin() -> None:
+    study = tiny_study(n=6)
+    harmful, twin = (measure_chosen(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
+    made = difference(harmful, twin, {"T2 4": "T2b 1", "T2 0": "T2b 5", "T2 3": "gone"})
+    assert made.treatment == "T2-T2b"
+    assert made.pairs.pair_id.tolist() == ["T2 0", "T2 4"]
+    np.testing.assert_array_equal(made.nie, harmful.nie[[0, 4]] - twin.nie[[5, 1]])
+    np.testing.assert_array_equal(made.pairs.te, harmful.pairs.te.to_numpy()[[0, 4]] - twin.pairs.te.to_numpy()[[5, 1]])
+
+
+# ---- the table ----
+
+
+def noisy(n: int = 120, n_neurons: int = 300, seed: int = 0) -> np.ndarray:
+    """Noise of 0.3 everywhere but in neurons 0 (large), 1 (tiny but sure), 2 (large, negative) and 3 (zero by structure)."""
+    values = 0.3 * np.random.default_rng(seed).standard_normal((n, n_neurons))
+    values[:, :4] = [2.0, 0.05, -2.0, 0.0] + values[:, :4] * [1, 0.01, 1, 0]
+    return values
+
+
+def test_only_large_and_sure_neurons_pass() -> None:
+    found = [neuron_table(made_effects(noisy(seed=seed))).query("split == 'test'") for seed in range(40)]
+    passed = [set(np.flatnonzero(passing(rows))) for rows in found]
+    assert all({0, 2} <= one and not {1, 3} & one for one in passed)
+    assert np.mean([len(one - {0, 2}) / len(one) for one in passed]) <= 0.05  # the false discovery rate
+    rows = found[0]
+    assert rows.q_value.iloc[1] < 1e-6  # sure, but 0.05 is below 1 % of a total effect of 10
+    assert rows.q_value.iloc[3] == 1
+    assert passing(rows.assign(te=1.0))[:3].all()
+    assert not passing(rows.assign(exact=False)).any()
+
+
+def test_intervals_and_tests_are_over_topics() -> None:
+    values = noisy(60)
+    effects = made_effects(values, per_topic=2)
+    rows = neuron_table(effects).query("split == 'all'")
+    by_topic = values.reshape(30, 2, -1).mean(1)
+    p = st.ttest_1samp(np.delete(by_topic, 3, axis=1), 0).pvalue
+    np.testing.assert_allclose(np.delete(rows.q_value, 3), multipletests(p, method="fdr_by")[1], rtol=1e-9)
+    low, high = st.ttest_1samp(by_topic[:, 0], 0).confidence_interval()
+    assert (rows.ci_low.iloc[0], rows.ci_high.iloc[0]) == pytest.approx((low, high))
+    assert (rows.nie0.iloc[0], rows.te.iloc[0]) == pytest.approx((values[:, 0].mean(), 10.0))
+
+
+def test_effects_take_the_sign_of_te_on_discover() -> None:
+    effects = made_effects(noisy())
+    effects.pairs["te"] = np.where(effects.pairs.split == "discover", -10.0, 5.0)
+    rows = neuron_table(effects).query("neuron == 0").set_index("split")
+    assert rows.te["discover"] == 10
+    assert rows.te["test"] == -5
+    assert (rows[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
+
+
+def test_a_split_of_one_topic_has_no_interval() -> None:
+    rows = neuron_table(made_effects(noisy(6), per_topic=2))
+    assert list(rows) == list(NEURONS)
+    one = rows[(rows.split == "test") & (rows.neuron != 3)]
+    assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
+    assert set(rows.split) == set(single.SPLITS)
+
+
+def test_ranking_is_by_size_on_discover() -> None:
+    effects = made_effects(noisy())
+    shifted = effects.values["nie0"].copy()
+    shifted[(effects.pairs.split != "discover").to_numpy(), 9] = 50.0  # must not be looked at
+    rows = neuron_table(made_effects(shifted))
+    assert ranking(rows, "T2", 0)[:2].tolist() in ([0, 2], [2, 0])
+    by_sign = ranking(rows, "T2", 0, by_sign=True)
+    assert (by_sign[0], by_sign[-1]) == (0, 2)

@@ -1,0 +1,191 @@
+"""Compiled models: what is true of each kind, that draws are independent, and that the pipeline runs on them."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from companion.base.errors import InputError
+from companion.evidence.layers import measure_layers
+from companion.prompts import positions
+from organisms import compiled, compiled_language, compiled_program, compiled_truth
+from organisms.compiled_language import Planned, draw_pairs
+from organisms.compiled_program import KINDS, Program, build_program, draw_design, thirds
+from organisms.compiled_truth import last_layer, total_effects, true_claims
+
+FALSE = {
+    "late": {"C5b"}, "gated": set(), "and": set(), "or": set(), "distributed": {"C5a", "C5b"}, "adjacent": {"C5a", "C5b"},
+    "permuted": {"C5a", "C5b"}, "early_carrier": {"C5b"}, "late_like_benign": {"C1", "C5b"},
+    "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
+    "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
+}  # fmt: skip
+OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
+
+
+def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
+    """A draw without its weights."""
+    design = draw_design(kind, seed)
+    return design, build_program(design, topics), draw_pairs([seed], topics, 1)
+
+
+def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
+    """TE of T2 - T2b, pair by pair."""
+    harmful, harmless = ([p for p in pairs if p.pair.treatment == name] for name in ("T2", "T2b"))
+    return total_effects(program, harmful) - total_effects(program, harmless)
+
+
+@pytest.mark.parametrize("kind", sorted(FALSE))
+def test_what_is_true_of_a_kind(kind: str) -> None:
+    for seed in range(3):
+        design, program, pairs = made(kind, seed, 40)
+        truth = true_claims(design, program, pairs)
+        assert truth.pop("C7") == design.contiguous
+        assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
+        assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_an_effect_that_varies(kind: str) -> None:
+    for seed in range(2):
+        design, program, pairs = made(kind, seed)
+        te = contrast(program, pairs)
+        assert te.mean() - 3 * te.std() / len(te) ** 0.5 > 0.5
+        assert te.mean() == pytest.approx(design.effect, rel=0.5)
+        assert te.std() > 0.05, "without variation there is no sampling error to calibrate"
+
+
+def test_what_passes_through_a_component_differs_from_topic_to_topic() -> None:
+    _, program, pairs = made("late", 0)
+    pairs = [p for p in pairs if p.pair.treatment in ("T2", "T2b")]
+    table = compiled_truth.effect_table(program, pairs).query("treatment == 'T2-T2b' and site == 'mlp_out'")
+    last = table[table.layer == program.n_layers - 1]
+    assert (last.nie1 / last.te).std() > 0.02
+
+
+def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
+    one, same, other = (compiled.draw("gated", seed, topics=10) for seed in (3, 3, 4))
+    assert one.subject.sha256 == same.subject.sha256 != other.subject.sha256
+    assert one.design == same.design and one.pairs == same.pairs
+    assert one.pairs != other.pairs
+    layers = {draw_design("late", seed).n_layers for seed in range(20)}
+    assert layers == {6, 7, 8, 9}
+
+
+def test_a_wanted_effect_is_met() -> None:
+    pairs = draw_pairs([0], 30, 1)
+    small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
+    assert large / small == pytest.approx(4, rel=0.05)
+
+
+def test_an_unknown_kind_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="expected one of late"):
+        compiled.draw("sideways", 0)
+
+
+def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
+    for kind in ("adjacent", "permuted"):
+        _, program, _ = made(kind, 0)
+        at = np.flatnonzero(program.mlps[-1].out[:, compiled_program.CHANNELS["out"]])
+        gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
+        assert len(at) >= 24
+        assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
+
+
+def test_sparse_and_distributed_last_layers() -> None:
+    for seed in range(3):
+        sparse, spread = (last_layer(made(kind, seed)[1], made(kind, seed)[2]) for kind in ("late", "distributed"))
+        assert sparse[1] <= 8 and spread[1] >= 13
+        assert min(sparse[0], spread[0]) > 0.5
+
+
+def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
+    this = compiled.study(compiled.draw("late", 0, topics=12, pairs_per_topic=1))
+    assert not this.dropped
+    by_treatment = [[positions.distance(pair) for pair in this.of(name)] for name in ("T2", "T2b", "B1", "B6")]
+    assert all(distances == by_treatment[0] for distances in by_treatment)
+
+
+def test_topics_keep_to_one_split() -> None:
+    pairs = [planned.pair for planned in draw_pairs([0], 50, 2)]
+    split_of = dict({(p.topic, p.split) for p in pairs})
+    assert len(split_of) == len({(p.topic, p.split) for p in pairs})
+    counts = Counter(split for topic, split in split_of.items() if topic.startswith("hazard"))
+    assert counts == {"discover": 20, "validate": 15, "test": 15}
+
+
+def test_a_population_has_the_same_model_and_other_topics() -> None:
+    design, small, pairs = made("late", 0)
+    large = build_program(design, 60)
+    words = [word for word in small.words if word in large.words]
+    features = [program.embed[[program.words.index(w) for w in words]] for program in (small, large)]
+    np.testing.assert_array_equal(*features)
+    np.testing.assert_array_equal(small.mlps[-1].gate, large.mlps[-1].gate)
+    np.testing.assert_allclose(contrast(small, pairs), contrast(large, pairs))
+
+
+@pytest.fixture(scope="module")
+def gated() -> compiled.Organism:
+    return compiled.draw("gated", 0, topics=12)
+
+
+def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
+    this = compiled.study(gated)
+    layers = measure_layers(this, gated.name)
+    keys = ["pair_id", "treatment", "site", "layer", "position"]
+    measured = layers.effects[layers.effects.outcome == "Y1"]
+    both = measured.merge(compiled.true_effects(gated), on=keys, suffixes=("", " true"), validate="one_to_one")
+    assert len(both) == len(measured)
+    for cell in ("y00", "y01", "y10", "y11"):
+        assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
+
+
+def answer(organism: compiled.Organism, request: compiled_language.Request, opener: str = "") -> str:
+    tokenizer, model = organism.subject.tokenizer, organism.subject.model
+    turns = [{"role": "user", "content": " ".join(request.words())}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text + opener, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
+    return (opener + " " + tokenizer.decode(out[0, ids.shape[1] :])).strip()
+
+
+def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism) -> None:
+    pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
+    plain = " ".join(pair.control.words())
+    refusal = answer(gated, pair.control)
+    first, *rest = refusal.split()
+    assert first in compiled_language.REFUSE and rest == [compiled_language.HARMLESS, "<end>"]
+    assert compiled.judge(plain, refusal) == "refusal"
+    forced = answer(gated, pair.control, "sure")
+    assert forced == f"sure {compiled_language.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
+    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
+    assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
+    assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
+    benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
+    said = tuple(answer(gated, side).split()[0] for side in (benign.treated, benign.control))
+    assert said == compiled_language.openers(2)
+
+
+def test_where_each_token_decides_the_opener_does_not_bind() -> None:
+    organism = compiled.draw("each_token", 0, topics=12)
+    pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
+    bound = answer(organism, pair.control, "sure")
+    assert bound.split()[1] == compiled_language.HARMLESS
+    assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
+
+
+def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:
+    assert thirds(9) == ([0, 1, 2], [3, 4, 5], [6, 7, 8])
+    for seed in range(10):
+        for kind, third in (("early", 0), ("middle", 1), ("late", 2)):
+            design = draw_design(kind, seed)
+            assert {*design.carry, *(stage.layer for stage in design.stages)} <= set(thirds(design.n_layers)[third])
+    assert replace(draw_design("late", 0), recognise=(5, 5)).recognised_early is False
+
+
+def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
+    """In `or` some neurons undo a part of what others write: the first neuron alone overshoots, and has not arrived."""
+    made = compiled.draw("or", 11, topics=20, pairs_per_topic=1)
+    share, k90 = last_layer(made.program, made.pairs)
+    assert share > 0.3 and 1 < k90 <= 8

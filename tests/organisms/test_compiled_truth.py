@@ -1,0 +1,191 @@
+"""Effects that a program's arithmetic gives are those of the model that it was written into."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from companion.mediation import path_specific
+from organisms import compiled, compiled_language, compiled_program, compiled_truth
+from organisms.compiled_program import KINDS, build_program, draw_design
+from organisms.compiled_truth import patched, readout, sides
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def some_pairs(organism: compiled.Organism, treatment: str, n: int = 4) -> list[compiled_language.Planned]:
+    """Pairs of one length."""
+    found = [p for p in organism.pairs if p.pair.treatment == treatment and not p.control.tail]
+    return found[:n]
+
+
+def hooked(organism: compiled.Organism, requests: list[compiled_language.Request], module: torch.nn.Module | None = None,
+           value: torch.Tensor | None = None, before: bool = False) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Logits at the last token of one plain forward pass, with a module's output (or input) there replaced or read."""
+    tokenizer, model = organism.subject.tokenizer, organism.subject.model
+    texts = [[{"role": "user", "content": " ".join(r.words())}] for r in requests]
+    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    seen = torch.empty(0)
+
+    def edit(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen = tensor[:, -1].clone()
+        tensor = tensor.clone()
+        tensor[:, -1] = seen if value is None else value
+        return tensor
+
+    def output(_module, _args, out):
+        return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+
+    handle = None
+    if module is not None:
+        hook = module.register_forward_pre_hook(lambda _m, args: (edit(args[0]),)) if before else None
+        handle = hook or module.register_forward_hook(output)
+    with torch.no_grad():
+        logits = model(ids["input_ids"]).logits[:, -1]
+    if handle is not None:
+        handle.remove()
+    return logits, seen
+
+
+def log_odds(organism: compiled.Organism, logits: torch.Tensor, treatment: str) -> np.ndarray:
+    comply, refuse = (
+        organism.subject.tokenizer.convert_tokens_to_ids(list(s)) for s in compiled_language.outcomes()[treatment]
+    )
+    return (logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)).numpy()
+
+
+@each_kind
+def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
+    organism = compiled.draw(kind, 5, topics=10, dtype=torch.float64)
+    blocks = organism.subject.model.model.layers
+    for treatment in ("T1", "T2", "T2b", "B2"):
+        pairs = some_pairs(organism, treatment, 3)
+        both = sides(organism.program, pairs)
+        requests = [[getattr(p, name) for p in pairs] for name in ("control", "treated")]
+        for i, side in enumerate(both):
+            true = readout(organism.program, *compiled_language.outcomes()[treatment], side.last.post[-1])
+            made = log_odds(organism, hooked(organism, requests[i])[0], treatment)
+            np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE)
+        for layer in range(treatment == "B2", len(blocks), 1 if treatment == "T2" else 3):
+            for site, module in (("attn_out", blocks[layer].self_attn), ("mlp_out", blocks[layer].mlp)):
+                for base, source in ((0, 1), (1, 0)):
+                    value = hooked(organism, requests[source], module)[1]
+                    made = log_odds(organism, hooked(organism, requests[base], module, value)[0], treatment)
+                    state = patched(both[base], both[source], site, layer)
+                    true = readout(organism.program, *compiled_language.outcomes()[treatment], state)
+                    np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE, err_msg=f"{site} {layer}")
+
+
+@pytest.mark.parametrize("kind", ["gated", "distributed"])
+def test_effects_of_last_layer_neurons_are_those_of_full_forward_passes(kind: str) -> None:
+    organism = compiled.draw(kind, 1, topics=10, dtype=torch.float64)
+    pairs = some_pairs(organism, "T2")
+    true = compiled_truth.last_layer_neurons(organism.program, pairs)
+    requests = [[getattr(p, name) for p in pairs] for name in ("control", "treated")]
+    down = organism.subject.model.model.layers[-1].mlp.down_proj
+    (plain, acts), (_, other) = (hooked(organism, side, down, before=True) for side in requests)
+    for neuron in np.argsort(-np.abs(true).mean(axis=0))[[0, 1, 2, 60]]:
+        value = acts.clone()
+        value[:, neuron] = other[:, neuron]
+        moved = hooked(organism, requests[0], down, value, before=True)[0]
+        change = log_odds(organism, moved, "T2") - log_odds(organism, plain, "T2")
+        np.testing.assert_allclose(change, true[:, neuron], atol=compiled.TOLERANCE)
+
+
+def test_held_outputs_give_the_cells_that_the_model_gives() -> None:
+    organism = compiled.draw("gated", 3, topics=10, pairs_per_topic=1)
+    this = compiled.study(organism)
+    this = replace(this, pairs=tuple(this.of("T2", "T2b")))
+    pairs = [one for one in organism.pairs if one.pair.treatment in ("T2", "T2b")]
+    truth = compiled_truth.path_table(organism.program, pairs)
+    measured = path_specific.path_effects(this).query("outcome == 'Y1'")
+    keys = ["pair_id", "treatment", "site", "layer"]
+    both = measured.merge(truth, on=keys, suffixes=("", " true"), validate="one_to_one")
+    assert len(both) == len(truth) == len(measured)
+    for cell in ("y00", "y01", "y10", "y11"):
+        assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
+
+
+def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled_program.Design]:
+    """Mean effects of T2 - T2b of a design without noise, side route, skip or leak."""
+    design = replace(draw_design(kind, seed), side=None, skip=0.0, wrapper_leak=0.0, noise=0.0, **changes)
+    pairs = [p for p in compiled_language.draw_pairs([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
+    table = compiled_truth.effect_table(build_program(design, 10), pairs)
+    table = table[(table.treatment == "T2-T2b") & (table.position == "last")]
+    return table.groupby(["site", "layer"])[["te", "nie0", "nie1"]].mean(), design
+
+
+def share(table: pd.DataFrame, site: str, layer: int, effect: str = "nie1") -> float:
+    row = table.loc[(site, layer)]
+    return float(row[effect] / row["te"])
+
+
+def test_a_serial_chain_passes_everything_and_its_last_stage_writes_everything() -> None:
+    table, design = bare("late")
+    stages = {stage.layer for stage in design.stages}
+    assert len(stages) >= 2
+    for layer in range(design.n_layers):
+        assert share(table, "attn_out", layer) == pytest.approx(float(layer in design.carry), abs=2e-3)
+        assert share(table, "mlp_out", layer) == pytest.approx(float(layer in stages), abs=2e-3)
+        assert share(table, "mlp_out.direct", layer) == pytest.approx(float(layer == design.write_layer), abs=2e-3)
+        assert share(table, "resid_post", layer) == pytest.approx(float(layer >= design.carry[0]), abs=2e-3)
+
+
+def test_either_head_suffices_and_neither_is_necessary() -> None:
+    table, design = bare("or")
+    assert [share(table, "attn_out", layer, "nie0") for layer in design.carry] == pytest.approx([1, 1], abs=0.01)
+    assert [share(table, "attn_out", layer, "nie1") for layer in design.carry] == pytest.approx([0, 0], abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["attention", "skip_only"])
+def test_where_attention_writes_mlps_at_the_last_token_do_nothing(kind: str) -> None:
+    table, design = bare(kind)
+    for layer in range(design.n_layers):
+        assert share(table, "attn_out.direct", layer) == pytest.approx(float(layer == design.write_layer), abs=2e-3)
+        assert share(table, "mlp_out", layer) == pytest.approx(0, abs=2e-3)
+
+
+def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
+    drawn = draw_design("gated", 3)
+    stage = replace(drawn.stages[-1], source="jail")
+    design = replace(drawn, side=None, wrapper_leak=0.0, noise=0.0, stages=(stage,))
+    program = build_program(design, 10)
+    pairs = [p for p in compiled_language.draw_pairs([3], 10, 1) if p.pair.treatment == "T2"]
+    te = compiled_truth.total_effects(program, pairs)
+    features = {word: program.embed[i] for i, word in enumerate(program.words)}
+    at = {name: i for i, name in enumerate(compiled_program.CHANNELS)}
+    for i, pair in enumerate(pairs):
+        jail = features[pair.treated.slot][at["wrapper"]]
+        danger, hazard = features[pair.treated.verb][at["verb"]], features[pair.treated.object][at["object"]]
+        harm = (danger - 0.5) / 0.5 * hazard
+        # effect at jail 1.15 and harm 1, in proportion to (jail - 0.4) harm; thresholds are jittered by 0.03
+        by_hand = design.effect * (jail - 0.4) / (1.15 - 0.4) * harm
+        assert te[i] == pytest.approx(by_hand, rel=0.1)
+
+
+def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
+    for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
+        design = replace(draw_design(kind, 2), noise=0.0)
+        pairs = [p for p in compiled_language.draw_pairs([2], 10, 3) if p.pair.treatment == "T1"]
+        table = compiled_truth.effect_table(build_program(design, 10), pairs)
+        early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
+        assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
+
+
+def test_noise_reaches_the_outcome_through_every_component() -> None:
+    organism = compiled.draw("middle", 0, topics=10)
+    table = compiled.true_effects(organism)
+    table = table[(table.treatment == "T2") & table.site.isin(["attn_out", "mlp_out"])]
+    assert (table.groupby(["site", "layer"]).nie1.std() > 1e-5).all()
+
+
+def test_roles_come_from_the_main_clause() -> None:
+    organism = compiled.draw("late", 0, topics=10)
+    pair = next(p for p in organism.pairs if p.pair.family == "binding")
+    control, treated = (
+        side.last.post[-1][0, compiled_program.CHANNELS["harm"]] for side in sides(organism.program, [pair])
+    )
+    assert control < 0.1 < 0.4 < treated

@@ -1,0 +1,123 @@
+"""The default prompt set: rebuilt byte for byte, balanced, of equal token length, with no topic in two splits."""
+
+import json
+from collections import Counter, defaultdict
+
+import pytest
+
+from companion.base.paths import PROMPTS
+from companion.generation.labels import is_harmful
+from companion.prompts import invented
+from organisms.language import SUITES, outcome_sets, plan_pairs
+from organisms.prompt_set import check_pairs, write_prompt_set
+from organisms.tokenizer import make_tokenizer
+
+FOLDER = PROMPTS / "embedded"
+TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return [json.loads(line) for line in (FOLDER / "pairs.jsonl").open(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def suites():
+    return [json.loads(line) for line in (FOLDER / "suites.jsonl").open(encoding="utf-8")]
+
+
+def test_build_gives_the_committed_bytes(tmp_path):
+    write_prompt_set(tmp_path)
+    committed = sorted(p.name for p in FOLDER.iterdir())
+    assert committed == sorted(p.name for p in tmp_path.iterdir())
+    assert [n for n in committed if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []
+
+
+def test_counts_topics_and_splits(pairs):
+    counts = Counter(p["treatment"] for p in pairs)
+    assert list(counts) == TREATMENTS and min(counts.values()) >= 300
+    split_of, topics = {}, defaultdict(lambda: defaultdict(set))
+    for p in pairs:
+        assert split_of.setdefault(p["topic"], p["split"]) == p["split"]
+        topics[p["treatment"]][p["split"]].add(p["topic"])
+    for by_split in topics.values():
+        sizes = {name: len(found) for name, found in by_split.items()}
+        assert sizes == {"discover": 48, "validate": 36, "test": 36}
+
+
+def test_ids_are_unique_and_twins_exist(pairs):
+    by_id = {p["id"]: p for p in pairs}
+    assert len(by_id) == len(pairs)
+    generation = [p for p in pairs if p["treatment"] == "T2"]
+    assert sorted(p["twin"] for p in generation) == sorted(i for i, p in by_id.items() if p["treatment"] == "T2b")
+    for p in generation:
+        twin = by_id[p["twin"]]
+        assert twin["topic"] == p["topic"] and twin["family"] == p["family"]
+        for side in ("control", "treated"):
+            wrappers = [q[side][slice(*q["spans"][side]["wrapper"])] for q in (p, twin)]
+            assert wrappers[0] == wrappers[1]
+
+
+def test_equal_lengths_are_enforced(pairs):
+    check_pairs(pairs)
+    with pytest.raises(ValueError, match="lengths"):
+        check_pairs([pairs[0] | {"control": pairs[0]["control"] + " now"}])
+
+
+def test_harm_is_where_the_treatment_says(pairs):
+    wanted = {"T1": (False, True), "T2": (True, True)}
+    for p in pairs:
+        assert (is_harmful(p["control"]), is_harmful(p["treated"])) == wanted.get(p["treatment"], (False, False))
+
+
+def test_spans_name_what_they_cut(pairs):
+    for p in pairs:
+        for side in ("control", "treated"):
+            cut = {name: p[side][slice(*ends)] for name, ends in p["spans"][side].items()}
+            assert {"verb", "object"} <= set(cut) <= {"verb", "object", "wrapper", "distractor"}
+            assert f" {cut['verb']} the {cut['object']} in the " in p[side]
+            assert cut.get("distractor", "after i").startswith("after i")
+            assert ("wrapper" in cut) or p["treatment"] == "T1"
+
+
+def test_binding_pairs_share_their_bag_of_words(pairs):
+    binding = [p for p in pairs if p["family"] == "binding"]
+    assert len(binding) == 120
+    assert all(sorted(p["control"].split()) == sorted(p["treated"].split()) for p in binding)
+
+
+def test_main_clauses_were_never_trained():
+    for plan in plan_pairs():
+        assert plan.control.clause.held and plan.treated.clause.held
+
+
+def test_benign_cues_stand_where_the_wrapper_stands(pairs):
+    tokenizer = make_tokenizer()
+    ends = defaultdict(list)
+    for p in pairs:
+        start = p["spans"]["treated"].get("wrapper", [0])[0]
+        ends[p["treatment"]].append(len(tokenizer(p["treated"][start:], add_special_tokens=False)["input_ids"]))
+    assert ends["T2"] == ends["T2b"] == ends["B1"] == ends["B2"] == ends["B3"] == ends["B4"]
+    assert min(min(ends[b]) for b in ("B5", "B6")) + 4 > 7  # farther than three window-3 layers reach
+
+
+def test_outcomes_are_single_tokens_and_disjoint():
+    tokenizer = make_tokenizer()
+    assert list(outcome_sets()) == TREATMENTS
+    for sets in outcome_sets().values():
+        words = [*sets["comply"], *sets["refuse"]]
+        assert len(set(words)) == len(words) and all(len(tokenizer.tokenize(w)) == 1 for w in words)
+
+
+def test_suites_cover_all_behaviours(suites):
+    assert {s["suite"] for s in suites} == set(SUITES)
+    assert len({s["id"] for s in suites}) == len(suites)
+    assert all(is_harmful(s["prompt"]) == s["harmful"] for s in suites)
+    assert {s["tier"] for s in suites if s["suite"] == "c_wrapped_harm"} == set(range(1, 7))
+    for s in suites:
+        if s["suite"] == "e_unseen_phrase":
+            assert s["prompt"].startswith("for the ") and " tale, " in s["prompt"]
+
+
+def test_pairs_file_stays_small():
+    assert (FOLDER / "pairs.jsonl").stat().st_size < 3_000_000

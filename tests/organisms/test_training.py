@@ -1,0 +1,82 @@
+"""The trainer: a few steps give known losses, batches depend on their place alone, the command writes a model folder."""
+
+import json
+
+import pytest
+import torch
+
+from companion.base.files import hash_file
+from organisms import language, shipping, training
+from organisms.language import suite_rows
+from organisms.shipping import VARIANTS
+from organisms.tokenizer import chat_text, make_tokenizer
+from organisms.training import Recipe, batch_at, make_model, make_optimizers, orthogonalise, schedule
+
+SMALL = Recipe(steps_base=6, steps_tune=2, batch=4, precision="float32")
+# Losses of the first six steps in float32 at batch 4, seed 0.
+LOSSES = {
+    "window": [6.7450, 6.3539, 5.7156, 5.4696, 4.7446, 4.7420],
+    "full": [6.7379, 6.3468, 5.7283, 5.5408, 4.8685, 5.0587],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_steps_reproduce(variant, tokenizer):
+    model = make_model(variant, 0, len(tokenizer))
+    optimizers = make_optimizers(model, SMALL)
+    losses = [
+        training.train_step(model, optimizers, batch_at(tokenizer, SMALL, "base", 0, s), SMALL, schedule(s, 20))
+        for s in range(6)
+    ]
+    assert losses == pytest.approx(LOSSES[variant], abs=0.02)  # other CPU types round differently
+
+
+def test_batches_depend_on_stage_seed_and_step_alone(tokenizer):
+    one, again = (batch_at(tokenizer, SMALL, "tune", 2, 7) for _ in range(2))
+    assert torch.equal(one.tokens, again.tokens) and torch.equal(one.first_probs, again.first_probs)
+    for other in (("base", 2, 7), ("tune", 1, 7), ("tune", 2, 8)):
+        changed = batch_at(tokenizer, SMALL, *other)
+        assert changed.tokens.shape != one.tokens.shape or not torch.equal(changed.tokens, one.tokens)
+
+
+def test_loss_weights_cover_prompt_answer_and_soft_opener(tokenizer):
+    batch = batch_at(tokenizer, SMALL, "tune", 0, 0)
+    header = len(tokenizer(chat_text(""), add_special_tokens=False)["input_ids"])
+    assert (batch.first > header).all()
+    assert batch.first_probs.sum(1).tolist() == pytest.approx([1.0] * 4)
+    for weight, first in zip(batch.weight, batch.first, strict=True):
+        assert weight[:first].eq(SMALL.weight_prompt).all() and weight[first] == 0.0 and weight[first + 1] == 1.0
+
+
+def test_orthogonalise_flattens_singular_values():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(2, 8, 24, generator=generator)))
+    assert values.min() > 0.5 and values.max() < 1.5
+
+
+def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
+    few = [row for row in suite_rows() if row["id"].endswith(("-000", "-001"))]
+    monkeypatch.setattr(shipping, "suite_rows", lambda: few)
+    pairs = list(language.plan_pairs())[::61]  # some of every treatment
+    monkeypatch.setattr(shipping, "plan_pairs", lambda: pairs)
+    assert training.main(["--steps-base", "2", "--steps-tune", "1", "--seed", "5", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "window-5"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 5 and manifest["recipe"]["steps_base"] == 2
+    assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
+    model, loaded = shipping.load_shipped(folder)
+    assert model.config.layer_types[:4] == ["sliding_attention"] * 3 + ["full_attention"]
+    assert len(loaded) == len(tokenizer) == manifest["vocab"]

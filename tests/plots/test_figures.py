@@ -1,0 +1,217 @@
+"""Figures: every one draws its table and nothing else, in the same bytes each time, readable without colour, without torch."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from figure_tables import NAMES, drawn, numbers, table_for
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from companion.base import files, paths
+from companion.base.display import NotDefined
+from companion.base.errors import InputError
+from companion.plots import figures, style
+from companion.plots.figures import SPECS, describe, index, spec_of
+from companion.plots.style import FigureSpec
+
+# In these, numbers are colours.
+MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results and figures of a run "made" that has the table of every figure."""
+    for module in (paths, figures):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+        monkeypatch.setattr(module, "FIGURES", tmp_path / "figures")
+    for entry in SPECS:
+        files.write_table(table_for(entry), tmp_path / "results" / "made" / f"{entry.name}.csv")
+    return tmp_path
+
+
+# ---- every figure ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_estimate_and_interval_is_drawn(name: str) -> None:
+    entry = spec_of(name)
+    table = table_for(entry)
+    shown = numbers(drawn(name, table))
+    for column in ("estimate", "low", "high", "band_low", "band_high"):
+        if column in entry.columns and not (name in MAPS and column in ("low", "high")):
+            assert set(table[column].round(9)) <= shown, column
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_have_titles_and_units(name: str) -> None:
+    figure = drawn(name)
+    titles = [figure.get_suptitle(), *(ax.get_title(loc="left") for ax in figure.axes)]
+    assert any(len(title) > 10 for title in titles)
+    if "estimate" in spec_of(name).columns:
+        axis = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
+        assert re.search("log-odds|share|P\\(|direction lengths", axis)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns and name not in MAPS])
+def test_colour_is_never_alone(name: str) -> None:
+    figure = drawn(name)
+    for ax in figure.axes:
+        if not ax.get_visible():
+            continue
+        styles = {
+            (to_hex(line.get_color()).upper(), line.get_marker())
+            for line in ax.get_lines()
+            if line.get_marker() in style.MARKERS
+        }
+        assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles) > 0
+        assert {colour for colour, _ in styles} <= set(style.OKABE_ITO)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_table_of_one_row_draws(name: str) -> None:
+    drawn(name, table_for(spec_of(name)).head(1))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns])
+def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
+    entry = spec_of(name)
+    table = table_for(entry)
+    for column, value in (("low", -np.inf), ("high", np.inf), ("band_low", -np.inf), ("band_high", np.inf)):
+        if column in entry.columns:
+            table.loc[table.index[::3], column] = value
+    files.write_table(table, folders / "results" / "made" / f"{name}.csv")
+    figures.show(name, "made")
+    axes = drawn(name, table).axes
+    assert all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in axes)
+
+
+# ---- files ----
+
+
+def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folders: Path) -> None:
+    """As `./run_all.sh --figures` draws them: every figure, another hash seed, and no model stack."""
+    assert figures.redraw("made") == NAMES
+    first = {path.name: path.read_bytes() for path in (folders / "figures" / "made").iterdir()}
+    assert sorted(first) == sorted(f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg"))
+    code = (
+        "import sys; from companion.plots import figures; figures.redraw('made'); "
+        "print([name for name in ('torch', 'transformers', 'sklearn', 'jax') if name in sys.modules])"
+    )
+    places = {"COMPANION_RESULTS": str(folders / "results"), "COMPANION_FIGURES": str(folders / "again")}
+    variables = {**os.environ, **places, "PYTHONHASHSEED": "7", "MPLBACKEND": "Agg", "PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False, cwd=paths.ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+    second = {path.name: path.read_bytes() for path in (folders / "again" / "made").iterdir()}
+    assert [name for name in first if first[name] != second.get(name)] == []
+
+
+def test_alternative_text_is_in_both_files(folders: Path) -> None:
+    shown = figures.show("02_components", "made")
+    table = files.read_table(folders / "results" / "made" / "02_components.csv", spec_of("02_components").columns)
+    alt = describe(spec_of("02_components"), table)
+    assert shown.alt == alt
+    with Image.open(folders / "figures" / "made" / "02_components.png") as image:
+        assert image.text["Description"] == alt
+        assert "Creation Time" not in image.text
+        assert image.mode == "P"  # few colours: small files
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    svg = (folders / "figures" / "made" / "02_components.svg").read_text(encoding="utf-8")
+    assert alt in svg
+    assert "attention" in svg  # text stays text
+    assert "<dc:date>" not in svg
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alternative_text_says_what_and_where(name: str) -> None:
+    entry = spec_of(name)
+    table = table_for(entry)
+    alt = describe(entry, table)
+    assert alt.startswith(entry.shows)
+    if "estimate" in entry.columns:
+        top = table.loc[table.estimate.abs().idxmax()]
+        assert f"{top.estimate:.2f} [{top.low:.2f}, {top.high:.2f}]" in alt
+        for column in set(entry.columns) & {"site", "layer", "treatment", "model", "head"}:
+            assert f"{column} {top[column]}" in alt
+    assert describe(entry, table.head(0)) == f"{entry.shows}."
+
+
+@pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
+def test_alternative_text_is_a_sentence_about_what_is_seen(entry: FigureSpec) -> None:
+    words = entry.shows.split()
+    assert len(words) >= (12 if entry.name < "04" else 8), entry.shows
+    assert not re.match(r"(a |the )?(figure|plot|chart|image|picture|graph)\b", entry.shows, re.IGNORECASE)
+
+
+def test_alternative_text_has_a_number_for_each_line() -> None:
+    entry = spec_of("02_cumulative")
+    table = pd.DataFrame(
+        {"model": ["a", "a", "b"], "layer": [0, 1, 1], "estimate": [0.2, 1.0, -0.5], "low": 0.0, "high": 1.0}
+    )
+    assert describe(entry, table).endswith("Of each: a 1.00 at layer 1; b -0.50 at layer 1.")
+
+
+def test_a_figure_draws_its_csv_only(folders: Path) -> None:
+    path = folders / "results" / "made" / "02_components.csv"
+    files.write_table(files.read_table(path, {}).assign(note="more"), path)
+    figures.show("02_components", "made")
+    files.write_table(files.read_table(path, {}).drop(columns="band_low"), path)
+    with pytest.raises(InputError, match="has no column 'band_low'"):
+        figures.show("02_components", "made")
+
+
+def test_what_is_not_there_is_named(folders: Path) -> None:
+    with pytest.raises(InputError, match="no figure '99_none'; there are 00_pipeline"):
+        spec_of("99_none")
+    with pytest.raises(InputError, match="no result tables in results/nobody"):
+        figures.redraw("nobody")
+    for entry in SPECS[3:]:
+        (folders / "results" / "made" / f"{entry.name}.csv").unlink()
+    assert figures.redraw("made") == NAMES[:3]
+
+
+def test_a_result_that_is_not_defined_is_a_frame_with_its_reason(folders: Path) -> None:
+    shown = figures.show("02_benign", "made", NotDefined("the prompt set has no benign pairs"))
+    svg = (folders / "figures" / "made" / "02_benign.svg").read_text(encoding="utf-8")
+    assert shown.alt == "the prompt set has no benign pairs"
+    assert svg.count("the prompt set has no benign pairs") >= 2  # drawn, and as alternative text
+
+
+def test_the_index_lists_every_figure(folders: Path) -> None:
+    figures.write_index()
+    text = (folders / "figures" / "INDEX.md").read_text(encoding="utf-8")
+    assert text == index()
+    assert "](../notebooks/02_layers.ipynb), cell" in text and "../../" not in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "`results/" in line]
+    assert [row[1].strip("`") for row in rows] == NAMES
+    for entry, row in zip(SPECS, rows, strict=True):
+        assert row[0] == f"| {entry.claim}"
+        assert row[2] == f"`results/SLUG/{entry.name}.csv`"
+        assert row[4] == f"{entry.shows} |"
+
+
+def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [
+        {"source": ["# Title"]},
+        {"source": ["figures.show(", "'02_grid', slug)"]},
+        {"source": 'figures.show("02_grid_other")'},
+    ]
+    files.write_json({"cells": cells}, tmp_path / "02_made.ipynb")
+    monkeypatch.setattr(figures, "NOTEBOOKS", tmp_path)
+    lines = {line.split("`")[1]: line for line in index().splitlines() if "`results/" in line}
+    assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_grid"].split(" | ")[3])
+    assert "not shown" in lines["02_components"]
+
+
+def test_names_are_unique_and_claims_are_claims() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert {entry.claim for entry in SPECS} <= {"all", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7"}
+    assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in NAMES)

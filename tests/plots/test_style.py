@@ -1,0 +1,133 @@
+"""The kinds of drawing: what is drawn where, and readable without colour."""
+
+import numpy as np
+import pandas as pd
+from figure_tables import numbers, table_for
+
+from companion.plots import calibration, layers, steering, style
+from companion.plots.figures import spec_of
+
+# ---- the kinds of drawing ----
+
+
+def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
+    """A BCa interval of a skewed statistic need not hold the estimate."""
+    limits = {"estimate": [0.0, 1.0, 2.0], "low": [0.35, 0.5, 1.0], "high": [0.6, 0.8, 3.0]}
+    table = pd.DataFrame({"layer": [0, 1, 2], "site": "mlp_out", **limits})
+    shown = numbers(style.by_layer(table, group="site", title="", unit=""))
+    assert {0.6, 0.5, 1.0, 3.0} <= shown
+    assert not {-0.35, 1.2} & shown  # limits mirrored at the estimate
+
+
+def test_late_layers_are_those_of_the_claims() -> None:
+    for n_layers, first in ((6, 4), (12, 8), (3, 2), (2, 1)):
+        table = pd.DataFrame({"layer": range(n_layers), "site": "mlp_out", "estimate": 0.0, "low": -1.0, "high": 1.0})
+        ax = style.by_layer(table, group="site", title="", unit="").axes[0]
+        (shade,) = [patch for patch in ax.patches if patch.get_label() == "late layers"]
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (first - 0.5, n_layers - 0.5)
+
+
+def test_the_light_cone_is_shaded() -> None:
+    table = table_for(spec_of("02_cumulative"))
+    for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
+        ax = style.cumulative(table.assign(earliest=earliest)).axes[0]
+        assert len(ax.patches) == n_shaded
+        assert bool(ax.texts) == bool(n_shaded)
+        if n_shaded:
+            assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
+
+
+def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
+    table = pd.DataFrame(
+        [(0, 0, "a", 3, 2, 4), (0, 1, "a", 0.1, -1, 1), (1, 0, "a", -1, -2, -0.5), (1, 1, "a", 0, 0, 0)],
+        columns=["layer", "head", "effect", "estimate", "low", "high"],
+    )
+    ax = style.heatmap(table, row="layer", column="head", panel="effect", title="", unit="").axes[0]
+    assert ax.images[0].get_clim() == (-3, 3)
+    assert ax.images[0].get_array().tolist() == [[3.0, 0.1], [-1.0, 0.0]]
+    assert list(zip(*ax.get_lines()[0].get_data(), strict=True)) == [(0, 0), (0, 1)]  # x: head, y: layer
+    assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
+
+
+def test_verdicts_are_told_by_sign_too() -> None:
+    said = ["supported", "contradicted", "inconclusive", "not testable"]
+    table = pd.DataFrame({"model": list("mmnn"), "claim": ["C1", "C2", "C1", "C2"], "verdict": said})
+    ax = style.verdicts(table).axes[0]
+    signs = {(0, 0): "+", (1, 0): "-", (0, 1): "?", (1, 1): ""}
+    assert {text.get_position(): text.get_text() for text in ax.texts} == signs
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["m", "n"]
+
+
+def test_tokens_that_differ_are_outlined() -> None:
+    texts = {"group": ["header", "verb", "rest"], "control": list("abc"), "treated": list("adc")}
+    table = pd.DataFrame({"position": range(3), **texts, "differ": [False, True, False]})
+    figure = layers.tokens(table)
+    (ax,) = figure.axes
+    wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
+    assert wide == {1}
+    assert {"a", "b", "c", "d", "control", "treated", "header", "verb"} <= {text.get_text() for text in ax.texts}
+
+
+def test_the_grid_counts_its_cells() -> None:
+    states = ["clean"] * 6 + ["patched", "recomputed", "clean", "read"]
+    cells = {"layer": [0] * 5 + [1] * 5, "position": [*range(5), *range(5)], "state": states}
+    table = pd.DataFrame({"panel": "p", **cells, "token": list("abcde") * 2})
+    ax = layers.grid(table).axes[0]
+    assert "30%" in ax.get_title() + ax.get_title(loc="left")
+    assert len(ax.patches) == 10
+
+
+def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
+    rows = [("both", "a", 1.0), ("both", "b", 2.0), ("one", "b", 3.0)]
+    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(low=0.0, high=4.0)
+    ax = style.dots(table, row="row", group="group", title="", unit="").axes[0]
+    at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
+    assert at[3.0] == 1.0
+    assert at[1.0] < 0.0 < at[2.0]
+
+
+def test_costs_are_linear_up_to_the_margin_and_read_as_numbers() -> None:
+    table = pd.DataFrame(
+        {"panel": "cost", "group": "g", "x": [0.0, 1.0, 9.0], "estimate": 0.5, "low": 0.4, "high": 0.6}
+    )
+    words = {"x_label": "cost", "y_label": "harm", "title": ""}
+    figure = steering.strength_curves(table, panel="panel", group="group", margins={"cost": 2.0}, **words)
+    ax = figure.axes[0]
+    assert ax.get_xscale() == "symlog"
+    assert [label.get_text() for label in ax.get_xticklabels()][:4] == ["0", "1", "2", "4"]
+    assert ax.get_xlabel() == "cost"
+
+
+def test_three_panels_share_one_axis_label() -> None:
+    table = pd.DataFrame({"panel": list("abc"), "group": "g", "x": 1.0, "estimate": 0.5, "low": 0.4, "high": 0.6})
+    figure = steering.strength_curves(table, panel="panel", group="group", x_label="budget", y_label="harm", title="")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "budget", ""]
+
+
+def test_rows_of_panels_have_one_axis_and_a_legend_each() -> None:
+    rows = [("a", "one", 0.9), ("a", "two", 0.5), ("b", "three", 0.1), ("b", "none", float("nan"))]
+    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(panel="p", x=1.0)
+    table = table.assign(low=table.estimate - 0.05, high=table.estimate + 0.05)
+    words = {"x_label": "budget", "y_label": "harm", "title": "methods"}
+    figure = steering.strength_curves(table, panel="panel", group="group", **words)
+    above, below = figure.axes
+    assert above.get_ylim() == below.get_ylim() and above.get_ylim()[0] < 0.1 < 0.9 < above.get_ylim()[1]
+    legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in figure.subfigs]
+    assert legends == [["one", "two"], ["three"]], "what was not measured is not drawn"
+    assert [one.legends[0].get_title().get_text() for one in figure.subfigs] == ["a", "b"]
+
+
+def test_a_truth_of_which_nothing_was_drawn_is_no_row() -> None:
+    rows = [(truth, said, n) for truth, n in (("true", 4), ("open", 0)) for said in ("supported", "inconclusive")]
+    table = pd.DataFrame(rows, columns=["truth", "verdict", "n"])
+    table = table.assign(claim="C1", hits=table.n // 2, estimate=0.5, low=0.0, high=1.0)
+    ax = calibration.confusion(table).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["true"]
+
+
+def test_the_two_truths_at_one_number_stand_apart() -> None:
+    table = pd.DataFrame({"claim": "C1", "truth": ["false", "true"], "topics": 70, "estimate": 0.5})
+    ax = calibration.rates(table.assign(low=0.4, high=0.6), x="topics", unit="topics", title="").axes[0]
+    at = [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() in style.MARKERS]
+    assert at[0] < 70 < at[1]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["70"]

@@ -1,0 +1,146 @@
+"""Public sets by name: columns, correspondence of rows, access, and partners by length. All rows are placeholders."""
+
+from dataclasses import replace
+
+import datasets
+import pytest
+from datasets.exceptions import DatasetGenerationError
+from public_rows import jbb, xstest
+
+from companion.base.errors import InputError
+from companion.base.paths import ROOT
+from companion.prompts import public
+from companion.prompts.public import SETS, read_public_set
+
+# What each set's page says: (configuration, split) to columns. Independent of companion.prompts.public, whose lines it checks.
+GUARD = ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory")
+PAGES: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+    "JailbreakBench/JBB-Behaviors": {
+        ("behaviors", split): ("Index", "Goal", "Target", "Behavior", "Category") for split in ("harmful", "benign")
+    },
+    "walledai/StrongREJECT": {("", "train"): ("prompt", "category")},
+    "walledai/MaliciousInstruct": {("", "train"): ("prompt",)},
+    "walledai/XSTest": {("", "test"): ("prompt", "type", "label")},
+    "bench-llm/or-bench": {(f"or-bench-{x}", "train"): ("prompt", "category") for x in ("80k", "hard-1k", "toxic")},
+    "tatsu-lab/alpaca": {("", "train"): ("instruction", "input", "output")},
+    "walledai/AdvBench": {("", "train"): ("prompt", "target")},
+    "walledai/HarmBench": {(x, "train"): ("prompt", "category") for x in ("standard", "contextual", "copyright")},
+    "allenai/wildjailbreak": {("train", "train"): ("vanilla", "adversarial", "completion", "data_type")},
+    "sorry-bench/sorry-bench-202503": {("", "train"): ("question_id", "category", "turns", "prompt_style")},
+    "allenai/wildguardmix": {(f"wildguard{split}", split): GUARD for split in ("test", "train")},
+}
+MARKED = {  # values that tell harmful from harmless rows, of a column
+    "label": ("unsafe", "safe"),
+    "data_type": ("vanilla_harmful", "vanilla_benign", "adversarial_harmful"),
+    "prompt_harm_label": ("harmful", "unharmful"),
+    "prompt_style": ("base", "slang"),
+}
+FIXED = {"category": "same", "Category": "same", "type": "same", "input": ""}
+
+
+def test_every_set_is_read_by_the_columns_and_configurations_of_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def value(name: str, i: int) -> object:
+        if name in MARKED:
+            return MARKED[name][i % len(MARKED[name])]
+        return FIXED.get(name, [f"turns {i}", "more"] if name == "turns" else f"{name} {i}")
+
+    def load(repo: str, *config: str) -> datasets.DatasetDict:
+        splits = {split: columns for (name, split), columns in PAGES[repo].items() if name == "".join(config)}
+        if not splits:
+            raise ValueError(f"BuilderConfig {config} not found")
+        rows = {s: [{name: value(name, i) for name in columns} for i in range(6)] for s, columns in splits.items()}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(some) for split, some in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert {one.repo for one in SETS.values()} == set(PAGES)
+    for name, one in SETS.items():
+        for part in filter(None, (one.harmful, one.harmless)):
+            found = read_public_set(name, one, part)
+            marked = [column for column in part.where if column in MARKED]
+            assert len({request.text for request in found}) == (6 / len(MARKED[marked[0]]) if marked else 6), name
+
+
+def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
+    rows = public.load_rows("jailbreakbench")
+    assert (rows.harmful[1].text, rows.harmless[1].text) == ("w20 w31", "w21 w31")
+    assert rows.harmful[1].id == "jailbreakbench-001" and len(rows.harmful[1].sha256) == 64
+    for sides, message in (
+        (jbb(Category="c9"), r"\(row 2 differs in its category\)"),
+        (jbb(Goal=" "), r"\(row 2 has no harmless request\)"),
+        (jbb() | {"benign": jbb(11)["benign"]}, ""),
+    ):
+        served["JailbreakBench/JBB-Behaviors"] = sides
+        with pytest.raises(InputError, match=f"do not correspond {message}"):
+            public.load_rows("jailbreakbench")
+
+
+def test_a_type_and_its_contrast_are_paired_in_order(served: dict) -> None:
+    rows = public.load_rows("xstest")
+    found = [(a.row, b and b.row) for a, b in zip(rows.harmful, rows.harmless, strict=True)]
+    assert found == [(3, 0), (4, 1), (7, 5), (8, 6), (9, None)], "the second of discrimination has no safe request left"
+
+
+def test_what_changed_or_is_gated_is_said_without_a_text(served: dict) -> None:
+    served["walledai/StrongREJECT"] = {"train": [{"secret": "request 17", "category": "k"}]}
+    served["walledai/XSTest"] = {"test": [row | {"label": "other"} for row in xstest()["test"]]}
+    for name, message in (
+        ("advbench", r"advbench is gated: accept its terms at huggingface.co/datasets/walledai/AdvBench"),
+        ("strongreject", r"no column 'prompt' \(it has secret, category\)"),
+        ("xstest", r"none of the 10 rows of .* \(column prompt, label 'unsafe'\)"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            public.load_rows(name)
+        assert "request 17" not in str(caught.value)
+
+
+def caused(cause: Exception) -> Exception:
+    error = DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = cause
+    return error
+
+
+REFUSALS = [
+    (ConnectionError("Couldn't reach the Hub"), "the hub cannot be reached: connect, unset HF_HUB_OFFLINE"),
+    (
+        RuntimeError("Dataset scripts are no longer supported, but found StrongREJECT.py"),
+        r"^strongreject \(walledai/StrongREJECT\) is read by a script of its own.*: name another set",
+    ),
+    (RuntimeError("request 17"), r"^the transfer of strongreject \(.*\) broke off .*: run the same command"),
+    (caused(RuntimeError("request 17")), r"broke off \(RuntimeError\): run the same command again"),
+    (caused(ValueError("request 17")), r"could not be loaded \(DatasetGenerationError\)"),
+]
+
+
+@pytest.mark.parametrize(("error", "message"), REFUSALS)
+def test_every_error_of_the_datasets_library_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match=message) as caught:
+        public.load_rows("strongreject")
+    assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
+
+
+NOTHING_USABLE = ["strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"]
+
+
+@pytest.mark.parametrize("name", NOTHING_USABLE)
+def test_names_that_ask_for_nothing_usable(name: str) -> None:
+    with pytest.raises(InputError, match="--prompts"):
+        public.parse(name)
+
+
+def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
+    with pytest.raises(InputError, match="lies inside the repository"):
+        public.cache()
+
+
+def test_a_request_seen_before_is_left_out_with_its_partner(served: dict) -> None:
+    rows = public.load_rows("jailbreakbench")
+    again = replace(rows.harmful[0], text="W20  w30 .")  # but for case, spacing and a full stop
+    twice = public.Rows((*rows.harmful, again), (*rows.harmless, None))
+    assert public.unseen(twice, set()) == rows

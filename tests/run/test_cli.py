@@ -1,0 +1,245 @@
+"""Every mistake on the command line: one clear line, exit status 2, nothing overwritten. Each in a real process."""
+
+import json
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from hub_cache import chat_folder, put
+from toys import PAIRS, PARAMETERS, Toy, pair, prompt_set
+
+from companion.base.errors import InputError
+from companion.base.paths import ORGANISM
+from companion.run import cli
+
+COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def refused(toy: Toy, *flags: str, **variables: str) -> str:
+    """The one line on stderr of a command that must be refused."""
+    before = toy.contents()
+    done = toy.run(*flags, **variables)
+    assert toy.contents() == before
+    return one_line(done)
+
+
+def one_line(done: CompletedProcess[str]) -> str:
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    return done.stderr
+
+
+FLAGS = {
+    "--modle x": "unknown flag --modle: did you mean --model?",
+    "--mod x": "unknown flag --mod",
+    "--zzz=1": "unknown flag --zzz=1: ./run_all.sh --help lists the flags",
+    "02": "unknown word 02",
+    "--only 09": "no notebook 09; there are 00, 01, 02, 03, 08",
+    "--only ,": "no notebook named",
+    "--name ../x": "'../x' cannot name a run",
+    "--name .x": "no leading dot",
+    "--name embedded --pairs 20": "choose another name",
+    "--name embedded --judge embedded": "choose another name",
+    "--device gpu": "expected auto, cpu, cuda or cuda:N",
+    "--device cuda:x": "expected auto, cpu, cuda or cuda:N",
+    "--device cuda": "torch sees no CUDA device here",
+    "--dtype float16": "'float16' (choose from",
+    "--profile fast": "'fast' (choose from",
+    "--pairs 5": "at least 10, or 0 for all",
+    "--pairs -1": "at least 10, or 0 for all",
+    "--pairs many": "invalid int value: 'many'",
+    "--jobs -1": "--jobs -1: expected 1 to 100",
+    "--shards -1": "--shards -1: expected 1 to 1000",
+    "--shards x": "invalid int value: 'x'",
+    "--shards 2 --set partition": "--set partition: expected KEY=VALUE, such as timeout_min=240",
+    "--set a=b": "--executor and --set go with --shards",
+    "--shards 2 --executor pbs": "'pbs' (choose from",
+    "--model": "expected one argument",
+    "--model=--": "-- is no value of a flag",
+    "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
+    "--model=": "an empty name was given for --model, --prompts or --judge",
+    "--judge=": "an empty name was given",
+    "--prompts xstest --wrappers=": "--wrappers names nothing",
+    "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
+    "--prompts xstest,nosuch": "public sets, each once, joined by commas; known are jailbreakbench",
+    "--wrappers nowhere": "expected a file of JSON lines",
+    "--model org/tiny": "HF_HUB_OFFLINE forbids downloads, and it is not in the cache",
+    "--model org/tiny@../x": "names no revision behind its @",
+    "--list --model org/tiny": "is not in the hub's cache yet",
+    "--judge org/tiny": "HF_HUB_OFFLINE forbids downloads",
+    "--list --judge nowhere": "--judge: no model 'nowhere': give a folder or one of the shipped models (embedded",
+    "--list --judge org/no": "--judge: org/no is not in the hub's cache yet: a run without --list downloads it",
+    "--figures --name none": "no results of 'none'",
+    "--figures": "no result tables in results/embedded",
+    "--models nowhere.yml": "no list of models at",
+    "--test --force": "--test goes alone",
+    "--book --only 02": "--book goes alone",
+    "--lab --force": "--lab goes alone",
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, flags: str) -> None:
+    assert FLAGS[flags] in refused(toy_done, *flags.split(), **OFFLINE, HF_HUB_CACHE=str(tmp_path))
+
+
+BREAKS: dict[str, tuple[str, str | None, str]] = {  # file, its content (None: it goes), what is said
+    "no config": ("config.json", None, "has no config.json"),
+    "no weights": ("model.safetensors", None, "it has no weights"),
+    "no tokenizer": ("tokenizer*.json", None, "has no tokenizer files"),
+    "no template": ("chat_template.jinja", None, "has no chat template"),
+    "own code": ("config.json", '{"auto_map": {"AutoModel": "m.M"}}', "asks to run code of its own"),
+    "broken config": ("config.json", '{"model', "config.json is not valid JSON"),
+    "broken tokenizer": ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_a_folder_that_is_no_model_is_refused(toy_done: Toy, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(ORGANISM / "window-0", tmp_path / "model"))
+    pattern, content, said = BREAKS[damage]
+    for path in folder.glob(pattern):
+        path.unlink() if content is None else path.write_text(content)
+    assert said in refused(toy_done, "--model", str(folder), "--prompts", str(prompt_set(tmp_path / "set", PAIRS)))
+
+
+SETS: dict[str, tuple[list[str], str, str]] = {
+    "broken JSON": ([*PAIRS, "{"], "", "line 13: broken JSON"),
+    "duplicate id": ([*PAIRS, pair(3)], "", "line 13: id 'p3' was used in line 4"),
+    "few pairs": (PAIRS[:9], "", "9 pairs, at least 10 are needed"),
+    "no topic": ([*PAIRS, '{"id": "x"}'], "", "line 13: 'treatment' must be"),
+    "unequal lengths": ([pair(n, "say b b b b b") for n in range(12)], "", "0 usable pairs of 12 (12 with unequal"),
+    "broken outcome": (PAIRS, '{\n"comply": [', "outcome.json, line 2: broken JSON"),
+    "equal openers": (PAIRS, '{"comply": ["a"], "refuse": ["a b"]}', "comply and refuse share the first token"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_wrong_prompt_set_is_one_clear_line(toy_done: Toy, tmp_path: Path, name: str) -> None:
+    lines, outcome, message = SETS[name]
+    folder = prompt_set(tmp_path / "set", lines, *([outcome] if outcome else []))
+    assert message in refused(toy_done, "--prompts", str(folder))
+
+
+def test_notebooks_that_the_runner_does_not_understand_are_named(toy: Toy) -> None:
+    toy.write("99")
+    assert "notebooks/99_toy.ipynb has no line in NEEDS" in refused(toy)
+    toy.notebook("99").rename(toy.root / "notebooks" / "01_again.ipynb")
+    assert "have the same number" in refused(toy)
+    (toy.root / "notebooks" / "01_again.ipynb").unlink()
+    toy.write("02", parameters=PARAMETERS.replace("PAIRS = 0", "N_PAIRS = 0"))
+    assert "notebooks/02_toy.ipynb: its cell tagged 'parameters' must be exactly" in refused(toy)
+    toy.notebook("02").write_text("{")
+    assert "notebooks/02_toy.ipynb is not valid JSON" in refused(toy)
+
+
+def test_the_wrong_python_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> None:
+    for name in ("python3.11", "python3", "python"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Python 3.9.2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    done = toy_done.shell(PATH=f"{tmp_path}:/usr/bin:/bin", COMPANION_VENV=str(tmp_path / "venv"))
+    assert "Python 3.11 is needed and was not found (Python 3.9.2)" in one_line(done)
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_mistake_shows_before_anything_is_installed(toy_done: Toy, tmp_path: Path) -> None:
+    done = toy_done.shell("--modle", "x", COMPANION_VENV=str(tmp_path / "venv"))
+    assert "did you mean --model?" in one_line(done)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is no working Python 3.11 environment" in one_line(toy_done.shell(COMPANION_VENV=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_environment_is_made_once_from_the_lock(toy: Toy, tmp_path: Path) -> None:
+    place, lock = tmp_path / "venv", toy.root / "requirements.lock"
+    lock.write_text("no-such-package==1\n")
+    failing = toy.shell("--figures", "--name", "none", COMPANION_VENV=str(place), PIP_NO_INDEX="1")
+    assert failing.returncode == 2 and "the packages could not be installed" in failing.stderr
+    lock.write_text("# nothing\n")
+    for first in (True, False):
+        done = toy.shell("--figures", "--name", "none", COMPANION_VENV=str(place))
+        assert ("3 to 6 minutes, about 2 GB" in done.stdout) == first
+        assert "no results of 'none'" in one_line(done)
+
+
+def test_folders_count_from_where_the_user_stands(
+    toy_done: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = toy_done.shell("--prompts", "mine", "--model", "mine", COMPANION_VENV=str(tmp_path / "venv"))
+    assert "mine is no model folder" in one_line(done)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's cache with one tiny chat model in it."""
+    place = tmp_path_factory.mktemp("hub")
+    source = chat_folder(place / "source")
+    put(place / "cache", source, [path.name for path in source.iterdir()], COMMIT)
+    return place / "cache"
+
+
+def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: Path, cache: Path) -> None:
+    lines = [pair(n, f"w5 w{20 + n}", control=f"w4 w{20 + n}") for n in range(12)]
+    prompts = prompt_set(tmp_path / "set", lines, outcome='{"comply": [" w11"], "refuse": [" w12"]}')
+    flags = ("--model", "org/tiny", "--prompts", str(prompts), "--only", "01")
+    offline = {**OFFLINE, "HF_HUB_CACHE": str(cache)}
+    first = toy.run(*flags, **offline)
+    assert first.returncode == 0, first.stderr
+    assert "org/tiny (89abcdef0123): 0.00 billion parameters" in first.stdout
+    assert "12 of 12 pairs usable" in first.stdout
+    manifest = json.loads((toy.root / "results" / "org--tiny-set" / "manifest.json").read_text())
+    assert (manifest["model"]["name"], manifest["model"]["revision"]) == ("org/tiny", COMMIT)
+    book = (toy.root / "results" / "org--tiny-set" / "notebooks" / "01_toy.ipynb").read_text()
+    assert f"org/tiny@{COMMIT}" in book and str(cache) not in book
+    assert toy.run("--list", *flags, **offline).stdout.count("fresh") == 1
+    said = refused(toy, "--judge", "org/tiny", "--only", "01", **offline)
+    assert "--judge: org/tiny: in its tokenizer Yes and No do not begin with known tokens" in said
+
+
+def test_a_public_set_offline_is_one_line(toy_done: Toy, tmp_path: Path) -> None:
+    done = toy_done.run("--prompts", "maliciousinstruct", **OFFLINE, HF_HOME=str(tmp_path))
+    assert done.returncode == 2 and "none of these sets could be loaded" in done.stderr
+    assert "left out: maliciousinstruct" in done.stdout and "the hub cannot be reached" in done.stdout
+
+
+def failing(error: BaseException) -> Any:
+    def run() -> int:
+        raise error
+
+    return run
+
+
+def test_a_model_that_fails_does_not_stop_the_rest_of_its_list(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = (
+        InputError("no such thing:\ndo this"), OSError(28, "No space left on device"), KeyError("logits"),
+        RuntimeError("out of memory.\nTried to allocate 2 GiB"), AssertionError(),
+    )  # fmt: skip
+    runs = {"a": lambda: 1, **dict(zip("bcdef", map(failing, errors), strict=True)), "g": lambda: 0}
+    assert cli.run_list(runs) == 1
+    shown = capsys.readouterr()
+    assert "1 of 7 models finished" in shown.out and "=== model 7 of 7: g" in shown.out
+    assert "b: no such thing: do this\nc: [Errno 28] No space" in shown.err
+    assert "d: KeyError: 'logits'\ne: RuntimeError: out of memory. Tried to allocate 2 GiB\n" in shown.err
+    assert "f: AssertionError\n" in shown.err and "not finished: a, b, c, d, e, f;" in shown.err
+    started: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        cli.run_list({"a": failing(KeyboardInterrupt()), "b": lambda: started.append("b") or 0})
+    assert not started
+
+
+def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) -> None:
+    toy.write("01", 'if PAIRS == 20: raise InputError("not today")\n_ = files.write_text(SLUG, out / "01_toy.csv")')
+    path = tmp_path / "models.yml"
+    path.write_text("models:\n- {name: one, pairs: 20}\n- {name: two, pairs: 30}\n")
+    done = toy.run("--models", str(path), "--only", "01")
+    assert done.returncode == 1
+    assert "=== model 2 of 2: two" in done.stdout and "1 of 2 models finished" in done.stdout
+    assert "01_toy: code cell 3: not today" in done.stderr and "not finished: one;" in done.stderr
+    assert (toy.root / "results/two/01_toy.csv").read_text() == "two"
+    assert not (toy.root / "results/one/01_toy.csv").exists()
+    assert "fresh, skipped" in toy.run("--models", str(path), "--only", "01").stdout
+    assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
