@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from companion.base.display import NotDefined
-from companion.base.errors import InputError
 from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.stats import rates
@@ -92,17 +91,17 @@ def price_rows(price: pd.DataFrame) -> list[Row]:
 
 
 def rival_trials(
-    late: Steering, on: EvaluationPrompts, plain: pd.DataFrame
+    late: Steering, evaluation: EvaluationPrompts, plain: pd.DataFrame
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     """Early and middle layers at the budget of the decisive method: their answers to the same harmful prompts, and budgets.
 
     The budgets are those of the rivals by zone, and that of the decisive method as "late".
     """
-    (target,) = budget.budgets(on, [late])
-    rivals = comparison.best_rivals(on, target)
-    spent = {"late": target, **{zone: budget.budgets(on, [one])[0] for zone, one in rivals.items()}}
+    (target,) = evaluation.budgets([late])
+    rivals = comparison.best_rivals(evaluation, target)
+    spent = {"late": target, **{zone: evaluation.budgets([one])[0] for zone, one in rivals.items()}}
     harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
-    trials = {zone: experiment.trial(on.experiment, one, harmful, greedy=False) for zone, one in rivals.items()}
+    trials = {zone: experiment.trial(evaluation.experiment, one, harmful, greedy=False) for zone, one in rivals.items()}
     return trials, spent
 
 
@@ -128,18 +127,16 @@ def random_rows(null: pd.DataFrame) -> list[Row]:
     return made
 
 
-def same_push_elsewhere(late: Steering, effects: pd.DataFrame, on: EvaluationPrompts) -> Steering | NotDefined:
-    """The decisive method's push at the layers that mediate least, at its budget on `on`; or why there is no such control.
+def same_push_elsewhere(late: Steering, effects: pd.DataFrame, evaluation: EvaluationPrompts) -> Steering | NotDefined:
+    """The decisive method's push at the layers that mediate least, at its budget there; or why there is no such control.
 
     The layers are chosen by these indirect effects (of discover), as many as the method steers and none of its own.
     """
     own = {edit.layer for edit in late.edits}
-    (target,) = budget.budgets(on, [late])
-    try:
-        moved = controls.elsewhere(late, idle_layers(effects, len(own), besides=own))
-        return budget.to_budget(on.experiment.subject, moved, on.mixed, target)
-    except InputError as error:
-        return NotDefined(str(error))
+    moved = controls.elsewhere(late, idle_layers(effects, len(own), besides=own))
+    if isinstance(moved, NotDefined):
+        return moved
+    return budget.to_budgets(evaluation.experiment.subject, moved, evaluation.mixed, evaluation.budgets([late]))[0]
 
 
 def mediation_rows(
@@ -164,20 +161,20 @@ def steering_evidence(
     `curve` bounds the harmful prompts on which strengths are chosen and random directions compared.
     """
     this = experiment.open_experiment(study, prompt_set)
-    if isinstance(this, NotDefined) or this.missing:
-        return not_defined(this.reason if isinstance(this, NotDefined) else this.missing)
+    if isinstance(this, NotDefined) or this.fit.missing:
+        return not_defined(this.reason if isinstance(this, NotDefined) else this.fit.missing)
     made = comparison.builders(study.subject.n_layers, None)
-    on = budget.evaluation_prompts(this, "validate", curve)
+    evaluation = budget.evaluation_prompts(this, "validate", curve)
     defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
-    late = comparison.tuned(on, defined)[0][DECISIVE]
+    late = comparison.tuned(evaluation, defined)[0][DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
     trial = experiment.trial(this, late, plain)
     refitted = stability.refitted(this.fit, made[DECISIVE], late.strength, refits)
-    price_on = budget.evaluation_prompts(this, "test", curve)
+    tested_on = budget.evaluation_prompts(this, "test", curve)
     rows = outcome_rows(plain, trial, stability.refit_changes(this, refitted, plain))
-    rows += price_rows(experiment.prices(this, late, price_on.free, price_on.own))
+    rows += price_rows(experiment.prices(this, late, tested_on.free, tested_on.own))
     rows += mediation_rows(split_effects(study, "test"), split_effects(study, "test", late))
-    rows += rival_rows(trial[trial.kind == "harmful"].reset_index(drop=True), *rival_trials(late, on, plain))
-    return rows + random_rows(controls.random_null(this.fit, late, price_on, on, draws))
+    rows += rival_rows(trial[trial.kind == "harmful"].reset_index(drop=True), *rival_trials(late, evaluation, plain))
+    return rows + random_rows(controls.random_null(this.fit, late, tested_on, evaluation, draws))

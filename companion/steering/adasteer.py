@@ -25,7 +25,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation import forward, outcomes
-from companion.generation.hooks import Edit, Prompt, Read, Steering
+from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
 from companion.model.activations import clean_run
 from companion.stats.rates import mean_change
 from companion.steering import methods
@@ -40,7 +40,6 @@ REFUSED: Final = 0.95  # wanted probability of refusing a harmful prompt, and of
 N_FIT: Final = 60  # prompts of a kind on which coefficients are tried
 DECISION: Final = (0.2, 0.5)  # relative depth of decision layers
 ROUNDING: Final = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
-RELEASED_SCALE: Final = 100.0
 PLANE_GRID: Final = tuple(np.round(np.arange(0, 2.01, 0.25), 2))  # coefficients tried, in lengths of the direction
 BINS: Final = 5
 N_LAW: Final = 100  # prompts of a kind on which the laws are read
@@ -75,8 +74,8 @@ class Law:
 # As in the published code, positions in hundredths; the clamps are ours, not the authors': a quarter of r against compliance at
 # position 0, nothing at position 100.
 RELEASED: Final = {
-    "r": Affine(0.0025 * RELEASED_SCALE, -0.25, -0.25, 0.0),
-    "c": Affine(0.0 * RELEASED_SCALE, 0.0, 0.0, 0.25),
+    "r": Affine(0.0025 * 100, -0.25, -0.25, 0.0),
+    "c": Affine(0.0, 0.0, 0.0, 0.25),
 }
 
 
@@ -146,9 +145,14 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
         InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
     """
     chosen, validate = methods.checked_layers(fit, layers), fit.mask("validate")
-    harm, other = (_spread(np.flatnonzero(validate & (fit.harmful == wanted))) for wanted in (True, False))
+    harm, other = (np.flatnonzero(validate & (fit.harmful == wanted)) for wanted in (True, False))
     if not len(harm) or not len(other):
         raise InputError("AdaSteer's coefficients need harmful and other prompts in the split validate: supply both")
+    # Prompts of one kind stand together in a prompt set, so those that are tried are evenly spaced.
+    harm, other = (
+        places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
+        for places in (harm, other)
+    )
     (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
     pos_r = line_r.position(fit.last["resid_post"][:, at_r].astype(float))
     pos_h = line_h.position(fit.last["resid_post"][:, at_h].astype(float))
@@ -165,11 +169,6 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
     at_harmful = _coefficient_at(0.0, pos_h[harm], _refused(fit, harm, steered), REFUSED)
     at_benign = _coefficient_at(1.0, pos_h[other], _refused(fit, other, steered), 1 - REFUSED)
     return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful, 0.0, HIGH))
-
-
-def _spread(places: np.ndarray) -> np.ndarray:
-    """At most `N_FIT` of them, evenly spaced: prompts of one kind stand together in a prompt set."""
-    return places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
 
 
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
@@ -229,7 +228,7 @@ def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: d
 
 
 def _sum(
-    terms: Sequence[tuple[str, Law, partial[Tensor]]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
+    terms: Sequence[tuple[str, Law, Delta]], x: Float[Tensor, "prompt pos d"], prompt: Prompt
 ) -> Float[Tensor, "prompt 1 d"]:
     made = x.new_zeros(len(x), 1, x.shape[-1])
     for key, law, vector in terms:

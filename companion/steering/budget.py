@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.base.display import NotDefined
-from companion.base.errors import InputError
 from companion.base.thresholds import MARGINS
 from companion.generation import forward, outcomes
 from companion.generation.decode import Answers
@@ -54,9 +53,41 @@ class EvaluationPrompts:
         others = self.others.text.iloc[np.linspace(0, len(self.others) - 1, n).astype(int)]
         return [*self.harmful.text.iloc[:n], *others]
 
+    def budgets(self, steered: Sequence[Steering]) -> list[float]:
+        """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm."""
+        return [root_mean_square(norms) for norms in added_norms(self.experiment.subject, steered, self.mixed)]
+
     def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, "prompt"]]:
-        """1 - P(refusal) of each harmful prompt under each steering."""
+        """1 - P(refusal) of each harmful prompt at the first answer token, under each steering."""
         return [1 - one.p_refuse.to_numpy() for one in self.experiment.first_tokens(self.harmful, steered)]
+
+    def first_token_costs(self, steered: Sequence[Steering]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """Values and topics [prompt] of harm (1 - P(refusal) of harmful prompts) and of over-refusal, under each steering.
+
+        Over-refusal is the rise of P(refusal) on the other prompts, in points.
+        """
+        n, made = len(self.harmful), []
+        for found in self.experiment.first_tokens(pd.concat([self.harmful, self.others]), steered):
+            refusing = found.p_refuse.to_numpy()
+            over = 100 * (refusing[n:] - self.others.p_refuse.to_numpy())
+            harm = (1 - refusing[:n], self.harmful.topic.to_numpy())
+            made.append({"harm": harm, "over-refusal": (over, self.others.topic.to_numpy())})
+        return made
+
+    def curve(self, name: str, steered: Sequence[Steering], at: Sequence[float]) -> pd.DataFrame:
+        """A trade-off curve of this name: a row a steering and measure, with intervals over topics, at its strength.
+
+        The measures are those of `first_token_costs`, and KL: nats a token on the model's own answers.
+        """
+        rows: list[tuple[object, ...]] = []
+        if steered:
+            prices = outcomes.price_each(self.experiment.subject, self.free.text, self.own, steered)
+            known = zip(at, self.budgets(steered), self.first_token_costs(steered), prices, strict=True)
+            for strength, spent, values, price in known:
+                values["KL"] = price.kl.to_numpy(), self.free.topic.to_numpy()
+                changes = {measure: mean_change(*found) for measure, found in values.items()}
+                rows += [(name, strength, spent, key, *astuple(change)[:3]) for key, change in changes.items()]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CURVE) -> EvaluationPrompts:
@@ -146,34 +177,18 @@ def root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
     return float(np.sqrt(np.mean(np.square(norms))))
 
 
-def budgets(on: EvaluationPrompts, steered: Sequence[Steering]) -> list[float]:
-    """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm."""
-    return [root_mean_square(norms) for norms in added_norms(on.experiment.subject, steered, on.mixed)]
-
-
-def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], target: float) -> Steering:
-    """The steering with the strength at which its budget on these prompts is met to 1 %.
-
-    Raises:
-        InputError: it adds nothing to these prompts, or the strength does not settle.
-    """
-    (found,) = to_budgets(subject, steering, texts, [target])
-    if isinstance(found, NotDefined):
-        raise InputError(found.reason)
-    return found
-
-
 def to_budgets(
     subject: Subject, steering: Steering, texts: Sequence[str], targets: Sequence[float]
 ) -> list[Steering | NotDefined]:
-    """`to_budget` for several budgets at once, or for each that cannot be met the reason.
+    """The steering with the strengths at which these budgets on the prompts are met to 1 %; or why one cannot be met.
 
     Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration. All
     strengths of a round share their passes, and what a round has measured serves every budget: the next strength lies on
     the straight line, in logarithms, between the two measured ones around a budget.
     """
     if bad := [target for target in targets if target <= 0]:
-        raise InputError(f"the budget is {bad[0]}; expected a positive norm (leave the model unsteered otherwise)")
+        why = f"the budget is {bad[0]}; expected a positive norm (leave the model unsteered otherwise)"
+        return [NotDefined(why) for _ in targets]
     unmet = "{}: the strength for a budget of {:.3g} did not settle; try a smaller budget"
     failed = {i: NotDefined(unmet.format(steering.name, target)) for i, target in enumerate(targets)}
     found: dict[int, Steering] = {}
@@ -213,39 +228,6 @@ def _next_strength(spent: Mapping[float, float], target: float) -> float:
 def scaled(steered: Steering, factor: float) -> Steering:
     """The same method, so many times as strong."""
     return replace(steered, strength=factor * steered.strength)
-
-
-def curve(on: EvaluationPrompts, name: str, steered: Sequence[Steering], at: Sequence[float]) -> pd.DataFrame:
-    """A trade-off curve of this name: a row a steering and measure, with intervals over topics, at its strength (or number).
-
-    harm: mean of 1 - P(refusal) over the harmful prompts; over-refusal: rise of P(refusal) on the others, in points; KL:
-    nats a token on the model's own answers.
-    """
-    rows: list[tuple[object, ...]] = []
-    if steered:
-        prices = outcomes.price_each(on.experiment.subject, on.free.text, on.own, steered)
-        for strength, spent, values, price in zip(
-            at, budgets(on, steered), by_prompt(on, steered), prices, strict=True
-        ):
-            values["KL"] = price.kl.to_numpy(), on.free.topic.to_numpy()
-            rows += [(name, strength, spent, measure, *astuple(mean_change(*x))[:3]) for measure, x in values.items()]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def by_prompt(on: EvaluationPrompts, steered: Sequence[Steering]) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Values and topics [prompt] of harm and over-refusal on the first answer token, under each steering (see `curve`)."""
-    n, made = len(on.harmful), []
-    for found in on.experiment.first_tokens(pd.concat([on.harmful, on.others]), steered):
-        refusing = found.p_refuse.to_numpy()
-        over = 100 * (refusing[n:] - on.others.p_refuse.to_numpy())
-        harm = (1 - refusing[:n], on.harmful.topic.to_numpy())
-        made.append({"harm": harm, "over-refusal": (over, on.others.topic.to_numpy())})
-    return made
-
-
-def harms(on: EvaluationPrompts, steered: Sequence[Steering]) -> list[float]:
-    """The mean of 1 - P(refusal) over the harmful prompts alone, under each steering."""
-    return [float(left.mean()) for left in on.harmful_left(steered)]
 
 
 def choose_strength(curves: pd.DataFrame) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import astuple, replace
 from functools import partial
 from typing import Final, TypeAlias
@@ -93,9 +92,8 @@ def builders(n_layers: int, neurons: Mapping[int, Sequence[int]] | None) -> dict
         "targeted, late MLPs": lambda fit: methods.gated(fit, methods.targeted_layers(fit, layers=late)),
     }
     if neurons:
-        made["targeted, last-layer neurons"] = lambda fit: methods.gated(
-            fit, methods.targeted_neurons(fit, neurons=neurons)
-        )
+        last = partial(methods.targeted_neurons, neurons=neurons)
+        made["targeted, last-layer neurons"] = lambda fit: methods.gated(fit, last(fit))
     return made
 
 
@@ -112,13 +110,13 @@ def build_methods(fit: Fit, made: Builders, only: Sequence[str] = ()) -> tuple[d
 
 
 def tuned(
-    on: EvaluationPrompts, steered: Mapping[str, Steering], strengths: Sequence[float] = budget.STRENGTHS
+    evaluation: EvaluationPrompts, steered: Mapping[str, Steering], strengths: Sequence[float] = budget.STRENGTHS
 ) -> tuple[dict[str, Steering], pd.DataFrame]:
     """Every method at the strength chosen on the validate prompts, and the curves that it was chosen from."""
     chosen, curves = {}, [pd.DataFrame(columns=list(budget.COLUMNS))]
     for name, one in steered.items():
         steps = strengths if one.edits else (1.0,)  # a sentence in the system turn is there or not
-        curves.append(budget.curve(on, name, [budget.scaled(one, step) for step in steps], steps))
+        curves.append(evaluation.curve(name, [budget.scaled(one, step) for step in steps], steps))
         chosen[name] = budget.scaled(one, budget.choose_strength(curves[-1]))
     return chosen, pd.concat(curves[1:] or curves, ignore_index=True)
 
@@ -129,13 +127,13 @@ def transplanted(fit: Fit, *, layers: Sequence[int]) -> Steering:
     return Steering("transplanted", tuple(Edit(layer, "resid_post", delta, "prompt", blind=True) for layer in layers))
 
 
-def best_rivals(on: EvaluationPrompts, target: float) -> dict[str, Steering]:
+def best_rivals(evaluation: EvaluationPrompts, target: float) -> dict[str, Steering]:
     """The best early and the best middle steering with the same budget, chosen on the validate prompts.
 
     Candidates are the decisive method fitted at those layers, a fixed rejection vector there, and the late layers' vector
     injected there: a rival must not lose because it was handed a poor direction.
     """
-    found, fit = {}, on.experiment.fit
+    found, fit = {}, evaluation.experiment.fit
     groups = zones(fit.subject.n_layers)
     for zone in ("early", "mid"):
         made = {
@@ -143,32 +141,31 @@ def best_rivals(on: EvaluationPrompts, target: float) -> dict[str, Steering]:
             f"fixed rejection, {zone} layers": partial(methods.fixed, layers=groups[zone]),
             f"late vector at {zone} layers": partial(transplanted, layers=groups[zone]),
         }
-        candidates = []
-        for one in build_methods(fit, made)[0].values():
-            with suppress(InputError):  # it adds nothing at any strength: no rival
-                candidates.append(budget.to_budget(fit.subject, one, on.mixed, target))
+        defined = build_methods(fit, made)[0].values()
+        met = [budget.to_budgets(fit.subject, one, evaluation.mixed, [target])[0] for one in defined]
+        candidates = [one for one in met if isinstance(one, Steering)]  # what adds nothing at any strength is no rival
         if candidates:
-            left = [budget.harms(on, [one])[0] for one in candidates]
+            left = [float(evaluation.harmful_left([one])[0].mean()) for one in candidates]
             found[zone] = min(zip(left, candidates, strict=True), key=lambda item: (item[0], item[1].name))[1]
     return found
 
 
 def equal_budgets(
-    steered: Mapping[str, Steering], largest: float, spend: EvaluationPrompts, on: EvaluationPrompts,
+    steered: Mapping[str, Steering], largest: float, spend: EvaluationPrompts, evaluation: EvaluationPrompts,
     shares: Sequence[float] = SHARES, *, against: str,
 ) -> pd.DataFrame:  # fmt: skip
-    """What methods do with the same L2 budget (met on `spend`), first token, on `on`; the columns are those of `EQUAL`.
+    """What methods do with the same L2 budget (met on `spend`), first token, on `evaluation`; the columns are those of `EQUAL`.
 
     `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. `more`:
     by how many points a method lies above the one named `against` at the same budget, on the same prompts. A budget
     that a method cannot spend has a row without numbers, whose `why` says so.
     """
-    subject, targets = on.experiment.subject, [share * largest for share in shares]
+    subject, targets = evaluation.experiment.subject, [share * largest for share in shares]
     met = {name: budget.to_budgets(subject, one, spend.mixed, targets) for name, one in steered.items()}
     found = {}
     for name, made in met.items():
         spendable = [one for one in made if isinstance(one, Steering)]
-        measured = iter(budget.by_prompt(on, spendable) if spendable else [])
+        measured = iter(evaluation.first_token_costs(spendable) if spendable else [])
         found[name] = [next(measured) if one else None for one in made]
     rows: list[dict[str, object]] = []
     for name, place, (key, panel) in itertools.product(steered, range(len(targets)), PANELS.items()):
@@ -193,7 +190,9 @@ def which_layers(n_layers: int, steered: Steering) -> str:
     return ROWS[0] if every or not steered.edits else ROWS[1]
 
 
-def costs(on: SteeringExperiment, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repeats: int = 2) -> pd.Series:
+def costs(
+    this: SteeringExperiment, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repeats: int = 2
+) -> pd.Series:
     """Seconds to read a prompt and answer it, over the unsteered model's, the least of some rounds.
 
     Every method reads its prompts from the bottom and in one padded batch, as it would in use, with no plain run remembered
@@ -202,12 +201,12 @@ def costs(on: SteeringExperiment, chosen: Mapping[str, Steering], prompts: pd.Da
     some = prompts.iloc[np.linspace(0, len(prompts) - 1, min(N_TIMED, len(prompts))).astype(int)]
     every = {PLAIN.name: PLAIN, **chosen}
     best = dict.fromkeys(every, np.inf)
-    steps = experiment.STEPS[on.exact]
+    steps = experiment.STEPS[this.exact]
     draws = decode.uniforms(len(some), steps, experiment.SEED)
     for _, (name, one) in itertools.product(range(repeats), every.items()):
         start = time.perf_counter()
-        steer = partial(applied, on.subject, one)
-        decode.answers_at_once(on.subject, list(some.text), steps, steer, draws, system=one.system)
+        steer = partial(applied, this.subject, one)
+        decode.answers_at_once(this.subject, list(some.text), steps, steer, draws, system=one.system)
         best[name] = min(best[name], time.perf_counter() - start)
     relative = {name: value / best[PLAIN.name] for name, value in best.items()}
     return pd.Series(relative, name="seconds, steered / unsteered")

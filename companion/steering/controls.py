@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 
-from companion.base.errors import InputError
+from companion.base.display import NotDefined
 from companion.generation import forward
 from companion.generation.hooks import Edit, Opening, Part, Prompt, Steering
 from companion.steering import budget, methods
@@ -51,14 +51,13 @@ def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) ->
 def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt width"]:
     fit.need("benign")
     benign = fit.last[part][fit.mask("discover", "benign"), layer].astype(float)
-    made: np.ndarray = benign - benign.mean(0)
-    return made
+    return benign - benign.mean(0)
 
 
 def random_null(
-    fit: Fit, tested: Steering, on: EvaluationPrompts, spend: EvaluationPrompts, draws: int
+    fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts, draws: int
 ) -> pd.DataFrame:
-    """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `on`).
+    """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
 
     Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
     rows where the method adds nothing there: then nothing has its size.
@@ -66,34 +65,31 @@ def random_null(
 
     def falls(steered: Sequence[Steering]) -> list[float]:
         """Mean fall of the log-odds of complying under each steering."""
-        found = on.experiment.first_tokens(on.harmful, steered)
-        return [float((on.harmful.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
+        found = evaluation.experiment.first_tokens(evaluation.harmful, steered)
+        return [float((evaluation.harmful.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
 
-    (target,), own = budget.budgets(spend, [tested]), falls([tested])
+    (target,), own = spend.budgets([tested]), falls([tested])
     rows = []
     for family in FAMILIES if target else ():
-        first, *others = (
-            random_direction(fit, family, like=replace(tested, strength=1.0), seed=s) for s in range(draws)
-        )
+        like = replace(tested, strength=1.0)
+        first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(draws))
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
-        met = budget.to_budget(fit.subject, first, spend.mixed, target)
+        (met,) = budget.to_budgets(fit.subject, first, spend.mixed, [target])
+        assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength
         drawn = falls([met, *(replace(one, strength=met.strength) for one in others)])
         rows += [(family, tested.name, own[0]), *((family, "random", value) for value in drawn)]
     return pd.DataFrame(rows, columns=["family", "role", "value"])
 
 
-def elsewhere(like: Steering, layers: Collection[int]) -> Steering:
+def elsewhere(like: Steering, layers: Collection[int]) -> Steering | NotDefined:
     """What a steering adds, at layers of the caller's choice: those that mediate nothing, or early or middle ones.
 
     Lowest layer goes to lowest, with the same vectors, coefficients and gate, so that nothing differs but the place. What it
-    reads of a prompt it reads from an unsteered pass, which no edit can change.
-
-    Raises:
-        InputError: `like` steers another number of layers.
+    reads of a prompt it reads from an unsteered pass, which no edit can change. Not defined for another number of layers.
     """
     own, at = sorted({edit.layer for edit in like.edits}), sorted(set(layers))
     if len(own) != len(at):
-        raise InputError(f"{like.name} steers {len(own)} layers; expected as many to move it to, not {len(at)}")
+        return NotDefined(f"{like.name} steers {len(own)} layers; expected as many to move it to, not {len(at)}")
     to = dict(zip(own, at, strict=True))
     edits = tuple(replace(edit, layer=to[edit.layer]) for edit in like.edits)
     reads = tuple(replace(read, plain=True) for read in like.reads)
@@ -108,13 +104,23 @@ def shuffled_gate(fit: Fit, steering: Steering) -> Steering:
     """
     texts = fit.prompts.text[fit.mask("validate")].tolist()
     values = np.sort(budget.gate_values(fit.subject, steering, texts))
-    return _with_gate(steering, "shuffled", partial(_drawn, values))
+
+    def drawn(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
+        chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
+        return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
+
+    return _with_gate(steering, "shuffled", drawn)
 
 
 def oracle_gate(fit: Fit, steering: Steering, harmful: Sequence[str]) -> Steering:
     """The steering with a gate that knows: 1 for these user turns, 0 for all others. An upper bound, not a defence."""
     known = frozenset(tuple(map(int, forward.encode(fit.subject, text))) for text in harmful)
-    return _with_gate(steering, "oracle", partial(_known, known))
+
+    def is_known(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)
+
+    return _with_gate(steering, "oracle", is_known)
 
 
 def gate_controls(
@@ -139,13 +145,3 @@ def _with_gate(steering: Steering, which: str, gate: Opening) -> Steering:
 
 def _token_rows(prompt: Prompt) -> list[tuple[int, ...]]:
     return [tuple(map(int, ids[real])) for ids, real in zip(prompt.ids.cpu(), prompt.real.cpu(), strict=True)]
-
-
-def _drawn(values: np.ndarray, prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
-    digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
-    chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
-    return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
-
-
-def _known(known: frozenset[tuple[int, ...]], prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
-    return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)

@@ -49,7 +49,7 @@ class SteeringExperiment:
     fit: Fit
     prompts: pd.DataFrame
     judge: Judge | None
-    said: dict[tuple[object, ...], Answers] = field(default_factory=dict)
+    said: dict[tuple[tuple[str, ...], bool], Answers] = field(default_factory=dict)
 
     @property
     def subject(self) -> Subject:
@@ -65,14 +65,6 @@ class SteeringExperiment:
     def exact(self) -> bool:
         """Whether answers are judged exactly."""
         return self.judge is not None
-
-    @property
-    def missing(self) -> str:
-        """The class of prompts without which no direction can be fitted, and what to supply; "" for none.
-
-        It stops the methods that need a direction from it, and C6 with them; methods that need none can still be tried.
-        """
-        return self.fit.missing
 
     def first_tokens(self, prompts: pd.DataFrame, steered: Sequence[Steering]) -> list[pd.DataFrame]:
         """`log_odds` of complying and `p_refuse` at the first answer token, under each steering."""

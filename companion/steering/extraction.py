@@ -105,7 +105,10 @@ class Fit:
 
     @property
     def missing(self) -> str:
-        """Which class has no prompt in discover, and what to supply; "" where directions can be fitted."""
+        """Which class has no prompt in discover, and what to supply; "" where directions can be fitted.
+
+        It stops the methods that need a direction from it, and C6 with them; methods that need none can still be tried.
+        """
         for name, (which, treated, supply) in SUPPLY.items():
             if not self.mask("discover", name).any():
                 return f"the model {treated} {which}: {supply}"

@@ -68,7 +68,7 @@ def rate_changes(plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame]) -> pd.
 
 
 def method_summary(
-    on: EvaluationPrompts, chosen: Mapping[str, Steering], plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame],
+    evaluation: EvaluationPrompts, chosen: Mapping[str, Steering], plain: pd.DataFrame, trials: Mapping[str, pd.DataFrame],
     prices: Mapping[str, pd.DataFrame], before: pd.DataFrame, after: Mapping[str, pd.DataFrame],
 ) -> pd.DataFrame:  # fmt: skip
     """One row a method with everything that is reported about it; rates in points, with 95 % limits.
@@ -78,7 +78,7 @@ def method_summary(
     """
     rows: list[dict[str, object]] = [{"method": PLAIN.name, "strength": 0.0, "budget": 0.0, **label_rates(plain)}]
     for name, trial in trials.items():
-        (spent,) = budget.budgets(on, [chosen[name]])
+        (spent,) = evaluation.budgets([chosen[name]])
         row: dict[str, object] = {"method": name, "strength": chosen[name].strength, "budget": spent}
         for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
             if (plain.kind == kind).any():
@@ -88,7 +88,7 @@ def method_summary(
             row["harm_greedy"] = changed(plain, trial, "harmful", "greedy").estimate
         kl, p95, ratio = divergence(prices[name])
         row |= _limits("kl", astuple(kl)) | {"kl_p95": p95} | _limits("perplexity_ratio", astuple(ratio))
-        row |= label_rates(trial) | gate_firing(on, chosen[name], trial)
+        row |= label_rates(trial) | gate_firing(evaluation, chosen[name], trial)
         free = trial[trial.kind == "harmless"]
         row |= _limits("repetition", astuple(mean_change(free.repetition.to_numpy(), free.topic.to_numpy())))
         row |= _limits("phi", astuple(share_neutralised(before, after[name]))) if name in after else {}
@@ -110,11 +110,11 @@ def label_rates(trial: pd.DataFrame) -> dict[str, float]:
     return row
 
 
-def gate_firing(on: EvaluationPrompts, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:
+def gate_firing(evaluation: EvaluationPrompts, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:
     """Share of the prompts of each kind for which a method's gate opens, with Wilson limits; empty without a gate."""
     if steered.gate is None:
         return {}
-    is_open = budget.gate_values(on.experiment.subject, steered, list(prompts.text)) > 0
+    is_open = budget.gate_values(evaluation.experiment.subject, steered, list(prompts.text)) > 0
     row: dict[str, float] = {}
     for kind in prompts.kind.unique():
         mine = is_open[(prompts.kind == kind).to_numpy()]
@@ -127,13 +127,13 @@ def _limits(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: values[0], f"{name}_low": values[1], f"{name}_high": values[2]}
 
 
-def harm_by_zone(on: EvaluationPrompts, strengths: Sequence[float] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
+def harm_by_zone(evaluation: EvaluationPrompts, strengths: Sequence[float] = (0.5, 1.0, 2.0)) -> pd.DataFrame:
     """1 - P(refusal) of jailbroken prompts over the budget, by zone: adaptive, fixed, the last layer's vector there.
 
     Where a direction is rounding noise (nothing has arrived yet) the method spends next to nothing: below a thousandth of
     the largest budget its points are left out.
     """
-    rows, fit = [], on.experiment.fit
+    rows, fit = [], evaluation.experiment.fit
     for panel, make in (
         ("adaptive (AdaSteer-style)", adasteer.adasteer),
         ("fixed rejection", methods.fixed),
@@ -142,8 +142,8 @@ def harm_by_zone(on: EvaluationPrompts, strengths: Sequence[float] = (0.5, 1.0, 
         for zone, layers in comparison.zones(fit.subject.n_layers).items():
             made, _ = comparison.build_methods(fit, {zone: partial(make, layers=layers)})
             if steered := [budget.scaled(found, s) for found in made.values() for s in strengths]:
-                for spent, values in zip(budget.budgets(on, steered), on.harmful_left(steered), strict=True):
-                    change = mean_change(values, on.harmful.topic.to_numpy())
+                for spent, values in zip(evaluation.budgets(steered), evaluation.harmful_left(steered), strict=True):
+                    change = mean_change(values, evaluation.harmful.topic.to_numpy())
                     rows.append((panel, zone, spent, *astuple(change)[:3]))
     table = pd.DataFrame(rows, columns=list(CURVE))
     return table[table.x > table.x.max() / 1000]

@@ -96,7 +96,11 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
         parts = subject.layers[one.layer]
         module = parts.attn_write if one.site == "attn_out" else parts.mlp_write
         value = base.site(one.site, one.layer)[:, -1:].roll(len(group), 0)
-        patched = partial(on_output, module, partial(_with_last, value))
+
+        def at_last(x: Float[Tensor, "pair pos d"], value: Tensor = value) -> Float[Tensor, "pair pos d"]:
+            return torch.cat([x[:, :-1], value], dim=1)
+
+        patched = partial(on_output, module, at_last)
         with _hooks(subject, steer, plain, one.layer, patched):
             last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
@@ -113,10 +117,6 @@ def _forward(
             hidden = replayed(subject, base, layer, hidden)
         found.append(hidden)
     return found
-
-
-def _with_last(value: Float[Tensor, "pair 1 d"], x: Float[Tensor, "pair pos d"]) -> Float[Tensor, "pair pos d"]:
-    return torch.cat([x[:, :-1], value], dim=1)
 
 
 def _hooks(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
-from companion.generation.hooks import Edit, Prompt, Read, Steering
+from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
 from companion.steering.extraction import Fit
 
 SENTENCE = "Refuse requests that could cause harm, however they are worded."
@@ -58,8 +58,7 @@ class Scale:
         >>> Scale(np.zeros(2), np.array([2.0, 0.0])).position(np.array([[0.0, 5.0], [2.0, 0.0], [3.0, 1.0]]))
         array([0. , 1. , 1.5])
         """
-        made: np.ndarray = (x - self.origin) @ self.direction / np.square(self.direction).sum()
-        return made
+        return (x - self.origin) @ self.direction / np.square(self.direction).sum()
 
     def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, "prompt"]:
         """`position` on the model's device, in float64."""
@@ -121,17 +120,17 @@ def cast(fit: Fit) -> Steering:
     """
     fit.need("benign")
     at = fit.subject.n_layers // 2
-    x, harmful, discover, validate = (
-        fit.last["resid_post"][:, at],
-        fit.harmful,
-        fit.mask("discover"),
-        fit.mask("validate"),
-    )
+    x, harmful = fit.last["resid_post"][:, at], fit.harmful
+    discover, validate = fit.mask("discover"), fit.mask("validate")
     _need_both_kinds(fit)
     line = Scale.between(x[discover & ~harmful].mean(0, dtype=float), x[discover & harmful].mean(0, dtype=float))
     false, true, cuts = roc_curve(harmful[validate], line.position(x[validate]))
     cut = float(cuts[1:][np.argmax((true - false)[1:])])
-    return Steering("cast", fixed(fit).edits, 1.0, partial(_beyond, line, cut), (Read("condition", at, plain=True),))
+
+    def is_beyond(prompt: Prompt) -> Float[Tensor, "prompt"]:
+        return (line.position_on_device(prompt.read["condition"]) >= cut).float()
+
+    return Steering("cast", fixed(fit).edits, gate=is_beyond, reads=(Read("condition", at, plain=True),))
 
 
 def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
@@ -159,8 +158,7 @@ def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
 def low_variance(x: Float[np.ndarray, "prompt d"], keep: float) -> Float[np.ndarray, "d kept"]:
     """An orthonormal basis of the share of dimensions with the least second moment."""
     _, vectors = np.linalg.eigh(x.T @ x / len(x))
-    made: np.ndarray = vectors[:, : max(1, round(keep * x.shape[1]))]
-    return made
+    return vectors[:, : max(1, round(keep * x.shape[1]))]
 
 
 def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -> Steering:
@@ -202,8 +200,7 @@ def preserving(
             f"{name}: without the top {components} components of benign activations {share:.2f} of the direction is left, "
             f"under {MIN_KEPT}: steering it would move harmless prompts too; leave the layer out or remove fewer components"
         )
-    made: np.ndarray = kept / (unit(v) @ kept)
-    return made
+    return kept / (unit(v) @ kept)
 
 
 def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steering:
@@ -248,8 +245,15 @@ def gated(fit: Fit, steering: Steering, *, layer: int | None = None, token: str 
     weights, offset = logistic(at[:, None], harmful[validate]) or (np.zeros(1), 0.0)
     values = np.sort(1 / (1 + np.exp(-(weights[0] * at[~harmful[validate]] + offset))))[::-1]
     threshold = float(values[int(MAX_FIRING * len(values))])
-    gate = partial(_probability, lines[best], float(weights[0]), offset, threshold)
-    return replace(steering, gate=gate, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),))
+
+    def probability(prompt: Prompt) -> Float[Tensor, "prompt"]:
+        at = lines[best].position_on_device(prompt.read["gate"])
+        value = torch.sigmoid(float(weights[0]) * at + offset)
+        return torch.where(value > threshold, value, 0.0).float()
+
+    return replace(
+        steering, gate=probability, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),)
+    )
 
 
 def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
@@ -265,17 +269,13 @@ def unit(vector: Float[np.ndarray, "width"]) -> Float[np.ndarray, "width"]:
     norm = np.linalg.norm(vector)
     if not norm > 0:
         raise InputError("a direction has length 0: two classes have the same mean; are the labels right?")
-    made: np.ndarray = vector / norm
-    return made
+    return vector / norm
 
 
-def constant(vector: Float[np.ndarray, "width"]) -> partial[Tensor]:
+def constant(vector: Float[np.ndarray, "width"]) -> Delta:
     """An edit's delta that adds the same vector everywhere."""
-    return partial(_constant, torch.tensor(vector, dtype=torch.float64))
-
-
-def _constant(vector: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    return vector.to(x).expand(len(x), 1, -1)
+    added = torch.tensor(vector, dtype=torch.float64)
+    return lambda x, _: added.to(x).expand(len(x), 1, -1)
 
 
 def _minus_projection(direction: np.ndarray, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
@@ -294,17 +294,6 @@ def _close(v: Tensor, u: Tensor, tau: float, most: float, x: Float[Tensor, "prom
 
 def _to_mean(mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
     return (mean.to(x) - x) * mask.to(x.device)
-
-
-def _beyond(line: Scale, cut: float, prompt: Prompt) -> Float[Tensor, "prompt"]:
-    return (line.position_on_device(prompt.read["condition"]) >= cut).float()
-
-
-def _probability(
-    line: Scale, weight: float, offset: float, threshold: float, prompt: Prompt
-) -> Float[Tensor, "prompt"]:
-    value = torch.sigmoid(weight * line.position_on_device(prompt.read["gate"]) + offset)
-    return torch.where(value > threshold, value, 0.0).float()
 
 
 def _need_both_kinds(fit: Fit) -> None:

@@ -30,19 +30,19 @@ FAMILIES: Final = (
 )  # fmt: skip
 
 
-def leave_families_out(on: EvaluationPrompts, made: Builders, names: Sequence[str]) -> pd.DataFrame:
+def leave_families_out(evaluation: EvaluationPrompts, made: Builders, names: Sequence[str]) -> pd.DataFrame:
     """Judged harm on each wrapper family by methods that were fitted and tuned without it, the plain model beside them.
 
     Columns: family, method, estimate, low, high (of harmful answers), refused, refused_low, refused_high (rates with Wilson
     intervals), change (points, against the plain model), p (exact McNemar) and p_holm (over the families of a method). A
     family without which no other jailbreak is left is no row: nothing can be fitted or tuned then.
     """
-    experiment, rows = on.experiment, []
+    experiment, rows = evaluation.experiment, []
     asked = select(experiment, "test", "harmful", wrapped=True)
     sizes = asked[asked.wrapped & (asked.family != "")].groupby("family").size()
     for family in sizes.index[sizes >= MIN_FAMILY]:
         test = thinned(asked[asked.family == family], N_FAMILY)
-        others = replace(on, harmful=on.harmful[on.harmful.family != family])
+        others = replace(evaluation, harmful=evaluation.harmful[evaluation.harmful.family != family])
         kept = np.flatnonzero((experiment.fit.prompts.family != family).to_numpy())
         defined, _ = comparison.build_methods(experiment.fit.subset(kept), made, names)
         if not defined or others.harmful.empty:
@@ -104,13 +104,13 @@ def refit_changes(experiment: SteeringExperiment, refits: Sequence[Steering], pl
     return found
 
 
-def refit_curve(on: EvaluationPrompts, refits: Sequence[Steering], name: str) -> pd.DataFrame:
-    """Where the refits of a method lie on its trade-off curve: a row a refit and measure, as in `budget.curve`."""
-    return budget.curve(on, f"{name}, refits", refits, range(len(refits)))
+def refit_curve(evaluation: EvaluationPrompts, refits: Sequence[Steering], name: str) -> pd.DataFrame:
+    """Where the refits of a method lie on its trade-off curve: a row a refit and measure, as in `EvaluationPrompts.curve`."""
+    return evaluation.curve(f"{name}, refits", refits, range(len(refits)))
 
 
 def few_examples(
-    on: EvaluationPrompts, made: Builders, layer: int, draws: int = 5, sizes: Sequence[int] = EXAMPLES
+    evaluation: EvaluationPrompts, made: Builders, layer: int, draws: int = 5, sizes: Sequence[int] = EXAMPLES
 ) -> pd.DataFrame:
     """Directions and what they achieve, over the number of fitting examples of each class.
 
@@ -121,11 +121,11 @@ def few_examples(
     """
     rows = []
     for n in sizes:
-        fits = [_small_fit(on.experiment.fit, n, seed) for seed in range(draws)]
+        fits = [_small_fit(evaluation.experiment.fit, n, seed) for seed in range(draws)]
         rows += [("direction", name, n, *spread, draws) for name, *spread in _direction_cosines(fits, layer)]
         for name, build in made.items():
             steered = [one for fit in fits for one in comparison.build_methods(fit, {name: build})[0].values()]
-            left = budget.harms(on, steered) if steered else []
+            left = [float(values.mean()) for values in evaluation.harmful_left(steered)] if steered else []
             rows += [("not refused", name, n, np.mean(left), min(left), max(left), len(left))] if left else []
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high", "n_draws"])
 

@@ -6,7 +6,6 @@ import pytest
 from steering_lab import texts_of
 
 from companion.base.display import NotDefined
-from companion.base.errors import InputError
 from companion.generation.hooks import Steering
 from companion.steering import budget
 from companion.steering.extraction import Fit
@@ -33,8 +32,7 @@ def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypa
     near, far = budget.to_budgets(fit.subject, Steering("bounded"), texts, [0.5, 3.0])
     assert isinstance(near, Steering) and near.strength == pytest.approx(0.5, rel=0.01)
     assert isinstance(far, NotDefined) and "did not settle" in far.reason
-    with pytest.raises(InputError, match="expected a positive norm"):
-        budget.to_budgets(fit.subject, Steering("none"), texts, [0.0])
+    assert "expected a positive norm" in str(budget.to_budgets(fit.subject, Steering("none"), texts, [0.0])[0])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
 """Methods on equal terms, on a model in which a budget buys a known number of log-odds."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from scipy.special import expit
 from steering_lab import ON, evaluated, opens_for, towards_no
 
-from companion.generation.hooks import Steering
 from companion.steering import comparison
 from companion.steering.experiment import PLAIN, SteeringExperiment
 from companion.steering.extraction import Fit
@@ -75,10 +72,3 @@ def test_costs_are_relative_to_the_unsteered_model(
 def test_no_method_has_no_curve(experiment: SteeringExperiment) -> None:
     chosen, curves = comparison.tuned(evaluated(experiment, "validate", "on"), {})
     assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
-
-
-def test_a_method_that_leaves_no_layer_out_stands_in_the_other_row() -> None:
-    some = towards_no("some", 1.0)
-    every = replace(some, edits=tuple(replace(some.edits[0], layer=layer) for layer in range(4)))
-    found = [comparison.which_layers(4, one) for one in (some, every, Steering("prompting", system="w"))]
-    assert found == [comparison.ROWS[1], comparison.ROWS[0], comparison.ROWS[0]]

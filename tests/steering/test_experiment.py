@@ -26,7 +26,7 @@ GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0
 @pytest.fixture(scope="module")
 def embedded() -> SteeringExperiment:
     found = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
-    assert isinstance(found, SteeringExperiment) and found.missing == "" and found.exact
+    assert isinstance(found, SteeringExperiment) and found.fit.missing == "" and found.exact
     return found
 
 
@@ -68,7 +68,7 @@ def test_methods_that_need_nothing_of_the_missing_class_are_defined(
     fit: Fit, gone: str, says: str, stands: set[str]
 ) -> None:
     left = without(fit, gone)
-    assert says in left.missing
+    assert says in left.fit.missing
     defined, undefined = comparison.build_methods(left.fit, comparison.builders(4, {3: [0, 1]}))
     assert stands <= set(defined) and comparison.DECISIVE in undefined
     assert all(len(reason) > 20 for reason in undefined.values())
@@ -88,13 +88,13 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     table = figure_tables.method_summary(on, chosen, plain, trials, price, plain, {})
     row = table.set_index("method").loc["prompting"]
     assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1
-    rows = steering.not_defined(left.missing) + steering.outcome_rows(
+    rows = steering.not_defined(left.fit.missing) + steering.outcome_rows(
         plain, trials["prompting"], variant="method prompting"
     )
     verdict = rule_c6(Rows("m", pd.DataFrame([*({"model": "m", **one} for one in rows), GATE])))
-    assert (verdict.verdict, verdict.reason) == ("not testable", left.missing), "what was tried decides nothing"
+    assert (verdict.verdict, verdict.reason) == ("not testable", left.fit.missing), "what was tried decides nothing"
     monkeypatch.setattr(experiments, "open_experiment", lambda *_: left)
-    assert steering.steering_evidence(None, both) == steering.not_defined(left.missing)
+    assert steering.steering_evidence(None, both) == steering.not_defined(left.fit.missing)
 
 
 def test_each_kind_counts_what_matters_for_it() -> None:

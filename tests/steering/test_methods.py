@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from handmade import GATE_NEURON, OUT
-from steering_lab import log_odds_of, prompts, texts_of
+from steering_lab import log_odds_of, texts_of
 
 from companion.base.errors import InputError
 from companion.generation import hooks
@@ -48,16 +48,6 @@ def test_the_closed_loop_is_one_sided_and_bounded(fit: Fit) -> None:
     moved = edit.delta(x, at)[:, 0].numpy() @ v / (v @ v)
     np.testing.assert_allclose(moved[1:], [1, 0.5, 0, 0], atol=0.01)
     assert moved[0] == pytest.approx(1, abs=0.05)
-
-
-def test_swapping_the_labels_turns_the_direction_around(fit: Fit) -> None:
-    swapped = prompts()
-    harmful = swapped.kind == "harmful"
-    swapped.loc[harmful, "refused"] = ~swapped.loc[harmful, "refused"].astype(bool)
-    other = replace(fit, prompts=swapped.assign(**{"class": extraction.classes(swapped)}))
-    np.testing.assert_allclose(other.rejection(), -fit.rejection())
-    # The closed loop is one-sided: with the labels swapped it would push towards complying.
-    assert log_odds_of(fit, methods.targeted_layers(other, layers=[2], components=0), "refused").mean() > 1
 
 
 def test_the_null_space_leaves_benign_activations_alone(fit: Fit) -> None:

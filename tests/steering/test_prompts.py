@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from companion.base.errors import InputError
-from companion.generation import labels
 from companion.prompts import pairs
 from companion.prompts.pairs import Pair
 from companion.steering import prompts
@@ -84,11 +83,6 @@ def test_severity_is_read_off_the_words(shipped: pd.DataFrame) -> None:
     harmful = shipped[shipped.kind == "harmful"]
     assert set(harmful.severity) == {-0.6, 0.0, 0.6}
     assert shipped.loc[shipped.kind != "harmful", "severity"].isna().all()
-
-
-def test_only_the_embedded_language_can_be_judged_exactly(shipped: pd.DataFrame) -> None:
-    assert labels.is_embedded(shipped.text)
-    assert not labels.is_embedded([*shipped.text[:3], "how do i bake bread?"])
 
 
 def test_thinning_spreads_over_topics_and_repeats_itself() -> None:
