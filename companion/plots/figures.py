@@ -136,6 +136,6 @@ def _cell_of(name: str) -> str:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for number, cell in enumerate(cells, start=1):
-            if re.search(rf"figures\.show\(\s*[\"']{name}[\"']", "".join(cell["source"])):
+            if re.search(rf"(?:figures\.show|show|draw)\(\s*[\"']{name}[\"']", "".join(cell["source"])):
                 return f"[{path.name}](../notebooks/{path.name}), cell {number}"
     return "not shown"

@@ -1,0 +1,64 @@
+"""Numbers with their intervals: whole topics are drawn, as pairs of one topic share their wording.
+
+`cell_means`, `per_group`, `share_of_te` and `increments` give one row a cell with estimate, low and high.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from companion.base.thresholds import MIN_TOTAL_EFFECT
+from companion.mediation.summaries import (
+    cell_means,
+    harm_minus_benign,
+    increments,
+    per_group,
+    share_of_te,
+    te_weighted,
+    unsaturated_ids,
+)
+from companion.stats.rates import mean_change
+
+__all__ = ["cell_means", "graded_share", "harm_minus_benign", "increments", "is_worth_mediating", "mean_change", "number",
+           "per_group", "share_of_te", "te_weighted", "total_effects"]  # fmt: skip
+
+
+def total_effects(clean: pd.DataFrame) -> pd.DataFrame:
+    """Mean total effect by treatment and split, with intervals over topics, in log-odds.
+
+    `clean` has a row a pair, with columns treatment, split, topic and te.
+    """
+    parts = [part.assign(split=split) for split, part in clean.groupby("split", sort=True)]
+    return pd.concat([per_group(part, "treatment", "te", ["split"]) for part in parts])
+
+
+def is_worth_mediating(effect: pd.Series) -> bool:
+    """The precondition of every verdict: the interval of TE excludes 0 and |TE| is at least 0.5 log-odds.
+
+    >>> is_worth_mediating(pd.Series({"estimate": 0.8, "low": 0.1, "high": 1.4}))
+    True
+    """
+    return bool(abs(effect.estimate) >= MIN_TOTAL_EFFECT and effect.low * effect.high > 0)
+
+
+def graded_share(clean: pd.DataFrame) -> pd.Series:
+    """Share of pairs whose two clean runs both have p(comply) between 0.02 and 0.98, by treatment.
+
+    Outside that range an effect on probabilities hides behind the ends of the scale.
+    """
+    own = clean[clean.treatment != "T2-T2b"].assign(outcome="Y1").groupby("treatment", sort=False)
+    return pd.Series({name: len(unsaturated_ids(part)) / len(part) for name, part in own})
+
+
+def number(evidence: pd.DataFrame, quantity: str, model: str) -> str:
+    """One evidence row as text, estimate and interval to two decimals; "not measured" where there is none.
+
+    >>> columns = ["model", "quantity", "variant", "estimate", "ci_low", "ci_high"]
+    >>> rows = pd.DataFrame([("m", "late share", "main", 0.5, 0.4, 0.6)], columns=columns)
+    >>> number(rows, "late share", "m"), number(rows, "late share", "n")
+    ('0.50 [0.40, 0.60]', 'not measured')
+    """
+    one = evidence[(evidence.model == model) & (evidence.quantity == quantity) & (evidence.variant == "main")]
+    if one.empty:
+        return "not measured"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*one.iloc[0][["estimate", "ci_low", "ci_high"]])
