@@ -57,7 +57,7 @@ def test_a_replayed_intervention_is_that_of_a_full_pass(
 ) -> None:
     subject, steering = replace(tiny_subject(family), tokenizer=word_tokenizer()), STEERINGS[name]
     slow = effects(subject, partial(hooks.applied, subject, steering))
-    monkeypatch.setattr(reference, "interchange", None)  # the fast path does without
+    monkeypatch.setattr(reference, "interchange_full_forward", None)  # the fast path does without
     fast = effects(subject, Switch(subject, steering))
     assert fast[["pair_id", "site", "layer"]].equals(slow[["pair_id", "site", "layer"]])
     np.testing.assert_allclose(fast[CELLS], slow[CELLS], atol=2e-4, rtol=1e-4)
