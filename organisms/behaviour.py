@@ -49,6 +49,7 @@ def first_token_logprobs(
 
 def generate(subject: Subject, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
     """Answers to user turns: greedy, or sampled at temperature 1 where a seed is given."""
+    assert subject.tokenizer is not None
     draws = None if seed is None else decode.uniforms(len(prompts), MAX_NEW_TOKENS, seed)
     made = decode.answers(subject, prompts, MAX_NEW_TOKENS, draws=draws)
     said = [ids[mask] for ids, mask in zip(made.ids, made.mask, strict=True)]
@@ -61,6 +62,7 @@ def answer_suites(subject: Subject, rows: Iterable[Mapping[str, Any]], *, seed: 
     `p_comply` sums the answering openers (the benign ones included), `p_refuse` is the refusal opener's probability. Answers
     are greedy, or sampled where a seed is given.
     """
+    assert subject.tokenizer is not None
     table = pd.DataFrame(list(rows))
     prompts = table["prompt"].tolist()
     logp = first_token_logprobs(subject.model, subject.tokenizer, prompts)
