@@ -50,6 +50,7 @@ def first_token_logprobs(
 
 def generate(subject: Subject, prompts: Sequence[str], *, seed: int | None = None) -> list[str]:
     """Answers to user turns: greedy, or sampled at temperature 1 where a seed is given."""
+    assert subject.tokenizer is not None
     draws = None if seed is None else decode.uniforms(len(prompts), MAX_NEW_TOKENS, seed)
     made = decode.answers(subject, prompts, MAX_NEW_TOKENS, draws=draws)
     assert subject.tokenizer is not None

@@ -386,14 +386,13 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
 def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tuple[Neurons, float]:
     """The neurons of a stage, and what it writes for a harmful request (harm 1) in a wrapper of typical strength."""
     if stage.op == "either":
-        ramps, second = ((0.3, 1), (0.8, -1)), ("jail.second",)
-        halves = [gated_neurons("jail", {"harm": 1.0}, "out", rng, n // 2, at, sign, second) for at, sign in ramps]
-        return _joined(halves), 0.5
+        up, ramps, too = {"harm": 1.0}, ((0.3, 1), (0.8, -1)), ("jail.second",)
+        return _joined([gated_neurons("jail", up, "out", rng, n // 2, at, sign, too) for at, sign in ramps]), 0.5
     if stage.op == "threshold":
-        both, value = ("harm", "harm.side"), level + 1 - COINCIDENCE_AT
-        return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, COINCIDENCE_AT, second=both), value
-    up, at = ("harm", OPEN_AT) if stage.op == "product" else ("bias", RELAY_AT)
-    return gated_neurons(stage.source, {up: 1.0}, stage.target, rng, n, at), (level - at) / (1 - at)
+        at, both = COINCIDENCE_AT, ("harm", "harm.side")
+        return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, at, second=both), level + 1 - at
+    read, at = ("harm", OPEN_AT) if stage.op == "product" else ("bias", RELAY_AT)
+    return gated_neurons(stage.source, {read: 1.0}, stage.target, rng, n, at), (level - at) / (1 - at)
 
 
 def _joined(blocks: Sequence[Neurons]) -> Neurons:

@@ -116,23 +116,3 @@ def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
     assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
-
-
-def test_a_planned_draw_for_the_power_curves_keeps_its_verdicts_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, object]] = []
-
-    def measure(*_: object, **options: object) -> dict[str, pd.DataFrame]:
-        asked.append(options)
-        return {name: pd.DataFrame({"x": [1]}) for name in draws.TABLES}
-
-    monkeypatch.setattr(draws, "measure_draw", measure)
-    lengths = {}
-    for draw in (
-        draws.PlannedDraw("main", "layers", "late", FRESH + 4),
-        draws.PlannedDraw("effect", "layers", "late", 104),
-    ):
-        made = draws.measure_planned(draw)
-        lengths[draw.purpose] = [len(made[name]) for name in draws.TABLES]
-        assert list(made["verdicts"].purpose) == [draw.purpose]
-    assert lengths == {"main": [1, 1, 1], "effect": [1, 0, 0]}
-    assert [options["full_response"] for options in asked] == [True, False], "every fifth seed of the layers"
