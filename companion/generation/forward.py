@@ -67,12 +67,13 @@ class BatchRows:
     prompt: Prompt
 
     @cached_property
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
+        """Whether they are all prompts of the batch, once and in their order."""
         return torch.equal(self.rows, torch.arange(len(self.run.tokens), device=self.rows.device))
 
     def of(self, x: Tensor) -> Tensor:
         """These rows of one of the run's tensors."""
-        return x if self._is_whole else x[self.rows]
+        return x if self.is_whole else x[self.rows]
 
 
 def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:

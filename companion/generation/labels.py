@@ -132,13 +132,14 @@ def refusals(
     """Which answers are refusals: by the judge model where one was chosen, else by their first token or a phrase."""
     name = os.environ.get(JUDGE)
     if name:
-        return ~complied(subject, requests, made, _judge(name, str(subject.device)))
+        return ~complied(subject, requests, made, judge_model(name, str(subject.device)))
     opened = np.isin(made.ids[:, 0], openers)
     return opened if subject.tokenizer is None else opened | ~complied(subject, requests, made)
 
 
 @lru_cache(maxsize=1)
-def _judge(name: str, device: str) -> Subject:
+def judge_model(name: str, device: str) -> Subject:
+    """The judge model, loaded once."""
     return load(name, device=device, dtype=DTYPE, allow_slow=True, copies=1)
 
 

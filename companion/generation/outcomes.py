@@ -103,7 +103,7 @@ def _prices(
         # With a system turn of its own a prompt is longer, by the same number of tokens in every row of a batch.
         sent = torch.tensor(np.stack([encode(subject, listed[i], system) for i in places]), device=subject.device)
         answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
-        forced = partial(_forced, subject, answer)
+        forced = partial(answer_log_probs, subject, answer)
         plain = _plainly(subject, prompt, answer, forced)
         for k, steered in enumerate(steered_read(sent, forced, None if system else plain)):
             kl = ((plain.exp() * (plain - steered)).sum(-1) * mask).sum(-1)
@@ -125,7 +125,7 @@ def _plainly(subject: Subject, prompt: Tensor, answer: Tensor, forced: Use) -> F
     return kept[key]
 
 
-def _forced(
+def answer_log_probs(
     subject: Subject,
     answer: Int[Tensor, "prompt step"],
     rows: Int[Tensor, "row"],

@@ -207,7 +207,7 @@ def test_a_chosen_judge_decides_alone_and_a_phrase_adds_to_openers(
     without = replace(judge_model, tokenizer=None)
     assert labels.refusals(without, ["w5"] * 3, made, [20]).tolist() == [True, False, False]
     hub.choose_judge("some/judge")
-    monkeypatch.setattr(labels, "_judge", lambda name, device: {"some/judge": judge_model}[name])
+    monkeypatch.setattr(labels, "judge_model", lambda name, device: {"some/judge": judge_model}[name])
     monkeypatch.setattr(labels, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
     assert labels.refusals(judge_model, ["w5"] * 3, made, [20]).tolist() == [False, False, True]
     hub.choose_judge(None)

@@ -244,7 +244,7 @@ def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
     assert "--judge: judge is too large for cpu" in error and "can be used beside the model under study" in error
     assert "copy" not in error
     monkeypatch.setattr(memory, "free_memory", lambda device: judge.total)
-    assert labels._judge.__wrapped__(str(folder), "cpu").n_layers == 4
+    assert labels.judge_model.__wrapped__(str(folder), "cpu").n_layers == 4
 
 
 def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
