@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if (flags.set or flags.executor) and not flags.shards:
         raise InputError("--executor and --set go with --shards")
     flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
-    settings.check(flags.prompts, flags.wrappers)
+    settings.check_wrappers(flags.prompts, flags.wrappers)
     for name, reason in ALONE.items():
         if getattr(flags, name) and len(arguments) > 1:
             raise InputError(f"--{name} goes alone: {reason}")

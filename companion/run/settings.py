@@ -91,22 +91,21 @@ def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) ->
     sets = public.parse(prompts) if is_public_set(prompts) else None
     return {
         "model": _place(found["MODEL"]),
-        "prompts": ",".join(sets) if sets else relative(folders.prompts_folder(prompts)),
+        "prompts": ",".join(sets) if sets else relative(prompts_folder(prompts)),
         "wrappers": relative(file) if (file := _wrappers_file(given)) else None,
         "judge": _place(judge) if judge else None,
     }
 
 
 def _place(model: str) -> str:
-    hub_id = None if Path(model).is_dir() else hub.parse(model)
-    return hub_id.repo if hub_id else relative(folders.model_folder(model))
+    hub_id = hub.parse(model) if folders.is_on_hub(model) else None
+    return hub_id.repo if hub_id else relative(model_folder(model))
 
 
 def _is_moved(then: str | None, now: str | None) -> bool:
     """Whether two folders may be one: it is no longer where it was."""
-    if then is None or now is None:
-        return False
-    return Path(then).is_absolute() and Path(now).is_absolute() and not Path(then).exists()
+    is_elsewhere = then is not None and now is not None and Path(then).is_absolute() and Path(now).is_absolute()
+    return is_elsewhere and not Path(str(then)).exists()
 
 
 def default_prompts(model: str) -> str:
@@ -115,11 +114,11 @@ def default_prompts(model: str) -> str:
     >>> default_prompts("embedded"), default_prompts("ORG/MODEL")
     ('embedded', 'jailbreakbench,strongreject,xstest')
     """
-    is_hub = hub.parse(model) is not None and not folders.from_caller(model).is_dir()
-    return public.OPEN if is_hub else "embedded"
+    is_folder = folders.from_caller(model).is_dir()
+    return public.OPEN if folders.is_on_hub(model) and not is_folder else "embedded"
 
 
-def check(prompts: str, given: str | None) -> None:
+def check_wrappers(prompts: str, given: str | None) -> None:
     """`InputError` for wrappers that cannot be used, and for a list of public sets with an unknown name in it."""
     is_public = is_public_set(prompts)  # raises for a list with an unknown name in it
     if given is None:
@@ -135,7 +134,7 @@ def check(prompts: str, given: str | None) -> None:
 
 def is_public_set(prompts: str) -> bool:
     """Whether a name asks for public sets: no shipped set and no folder has it."""
-    is_own = prompts in folders.names(PROMPTS) or folders.from_caller(prompts).is_dir()
+    is_own = prompts in names(PROMPTS) or folders.from_caller(prompts).is_dir()
     return not is_own and public.parse(prompts) is not None
 
 
@@ -162,7 +161,7 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
 def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for."""
     model = found["MODEL"]
-    if hub.parse(model) is not None and not Path(model).is_dir():
+    if folders.is_on_hub(model):
         from companion.model import download
 
         model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
@@ -189,11 +188,11 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     folders.check_judge(judge)
     # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
     # on the GPU of that model's embedding.
-    beside = memory.reserved_bytes(folders.model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    beside = memory.reserved_bytes(model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
         name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
-        folder = folders.model_folder(name)
+        folder = model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
         tokenizer = load.load_tokenizer(folder)
@@ -207,8 +206,7 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
 
 def check_prompts(name: str) -> None:
     """`InputError` unless `name` is a shipped prompt set or a folder."""
-    folder = prompts_folder(name)
-    if not folder.is_dir() and public.parse(name) is None:
+    if not prompts_folder(name).is_dir() and public.parse(name) is None:
         raise InputError(
             f"no prompt set {name!r}: give a folder or one of the shipped ({', '.join(names(PROMPTS))}), "
             f"or a public one ({', '.join(public.SETS)})"

@@ -332,5 +332,5 @@ def test_a_public_set_with_wrappers_goes_through_a_run_offline(
 
 def test_wrappers_go_with_a_public_set_only(template_file: Path) -> None:
     with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
-        settings.check("embedded", str(template_file))
-    settings.check("jailbreakbench", str(template_file))
+        settings.check_wrappers("embedded", str(template_file))
+    settings.check_wrappers("jailbreakbench", str(template_file))
