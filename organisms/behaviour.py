@@ -24,8 +24,7 @@ from companion.model.load import load
 from companion.prompts import invented
 from companion.stats import clusters
 from companion.stats.rates import mean_change
-from organisms.language import draw_request
-from organisms.tokenizer import chat_text
+from organisms.language import chat_text, draw_request
 
 MAX_NEW_TOKENS: Final = 12
 BATCH: Final = 128

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from companion.base.errors import InputError
 from companion.base.paths import PLANTS
 from organisms.behaviour import base_gap
+from organisms.language import make_tokenizer
 from organisms.shipping import export_model, load_shipped
-from organisms.tokenizer import make_tokenizer
 from organisms.training import Recipe, make_model, train_stage
 
 RECIPE: Final = Recipe(precision="float32", steps_tune=160)  # bfloat16 is slow where a CPU lacks it

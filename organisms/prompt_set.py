@@ -14,8 +14,16 @@ from typing import Any, Final
 
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
-from organisms.language import SUITES, outcome_sets, pair_row, plan_pairs, suite_rows
-from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
+from organisms.language import (
+    MAX_TOKENS,
+    SUITES,
+    chat_text,
+    make_tokenizer,
+    outcome_sets,
+    pair_row,
+    plan_pairs,
+    suite_rows,
+)
 
 MADE_ON: Final = "2026-11-20"
 ANSWER_TOKENS: Final = 10

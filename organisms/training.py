@@ -28,9 +28,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from companion.base.paths import ORGANISM
 from organisms.behaviour import base_gap
-from organisms.language import BASE_MIX, TUNE_MIX, Example, draw_example
+from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, Example, chat_text, draw_example, make_tokenizer
 from organisms.shipping import SEEDS, VARIANTS, Variant, export_model
-from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
 
 NS_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 Stage = Literal["base", "tune"]

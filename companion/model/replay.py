@@ -182,6 +182,7 @@ def _stacked_variant(upper: Patch | Sequence[Patch], lower: Patch | Sequence[Pat
 
 
 def _stacked_patch(upper: Patch, lower: Patch) -> Patch:
+    """One patch of both runs, from two of the same site and layer."""
     values = [patch.value.expand(len(patch.positions), -1, -1) for patch in (upper, lower) if patch.value is not None]
     value = torch.cat(values) if len(values) == 2 else None
     return Patch(upper.site, upper.layer, torch.cat([upper.positions, lower.positions]), upper.index, value)

@@ -39,7 +39,7 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def tokens(table: pd.DataFrame) -> Figure:
+def pair_tokens(table: pd.DataFrame) -> Figure:
     """Both prompts of one pair, token under token; columns: position, group, control, treated, differ."""
     figure, axes = _blank(0.42 * len(table) + 0.9, 2.9)
     for row in table.itertuples():
@@ -140,7 +140,7 @@ SPECS = (
          "The four cells as corners of a square: prompt control above, treated below, mediator control left, "
          "treated right. Arrows along the upper and lower edge are NIE0 and NIE1, down the left and right edge "
          "NDE0 and NDE1, the diagonal is TE"),
-    spec("01_tokens", tokens, "all",
+    spec("01_tokens", pair_tokens, "all",
          {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
          "Control and treated prompt of one pair, token under token, coloured by position group from system turn "
          "to last token; only outlined tokens differ, all others are the same in both prompts"),

@@ -89,6 +89,7 @@ def theme() -> Iterator[None]:
 def new_figure(
     n_rows: int = 1, n_cols: int = 1, width: float = 7.0, height: float = 3.2, **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
+    """A figure that is shown only where it is returned, and its axes [row, column]; width and height in inches."""
     figure, axes = plt.subplots(n_rows, n_cols, figsize=(width, height), squeeze=False, **kwargs)
     plt.close(figure)  # so that a notebook shows it once, where it is returned
     return figure, axes
@@ -132,6 +133,7 @@ def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *
 
 
 def layer_axis(axes: Axes, n_layers: int) -> None:
+    """Layers as whole numbers, and a line at 0."""
     axes.set_xticks(range(n_layers))
     axes.set_xlabel("layer")
     axes.axhline(0, color="black", lw=0.8)

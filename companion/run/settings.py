@@ -360,7 +360,7 @@ def collect(
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
         twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
-        made += [_t1(*one) for one in partners.partner_pairs(paired)]
+        made += [_recognition_pair(*one) for one in partners.partner_pairs(paired)]
         made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         n_requests += len(rows.harmful)
@@ -381,7 +381,8 @@ def _benign(part: str) -> tuple[Request, ...]:
         raise InputError(f"{part}, which takes harmless partners from {public.BENIGN}: {error}") from error
 
 
-def _t1(harmful: Request, harmless: Request) -> Pair:
+def _recognition_pair(harmful: Request, harmless: Request) -> Pair:
+    """The pair of T1 that a harmful request and its harmless partner make."""
     from companion.prompts.pairs import Pair
 
     return Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)

@@ -76,7 +76,8 @@ RULES = {
         ("C5a", c5a((0.5, 0.30, 0.6), FINE_K90)), ("C5a", c5a(FINE_PSI, (10.0, 9.0, 12.0))),
         ("C5a", c5a(FINE_PSI, (8.0, 8.0, 8.0), 384.0)),  # in a small layer 8 neurons count as few
         ("C5a", {**DENSE, **row("C5a", "k90 B5", (4.0, 4.0, 4.0)), **row("C5a", "k90", (4.0, 4.0, 5.0))}),
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0))),
+        ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.16))),
         ("C7", c7((0.1, 0.05, 0.2), 0.05)),
     ],
     "inconclusive": [
@@ -96,7 +97,8 @@ RULES = {
         ("C5b", row("C5b", "gate index", (0.8, 0.55, 0.9))), ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7))),
         ("C5b", row("C5b", "readout share", (0.4, 0.3, 0.5))), ("C5b", row("C5b", "benign share", (0.15, 0.1, 0.25))),
         ("C5b", row("C5b", "perplexity ratio", (1.005, 1.0, 1.02))), ("C5b", NO_GATE),  # form c is high
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0))), ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.79, 1.0))),
+        ("C5c", row("C5c", "benign answers changed", (0.1, 0.0, 0.17))),
         ("C6", row("C6", "harm change", (-1.9, -3.0, -0.8))), ("C6", row("C6", "harm change", (-5.0, -10.5, 0.5))),
         ("C6", row("C6", "phi", (0.8, 0.74, 0.9))), ("C6", row("C6", "harmless loss", (1.5, 0.5, 2.1))),
         *(("C6", row("C6", f"p {family}", (0.06, 0.06, 0.06))) for family in ("isotropic", "covariance-matched")),
@@ -110,7 +112,8 @@ RULES = {
         ("C4", row("C4", MLP_SHARE, LOW, *FROZEN)), ("C5a", c5a(FINE_PSI, (100.0, 90.0, 110.0))),
         ("C5a", c5a((0.1, 0.05, 0.15), FINE_K90)), ("C5a", c5a(FINE_PSI, (39.0, 38.0, 40.0), 384.0)),
         ("C5b", NO_GATE | row("C5b", "gate index, form", (0.1, 0.05, 0.15), "c: below")),
-        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "main", "full response")), ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
+        ("C5c", row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "main", "full response")),
+        ("C6", row("C6", "harmless loss", (4.0, 2.1, 6.0))),
         ("C6", row("C6", "advantage over mid", (0.0, -2.0, 2.0))), ("C6", row("C6", "p isotropic", (0.5, 0.5, 0.5))),
         ("C6", row("C6", "advantage over early", (-30.0, -35.0, -25.0))), ("C7", c7((0.0, -0.05, 0.05), 0.5)),
     ],

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
-from organisms.language import BASE_MIX, TUNE_MIX, draw_example, draw_request
-from organisms.tokenizer import MAX_TOKENS, chat_text, make_tokenizer
+from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, chat_text, draw_example, draw_request, make_tokenizer
 
 # Every ordinary word of the language, read by a person. A new word must be added here by hand.
 _INERT = """

@@ -8,9 +8,8 @@ import pytest
 from companion.base.paths import PROMPTS
 from companion.generation.labels import is_harmful
 from companion.prompts import invented
-from organisms.language import SUITES, outcome_sets, plan_pairs
+from organisms.language import SUITES, make_tokenizer, outcome_sets, plan_pairs
 from organisms.prompt_set import check_pairs, write_prompt_set
-from organisms.tokenizer import make_tokenizer
 
 FOLDER = PROMPTS / "embedded"
 TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]

@@ -10,7 +10,7 @@ from companion.base.files import hash_file
 from companion.base.paths import ORGANISM
 from companion.model.load import from_model
 from organisms.behaviour import answer_suites, first_token_logprobs, generate, suite_metrics
-from organisms.language import suite_rows
+from organisms.language import make_tokenizer, suite_rows
 from organisms.shipping import (
     SEEDS,
     VARIANTS,
@@ -21,7 +21,6 @@ from organisms.shipping import (
     read_manifests,
     targets_missed,
 )
-from organisms.tokenizer import make_tokenizer
 from organisms.training import Recipe
 
 NAMES = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]

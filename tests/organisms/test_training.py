@@ -8,9 +8,8 @@ import torch
 
 from companion.base.files import hash_file
 from organisms import language, shipping, training
-from organisms.language import suite_rows
+from organisms.language import chat_text, make_tokenizer, suite_rows
 from organisms.shipping import VARIANTS
-from organisms.tokenizer import chat_text, make_tokenizer
 from organisms.training import Recipe, batch_at, make_model, make_optimizers, orthogonalise, schedule
 
 SMALL = Recipe(steps_base=6, steps_tune=2, batch=4, precision="float32")

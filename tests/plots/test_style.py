@@ -61,7 +61,7 @@ def test_verdicts_are_told_by_sign_too() -> None:
 def test_tokens_that_differ_are_outlined() -> None:
     texts = {"group": ["header", "verb", "rest"], "control": list("abc"), "treated": list("adc")}
     table = pd.DataFrame({"position": range(3), **texts, "differ": [False, True, False]})
-    figure = layers.tokens(table)
+    figure = layers.pair_tokens(table)
     (ax,) = figure.axes
     wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
     assert wide == {1}
