@@ -52,7 +52,7 @@ def one_sided(hits: int, n: int) -> tuple[float, float]:
     """Exact one-sided 95 % lower and upper bound on a rate.
 
     >>> [round(x, 4) for x in one_sided(6, 60)]
-    [0.0445, 0.1885]
+    [0.0445, 0.1879]
     """
     low, high = proportion_confint(hits, n, alpha=0.10, method="beta") if n else (0.0, 1.0)
     return float(low), float(high)

@@ -99,7 +99,7 @@ def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own() 
     rows = measured_organism().rows
     is_twin = rows.model.str.endswith(UNTRAINED)
     assert {"gate", "C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C7"} == set(rows[~is_twin].claim)
-    assert set(rows[is_twin].claim) == {"gate", "C1"}
+    assert "gate" in set(rows[is_twin].claim) <= {"gate", "C1"}
 
 
 def test_the_code_of_a_draw_covers_its_rules_and_models() -> None:
