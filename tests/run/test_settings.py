@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import pair, prompt_set
-from toys import Toy
+from toys import Toy, pair, prompt_set
 
 from companion.base import paths
 from companion.base.errors import InputError
