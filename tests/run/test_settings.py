@@ -10,7 +10,8 @@ from companion.base import paths
 from companion.base.errors import InputError
 from companion.base.paths import ORGANISM, ROOT
 from companion.run import flags, freshness, runner, settings
-from companion.run.flags import _named, parameters, parse
+from companion.run.flags import named as placed
+from companion.run.flags import parameters, parse
 
 HUB = ("--model", "mistralai/Mistral-Small-3.2-24B-Instruct-2506")
 JUDGE = "meta-llama/Llama-3.3-70B-Instruct"
@@ -25,7 +26,7 @@ def made(*words: str) -> str:
     """The name of a run whose first result has taken its place."""
     flags = parse(words)
     found = parameters(flags, "cpu")
-    judge = None if flags.judge is None else _named(flags.judge, ORGANISM)
+    judge = None if flags.judge is None else placed(flags.judge, ORGANISM)
     note = settings.made_from(found, judge, flags.wrappers)
     freshness.note(paths.RESULTS / found["SLUG"], runner.MADE_FROM, note)
     return str(found["SLUG"])
