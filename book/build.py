@@ -95,10 +95,8 @@ def broken_links(html: Path) -> Iterator[str]:
             if parts.scheme or parts.netloc:
                 continue
             other = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            there = other.exists() and (
-                not parts.fragment or other not in pages or unquote(parts.fragment) in pages[other].ids
-            )
-            if not there:
+            is_place = not parts.fragment or other not in pages or unquote(parts.fragment) in pages[other].ids
+            if not (other.exists() and is_place):
                 yield f"{path.relative_to(html.resolve())}: {target} leads nowhere"
 
 

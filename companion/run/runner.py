@@ -174,15 +174,20 @@ def check_parameters(plan: Plan) -> None:
             raise InputError(f"{relative(path)}: its cell tagged 'parameters' must be exactly: {expected}")
 
 
+def lock_file(results: Path) -> Path:
+    """The file that the process which writes into a run's results holds locked."""
+    return results / STATE / "lock"
+
+
 @contextmanager
 def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
 
     Raises `InputError` where another process holds it (or waits for that one), or where the file system knows no locks.
     """
-    folder = results / STATE
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    path = lock_file(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

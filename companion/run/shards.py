@@ -8,6 +8,7 @@ imports this module.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.util
 import os
 import re
@@ -15,7 +16,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from companion.base.errors import InputError
 from companion.base.paths import PARTS, relative
 from companion.run import notebooks
-from companion.run.runner import Plan, only_run
+from companion.run.runner import Plan, lock_file, only_run
 
 SHARDED = ("02", "03")  # the notebooks whose sweeps can be shared
 ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line that says what was wrong
@@ -51,8 +51,8 @@ def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace
         executor = flags.executor or ("slurm" if shutil.which("sbatch") else "local")
         variables = _variables(plan.parameters, executor, flags.shards)
         logs, n = plan.results / "logs" / "jobs", len(variables)
-        runner = os.getpid() if executor == "local" else None
-        calls = [(dict(plan.parameters), wanted, place, n, variables[place], runner) for place in range(n)]
+        lock = lock_file(plan.results) if executor == "local" else None
+        calls = [(dict(plan.parameters), wanted, place, n, variables[place], lock) for place in range(n)]
         jobs = submit(logs, executor, flags.set, calls)
         print(f"{n} {executor} jobs for the sweeps of {', '.join(wanted)}; logs in {relative(logs)}", flush=True)
         try:
@@ -104,15 +104,15 @@ def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tupl
 
 def measure_share(
     parameters: Mapping[str, Any], wanted: Sequence[str], shard: int, n_shards: int, variables: Mapping[str, str],
-    runner: int | None,
+    lock: Path | None,
 ) -> str:  # fmt: skip
     """Measure one shard of every sweep of the notebooks `wanted`; returns a sentence on how much was there already.
 
-    With `runner`, the number of a process on this machine, the job ends when that process has ended, however it did.
+    With `lock`, the file that the runner holds, the job ends when the runner has ended, however it did.
     """
     os.environ.update(variables)
-    if runner is not None:
-        threading.Thread(target=_end_with, args=(runner,), daemon=True).start()
+    if lock is not None:
+        threading.Thread(target=_end_with, args=(lock,), daemon=True).start()
     from companion.mediation import control_models, study, sweeps  # only now: torch reads the variables once
 
     options = {name: parameters[name.upper()] for name in ("device", "dtype", "profile", "pairs")}
@@ -128,14 +128,11 @@ def measure_share(
     return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"
 
 
-def _end_with(runner: int) -> None:
-    """End this process when `runner` is there no more; submitit's local jobs would go on."""
-    while True:
-        try:
-            os.kill(runner, 0)
-        except ProcessLookupError:
-            os._exit(1)
-        time.sleep(1)
+def _end_with(lock: Path) -> None:
+    """End this process when nobody holds the lock any more; submitit's local jobs would go on without the runner."""
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os._exit(1)
 
 
 def _failed(job: Any) -> bool:

@@ -1,68 +1,80 @@
-"""Evidence of all runs is collected, and half a run spoils no other."""
+"""A run's evidence, and the verdicts of all runs in one file."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from ledger_rows import NIE, row, table
 
 from companion.base import files
 from companion.base.errors import InputError
-from companion.base.thresholds import UNTRAINED
-from companion.run import freshness, overview
+from companion.base.paths import RESULTS
+from companion.run import overview
 
 
-def run(results: Path, name: str, model: str, estimate: float) -> None:
-    numbers = {("gate", "TE T2", "main"): (estimate, 0.0, 1.0)}
-    (results / name).mkdir()
-    evidence = pd.concat([table(numbers, model), table(numbers, model + UNTRAINED), table(numbers, "window-1")])
-    files.write_table(evidence, results / name / "02_evidence.csv")
+def judged(folder: Path, **verdicts: str) -> None:
+    """A run with one verdict a model, as notebook 08 writes it."""
+    folder.mkdir()
+    rows = [
+        {"model": model.replace("_", "-"), "claim": "C1", "verdict": verdict} for model, verdict in verdicts.items()
+    ]
+    files.write_json(rows, folder / "claims.json")
+    files.write_table(pd.DataFrame(rows), folder / "claims.csv")
+    lines = [
+        "| model | claim | verdict |",
+        "| --- | --- | --- |",
+        *("| " + " | ".join(one.values()) + " |" for one in rows),
+    ]
+    files.write_text("\n".join(lines) + "\n", folder / "claims.md")
 
 
-def test_runs_are_collected(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run with evidence"):
-        overview.collect(tmp_path, "embedded")
-    run(tmp_path, "embedded", "embedded", 1.0)
-    run(tmp_path, "other", "other", 2.0)
-    run(tmp_path, "window-1", "window-1", 3.0)
-    files.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), "other"), tmp_path / "other" / "03_evidence.csv")
+def joined(results: Path) -> list[str]:
+    """Models and verdicts, which all three files hold alike."""
+    overview.join_claims(results)
+    found = [f"{one['model']} {one['verdict']}" for one in json.loads((results / "claims.json").read_text())]
+    for name, mark in (("claims.csv", ","), ("claims.md", " | ")):
+        lines = [line.strip("| ").split(mark) for line in (results / name).read_text().splitlines()]
+        assert [f"{line[0]} {line[2]}" for line in lines[1 if mark == "," else 2 :]] == found
+    return found
+
+
+def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
+    overview.join_claims(tmp_path)
+    assert not list(tmp_path.iterdir())
+    judged(tmp_path / "mine", mine="supported", window_1="inconclusive", plant="contradicted")
+    assert joined(tmp_path) == ["mine supported", "window-1 inconclusive", "plant contradicted"]
+    judged(tmp_path / "window-1", window_1="supported", mine="contradicted", full_0="inconclusive")
+    four = ["mine supported", "window-1 supported", "plant contradicted", "full-0 inconclusive"]
+    assert joined(tmp_path) == four
     (tmp_path / "empty").mkdir()
-    evidence, runs, left_out = overview.collect(tmp_path, "embedded")
-    assert left_out == () and runs == ("embedded", "other", "window-1")
-    found = evidence.set_index(["model", "quantity"]).estimate.to_dict()
-    assert found == {
-        ("embedded", "TE T2"): 1.0, ("embedded" + UNTRAINED, "TE T2"): 1.0, ("other", "TE T2"): 2.0, ("other", NIE): 0.5,
-        ("other" + UNTRAINED, "TE T2"): 2.0, ("window-1", "TE T2"): 3.0, ("window-1" + UNTRAINED, "TE T2"): 3.0,
-    }  # fmt: skip
+    judged(tmp_path / "torn", torn="supported")
+    for name in ("claims.csv", "claims.json", "claims.md"):
+        path = tmp_path / "torn" / name
+        path.write_bytes(path.read_bytes()[:-2])
+    assert joined(tmp_path) == four
 
 
-def test_half_a_run_spoils_no_other(tmp_path: Path) -> None:
-    """Its 02 finished anew and its 03 did not, so they may be of two models; a torn file is its own run's trouble."""
-    for name in ("mine", "other", "torn"):
-        run(tmp_path, name, name, 1.0)
-        files.write_table(table(row("C2", NIE, (0.5, 0.4, 0.6)), name), tmp_path / name / "03_evidence.csv")
-    other = tmp_path / "other"
-    freshness.remember(other, "01", "a", [], {})
-    freshness.remember(other, "02", "b", [other / "02_evidence.csv"], {"01": "a"})
-    freshness.remember(other, "03", "c", [other / "03_evidence.csv"], {"02": "b"})
-    (tmp_path / "torn" / "03_evidence.csv").write_text("model,cl")
+def test_the_shipped_verdicts_are_those_of_the_shipped_run(tmp_path: Path) -> None:
+    judged(tmp_path / "embedded")
+    for name in ("claims.csv", "claims.json", "claims.md"):
+        (tmp_path / "embedded" / name).write_bytes((RESULTS / "embedded" / name).read_bytes())
+    overview.join_claims(tmp_path)
+    for name in ("claims.csv", "claims.json", "claims.md"):
+        assert (tmp_path / name).read_bytes() == (RESULTS / "embedded" / name).read_bytes(), name
 
-    def found(own: str = "mine") -> tuple[set[tuple[str, str]], tuple[str, ...]]:
-        evidence, _, left_out = overview.collect(tmp_path, own)
-        return set(zip(evidence.model, evidence.quantity, strict=True)), left_out
 
-    rows, left_out = found()
-    assert {("mine", NIE), ("other", NIE), ("torn", "TE T2")} <= rows and ("torn", NIE) not in rows
-    assert len(left_out) == 1 and left_out[0].startswith("torn: ") and "03_evidence.csv" in left_out[0]
-    freshness.remember(other, "02", "new", [other / "02_evidence.csv"], {"01": "a"})
-    rows, left_out = found()
-    assert ("other", "TE T2") in rows and ("other", NIE) not in rows
-    assert "other: 03_evidence.csv is older than what it rests on" in left_out[0]
-    freshness.remember(other, "01", "new", [], {})
-    rows, left_out = found()
-    assert not {model for model, _ in rows if model.startswith("other")} and len(left_out) == 3
-    freshness.remember(other, "01", "a", [], {})
-    freshness.forget(other, "02", [other / "02_evidence.csv"])  # and it is killed before they are all in place
-    assert ("other", "TE T2") not in found()[0]
+def test_the_evidence_of_a_run_is_that_of_its_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    with pytest.raises(InputError, match=r"mine holds no evidence: run \./run_all\.sh first"):
+        overview.run_evidence("mine")
+    numbers = {"estimate": 1.0, "ci_low": 0.0, "ci_high": 1.0, "n_pairs": 3, "n_topics": 3, "note": ""}
+    one, other = (
+        pd.DataFrame([{"model": "mine", "claim": "C1", "quantity": name, "variant": "main", **numbers}])
+        for name in ("TE T2", "late share")
+    )
+    files.write_table(one, tmp_path / "mine" / "02_evidence.csv")
+    files.write_table(pd.concat([other, one]), tmp_path / "mine" / "03_evidence.csv")
+    assert overview.run_evidence("mine")["quantity"].tolist() == ["TE T2", "late share"]
+    (tmp_path / "mine" / "03_evidence.csv").write_text("model,cl")
     with pytest.raises(InputError, match=r"03_evidence\.csv"):
-        found("torn")
+        overview.run_evidence("mine")

@@ -1,10 +1,11 @@
-"""Shards as processes of this machine and as jobs of submitit's local executor."""
+"""Sweeps shared among jobs of submitit: the local executor, and what is said of whatever goes wrong."""
 
 import importlib.util
-import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,78 +14,65 @@ from typing import Any
 import pytest
 from toys import environment
 
-from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
-from companion.run import cluster, flags, runner, shards
-from tests.nine_families import judge_folder
+from companion.run import flags, runner, shards
 
-FLAGS = {"MODEL": "full-0", "PROMPTS": "embedded", "SLUG": "shared", "DEVICE": "cpu", "DTYPE": "float32"}
-FLAGS |= {"PROFILE": "smoke", "PAIRS": 10}  # type: ignore[dict-item]
+WORDS = ["--model", "full-0", "--profile", "smoke", "--pairs", "10", "--name", "shared"]
+HAS_SUBMITIT = importlib.util.find_spec("submitit") is not None
+needs_submitit = pytest.mark.skipif(
+    not HAS_SUBMITIT, reason="submitit is not installed: python -m pip install -r requirements-cluster.in"
+)
+SHARE = """from companion.run import flags, runner, shards
+asked = flags.parse({words!r})
+print(shards.measure_shards(runner.make_plan(flags.resolved(asked)), ["01", "02", "03"], asked))"""
 
 
-def started(tmp_path: Path, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
+def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
+    """The sweeps of `WORDS` and these words in a process of its own, as ./run_all.sh measures them before its notebooks."""
+    code = SHARE.format(words=[*WORDS, "--executor", "local", *words])
     folders = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
-    variables = environment(**folders, **more)
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, check=False
-    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(**folders, PYTHONPATH=os.environ.get("PYTHONPATH", "")),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
 
 
-def test_processes_share_the_batches(tmp_path: Path) -> None:
-    code = f"from companion.run import shards; print(shards.measure({FLAGS!r}, 2, ['03']))"
-    first, second = (started(tmp_path, "-c", code).stdout.splitlines() for _ in range(2))
-    made = [int(line.split()[4]) for line in first[1:3]]
-    assert first[0] == "sweeps of 03 in 2 shards ..." and first[3] == "0"
-    assert min(made) > 0 and abs(made[0] - made[1]) <= 1
-    assert len(list((tmp_path / "results/shared/parts").rglob("*.parquet"))) == sum(made)
-    assert [line.split(": ")[1] for line in second[1:3]] == [f"0 batches measured, {n} were there" for n in made]
+@needs_submitit
+def test_jobs_on_this_machine_share_the_batches_and_end_with_the_runner(tmp_path: Path) -> None:
+    running = started(tmp_path, "--shards", "2")
+    parts = tmp_path / "results" / "shared" / "parts"
+    end = time.monotonic() + 120
+    while len(list(parts.rglob("*.zip"))) < 2:  # at work
+        assert time.monotonic() < end and running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    time.sleep(3)
+    n_before = len(list(parts.rglob("*.zip")))
+    time.sleep(3)
+    assert len(list(parts.rglob("*.zip"))) == n_before > 0, "a job goes on without its runner"
+    out, errors = started(tmp_path, "--shards", "2").communicate()
+    lines = out.splitlines()
+    assert lines[0].startswith("2 local jobs for the sweeps of 02, 03; logs in ") and lines[-1] == "True", errors
+    made, found = (sum(int(line.split()[place]) for line in lines[1:3]) for place in (6, 9))
+    assert made > 0 and found > 0
+    out, errors = started(tmp_path, "--shards", "3").communicate()  # another number finds the same parts
+    assert out.count(": 0 batches measured") == 3 and "Traceback" not in errors
 
 
-def test_a_shard_that_fails_is_named(tmp_path: Path) -> None:
-    code = f"from companion.run import shards; print(shards.measure({FLAGS | {'MODEL': 'nowhere'}!r}, 1, ['03']))"
-    done = started(tmp_path, "-c", code)
-    assert done.stdout.splitlines()[-1] == "1" and "shard_1: no model 'nowhere'" in done.stderr
-
-
-def test_a_shard_that_can_write_nothing_says_what_may_be_wrong(tmp_path: Path) -> None:
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
-    done = started(
-        tmp_path, "-c", f"{full}\nfrom companion.run import shards; print(shards.measure({FLAGS!r}, 1, ['03']))"
-    )
-    assert done.stdout.splitlines()[-1] == "1", done.stderr
-    assert "shard_1: its process ended with status 1 and wrote nothing into its log (is there room" in done.stderr
-
-
-def test_jobs_of_the_local_executor(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("submitit")
-    if spec is None or spec.origin is None:
-        pytest.skip("submitit is not installed: python -m pip install -r requirements-cluster.in")
-    there = {"PYTHONPATH": str(Path(spec.origin).parents[1])}  # it may lie outside the environment
-    words = ["--model", "full-0", "--profile", "smoke", "--pairs", "10", "--name", "shared", "--only", "03"]
-    done = started(
-        tmp_path, "-m", "companion.run.cluster", "--executor", "local", "--shards", "2", "--", *words, **there
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("batches measured, 0 were there") == 2
-    failing = started(
-        tmp_path, "-m", "companion.run.cluster", "--executor", "local", "--shards", "0", "--", *words, **there
-    )
-    assert "--shards 0: expected 1 to 1000" in failing.stderr and "Traceback" not in failing.stderr
-
-
-def test_wrong_settings_are_named() -> None:
-    with pytest.raises(InputError, match="expected KEY=VALUE"):
-        cluster.settings(["partition"])
+def test_without_submitit_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"--shards needs submitit: python -m pip install -r requirements-cluster\.in"):
+        shards.check_submitit()
 
 
 class Executor:
-    """submitit's executor, whose jobs are handed in by the test, and which says what it was asked for."""
-
-    asked: dict[str, Any]
+    """submitit's executor, whose jobs are handed in by the test, and which keeps what it was asked for."""
 
     def __init__(self, wrong: Exception | None, jobs: list[SimpleNamespace]) -> None:
-        self.wrong, self.jobs, self.asked, self.calls = wrong, jobs, {}, list[tuple[Any, ...]]()
+        self.wrong, self.jobs, self.asked, self.calls = wrong, jobs, dict[str, Any](), list[tuple[Any, ...]]()
 
     def update_parameters(self, **asked: Any) -> None:
         self.asked = asked
@@ -97,7 +85,7 @@ class Executor:
 
 
 def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
-    """A finished job, or one that failed, with its log."""
+    """A finished job, or one that failed, with its log; Ctrl-C comes while one is waited for."""
     path = tmp_path / f"{number}.err"
     path.write_text(log)
 
@@ -106,133 +94,106 @@ def job(tmp_path: Path, number: str, error: BaseException | None = None, log: st
             raise error
         return error
 
-    said = f"shard {number}: 3 batches measured, 0 were there"
     return SimpleNamespace(
-        job_id=number, paths=SimpleNamespace(stderr=path), exception=exception, result=lambda: said, cancel=lambda: None
+        job_id=number, paths=SimpleNamespace(stderr=path), exception=exception, result=lambda: f"shard {number}"
     )
 
 
 @pytest.fixture
-def submitit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Executor]:
-    """A stand-in for the library; what runs are made of is left to the real code, and no variable outlives the test."""
-    for name in (*cluster.launch.quiet(), "OMP_NUM_THREADS", hub.JUDGE, hub.TRUST):
+def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[bool, Executor]]:
+    """Measure the sweeps of a run by a stand-in for submitit on Slurm; no variable outlives the test."""
+    for name in shards.notebooks.DETERMINISTIC:
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    for module in (cluster, cluster.runner):
-        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(cluster.preflight, "check_pairs", lambda *asked: [f"pairs of {asked} looked at"])
-    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path)
 
-    def install(wrong: Exception | None = None, jobs: list[SimpleNamespace] | None = None) -> Executor:
-        executor = Executor(wrong, jobs or [])
+    def measure(*words: str, wrong: Exception | None = None, jobs: Any = ()) -> tuple[bool, Executor]:
+        executor = Executor(wrong, list(jobs))
         library = SimpleNamespace(AutoExecutor=lambda folder, cluster: executor)
         monkeypatch.setitem(sys.modules, "submitit", library)
-        return executor
+        asked = flags.parse([*WORDS, "--executor", "slurm", "--shards", "2", *words])
+        plan = runner.make_plan(flags.resolved(asked))
+        numbers = runner.with_needs(flags.chosen_notebooks(asked.only), plan.paths)
+        return shards.measure_shards(plan, numbers, asked), executor
 
-    return install
+    return measure
 
 
-WORDS = ["--shards", "2", "--", "--model", "full-0", "--profile", "smoke", "--name", "stub-of-a-cluster"]
+def test_jobs_are_given_what_a_run_is(shared: Callable[..., tuple[bool, Executor]], tmp_path: Path) -> None:
+    """`--only` leaves sweeps out that are not asked for, `--force` removes parts, and one thread goes to a shipped model."""
+    part = tmp_path / "shared" / "parts" / "one.zip"
+    part.parent.mkdir(parents=True)
+    part.write_text("a part")
+    words = ("--set", "timeout_min=5", "--set", "slurm_partition=gpu", "--only", "02")
+    done, executor = shared(*words, jobs=[job(tmp_path, "7_0"), job(tmp_path, "7_1")])
+    assert done and executor.asked == {"timeout_min": 5, "slurm_partition": "gpu"} and part.exists()
+    (parameters, wanted, shard, n, variables, watched), last = executor.calls
+    assert (parameters["MODEL"], wanted, shard, n, last[2]) == ("full-0", ["02"], 0, 2, 1)
+    assert (variables, watched) == ({"OMP_NUM_THREADS": "1"}, None)
+    assert shared("--only", "01")[1].calls == []
+    assert shared("--force", jobs=[])[0] and not part.exists()
+
+
+def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(shards.os, "cpu_count", lambda: 8)
+
+    def variables(device: str, executor: str = "local") -> list[dict[str, str]]:
+        return shards._variables({"DEVICE": device, "MODEL": "/my/model"}, executor, 4)
+
+    assert variables("cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
+    assert variables("cuda:1") == [{"CUDA_VISIBLE_DEVICES": "4,6"}]
+    assert variables("cpu") == [{"OMP_NUM_THREADS": "2"}] * 4
+    assert variables("cuda", "slurm") == [{}] * 4
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), 'Could not detect "srun"'),
-        (NameError("Parameter 'x' need to be prefixed.\nKnown executors: slurm, local"), "Parameter 'x' need to be"),
+        (
+            NameError("Parameter 'x' need to be prefixed.\nKnown executors: slurm"),
+            "Parameter 'x' need to be prefixed.;",
+        ),
         (AssertionError(), "submitted: AssertionError;"),
     ],
 )
-def test_what_keeps_jobs_from_being_submitted_is_one_line(
-    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], wrong: Exception, message: str
+def test_what_keeps_jobs_from_being_submitted_is_one_sentence(
+    shared: Callable[..., tuple[bool, Executor]], wrong: Exception, message: str
 ) -> None:
-    submitit(wrong)
-    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("companion.run.cluster: the jobs could not be submitted: ") and message in error
-    assert error.count("\n") == 1 and "Known executors" not in error
-
-
-def test_jobs_are_given_the_flags_of_a_run(
-    submitit: Callable[..., Executor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A judge and trust in foreign code reach the jobs by variables; --only leaves sweeps out that are not asked for."""
-    executor = submitit(jobs=[job(tmp_path, "7_0"), job(tmp_path, "7_1")])
-    judge = str(judge_folder(tmp_path / "judge"))
-    flags = ["--trust-remote-code", "--judge", judge, "--only", "02"]
-    assert cluster.main(["--set", "timeout_min=5", *WORDS, *flags]) == 0
-    assert executor.asked == {"timeout_min": 5}
-    assert "pairs of ('full-0', 'embedded', 0, 'smoke') looked at" in capsys.readouterr().out
-    (parameters, shard, n, wanted), last = executor.calls
-    assert (parameters["MODEL"], shard, n, wanted, last[1]) == ("full-0", 0, 2, ["02"], 1)
-    assert (hub.trusts_code(), os.environ[hub.JUDGE]) == (True, judge)
-    assert cluster.main([*WORDS, "--only", "01"]) == 0 and not hub.trusts_code()
-    with pytest.raises(InputError, match="--force behind -- means nothing here"):
-        cluster.main([*WORDS, "--force"])
-
-
-def test_while_jobs_are_waited_for_nobody_else_writes_into_the_run(
-    submitit: Callable[..., Executor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The second says so and submits nothing; Ctrl-C ends the waiting, and with it the lock."""
-    run = tmp_path / "results" / "stub-of-a-cluster"
-    executor = submitit(jobs=[job(tmp_path, "7_0")])
-    with runner.only_run(run):
-        assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 2
-    assert "stub-of-a-cluster: wait, or choose --name" in capsys.readouterr().err and not executor.calls
-
-    def second() -> BaseException:
-        with pytest.raises(InputError, match="another run is writing"), runner.only_run(run):
-            pass
-        raise KeyboardInterrupt
-
-    executor.jobs[0].exception = second
-    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 130
-    assert "its jobs go on" in capsys.readouterr().err and executor.calls
-    with runner.only_run(run):
-        pass
-
-
-def test_names_are_resolved_before_a_job_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the device there, all is fetched; without it, the caches must have it, and a sentence says what they lack."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "companion"))
-    monkeypatch.setattr(cluster.inputs, "fetched", lambda found, given: {**found, "MODEL": "fetched"})
-    assert cluster.ready(flags.flags(["--model", "org/tiny"]))["MODEL"] == "fetched"
-    for words, message in (
-        (["--model", "org/tiny"], "org/tiny is not in the hub's cache yet"),
-        (["--model", "full-0", "--judge", "org/judge"], "org/judge is not in the hub's cache yet"),
-        (["--model", "full-0", "--prompts", "xstest"], "the prompt set xstest is not made for full-0 yet"),
-    ):
-        with pytest.raises(InputError, match=message):
-            cluster.ready(flags.flags([*words, "--device", "cuda:99"]))
-    hub.choose_judge(None)
+    with pytest.raises(InputError, match=r"the jobs could not be submitted: .*see --set and --executor") as error:
+        shared(wrong=wrong)
+    assert message in str(error.value)
 
 
 def test_a_failed_job_says_why_and_where_its_log_is(
-    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shared: Callable[..., tuple[bool, Executor]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    log = "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n\n--- end ---\n"
-    said = "Job 7_1 (task: 0) with path p\nhas not produced any output (state: FAILED)"
-    failed = [job(tmp_path, "7_0", RuntimeError("long"), log), job(tmp_path, "7_1", RuntimeError(said))]
-    submitit(jobs=failed)
-    assert cluster.main(WORDS) == 1
+    logs = (
+        "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n",
+        "Traceback\n  File x\ncompanion.base.errors.InputError: no model\n\nsee above",
+    )
+    said = "Job 7_2 (task: 0) with path p\nhas not produced any output (state: FAILED)"
+    jobs = [job(tmp_path, f"7_{n}", RuntimeError("long"), log) for n, log in enumerate(logs)]
+    assert not shared(jobs=[*jobs, job(tmp_path, "7_2", RuntimeError(said))])[0]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "job 7_0: torch.OutOfMemoryError: no room" and lines[1].endswith(str(tmp_path / "7_0.err"))
-    assert lines[2] == "job 7_1: Job 7_1 (task: 0) with path p" and lines[4].startswith("2 of 2 jobs failed")
+    assert lines[0] == "job 7_0: torch.OutOfMemoryError: no room" and lines[1].endswith("7_0.err")
+    assert lines[2] == "job 7_1: no model" and lines[4].startswith("job 7_2: has not produced any output")
 
 
-def test_ctrl_c_is_a_line_that_says_what_becomes_of_the_jobs(
-    submitit: Callable[..., Executor], capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_nobody_writes_meanwhile_and_ctrl_c_says_that_jobs_of_slurm_go_on(
+    shared: Callable[..., tuple[bool, Executor]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    submitit(jobs=[job(tmp_path, "7_0", KeyboardInterrupt())])
-    assert flags.run_with_flags("companion.run.cluster", cluster.main, WORDS) == 130
-    assert "stopped; its jobs go on (scancel 7 ends them)" in capsys.readouterr().err
-    assert flags.run_with_flags("companion.run.cluster", cluster.main, ["--executor", "local", *WORDS]) == 130
-    assert "stopped; so are its jobs; what finished is kept" in capsys.readouterr().err
+    def second() -> BaseException:
+        with pytest.raises(InputError, match="another run is writing"), runner.only_run(tmp_path / "shared"):
+            pass
+        raise KeyboardInterrupt
 
-
-def test_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert shards.processes("cuda", 8) == 2
-    assert [shards.gpu("cuda", shard) for shard in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "46"]
-    assert json.dumps(shards.gpu("cpu", 1)) == "{}"
+    waiting = job(tmp_path, "7_0")
+    waiting.exception = second
+    with pytest.raises(KeyboardInterrupt):
+        shared(jobs=[waiting])
+    assert "its jobs go on (scancel 7 ends them)" in capsys.readouterr().err
+    with runner.only_run(tmp_path / "shared"), pytest.raises(InputError, match="another run is writing"):
+        shared()
