@@ -83,7 +83,7 @@ def test_the_pipeline_gives_the_rows_of_the_notebooks() -> None:
     organism = gated_organism()
     this = few_pairs(organism)
     layers = measure_layers(this, organism.name)
-    modules = estimands.with_difference(sweeps.module_effects(this), this.twins)
+    modules = estimands.with_difference(sweeps.run_sweep(this, "modules")["effects"], this.twins)
     rows = layers.evidence + evidence_c2(layers.effects, modules, organism.name, control_models.normalisations(this))
     rows += neurons.neuron_evidence(neurons.measure_neurons(this), organism.name)
     mine = measured_organism().rows.set_index(KEYS)

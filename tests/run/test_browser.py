@@ -62,11 +62,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    variables = cli.environment() | {f"JUPYTER_{name}": str(home / name) for name in FOLDERS}
+    variables = cli.lab_environment() | {f"JUPYTER_{name}": str(home / name) for name in FOLDERS}
     variables |= {f"JUPYTERLAB_{name}_DIR": str(home / name) for name in ("WORKSPACES", "SETTINGS")}
     options = ("--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}")
     with (home / "log").open("w") as log:
-        command = cli.command(home / "repository", cli.FIRST, *options)
+        command = cli.lab_command(home / "repository", *options)
         server = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=home / "repository")
     try:
         yield Served(home / "repository", wait_for(f"http://127.0.0.1:{port}", server))
@@ -139,9 +139,9 @@ def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
     (kernel / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "mine", "language": "python"}')
     ask = "from jupyter_client.kernelspec import get_kernel_spec as g; print(g('python3').argv[0])"
     seen = []
-    for variables in (cli.environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
+    for variables in (cli.lab_environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
         done = subprocess.run(
-            [cli.command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
+            [cli.lab_command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
             check=True,
         )  # fmt: skip
         seen.append(done.stdout.strip())

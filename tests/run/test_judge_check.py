@@ -64,25 +64,13 @@ def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:
     assert "T1, complied: labelled 0.45" in line and f"corrected 0.50 [{low:.2f}, {high:.2f}]" in line
 
 
-def test_a_mistake_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for words, message in (
-        (["--sample", "5", "--labels", "x"], "not allowed with"),
-        (["--labels", str(tmp_path / "none.csv"), *FLAGS], "no labels at"),
-        (["--sample", "0", *FLAGS], "--sample 0: expected at least 1"),
-        (["--sample", "5", *FLAGS, "--models", "x.yml"], "--models behind -- means nothing here"),
-        ([], "one of the arguments --sample --labels is required"),
-    ):
-        with pytest.raises(InputError, match=message):
-            judge_check.main(words)
-
-
 def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Foreign code is trusted only if typed, and a judge's folder counts from where it was typed."""
     seen: list[tuple[bool, str | None]] = []
     monkeypatch.setattr(
         judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))) or 0
     )
-    monkeypatch.setattr(judge_check.inputs, "fetched", lambda found, given: found)
+    monkeypatch.setattr(judge_check.settings, "fetched", lambda found, given: found)
     monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv(hub.TRUST, "1")
     monkeypatch.setenv(hub.JUDGE, "left from before")
@@ -93,22 +81,32 @@ def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: 
     assert seen == [(False, None), (True, str(tmp_path / "judge"))]
 
 
-def test_what_goes_wrong_with_a_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(_: object) -> int:
-        raise OSError(28, "No space left on device")
+MISTAKES = {
+    "--sample 5 --labels x": "not allowed with",
+    "--labels nowhere.csv -- --model full-0": "no labels at",
+    "--sample 0 -- --model full-0": "--sample 0: expected at least 1",
+    "--sample 5 -- --model full-0 --models x.yml": "--models behind -- means nothing here",
+    "--sample 5 -- --model nowhere": "no model 'nowhere'",
+    "--sample 5 -- --model .": "is no model folder: it has no config.json",
+    "--sample 5 -- --model full-0 --judge nowhere": "no model 'nowhere'",
+    "": "one of the arguments --sample --labels is required",
+}
 
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    assert flags.run_with_flags("judge_check", judge_check.main, words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("judge_check: ") and MISTAKES[words] in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"), [(OSError(28, "full"), 2, "full: mend that;"), (KeyboardInterrupt(), 130, "stopped;")]
+)
+def test_what_comes_in_between_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, said: str
+) -> None:
     def stopped(_: object) -> int:
-        raise KeyboardInterrupt
+        raise error
 
-    for words, message in (
-        (["--sample", "5", "--", "--model", "nowhere"], "no model 'nowhere'"),
-        (["--sample", "5", "--", "--model", str(tmp_path)], "is no model folder: it has no config.json"),
-        (["--sample", "5", *FLAGS, "--judge", "nowhere"], "no model 'nowhere'"),
-    ):
-        assert flags.run_with_flags("judge_check", judge_check.main, words) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("judge_check: ") and message in error and error.count("\n") == 1
-    assert flags.run_with_flags("judge_check", full, []) == 2 and "No space left" in capsys.readouterr().err
-    assert (
-        flags.run_with_flags("judge_check", stopped, []) == 130 and "judge_check: stopped;" in capsys.readouterr().err
-    )
+    assert flags.run_with_flags("judge_check", stopped, []) == status and said in capsys.readouterr().err
