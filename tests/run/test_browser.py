@@ -141,8 +141,8 @@ def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
     seen = []
     for variables in (cli.lab_environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
         done = subprocess.run(
-            [cli.lab_command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
-            check=True,
+            [cli.lab_command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, check=True,
+            capture_output=True, text=True,
         )  # fmt: skip
         seen.append(done.stdout.strip())
     assert seen[1] == "/nowhere/python" != seen[0], "the second line shows that the kernel elsewhere would have won"

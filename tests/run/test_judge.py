@@ -230,8 +230,8 @@ def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
 ) -> None:
     """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
     folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
-    judge = memory.needs(memory.on_meta(folder, torch.bfloat16), copies=1)
-    together = judge.total + memory.needs(memory.on_meta(model, torch.float32)).total
+    judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
+    together = judge.total + memory.run_memory(memory.on_meta(model, torch.float32)).total
     assert judge.copies == judge.weights
     monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
@@ -250,8 +250,8 @@ def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
 def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A room on another GPU is none for a judge: it is loaded where the model's embedding lies."""
     folder = judge_folder(tmp_path)
-    model = memory.needs(memory.on_meta(folders.model_folder("full-0"), torch.float32))
-    judge = memory.needs(memory.on_meta(folder, torch.bfloat16), copies=1)
+    model = memory.run_memory(memory.on_meta(folders.model_folder("full-0"), torch.float32))
+    judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
     free = {"cuda": model.total, "cuda:0": model.total + judge.total, "cuda:1": 10**12, "cpu": 0}
     monkeypatch.setattr(memory, "USABLE", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
