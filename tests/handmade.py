@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers as hf
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from companion.model.architecture import Subject
@@ -59,6 +59,18 @@ def byte_tokenizer(template: str = TEMPLATE, merges: tuple[tuple[str, str], ...]
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    made.chat_template = template
+    return made
+
+
+def sentencepiece(words: tuple[str, ...], template: str = BARE) -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: a blank (▁) is part of the word behind it, and decoding drops the first one."""
+    merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
+    pieces = ["<unk>", "<s>", "</s>", *sorted({*"".join(words), *"▁x[]"}), *(left + right for left, right in merges)]
+    bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     made.chat_template = template
     return made
 

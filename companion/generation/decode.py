@@ -22,9 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from companion.generation.forward import BATCH, Steer, Switch, buckets, encode, read_prompts
-from companion.model import load
 from companion.model.activations import model_inputs
-from companion.model.architecture import Subject
+from companion.model.architecture import Subject, end_tokens
 
 DROP: Final = 0.75  # share of answers that go on, below which the ended ones are taken out of the batch
 # The chosen token of each row [row], from logits [row, vocab], the places of the rows in the list of prompts, and the step.
@@ -122,7 +121,7 @@ def answers(
     Prompts whose gate stays shut have the plain model's answer, taken from `unsteered` if that is given. Where no answer
     token is steered, prompts of several lengths are answered together.
     """
-    ends = torch.tensor(load.end_tokens(subject), device=subject.device)
+    ends = torch.tensor([*end_tokens(subject)], device=subject.device)
     said = partial(decode, subject, steps=steps, ends=ends, choose=partial(_choose, draws))
     ids, waiting = np.zeros((len(texts), steps), dtype=int), list[Begun]()
     # Where answer tokens are the plain model's, they can be computed when the switch is off again.
@@ -164,7 +163,7 @@ def answers_at_once(
     system: str = "",
 ) -> Answers:
     """`answers` with all prompts in one padded batch that is read from the bottom: as a server would, to be timed."""
-    ends = torch.tensor(load.end_tokens(subject), device=subject.device)
+    ends = torch.tensor([*end_tokens(subject)], device=subject.device)
     rows = [torch.tensor(encode(subject, text, system)) for text in texts]
     length = torch.tensor([len(row) for row in rows], device=subject.device)
     real = torch.arange(int(length.max()), device=subject.device) >= length.max() - length[:, None]
@@ -186,7 +185,7 @@ def greedy_answers(
 
     Hooks of the caller act in every call: the first reads the prompts, each later one a token of every row.
     """
-    ends = torch.tensor(load.end_tokens(subject), device=ids.device)
+    ends = torch.tensor([*end_tokens(subject)], device=ids.device)
     out = subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     length = torch.full((len(ids),), out.past_key_values.get_seq_length(), device=ids.device)
     begun = Begun(np.arange(len(ids)), out.logits[:, -1], out.past_key_values, length)

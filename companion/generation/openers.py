@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from companion.base import chat
 from companion.base.errors import InputError
 from companion.base.files import hash_file, write_json, write_text
 from companion.generation import decode, forward
@@ -31,6 +32,7 @@ MIN_SIDE = 5
 COVERED = 0.95  # of the probability of the openers of one kind
 FLOOR = 0.005
 MOST = 20
+ALWAYS = 0.95  # the mean share of one first token, from which it opens answers and refusals alike
 JOINT = 0.8  # below it Y1 sees too little of the model's behaviour
 CHECKED = ".checked"  # sha256 of the outcome.json last shown; hidden, so that it is no part of the prompts
 
@@ -66,6 +68,16 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
     file in which the user may name them instead.
     """
     remedy = f'write {{"comply": [...], "refuse": [...]}} of your own into {own}, then the same command'
+    probabilities = first_token_probabilities(subject, texts)
+    share, token = probabilities.mean(0).max(0)
+    if share > ALWAYS:
+        opener = _text_behind_a_prompt(subject, int(token))
+        raise InputError(
+            f"the model opens every answer, refusal or not, with {opener!r} (share {float(share):.2f}), so its first token "
+            "decides nothing. If it thinks before it answers, take its version without thinking, or change "
+            "chat_template.jinja so that the prompt ends behind the thought (<think></think>); if it opens with a fixed "
+            "phrase, let the prompt end behind that phrase"
+        )
     made = decode.answers(subject, texts, STEPS)
     refused = np.array([is_refusal(text) for text in decode.answer_texts(subject, made)])
     for count, what in ((refused.sum(), "refused"), ((~refused).sum(), "answered")):
@@ -74,11 +86,15 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
                 f"the model {what} {count} of {len(texts)} prompts, so its first words then are not known: {remedy}, or "
                 "use another set"
             )
-    probabilities = first_token_probabilities(subject, texts)
     comply, refuse = sort_openers(probabilities, torch.tensor(refused))
     strings = [_strings(subject, ids) for ids in (comply, refuse)]
     if not all(strings):
-        raise InputError(f"the model's first tokens cannot be written as text: {remedy}")
+        lost = (comply, refuse)[0 if not strings[0] else 1]
+        shown = ", ".join(repr(_text_behind_a_prompt(subject, token)) for token in lost[:3])
+        raise InputError(
+            f"no text behind the prompt is read as one of the first tokens of its answers ({shown}), since the tokenizer joins "
+            f"them with what stands before: {remedy}"
+        )
     held = joint_probability(probabilities, [id for side in strings for id in side])
     return FoundOpeners(tuple(strings[0].values()), tuple(strings[1].values()), held, int(refused.sum()), len(texts))
 
@@ -128,15 +144,21 @@ def _likely_openers(own: Float[Tensor, "vocab"], other: Float[Tensor, "vocab"]) 
 def _strings(subject: Subject, ids: Sequence[int]) -> dict[int, str]:
     """Each token's text, where that text behind a prompt is read as this very token."""
     assert subject.tokenizer is not None
-    context = tokens.render_prompt(subject.tokenizer, "x")
+    context = chat.render_prompt(subject.tokenizer, "x")
     before = subject.tokenizer(context, add_special_tokens=False)["input_ids"]
     found: dict[int, str] = {}
     for token in ids:
-        text = subject.tokenizer.decode([token])
+        text = _text_behind_a_prompt(subject, token)
         whole = subject.tokenizer(context + text, add_special_tokens=False)["input_ids"]
         if text and whole[: len(before)] == before and whole[len(before) :][:1] == [token]:
             found[token] = text
     return found
+
+
+def _text_behind_a_prompt(subject: Subject, token: int) -> str:
+    """What the token adds to a prompt; on its own, SentencePiece would drop its blank."""
+    assert subject.tokenizer is not None
+    return chat.token_text(subject.tokenizer, tokens.encode(subject.tokenizer, "x")[0], token)
 
 
 def ensure_openers(

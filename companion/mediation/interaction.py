@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,9 @@ from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
 from companion.model import memory, replay
-from companion.model.activations import CleanRun, on_output
+from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, returning
+from companion.model.interventions import Patch, component_output
 from companion.prompts.tokens import TokenPair
 
 VARIANTS = tuple(one for one in summaries.VARIANTS if one.name not in ("full response", "norm frozen"))
@@ -48,24 +47,6 @@ def interaction_output(
     additive = sum((sign * ahead[name] for name, sign in SIGNS.items()), torch.zeros_like(ahead["00"]))
     summed = sum((sign * runs[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
     return component_output(subject, runs["11"], site, layer, additive) - summed
-
-
-def component_output(
-    subject: Subject, run: CleanRun, site: str, layer: int, hidden: Float[Tensor, "pair pos d"]
-) -> Float[Tensor, "pair pos d"]:
-    """What a component writes if it reads `hidden`: the library's own block, called with the run's mask and positions."""
-    parts = subject.layers[layer]
-    seen: list[Tensor] = []
-    with torch.no_grad(), ExitStack() as stack:
-        written = parts.attn_write if site == "attn_out" else parts.mlp_write
-        stack.enter_context(on_output(written, seen.append))
-        if site == "mlp_out":  # attention adds nothing to what is handed in
-            nothing = torch.zeros_like(hidden)
-            stack.enter_context(returning(parts.attn, (nothing, None)))
-            if parts.attn_post is not None:
-                stack.enter_context(returning(parts.attn_post, nothing))
-        parts.block(hidden, **run.calls[layer])
-    return seen[0]
 
 
 def interaction_effects(study: Study) -> pd.DataFrame:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from companion.model import activations, readout, replay
 from companion.model.activations import CleanRun
-from companion.model.architecture import Subject
+from companion.model.architecture import Subject, end_tokens
 from companion.model.interventions import Patch
-from companion.model.load import end_tokens
 from companion.prompts.tokens import Openers
 
 STEPS = 24  # tokens of an answer
@@ -122,7 +121,7 @@ def opened_with(
     likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
     openers = [camp[int(at)] for camp, at in zip(camps, torch.stack(likeliest).tolist(), strict=True)]
     text = torch.tensor(openers, device=prompt.device)[:, None]
-    ends = torch.tensor(end_tokens(subject), device=prompt.device, dtype=prompt.dtype)
+    ends = torch.tensor([*end_tokens(subject)], device=prompt.device, dtype=prompt.dtype)
     while text.shape[1] < steps and not torch.isin(text, ends).any(-1).all():
         out = subject.model(text[:, -1:], past_key_values=out.past_key_values, use_cache=True)
         text = torch.cat([text, out.logits[:, -1:].argmax(-1)], dim=1)

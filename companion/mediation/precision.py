@@ -52,7 +52,8 @@ def describe_precision(study: Study) -> str:
 
 def tolerance(study: Study) -> float:
     """How far two routes to the same effect may lie apart, relative to the total effect: rounding, not a mistake."""
-    return 0.2 if study.subject.dtype == torch.bfloat16 else 1e-4
+    facts = study.subject.facts
+    return 1e-4 if facts is None else facts.tolerance
 
 
 def noise_floor(study: Study, site: str) -> PrecisionNoise:

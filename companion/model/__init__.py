@@ -3,5 +3,6 @@ It knows tokens and activations but no prompts; every fast path is held equal to
 
 Public: load (a model by name), download (from the hub), architecture (a model's parts), activations (clean runs and hooks),
 interventions (patches), propagation (the grid of cells), replay (effects of patches), reference (the same by full forward
-passes), readout (logits), memory (sizes and placement), verify (the check of every model).
+passes), readout (logits), memory (sizes and placement), verify (the check of every model), facts (what it
+found).
 """

@@ -13,7 +13,7 @@ that wait in the processor's memory come for each call instead.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from companion.base.chat import end_of_turn
 from companion.base.errors import InputError
+from companion.model.facts import ModelFacts
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
 WAITING = ("cpu", "disk")
@@ -53,8 +55,11 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
 
 def weight_here(module: nn.Module) -> Tensor:
     """A projection's weight, moved to where the activations are."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise InputError(
+            f"{type(module).__name__} holds no plain weight matrix, so what it writes cannot be told by entry"
+        )
     if weight.is_meta:
         with align_module_device(module):
             weight = module.get_parameter("weight")
@@ -102,7 +107,8 @@ class LayerParts:
 class Subject:
     """A language model: the library's own modules by name, its sizes, and the sha256 of its weights.
 
-    `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly.
+    `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly. `facts` is what
+    the load check found; None for a model that was not checked.
     """
 
     name: str
@@ -118,6 +124,7 @@ class Subject:
     post_norm: bool
     sha256: str
     replayable: bool = True
+    facts: ModelFacts | None = None
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +175,24 @@ def find_parts(
         post_norm=layers[0].attn_post is not None,
         sha256=sha256 or hash_tensors(model),
     )
+
+
+def end_tokens(subject: Subject) -> dict[int, tuple[str, ...]]:
+    """The tokens that end an answer, and who names each: generation config, tokenizer, chat template.
+
+    A generation config alone is not enough: in many chat models it names the end of a text and not that of a turn, and
+    answers then run on into an invented dialogue.
+    """
+    configured = subject.model.generation_config.eos_token_id
+    places: dict[str, Sequence[int]] = {
+        "generation config": [configured] if isinstance(configured, int) else list(configured or [])
+    }
+    if subject.tokenizer is not None:
+        own = subject.tokenizer.eos_token_id
+        places["tokenizer"] = [] if own is None else [int(own)]
+        places["chat template"] = end_of_turn(subject.tokenizer, str(subject.tokenizer.chat_template or ""))
+    ids = dict.fromkeys(token for found in places.values() for token in found)
+    return {token: tuple(name for name, found in places.items() if token in found) for token in ids}
 
 
 def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:

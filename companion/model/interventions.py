@@ -225,6 +225,29 @@ def _finish_layer(
     return list(out.split([len(cols[i]) for i in chosen], dim=1))
 
 
+@torch.no_grad()
+def component_output(
+    subject: Subject, run: CleanRun, site: str, layer: int, hidden: Float[Tensor, "pair pos d"]
+) -> Float[Tensor, "pair pos d"]:
+    """What attention (`attn_out`) or MLP (`mlp_out`) writes if it reads the residual stream `hidden`.
+
+    The library's own block is called, with the run's mask and positions. Of blocks whose MLP reads the stream behind
+    attention; the load check refuses others.
+    """
+    parts = subject.layers[layer]
+    seen: list[Tensor] = []
+    with ExitStack() as stack:
+        written = parts.attn_write if site == "attn_out" else parts.mlp_write
+        stack.enter_context(on_output(written, seen.append))
+        if site == "mlp_out":  # attention adds nothing to what is handed in
+            nothing = torch.zeros_like(hidden)
+            stack.enter_context(returning(parts.attn, (nothing, None)))
+            if parts.attn_post is not None:
+                stack.enter_context(returning(parts.attn_post, nothing))
+        parts.block(hidden, **run.calls[layer])
+    return seen[0]
+
+
 def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """For a while the module computes nothing and returns `output`."""
     return _forward(module, lambda *args, **kwargs: output)

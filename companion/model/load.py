@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
-from companion.model.verify import check_sites, clean_pair, verify
+from companion.model.verify import check_sites, clean_pair, read_facts, verify
 
+# Buffers that old checkpoints hold and the library makes anew.
+HARMLESS = ("masked_bias", "position_ids", "rotary_emb.inv_freq", "attn.bias")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -34,23 +38,30 @@ def load(
 ) -> Subject:
     """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
-    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
-    is for screening, and `companion.mediation.control_models.precision_noise` measures what it does to effects. On a
-    GPU float32 products are computed in full float32 (no TF32). `copies` is that of `memory.run_memory`.
+    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
+    converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
+    `companion.mediation` measures what it does to effects (`precision_noise`). On a GPU float32 products are computed in
+    full float32 (no TF32). `copies` is that of `memory.run_memory`.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
-            unknown architecture, too large for memory, missing tensors, or a model that cannot be replayed exactly
-            (see `from_model`).
+            unknown architecture, too large for memory, missing or unused tensors, an adapter that does not fit or lies
+            beside the weights unasked, or a model that cannot be replayed exactly (see `from_model`).
     """
-    folder = _folder(name)
+    base, adapter = folders.split_adapter(str(name))
+    folder = _folder(base)
     folders.check_folder(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    model = _quiet(_load_model(folder, DTYPES[dtype], _device(device), copies))
-    sha256 = hash_files(folder.glob("*.safetensors"))
+    files = list(folder.glob("*.safetensors"))
+    if adapter is None:
+        model = _load_model(folder, DTYPES[dtype], _device(device), copies)
+    else:
+        model = _load_merged(folder, adapter, DTYPES[dtype], _device(device), copies)
+        files.append(adapter / folders.ADAPTER_WEIGHTS)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    return _checked(find_parts(model, tokenizer, str(name), sha256), allow_slow)
+    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(files))
+    return _checked(found, allow_slow, "" if adapter is None else str(adapter))
 
 
 def from_model(
@@ -77,15 +88,18 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
-    model = model.to(subject.dtype)
-    where = getattr(subject.model, "hf_device_map", {})
-    if len(set(where.values())) > 1:  # as the model's own layers, some lie elsewhere
-        model = dispatch_model(model, where, main_device=str(subject.device))
-        architecture.connect(model, where)
-    else:
-        model = model.to(subject.device)
+    model = _placed(model.to(subject.dtype), getattr(subject.model, "hf_device_map", {}), subject.device)
     twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
-    return replace(twin, replayable=subject.replayable)
+    return replace(twin, replayable=subject.replayable, facts=subject.facts)
+
+
+def _placed(model: PreTrainedModel, where: Mapping[str, str], device: torch.device) -> PreTrainedModel:
+    """A model in the processor's memory, brought to its device; layers that `where` puts elsewhere lie there."""
+    if len(set(where.values())) < 2:
+        return model.to(device)
+    model = dispatch_model(model, where, main_device=str(device))
+    architecture.connect(model, where)
+    return model
 
 
 def bridge(subject: Subject) -> Any:
@@ -108,16 +122,16 @@ def bridge(subject: Subject) -> Any:
     )  # fmt: skip
 
 
-def _checked(subject: Subject, allow_slow: bool) -> Subject:
+def _checked(subject: Subject, allow_slow: bool, adapter: str = "") -> Subject:
     try:
-        verify(subject)
+        noise = verify(subject)
     except InputError as error:
         if not allow_slow:
             raise
-        check_sites(subject, clean_pair(subject)[0])
+        noise = check_sites(subject, clean_pair(subject)[0])
         warnings.warn(f"{error}; going on with one full forward pass per intervention", stacklevel=3)
-        return replace(subject, replayable=False)
-    return subject
+        return replace(subject, replayable=False, facts=read_facts(subject, noise, replay=False, adapter=adapter))
+    return replace(subject, facts=read_facts(subject, noise, replay=True, adapter=adapter))
 
 
 def _folder(name: str | Path) -> Path:
@@ -151,9 +165,44 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
+    unused = sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS))
+    if unused:
+        raise InputError(
+            f"{folder}: {len(unused)} tensors of its weights have no place in the model that its config.json describes, among "
+            f"them {unused[0]}; take the config.json that belongs to these weights"
+        )
     if where:
         architecture.connect(model, where)
     return model
+
+
+def _load_merged(
+    folder: Path, adapter: Path, dtype: torch.dtype, device: torch.device, copies: float | None
+) -> PreTrainedModel:
+    """The model with a LoRA adapter added to its weights: loaded and merged in float32, then converted."""
+    from peft import PeftModel, get_peft_model_state_dict  # a second, and few runs have an adapter
+
+    folders.check_adapter(adapter)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
+    model = _load_model(folder, torch.float32, torch.device("cpu"), copies)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what does not fit is looked for below
+            merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        held, known = load_file(adapter / folders.ADAPTER_WEIGHTS), get_peft_model_state_dict(merged)
+        strangers = sorted(set(held) ^ set(known))
+        if strangers:
+            raise InputError(
+                f"{adapter} does not belong to {folder}: {len(strangers)} of its tensors or of the model's have no "
+                f"counterpart, among them {strangers[0]}; give the adapter that was trained on this model"
+            )
+        model = merged.merge_and_unload()
+    except InputError:
+        raise
+    except Exception as error:  # a foreign or damaged adapter makes the library raise anything
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{adapter} cannot be merged into {folder}: {line}; was it trained on this model?") from error
+    return _placed(model.to(dtype), where or {}, device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -205,9 +254,3 @@ def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:
             f"{subject.name} reads at most {most} tokens, and {what} takes up to {longest}: leave the longest prompts out, "
             "or use a model that reads more"
         )
-
-
-def end_tokens(subject: Subject) -> list[int]:
-    """The tokens with which the model ends an answer; none where its generation config names none."""
-    configured = subject.model.generation_config.eos_token_id
-    return [configured] if isinstance(configured, int) else list(configured or [])

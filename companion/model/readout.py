@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from companion.base.errors import InputError
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 
+EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that do not say theirs
+SMALL = 1e-3  # a scale at which epsilon matters
 VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a processor's cache
 
 
@@ -69,26 +72,45 @@ def _unembed(
     return result if subject.soft_cap is None else subject.soft_cap * torch.tanh(result / subject.soft_cap)
 
 
-def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"] | None, float]:
-    """Gain, bias and epsilon of a LayerNorm or RMSNorm. Gemma stores the gain's distance from 1."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    bias = getattr(norm, "bias", None)
-    probe = torch.ones_like(weight) * torch.arange(1, len(weight) + 1, device=weight.device) % 7 - 3.0
-    tolerance = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
-    with torch.no_grad():
-        wanted = norm(probe)
-        for gain in (weight, 1 + weight):
-            guess = gain * (probe - is_centred(norm) * probe.mean()) * inverse_scale(norm, probe, float(eps or 0))
-            if torch.allclose(guess + (0 if bias is None else bias), wanted, rtol=tolerance, atol=tolerance):
-                return gain, bias, float(eps or 0)
+@torch.no_grad()
+def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "..."], Float[Tensor, "d"] | None, float]:
+    """Gain, bias and epsilon of a LayerNorm or RMSNorm; found by trying, since families store them in their own ways.
+
+    Gemma stores the gain's distance from 1. A norm without weights (OLMo 1) has the gain 1, a single number. A norm that
+    does not say its epsilon is tried with the usual ones.
+
+    Raises:
+        InputError: the module computes something else.
+    """
+    weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
+    named = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    probe = _probe(norm)
+    tolerance = max(1e-3, 4 * torch.finfo(probe.dtype).eps)
+    gains = (torch.ones((), dtype=probe.dtype),) if weight is None else (weight, 1 + weight)
+    for gain, eps in itertools.product(gains, EPSILONS if named is None else (float(named),)):
+        for x in (probe, SMALL * probe):  # at a small scale a wrong epsilon shows
+            centred = x - x.mean() if is_centred(norm) else x
+            guess = gain * centred * inverse_scale(norm, x, eps) + (0 if bias is None else bias)
+            if not torch.allclose(guess, norm(x), rtol=tolerance, atol=tolerance):
+                break
+        else:
+            return gain, bias, eps
     raise InputError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm that this module knows")
 
 
+@torch.no_grad()
 def is_centred(norm: nn.Module) -> bool:
-    """True for LayerNorm, which subtracts the mean."""
-    return isinstance(norm, nn.LayerNorm)
+    """True for a norm that subtracts the mean, as LayerNorm does: a shift of all entries does not change its output."""
+    probe = _probe(norm)
+    plain = norm(probe)
+    return torch.allclose(norm(probe + 1), plain, rtol=0, atol=0.1 * float(plain.std()))
+
+
+def _probe(norm: nn.Module) -> Float[Tensor, "d"]:
+    """A vector of small whole numbers, of the norm's width, place and precision; without weights any width will do."""
+    weight = getattr(norm, "weight", None)
+    like = weight if isinstance(weight, Tensor) else torch.ones(*getattr(norm, "normalized_shape", (16,)))
+    return torch.ones_like(like) * torch.arange(1, len(like) + 1, device=like.device) % 7 - 3.0
 
 
 def inverse_scale(norm: nn.Module, resid: Float[Tensor, "... d"], eps: float) -> Float[Tensor, "... 1"]:

@@ -1,20 +1,26 @@
-"""The check of every model before it is used: are its sites what they are called, and does the grid replay it exactly?
+"""The check of every model before it is used: it asserts what later code assumes, by calling what later code calls.
 
-Every comparison is written so that NaN fails it.
+Are the sites what they are called, does each part read and write what its name says, and does the replay give what the
+plain library gives? Every comparison is written so that NaN fails it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from companion.base.chat import template_facts
 from companion.base.errors import InputError
 from companion.model import reference, replay
 from companion.model.activations import CleanRun, clean_run
-from companion.model.architecture import Subject
-from companion.model.interventions import Patch, position_mask, projection
-from companion.model.readout import logits
+from companion.model.architecture import Subject, end_tokens, written_vectors
+from companion.model.facts import ModelFacts
+from companion.model.interventions import Patch, component_output, position_mask, projection
+from companion.model.readout import frozen_norm, is_centred, logits
 
 # Share of the largest compared value; the library's float64 casts to float32 inside its norms.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -27,18 +33,37 @@ SLOW_HINT = "load it with allow_slow=True to use one full forward pass per inter
 
 
 @torch.no_grad()
-def verify(subject: Subject) -> None:
+def verify(subject: Subject) -> float:
     """Compares kept activations and replayed interventions with the plain library, on random tokens.
 
+    Returns the largest difference found, as a share of the largest value compared: the model's rounding noise.
+
     Raises:
-        InputError: a site is not what its name says (residual identity, logits), or the grid cannot replay the model.
+        InputError: a site is not what its name says (residual identity, logits), a part reads something else than later
+            code hands it, or the replay does not give the model's numbers.
     """
-    base, source = clean_pair(subject)
-    check_sites(subject, base)
-    reason = grid_refusal(subject)
+    reason = replay_refusal(subject)
     if reason is not None:
         raise InputError(f"{subject.name}: {reason}, or {SLOW_HINT}")
-    check_replay(subject, base, source)
+    with _explained(subject, "could not be run on random tokens", _UNKNOWN):
+        base, source = clean_pair(subject)
+    noise = check_sites(subject, base)
+    with _explained(subject, "cannot be replayed from one of its layers", SLOW_HINT):
+        return max(noise, check_replay(subject, base, source))
+
+
+@contextmanager
+def _explained(subject: Subject, what: str, hint: str) -> Iterator[None]:
+    """Whatever an architecture raises becomes one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise InputError(
+            f"{subject.name}: a {type(subject.model).__name__} {what} ({type(error).__name__}: {line}); {hint}"
+        ) from error
 
 
 def clean_pair(subject: Subject) -> tuple[CleanRun, CleanRun]:
@@ -46,37 +71,55 @@ def clean_pair(subject: Subject) -> tuple[CleanRun, CleanRun]:
     return clean_run(subject, _tokens(subject, 0)), clean_run(subject, _tokens(subject, 1))
 
 
-def grid_refusal(subject: Subject) -> str | None:
-    """Why the grid does not serve this kind of model, and what to do; None if it may."""
+def replay_refusal(subject: Subject) -> str | None:
+    """Why the replay does not serve this kind of model, and what to do; None if it may."""
     implementation = subject.model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return (
-            f"attention {implementation!r} takes no mask that the grid can cut to cells; "
+            f"attention {implementation!r} takes no mask that the replay can cut to cells; "
             "load the model with attn_implementation='sdpa' or 'eager'"
         )
     if any(parts.down_proj is None for parts in subject.layers):
-        return "mixtures of experts are not replayed yet; use a dense model"
+        return (
+            "its MLP has no down projection by a known name (a mixture of experts?), so its neurons are not found; "
+            "use a dense model"
+        )
     return None
 
 
 @torch.no_grad()
-def check_sites(subject: Subject, run: CleanRun) -> None:
-    """Every hook fired, the block's sum is the residual stream, projections reproduce outputs, logits are the library's."""
-    for site in ("resid_post", "attn_out", "mlp_out", "head") + (("neuron",) if subject.d_mlp else ()):
+def check_sites(subject: Subject, run: CleanRun) -> float:
+    """What is kept is what its name says, and every part that is called alone gives what it gave in the model.
+
+    Every hook fired; the block's sum is the residual stream; attention and MLP, given what they read, write what they
+    wrote; heads lie side by side; projections are linear maps from heads and neurons to what is written; the final norm
+    and the unembedding give the logits. Returns the largest relative difference.
+    """
+    dense = all(parts.down_proj is not None for parts in subject.layers)
+    for site in ("resid_post", "attn_out", "mlp_out", "head") + (("neuron",) if dense else ()):
         n_seen = len(run.kept(site))
         if n_seen != subject.n_layers:
             raise InputError(f"{subject.name}: {site} was seen in {n_seen} of {subject.n_layers} layers; {_UNKNOWN}")
+    with _explained(subject, "has parts that cannot be called alone", _UNKNOWN):
+        return _check_values(subject, run)
+
+
+def _check_values(subject: Subject, run: CleanRun) -> float:
+    worst = 0.0
     for layer in range(subject.n_layers):
         total = run.resid_pre[layer] + run.attn_out[layer] + run.mlp_out[layer]
         what = f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
-        _same(subject, total, run.resid_post[layer], what)
-        _check_projections(subject, run, layer)
-    plain = subject.model(input_ids=run.tokens, use_cache=False).logits
+        worst = max(worst, _same(subject, total, run.resid_post[layer], what))
+        _check_heads(subject, run, layer)
+        worst = max(worst, _check_reads(subject, run, layer), _check_projections(subject, run, layer))
+    last, plain = run.resid_post[-1], subject.model(input_ids=run.tokens, use_cache=False).logits
     what = "final norm and unembedding do not give the model's logits"
-    _same(subject, logits(subject, run.resid_post[-1]), plain, what)
+    worst = max(worst, _same(subject, logits(subject, last), plain, what))
+    normed, frozen = subject.final_norm(last), frozen_norm(subject.final_norm, last, last)
+    return max(worst, _same(subject, frozen, normed, "the final norm with its own scale frozen is another norm"))
 
 
-def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> None:
+def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> float:
     """Interventions at every site and at about four layers, against one full forward pass each."""
     patches = [
         Patch(site, layer, position_mask(base.tokens, column), 0 if site in ("head", "neuron") else None)
@@ -85,26 +128,108 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> None:
     ]
     fast = replay.interchange(subject, base, source, patches)
     plain = reference.interchange_full_forward(subject, base, source, patches)
-    _same(subject, fast, plain, "a replay of its layers differs from the model itself", SLOW_HINT)
+    return _same(subject, fast, plain, "a replay of its layers differs from the model itself", SLOW_HINT)
 
 
-def _check_projections(subject: Subject, run: CleanRun, layer: int) -> None:
-    parts = subject.layers[layer]
+def _check_reads(subject: Subject, run: CleanRun, layer: int) -> float:
+    """Attention reads the stream below the block, and the MLP reads it behind attention."""
+    below, behind = run.resid_pre[layer], run.resid_pre[layer] + run.attn_out[layer]
+    made = component_output(subject, run, "mlp_out", layer, behind)
+    beside = component_output(subject, run, "mlp_out", layer, below)
+    wanted = run.mlp_out[layer]
+    if _gap(beside, wanted) < _gap(made, wanted) and _gap(beside, wanted) <= TOLERANCE[subject.dtype]:
+        raise InputError(
+            f"{subject.name}: its blocks compute attention and MLP side by side (parallel residual), and the measures "
+            "here are defined for an MLP that reads what attention wrote; use a model with sequential blocks"
+        )
+    own = component_output(subject, run, "attn_out", layer, below)
+    return max(
+        _same(subject, made, wanted, f"the MLP, given the stream behind attention, writes something else in layer {layer}"),
+        _same(subject, own, run.attn_out[layer], f"attention, called alone, writes something else in layer {layer}"),
+    )  # fmt: skip
+
+
+def _check_heads(subject: Subject, run: CleanRun, layer: int) -> None:
+    """Heads lie side by side in the output projection's input: at the first token each can only read its own value."""
+    z, values = run.z[layer][:, 0], run.values[layer][:, :, 0]
+    n_pairs, n_keys = values.shape[:2]
+    if z.shape[-1] != subject.n_heads * values.shape[-1] or subject.n_heads % n_keys:
+        raise InputError(
+            f"{subject.name}: layer {layer} hands {z.shape[-1]} numbers to its output projection, which are not "
+            f"{subject.n_heads} heads of {values.shape[-1]}; {_UNKNOWN}"
+        )
+    heads = z.view(n_pairs, subject.n_heads, -1)
+    own = values.repeat_interleave(subject.n_heads // n_keys, dim=1)
+    likeness = nn.functional.cosine_similarity(heads.double(), own.double(), dim=-1)
+    if not bool((likeness > 1 - 10 * TOLERANCE[subject.dtype]).all()):
+        raise InputError(
+            f"{subject.name}: the heads of layer {layer} do not lie side by side in the input of its output projection; "
+            f"{_UNKNOWN}"
+        )
+
+
+def _check_projections(subject: Subject, run: CleanRun, layer: int) -> float:
+    parts, worst = subject.layers[layer], 0.0
     for site, post, out in (("head", parts.attn_post, "attn_out"), ("neuron", parts.mlp_post, "mlp_out")):
         if site == "neuron" and parts.down_proj is None:
             continue
-        made = projection(parts, site)(run.site(site, layer))
-        made = made if post is None else post(made)
-        _same(subject, made, run.site(out, layer), f"{site} entries do not project to {out} in layer {layer}")
+        module, entries = projection(parts, site), run.site(site, layer)
+        raw = module(entries)
+        made = raw if post is None else post(raw)
+        what = f"{site} entries do not project to {out} in layer {layer}"
+        worst = max(worst, _same(subject, made, run.site(out, layer), what))
+        linear = entries @ written_vectors(module) + module(torch.zeros_like(entries))
+        worst = max(worst, _same(subject, linear, raw, f"{out} is no linear map of {site} entries in layer {layer}"))
+    return worst
 
 
-def _same(subject: Subject, got: Tensor, wanted: Tensor, what: str, hint: str = _UNKNOWN) -> None:
+def _gap(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest value; 0 where both are 0."""
     difference, scale = float((got - wanted).abs().max()), float(wanted.abs().max())
-    if not difference <= TOLERANCE[subject.dtype] * scale:
-        raise InputError(f"{subject.name}: {what} (off by {difference:.1e} of {scale:.1e}); {hint}")
+    return difference / scale if scale else difference
+
+
+def _same(subject: Subject, got: Tensor, wanted: Tensor, what: str, hint: str = _UNKNOWN) -> float:
+    gap = _gap(got, wanted)
+    if not gap <= TOLERANCE[subject.dtype]:
+        raise InputError(f"{subject.name}: {what} (off by {gap:.1e} of the largest value); {hint}")
+    return gap
 
 
 def _tokens(subject: Subject, seed: int) -> Int[Tensor, "pair pos"]:
     vocabulary = subject.model.get_input_embeddings().num_embeddings
     drawn = torch.randint(0, vocabulary, (2, N_POS), generator=torch.Generator().manual_seed(seed))
     return drawn.to(subject.device)
+
+
+def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "") -> ModelFacts:
+    """What is known of a checked model, `noise` being what the check found."""
+    config, mlp = subject.model.config, subject.layers[0].mlp
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    norm = "LayerNorm" if is_centred(subject.final_norm) else "RMSNorm"
+    embedding = subject.model.get_input_embeddings().weight
+    return ModelFacts(
+        architecture=type(subject.model).__name__,
+        layers=subject.n_layers,
+        heads=subject.n_heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or subject.n_heads,
+        width=subject.d_model,
+        neurons=subject.d_mlp,
+        norm=norm if getattr(subject.final_norm, "weight", None) is not None else f"{norm} without weights",
+        norm_after=subject.post_norm,
+        gated=hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"),
+        windows=(window,) if window else (),
+        soft_cap=subject.soft_cap,
+        tied=subject.unembedding[0] is embedding,
+        vocabulary=len(subject.unembedding[0]),
+        noise=noise,
+        replay=replay,
+        adapter=adapter,
+        ends={_token_name(subject, token): places for token, places in end_tokens(subject).items()},
+        template=None if subject.tokenizer is None else template_facts(subject.tokenizer),
+    )
+
+
+def _token_name(subject: Subject, token: int) -> str:
+    return str(token) if subject.tokenizer is None else str(subject.tokenizer.convert_ids_to_tokens(token))

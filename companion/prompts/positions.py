@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from companion.base import chat
 from companion.prompts.pairs import SPAN_NAMES
 from companion.prompts.tokens import TokenPair
 
@@ -27,7 +28,7 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     turns = [("user", "@first@"), ("assistant", "@answer@"), ("user", "@second@")]
     try:
-        text = str(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False))
+        text = chat.render(tokenizer, turns, generation_prompt=False)
         before_first = text[: text.index("@first@")]
         between = text[text.index("@answer@") + len("@answer@") : text.index("@second@")]
     except (TemplateError, ValueError):

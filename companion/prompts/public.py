@@ -28,6 +28,8 @@ ALIAS = {
     "real_group_nons_discr": "discr", "nons_group_real_discr": "discr",
     "privacy_public": "privacy", "privacy_fictional": "privacy",
 }  # fmt: skip
+OVERLAP = 0.6  # of the words of two requests, from which they are one topic: public sets repeat requests in other words
+BLOCK = 500  # requests that are compared with all at once
 CHANGED = "adapt its line in companion/prompts/public.py"
 
 
@@ -286,6 +288,35 @@ def unseen(rows: Rows, seen: set[str]) -> Rows:
             kept.append((one, other))
             seen |= keys
     return Rows(tuple(one for one, _ in kept), tuple(other for _, other in kept))
+
+
+def near_duplicates(texts: Sequence[str]) -> list[int]:
+    """The cluster of each text: two texts are in one if they, or a chain of others between them, share most of their words.
+
+    Sharing is the number of common words over the number of all words of both. Clusters are numbered in the order of
+    their first texts.
+
+    >>> near_duplicates(["write a poem on rain", "Write a poem on snow!", "sing"])
+    [0, 0, 1]
+    """
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    words = CountVectorizer(binary=True, token_pattern=r"\w+", dtype=np.int32).fit_transform(texts)
+    n_words = words.sum(axis=1)
+    links: list[np.ndarray] = []
+    for start in range(0, len(texts), BLOCK):
+        common = (words[start : start + BLOCK] @ words.T).toarray()
+        either = n_words[start : start + BLOCK, None] + n_words - common
+        rows, columns = np.nonzero(common >= OVERLAP * np.maximum(either, 1))
+        links.append(np.stack([rows + start, columns]))
+    one, other = np.hstack(links)
+    graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(len(texts), len(texts)))
+    found = connected_components(graph, directed=False)[1]
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(found.tolist()))}
+    return [numbers[cluster] for cluster in found.tolist()]
 
 
 def _table(name: str, public: PublicSet, part: Part) -> Any:

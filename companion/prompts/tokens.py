@@ -1,7 +1,7 @@
 """From user turns to token ids: chat template, equal lengths, and the answer's first token.
 
-The template is applied here and nowhere else. Its text already holds the special tokens (BOS among them), so the
-tokenizer is always called with `add_special_tokens=False`.
+A template's text already holds the special tokens (BOS among them), so the tokenizer is always called with
+`add_special_tokens=False`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from companion.base.chat import STAND_IN, render_prompt
 from companion.base.errors import InputError
 from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
-
-STAND_IN = "@turn@"
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,6 @@ class TokenPair:
     treated_offsets: Int[np.ndarray, "pos 2"]
     control_start: int
     treated_start: int
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The prompt as the model reads it: the user turn in the chat template, with the generation prompt."""
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the model's tokenizer has no chat template: the method compares chat prompts; use an instruction-tuned "
-            "model, or put a chat_template.jinja into its folder"
-        )
-    messages = [{"role": "user", "content": text}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
-        raise InputError(
-            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
-            "chat_template.jinja, or take the one of the model that it was made from"
-        ) from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:

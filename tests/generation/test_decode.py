@@ -1,5 +1,7 @@
 """Answers: as the library decodes them, and samples that depend on nothing else."""
 
+import copy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +15,7 @@ from companion.generation import decode, outcomes
 from companion.generation.decode import answers_at_once
 from companion.generation.forward import Switch
 from companion.generation.hooks import Edit, Steering, applied
-from companion.model.architecture import Subject
+from companion.model.architecture import Subject, end_tokens
 from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
@@ -26,6 +28,21 @@ def test_greedy_answers_are_those_of_the_library(embedded: Subject, texts: list[
         assert ids[mask].tolist() == whole[prompt.shape[1] :].tolist()
         alone = decode.greedy_answers(embedded, prompt, 12)
         assert alone.ids[0][alone.mask[0]].tolist() == ids[mask].tolist()
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(
+    embedded: Subject, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In many chat models the generation config names the end of a text and not that of a turn."""
+    wanted, end = decode.answers(embedded, texts, 16), embedded.model.generation_config.eos_token_id
+    monkeypatch.setattr(embedded.model.generation_config, "eos_token_id", 3)
+    tokenizer = copy.deepcopy(embedded.tokenizer)
+    tokenizer.eos_token = "<|pad|>"
+    subject = replace(embedded, tokenizer=tokenizer)
+    named = end_tokens(subject)
+    assert named[end] == ("chat template",) and named[3] == ("generation config",)
+    made = decode.answers(subject, texts, 16)
+    assert np.array_equal(made.mask, wanted.mask) and (made.mask.sum(-1) < 16).all()
 
 
 def test_a_sample_depends_on_its_own_numbers_only(embedded: Subject, texts: list[str]) -> None:

@@ -1,12 +1,16 @@
 """Outcome tokens found from the model itself: on a shipped model they are those that its prompt set names."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import handmade
 import pytest
 import torch
+from families import VOCAB, tiny_subject
 
+from companion.base import chat
 from companion.base.errors import InputError
-from companion.generation import openers
+from companion.generation import decode, openers
 from companion.model.architecture import Subject
 from companion.prompts import invented, tokens
 from companion.prompts.pairs import load_set
@@ -18,7 +22,7 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
     found = openers.find_openers(embedded, [text for p in pairs for text in (p.control, p.treated)], Path("own"))
     known = tokens.openers(content, embedded.tokenizer)["T1"]
-    context = tokens.render_prompt(embedded.tokenizer, "x")
+    context = chat.render_prompt(embedded.tokenizer, "x")
     n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
     ids = [
         {embedded.tokenizer(context + text, add_special_tokens=False)["input_ids"][n] for text in side}
@@ -35,6 +39,35 @@ def test_a_model_that_refuses_nothing_is_not_guessed_at(embedded: Subject, monke
         monkeypatch.setattr(openers, "is_refusal", lambda text, answer=answer: answer)
         with pytest.raises(InputError, match=f"{what} prompts.*of your own into here/outcome.json, then the same"):
             openers.find_openers(embedded, texts, Path("here/outcome.json"))
+
+
+@pytest.fixture
+def blanks(monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """A model of a SentencePiece tokenizer that refuses every second prompt; its first tokens are given by each test."""
+    tokenizer = handmade.sentencepiece(("▁yes", "▁no"), "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    monkeypatch.setattr(decode, "answers", lambda subject, texts, steps: texts)
+    monkeypatch.setattr(decode, "answer_texts", lambda subject, made: ["I am sorry", "fine"] * (len(made) // 2))
+    return replace(tiny_subject("llama"), tokenizer=tokenizer)
+
+
+def say(monkeypatch: pytest.MonkeyPatch, *firsts: int) -> None:
+    """Every second prompt is answered with the first of two tokens, the others with the second."""
+    rows = torch.eye(VOCAB)[[firsts[0], firsts[1]] * 6]
+    monkeypatch.setattr(openers, "first_token_probabilities", lambda subject, texts: rows)
+
+
+def test_openers_keep_the_blank_that_belongs_to_them(blanks: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    yes, no = (blanks.tokenizer(f"x {word}")["input_ids"][-1] for word in ("yes", "no"))
+    say(monkeypatch, no, yes)
+    found = openers.find_openers(blanks, ["x"] * 12, Path("own"))
+    assert (found.comply, found.refuse) == ((" yes",), (" no",))
+
+
+def test_a_model_that_opens_every_answer_alike_is_told_why(blanks: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    yes = blanks.tokenizer("x yes")["input_ids"][-1]
+    say(monkeypatch, yes, yes)
+    with pytest.raises(InputError, match=r"opens every answer, refusal or not, with ' yes' .*thinks before it answers"):
+        openers.find_openers(blanks, ["x"] * 12, Path("own"))
 
 
 def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:

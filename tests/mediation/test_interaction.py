@@ -11,7 +11,7 @@ from true_float64 import true_float64
 from companion.calibration.localise import decider
 from companion.evidence import layers
 from companion.mediation import interaction, summaries
-from companion.model import activations
+from companion.model import activations, interventions
 from companion.model.activations import on_output
 from organisms import compiled
 
@@ -37,7 +37,7 @@ def test_a_component_that_reads_its_own_input_writes_its_own_output(family: str)
         run = activations.clean_run(subject, tokens(seed=1))
         for site in ("attn_out", "mlp_out"):
             hidden = run.resid_pre[2] + (run.attn_out[2] if site == "mlp_out" else 0)
-            written = interaction.component_output(subject, run, site, 2, hidden)
+            written = interventions.component_output(subject, run, site, 2, hidden)
             assert torch.allclose(written, run.site(site, 2), atol=1e-10), site
 
 

@@ -1,5 +1,6 @@
 """The self-check: what it refuses, and the slow path that serves a refused model."""
 
+import json
 import types
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from companion.model import reference, replay
 from companion.model.architecture import find_parts
 from companion.model.interventions import Patch
 from companion.model.load import from_model
-from companion.model.verify import check_sites, grid_refusal, verify
+from companion.model.verify import check_sites, replay_refusal, verify
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -51,6 +52,24 @@ def nan_weight(model: hf.PreTrainedModel) -> None:
         model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
 
 
+def other_reader(model: hf.PreTrainedModel) -> None:
+    """An MLP that also reads the stream below the block: the block's sum holds, what the MLP reads is another thing."""
+    block = model.model.layers[1]
+    seen = []
+    block.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block.mlp.register_forward_pre_hook(lambda _, args: (args[0] + 0.5 * seen[-1],))
+
+
+def swapped_heads(model: hf.PreTrainedModel) -> None:
+    """Entries of two heads lie interleaved in the output projection's input."""
+    o_proj = model.model.layers[2].self_attn.o_proj
+    o_proj.register_forward_pre_hook(lambda _, args: (args[0].view(*args[0].shape[:2], 4, 8).mT.flatten(2),))
+
+
+def curved_projection(model: hf.PreTrainedModel) -> None:
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, __, out: out + 0.1 * out.pow(2))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -58,6 +77,9 @@ def nan_weight(model: hf.PreTrainedModel) -> None:
         (position_counter, "a replay of its layers differs from the model itself .* load it with allow_slow=True"),
         (scaled_logits, "do not give the model's logits"),
         (nan_weight, "NaN or infinity"),
+        (other_reader, "the MLP, given the stream behind attention, writes something else in layer 1"),
+        (swapped_heads, "the heads of layer 2 do not lie side by side"),
+        (curved_projection, "mlp_out is no linear map of neuron entries in layer 0"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(spoil, message: str) -> None:
@@ -81,7 +103,7 @@ def test_nan_fails_every_comparison() -> None:
 def test_flash_and_flex_attention_are_refused_with_what_to_do(name: str) -> None:
     model = tiny_model("llama")
     model.config._attn_implementation_internal = name
-    assert "attn_implementation='sdpa' or 'eager'" in str(grid_refusal(find_parts(model, None, "flash")))
+    assert "attn_implementation='sdpa' or 'eager'" in str(replay_refusal(find_parts(model, None, "flash")))
 
 
 def test_mixture_of_experts_takes_the_slow_path() -> None:
@@ -92,7 +114,7 @@ def test_mixture_of_experts_takes_the_slow_path() -> None:
         shared_expert_intermediate_size=16, decoder_sparse_step=1,
     )  # fmt: skip
     model = hf.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match="mixtures of experts are not replayed yet"):
+    with pytest.raises(InputError, match="a mixture of experts"):
         from_model(model)
     with pytest.warns(UserWarning, match="going on with one full forward pass"):
         subject = from_model(model, allow_slow=True)
@@ -115,6 +137,19 @@ def test_slow_path_serves_a_model_that_the_replay_gets_wrong() -> None:
     with pytest.warns(UserWarning, match="cannot be replayed exactly"):
         got = replay.interchange(subject, *pair, every_patch((1,))[:4])
     assert torch.isfinite(got).all()
+
+
+def test_the_facts_say_what_was_found() -> None:
+    facts = from_model(tiny_model("gemma2")).facts
+    assert facts is not None and (facts.windows, facts.soft_cap, facts.norm_after) == ((3,), 5.0, True)
+    assert (facts.heads, facts.key_heads, facts.tied, facts.ends) == (4, 2, False, {"2": ("generation config",)})
+    assert 0 < facts.noise < 1e-5 and facts.tolerance == 1e-4
+    found = facts.table().set_index("fact").found
+    assert found["replay"] == "exact" and found["rounding noise"] == "below 1e-06 of the largest activation"
+    assert found["layers, heads, width, neurons"] == "4, 4 on 2 keys, 32, 48"
+    coarse = from_model(tiny_model("llama", torch.bfloat16)).facts
+    assert coarse is not None and coarse.tolerance > 0.05  # 30 times the noise of that precision
+    assert json.loads(json.dumps(facts.manifest())) == json.loads(json.dumps(facts.manifest()))
 
 
 def test_verify_leaves_the_model_as_it_was() -> None:

@@ -144,3 +144,30 @@ def test_a_request_seen_before_is_left_out_with_its_partner(served: dict) -> Non
     again = replace(rows.harmful[0], text="W20  w30 .")  # but for case, spacing and a full stop
     twice = public.Rows((*rows.harmful, again), (*rows.harmless, None))
     assert public.unseen(twice, set()) == rows
+
+
+def test_near_duplicates_are_one_topic() -> None:
+    """Public sets repeat requests in other words; as independent topics they make every interval too narrow."""
+    texts = [
+        "paint the red barn",
+        "Paint the red barn!",
+        "paint the barn",
+        "paint a house",
+        "sing",
+        "",
+        "",
+        "red barn the",
+    ]
+    assert public.near_duplicates(texts) == [
+        0,
+        0,
+        0,
+        1,
+        2,
+        3,
+        4,
+        0,
+    ]  # "red barn the" shares 3 of 4 words with the first
+    many = [f"word{i} other{i} third{i} fourth{i // 2}" for i in range(public.BLOCK + 20)]  # two of six: two topics
+    assert public.near_duplicates(many) == list(range(len(many)))
+    assert public.near_duplicates([*many, many[7]])[-1] == 7  # across blocks

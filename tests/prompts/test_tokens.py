@@ -7,6 +7,7 @@ from handmade import byte_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from companion.base import chat
 from companion.base.errors import InputError
 from companion.prompts import tokens
 from companion.prompts.pairs import Pair, PromptSet
@@ -29,7 +30,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> list[str]:
 def test_the_template_and_its_generation_prompt_are_around_the_text() -> None:
     ids, offsets, start = tokens.encode(WORDS, "do off now")
     assert decoded(WORDS, ids) == ["<bos>", "<user>", "do", "off", "now", "<end>", "<assistant>"]
-    rendered = tokens.render_prompt(WORDS, "do off now")
+    rendered = chat.render_prompt(WORDS, "do off now")
     assert rendered[start:].startswith("do off now")
     assert [rendered[a:b] for a, b in offsets][2:5] == ["do", "off", "now"]
 
@@ -48,13 +49,13 @@ def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
 )
 def test_the_user_turn_is_found(template: str, text: str) -> None:
     tokenizer = byte_tokenizer(template)
-    rendered = tokens.render_prompt(tokenizer, text)
+    rendered = chat.render_prompt(tokenizer, text)
     ids, offsets, start = tokens.encode(tokenizer, text)
     assert len(ids) == len(offsets) == len(rendered)
     # A span counts characters of the text as the user wrote it.
     first = len(text) - len(text.lstrip())
     assert rendered[start + first : start + len(text.rstrip())] == text.strip()
-    before, behind = tokens.render_prompt(tokenizer, "@").split("@")
+    before, behind = chat.render_prompt(tokenizer, "@").split("@")
     assert rendered[: start + first].rstrip() == before.rstrip()
     assert rendered[start + len(text.rstrip()) :].lstrip() == behind.lstrip()
 
@@ -62,7 +63,7 @@ def test_the_user_turn_is_found(template: str, text: str) -> None:
 def test_templates_that_cannot_be_used() -> None:
     for template in (None, ""):
         with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
-            tokens.render_prompt(handmade.word_tokenizer(template), "do off")
+            chat.render_prompt(handmade.word_tokenizer(template), "do off")
     for change in ("m.content | upper", "'nothing'"):
         tokenizer = handmade.word_tokenizer(handmade.TEMPLATE.replace("m.content", change))
         with pytest.raises(InputError, match="changes the user turn's text"):

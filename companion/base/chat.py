@@ -1,0 +1,146 @@
+"""A chat template: how a prompt is rendered, and what the template does that a measurement must know of.
+
+Templates are applied here and nowhere else. The rendered text already holds the special tokens (BOS among them), so a
+tokenizer is always called with `add_special_tokens=False`. Every prompt is rendered as on one fixed day, without a
+thinking phase: a template that prints the date would give other prompts, and other effects, tomorrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, tzinfo
+from functools import lru_cache
+from typing import Literal, Self
+
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from companion.base.errors import InputError
+
+DAY = datetime(2026, 1, 1)  # on which every prompt is rendered
+STAND_IN = "@turn@"
+SENTENCE = "@sentence@"
+Turns = Sequence[tuple[str, str]]  # role and text
+SystemTurn = Literal["system turn", "head of the user turn", "not possible"]
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What a chat template does: with a system turn, with the date, with thinking, and behind an answer.
+
+    `date` is the day that its prompts name, empty where they name none. `ends` are the special tokens right behind an
+    assistant's turn, at most one.
+    """
+
+    system: SystemTurn
+    date: str
+    thinking_off: bool
+    ends: tuple[int, ...]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, *, generation_prompt: bool = True, day: datetime = DAY,
+    thinking: bool = False,
+) -> str:  # fmt: skip
+    """Turns in the chat template, as the model reads them; whatever the template raises reaches the caller."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    options = {} if thinking else {"enable_thinking": False}
+    with _on(day):
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+            )
+        )  # fmt: skip
+
+
+@contextmanager
+def _on(day: datetime) -> Iterator[None]:
+    """A template asks the library for the time of day, and the library takes no other clock from its caller."""
+
+    class Fixed(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(day.year, day.month, day.day)
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = Fixed
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The prompt as the model reads it: the user turn in the chat template, with the generation prompt.
+
+    Raises:
+        InputError: no template, or one that cannot render a user turn.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the model's tokenizer has no chat template: the method compares chat prompts; use an instruction-tuned "
+            "model, or put a chat_template.jinja into its folder"
+        )
+    try:
+        return render(tokenizer, [("user", text)])
+    except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
+        raise InputError(
+            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
+            "chat_template.jinja, or take the one of the model that it was made from"
+        ) from None
+
+
+@lru_cache(maxsize=8)  # a template has one answer; it would be rendered again for every prompt
+def system_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> SystemTurn:
+    """How the template takes a sentence that stands before the user's: some refuse a system turn, some drop it unsaid."""
+    try:
+        if SENTENCE in render(tokenizer, [("system", SENTENCE), ("user", STAND_IN)]):
+            return "system turn"
+    except Exception:  # Gemma's and Mistral's templates refuse the role
+        pass
+    return "head of the user turn" if SENTENCE in render_prompt(tokenizer, f"{SENTENCE} {STAND_IN}") else "not possible"
+
+
+def template_facts(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts | None:
+    """What the tokenizer's chat template does; None where it has none.
+
+    Raises:
+        InputError: the template cannot render a user turn.
+    """
+    if not tokenizer.chat_template:
+        return None
+    turn = [("user", STAND_IN)]
+    plain = render_prompt(tokenizer, STAND_IN)
+    later = render(tokenizer, turn, day=DAY + timedelta(days=400))
+    return TemplateFacts(
+        system=system_turn(tokenizer, str(tokenizer.chat_template)),
+        date="" if later == plain else f"{DAY:%Y-%m-%d}",
+        thinking_off=render(tokenizer, turn, thinking=True) != plain,
+        ends=end_of_turn(tokenizer, str(tokenizer.chat_template)),
+    )
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, ...]:
+    """The special token that the template writes behind an assistant's turn, if that is the first thing it writes."""
+    if not template:
+        return ()
+    try:
+        turns = [("user", "@first@"), ("assistant", STAND_IN)]
+        text = render(tokenizer, turns, generation_prompt=False)
+    except Exception:  # some templates render prompts only
+        return ()
+    behind = text.partition(STAND_IN)[2].lstrip()
+    special = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    found = [token for token in special if token and behind.startswith(token)]
+    return (int(tokenizer.convert_tokens_to_ids(max(found, key=len))),) if found else ()
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, before: Int[np.ndarray, "pos"] | Sequence[int], token: int) -> str:
+    """The text that a token adds behind others, its blank included, which SentencePiece drops from a token on its own."""
+    ids = [int(i) for i in before]
+    return str(tokenizer.decode([*ids, token]))[len(str(tokenizer.decode(ids))) :]

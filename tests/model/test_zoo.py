@@ -1,0 +1,108 @@
+"""Every architecture that is tried is exact at every site, or refused in one sentence: 56 configurations of 45 architectures.
+
+Tiny random models of the library's own classes. `pytest tests/model/test_zoo.py -v` prints what became of each.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from families import VOCAB, tokens
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from companion.base.errors import InputError
+from companion.model import reference, replay
+from companion.model.activations import clean_run
+from companion.model.interventions import SITES, Patch, position_mask
+from companion.model.load import from_model
+
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "n_embd": 32, "num_hidden_layers": 3, "n_layer": 3, "num_attention_heads": 4,
+    "n_head": 4, "num_key_value_heads": 2, "intermediate_size": 48, "n_inner": 48, "max_position_embeddings": 64,
+    "n_positions": 64, "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "sliding_window": 4, "query_pre_attn_scalar": 8, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8,
+}  # fmt: skip
+PARALLEL, EXPERTS, UNKNOWN, PARTS = (
+    "parallel residual",
+    "a mixture of experts",
+    "unknown architecture",
+    "put together in a way",
+)
+HALF_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 6}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8}  # fmt: skip
+
+# Type of the configuration, what is changed in it, and the refusal that is expected ("" for an exact replay).
+TRIED: list[tuple[str, dict[str, Any], str]] = [
+    ("apertus", {}, ""), ("arcee", {}, ""), ("cwm", {}, ""), ("ernie4_5", {}, ""), ("exaone4", {}, ""), ("gemma", {}, ""),
+    ("gemma2", {}, ""), ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}, ""),
+    ("gemma3_text", {}, ""), ("gemma3_text", {"layer_types": HALF_WINDOWS}, ""), ("glm", {}, ""), ("gpt2", {}, ""),
+    ("granite", {}, ""), ("granite", {"logits_scaling": 8.0}, "do not give the model's logits"),
+    ("granite", {"residual_multiplier": 0.22}, PARTS), ("helium", {}, ""), ("hunyuan_v1_dense", {}, ""), ("jais2", {}, ""),
+    ("llama", {}, ""), ("llama", {"num_key_value_heads": 1}, ""), ("llama", {"attention_bias": True, "mlp_bias": True}, ""),
+    ("llama", {"tie_word_embeddings": True}, ""), ("llama", {"rope_parameters": LLAMA3}, ""), ("ministral", {}, ""),
+    ("ministral3", {}, ""), ("mistral", {}, ""), ("nemotron", {}, ""), ("olmo", {}, ""), ("olmo2", {}, ""), ("olmo3", {}, ""),
+    ("phi3", {}, ""), ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 6}, ""), ("qwen2", {}, ""),
+    ("qwen2", {"layer_types": HALF_WINDOWS, "use_sliding_window": True}, ""), ("qwen3", {}, ""), ("seed_oss", {}, ""),
+    ("smollm3", {}, ""), ("stablelm", {}, ""), ("stablelm", {"use_parallel_residual": True}, PARALLEL),
+    ("starcoder2", {}, ""), ("vaultgemma", {}, ""), ("bitnet", {}, PARTS), ("cohere", {}, PARALLEL),
+    ("cohere2", {}, PARALLEL), ("diffllama", {}, PARTS), ("glm4", {}, PARTS), ("gpt_bigcode", {}, "cannot be replayed from one"),
+    ("gpt_neox", {}, UNKNOWN), ("gptj", {}, UNKNOWN), ("bloom", {}, UNKNOWN), ("opt", {}, UNKNOWN), ("phi", {}, UNKNOWN),
+    ("mixtral", {}, EXPERTS), ("olmoe", {}, EXPERTS), ("qwen2_moe", {}, EXPERTS), ("qwen3_moe", {}, EXPERTS),
+]  # fmt: skip
+
+
+def tiny(kind: str, changes: dict[str, Any]) -> hf.PreTrainedModel:
+    """A random model in float64, its weights far enough from 0 that effects are far above rounding."""
+    config_class = CONFIG_MAPPING[kind]
+    plain, alias = config_class(), getattr(config_class, "attribute_map", {})
+    known = {*plain.to_dict(), *alias} - {alias[name] for name in SMALL if name in alias}
+    small = {name: size for name, size in SMALL.items() if name in known}
+    config = config_class(**small | changes)
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[:3]
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.1))
+    return model.double().eval()
+
+
+def test_as_many_as_the_title_says() -> None:
+    assert (len(TRIED), len({kind for kind, *_ in TRIED})) == (56, 45)
+    assert len({kind for kind, _, refusal in TRIED if not refusal}) == 30  # architectures that are exact
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "refusal"),
+    TRIED,
+    ids=["-".join([kind, *c, "refused" if r else "exact"]) for kind, c, r in TRIED],
+)
+def test_exact_at_every_site_or_refused(kind: str, changes: dict[str, Any], refusal: str) -> None:
+    model = tiny(kind, changes)
+    if refusal:
+        with pytest.raises(InputError, match=refusal):
+            from_model(model)
+        return
+    subject = from_model(model)
+    base, source = clean_run(subject, tokens(2, 9, 0)), clean_run(subject, tokens(2, 9, 1))
+    which = {"head": range(subject.n_heads), "neuron": (0, 17, subject.d_mlp - 1)}
+    patches = [
+        Patch(site, layer, position_mask(base.tokens, position), index)
+        for site in SITES
+        for layer in range(subject.n_layers)
+        for position in (0, 4, 8)
+        for index in which.get(site, (None,))
+    ]
+    fast = replay.interchange(subject, base, source, patches, range(9))
+    plain = reference.interchange_full_forward(subject, base, source, patches, range(9))
+    effects = (plain - base.resid_post[-1][:, None]).abs().amax((0, 2, 3))
+    assert float((fast - plain).abs().max()) < 1e-6 * float(plain.abs().max())  # the library's norms cast to float32
+    changed = effects[[patch.site != "neuron" for patch in patches]]  # a neuron may be silent in both runs
+    assert float(changed.min()) > 1e-5 * float(effects.max()), "a patch that changes nothing proves nothing"
