@@ -269,13 +269,25 @@ def buckets(
     subject: Subject, texts: Sequence[str], size: int = BATCH, *, system: str = ""
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Prompts of one token length together: their places in the list, and their ids [prompt, pos]."""
-    encoded = [encode(subject, text, system) for text in texts]
-    lengths = np.array([len(ids) for ids in encoded])
-    for length in np.unique(lengths):
-        places = np.flatnonzero(lengths == length)
+    for places, (ids,) in buckets_each(subject, texts, [system], size):
+        yield places, ids
+
+
+def buckets_each(
+    subject: Subject, texts: Sequence[str], systems: Sequence[str], size: int
+) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """`buckets` of prompts that have one length behind each of these system turns: their ids [prompt, pos] behind each.
+
+    Prompts of one length need not have one behind a sentence: its last space may melt into the first word.
+    """
+    encoded = [[encode(subject, text, system) for system in systems] for text in texts]
+    lengths = np.array([[len(ids) for ids in row] for row in encoded]).reshape(len(texts), len(systems))
+    for wanted in np.unique(lengths, axis=0):
+        places = np.flatnonzero((lengths == wanted).all(1))
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
-            yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
+            rows = zip(*(encoded[i] for i in chosen), strict=True)
+            yield chosen, [torch.tensor(np.stack(ids), device=subject.device) for ids in rows]
 
 
 def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
