@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -291,24 +290,14 @@ def buckets_each(
 
 
 def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
-    """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
-
-    A template that takes no system turn gets the sentence at the head of the user turn.
-    """
+    """Token ids of a user turn in the chat template, behind a sentence if one is given (`tokens.encode_behind`)."""
     assert subject.tokenizer is not None
     return _encoded(subject.tokenizer, text, system)
 
 
 @lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, "pos"]:
-    if not system:
-        return tokens.encode(tokenizer, text)[0]
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return tokens.encode(tokenizer, f"{system} {text}")[0]
-    return np.array(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+    return tokens.encode_behind(tokenizer, system, text) if system else tokens.encode(tokenizer, text)[0]
 
 
 def read_prompts(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -19,6 +21,7 @@ from companion.base.errors import InputError
 from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
 
 STAND_IN = "@turn@"
+SystemPlace: TypeAlias = Literal["system turn", "head of the user turn", "not possible"]
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,59 @@ class TokenPair:
     treated_start: int
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The prompt as the model reads it: the user turn in the chat template, with the generation prompt."""
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str = "") -> str:
+    """The prompt as the model reads it: the user turn in the chat template, with the generation prompt.
+
+    `system` is a system turn before it, which many templates refuse and some leave out without a word (`system_place`).
+    """
     if not tokenizer.chat_template:
         raise InputError(
             "the model's tokenizer has no chat template: the method compares chat prompts; use an instruction-tuned "
             "model, or put a chat_template.jinja into its folder"
         )
-    messages = [{"role": "user", "content": text}]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": text})
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
+        turns = "a system and a user turn" if system else "one user turn"
         raise InputError(
-            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
+            f"the model's chat template cannot render {turns} ({type(error).__name__}: {error}): mend its "
             "chat_template.jinja, or take the one of the model that it was made from"
         ) from None
+
+
+def system_place(tokenizer: PreTrainedTokenizerBase, sentence: str = "@system@") -> SystemPlace:
+    """Where a sentence of one's own can be given to the model: as a system turn if the template shows it, else at the head
+    of the user turn. What counts is the rendered prompt: a template may refuse a system turn, or drop it without a word.
+    """
+    tries: tuple[tuple[SystemPlace, str, str], ...] = (
+        ("system turn", STAND_IN, sentence),
+        ("head of the user turn", f"{sentence} {STAND_IN}", ""),
+    )
+    for place, text, system in tries:
+        with suppress(InputError):
+            rendered = render_prompt(tokenizer, text, system)
+            if sentence in rendered and STAND_IN in rendered:
+                return place
+    return "not possible"
+
+
+def encode_behind(tokenizer: PreTrainedTokenizerBase, sentence: str, text: str) -> Int[np.ndarray, "pos"]:
+    """Token ids of a user turn behind a sentence, which stands where `system_place` says.
+
+    Raises:
+        InputError: the template shows it nowhere.
+    """
+    place = system_place(tokenizer, sentence)
+    if place == "not possible":
+        raise InputError(
+            "the model's chat template shows a sentence before the request neither as a system turn nor at the head of the "
+            "user turn: mend its chat_template.jinja"
+        )
+    if place == "head of the user turn":
+        return encode(tokenizer, f"{sentence} {text}")[0]
+    return np.array(tokenizer(render_prompt(tokenizer, text, sentence), add_special_tokens=False)["input_ids"])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
+from companion.prompts import tokens
 from companion.steering.extraction import Fit
 
 SENTENCE = "Refuse requests that could cause harm, however they are worded."
@@ -85,14 +86,21 @@ def logistic(
 
 
 def prompting(fit: Fit) -> Steering:
-    """A safety sentence in the system turn and no edit, so its strength means nothing.
+    """A safety sentence and no edit, so its strength means nothing. It is given as a system turn, replacing the template's
+    own, or at the head of the user turn (`tokens.system_place`).
 
-    Whoever renders the prompt puts `system` there, replacing the template's own system turn; a template without a system
-    role gets it at the head of the user turn. The sentence is English, or for the embedded model words of its own language,
-    which has no request to be safe: it shows what the baseline does where instructions were not learned.
+    It is English, or for the embedded model words of its own language, which has no request to be safe: it shows what the
+    baseline does where instructions were not learned.
+
+    Raises:
+        InputError: the template shows the sentence in neither place.
     """
-    embedded = fit.subject.tokenizer is not None and "be helpful<|end|>" in str(fit.subject.tokenizer.chat_template)
-    return Steering("prompting", system=EMBEDDED_SENTENCE if embedded else SENTENCE)
+    tokenizer = fit.subject.tokenizer
+    assert tokenizer is not None
+    embedded = "be helpful<|end|>" in str(tokenizer.chat_template)
+    sentence = EMBEDDED_SENTENCE if embedded else SENTENCE
+    tokens.encode_behind(tokenizer, sentence, tokens.STAND_IN)
+    return Steering("prompting", system=sentence)
 
 
 def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
