@@ -83,6 +83,8 @@ def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> Stee
         return NotDefined("the prompt set has no harmful request (T1 or T2): nothing to defend against; supply some")
     if not study.of("T2"):
         return NotDefined(thresholds.NO_WRAPPERS)
+    if not isinstance(prompt_set, pd.DataFrame):
+        extraction.check_supplied(prompt_set, study.subject)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
     parts = []
     for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):

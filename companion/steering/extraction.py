@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
+from safetensors.torch import load_file
 
 from companion.base import files, paths
 from companion.base.errors import InputError
@@ -269,15 +269,17 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
         raise InputError(
             f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
         )
-    means = load_file(path)
+    means = {name: tensor.numpy() for name, tensor in load_file(path).items()}
     return Directions(manifest["part"], **{name: means.get(name) for name in CLASSES}, counts=manifest["n"])
 
 
 def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
     """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
 
+    Numbers of any precision, bfloat16 too, come as float64.
+
     Raises:
-        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape.
+        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape or type.
     """
     if path.suffix in PICKLES:
         raise InputError(
@@ -290,7 +292,8 @@ def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"
         raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
     try:
         if path.suffix == ".safetensors":
-            arrays = load_file(path)
+            tensors = load_file(path)  # numpy knows no bfloat16
+            arrays = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
         else:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
@@ -299,11 +302,14 @@ def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"
             f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
         ) from error
     for name, array in arrays.items():
-        if array.ndim != 3 or not np.isfinite(array).all():
+        is_number = array.dtype.kind in "fiu"
+        if array.ndim != 3 or not array.size or not is_number or not np.isfinite(array).all():
+            some = " (some not finite)" if is_number and not np.isfinite(array).all() else ""
             raise InputError(
-                f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]"
+                f"{path.name}: {name} has shape {array.shape}, of type {array.dtype}{some}; expected finite numbers "
+                "[layer, sample, width]: save it again in that form"
             )
-    return arrays
+    return {name: array.astype(float) for name, array in arrays.items()}
 
 
 def find_supplied(prompt_set: str | Path) -> Path | None:
@@ -326,6 +332,12 @@ def find_supplied(prompt_set: str | Path) -> Path | None:
             f"{MANIFEST}"
         )
     return found[0]
+
+
+def check_supplied(prompt_set: str | Path, subject: Subject) -> None:
+    """`InputError` for directions beside the prompts that cannot be compared with this model's: before hours are spent."""
+    if (path := find_supplied(prompt_set)) is not None:
+        supplied_directions(path, subject)
 
 
 def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
