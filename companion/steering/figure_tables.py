@@ -19,7 +19,7 @@ from companion.stats.rates import holm, mean_change
 from companion.steering import adasteer, budget, comparison, methods
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import ROWS
-from companion.steering.experiment import PLAIN, changed, divergence
+from companion.steering.experiment import PLAIN, changed, divergence, share
 from companion.steering.indirect_effects import share_neutralised
 
 CURVE: Final = ("panel", "group", "x", "estimate", "low", "high")
@@ -117,8 +117,7 @@ def gate_firing(evaluation: EvaluationPrompts, steered: Steering, prompts: pd.Da
     is_open = budget.gate_values(evaluation.experiment.subject, steered, list(prompts.text)) > 0
     row: dict[str, float] = {}
     for kind in prompts.kind.unique():
-        mine = is_open[(prompts.kind == kind).to_numpy()]
-        row |= _limits(f"fires_{kind}", (float(mine.mean()), *wilson(int(mine.sum()), len(mine))))
+        row |= _limits(f"fires_{kind}", share(is_open[(prompts.kind == kind).to_numpy()]))
     return row
 
 
@@ -162,8 +161,7 @@ def harm_by_tier(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         harmful = trial[(trial.kind == "harmful") & (trial.tier > 0)]
         panels = harmful.severity.map(lambda s: "all requests" if np.isnan(s) else f"severity {s:+.1f}")
         for (panel, tier), part in harmful.groupby([panels, "tier"]):
-            hits = int((part.label == "harmful").sum())
-            rows.append((panel, name, float(tier), hits / len(part), *wilson(hits, len(part))))
+            rows.append((panel, name, float(tier), *share(part.label == "harmful")))
     table = pd.DataFrame(rows, columns=list(CURVE))
     order = {"all requests": 0.0} | {f"severity {value:+.1f}": value for value in (-0.6, 0.0, 0.6)}
     return table.sort_values("panel", key=lambda names: names.map(order), kind="stable")

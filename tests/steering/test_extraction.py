@@ -34,7 +34,7 @@ def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str,
 def test_a_direction_between_equal_classes_is_named(fit: Fit) -> None:
     same = replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
     with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
-        same.harmfulness()
+        same.direction("harmfulness")
 
 
 def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Path) -> None:
