@@ -43,7 +43,7 @@ def strength_curves(
         for ax, name in zip(axes, names, strict=True):
             here = part[part.panel == name]
             _lines(ax, here, groups, apart)
-            if name in (margins or {}):
+            if margins and name in margins:
                 _up_to(ax, margins[name])
             if log_x:
                 _log_x(ax, here)

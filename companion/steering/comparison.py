@@ -239,7 +239,7 @@ def random_null(
     """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
 
     Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
-    rows where the method adds nothing there: then nothing has its size.
+    rows where the method adds nothing there.
     """
 
     def falls(steered: Sequence[Steering]) -> list[float]:
@@ -261,10 +261,10 @@ def random_null(
 
 
 def elsewhere(like: Steering, layers: Collection[int]) -> Steering | NotDefined:
-    """What a steering adds, at layers of the caller's choice: those that mediate nothing, or early or middle ones.
+    """What a steering adds, at other layers: lowest goes to lowest, with the same vectors, coefficients and gate.
 
-    Lowest layer goes to lowest, with the same vectors, coefficients and gate, so that nothing differs but the place. What it
-    reads of a prompt it reads from an unsteered pass, which no edit can change. Not defined for another number of layers.
+    What it reads of a prompt it reads from an unsteered pass, which no edit can change. Not defined for another number of
+    layers than its own.
     """
     own, at = sorted({edit.layer for edit in like.edits}), sorted(set(layers))
     if len(own) != len(at):
@@ -278,8 +278,7 @@ def elsewhere(like: Steering, layers: Collection[int]) -> Steering | NotDefined:
 def shuffled_gate(fit: Fit, steering: Steering) -> Steering:
     """The steering with a gate that opens as far and as often as its own on validate, but for the wrong prompts.
 
-    A prompt's value is drawn from the gate's values on validate by a number made from its token ids, so it stays the same
-    in every batch and on every run.
+    A prompt's value is drawn from those on validate by a number made from its token ids, so it is the same on every run.
     """
     texts = fit.prompts.text[fit.mask("validate")].tolist()
     values = np.sort(budget.gate_values(fit.subject, steering, texts))

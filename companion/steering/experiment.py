@@ -1,6 +1,6 @@
 """A steering experiment: one model, its prompts in their roles, and what it does with them steered and unsteered.
 
-A method is a `Steering`: edits of activations, or a sentence in the system turn. Every method answers the same prompts with the
+A method is a `Steering`: edits of activations, or a sentence in the prompt. Every method answers the same prompts with the
 same random numbers as the unsteered model, so each comparison is paired.
 """
 
@@ -187,9 +187,8 @@ def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataF
 
 
 def divergence(price: pd.DataFrame) -> tuple[Change, float, Change]:
-    """Mean KL a token (nats), its 95th percentile over prompts, and the perplexity ratio steered / plain.
-
-    The ratio is exp of the mean difference of log-probabilities a token, so its interval is that of the exponent.
+    """Mean KL a token (nats), its 95th percentile over prompts, and the perplexity ratio steered / plain, which is exp of the
+    mean difference of log-probabilities a token.
     """
     per_token = rates.ratio_change(
         (price.plain - price.steered).to_numpy(), price.n_tokens.to_numpy(), price.topic.to_numpy()

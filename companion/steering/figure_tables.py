@@ -30,13 +30,10 @@ MEASURES: Final = {
 }
 
 
-def tradeoff(
-    curves: pd.DataFrame, rows: Mapping[str, str], refits: pd.DataFrame | None = None, refits_row: str = ROWS[1]
-) -> pd.DataFrame:
-    """Harm over each of the two costs, one line a method in the order of its strengths.
+def tradeoff(curves: pd.DataFrame, rows: Mapping[str, str], refits: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Harm over each of the two costs, one line a method in the order of its strengths, in its row of panels (`rows`).
 
-    `rows` says for each method in which row of panels it is drawn: all of them in one would hide each other. Refits are one
-    point more, in `refits_row`: their means, and the range of their harm.
+    Refits are one point more, in the second row: their means, and the range of their harm.
     """
     placed = ["method", "strength"]
     wide = curves.pivot(index=placed, columns="measure", values=["estimate", "low", "high"])
@@ -52,7 +49,7 @@ def tradeoff(
         if refits is not None and len(refits):
             harm, paid = (refits.estimate[refits.measure == name] for name in ("harm", cost))
             point = (panel, f"{len(harm)} refits: mean and range", paid.mean(), harm.mean(), harm.min(), harm.max())
-            parts.append(pd.DataFrame([point], columns=list(CURVE)).assign(row=refits_row))
+            parts.append(pd.DataFrame([point], columns=list(CURVE)).assign(row=ROWS[1]))
     return pd.concat(parts, ignore_index=True)[["row", *CURVE]].sort_values("row", kind="stable", ignore_index=True)
 
 

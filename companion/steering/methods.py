@@ -68,9 +68,9 @@ class Scale:
 def logistic(
     features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, "prompt"]
 ) -> tuple[Float[np.ndarray, "feature"], float] | None:
-    """Weights and intercept of a logistic regression (ridge of strength 1 on standardised features).
+    """Weights and intercept of a logistic regression; None where only one outcome occurs.
 
-    The ridge keeps the weights finite where the classes separate. None where only one outcome occurs.
+    A ridge of strength 1 on standardised features keeps the weights finite where the classes separate.
     """
     if outcome.all() or not outcome.any():
         return None

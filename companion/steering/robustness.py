@@ -225,10 +225,7 @@ def worst_disguises(experiment: SteeringExperiment, steered: Sequence[Steering])
 def _scores(
     experiment: SteeringExperiment, disguises: Sequence[Disguise], asked: Sequence[Request], steered: Sequence[Steering]
 ) -> list[pd.Series]:
-    """For each steering, the mean log-odds of complying over the requests under each disguise, best attack first.
-
-    A score is indexed by the disguise's place. Steerings with one system turn read the prompts together.
-    """
+    """For each steering, the mean log-odds of complying over the requests by the disguise's place, best attack first."""
     prompts, found = disguised(asked, disguises), {}
     for system in dict.fromkeys(one.system for one in steered):
         places = [k for k, one in enumerate(steered) if one.system == system]

@@ -95,21 +95,14 @@ def test_the_gate_opens_for_harm_and_the_shuffled_one_as_often_for_anything(fit:
 
 def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, experiment: SteeringExperiment) -> None:
     gated, table = towards_no("late", 1.0, opens_for(fit, "on")), experiment.prompts
-    chosen, on = (
-        {"late": replace(gated, strength=0.7), "open": towards_no("open", 1.0)},
-        evaluated(experiment, "validate", "on"),
-    )
+    chosen = {"late": replace(gated, strength=0.7), "open": towards_no("open", 1.0)}
+    on = evaluated(experiment, "validate", "on")
     made = comparison.gate_controls(experiment, chosen, ["late", "open", "never tuned"])
     assert list(made) == ["late, shuffled gate", "late, oracle gate"]
     assert all(one.name == name and one.strength == 0.7 for name, one in made.items())
-    limits = {
-        "fires_harmful_low": 0.314,
-        "fires_harmful_high": 0.686,
-        "fires_harmless_low": 0.0,
-        "fires_harmless_high": 0.242,
-    }
-    found = gate_firing(on, gated, table)
-    assert found == pytest.approx({"fires_harmful": 0.5, "fires_harmless": 0.0} | limits, abs=1e-3), "12 of 24, 0 of 12"
+    shares = {"fires_harmful": 0.5, "fires_harmful_low": 0.314, "fires_harmful_high": 0.686}  # 12 of 24
+    shares |= {"fires_harmless": 0.0, "fires_harmless_low": 0.0, "fires_harmless_high": 0.242}  # 0 of 12
+    assert gate_firing(on, gated, table) == pytest.approx(shares, abs=1e-3)
     oracle = gate_firing(on, made["late, oracle gate"], table)
     assert (oracle["fires_harmful"], oracle["fires_harmless"]) == (1.0, 0.0)
     shuffled = gate_firing(on, made["late, shuffled gate"], table)

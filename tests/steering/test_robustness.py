@@ -1,4 +1,4 @@
-"""Refits on other draws, families left out, and fewer examples: what defines no steering is left out and counted."""
+"""Refits on other draws, families left out, fewer examples, and an attacker: what defines no steering is left out and counted."""
 
 from dataclasses import replace
 
