@@ -30,7 +30,10 @@ TEMPLATE = (
 WITH_SYSTEM = TEMPLATE.replace("<bos>", "<bos><system> be kind <end> ", 1)
 STRIPPED = TEMPLATE.replace("m.content", "m.content | trim")
 SINGLE_TURN = "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
+LAST_TURN = "<bos>{{ messages[-1].content.split() | last }} <assistant>"  # shows one word
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+NO_SYSTEM = TEMPLATE.replace("<{{", "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}<{{")
+DROPS_SYSTEM = TEMPLATE.replace("in messages", "in messages if m.role != 'system'")
 
 N_LAYERS, N_HEADS, WIDTH, HEAD_WIDTH, D_MLP = 4, 2, 16, 8, 6
 BIAS, IS_A, A, IS_B, B, FIRST, SECOND, OUT = range(8)

@@ -29,7 +29,7 @@ def prompts() -> pd.DataFrame:
         for kind, refused, cue in cues:
             text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
             rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
-    return pd.DataFrame(rows, columns=list(extraction.COLUMNS))
+    return pd.DataFrame(rows, columns=["id", "text", "kind", "split", "refused"])
 
 
 def fitted() -> extraction.Fit:

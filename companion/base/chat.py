@@ -8,11 +8,11 @@ thinking phase: a template that prints the date would give other prompts, and ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, tzinfo
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -23,9 +23,8 @@ from companion.base.errors import InputError
 
 DAY = datetime(2026, 1, 1)  # on which every prompt is rendered
 STAND_IN = "@turn@"
-SENTENCE = "@sentence@"
 Turns = Sequence[tuple[str, str]]  # role and text
-SystemTurn = Literal["system turn", "head of the user turn", "not possible"]
+SystemPlace: TypeAlias = Literal["system turn", "head of the user turn", "not possible"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class TemplateFacts:
     assistant's turn, at most one.
     """
 
-    system: SystemTurn
+    system: SystemPlace
     date: str
     thinking_off: bool
     ends: tuple[int, ...]
@@ -74,11 +73,13 @@ def _on(day: datetime) -> Iterator[None]:
         chat_template_utils.datetime = clock
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str, system: str = "") -> str:
     """The prompt as the model reads it: the user turn in the chat template, with the generation prompt.
 
+    `system` is a system turn before it, which many templates refuse and some leave out without a word (`system_place`).
+
     Raises:
-        InputError: no template, or one that cannot render a user turn.
+        InputError: no template, or one that cannot render these turns.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -86,23 +87,29 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
             "model, or put a chat_template.jinja into its folder"
         )
     try:
-        return render(tokenizer, [("user", text)])
+        return render(tokenizer, [*([("system", system)] if system else []), ("user", text)])
     except Exception as error:  # a template may refuse a turn, or be broken in any way; its words quote no prompt
+        turns = "a system and a user turn" if system else "one user turn"
         raise InputError(
-            f"the model's chat template cannot render one user turn ({type(error).__name__}: {error}): mend its "
+            f"the model's chat template cannot render {turns} ({type(error).__name__}: {error}): mend its "
             "chat_template.jinja, or take the one of the model that it was made from"
         ) from None
 
 
-@lru_cache(maxsize=8)  # a template has one answer; it would be rendered again for every prompt
-def system_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> SystemTurn:
-    """How the template takes a sentence that stands before the user's: some refuse a system turn, some drop it unsaid."""
-    try:
-        if SENTENCE in render(tokenizer, [("system", SENTENCE), ("user", STAND_IN)]):
-            return "system turn"
-    except Exception:  # Gemma's and Mistral's templates refuse the role
-        pass
-    return "head of the user turn" if SENTENCE in render_prompt(tokenizer, f"{SENTENCE} {STAND_IN}") else "not possible"
+def system_place(tokenizer: PreTrainedTokenizerBase, sentence: str = "@sentence@") -> SystemPlace:
+    """Where a sentence of one's own can be given to the model: as a system turn if the template shows it, else at the head
+    of the user turn. What counts is the rendered prompt: a template may refuse a system turn, or drop it without a word.
+    """
+    tries: tuple[tuple[SystemPlace, str, str], ...] = (
+        ("system turn", STAND_IN, sentence),
+        ("head of the user turn", f"{sentence} {STAND_IN}", ""),
+    )
+    for place, text, system in tries:
+        with suppress(InputError):
+            rendered = render_prompt(tokenizer, text, system)
+            if sentence in rendered and STAND_IN in rendered:
+                return place
+    return "not possible"
 
 
 def template_facts(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts | None:
@@ -117,7 +124,7 @@ def template_facts(tokenizer: PreTrainedTokenizerBase) -> TemplateFacts | None:
     plain = render_prompt(tokenizer, STAND_IN)
     later = render(tokenizer, turn, day=DAY + timedelta(days=400))
     return TemplateFacts(
-        system=system_turn(tokenizer, str(tokenizer.chat_template)),
+        system=system_place(tokenizer),
         date="" if later == plain else f"{DAY:%Y-%m-%d}",
         thinking_off=render(tokenizer, turn, thinking=True) != plain,
         ends=end_of_turn(tokenizer, str(tokenizer.chat_template)),

@@ -16,7 +16,7 @@ from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.stats import rates
 from companion.stats.rates import Change
-from companion.steering import budget, comparison, controls, experiment, stability
+from companion.steering import budget, comparison, experiment, robustness
 from companion.steering.budget import N_CURVE, EvaluationPrompts
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import PLAIN, changed
@@ -118,7 +118,7 @@ def rival_rows(late: pd.DataFrame, rivals: Mapping[str, pd.DataFrame], spent: Ma
 
 
 def random_rows(null: pd.DataFrame) -> list[Row]:
-    """Rank p-values of the fitted direction among random ones, one row a family of draws; see `controls.random_null`."""
+    """Rank p-values of the fitted direction among random ones, one row a family of draws; see `comparison.random_null`."""
     made = []
     for family, part in null.groupby("family", sort=False):
         tested = float(part.loc[part.role != "random", "value"].iloc[0])
@@ -133,7 +133,7 @@ def same_push_elsewhere(late: Steering, effects: pd.DataFrame, evaluation: Evalu
     The layers are chosen by these indirect effects (of discover), as many as the method steers and none of its own.
     """
     own = {edit.layer for edit in late.edits}
-    moved = controls.elsewhere(late, idle_layers(effects, len(own), besides=own))
+    moved = comparison.elsewhere(late, idle_layers(effects, len(own), besides=own))
     if isinstance(moved, NotDefined):
         return moved
     return budget.to_budgets(evaluation.experiment.subject, moved, evaluation.mixed, evaluation.budgets([late]))[0]
@@ -171,10 +171,10 @@ def steering_evidence(
     late = comparison.tuned(evaluation, defined)[0][DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
     trial = experiment.trial(this, late, plain)
-    refitted = stability.refitted(this.fit, made[DECISIVE], late.strength, refits)
+    refitted = robustness.refitted(this.fit, made[DECISIVE], late.strength, refits)
     tested_on = budget.evaluation_prompts(this, "test", curve)
-    rows = outcome_rows(plain, trial, stability.refit_changes(this, refitted, plain))
+    rows = outcome_rows(plain, trial, robustness.refit_changes(this, refitted, plain))
     rows += price_rows(experiment.prices(this, late, tested_on.free, tested_on.own))
     rows += mediation_rows(split_effects(study, "test"), split_effects(study, "test", late))
     rows += rival_rows(trial[trial.kind == "harmful"].reset_index(drop=True), *rival_trials(late, evaluation, plain))
-    return rows + random_rows(controls.random_null(this.fit, late, tested_on, evaluation, draws))
+    return rows + random_rows(comparison.random_null(this.fit, late, tested_on, evaluation, draws))

@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -269,34 +268,36 @@ def buckets(
     subject: Subject, texts: Sequence[str], size: int = BATCH, *, system: str = ""
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Prompts of one token length together: their places in the list, and their ids [prompt, pos]."""
-    encoded = [encode(subject, text, system) for text in texts]
-    lengths = np.array([len(ids) for ids in encoded])
-    for length in np.unique(lengths):
-        places = np.flatnonzero(lengths == length)
+    for places, (ids,) in buckets_each(subject, texts, [system], size):
+        yield places, ids
+
+
+def buckets_each(
+    subject: Subject, texts: Sequence[str], systems: Sequence[str], size: int
+) -> Iterator[tuple[np.ndarray, list[Tensor]]]:
+    """`buckets` of prompts that have one length behind each of these system turns: their ids [prompt, pos] behind each.
+
+    Prompts of one length need not have one behind a sentence: its last space may melt into the first word.
+    """
+    encoded = [[encode(subject, text, system) for system in systems] for text in texts]
+    lengths = np.array([[len(ids) for ids in row] for row in encoded]).reshape(len(texts), len(systems))
+    for wanted in np.unique(lengths, axis=0):
+        places = np.flatnonzero((lengths == wanted).all(1))
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
-            yield chosen, torch.tensor(np.stack([encoded[i] for i in chosen]), device=subject.device)
+            rows = zip(*(encoded[i] for i in chosen), strict=True)
+            yield chosen, [torch.tensor(np.stack(ids), device=subject.device) for ids in rows]
 
 
 def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:
-    """Token ids of a user turn in the chat template, behind a system turn of one's own if one is given.
-
-    A template that takes no system turn gets the sentence at the head of the user turn.
-    """
+    """Token ids of a user turn in the chat template, behind a sentence if one is given (`tokens.encode_behind`)."""
     assert subject.tokenizer is not None
     return _encoded(subject.tokenizer, text, system)
 
 
 @lru_cache(maxsize=1 << 15)  # the same few thousand prompts are read under every arm
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[np.ndarray, "pos"]:
-    if not system:
-        return tokens.encode(tokenizer, text)[0]
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return tokens.encode(tokenizer, f"{system} {text}")[0]
-    return np.array(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+    return tokens.encode_behind(tokenizer, system, text) if system else tokens.encode(tokenizer, text)[0]
 
 
 def read_prompts(

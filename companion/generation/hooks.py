@@ -101,8 +101,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Steering:
-    """One way to steer. The gate (None: always open) multiplies every edit; `system` is a sentence for the system turn,
-    which whoever renders the prompt must put there.
+    """One way to steer. The gate (None: always open) multiplies every edit; `system` is a sentence before the
+    request, which whoever renders the prompt must put there.
     """
 
     name: str

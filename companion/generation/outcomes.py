@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from companion.generation.decode import Answers
-from companion.generation.forward import BATCH, Steer, Use, buckets, encode, read_prompts, read_prompts_each
+from companion.generation.forward import BATCH, Steer, Use, buckets, buckets_each, read_prompts, read_prompts_each
 from companion.generation.hooks import Steering
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
@@ -98,10 +98,8 @@ def _prices(
     subject: Subject, texts: Sequence[str], own: Answers, n: int, system: str,
     steered_read: Callable[[Tensor, Use, Tensor | None], Tensor],
 ) -> list[pd.DataFrame]:  # fmt: skip
-    found, listed = np.empty((n, len(texts), 4)), list(texts)
-    for places, prompt in buckets(subject, texts, _size(subject, own)):
-        # With a system turn of its own a prompt is longer, by the same number of tokens in every row of a batch.
-        sent = torch.tensor(np.stack([encode(subject, listed[i], system) for i in places]), device=subject.device)
+    found = np.empty((n, len(texts), 4))
+    for places, (prompt, sent) in buckets_each(subject, texts, ["", system], _size(subject, own)):
         answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
         forced = partial(answer_log_probs, subject, answer)
         plain = _plainly(subject, prompt, answer, forced)

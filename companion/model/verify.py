@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from companion.base.chat import template_facts
 from companion.base.errors import InputError
@@ -158,10 +158,11 @@ def _check_heads(subject: Subject, run: CleanRun, layer: int) -> None:
             f"{subject.name}: layer {layer} hands {z.shape[-1]} numbers to its output projection, which are not "
             f"{subject.n_heads} heads of {values.shape[-1]}; {_UNKNOWN}"
         )
-    heads = z.view(n_pairs, subject.n_heads, -1)
-    own = values.repeat_interleave(subject.n_heads // n_keys, dim=1)
-    likeness = nn.functional.cosine_similarity(heads.double(), own.double(), dim=-1)
-    if not bool((likeness > 1 - 10 * TOLERANCE[subject.dtype]).all()):
+    heads = z.view(n_pairs, subject.n_heads, -1).double()
+    own = values.repeat_interleave(subject.n_heads // n_keys, dim=1).double()
+    share = (heads * own).sum(-1, keepdim=True) / own.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+    foreign = (heads - share * own).abs().max()  # a gate or a sink may scale what a head reads, and nothing else
+    if not foreign <= 10 * TOLERANCE[subject.dtype] * heads.abs().max():
         raise InputError(
             f"{subject.name}: the heads of layer {layer} do not lie side by side in the input of its output projection; "
             f"{_UNKNOWN}"
@@ -209,6 +210,7 @@ def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
     norm = "LayerNorm" if is_centred(subject.final_norm) else "RMSNorm"
     embedding = subject.model.get_input_embeddings().weight
+    named = str if subject.tokenizer is None else subject.tokenizer.convert_ids_to_tokens
     return ModelFacts(
         architecture=type(subject.model).__name__,
         layers=subject.n_layers,
@@ -226,10 +228,6 @@ def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "
         noise=noise,
         replay=replay,
         adapter=adapter,
-        ends={_token_name(subject, token): places for token, places in end_tokens(subject).items()},
+        ends={str(named(token)): places for token, places in end_tokens(subject).items()},
         template=None if subject.tokenizer is None else template_facts(subject.tokenizer),
     )
-
-
-def _token_name(subject: Subject, token: int) -> str:
-    return str(token) if subject.tokenizer is None else str(subject.tokenizer.convert_ids_to_tokens(token))

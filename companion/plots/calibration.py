@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
-from companion.plots.style import ESTIMATE, OKABE_ITO, distinct, heading, new_figure, spec
+from companion.plots.style import ESTIMATE, OKABE_ITO, distinct, heading, spec
 
 SHADE = "Blues"
 
@@ -31,16 +31,20 @@ def _matrix(
     ax.grid(False)
 
 
+def _claim_panels(n: int, height: float, around: float) -> tuple[Figure, np.ndarray]:
+    """Panels of one size for `n` claims, at most five in a row; `height` of one and `around` all of them in inches."""
+    n_columns = min(5, n)
+    n_rows = -(-n // n_columns)
+    size = 1.9 * n_columns + 0.8, height * n_rows + around
+    return style.new_figure(n_rows, n_columns, *size, sharex=True, sharey=True)
+
+
 def confusion(table: pd.DataFrame) -> Figure:
     """One matrix a claim: what is true by construction (rows) against what the pipeline said (columns)."""
     drawn = table[table.n > 0]  # a truth of which nothing was drawn is no row
     truths = distinct(drawn.truth if len(drawn) else table.truth)
     claims, verdicts = (distinct(table[name]) for name in ("claim", "verdict"))
-    n_columns = min(5, len(claims))
-    n_rows = -(-len(claims) // n_columns)
-    figure, axes = style.new_figure(
-        n_rows, n_columns, 1.9 * n_columns + 0.8, 1.9 * n_rows + 0.6, sharex=True, sharey=True
-    )
+    figure, axes = _claim_panels(len(claims), 1.9, 0.6)
     for ax, claim in zip(axes.flat, claims, strict=False):
         part = table[(table.claim == claim) & table.truth.isin(truths)]
         _matrix(ax, part, "truth", "verdict", truths, verdicts, of="\n/")
@@ -69,17 +73,13 @@ def severity(table: pd.DataFrame) -> Figure:
 def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
     """Rates with exact intervals against a number, one panel a claim, one line a truth; dashed at 0.8."""
     claims, truths = distinct(table.claim), distinct(table.truth)
-    n_columns = min(5, len(claims))
-    n_rows = -(-len(claims) // n_columns)
-    figure, axes = style.new_figure(
-        n_rows, n_columns, 1.9 * n_columns + 0.8, 1.8 * n_rows + 0.9, sharex=True, sharey=True
-    )
+    figure, axes = _claim_panels(len(claims), 1.8, 0.9)
     apart = 0.012 * (table[x].max() - table[x].min() or 10)  # so that the two intervals at one number are both seen
     for ax, claim in zip(axes.flat, claims, strict=False):
         for k, truth in enumerate(truths):
             part = table[(table.claim == claim) & (table.truth == truth)].sort_values(x)
             if len(part):
-                style.points(ax, part[x].to_numpy() + apart * (2 * k - 1), part, k, truth)
+                style.points(ax, part[x].to_numpy() + apart * (2 * k - 1), part, k, f"the claim is {truth}")
         ax.axhline(0.8, color="black", lw=0.8, ls="--")
         ax.set_ylim(-0.05, 1.05)
         ax.margins(x=0.1 if table[x].nunique() > 1 else 1)
@@ -88,15 +88,13 @@ def rates(table: pd.DataFrame, *, x: str, unit: str, title: str) -> Figure:
         ax.set_title(claim)
     for ax in axes.flat[len(claims) :]:
         ax.set_visible(False)
-    for ax in axes.flat[max(0, len(claims) - n_columns) : len(claims)]:
+    for ax in axes.flat[max(0, len(claims) - axes.shape[1]) : len(claims)]:
         ax.tick_params(labelbottom=True)
     for ax in axes[-1]:
         ax.set_xlabel(unit)
     for ax in axes[:, 0]:
         ax.set_ylabel("share of right verdicts")
-    named = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    labels = [f"the claim is {truth}" for truth in named]
-    figure.legend(named.values(), labels, loc="outside lower center", ncols=2, fontsize=8)
+    style.legend_below(figure, axes.flat, 2)
     heading(figure, title)
     return figure
 
@@ -112,29 +110,26 @@ def estimators(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("share, mean over models")
         ax.set_title(measure)
     axes[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # shared, so one panel's turn would undo another's
-    named = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=len(groups), fontsize=8)
+    style.legend_below(figure, axes[0], len(groups))
     heading(figure, "Which estimator finds what was built?")
     return figure
 
 
 def roc(table: pd.DataFrame) -> Figure:
     """One stepped curve a score: share of true cases above a threshold against that of false ones; the area in the legend."""
-    figure, axes = new_figure(width=8.2, height=3.6)
+    figure, axes = style.new_figure(width=8.2, height=3.6)
     ax = axes[0, 0]
     for k, (score, part) in enumerate(table.groupby("score", sort=False)):
-        first = part.iloc[0]
+        first, dashes = part.iloc[0], ("-", "--", "-.", ":")[k % 4]
         label = f"{score} ({first.auroc:.2f} [{first.auroc_low:.2f}, {first.auroc_high:.2f}])"
-        style = {"color": OKABE_ITO[k % 8], "ls": ["-", "--", "-.", ":"][k % 4], "lw": 1.6}
-        ax.step(part.false_rate, part.true_rate, where="post", label=label, **style)
+        ax.step(part.false_rate, part.true_rate, where="post", label=label, color=OKABE_ITO[k % 8], ls=dashes, lw=1.6)
     ax.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
     ax.set_aspect("equal")
     ax.set_xlabel("share of models without a gate, above the threshold")
     ax.set_ylabel("share of models with one")
     ax.set_title("Does the gate index tell gates from contributors?")
-    ax.legend(
-        title="index (area under the curve, 95 % interval)", loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8
-    )
+    area = "index (area under the curve, 95 % interval)"
+    ax.legend(title=area, loc="upper left", bbox_to_anchor=(1.05, 1.0), fontsize=8)
     return figure
 
 
@@ -189,22 +184,20 @@ SPECS = (
          "Share of right verdicts against the size of the total effect, one panel a claim",
          x="log_odds", unit="total effect (log-odds)", title="How large must the effect be?"),
     spec("07_coverage", style.dots, "all", {**dict.fromkeys(("claim", "quantity"), "str"), **COUNTS},
-         "Share of draws whose interval holds the value in a large sample, by quantity; dashed lines at 93 % and "
-         "97 %",
+         "Share of draws whose interval holds the value in a large sample, by quantity; dashed lines at 93 % and 97 %",
          row="quantity", group="claim", title="Do 95 % intervals hold the population value?",
          unit="share of draws with exact 95 % interval", marks=(0.93, 0.97), below=True),
     spec("07_estimators", estimators, "all",
          {**dict.fromkeys(("measure", "estimator", "what"), "str"), **ESTIMATE, "models": "int"},
-         "How well each estimator finds components, neurons and the decision of the mechanism: left by ranking "
-         "members above all others, right by the share of members among as many at the top"),
+         "How well each estimator finds components, neurons and the decision of the mechanism: left by ranking members "
+         "above all others, right by the share of members among as many at the top"),
     spec("07_gate_roc", roc, "C5b",
          {"score": "str", **dict.fromkeys(("false_rate", "true_rate", "auroc", "auroc_low", "auroc_high"), "float")},
-         "Share of models with a gate against share without one above each threshold of the index, one curve a "
-         "form of the index: how far a curve bends to the upper left says how well that form tells them apart"),
+         "Share of models with a gate against share without one above each threshold of the index, one curve a form of "
+         "the index: how far a curve bends to the upper left says how well that form tells them apart"),
     spec("07_plants", plants, "all",
          {**dict.fromkeys(("kind", "effect", "component"), "str"), "learned": "bool", **ESTIMATE},
-         "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, "
-         "right what they write; frames mark where each plant was trained, and the strong colours often lie "
-         "elsewhere"),
+         "Kinds of fine-tuned plants by attention and MLP outputs of every layer, left what passes through them, right "
+         "what they write; frames mark where each plant was trained, and the strong colours often lie elsewhere"),
 )
 # fmt: on

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,25 +17,16 @@ CELLS = {
     "read": ("#0072B2", "xx", "read out"),
 }
 GROUP_COLOURS = {
-    "system": "#EEEEEE",
-    "header": "#DDDDDD",
-    "wrapper": "#F0C27B",
-    "distractor": "#B7E0F2",
-    "verb": "#E8A27C",
-    "object": "#8FCFB4",
-    "rest": "#F7F7F7",
-    "last_instruction": "#C9B6E4",
-    "template": "#DDDDDD",
-    "last": "#F4E27A",
-}
+    "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
+    "object": "#8FCFB4", "rest": "#F7F7F7", "last_instruction": "#C9B6E4", "template": "#DDDDDD", "last": "#F4E27A",
+}  # fmt: skip
 CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(width, height))
-    plt.close(figure)
-    axes.axis("off")
-    return figure, axes
+    figure, axes = style.new_figure(width=width, height=height)
+    axes[0, 0].axis("off")
+    return figure, axes[0, 0]
 
 
 def pair_tokens(table: pd.DataFrame) -> Figure:
@@ -63,8 +53,7 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
 def grid(table: pd.DataFrame) -> Figure:
     """Which cells (layer, position) an intervention recomputes; columns: panel, layer, position, state, token."""
     panels = distinct(table.panel)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.1), squeeze=False)
-    plt.close(figure)
+    figure, axes = style.new_figure(1, len(panels), 3.9 * len(panels), 3.1)
     for ax, panel in zip(axes[0], panels, strict=True):
         part = table[table.panel == panel]
         for row in part.itertuples():
@@ -95,10 +84,8 @@ def pipeline(table: pd.DataFrame) -> Figure:
         axes.text(x + 0.62, -0.10, row.file, ha="center", va="top", fontsize=6.5, family="monospace")
         axes.text(x + 0.62, 1.0, row.notebook, ha="center", va="bottom", fontsize=7, color="#555555")
         if i:
-            arrow = FancyArrowPatch(
-                (x - 0.29, 0.45), (x - 0.01, 0.45), arrowstyle="-|>", mutation_scale=10, color="black"
-            )
-            axes.add_patch(arrow)
+            ends = (x - 0.29, 0.45), (x - 0.01, 0.45)
+            axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=10, color="black"))
     axes.set_xlim(-0.1, 1.55 * len(table))
     axes.set_ylim(-0.5, 1.3)
     axes.set_title("Data flows one way, and every step reads what an earlier one left")
@@ -134,81 +121,78 @@ def estimands(table: pd.DataFrame) -> Figure:
 # fmt: off
 SPECS = (
     spec("00_pipeline", pipeline, "all", dict.fromkeys(("step", "what", "file", "notebook"), "str"),
-         "Seven boxes in a row, prompts, pairs, clean runs, effects, statistics, verdicts and figures, each with "
-         "the file that it leaves and the notebook that makes it; arrows lead to the right only"),
+         "Seven boxes in a row, prompts, pairs, clean runs, effects, statistics, verdicts and figures, each with the "
+         "file that it leaves and the notebook that makes it; arrows lead to the right only"),
     spec("00_estimands", estimands, "all", dict.fromkeys(("estimand", "from_cell", "to_cell", "reads"), "str"),
-         "The four cells as corners of a square: prompt control above, treated below, mediator control left, "
-         "treated right. Arrows along the upper and lower edge are NIE0 and NIE1, down the left and right edge "
-         "NDE0 and NDE1, the diagonal is TE"),
+         "The four cells as corners of a square: prompt control above, treated below, mediator control left, treated "
+         "right. Arrows along the upper and lower edge are NIE0 and NIE1, down the left and right edge NDE0 and NDE1, "
+         "the diagonal is TE"),
     spec("01_tokens", pair_tokens, "all",
          {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
-         "Control and treated prompt of one pair, token under token, coloured by position group from system turn "
-         "to last token; only outlined tokens differ, all others are the same in both prompts"),
+         "Control and treated prompt of one pair, token under token, coloured by position group from system turn to "
+         "last token; only outlined tokens differ, all others are the same in both prompts"),
     spec("01_behaviours", style.dots, "all", {"suite": "str", "label": "str", **ESTIMATE},
          "Rates of on-topic answers, refusals and harmful answers with Wilson intervals, one row for each kind of "
          "prompt from harmless over plainly harmful and wrapped to never seen",
          row="suite", group="label", title="What does the model do with each kind of prompt?",
          unit="share of answers, greedy decoding"),
     spec("01_wrappers", style.dots, "all", {"wrapper": "str", "model": "str", **ESTIMATE},
-         "Probability of complying with a harmful request, one row a wrapper from none to the strongest, one "
-         "symbol a model; a dashed line marks one half",
+         "Probability of complying with a harmful request, one row a wrapper from none to the strongest, one symbol a "
+         "model; a dashed line marks one half",
          row="wrapper", group="model", title="How strong is each wrapper?",
          unit="mean P(comply) at the first answer token", marks=(0.5,)),
     spec("01_total_effects", style.dots, "all", {"treatment": "str", "split": "str", **ESTIMATE},
-         "Total effect of every treatment in log-odds with intervals, discover, validate and test side by side; "
-         "dashed lines mark the gate at 0.5 to either side of 0",
+         "Total effect of every treatment in log-odds with intervals, discover, validate and test side by side; dashed "
+         "lines mark the gate at 0.5 to either side of 0",
          row="treatment", group="split", title="Is there an effect to mediate?", unit="total effect (log-odds)",
          marks=(-0.5, 0.5)),
     spec("02_grid", grid, "all", {"panel": "str", "layer": "int", "position": "int", "state": "str", "token": "str"},
-         "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the "
-         "right of it, a patch at the last token only the column above it; the rest is kept from the clean run"),
+         "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the right "
+         "of it, a patch at the last token only the column above it; the rest is kept from the clean run"),
     spec("02_cumulative", style.cumulative, "C1", {"model": "str", "earliest": "float", **BY_LAYER},
          "Share of the total effect in the last-token residual stream after each layer, trained model beside its "
          "untrained twin: both end at 1"),
     spec("02_increments", style.by_layer, "C1", {"model": "str", **BY_LAYER},
-         "What each layer adds to the cumulative share of the total effect, trained model beside its untrained "
-         "twin, with intervals that tell whether the two differ in any layer",
+         "What each layer adds to the cumulative share of the total effect, trained model beside its untrained twin, "
+         "with intervals that tell whether the two differ in any layer",
          group="model", title="Which layer adds what to the curve?", unit="increment (share of total effect)"),
     spec("02_components", style.by_layer, "C1", {"site": "str", **BY_LAYER, "band_low": "float", "band_high": "float"},
          "Indirect effect of attention and MLP outputs at the last token by layer, in log-odds; bars are pointwise "
          "intervals, the shaded band holds for all cells at once",
          group="site", title="Where does the effect pass at the last token?", unit=LOG_ODDS),
     spec("02_treatments", style.panels, "C1", {"treatment": "str", "site": "str", **BY_LAYER},
-         "Indirect effects of attention and MLP outputs by layer, one panel for recognition (T1), generation (T2), "
-         "the wrapper on a harmless request (T2b) and the contrast T2 - T2b; up is towards complying",
+         "Indirect effects of attention and MLP outputs by layer, one panel for recognition (T1), generation (T2), the "
+         "wrapper on a harmless request (T2b) and the contrast T2 - T2b; up is towards complying",
          panel="treatment", group="site",
          title="Recognition (T1), generation (T2), wrapper alone (T2b), and the contrast", unit=LOG_ODDS),
     spec("02_benign", style.panels, "C1", {"contrast": "str", "site": "str", **BY_LAYER},
          "Shares of the total effect by layer for attention and MLP outputs in three panels: harm, the mean benign "
          "behaviour, and harm minus benign, which is flat at 0 where harm is decided like anything else",
-         panel="contrast", group="site", title="Is harm later than any other first-token decision?",
-         unit="share of total effect"),
+         panel="contrast", group="site", title="Is harm later than any other first-token decision?"),
     spec("02_models", style.panels, "C1", {"model": "str", "site": "str", **BY_LAYER},
-         "Shares of the total effect by layer for attention and MLP outputs, one panel a model: seeds of the "
-         "windowed model, then of the same model with full attention",
-         panel="model", group="site", title="Does the picture hold over seeds, and without the sliding window?",
-         unit="share of total effect"),
+         "Shares of the total effect by layer for attention and MLP outputs, one panel a model: seeds of the windowed "
+         "model, then of the same model with full attention",
+         panel="model", group="site", title="Does the picture hold over seeds, and without the sliding window?"),
     spec("02_computed", style.panels, "C1", {"panel": "str", "site": "str", **BY_LAYER},
-         "Attention and MLP outputs by layer, for each model what passes through them beside what they compute "
-         "from wrapper and request together, which few components do",
-         panel="panel", group="site", title="What is passed on, and what is computed?", unit="share of total effect"),
+         "Attention and MLP outputs by layer, for each model what passes through them beside what they compute from "
+         "wrapper and request together, which few components do",
+         panel="panel", group="site", title="What is passed on, and what is computed?"),
     spec("03_total_direct", style.panels, "C2", {"effect": "str", "site": "str", **BY_LAYER},
-         "Attention and MLP outputs by layer in two panels, left what passes through them (indirect effects), "
-         "right what they write themselves (direct effects), both as shares of the total effect",
-         panel="effect", group="site", title="Passing through is not writing: indirect against direct effects",
-         unit="share of total effect"),
+         "Attention and MLP outputs by layer in two panels, left what passes through them (indirect effects), right "
+         "what they write themselves (direct effects), both as shares of the total effect",
+         panel="effect", group="site", title="Passing through is not writing: indirect against direct effects"),
     spec("03_normalised", style.dots, "C2", {"normalisation": "str", "effect": "str", **ESTIMATE},
          "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and robustness "
          "checks",
          row="normalisation", group="effect", title="Does MLP beat attention under every normalisation?",
          unit="MLP share of positive component effects", marks=(0.5, 0.6), limits=(-0.3, 1.3)),
     spec("03_directions", style.panels, "C2", {"site": "str", "estimand": "str", **BY_LAYER},
-         "By layer, one panel for attention and one for MLP outputs: NIE0 (sufficient), NIE1 (necessary), and NIE1 "
-         "- NIE0, the interaction, above 0 where a component needs others and below where others would do",
+         "By layer, one panel for attention and one for MLP outputs: NIE0 (sufficient), NIE1 (necessary), and NIE1 - "
+         "NIE0, the interaction, above 0 where a component needs others and below where others would do",
          panel="site", group="estimand", title="Sufficient, necessary, or only together?", unit=LOG_ODDS),
     spec("03_heads", style.heatmap, "C2", {"layer": "int", "head": "int", "effect": "str", **ESTIMATE},
-         "Two maps of attention heads, layer by head, indirect and direct effect on one scale from against to with "
-         "the treatment; a dot marks an interval that excludes 0",
+         "Two maps of attention heads, layer by head, indirect and direct effect on one scale from against to with the "
+         "treatment; a dot marks an interval that excludes 0",
          row="layer", column="head", panel="effect", title="Which heads carry the effect, and which write it?",
          unit=LOG_ODDS),
     spec("08_claims", style.verdicts, "all", dict.fromkeys(("model", "claim", "verdict"), "str"),

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
-from companion.plots.style import (
-    ESTIMATE,
-    MARKERS,
-    OKABE_ITO,
-    distinct,
-    dots,
-    heading,
-    interval_lengths,
-    mark,
-    new_figure,
-    points,
-    spec,
-)
+from companion.plots import style
+from companion.plots.style import ESTIMATE, MARKERS, OKABE_ITO, distinct, heading, legend_below, new_figure, spec
 
-SHARE = "share of total effect"
 ARROWS = {
-    "neuron's write": ("#D55E00", "-"),
-    "read-out direction": ("#009E73", "-"),
-    "residual stream": ("#0072B2", "-"),
-    "after the write": ("#000000", "-"),
+    "neuron's write": "#D55E00",
+    "read-out direction": "#009E73",
+    "residual stream": "#0072B2",
+    "after the write": "#000000",
 }
-
-
-def _below(figure: Figure, axes: Sequence[Axes], ncols: int) -> None:
-    """One legend under the axes, where it can hide no point; an entry that several panels share stands there once."""
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=8)
 
 
 def geometry(table: pd.DataFrame) -> Figure:
@@ -53,19 +32,17 @@ def geometry(table: pd.DataFrame) -> Figure:
             k = 0 if item.endswith("control") else 6
             ax.plot([row.x], [row.y], MARKERS[k % 8], color=OKABE_ITO[k], ms=7, label=f"{item}: what is read out")
         else:
-            colour, style = ARROWS.get(item, ("#666666", "-"))
-            ax.annotate(
-                "", (row.to_x, row.to_y), (row.x, row.y), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.8}
-            )
-            ax.plot([row.x, row.to_x], [row.y, row.to_y], style, color=colour, lw=1.5, label=item)
+            colour = ARROWS.get(item, "#666666")
+            arrow = {"arrowstyle": "->", "color": colour, "lw": 1.8}
+            ax.annotate("", (row.to_x, row.to_y), (row.x, row.y), arrowprops=arrow)
+            ax.plot([row.x, row.to_x], [row.y, row.to_y], "-", color=colour, lw=1.5, label=item)
     reach = 1.3 * max(0.2, float(table[["y", "to_y"]].abs().max().max()))
     ends = min(0, table.to_x.min()) - 0.05, max(1, table.x.max(), table.to_x.max()) + reach
     ax.set_aspect("equal", adjustable="box")
     ax.set_xlim(*ends)
     ax.set_ylim(-reach, reach)
-    figure.set_size_inches(
-        7.0, float(np.clip(4.2 * 2 * reach / (ends[1] - ends[0]) + 0.9, 2.4, 5.0))
-    )  # no empty margins
+    height = np.clip(4.2 * 2 * reach / (ends[1] - ends[0]) + 0.9, 2.4, 5.0)  # no empty margins
+    figure.set_size_inches(7.0, float(height))
     ax.axhline(0, color="black", lw=0.5)
     ax.set_xlabel("along the control run's residual stream (its length = 1)")
     ax.set_ylabel("across it")
@@ -83,12 +60,12 @@ def by_index(table: pd.DataFrame) -> Figure:
         for k, (name, is_in) in enumerate((("not counted", False), ("passes test and floor", True))):
             chosen = part[part.passes == is_in]
             if len(chosen):
-                points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
+                style.points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
         ax.axhline(0, color="black", lw=0.8)
         ax.set_title(f"layer {layer}")
-        ax.set_ylabel(SHARE)
+        ax.set_ylabel(style.TOTAL)
     axes[-1, 0].set_xlabel("index of the neuron")
-    _below(figure, [ax for ax in axes[:, 0] if len(ax.get_legend_handles_labels()[0])], ncols=2)
+    legend_below(figure, axes[:, 0], ncols=2)
     heading(figure, "Which single neurons carry the effect at the last token?")
     return figure
 
@@ -100,22 +77,19 @@ def set_curves(table: pd.DataFrame) -> Figure:
     for ax, name in zip(axes[0], names, strict=True):
         part = table[table.panel == name]
         for k, (label, line) in enumerate(part.groupby("series", sort=False)):
-            ax.plot(
-                line.k, line.estimate, marker=MARKERS[k % 8], color=OKABE_ITO[k % 8], ms=3, lw=1.2, label=str(label)
-            )
-            ax.fill_between(line.k, line.low, line.high, color=OKABE_ITO[k % 8], alpha=0.2, lw=0)
+            colour, marker = OKABE_ITO[k % 8], MARKERS[k % 8]
+            ax.plot(line.k, line.estimate, marker=marker, color=colour, ms=3, lw=1.2, label=str(label))
+            ax.fill_between(line.k, line.low, line.high, color=colour, alpha=0.2, lw=0)
         ax.axhspan(0.9, 1.1, color="#999999", alpha=0.2, lw=0)
         ax.set_xscale("log")
         ax.axhline(0, color="black", lw=0.8)
         ax.set_xlabel("neurons swapped together")
         ax.set_title(name)
         # Under the axis: every corner of the frame may hold a curve.
-        ax.legend(
-            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2 if part.series.nunique() < 5 else 4
-        )
+        n_columns = 2 if part.series.nunique() < 5 else 4
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=n_columns)
     axes[0, 0].set_ylabel("share of the whole layer's effect")
-    title = "How many neurons does it take? Top neurons of discover, swapped together, on test"
-    heading(figure, title)
+    heading(figure, "How many neurons does it take? Top neurons of discover, swapped together, on test")
     bounded = table[np.isfinite(table.estimate)]
     if len(bounded):
         axes[0, 0].set_ylim(min(-0.2, bounded.estimate.min() - 0.1), min(2.2, max(1.3, bounded.estimate.max() + 0.1)))
@@ -124,7 +98,7 @@ def set_curves(table: pd.DataFrame) -> Figure:
 
 def sparsity(table: pd.DataFrame) -> Figure:
     """k50 and k90 with intervals, one row a behaviour, on an axis of whole numbers."""
-    figure = dots(
+    figure = style.dots(
         table,
         row="behaviour",
         group="quantity",
@@ -148,9 +122,8 @@ def adjacency(table: pd.DataFrame) -> Figure:
     for ax, name in zip(axes[:, 0], names, strict=True):
         part = table[table.order == name].sort_values("place")
         ax.vlines(part.place, 0, part.single, color="#666666", lw=0.8, label="each neuron alone (exact)")
-        ax.plot(
-            part.place, part.window, "-", color=OKABE_ITO[1], lw=1.4, label="window of neighbours around it (joint)"
-        )
+        label = "window of neighbours around it (joint)"
+        ax.plot(part.place, part.window, "-", color=OKABE_ITO[1], lw=1.4, label=label)
         for k, one in enumerate(top):
             row = part[part.name == one]
             ax.plot(row.place, row.single, MARKERS[k % 8], color=OKABE_ITO[0], ms=6, ls="none")
@@ -158,11 +131,10 @@ def adjacency(table: pd.DataFrame) -> Figure:
                 ax.annotate(f"{one}", (x, y), textcoords="offset points", xytext=(5, 2), fontsize=7, color=OKABE_ITO[0])
         ax.axhline(0, color="black", lw=0.6)
         ax.set_title(str(name))
-        ax.set_ylabel(SHARE)
+        ax.set_ylabel(style.TOTAL)
     axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
-    _below(figure, list(axes[:1, 0]), ncols=2)
-    title = "Same function, other order: single neurons only move, windows are redrawn"
-    heading(figure, title)
+    legend_below(figure, axes[:1, 0], ncols=2)
+    heading(figure, "Same function, other order: single neurons only move, windows are redrawn")
     return figure
 
 
@@ -170,27 +142,17 @@ def permutations(table: pd.DataFrame) -> Figure:
     """Moran's I under permuted indices as a histogram, the model's own with its interval, and the claim's threshold."""
     figure, axes = new_figure(width=6.0, height=2.9)
     ax, own = axes[0, 0], table.iloc[0]
-    ax.bar(
-        table.start, table["count"], table.end - table.start, align="edge", color=OKABE_ITO[5], ec="white", lw=0.3,
-        label="permuted indices",
-    )  # fmt: skip
+    width, look = table.end - table.start, {"color": OKABE_ITO[5], "ec": "white", "lw": 0.3}
+    ax.bar(table.start, table["count"], width, align="edge", **look, label="permuted indices")
     height = 0.5 * float(table["count"].max())
     ends = np.clip([own.observed - own.least, own.most - own.observed], 0, None)[:, None]
-    ax.errorbar(
-        [own.observed],
-        [height],
-        xerr=ends,
-        fmt="D",
-        color=OKABE_ITO[1],
-        ms=5,
-        capsize=3,
-        label="this model, with interval",
-    )
+    look = {"fmt": "D", "color": OKABE_ITO[1], "ms": 5, "capsize": 3}
+    ax.errorbar([own.observed], [height], xerr=ends, **look, label="this model, with interval")
     ax.axvline(0.05, color="black", lw=0.9, ls="--", label="threshold of C7")
     ax.set_xlabel("Moran's I of rank |effect|")
     ax.set_ylabel("permutations")
     ax.set_title("Are neighbours more alike than chance?")
-    _below(figure, [ax], ncols=3)
+    legend_below(figure, [ax], ncols=3)
     return figure
 
 
@@ -200,19 +162,17 @@ COLOURS = {"grey": "#F0F0F0", "orange": "#F0C27B", "blue": "#B7E0F2"}
 def gate_drawing(table: pd.DataFrame) -> Figure:
     """Boxes and arrows, one panel a case; columns: panel, kind, x, y, to_x, to_y, text, colour."""
     panels = distinct(table.panel)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 2.3), squeeze=False)
-    plt.close(figure)
+    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 2.3)
     for ax, panel in zip(axes[0], panels, strict=True):
         ax.axis("off")
         part = table[table.panel == panel]
         for row in part[part.kind == "arrow"].itertuples():
             ends = (row.x, row.y), (row.to_x, row.to_y)
-            ax.add_patch(
-                FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=11, shrinkA=0, shrinkB=16, color="black")
-            )
+            look = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 16, "color": "black"}
+            ax.add_patch(FancyArrowPatch(*ends, **look))
         for row in part[part.kind == "box"].itertuples():
-            style = {"boxstyle": "round,pad=0.35", "fc": COLOURS.get(str(row.colour), "#FFFFFF"), "ec": "black"}
-            ax.text(row.x, row.y, row.text, ha="center", va="center", fontsize=9, bbox=style)
+            box = {"boxstyle": "round,pad=0.35", "fc": COLOURS.get(str(row.colour), "#FFFFFF"), "ec": "black"}
+            ax.text(row.x, row.y, row.text, ha="center", va="center", fontsize=9, bbox=box)
         ax.set_xlim(part.x.min() - 0.6, part.x.max() + 0.6)
         ax.set_ylim(part.y.min() - 0.5, part.y.max() + 0.5)
         ax.set_title(panel, fontsize=10)
@@ -228,14 +188,13 @@ def indices(table: pd.DataFrame) -> Figure:
     for k, name in enumerate(groups):
         part = table[table.outcome == name]
         y = [rows.index(form) + 0.22 * (k - (len(groups) - 1) / 2) for form in part.form]
-        ax.errorbar(part.estimate, y, xerr=interval_lengths(part), ms=4, label=str(name), **mark(k))
-    for at, style in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
-        ax.axvline(at, color="black", lw=0.8, ls=style)
+        ax.errorbar(part.estimate, y, xerr=style.interval_lengths(part), ms=4, label=str(name), **style.mark(k))
+    for at, dashes in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
+        ax.axvline(at, color="black", lw=0.8, ls=dashes)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
     ax.set_xlabel("signed gate index (interaction as a share of the whole effect)")
-    title = "Gate or contributor: only together (1), added (0), either one (-1)?"
-    heading(figure, title)
+    heading(figure, "Gate or contributor: only together (1), added (0), either one (-1)?")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
@@ -243,8 +202,8 @@ def indices(table: pd.DataFrame) -> Figure:
 # fmt: off
 SPECS = (
     spec("04_geometry", geometry, "C5a", {"item": "str", **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
-         "One last-layer neuron's write added to the residual stream, both pulled back to a sphere by the final "
-         "norm, and the read-out direction, in the plane of residual stream and write"),
+         "One last-layer neuron's write added to the residual stream, both pulled back to a sphere by the final norm, "
+         "and the read-out direction, in the plane of residual stream and write"),
     spec("04_neurons", by_index, "C5a", {"layer": "int", "neuron": "int", "passes": "bool", **ESTIMATE},
          "Exact indirect effect of every single neuron at the last token by layer and index, with intervals"),
     spec("04_curves", set_curves, "C5a", {"panel": "str", "series": "str", "k": "int", **ESTIMATE},
@@ -254,14 +213,13 @@ SPECS = (
          "k50 and k90 of the last layer for harm and for each benign behaviour"),
     spec("04_adjacency", adjacency, "C7",
          {"order": "str", "place": "int", "name": "int", "single": "float", "window": "float"},
-         "Effects of single last-layer neurons and of windows of neighbours, in training order and after a "
-         "permutation of the neurons that leaves the model's function as it was"),
+         "Effects of single last-layer neurons and of windows of neighbours, in training order and after a permutation "
+         "of the neurons that leaves the model's function as it was"),
     spec("04_moran", permutations, "C7", dict.fromkeys(("start", "end", "count", "observed", "least", "most"), "float"),
          "Moran's I of rank |effect| along the neuron index, against its values under permuted indices"),
     spec("04_gate_drawing", gate_drawing, "C5b",
          {**dict.fromkeys(("panel", "kind", "text", "colour"), "str"), **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
-         "Last-layer neurons only add to the residual stream; inside one neuron the gate multiplies the "
-         "up-projection"),
+         "Last-layer neurons only add to the residual stream; inside one neuron the gate multiplies the up-projection"),
     spec("04_gate_forms", indices, "C5b", {"form": "str", "outcome": "str", **ESTIMATE},
          "Signed gate index of every form that is defined, for the harm contrast and for benign behaviours, by "
          "read-out"),

@@ -7,9 +7,10 @@ Categories are Okabe-Ito colours and markers, effects a diverging map centred at
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from companion.base.display import NotDefined
 from companion.base.thresholds import LATE, depth
@@ -26,56 +27,38 @@ from companion.base.thresholds import LATE, depth
 ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
 BY_LAYER = {"layer": "int", **ESTIMATE}
 LOG_ODDS = "effect (log-odds)"
+TOTAL = "share of total effect"
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One figure: its name (also of its CSV), what draws it with which options, its claim, its columns, what it shows."""
+    """One figure: its name (also of its CSV), what draws its table, its claim, its columns, what it shows."""
 
     name: str
-    function: Callable[..., Figure]
+    draw: Callable[[pd.DataFrame], Figure]
     claim: str
     columns: dict[str, str]
     shows: str
-    options: dict[str, Any]
-
-    def draw(self, table: pd.DataFrame) -> Figure:
-        """The figure of a table with these columns."""
-        return self.function(table, **self.options)
 
 
 def spec(
     name: str, function: Callable[..., Figure], claim: str, columns: dict[str, str], shows: str, **options: Any
 ) -> FigureSpec:
     """A `FigureSpec`; what is given by name goes to the drawing function."""
-    return FigureSpec(name, function, claim, columns, shows, options)
+    return FigureSpec(name, partial(function, **options), claim, columns, shows)
 
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 NAMES = {
-    "attn_out": "attention",
-    "mlp_out": "MLP",
-    "resid_post": "residual stream",
-    "attn_out.direct": "attention, direct",
-    "mlp_out.direct": "MLP, direct",
-    "last_instruction": "last instruction",
-}
+    "attn_out": "attention", "mlp_out": "MLP", "resid_post": "residual stream", "attn_out.direct": "attention, direct",
+    "mlp_out.direct": "MLP, direct", "last_instruction": "last instruction",
+}  # fmt: skip
 STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 110,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "companion",
-    "figure.constrained_layout.use": True,
-}
+    "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "svg.hashsalt": "companion",
+}  # fmt: skip
 
 
 @contextmanager
@@ -98,6 +81,12 @@ def new_figure(
 def heading(figure: Figure, text: str) -> None:
     """A bold title over all panels, at the left edge."""
     figure.suptitle(text, fontsize=10, fontweight="bold", x=0.01, ha="left")
+
+
+def legend_below(figure: Figure | SubFigure, axes: Iterable[Axes], ncols: int, **words: Any) -> None:
+    """One legend under the axes, where it can hide no point; an entry that several panels share stands there once."""
+    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=ncols, fontsize=8, **words)
 
 
 def distinct(values: pd.Series) -> list[Any]:
@@ -125,10 +114,9 @@ def not_defined(why: NotDefined) -> Figure:
 
 def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *, line: bool = True) -> None:
     """Estimates with intervals in the k-th colour and marker."""
-    style = "-" if line else "none"
     axes.errorbar(
-        x, table["estimate"], yerr=interval_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2, ls=style,
-        capsize=2, label=label,
+        x, table["estimate"], yerr=interval_lengths(table), color=OKABE_ITO[k % 8], marker=MARKERS[k % 8], ms=4, lw=1.2,
+        ls="-" if line else "none", capsize=2, label=label,
     )  # fmt: skip
 
 
@@ -158,7 +146,7 @@ def cumulative(table: pd.DataFrame) -> Figure:
         ax.text(-0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444")
     ax.axhline(1, color="black", lw=0.8, ls=":")
     layer_axis(ax, n_layers)
-    ax.set_ylabel("share of total effect")
+    ax.set_ylabel(TOTAL)
     ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
     ax.legend(loc="lower right")
     return figure
@@ -183,7 +171,7 @@ def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bo
     return figure
 
 
-def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str) -> Figure:
+def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str = TOTAL) -> Figure:
     """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
     names = distinct(table[panel])
     n_cols = min(4 if len(names) == 4 else 3, len(names))
@@ -201,9 +189,9 @@ def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel(unit)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if len(handles) > 4:  # too many to stand beside the lines
-        figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=min(5, len(handles)))
+    n_entries = len(axes[0, 0].get_legend_handles_labels()[0])
+    if n_entries > 4:  # too many to stand beside the lines
+        legend_below(figure, [axes[0, 0]], min(5, n_entries))
     else:
         axes[0, 0].legend(fontsize=8)
     heading(figure, title)
@@ -236,16 +224,9 @@ def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: st
 
 
 def dots(
-    table: pd.DataFrame,
-    *,
-    row: str,
-    group: str,
-    title: str,
-    unit: str,
-    marks: Sequence[float] = (),
-    limits: tuple[float, float] | None = None,
-    below: bool = False,
-) -> Figure:
+    table: pd.DataFrame, *, row: str, group: str, title: str, unit: str, marks: Sequence[float] = (),
+    limits: tuple[float, float] | None = None, below: bool = False,
+) -> Figure:  # fmt: skip
     """Estimates with intervals on a horizontal axis, one row for each value of `row`; vertical lines at `marks`.
 
     `limits` cut the axis; an interval that leaves the frame is wider than what can be said. `below` puts the legend under the
@@ -263,9 +244,7 @@ def dots(
         ax.set_xlim(*limits)
     if below:
         figure.set_size_inches(7.0, figure.get_size_inches()[1] + 0.4)
-        figure.legend(
-            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2 if len(groups) < 5 else 5, fontsize=8
-        )
+        legend_below(figure, [ax], 2 if len(groups) < 5 else 5)
     else:
         ax.legend(fontsize=8)
     return figure

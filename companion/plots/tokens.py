@@ -20,16 +20,8 @@ def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str,
     for name, earliest in part.groupby(row)["earliest"].first().items():
         width = min(float(earliest), grid.shape[1])
         if width > 0:
-            ax.axhspan(
-                place[name] - 0.5,
-                place[name] + 0.5,
-                0,
-                width / grid.shape[1],
-                fc="none",
-                ec="#999999",
-                hatch="////",
-                lw=0,
-            )
+            hatched = {"fc": "none", "ec": "#999999", "hatch": "////", "lw": 0}
+            ax.axhspan(place[name] - 0.5, place[name] + 0.5, 0, width / grid.shape[1], **hatched)
     if "low" in part:
         sure = part[(part.low > 0) | (part.high < 0)]
         ax.plot(sure["layer"], [place[name] for name in sure[row]], ".", color="black", ms=3)
@@ -39,7 +31,7 @@ def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str,
     return image
 
 
-def groups(table: pd.DataFrame, *, panel: str, title: str, unit: str) -> Figure:
+def groups(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
     """Position groups in reading order against layers, one panel for each value of `panel`, on one scale."""
     names, rows = distinct(table[panel]), distinct(table["group"])
     figure, axes = new_figure(1, len(names), 2.5 * len(names) + 1.6, 0.9 + 0.26 * len(rows), sharey=True)
@@ -48,12 +40,12 @@ def groups(table: pd.DataFrame, *, panel: str, title: str, unit: str) -> Figure:
         image = _map(ax, rows, table[table[panel] == name], "group", "estimate", bound)
         ax.set_title(NAMES.get(str(name), str(name)))
     axes[0, 0].set_yticks(range(len(rows)), [str(name).replace("_", " ") for name in rows])
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=SIGNED)
     heading(figure, title)
     return figure
 
 
-def tokens(table: pd.DataFrame, *, unit: str) -> Figure:
+def tokens(table: pd.DataFrame) -> Figure:
     """Single tokens of one pair against layers: columns layer, position, token, earliest, nie."""
     rows = sorted(table.position.unique())
     figure, axes = new_figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
@@ -62,24 +54,18 @@ def tokens(table: pd.DataFrame, *, unit: str) -> Figure:
     label = table.drop_duplicates("position").set_index("position")["token"]
     ax.set_yticks(np.arange(len(rows)), [label[at] for at in rows], fontsize=7)
     ax.set_title("Which token holds the effect?")
-    figure.colorbar(image, ax=ax, label=unit)
+    figure.colorbar(image, ax=ax, label=SIGNED)
     return figure
 
 
 def carriers(table: pd.DataFrame) -> Figure:
     """Shares of the paths by layer; the axis begins at the first layer that has an effect to share out."""
-    figure = by_layer(
-        table,
-        group="path",
-        title="What carries the last token's signal on?",
-        unit="share of the residual stream's effect",
-        late=False,
-    )
+    title, unit = "What carries the last token's signal on?", "share of the residual stream's effect"
+    figure = by_layer(table, group="path", title=title, unit=unit, late=False)
     ax = figure.axes[0]
     ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
-    handles = ax.get_legend_handles_labels()
     ax.get_legend().remove()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
+    style.legend_below(figure, [ax], 4)
     return figure
 
 
@@ -89,29 +75,25 @@ HATCHED = "; hatched where the architecture lets no difference arrive"
 SPECS = (
     spec("05_tokens", tokens, "C4",
          {"layer": "int", "position": "int", "token": "str", "earliest": "float", "nie": "float"},
-         f"Effect of the residual stream at every token and layer of one pair{HATCHED}",
-         unit=SIGNED),
+         f"Effect of the residual stream at every token and layer of one pair{HATCHED}"),
     spec("05_groups", groups, "C4", {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
          f"Effect of each position group's residual stream by layer, one panel a treatment{HATCHED}",
-         panel="treatment", title="Residual stream: where is the signal, layer by layer?", unit=SIGNED),
+         panel="treatment", title="Residual stream: where is the signal, layer by layer?"),
     spec("05_components", groups, "C4", {"site": "str", "group": "str", "earliest": "float", **BY_LAYER},
          f"Effect of attention and MLP outputs by position group and layer{HATCHED}",
-         panel="site", title="Attention and MLP outputs: who moves it?", unit=SIGNED),
+         panel="site", title="Attention and MLP outputs: who moves it?"),
     spec("05_hand_over", style.panels, "C4", {"treatment": "str", "where": "str", **BY_LAYER},
-         "Share of the total effect in the residual stream of the last token, of all others, of the last "
-         "instruction token, and of verb and object",
-         panel="treatment", group="where", title="When does the last token take over?", unit="share of total effect"),
+         "Share of the total effect in the residual stream of the last token, of all others, of the last instruction "
+         "token, and of verb and object",
+         panel="treatment", group="where", title="When does the last token take over?"),
     spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
-         "Share of the effect of the last token's residual stream that MLPs, attention and the skip path above "
-         "carry"),
+         "Share of the effect of the last token's residual stream that MLPs, attention and the skip path above carry"),
     spec("05_timing", style.dots, "C5c", {"schedule": "str", "clamp": "str", **ESTIMATE},
-         "Harmful answers to jailbroken prompts with the last layer clamped at different times, with Wilson "
-         "intervals",
+         "Harmful answers to jailbroken prompts with the last layer clamped at different times, with Wilson intervals",
          row="schedule", group="clamp", title="When must the last layer be closed?", unit="share of harmful answers",
          limits=(-0.05, 1.05), below=True),
     spec("05_input", style.dots, "C4", {"group": "str", "view": "str", **ESTIMATE},
-         "Effect of each position group replaced in the prompt, beside that of its activations after the first "
-         "layer",
+         "Effect of each position group replaced in the prompt, beside that of its activations after the first layer",
          row="group", group="view", title="What is read, and where the signal is", unit=LOG_ODDS, marks=(0.0,),
          below=True),
 )

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
-from companion.base.chat import STAND_IN, render_prompt
+from companion.base.chat import STAND_IN, render_prompt, system_place
 from companion.base.errors import InputError
 from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
 
@@ -40,6 +40,23 @@ class TokenPair:
     treated_offsets: Int[np.ndarray, "pos 2"]
     control_start: int
     treated_start: int
+
+
+def encode_behind(tokenizer: PreTrainedTokenizerBase, sentence: str, text: str) -> Int[np.ndarray, "pos"]:
+    """Token ids of a user turn behind a sentence, which stands where `system_place` says.
+
+    Raises:
+        InputError: the template shows it nowhere.
+    """
+    place = system_place(tokenizer, sentence)
+    if place == "not possible":
+        raise InputError(
+            "the model's chat template shows a sentence before the request neither as a system turn nor at the head of the "
+            "user turn: mend its chat_template.jinja"
+        )
+    if place == "head of the user turn":
+        return encode(tokenizer, f"{sentence} {text}")[0]
+    return np.array(tokenizer(render_prompt(tokenizer, text, sentence), add_special_tokens=False)["input_ids"])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -232,18 +232,28 @@ def resolve_device(device: str) -> str:
 def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
     """Read and tokenize the prompt set with the model's tokenizer; returns what a user should know of it.
 
-    Raises `InputError` for what later steps could not use: see `companion.prompts.pairs` and `companion.prompts.tokens`.
+    Raises `InputError` for what later steps could not use: see `companion.prompts.pairs`, `companion.prompts.tokens`, and for
+    steering directions beside the prompts `companion.steering.extraction`.
     """
     from companion.prompts.pairs import load_set
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
+    import torch
+
+    from companion.model import architecture, memory
     from companion.model.load import load_tokenizer
     from companion.prompts import subsample, tokens
+    from companion.steering import extraction
 
-    tokenizer = load_tokenizer(model_folder(model))
+    folder = model_folder(model)
+    tokenizer = load_tokenizer(folder)
     chosen = subsample.subsample(prompt_set.pairs, subsample.pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
+    if extraction.find_supplied(prompts):
+        shapes = memory.on_meta(folder, torch.float32)
+        weights = architecture.hash_files(folder.glob("*.safetensors"))
+        extraction.check_supplied(prompts, replace(shapes, tokenizer=tokenizer, sha256=weights))
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]

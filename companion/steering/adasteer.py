@@ -30,7 +30,7 @@ from companion.model.activations import clean_run
 from companion.stats.rates import mean_change
 from companion.steering import methods
 from companion.steering.experiment import SteeringExperiment
-from companion.steering.extraction import Directions, Fit
+from companion.steering.extraction import ENDS, Directions, Fit
 from companion.steering.methods import Scale
 from companion.steering.prompts import thinned
 
@@ -52,8 +52,8 @@ class Affine:
 
     slope: float
     offset: float
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = HIGH
 
     def __call__(self, at: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt"]:
         """The coefficient at these positions."""
@@ -62,8 +62,9 @@ class Affine:
 
 @dataclass(frozen=True)
 class Law:
-    """A fitted coefficient: where its position is read, on which line, and the affine rule. The laws predict the sign of
-    the slope: negative for rejection (R-law), positive for harmfulness (H-law); it is reported, not imposed.
+    """A fitted coefficient: where its position is read, on which line, and the affine rule.
+
+    The laws predict the sign of the slope, negative for rejection and positive for harmfulness; it is reported, not imposed.
     """
 
     layer: int
@@ -73,10 +74,7 @@ class Law:
 
 # As in the published code, positions in hundredths; the clamps are ours, not the authors': a quarter of r against compliance at
 # position 0, nothing at position 100.
-RELEASED: Final = {
-    "r": Affine(0.0025 * 100, -0.25, -0.25, 0.0),
-    "c": Affine(0.0, 0.0, 0.0, 0.25),
-}
+RELEASED: Final = {"r": Affine(0.0025 * 100, -0.25, -0.25, 0.0), "c": Affine(0.0, 0.0, 0.0, 0.25)}
 
 
 def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law, Law] | None = None) -> Steering:
@@ -85,8 +83,8 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     Vectors are added at these layers (default: all) to all tokens of the prompt and to none of the answer.
     """
     chosen = methods.checked_layers(fit, layers)
-    rejection, harmfulness = laws or fit_laws(fit, layers=chosen)
-    vectors = {"r": fit.rejection(), "c": fit.harmfulness()}
+    rejection, harmfulness = laws or fit_laws(fit, chosen)
+    vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
 
 
@@ -97,7 +95,7 @@ def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Ste
     vector is a projection on the first, so one direction is left.
     """
     chosen = methods.checked_layers(fit, layers)
-    r, h = -fit.rejection(), fit.harmfulness()
+    r, h = -fit.direction("rejection"), fit.direction("harmfulness")
     length = (r * r).sum(-1)
     share = (h * r).sum(-1) / np.where(length > 0, length, 1.0)  # a layer without r has no projection on it
     laws = {key: Law(*decision_line(fit, name), RELEASED[key]) for key, name in (("r", "refused"), ("c", "benign"))}
@@ -107,10 +105,9 @@ def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Ste
 def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     """The decision layer and its line from the complied centroid (0) to that of class `one` (1).
 
-    It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover
-    in units of the spread along the line between them. Where nothing has arrived at the last token (the centroids differ by
-    rounding alone) a position would be noise over noise: such a layer is no candidate, and if none is left it is the
-    earliest layer above at which something has arrived.
+    It is the layer between relative depths 0.2 and 0.5 at which the two classes' centroids lie furthest apart on discover,
+    in units of the spread along the line between them. Where the centroids differ by rounding alone a position would be
+    noise over noise: such a layer is no candidate, and if none is left it is the earliest layer above that is one.
     """
     fit.need("complied", one)
     masks = [fit.mask("discover", name) for name in ("complied", one)]
@@ -126,14 +123,13 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     wanted = [at for at in found if DECISION[0] <= depth(at, n) <= DECISION[1]]
     above = [at for at in found if depth(at, n) > DECISION[1]]
     if not wanted and not above:
-        raise InputError(
-            "harmful prompts that were complied with look like the others at every layer: no decision layer"
-        )
+        why = "harmful prompts that were complied with look like the others at every layer: no decision layer"
+        raise InputError(why)
     best = max(wanted, key=lambda layer: found[layer][0]) if wanted else above[0]
     return best, found[best][1]
 
 
-def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, Law]:
+def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
     """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate.
 
     lambda_r is the coefficient at which the regression on position and coefficient gives a harmful prompt 0.95 of refusing.
@@ -144,14 +140,14 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
     Raises:
         InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
     """
-    chosen, validate = methods.checked_layers(fit, layers), fit.mask("validate")
-    harm, other = (np.flatnonzero(validate & (fit.harmful == wanted)) for wanted in (True, False))
-    if not len(harm) or not len(other):
+    validate = fit.mask("validate")
+    kinds = [np.flatnonzero(validate & (fit.harmful == wanted)) for wanted in (True, False)]
+    if not all(map(len, kinds)):
         raise InputError("AdaSteer's coefficients need harmful and other prompts in the split validate: supply both")
     # Prompts of one kind stand together in a prompt set, so those that are tried are evenly spaced.
     harm, other = (
         places[np.unique(np.linspace(0, len(places) - 1, min(N_FIT, len(places))).round().astype(int))]
-        for places in (harm, other)
+        for places in kinds
     )
     (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
     pos_r = line_r.position(fit.last["resid_post"][:, at_r].astype(float))
@@ -159,16 +155,16 @@ def fit_laws(fit: Fit, *, layers: Collection[int] | None = None) -> tuple[Law, L
 
     def tried(law_r: Law | None) -> list[Steering]:
         """Both vectors with one coefficient constant at each value of the grid: v_R's, or v_H's once that one is fitted."""
-        flat = [Affine(0.0, c, 0.0, HIGH) for c in GRID]
-        zero = Law(at_h, line_h, Affine(0.0, 0.0, 0.0, HIGH))
+        flat = [Affine(0.0, c) for c in GRID]
+        zero = Law(at_h, line_h, flat[0])
         laws = [(law_r, Law(at_h, line_h, c)) if law_r else (Law(at_r, line_r, c), zero) for c in flat]
-        return [adasteer(fit, layers=chosen, laws=one) for one in laws]
+        return [adasteer(fit, layers=layers, laws=one) for one in laws]
 
     law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], _refused(fit, harm, tried(None))))
     steered = tried(law_r)
     at_harmful = _coefficient_at(0.0, pos_h[harm], _refused(fit, harm, steered), REFUSED)
     at_benign = _coefficient_at(1.0, pos_h[other], _refused(fit, other, steered), 1 - REFUSED)
-    return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful, 0.0, HIGH))
+    return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful))
 
 
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
@@ -178,27 +174,24 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     return np.stack([np.asarray(one.p_refuse) > 0.5 for one in found])
 
 
-def _response(
-    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]
-) -> tuple[float, float, float] | None:
-    """Logistic weights of the position and of the coefficient, and the intercept."""
+def _response(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> tuple[float, float, float]:
+    """Logistic weights of the position and of the coefficient, and the intercept; zeros where only one outcome occurs."""
     table = np.column_stack([np.tile(at, len(GRID)), np.repeat(np.asarray(GRID, dtype=float), len(at))])
     found = methods.logistic(table, refused.ravel())
-    return None if found is None else (float(found[0][0]), float(found[0][1]), found[1])
+    return (0.0, 0.0, 0.0) if found is None else (float(found[0][0]), float(found[0][1]), found[1])
 
 
 def _rejection_rule(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
     if refused.all():
-        return Affine(0.0, 0.0, 0.0, HIGH)
-    made = _response(at, refused)
-    if made is None or made[1] <= 0:
+        return Affine(0.0, 0.0)
+    of_position, of_coefficient, intercept = _response(at, refused)
+    if of_coefficient <= 0:
         raise InputError(
             f"adding the rejection vector with up to {HIGH} of its length makes refusals no likelier on validate: "
             "its role is not rejection in this model; try other layers or check the class labels"
         )
-    of_position, of_coefficient, intercept = made
     wanted = float(np.log(REFUSED / (1 - REFUSED)))
-    return Affine(-of_position / of_coefficient, (wanted - intercept) / of_coefficient, 0.0, HIGH)
+    return Affine(-of_position / of_coefficient, (wanted - intercept) / of_coefficient)
 
 
 def _coefficient_at(
@@ -210,10 +203,9 @@ def _coefficient_at(
     """
     if refused.all() and wanted > 0.5:
         return HIGH
-    made = _response(at, refused)
-    if made is None or made[1] >= 0:
+    of_position, of_coefficient, intercept = _response(at, refused)
+    if of_coefficient >= 0:
         return 0.0
-    of_position, of_coefficient, intercept = made
     coefficient = (np.log(wanted / (1 - wanted)) - intercept - of_position * where) / of_coefficient
     return float(np.clip(coefficient, 0.0, HIGH))
 
@@ -251,9 +243,9 @@ def residuals(experiment: SteeringExperiment, prompts: pd.DataFrame) -> Float[np
 def plane_positions(directions: Directions, at: Float[np.ndarray, "prompt layer d"], layer: int) -> pd.DataFrame:
     """`pos_R` and `pos_H` of every prompt at a layer."""
     columns = {}
-    for one, column in (("refused", "pos_R"), ("benign", "pos_H")):
-        ends = [np.asarray(getattr(directions, name)[layer], dtype=float) for name in ("complied", one)]
-        columns[column] = Scale.between(*ends).position(at[:, layer])
+    for role, column in AXES.items():
+        one, zero = (np.asarray(getattr(directions, name)[layer], dtype=float) for name in ENDS[role])
+        columns[column] = Scale.between(zero, one).position(at[:, layer])
     return pd.DataFrame(columns)
 
 
@@ -267,12 +259,12 @@ def separation(experiment: SteeringExperiment) -> pd.DataFrame:
         found = plane_positions(fit.directions(), at, layer)
         rejection = roc_auc_score(prompts.refused[harmful], found.pos_R[harmful])
         rows.append((layer, rejection, roc_auc_score(~harmful, found.pos_H)))
-    return pd.DataFrame(rows, columns=["layer", "rejection", "harmfulness"])
+    return pd.DataFrame(rows, columns=["layer", *AXES])
 
 
 def decision_layer(separated: pd.DataFrame) -> int:
     """The earliest layer whose worse AUROC is within 0.01 of the best layer's."""
-    worse = separated[["rejection", "harmfulness"]].min(axis=1).to_numpy()
+    worse = separated[[*AXES]].min(axis=1).to_numpy()
     return int(separated.layer[np.flatnonzero(worse >= worse.max() - 0.01)[0]])
 
 
@@ -301,10 +293,8 @@ def _groups(prompts: pd.DataFrame) -> pd.Series:
         "harmful, other, answered": harmful & ~prompts.refused,
         "harmful, wrapped, refused": harmful & prompts.wrapped,
         "harmful, plain, refused": harmful,
-        "borderline": prompts.kind == "borderline",
-        "harmless": prompts.kind == "harmless",
     }
-    return pd.Series(np.select(list(masks.values()), list(masks), "other"), prompts.index)
+    return pd.Series(np.select(list(masks.values()), list(masks), prompts.kind), prompts.index)
 
 
 def along(directions: Directions, layers: Sequence[int], coefficients: Mapping[str, float]) -> Steering:
@@ -344,11 +334,9 @@ def law_table(
     both, positions = [], []
     for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
         part = thinned(prompts[prompts.kind == kind], N_LAW)
-        bears = tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted))
-        at = placed.pos_H[part.index].to_numpy()
-        tables.append(binned_law(at, bears, part.topic, "H-law: tolerated along v_H", kind))
-        both.append(bears)
-        positions.append(at)
+        both.append(tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted)))
+        positions.append(placed.pos_H[part.index].to_numpy())
+        tables.append(binned_law(positions[-1], both[-1], part.topic, "H-law: tolerated along v_H", kind))
     facts["H-law, Spearman"] = trend(np.concatenate(positions), np.concatenate(both))
     return pd.concat(tables, ignore_index=True), facts
 

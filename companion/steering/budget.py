@@ -1,9 +1,8 @@
 """The L2 budget of a steering, and trade-off curves over strengths, so that methods are compared at one size.
 
 A prompt's added norm is the square root of the sum, over steered sites and prompt tokens, of the squared norm of what was
-added to the residual stream. The budget is its root mean square over prompts: a gate that stays shut adds nothing, so an
-adaptive method may spend the same budget on fewer prompts. Curves use the first answer token only (a prompt is one forward
-pass); answers are sampled at the strength that is chosen on validate.
+added to the residual stream; the budget is its root mean square over prompts, so an adaptive method may spend it on fewer
+prompts. Curves use the first answer token only; answers are sampled at the strength that is chosen on validate.
 """
 
 from __future__ import annotations
@@ -104,10 +103,7 @@ def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CU
 def added_norms(
     subject: Subject, steered: Sequence[Steering], texts: Sequence[str]
 ) -> Float[np.ndarray, "steering prompt"]:
-    """The added norm of each prompt under each of the steerings, in units of the residual stream, while prompts are read.
-
-    Steerings that have the same sites are measured together.
-    """
+    """The added norm of each prompt under each of the steerings, in units of the residual stream, while prompts are read."""
     norms = np.zeros((len(steered), len(texts)))
     for places, ids in forward.buckets(subject, texts, system=outcomes.common_system(steered)):
         groups = forward.fitting(steered, len(ids))
@@ -182,13 +178,12 @@ def to_budgets(
 ) -> list[Steering | NotDefined]:
     """The steering with the strengths at which these budgets on the prompts are met to 1 %; or why one cannot be met.
 
-    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration. All
-    strengths of a round share their passes, and what a round has measured serves every budget: the next strength lies on
-    the straight line, in logarithms, between the two measured ones around a budget.
+    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration: all
+    strengths of a round share their passes, and what a round has measured serves every budget.
     """
     if bad := [target for target in targets if target <= 0]:
         why = f"the budget is {bad[0]}; expected a positive norm (leave the model unsteered otherwise)"
-        return [NotDefined(why) for _ in targets]
+        return [NotDefined(why)] * len(targets)
     unmet = "{}: the strength for a budget of {:.3g} did not settle; try a smaller budget"
     failed = {i: NotDefined(unmet.format(steering.name, target)) for i, target in enumerate(targets)}
     found: dict[int, Steering] = {}
@@ -231,10 +226,9 @@ def scaled(steered: Steering, factor: float) -> Steering:
 
 
 def choose_strength(curves: pd.DataFrame) -> float:
-    """The strength of least harm among those that keep over-refusal and KL within their margins.
+    """The strength of least harm among those that keep over-refusal and KL within their margins, on validate curves.
 
-    Where none does, the one that breaks the margins least, by the larger of the two ratios. Ties go to the weaker. It is
-    asked about validate curves only.
+    Where none does, the one that breaks the margins least, by the larger of the two ratios. Ties go to the weaker.
     """
     wide = curves.pivot(index="strength", columns="measure", values="estimate").sort_index()
     excess = np.maximum(wide["over-refusal"] / MARGINS["over-refusal"], wide["KL"] / MARGINS["KL"])

@@ -1,26 +1,30 @@
-"""The methods of the comparison, all from one fit, tuned and held against each other on equal terms.
+"""The methods of the comparison, all from one fit, tuned and held against each other, and controls of each, on equal terms.
 
 Which method carries the verdict on C6 was fixed before any result: `DECISIVE`, an adaptive method in the style of AdaSteer
-whose vectors are added at late layers only. AdaSteer as published adds them at every layer, so this is a method of its own.
+whose vectors are added at late layers only (AdaSteer as published adds them at every layer). A control keeps all of the tested
+steering but one thing, which may then get the credit: the direction (drawn at random), the layers, or the gate.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, TypeAlias
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
 
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
-from companion.generation import decode
-from companion.generation.hooks import Edit, Steering, applied
+from companion.generation import decode, forward
+from companion.generation.hooks import Edit, Opening, Part, Prompt, Steering, applied
 from companion.mediation.study import Study
 from companion.neurons import single
 from companion.stats.rates import mean_change
@@ -39,20 +43,10 @@ PANELS: Final = {
 }
 ROWS: Final = ("at all layers, or in the prompt", "at some layers only")
 EQUAL: Final = (
-    "row",
-    "panel",
-    "group",
-    "x",
-    "estimate",
-    "low",
-    "high",
-    "strength",
-    "why",
-    "more",
-    "more_low",
-    "more_high",
-)
+    "row", "panel", "group", "x", "estimate", "low", "high", "strength", "why", "more", "more_low", "more_high",
+)  # fmt: skip
 N_TIMED: Final = 32
+FAMILIES: Final = ("isotropic", "covariance-matched")  # of random directions
 
 
 def zones(n_layers: int) -> dict[str, list[int]]:
@@ -66,14 +60,14 @@ def zones(n_layers: int) -> dict[str, list[int]]:
     return {name: [int(layer) for layer in np.flatnonzero(mask)] for name, mask in masks.items()}
 
 
-def top_neurons(study: Study, k: int = N_NEURONS) -> dict[int, list[int]]:
+def top_neurons(study: Study) -> dict[int, list[int]]:
     """The last-layer neurons with the largest mean indirect effect in the direction of TE, on the discover pairs of T2."""
     last = study.subject.n_layers - 1
     discover = tuple(p for p in study.of("T2") if p.pair.split == "discover")
     columns = single.all_neurons(study.subject, [last])
     effects, _ = single.measure_chosen(replace(study, pairs=discover), "T2", columns)
     toward = effects.nie.mean(0) * np.sign(effects.pairs.te.mean())
-    return {last: sorted(int(i) for i in np.argsort(-toward, kind="stable")[:k])}
+    return {last: sorted(int(i) for i in np.argsort(-toward, kind="stable")[:N_NEURONS])}
 
 
 def builders(n_layers: int, neurons: Mapping[int, Sequence[int]] | None) -> dict[str, Callable[[Fit], Steering]]:
@@ -115,7 +109,7 @@ def tuned(
     """Every method at the strength chosen on the validate prompts, and the curves that it was chosen from."""
     chosen, curves = {}, [pd.DataFrame(columns=list(budget.COLUMNS))]
     for name, one in steered.items():
-        steps = strengths if one.edits else (1.0,)  # a sentence in the system turn is there or not
+        steps = strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
         curves.append(evaluation.curve(name, [budget.scaled(one, step) for step in steps], steps))
         chosen[name] = budget.scaled(one, budget.choose_strength(curves[-1]))
     return chosen, pd.concat(curves[1:] or curves, ignore_index=True)
@@ -123,7 +117,7 @@ def tuned(
 
 def transplanted(fit: Fit, *, layers: Sequence[int]) -> Steering:
     """The last layer's rejection vector added to the residual stream at other layers, at all prompt tokens."""
-    delta = methods.constant(fit.rejection()[-1])
+    delta = methods.constant(fit.direction("rejection")[-1])
     return Steering("transplanted", tuple(Edit(layer, "resid_post", delta, "prompt", blind=True) for layer in layers))
 
 
@@ -156,9 +150,9 @@ def equal_budgets(
 ) -> pd.DataFrame:  # fmt: skip
     """What methods do with the same L2 budget (met on `spend`), first token, on `evaluation`; the columns are those of `EQUAL`.
 
-    `x` is the budget; the largest is named by the caller. `row` says which layers a method steers, all or some. `more`:
-    by how many points a method lies above the one named `against` at the same budget, on the same prompts. A budget
-    that a method cannot spend has a row without numbers, whose `why` says so.
+    `x` is the budget, shares of the largest; `row` says which layers a method steers, all or some. `more`: by how many points
+    a method lies above the one named `against` at the same budget, on the same prompts. A budget that a method cannot spend
+    has a row without numbers, whose `why` says so.
     """
     subject, targets = evaluation.experiment.subject, [share * largest for share in shares]
     met = {name: budget.to_budgets(subject, one, spend.mixed, targets) for name, one in steered.items()}
@@ -210,3 +204,121 @@ def costs(
         best[name] = min(best[name], time.perf_counter() - start)
     relative = {name: value / best[PLAIN.name] for name, value in best.items()}
     return pd.Series(relative, name="seconds, steered / unsteered")
+
+
+def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) -> Steering:
+    """A random direction at every site of `like`, with its gate, layers, tokens and strength.
+
+    "isotropic" is drawn uniformly from the sphere, "covariance-matched" from the covariance of benign activations at the
+    site: a direction in which activations do vary. Each vector has the length of the site's rejection vector.
+    """
+    rng = np.random.default_rng(seed)
+    edits = []
+    for edit in like.edits:
+        layer = fit.neuron_layers.index(edit.layer) if edit.part == "neurons" else edit.layer
+        if family == "isotropic":
+            drawn = np.asarray(rng.standard_normal(fit.last[edit.part].shape[-1]))
+        else:
+            centred = _centred(fit, edit.part, layer)
+            drawn = rng.standard_normal(len(centred)) @ centred
+        size = np.linalg.norm(fit.direction("rejection", edit.part)[layer])
+        edits.append(Edit(edit.layer, edit.part, methods.constant(methods.unit(drawn) * size), edit.where, blind=True))
+    return replace(like, name=f"random {family} {seed}", edits=tuple(edits))
+
+
+@lru_cache(maxsize=32)  # a hundred directions are drawn at the same few sites
+def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt width"]:
+    fit.need("benign")
+    benign = fit.last[part][fit.mask("discover", "benign"), layer].astype(float)
+    return benign - benign.mean(0)
+
+
+def random_null(
+    fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts, draws: int
+) -> pd.DataFrame:
+    """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
+
+    Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
+    rows where the method adds nothing there.
+    """
+
+    def falls(steered: Sequence[Steering]) -> list[float]:
+        """Mean fall of the log-odds of complying under each steering."""
+        found = evaluation.experiment.first_tokens(evaluation.harmful, steered)
+        return [float((evaluation.harmful.log_odds.to_numpy() - one.log_odds.to_numpy()).mean()) for one in found]
+
+    (target,), own = spend.budgets([tested]), falls([tested])
+    rows = []
+    for family in FAMILIES if target else ():
+        like = replace(tested, strength=1.0)
+        first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(draws))
+        # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
+        (met,) = budget.to_budgets(fit.subject, first, spend.mixed, [target])
+        assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength
+        drawn = falls([met, *(replace(one, strength=met.strength) for one in others)])
+        rows += [(family, tested.name, own[0]), *((family, "random", value) for value in drawn)]
+    return pd.DataFrame(rows, columns=["family", "role", "value"])
+
+
+def elsewhere(like: Steering, layers: Collection[int]) -> Steering | NotDefined:
+    """What a steering adds, at other layers: lowest goes to lowest, with the same vectors, coefficients and gate.
+
+    What it reads of a prompt it reads from an unsteered pass, which no edit can change. Not defined for another number of
+    layers than its own.
+    """
+    own, at = sorted({edit.layer for edit in like.edits}), sorted(set(layers))
+    if len(own) != len(at):
+        return NotDefined(f"{like.name} steers {len(own)} layers; expected as many to move it to, not {len(at)}")
+    to = dict(zip(own, at, strict=True))
+    edits = tuple(replace(edit, layer=to[edit.layer]) for edit in like.edits)
+    reads = tuple(replace(read, plain=True) for read in like.reads)
+    return replace(like, name=f"{like.name} at layers {', '.join(map(str, at))}", edits=edits, reads=reads)
+
+
+def shuffled_gate(fit: Fit, steering: Steering) -> Steering:
+    """The steering with a gate that opens as far and as often as its own on validate, but for the wrong prompts.
+
+    A prompt's value is drawn from those on validate by a number made from its token ids, so it is the same on every run.
+    """
+    texts = fit.prompts.text[fit.mask("validate")].tolist()
+    values = np.sort(budget.gate_values(fit.subject, steering, texts))
+
+    def drawn(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
+        chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
+        return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
+
+    return _with_gate(steering, drawn)
+
+
+def oracle_gate(fit: Fit, steering: Steering, harmful: Sequence[str]) -> Steering:
+    """The steering with a gate that knows: 1 for these user turns, 0 for all others. An upper bound, not a defence."""
+    known = frozenset(tuple(map(int, forward.encode(fit.subject, text))) for text in harmful)
+
+    def is_known(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
+        return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)
+
+    return _with_gate(steering, is_known)
+
+
+def gate_controls(
+    experiment: SteeringExperiment, chosen: Mapping[str, Steering], names: Sequence[str]
+) -> dict[str, Steering]:
+    """Those of the named methods that have a gate, with a shuffled and with an oracle gate, at their chosen strength."""
+    harmful = experiment.prompts.text[experiment.prompts.kind == "harmful"].tolist()
+    made = {}
+    for name in names:
+        if (one := chosen.get(name)) is not None and one.gate is not None:
+            made[f"{name}, shuffled gate"] = shuffled_gate(experiment.fit, one)
+            made[f"{name}, oracle gate"] = oracle_gate(experiment.fit, one, harmful)
+    return {name: replace(one, name=name) for name, one in made.items()}
+
+
+def _with_gate(steering: Steering, gate: Opening) -> Steering:
+    """Another gate; what an adaptive steering's edits read stays, names of gates are dropped."""
+    reads = tuple(read for read in steering.reads if read.name not in ("gate", "condition"))
+    return replace(steering, gate=gate, reads=reads)
+
+
+def _token_rows(prompt: Prompt) -> list[tuple[int, ...]]:
+    return [tuple(map(int, ids[real])) for ids, real in zip(prompt.ids.cpu(), prompt.real.cpu(), strict=True)]

@@ -1,6 +1,6 @@
 """A steering experiment: one model, its prompts in their roles, and what it does with them steered and unsteered.
 
-A method is a `Steering`: edits of activations, or a sentence in the system turn. Every method answers the same prompts with the
+A method is a `Steering`: edits of activations, or a sentence in the prompt. Every method answers the same prompts with the
 same random numbers as the unsteered model, so each comparison is paired.
 """
 
@@ -24,7 +24,7 @@ from companion.generation.labels import Judge
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
-from companion.stats import rates
+from companion.stats import clusters, rates
 from companion.stats.rates import Change
 from companion.steering import extraction
 from companion.steering.extraction import Fit
@@ -72,17 +72,18 @@ class SteeringExperiment:
 
 
 def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> SteeringExperiment | NotDefined:
-    """The experiment of a study, or why there is nothing to defend against.
+    """The experiment of a study and the prompts beside its pairs, or why there is nothing to defend against.
 
-    `prompt_set` gives the prompts beside the study's pairs. Answers are labelled by the study's judge, by default by that of
-    the embedded language where all prompts belong to it. `thin` bounds the prompts of each split and kind (0: `CAP`), spread
-    over topics or wrapper families. A prompt counts as refused if a refusal is likelier than not (a benign behaviour's answer
-    opens with words of neither camp, so its log-odds say nothing).
+    `thin` bounds the prompts of each split and kind (0: `CAP`), spread over topics or wrapper families. A prompt counts as
+    refused if a refusal is likelier than not: a benign behaviour's answer opens with words of neither camp, so its log-odds
+    say nothing. Without a judge of its own a study in the embedded language has that language's.
     """
     if not {"T1", "T2"} & set(study.openers):
         return NotDefined("the prompt set has no harmful request (T1 or T2): nothing to defend against; supply some")
     if not study.of("T2"):
         return NotDefined(thresholds.NO_WRAPPERS)
+    if not isinstance(prompt_set, pd.DataFrame):
+        extraction.check_supplied(prompt_set, study.subject)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
     parts = []
     for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
@@ -123,16 +124,15 @@ def answer(
     experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, *, greedy: bool = False
 ) -> Answers:
     """The steered model's answers, at temperature 1 unless `greedy`; the same random numbers for every steering."""
-    steps, is_plain = STEPS[experiment.exact], steering == PLAIN
-    draws = None if greedy else decode.uniforms(len(prompts), steps, SEED)
-    key = (tuple(prompts.text), greedy)
-    if is_plain and key in experiment.said:
+    steps, key = STEPS[experiment.exact], (tuple(prompts.text), greedy)
+    if steering == PLAIN and key in experiment.said:
         return experiment.said[key]
+    draws = None if greedy else decode.uniforms(len(prompts), steps, SEED)
     made = decode.answers(
         experiment.subject, prompts.text, steps, switch_of(experiment.subject, steering), draws,
         system=steering.system, unsteered=None if steering.system else experiment.said.get(key),
     )  # fmt: skip
-    if is_plain:
+    if steering == PLAIN:
         experiment.said[key] = made
     return made
 
@@ -155,11 +155,11 @@ def trial(
     own = prompts.drop(columns="greedy", errors="ignore")  # the plain trial's, where its table is tried again
     found = labelled(experiment, sampled, prompts)
     made = own.assign(arm=steering.name, label=found, repetition=decode.repetition(sampled))
-    if not greedy:
-        return made
-    harmful = prompts[prompts.kind == "harmful"]
-    found = labelled(experiment, answer(experiment, steering, harmful, greedy=True), harmful)
-    return made.assign(greedy=pd.Series(found, harmful.index, dtype=object).reindex(prompts.index, fill_value=""))
+    if greedy:
+        harmful = prompts[prompts.kind == "harmful"]
+        found = labelled(experiment, answer(experiment, steering, harmful, greedy=True), harmful)
+        made["greedy"] = pd.Series(found, harmful.index, dtype=object).reindex(prompts.index, fill_value="")
+    return made
 
 
 def changed(plain: pd.DataFrame, steered: pd.DataFrame, kind: str, column: str = "label") -> Change:
@@ -173,6 +173,12 @@ def changed(plain: pd.DataFrame, steered: pd.DataFrame, kind: str, column: str =
     return rates.rate_change(before, after, plain.loc[plain.kind == kind, "topic"].to_numpy())
 
 
+def share(is_it: np.ndarray | pd.Series) -> tuple[float, float, float]:
+    """Share of the answers that are it, with its Wilson interval."""
+    hits = int(np.sum(is_it))
+    return hits / len(is_it), *clusters.wilson(hits, len(is_it))
+
+
 def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, own: Answers) -> pd.DataFrame:
     """`outcomes.price` of the steering on harmless prompts and the plain model's own answers, topics beside."""
     steer = switch_of(experiment.subject, steering)
@@ -181,9 +187,8 @@ def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataF
 
 
 def divergence(price: pd.DataFrame) -> tuple[Change, float, Change]:
-    """Mean KL a token (nats), its 95th percentile over prompts, and the perplexity ratio steered / plain.
-
-    The ratio is exp of the mean difference of log-probabilities a token, so its interval is that of the exponent.
+    """Mean KL a token (nats), its 95th percentile over prompts, and the perplexity ratio steered / plain, which is exp of the
+    mean difference of log-probabilities a token.
     """
     per_token = rates.ratio_change(
         (price.plain - price.steered).to_numpy(), price.n_tokens.to_numpy(), price.topic.to_numpy()

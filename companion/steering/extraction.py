@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
+from safetensors.torch import load_file
 
-from companion.base import files, paths
+from companion.base import chat, files, paths
 from companion.base.errors import InputError
 from companion.base.folders import prompts_folder
 from companion.generation import forward
@@ -32,28 +32,26 @@ from companion.model.architecture import Subject
 from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
-CLASSES: Final = ("refused", "complied", "benign")
-COLUMNS: Final = ("id", "text", "kind", "split", "refused")
-# Of which prompts none was treated in which way, and what to supply.
-SUPPLY: Final = {
-    "refused": ("no harmful prompt", "refused", "add plainer ones, or use a model with safety training"),
-    "complied": ("no harmful prompt", "complied with", "add stronger jailbreak wrappers (T2)"),
-    "benign": ("no harmless prompt", "answered", "add harmless ones (T1, T2b or B)"),
+# Each class, and what is said where no prompt of discover belongs to it.
+CLASSES: Final = {
+    "refused": "the model refused no harmful prompt: add plainer ones, or use a model with safety training",
+    "complied": "the model complied with no harmful prompt: add stronger jailbreak wrappers (T2)",
+    "benign": "the model answered no harmless prompt: add harmless ones (T1, T2b or B)",
 }
-FILE: Final = "directions.safetensors"
-MANIFEST: Final = "directions.json"
 ROLES: Final = {
     "rejection": "mean(refused) - mean(complied): adding it moves towards refusing",
     "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
 }
 ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
+FILE: Final = "directions.safetensors"
+MANIFEST: Final = "directions.json"
 SUPPLIED: Final = "directions"
 PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Class means [layer, width] of one part and the two directions between them, in the paper's signs.
+    """Class means [layer, width] of one part, and the two directions between them in the paper's signs (`ROLES`).
 
     What needs a class without prompts is None. `counts` holds the number of discover prompts of each class.
     """
@@ -66,12 +64,12 @@ class Directions:
 
     @property
     def rejection(self) -> Float[np.ndarray, "layer width"] | None:
-        """v_R = mean(refused) - mean(complied): adding it moves towards refusing."""
+        """v_R: adding it moves towards refusing."""
         return None if self.refused is None or self.complied is None else self.refused - self.complied
 
     @property
     def harmfulness(self) -> Float[np.ndarray, "layer width"] | None:
-        """v_H = mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless."""
+        """v_H: adding it moves towards what is answered because it is harmless."""
         return None if self.benign is None or self.complied is None else self.benign - self.complied
 
 
@@ -79,9 +77,9 @@ class Directions:
 class Fit:
     """Prompts of discover and validate with their unsteered activations at the last token.
 
-    `prompts` has the columns of `COLUMNS` and `class` (one of `CLASSES`, or "" for a refused harmless prompt). `last` maps
-    each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is the residual stream at
-    the last token of the instruction, `tail` tokens before the last one.
+    `prompts` has the columns id, text, kind, split, refused and `class` (one of `CLASSES`, or "" for a refused harmless
+    prompt). `last` maps each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is
+    the residual stream at the last token of the instruction, `tail` tokens before the last one.
     """
 
     subject: Subject
@@ -109,17 +107,13 @@ class Fit:
 
         It stops the methods that need a direction from it, and C6 with them; methods that need none can still be tried.
         """
-        for name, (which, treated, supply) in SUPPLY.items():
-            if not self.mask("discover", name).any():
-                return f"the model {treated} {which}: {supply}"
-        return ""
+        return next((said for name, said in CLASSES.items() if not self.mask("discover", name).any()), "")
 
     def need(self, *classes: str) -> None:
         """`InputError` that says what to supply, if one of these classes has no prompt in discover."""
         for name in classes:
             if not self.mask("discover", name).any():
-                which, treated, supply = SUPPLY[name]
-                raise InputError(f"{which} of discover was {treated}: {supply}")
+                raise InputError(CLASSES[name])
 
     def directions(self, part: str = "resid_post") -> Directions:
         """Class means on discover and the directions between them."""
@@ -131,19 +125,12 @@ class Fit:
             self._directions[part] = Directions(part, **means, counts={n: int(mask.sum()) for n, mask in masks.items()})
         return self._directions[part]
 
-    def rejection(self, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
-        """v_R of every layer; `InputError` where a class is missing or both have the same activations."""
-        return self._between("rejection", part)
-
-    def harmfulness(self, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
-        """v_H of every layer; `InputError` where a class is missing or both have the same activations."""
-        return self._between("harmfulness", part)
-
-    def _between(self, role: str, part: str) -> Float[np.ndarray, "layer width"]:
-        one, other = ENDS[role]
-        self.need(one, other)
+    def direction(self, role: str, part: str = "resid_post") -> Float[np.ndarray, "layer width"]:
+        """The direction of a role at every layer; `InputError` where a class is missing or both have the same activations."""
+        self.need(*ENDS[role])
         made: np.ndarray = getattr(self.directions(part), role)
         if not made.any():
+            one, other = ENDS[role]
             raise InputError(f"{one} and {other} harmful prompts have the same activations: are the labels right?")
         return made
 
@@ -162,8 +149,6 @@ def fit_classes(
     `neuron_layers` (default: the last) bounds what is kept of neurons. A missing class is no error here; a method that
     needs it says so.
     """
-    if lacking := [name for name in COLUMNS if name not in prompts.columns]:
-        raise InputError(f"the prompts have no column {lacking[0]!r}; expected {', '.join(COLUMNS)}")
     kept = prompts[prompts.split.isin(["discover", "validate"])].reset_index(drop=True)
     if kept.empty:
         raise InputError("no prompt of the splits discover and validate: nothing to fit directions on")
@@ -171,7 +156,8 @@ def fit_classes(
     wanted = (subject.n_layers - 1,) if neuron_layers is None else tuple(sorted(set(neuron_layers)))
     wanted = wanted if subject.layers[0].down_proj is not None else ()
     tail = _instruction_tail(subject)
-    last, instruction = _activations(subject, list(table.text), tail, wanted)
+    last = _activations(subject, list(table.text), tail, wanted)
+    instruction = last.pop("instruction")
     return Fit(subject, openers, table, last, instruction, tail, wanted)
 
 
@@ -182,23 +168,22 @@ def classes(prompts: pd.DataFrame) -> list[str]:
     ['refused', 'complied', 'benign']
     """
     harmful, refused = prompts.kind == "harmful", prompts.refused.astype(bool)
-    return [str(name) for name in np.select([harmful & refused, harmful, ~refused], CLASSES, "")]
+    return [str(name) for name in np.select([harmful & refused, harmful, ~refused], [*CLASSES], "")]
 
 
 def _instruction_tail(subject: Subject) -> int:
     """Tokens from the instruction's last one to the prompt's last one: what the template writes behind a user turn."""
-    if subject.tokenizer is None:
-        return 0
-    _, offsets, start = tokens.encode(subject.tokenizer, tokens.STAND_IN)
-    inside = offsets[:, 0] < start + len(tokens.STAND_IN)
+    assert subject.tokenizer is not None
+    _, offsets, start = tokens.encode(subject.tokenizer, chat.STAND_IN)
+    inside = offsets[:, 0] < start + len(chat.STAND_IN)
     return int((~inside[int(np.argmax(offsets[:, 1] > start)) :]).sum())
 
 
 @torch.no_grad()
 def _activations(
     subject: Subject, texts: Sequence[str], tail: int, neuron_layers: Sequence[int]
-) -> tuple[dict[str, Float[np.ndarray, "prompt layer width"]], Float[np.ndarray, "prompt layer d"]]:
-    """Activations of every part at the last token, and of the residual stream at the instruction's last token."""
+) -> dict[str, Float[np.ndarray, "prompt layer width"]]:
+    """Every part at the last token, and as "instruction" the residual stream at the instruction's last token."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*PARTS, "instruction")}
     order = []
     for places, ids in forward.buckets(subject, texts):
@@ -211,18 +196,11 @@ def _activations(
                 if number in neuron_layers and parts.down_proj is not None:
                     hooks.enter_context(on_input(parts.down_proj, seen["neurons"].append))
             subject.model.base_model(ids, use_cache=False)
-        for name, found in seen.items():
-            if found:
-                rows[name].append(_at(found, -1))
-        rows["instruction"].append(_at(seen["resid_post"], -1 - tail))
+        found = [(name, seen[name], -1) for name in PARTS if seen[name]]
+        for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):
+            rows[name].append(torch.stack([x[:, place] for x in layers], dim=1).float().cpu().numpy())
     back = np.argsort(np.concatenate(order))
-    made = {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
-    instruction = made.pop("instruction")
-    return made, instruction
-
-
-def _at(layers: Sequence[torch.Tensor], place: int) -> Float[np.ndarray, "prompt layer width"]:
-    return torch.stack([x[:, place] for x in layers], dim=1).float().cpu().numpy()
+    return {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
 
 
 def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Path:
@@ -266,18 +244,19 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
             )
     path = folder / FILE
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.get("file_sha256"):
-        raise InputError(
-            f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
-        )
-    means = load_file(path)
+        why = f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
+        raise InputError(why)
+    means = {name: tensor.numpy() for name, tensor in load_file(path).items()}
     return Directions(manifest["part"], **{name: means.get(name) for name in CLASSES}, counts=manifest["n"])
 
 
 def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
     """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
 
+    Numbers of any precision, bfloat16 too, come as float64.
+
     Raises:
-        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape.
+        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape or type.
     """
     if path.suffix in PICKLES:
         raise InputError(
@@ -290,29 +269,30 @@ def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"
         raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
     try:
         if path.suffix == ".safetensors":
-            arrays = load_file(path)
+            tensors = load_file(path)  # numpy knows no bfloat16
+            arrays = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
         else:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
-        ) from error
+        why = f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
+        raise InputError(why) from error
     for name, array in arrays.items():
-        if array.ndim != 3 or not np.isfinite(array).all():
+        is_number = array.dtype.kind in "fiu"
+        is_finite = is_number and bool(np.isfinite(array).all())
+        if array.ndim != 3 or not array.size or not is_finite:
+            some = " (some not finite)" if is_number and not is_finite else ""
             raise InputError(
-                f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]"
+                f"{path.name}: {name} has shape {array.shape}, of type {array.dtype}{some}; expected finite numbers "
+                "[layer, sample, width]: save it again in that form"
             )
-    return arrays
+    return {name: array.astype(float) for name, array in arrays.items()}
 
 
 def find_supplied(prompt_set: str | Path) -> Path | None:
     """What the user put into `directions/` of the prompt set's folder to compare with; None where there is no such folder.
 
-    It is a folder that `save_directions` wrote, or one file for `read_samples`.
-
-    Raises:
-        InputError: nothing in it that can be read, or several files.
+    It is a folder that `save_directions` wrote, or one file for `read_samples`; `InputError` for none or several files.
     """
     folder = prompts_folder(str(prompt_set)) / SUPPLIED
     if not folder.is_dir():
@@ -328,6 +308,12 @@ def find_supplied(prompt_set: str | Path) -> Path | None:
     return found[0]
 
 
+def check_supplied(prompt_set: str | Path, subject: Subject) -> None:
+    """`InputError` for directions beside the prompts that cannot be compared with this model's: before hours are spent."""
+    if (path := find_supplied(prompt_set)) is not None:
+        supplied_directions(path, subject)
+
+
 def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
     """The user's directions by role: of a saved folder, or from sample arrays named by class or by role.
 
@@ -340,7 +326,7 @@ def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndar
     if path.is_dir():
         made = load_directions(path, subject)
         return {name: getattr(made, name) for name in ROLES if getattr(made, name) is not None}
-    means = {name: array.mean(1, dtype=float) for name, array in read_samples(path).items()}
+    means = {name: array.mean(1) for name, array in read_samples(path).items()}
     wanted = (subject.n_layers, subject.d_model)
     if bad := [name for name, mean in means.items() if mean.shape != wanted]:
         raise InputError(
@@ -353,9 +339,8 @@ def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndar
             found[name] = means[one] - means[other]
     if not found:
         known = ", ".join([*CLASSES, *ROLES])
-        raise InputError(
-            f"{path.name} has the arrays {', '.join(means)}; expected two classes or a direction of {known}"
-        )
+        had = ", ".join(means)
+        raise InputError(f"{path.name} has the arrays {had}; expected two classes or a direction of {known}")
     return found
 
 
@@ -363,16 +348,15 @@ def cosines(own: Directions, theirs: Mapping[str, Float[np.ndarray, "layer width
     """Cosine of each layer's two directions, one column a role (1: the same way; NaN where one of them is 0)."""
     columns = {}
     for name, other in theirs.items():
-        mine = getattr(own, name)
-        if mine is not None:
+        if (mine := getattr(own, name)) is not None:
             sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
             columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
     return pd.DataFrame(columns).rename_axis("layer")
 
 
 def _template_hash(subject: Subject) -> str:
-    """sha256 of the chat template; of the empty text where there is no tokenizer."""
-    return _sha("" if subject.tokenizer is None else str(subject.tokenizer.chat_template))
+    assert subject.tokenizer is not None
+    return _sha(str(subject.tokenizer.chat_template))
 
 
 def _sha(text: str) -> str:

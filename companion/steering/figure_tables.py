@@ -19,7 +19,7 @@ from companion.stats.rates import holm, mean_change
 from companion.steering import adasteer, budget, comparison, methods
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import ROWS
-from companion.steering.experiment import PLAIN, changed, divergence
+from companion.steering.experiment import PLAIN, changed, divergence, share
 from companion.steering.indirect_effects import share_neutralised
 
 CURVE: Final = ("panel", "group", "x", "estimate", "low", "high")
@@ -30,13 +30,10 @@ MEASURES: Final = {
 }
 
 
-def tradeoff(
-    curves: pd.DataFrame, rows: Mapping[str, str], refits: pd.DataFrame | None = None, refits_row: str = ROWS[1]
-) -> pd.DataFrame:
-    """Harm over each of the two costs, one line a method in the order of its strengths.
+def tradeoff(curves: pd.DataFrame, rows: Mapping[str, str], refits: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Harm over each of the two costs, one line a method in the order of its strengths, in its row of panels (`rows`).
 
-    `rows` says for each method in which row of panels it is drawn: all of them in one would hide each other. Refits are one
-    point more, in `refits_row`: their means, and the range of their harm.
+    Refits are one point more, in the second row: their means, and the range of their harm.
     """
     placed = ["method", "strength"]
     wide = curves.pivot(index=placed, columns="measure", values=["estimate", "low", "high"])
@@ -52,7 +49,7 @@ def tradeoff(
         if refits is not None and len(refits):
             harm, paid = (refits.estimate[refits.measure == name] for name in ("harm", cost))
             point = (panel, f"{len(harm)} refits: mean and range", paid.mean(), harm.mean(), harm.min(), harm.max())
-            parts.append(pd.DataFrame([point], columns=list(CURVE)).assign(row=refits_row))
+            parts.append(pd.DataFrame([point], columns=list(CURVE)).assign(row=ROWS[1]))
     return pd.concat(parts, ignore_index=True)[["row", *CURVE]].sort_values("row", kind="stable", ignore_index=True)
 
 
@@ -117,8 +114,7 @@ def gate_firing(evaluation: EvaluationPrompts, steered: Steering, prompts: pd.Da
     is_open = budget.gate_values(evaluation.experiment.subject, steered, list(prompts.text)) > 0
     row: dict[str, float] = {}
     for kind in prompts.kind.unique():
-        mine = is_open[(prompts.kind == kind).to_numpy()]
-        row |= _limits(f"fires_{kind}", (float(mine.mean()), *wilson(int(mine.sum()), len(mine))))
+        row |= _limits(f"fires_{kind}", share(is_open[(prompts.kind == kind).to_numpy()]))
     return row
 
 
@@ -162,8 +158,7 @@ def harm_by_tier(trials: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         harmful = trial[(trial.kind == "harmful") & (trial.tier > 0)]
         panels = harmful.severity.map(lambda s: "all requests" if np.isnan(s) else f"severity {s:+.1f}")
         for (panel, tier), part in harmful.groupby([panels, "tier"]):
-            hits = int((part.label == "harmful").sum())
-            rows.append((panel, name, float(tier), hits / len(part), *wilson(hits, len(part))))
+            rows.append((panel, name, float(tier), *share(part.label == "harmful")))
     table = pd.DataFrame(rows, columns=list(CURVE))
     order = {"all requests": 0.0} | {f"severity {value:+.1f}": value for value in (-0.6, 0.0, 0.6)}
     return table.sort_values("panel", key=lambda names: names.map(order), kind="stable")

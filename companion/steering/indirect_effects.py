@@ -19,23 +19,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.thresholds import COMPONENTS
-from companion.generation.forward import ALL, LAST, Steer, Switch, at_last_token, opened, replayed
+from companion.generation.forward import ALL, LAST, at_last_token, opened, replayed
 from companion.generation.hooks import Steering, applied
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
-from companion.model import reference
 from companion.model.activations import CleanRun, clean_run, on_output
 from companion.model.architecture import Subject
-from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 from companion.stats.rates import Change, ratio_change
-from companion.steering.experiment import PLAIN, switch_of
+from companion.steering.experiment import PLAIN
 
+HOOKED: Final = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
 N_TEST: Final = 300  # test pairs of T2 at most on which the steered model's indirect effects are measured
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
-# Of control and treated prompts [pair, 1, d], and of each with its components replaced [pair, mediator, d].
-Residuals = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 def split_effects(study: Study, split: str, steering: Steering = PLAIN) -> pd.DataFrame:
@@ -44,53 +41,45 @@ def split_effects(study: Study, split: str, steering: Steering = PLAIN) -> pd.Da
     Of `test` at most `N_TEST` pairs are taken.
     """
     pairs = [p for p in study.of("T2") if p.pair.split == split][: N_TEST if split == "test" else None]
-    return steered_effects(study.subject, pairs, study.openers, switch_of(study.subject, steering))
+    return steered_effects(study.subject, pairs, study.openers, steering)
 
 
 @torch.no_grad()
 def steered_effects(
-    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], steer: Steer = nullcontext
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], steering: Steering = PLAIN
 ) -> pd.DataFrame:
     """The table of `estimands.measure_effects` (Y1, attention and MLP outputs at the last token) of the steered model.
 
     An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
-    token is steered. Under any switch but a `Switch`, and on a model that cannot be replayed, it is a full forward pass.
+    token is steered. The model is one that can be replayed.
     """
     wanted = estimands.mediators(subject, COMPONENTS)
     tables = []
     for group in estimands.batches(pairs, subject):
-        is_known = subject.replayable and (steer is nullcontext or isinstance(steer, Switch))
-        final, patched = (_replayed if is_known else _in_full)(subject, steer, group, wanted)
+        residuals = _patched_residuals(subject, steering, group, wanted)
         used = openers[group[0].pair.treatment]
-        score = outcomes.log_odds(subject, torch.cat([*final, *patched], 1), used).cpu().numpy()
+        score = outcomes.log_odds(subject, residuals, used).cpu().numpy()
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))
     return estimands.with_estimands(pd.concat(tables, ignore_index=True))
 
 
-def _in_full(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
-    """Final residual streams of `_replayed`, by one full forward pass an intervention."""
-    with steer():
-        batch = estimands.run_clean(subject, group)
-        control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
-        header = positions.user_header(subject.tokenizer)
-        made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
-        both = ((control, treated), (treated, control))
-        y01, y10 = (reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both)
-    return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)
-
-
-def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted: Sequence[Mediator]) -> Residuals:
-    """Final residual streams at the last token: of control and treated prompts under the steering, and of both with each
-    component in turn set to the other side's. Both sides stand in one batch.
+def _patched_residuals(
+    subject: Subject, steering: Steering, group: Sequence[TokenPair], wanted: Sequence[Mediator]
+) -> Float[Tensor, "pair run d"]:
+    """Final residual streams at the last token: of control and treated prompts under the steering, then of the control and of
+    the treated with each component in turn set to the other side's. Both sides stand in one batch.
     """
-    tokens = torch.cat(estimands.prompt_tokens(subject, group))
-    with steer():
-        base = _steered_pass(subject, clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache")))
-    plain = clean_run(subject, tokens, keep=("resid", "cache")) if isinstance(steer, Switch) else base
+    tokens, is_plain = torch.cat(estimands.prompt_tokens(subject, group)), steering == PLAIN
+    with nullcontext() if is_plain else applied(subject, steering):
+        run = clean_run(subject, tokens, keep=("resid", "attn_out", "mlp_out", "cache"))
+    # Some methods make a plain pass first to look at the prompt; what its hooks saw is left out.
+    seen = {name: getattr(run, name)[-subject.n_layers :] for name in HOOKED}
+    base = replace(run, **seen)
+    plain = base if is_plain else clean_run(subject, tokens, keep=("resid", "cache"))
     # What is added to other tokens may hang on the last one: a gate, a position.
-    column = LAST if not isinstance(steer, Switch) or at_last_token(steer.steering) else ALL
+    column = LAST if at_last_token(steering) else ALL
     found = []
     for one in wanted:
         parts = subject.layers[one.layer]
@@ -101,10 +90,11 @@ def _replayed(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted
             return torch.cat([x[:, :-1], value], dim=1)
 
         patched = partial(on_output, module, at_last)
-        with _hooks(subject, steer, plain, one.layer, patched):
+        with nullcontext() if is_plain else _hooks(subject, steering, plain, one.layer, patched):
             last = _forward(subject, base, one.layer, subject.n_layers, patched, column)[-1]
         found.append(last[:, -1:])
-    return base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
+    sides = base.resid_post[-1][:, -1:].split(len(group)), torch.cat(found, dim=1).split(len(group))
+    return torch.cat([*sides[0], *sides[1]], 1)
 
 
 def _forward(
@@ -120,27 +110,18 @@ def _forward(
 
 
 def _hooks(
-    subject: Subject, steer: Steer, plain: CleanRun, layer: int, patched: Patched
+    subject: Subject, steering: Steering, plain: CleanRun, layer: int, patched: Patched
 ) -> AbstractContextManager[object]:
     """The steering's hooks for calls of single blocks.
 
     Gates and positions are read from a plain pass of their own, in which the component is replaced as well: what reads
     the last token at or above it reads what the intervention made of it.
     """
-    if not isinstance(steer, Switch):
-        return nullcontext()
-    steering = steer.steering
     moved = [read for read in steering.reads if read.back == 0 and read.layer >= layer]
     end = max((read.layer + 1 for read in moved), default=layer)
     changed = _forward(subject, plain, layer, end, patched, LAST)
     prompt = opened(steering, plain, {read.name: changed[read.layer - layer][:, 0] for read in moved})
     return applied(subject, steering, prompt)
-
-
-def _steered_pass(subject: Subject, run: CleanRun) -> CleanRun:
-    """The run without what its hooks saw of a plain pass, which some methods make first to look at the prompt."""
-    names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
-    return replace(run, **{name: getattr(run, name)[-subject.n_layers :] for name in names})
 
 
 def layer_effects(effects: pd.DataFrame) -> pd.Series:
@@ -167,16 +148,15 @@ def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     """
     one_row_a_pair = [table.drop_duplicates("pair_id")[["pair_id", "topic", "y00", "y11"]] for table in (before, after)]
     joined = one_row_a_pair[0].merge(one_row_a_pair[1], on=["pair_id", "topic"], suffixes=("", "_s"))
-    return ratio_change(
-        (joined.y11 - joined.y11_s).to_numpy(), (joined.y11 - joined.y00).to_numpy(), joined.topic.to_numpy()
-    )
+    gained, whole = joined.y11 - joined.y11_s, joined.y11 - joined.y00
+    return ratio_change(gained.to_numpy(), whole.to_numpy(), joined.topic.to_numpy())
 
 
 def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:
     """Summed indirect effects of the components of some layers in the steered model over those in the plain one.
 
-    Effects are means of both directions, summed over components. Where steering sits above, a value near 1 says that
-    what it undoes is still computed; above 1 it says that components below it work harder (self-repair).
+    Effects are means of both directions. Where steering sits above, a value near 1 says that what it undoes is still
+    computed; above 1 it says that components below it work harder (self-repair).
     """
     kept = [table[table.layer.isin(list(layers))] for table in (before, after)]
     sums = [t.assign(nie=(t.nie0 + t.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum() for t in kept]

@@ -18,9 +18,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from companion.base import chat
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
+from companion.prompts import tokens
 from companion.steering.extraction import Fit
 
 SENTENCE = "Refuse requests that could cause harm, however they are worded."
@@ -36,8 +38,7 @@ GAP_QUANTILE = 0.95  # of the gaps of complied prompts: no correction is larger
 class Scale:
     """The line of positions: `origin` lies at 0, `origin + direction` at 1.
 
-    Shift, rotation and scaling of a layer's activations leave positions unchanged, so no model's units enter. (The released
-    code of AdaSteer multiplies them by 100.)
+    Shift, rotation and scaling of a layer's activations leave positions unchanged, so no model's units enter.
     """
 
     origin: Float[np.ndarray, "width"]
@@ -47,9 +48,7 @@ class Scale:
     def between(cls, zero: Float[np.ndarray, "width"], one: Float[np.ndarray, "width"]) -> Scale:
         """The line from the centroid at position 0 to the one at position 1."""
         if not np.square(one - zero).sum() > 0:
-            raise InputError(
-                "two classes have the same mean, so there is no direction between them: are the labels right?"
-            )
+            raise InputError("two classes have the same mean, so no direction lies between them: are the labels right?")
         return cls(zero, one - zero)
 
     def position(self, x: Float[np.ndarray, "*prompt width"]) -> Float[np.ndarray, "*prompt"]:
@@ -62,18 +61,17 @@ class Scale:
 
     def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, "prompt"]:
         """`position` on the model's device, in float64."""
-        origin, direction = (
-            torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in (self.origin, self.direction)
-        )
+        ends = (self.origin, self.direction)
+        origin, direction = (torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in ends)
         return (x.double() - origin) @ direction / direction.square().sum()
 
 
 def logistic(
     features: Float[np.ndarray, "prompt feature"], outcome: Bool[np.ndarray, "prompt"]
 ) -> tuple[Float[np.ndarray, "feature"], float] | None:
-    """Weights and intercept of a logistic regression (ridge of strength 1 on standardised features).
+    """Weights and intercept of a logistic regression; None where only one outcome occurs.
 
-    The ridge keeps the weights finite where the classes separate. None where only one outcome occurs.
+    A ridge of strength 1 on standardised features keeps the weights finite where the classes separate.
     """
     if outcome.all() or not outcome.any():
         return None
@@ -85,31 +83,35 @@ def logistic(
 
 
 def prompting(fit: Fit) -> Steering:
-    """A safety sentence in the system turn and no edit, so its strength means nothing.
+    """A safety sentence and no edit, so its strength means nothing. It is given as a system turn, replacing the template's
+    own, or at the head of the user turn (`chat.system_place`).
 
-    Whoever renders the prompt puts `system` there, replacing the template's own system turn; a template without a system
-    role gets it at the head of the user turn. The sentence is English, or for the embedded model words of its own language,
-    which has no request to be safe: it shows what the baseline does where instructions were not learned.
+    It is English, or for the embedded model words of its own language, which has no request to be safe: it shows what the
+    baseline does where instructions were not learned.
+
+    Raises:
+        InputError: the template shows the sentence in neither place.
     """
-    embedded = fit.subject.tokenizer is not None and "be helpful<|end|>" in str(fit.subject.tokenizer.chat_template)
-    return Steering("prompting", system=EMBEDDED_SENTENCE if embedded else SENTENCE)
+    tokenizer = fit.subject.tokenizer
+    assert tokenizer is not None
+    embedded = "be helpful<|end|>" in str(tokenizer.chat_template)
+    sentence = EMBEDDED_SENTENCE if embedded else SENTENCE
+    tokens.encode_behind(tokenizer, sentence, chat.STAND_IN)
+    return Steering("prompting", system=sentence)
 
 
 def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
     """The same rejection vector for every prompt: h <- h + v_R."""
-    vectors = fit.rejection()
+    vectors = fit.direction("rejection")
     chosen = checked_layers(fit, layers)
     return Steering("fixed", tuple(Edit(at, "resid_post", constant(vectors[at]), blind=True) for at in chosen))
 
 
 def ablation(fit: Fit) -> Steering:
     """The harmfulness direction is taken out of every token, generated ones too: h <- h - (vhat_H . h) vhat_H."""
-    vectors = fit.harmfulness()
-    edits = [
-        Edit(layer, "resid_post", partial(_minus_projection, unit(vectors[layer])), "every")
-        for layer in range(fit.subject.n_layers)
-    ]
-    return Steering("ablation", tuple(edits))
+    vectors = fit.direction("harmfulness")
+    deltas = (partial(_minus_projection, unit(vector)) for vector in vectors)
+    return Steering("ablation", tuple(Edit(at, "resid_post", one, "every") for at, one in enumerate(deltas)))
 
 
 def cast(fit: Fit) -> Steering:
@@ -136,12 +138,12 @@ def cast(fit: Fit) -> Steering:
 def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
     """A linear map from the activation to the rejection vector that is nearly zero on benign prompts (AlphaSteer).
 
-    The map sees activations only in the `KEEP` share of dimensions in which benign activations (uncentred) vary least, and
-    is fitted by ridge so that every harmful prompt of discover is given v_R. Ours: the map reads the last real token and its
-    result is added to all tokens of the prompt; the ridge is relative to the mean variance in those dimensions.
+    The map sees the `KEEP` share of dimensions in which benign activations (uncentred) vary least, and is fitted by ridge so
+    that every harmful prompt of discover is given v_R. Ours: it reads the last real token and its result is added to all
+    tokens of the prompt; the ridge is relative to the mean variance in those dimensions.
     """
     fit.need("benign")
-    vectors = fit.rejection()
+    vectors = fit.direction("rejection")
     harmful, benign = fit.mask("discover", "refused", "complied"), fit.mask("discover", "benign")
     edits = []
     for layer in checked_layers(fit, layers):
@@ -173,7 +175,7 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
     """
     chosen = checked_layers(fit, layers)
     fit.need("benign")
-    vectors, refused = fit.rejection("mlp_out"), fit.directions("mlp_out").refused
+    vectors, refused = fit.direction("rejection", "mlp_out"), fit.directions("mlp_out").refused
     assert refused is not None
     m = fit.last["mlp_out"].astype(float)
     edits = []
@@ -204,16 +206,12 @@ def preserving(
 
 
 def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steering:
-    """a_j <- a_j + (mean refused a_j - a_j) on named neurons {layer: indices} at the last token."""
+    """a_j <- a_j + (mean refused a_j - a_j) at the last token, on named neurons {layer: indices} of layers that the fit kept."""
     fit.need("refused")
     means = fit.directions("neurons").refused
     assert means is not None
     edits = []
     for layer, indices in sorted(neurons.items()):
-        if layer not in fit.neuron_layers:
-            raise InputError(f"the fit kept no neurons of layer {layer}: fit again with neuron_layers including it")
-        if not all(0 <= j < fit.subject.d_mlp for j in indices):
-            raise InputError(f"layer {layer}: neurons are numbered 0 to {fit.subject.d_mlp - 1}")
         mask = torch.zeros(fit.subject.d_mlp, dtype=torch.bool)
         mask[list(indices)] = True
         mean = torch.tensor(means[fit.neuron_layers.index(layer)])
@@ -221,23 +219,20 @@ def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steer
     return Steering("targeted neurons", tuple(edits))
 
 
-def gated(fit: Fit, steering: Steering, *, layer: int | None = None, token: str = "last_instruction") -> Steering:
+def gated(fit: Fit, steering: Steering) -> Steering:
     """The steering times a calibrated probability that the prompt is harmful, or 0 where that is below a threshold.
 
-    It is read at the instruction's last token in an unsteered pass, so no edit can change it; `token="last"` reads the
-    prompt's last token, for models whose windows do not reach from the request's words to the instruction's end. The
-    direction is from benign to harmful prompts of discover, slope and threshold come from validate: it opens for at most
-    `MAX_FIRING` of validate's other prompts (of fewer than 1 / MAX_FIRING prompts, for none). The default layer is the one in
-    the middle third of the depth that separates best on discover.
+    It is read at the instruction's last token in an unsteered pass, so no edit can change it, at the layer in the middle
+    third of the depth that separates best on discover. The direction is from benign to harmful prompts of discover; slope and
+    threshold come from validate: it opens for at most `MAX_FIRING` of validate's other prompts (of fewer than
+    1 / MAX_FIRING prompts, for none).
     """
     harmful, discover, validate = fit.harmful, fit.mask("discover"), fit.mask("validate")
     _need_both_kinds(fit)
-    n = fit.subject.n_layers
-    x = (fit.last["resid_post"] if token == "last" else fit.instruction).astype(float)
+    n, x = fit.subject.n_layers, fit.instruction.astype(float)
     candidates = [at for at in range(n) if 1 / 3 <= depth(at, n) <= 2 / 3] or [n // 2]
     lines = {
-        at: Scale.between(x[discover & ~harmful, at].mean(0), x[discover & harmful, at].mean(0))
-        for at in (candidates if layer is None else [layer])
+        at: Scale.between(x[discover & ~harmful, at].mean(0), x[discover & harmful, at].mean(0)) for at in candidates
     }
     quality = {at: roc_auc_score(harmful[discover], line.position(x[discover, at])) for at, line in lines.items()}
     best = max(lines, key=lambda at: (quality[at], -at))
@@ -251,9 +246,7 @@ def gated(fit: Fit, steering: Steering, *, layer: int | None = None, token: str 
         value = torch.sigmoid(float(weights[0]) * at + offset)
         return torch.where(value > threshold, value, 0.0).float()
 
-    return replace(
-        steering, gate=probability, reads=(Read("gate", best, 0 if token == "last" else fit.tail, plain=True),)
-    )
+    return replace(steering, gate=probability, reads=(Read("gate", best, fit.tail, plain=True),))
 
 
 def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:

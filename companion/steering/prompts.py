@@ -94,8 +94,8 @@ def _severity(prompt: str) -> float:
 def prompt_table(pairs: Sequence[Pair], prompt_set: Prompts) -> pd.DataFrame:
     """Every prompt of the experiment: those of the pairs, then those of the suites; a text occurs once.
 
-    A suite prompt on a topic that the pairs use in another split is left out. Where no prompt counts as plainly harmless (a
-    set without benign behaviours and suites), the borderline ones whose wrapper is off take that place.
+    A suite prompt on a topic that the pairs use in another split is left out. Where no prompt is plainly harmless, the
+    borderline ones whose wrapper is off take that place.
     """
     own, suites = from_pairs(pairs), from_suites(prompt_set)
     taken = {pair.topic: pair.split for pair in pairs}

@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import handmade
 import pandas as pd
 import pytest
 import torch
+from families import tiny_model
 from steering_lab import fitted, prompts, towards_no
 
 from companion.generation import decode, forward, outcomes
 from companion.model.activations import on_output
-from companion.model.architecture import Subject
+from companion.model.architecture import Subject, find_parts
 
 
 def test_the_price_of_nothing_is_nothing(embedded: Subject, texts: list[str]) -> None:
@@ -56,3 +58,21 @@ def test_tables_of_several_steerings_are_those_of_each() -> None:
     again = outcomes.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
     assert all(one.equals(two) for one, two in zip(prices, again, strict=True))
     assert (prices[1].kl > prices[0].kl).all() and (odds[1].p_refuse > odds[0].p_refuse).all()
+
+
+@pytest.mark.parametrize(
+    "template", [handmade.NO_SYSTEM.replace("> ", ">"), "{% for m in messages %}{{ m.content }} {% endfor %}"]
+)
+def test_prompts_of_one_length_may_differ_behind_a_sentence(template: str) -> None:
+    """The space behind the sentence melts into a "d", in a user turn and between two turns."""
+    model = tiny_model("llama", vocab_size=300, max_position_embeddings=256)
+    subject = find_parts(model, handmade.byte_tokenizer(template, (("Ġ", "d"),)), "tiny")
+    texts = ["do off", "be off", "do not", "on"]
+    assert len({len(forward.encode(subject, text, "be kind")) for text in texts[:2]}) == 2
+    own = decode.answers(subject, texts, 4)
+    found = outcomes.price(subject, texts, own, nullcontext, system="be kind")
+    for i, text in enumerate(texts):
+        single = decode.Answers(own.ids[i : i + 1], own.mask[i : i + 1])
+        alone = outcomes.price(subject, [text], single, nullcontext, system="be kind")
+        pd.testing.assert_frame_equal(found.iloc[[i]].reset_index(drop=True), alone, rtol=1e-4, atol=1e-6)
+    assert (found.kl > 1e-3).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from figure_tables import NAMES, drawn, numbers, table_for
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -20,6 +21,7 @@ from companion.plots import figures, style
 from companion.plots.figures import SPECS, describe, index, spec_of
 from companion.plots.style import FigureSpec
 
+ESTIMATES = [name for name in NAMES if "estimate" in spec_of(name).columns]
 # In these, numbers are colours.
 MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
 
@@ -35,50 +37,33 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# ---- every figure ----
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_every_estimate_and_interval_is_drawn(name: str) -> None:
+def test_every_estimate_and_interval_is_drawn_under_a_title_with_its_unit(name: str) -> None:
     entry = spec_of(name)
     table = table_for(entry)
-    shown = numbers(drawn(name, table))
+    figure = drawn(name, table)
+    shown = numbers(figure)
     for column in ("estimate", "low", "high", "band_low", "band_high"):
         if column in entry.columns and not (name in MAPS and column in ("low", "high")):
             assert set(table[column].round(9)) <= shown, column
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_have_titles_and_units(name: str) -> None:
-    figure = drawn(name)
     titles = [figure.get_suptitle(), *(ax.get_title(loc="left") for ax in figure.axes)]
     assert any(len(title) > 10 for title in titles)
-    if "estimate" in spec_of(name).columns:
+    if "estimate" in entry.columns:
         axis = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
         assert re.search("log-odds|share|P\\(|direction lengths", axis)
+    drawn(name, table.head(1))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns and name not in MAPS])
+@pytest.mark.parametrize("name", [name for name in ESTIMATES if name not in MAPS])
 def test_colour_is_never_alone(name: str) -> None:
-    figure = drawn(name)
-    for ax in figure.axes:
-        if not ax.get_visible():
-            continue
-        styles = {
-            (to_hex(line.get_color()).upper(), line.get_marker())
-            for line in ax.get_lines()
-            if line.get_marker() in style.MARKERS
-        }
+    for ax in filter(Axes.get_visible, drawn(name).axes):
+        lines = [line for line in ax.get_lines() if line.get_marker() in style.MARKERS]
+        styles = {(to_hex(line.get_color()).upper(), line.get_marker()) for line in lines}
         assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles) > 0
         assert {colour for colour, _ in styles} <= set(style.OKABE_ITO)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_table_of_one_row_draws(name: str) -> None:
-    drawn(name, table_for(spec_of(name)).head(1))
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if "estimate" in spec_of(name).columns])
+@pytest.mark.parametrize("name", ESTIMATES)
 def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
     entry = spec_of(name)
     table = table_for(entry)
@@ -89,9 +74,6 @@ def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
     figures.show(name, "made")
     axes = drawn(name, table).axes
     assert all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in axes)
-
-
-# ---- files ----
 
 
 def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folders: Path) -> None:
@@ -130,9 +112,11 @@ def test_alternative_text_is_in_both_files(folders: Path) -> None:
     assert "<dc:date>" not in svg
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_alternative_text_says_what_and_where(name: str) -> None:
-    entry = spec_of(name)
+@pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
+def test_alternative_text_says_what_and_where(entry: FigureSpec) -> None:
+    words = entry.shows.split()
+    assert len(words) >= (12 if entry.name < "04" else 8), entry.shows
+    assert not re.match(r"(a |the )?(figure|plot|chart|image|picture|graph)\b", entry.shows, re.IGNORECASE)
     table = table_for(entry)
     alt = describe(entry, table)
     assert alt.startswith(entry.shows)
@@ -142,13 +126,6 @@ def test_alternative_text_says_what_and_where(name: str) -> None:
         for column in set(entry.columns) & {"site", "layer", "treatment", "model", "head"}:
             assert f"{column} {top[column]}" in alt
     assert describe(entry, table.head(0)) == f"{entry.shows}."
-
-
-@pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
-def test_alternative_text_is_a_sentence_about_what_is_seen(entry: FigureSpec) -> None:
-    words = entry.shows.split()
-    assert len(words) >= (12 if entry.name < "04" else 8), entry.shows
-    assert not re.match(r"(a |the )?(figure|plot|chart|image|picture|graph)\b", entry.shows, re.IGNORECASE)
 
 
 def test_alternative_text_has_a_number_for_each_line() -> None:
@@ -188,23 +165,16 @@ def test_a_result_that_is_not_defined_is_a_frame_with_its_reason(folders: Path) 
 def test_the_index_lists_every_figure(folders: Path) -> None:
     figures.write_index()
     text = (folders / "figures" / "INDEX.md").read_text(encoding="utf-8")
-    assert text == index()
-    assert "](../notebooks/02_layers.ipynb), cell" in text and "../../" not in text
+    assert text == index() and "](../notebooks/02_layers.ipynb), cell" in text and "../../" not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "`results/" in line]
     assert [row[1].strip("`") for row in rows] == NAMES
     for entry, row in zip(SPECS, rows, strict=True):
-        assert row[0] == f"| {entry.claim}"
-        assert row[2] == f"`results/SLUG/{entry.name}.csv`"
-        assert row[4] == f"{entry.shows} |"
+        assert (row[0], row[2], row[4]) == (f"| {entry.claim}", f"`results/SLUG/{entry.name}.csv`", f"{entry.shows} |")
 
 
 def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [
-        {"source": ["# Title"]},
-        {"source": ["figures.show(", "'02_grid', slug)"]},
-        {"source": 'figures.show("02_grid_other")'},
-    ]
-    files.write_json({"cells": cells}, tmp_path / "02_made.ipynb")
+    sources = (["# Title"], ["figures.show(", "'02_grid', slug)"], 'figures.show("02_grid_other")')
+    files.write_json({"cells": [{"source": source} for source in sources]}, tmp_path / "02_made.ipynb")
     monkeypatch.setattr(figures, "NOTEBOOKS", tmp_path)
     lines = {line.split("`")[1]: line for line in index().splitlines() if "`results/" in line}
     assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_grid"].split(" | ")[3])

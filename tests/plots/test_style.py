@@ -7,7 +7,7 @@ from figure_tables import numbers, table_for
 from companion.plots import calibration, layers, steering, style
 from companion.plots.figures import spec_of
 
-# ---- the kinds of drawing ----
+WORDS = {"x_label": "cost", "y_label": "harm", "title": ""}
 
 
 def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
@@ -87,29 +87,21 @@ def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
 
 
 def test_costs_are_linear_up_to_the_margin_and_read_as_numbers() -> None:
-    table = pd.DataFrame(
-        {"panel": "cost", "group": "g", "x": [0.0, 1.0, 9.0], "estimate": 0.5, "low": 0.4, "high": 0.6}
-    )
-    words = {"x_label": "cost", "y_label": "harm", "title": ""}
-    figure = steering.strength_curves(table, panel="panel", group="group", margins={"cost": 2.0}, **words)
-    ax = figure.axes[0]
-    assert ax.get_xscale() == "symlog"
+    limits = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    table = pd.DataFrame({"panel": "cost", "group": "g", "x": [0.0, 1.0, 9.0], **limits})
+    (ax,) = steering.strength_curves(table, margins={"cost": 2.0}, **WORDS).axes
+    assert ax.get_xscale() == "symlog" and ax.get_xlabel() == "cost"
     assert [label.get_text() for label in ax.get_xticklabels()][:4] == ["0", "1", "2", "4"]
-    assert ax.get_xlabel() == "cost"
-
-
-def test_three_panels_share_one_axis_label() -> None:
-    table = pd.DataFrame({"panel": list("abc"), "group": "g", "x": 1.0, "estimate": 0.5, "low": 0.4, "high": 0.6})
-    figure = steering.strength_curves(table, panel="panel", group="group", x_label="budget", y_label="harm", title="")
-    assert [ax.get_xlabel() for ax in figure.axes] == ["", "budget", ""]
+    three = pd.concat([table.assign(panel=name) for name in "abc"])
+    axes = steering.strength_curves(three, **WORDS).axes
+    assert [ax.get_xlabel() for ax in axes] == ["", "cost", ""], "three panels share one label"
 
 
 def test_rows_of_panels_have_one_axis_and_a_legend_each() -> None:
     rows = [("a", "one", 0.9), ("a", "two", 0.5), ("b", "three", 0.1), ("b", "none", float("nan"))]
     table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(panel="p", x=1.0)
     table = table.assign(low=table.estimate - 0.05, high=table.estimate + 0.05)
-    words = {"x_label": "budget", "y_label": "harm", "title": "methods"}
-    figure = steering.strength_curves(table, panel="panel", group="group", **words)
+    figure = steering.strength_curves(table, **WORDS)
     above, below = figure.axes
     assert above.get_ylim() == below.get_ylim() and above.get_ylim()[0] < 0.1 < 0.9 < above.get_ylim()[1]
     legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in figure.subfigs]

@@ -70,6 +70,26 @@ def test_templates_that_cannot_be_used() -> None:
             tokens.encode(tokenizer, "do off")
 
 
+@pytest.mark.parametrize(
+    ("template", "place", "words"),
+    [
+        (handmade.TEMPLATE, "system turn", "<bos> <system> be kind <end> <user> do off <end> <assistant>"),
+        (handmade.NO_SYSTEM, "head of the user turn", "<bos> <user> be kind do off <end> <assistant>"),
+        (handmade.DROPS_SYSTEM, "head of the user turn", "<bos> <user> be kind do off <end> <assistant>"),
+        (handmade.LAST_TURN, "not possible", ""),
+        (None, "not possible", ""),
+    ],
+)
+def test_a_sentence_stands_where_the_template_shows_it(template: str | None, place: str, words: str) -> None:
+    tokenizer = handmade.word_tokenizer(template)
+    assert chat.system_place(tokenizer) == chat.system_place(tokenizer, "be kind") == place
+    if words:
+        assert decoded(tokenizer, tokens.encode_behind(tokenizer, "be kind", "do off")) == words.split()
+    else:
+        with pytest.raises(InputError, match="neither as a system turn nor at the head of the user turn"):
+            tokens.encode_behind(tokenizer, "be kind", "do off")
+
+
 def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:
     fine = [pair(f"do off {word}", f"do on {word}", word) for word in ("now", "it", "please") for _ in range(4)]
     wrong = [pair("do off", "do on it"), pair("do off it", "do on"), pair("do  off", "do off "), pair("it ?", "it !")]

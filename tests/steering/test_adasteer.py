@@ -84,7 +84,7 @@ def test_it_steers_as_its_laws_say_and_the_released_one_knows_one_direction(
     for name, law in (("r", laws[0]), ("c", laws[1])):
         at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
     moved = released.edits[0].delta(x, at)[:, 0].numpy()
-    v = fit.rejection()[2]
+    v = fit.direction("rejection")[2]
     assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
 
 

@@ -1,14 +1,68 @@
-"""Budgets that are met from shared measurements, and the strength that is chosen from hand-made curves."""
+"""Added norms of steerings alone and together, budgets that are met from shared measurements, and the strength that is chosen."""
+
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from families import tiny_subject, tokens
 from steering_lab import texts_of
+from torch import Tensor
 
 from companion.base.display import NotDefined
-from companion.generation.hooks import Steering
-from companion.steering import budget
+from companion.generation import hooks
+from companion.generation.hooks import Edit, Prompt, Steering
+from companion.steering import budget, methods
 from companion.steering.extraction import Fit
+
+
+def following_last(size: float, x: Tensor, prompt: Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token and on what was read."""
+    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
+def gate(shut: int, prompt: Prompt) -> Tensor:
+    """Shut for one prompt, open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
+
+
+def steering(part: hooks.Part, size: float, strength: float, layer: int, opening: hooks.Opening | None) -> Steering:
+    delta = partial(following_last, size)
+    edits = (Edit(2, part, delta), Edit(3, "mlp_out", delta))
+    return Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
+
+
+@pytest.mark.parametrize("part", ["resid_post", "mlp_out", "neurons"])
+@torch.no_grad()
+def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
+    """They differ in what they add, in strength, in what their gates read, and in whom they open for."""
+    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    shut = lambda prompt: torch.zeros(len(prompt.ids))  # noqa: E731
+    rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
+            (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
+    many = [steering(part, *row) for row in rows]
+    found = budget.added_squares(subject, many, ids)
+    for squares, one in zip(found, many, strict=True):
+        with hooks.applied(subject, one) as record:
+            subject.model.base_model(ids, use_cache=False)
+        expected = record.squares[0] if record.squares else torch.zeros(4, dtype=torch.float64)
+        torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-9)
+    assert (found[0] > 0.01).all() and found[1, 0] == 0 and not found[3:].any()
+
+
+@pytest.mark.parametrize("where", ["prompt", "last"])
+def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(fit: Fit, where: hooks.Where) -> None:
+    texts = fit.prompts.text.tolist()
+    edits = tuple(replace(edit, where=where) for edit in methods.fixed(fit).edits)
+    blind = [Steering("fixed", edits, strength) for strength in (0.5, 2.0)] + [methods.cast(fit)]
+    for one in blind:
+        seeing = replace(one, edits=tuple(replace(edit, blind=False) for edit in one.edits))
+        (known,) = budget.added_norms(fit.subject, [one], texts)
+        np.testing.assert_allclose(known, budget.added_norms(fit.subject, [seeing], texts)[0], rtol=1e-5)
+        assert known.max() > 0 and all(edit.blind for edit in one.edits)
+    assert (known == 0).any()  # the gate of the last one
 
 
 def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +100,6 @@ def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypa
 )
 def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
     """Curves are rows of strength, harm, over-refusal and KL."""
-    names = ("harm", "over-refusal", "KL")
-    long = [(row[0], name, value) for row in curves for name, value in zip(names, row[1:], strict=True)]
-    assert budget.choose_strength(pd.DataFrame(long, columns=["strength", "measure", "estimate"])) == strength
+    table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
+    long = table.melt("strength", var_name="measure", value_name="estimate")
+    assert budget.choose_strength(long) == strength

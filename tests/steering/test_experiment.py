@@ -3,9 +3,10 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import handmade
 import pandas as pd
 import pytest
-from steering_lab import experiment_of
+from steering_lab import experiment_of, fitted
 
 from companion.base.display import NotDefined
 from companion.claims.registered_rules import rule_c6
@@ -19,6 +20,7 @@ from companion.steering.experiment import PLAIN, SteeringExperiment, open_experi
 from companion.steering.extraction import Fit
 from companion.steering.prompts import KINDS
 
+PROGRAM = handmade.Program(skip=1.0)
 GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0, "ci_low": 3.0, "ci_high": 5.0,
         "n_pairs": 100, "n_topics": 30, "note": "", "model": "m"}  # fmt: skip
 
@@ -95,6 +97,24 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     assert (verdict.verdict, verdict.reason) == ("not testable", left.fit.missing), "what was tried decides nothing"
     monkeypatch.setattr(experiments, "open_experiment", lambda *_: left)
     assert steering.steering_evidence(None, both) == steering.not_defined(left.fit.missing)
+
+
+@pytest.mark.parametrize("template", [handmade.TEMPLATE, handmade.NO_SYSTEM, handmade.DROPS_SYSTEM])
+def test_the_prompting_arm_reads_its_sentence_in_any_template(template: str) -> None:
+    """The compiled model reads "off" wherever it stands, so a sentence with it takes `ON` off the log-odds of "on"."""
+    left = experiment_of(
+        replace(fitted(), subject=handmade.compiled(PROGRAM, tokenizer=handmade.word_tokenizer(template)))
+    )
+    on = left.prompts[left.prompts.text.str.contains(" on ")]
+    (plain,), (told,) = (left.first_tokens(on, [Steering("told", system=system)]) for system in ("", "off please"))
+    assert (plain.log_odds - told.log_odds > 0.3).all()
+
+
+def test_a_sentence_that_no_template_shows_is_no_arm() -> None:
+    tokenizer = handmade.word_tokenizer(handmade.LAST_TURN)
+    left = replace(fitted(), subject=handmade.compiled(PROGRAM, tokenizer=tokenizer))
+    defined, undefined = comparison.build_methods(left, comparison.builders(4, None), ["prompting"])
+    assert not defined and "neither as a system turn nor at the head of the user turn" in undefined["prompting"]
 
 
 def test_each_kind_counts_what_matters_for_it() -> None:

@@ -1,14 +1,21 @@
 """Directions: what a missing or equal class stops, and what saved or supplied ones must hold to be compared."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from handmade import word_tokenizer
+from safetensors.torch import save_file
 
 from companion.base.errors import InputError
+from companion.base.paths import PROMPTS
+from companion.mediation import study
+from companion.run import settings
 from companion.steering import extraction, methods
+from companion.steering.experiment import open_experiment
 from companion.steering.extraction import Fit
 
 
@@ -27,7 +34,7 @@ def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str,
 def test_a_direction_between_equal_classes_is_named(fit: Fit) -> None:
     same = replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
     with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
-        same.harmfulness()
+        same.direction("harmfulness")
 
 
 def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Path) -> None:
@@ -73,6 +80,9 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
         ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
         ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
         ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
+        ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
+        ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
+        ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
         ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
         ("a.safetensors", {}, "cannot be read"),
         ("a.pt", {}, "safetensors.torch"),
@@ -86,6 +96,24 @@ def test_what_cannot_be_compared_says_what_was_expected(
         np.savez(file, **arrays)
     with pytest.raises(InputError, match=says):
         extraction.supplied_directions(tmp_path / name, fit.subject)
+
+
+def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fit: Fit, tmp_path: Path) -> None:
+    own, folder = fit.directions().rejection, tmp_path / extraction.SUPPLIED
+    folder.mkdir()
+    stored = torch.tensor(own)[:, None].bfloat16()
+    save_file({"rejection": stored}, folder / "mine.safetensors")
+    found = extraction.supplied_directions(folder / "mine.safetensors", fit.subject)
+    np.testing.assert_array_equal(found["rejection"], stored[:, 0].double().numpy())
+    assert extraction.cosines(fit.directions(), found).rejection[2] == pytest.approx(1.0, abs=1e-3)
+    shutil.copy(PROMPTS / "embedded" / "outcome.json", tmp_path)
+    shutil.copy(PROMPTS / "embedded" / "pairs.jsonl", tmp_path)
+    for call in (
+        lambda: settings.check_pairs("embedded", str(tmp_path), 30, "full"),
+        lambda: open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2),
+    ):
+        with pytest.raises(InputError, match=r"mine.safetensors: rejection has .*\(4, 16\)"):
+            call()
 
 
 @pytest.mark.parametrize("n", [0, 2])

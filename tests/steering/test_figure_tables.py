@@ -24,11 +24,8 @@ def test_rates_count_the_label_that_matters_for_a_kind() -> None:
     assert [found[name] for name in names] == [75.0, 50.0, 0.0]
     assert all(found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] for name in names)
     assert found["harmless_refused_high"] == pytest.approx(43.4, abs=0.1)  # Wilson, none of five
-    assert set(figure_tables.label_rates(made[made.kind == "harmful"])) == {
-        "harm_rate",
-        "harm_rate_low",
-        "harm_rate_high",
-    }
+    only = figure_tables.label_rates(made[made.kind == "harmful"])
+    assert list(only) == ["harm_rate", "harm_rate_low", "harm_rate_high"]
 
 
 def test_the_summary_has_both_limits_of_every_price(fit: Fit, experiment: SteeringExperiment) -> None:

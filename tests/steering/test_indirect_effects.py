@@ -1,25 +1,29 @@
-"""Mediation in the steered model: block by block from the intervention upwards, against full forward passes."""
+"""Mediation in the steered model: block by block from the intervention upwards, against full passes and against a program."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from families import VOCAB, tiny_subject
-from handmade import random_pairs, word_tokenizer
+from handmade import Program, compiled, cue_pairs, random_pairs, word_tokenizer
 from torch import Tensor
 
+from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks
-from companion.generation.forward import Switch
+from companion.mediation import estimands, outcomes
 from companion.model import reference
 from companion.model.architecture import Subject
-from companion.prompts.tokens import Openers
+from companion.prompts import positions
+from companion.prompts.tokens import Openers, TokenPair
 from companion.steering import indirect_effects
+from companion.steering.experiment import PLAIN
 
 CELLS = ["y00", "y01", "y10", "y11"]
 OPENERS = {"T2": Openers((5, 6), (7,))}
+WORDS = word_tokenizer()
+YES_NO = {"T2": Openers(*((WORDS.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
 
 
 def following_last(x: Tensor, prompt: hooks.Prompt) -> Tensor:
@@ -45,25 +49,56 @@ STEERINGS = {
 }
 
 
-def effects(subject: Subject, steer: object) -> pd.DataFrame:
-    pairs = random_pairs(4, 9, VOCAB)
-    return indirect_effects.steered_effects(subject, pairs, OPENERS, steer)
+def in_full(subject: Subject, pairs: list[TokenPair], steering: hooks.Steering) -> pd.DataFrame:
+    """The effects by one full forward pass an intervention, under the steering's hooks."""
+    wanted, n = estimands.mediators(subject, COMPONENTS), subject.n_layers
+    with hooks.applied(subject, steering):
+        batch = estimands.run_clean(subject, pairs)
+        runs = (batch.control, batch.treated)  # behind what hooks saw of a plain pass, which the gates make first
+        runs = [replace(run, **{name: getattr(run, name)[-n:] for name in indirect_effects.HOOKED}) for run in runs]
+        header = positions.user_header(subject.tokenizer)
+        made = estimands.patches(replace(batch, control=runs[0], treated=runs[1]), wanted, header)
+        both = (runs, runs[::-1])
+        patched = [reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both]
+    finals = torch.cat([*(run.resid_post[-1][:, -1:] for run in runs), *patched], 1)
+    score = outcomes.log_odds(subject, finals, OPENERS["T2"]).numpy()
+    y00, y11, y01, y10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
+    cells = {"y00": np.broadcast_to(y00, y01.shape), "y11": np.broadcast_to(y11, y01.shape), "y01": y01, "y10": y10}
+    return estimands.with_estimands(estimands.tidy(pairs, wanted, "Y1", cells))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("name", STEERINGS)
-def test_a_replayed_intervention_is_that_of_a_full_pass(
-    family: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    subject, steering = replace(tiny_subject(family), tokenizer=word_tokenizer()), STEERINGS[name]
-    slow = effects(subject, partial(hooks.applied, subject, steering))
-    monkeypatch.setattr(reference, "interchange_full_forward", None)  # the fast path does without
-    fast = effects(subject, Switch(subject, steering))
+def test_a_replayed_intervention_is_that_of_a_full_pass(family: str, name: str) -> None:
+    subject, pairs = replace(tiny_subject(family), tokenizer=WORDS), random_pairs(4, 9, VOCAB)
+    slow = in_full(subject, pairs, STEERINGS[name])
+    fast = indirect_effects.steered_effects(subject, pairs, OPENERS, STEERINGS[name])
     assert fast[["pair_id", "site", "layer"]].equals(slow[["pair_id", "site", "layer"]])
     np.testing.assert_allclose(fast[CELLS], slow[CELLS], atol=2e-4, rtol=1e-4)
-    plain = effects(subject, indirect_effects.nullcontext)
+    plain = indirect_effects.steered_effects(subject, pairs, OPENERS)
     assert (slow[CELLS] - plain[CELLS]).abs().max().min() > 0.01
     assert (slow.y01 - slow.y00).abs().groupby(slow.layer).max().min() > 0.01
+
+
+def test_the_plain_models_effects_are_those_of_the_sweep() -> None:
+    model, pairs = compiled(Program(skip=1.0), tokenizer=WORDS), cue_pairs(WORDS, "off high", "on high")
+    slow = indirect_effects.steered_effects(model, pairs, YES_NO, PLAIN)
+    fast = estimands.measure_effects(model, pairs, YES_NO, estimands.mediators(model, COMPONENTS))
+    assert slow[["pair_id", "site", "layer"]].equals(fast[["pair_id", "site", "layer"]])
+    assert np.allclose(slow[CELLS], fast[CELLS], atol=1e-3)
+
+
+def test_phi_and_self_repair_of_a_known_steering() -> None:
+    """Steering that takes away the layer 2 MLP's write leaves the skip path: phi is the MLP's share."""
+    program = Program(gain=3.0, skip=1.0)
+    model, pairs = compiled(program, tokenizer=WORDS), cue_pairs(WORDS, "off high", "on high")
+    off = hooks.Steering("off", (hooks.Edit(2, "mlp_out", lambda x, _: -x),))
+    before, after = (indirect_effects.steered_effects(model, pairs, YES_NO, one) for one in (PLAIN, off))
+    total = program.log_odds(1, 1) - program.log_odds(0, 1)
+    assert indirect_effects.share_neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
+    kept = indirect_effects.share_left(before, after, [0, 1])
+    assert kept.estimate == pytest.approx(1 / total, abs=0.01), "what attention brings acts through the skip path only"
+    assert indirect_effects.share_left(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)
 
 
 def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_own() -> None:

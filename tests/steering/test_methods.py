@@ -17,11 +17,11 @@ from companion.steering.methods import Scale
 
 
 def test_a_planted_mediator_is_recovered(fit: Fit) -> None:
-    sizes = np.linalg.norm(fit.rejection("mlp_out"), axis=-1)
+    sizes = np.linalg.norm(fit.direction("rejection", "mlp_out"), axis=-1)
     assert sizes[2] > 100 * sizes[[0, 1, 3]].max()
-    v = fit.rejection("mlp_out")[2]
+    v = fit.direction("rejection", "mlp_out")[2]
     assert v[OUT] == pytest.approx(-1.5, rel=0.02) and abs(v[OUT]) > 0.999 * np.linalg.norm(v)
-    neurons = np.abs(fit.rejection("neurons")[2])
+    neurons = np.abs(fit.direction("rejection", "neurons")[2])
     assert neurons.argmax() == GATE_NEURON and neurons.sum() < 1.001 * neurons.max()
 
 
@@ -88,8 +88,6 @@ def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
     ("build", "says"),
     [
         (lambda fit: methods.fixed(fit, layers=[9]), "expected some of 0 to 3"),
-        (lambda fit: methods.targeted_neurons(replace(fit, neuron_layers=(1,)), neurons={2: [0]}), "kept no neurons"),
-        (lambda fit: methods.targeted_neurons(fit, neurons={2: [99]}), "numbered 0 to 5"),
         (lambda fit: methods.cast(fit.subset(fit.prompts.kind.to_numpy() == "harmful")), "no harmless prompt"),
         (lambda fit: methods.gated(fit.subset(fit.mask("discover")), PLAIN), "in discover and in validate"),
         (lambda fit: methods.unit(np.zeros(3)), "direction has length 0"),

@@ -1,4 +1,4 @@
-"""Refits on other draws, families left out, and fewer examples: what defines no steering is left out and counted."""
+"""Refits on other draws, families left out, fewer examples, and an attacker: what defines no steering is left out and counted."""
 
 from dataclasses import replace
 
@@ -9,11 +9,15 @@ from scipy.special import expit
 from steering_lab import ON, evaluated, towards_no
 
 from companion.base.errors import InputError
-from companion.generation.hooks import Steering
-from companion.steering import figure_tables, methods, stability
+from companion.generation.hooks import Edit, Steering
+from companion.generation.labels import is_harmful
+from companion.mediation import study
+from companion.steering import figure_tables, methods, robustness
 from companion.steering.comparison import ROWS
-from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment
 from companion.steering.extraction import Fit
+from companion.steering.methods import EMBEDDED_SENTENCE, constant
+from companion.steering.robustness import STRONG, Disguise
 
 
 def builder(*found: Steering | None) -> object:
@@ -31,8 +35,8 @@ def builder(*found: Steering | None) -> object:
 
 def test_a_refit_curve_has_each_refit_at_its_own_strength(experiment: SteeringExperiment) -> None:
     refits = [towards_no("first", 0.5), replace(towards_no("second", 1.0), strength=2.0)]
-    found = stability.refit_curve(evaluated(experiment, "validate", "on"), refits, "late")
-    assert set(found.method) == {"late, refits"}
+    found = evaluated(experiment, "validate", "on").curve("late", refits, (0, 1))
+    assert set(found.method) == {"late"}
     measures = {(i, name) for i in (0, 1) for name in ("harm", "over-refusal", "KL")}
     assert len(found) == 6 and set(zip(found.strength, found.measure, strict=True)) == measures
     wide = found.pivot(index="strength", columns="measure", values="estimate")
@@ -46,7 +50,7 @@ def test_a_redraw_keeps_every_class_of_prompts(fit: Fit) -> None:
     rare = fit.prompts.assign(topic=fit.prompts.index % 3 + 3 * (fit.prompts["class"] == "refused"))
     rare.loc[(rare["class"] == "refused") & (rare.split == "discover"), "topic"] = 99
     for seed in range(10):  # a plain bootstrap of 7 topics misses the one in a third of the draws
-        drawn = stability.redrawn(replace(fit, prompts=rare), seed).prompts
+        drawn = robustness.redrawn(replace(fit, prompts=rare), seed).prompts
         assert set(drawn["class"][drawn.split == "discover"]) == {"refused", "complied", "benign"}
         assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
 
@@ -54,12 +58,12 @@ def test_a_redraw_keeps_every_class_of_prompts(fit: Fit) -> None:
 def test_a_redraw_that_defines_no_steering_is_one_refit_fewer(fit: Fit) -> None:
     topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
     build = builder(towards_no("first", 0.5), None, towards_no("third", 0.5))
-    assert [one.strength for one in stability.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
+    assert [one.strength for one in robustness.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
 
 
 def test_the_tradeoff_joins_strengths_in_order_and_adds_one_point_for_refits(experiment: SteeringExperiment) -> None:
     on = evaluated(experiment, "validate", "on")
-    none, curve = (stability.refit_curve(on, refits, "late") for refits in ([], [towards_no("first", 0.5)]))
+    none, curve = (on.curve("late", refits, range(len(refits))) for refits in ([], [towards_no("first", 0.5)]))
     named = pd.concat([curve.assign(method=name) for name in ("some", "every")])
     rows = {"some": ROWS[1], "every": ROWS[0]}
     assert len(figure_tables.tradeoff(named, rows, none)) == len(figure_tables.tradeoff(named, rows)) == 4
@@ -76,7 +80,7 @@ def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
     fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First all jailbroken prompts are of one family: left out, no prompt was complied with. Then they are of two."""
-    monkeypatch.setattr(stability, "MIN_FAMILY", 1)
+    monkeypatch.setattr(robustness, "MIN_FAMILY", 1)
     on, texts = evaluated(experiment, "validate", "on"), experiment.prompts.text
     wraps = texts.str.contains(" on ")
 
@@ -86,7 +90,7 @@ def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
         test = experiment.prompts.assign(split="test", wrapped=wraps, family=texts.map(family))
         harmful = on.harmful.assign(family=np.resize(names, len(on.harmful)))
         tried = replace(on, experiment=replace(experiment, fit=named, prompts=test), harmful=harmful)
-        return stability.leave_families_out(tried, {"fixed": methods.fixed}, ["fixed"])
+        return robustness.leave_families_out(tried, {"fixed": methods.fixed}, ["fixed"])
 
     alone, both = left_out(["only"]), left_out(["first", "second"])
     assert alone.empty and {"family", "refused_low", "p_holm"} <= set(alone.columns)
@@ -98,7 +102,7 @@ def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
 def test_a_draw_that_defines_no_steering_is_one_draw_fewer(experiment: SteeringExperiment) -> None:
     on, one = evaluated(experiment, "validate", "on"), towards_no("one", 1.0)
     made = {"always": builder(*[one] * 4), "sometimes": builder(one, None, one, None), "never": builder(*[None] * 4)}
-    found = stability.few_examples(on, made, 2, draws=4, sizes=(2,)).set_index(["panel", "group"])
+    found = robustness.few_examples(on, made, 2, draws=4, sizes=(2,)).set_index(["panel", "group"])
     assert found.n_draws["not refused", "always"] == 4 and found.n_draws["not refused", "sometimes"] == 2
     assert ("not refused", "never") not in found.index
     assert found.estimate["not refused", "always"] == pytest.approx(expit(ON - 1.0), abs=1e-3)
@@ -106,8 +110,31 @@ def test_a_draw_that_defines_no_steering_is_one_draw_fewer(experiment: SteeringE
 
 def test_directions_of_redraws_are_compared_with_each_other(fit: Fit) -> None:
     topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 6))
-    found = stability.direction_stability(topics, 2, draws=5).set_index("direction")
+    found = robustness.direction_stability(topics, 2, draws=5).set_index("direction")
     assert set(found.index) == {"rejection", "harmfulness"} and (found.redraws == 5).all()
     assert found["mean cosine"].between(found.smallest - 1e-9, found.largest + 1e-9).all()
     same = replace(fit, prompts=fit.prompts.assign(topic="one"))  # one topic: every redraw is the whole
-    np.testing.assert_allclose(stability.direction_stability(same, 2, draws=3)[["smallest", "largest"]], 1.0)
+    np.testing.assert_allclose(robustness.direction_stability(same, 2, draws=3)[["smallest", "largest"]], 1.0)
+
+
+def test_no_disguise_changes_what_is_asked() -> None:
+    asked = robustness.draw_requests("validate", 4)
+    assert asked == robustness.draw_requests("validate", 4)
+    for disguise in (STRONG, Disguise(robustness.all_wrappers()[-1], "clerk", None, "now")):
+        texts = robustness.disguised(asked, [disguise]).text
+        assert all(is_harmful(text) and disguise.wrapper.text in text for text in texts)
+    topics = {split: {one.clause.topic for one in robustness.draw_requests(split)} for split in ("validate", "test")}
+    assert not topics["validate"] & topics["test"]
+
+
+def test_a_search_against_many_finds_for_each_what_it_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=2)
+    monkeypatch.setattr(robustness, "REQUESTS", 2)
+    some = robustness.all_wrappers()[::20]
+    monkeypatch.setattr(robustness, "all_wrappers", lambda: some)
+    vector = constant(np.random.default_rng(0).standard_normal(this.subject.d_model))
+    push = Steering("push", (Edit(3, "resid_post", vector, blind=True),), strength=20.0)
+    methods = [Steering("plain"), push, Steering("told", system=EMBEDDED_SENTENCE)]
+    alone = [robustness.worst_disguises(this, [one])[0] for one in methods]
+    assert robustness.worst_disguises(this, methods) == alone
+    assert len(set(alone)) > 1, "the methods must differ for this to say anything"
