@@ -13,9 +13,8 @@ from jaxtyping import Int
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.evidence import gating
 from companion.evidence.layers import EvidenceRows
-from companion.mediation import control_models
 from companion.mediation.estimands import Batch
-from companion.mediation.study import Study
+from companion.mediation.study import CONTROL_PAIRS, Study, control_study
 from companion.neurons import adjacency, clamping, screening, single, sparsity
 from companion.neurons.clamping import LastLayerCache
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
@@ -24,7 +23,7 @@ from companion.stats import bootstrap
 from companion.stats.bootstrap import interval, row
 
 N_RANDOM_ORDERS = 10
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.CONTROL_PAIRS, 48
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
@@ -250,6 +249,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
 
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = measure_last_layer(control_models.control_study(study, model, label))
+    swept = measure_last_layer(control_study(study, model, label))
     gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.caches)
     return neuron_evidence(swept, label), gates

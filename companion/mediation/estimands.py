@@ -28,6 +28,7 @@ from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
 CELLS = ("y00", "y01", "y10", "y11")
+PAIR_KEYS = ["pair_id", "topic", "treatment", "split"]
 KEYS = ["site", "layer", "head", "position", "outcome"]  # what tells a pair's rows of effects apart
 
 
@@ -48,6 +49,11 @@ class Batch:
     pairs: tuple[TokenPair, ...]
     control: CleanRun
     treated: CleanRun
+
+
+def pair_key(one: TokenPair) -> tuple[str, str, str, str]:
+    """What names a pair in tables: the values of `PAIR_KEYS`."""
+    return one.pair.id, one.pair.topic, one.pair.treatment, one.pair.split
 
 
 def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
@@ -149,8 +155,7 @@ def measure_effects(
 ) -> pd.DataFrame:  # fmt: skip
     """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
 
-    `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control
-    run's, in all four cells, so that direct effects add up).
+    `names` are those of `outcomes.named_outcome`; with the norm frozen in all four cells, direct effects add up.
     """
     groups = progress(batches(pairs, subject), desc="mediation")
     return pd.concat([batch_effects(subject, group, openers, wanted, names) for group in groups], ignore_index=True)
@@ -176,15 +181,10 @@ def score_cells(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
 ) -> dict[str, Float[np.ndarray, "pair mediator"]]:
     """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`."""
-    control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
-    norm_like = control if name.endswith(".frozen") else None
+    clean = [run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated)]
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
-    cells = torch.cat([control, treated, *patched], dim=1)
-    if name.startswith("contrast"):
-        weights = outcomes.opener_weights(subject, control, treated, openers)
-        score = outcomes.contrast(subject, cells, openers, norm_like, weights).cpu().numpy()
-    else:
-        score = outcomes.log_odds(subject, cells, openers, norm_like).cpu().numpy()
+    cells = torch.cat([*clean, *patched], dim=1)
+    score = outcomes.named_outcome(subject, cells, *clean, openers, name).cpu().numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
     shape = y01.shape
     return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}
@@ -225,8 +225,7 @@ def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
     """The cells, arrays [pair, mediator], as rows in the order pair, mediator."""
-    fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    own = {name: np.array([getattr(p.pair, field) for p in pairs], dtype=object) for name, field in fields.items()}
+    own = dict(zip(PAIR_KEYS, np.array([pair_key(one) for one in pairs], dtype=object).T, strict=True))
     mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
     return pd.DataFrame(
         {

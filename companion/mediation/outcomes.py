@@ -55,16 +55,14 @@ def log_odds(
 
 
 def contrast(
-    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None,
+    weights: tuple[Tensor, Tensor],
 ) -> Float[Tensor, ...]:  # fmt: skip
     """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream if `norm_like` is given.
 
-    `weights` are those of `opener_weights`; without them every opener counts the same.
+    `weights` are those of `opener_weights`.
     """
     camps = _opener_logits(subject, resid, openers, norm_like)
-    if weights is None:
-        return camps[0].mean(-1) - camps[1].mean(-1)
     comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
     return comply - refuse
 
@@ -80,6 +78,20 @@ def opener_weights(
     runs = [_opener_logits(subject, resid, openers, None) for resid in (control, treated)]
     comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
     return comply, refuse
+
+
+def named_outcome(
+    subject: Subject, resid: Float[Tensor, "... d"], control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"],
+    openers: Openers, name: str,
+) -> Float[Tensor, ...]:  # fmt: skip
+    """One of "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control run's).
+
+    `control` and `treated` are the final residual streams of the two clean runs; the contrast has the weights of both.
+    """
+    norm_like = control if name.endswith(".frozen") else None
+    if name.startswith("contrast"):
+        return contrast(subject, resid, openers, norm_like, opener_weights(subject, control, treated, openers))
+    return log_odds(subject, resid, openers, norm_like)
 
 
 def opener_probabilities(

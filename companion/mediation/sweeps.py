@@ -22,8 +22,9 @@ import pandas as pd
 from companion.base import files, paths
 from companion.base.display import progress
 from companion.base.thresholds import COMPONENTS
-from companion.mediation import estimands, outcomes, reachability
+from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
+from companion.mediation.tokens import earliest_layers
 from companion.model import memory
 from companion.prompts import positions
 from companion.prompts.tokens import TokenPair
@@ -136,21 +137,17 @@ def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
     at the last token can differ (the number of layers where none can); `distance` the tokens from the last difference
     to the last token.
     """
-    openers, pairs = study.openers[batch.pairs[0].pair.treatment], [one.pair for one in batch.pairs]
+    openers = study.openers[batch.pairs[0].pair.treatment]
     final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
     y00, y11 = (outcomes.log_odds(study.subject, resid, openers).cpu().numpy() for resid in final)
     camps = [outcomes.opener_probabilities(study.subject, resid, openers) for resid in final]
-    keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    return pd.DataFrame(
-        {
-            **{name: [getattr(pair, field) for pair in pairs] for name, field in keys.items()},
-            "y00": y00,
-            "y11": y11,
-            "te": y11 - y00,
-            "joint": np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps)),
-            "earliest": reachability.earliest_layers(batch.control, batch.pairs),
-            "distance": [positions.distance(pair) for pair in batch.pairs],
-        }
+    return pd.DataFrame([estimands.pair_key(one) for one in batch.pairs], columns=estimands.PAIR_KEYS).assign(
+        y00=y00,
+        y11=y11,
+        te=y11 - y00,
+        joint=np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps)),
+        earliest=earliest_layers(batch.control, batch.pairs),
+        distance=[positions.distance(one) for one in batch.pairs],
     )
 
 

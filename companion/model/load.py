@@ -35,7 +35,7 @@ def load(
     """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
     Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16
-    is for screening, and `companion.mediation.control_models.precision_noise` measures what it does to effects. On a
+    is for screening, and `companion.mediation.study.noise_floor` measures what it does to effects. On a
     GPU float32 products are computed in full float32 (no TF32). `copies` is that of `memory.run_memory`.
 
     Raises:

@@ -1,13 +1,25 @@
-"""Where the last token takes over, and what carries the signal on from there: MLPs, attention, or nothing (C4).
+"""How an indirect effect comes about: which component computes the decision, and what carries it on to the output.
 
-The residual stream at the last token is set to the other run's value after one layer. Above it, at the last token,
-attention outputs and MLP outputs either react or are held at the base run's values. Comparing the ways says which of them
-the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
+Computed (C1). An indirect effect says that a component passes the decision on, a direct effect that it writes it into the
+logits; a head that copies what an earlier layer decided has both. What tells computing from copying is the interaction.
+For the four prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component f *would*
+get if everything before it were additive is h10 + h01 - h00, and what f computes from it beyond the sum of its outputs is
+
+    G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
+
+A linear copy has G = 0, whatever it copies. The effect of G is measured as any other: taken away from the jailbroken
+harmful run, or added to the neutral harmful one, at all positions, with everything above live.
+
+Carried (C4). The residual stream at the last token is set to the other run's value after one layer. Above it, at the last
+token, attention outputs and MLP outputs either react or are held at the base run's values; comparing the ways says which
+of them the signal needs on its way. What is held is a value, so nothing of another position comes in.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -16,17 +28,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.display import progress
-from companion.mediation import estimands, summaries
+from companion.base.thresholds import COMPONENTS
+from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.estimands import Batch, Mediator
 from companion.mediation.study import Study
-from companion.model import memory
-from companion.model.activations import CleanRun
+from companion.model import memory, replay
+from companion.model.activations import CleanRun, on_output
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
-from companion.model.replay import both_ways
+from companion.model.interventions import Patch, position_mask, returning
+from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval
 
+# Of `summaries.VARIANTS` those that the carried and the computed signal have.
+CARRIED_VARIANTS = tuple(one for one in summaries.VARIANTS if one.name != "full response")
+COMPUTED_VARIANTS = tuple(one for one in CARRIED_VARIANTS if one.name != "norm frozen")
+SIGNS = {"10": 1, "01": 1, "00": -1}  # first digit: harmful request, second: jailbreak wrapper
 # Which outputs above the patched layer are held at the base run's values, by the name that the effect table calls it.
 HELD: dict[str, tuple[str, ...]] = {
     "live": (),
@@ -44,15 +61,95 @@ PATHS = {
 }
 # The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
 WITH_OWN = {"MLPs from this layer on": {"attention held": 1, "all held": -1}}
-OUTCOMES = ("Y1", "Y1.frozen")
-VARIANTS = tuple(variant for variant in summaries.VARIANTS if variant.name != "full response")
+
+
+# ---- what is computed ----
+
+
+def interaction_output(
+    subject: Subject, runs: Mapping[str, CleanRun], site: str, layer: int
+) -> Float[Tensor, "pair pos d"]:
+    """G of one component, from the clean runs of the four prompts ("11", "10", "01", "00")."""
+    ahead = {name: run.resid_pre[layer] for name, run in runs.items()}
+    if site == "mlp_out":
+        ahead = {name: h + runs[name].attn_out[layer] for name, h in ahead.items()}
+    additive = sum((sign * ahead[name] for name, sign in SIGNS.items()), torch.zeros_like(ahead["00"]))
+    summed = sum((sign * runs[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
+    return component_output(subject, runs["11"], site, layer, additive) - summed
+
+
+def component_output(
+    subject: Subject, run: CleanRun, site: str, layer: int, hidden: Float[Tensor, "pair pos d"]
+) -> Float[Tensor, "pair pos d"]:
+    """What a component writes if it reads `hidden`: the library's own block, called with the run's mask and positions."""
+    parts = subject.layers[layer]
+    seen: list[Tensor] = []
+    with torch.no_grad(), ExitStack() as stack:
+        written = parts.attn_write if site == "attn_out" else parts.mlp_write
+        stack.enter_context(on_output(written, seen.append))
+        if site == "mlp_out":  # attention adds nothing to what is handed in
+            nothing = torch.zeros_like(hidden)
+            stack.enter_context(returning(parts.attn, (nothing, None)))
+            if parts.attn_post is not None:
+                stack.enter_context(returning(parts.attn_post, nothing))
+        parts.block(hidden, **run.calls[layer])
+    return seen[0]
+
+
+def interaction_effects(study: Study) -> pd.DataFrame:
+    """Effect of what each component computes, in the schema of `estimands.measure_effects`: treatment T2-T2b, outcome Y1.
+
+    `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
+    of T2 - T2b. No rows where no twins have prompts of one length.
+    """
+
+    def length(both: tuple[TokenPair, TokenPair]) -> int:
+        return len(both[0].control)
+
+    tables = []
+    pairs = sorted(study.with_twins(study.of("T2")), key=length)
+    groups = [(n_pos, list(some)) for n_pos, some in itertools.groupby(pairs, key=length)]
+    for n_pos, members in progress(groups, desc="computed"):
+        step = memory.pairs_at_once(study.subject, n_pos)
+        tables += [_interaction_cells(study, members[start : start + step]) for start in range(0, len(members), step)]
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
+
+
+def _interaction_cells(study: Study, both: Sequence[tuple[TokenPair, TokenPair]]) -> pd.DataFrame:
+    subject, pairs = study.subject, [pair for pair, _ in both]
+    harmful, harmless = (estimands.run_clean(subject, one) for one in (pairs, [twin for _, twin in both]))
+    runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
+    wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
+    more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
+    everywhere = torch.ones_like(harmful.control.tokens, dtype=torch.bool)
+
+    def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
+        patches = [
+            Patch(one.site, one.layer, everywhere, value=base.site(one.site, one.layer) + sign * change)
+            for one, change in zip(wanted, more, strict=True)
+        ]
+        resid = replay.interchange(subject, base, base, patches)[:, :, 0]
+        return outcomes.log_odds(subject, resid, study.openers["T2"]).cpu().numpy()
+
+    odds = {}
+    for name, run in runs.items():
+        openers = study.openers["T2" if name[0] == "1" else "T2b"]
+        odds[name] = outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers).cpu().numpy()
+    y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
+    lost, shape = odds["11"] - changed(harmful.treated, -1), (len(pairs), len(wanted))
+    cells = {
+        "y00": np.broadcast_to(odds["10"], shape), "y01": changed(harmful.control, 1),
+        "y10": y11 - lost, "y11": np.broadcast_to(y11, shape),
+    }  # fmt: skip
+    return estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b")
+
+
+# ---- what carries it on ----
 
 
 def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
     """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    made = []
+    last, made = position_mask(base.tokens, -1), []
     for layer in layers:
         own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
         for name, sites in HELD.items():
@@ -69,7 +166,7 @@ def held_residuals(
     control, treated = batch.control, batch.treated
     into = (held_patches(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
     at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
-    return both_ways(subject, control, treated, *into, at_once=at_once)
+    return replay.both_ways(subject, control, treated, *into, at_once=at_once)
 
 
 def path_effects(
@@ -88,7 +185,7 @@ def path_effects(
         if watch:
             watch(batch)
         patched, openers = held_residuals(subject, batch, chosen), study.openers[group[0].pair.treatment]
-        for outcome in OUTCOMES:
+        for outcome in ("Y1", "Y1.frozen"):
             cells = estimands.score_cells(subject, batch, patched, openers, outcome)
             tables.append(estimands.tidy(group, wanted, outcome, cells))
     if not tables:
@@ -120,7 +217,7 @@ def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
 
     In the last layer, above which nothing stands, only the path that counts its own MLP.
     """
-    signed = summaries.signed(summaries.select(table, treatment, VARIANTS[0], list(HELD)))
+    signed = summaries.signed(summaries.select(table, treatment, summaries.VARIANTS[0], list(HELD)))
     rows = []
     for layer in sorted(signed.layer.unique()):
         paths = WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN
