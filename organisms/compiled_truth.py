@@ -21,7 +21,7 @@ from scipy.special import expit, logsumexp
 from companion.base.thresholds import LATE, depth
 from companion.mediation import mechanisms
 from companion.mediation.estimands import with_difference, with_estimands
-from companion.neurons.sparsity import settles
+from companion.neurons.sets import settles
 from organisms.compiled_language import Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
 

@@ -15,8 +15,8 @@ from companion.mediation import mechanisms, summaries
 from companion.mediation.estimands import Batch
 from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
 from companion.mediation.study import Study
-from companion.neurons import single, sparsity, timing
-from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, sizes
+from companion.neurons import single, timing
+from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, settles, sizes
 from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
 from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
@@ -56,7 +56,7 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
     ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
     effect = curve.nie.mean(0)
-    if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := sparsity.settles(effect / effect[-1], ks, 0.9)):
+    if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := settles(effect / effect[-1], ks, 0.9)):
         k = int(k90)
     return tuple(int(i) for i in order[:k])
 

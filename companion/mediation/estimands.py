@@ -56,6 +56,11 @@ def pair_key(one: TokenPair) -> tuple[str, str, str, str]:
     return one.pair.id, one.pair.topic, one.pair.treatment, one.pair.split
 
 
+def pair_columns(pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+    """The columns `PAIR_KEYS` of a table with a row a pair."""
+    return dict(zip(PAIR_KEYS, np.array([pair_key(one) for one in pairs], dtype=object).T, strict=True))
+
+
 def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells with `te` (total effect), `nie0` (sufficiency) and `nie1` (necessity) beside them, in the cells' unit.
 
@@ -181,10 +186,10 @@ def score_cells(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
 ) -> dict[str, Float[np.ndarray, "pair mediator"]]:
     """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`."""
-    clean = [run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated)]
+    control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
-    cells = torch.cat([*clean, *patched], dim=1)
-    score = outcomes.named_outcome(subject, cells, *clean, openers, name).cpu().numpy()
+    cells = torch.cat([control, treated, *patched], dim=1)
+    score = outcomes.named_outcome(subject, cells, control, treated, openers, name).cpu().numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
     shape = y01.shape
     return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}
@@ -225,11 +230,10 @@ def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
     """The cells, arrays [pair, mediator], as rows in the order pair, mediator."""
-    own = dict(zip(PAIR_KEYS, np.array([pair_key(one) for one in pairs], dtype=object).T, strict=True))
     mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
     return pd.DataFrame(
         {
-            **{name: np.repeat(values, len(wanted)) for name, values in own.items()},
+            **{name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()},
             **{name: np.tile(np.array(values), len(pairs)) for name, values in mediator.items()},
             "outcome": outcome,
             **{name: values.reshape(-1) for name, values in cells.items()},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import stats as st
@@ -20,9 +21,8 @@ from torch import nn
 from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts, stored
 from companion.model.interventions import projection
-from companion.neurons.sets import Measured, joint, on_contrast
+from companion.neurons.sets import Measured, joint, on_contrast, topic_sums
 from companion.neurons.single import PairEffects
-from companion.neurons.sparsity import topic_sums
 from companion.stats import bootstrap
 
 HALF_WIDTH = 8
@@ -112,6 +112,13 @@ def _permutations(
     return np.concatenate(made)
 
 
+def moran_histogram(found: MoranTest, n_bins: int = 50) -> pd.DataFrame:
+    """Moran's I under permuted indices, binned; the model's own estimate and interval repeated in every row."""
+    counts, edges = np.histogram(found.permuted, bins=n_bins)
+    own = {"observed": found.estimate, "least": found.low, "most": found.high}
+    return pd.DataFrame({"start": edges[:-1], "end": edges[1:], "count": counts}).assign(**own)
+
+
 def windows(order: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
     """Every full window of neighbours in an order of the neurons: their indices as they stand, or a random order."""
     width = 2 * half_width + 1
@@ -137,14 +144,9 @@ CONTEST = ("best window", "best random group", "best window - best random group"
 
 
 def window_contest(
-    measured: Measured,
-    treatment: str,
-    ranked: Int[np.ndarray, "neuron"],
-    *,
-    n_orders: int = N_ORDERS,
-    half_width: int = HALF_WIDTH,
-    seed: int = 0,
-) -> WindowContest:
+    measured: Measured, treatment: str, ranked: Int[np.ndarray, "neuron"], *, n_orders: int = N_ORDERS,
+    half_width: int = HALF_WIDTH, seed: int = 0,
+) -> WindowContest:  # fmt: skip
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
     Random groups are the windows of a random order of the neurons: as many, of the same size, overlapping in the same
@@ -169,6 +171,25 @@ def window_contest(
     means = test.nie.mean(0)
     p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + n_orders)
     return WindowContest(np.stack(best), shares, p)
+
+
+def windows_and_singles(
+    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str, half_width: int = HALF_WIDTH
+) -> pd.DataFrame:
+    """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
+
+    `names` are the neurons' original indices, `label` says which order this is.
+    """
+    subject, n = measured.study.subject, measured.study.subject.d_mlp
+    groups = windows(np.arange(n), half_width)
+    shares = []
+    for members in (np.arange(n)[:, None], groups):
+        made = on_contrast(measured, treatment, "test", partial(joint, subject, members=members))
+        shares.append(made.nie.mean(0) / made.pairs.te.mean())
+    single, around = shares
+    window = np.full(n, np.nan)
+    window[half_width : half_width + len(groups)] = around
+    return pd.DataFrame({"order": label, "place": np.arange(n), "name": names, "single": single, "window": window})
 
 
 def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:

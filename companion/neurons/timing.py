@@ -1,9 +1,9 @@
-"""Answers while last-layer neurons are clamped on a schedule: at the prompt, the first answer token, the first five, or all.
+"""Whole answers while neurons are clamped: when a set acts (C5b), and whether it is a switch of the whole answer (C5c).
 
-A switch of the whole answer does its work at the first token: what is closed later changes little (C5c). Nothing reads the
-last layer at other positions, so in the prompt only its last token counts, and there the first answer token is decided.
-Decoding is shared where it is the same: the unclamped answers of both prompts of a pair, and what is read before the
-prompt's last token. All arms of a batch are decoded side by side.
+Teacher-forced, a set of any layer is clamped at the first or at every token of given answers. Decoded, neurons of the last
+layer are clamped on a schedule: a switch does its work at the first token, and what is closed later changes little. Nothing
+reads the last layer at other positions, so in the prompt only its last token counts, where the first answer token is
+decided. Decoding is shared where it is the same, and all arms of a batch are decoded side by side.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from companion.generation import labels
 from companion.generation.decode import Answers, greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import activations, memory
-from companion.model.activations import on_input, on_output
+from companion.model import activations, memory, replay
+from companion.model.activations import CleanRun, on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch, projection
+from companion.neurons.clamping import NeuronSet
 from companion.prompts.tokens import Openers, TokenPair
 
-STEPS = outcomes.STEPS
+FORCED_STEPS = 12  # tokens of a teacher-forced answer, its opener included
 # Decisions, counted from the first answer token (0), at which the clamp is on. Decision 0 is made at the prompt's end.
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "none": lambda step: False,
@@ -63,8 +64,106 @@ class Clamp:
         return slice(None) if self.neurons is None else list(self.neurons)
 
 
+Text = tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]  # tokens behind a prompt, and their mask
+Closed = dict[NeuronSet, Float[Tensor, "run neuron"]]
 Arm = tuple[Clamp, str]  # what is set, and the schedule of when
 PLAIN: Arm = (Clamp("no clamp", ()), "none")
+
+
+# ---- teacher-forced: sets of any layer ----
+
+
+def timing_effects(
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], sets: Sequence[NeuronSet]
+) -> pd.DataFrame:
+    """Effect (mean of both directions, nats) of each set on log p(answer) - log p(refusal), teacher-forced.
+
+    `first` clamps the set where the first answer token is decided only, `every` there and at every later answer token.
+    Answer and refusal are the model's own words (`outcomes.continuations`), the same for all runs of a pair.
+    """
+    rows: list[tuple[object, ...]] = []
+    for group in progress(estimands.batches(pairs, subject, mixed=True), desc="timing"):
+        prompts = estimands.prompt_tokens(subject, group)
+        texts = outcomes.continuations(
+            subject, *prompts, [openers[pair.pair.treatment] for pair in group], FORCED_STEPS
+        )
+        effect = _effects_on_text(subject, prompts, (texts.answer, texts.answer_mask), sets)
+        effect -= _effects_on_text(subject, prompts, (texts.refusal, texts.refusal_mask), sets)
+        for one, effects in zip(group, effect, strict=True):
+            rows += [(*estimands.pair_key(one), each.name, each.layer, *effects[k]) for k, each in enumerate(sets)]
+    table = pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "layer", "first", "every"])
+    return table.assign(form="timing", outcome="Y2")
+
+
+def _effects_on_text(
+    subject: Subject, prompts: Sequence[Int[Tensor, "pair pos"]], text: Text, sets: Sequence[NeuronSet]
+) -> Float[np.ndarray, "pair set when"]:
+    """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
+    start, n_steps = prompts[0].shape[1] - 1, text[0].shape[1]
+    runs = [outcomes.forced_run(subject, prompt, text[0]) for prompt in prompts]
+    patches = [_patch(one, runs[0], range(start, end)) for one in sets for end in (start + 1, start + n_steps)]
+    both = []
+    for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
+        clean, moved = _log_probs(subject, base, source, patches, text)
+        both.append(sign * (moved - clean))
+    return ((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2).cpu().numpy()
+
+
+def _patch(one: NeuronSet, run: CleanRun, columns: range, value: Tensor | None = None) -> Patch:
+    mask = torch.zeros_like(run.tokens, dtype=torch.bool)
+    mask[:, columns.start : columns.stop] = True
+    return Patch("neuron", one.layer, mask, one.neurons, value)
+
+
+def _log_probs(
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], text: Text
+) -> tuple[Float[Tensor, "pair 1"], Float[Tensor, "pair patch"]]:
+    """log p of a text at the end of the base run, as it is and after each patch."""
+    n_pos, n_steps = base.tokens.shape[1], text[0].shape[1]
+    read = range(n_pos - n_steps, n_pos)
+    clean = outcomes.sequence_log_prob(subject, base.resid_post[-1][:, None, list(read)], *text)
+    moved = replay.interchange(subject, base, source, patches, read=tuple(read))
+    return clean, outcomes.sequence_log_prob(subject, moved, *text)
+
+
+def closed_values(subject: Subject, pairs: Sequence[TokenPair], sets: Sequence[NeuronSet]) -> Closed:
+    """Each set's values at the last token of the control prompts: what "closed" looks like."""
+    found: dict[NeuronSet, list[Tensor]] = {one: [] for one in sets}
+    for group in estimands.batches(pairs, subject):
+        run = activations.clean_run(subject, estimands.prompt_tokens(subject, group)[0], keep=("neurons",))
+        for one, values in found.items():
+            values.append(run.neurons[one.layer][:, -1, list(one.neurons)])
+    return {one: torch.cat(values) for one, values in found.items()}
+
+
+def closing_cost(
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], closed: Closed
+) -> pd.DataFrame:
+    """Nats that the model's own answers to treated prompts lose if a set is held closed at every answer token.
+
+    Each pair is given the closed values of one real run, in turn. Columns `lost` (summed over the answer) and `n_tokens`.
+    """
+    rows: list[tuple[object, ...]] = []
+    turn = {
+        pair.pair.id: i for i, pair in enumerate(pair for group in estimands.batches(pairs, subject) for pair in group)
+    }
+    for group in progress(estimands.batches(pairs, subject, mixed=True), desc="perplexity"):
+        prompt = estimands.prompt_tokens(subject, group)[1]
+        text = outcomes.opened_with(
+            subject, prompt, [openers[one.pair.treatment].comply for one in group], FORCED_STEPS
+        )
+        turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
+        run, first = outcomes.forced_run(subject, prompt, text[0]), prompt.shape[1] - 1
+        answer = range(first, first + text[0].shape[1])
+        patches = [_patch(one, run, answer, values[turns % len(values)][:, None]) for one, values in closed.items()]
+        clean, moved = _log_probs(subject, run, run, patches, text)
+        lost, n_tokens = (clean - moved).cpu().numpy(), text[1].sum(1).cpu().numpy().astype(float)
+        for i, one in enumerate(group):
+            rows += [(*estimands.pair_key(one), each.name, lost[i, k], n_tokens[i]) for k, each in enumerate(closed)]
+    return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "lost", "n_tokens"])
+
+
+# ---- decoded: the last layer on a schedule ----
 
 
 @dataclass(frozen=True)
@@ -117,13 +216,9 @@ def clamped(subject: Subject, arms: Sequence[Arm], controls: Mapping[Clamp, Cont
 
 
 def _edited(
-    clamp: Clamp,
-    control: ControlValues,
-    schedules: Mapping[int, str],
-    n_arms: int,
-    calls: Iterator[int],
+    clamp: Clamp, control: ControlValues, schedules: Mapping[int, str], n_arms: int, calls: Iterator[int],
     tensor: Tensor,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     step = next(calls)
     acting = {i: schedule for i, schedule in schedules.items() if SCHEDULES[schedule](step)}
     new = tensor.clone()
@@ -157,25 +252,20 @@ def forced_scores(
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="forced answers"):
         control, treated = estimands.prompt_tokens(subject, group)
         openers = [study.openers[one.pair.treatment] for one in group]
-        texts = outcomes.continuations(subject, control, treated, openers, STEPS)
+        texts = outcomes.continuations(subject, control, treated, openers, outcomes.STEPS)
         values = known[tuple(one.pair.id for one in group)][clamp]
         both = ((texts.answer, texts.answer_mask), (texts.refusal, texts.refusal_mask))
         answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in both)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):
-            pair = token_pair.pair
-            key = (pair.id, pair.topic, pair.treatment, pair.split)
+            key = estimands.pair_key(token_pair)
             rows += [(*key, schedule, score) for schedule, score in zip(schedules, scores, strict=True)]
-    return pd.DataFrame(rows, columns=["pair_id", "topic", "treatment", "split", "schedule", "y"])
+    return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "schedule", "y"])
 
 
 def _text_log_prob(
-    subject: Subject,
-    prompt: Int[Tensor, "pair pos"],
-    text: tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]],
-    clamp: Clamp,
-    control: ControlValues,
+    subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text, clamp: Clamp, control: ControlValues,
     schedules: Sequence[str],
-) -> Float[Tensor, "pair schedule"]:
+) -> Float[Tensor, "pair schedule"]:  # fmt: skip
     """log p of one text behind the prompt under each schedule."""
     base = outcomes.forced_run(subject, prompt, text[0])
     first, n_steps = prompt.shape[1] - 1, text[0].shape[1]
@@ -190,12 +280,9 @@ def _text_log_prob(
 
 @torch.no_grad()
 def clamped_answers(
-    study: Study,
-    lists: Sequence[Sequence[TokenPair]],
-    arms: Sequence[Arm],
-    steps: int = STEPS,
+    study: Study, lists: Sequence[Sequence[TokenPair]], arms: Sequence[Arm], steps: int = outcomes.STEPS,
     known: Controls | None = None,
-) -> list[pd.DataFrame]:
+) -> list[pd.DataFrame]:  # fmt: skip
     """Greedy answers to the treated prompts of each list in each arm (clamp, schedule), labelled: a row a pair and arm.
 
     Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
@@ -253,22 +340,17 @@ def rows_at_once(subject: Subject, n_pos: int) -> int:
 
 
 def _labelled(
-    study: Study,
-    group: Sequence[TokenPair],
-    arm: Arm,
-    answers: Mapping[Arm, Answers],
-    at: Bool[np.ndarray, "pair"],
-    *,
+    study: Study, group: Sequence[TokenPair], arm: Arm, answers: Mapping[Arm, Answers], at: Bool[np.ndarray, "pair"], *,
     exact: labels.Judge | None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Rows of `clamped_answers` for the pairs `at` (of one treatment) of a batch, in one arm."""
-    chosen = [pair.pair for pair, keep in zip(group, at, strict=True) if keep]
-    treatment, texts = chosen[0].treatment, [pair.treated for pair in chosen]
+    chosen = [pair for pair, keep in zip(group, at, strict=True) if keep]
+    treatment, texts = chosen[0].pair.treatment, [one.pair.treated for one in chosen]
     made, plain = answers[arm], answers[PLAIN]
     own, harmful = _chosen(made, at), [treatment in ("T1", "T2")] * len(chosen)
     changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)[at]
-    keys = [(pair.id, pair.topic, treatment, pair.split, arm[0].name, arm[1]) for pair in chosen]
-    table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "clamp", "schedule"])
+    keys = [(*estimands.pair_key(one), arm[0].name, arm[1]) for one in chosen]
+    table = pd.DataFrame(keys, columns=[*estimands.PAIR_KEYS, "clamp", "schedule"])
     label = labels.label_answers(study.subject, texts, own, study.openers[treatment], judge=exact, harmful=harmful)
     if exact is not None or os.environ.get(JUDGE):
         content = label

@@ -1,4 +1,4 @@
-"""Joint effects of sets of last-layer neurons against the replay."""
+"""Joint effects of sets of last-layer neurons against the replay, curves of growing sets, and concentration."""
 
 from dataclasses import replace
 
@@ -6,13 +6,29 @@ import numpy as np
 import pytest
 from effect_tools import YES_NO
 from families import FAMILIES
-from neuron_tools import clean_batch, patched, tiny_study
+from neuron_tools import additive, clean_batch, made_effects, patched, tiny_study
 from true_float64 import true_float64
 
+from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
-from companion.neurons.sets import cumulative, joint, measure_all, on_contrast, sizes, whole_layer
+from companion.neurons.sets import (
+    SUMMARY,
+    areas,
+    concentration,
+    cumulative,
+    curve_shares,
+    curve_summary,
+    gini,
+    joint,
+    measure_all,
+    on_contrast,
+    participation,
+    settles,
+    sizes,
+    whole_layer,
+)  # fmt: skip
 from companion.neurons.single import FinalStates, all_neurons
 
 SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
@@ -42,9 +58,7 @@ def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: 
     order, ks = np.random.default_rng(0).permutation(48), sizes(48)
     with true_float64(study.subject.model):
         states = last_states(study)
-        idle = replace(
-            states, neurons=states.neurons[:1].expand(2, -1, -1)
-        )  # nothing differs, so nothing has an effect
+        idle = replace(states, neurons=states.neurons[:1].expand(2, -1, -1))  # nothing differs
         made = []
         for few, small in ((32, 1024), (0, 0)):
             monkeypatch.setattr("companion.neurons.sets.FEW", few)
@@ -85,7 +99,6 @@ def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("companion.neurons.sets.SMALL", 0)
         monkeypatch.setattr("companion.neurons.sets.BLOCK", 1)  # one neuron at a time
         np.testing.assert_allclose(cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
-        np.testing.assert_allclose(joint(study.subject, states, order[:6].reshape(3, 2)).nie.shape, (6, 3))
 
 
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
@@ -107,3 +120,76 @@ def test_set_sizes() -> None:
     assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
     assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
     assert sizes(1).tolist() == [1]
+
+
+@pytest.mark.parametrize("members", [[[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]])
+def test_sets_are_of_different_neurons_that_are_there(members: list) -> None:
+    subject, measured = additive(np.ones(6))
+    with pytest.raises(InputError, match="different neurons of 0 to 5"):
+        joint(subject, measured.states["T2"], np.array(members))
+
+
+# ---- how few neurons carry an effect ----
+
+
+def test_k90_must_stay_in_the_band() -> None:
+    ks = np.arange(1, 7)
+    cases = {
+        (0.2, 0.5, 0.9, 0.95, 1.0, 1.0): (2, 3),
+        (0.2, 0.95, 0.8, 0.95, 1.0, 1.0): (2, 4),  # leaves the band below
+        (0.6, 1.0, 1.2, 1.15, 1.05, 1.0): (1, 4),  # overshoots: at 4 it is above, but stays from there on
+        (2.0, 2.0, 2.0, 2.0, 2.0, 1.0): (5, 5),
+        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0): (6, 6),
+    }
+    for share, (k50, k90) in cases.items():
+        assert (settles(np.array(share), ks, 0.5), settles(np.array(share), ks, 0.9)) == (k50, k90), share
+    assert np.isnan(settles(np.array([0.95, 0.95, 0.2]), ks[:3], 0.9))
+    assert np.isnan(settles(np.full(3, np.nan), ks[:3], 0.9))
+    assert settles(np.array([0.5, 1.0]), np.array([10, 200]), 0.9) == 200  # sizes, not places
+
+
+def test_a_layer_of_known_neurons() -> None:
+    """Four neurons of effect 2, one of -1 and the rest nothing: the whole is 7."""
+    writes = np.zeros(40)
+    writes[[3, 17, 22, 39]], writes[8] = 2.0, -1.0
+    subject, measured = additive(writes)
+    order = np.argsort(-abs(writes), kind="stable")
+    curve = on_contrast(measured, "T2", "test", lambda states: cumulative(subject, states, order, sizes(40)))
+    np.testing.assert_allclose(curve.nie[0, [0, 3, 4, 39]], [2, 8, 7, 7], rtol=1e-4)
+    made = dict(zip(SUMMARY, curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (2, 4)  # 8 / 7 is beyond 1.1, but what follows stays within
+    assert made["psi"] == pytest.approx(1, rel=1e-4)
+    by_sign = np.argsort(-writes, kind="stable")
+    late = on_contrast(measured, "T2", "test", lambda states: cumulative(subject, states, by_sign, sizes(40)))
+    assert curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
+
+
+def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
+    subject, measured = additive(np.array([1.0, -3.0]))
+    measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
+    curve = on_contrast(measured, "T2", "test", lambda states: cumulative(subject, states, np.array([0, 1]), sizes(2)))
+    made = dict(zip(SUMMARY, curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
+    assert made["psi"] == pytest.approx(-0.4, rel=1e-4)
+    assert curve_shares(curve, "nie", np.array([1, 2])).empty
+
+
+def test_areas() -> None:
+    ks = np.arange(1, 101)
+    np.testing.assert_allclose(areas(ks / 100, ks), [0.5, 0.5])
+    np.testing.assert_allclose(areas(np.ones(100), ks), [0.995, 0.005])
+    over = np.where(ks < 100, 1.5, 1.0)
+    assert areas(over, ks)[0] > 1.4
+    assert areas(over, ks)[1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_concentration() -> None:
+    rng = np.random.default_rng(0)
+    size = rng.exponential(size=50)
+    dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
+    assert gini(size) == pytest.approx(dense)
+    assert participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
+    made = concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
+    assert made.estimate.tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match="nothing can be concentrated"):
+        concentration(made_effects(np.zeros((12, 40))))

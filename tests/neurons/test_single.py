@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import YES_NO, log_odds
+from effect_tools import YES_NO, log_odds, said
 from handmade import Program, compiled, cue_pairs
-from neuron_tools import clean_batch, made_effects, neuron_patches, patched, tiny_study
+from neuron_tools import clean_batch, made_effects, neuron_patches, patched, read_neurons, tiny_study
 from scipy import stats as st
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from true_float64 import true_float64
 
+from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import replay
@@ -23,14 +24,15 @@ from companion.neurons.single import (
     NEURONS,
     all_neurons,
     difference,
+    in_split,
     joined_batches,
     measure_batch,
     measure_chosen,
     neuron_table,
     passing,
     ranking,
-)
-from companion.prompts.tokens import Openers
+    signed,
+)  # fmt: skip
 
 CHOSEN = pd.DataFrame(
     [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)], columns=["layer", "neuron"]
@@ -39,20 +41,12 @@ CHOSEN = pd.DataFrame(
 
 def hooked(study: Study, base: Tensor, source: Tensor, layer: int, neuron: int) -> float:
     """Y1 of one full forward pass of the plain model, one entry of one down projection's input replaced."""
-    down, seen = study.subject.layers[layer].down_proj, []
-    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    study.subject.model(source)
-    handle.remove()
+    value = read_neurons(study.subject, source, layer)[1][:, -1, neuron]
 
-    def replace_one(_: object, args: tuple[Tensor]) -> tuple[Tensor]:
-        changed = args[0].clone()
-        changed[:, -1, neuron] = seen[0][:, -1, neuron]
-        return (changed,)
+    def swap(inputs: Tensor) -> None:
+        inputs[:, -1, neuron] = value
 
-    handle = down.register_forward_pre_hook(replace_one)
-    logits = study.subject.model(base).logits[:, -1]
-    handle.remove()
-    return float(log_odds(logits)[0])
+    return float(log_odds(read_neurons(study.subject, base, layer, swap)[0][:, -1])[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
@@ -110,10 +104,8 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
 def test_batches_are_joined_in_their_order() -> None:
     study = tiny_study(n=6)
     whole, whole_states = measure_chosen(study, "T2", CHOSEN)
-    parts = [
-        measure_batch(study, estimands.run_clean(study.subject, study.of("T2")[i : i + 3]), CHOSEN) for i in (0, 3)
-    ]
-    effects, states = joined_batches(parts)
+    batches = [estimands.run_clean(study.subject, study.of("T2")[i : i + 3]) for i in (0, 3)]
+    effects, states = joined_batches([measure_batch(study, batch, CHOSEN) for batch in batches])
     pd.testing.assert_frame_equal(effects.pairs, whole.pairs)
     np.testing.assert_allclose(effects.nie, whole.nie, atol=1e-6)
     torch.testing.assert_close(states.neurons, whole_states.neurons, rtol=0, atol=1e-6)
@@ -123,8 +115,7 @@ def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
     """The compiled model hands cue A to the last token in layer 1 and reads it in neuron 3 of layer 2, nowhere else."""
     subject = compiled(Program())
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    openers = Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
-    study = Study("compiled", subject, tuple(pairs), {"T2": openers}, {}, {})
+    study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
     effects, _ = measure_chosen(study, "T2", all_neurons(subject))
     at = effects.columns.query("layer == 2 and neuron == 3").index[0]
     np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
@@ -202,3 +193,13 @@ def test_ranking_is_by_size_on_discover() -> None:
     assert ranking(rows, "T2", 0)[:2].tolist() in ([0, 2], [2, 0])
     by_sign = ranking(rows, "T2", 0, by_sign=True)
     assert (by_sign[0], by_sign[-1]) == (0, 2)
+
+
+def test_what_cannot_be_measured_is_named() -> None:
+    effects = made_effects(np.ones((12, 3)))
+    with pytest.raises(InputError, match="no pairs of T1: it has T2, T2b"):
+        measure_chosen(tiny_study(), "T1", CHOSEN)
+    with pytest.raises(InputError, match="no pair is in the discover split"):
+        signed(in_split(effects, "test"))
+    with pytest.raises(InputError, match="no rows of T9, layer 0"):
+        ranking(neuron_table(effects), "T9", 0)
