@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.base.display import progress
@@ -23,7 +23,6 @@ from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
 from companion.model.memory import BATCH, pairs_at_once
-from companion.model.replay import both_ways
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
@@ -85,9 +84,8 @@ def batches(
 ) -> list[list[TokenPair]]:
     """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
-    A pure function of the list of pairs, so that a rerun and a sharded run put the same pairs together and give the
-    same bytes; pairs of one length need no padding. `mixed` groups by length alone, for what does not depend on the
-    treatment, such as decoding.
+    A pure function of the list of pairs, so that a rerun and a sharded run give the same bytes; pairs of one length need
+    no padding. `mixed` groups by length alone, for what does not depend on the treatment, such as decoding.
     """
 
     def key(pair: TokenPair) -> tuple[str, int]:
@@ -115,13 +113,14 @@ def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
     return Batch(tuple(pairs), activations.clean_run(subject, control), activations.clean_run(subject, treated))
 
 
-def _header(subject: Subject) -> str:
+def user_header(subject: Subject) -> str:
+    """What the model's template writes before every user turn; empty for a model without a tokenizer."""
     return positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
 
 
-def patches(batch: Batch, wanted: Sequence[Mediator], header: str) -> list[Patch]:
+def patches(subject: Subject, batch: Batch, wanted: Sequence[Mediator]) -> list[Patch]:
     """The mediators as interventions on this batch: position groups become masks over the prompt's tokens."""
-    tokens = batch.control.tokens
+    tokens, header = batch.control.tokens, user_header(subject)
     masks: dict[str, Tensor] = {}
     for name in {mediator.position for mediator in wanted}:
         prompt = torch.tensor(positions.stack(batch.pairs, header, name), device=tokens.device)
@@ -137,7 +136,7 @@ def final_residuals(
     subject: Subject, batch: Batch, wanted: Sequence[Mediator]
 ) -> tuple[Float[Tensor, "pair mediator d"], Float[Tensor, "pair mediator d"]]:
     """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
-    made, runs = patches(batch, wanted, _header(subject)), (batch.control, batch.treated)
+    made, runs = patches(subject, batch, wanted), (batch.control, batch.treated)
     shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
     cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
     for is_direct in (False, True):
@@ -148,7 +147,7 @@ def final_residuals(
         if is_direct:
             found = [replay.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
         else:
-            found = list(both_ways(subject, *runs, some, some, at_once=at_once))
+            found = list(replay.both_ways(subject, *runs, some, some, at_once=at_once))
         for cell, values in zip(cells, found, strict=True):
             cell[:, chosen] = values
     return cells[0], cells[1]
@@ -184,15 +183,17 @@ def batch_effects(
 
 def score_cells(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
-) -> dict[str, Float[np.ndarray, "pair mediator"]]:
-    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`."""
+) -> dict[str, Float[np.ndarray, "pair _"]]:
+    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`.
+
+    y00 and y11, which no mediator changes, have one column.
+    """
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
     cells = torch.cat([control, treated, *patched], dim=1)
     score = outcomes.named_outcome(subject, cells, control, treated, openers, name).cpu().numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
-    shape = y01.shape
-    return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}
+    return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
 
 def whole_answer_effects(
@@ -200,43 +201,42 @@ def whole_answer_effects(
 ) -> pd.DataFrame:
     """The rows of `batch_effects` for Y2 = log p(answer) - log p(refusal), teacher-forced, in nats.
 
-    Answer and refusal are the model's own (`outcomes.continuations`), the same words for all four cells of a pair. Only
-    prompt cells are patched; the answer's tokens see the patch through attention, as they would when generated. Meant for
-    pairs that share their request (T2, T2b): otherwise an answer to one prompt is off-topic for the other.
+    Answer and refusal (`outcomes.continuations`) are the same words for all four cells of a pair. Only prompt cells are
+    patched; the answer's tokens see the patch through attention. Meant for pairs that share their request (T2, T2b).
     """
     prompts = prompt_tokens(subject, group)
-    texts = outcomes.continuations(subject, *prompts, openers[group[0].pair.treatment])
-    answer = _text_cells(subject, group, prompts, texts.answer, texts.answer_mask, wanted)
-    refusal = _text_cells(subject, group, prompts, texts.refusal, texts.refusal_mask, wanted)
+    texts = outcomes.continuations(subject, *prompts, [openers[one.pair.treatment] for one in group])
+    answer, refusal = (_text_cells(subject, group, prompts, text, wanted) for text in texts)
     return with_estimands(tidy(group, wanted, "Y2", {cell: answer[cell] - refusal[cell] for cell in CELLS}))
 
 
 def _text_cells(
-    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: Int[Tensor, "pair step"],
-    mask: Bool[Tensor, "pair step"], wanted: Sequence[Mediator],
-) -> dict[str, Float[np.ndarray, "pair mediator"]]:  # fmt: skip
+    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: outcomes.Text,
+    wanted: Sequence[Mediator],
+) -> dict[str, Float[np.ndarray, "pair _"]]:  # fmt: skip
     """log p of one text behind the prompts, in all four cells."""
     runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
-    made = patches(Batch(tuple(group), *runs), wanted, _header(subject))
-    y00, y11 = (outcomes.clean_text_log_prob(subject, run, text, mask).cpu().numpy()[:, None] for run in runs)
+    made = patches(subject, Batch(tuple(group), *runs), wanted)
+    clean = [run.resid_post[-1][:, outcomes.decided_at(run, text)] for run in runs]
+    y00, y11 = (outcomes.sequence_log_prob(subject, resid, text).cpu().numpy()[:, None] for resid in clean)
     y01, y10 = (
-        outcomes.patched_text_log_probs(subject, base, source, made, text, mask).cpu().numpy()
+        outcomes.patched_text_log_probs(subject, base, source, made, text).cpu().numpy()
         for base, source in (runs, runs[::-1])
     )
-    return {"y00": np.broadcast_to(y00, y01.shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, y01.shape)}
+    return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
 
 def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
-    """The cells, arrays [pair, mediator], as rows in the order pair, mediator."""
+    """The cells, arrays [pair, mediator] or [pair, 1], as rows in the order pair, mediator."""
     mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
     return pd.DataFrame(
         {
             **{name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()},
             **{name: np.tile(np.array(values), len(pairs)) for name, values in mediator.items()},
             "outcome": outcome,
-            **{name: values.reshape(-1) for name, values in cells.items()},
+            **{name: np.broadcast_to(y, (len(pairs), len(wanted))).reshape(-1) for name, y in cells.items()},
         }
     )
 

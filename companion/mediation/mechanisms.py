@@ -17,7 +17,6 @@ of them the signal needs on its way. What is held is a value, so nothing of anot
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -102,22 +101,16 @@ def interaction_effects(study: Study) -> pd.DataFrame:
     `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
     of T2 - T2b. No rows where no twins have prompts of one length.
     """
-
-    def length(both: tuple[TokenPair, TokenPair]) -> int:
-        return len(both[0].control)
-
-    tables = []
-    pairs = sorted(study.with_twins(study.of("T2")), key=length)
-    groups = [(n_pos, list(some)) for n_pos, some in itertools.groupby(pairs, key=length)]
-    for n_pos, members in progress(groups, desc="computed"):
-        step = memory.pairs_at_once(study.subject, n_pos)
-        tables += [_interaction_cells(study, members[start : start + step]) for start in range(0, len(members), step)]
+    both = study.with_twins(study.of("T2"))
+    twins = {pair.pair.id: twin for pair, twin in both}
+    groups = progress(estimands.batches([pair for pair, _ in both], study.subject), desc="computed")
+    tables = [_interaction_cells(study, group, [twins[one.pair.id] for one in group]) for group in groups]
     return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
 
 
-def _interaction_cells(study: Study, both: Sequence[tuple[TokenPair, TokenPair]]) -> pd.DataFrame:
-    subject, pairs = study.subject, [pair for pair, _ in both]
-    harmful, harmless = (estimands.run_clean(subject, one) for one in (pairs, [twin for _, twin in both]))
+def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence[TokenPair]) -> pd.DataFrame:
+    subject = study.subject
+    harmful, harmless = (estimands.run_clean(subject, some) for some in (pairs, twins))
     runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
     wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
     more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
@@ -136,11 +129,8 @@ def _interaction_cells(study: Study, both: Sequence[tuple[TokenPair, TokenPair]]
         openers = study.openers["T2" if name[0] == "1" else "T2b"]
         odds[name] = outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers).cpu().numpy()
     y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
-    lost, shape = odds["11"] - changed(harmful.treated, -1), (len(pairs), len(wanted))
-    cells = {
-        "y00": np.broadcast_to(odds["10"], shape), "y01": changed(harmful.control, 1),
-        "y10": y11 - lost, "y11": np.broadcast_to(y11, shape),
-    }  # fmt: skip
+    lost = odds["11"] - changed(harmful.treated, -1)
+    cells = {"y00": odds["10"], "y01": changed(harmful.control, 1), "y10": y11 - lost, "y11": y11}
     return estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b")
 
 

@@ -1,7 +1,6 @@
 """Summaries of effect tables: signed effects, shares, centroids, increments and means per cell, with intervals over topics.
 
-Choices that could be bent after the fact, such as which components count as positive, are fixed on the discover split;
-numbers that verdicts rest on are from the test split.
+Choices such as which components count as positive are fixed on discover; numbers that verdicts rest on are from test.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def share(
     """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
 
     `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
-    before it is summed, for effects per unit of patch norm or per parameter. None if no cell is positive on discover,
-    as in a network that does nothing.
+    before it is summed (see `study.normalisations`). None if no cell is positive on discover.
     """
     sums = clusters.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
     positive = positive_cells(table[table.split == "discover"], value, sums.columns)

@@ -1,11 +1,9 @@
 """Mediation by token: effects of position groups and single positions at every layer, and of words in the prompt.
 
 Replacing tokens in the prompt asks what the model needs to read; replacing their activations asks where the treatment's
-signal is. Two facts hold in every network and say nothing about one: the residual stream of all positions together
-carries TE at every layer, and in the last layer every position but the last carries nothing.
-
-Where a difference can have arrived at all is a matter of architecture: a layer lets a position read the positions that its
-attention mask shows it. With sliding windows a difference needs several layers to reach the last token, whatever was learned.
+signal is. In every network the residual stream of all positions together carries TE at every layer, and in the last layer
+every position but the last carries nothing. Where a difference can have arrived at all follows from the attention masks:
+with sliding windows it needs several layers to reach the last token, whatever was learned.
 """
 
 from __future__ import annotations
@@ -44,18 +42,17 @@ PLACES = {
 def position_groups(study: Study) -> tuple[list[str], list[str]]:
     """Position groups that some pair of the generation and recognition treatments has, in reading order; and those none has.
 
-    The span of the request (verb and object), the differing tokens and all tokens come last: they overlap the others.
-    The first generated tokens are no group: Y1 is decided before them, so that their effect on it is 0 by construction.
+    Groups that overlap others come last: the span of the request (verb and object), the differing tokens, all tokens.
     """
     header = positions.user_header(study.subject.tokenizer)
-    first: dict[str, list[float]] = {}
+    places: dict[str, list[float]] = {}
     every: set[str] = set()
     for pair in study.of(*TREATMENTS) or study.pairs:
         masks = positions.groups(pair, header)
         every |= set(masks)
         for name in positions.present(masks):
-            first.setdefault(name, []).append(float(np.flatnonzero(masks[name]).mean() / len(pair.control)))
-    found = sorted(first, key=lambda name: float(np.mean(first[name])))
+            places.setdefault(name, []).append(float(np.flatnonzero(masks[name]).mean() / len(pair.control)))
+    found = sorted(places, key=lambda name: float(np.mean(places[name])))
     spans = ["request"] if {"verb", "object"} & set(found) else []
     missing = sorted(every - set(found) - set(positions.OVERLAPPING))
     return [*found, *spans, "differ", "others", "all"], missing
@@ -138,10 +135,8 @@ def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.Da
     """
     study = study.subsample(PAIRS)
     names, _ = position_groups(study)
-    apart = [name for name in names if name not in positions.OVERLAPPING]
-    overlapping = [name for name in names if name in positions.OVERLAPPING]
-    wanted = estimands.mediators(study.subject, SITES, apart)
-    wanted += estimands.mediators(study.subject, SITES[:1], overlapping)
+    wanted = estimands.mediators(study.subject, SITES, [name for name in names if name not in positions.OVERLAPPING])
+    wanted += estimands.mediators(study.subject, SITES[:1], [name for name in names if name in positions.OVERLAPPING])
     table = estimands.measure_effects(study.subject, study.of(*treatments), study.openers, wanted)
     return estimands.with_difference(table, study.twins)
 
@@ -216,7 +211,7 @@ def position_effects(study: Study, pair: TokenPair) -> pd.DataFrame:
         for base, source in ((batch.control, batch.treated), (batch.treated, batch.control))
     )
     cells = estimands.score_cells(subject, batch, (control, treated), study.openers[pair.pair.treatment])
-    made = estimands.with_estimands(pd.DataFrame({name: values[0] for name, values in cells.items()}))
+    made = estimands.with_estimands(pd.DataFrame({name: np.resize(y[0], len(places)) for name, y in cells.items()}))
     nie = np.sign(made.nie0.iloc[-1]) * (made.nie0 + made.nie1) / 2  # the last cell of the last layer has all of TE
     text = [positions.token_labels(pair, side, subject.tokenizer) for side in ("control", "treated")]
     shown = [a if a == b else f"{a}/{b}" for a, b in zip(*text, strict=True)]
@@ -321,14 +316,11 @@ def interchange_ends(
     """Y1 of the base prompt after the last token of a group takes the source's value there, whatever their lengths.
 
     Columns: position, layer, base (Y1 without a patch), patched, source (Y1 of the source prompt). Valid sites are vectors
-    of one token: residual stream, attention output, MLP output. They hold no position of their own, but the source's
-    prompt put it there: with rotary embeddings keys and queries are turned by position when a layer reads them, so later
-    layers see the patched token at the base's distance, while what attention below had fetched stays as the source's
-    distances made it. Keys, values and attention patterns of two lengths do not correspond, and neither do all tokens of
-    a group: only its last one is patched.
+    of one token: residual stream, attention output, MLP output. With rotary embeddings later layers see the patched token
+    at the base's distance, while what attention below had fetched stays as the source's distances made it. Only the last
+    token of a group is patched: the others of two lengths do not correspond, nor do keys, values and attention patterns.
 
-    Raises:
-        InputError: another site, or a group that one of the prompts lacks.
+    Raises InputError for another site, or a group that one of the prompts lacks.
     """
     if site not in SITES:
         raise InputError(f"{site} of prompts of unequal length: expected one of {', '.join(SITES)}")

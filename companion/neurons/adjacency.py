@@ -79,11 +79,11 @@ class MoranTest:
 def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> MoranTest:
     """Moran's I of rank |mean NIE| over the pairs given, pooled over the layers that have effects.
 
-    Indices are permuted within layers. The interval has two parts whose variances are added: other prompts (jackknife over
-    topics) and another draw of which neuron got which index (the permutations); it is about the estimate, which is exact
-    where indices are exchangeable and narrower than it should be where I is far above 0.
+    Indices are permuted within layers. The interval adds the variances of other prompts (jackknife over topics) and of
+    another draw of which neuron got which index (the permutations). It is exact where indices are exchangeable, and
+    narrower than it should be where I is far above 0.
     """
-    live = effects.columns.layer.isin(np.unique(effects.columns.layer[np.any(effects.nie != 0, axis=0)])).to_numpy()
+    live = effects.columns.layer.isin(effects.columns.layer[np.any(effects.nie != 0, axis=0)]).to_numpy()
     if not live.any():
         raise InputError("no neuron has any effect: there is nothing whose place could matter")
     sums = topic_sums(effects.pairs, effects.nie[:, live])
@@ -149,8 +149,8 @@ def window_contest(
 ) -> WindowContest:  # fmt: skip
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
-    Random groups are the windows of a random order of the neurons: as many, of the same size, overlapping in the same
-    way, so that the best of them had the same chance to be lucky. `ranked` is the discover ranking.
+    Random groups are the windows of a random order of the neurons, so that the best of them had the same chance to be
+    lucky. `ranked` is the discover ranking.
     """
     subject, rng = measured.study.subject, np.random.default_rng(seed)
     orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(n_orders))]
@@ -195,8 +195,7 @@ def windows_and_singles(
 def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:
     """The same function with the neurons of every MLP in another, random order; and the order of each layer.
 
-    Entry i of an order is the old number of the neuron that is now number i. What reads neurons (the down projection's
-    inputs) and what makes them (gate and up projections' outputs) move together, so nothing else changes.
+    Entry i of an order is the old number of the neuron that is now number i.
     """
     model, rng = copy.deepcopy(subject.model), np.random.default_rng(seed)
     moved = find_parts(model, subject.tokenizer, f"{subject.name}, permuted")

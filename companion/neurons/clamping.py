@@ -2,9 +2,9 @@
 
 Two experiments, each with two switches. *Upstream*: the prompt (control, treated) against the set (closed: its values of
 the control run; open: those of the treated run). *Inside*: the gate pre-activations of the set against its up
-pre-activations, in families whose neurons are a product, act(gate) * up. Every value that is clamped is taken from one of
-the pair's own two runs; nothing is set to zero. Nothing above the last layer reads another token, so sets of the last layer
-need no more than its own sites at the last token, of pairs of any lengths together (`LastLayerCache`).
+pre-activations, where neurons are a product, act(gate) * up. Every value comes from one of the pair's own two runs.
+Nothing above the last layer reads another token, so sets of the last layer need no more than its own sites at the last
+token, of pairs of any lengths together (`LastLayerCache`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from companion.model.interventions import Patch, position_mask
 from companion.prompts.tokens import Openers, TokenPair
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons")
-# A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
-ROUNDINGS = 64
-# As they are; with the final norm's scale frozen; and with a linear read-out in the log-odds' place as well.
+ROUNDINGS = 64  # neurons are a product up to this many of the type's roundings of the largest one
 OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
 Rows = dict[str, np.ndarray]  # columns of a table, by name
 
@@ -65,7 +63,7 @@ class Product:
 class LastLayerCache:
     """The last layer of both clean runs of one treatment's pairs at the last token, as runs of a single token.
 
-    `factors` of its neurons (control, treated) are there where they were asked for and neurons are products.
+    `factors` of its neurons (control, treated): None where they were not asked for or neurons are no products.
     """
 
     batch: Batch
@@ -122,11 +120,11 @@ def last_column(batch: Batch) -> Batch:
     """The last layer's sites at the last token, as runs of a single token; what lies below is empty."""
 
     def column(run: CleanRun) -> CleanRun:
-        # Copies, or the slices would keep the whole run alive.
-        kept: dict[str, Any] = {
-            name: (*(lower[:0].clone() for lower in getattr(run, name)[:-1]), getattr(run, name)[-1][:, -1:].clone())
-            for name in SITES
-        }
+        kept: dict[str, Any] = {}
+        for name in SITES:
+            *lower, last = getattr(run, name)
+            # Copies, or the slices would keep the whole run alive.
+            kept[name] = (*(layer[:0].clone() for layer in lower), last[:, -1:].clone())
         return replace(run, tokens=run.tokens[:, -1:], keys=(), values=(), calls=(), **kept)
 
     return replace(batch, control=column(batch.control), treated=column(batch.treated))
@@ -245,14 +243,11 @@ def clamped_products(
 
 def _rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
     values, n = four.double().cpu().numpy(), len(batch.pairs)
-    columns = estimands.pair_columns(batch.pairs) | {
-        "set": np.full(n, one.name, object),
-        "layer": np.full(n, one.layer),
-    }
+    columns = estimands.pair_columns(batch.pairs)
+    columns |= {"set": np.full(n, one.name, object), "layer": np.full(n, one.layer)}
     columns |= {"form": np.full(n, form, object), "outcome": np.full(n, outcome, object)}
     columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
-    columns["te"] = values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()
-    return columns
+    return columns | {"te": values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()}
 
 
 def table_of(rows: Sequence[Rows]) -> pd.DataFrame:

@@ -7,8 +7,7 @@ norm and the unembedding U are all that follows, so with the norm's gain g and w
     s_j^2 = (|h|^2 + 2 d_j h.w_j + d_j^2 |w_j|^2) / D + eps,
 
 and for LayerNorm the same on centred h and w_j. A set S adds the sum of d_j w_j, and |w_S|^2 needs the products of its members'
-vectors with each other: a few numbers for each member where the vector has one for each channel. Single neurons are
-computed in the model's precision, sets in float64.
+vectors with each other. Single neurons are computed in the model's precision, sets in float64.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ class _Terms:
 def last_layer_neurons(
     subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
-    """Logits of some vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token.
-
-    Every neuron of a large model is one row of output; ask for few vocabulary rows.
-    """
+    """Logits of a few vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token."""
     if not is_closed(subject):
         return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
     terms = _terms(subject, base, source, rows)
@@ -231,9 +227,8 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
 def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> pd.DataFrame:
     """Arrows and points in the plane of the control run's final residual stream and one neuron's write (first pair).
 
-    The unit is the length of the control run's residual stream, the sphere's radius: the final norm (before its gain)
-    brings every vector to one length. The read-out direction is the gain times the difference of the camps' unembedding
-    vectors, weighted as the two runs weigh the openers; only its direction is meant.
+    The unit, and the sphere's radius, is the length of the control run's residual stream. The read-out direction is the
+    gain times the difference of the camps' unembedding vectors, weighted as the two runs weigh the openers.
     """
     control, treated = (run.resid_post[-1][0, -1].double() for run in (batch.control, batch.treated))
     vector = written_vectors(projection(subject.layers[-1], "neuron"))[neuron].double()

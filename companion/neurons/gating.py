@@ -7,11 +7,9 @@ y11 - y10 - y01 + y00 at zero, a gate makes it as large as the whole effect y11 
 
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
-from test. Changed after a first look at the embedded model, with the thresholds unchanged: form b with the harm signal
-switched by the twin was added (`twin_cells`), because a gate written by hand showed that within a pair an up-projection
-that carries the harm never moves; and the whole last layer, which is not sparse, can no longer be what the verdict reads
-(that "contradicted" needs its index low as well was so from the start). Neither changed the model's verdict.
+the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c). Changed
+after a first look at the embedded model, whose verdict it left as it was: form b with the harm signal switched by the
+twin (`twin_cells`) was added, and the whole last layer, which is not sparse, is no longer read.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ class GateIndex:
 
     @property
     def is_defined(self) -> bool:
-        """Enough is at stake, and the set takes part in it: decided on discover."""
+        """Whether enough is at stake and the set takes part in it, on discover."""
         return min(self.at_stake, self.own) >= LEAST
 
 
@@ -101,10 +99,10 @@ def gate_index(part: pd.DataFrame) -> GateIndex | None:
     denominator would bias a ratio.
     """
     discover, test = (part[part.split == split] for split in ("discover", "test"))
-    if discover.empty or test.empty or not (test.y11 - test.y00).any():
-        return None
     both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
-    signed = interval(clusters.cluster_sums(both, ["interaction", "span"]), clusters.ratio([1, 0], [0, 1]))
+    signed = None if discover.empty else ratio_of_means(both, "interaction", "span")
+    if signed is None:
+        return None
     middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
     means = discover[[*CELLS, "te"]].mean()
     unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
@@ -112,6 +110,13 @@ def gate_index(part: pd.DataFrame) -> GateIndex | None:
     own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
     own = own if part.form.isin(["upstream", "write"]).all() else at_stake
     return GateIndex(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+
+
+def ratio_of_means(part: pd.DataFrame, top: str, bottom: str) -> bootstrap.Estimates | None:
+    """One column's mean over another's, topics drawn; None where there is nothing to divide."""
+    if part.empty or not part[bottom].any():
+        return None
+    return interval(clusters.cluster_sums(part, [top, bottom]), clusters.ratio([1, 0], [0, 1]))
 
 
 def interaction(part: pd.DataFrame) -> pd.Series:
@@ -127,15 +132,12 @@ def set_effect(part: pd.DataFrame) -> pd.Series:
 def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "test") -> bootstrap.Estimates | None:
     """Share of the set's effect on Y1 that it writes itself: a_j w_j . (u_comply - u_refuse), final norm frozen.
 
-    The numerator is the set's write into the last residual stream scored by the frozen-norm linear contrast, the
-    denominator its whole effect; both are means of both directions. None where there is nothing to divide.
+    That is its write into the last residual stream, scored by the linear contrast, over its whole effect.
     """
     whole = select(table, treatment, name, "upstream", "Y1", split).set_index("pair_id")
     write = select(table, treatment, name, "write", "contrast.frozen", split).set_index("pair_id")
     both = pd.DataFrame({"topic": whole.topic, "write": set_effect(write), "whole": set_effect(whole)})
-    if both.empty or not both.whole.any():
-        return None
-    return interval(clusters.cluster_sums(both, ["write", "whole"]), clusters.ratio([1, 0], [0, 1]))
+    return ratio_of_means(both, "write", "whole")
 
 
 def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[str]) -> bootstrap.Estimates | None:
@@ -161,9 +163,7 @@ def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[st
 def timing_share(table: pd.DataFrame, treatment: str, name: str) -> bootstrap.Estimates | None:
     """Effect of clamping the set at the first answer token only, over that of clamping it at all answer tokens."""
     chosen = table[(table.treatment == treatment) & (table["set"] == name) & (table.split == "test")]
-    if chosen.empty or not chosen.every.any():
-        return None
-    return interval(clusters.cluster_sums(chosen, ["first", "every"]), clusters.ratio([1, 0], [0, 1]))
+    return ratio_of_means(chosen, "first", "every")
 
 
 def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | None:
@@ -182,13 +182,11 @@ def twin_cells(
 ) -> pd.DataFrame:  # fmt: skip
     """Gate against up inside last-layer neurons with the harm signal switched by the harmless twin, as treatment T2 - T2b.
 
-    Within a pair (T2) the request is harmful in both prompts and only the wrapper changes. A neuron whose gate the wrapper
-    opens and whose up-projection carries the harm has nothing to multiply with there: its up never moves. The harmless twin
-    under the same wrapper (T2b) is what switches the harm signal off. Two roles are the forms: gate by wrapper and up by
-    harm, or the other way round. Only values of the last token are taken, so that twins may differ in length.
+    Within a T2 pair only the wrapper changes, so an up-projection that carries the harm never moves; the harmless twin
+    under the same wrapper switches the harm off. The forms are gate by wrapper and up by harm, and the other way round.
 
-    Rows are as in `clamping.four_cells`, for T2 pairs with a twin; `te` is that of T2, the caller knows the twin's. No rows
-    where neurons are no product or no pair has a twin.
+    Rows are as in `clamping.four_cells`, for T2 pairs with a twin of any length; `te` is that of T2, the caller knows the
+    twin's. No rows where neurons are no product or no pair has a twin.
     """
     harmful, harmless = caches.get("T2"), caches.get("T2b")
     if harmful is None or harmless is None:
@@ -314,10 +312,9 @@ def index_forms(rows: pd.DataFrame) -> pd.DataFrame:
     """The signed index of every form that is defined, by what the outcome is: log-odds, norm frozen, linear read-out."""
     found = rows[(rows.quantity == "gate index, form, signed") & ~rows.note.str.startswith("not defined")]
     outcome = found.variant.str.extract(", (norm frozen|linear read-out)$")[0].fillna("log-odds")
-    variant = found.variant.str.replace(", (norm frozen|linear read-out)$", "", regex=True)
-    table = found.assign(form=variant, outcome=outcome, low=found.ci_low, high=found.ci_high)
-    is_benign = variant.str.contains(r" B\d+$")
-    table = table.assign(order=is_benign.map({False: "0 ", True: "1 "}) + variant).sort_values("order", kind="stable")
+    form = found.variant.str.replace(", (norm frozen|linear read-out)$", "", regex=True)
+    table = found.assign(form=form, outcome=outcome, low=found.ci_low, high=found.ci_high)
+    table = table.assign(is_benign=form.str.contains(r" B\d+$")).sort_values(["is_benign", "form"], kind="stable")
     return table[["form", "outcome", "estimate", "low", "high", "note"]].reset_index(drop=True)
 
 

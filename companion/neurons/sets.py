@@ -221,9 +221,8 @@ def topic_sums(pairs: pd.DataFrame, values: Float[np.ndarray, "pair column"]) ->
 def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"], level: float) -> Float[np.ndarray, ...]:
     """The smallest k whose share is at least `level` and after which it stays in [level, 2 - level]; NaN if none.
 
-    With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, however early it first passed
-    0.9, because neurons are to come that undo a part of it. At k itself the share may be above the band, as in the third
-    curve below. The share of all neurons is 1, so a k exists where the whole layer has an effect of the treatment's sign.
+    With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, because neurons are to come that
+    undo a part of it. At k itself the share may be above the band, as in the third curve below.
 
     >>> ks = np.array([1, 2, 3, 4])
     >>> settles(np.array([[0.5, 0.95, 1.0, 1.0], [0.95, 0.8, 1.0, 1.0], [0.5, 1.2, 1.0, 1.0]]), ks, 0.9)
@@ -269,8 +268,7 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     """psi of the whole layer, k50, k90 and both areas of a curve, with intervals by topic, in the order of `SUMMARY`.
 
     psi is a share of TE, the others are of the curve as a share of the whole layer's joint effect. Where no k settles,
-    k counts as one more than there are neurons: such an estimate is "none". For the contrast T2 - T2b joint effects are
-    subtracted pair by pair first, and the share is that of two differences in differences.
+    k counts as one more than there are neurons.
     """
     ks = curve.columns["k"].to_numpy()
     sums = topic_sums(curve.pairs, np.column_stack([curve.effect(value), curve.pairs.te]))
@@ -299,8 +297,7 @@ def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, "size"]) ->
 def concentration(effects: PairEffects) -> bootstrap.Estimates:
     """Gini coefficient and participation ratio of |mean NIE| over neurons, with intervals by topic.
 
-    Sampling noise makes every neuron's |mean| larger than 0 and so both look less concentrated than they are; means over
-    more pairs have less of it.
+    Sampling noise makes every |mean| larger than 0, and so both look less concentrated than they are.
     """
     if not np.any(effects.nie):
         raise InputError("no neuron has any effect: nothing can be concentrated")

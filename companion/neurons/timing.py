@@ -28,9 +28,9 @@ from companion.generation.decode import Answers, greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import activations, memory, replay
-from companion.model.activations import CleanRun, on_input, on_output
+from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, projection
+from companion.model.interventions import Patch, on_site
 from companion.neurons.clamping import NeuronSet
 from companion.prompts.tokens import Openers, TokenPair
 
@@ -64,7 +64,6 @@ class Clamp:
         return slice(None) if self.neurons is None else list(self.neurons)
 
 
-Text = tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]  # tokens behind a prompt, and their mask
 Closed = dict[NeuronSet, Float[Tensor, "run neuron"]]
 Arm = tuple[Clamp, str]  # what is set, and the schedule of when
 PLAIN: Arm = (Clamp("no clamp", ()), "none")
@@ -84,11 +83,9 @@ def timing_effects(
     rows: list[tuple[object, ...]] = []
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="timing"):
         prompts = estimands.prompt_tokens(subject, group)
-        texts = outcomes.continuations(
-            subject, *prompts, [openers[pair.pair.treatment] for pair in group], FORCED_STEPS
-        )
-        effect = _effects_on_text(subject, prompts, (texts.answer, texts.answer_mask), sets)
-        effect -= _effects_on_text(subject, prompts, (texts.refusal, texts.refusal_mask), sets)
+        own = [openers[one.pair.treatment] for one in group]
+        answer, refusal = outcomes.continuations(subject, *prompts, own, FORCED_STEPS)
+        effect = _effects_on_text(subject, prompts, answer, sets) - _effects_on_text(subject, prompts, refusal, sets)
         for one, effects in zip(group, effect, strict=True):
             rows += [(*estimands.pair_key(one), each.name, each.layer, *effects[k]) for k, each in enumerate(sets)]
     table = pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "layer", "first", "every"])
@@ -96,12 +93,12 @@ def timing_effects(
 
 
 def _effects_on_text(
-    subject: Subject, prompts: Sequence[Int[Tensor, "pair pos"]], text: Text, sets: Sequence[NeuronSet]
+    subject: Subject, prompts: Sequence[Int[Tensor, "pair pos"]], text: outcomes.Text, sets: Sequence[NeuronSet]
 ) -> Float[np.ndarray, "pair set when"]:
     """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
-    start, n_steps = prompts[0].shape[1] - 1, text[0].shape[1]
-    runs = [outcomes.forced_run(subject, prompt, text[0]) for prompt in prompts]
-    patches = [_patch(one, runs[0], range(start, end)) for one in sets for end in (start + 1, start + n_steps)]
+    runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
+    at = outcomes.decided_at(runs[0], text)
+    patches = [_patch(one, runs[0], where) for one in sets for where in (at[:1], at)]
     both = []
     for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
         clean, moved = _log_probs(subject, base, source, patches, text)
@@ -109,21 +106,20 @@ def _effects_on_text(
     return ((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2).cpu().numpy()
 
 
-def _patch(one: NeuronSet, run: CleanRun, columns: range, value: Tensor | None = None) -> Patch:
+def _patch(one: NeuronSet, run: CleanRun, at: list[int], value: Tensor | None = None) -> Patch:
     mask = torch.zeros_like(run.tokens, dtype=torch.bool)
-    mask[:, columns.start : columns.stop] = True
+    mask[:, at] = True
     return Patch("neuron", one.layer, mask, one.neurons, value)
 
 
 def _log_probs(
-    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], text: Text
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], text: outcomes.Text
 ) -> tuple[Float[Tensor, "pair 1"], Float[Tensor, "pair patch"]]:
     """log p of a text at the end of the base run, as it is and after each patch."""
-    n_pos, n_steps = base.tokens.shape[1], text[0].shape[1]
-    read = range(n_pos - n_steps, n_pos)
-    clean = outcomes.sequence_log_prob(subject, base.resid_post[-1][:, None, list(read)], *text)
-    moved = replay.interchange(subject, base, source, patches, read=tuple(read))
-    return clean, outcomes.sequence_log_prob(subject, moved, *text)
+    at = outcomes.decided_at(base, text)
+    clean = outcomes.sequence_log_prob(subject, base.resid_post[-1][:, None, at], text)
+    moved = replay.interchange(subject, base, source, patches, read=at)
+    return clean, outcomes.sequence_log_prob(subject, moved, text)
 
 
 def closed_values(subject: Subject, pairs: Sequence[TokenPair], sets: Sequence[NeuronSet]) -> Closed:
@@ -144,18 +140,16 @@ def closing_cost(
     Each pair is given the closed values of one real run, in turn. Columns `lost` (summed over the answer) and `n_tokens`.
     """
     rows: list[tuple[object, ...]] = []
-    turn = {
-        pair.pair.id: i for i, pair in enumerate(pair for group in estimands.batches(pairs, subject) for pair in group)
-    }
+    in_order = [pair for group in estimands.batches(pairs, subject) for pair in group]
+    turn = {pair.pair.id: i for i, pair in enumerate(in_order)}
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="perplexity"):
         prompt = estimands.prompt_tokens(subject, group)[1]
-        text = outcomes.opened_with(
-            subject, prompt, [openers[one.pair.treatment].comply for one in group], FORCED_STEPS
-        )
+        camps = [openers[one.pair.treatment].comply for one in group]
+        text = outcomes.opened_with(subject, prompt, camps, FORCED_STEPS)
         turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
-        run, first = outcomes.forced_run(subject, prompt, text[0]), prompt.shape[1] - 1
-        answer = range(first, first + text[0].shape[1])
-        patches = [_patch(one, run, answer, values[turns % len(values)][:, None]) for one, values in closed.items()]
+        run = outcomes.forced_run(subject, prompt, text)
+        at = outcomes.decided_at(run, text)
+        patches = [_patch(one, run, at, values[turns % len(values)][:, None]) for one, values in closed.items()]
         clean, moved = _log_probs(subject, run, run, patches, text)
         lost, n_tokens = (clean - moved).cpu().numpy(), text[1].sum(1).cpu().numpy().astype(float)
         for i, one in enumerate(group):
@@ -203,15 +197,11 @@ def clamped(subject: Subject, arms: Sequence[Arm], controls: Mapping[Clamp, Cont
     Rows are pairs (in the order of `controls`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
     the first call, all others its last one only.
     """
-    parts = subject.layers[-1]
     with ExitStack() as stack:
         for clamp in dict.fromkeys(clamp for clamp, _ in arms):
             mine = {i: schedule for i, (other, schedule) in enumerate(arms) if other == clamp}
             edit = partial(_edited, clamp, controls[clamp], mine, len(arms), itertools.count())
-            whole = clamp.neurons is None
-            stack.enter_context(
-                on_output(parts.mlp_write, edit) if whole else on_input(projection(parts, "neuron"), edit)
-            )
+            stack.enter_context(on_site(subject.layers[-1], clamp.site, edit))
         yield
 
 
@@ -243,19 +233,17 @@ def forced_scores(
 ) -> pd.DataFrame:
     """Y2 = log p(answer) - log p(refusal) after the treated prompt under a clamp, teacher-forced, in nats.
 
-    Columns: pair_id, topic, treatment, split, schedule, y. Answer and refusal are the model's own, as in
-    `outcomes.continuations`. It needs no judge, so it is there for every model; the texts are fixed, so a clamp of later
-    tokens cannot break an answer, only make it less likely. `known`: the control runs that `clamped_answers` of the same
-    pairs has found.
+    Columns: pair_id, topic, treatment, split, schedule, y. The texts are those of `outcomes.continuations`: it needs no
+    judge, and a clamp of later tokens cannot break an answer, only make it less likely. `known`: the control runs that
+    `clamped_answers` of the same pairs has found.
     """
     subject, rows = study.subject, []
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="forced answers"):
         control, treated = estimands.prompt_tokens(subject, group)
         openers = [study.openers[one.pair.treatment] for one in group]
-        texts = outcomes.continuations(subject, control, treated, openers, outcomes.STEPS)
+        texts = outcomes.continuations(subject, control, treated, openers)
         values = known[tuple(one.pair.id for one in group)][clamp]
-        both = ((texts.answer, texts.answer_mask), (texts.refusal, texts.refusal_mask))
-        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in both)
+        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in texts)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):
             key = estimands.pair_key(token_pair)
             rows += [(*key, schedule, score) for schedule, score in zip(schedules, scores, strict=True)]
@@ -263,19 +251,19 @@ def forced_scores(
 
 
 def _text_log_prob(
-    subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text, clamp: Clamp, control: ControlValues,
+    subject: Subject, prompt: Int[Tensor, "pair pos"], text: outcomes.Text, clamp: Clamp, control: ControlValues,
     schedules: Sequence[str],
 ) -> Float[Tensor, "pair schedule"]:  # fmt: skip
     """log p of one text behind the prompt under each schedule."""
-    base = outcomes.forced_run(subject, prompt, text[0])
-    first, n_steps = prompt.shape[1] - 1, text[0].shape[1]
-    value = torch.cat([control.prompt, control.answer.expand(-1, n_steps - 1, -1)], dim=1)
+    base = outcomes.forced_run(subject, prompt, text)
+    at = outcomes.decided_at(base, text)
+    value = torch.cat([control.prompt, control.answer.expand(-1, len(at) - 1, -1)], dim=1)
     patches = []
     for schedule in schedules:
         where = torch.zeros_like(base.tokens, dtype=torch.bool)
-        where[:, [first + step for step in range(n_steps) if SCHEDULES[schedule](step)]] = True
+        where[:, [place for step, place in enumerate(at) if SCHEDULES[schedule](step)]] = True
         patches.append(Patch(clamp.site, subject.n_layers - 1, where, clamp.neurons, value))
-    return outcomes.patched_text_log_probs(subject, base, base, patches, *text)
+    return outcomes.patched_text_log_probs(subject, base, base, patches, text)
 
 
 @torch.no_grad()
@@ -285,11 +273,10 @@ def clamped_answers(
 ) -> list[pd.DataFrame]:  # fmt: skip
     """Greedy answers to the treated prompts of each list in each arm (clamp, schedule), labelled: a row a pair and arm.
 
-    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
-    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
-    `labels.label_answers`). `content` is a label that does not rest on the opener, "" where there is none: that of the
-    exact judge, of a judge model, or of the study's own judge. Lists are decoded together; an empty one has an empty table.
-    The values of the control runs are added to `known`.
+    Columns: pair_id, topic, treatment, split, clamp, schedule, label (see `labels.label_answers`; the exact judge labels
+    the embedded language), `content`, and whether the answer's tokens `changed` against no clamp. `content` is a label that
+    does not rest on the opener, of the exact judge, a judge model, or the study's own judge, else "". Lists are decoded
+    together; an empty one has an empty table. The values of the control runs are added to `known`.
     """
     subject, known = study.subject, {} if known is None else known
     parts: list[list[pd.DataFrame]] = [[] for _ in lists]

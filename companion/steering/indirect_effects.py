@@ -27,7 +27,6 @@ from companion.mediation.study import Study
 from companion.model import reference
 from companion.model.activations import CleanRun, clean_run, on_output
 from companion.model.architecture import Subject
-from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 from companion.stats.rates import Change, ratio_change
 from companion.steering.experiment import PLAIN, switch_of
@@ -74,8 +73,7 @@ def _in_full(subject: Subject, steer: Steer, group: Sequence[TokenPair], wanted:
     with steer():
         batch = estimands.run_clean(subject, group)
         control, treated = (_steered_pass(subject, run) for run in (batch.control, batch.treated))
-        header = positions.user_header(subject.tokenizer)
-        made = estimands.patches(replace(batch, control=control, treated=treated), wanted, header)
+        made = estimands.patches(subject, replace(batch, control=control, treated=treated), wanted)
         both = ((control, treated), (treated, control))
         y01, y10 = (reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both)
     return tuple(run.resid_post[-1][:, -1:] for run in (control, treated)), (y01, y10)

@@ -1,4 +1,4 @@
-"""Cells and effects: a structural model, a compiled transformer, plain forward passes, identities of every network, tables."""
+"""Cells and effects: a compiled transformer, plain forward passes, the library's own losses, and what must not matter."""
 
 from functools import partial
 
@@ -7,21 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import (
-    CELLS,
-    DIRECT,
-    FAMILIES,
-    SITES,
-    YES_NO,
-    cell,
-    log_odds,
-    mixed_pairs,
-    of,
-    one,
-    runs,
-    said,
-    swapped,
-)
+from effect_tools import CELLS, DIRECT, SITES, YES_NO, log_odds, mixed_pairs, of, one, runs, said, swapped
 from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor
@@ -79,47 +65,6 @@ def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     assert np.abs(known).max() > 0.5
 
 
-@pytest.mark.parametrize("program", [Program(always=0, both=1), Program(always=1, both=2, skip=0.5)])
-def test_interaction_in_a_compiled_gate(program: Program) -> None:
-    """Both cues change: each head alone, the MLP that multiplies what they bring, and the residual stream between."""
-    subject = compiled(program)
-    pairs = cue_pairs(subject.tokenizer, "off low", "on high")
-    heads = [Mediator("head", 1, head=1), Mediator("head", 0, head=0)]
-    table = measure_effects(
-        subject, pairs, of(said(subject)), [*heads, Mediator("mlp_out", 2), Mediator("resid_post", 1)]
-    )
-    y = {(a, b): program.log_odds(a, b) for a in (0, 1) for b in (0, 1)}
-    known = {"head 1": (y[1, 0], y[0, 1]), "head 0": (y[0, 1], y[1, 0]), "resid_post": (y[1, 1], y[0, 0])}
-    known["mlp_out"] = (y[1, 1] - program.skip, y[0, 0] + program.skip)
-    for (site, head), rows in table.groupby(["site", "head"]):
-        y01, y10 = known[f"head {head}" if site == "head" else site]
-        np.testing.assert_allclose(rows[CELLS], [[y[0, 0], y01, y10, y[1, 1]]] * 3, atol=1e-4)
-    interaction = (table.nie1 - table.nie0)[table["head"] == 1]
-    assert interaction.to_numpy() == pytest.approx(y[1, 1] - y[0, 1] - y[1, 0] + y[0, 0], abs=1e-4)
-    assert abs(interaction.iloc[0]) > 1
-
-
-def test_the_twin_difference_keeps_what_only_harm_has() -> None:
-    """Cue A off -> on is the wrapper, cue B the request: its effect on a harmful one beyond that on a harmless one."""
-    program = Program(always=1, both=2, skip=0.5)
-    subject = compiled(program)
-    pairs = cue_pairs(subject.tokenizer, "off high", "on high")
-    twins = cue_pairs(subject.tokenizer, "off low", "on low", treatment="T2b")
-    wanted = mediators(subject, ["mlp_out", "attn_out", "attn_out.direct"])
-    table = measure_effects(subject, [*twins[::-1], *pairs], of(said(subject), "T2", "T2b"), wanted)
-    both = with_difference(table, {pair.pair.id: pair.pair.twin for pair in pairs})
-    assert both.iloc[: len(table)].equals(table)
-    made = both.iloc[len(table) :]
-    assert made.pair_id.nunique() == 3 and set(made.treatment) == {"T2-T2b"}
-    known = program.log_odds(1, 1) - program.log_odds(0, 1) - program.log_odds(1, 0) + program.log_odds(0, 0)
-    assert known > 2
-    assert made.te.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "mlp_out", 2).nie0.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "attn_out", 1).nie1.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0, abs=1e-4)
-    assert cell(table, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0.5, abs=1e-4)
-
-
 def test_a_difference_needs_the_twin_and_the_same_cell_and_has_the_smaller_joint_probability() -> None:
     rows = [("a", "T2", 0, 5.0, 0.8), ("a", "T2", 1, 6.0, 0.7), ("b", "T2", 0, 7.0, 0.9), ("c", "T2", 0, 8.0, 0.9),
             ("x", "T2b", 1, 2.5, 0.6), ("x", "T2b", 0, 1.0, 0.9)]  # fmt: skip
@@ -133,34 +78,6 @@ def test_a_difference_needs_the_twin_and_the_same_cell_and_has_the_smaller_joint
     apart = with_difference(of_sets, {"a": "x"}).iloc[len(of_sets) :]
     assert apart.y11.tolist() == [4.0, 3.5, 0.0, 0.0]  # each set minus its own twin row
     assert with_difference(table, {}) is table
-
-
-# ---- identities that hold in every network ----
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_residual_identities(family: str) -> None:
-    subject, pairs = tiny_subject(family), random_pairs(5, 10, 61)
-    table = one(subject, pairs, *mediators(subject, ["resid_post"], ["last", "all", "rest"]))
-    size = table.te.abs().max()
-    assert size > 0.1
-    last = cell(table, "resid_post", 3)
-    np.testing.assert_allclose(last[["nie0", "nie1"]], last[["te", "te"]], atol=1e-6 * size)
-    for layer in range(4):
-        whole = cell(table, "resid_post", layer, "all")
-        np.testing.assert_allclose(whole[["nie0", "nie1"]], whole[["te", "te"]], atol=1e-4 * size)
-    assert (cell(table, "resid_post", 3, "rest")[["nie0", "nie1"]] == 0).all(axis=None)
-    assert (cell(table, "resid_post", 2, "rest")[["nie0", "nie1"]].abs() > 1e-3 * size).any(axis=None)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gpt2"])  # Gemma 2 caps its logits, which is not linear
-def test_direct_effects_add_up_to_the_frozen_norm_effect(family: str) -> None:
-    subject = tiny_subject(family)
-    table = one(subject, random_pairs(5, 10, 61), *mediators(subject, DIRECT), names=("contrast.frozen", "Y1.frozen"))
-    for outcome, is_additive in (("contrast.frozen", True), ("Y1.frozen", False)):
-        sums = table[table.outcome == outcome].groupby("pair_id")[["nie0", "nie1", "te"]].sum()
-        gap = (sums[["nie0", "nie1"]].sub(sums.te / 8, axis=0)).abs().max(axis=None)
-        assert (gap < 1e-5 * sums.te.abs().max()) == is_additive
 
 
 # ---- plain forward passes ----
@@ -281,8 +198,8 @@ def answering(family: str, pairs: list[TokenPair], *, ends: bool = False) -> Sub
 def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
     """Answer and refusal of one pair, without padding."""
     control, treated = (torch.tensor(getattr(pair, side))[None] for side in ("control", "treated"))
-    made = outcomes.continuations(subject, control, treated, OPENERS[pair.pair.treatment])
-    return made.answer[made.answer_mask], made.refusal[made.refusal_mask]
+    answer, refusal = outcomes.continuations(subject, control, treated, [OPENERS[pair.pair.treatment]])
+    return answer[0][answer[1]], refusal[0][refusal[1]]
 
 
 def log_p(subject: Subject, pair: TokenPair, text: Tensor, cell: tuple[int, int], mediator: Mediator) -> float:

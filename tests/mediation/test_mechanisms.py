@@ -14,7 +14,7 @@ from companion.calibration.localise import decider
 from companion.evidence import layers
 from companion.mediation import mechanisms, summaries
 from companion.mediation.study import Study
-from companion.model import activations, replay
+from companion.model import activations
 from companion.model.activations import on_output
 from companion.model.architecture import Subject
 from organisms import compiled as organisms
@@ -136,17 +136,3 @@ def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[fl
 def test_an_attention_carried_signal_is_no_mlps() -> None:
     found = shares(attention_carried(), 1)
     assert abs(found["MLPs"]) < 1e-6 and found["attention"] == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_all_held_the_last_residual_is_a_sum(family: str) -> None:
-    """What the source's residual stream has after a layer without its MLP's output, plus all that is held."""
-    subject = tiny_subject(family)
-    base, source = (activations.clean_run(subject, tokens(seed=seed)) for seed in (1, 2))
-    for layer in range(subject.n_layers):
-        patches = mechanisms.held_patches(subject, base, source, [layer])
-        held = replay.interchange(subject, base, source, [patches[list(mechanisms.HELD).index("all held")]])[:, 0, 0]
-        expected = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
-        for at in range(layer + 1, subject.n_layers):
-            expected = expected + base.site("attn_out", at) + base.site("mlp_out", at)
-        assert (held - expected[:, -1]).abs().max() < 1e-4 * expected[:, -1].abs().max()

@@ -84,9 +84,9 @@ def test_sequence_log_prob_is_the_library_s_loss_for_each_variant(subject: Subje
     resid = final(subject, ids)[:, 5:-1]
     keep = torch.arange(6) < torch.tensor([6, 1, 3, 4])[:, None]
     variants = torch.stack([resid, resid.roll(1, 0)], dim=1)
-    found = outcomes.sequence_log_prob(subject, variants, ids[:, 6:], keep)
+    found = outcomes.sequence_log_prob(subject, variants, (ids[:, 6:], keep))
     assert found.shape == (4, 2)
-    alone = outcomes.sequence_log_prob(subject, variants[:, 1], ids[:, 6:], keep)
+    alone = outcomes.sequence_log_prob(subject, variants[:, 1], (ids[:, 6:], keep))
     np.testing.assert_allclose(found[:, 1], alone, atol=1e-6)
     for row, n, value in zip(ids, keep.sum(1).tolist(), found[:, 0].tolist(), strict=True):
         labels = row.clone()
@@ -114,14 +114,11 @@ def test_continuations_are_greedy_behind_the_forced_opener(settings: dict) -> No
     ends = (plain[0][3], plain[1][5])  # so that two texts stop early
     for name, value in {"eos_token_id": list(ends), **settings}.items():
         setattr(subject.model.generation_config, name, value)
-    found = outcomes.continuations(subject, control, treated, OPENERS, steps=9)
-    for prompts, camp, text, mask in (
-        (treated, OPENERS.comply, found.answer, found.answer_mask),
-        (control, OPENERS.refuse, found.refusal, found.refusal_mask),
-    ):
+    found = outcomes.continuations(subject, control, treated, [OPENERS] * 5, steps=9)
+    for prompts, camp, (text, mask) in zip((treated, control), (OPENERS.comply, OPENERS.refuse), found, strict=True):
         wanted = [greedy(subject, prompt, camp, 9, ends) for prompt in prompts]
         assert [row[keep].tolist() for row, keep in zip(text, mask, strict=True)] == wanted
-    lengths = found.answer_mask.sum(1).tolist()
+    lengths = found[0][1].sum(1).tolist()
     assert min(lengths) < max(lengths)
 
 
@@ -131,17 +128,15 @@ def test_each_pair_may_have_openers_of_its_own() -> None:
     own = [OPENERS, Openers((21, 8), (44,)), OPENERS]
     found = outcomes.continuations(subject, control, treated, own, steps=5)
     for i, openers in enumerate(own):
-        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], openers, steps=5)
-        for name in ("answer", "refusal"):
-            text, mask = getattr(alone, name)[0], getattr(alone, f"{name}_mask")[0]
-            assert getattr(found, name)[i][: len(text)][mask].tolist() == text[mask].tolist()
-    assert found.answer[1, 0] in (21, 8) and found.refusal[1, 0] == 44
+        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], [openers], steps=5)
+        for (together, _), (text, mask) in zip(found, alone, strict=True):
+            assert together[i, : text.shape[1]][mask[0]].tolist() == text[mask].tolist()
+    assert found[0][0][1, 0] in (21, 8) and found[1][0][1, 0] == 44
 
 
 def test_continuations_of_a_model_without_an_end_token() -> None:
     subject = tiny_subject("llama")
     subject.model.generation_config.eos_token_id = None
     subject.model.config.eos_token_id = None
-    found = outcomes.continuations(subject, tokens(2, 5, seed=1), tokens(2, 5, seed=2), OPENERS, steps=6)
-    assert found.answer.shape == found.refusal.shape == (2, 6)
-    assert found.answer_mask.all()
+    found = outcomes.continuations(subject, tokens(2, 5, seed=1), tokens(2, 5, seed=2), [OPENERS] * 2, steps=6)
+    assert all(text.shape == (2, 6) and mask.all() for text, mask in found)

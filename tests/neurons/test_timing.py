@@ -38,12 +38,7 @@ def values(subject: Subject, prompt: Tensor, text: Tensor, one: NeuronSet) -> Te
 
 
 def log_prob(
-    subject: Subject,
-    prompt: Tensor,
-    text: Tensor,
-    mask: Tensor,
-    one: NeuronSet,
-    at: slice | None = None,
+    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice | None = None,
     new: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """log p of a text behind a prompt, a set held at `new` at some positions."""
@@ -62,9 +57,9 @@ def test_timing_is_that_of_hooked_runs(one: NeuronSet, when: str, at: slice) -> 
     subject, pairs = tiny_subject("llama"), random_pairs(3, 9, 60)
     got = timing.timing_effects(subject, pairs, OPENERS, SETS)
     prompts = estimands.prompt_tokens(subject, pairs)
-    texts = outcomes.continuations(subject, *prompts, OPENERS["T2"], timing.FORCED_STEPS)
+    texts = outcomes.continuations(subject, *prompts, [OPENERS["T2"]] * 3, timing.FORCED_STEPS)
     wanted = torch.zeros(3, dtype=torch.float64)
-    for text, mask, sign in ((texts.answer, texts.answer_mask, 1), (texts.refusal, texts.refusal_mask, -1)):
+    for (text, mask), sign in zip(texts, (1, -1), strict=True):
         runs = [values(subject, prompt, text, one) for prompt in prompts]
         for base, direction in ((0, 1), (1, -1)):
             clean = log_prob(subject, prompts[base], text, mask, one)
@@ -81,11 +76,11 @@ def test_closing_cost_is_that_of_a_hooked_run() -> None:
     torch.testing.assert_close(closed[one], values(subject, control, control[:, :1], one)[:, -1], rtol=0, atol=1e-6)
     got = timing.closing_cost(subject, pairs, OPENERS, {each: runs[:2] for each, runs in closed.items()})
     got = got[got["set"] == one.name]
-    texts = outcomes.continuations(subject, treated, treated, OPENERS["T2"], timing.FORCED_STEPS)
-    text, held = (texts.answer, texts.answer_mask), (slice(8, None), closed[one][[0, 1, 0], None])
+    text, _ = outcomes.continuations(subject, treated, treated, [OPENERS["T2"]] * 3, timing.FORCED_STEPS)
+    held = (slice(8, None), closed[one][[0, 1, 0], None])
     wanted = log_prob(subject, treated, *text, one) - log_prob(subject, treated, *text, one, *held)
     np.testing.assert_allclose(got.lost, wanted.numpy(), atol=1e-4)
-    assert got.n_tokens.tolist() == texts.answer_mask.sum(1).tolist() and abs(wanted).max() > 1e-3
+    assert got.n_tokens.tolist() == text[1].sum(1).tolist() and abs(wanted).max() > 1e-3
 
 
 # ---- decoded on a schedule ----
@@ -179,9 +174,9 @@ def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study
     found = timing.forced_scores(this, list(this.pairs), GATE, ["none", "first token", "all tokens"], known)
     y = found.pivot(index="pair_id", columns="schedule", values="y")
     prompts = estimands.prompt_tokens(this.subject, [this.pairs[0]])
-    texts = outcomes.continuations(this.subject, *prompts, this.openers["T2"])
+    texts = outcomes.continuations(this.subject, *prompts, [this.openers["T2"]])
     plain = 0.0
-    for text, mask, sign in ((texts.answer, texts.answer_mask, 1), (texts.refusal, texts.refusal_mask, -1)):
+    for (text, mask), sign in zip(texts, (1, -1), strict=True):
         with torch.no_grad():
             logits = this.subject.model(torch.cat([prompts[1], text[:, :-1]], dim=1)).logits
         plain += sign * float(text_log_prob(logits, text, mask))
