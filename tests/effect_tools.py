@@ -32,10 +32,6 @@ def one(subject: Subject, pairs: list[TokenPair], *wanted: Mediator, names: tupl
     return measure_effects(subject, pairs, of(), wanted, names)
 
 
-def cell(table: pd.DataFrame, site: str, layer: int, position: str = "last", head: int = -1) -> pd.DataFrame:
-    return table[(table.site == site) & (table.layer == layer) & (table.position == position) & (table["head"] == head)]
-
-
 def runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
     """Plain logits of control and treated at the last token."""
     both = (torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated"))

@@ -159,22 +159,20 @@ def held_residuals(
     return replay.both_ways(subject, control, treated, *into, at_once=at_once)
 
 
-def path_effects(
-    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], object] | None = None
-) -> pd.DataFrame:
-    """Effect of the last token's residual stream after each layer (default: all), in the ways of `HELD` (column `site`).
+def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None) -> pd.DataFrame:
+    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
 
     Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them; none without such pairs. `watch` is
     shown every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
-    chosen = range(subject.n_layers) if layers is None else layers
-    wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
+    layers = range(subject.n_layers)
+    wanted = [Mediator(name, layer) for layer in layers for name in HELD]
     for group in progress(estimands.batches(study.of("T2", "T2b"), subject), desc="carriers"):
         batch = estimands.run_clean(subject, group)
         if watch:
             watch(batch)
-        patched, openers = held_residuals(subject, batch, chosen), study.openers[group[0].pair.treatment]
+        patched, openers = held_residuals(subject, batch, layers), study.openers[group[0].pair.treatment]
         for outcome in ("Y1", "Y1.frozen"):
             cells = estimands.score_cells(subject, batch, patched, openers, outcome)
             tables.append(estimands.tidy(group, wanted, outcome, cells))

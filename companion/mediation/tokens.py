@@ -311,27 +311,24 @@ def one_side(pair: TokenPair, which: str, header: str) -> Side:
 
 
 def interchange_ends(
-    subject: Subject, base: Side, source: Side, openers: Openers, names: Sequence[str], site: str = "resid_post"
+    subject: Subject, base: Side, source: Side, openers: Openers, names: Sequence[str]
 ) -> pd.DataFrame:
-    """Y1 of the base prompt after the last token of a group takes the source's value there, whatever their lengths.
+    """Y1 of the base prompt with the residual stream of a group's last token set to the source's, whatever their lengths.
 
-    Columns: position, layer, base (Y1 without a patch), patched, source (Y1 of the source prompt). Valid sites are vectors
-    of one token: residual stream, attention output, MLP output. With rotary embeddings later layers see the patched token
-    at the base's distance, while what attention below had fetched stays as the source's distances made it. Only the last
-    token of a group is patched: the others of two lengths do not correspond, nor do keys, values and attention patterns.
+    Columns: position, layer, base (Y1 without a patch), patched, source (Y1 of the source prompt). With rotary embeddings
+    later layers see the patched token at the base's distance, while what attention below had fetched stays as the
+    source's distances made it. Other tokens of two lengths do not correspond, nor do keys, values and attention patterns.
 
-    Raises InputError for another site, or a group that one of the prompts lacks.
+    Raises InputError for a group that one of the prompts lacks.
     """
-    if site not in SITES:
-        raise InputError(f"{site} of prompts of unequal length: expected one of {', '.join(SITES)}")
     if lacking := [name for name in names if name not in base.ends or name not in source.ends]:
         raise InputError(f"group {lacking[0]} is not in both prompts: leave it out")
     runs = [activations.clean_run(subject, torch.tensor(s.tokens[None], device=subject.device)) for s in (base, source)]
     places = [(name, layer) for name in names for layer in range(subject.n_layers)]
     patches = []
     for name, layer in places:
-        value = runs[1].site(site, layer)[:, source.ends[name]][:, None]
-        patches.append(Patch(site, layer, position_mask(runs[0].tokens, base.ends[name]), value=value))
+        value = runs[1].resid_post[layer][:, source.ends[name]][:, None]
+        patches.append(Patch("resid_post", layer, position_mask(runs[0].tokens, base.ends[name]), value=value))
     resid = replay.interchange(subject, runs[0], runs[0], patches)[0, :, 0]
     clean = [outcomes.log_odds(subject, run.resid_post[-1][0, -1], openers).item() for run in runs]
     patched = outcomes.log_odds(subject, resid, openers).cpu().numpy()

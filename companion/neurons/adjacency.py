@@ -112,9 +112,9 @@ def _permutations(
     return np.concatenate(made)
 
 
-def moran_histogram(found: MoranTest, n_bins: int = 50) -> pd.DataFrame:
+def moran_histogram(found: MoranTest) -> pd.DataFrame:
     """Moran's I under permuted indices, binned; the model's own estimate and interval repeated in every row."""
-    counts, edges = np.histogram(found.permuted, bins=n_bins)
+    counts, edges = np.histogram(found.permuted, bins=50)
     own = {"observed": found.estimate, "least": found.low, "most": found.high}
     return pd.DataFrame({"start": edges[:-1], "end": edges[1:], "count": counts}).assign(**own)
 
@@ -144,16 +144,15 @@ CONTEST = ("best window", "best random group", "best window - best random group"
 
 
 def window_contest(
-    measured: Measured, treatment: str, ranked: Int[np.ndarray, "neuron"], *, n_orders: int = N_ORDERS,
-    half_width: int = HALF_WIDTH, seed: int = 0,
-) -> WindowContest:  # fmt: skip
+    measured: Measured, treatment: str, ranked: Int[np.ndarray, "neuron"], *, half_width: int = HALF_WIDTH
+) -> WindowContest:
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
     Random groups are the windows of a random order of the neurons, so that the best of them had the same chance to be
     lucky. `ranked` is the discover ranking.
     """
-    subject, rng = measured.study.subject, np.random.default_rng(seed)
-    orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(n_orders))]
+    subject, rng = measured.study.subject, np.random.default_rng(0)
+    orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(N_ORDERS))]
     best = []
     for order in orders:
         members = windows(order, half_width)
@@ -169,26 +168,24 @@ def window_contest(
 
     shares = bootstrap.bootstrap(topic_sums(test.pairs, np.column_stack([test.nie, test.pairs.te])), statistic)
     means = test.nie.mean(0)
-    p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + n_orders)
+    p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS)
     return WindowContest(np.stack(best), shares, p)
 
 
 def windows_and_singles(
-    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str, half_width: int = HALF_WIDTH
+    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str
 ) -> pd.DataFrame:
     """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
 
     `names` are the neurons' original indices, `label` says which order this is.
     """
     subject, n = measured.study.subject, measured.study.subject.d_mlp
-    groups = windows(np.arange(n), half_width)
     shares = []
-    for members in (np.arange(n)[:, None], groups):
+    for members in (np.arange(n)[:, None], windows(np.arange(n))):
         made = on_contrast(measured, treatment, "test", partial(joint, subject, members=members))
         shares.append(made.nie.mean(0) / made.pairs.te.mean())
     single, around = shares
-    window = np.full(n, np.nan)
-    window[half_width : half_width + len(groups)] = around
+    window = np.pad(around, HALF_WIDTH, constant_values=np.nan)
     return pd.DataFrame({"order": label, "place": np.arange(n), "name": names, "single": single, "window": window})
 
 

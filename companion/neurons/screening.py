@@ -127,10 +127,10 @@ def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffect
     return made[NEURONS]
 
 
-def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: int = 0) -> pd.DataFrame:
+def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM) -> pd.DataFrame:
     """The neurons with the largest |estimate| and as many random ones of the others: layer, neuron, `is_top`."""
     order = found.estimate.abs().sort_values(ascending=False, kind="stable").index
-    others = np.random.default_rng(seed).permutation(order[top:])[:random]
+    others = np.random.default_rng(0).permutation(order[top:])[:random]
     chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
     return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
 

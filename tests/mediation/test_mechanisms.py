@@ -104,8 +104,8 @@ def shares(subject: Subject, layer: int) -> dict[str, float]:
     """Each path's share of the effect of the last token's residual stream after a layer, cue A changed."""
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
     study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
-    table = summaries.averaged(mechanisms.path_effects(study, [layer]))
-    found = table[table.outcome == "Y1"].groupby("site")["nie"].mean()
+    table = summaries.averaged(mechanisms.path_effects(study))
+    found = table[(table.outcome == "Y1") & (table.layer == layer)].groupby("site")["nie"].mean()
     weights = mechanisms.PATHS | mechanisms.WITH_OWN
     sums = {name: float(sum(w * found[held] for held, w in path.items())) for name, path in weights.items()}
     return {name: value / found["live"] if found["live"] else value for name, value in sums.items()}

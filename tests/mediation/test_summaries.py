@@ -212,15 +212,6 @@ def test_cells_that_are_zero_by_structure_take_no_part_in_the_band() -> None:
     np.testing.assert_allclose(one.band_high, both.band_high[one.index])
 
 
-def test_per_group_bands_hold_within_a_group() -> None:
-    parts = {name: averaged(effect_table(noise=0.5, treatment=name, seed=i)) for i, name in enumerate(("T2", "T1"))}
-    frame = summaries.per_group(pd.concat(parts.values(), ignore_index=True), "treatment")
-    assert list(dict.fromkeys(frame.treatment)) == ["T2", "T1"]
-    for name, part in parts.items():
-        columns = [*LIMITS, "band_low", "band_high"]
-        np.testing.assert_allclose(frame.loc[frame.treatment == name, columns], summaries.cell_means(part)[columns])
-
-
 CURVE = {("resid_post", layer): value for layer, value in enumerate((0.0, 1.0, 1.0, 0.5, 3.0, 4.0))}
 
 
