@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -230,15 +231,12 @@ def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
     """The cells, arrays [pair, mediator] or [pair, 1], as rows in the order pair, mediator."""
-    mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
-    return pd.DataFrame(
-        {
-            **{name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()},
-            **{name: np.tile(np.array(values), len(pairs)) for name, values in mediator.items()},
-            "outcome": outcome,
-            **{name: np.broadcast_to(y, (len(pairs), len(wanted))).reshape(-1) for name, y in cells.items()},
-        }
-    )
+    columns: dict[str, Any] = {name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()}
+    for name in ("site", "layer", "head", "position"):
+        columns[name] = np.tile(np.array([getattr(mediator, name) for mediator in wanted]), len(pairs))
+    columns["outcome"] = outcome
+    columns |= {name: np.broadcast_to(y, (len(pairs), len(wanted))).reshape(-1) for name, y in cells.items()}
+    return pd.DataFrame(columns)
 
 
 def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:

@@ -82,9 +82,8 @@ def part_folder(study: Study, name: str) -> Path:
     openers = {treatment: asdict(one) for treatment, one in study.openers.items()}
     code = [files.hash_folder(folder, {}, "*.py") for folder in paths.CODE]
     code_key = files.digest(code, files.hash_file(paths.ROOT / "requirements.lock", {}))
-    key = files.digest(name, subject.sha256, config, kind, estimands.user_header(subject), pairs, openers, code_key)[
-        :32
-    ]
+    header = estimands.user_header(subject)
+    key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code_key)[:32]
     return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
 
 

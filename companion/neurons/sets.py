@@ -22,17 +22,9 @@ from companion.mediation.estimands import Batch
 from companion.mediation.study import Study
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import projection
+from companion.neurons import single
 from companion.neurons.closed_form import opener_readout
-from companion.neurons.single import (
-    BLOCK,
-    FinalStates,
-    PairEffects,
-    difference,
-    measure_chosen,
-    residual_change,
-    sign_on_discover,
-    signed,
-)
+from companion.neurons.single import BLOCK, FinalStates, PairEffects, residual_change
 from companion.stats import bootstrap
 from companion.stats.bootstrap import interval
 from companion.stats.clusters import ClusterSums
@@ -67,14 +59,14 @@ def measure_all(
 ) -> Measured:
     """`measure_chosen` for each treatment that `columns` names and the study has, and T2 - T2b where it can be."""
     names = [name for name in columns if name in study.treatments]
-    return collected(study, {name: measure_chosen(study, name, columns[name], watch) for name in names})
+    return collected(study, {name: single.measure_chosen(study, name, columns[name], watch) for name in names})
 
 
 def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]) -> Measured:
     """What was measured of each treatment, with the contrast T2 - T2b where it can be."""
     effects = {name: made for name, (made, _) in found.items()}
     if study.twins and {"T2", "T2b"} <= set(effects):
-        effects["T2-T2b"] = difference(effects["T2"], effects["T2b"], study.twins)
+        effects["T2-T2b"] = single.difference(effects["T2"], effects["T2b"], study.twins)
     return Measured(study, effects, {name: states for name, (_, states) in found.items()})
 
 
@@ -93,9 +85,7 @@ def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set m
     members = np.asarray(members)
     is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
     if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
-        raise InputError(
-            f"sets of neurons {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}"
-        )
+        raise InputError(f"sets {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}")
     vectors, known = _vectors(subject), opener_readout(subject, states.openers)
     step = max(1, BLOCK // (max(PAIRS, members.shape[1]) * subject.d_model))
     columns, starts = pd.DataFrame({"set": range(len(members))}), range(0, len(members), step)
@@ -202,8 +192,8 @@ def on_contrast(
     if treatment.endswith("-T2b"):
         twin, twins = measured.states["T2b"], measured.study.twins
         needed = set(harmful.pairs.pair_id.map(twins).dropna())
-        made = difference(made, apply(twin.only(twin.pairs.pair_id.isin(needed).to_numpy())), twins)
-    return signed(made, sign_on_discover(measured.effects[treatment].pairs))
+        made = single.difference(made, apply(twin.only(twin.pairs.pair_id.isin(needed).to_numpy())), twins)
+    return single.signed(made, single.sign_on_discover(measured.effects[treatment].pairs))
 
 
 # ---- how few neurons carry an effect ----
