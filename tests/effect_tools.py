@@ -16,7 +16,6 @@ SITES = ("resid_post", "attn_out", "mlp_out", "head")
 DIRECT = ("attn_out.direct", "mlp_out.direct")
 CELLS = ["y00", "y01", "y10", "y11"]
 YES_NO = Openers((10, 12), (20, 21, 22))
-FAMILIES = ("llama", "qwen2", "gemma2", "olmo2", "gpt2")
 
 
 def of(names: Openers | None = None, *treatments: str) -> dict[str, Openers]:
