@@ -9,8 +9,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.mediation.precision import describe_precision, tolerance
-from companion.mediation.study import Study, begin
+from companion.mediation.study import Study, begin, describe_precision, tolerance
 from companion.model.load import bridge
 from companion.prompts.tokens import Openers, TokenPair
 

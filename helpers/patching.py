@@ -12,8 +12,8 @@ import torch
 
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
 from companion.mediation.outcomes import log_odds
-from companion.mediation.reachability import earliest_layers, recomputed_cells
 from companion.mediation.study import Study
+from companion.mediation.tokens import earliest_layers, recomputed_cells
 from companion.model.interventions import Patch
 from companion.model.replay import interchange
 from companion.prompts.positions import distance, token_labels

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from companion.base import paths
 from companion.generation import decode
 from companion.generation.labels import judge_many
-from companion.mediation import control_models, estimands, outcomes
-from companion.mediation.study import Study
+from companion.mediation import estimands, outcomes
+from companion.mediation.study import Study, is_shipped, other_shipped
 from companion.model.architecture import Subject
 from companion.model.load import load
 from companion.prompts import invented
@@ -137,7 +137,7 @@ def suite_answers(this: Study, model: str, prompt_set: str) -> pd.DataFrame:
     `hit` is the probability that the first token complies or refuses, on the prompts of the pairs.
     """
     suites = suite_prompts(prompt_set)
-    if suites is None or not control_models.is_shipped(model):
+    if suites is None or not is_shipped(model):
         return _first_tokens(this)
     chosen = suites[~suites.suite.isin(LESSONS)].groupby("suite").head(PER_SUITE)
     judged = answer_suites(this.subject, chosen.to_dict("records"))
@@ -177,10 +177,10 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
     Intervals resample prompts (each has its own request).
     """
     suites = suite_prompts("embedded")
-    if suites is None or not control_models.is_shipped(model) or "T2" not in this.openers:
+    if suites is None or not is_shipped(model) or "T2" not in this.openers:
         return None
     harmful = suites[suites.suite.isin(HARM)].reset_index(drop=True)
-    others = control_models.other_shipped(model) if profile == "full" else ()
+    others = other_shipped(model) if profile == "full" else ()
     rows = []
     for name, subject in {this.slug: this.subject, **{name: load(name) for name in others}}.items():
         logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())

@@ -19,9 +19,9 @@ from jaxtyping import Float
 from scipy.special import expit, logsumexp
 
 from companion.base.thresholds import LATE, depth
-from companion.mediation import path_specific
+from companion.mediation import mechanisms
 from companion.mediation.estimands import with_difference, with_estimands
-from companion.neurons.sparsity import settles
+from companion.neurons.sets import settles
 from organisms.compiled_language import Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
 
@@ -176,10 +176,10 @@ def patched(base: Side, source: Side, site: str, layer: int) -> State:
 def held(base: Side, source: Side, name: str, layer: int) -> State:
     """Final state of the last token with the source's state after a layer, and the base's outputs held above it.
 
-    `name` is one of `path_specific.HELD`.
+    `name` is one of `mechanisms.HELD`.
     """
     clean, above = base.last, range(layer + 1, base.program.n_layers)
-    do = {(site, at): getattr(clean, TRACED[site])[at] for site in path_specific.HELD[name] for at in above}
+    do = {(site, at): getattr(clean, TRACED[site])[at] for site in mechanisms.HELD[name] for at in above}
     own = clean.mlp[layer] - source.last.mlp[layer] if name == "all held" else 0.0
     do[("resid_post", layer)] = source.last.post[layer] + own
     return run_program(base.program, base.found, "last", base.end.pre, do, clean).post[-1]
@@ -194,8 +194,8 @@ def effect_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
 
 
 def path_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
-    """The rows of `path_specific.path_effects` on Y1, with those of T2 - T2b behind them, for pairs of T2 and T2b."""
-    return _table(program, pairs, lambda _: tuple(path_specific.HELD), held)
+    """The rows of `mechanisms.path_effects` on Y1, with those of T2 - T2b behind them, for pairs of T2 and T2b."""
+    return _table(program, pairs, lambda _: tuple(mechanisms.HELD), held)
 
 
 def _table(

@@ -16,7 +16,6 @@ SITES = ("resid_post", "attn_out", "mlp_out", "head")
 DIRECT = ("attn_out.direct", "mlp_out.direct")
 CELLS = ["y00", "y01", "y10", "y11"]
 YES_NO = Openers((10, 12), (20, 21, 22))
-FAMILIES = ("llama", "qwen2", "gemma2", "olmo2", "gpt2")
 
 
 def of(names: Openers | None = None, *treatments: str) -> dict[str, Openers]:
@@ -30,10 +29,6 @@ def said(subject: Subject) -> Openers:
 
 def one(subject: Subject, pairs: list[TokenPair], *wanted: Mediator, names: tuple[str, ...] = ("Y1",)) -> pd.DataFrame:
     return measure_effects(subject, pairs, of(), wanted, names)
-
-
-def cell(table: pd.DataFrame, site: str, layer: int, position: str = "last", head: int = -1) -> pd.DataFrame:
-    return table[(table.site == site) & (table.layer == layer) & (table.position == position) & (table["head"] == head)]
 
 
 def runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:

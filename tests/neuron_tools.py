@@ -1,5 +1,6 @@
 """Small studies of neurons: tiny random models with pairs in every split, and ends of runs that are set by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -52,6 +53,33 @@ def patched(study: Study, batch: Batch, columns: list[tuple[int, int | tuple[int
     return replay.interchange(study.subject, batch.control, batch.treated, neuron_patches(batch, columns))[:, :, 0]
 
 
+Edit = Callable[[torch.Tensor], None]
+
+
+def read_neurons(
+    subject: Subject, ids: torch.Tensor, layer: int, edit: Edit = lambda inputs: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a plain forward pass, and what one down projection was given, (pair, pos, neuron); `edit` changes it in place."""
+    seen: list[torch.Tensor] = []
+
+    def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        seen.append(args[0].clone())
+        edit(seen[0])
+        return (seen[0], *args[1:])
+
+    handle = subject.layers[layer].down_proj.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        logits = subject.model(ids).logits
+    handle.remove()
+    return logits, seen[0]
+
+
+def text_log_prob(logits: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log p of a text, from the logits of a pass over its prompt and all its tokens but the last."""
+    scores = logits[:, -text.shape[1] :].double().log_softmax(-1)
+    return (scores.gather(-1, text[..., None])[..., 0] * mask).sum(-1)
+
+
 def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
     """Pairs in a cycle of splits, `per_topic` of each topic, with a total effect of 10."""
     topic = np.arange(n) // per_topic
@@ -62,15 +90,13 @@ def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
     )
 
 
-def made_effects(
-    values: np.ndarray, layer: np.ndarray | int = 0, treatment: str = "T2", **settings: int
-) -> PairEffects:
+def made_effects(values: np.ndarray, layer: np.ndarray | int = 0, **settings: int) -> PairEffects:
     """Effects of neurons given as an array (pair, neuron), the same in both directions."""
     layers = np.broadcast_to(layer, values.shape[1])
     index = np.concatenate([np.arange((layers == one).sum()) for one in np.unique(layers)])
     columns = pd.DataFrame({"layer": layers, "neuron": index})
     arrays = dict.fromkeys(("nie0", "nie1", "direct"), values)
-    return PairEffects(treatment, pair_table(len(values), **settings), columns, arrays)
+    return PairEffects("T2", pair_table(len(values), **settings), columns, arrays)
 
 
 def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:

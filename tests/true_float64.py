@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from companion.model.readout import inverse_scale, norm_gain
+from companion.model.readout import norm_gain
 
 _softmax = nn.functional.softmax
 
@@ -27,7 +27,7 @@ def true_float64(model: PreTrainedModel) -> Iterator[None]:
 
 def _rms_norm(module: nn.Module) -> Any:
     gain, _, eps = norm_gain(module)
-    return lambda x: gain * x * inverse_scale(module, x, eps)
+    return lambda x: gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def _plain_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None, **_: Any) -> Tensor:

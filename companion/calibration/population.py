@@ -25,8 +25,7 @@ from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
 from companion.claims.verdict import Rows, Verdict
 from companion.evidence import layers, tokens
-from companion.mediation.control_models import normalisations
-from companion.mediation.study import Study
+from companion.mediation.study import Study, normalisations
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
 from organisms.compiled_language import Planned

@@ -12,9 +12,10 @@ from companion.base.errors import InputError
 from companion.evidence.layers import EvidenceRows
 from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
-from companion.neurons import gating, teacher_forcing
+from companion.neurons import gating
 from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
 from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm, gate_forms, sets_of
+from companion.neurons.timing import closed_values, closing_cost, timing_effects
 from companion.stats import bootstrap
 from companion.stats.bootstrap import row
 
@@ -107,13 +108,13 @@ def _with_answers(found: Gates) -> Gates:
     harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
     timing, cost = pd.DataFrame(), pd.DataFrame()
     if harm:
-        timing = with_difference(teacher_forcing.timing_effects(subject, harm, openers, sets), study.twins)
+        timing = with_difference(timing_effects(subject, harm, openers, sets), study.twins)
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
     benign = [p for p in study.subsample(BENIGN_PAIRS).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
     if benign and control:
-        closed = teacher_forcing.closed_values(subject, control, sets)
-        cost = teacher_forcing.closing_cost(subject, benign, openers, closed)
+        closed = closed_values(subject, control, sets)
+        cost = closing_cost(subject, benign, openers, closed)
     return replace(found, timing=timing, cost=cost)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from companion.base.thresholds import COMPONENTS, COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
-from companion.mediation import estimands, interaction, summaries, sweeps
+from companion.mediation import estimands, mechanisms, summaries, sweeps
 from companion.mediation.probes import auroc, held_out_scores, shared_token_features, token_counts
 from companion.mediation.study import Study
 from companion.mediation.summaries import VARIANTS, Variant, enough, late_share, mlp_share, select, signed
@@ -144,7 +144,7 @@ def evidence_c2(
 def evidence_c1_computed(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """Rows for the corrected C1: the late share of the positive effects of what components compute."""
     rows: EvidenceRows = []
-    for variant in interaction.VARIANTS if len(table) else ():
+    for variant in mechanisms.COMPUTED_VARIANTS if len(table) else ():
         chosen = table[table.pair_id.isin(summaries.unsaturated_ids(table))] if variant.unsaturated else table
         if enough(chosen):
             estimates = late_share(signed(chosen, table), n_layers, variant.value)

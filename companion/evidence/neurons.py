@@ -13,10 +13,9 @@ from jaxtyping import Int
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.evidence import gating
 from companion.evidence.layers import EvidenceRows
-from companion.mediation import control_models
 from companion.mediation.estimands import Batch
-from companion.mediation.study import Study
-from companion.neurons import adjacency, clamping, screening, single, sparsity
+from companion.mediation.study import CONTROL_PAIRS, Study, control_study
+from companion.neurons import adjacency, clamping, screening, sets, single
 from companion.neurons.clamping import LastLayerCache
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
 from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, ranking, signed
@@ -24,7 +23,7 @@ from companion.stats import bootstrap
 from companion.stats.bootstrap import interval, row
 
 N_RANDOM_ORDERS = 10
-BENIGN_PAIRS, BENIGN_PAIRS_QUICK = control_models.CONTROL_PAIRS, 48
+BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
@@ -140,13 +139,13 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
         return []
     rows, n = _psi_rows(found, model), len(made["main"].pairs)
     for variant, value in DIRECTIONS.items():
-        rows += _curve_rows(model, sparsity.curve_summary(made["main"], value), n, d_mlp, variant)
+        rows += _curve_rows(model, sets.curve_summary(made["main"], value), n, d_mlp, variant)
     for other in (one for one in made if one != "main"):
         variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
-        rows += _curve_rows(model, sparsity.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
+        rows += _curve_rows(model, sets.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
     test = in_split(signed(found.measured.effects[name]), "test")
     is_last = (test.columns.layer == found.measured.last).to_numpy()
-    spread = sparsity.concentration(in_columns(test, is_last))
+    spread = sets.concentration(in_columns(test, is_last))
     rows += [row(model, "C5a", label, "main", spread, n, i) for i, label in enumerate(("Gini", "participation ratio"))]
     passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
     passed = passed[passed.layer == found.measured.last]
@@ -166,7 +165,7 @@ def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
             continue
         for quantity, value in (("psi1", "nie1"), ("psi0", "nie0")):
             both = np.column_stack([test.values[value][keep, 0], pairs.te])
-            estimates = interval(sparsity.topic_sums(pairs, both), lambda total, count: total[:, :1] / total[:, 1:])
+            estimates = interval(sets.topic_sums(pairs, both), lambda total, count: total[:, :1] / total[:, 1:])
             rows.append(row(model, "C5a", quantity, variant, estimates, len(pairs)))
     return rows
 
@@ -175,9 +174,9 @@ def _curve_rows(
     model: str, estimates: bootstrap.Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
 ) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
-    settled = estimates.estimate[sparsity.SUMMARY.index("k90")] <= d_mlp
-    kept = [i for i, label in enumerate(sparsity.SUMMARY) if label != "psi" and settled]
-    return [row(model, "C5a", sparsity.SUMMARY[i] + behind, variant, estimates, n_pairs, i) for i in kept]
+    settled = estimates.estimate[sets.SUMMARY.index("k90")] <= d_mlp
+    kept = [i for i, label in enumerate(sets.SUMMARY) if label != "psi" and settled]
+    return [row(model, "C5a", sets.SUMMARY[i] + behind, variant, estimates, n_pairs, i) for i in kept]
 
 
 def _exact_row(model: str, claim: str, quantity: str, value: float, like: dict[str, object]) -> dict[str, object]:
@@ -250,6 +249,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
 
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = measure_last_layer(control_models.control_study(study, model, label))
+    swept = measure_last_layer(control_study(study, model, label))
     gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.caches)
     return neuron_evidence(swept, label), gates

@@ -15,8 +15,8 @@ from companion.base.thresholds import UNTRAINED
 from companion.evidence import gating, layers, steering, tokens
 from companion.evidence.layers import EvidenceRows, Layers
 from companion.evidence.neurons import Neurons, measure_neurons, neuron_evidence
-from companion.mediation import control_models, estimands, interaction, sweeps
-from companion.mediation.study import Study
+from companion.mediation import estimands, mechanisms, sweeps
+from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
 from companion.model.load import untrained_twin
 from companion.steering.prompts import Prompts
 
@@ -34,7 +34,7 @@ class Measured:
     rows: pd.DataFrame
     layers: Layers | None
     neurons: Neurons | None
-    computed: pd.DataFrame | None  # effects of what each component computes (`interaction`)
+    computed: pd.DataFrame | None  # effects of what each component computes (`mechanisms`)
 
 
 def measure_study(
@@ -52,12 +52,11 @@ def measure_study(
     swept = neurons = computed = None
     if "layers" in stages:
         swept = layers.measure_layers(harm, label, full_response=full_response, direct=True)
-        normalisations = control_models.normalisations(harm)
-        rows += swept.evidence + layers.evidence_c2(swept.effects, swept.effects, label, normalisations)
-        computed = interaction.interaction_effects(core)
+        rows += swept.evidence + layers.evidence_c2(swept.effects, swept.effects, label, normalisations(harm))
+        computed = mechanisms.interaction_effects(core)
         rows += layers.evidence_c1_computed(computed, label, core.subject.n_layers)
         # Without T1: the one control that reads a twin is that of C1.
-        thin = harm.subsample(control_models.CONTROL_PAIRS)
+        thin = harm.subsample(CONTROL_PAIRS)
         rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
         rows += tokens.measure_c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):

@@ -11,12 +11,12 @@ from scipy import stats as st
 
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
-from companion.mediation import path_specific, summaries
+from companion.mediation import mechanisms, summaries
 from companion.mediation.estimands import Batch
-from companion.mediation.path_specific import HELD, PATHS, VARIANTS, WITH_OWN
+from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
 from companion.mediation.study import Study
-from companion.neurons import single, sparsity, timing
-from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, sizes
+from companion.neurons import single, timing
+from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, settles, sizes
 from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
 from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
@@ -56,7 +56,7 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
     ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
     effect = curve.nie.mean(0)
-    if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := sparsity.settles(effect / effect[-1], ks, 0.9)):
+    if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := settles(effect / effect[-1], ks, 0.9)):
         k = int(k90)
     return tuple(int(i) for i in order[:k])
 
@@ -191,8 +191,8 @@ def token_evidence(study: Study, model: str) -> EvidenceRows:
 
 
 def measure_c4(study: Study, model: str, watch: Callable[[Batch], object] | None = None) -> EvidenceRows:
-    """Evidence rows for C4 of any study; none without T2. `watch` as in `path_specific.path_effects`."""
-    table = path_specific.path_effects(study, watch=watch) if study.of("T2") else pd.DataFrame()
+    """Evidence rows for C4 of any study; none without T2. `watch` as in `mechanisms.path_effects`."""
+    table = mechanisms.path_effects(study, watch=watch) if study.of("T2") else pd.DataFrame()
     return evidence_c4(table, model, study.subject.n_layers) if len(table) else []
 
 
@@ -204,7 +204,7 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     counts the hand-over layer's own MLP is defined in the last layer, too.
     """
     treatment = summaries.primary(table)
-    discover, test = (path_specific.hand_over_layer(table, treatment, split) for split in ("discover", "test"))
+    discover, test = (mechanisms.hand_over_layer(table, treatment, split) for split in ("discover", "test"))
     if discover.empty or test.empty:
         return []
     layer, one = int(discover.layer.iloc[0]), test.iloc[0]
@@ -218,17 +218,17 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
         chosen = summaries.select(table, treatment, variant, list(HELD))
         found = None
         if summaries.enough(chosen):
-            found = path_specific.path_shares(summaries.signed(chosen, whole), at, variant.value, paths)
+            found = mechanisms.path_shares(summaries.signed(chosen, whole), at, variant.value, paths)
         if found is None:
             return []
         n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()
         return [row(model, "C4", f"share of {path}", label, found, n_pairs, i) for i, path in enumerate(paths)]
 
     for at in range(n_layers - 1):
-        rows += shares(at, VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
+        rows += shares(at, CARRIED_VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")
     is_last = layer >= n_layers - 1
     paths = WITH_OWN if is_last else PATHS | WITH_OWN
-    found = [entry for variant in VARIANTS for entry in shares(layer, variant, paths, variant.name)]
+    found = [entry for variant in CARRIED_VARIANTS for entry in shares(layer, variant, paths, variant.name)]
     if is_last or not found:
         note = "the hand-over layer's residual stream has no effect of the treatment's sign"
         if is_last:

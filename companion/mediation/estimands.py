@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.base.display import progress
@@ -23,11 +24,11 @@ from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
 from companion.model.memory import BATCH, pairs_at_once
-from companion.model.replay import both_ways
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
 CELLS = ("y00", "y01", "y10", "y11")
+PAIR_KEYS = ["pair_id", "topic", "treatment", "split"]
 KEYS = ["site", "layer", "head", "position", "outcome"]  # what tells a pair's rows of effects apart
 
 
@@ -48,6 +49,16 @@ class Batch:
     pairs: tuple[TokenPair, ...]
     control: CleanRun
     treated: CleanRun
+
+
+def pair_key(one: TokenPair) -> tuple[str, str, str, str]:
+    """What names a pair in tables: the values of `PAIR_KEYS`."""
+    return one.pair.id, one.pair.topic, one.pair.treatment, one.pair.split
+
+
+def pair_columns(pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
+    """The columns `PAIR_KEYS` of a table with a row a pair."""
+    return dict(zip(PAIR_KEYS, np.array([pair_key(one) for one in pairs], dtype=object).T, strict=True))
 
 
 def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
@@ -74,9 +85,8 @@ def batches(
 ) -> list[list[TokenPair]]:
     """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
-    A pure function of the list of pairs, so that a rerun and a sharded run put the same pairs together and give the
-    same bytes; pairs of one length need no padding. `mixed` groups by length alone, for what does not depend on the
-    treatment, such as decoding.
+    A pure function of the list of pairs, so that a rerun and a sharded run give the same bytes; pairs of one length need
+    no padding. `mixed` groups by length alone, for what does not depend on the treatment, such as decoding.
     """
 
     def key(pair: TokenPair) -> tuple[str, int]:
@@ -104,13 +114,14 @@ def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
     return Batch(tuple(pairs), activations.clean_run(subject, control), activations.clean_run(subject, treated))
 
 
-def _header(subject: Subject) -> str:
+def user_header(subject: Subject) -> str:
+    """What the model's template writes before every user turn; empty for a model without a tokenizer."""
     return positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
 
 
-def patches(batch: Batch, wanted: Sequence[Mediator], header: str) -> list[Patch]:
+def patches(subject: Subject, batch: Batch, wanted: Sequence[Mediator]) -> list[Patch]:
     """The mediators as interventions on this batch: position groups become masks over the prompt's tokens."""
-    tokens = batch.control.tokens
+    tokens, header = batch.control.tokens, user_header(subject)
     masks: dict[str, Tensor] = {}
     for name in {mediator.position for mediator in wanted}:
         prompt = torch.tensor(positions.stack(batch.pairs, header, name), device=tokens.device)
@@ -126,7 +137,7 @@ def final_residuals(
     subject: Subject, batch: Batch, wanted: Sequence[Mediator]
 ) -> tuple[Float[Tensor, "pair mediator d"], Float[Tensor, "pair mediator d"]]:
     """Final residual stream at the last token for the cells 01 (control patched) and 10 (treated patched)."""
-    made, runs = patches(batch, wanted, _header(subject)), (batch.control, batch.treated)
+    made, runs = patches(subject, batch, wanted), (batch.control, batch.treated)
     shape, at_once = (len(batch.pairs), len(wanted), subject.d_model), pairs_at_once(subject, runs[0].tokens.shape[1])
     cells = [torch.empty(shape, dtype=subject.dtype, device=subject.device) for _ in runs]
     for is_direct in (False, True):
@@ -137,7 +148,7 @@ def final_residuals(
         if is_direct:
             found = [replay.direct(subject, *order, some)[:, :, 0] for order in (runs, runs[::-1])]
         else:
-            found = list(both_ways(subject, *runs, some, some, at_once=at_once))
+            found = list(replay.both_ways(subject, *runs, some, some, at_once=at_once))
         for cell, values in zip(cells, found, strict=True):
             cell[:, chosen] = values
     return cells[0], cells[1]
@@ -149,8 +160,7 @@ def measure_effects(
 ) -> pd.DataFrame:  # fmt: skip
     """Tidy table of the four cells and their estimands: one row for each pair, mediator and outcome.
 
-    `names` are among "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control
-    run's, in all four cells, so that direct effects add up).
+    `names` are those of `outcomes.named_outcome`; with the norm frozen in all four cells, direct effects add up.
     """
     groups = progress(batches(pairs, subject), desc="mediation")
     return pd.concat([batch_effects(subject, group, openers, wanted, names) for group in groups], ignore_index=True)
@@ -174,20 +184,17 @@ def batch_effects(
 
 def score_cells(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
-) -> dict[str, Float[np.ndarray, "pair mediator"]]:
-    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`."""
+) -> dict[str, Float[np.ndarray, "pair _"]]:
+    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`.
+
+    y00 and y11, which no mediator changes, have one column.
+    """
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
-    norm_like = control if name.endswith(".frozen") else None
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
     cells = torch.cat([control, treated, *patched], dim=1)
-    if name.startswith("contrast"):
-        weights = outcomes.opener_weights(subject, control, treated, openers)
-        score = outcomes.contrast(subject, cells, openers, norm_like, weights).cpu().numpy()
-    else:
-        score = outcomes.log_odds(subject, cells, openers, norm_like).cpu().numpy()
+    score = outcomes.named_outcome(subject, cells, control, treated, openers, name).cpu().numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
-    shape = y01.shape
-    return {"y00": np.broadcast_to(y00, shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, shape)}
+    return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
 
 def whole_answer_effects(
@@ -195,47 +202,41 @@ def whole_answer_effects(
 ) -> pd.DataFrame:
     """The rows of `batch_effects` for Y2 = log p(answer) - log p(refusal), teacher-forced, in nats.
 
-    Answer and refusal are the model's own (`outcomes.continuations`), the same words for all four cells of a pair. Only
-    prompt cells are patched; the answer's tokens see the patch through attention, as they would when generated. Meant for
-    pairs that share their request (T2, T2b): otherwise an answer to one prompt is off-topic for the other.
+    Answer and refusal (`outcomes.continuations`) are the same words for all four cells of a pair. Only prompt cells are
+    patched; the answer's tokens see the patch through attention. Meant for pairs that share their request (T2, T2b).
     """
     prompts = prompt_tokens(subject, group)
-    texts = outcomes.continuations(subject, *prompts, openers[group[0].pair.treatment])
-    answer = _text_cells(subject, group, prompts, texts.answer, texts.answer_mask, wanted)
-    refusal = _text_cells(subject, group, prompts, texts.refusal, texts.refusal_mask, wanted)
+    texts = outcomes.continuations(subject, *prompts, [openers[one.pair.treatment] for one in group])
+    answer, refusal = (_text_cells(subject, group, prompts, text, wanted) for text in texts)
     return with_estimands(tidy(group, wanted, "Y2", {cell: answer[cell] - refusal[cell] for cell in CELLS}))
 
 
 def _text_cells(
-    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: Int[Tensor, "pair step"],
-    mask: Bool[Tensor, "pair step"], wanted: Sequence[Mediator],
-) -> dict[str, Float[np.ndarray, "pair mediator"]]:  # fmt: skip
+    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: outcomes.Text,
+    wanted: Sequence[Mediator],
+) -> dict[str, Float[np.ndarray, "pair _"]]:  # fmt: skip
     """log p of one text behind the prompts, in all four cells."""
     runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
-    made = patches(Batch(tuple(group), *runs), wanted, _header(subject))
-    y00, y11 = (outcomes.clean_text_log_prob(subject, run, text, mask).cpu().numpy()[:, None] for run in runs)
+    made = patches(subject, Batch(tuple(group), *runs), wanted)
+    clean = [run.resid_post[-1][:, outcomes.decided_at(run, text)] for run in runs]
+    y00, y11 = (outcomes.sequence_log_prob(subject, resid, text).cpu().numpy()[:, None] for resid in clean)
     y01, y10 = (
-        outcomes.patched_text_log_probs(subject, base, source, made, text, mask).cpu().numpy()
+        outcomes.patched_text_log_probs(subject, base, source, made, text).cpu().numpy()
         for base, source in (runs, runs[::-1])
     )
-    return {"y00": np.broadcast_to(y00, y01.shape), "y01": y01, "y10": y10, "y11": np.broadcast_to(y11, y01.shape)}
+    return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
 
 def tidy(
     pairs: Sequence[TokenPair], wanted: Sequence[Mediator], outcome: str, cells: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
-    """The cells, arrays [pair, mediator], as rows in the order pair, mediator."""
-    fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    own = {name: np.array([getattr(p.pair, field) for p in pairs], dtype=object) for name, field in fields.items()}
-    mediator = {name: [getattr(m, name) for m in wanted] for name in ("site", "layer", "head", "position")}
-    return pd.DataFrame(
-        {
-            **{name: np.repeat(values, len(wanted)) for name, values in own.items()},
-            **{name: np.tile(np.array(values), len(pairs)) for name, values in mediator.items()},
-            "outcome": outcome,
-            **{name: values.reshape(-1) for name, values in cells.items()},
-        }
-    )
+    """The cells, arrays [pair, mediator] or [pair, 1], as rows in the order pair, mediator."""
+    columns: dict[str, Any] = {name: np.repeat(values, len(wanted)) for name, values in pair_columns(pairs).items()}
+    for name in ("site", "layer", "head", "position"):
+        columns[name] = np.tile(np.array([getattr(mediator, name) for mediator in wanted]), len(pairs))
+    columns["outcome"] = outcome
+    columns |= {name: np.broadcast_to(y, (len(pairs), len(wanted))).reshape(-1) for name, y in cells.items()}
+    return pd.DataFrame(columns)
 
 
 def with_difference(table: pd.DataFrame, twins: Mapping[str, str]) -> pd.DataFrame:

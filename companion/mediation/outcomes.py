@@ -8,7 +8,6 @@ everything written into the residual stream. Y3, judged generation, is in `compa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,16 +20,8 @@ from companion.model.interventions import Patch
 from companion.prompts.tokens import Openers
 
 STEPS = 24  # tokens of an answer
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """One answer and one refusal for every pair, padded on the right; `mask` is False on padding."""
-
-    answer: Int[Tensor, "pair step"]
-    answer_mask: Bool[Tensor, "pair step"]
-    refusal: Int[Tensor, "pair step"]
-    refusal_mask: Bool[Tensor, "pair step"]
+# One text a pair, as tokens padded on the right, and a mask that is False on padding.
+Text = tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]
 
 
 def _opener_logits(
@@ -54,16 +45,11 @@ def log_odds(
 
 
 def contrast(
-    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None,
+    weights: tuple[Tensor, Tensor],
 ) -> Float[Tensor, ...]:  # fmt: skip
-    """Weighted mean comply logit - weighted mean refuse logit: linear in the residual stream if `norm_like` is given.
-
-    `weights` are those of `opener_weights`; without them every opener counts the same.
-    """
+    """Mean comply logit - mean refuse logit, weighted (`opener_weights`): linear in `resid` if `norm_like` is given."""
     camps = _opener_logits(subject, resid, openers, norm_like)
-    if weights is None:
-        return camps[0].mean(-1) - camps[1].mean(-1)
     comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
     return comply - refuse
 
@@ -73,12 +59,26 @@ def opener_weights(
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
     """Weights that make `contrast` follow Y1: each opener's share of its kind, averaged over a pair's two clean runs.
 
-    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so the linear
-    contrast keeps TE close to Y1's where plain means would also count openers that the model never says.
+    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so that the linear
+    contrast keeps TE close to Y1's.
     """
     runs = [_opener_logits(subject, resid, openers, None) for resid in (control, treated)]
     comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
     return comply, refuse
+
+
+def named_outcome(
+    subject: Subject, resid: Float[Tensor, "... d"], control: Float[Tensor, "... d"], treated: Float[Tensor, "... d"],
+    openers: Openers, name: str,
+) -> Float[Tensor, ...]:  # fmt: skip
+    """One of "Y1" (log-odds), "Y1.frozen" and "contrast.frozen" (the final norm's scale held at the control run's).
+
+    `control` and `treated` are the final residual streams of the two clean runs; the contrast has the weights of both.
+    """
+    norm_like = control if name.endswith(".frozen") else None
+    if name.startswith("contrast"):
+        return contrast(subject, resid, openers, norm_like, opener_weights(subject, control, treated, openers))
+    return log_odds(subject, resid, openers, norm_like)
 
 
 def opener_probabilities(
@@ -93,29 +93,26 @@ def opener_probabilities(
 
 
 def continuations(
-    subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"],
-    openers: Openers | Sequence[Openers], steps: int = STEPS,
-) -> Continuations:  # fmt: skip
-    """The model's own answer and refusal to each pair, for Y2; `openers` are those of all pairs, or of each pair.
+    subject: Subject, control: Int[Tensor, "pair pos"], treated: Int[Tensor, "pair pos"], openers: Sequence[Openers],
+    steps: int = STEPS,
+) -> tuple[Text, Text]:  # fmt: skip
+    """The model's own answer and refusal to each pair, for Y2; `openers` are those of each pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
     token after the control prompt; both go on greedily. One text of each kind serves both prompts of a pair, so that
-    Y2 compares how likely the *same* words are. Nothing is decoded to text.
+    Y2 compares how likely the *same* words are.
     """
-    own = [openers] * len(control) if isinstance(openers, Openers) else openers
-    camps = [*(one.comply for one in own), *(one.refuse for one in own)]
+    camps = [*(one.comply for one in openers), *(one.refuse for one in openers)]
     texts, masks = opened_with(subject, torch.cat([treated, control]), camps, steps)
-    halves = zip(texts.split(len(own)), masks.split(len(own)), strict=True)
+    halves = zip(texts.split(len(openers)), masks.split(len(openers)), strict=True)
     # Without the steps that are padding in every row.
     answer, refusal = ((text[:, : int(mask.any(0).sum())], mask[:, : int(mask.any(0).sum())]) for text, mask in halves)
-    return Continuations(*answer, *refusal)
+    return answer, refusal
 
 
 @torch.no_grad()
-def opened_with(
-    subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequence[Sequence[int]], steps: int
-) -> tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]:
-    """The likeliest token of its camp behind each prompt and its greedy continuation; the mask is False on padding."""
+def opened_with(subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequence[Sequence[int]], steps: int) -> Text:
+    """The likeliest token of its camp behind each prompt and its greedy continuation."""
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
     likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
@@ -131,10 +128,10 @@ def opened_with(
 
 
 def sequence_log_prob(
-    subject: Subject, resid: Float[Tensor, "pair ... step d"], tokens: Int[Tensor, "pair step"],
-    mask: Bool[Tensor, "pair step"],
-) -> Float[Tensor, "pair ..."]:  # fmt: skip
+    subject: Subject, resid: Float[Tensor, "pair ... step d"], text: Text
+) -> Float[Tensor, "pair ..."]:
     """Sum over steps of log p(token | everything before), in nats (float64); `resid` is at the positions before each."""
+    tokens, mask = text
     log_probs = readout.logits(subject, resid).double().log_softmax(-1)
     extra = (1,) * (resid.ndim - 3)
     index = tokens.reshape(tokens.shape[0], *extra, tokens.shape[1], 1).expand(*log_probs.shape[:-1], 1)
@@ -142,29 +139,20 @@ def sequence_log_prob(
     return (log_probs.gather(-1, index).squeeze(-1) * keep).sum(-1)
 
 
-def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Int[Tensor, "pair step"]) -> CleanRun:
+def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text) -> CleanRun:
     """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read."""
-    return activations.clean_run(subject, torch.cat([prompt, text[:, :-1]], dim=1))
+    return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1))
 
 
-def clean_text_log_prob(
-    subject: Subject, run: CleanRun, text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"]
-) -> Float[Tensor, "pair"]:
-    """log p of a text, teacher-forced, in nats; `run` is its `forced_run`."""
-    return sequence_log_prob(subject, run.resid_post[-1][:, _before(run, text)], text, mask)
+def decided_at(run: CleanRun, text: Text) -> list[int]:
+    """The positions of a `forced_run` at which the text's tokens are decided."""
+    return list(range(run.tokens.shape[1] - text[0].shape[1], run.tokens.shape[1]))
 
 
 def patched_text_log_probs(
-    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch | Sequence[Patch]],
-    text: Int[Tensor, "pair step"], mask: Bool[Tensor, "pair step"],
-) -> Float[Tensor, "pair patch"]:  # fmt: skip
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch | Sequence[Patch]], text: Text
+) -> Float[Tensor, "pair patch"]:
     """log p of a text, teacher-forced, in nats, under each intervention; `base` and `source` are `forced_run`s of it."""
-    resid = replay.interchange(subject, base, source, patches, read=tuple(_before(base, text)))
+    resid = replay.interchange(subject, base, source, patches, read=decided_at(base, text))
     # One intervention at a time: the full vocabulary at every step is the largest array of the whole companion.
-    scores = [sequence_log_prob(subject, resid[:, i], text, mask) for i in range(len(patches))]
-    return torch.stack(scores, dim=1)
-
-
-def _before(run: CleanRun, text: Int[Tensor, "pair step"]) -> list[int]:
-    """The positions of a forced run at which the text's tokens are decided."""
-    return list(range(run.tokens.shape[1] - text.shape[1], run.tokens.shape[1]))
+    return torch.stack([sequence_log_prob(subject, resid[:, i], text) for i in range(len(patches))], dim=1)

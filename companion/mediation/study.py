@@ -1,17 +1,33 @@
-"""A study: one model and one prompt set, tokenised and ready to be measured."""
+"""A study: one model and one prompt set, ready to be measured; the models that it is compared with; how precise it is.
+
+Control models are the untrained twin, other seeds, and the same training with other attention. Effects that are to be
+believed are computed in float32 with float64 read-outs; a run in bfloat16 is a screening run with a measured noise floor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
+import torch
+
+from companion.base import paths
 from companion.base.errors import InputError
-from companion.mediation import outcomes
-from companion.model.architecture import Subject
-from companion.model.load import check_fit, load
+from companion.base.thresholds import COMPONENTS, UNTRAINED
+from companion.mediation import estimands, outcomes
+from companion.model import replay
+from companion.model.activations import clean_run
+from companion.model.architecture import Subject, find_parts
+from companion.model.interventions import Patch, position_mask
+from companion.model.load import check_fit, load, untrained_twin
 from companion.prompts import pairs, positions, subsample, tokens
 from companion.prompts.pairs import Pair, load_set
 from companion.prompts.tokens import Openers, TokenPair
+
+CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
+NOISE_PAIRS = 16  # of the noise floor
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,11 @@ class Study:
     def treatments(self) -> tuple[str, ...]:
         """The treatments that it has pairs of: T1, T2, T2b, then the benign ones."""
         return tuple(sorted({pair.pair.treatment for pair in self.pairs}, key=pairs.treatment_order))
+
+    @property
+    def main_treatment(self) -> str:
+        """T2 where it has such pairs, else its first treatment."""
+        return "T2" if "T2" in self.treatments else self.treatments[0]
 
     def with_twins(self, harmful: Sequence[TokenPair]) -> list[tuple[TokenPair, TokenPair]]:
         """These T2 pairs with their T2b twins, where all four prompts have equally many tokens."""
@@ -76,15 +97,129 @@ def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenP
     """
     pair = Pair("own", treatment, "own", control, treated, sensitive=any(p.pair.sensitive for p in study.pairs))
     made, _ = tokens.token_pair(pair, study.subject.tokenizer)
-    if made is None and pair.sensitive:
-        raise InputError(
-            "the prompts must have equally many tokens and differ (their texts are not shown for this set)"
-        )
-    if made is None:
-        sides = [tokens.encode(study.subject.tokenizer, text)[0] for text in (control, treated)]
-        shown = [" ".join(positions.labels(ids, study.subject.tokenizer)) for ids in sides]
-        raise InputError(
-            f"the prompts must have equally many tokens and differ; control has {len(sides[0])} ({shown[0]}), "
-            f"treated {len(sides[1])} ({shown[1]}): swap a word for one of the same length"
-        )
-    return made
+    if made is not None:
+        return made
+    problem = "the prompts must have equally many tokens and differ"
+    if pair.sensitive:
+        raise InputError(f"{problem} (their texts are not shown for this set)")
+    sides = [tokens.encode(study.subject.tokenizer, text)[0] for text in (control, treated)]
+    shown = [" ".join(positions.labels(ids, study.subject.tokenizer)) for ids in sides]
+    raise InputError(
+        f"{problem}; control has {len(sides[0])} ({shown[0]}), treated {len(sides[1])} ({shown[1]}): "
+        "swap a word for one of the same length"
+    )
+
+
+# ---- what a model is compared with ----
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the models that come with the companion."""
+    return tuple(sorted(folder.name for folder in paths.ORGANISM.iterdir() if (folder / "config.json").is_file()))
+
+
+def is_shipped(model: str) -> bool:
+    """True for an embedded model, by name."""
+    return model == "embedded" or model in shipped()
+
+
+def other_shipped(model: str, profile: str = "full") -> tuple[str, ...]:
+    """The other shipped models, if the model is one of them: other seeds, then the other kind of attention.
+
+    The smoke profile compares with none of them.
+    """
+    own = "window-0" if model == "embedded" else model
+    names = sorted(shipped(), key=lambda name: (name.startswith("full"), name))
+    return tuple(name for name in names if name != own) if is_shipped(model) and profile == "full" else ()
+
+
+def control_study(study: Study, model: str, label: str) -> Study:
+    """The study of one control model by its label, on at most 120 pairs a treatment.
+
+    An untrained twin has the same architecture and fresh random weights.
+    """
+    name, is_twin, others = label.removesuffix(UNTRAINED), label.endswith(UNTRAINED), other_shipped(model)
+    subject, seed = study.subject, 0
+    if name in others:
+        subject, seed = load(name, device=str(subject.device), dtype="float32"), 1 + others.index(name)
+    return replace(study.subsample(CONTROL_PAIRS), subject=untrained_twin(subject, seed) if is_twin else subject)
+
+
+def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
+    """Label and study of every control model: the model's untrained twin, `other_shipped` models and their twins."""
+    for name in (study.slug, *other_shipped(model, profile)):
+        for label in (name, name + UNTRAINED):
+            if label != study.slug:
+                yield label, control_study(study, model, label)
+
+
+def normalisations(study: Study) -> dict[str, pd.Series]:
+    """Divisors of component effects by (site, layer), so that MLPs do not win by being larger: patch norm, parameters.
+
+    The patch norm is the mean length of treated - control activation at the last token, on discover.
+    """
+    subject = study.subject
+    chosen = [pair for pair in study.of(study.main_treatment) if pair.pair.split == "discover"]
+    norms = dict.fromkeys(((one.site, one.layer) for one in estimands.mediators(subject, COMPONENTS)), 0.0)
+    for group in estimands.batches(chosen, subject):
+        batch = estimands.run_clean(subject, group)
+        for site, layer in norms:
+            change = batch.treated.site(site, layer) - batch.control.site(site, layer)
+            norms[site, layer] += float(change[:, -1].double().norm(dim=-1).sum())
+    counts = {
+        (site, layer): float(sum(p.numel() for p in module.parameters()))
+        for layer, parts in enumerate(subject.layers)
+        for site, module in (("attn_out", parts.attn), ("mlp_out", parts.mlp))
+    }
+    means = {cell: total / max(len(chosen), 1) for cell, total in norms.items()}
+    return {
+        name: pd.Series(values.values(), index=pd.MultiIndex.from_tuples(values, names=["site", "layer"]), dtype=float)
+        for name, values in {"per patch norm": means, "per parameter": counts}.items()
+    }
+
+
+# ---- precision ----
+
+
+def describe_precision(study: Study) -> str:
+    """One line for a notebook: float32 effects, or a screening run with its noise floor for modules and for neurons."""
+    if study.subject.dtype != torch.bfloat16:
+        return f"effects are computed in {str(study.subject.dtype).removeprefix('torch.')}"
+    floors = {site: noise_floor(study, site) for site in (*COMPONENTS, "neuron")}
+    shown = "; ".join(
+        f"{site} {rms:.3f} log-odds ({changed:.0%} change sign, {lost:.0%} vanish)"
+        for site, (rms, changed, lost) in floors.items()
+    )
+    return f"SCREENING in bfloat16: do not cite these effects; measured noise floor: {shown}"
+
+
+def tolerance(study: Study) -> float:
+    """How far two routes to the same effect may lie apart, relative to the total effect: rounding, not a mistake."""
+    facts = study.subject.facts
+    return 1e-4 if facts is None else facts.tolerance
+
+
+@torch.no_grad()
+def noise_floor(study: Study, site: str) -> tuple[float, float, float]:
+    """How far NIE0 in the study's own precision is from that in float32, at one site, at the last token of every layer.
+
+    Root mean square error (log-odds), and two shares among the effects that are not 0 in float32: of those that come out
+    with the other sign, and of those that come out as 0. On up to 16 pairs and, of neurons, on every sixteenth.
+    """
+    subject, openers = study.subject, study.openers[study.main_treatment]
+    group = estimands.batches(study.of(study.main_treatment), subject, size=NOISE_PAIRS)[0]
+    control, treated = estimands.prompt_tokens(subject, group)
+    last, indices = position_mask(control, -1), range(0, subject.d_mlp, 16) if site == "neuron" else (None,)
+    patches = [Patch(site, layer, last, i) for layer in range(subject.n_layers) for i in indices]
+    exact = find_parts(copy.deepcopy(subject.model).float(), None, f"{subject.name} in float32", subject.sha256)
+    effects = []
+    for one in (subject, exact):
+        base, source = clean_run(one, control), clean_run(one, treated)
+        patched = outcomes.log_odds(one, replay.interchange(one, base, source, patches), openers)
+        effects.append(patched - outcomes.log_odds(one, base.resid_post[-1][:, None, -1:], openers))
+    half, full = effects
+    exists = full != 0
+    changed, lost = (
+        float(which[exists].double().mean()) if exists.any() else 0.0 for which in (half * full < 0, half == 0)
+    )
+    return float((half - full).pow(2).mean().sqrt()), changed, lost

@@ -1,7 +1,6 @@
 """Summaries of effect tables: signed effects, shares, centroids, increments and means per cell, with intervals over topics.
 
-Choices that could be bent after the fact, such as which components count as positive, are fixed on the discover split;
-numbers that verdicts rest on are from the test split.
+Choices such as which components count as positive are fixed on discover; numbers that verdicts rest on are from test.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def share(
     """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
 
     `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
-    before it is summed, for effects per unit of patch norm or per parameter. None if no cell is positive on discover,
-    as in a network that does nothing.
+    before it is summed (see `study.normalisations`). None if no cell is positive on discover.
     """
     sums = clusters.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
     positive = positive_cells(table[table.split == "discover"], value, sums.columns)
@@ -113,9 +111,7 @@ def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None =
     return share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
 
 
-def centroids(
-    harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int, value: str = "nie"
-) -> tuple[bootstrap.Estimates, int, list[str]]:
+def centroids(harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int) -> tuple[bootstrap.Estimates, int, list[str]]:
     """Effect-weighted mean depth of the positive components: harm - benign, then each treatment's own.
 
     Entry 0 is the difference between the harm contrast and the mean over the benign behaviours; the others follow the
@@ -123,8 +119,8 @@ def centroids(
     """
     table = pd.concat([harm, benign], ignore_index=True)
     test = stratified(table[table.split == "test"])
-    sums = clusters.cluster_sums(test, value, by=["treatment", "site", "layer"], strata="stratum")
-    weight = positive_cells(table[table.split == "discover"], value, sums.columns).astype(float)
+    sums = clusters.cluster_sums(test, "nie", by=["treatment", "site", "layer"], strata="stratum")
+    weight = positive_cells(table[table.split == "discover"], "nie", sums.columns).astype(float)
     at = depth(sums.columns["layer"], n_layers)
     names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
     member = np.stack([(sums.columns["treatment"] == name).to_numpy() for name in names])
@@ -201,9 +197,9 @@ def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)
 
 
-def increments(table: pd.DataFrame, value: str = "nie") -> pd.DataFrame:
+def increments(table: pd.DataFrame) -> pd.DataFrame:
     """What each layer adds to the cumulative curve: psi(layer) - psi(layer - 1), with psi(-1) = 0, as shares of TE."""
-    sums = clusters.cluster_sums(table, [value, "te"], by=["layer"])
+    sums = clusters.cluster_sums(table, ["nie", "te"], by=["layer"])
     layers = np.sort(table.layer.unique())
     none = np.zeros((len(layers), len(layers)))
     # The sums' columns are the effect of every layer, then TE beside every layer.

@@ -22,8 +22,9 @@ import pandas as pd
 from companion.base import files, paths
 from companion.base.display import progress
 from companion.base.thresholds import COMPONENTS
-from companion.mediation import estimands, outcomes, reachability
+from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
+from companion.mediation.tokens import earliest_layers
 from companion.model import memory
 from companion.prompts import positions
 from companion.prompts.tokens import TokenPair
@@ -76,12 +77,12 @@ def part_folder(study: Study, name: str) -> Path:
     subject = study.subject
     config = {key: repr(value) for key, value in subject.model.config.to_dict().items() if key[0] != "_"}
     kind = [str(subject.dtype), subject.device.type, subject.model.config._attn_implementation]
-    header = positions.user_header(subject.tokenizer) if subject.tokenizer is not None else ""
     arrays = ("control", "treated", "control_offsets", "treated_offsets")
     pairs = [repr((p.pair, *(getattr(p, array).tolist() for array in arrays))) for p in study.pairs]
     openers = {treatment: asdict(one) for treatment, one in study.openers.items()}
     code = [files.hash_folder(folder, {}, "*.py") for folder in paths.CODE]
     code_key = files.digest(code, files.hash_file(paths.ROOT / "requirements.lock", {}))
+    header = estimands.user_header(subject)
     key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code_key)[:32]
     return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
 
@@ -132,26 +133,17 @@ def read_part(folder: Path, batch: int) -> Tables | None:
 def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
     """One row a pair: Y1 of both clean runs, TE, joint probability of the openers, and the light cone.
 
-    `joint` is the smaller of the two prompts' p(comply) + p(refuse); `earliest` the first layer whose residual stream
-    at the last token can differ (the number of layers where none can); `distance` the tokens from the last difference
-    to the last token.
+    `joint` is the smaller of the two prompts' p(comply) + p(refuse); `earliest` as in `tokens.earliest_layers`;
+    `distance` the tokens from the last difference to the last token.
     """
-    openers, pairs = study.openers[batch.pairs[0].pair.treatment], [one.pair for one in batch.pairs]
+    openers = study.openers[batch.pairs[0].pair.treatment]
     final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
     y00, y11 = (outcomes.log_odds(study.subject, resid, openers).cpu().numpy() for resid in final)
     camps = [outcomes.opener_probabilities(study.subject, resid, openers) for resid in final]
-    keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    return pd.DataFrame(
-        {
-            **{name: [getattr(pair, field) for pair in pairs] for name, field in keys.items()},
-            "y00": y00,
-            "y11": y11,
-            "te": y11 - y00,
-            "joint": np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps)),
-            "earliest": reachability.earliest_layers(batch.control, batch.pairs),
-            "distance": [positions.distance(pair) for pair in batch.pairs],
-        }
-    )
+    joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
+    earliest, distance = earliest_layers(batch.control, batch.pairs), [positions.distance(one) for one in batch.pairs]
+    table = pd.DataFrame(estimands.pair_columns(batch.pairs))
+    return table.assign(y00=y00, y11=y11, te=y11 - y00, joint=joint, earliest=earliest, distance=distance)
 
 
 def clean_outcomes(study: Study) -> pd.DataFrame:

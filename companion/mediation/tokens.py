@@ -1,28 +1,30 @@
 """Mediation by token: effects of position groups and single positions at every layer, and of words in the prompt.
 
 Replacing tokens in the prompt asks what the model needs to read; replacing their activations asks where the treatment's
-signal is. Two facts hold in every network and say nothing about one: the residual stream of all positions together
-carries TE at every layer, and in the last layer every position but the last carries nothing.
+signal is. In every network the residual stream of all positions together carries TE at every layer, and in the last layer
+every position but the last carries nothing. Where a difference can have arrived at all follows from the attention masks:
+with sliding windows it needs several layers to reach the last token, whatever was learned.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from scipy import stats as st
 
 from companion.base.errors import InputError
-from companion.mediation import estimands, outcomes, reachability, summaries
+from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.study import Study
 from companion.model import activations, memory, replay
+from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
+from companion.model.interventions import Patch, position_mask
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
@@ -40,21 +42,87 @@ PLACES = {
 def position_groups(study: Study) -> tuple[list[str], list[str]]:
     """Position groups that some pair of the generation and recognition treatments has, in reading order; and those none has.
 
-    The span of the request (verb and object), the differing tokens and all tokens come last: they overlap the others.
-    The first generated tokens are no group: Y1 is decided before them, so that their effect on it is 0 by construction.
+    Groups that overlap others come last: the span of the request (verb and object), the differing tokens, all tokens.
     """
     header = positions.user_header(study.subject.tokenizer)
-    first: dict[str, list[float]] = {}
+    places: dict[str, list[float]] = {}
     every: set[str] = set()
     for pair in study.of(*TREATMENTS) or study.pairs:
         masks = positions.groups(pair, header)
         every |= set(masks)
         for name in positions.present(masks):
-            first.setdefault(name, []).append(float(np.flatnonzero(masks[name]).mean() / len(pair.control)))
-    found = sorted(first, key=lambda name: float(np.mean(first[name])))
+            places.setdefault(name, []).append(float(np.flatnonzero(masks[name]).mean() / len(pair.control)))
+    found = sorted(places, key=lambda name: float(np.mean(places[name])))
     spans = ["request"] if {"verb", "object"} & set(found) else []
     missing = sorted(every - set(found) - set(positions.OVERLAPPING))
     return [*found, *spans, "differ", "others", "all"], missing
+
+
+# ---- where a difference can have arrived ----
+
+
+def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
+    """For each layer, which keys its attention mask shows each query of the first pair, read off the library's own call."""
+    n_pos = run.tokens.shape[1]
+    causal = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
+    shown = []
+    for call in run.calls:
+        mask = call.get("attention_mask")
+        if mask is None:
+            shown.append(causal.numpy())
+            continue
+        # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
+        own = mask[0, 0, :, :n_pos].cpu()
+        shown.append(((own if own.dtype == torch.bool else own == 0) & causal).numpy())
+    return shown
+
+
+def reached(
+    visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, "pos"]
+) -> Bool[np.ndarray, "layer pos"]:
+    """Which positions' residual stream may differ after each layer, given where the tokens differ.
+
+    >>> window = np.tril(np.ones((4, 4), bool)) & ~np.tril(np.ones((4, 4), bool), -2)
+    >>> reached([window, window], np.array([True, False, False, False])).astype(int)
+    array([[1, 1, 0, 0],
+           [1, 1, 1, 0]])
+    """
+    rows, now = [], differ
+    for mask in visible:
+        now = now | (mask & now[None, :]).any(axis=1)
+        rows.append(now)
+    return np.stack(rows)
+
+
+def arrival_layers(run: CleanRun, pair: TokenPair) -> Int[np.ndarray, "pos"]:
+    """For each position the first layer after which a pair can differ there; the number of layers where none can."""
+    layers = reached(visible_keys(run), pair.control != pair.treated)
+    return np.where(layers.any(0), layers.argmax(0), len(layers))
+
+
+def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair]) -> list[int]:
+    """For each pair of a batch the first layer whose output at the last token can differ at all.
+
+    It is -1 where the last token itself differs, and the number of layers where no layer's output can differ.
+    """
+    last = [(pair.control[-1] != pair.treated[-1], int(arrival_layers(run, pair)[-1])) for pair in pairs]
+    return [-1 if differs else layer for differs, layer in last]
+
+
+def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
+    """The grid of cells for some interventions, for a drawing: panel, layer, position, state, token.
+
+    `corners` maps a panel's title to the patched (layer, position). Cells above and to the right are recomputed, the
+    last one is read, all others stay as the clean run left them.
+    """
+    rows = []
+    for panel, (layer, position) in corners.items():
+        for at_layer, at_position in np.ndindex(n_layers, len(tokens)):
+            state = "recomputed" if at_layer > layer and at_position >= position else "clean"
+            state = "patched" if (at_layer, at_position) == (layer, position) else state
+            state = "read" if (at_layer, at_position) == (n_layers - 1, len(tokens) - 1) else state
+            rows.append((panel, at_layer, at_position, state, tokens[at_position]))
+    return pd.DataFrame(rows, columns=["panel", "layer", "position", "state", "token"])
 
 
 # ---- effects of groups ----
@@ -67,10 +135,8 @@ def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.Da
     """
     study = study.subsample(PAIRS)
     names, _ = position_groups(study)
-    apart = [name for name in names if name not in positions.OVERLAPPING]
-    overlapping = [name for name in names if name in positions.OVERLAPPING]
-    wanted = estimands.mediators(study.subject, SITES, apart)
-    wanted += estimands.mediators(study.subject, SITES[:1], overlapping)
+    wanted = estimands.mediators(study.subject, SITES, [name for name in names if name not in positions.OVERLAPPING])
+    wanted += estimands.mediators(study.subject, SITES[:1], [name for name in names if name in positions.OVERLAPPING])
     table = estimands.measure_effects(study.subject, study.of(*treatments), study.openers, wanted)
     return estimands.with_difference(table, study.twins)
 
@@ -122,13 +188,11 @@ def earliest_by_group(study: Study, treatment: str) -> dict[str, int]:
     header = positions.user_header(study.subject.tokenizer)
     found: dict[str, int] = {}
     for group in estimands.batches(study.of(treatment.removesuffix("-T2b")), study.subject):
-        visible = reachability.visible_keys(estimands.run_clean(study.subject, group[:1]).control)
+        run = estimands.run_clean(study.subject, group[:1]).control
         for pair in group:
-            reached = reachability.reached(visible, pair.control != pair.treated)
+            layers = arrival_layers(run, pair)
             for name, mask in positions.groups(pair, header).items():
-                at = np.flatnonzero(reached[:, mask].any(1))
-                layer = int(at[0]) if len(at) else study.subject.n_layers
-                found[name] = min(found.get(name, layer), layer)
+                found[name] = int(layers[mask].min(initial=found.get(name, study.subject.n_layers)))
     return found
 
 
@@ -140,19 +204,18 @@ def position_effects(study: Study, pair: TokenPair) -> pd.DataFrame:
     subject, n_pos = study.subject, len(pair.control)
     batch = estimands.run_clean(subject, [pair])
     places = [(layer, position) for layer in range(subject.n_layers) for position in range(n_pos)]
-    eye = torch.eye(n_pos, dtype=torch.bool, device=batch.control.tokens.device)
-    patches = [Patch("resid_post", layer, eye[[position]]) for layer, position in places]
+    masks = [position_mask(batch.control.tokens, position) for position in range(n_pos)]
+    patches = [Patch("resid_post", layer, masks[position]) for layer, position in places]
     control, treated = (
         replay.interchange(subject, base, source, patches)[:, :, 0]
         for base, source in ((batch.control, batch.treated), (batch.treated, batch.control))
     )
     cells = estimands.score_cells(subject, batch, (control, treated), study.openers[pair.pair.treatment])
-    made = estimands.with_estimands(pd.DataFrame({name: values[0] for name, values in cells.items()}))
+    made = estimands.with_estimands(pd.DataFrame({name: np.resize(y[0], len(places)) for name, y in cells.items()}))
     nie = np.sign(made.nie0.iloc[-1]) * (made.nie0 + made.nie1) / 2  # the last cell of the last layer has all of TE
     text = [positions.token_labels(pair, side, subject.tokenizer) for side in ("control", "treated")]
     shown = [a if a == b else f"{a}/{b}" for a, b in zip(*text, strict=True)]
-    reached = reachability.reached(reachability.visible_keys(batch.control), pair.control != pair.treated)
-    earliest = np.where(reached.any(0), reached.argmax(0), subject.n_layers).astype(float)
+    earliest = arrival_layers(batch.control, pair).astype(float)
     table = pd.DataFrame(places, columns=["layer", "position"])
     return table.assign(token=table.position.map(dict(enumerate(shown))), earliest=earliest[table.position], nie=nie)
 
@@ -193,10 +256,8 @@ def input_effects(study: Study, treatment: str, names: Sequence[str]) -> pd.Data
         ids = np.stack([*(p.treated for p in group), *(ids for ids, _ in made)])
         plain, after = np.split(_log_odds(study.subject, ids, study.openers[treatment]), [len(group)])
         for (i, name), value, (_, differs) in zip(places, after, made, strict=True):
-            pair = group[i].pair
-            rows.append((pair.id, pair.topic, treatment, pair.split, name, float(plain[i] - value), differs))
-    columns = ["pair_id", "topic", "treatment", "split", "position", "effect", "swapped"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append((*estimands.pair_key(group[i]), name, float(plain[i] - value), differs))
+    return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "position", "effect", "swapped"])
 
 
 def _log_odds(subject: Subject, ids: Int[np.ndarray, "prompt pos"], openers: Openers) -> np.ndarray:
@@ -250,32 +311,24 @@ def one_side(pair: TokenPair, which: str, header: str) -> Side:
 
 
 def interchange_ends(
-    subject: Subject, base: Side, source: Side, openers: Openers, names: Sequence[str], site: str = "resid_post"
+    subject: Subject, base: Side, source: Side, openers: Openers, names: Sequence[str]
 ) -> pd.DataFrame:
-    """Y1 of the base prompt after the last token of a group takes the source's value there, whatever their lengths.
+    """Y1 of the base prompt with the residual stream of a group's last token set to the source's, whatever their lengths.
 
-    Columns: position, layer, base (Y1 without a patch), patched, source (Y1 of the source prompt). Valid sites are vectors
-    of one token: residual stream, attention output, MLP output. They hold no position of their own, but the source's
-    prompt put it there: with rotary embeddings keys and queries are turned by position when a layer reads them, so later
-    layers see the patched token at the base's distance, while what attention below had fetched stays as the source's
-    distances made it. Keys, values and attention patterns of two lengths do not correspond, and neither do all tokens of
-    a group: only its last one is patched.
+    Columns: position, layer, base (Y1 without a patch), patched, source (Y1 of the source prompt). With rotary embeddings
+    later layers see the patched token at the base's distance, while what attention below had fetched stays as the
+    source's distances made it. Other tokens of two lengths do not correspond, nor do keys, values and attention patterns.
 
-    Raises:
-        InputError: another site, or a group that one of the prompts lacks.
+    Raises InputError for a group that one of the prompts lacks.
     """
-    if site not in SITES:
-        raise InputError(f"{site} of prompts of unequal length: expected one of {', '.join(SITES)}")
     if lacking := [name for name in names if name not in base.ends or name not in source.ends]:
         raise InputError(f"group {lacking[0]} is not in both prompts: leave it out")
     runs = [activations.clean_run(subject, torch.tensor(s.tokens[None], device=subject.device)) for s in (base, source)]
     places = [(name, layer) for name in names for layer in range(subject.n_layers)]
     patches = []
     for name, layer in places:
-        where = torch.zeros_like(runs[0].tokens, dtype=torch.bool)
-        where[0, base.ends[name]] = True
-        value = runs[1].site(site, layer)[:, source.ends[name]][:, None]
-        patches.append(Patch(site, layer, where, value=value))
+        value = runs[1].resid_post[layer][:, source.ends[name]][:, None]
+        patches.append(Patch("resid_post", layer, position_mask(runs[0].tokens, base.ends[name]), value=value))
     resid = replay.interchange(subject, runs[0], runs[0], patches)[0, :, 0]
     clean = [outcomes.log_odds(subject, run.resid_post[-1][0, -1], openers).item() for run in runs]
     patched = outcomes.log_odds(subject, resid, openers).cpu().numpy()

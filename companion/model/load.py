@@ -40,7 +40,7 @@ def load(
 
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
     converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
-    `companion.mediation` measures what it does to effects (`precision_noise`). On a GPU float32 products are computed in
+    `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
     full float32 (no TF32). `copies` is that of `memory.run_memory`.
 
     Raises:

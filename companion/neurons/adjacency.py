@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy import stats as st
@@ -20,9 +21,8 @@ from torch import nn
 from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts, stored
 from companion.model.interventions import projection
-from companion.neurons.sets import Measured, joint, on_contrast
+from companion.neurons.sets import Measured, joint, on_contrast, topic_sums
 from companion.neurons.single import PairEffects
-from companion.neurons.sparsity import topic_sums
 from companion.stats import bootstrap
 
 HALF_WIDTH = 8
@@ -79,11 +79,11 @@ class MoranTest:
 def moran_test(effects: PairEffects, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> MoranTest:
     """Moran's I of rank |mean NIE| over the pairs given, pooled over the layers that have effects.
 
-    Indices are permuted within layers. The interval has two parts whose variances are added: other prompts (jackknife over
-    topics) and another draw of which neuron got which index (the permutations); it is about the estimate, which is exact
-    where indices are exchangeable and narrower than it should be where I is far above 0.
+    Indices are permuted within layers. The interval adds the variances of other prompts (jackknife over topics) and of
+    another draw of which neuron got which index (the permutations). It is exact where indices are exchangeable, and
+    narrower than it should be where I is far above 0.
     """
-    live = effects.columns.layer.isin(np.unique(effects.columns.layer[np.any(effects.nie != 0, axis=0)])).to_numpy()
+    live = effects.columns.layer.isin(effects.columns.layer[np.any(effects.nie != 0, axis=0)]).to_numpy()
     if not live.any():
         raise InputError("no neuron has any effect: there is nothing whose place could matter")
     sums = topic_sums(effects.pairs, effects.nie[:, live])
@@ -112,6 +112,13 @@ def _permutations(
     return np.concatenate(made)
 
 
+def moran_histogram(found: MoranTest) -> pd.DataFrame:
+    """Moran's I under permuted indices, binned; the model's own estimate and interval repeated in every row."""
+    counts, edges = np.histogram(found.permuted, bins=50)
+    own = {"observed": found.estimate, "least": found.low, "most": found.high}
+    return pd.DataFrame({"start": edges[:-1], "end": edges[1:], "count": counts}).assign(**own)
+
+
 def windows(order: Int[np.ndarray, "neuron"], half_width: int = HALF_WIDTH) -> Int[np.ndarray, "window member"]:
     """Every full window of neighbours in an order of the neurons: their indices as they stand, or a random order."""
     width = 2 * half_width + 1
@@ -137,21 +144,15 @@ CONTEST = ("best window", "best random group", "best window - best random group"
 
 
 def window_contest(
-    measured: Measured,
-    treatment: str,
-    ranked: Int[np.ndarray, "neuron"],
-    *,
-    n_orders: int = N_ORDERS,
-    half_width: int = HALF_WIDTH,
-    seed: int = 0,
+    measured: Measured, treatment: str, ranked: Int[np.ndarray, "neuron"], *, half_width: int = HALF_WIDTH
 ) -> WindowContest:
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
-    Random groups are the windows of a random order of the neurons: as many, of the same size, overlapping in the same
-    way, so that the best of them had the same chance to be lucky. `ranked` is the discover ranking.
+    Random groups are the windows of a random order of the neurons, so that the best of them had the same chance to be
+    lucky. `ranked` is the discover ranking.
     """
-    subject, rng = measured.study.subject, np.random.default_rng(seed)
-    orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(n_orders))]
+    subject, rng = measured.study.subject, np.random.default_rng(0)
+    orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(N_ORDERS))]
     best = []
     for order in orders:
         members = windows(order, half_width)
@@ -167,15 +168,31 @@ def window_contest(
 
     shares = bootstrap.bootstrap(topic_sums(test.pairs, np.column_stack([test.nie, test.pairs.te])), statistic)
     means = test.nie.mean(0)
-    p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + n_orders)
+    p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS)
     return WindowContest(np.stack(best), shares, p)
+
+
+def windows_and_singles(
+    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str
+) -> pd.DataFrame:
+    """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
+
+    `names` are the neurons' original indices, `label` says which order this is.
+    """
+    subject, n = measured.study.subject, measured.study.subject.d_mlp
+    shares = []
+    for members in (np.arange(n)[:, None], windows(np.arange(n))):
+        made = on_contrast(measured, treatment, "test", partial(joint, subject, members=members))
+        shares.append(made.nie.mean(0) / made.pairs.te.mean())
+    single, around = shares
+    window = np.pad(around, HALF_WIDTH, constant_values=np.nan)
+    return pd.DataFrame({"order": label, "place": np.arange(n), "name": names, "single": single, "window": window})
 
 
 def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:
     """The same function with the neurons of every MLP in another, random order; and the order of each layer.
 
-    Entry i of an order is the old number of the neuron that is now number i. What reads neurons (the down projection's
-    inputs) and what makes them (gate and up projections' outputs) move together, so nothing else changes.
+    Entry i of an order is the old number of the neuron that is now number i.
     """
     model, rng = copy.deepcopy(subject.model), np.random.default_rng(seed)
     moved = find_parts(model, subject.tokenizer, f"{subject.name}, permuted")

@@ -2,9 +2,9 @@
 
 Two experiments, each with two switches. *Upstream*: the prompt (control, treated) against the set (closed: its values of
 the control run; open: those of the treated run). *Inside*: the gate pre-activations of the set against its up
-pre-activations, in families whose neurons are a product, act(gate) * up. Every value that is clamped is taken from one of
-the pair's own two runs; nothing is set to zero. Nothing above the last layer reads another token, so sets of the last layer
-need no more than its own sites at the last token, of pairs of any lengths together (`LastLayerCache`).
+pre-activations, where neurons are a product, act(gate) * up. Every value comes from one of the pair's own two runs.
+Nothing above the last layer reads another token, so sets of the last layer need no more than its own sites at the last
+token, of pairs of any lengths together (`LastLayerCache`).
 """
 
 from __future__ import annotations
@@ -12,30 +12,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
-from companion.mediation.estimands import Batch
+from companion.mediation.estimands import CELLS, Batch
 from companion.model import replay
 from companion.model.activations import CleanRun, first, on_output
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
+from companion.model.interventions import Patch, position_mask
 from companion.prompts.tokens import Openers, TokenPair
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons")
-# A product is found to be one by arithmetic: relative to the largest neuron, in units of the type's rounding.
-ROUNDINGS = 64
-# As they are; with the final norm's scale frozen; and with a linear read-out in the log-odds' place as well.
+ROUNDINGS = 64  # neurons are a product up to this many of the type's roundings of the largest one
 OUTCOMES = ("Y1", "Y1.frozen", "contrast.frozen")
-CELLS = ("y00", "y01", "y10", "y11")
 Rows = dict[str, np.ndarray]  # columns of a table, by name
 
 
@@ -65,7 +63,7 @@ class Product:
 class LastLayerCache:
     """The last layer of both clean runs of one treatment's pairs at the last token, as runs of a single token.
 
-    `factors` of its neurons (control, treated) are there where they were asked for and neurons are products.
+    `factors` of its neurons (control, treated): None where they were not asked for or neurons are no products.
     """
 
     batch: Batch
@@ -122,11 +120,11 @@ def last_column(batch: Batch) -> Batch:
     """The last layer's sites at the last token, as runs of a single token; what lies below is empty."""
 
     def column(run: CleanRun) -> CleanRun:
-        # Copies, or the slices would keep the whole run alive.
-        kept: dict[str, Any] = {
-            name: (*(lower[:0].clone() for lower in getattr(run, name)[:-1]), getattr(run, name)[-1][:, -1:].clone())
-            for name in SITES
-        }
+        kept: dict[str, Any] = {}
+        for name in SITES:
+            *lower, last = getattr(run, name)
+            # Copies, or the slices would keep the whole run alive.
+            kept[name] = (*(layer[:0].clone() for layer in lower), last[:, -1:].clone())
         return replace(run, tokens=run.tokens[:, -1:], keys=(), values=(), calls=(), **kept)
 
     return replace(batch, control=column(batch.control), treated=column(batch.treated))
@@ -155,24 +153,15 @@ def _joined(caches: Sequence[LastLayerCache]) -> LastLayerCache:
 
     pairs = tuple(pair for one in caches for pair in one.batch.pairs)
     control, treated = (_changed(cat, *(getattr(one.batch, side) for one in caches)) for side in ("control", "treated"))
-    sides = [one.factors for one in caches if one.factors]
-    if not sides:
-        return LastLayerCache(Batch(pairs, control, treated), None)
-    off, on = (
-        Product(cat(*(one.gate for one in side)), cat(*(one.up for one in side)), side[0].act)
-        for side in zip(*sides, strict=True)
-    )
-    return LastLayerCache(Batch(pairs, control, treated), (off, on))
+    sides = zip(*(one.factors for one in caches if one.factors), strict=True)
+    factors = [replace(side[0], gate=cat(*(f.gate for f in side)), up=cat(*(f.up for f in side))) for side in sides]
+    return LastLayerCache(Batch(pairs, control, treated), (factors[0], factors[1]) if factors else None)
 
 
 def four_cells(
-    subject: Subject,
-    pairs: Sequence[TokenPair],
-    openers: Mapping[str, Openers],
-    sets: Sequence[NeuronSet],
-    inside: Sequence[str] | None = None,
-    caches: dict[str, LastLayerCache] | None = None,
-) -> pd.DataFrame:
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], sets: Sequence[NeuronSet],
+    inside: Sequence[str] | None = None, caches: dict[str, LastLayerCache] | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """One row for each pair, set, form and outcome: the four cells, first digit the first switch of the form.
 
     Forms: "upstream", "write" (upstream, but only what the set itself writes into the last residual stream changes;
@@ -203,27 +192,22 @@ def four_cells(
 
 
 def _rows(
-    subject: Subject,
-    batch: Batch,
-    openers: Openers,
-    sets: Sequence[NeuronSet],
+    subject: Subject, batch: Batch, openers: Openers, sets: Sequence[NeuronSet],
     factors: Mapping[NeuronSet, tuple[Product, Product] | None],
-) -> list[Rows]:
+) -> list[Rows]:  # fmt: skip
     """Rows of every form; `factors` of the sets that are split into gate and up."""
     if not sets:
         return []
     runs, made = (batch.control, batch.treated), []
-    patches = [Patch("neuron", one.layer, _last_token(batch), one.neurons) for one in sets]
-    clean = [run.resid_post[-1][:, -1] for run in runs]
-    for form, effect, names in (
-        ("upstream", replay.interchange, OUTCOMES),
-        ("write", replay.direct, ("contrast.frozen",)),
-    ):
+    patches = [Patch("neuron", one.layer, position_mask(runs[0].tokens, -1), one.neurons) for one in sets]
+    control, treated = (run.resid_post[-1][:, -1, None, None] for run in runs)  # (pair, set, cell, d)
+    forms = {"upstream": (replay.interchange, OUTCOMES), "write": (replay.direct, ("contrast.frozen",))}
+    for form, (effect, names) in forms.items():
         moved = [effect(subject, runs[base], runs[1 - base], patches)[:, :, 0] for base in (0, 1)]
-        off, on = (one[:, None].expand_as(moved[0]) for one in clean)
+        off, on = (clean[:, :, 0].expand_as(moved[0]) for clean in (control, treated))
         four = torch.stack([off, *moved, on], dim=2)  # y00, y01, y10, y11
         for name in names:
-            found = _score(subject, four, clean, openers, name)
+            found = outcomes.named_outcome(subject, four, control, treated, openers, name)
             made += [_rows_of(batch, one, form, name, found[:, i]) for i, one in enumerate(sets)]
     crossings = {}
     for one, factors_of in factors.items():
@@ -231,12 +215,6 @@ def _rows(
             closed, opened = (side.at((slice(None), list(one.neurons))) for side in factors_of)
             crossings[one] = crossed((closed.gate, opened.gate), (closed.up, opened.up), opened.act)
     return made + (clamped_products(subject, batch, openers, "inside", crossings) if crossings else [])
-
-
-def _last_token(batch: Batch) -> Bool[Tensor, "pair pos"]:
-    mask = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
-    mask[:, -1] = True
-    return mask
 
 
 def crossed(gates: tuple[Tensor, Tensor], ups: tuple[Tensor, Tensor], act: nn.Module) -> list[Tensor]:
@@ -248,44 +226,28 @@ def clamped_products(
     subject: Subject, batch: Batch, openers: Openers, form: str, crossings: Mapping[NeuronSet, Sequence[Tensor]]
 ) -> list[Rows]:
     """Rows of a form from the values of `crossed` for each set: the mean over both backgrounds, with their own TE."""
-    runs, at = (batch.control, batch.treated), _last_token(batch)
+    runs, at = (batch.control, batch.treated), position_mask(batch.control.tokens, -1)
     patches = [
         Patch("neuron", one.layer, at, one.neurons, value) for one, values in crossings.items() for value in values
     ]
-    backgrounds = [
-        replay.interchange(subject, run, run, patches)[:, :, 0].unflatten(1, (len(crossings), len(CELLS)))
-        for run in runs
-    ]
-    clean, made = [run.resid_post[-1][:, -1] for run in runs], []
+    shape = (len(crossings), len(CELLS))
+    backgrounds = [replay.interchange(subject, run, run, patches)[:, :, 0].unflatten(1, shape) for run in runs]
+    clean, made = [run.resid_post[-1][:, -1, None, None] for run in runs], []
     for name in OUTCOMES:
-        four = torch.stack([_score(subject, cell, clean, openers, name) for cell in backgrounds]).mean(0)
-        control, treated = _score(subject, torch.stack(clean, dim=1)[:, None], clean, openers, name)[:, 0].unbind(1)
+        score = partial(outcomes.named_outcome, subject, control=clean[0], treated=clean[1], openers=openers, name=name)
+        four = torch.stack([score(cells) for cells in backgrounds]).mean(0)
+        control, treated = score(torch.cat(clean, dim=2))[:, 0].unbind(1)
         made += [_rows_of(batch, one, form, name, four[:, i], treated - control) for i, one in enumerate(crossings)]
     return made
 
 
-def _score(
-    subject: Subject, resid: Float[Tensor, "pair set cell d"], clean: Sequence[Tensor], openers: Openers, name: str
-) -> Float[Tensor, "pair set cell"]:
-    control, treated = (one[:, None, None] for one in clean)
-    like = control if name.endswith(".frozen") else None
-    if name.startswith("contrast"):
-        weights = outcomes.opener_weights(subject, control, treated, openers)
-        return outcomes.contrast(subject, resid, openers, like, weights)
-    return outcomes.log_odds(subject, resid, openers, like)
-
-
 def _rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
-    values, members = four.double().cpu().numpy(), [token_pair.pair for token_pair in batch.pairs]
-    keys = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
-    columns = {name: np.array([getattr(pair, field) for pair in members], object) for name, field in keys.items()}
-    constant = {"set": one.name, "layer": one.layer, "form": form, "outcome": outcome}
-    columns |= {
-        name: np.full(len(members), value, None if name == "layer" else object) for name, value in constant.items()
-    }
+    values, n = four.double().cpu().numpy(), len(batch.pairs)
+    columns = estimands.pair_columns(batch.pairs)
+    columns |= {"set": np.full(n, one.name, object), "layer": np.full(n, one.layer)}
+    columns |= {"form": np.full(n, form, object), "outcome": np.full(n, outcome, object)}
     columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
-    columns["te"] = values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()
-    return columns
+    return columns | {"te": values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()}
 
 
 def table_of(rows: Sequence[Rows]) -> pd.DataFrame:

@@ -7,8 +7,7 @@ norm and the unembedding U are all that follows, so with the norm's gain g and w
     s_j^2 = (|h|^2 + 2 d_j h.w_j + d_j^2 |w_j|^2) / D + eps,
 
 and for LayerNorm the same on centred h and w_j. A set S adds the sum of d_j w_j, and |w_S|^2 needs the products of its members'
-vectors with each other: a few numbers for each member where the vector has one for each channel. Single neurons are
-computed in the model's precision, sets in float64.
+vectors with each other. Single neurons are computed in the model's precision, sets in float64.
 """
 
 from __future__ import annotations
@@ -16,14 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.mediation import outcomes
+from companion.mediation.estimands import Batch
 from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
-from companion.model.interventions import Patch, projection
+from companion.model.interventions import Patch, position_mask, projection
 from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain
 from companion.prompts.tokens import Openers
 
@@ -52,10 +54,7 @@ class _Terms:
 def last_layer_neurons(
     subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
-    """Logits of some vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token.
-
-    Every neuron of a large model is one row of output; ask for few vocabulary rows.
-    """
+    """Logits of a few vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token."""
     if not is_closed(subject):
         return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
     terms = _terms(subject, base, source, rows)
@@ -88,8 +87,7 @@ def last_layer_log_probs(
 def _replayed(
     subject: Subject, base: CleanRun, source: CleanRun, readout: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "pair neuron row"]:
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
+    last = position_mask(base.tokens, -1)
     patches = [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
     return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
@@ -129,12 +127,9 @@ def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
 
 
 def _log_sum_exp(
-    z: Float[Tensor, "row"],
-    table: Float[Tensor, "neuron row"],
-    change: Float[Tensor, "neuron 1"],
-    inverse_scale: Float[Tensor, "neuron 1"],
-    bias: Float[Tensor, "row"] | float,
-) -> Float[Tensor, "neuron"]:
+    z: Float[Tensor, "row"], table: Float[Tensor, "neuron row"], change: Float[Tensor, "neuron 1"],
+    inverse_scale: Float[Tensor, "neuron 1"], bias: Float[Tensor, "row"] | float,
+) -> Float[Tensor, "neuron"]:  # fmt: skip
     """Without looking for the maximum first, unless that overflows: one pass less."""
 
     def shifted() -> Tensor:
@@ -168,13 +163,9 @@ class OpenerReadout:
         return vectors @ vectors.mT
 
     def joint_effects(
-        self,
-        resid: Float[Tensor, "pair d"],
-        change: Float[Tensor, "pair neuron"],
-        members: Int[Tensor, "set member"],
-        products: Float[Tensor, "set member member"],
-        outputs: Float[Tensor, "set member row"],
-    ) -> Float[Tensor, "pair set"]:
+        self, resid: Float[Tensor, "pair d"], change: Float[Tensor, "pair neuron"], members: Int[Tensor, "set member"],
+        products: Float[Tensor, "set member member"], outputs: Float[Tensor, "set member row"],
+    ) -> Float[Tensor, "pair set"]:  # fmt: skip
         """Change of Y1 if each set's neurons change together; `outputs` is what its members write."""
         resid, change = self._centred(resid), change.double()
         own = change[:, members].transpose(0, 1)
@@ -183,12 +174,9 @@ class OpenerReadout:
         return self._change(resid, inner, square, (own @ outputs).transpose(0, 1))
 
     def cumulative_effects(
-        self,
-        resid: Float[Tensor, "pair d"],
-        change: Float[Tensor, "pair neuron"],
-        order: Int[Tensor, "neuron"],
+        self, resid: Float[Tensor, "pair d"], change: Float[Tensor, "pair neuron"], order: Int[Tensor, "neuron"],
         products: Float[Tensor, "neuron neuron"],
-    ) -> Float[Tensor, "pair size"]:
+    ) -> Float[Tensor, "pair size"]:  # fmt: skip
         """Change of Y1 if the first 1, 2, ... neurons of an order change together."""
         resid, own = self._centred(resid), change.double()[:, order]
         # What a neuron adds to |w_S|^2: twice its product with those before it, and its own square.
@@ -201,12 +189,9 @@ class OpenerReadout:
         return resid - resid.mean(-1, keepdim=True) if self.centred else resid
 
     def _change(
-        self,
-        resid: Float[Tensor, "pair d"],
-        inner: Float[Tensor, "pair set"],
-        square: Float[Tensor, "pair set"],
+        self, resid: Float[Tensor, "pair d"], inner: Float[Tensor, "pair set"], square: Float[Tensor, "pair set"],
         moved: Float[Tensor, "pair set row"],
-    ) -> Float[Tensor, "pair set"]:
+    ) -> Float[Tensor, "pair set"]:  # fmt: skip
         """From h.w_S, |w_S|^2 and the change of the logits before the norm's scale."""
         z, size = (resid @ self.unembed.T)[:, None], resid.pow(2).sum(-1, keepdim=True)
         start = self._log_odds(z, size)
@@ -237,3 +222,35 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
     centred, unembed = is_centred(subject.final_norm), chosen * gain.double()
     vectors = vectors - vectors.mean(-1, keepdim=True) if centred else vectors
     return OpenerReadout(vectors, vectors @ unembed.T, unembed, bias, eps, len(openers.comply), centred)
+
+
+def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> pd.DataFrame:
+    """Arrows and points in the plane of the control run's final residual stream and one neuron's write (first pair).
+
+    The unit, and the sphere's radius, is the length of the control run's residual stream. The read-out direction is the
+    gain times the difference of the camps' unembedding vectors, weighted as the two runs weigh the openers.
+    """
+    control, treated = (run.resid_post[-1][0, -1].double() for run in (batch.control, batch.treated))
+    vector = written_vectors(projection(subject.layers[-1], "neuron"))[neuron].double()
+    change = (batch.treated.neurons[-1] - batch.control.neurons[-1])[0, -1, neuron].double()
+    gain = norm_gain(subject.final_norm)[0].double()
+    camps = outcomes.opener_weights(subject, control.to(subject.dtype), treated.to(subject.dtype), openers)
+    tokens = (list(openers.comply), list(openers.refuse))
+    comply, refuse = (w @ subject.unembedding[0][ids].double() for w, ids in zip(camps, tokens, strict=True))
+    base, write = (x - x.mean() if is_centred(subject.final_norm) else x for x in (control, change * vector))
+    along = base / base.norm()
+    across = write - (write @ along) * along
+    plane = torch.stack([along, across / across.norm().clamp(min=1e-30)])
+    here, step, reads = (plane @ x / base.norm() for x in (base, write, gain * (comply - refuse)))
+    moved, reads = here + step, here + 0.25 * reads / reads.norm()
+    rows = [
+        ("sphere", 0, 0, 1, 0),
+        ("residual stream", 0, 0, *here.tolist()),
+        ("neuron's write", *here.tolist(), *moved.tolist()),
+        ("after the write", 0, 0, *moved.tolist()),
+        ("read-out direction", *here.tolist(), *reads.tolist()),
+        ("normed, control", *here.tolist(), *here.tolist()),
+        ("normed, after", *(moved / moved.norm()).tolist(), *(moved / moved.norm()).tolist()),
+    ]
+    ends = ["x", "y", "to_x", "to_y"]
+    return pd.DataFrame(rows, columns=["item", *ends]).astype(dict.fromkeys(ends, float))

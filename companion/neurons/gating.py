@@ -7,11 +7,9 @@ y11 - y10 - y01 + y00 at zero, a gate makes it as large as the whole effect y11 
 
 Fixed before the shipped models were measured: a sparse set has max(8, 1 % of the layer) neurons, the top of the
 discover ranking; below the last layer the set of the layer with the largest index on discover is taken; the verdict reads
-the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c); numbers
-from test. Changed after a first look at the embedded model, with the thresholds unchanged: form b with the harm signal
-switched by the twin was added (`twin_cells`), because a gate written by hand showed that within a pair an up-projection
-that carries the harm never moves; and the whole last layer, which is not sparse, can no longer be what the verdict reads
-(that "contradicted" needs its index low as well was so from the start). Neither changed the model's verdict.
+the sparse set that is not a readout on discover and, among such, has the largest index there (forms b and c). Changed
+after a first look at the embedded model, whose verdict it left as it was: form b with the harm signal switched by the
+twin (`twin_cells`) was added, and the whole last layer, which is not sparse, is no longer read.
 """
 
 from __future__ import annotations
@@ -23,10 +21,11 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from companion.base import thresholds
+from companion.base.thresholds import BENIGN_SHARE, GATE_LOW, PERPLEXITY, READOUT
+from companion.mediation.estimands import CELLS
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
-from companion.neurons.clamping import CELLS, LastLayerCache, NeuronSet, Rows, clamped_products, crossed, table_of
+from companion.neurons.clamping import LastLayerCache, NeuronSet, Rows, clamped_products, crossed, table_of
 from companion.neurons.single import ranking
 from companion.prompts.tokens import Openers
 from companion.stats import bootstrap, clusters
@@ -66,7 +65,7 @@ class GateIndex:
 
     @property
     def is_defined(self) -> bool:
-        """Enough is at stake, and the set takes part in it: decided on discover."""
+        """Whether enough is at stake and the set takes part in it, on discover."""
         return min(self.at_stake, self.own) >= LEAST
 
 
@@ -100,10 +99,10 @@ def gate_index(part: pd.DataFrame) -> GateIndex | None:
     denominator would bias a ratio.
     """
     discover, test = (part[part.split == split] for split in ("discover", "test"))
-    if discover.empty or test.empty or not (test.y11 - test.y00).any():
-        return None
     both = pd.DataFrame({"topic": test.topic, "span": test.y11 - test.y00, "interaction": interaction(test)})
-    signed = interval(clusters.cluster_sums(both, ["interaction", "span"]), clusters.ratio([1, 0], [0, 1]))
+    signed = None if discover.empty else ratio_of_means(both, "interaction", "span")
+    if signed is None:
+        return None
     middle, low, high = absolute(signed.estimate[0], signed.low[0], signed.high[0])
     means = discover[[*CELLS, "te"]].mean()
     unit = max(abs(float(means.te)), float(np.finfo(float).tiny))
@@ -111,6 +110,13 @@ def gate_index(part: pd.DataFrame) -> GateIndex | None:
     own = max(abs(means.y01 - means.y00), abs(means.y11 - means.y10)) / unit
     own = own if part.form.isin(["upstream", "write"]).all() else at_stake
     return GateIndex(signed, float(middle), float(low), float(high), at_stake, own, len(test))
+
+
+def ratio_of_means(part: pd.DataFrame, top: str, bottom: str) -> bootstrap.Estimates | None:
+    """One column's mean over another's, topics drawn; None where there is nothing to divide."""
+    if part.empty or not part[bottom].any():
+        return None
+    return interval(clusters.cluster_sums(part, [top, bottom]), clusters.ratio([1, 0], [0, 1]))
 
 
 def interaction(part: pd.DataFrame) -> pd.Series:
@@ -126,15 +132,12 @@ def set_effect(part: pd.DataFrame) -> pd.Series:
 def readout_share(table: pd.DataFrame, treatment: str, name: str, split: str = "test") -> bootstrap.Estimates | None:
     """Share of the set's effect on Y1 that it writes itself: a_j w_j . (u_comply - u_refuse), final norm frozen.
 
-    The numerator is the set's write into the last residual stream scored by the frozen-norm linear contrast, the
-    denominator its whole effect; both are means of both directions. None where there is nothing to divide.
+    That is its write into the last residual stream, scored by the linear contrast, over its whole effect.
     """
     whole = select(table, treatment, name, "upstream", "Y1", split).set_index("pair_id")
     write = select(table, treatment, name, "write", "contrast.frozen", split).set_index("pair_id")
     both = pd.DataFrame({"topic": whole.topic, "write": set_effect(write), "whole": set_effect(whole)})
-    if both.empty or not both.whole.any():
-        return None
-    return interval(clusters.cluster_sums(both, ["write", "whole"]), clusters.ratio([1, 0], [0, 1]))
+    return ratio_of_means(both, "write", "whole")
 
 
 def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[str]) -> bootstrap.Estimates | None:
@@ -160,9 +163,7 @@ def benign_share(table: pd.DataFrame, treatment: str, name: str, benign: list[st
 def timing_share(table: pd.DataFrame, treatment: str, name: str) -> bootstrap.Estimates | None:
     """Effect of clamping the set at the first answer token only, over that of clamping it at all answer tokens."""
     chosen = table[(table.treatment == treatment) & (table["set"] == name) & (table.split == "test")]
-    if chosen.empty or not chosen.every.any():
-        return None
-    return interval(clusters.cluster_sums(chosen, ["first", "every"]), clusters.ratio([1, 0], [0, 1]))
+    return ratio_of_means(chosen, "first", "every")
 
 
 def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | None:
@@ -176,21 +177,16 @@ def perplexity_ratio(table: pd.DataFrame, name: str) -> bootstrap.Estimates | No
 
 
 def twin_cells(
-    subject: Subject,
-    caches: Mapping[str, LastLayerCache],
-    twin_of: Mapping[str, str],
-    openers: Mapping[str, Openers],
+    subject: Subject, caches: Mapping[str, LastLayerCache], twin_of: Mapping[str, str], openers: Mapping[str, Openers],
     sets: Sequence[NeuronSet],
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Gate against up inside last-layer neurons with the harm signal switched by the harmless twin, as treatment T2 - T2b.
 
-    Within a pair (T2) the request is harmful in both prompts and only the wrapper changes. A neuron whose gate the wrapper
-    opens and whose up-projection carries the harm has nothing to multiply with there: its up never moves. The harmless twin
-    under the same wrapper (T2b) is what switches the harm signal off. Two roles are the forms: gate by wrapper and up by
-    harm, or the other way round. Only values of the last token are taken, so that twins may differ in length.
+    Within a T2 pair only the wrapper changes, so an up-projection that carries the harm never moves; the harmless twin
+    under the same wrapper switches the harm off. The forms are gate by wrapper and up by harm, and the other way round.
 
-    Rows are as in `clamping.four_cells`, for T2 pairs with a twin; `te` is that of T2, the caller knows the twin's. No rows
-    where neurons are no product or no pair has a twin.
+    Rows are as in `clamping.four_cells`, for T2 pairs with a twin of any length; `te` is that of T2, the caller knows the
+    twin's. No rows where neurons are no product or no pair has a twin.
     """
     harmful, harmless = caches.get("T2"), caches.get("T2b")
     if harmful is None or harmless is None:
@@ -227,7 +223,7 @@ class GateForm:
     @property
     def rank(self) -> tuple[bool, float]:
         """What is chosen by, on discover: sets that are no readout first, then the larger index."""
-        return (self.readout_discover < thresholds.READOUT, self.discover)
+        return (self.readout_discover < READOUT, self.discover)
 
 
 def sets_of(study: Study, table: pd.DataFrame, treatment: str) -> dict[str, NeuronSet]:
@@ -271,3 +267,75 @@ def _gate_form(cells: pd.DataFrame, form: str, name: str, treatment: str) -> Gat
     readout = readout_share(cells, treatment, name, "discover")
     share = np.inf if readout is None else float(readout.estimate[0])
     return GateForm(FORMS[form][0], form, name, treatment, main, found, float(size), share)
+
+
+# ---- for pictures and tables ----
+
+# Quantity in the evidence, its test, what counts as passed, what it can show, what it cannot.
+TESTS = (
+    ("gate index", "i factorial", f"low >= {GATE_LOW}, sign of an AND", "that signal and set act only together",
+     "which of the two is the gate, nor a gate for a signal that the pairs do not switch"),
+    ("benign share", "ii specificity", f"high <= {BENIGN_SHARE:.2f}", "that the set does little in benign decisions",
+     "that it does nothing else: only these behaviours were tried"),
+    ("perplexity ratio", "ii specificity", f"high <= {PERPLEXITY}", "that closing it spares benign answers",
+     "how it acts on other text; closed values come from other prompts"),
+    ("timing share", "iii timing", "reported", "whether acting once, at the first answer token, is enough",
+     "a switch that the model was not free to lack: here the opener decides the answer"),
+    ("readout share", "iv readout", f"high < {READOUT}", "how much of the effect the set writes into the logits itself",
+     "anything about the last layer, where it is near 1 whatever was learned"),
+)  # fmt: skip
+SETS = {"main": "set of the verdict", "last layer": "sparse set of the last layer"}
+
+
+def gate_tests(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a test and set: number, interval, whether it passes, what it can and cannot show. From rows of C5b."""
+    made = []
+    for quantity, test, rule, can, cannot in TESTS:
+        found = rows[(rows.quantity == quantity) & rows.variant.isin(list(SETS))]
+        for one in found.itertuples():
+            signed = rows[(rows.quantity == f"{quantity}, signed") & (rows.variant == one.variant)]
+            low, high = one.ci_low, one.ci_high
+            passes = {
+                "gate index": low >= GATE_LOW and len(signed) > 0 and bool((signed.ci_low > 0).all()),
+                "benign share": high <= BENIGN_SHARE,
+                "perplexity ratio": high <= PERPLEXITY,
+                "readout share": high < READOUT,
+            }
+            state = {True: "passes", False: "does not pass", None: "reported"}[passes.get(quantity)]
+            numbers = (one.estimate, low, high)
+            made.append((f"{test}: {quantity}", SETS[str(one.variant)], *numbers, rule, state, can, cannot, one.note))
+    names = ["test", "set", "estimate", "low", "high", "rule", "state", "can show", "cannot show", "note"]
+    return pd.DataFrame(made, columns=names)
+
+
+def index_forms(rows: pd.DataFrame) -> pd.DataFrame:
+    """The signed index of every form that is defined, by what the outcome is: log-odds, norm frozen, linear read-out."""
+    found = rows[(rows.quantity == "gate index, form, signed") & ~rows.note.str.startswith("not defined")]
+    outcome = found.variant.str.extract(", (norm frozen|linear read-out)$")[0].fillna("log-odds")
+    form = found.variant.str.replace(", (norm frozen|linear read-out)$", "", regex=True)
+    table = found.assign(form=form, outcome=outcome, low=found.ci_low, high=found.ci_high)
+    table = table.assign(is_benign=form.str.contains(r" B\d+$")).sort_values(["is_benign", "form"], kind="stable")
+    return table[["form", "outcome", "estimate", "low", "high", "note"]].reset_index(drop=True)
+
+
+def undefined_forms(rows: pd.DataFrame) -> list[str]:
+    """Forms of which too little is at stake on discover (less than 0.2 of TE), or whose set takes no part."""
+    found = rows[(rows.quantity == "gate index, form") & rows.note.str.startswith("not defined")]
+    plain = found[~found.variant.str.contains("frozen|read-out")]
+    return [f"{name} (less than {LEAST} of TE)" for name in plain.variant]
+
+
+def gate_drawing() -> pd.DataFrame:
+    """Where a network can multiply: boxes and arrows of two panels; columns: panel, kind, x, y, to_x, to_y, text, colour."""
+    last, inside = "Between last-layer neurons: only +", "Inside one neuron: gate x up"
+    boxes = [
+        (last, 0.0, 1.0, "everything\nupstream", "grey"), (last, 0.0, 0.0, "the set\na_j w_j", "orange"),
+        (last, 1.6, 0.5, "+", "blue"), (last, 2.6, 0.5, "norm", "grey"), (last, 3.6, 0.5, "logits", "grey"),
+        (inside, 0.0, 1.0, "gate\nprojection", "orange"), (inside, 0.0, 0.0, "up\nprojection", "grey"),
+        (inside, 1.6, 0.5, "x", "blue"), (inside, 2.6, 0.5, "w_j", "grey"), (inside, 3.6, 0.5, "+", "grey"),
+    ]  # fmt: skip
+    made = [(panel, "box", x, y, x, y, text, colour) for panel, x, y, text, colour in boxes]
+    for panel in (last, inside):
+        for x, y, to_x, to_y in ((0, 1, 1.6, 0.5), (0, 0, 1.6, 0.5), (1.6, 0.5, 2.6, 0.5), (2.6, 0.5, 3.6, 0.5)):
+            made.append((panel, "arrow", float(x), float(y), to_x, to_y, "", "grey"))
+    return pd.DataFrame(made, columns=["panel", "kind", "x", "y", "to_x", "to_y", "text", "colour"])

@@ -36,9 +36,9 @@ def attribution(
 ) -> Float[Tensor, "pair layer neuron"]:
     """First-order estimate of every last-token neuron's total effect: gradient at the base run times the difference.
 
-    `contrast` turns final residuals at the last token, (pair, d), into one number a pair, differentiably. The estimate is
-    good where effects are small and nearly linear, and wrong where they are not: always recheck the top exactly, and a
-    random sample with it. Source: attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348).
+    `contrast` turns final residuals at the last token, (pair, d), into one number a pair, differentiably. Good where
+    effects are nearly linear: always recheck the top, and a random sample. Source: attribution patching (Nanda 2023;
+    Syed et al. 2023, arXiv 2310.10348).
     """
     neurons: list[Tensor] = []
     final: list[Tensor] = []
@@ -73,7 +73,7 @@ def estimates(study: Study, treatment: str) -> pd.DataFrame:
     """Gradient estimate of the mean NIE on discover of every neuron: layer, neuron, estimate (log-odds, not signed).
 
     The estimate of NIE0 is taken at the control run and that of NIE1 at the treated run, and the two are averaged; for
-    T2 - T2b those of the twins are subtracted. Source: attribution patching (Nanda 2023; Syed et al. 2023).
+    T2 - T2b those of the twins are subtracted.
     """
     pairs = [pair for pair in study.of(treatment.removesuffix("-T2b")) if pair.pair.split == "discover"]
     total = _mean_estimate(study, pairs)
@@ -124,13 +124,13 @@ def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffect
         treatment=effects.treatment, split="discover", te=sign * te, nie0=size, nie1=size,
         direct=np.nan, ci_low=-np.inf, ci_high=np.inf, q_value=1.0, exact=False,
     )  # fmt: skip
-    return made[list(NEURONS)]
+    return made[NEURONS]
 
 
-def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM, seed: int = 0) -> pd.DataFrame:
+def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM) -> pd.DataFrame:
     """The neurons with the largest |estimate| and as many random ones of the others: layer, neuron, `is_top`."""
     order = found.estimate.abs().sort_values(ascending=False, kind="stable").index
-    others = np.random.default_rng(seed).permutation(order[top:])[:random]
+    others = np.random.default_rng(0).permutation(order[top:])[:random]
     chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)
     return chosen.assign(is_top=np.arange(len(chosen)) < min(top, len(found)))
 
@@ -148,9 +148,8 @@ def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: 
     """Compare the screen's estimates with the exact effects of the rechecked neurons, on discover.
 
     `chosen` is `to_recheck`'s table, `exact` has the same columns. The rank correlation (Spearman, of sizes) is over the
-    random sample, which stands for all neurons that the screen passed over. Recall is of the `top` largest exact effects:
-    how many the screen's top holds, against an estimate of how many it missed (random neurons at least as large as the
-    smallest of those, each standing for many).
+    random sample. Recall is of the `top` largest exact effects: how many the screen's top holds, against an estimate of
+    how many it missed (random neurons at least as large as the smallest of those, each standing for many).
     """
     size = abs(in_split(exact, "discover").nie.mean(0))
     is_top = chosen.is_top.to_numpy()

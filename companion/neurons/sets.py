@@ -1,8 +1,8 @@
-"""Sets of last-layer neurons: the joint effect of swapping many at once, exactly, on the residual stream.
+"""Sets of last-layer neurons: joint effects of swapping many at once, and how few neurons carry an effect.
 
 Nothing follows the last MLP but the final norm and the unembedding, so a set S changes the final residual stream by the
 sum of d_j w_j over S (in families with a norm behind the MLP: by what that norm makes of it), and the outcome is read
-off. No set costs a forward pass, and the norm and the log-sum-exp are applied to the sum, not to each neuron.
+off, exactly and without a forward pass. Neurons are ranked on the discover split; the curve of the first k is drawn on test.
 """
 
 from __future__ import annotations
@@ -22,22 +22,18 @@ from companion.mediation.estimands import Batch
 from companion.mediation.study import Study
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import projection
+from companion.neurons import single
 from companion.neurons.closed_form import opener_readout
-from companion.neurons.single import (
-    BLOCK,
-    FinalStates,
-    PairEffects,
-    difference,
-    measure_chosen,
-    residual_change,
-    sign_on_discover,
-    signed,
-)
+from companion.neurons.single import BLOCK, FinalStates, PairEffects, residual_change
+from companion.stats import bootstrap
+from companion.stats.bootstrap import interval
+from companion.stats.clusters import ClusterSums
 
 PAIRS = 16  # pairs at once: few enough for what is made of them to stay in a cache
 # Up to here the vectors' products with each other cost less than a vector for each set: members of a set, neurons of a layer.
 FEW, SMALL = 32, 1024
 EVERY = 512  # up to here every set size is measured
+SUMMARY = ("psi", "k50", "k90", "area", "distance")  # what `curve_summary` gives
 # Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.
 Writes = Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]]
 # Takes residual streams, neurons and their change; gives which columns, and the change of Y1 for each.
@@ -63,14 +59,14 @@ def measure_all(
 ) -> Measured:
     """`measure_chosen` for each treatment that `columns` names and the study has, and T2 - T2b where it can be."""
     names = [name for name in columns if name in study.treatments]
-    return collected(study, {name: measure_chosen(study, name, columns[name], watch) for name in names})
+    return collected(study, {name: single.measure_chosen(study, name, columns[name], watch) for name in names})
 
 
 def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]) -> Measured:
     """What was measured of each treatment, with the contrast T2 - T2b where it can be."""
     effects = {name: made for name, (made, _) in found.items()}
     if study.twins and {"T2", "T2b"} <= set(effects):
-        effects["T2-T2b"] = difference(effects["T2"], effects["T2b"], study.twins)
+        effects["T2-T2b"] = single.difference(effects["T2"], effects["T2b"], study.twins)
     return Measured(study, effects, {name: states for name, (_, states) in found.items()})
 
 
@@ -89,9 +85,7 @@ def joint(subject: Subject, states: FinalStates, members: Int[np.ndarray, "set m
     members = np.asarray(members)
     is_double = members.ndim != 2 or bool((np.diff(np.sort(members, axis=1), axis=1) == 0).any())
     if is_double or members.min() < 0 or members.max() >= subject.d_mlp:
-        raise InputError(
-            f"sets of neurons {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}"
-        )
+        raise InputError(f"sets {members.shape}: expected rows of different neurons of 0 to {subject.d_mlp - 1}")
     vectors, known = _vectors(subject), opener_readout(subject, states.openers)
     step = max(1, BLOCK // (max(PAIRS, members.shape[1]) * subject.d_model))
     columns, starts = pd.DataFrame({"set": range(len(members))}), range(0, len(members), step)
@@ -198,5 +192,129 @@ def on_contrast(
     if treatment.endswith("-T2b"):
         twin, twins = measured.states["T2b"], measured.study.twins
         needed = set(harmful.pairs.pair_id.map(twins).dropna())
-        made = difference(made, apply(twin.only(twin.pairs.pair_id.isin(needed).to_numpy())), twins)
-    return signed(made, sign_on_discover(measured.effects[treatment].pairs))
+        made = single.difference(made, apply(twin.only(twin.pairs.pair_id.isin(needed).to_numpy())), twins)
+    return single.signed(made, single.sign_on_discover(measured.effects[treatment].pairs))
+
+
+# ---- how few neurons carry an effect ----
+
+
+def topic_sums(pairs: pd.DataFrame, values: Float[np.ndarray, "pair column"]) -> ClusterSums:
+    """Sums of many columns within each topic, straight from an array; column names are their numbers."""
+    names, code = np.unique(pairs["topic"].to_numpy(str), return_inverse=True)
+    member = (np.arange(len(names))[:, None] == code).astype(float)
+    counts = np.repeat(member.sum(1, keepdims=True), values.shape[1], axis=1)
+    columns = pd.DataFrame({"value": range(values.shape[1])})
+    return ClusterSums(member @ values, counts, columns, pd.Index(names), np.zeros(len(names), int))
+
+
+def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"], level: float) -> Float[np.ndarray, ...]:
+    """The smallest k whose share is at least `level` and after which it stays in [level, 2 - level]; NaN if none.
+
+    With level 0.9 this is k90: a curve that still overshoots 1.1 later on has not arrived, because neurons are to come that
+    undo a part of it. At k itself the share may be above the band, as in the third curve below.
+
+    >>> ks = np.array([1, 2, 3, 4])
+    >>> settles(np.array([[0.5, 0.95, 1.0, 1.0], [0.95, 0.8, 1.0, 1.0], [0.5, 1.2, 1.0, 1.0]]), ks, 0.9)
+    array([2., 3., 2.])
+    """
+    inside = (share >= level) & (share <= 2 - level)
+    stays = np.flip(np.minimum.accumulate(np.flip(inside, -1), axis=-1), -1)
+    later = np.concatenate([stays[..., 1:], np.ones_like(stays[..., :1])], axis=-1)
+    arrived = (share >= level) & later
+    return np.where(arrived.any(-1), np.asarray(ks, float)[arrived.argmax(-1)], np.nan)
+
+
+def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"]) -> Float[np.ndarray, "... 2"]:
+    """Area under a curve, and between it and 1, over the share of neurons swapped: both from the empty set to all.
+
+    The first is large if few neurons do much, also beyond the whole (as MIB's integrated circuit performance ratio);
+    the second is small if few neurons do *as much as* the whole (as its circuit-model distance). Mueller et al. 2025,
+    arXiv 2504.13151. A random order of equal additive neurons gives one half in both.
+    """
+    x = np.concatenate([[0], ks]) / ks[-1]
+    y = np.concatenate([np.zeros_like(share[..., :1]), share], axis=-1)
+    # Trapezoids of |1 - y| are exact where the curve does not cross 1 within a step.
+    return np.stack([np.trapezoid(y, x, axis=-1), np.trapezoid(abs(1 - y), x, axis=-1)], axis=-1)
+
+
+def gini(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
+    """Gini coefficient of sizes >= 0: 0 if all are equal, 1 - 1/n if one has everything.
+
+    >>> gini(np.array([0.0, 0.0, 0.0, 5.0])).item()
+    0.75
+    """
+    n = size.shape[-1]
+    ordered, place = np.sort(size, axis=-1), 2 * np.arange(1, n + 1) - n - 1
+    return (ordered * place).sum(-1) / (n * ordered.sum(-1))
+
+
+def participation(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
+    """Effective number of neurons, (sum of sizes)^2 / sum of squares: n if all are equal, 1 if one has everything."""
+    return size.sum(-1) ** 2 / (size**2).sum(-1)
+
+
+def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates:
+    """psi of the whole layer, k50, k90 and both areas of a curve, with intervals by topic, in the order of `SUMMARY`.
+
+    psi is a share of TE, the others are of the curve as a share of the whole layer's joint effect. Where no k settles,
+    k counts as one more than there are neurons.
+    """
+    ks = curve.columns["k"].to_numpy()
+    sums = topic_sums(curve.pairs, np.column_stack([curve.effect(value), curve.pairs.te]))
+
+    def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        mean = total / count
+        whole = np.where(mean[:, -2] > 0, mean[:, -2], np.nan)  # against the treatment's sign nothing can settle
+        share = mean[:, :-1] / whole[:, None]
+        settled = [np.nan_to_num(settles(share, ks, level), nan=ks[-1] + 1) for level in (0.5, 0.9)]
+        return np.column_stack([mean[:, -2] / mean[:, -1], *settled, np.nan_to_num(areas(share, ks))])
+
+    return interval(sums, statistic)
+
+
+def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, "size"]) -> pd.DataFrame:
+    """The curve at some k as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect)."""
+    effect = curve.effect(value)
+    at = np.searchsorted(curve.columns["k"].to_numpy(), ks)
+    sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
+    if effect[:, -1].mean() <= 0:
+        return pd.DataFrame(columns=["k", "estimate", "low", "high"])
+    estimates = interval(sums, lambda total, count: total[:, :-1] / total[:, -1:])
+    return estimates.to_frame(pd.DataFrame({"k": ks})).drop(columns="n_clusters")
+
+
+def concentration(effects: PairEffects) -> bootstrap.Estimates:
+    """Gini coefficient and participation ratio of |mean NIE| over neurons, with intervals by topic.
+
+    Sampling noise makes every |mean| larger than 0, and so both look less concentrated than they are.
+    """
+    if not np.any(effects.nie):
+        raise InputError("no neuron has any effect: nothing can be concentrated")
+
+    def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+        size = abs(total / count)
+        return np.column_stack([gini(size), participation(size)])
+
+    return interval(topic_sums(effects.pairs, effects.nie), statistic)
+
+
+def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame:
+    """Curves to draw: harm in both directions against a random order, and against the benign behaviours."""
+    every = next(iter(made.values())).columns["k"].to_numpy()
+    # Some set sizes, evenly spaced on a logarithmic axis, are enough to draw a curve.
+    ks = np.unique(every[np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1)])
+    wanted = [
+        ("both directions", "sufficiency (NIE0)", "main", "nie0"),
+        ("both directions", "necessity (NIE1)", "main", "nie1"),
+        ("both directions", "random order, mean", "random order", "nie"),
+        ("both directions", "ranked by sign, mean", "ranked by sign", "nie"),
+        ("against benign behaviours", "harm, mean", "main", "nie"),
+        *(("against benign behaviours", name, name, "nie") for name in made if name.startswith("B")),
+    ]
+    parts = [
+        curve_shares(made[name], value, ks).assign(panel=panel, series=series)
+        for panel, series, name, value in wanted[:12]
+        if name in made
+    ]
+    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)

@@ -33,12 +33,20 @@ from companion.stats import clusters
 
 # One row: one neuron's mean effects over the pairs of a split, signed by TE on discover; the interval is of the mean of
 # `nie0` and `nie1`. `exact` is False where only a gradient estimate is known.
-NEURONS = {
-    **dict.fromkeys(("treatment", "split"), "str"),
-    **dict.fromkeys(("layer", "neuron"), "int"),
-    **dict.fromkeys(("te", "nie0", "nie1", "direct", "ci_low", "ci_high", "q_value"), "float"),
-    "exact": "bool",
-}
+NEURONS = [
+    "treatment",
+    "split",
+    "layer",
+    "neuron",
+    "te",
+    "nie0",
+    "nie1",
+    "direct",
+    "ci_low",
+    "ci_high",
+    "q_value",
+    "exact",
+]
 SPLITS = ("discover", "validate", "test", "all")
 FLOOR = 0.01  # an effect below this share of TE is not counted, however sure
 LEVEL = 0.05
@@ -115,8 +123,8 @@ def signed(effects: PairEffects, sign: float | None = None) -> PairEffects:
 
 
 def in_split(effects: PairEffects, split: str) -> PairEffects:
-    """The pairs of one split, or all of them."""
-    keep = np.ones(len(effects.pairs), bool) if split == "all" else (effects.pairs.split == split).to_numpy()
+    """The pairs of one split, or ("all") of all."""
+    keep = ((effects.pairs.split == split) | (split == "all")).to_numpy()
     values = {name: values[keep] for name, values in effects.values.items()}
     return replace(effects, pairs=effects.pairs[keep].reset_index(drop=True), values=values)
 
@@ -137,7 +145,7 @@ def neuron_table(effects: PairEffects) -> pd.DataFrame:
     can_differ = np.any([np.any(values != 0, axis=0) for values in effects.values.values()], axis=0)
     parts = {split: in_split(effects, split) for split in SPLITS}
     tables = [_split_table(part, split, can_differ) for split, part in parts.items() if len(part.pairs)]
-    return pd.concat(tables, ignore_index=True)[list(NEURONS)]
+    return pd.concat(tables, ignore_index=True)[NEURONS]
 
 
 def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, "column"]) -> pd.DataFrame:
@@ -192,9 +200,7 @@ def measure_chosen(
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
-    norm's scale frozen at the base run's; it is the mean of both directions. For the last layer that is its NIE but for
-    the norm; for other layers it leaves out whatever later layers make of the write. `watch` is shown every batch of clean
-    runs.
+    norm's scale frozen at the base run's, as the mean of both directions. `watch` is shown every batch of clean runs.
     """
     groups = estimands.batches(study.of(treatment), study.subject)
     if not groups:
@@ -231,10 +237,8 @@ def joined_batches(parts: Sequence[tuple[PairEffects, FinalStates]]) -> tuple[Pa
     pairs = pd.concat([one.pairs for one in effects], ignore_index=True)
     values = {name: np.concatenate([one.values[name] for one in effects]) for name in effects[0].values}
     resid, neurons = (torch.cat([getattr(one, name) for one in states], dim=1) for name in ("resid", "neurons"))
-    return (
-        replace(effects[0], pairs=pairs, values=values),
-        replace(states[0], pairs=pairs, resid=resid, neurons=neurons),
-    )
+    whole = replace(states[0], pairs=pairs, resid=resid, neurons=neurons)
+    return replace(effects[0], pairs=pairs, values=values), whole
 
 
 def _batch_values(

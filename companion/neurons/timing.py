@@ -1,9 +1,9 @@
-"""Answers while last-layer neurons are clamped on a schedule: at the prompt, the first answer token, the first five, or all.
+"""Whole answers while neurons are clamped: when a set acts (C5b), and whether it is a switch of the whole answer (C5c).
 
-A switch of the whole answer does its work at the first token: what is closed later changes little (C5c). Nothing reads the
-last layer at other positions, so in the prompt only its last token counts, and there the first answer token is decided.
-Decoding is shared where it is the same: the unclamped answers of both prompts of a pair, and what is read before the
-prompt's last token. All arms of a batch are decoded side by side.
+Teacher-forced, a set of any layer is clamped at the first or at every token of given answers. Decoded, neurons of the last
+layer are clamped on a schedule: a switch does its work at the first token, and what is closed later changes little. Nothing
+reads the last layer at other positions, so in the prompt only its last token counts, where the first answer token is
+decided. Decoding is shared where it is the same, and all arms of a batch are decoded side by side.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from companion.generation import labels
 from companion.generation.decode import Answers, greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import activations, memory
-from companion.model.activations import on_input, on_output
+from companion.model import activations, memory, replay
+from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch, projection
+from companion.model.interventions import Patch, on_site
+from companion.neurons.clamping import NeuronSet
 from companion.prompts.tokens import Openers, TokenPair
 
-STEPS = outcomes.STEPS
+FORCED_STEPS = 12  # tokens of a teacher-forced answer, its opener included
 # Decisions, counted from the first answer token (0), at which the clamp is on. Decision 0 is made at the prompt's end.
 SCHEDULES: dict[str, Callable[[int], bool]] = {
     "none": lambda step: False,
@@ -63,8 +64,100 @@ class Clamp:
         return slice(None) if self.neurons is None else list(self.neurons)
 
 
+Closed = dict[NeuronSet, Float[Tensor, "run neuron"]]
 Arm = tuple[Clamp, str]  # what is set, and the schedule of when
 PLAIN: Arm = (Clamp("no clamp", ()), "none")
+
+
+# ---- teacher-forced: sets of any layer ----
+
+
+def timing_effects(
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], sets: Sequence[NeuronSet]
+) -> pd.DataFrame:
+    """Effect (mean of both directions, nats) of each set on log p(answer) - log p(refusal), teacher-forced.
+
+    `first` clamps the set where the first answer token is decided only, `every` there and at every later answer token.
+    Answer and refusal are the model's own words (`outcomes.continuations`), the same for all runs of a pair.
+    """
+    rows: list[tuple[object, ...]] = []
+    for group in progress(estimands.batches(pairs, subject, mixed=True), desc="timing"):
+        prompts = estimands.prompt_tokens(subject, group)
+        own = [openers[one.pair.treatment] for one in group]
+        answer, refusal = outcomes.continuations(subject, *prompts, own, FORCED_STEPS)
+        effect = _effects_on_text(subject, prompts, answer, sets) - _effects_on_text(subject, prompts, refusal, sets)
+        for one, effects in zip(group, effect, strict=True):
+            rows += [(*estimands.pair_key(one), each.name, each.layer, *effects[k]) for k, each in enumerate(sets)]
+    table = pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "layer", "first", "every"])
+    return table.assign(form="timing", outcome="Y2")
+
+
+def _effects_on_text(
+    subject: Subject, prompts: Sequence[Int[Tensor, "pair pos"]], text: outcomes.Text, sets: Sequence[NeuronSet]
+) -> Float[np.ndarray, "pair set when"]:
+    """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
+    runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
+    at = outcomes.decided_at(runs[0], text)
+    patches = [_patch(one, runs[0], where) for one in sets for where in (at[:1], at)]
+    both = []
+    for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
+        clean, moved = _log_probs(subject, base, source, patches, text)
+        both.append(sign * (moved - clean))
+    return ((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2).cpu().numpy()
+
+
+def _patch(one: NeuronSet, run: CleanRun, at: list[int], value: Tensor | None = None) -> Patch:
+    mask = torch.zeros_like(run.tokens, dtype=torch.bool)
+    mask[:, at] = True
+    return Patch("neuron", one.layer, mask, one.neurons, value)
+
+
+def _log_probs(
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Sequence[Patch], text: outcomes.Text
+) -> tuple[Float[Tensor, "pair 1"], Float[Tensor, "pair patch"]]:
+    """log p of a text at the end of the base run, as it is and after each patch."""
+    at = outcomes.decided_at(base, text)
+    clean = outcomes.sequence_log_prob(subject, base.resid_post[-1][:, None, at], text)
+    moved = replay.interchange(subject, base, source, patches, read=at)
+    return clean, outcomes.sequence_log_prob(subject, moved, text)
+
+
+def closed_values(subject: Subject, pairs: Sequence[TokenPair], sets: Sequence[NeuronSet]) -> Closed:
+    """Each set's values at the last token of the control prompts: what "closed" looks like."""
+    found: dict[NeuronSet, list[Tensor]] = {one: [] for one in sets}
+    for group in estimands.batches(pairs, subject):
+        run = activations.clean_run(subject, estimands.prompt_tokens(subject, group)[0], keep=("neurons",))
+        for one, values in found.items():
+            values.append(run.neurons[one.layer][:, -1, list(one.neurons)])
+    return {one: torch.cat(values) for one, values in found.items()}
+
+
+def closing_cost(
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], closed: Closed
+) -> pd.DataFrame:
+    """Nats that the model's own answers to treated prompts lose if a set is held closed at every answer token.
+
+    Each pair is given the closed values of one real run, in turn. Columns `lost` (summed over the answer) and `n_tokens`.
+    """
+    rows: list[tuple[object, ...]] = []
+    in_order = [pair for group in estimands.batches(pairs, subject) for pair in group]
+    turn = {pair.pair.id: i for i, pair in enumerate(in_order)}
+    for group in progress(estimands.batches(pairs, subject, mixed=True), desc="perplexity"):
+        prompt = estimands.prompt_tokens(subject, group)[1]
+        camps = [openers[one.pair.treatment].comply for one in group]
+        text = outcomes.opened_with(subject, prompt, camps, FORCED_STEPS)
+        turns = torch.tensor([turn[one.pair.id] for one in group], device=prompt.device)
+        run = outcomes.forced_run(subject, prompt, text)
+        at = outcomes.decided_at(run, text)
+        patches = [_patch(one, run, at, values[turns % len(values)][:, None]) for one, values in closed.items()]
+        clean, moved = _log_probs(subject, run, run, patches, text)
+        lost, n_tokens = (clean - moved).cpu().numpy(), text[1].sum(1).cpu().numpy().astype(float)
+        for i, one in enumerate(group):
+            rows += [(*estimands.pair_key(one), each.name, lost[i, k], n_tokens[i]) for k, each in enumerate(closed)]
+    return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "lost", "n_tokens"])
+
+
+# ---- decoded: the last layer on a schedule ----
 
 
 @dataclass(frozen=True)
@@ -104,26 +197,18 @@ def clamped(subject: Subject, arms: Sequence[Arm], controls: Mapping[Clamp, Cont
     Rows are pairs (in the order of `controls`) times arms, a pair's arms side by side. "prompt" sets every prompt token of
     the first call, all others its last one only.
     """
-    parts = subject.layers[-1]
     with ExitStack() as stack:
         for clamp in dict.fromkeys(clamp for clamp, _ in arms):
             mine = {i: schedule for i, (other, schedule) in enumerate(arms) if other == clamp}
             edit = partial(_edited, clamp, controls[clamp], mine, len(arms), itertools.count())
-            whole = clamp.neurons is None
-            stack.enter_context(
-                on_output(parts.mlp_write, edit) if whole else on_input(projection(parts, "neuron"), edit)
-            )
+            stack.enter_context(on_site(subject.layers[-1], clamp.site, edit))
         yield
 
 
 def _edited(
-    clamp: Clamp,
-    control: ControlValues,
-    schedules: Mapping[int, str],
-    n_arms: int,
-    calls: Iterator[int],
+    clamp: Clamp, control: ControlValues, schedules: Mapping[int, str], n_arms: int, calls: Iterator[int],
     tensor: Tensor,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     step = next(calls)
     acting = {i: schedule for i, schedule in schedules.items() if SCHEDULES[schedule](step)}
     new = tensor.clone()
@@ -148,61 +233,50 @@ def forced_scores(
 ) -> pd.DataFrame:
     """Y2 = log p(answer) - log p(refusal) after the treated prompt under a clamp, teacher-forced, in nats.
 
-    Columns: pair_id, topic, treatment, split, schedule, y. Answer and refusal are the model's own, as in
-    `outcomes.continuations`. It needs no judge, so it is there for every model; the texts are fixed, so a clamp of later
-    tokens cannot break an answer, only make it less likely. `known`: the control runs that `clamped_answers` of the same
-    pairs has found.
+    Columns: pair_id, topic, treatment, split, schedule, y. The texts are those of `outcomes.continuations`: it needs no
+    judge, and a clamp of later tokens cannot break an answer, only make it less likely. `known`: the control runs that
+    `clamped_answers` of the same pairs has found.
     """
     subject, rows = study.subject, []
     for group in progress(estimands.batches(pairs, subject, mixed=True), desc="forced answers"):
         control, treated = estimands.prompt_tokens(subject, group)
         openers = [study.openers[one.pair.treatment] for one in group]
-        texts = outcomes.continuations(subject, control, treated, openers, STEPS)
+        texts = outcomes.continuations(subject, control, treated, openers)
         values = known[tuple(one.pair.id for one in group)][clamp]
-        both = ((texts.answer, texts.answer_mask), (texts.refusal, texts.refusal_mask))
-        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in both)
+        answer, refusal = (_text_log_prob(subject, treated, text, clamp, values, schedules) for text in texts)
         for token_pair, scores in zip(group, (answer - refusal).tolist(), strict=True):
-            pair = token_pair.pair
-            key = (pair.id, pair.topic, pair.treatment, pair.split)
+            key = estimands.pair_key(token_pair)
             rows += [(*key, schedule, score) for schedule, score in zip(schedules, scores, strict=True)]
-    return pd.DataFrame(rows, columns=["pair_id", "topic", "treatment", "split", "schedule", "y"])
+    return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "schedule", "y"])
 
 
 def _text_log_prob(
-    subject: Subject,
-    prompt: Int[Tensor, "pair pos"],
-    text: tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]],
-    clamp: Clamp,
-    control: ControlValues,
+    subject: Subject, prompt: Int[Tensor, "pair pos"], text: outcomes.Text, clamp: Clamp, control: ControlValues,
     schedules: Sequence[str],
-) -> Float[Tensor, "pair schedule"]:
+) -> Float[Tensor, "pair schedule"]:  # fmt: skip
     """log p of one text behind the prompt under each schedule."""
-    base = outcomes.forced_run(subject, prompt, text[0])
-    first, n_steps = prompt.shape[1] - 1, text[0].shape[1]
-    value = torch.cat([control.prompt, control.answer.expand(-1, n_steps - 1, -1)], dim=1)
+    base = outcomes.forced_run(subject, prompt, text)
+    at = outcomes.decided_at(base, text)
+    value = torch.cat([control.prompt, control.answer.expand(-1, len(at) - 1, -1)], dim=1)
     patches = []
     for schedule in schedules:
         where = torch.zeros_like(base.tokens, dtype=torch.bool)
-        where[:, [first + step for step in range(n_steps) if SCHEDULES[schedule](step)]] = True
+        where[:, [place for step, place in enumerate(at) if SCHEDULES[schedule](step)]] = True
         patches.append(Patch(clamp.site, subject.n_layers - 1, where, clamp.neurons, value))
-    return outcomes.patched_text_log_probs(subject, base, base, patches, *text)
+    return outcomes.patched_text_log_probs(subject, base, base, patches, text)
 
 
 @torch.no_grad()
 def clamped_answers(
-    study: Study,
-    lists: Sequence[Sequence[TokenPair]],
-    arms: Sequence[Arm],
-    steps: int = STEPS,
+    study: Study, lists: Sequence[Sequence[TokenPair]], arms: Sequence[Arm], steps: int = outcomes.STEPS,
     known: Controls | None = None,
-) -> list[pd.DataFrame]:
+) -> list[pd.DataFrame]:  # fmt: skip
     """Greedy answers to the treated prompts of each list in each arm (clamp, schedule), labelled: a row a pair and arm.
 
-    Columns: pair_id, topic, treatment, split, clamp, schedule, label, `content`, and whether the answer's tokens `changed`
-    against no clamp. The exact judge labels the embedded language; elsewhere the opener does (see
-    `labels.label_answers`). `content` is a label that does not rest on the opener, "" where there is none: that of the
-    exact judge, of a judge model, or of the study's own judge. Lists are decoded together; an empty one has an empty table.
-    The values of the control runs are added to `known`.
+    Columns: pair_id, topic, treatment, split, clamp, schedule, label (see `labels.label_answers`; the exact judge labels
+    the embedded language), `content`, and whether the answer's tokens `changed` against no clamp. `content` is a label that
+    does not rest on the opener, of the exact judge, a judge model, or the study's own judge, else "". Lists are decoded
+    together; an empty one has an empty table. The values of the control runs are added to `known`.
     """
     subject, known = study.subject, {} if known is None else known
     parts: list[list[pd.DataFrame]] = [[] for _ in lists]
@@ -253,22 +327,17 @@ def rows_at_once(subject: Subject, n_pos: int) -> int:
 
 
 def _labelled(
-    study: Study,
-    group: Sequence[TokenPair],
-    arm: Arm,
-    answers: Mapping[Arm, Answers],
-    at: Bool[np.ndarray, "pair"],
-    *,
+    study: Study, group: Sequence[TokenPair], arm: Arm, answers: Mapping[Arm, Answers], at: Bool[np.ndarray, "pair"], *,
     exact: labels.Judge | None,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Rows of `clamped_answers` for the pairs `at` (of one treatment) of a batch, in one arm."""
-    chosen = [pair.pair for pair, keep in zip(group, at, strict=True) if keep]
-    treatment, texts = chosen[0].treatment, [pair.treated for pair in chosen]
+    chosen = [pair for pair, keep in zip(group, at, strict=True) if keep]
+    treatment, texts = chosen[0].pair.treatment, [one.pair.treated for one in chosen]
     made, plain = answers[arm], answers[PLAIN]
     own, harmful = _chosen(made, at), [treatment in ("T1", "T2")] * len(chosen)
     changed = ((made.ids != plain.ids) & (made.mask | plain.mask)).any(1)[at]
-    keys = [(pair.id, pair.topic, treatment, pair.split, arm[0].name, arm[1]) for pair in chosen]
-    table = pd.DataFrame(keys, columns=["pair_id", "topic", "treatment", "split", "clamp", "schedule"])
+    keys = [(*estimands.pair_key(one), arm[0].name, arm[1]) for one in chosen]
+    table = pd.DataFrame(keys, columns=[*estimands.PAIR_KEYS, "clamp", "schedule"])
     label = labels.label_answers(study.subject, texts, own, study.openers[treatment], judge=exact, harmful=harmful)
     if exact is not None or os.environ.get(JUDGE):
         content = label

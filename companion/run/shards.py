@@ -113,7 +113,7 @@ def measure_share(
     os.environ.update(variables)
     if lock is not None:
         threading.Thread(target=_end_with, args=(lock,), daemon=True).start()
-    from companion.mediation import control_models, study, sweeps  # only now: torch reads the variables once
+    from companion.mediation import study, sweeps  # only now: torch reads the variables once
 
     options = {name: parameters[name.upper()] for name in ("device", "dtype", "profile", "pairs")}
     this = study.begin(parameters["MODEL"], parameters["PROMPTS"], parameters["SLUG"], **options)
@@ -122,7 +122,7 @@ def measure_share(
     asked += [(this, "modules")] if "03" in wanted else []
     counts = [sweeps.run_shard(one, name, shard, n_shards) for one, name in asked]
     if "02" in wanted:
-        for _, other in control_models.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
+        for _, other in study.control_studies(this, parameters["MODEL"], parameters["PROFILE"]):
             counts.append(sweeps.run_shard(other, "layers with direct effects", shard, n_shards))
     made, found = (sum(some) for some in zip(*counts, strict=True))
     return f"shard {shard + 1} of {n_shards}: {made} batches measured, {found} were there"

@@ -14,7 +14,7 @@ from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.evidence import neurons, pipeline
 from companion.evidence.layers import evidence_c2, measure_layers
-from companion.mediation import control_models, estimands, sweeps
+from companion.mediation import estimands, study, sweeps
 from organisms import compiled
 from organisms.compiled_program import draw_design
 
@@ -84,7 +84,7 @@ def test_the_pipeline_gives_the_rows_of_the_notebooks() -> None:
     this = few_pairs(organism)
     layers = measure_layers(this, organism.name)
     modules = estimands.with_difference(sweeps.run_sweep(this, "modules")["effects"], this.twins)
-    rows = layers.evidence + evidence_c2(layers.effects, modules, organism.name, control_models.normalisations(this))
+    rows = layers.evidence + evidence_c2(layers.effects, modules, organism.name, study.normalisations(this))
     rows += neurons.neuron_evidence(neurons.measure_neurons(this), organism.name)
     mine = measured_organism().rows.set_index(KEYS)
     notebook = pd.DataFrame(rows).set_index(KEYS)

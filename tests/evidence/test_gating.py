@@ -13,7 +13,7 @@ from companion.claims.verdict import Rows
 from companion.evidence import gating, neurons
 from companion.mediation.study import Study
 from companion.neurons.gating import WRAPPER_HARM
-from companion.neurons.teacher_forcing import STEPS
+from companion.neurons.timing import FORCED_STEPS
 from companion.prompts.tokens import Openers
 
 TOKENIZER = word_tokenizer()
@@ -38,7 +38,7 @@ def test_evidence_finds_the_gate_inside_a_neuron_and_calls_it_a_readout() -> Non
     assert found.headline is not None and found.headline.experiment == WRAPPER_HARM
     main = table[table.variant == "main"].set_index("quantity").estimate
     assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
-    assert main["timing share"] == pytest.approx(1 / STEPS, abs=1e-3)  # this model decides anew at every token
+    assert main["timing share"] == pytest.approx(1 / FORCED_STEPS, abs=1e-3)  # this model decides anew at every token
 
 
 def test_evidence_finds_the_gate_below_the_last_layer() -> None:

@@ -98,7 +98,7 @@ def test_benign_behaviours_must_have_an_effect(swept: Neurons) -> None:
 def test_a_screened_sweep_rechecks_the_top_exactly(
     study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30, 0))
+    monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30))
     full, found = swept, measure_neurons(study, every=False)
     assert found.screen is not None
     keys = ["treatment", "split", "layer", "neuron"]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from companion.evidence.tokens import evidence_c4
-from companion.mediation import path_specific
+from companion.mediation import mechanisms
 from companion.mediation.estimands import with_estimands
 
 
@@ -19,10 +19,10 @@ def planted(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd.DataF
             live = te * (1.0 if is_last else 0.8 if layer >= layer_of_takeover else 0.2)
             above = live if is_last else (1 - share) * live
             effects = (live, live, above, above, 0.2 * live)
-            for site, effect in zip(path_specific.HELD, effects, strict=True):
+            for site, effect in zip(mechanisms.HELD, effects, strict=True):
                 topic, split = f"t{i % 30}", "discover" if i % 30 < 15 else "test"
                 key = (f"p{i}", topic, "T2", split, site, layer, "last", -1)
-                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in path_specific.OUTCOMES]
+                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in ("Y1", "Y1.frozen")]
     names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "head", "outcome"]
     made = pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"])
     return with_estimands(made)

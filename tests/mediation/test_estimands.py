@@ -1,4 +1,4 @@
-"""Cells and effects: a structural model, a compiled transformer, plain forward passes, identities of every network, tables."""
+"""Cells and effects: a compiled transformer, plain forward passes, the library's own losses, and what must not matter."""
 
 from functools import partial
 
@@ -7,48 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import (
-    CELLS,
-    DIRECT,
-    FAMILIES,
-    SITES,
-    YES_NO,
-    cell,
-    log_odds,
-    mixed_pairs,
-    of,
-    one,
-    runs,
-    said,
-    swapped,
-)
+from effect_tools import CELLS, DIRECT, SITES, YES_NO, log_odds, mixed_pairs, of, one, runs, said, swapped
 from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor
 
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator, measure_effects, mediators, with_difference, with_estimands
-from companion.model import memory, replay
+from companion.model import memory
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
 EFFECTS = ["te", "nie0", "nie1"]
-
-
-@pytest.mark.parametrize(("direct", "carried", "read", "both"), [(0.5, 2, 1.5, 0), (-1, 0.5, -2, 3), (0, 1, 0, 4)])
-def test_estimands_of_a_structural_model(direct: float, carried: float, read: float, both: float) -> None:
-    def outcome(x: float, m: float) -> float:
-        return 1.7 + direct * x + read * m + both * x * m
-
-    cells = {f"y{x}{m}": [outcome(x, 0.3 + carried * m)] for x in (0, 1) for m in (0, 1)}
-    found = with_estimands(pd.DataFrame(cells)).iloc[0]
-    assert found.te == pytest.approx(direct + carried * (read + both) + 0.3 * both)
-    assert found.nie0 == pytest.approx(carried * read)
-    assert found.nie1 - found.nie0 == pytest.approx(carried * both)  # the mediated interaction
-    assert found.te - found.nie1 == pytest.approx(direct + 0.3 * both)  # NDE0
-    assert found.te - found.nie0 == pytest.approx(direct + (carried + 0.3) * both)  # NDE1
 
 
 # ---- a compiled transformer ----
@@ -94,120 +65,19 @@ def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     assert np.abs(known).max() > 0.5
 
 
-@pytest.mark.parametrize("program", [Program(always=0, both=1), Program(always=1, both=2, skip=0.5)])
-def test_interaction_in_a_compiled_gate(program: Program) -> None:
-    """Both cues change: each head alone, the MLP that multiplies what they bring, and the residual stream between."""
-    subject = compiled(program)
-    pairs = cue_pairs(subject.tokenizer, "off low", "on high")
-    heads = [Mediator("head", 1, head=1), Mediator("head", 0, head=0)]
-    table = measure_effects(
-        subject, pairs, of(said(subject)), [*heads, Mediator("mlp_out", 2), Mediator("resid_post", 1)]
-    )
-    y = {(a, b): program.log_odds(a, b) for a in (0, 1) for b in (0, 1)}
-    known = {"head 1": (y[1, 0], y[0, 1]), "head 0": (y[0, 1], y[1, 0]), "resid_post": (y[1, 1], y[0, 0])}
-    known["mlp_out"] = (y[1, 1] - program.skip, y[0, 0] + program.skip)
-    for (site, head), rows in table.groupby(["site", "head"]):
-        y01, y10 = known[f"head {head}" if site == "head" else site]
-        np.testing.assert_allclose(rows[CELLS], [[y[0, 0], y01, y10, y[1, 1]]] * 3, atol=1e-4)
-    interaction = (table.nie1 - table.nie0)[table["head"] == 1]
-    assert interaction.to_numpy() == pytest.approx(y[1, 1] - y[0, 1] - y[1, 0] + y[0, 0], abs=1e-4)
-    assert abs(interaction.iloc[0]) > 1
-
-
-def test_the_twin_difference_keeps_what_only_harm_has() -> None:
-    """Cue A off -> on is the wrapper, cue B the request: its effect on a harmful one beyond that on a harmless one."""
-    program = Program(always=1, both=2, skip=0.5)
-    subject = compiled(program)
-    pairs = cue_pairs(subject.tokenizer, "off high", "on high")
-    twins = cue_pairs(subject.tokenizer, "off low", "on low", treatment="T2b")
-    wanted = mediators(subject, ["mlp_out", "attn_out", "attn_out.direct"])
-    table = measure_effects(subject, [*twins[::-1], *pairs], of(said(subject), "T2", "T2b"), wanted)
-    both = with_difference(table, {pair.pair.id: pair.pair.twin for pair in pairs})
-    assert both.iloc[: len(table)].equals(table)
-    made = both.iloc[len(table) :]
-    assert made.pair_id.nunique() == 3 and set(made.treatment) == {"T2-T2b"}
-    known = program.log_odds(1, 1) - program.log_odds(0, 1) - program.log_odds(1, 0) + program.log_odds(0, 0)
-    assert known > 2
-    assert made.te.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "mlp_out", 2).nie0.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "attn_out", 1).nie1.to_numpy() == pytest.approx(known, abs=1e-4)
-    assert cell(made, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0, abs=1e-4)
-    assert cell(table, "attn_out.direct", 1).nie0.to_numpy() == pytest.approx(0.5, abs=1e-4)
-
-
-def test_a_difference_needs_the_twin_and_the_same_cell() -> None:
-    rows = [("a", "T2", 0, 5.0), ("a", "T2", 1, 6.0), ("b", "T2", 0, 7.0), ("c", "T2", 0, 8.0),
-            ("x", "T2b", 1, 2.5), ("x", "T2b", 0, 1.0)]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["pair_id", "treatment", "layer", "y11"])
+def test_a_difference_needs_the_twin_and_the_same_cell_and_has_the_smaller_joint_probability() -> None:
+    rows = [("a", "T2", 0, 5.0, 0.8), ("a", "T2", 1, 6.0, 0.7), ("b", "T2", 0, 7.0, 0.9), ("c", "T2", 0, 8.0, 0.9),
+            ("x", "T2b", 1, 2.5, 0.6), ("x", "T2b", 0, 1.0, 0.9)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["pair_id", "treatment", "layer", "y11", "joint"])
     table = with_estimands(table.assign(y00=1.0, y01=2.0, y10=3.0, site="mlp_out", topic="t", split="test"))
     made = with_difference(table, {"a": "x", "b": "gone"}).iloc[len(table) :]
-    assert made[["pair_id", "layer", "y11", "te"]].values.tolist() == [["a", 0, 4.0, 4.0], ["a", 1, 3.5, 3.5]]
+    found = made[["pair_id", "layer", "y11", "te", "joint"]].values.tolist()
+    assert found == [["a", 0, 4.0, 4.0, 0.8], ["a", 1, 3.5, 3.5, 0.6]]
     assert (made[["y00", "y01", "y10", "nie0"]] == 0).all(axis=None)
+    of_sets = pd.concat([table.assign(set="first"), table.assign(set="second", y11=99.0)], ignore_index=True)
+    apart = with_difference(of_sets, {"a": "x"}).iloc[len(of_sets) :]
+    assert apart.y11.tolist() == [4.0, 3.5, 0.0, 0.0]  # each set minus its own twin row
     assert with_difference(table, {}) is table
-
-
-def test_a_difference_of_clean_runs_has_the_smaller_joint_probability() -> None:
-    rows = [
-        ("a", "T2", 1.0, 4.0, 0.8),
-        ("x", "T2b", 0.5, 1.0, 0.9),
-        ("b", "T2", 1.0, 2.0, 0.7),
-        ("z", "T2b", 0, 0, 0.6),
-    ]
-    clean = pd.DataFrame(rows, columns=["pair_id", "treatment", "y00", "te", "joint"])
-    made = with_difference(clean, {"a": "x", "b": "z"}).iloc[4:]
-    assert made[["pair_id", "y00", "te", "joint"]].values.tolist() == [["a", 0.5, 3.0, 0.8], ["b", 1.0, 2.0, 0.6]]
-
-
-# ---- identities that hold in every network ----
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_residual_identities(family: str) -> None:
-    subject, pairs = tiny_subject(family), random_pairs(5, 10, 61)
-    table = one(subject, pairs, *mediators(subject, ["resid_post"], ["last", "all", "rest"]))
-    size = table.te.abs().max()
-    assert size > 0.1
-    last = cell(table, "resid_post", 3)
-    np.testing.assert_allclose(last[["nie0", "nie1"]], last[["te", "te"]], atol=1e-6 * size)
-    for layer in range(4):
-        whole = cell(table, "resid_post", layer, "all")
-        np.testing.assert_allclose(whole[["nie0", "nie1"]], whole[["te", "te"]], atol=1e-4 * size)
-    assert (cell(table, "resid_post", 3, "rest")[["nie0", "nie1"]] == 0).all(axis=None)
-    assert (cell(table, "resid_post", 2, "rest")[["nie0", "nie1"]].abs() > 1e-3 * size).any(axis=None)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_attention_outputs_at_the_last_token_carry_te_jointly(family: str) -> None:
-    subject = tiny_subject(family)
-    pairs = random_pairs(5, 10, 61)  # the last two tokens are the same in both prompts
-    batch = estimands.run_clean(subject, pairs)
-    last = torch.tensor(positions.stack(pairs, "", "last"))
-    attention, mlps = ([Patch(site, layer, last) for layer in range(4)] for site in ("attn_out", "mlp_out"))
-    for base, source in ((batch.control, batch.treated), (batch.treated, batch.control)):
-        found = replay.interchange(subject, base, source, [attention, mlps, attention[:3]])[:, :, 0]
-        scores = outcomes.log_odds(subject, found, YES_NO)
-        wanted = outcomes.log_odds(subject, source.resid_post[-1][:, -1], YES_NO)
-        assert torch.allclose(scores[:, 0], wanted, atol=1e-4)
-        assert ((scores[:, 1:] - wanted[:, None]).abs().amax(0) > 1e-2).all()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gpt2"])  # Gemma 2 caps its logits, which is not linear
-def test_direct_effects_add_up_to_the_frozen_norm_effect(family: str) -> None:
-    subject = tiny_subject(family)
-    table = one(subject, random_pairs(5, 10, 61), *mediators(subject, DIRECT), names=("contrast.frozen", "Y1.frozen"))
-    for outcome, is_additive in (("contrast.frozen", True), ("Y1.frozen", False)):
-        sums = table[table.outcome == outcome].groupby("pair_id")[["nie0", "nie1", "te"]].sum()
-        gap = (sums[["nie0", "nie1"]].sub(sums.te / 8, axis=0)).abs().max(axis=None)
-        assert (gap < 1e-5 * sums.te.abs().max()) == is_additive
-
-
-def test_heads_write_what_their_attention_writes() -> None:
-    subject = tiny_subject("llama")
-    wanted = mediators(subject, ["attn_out.direct", "head.direct"])
-    table = one(subject, random_pairs(5, 10, 61), *wanted, names=("contrast.frozen",))
-    sums = table.groupby(["site", "pair_id", "layer"]).nie0.sum().unstack("site")
-    np.testing.assert_allclose(sums["head.direct"], sums["attn_out.direct"], atol=1e-5)
-    assert table.nie0.abs().max() > 0.1
 
 
 # ---- plain forward passes ----
@@ -290,16 +160,6 @@ def test_rows_belong_to_their_pairs_whatever_the_batches(monkeypatch: pytest.Mon
     np.testing.assert_allclose(whole[[*CELLS, *EFFECTS]], single[[*CELLS, *EFFECTS]], atol=2e-5 * table.te.abs().max())
 
 
-def test_pad_side_does_not_matter() -> None:
-    tables = []
-    for side in ("left", "right"):
-        subject = compiled(Program(skip=0.7))
-        subject.tokenizer.padding_side = side
-        pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=4)
-        tables.append(measure_effects(subject, pairs, of(said(subject)), mediators(subject, [*SITES, *DIRECT])))
-    assert tables[0].equals(tables[1])
-
-
 def test_an_empty_position_group_has_no_effect() -> None:
     wanted = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
     table = one(tiny_subject("llama"), random_pairs(3, 9, 61), *wanted)
@@ -338,8 +198,8 @@ def answering(family: str, pairs: list[TokenPair], *, ends: bool = False) -> Sub
 def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
     """Answer and refusal of one pair, without padding."""
     control, treated = (torch.tensor(getattr(pair, side))[None] for side in ("control", "treated"))
-    made = outcomes.continuations(subject, control, treated, OPENERS[pair.pair.treatment])
-    return made.answer[made.answer_mask], made.refusal[made.refusal_mask]
+    answer, refusal = outcomes.continuations(subject, control, treated, [OPENERS[pair.pair.treatment]])
+    return answer[0][answer[1]], refusal[0][refusal[1]]
 
 
 def log_p(subject: Subject, pair: TokenPair, text: Tensor, cell: tuple[int, int], mediator: Mediator) -> float:
@@ -375,57 +235,3 @@ def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) ->
                 assert found == pytest.approx(answer - refusal, abs=2e-4)
     assert len(lengths) > 2 if ends else lengths == {24}
     assert (table[["nie0", "nie1"]].abs() > 1e-2).any(axis=None)
-
-
-def test_what_follows_the_end_token_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = random_pairs(4, 8, 61)
-    subject, plain = answering("llama", pairs, ends=True), outcomes.continuations
-    wanted = mediators(subject, ["attn_out"])
-    table = whole_answers(subject, pairs, wanted)
-
-    def other_padding(*args: object) -> outcomes.Continuations:
-        made = plain(*args)
-        assert not made.answer_mask.all()
-        answer, refusal = made.answer.clone(), made.refusal.clone()
-        answer[~made.answer_mask], refusal[~made.refusal_mask] = 7, 9
-        return outcomes.Continuations(answer, made.answer_mask, refusal, made.refusal_mask)
-
-    monkeypatch.setattr(outcomes, "continuations", other_padding)
-    np.testing.assert_allclose(table[CELLS], whole_answers(subject, pairs, wanted)[CELLS], atol=1e-5)
-
-
-def test_all_prompt_cells_carry_the_whole_answer_at_the_first_layer() -> None:
-    """The answer's own tokens are the same in both runs, so all that differs between them lies in the prompt's cells."""
-    pairs = random_pairs(3, 8, 61)
-    subject = answering("qwen2", pairs)
-    table = whole_answers(subject, pairs, [Mediator("resid_post", layer, "all") for layer in (0, 3)])
-    size, first, last = table.te.abs().max(), table[table.layer == 0], table[table.layer == 3]
-    assert size > 0.1
-    np.testing.assert_allclose(first[["nie0", "nie1"]], first[["te", "te"]], atol=1e-4 * size)
-    # At the last layer the first answer token is read at a prompt cell, the others are not.
-    assert ((last.nie0 - last.te).abs() > 1e-3 * size).any()
-
-
-def test_the_first_token_alone_is_y1_of_the_two_openers(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = random_pairs(4, 8, 61, treatment="T2b")
-    subject = answering("llama", pairs)
-    wanted, openers = mediators(subject, ["mlp_out"]), {"T2b": Openers((30,), (40,))}
-
-    def openers_only(_: Subject, control: Tensor, *__: object) -> outcomes.Continuations:
-        answer, refusal = (torch.full((len(control), 1), token) for token in (30, 40))
-        return outcomes.Continuations(answer, answer > 0, refusal, refusal > 0)
-
-    monkeypatch.setattr(outcomes, "continuations", openers_only)
-    whole, first = whole_answers(subject, pairs, wanted, openers), measure_effects(subject, pairs, openers, wanted)
-    np.testing.assert_allclose(whole[[*CELLS, *EFFECTS]], first[[*CELLS, *EFFECTS]], atol=1e-4)
-
-
-def test_a_compiled_answer() -> None:
-    """Y2 of a model whose second answer token is decided by nothing in the prompt: the effects are those of the opener."""
-    subject = compiled(Program(skip=0.7))
-    subject.model.generation_config.eos_token_id = None
-    pairs = cue_pairs(subject.tokenizer, "off low", "on low")
-    table = whole_answers(subject, pairs, mediators(subject, ["attn_out", "mlp_out"]), of(said(subject)))
-    assert table.te.abs().min() > 1
-    by_cell = table.groupby(["site", "layer"])[["nie0", "nie1"]].mean().abs().max(axis=1)
-    assert set(by_cell[by_cell > 1e-3].index) == {("attn_out", 1), ("mlp_out", 2)}

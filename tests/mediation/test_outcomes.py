@@ -12,6 +12,7 @@ from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
 
 OPENERS = Openers((10, 12, 13), (20, 21))
+EQUAL = (torch.full((3,), 1 / 3), torch.full((2,), 1 / 2))  # every opener counts the same
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +38,15 @@ def test_log_odds_are_those_of_the_library(family: str) -> None:
 def test_contrast_with_a_frozen_norm_is_linear(family: str) -> None:
     subject = tiny_subject(family)
     a, b, like = final(subject, tokens())[:, :3].unbind(1)
-    value = [outcomes.contrast(subject, resid, OPENERS, like) for resid in (a, b, 0.3 * a + 0.7 * b)]
+    mixed = (a, b, 0.3 * a + 0.7 * b)
+    value, free = ([outcomes.contrast(subject, x, OPENERS, norm, EQUAL) for x in mixed] for norm in (like, None))
     np.testing.assert_allclose(value[2], 0.3 * value[0] + 0.7 * value[1], atol=1e-5)
-    free = [outcomes.contrast(subject, resid, OPENERS) for resid in (a, b, 0.3 * a + 0.7 * b)]
     assert (free[2] - 0.3 * free[0] - 0.7 * free[1]).abs().max() > 1e-3
-    np.testing.assert_allclose(
-        outcomes.log_odds(subject, a, OPENERS, a), outcomes.log_odds(subject, a, OPENERS), atol=1e-5
-    )
+    own = outcomes.log_odds(subject, a, OPENERS, a)
+    np.testing.assert_allclose(own, outcomes.log_odds(subject, a, OPENERS), atol=1e-5)
     logits = subject.model(tokens()).logits.detach()[:, 0]
     wanted = logits[:, list(OPENERS.comply)].mean(-1) - logits[:, list(OPENERS.refuse)].mean(-1)
-    np.testing.assert_allclose(outcomes.contrast(subject, a, OPENERS), wanted, atol=1e-5)
+    np.testing.assert_allclose(free[0], wanted, atol=1e-5)
 
 
 def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
@@ -64,7 +64,7 @@ def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
         torch.testing.assert_close(moved[1] - moved[0], linear[1] - linear[0], atol=2e-5, rtol=0.02)
     te = outcomes.log_odds(subject, treated, OPENERS) - outcomes.log_odds(subject, control, OPENERS)
     errors = []
-    for weights in ((comply, refuse), None):
+    for weights in ((comply, refuse), EQUAL):
         ends = [outcomes.contrast(subject, resid, OPENERS, None, weights) for resid in (control, treated)]
         errors.append(float((ends[1] - ends[0] - te).abs().mean()))
     assert errors[0] < 0.2 * errors[1]
@@ -84,11 +84,10 @@ def test_sequence_log_prob_is_the_library_s_loss_for_each_variant(subject: Subje
     resid = final(subject, ids)[:, 5:-1]
     keep = torch.arange(6) < torch.tensor([6, 1, 3, 4])[:, None]
     variants = torch.stack([resid, resid.roll(1, 0)], dim=1)
-    found = outcomes.sequence_log_prob(subject, variants, ids[:, 6:], keep)
+    found = outcomes.sequence_log_prob(subject, variants, (ids[:, 6:], keep))
     assert found.shape == (4, 2)
-    np.testing.assert_allclose(
-        found[:, 1], outcomes.sequence_log_prob(subject, variants[:, 1], ids[:, 6:], keep), atol=1e-6
-    )
+    alone = outcomes.sequence_log_prob(subject, variants[:, 1], (ids[:, 6:], keep))
+    np.testing.assert_allclose(found[:, 1], alone, atol=1e-6)
     for row, n, value in zip(ids, keep.sum(1).tolist(), found[:, 0].tolist(), strict=True):
         labels = row.clone()
         labels[:6], labels[6 + n :] = -100, -100
@@ -115,16 +114,11 @@ def test_continuations_are_greedy_behind_the_forced_opener(settings: dict) -> No
     ends = (plain[0][3], plain[1][5])  # so that two texts stop early
     for name, value in {"eos_token_id": list(ends), **settings}.items():
         setattr(subject.model.generation_config, name, value)
-    found = outcomes.continuations(subject, control, treated, OPENERS, steps=9)
-    for prompts, camp, text, mask in (
-        (treated, OPENERS.comply, found.answer, found.answer_mask),
-        (control, OPENERS.refuse, found.refusal, found.refusal_mask),
-    ):
+    found = outcomes.continuations(subject, control, treated, [OPENERS] * 5, steps=9)
+    for prompts, camp, (text, mask) in zip((treated, control), (OPENERS.comply, OPENERS.refuse), found, strict=True):
         wanted = [greedy(subject, prompt, camp, 9, ends) for prompt in prompts]
         assert [row[keep].tolist() for row, keep in zip(text, mask, strict=True)] == wanted
-        assert [int(keep.sum()) for keep in mask] == [len(row) for row in wanted]
-        assert all(keep[: len(row)].all() for row, keep in zip(wanted, mask, strict=True))
-    lengths = found.answer_mask.sum(1).tolist()
+    lengths = found[0][1].sum(1).tolist()
     assert min(lengths) < max(lengths)
 
 
@@ -134,17 +128,15 @@ def test_each_pair_may_have_openers_of_its_own() -> None:
     own = [OPENERS, Openers((21, 8), (44,)), OPENERS]
     found = outcomes.continuations(subject, control, treated, own, steps=5)
     for i, openers in enumerate(own):
-        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], openers, steps=5)
-        for name in ("answer", "refusal"):
-            text, mask = getattr(alone, name)[0], getattr(alone, f"{name}_mask")[0]
-            assert getattr(found, name)[i][: len(text)][mask].tolist() == text[mask].tolist()
-    assert found.answer[1, 0] in (21, 8) and found.refusal[1, 0] == 44
+        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], [openers], steps=5)
+        for (together, _), (text, mask) in zip(found, alone, strict=True):
+            assert together[i, : text.shape[1]][mask[0]].tolist() == text[mask].tolist()
+    assert found[0][0][1, 0] in (21, 8) and found[1][0][1, 0] == 44
 
 
 def test_continuations_of_a_model_without_an_end_token() -> None:
     subject = tiny_subject("llama")
     subject.model.generation_config.eos_token_id = None
     subject.model.config.eos_token_id = None
-    found = outcomes.continuations(subject, tokens(2, 5, seed=1), tokens(2, 5, seed=2), OPENERS, steps=6)
-    assert found.answer.shape == found.refusal.shape == (2, 6)
-    assert found.answer_mask.all()
+    found = outcomes.continuations(subject, tokens(2, 5, seed=1), tokens(2, 5, seed=2), [OPENERS] * 2, steps=6)
+    assert all(text.shape == (2, 6) and mask.all() for text, mask in found)

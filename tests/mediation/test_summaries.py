@@ -101,18 +101,6 @@ def test_cells_are_chosen_on_discover_only() -> None:
     assert summaries.late_share(lifted, N_LAYERS).estimate[0] == pytest.approx(known)
 
 
-def test_cells_that_are_noise_do_not_count() -> None:
-    """Twelve cells of pure noise beside one of effect: with all positive means in it the share would be far off."""
-    shares, naive = [], []
-    for seed in range(20):
-        table = signed(effect_table({("mlp_out", 5): 0.6}, noise=1.0, seed=seed))
-        shares.append(summaries.late_share(table, N_LAYERS).estimate[0])
-        positive = table[table.split == "discover"].groupby(["site", "layer"]).nie.mean() > 0
-        means = table[table.split == "test"].groupby(["site", "layer"]).nie.mean()[positive]
-        naive.append(means[means.index.get_level_values("layer") >= 4].sum() / means.sum())
-    assert np.median(np.abs(np.array(shares) - 1)) < np.median(np.abs(np.array(naive) - 1))
-
-
 def test_normalised_shares() -> None:
     table = signed(effect_table())
     index = pd.MultiIndex.from_product([COMPONENTS, range(N_LAYERS)], names=["site", "layer"])
@@ -222,15 +210,6 @@ def test_cells_that_are_zero_by_structure_take_no_part_in_the_band() -> None:
     many = pd.concat([few, few.assign(layer=1, nie=0.0)], ignore_index=True)
     one, both = by_cell(summaries.cell_means(few)), by_cell(summaries.cell_means(many))
     np.testing.assert_allclose(one.band_high, both.band_high[one.index])
-
-
-def test_per_group_bands_hold_within_a_group() -> None:
-    parts = {name: averaged(effect_table(noise=0.5, treatment=name, seed=i)) for i, name in enumerate(("T2", "T1"))}
-    frame = summaries.per_group(pd.concat(parts.values(), ignore_index=True), "treatment")
-    assert list(dict.fromkeys(frame.treatment)) == ["T2", "T1"]
-    for name, part in parts.items():
-        columns = [*LIMITS, "band_low", "band_high"]
-        np.testing.assert_allclose(frame.loc[frame.treatment == name, columns], summaries.cell_means(part)[columns])
 
 
 CURVE = {("resid_post", layer): value for layer, value in enumerate((0.0, 1.0, 1.0, 0.5, 3.0, 4.0))}

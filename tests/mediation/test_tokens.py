@@ -1,15 +1,20 @@
-"""Token groups by layer, words replaced in the prompt, and prompts of unequal length, on a compiled model."""
+"""Token groups by layer, words replaced in the prompt, prompts of unequal length, and where a difference can arrive."""
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from effect_tools import said
-from handmade import N_LAYERS, Program, compiled, cue_pairs
+from families import tiny_subject
+from handmade import N_LAYERS, Program, compiled, cue_pairs, random_pairs
+from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.mediation import tokens
 from companion.mediation.study import Study
+from companion.model import activations, replay
 from companion.model.architecture import Subject
+from companion.model.interventions import Patch
 from companion.prompts import positions
 from companion.prompts.pairs import Pair
 from companion.prompts.tokens import TokenPair, token_pair
@@ -39,9 +44,7 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
             assert found.loc[(layer, position), "nie"] == pytest.approx(known.get(position, 0.0), abs=1e-4)
     shown, earliest = found.loc[0, "token"], found.loc[0, "earliest"]
     assert shown[cue] == "off/on" and shown[last] == "<assistant>"
-    assert (earliest[: cue - 1] == N_LAYERS).all() and (earliest[cue:] == 0).all(), (
-        "nothing reaches a token before the cue"
-    )
+    assert (earliest[: cue - 1] == N_LAYERS).all() and (earliest[cue:] == 0).all()  # nothing reaches a token before
     assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
 
 
@@ -61,9 +64,8 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
         for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
     ]  # fmt: skip
     made = tokens.direction_means(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
-    assert [*made.index] == [
-        (way, name) for way in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")
-    ]
+    ways = ("sufficiency", "necessity")
+    assert [*made.index] == [(way, name) for way in ways for name in ("wrapper", "rest", "last")]
     assert made[0].tolist()[:2] == [4, 4] and made[0].tolist()[3:5] == [0, 0]
     assert made.loc[("sufficiency", "last"), 1] == made.loc[("necessity", "last"), 1] == 4
 
@@ -116,13 +118,10 @@ def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Sub
     assert (found.source - found.base).to_numpy() == pytest.approx(TOTAL, abs=1e-4)
 
 
-def test_sites_and_groups_that_do_not_correspond_are_refused(this: Study, subject: Subject) -> None:
+def test_a_group_that_one_prompt_lacks_is_refused(this: Study, subject: Subject) -> None:
     one = tokens.one_side(prompt(subject, "on", ""), "control", "<user> ")
-    openers = this.openers["T2"]
-    with pytest.raises(InputError, match="head of prompts of unequal length"):
-        tokens.interchange_ends(subject, one, one, openers, ["last"], "head")
     with pytest.raises(InputError, match="group verb is not in both"):
-        tokens.interchange_ends(subject, one, one, openers, ["verb"])
+        tokens.interchange_ends(subject, one, one, this.openers["T2"], ["verb"])
 
 
 def test_a_perfect_order_has_rank_correlation_one() -> None:
@@ -140,3 +139,58 @@ def test_a_perfect_order_has_rank_correlation_one() -> None:
     assert rho == pytest.approx(1)
     assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
     assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"
+
+
+# ---- where a difference can arrive: change tokens of a sliding-window model and see which cells change a bit ----
+
+N_POS = 14
+
+
+def changed(subject: Subject, ids: Tensor, position: int) -> np.ndarray:
+    """Which cells (layer, position) differ, bit for bit, from the given run under any of five other tokens there."""
+    same = ids.repeat(5, 1)
+    others = same.clone()
+    others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61
+    # Both runs have one shape: rows of a matrix product may differ by their place in it.
+    runs = [activations.clean_run(subject, side).resid_post for side in (same, others)]
+    return np.stack([(a != b).any(-1).any(0).numpy() for a, b in zip(*runs, strict=True)])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral", "llama"])
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
+    subject = tiny_subject(family, torch.float32, attention)
+    ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(3))
+    visible = tokens.visible_keys(activations.clean_run(subject, ids))
+    for position in (0, 5, 12, 13):
+        differ = np.arange(N_POS) == position
+        assert (changed(subject, ids, position) == tokens.reached(visible, differ)).all()
+
+
+def test_earliest_layers_of_pairs() -> None:
+    subject = tiny_subject("qwen2")
+    pairs = random_pairs(5, N_POS, 61)
+    for pair, last in zip(pairs, (2, 9, 11, 13, 12), strict=True):
+        pair.treated[:] = pair.control
+        pair.treated[last] = (pair.control[last] + 1) % 61
+    sides = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
+    runs = [activations.clean_run(subject, ids) for ids in sides]
+    found = tokens.earliest_layers(runs[0], pairs)
+    assert found == [1, 1, 0, -1, 0]
+    differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
+    assert [int(row.long().argmax()) for row in differ.T[:3]] == found[:3]
+
+
+def test_recomputed_cells_are_those_above_and_to_the_right() -> None:
+    subject = tiny_subject("llama")
+    ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(2))
+    base, source = activations.clean_run(subject, ids[:1]), activations.clean_run(subject, ids[1:])
+    table = tokens.recomputed_cells(4, list("abcde"), {"one": (1, 2), "two": (3, 0)})
+    assert table.panel.value_counts().to_dict() == {"one": 20, "two": 20}
+    states = table[table.panel == "one"].pivot(index="layer", columns="position", values="state")
+    patch = Patch("resid_post", 1, torch.arange(5)[None] == 2)
+    after = replay.interchange(subject, base, source, [patch], read=range(5))[0, 0]
+    moved = (after != base.resid_post[-1][0]).any(-1)
+    assert [state != "clean" for state in states.loc[3]] == moved.tolist()
+    assert (states.loc[1, 2], states.loc[3, 4]) == ("patched", "read") and (states.loc[0] == "clean").all()
+    assert states.loc[2].tolist() == ["clean"] * 2 + ["recomputed"] * 3

@@ -11,7 +11,7 @@ from true_float64 import true_float64
 
 from companion.base.errors import InputError
 from companion.mediation import estimands
-from companion.mediation.path_specific import held_patches
+from companion.mediation.mechanisms import held_patches
 from companion.model import activations, propagation, readout, replay
 from companion.model.interventions import Patch
 

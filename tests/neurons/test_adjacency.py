@@ -1,4 +1,4 @@
-"""Moran's I on known patterns, windows against random groups, and a permutation that changes no function."""
+"""Moran's I on known patterns, adjacency.windows against random groups, and a permutation that changes no function."""
 
 import numpy as np
 import pytest
@@ -7,19 +7,10 @@ from families import FAMILIES, tiny_subject, tokens
 from neuron_tools import additive, made_effects, tiny_study
 from true_float64 import true_float64
 
-from companion.neurons.adjacency import (
-    CONTEST,
-    moran_test,
-    morans_i,
-    permute_neurons,
-    ranks_in_layer,
-    window_contest,
-    windows,
-)
+from companion.base.errors import InputError
+from companion.neurons import adjacency
 from companion.neurons.sets import joint, measure_all
 from companion.neurons.single import all_neurons
-
-ONE = np.zeros(200, int)
 
 
 def dense(values: np.ndarray, layer: np.ndarray, half_width: int) -> float:
@@ -36,26 +27,19 @@ def test_morans_i_is_the_textbooks(half_width: int) -> None:
     rng = np.random.default_rng(half_width)
     layer = np.repeat([2, 5, 9], [30, 80, 12])
     values = rng.exponential(size=(4, 122)) + layer
-    made = morans_i(values, layer, half_width)
+    made = adjacency.morans_i(values, layer, half_width)
     np.testing.assert_allclose(made, [dense(row, layer, half_width) for row in values], rtol=1e-9)
-
-
-def test_known_patterns() -> None:
-    assert morans_i(np.arange(2000.0), np.zeros(2000, int)) > 0.99  # a perfect gradient
-    assert morans_i(np.resize([1.0, -1.0], 200), ONE, half_width=1) == pytest.approx(-1)  # a checkerboard
-    assert morans_i(np.repeat(np.random.default_rng(0).normal(size=10), 20), ONE) > 0.6  # blocks
-    drawn = np.random.default_rng(0).normal(size=(4000, 200))
-    made = morans_i(drawn, ONE)
-    assert made.mean() == pytest.approx(-1 / 199, abs=0.002)  # exchangeable: the known expectation
-    assert np.isnan(morans_i(np.ones(200), ONE))
+    assert np.isnan(adjacency.morans_i(np.ones(122), layer, half_width))
 
 
 def test_layers_do_not_make_neighbours() -> None:
     """Two layers of different size of effect, no pattern within: pooling must not see one."""
     rng, layer = np.random.default_rng(0), np.repeat([0, 1], 300)
     values = rng.normal(size=600) ** 2 * np.where(layer == 0, 1.0, 100.0)
-    assert abs(morans_i(ranks_in_layer(values, layer), layer)) < 0.05
-    assert ranks_in_layer(np.array([[-3.0, 1.0, 2.0, 2.0]]), np.zeros(4, int)).tolist() == [[4.0, 1.0, 2.5, 2.5]]
+    assert abs(adjacency.morans_i(adjacency.ranks_in_layer(values, layer), layer)) < 0.05
+    assert adjacency.ranks_in_layer(np.array([[-3.0, 1.0, 2.0, 2.0]]), np.zeros(4, int)).tolist() == [
+        [4.0, 1.0, 2.5, 2.5]
+    ]
 
 
 def test_the_interval_covers_exchangeable_indices() -> None:
@@ -63,7 +47,7 @@ def test_the_interval_covers_exchangeable_indices() -> None:
     for seed in range(100):
         means = rng.standard_t(3, size=150)
         effects = made_effects(means + 0.5 * rng.standard_normal((24, 150)))
-        found = moran_test(effects, n_permutations=199, seed=seed)
+        found = adjacency.moran_test(effects, n_permutations=199, seed=seed)
         hit += found.low <= 0 <= found.high
         small += found.p <= 0.05
     assert hit >= 88
@@ -76,18 +60,20 @@ def test_neighbours_that_are_alike_are_found() -> None:
     means = np.concatenate([np.zeros(50), smooth, rng.permutation(smooth)])
     layer = np.repeat([0, 1, 2], [50, 400, 400])
     effects = made_effects(means + 0.1 * rng.standard_normal((24, 850)) * (layer > 0), layer)
-    found = moran_test(effects, n_permutations=999)
+    found = adjacency.moran_test(effects, n_permutations=999)
     assert found.layers == (1, 2)  # a layer of zeros is left out
     assert found.low > 0.05
     assert found.p == 0.001
 
 
-# ---- windows ----
+def test_what_has_no_neighbours_is_refused() -> None:
+    with pytest.raises(InputError, match="a window of half-width 8 needs 17"):
+        adjacency.windows(np.arange(16))
+    with pytest.raises(InputError, match="no neuron has any effect: there is nothing whose place could matter"):
+        adjacency.moran_test(made_effects(np.zeros((12, 40))))
 
 
-def test_windows() -> None:
-    made = windows(np.array([4, 0, 3, 1, 2]), half_width=1)
-    assert made.tolist() == [[4, 0, 3], [0, 3, 1], [3, 1, 2]]
+# ---- adjacency.windows ----
 
 
 def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> None:
@@ -96,8 +82,8 @@ def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> N
     for place, wins in ((np.arange(120), True), (np.random.default_rng(3).permutation(120), False)):
         _, measured = additive(writes[place])
         ranked = np.argsort(-writes[place], kind="stable")
-        made = window_contest(measured, "T2", ranked, half_width=2)
-        shares = dict(zip(CONTEST, made.shares.estimate, strict=True))
+        made = adjacency.window_contest(measured, "T2", ranked, half_width=2)
+        shares = dict(zip(adjacency.CONTEST, made.shares.estimate, strict=True))
         assert (made.p == 0.05) == wins
         assert (shares["best window"] > 0.99) == wins
         assert shares["top ranked"] == pytest.approx(1, abs=1e-3)
@@ -113,7 +99,7 @@ def test_groups_are_chosen_on_discover_alone() -> None:
     is_discover = torch.tensor((states.pairs.split == "discover").to_numpy())
     states.neurons[1, is_discover, 40:45] = 0.0
     states.neurons[1, ~is_discover, 10:15] = 0.0
-    made = window_contest(measured, "T2", np.arange(60), half_width=2)
+    made = adjacency.window_contest(measured, "T2", np.arange(60), half_width=2)
     assert made.members[0].tolist() == [10, 11, 12, 13, 14]
     assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing
 
@@ -127,7 +113,7 @@ def test_a_permutation_of_neurons_changes_no_logit(family: str) -> None:
     ids = tokens(seed=1)
     with true_float64(subject.model):
         plain = subject.model(ids).logits
-    moved, orders = permute_neurons(subject, seed=1)
+    moved, orders = adjacency.permute_neurons(subject, seed=1)
     with true_float64(moved.model):
         again = moved.model(ids).logits
     assert float((plain - again).abs().max()) < 1e-10
@@ -138,7 +124,7 @@ def test_a_permutation_of_neurons_changes_no_logit(family: str) -> None:
 
 def test_single_effects_move_and_windows_change() -> None:
     study = tiny_study(n=6)
-    moved, orders = permute_neurons(study.subject, seed=1)
+    moved, orders = adjacency.permute_neurons(study.subject, seed=1)
     columns = {"T2": all_neurons(study.subject, [1, 3])}
     before = measure_all(study, columns)
     after = measure_all(type(study)(**{**vars(study), "subject": moved}), columns)
@@ -147,6 +133,6 @@ def test_single_effects_move_and_windows_change() -> None:
         old, new = (one.effects["T2"].nie[:, at] for one in (before, after))
         np.testing.assert_allclose(new, old[:, orders[layer]], atol=1e-6)
         assert abs(new - old).max() > 1e-3
-    groups = windows(np.arange(48))
+    groups = adjacency.windows(np.arange(48))
     old, new = (joint(one.study.subject, one.states["T2"], groups).nie for one in (before, after))
     assert abs(np.sort(new, axis=1) - np.sort(old, axis=1)).max() > 1e-3

@@ -9,9 +9,9 @@ from gate_models import CLOSE, TOKENIZER, YES_NO
 from handmade import cue_pairs, random_pairs
 from neuron_tools import clean_batch, tiny_study
 
-from companion.mediation.estimands import with_difference
+from companion.mediation.estimands import CELLS, with_difference
 from companion.neurons import gating
-from companion.neurons.clamping import CELLS, LastLayerCache, NeuronSet, four_cells, product
+from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells, product
 from companion.neurons.gating import select
 from companion.prompts.tokens import Openers
 

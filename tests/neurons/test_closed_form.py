@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, tiny_subject
 from neuron_tools import clean_batch, patched, tiny_study
 from true_float64 import true_float64
 
@@ -49,3 +49,9 @@ def test_blocks_and_large_logits_do_not_change_log_probs(monkeypatch: pytest.Mon
     monkeypatch.setattr(closed_form, "CACHED", 2 * 61)
     got = closed_form.last_layer_log_probs(study.subject, batch.control, batch.treated, ROWS)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_is_known_in_half_precision_too(family: str) -> None:
+    half, whole = (tiny_subject(family, dtype).final_norm for dtype in (torch.bfloat16, torch.float32))
+    assert torch.allclose(readout.norm_gain(half)[0].float(), readout.norm_gain(whole)[0], atol=0.01)

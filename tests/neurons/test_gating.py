@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from companion.mediation.estimands import with_difference
+from companion.mediation.estimands import CELLS
 from companion.neurons import gating
-from companion.neurons.clamping import CELLS
 
 
 def known_cells(seed: int, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
@@ -63,16 +62,3 @@ def test_shares_are_ratios_of_means() -> None:
     cost = pd.DataFrame({"topic": list("aabbcc"), "set": "set", "lost": [0.0, 0.3] * 3, "n_tokens": [1.0, 2.0] * 3})
     ratio = gating.perplexity_ratio(cost, "set")
     assert ratio is not None and ratio.estimate[0] == pytest.approx(np.exp(0.1))
-
-
-def test_the_difference_subtracts_cells_of_the_twin() -> None:
-    harm, twin = known_cells(0, "T2", 1.0, 1.0, 2.0), known_cells(1, "T2b", 0.5, 0.5, 0.0)
-    other_set = twin.assign(set="another", y11=99.0)  # is no twin of this set's rows
-    twins = {f"T2 {i}": f"T2b {(i + 7) % 120}" for i in range(100)}
-    both = with_difference(pd.concat([harm, other_set, twin], ignore_index=True), twins)
-    made = both[both.treatment == "T2-T2b"].set_index("pair_id")
-    assert len(made) == 100 and made.index.tolist() == list(twins)
-    partner = twin.set_index("pair_id").loc[list(twins.values())]
-    for name in (*CELLS, "te"):
-        np.testing.assert_array_equal(made[name], harm[name][:100].to_numpy() - partner[name].to_numpy())
-    assert with_difference(harm, twins).equals(harm)

@@ -1,4 +1,4 @@
-"""Joint effects of sets of last-layer neurons against the replay."""
+"""Joint effects of sets of last-layer neurons against the replay, curves of growing sets, and sets.concentration."""
 
 from dataclasses import replace
 
@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 from effect_tools import YES_NO
 from families import FAMILIES
-from neuron_tools import clean_batch, patched, tiny_study
+from neuron_tools import additive, clean_batch, made_effects, patched, tiny_study
 from true_float64 import true_float64
 
+from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
-from companion.neurons.sets import cumulative, joint, measure_all, on_contrast, sizes, whole_layer
-from companion.neurons.single import FinalStates, all_neurons
+from companion.neurons import sets
+from companion.neurons.single import FinalStates, PairEffects, all_neurons
 
 SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
 
 
 def last_states(study: Study) -> FinalStates:
-    return measure_all(study, {"T2": all_neurons(study.subject, [3])}).states["T2"]
+    return sets.measure_all(study, {"T2": all_neurons(study.subject, [3])}).states["T2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,7 +28,7 @@ def test_sets_are_what_the_replay_computes(family: str) -> None:
     study = tiny_study(family, n=6)
     subject = study.subject
     with true_float64(subject.model):
-        made, batch = joint(subject, last_states(study), SETS), clean_batch(study)
+        made, batch = sets.joint(subject, last_states(study), SETS), clean_batch(study)
         swapped = replace(batch, control=batch.treated, treated=batch.control)
         for name, one, sign in (("nie0", batch, 1), ("nie1", swapped, -1)):
             after = outcomes.log_odds(subject, patched(study, one, [(3, tuple(m)) for m in SETS.tolist()]), YES_NO)
@@ -39,18 +40,16 @@ def test_sets_are_what_the_replay_computes(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tiny_study(family, n=6)
-    order, ks = np.random.default_rng(0).permutation(48), sizes(48)
+    order, ks = np.random.default_rng(0).permutation(48), sets.sizes(48)
     with true_float64(study.subject.model):
         states = last_states(study)
-        idle = replace(
-            states, neurons=states.neurons[:1].expand(2, -1, -1)
-        )  # nothing differs, so nothing has an effect
+        idle = replace(states, neurons=states.neurons[:1].expand(2, -1, -1))  # nothing differs
         made = []
         for few, small in ((32, 1024), (0, 0)):
             monkeypatch.setattr("companion.neurons.sets.FEW", few)
             monkeypatch.setattr("companion.neurons.sets.SMALL", small)
-            made.append([joint(study.subject, states, SETS), cumulative(study.subject, states, order, ks)])
-            assert not joint(study.subject, idle, SETS).nie.any()
+            made.append([sets.joint(study.subject, states, SETS), sets.cumulative(study.subject, states, order, ks)])
+            assert not sets.joint(study.subject, idle, SETS).nie.any()
     for fast, slow in zip(*made, strict=True):
         assert abs(slow.nie).max() > 0.01
         for name in ("nie0", "nie1"):
@@ -67,12 +66,12 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
         )
         for outcome, is_frozen in (("Y1", False), ("Y1.frozen", True)):
             wanted = plain[plain.outcome == outcome].set_index("pair_id").loc[states.pairs.pair_id]
-            made = whole_layer(study.subject, states, is_frozen)
+            made = sets.whole_layer(study.subject, states, is_frozen)
             for name in ("nie0", "nie1"):
                 np.testing.assert_allclose(made.values[name][:, 0], wanted[name], atol=1e-9)
             np.testing.assert_allclose(made.pairs.te, wanted.te, atol=1e-9)
-        every = joint(study.subject, states, np.arange(48)[None])
-        np.testing.assert_allclose(every.nie, whole_layer(study.subject, states).nie, atol=1e-9)
+        every = sets.joint(study.subject, states, np.arange(48)[None])
+        np.testing.assert_allclose(every.nie, sets.whole_layer(study.subject, states).nie, atol=1e-9)
 
 
 def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,20 +79,19 @@ def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPa
     order, ks = np.random.default_rng(0).permutation(48), np.array([1, 2, 7, 20, 48])
     with true_float64(study.subject.model):
         states = last_states(study)
-        wanted = np.column_stack([joint(study.subject, states, order[None, :k]).nie for k in ks])
-        np.testing.assert_allclose(cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
+        wanted = np.column_stack([sets.joint(study.subject, states, order[None, :k]).nie for k in ks])
+        np.testing.assert_allclose(sets.cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
         monkeypatch.setattr("companion.neurons.sets.SMALL", 0)
         monkeypatch.setattr("companion.neurons.sets.BLOCK", 1)  # one neuron at a time
-        np.testing.assert_allclose(cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
-        np.testing.assert_allclose(joint(study.subject, states, order[:6].reshape(3, 2)).nie.shape, (6, 3))
+        np.testing.assert_allclose(sets.cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
 
 
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
     study = tiny_study(n=12)
-    measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
+    measured = sets.measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
     sign = np.sign(measured.effects["T2-T2b"].pairs.query("split == 'discover'").te.mean())
-    made = on_contrast(measured, "T2-T2b", "test", lambda states: joint(study.subject, states, SETS))
-    whole = {name: joint(study.subject, states, SETS) for name, states in measured.states.items()}
+    made = sets.on_contrast(measured, "T2-T2b", "test", lambda states: sets.joint(study.subject, states, SETS))
+    whole = {name: sets.joint(study.subject, states, SETS) for name, states in measured.states.items()}
     by_id = {name: dict(zip(one.pairs.pair_id, one.nie, strict=True)) for name, one in whole.items()}
     assert set(made.pairs.split) == {"test"}
     assert len(made.pairs) == 4
@@ -102,8 +100,85 @@ def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
 
 
 def test_set_sizes() -> None:
-    assert sizes(384).tolist() == list(range(1, 385))
-    large = sizes(14336)
+    assert sets.sizes(384).tolist() == list(range(1, 385))
+    large = sets.sizes(14336)
     assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
     assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
-    assert sizes(1).tolist() == [1]
+    assert sets.sizes(1).tolist() == [1]
+
+
+@pytest.mark.parametrize("members", [[[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]])
+def test_sets_are_of_different_neurons_that_are_there(members: list) -> None:
+    subject, measured = additive(np.ones(6))
+    with pytest.raises(InputError, match="different neurons of 0 to 5"):
+        sets.joint(subject, measured.states["T2"], np.array(members))
+
+
+# ---- how few neurons carry an effect ----
+
+
+def test_k90_must_stay_in_the_band() -> None:
+    ks = np.arange(1, 7)
+    cases = {
+        (0.2, 0.5, 0.9, 0.95, 1.0, 1.0): (2, 3),
+        (0.2, 0.95, 0.8, 0.95, 1.0, 1.0): (2, 4),  # leaves the band below
+        (0.6, 1.0, 1.2, 1.15, 1.05, 1.0): (1, 4),  # overshoots: at 4 it is above, but stays from there on
+        (2.0, 2.0, 2.0, 2.0, 2.0, 1.0): (5, 5),
+        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0): (6, 6),
+    }
+    for share, (k50, k90) in cases.items():
+        assert (sets.settles(np.array(share), ks, 0.5), sets.settles(np.array(share), ks, 0.9)) == (k50, k90), share
+    assert np.isnan(sets.settles(np.array([0.95, 0.95, 0.2]), ks[:3], 0.9))
+    assert np.isnan(sets.settles(np.full(3, np.nan), ks[:3], 0.9))
+    assert sets.settles(np.array([0.5, 1.0]), np.array([10, 200]), 0.9) == 200  # sets.sizes, not places
+
+
+def curve_of(measured: sets.Measured, order: np.ndarray) -> PairEffects:
+    """The joint effects on test of the first k neurons of an order."""
+    subject, ks = measured.study.subject, sets.sizes(len(order))
+    return sets.on_contrast(measured, "T2", "test", lambda states: sets.cumulative(subject, states, order, ks))
+
+
+def test_a_layer_of_known_neurons() -> None:
+    """Four neurons of effect 2, one of -1 and the rest nothing: the whole is 7."""
+    writes = np.zeros(40)
+    writes[[3, 17, 22, 39]], writes[8] = 2.0, -1.0
+    _, measured = additive(writes)
+    curve = curve_of(measured, np.argsort(-abs(writes), kind="stable"))
+    np.testing.assert_allclose(curve.nie[0, [0, 3, 4, 39]], [2, 8, 7, 7], rtol=1e-4)
+    made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (2, 4)  # 8 / 7 is beyond 1.1, but what follows stays within
+    assert made["psi"] == pytest.approx(1, rel=1e-4)
+    late = curve_of(measured, np.argsort(-writes, kind="stable"))
+    assert sets.curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
+
+
+def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
+    _, measured = additive(np.array([1.0, -3.0]))
+    measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
+    curve = curve_of(measured, np.array([0, 1]))
+    made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
+    assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
+    assert made["psi"] == pytest.approx(-0.4, rel=1e-4)
+    assert sets.curve_shares(curve, "nie", np.array([1, 2])).empty
+
+
+def test_areas() -> None:
+    ks = np.arange(1, 101)
+    np.testing.assert_allclose(sets.areas(ks / 100, ks), [0.5, 0.5])
+    np.testing.assert_allclose(sets.areas(np.ones(100), ks), [0.995, 0.005])
+    over = np.where(ks < 100, 1.5, 1.0)
+    assert sets.areas(over, ks)[0] > 1.4
+    assert sets.areas(over, ks)[1] == pytest.approx(0.5, abs=0.01)
+
+
+def test_concentration() -> None:
+    rng = np.random.default_rng(0)
+    size = rng.exponential(size=50)
+    dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
+    assert sets.gini(size) == pytest.approx(dense)
+    assert sets.participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
+    made = sets.concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
+    assert made.estimate.tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match="nothing can be concentrated"):
+        sets.concentration(made_effects(np.zeros((12, 40))))

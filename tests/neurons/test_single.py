@@ -1,36 +1,22 @@
 """Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import YES_NO, log_odds
+from effect_tools import YES_NO, log_odds, said
 from handmade import Program, compiled, cue_pairs
-from neuron_tools import clean_batch, made_effects, neuron_patches, patched, tiny_study
+from neuron_tools import clean_batch, made_effects, neuron_patches, read_neurons, tiny_study
 from scipy import stats as st
 from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from true_float64 import true_float64
 
+from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import replay
-from companion.model.replay import each_neuron
 from companion.neurons import single
-from companion.neurons.single import (
-    NEURONS,
-    all_neurons,
-    difference,
-    joined_batches,
-    measure_batch,
-    measure_chosen,
-    neuron_table,
-    passing,
-    ranking,
-)
-from companion.prompts.tokens import Openers
 
 CHOSEN = pd.DataFrame(
     [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)], columns=["layer", "neuron"]
@@ -39,27 +25,19 @@ CHOSEN = pd.DataFrame(
 
 def hooked(study: Study, base: Tensor, source: Tensor, layer: int, neuron: int) -> float:
     """Y1 of one full forward pass of the plain model, one entry of one down projection's input replaced."""
-    down, seen = study.subject.layers[layer].down_proj, []
-    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    study.subject.model(source)
-    handle.remove()
+    value = read_neurons(study.subject, source, layer)[1][:, -1, neuron]
 
-    def replace_one(_: object, args: tuple[Tensor]) -> tuple[Tensor]:
-        changed = args[0].clone()
-        changed[:, -1, neuron] = seen[0][:, -1, neuron]
-        return (changed,)
+    def swap(inputs: Tensor) -> None:
+        inputs[:, -1, neuron] = value
 
-    handle = down.register_forward_pre_hook(replace_one)
-    logits = study.subject.model(base).logits[:, -1]
-    handle.remove()
-    return float(log_odds(logits)[0])
+    return float(log_odds(read_neurons(study.subject, base, layer, swap)[0][:, -1])[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
 def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
     study = tiny_study(family, n=6)
     with true_float64(study.subject.model), torch.no_grad():
-        effects, states = measure_chosen(study, "T2", CHOSEN)
+        effects, states = single.measure_chosen(study, "T2", CHOSEN)
         assert abs(effects.nie).max() > 0.01
         group = estimands.batches(study.of("T2"), study.subject)[0]
         assert effects.pairs.pair_id.tolist() == [pair.pair.id for pair in group]
@@ -74,29 +52,12 @@ def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
                 assert effects.values["nie1"][i, c] == pytest.approx(nie1, abs=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "gemma2"])
-def test_many_neurons_at_once_are_those_of_one_intervention_each(family: str) -> None:
-    study = tiny_study(family, n=6)
-    subject, chosen = study.subject, torch.tensor([0, 7, 30, 47, 2])
-    with true_float64(subject.model):
-        batch = clean_batch(study)
-        unmoved = replace(batch.treated, neurons=tuple(layer.clone() for layer in batch.treated.neurons))
-        batch = replace(batch, treated=unmoved)
-        for layer in range(subject.n_layers):
-            unmoved.neurons[layer][:, -1, 30] = batch.control.neurons[layer][:, -1, 30]
-            expected = patched(study, batch, [(layer, neuron) for neuron in chosen.tolist()])
-            found = each_neuron(subject, batch.control, unmoved, layer, chosen, lambda resid: resid)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-            assert torch.equal(found[:, 2], batch.control.resid_post[-1][:, -1])
-            assert not torch.allclose(found[:, 0], found[:, 2])
-
-
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> None:
     study = tiny_study(family, n=6)
     subject = study.subject
     with true_float64(subject.model):
-        effects, _ = measure_chosen(study, "T2", CHOSEN)
+        effects, _ = single.measure_chosen(study, "T2", CHOSEN)
         batch = clean_batch(study)
         patches = neuron_patches(batch, list(CHOSEN.itertuples(index=False, name=None)))
         total = np.zeros((6, len(CHOSEN)))
@@ -109,11 +70,9 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
 
 def test_batches_are_joined_in_their_order() -> None:
     study = tiny_study(n=6)
-    whole, whole_states = measure_chosen(study, "T2", CHOSEN)
-    parts = [
-        measure_batch(study, estimands.run_clean(study.subject, study.of("T2")[i : i + 3]), CHOSEN) for i in (0, 3)
-    ]
-    effects, states = joined_batches(parts)
+    whole, whole_states = single.measure_chosen(study, "T2", CHOSEN)
+    batches = [estimands.run_clean(study.subject, study.of("T2")[i : i + 3]) for i in (0, 3)]
+    effects, states = single.joined_batches([single.measure_batch(study, batch, CHOSEN) for batch in batches])
     pd.testing.assert_frame_equal(effects.pairs, whole.pairs)
     np.testing.assert_allclose(effects.nie, whole.nie, atol=1e-6)
     torch.testing.assert_close(states.neurons, whole_states.neurons, rtol=0, atol=1e-6)
@@ -123,9 +82,8 @@ def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
     """The compiled model hands cue A to the last token in layer 1 and reads it in neuron 3 of layer 2, nowhere else."""
     subject = compiled(Program())
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    openers = Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
-    study = Study("compiled", subject, tuple(pairs), {"T2": openers}, {}, {})
-    effects, _ = measure_chosen(study, "T2", all_neurons(subject))
+    study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+    effects, _ = single.measure_chosen(study, "T2", single.all_neurons(subject))
     at = effects.columns.query("layer == 2 and neuron == 3").index[0]
     np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
     np.testing.assert_allclose(effects.values["direct"][:, at], effects.pairs.te, rtol=1e-3)
@@ -135,8 +93,8 @@ def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
 
 def test_the_contrast_subtracts_each_pairs_own_twin() -> None:
     study = tiny_study(n=6)
-    harmful, twin = (measure_chosen(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
-    made = difference(harmful, twin, {"T2 4": "T2b 1", "T2 0": "T2b 5", "T2 3": "gone"})
+    harmful, twin = (single.measure_chosen(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
+    made = single.difference(harmful, twin, {"T2 4": "T2b 1", "T2 0": "T2b 5", "T2 3": "gone"})
     assert made.treatment == "T2-T2b"
     assert made.pairs.pair_id.tolist() == ["T2 0", "T2 4"]
     np.testing.assert_array_equal(made.nie, harmful.nie[[0, 4]] - twin.nie[[5, 1]])
@@ -154,21 +112,21 @@ def noisy(n: int = 120, n_neurons: int = 300, seed: int = 0) -> np.ndarray:
 
 
 def test_only_large_and_sure_neurons_pass() -> None:
-    found = [neuron_table(made_effects(noisy(seed=seed))).query("split == 'test'") for seed in range(40)]
-    passed = [set(np.flatnonzero(passing(rows))) for rows in found]
+    found = [single.neuron_table(made_effects(noisy(seed=seed))).query("split == 'test'") for seed in range(40)]
+    passed = [set(np.flatnonzero(single.passing(rows))) for rows in found]
     assert all({0, 2} <= one and not {1, 3} & one for one in passed)
     assert np.mean([len(one - {0, 2}) / len(one) for one in passed]) <= 0.05  # the false discovery rate
     rows = found[0]
     assert rows.q_value.iloc[1] < 1e-6  # sure, but 0.05 is below 1 % of a total effect of 10
     assert rows.q_value.iloc[3] == 1
-    assert passing(rows.assign(te=1.0))[:3].all()
-    assert not passing(rows.assign(exact=False)).any()
+    assert single.passing(rows.assign(te=1.0))[:3].all()
+    assert not single.passing(rows.assign(exact=False)).any()
 
 
 def test_intervals_and_tests_are_over_topics() -> None:
     values = noisy(60)
     effects = made_effects(values, per_topic=2)
-    rows = neuron_table(effects).query("split == 'all'")
+    rows = single.neuron_table(effects).query("split == 'all'")
     by_topic = values.reshape(30, 2, -1).mean(1)
     p = st.ttest_1samp(np.delete(by_topic, 3, axis=1), 0).pvalue
     np.testing.assert_allclose(np.delete(rows.q_value, 3), multipletests(p, method="fdr_by")[1], rtol=1e-9)
@@ -180,15 +138,15 @@ def test_intervals_and_tests_are_over_topics() -> None:
 def test_effects_take_the_sign_of_te_on_discover() -> None:
     effects = made_effects(noisy())
     effects.pairs["te"] = np.where(effects.pairs.split == "discover", -10.0, 5.0)
-    rows = neuron_table(effects).query("neuron == 0").set_index("split")
+    rows = single.neuron_table(effects).query("neuron == 0").set_index("split")
     assert rows.te["discover"] == 10
     assert rows.te["test"] == -5
     assert (rows[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
 
 
 def test_a_split_of_one_topic_has_no_interval() -> None:
-    rows = neuron_table(made_effects(noisy(6), per_topic=2))
-    assert list(rows) == list(NEURONS)
+    rows = single.neuron_table(made_effects(noisy(6), per_topic=2))
+    assert list(rows) == list(single.NEURONS)
     one = rows[(rows.split == "test") & (rows.neuron != 3)]
     assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
     assert set(rows.split) == set(single.SPLITS)
@@ -198,7 +156,17 @@ def test_ranking_is_by_size_on_discover() -> None:
     effects = made_effects(noisy())
     shifted = effects.values["nie0"].copy()
     shifted[(effects.pairs.split != "discover").to_numpy(), 9] = 50.0  # must not be looked at
-    rows = neuron_table(made_effects(shifted))
-    assert ranking(rows, "T2", 0)[:2].tolist() in ([0, 2], [2, 0])
-    by_sign = ranking(rows, "T2", 0, by_sign=True)
+    rows = single.neuron_table(made_effects(shifted))
+    assert single.ranking(rows, "T2", 0)[:2].tolist() in ([0, 2], [2, 0])
+    by_sign = single.ranking(rows, "T2", 0, by_sign=True)
     assert (by_sign[0], by_sign[-1]) == (0, 2)
+
+
+def test_what_cannot_be_measured_is_named() -> None:
+    effects = made_effects(np.ones((12, 3)))
+    with pytest.raises(InputError, match="no pairs of T1: it has T2, T2b"):
+        single.measure_chosen(tiny_study(), "T1", CHOSEN)
+    with pytest.raises(InputError, match="no pair is in the discover split"):
+        single.signed(single.in_split(effects, "test"))
+    with pytest.raises(InputError, match="no rows of T9, layer 0"):
+        single.ranking(single.neuron_table(effects), "T9", 0)

@@ -1,4 +1,4 @@
-"""Timed clamps against plain runs of the model, and the two labels of an answer: by its opener, and by its content."""
+"""Clamps of whole answers, teacher-forced and decoded, against plain hooks; and an answer's labels by opener and content."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,18 +7,83 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from handmade import GATE_NEURON, Program, compiled, cue_pairs
+from families import tiny_subject
+from handmade import GATE_NEURON, Program, compiled, cue_pairs, random_pairs
+from neuron_tools import read_neurons, text_log_prob
+from torch import Tensor
 
 from companion.base.hub import JUDGE
 from companion.generation import labels
 from companion.generation.decode import greedy_answers
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
+from companion.model.architecture import Subject
 from companion.neurons import timing
+from companion.neurons.clamping import NeuronSet
 from companion.neurons.timing import Clamp
 from companion.prompts.tokens import Openers
 
 STEPS = 4
+
+
+# ---- teacher-forced ----
+
+OPENERS = {"T2": Openers((5, 9), (33,), 0)}
+SETS = [NeuronSet("last", 3, (1, 4)), NeuronSet("below", 1, (0, 7))]
+
+
+def values(subject: Subject, prompt: Tensor, text: Tensor, one: NeuronSet) -> Tensor:
+    """A set's values in a run of a prompt and all but the last token of a text, (pair, pos, neuron)."""
+    return read_neurons(subject, torch.cat([prompt, text[:, :-1]], dim=1), one.layer)[1][..., list(one.neurons)]
+
+
+def log_prob(
+    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice | None = None,
+    new: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """log p of a text behind a prompt, a set held at `new` at some positions."""
+
+    def edit(inputs: Tensor) -> None:
+        if at is not None:
+            inputs[:, at, list(one.neurons)] = new
+
+    logits, _ = read_neurons(subject, torch.cat([prompt, text[:, :-1]], dim=1), one.layer, edit)
+    return text_log_prob(logits, text, mask)
+
+
+@pytest.mark.parametrize("one", SETS, ids=["last", "below"])
+@pytest.mark.parametrize(("when", "at"), [("first", slice(8, 9)), ("every", slice(8, None))])
+def test_timing_is_that_of_hooked_runs(one: NeuronSet, when: str, at: slice) -> None:
+    subject, pairs = tiny_subject("llama"), random_pairs(3, 9, 60)
+    got = timing.timing_effects(subject, pairs, OPENERS, SETS)
+    prompts = estimands.prompt_tokens(subject, pairs)
+    texts = outcomes.continuations(subject, *prompts, [OPENERS["T2"]] * 3, timing.FORCED_STEPS)
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for (text, mask), sign in zip(texts, (1, -1), strict=True):
+        runs = [values(subject, prompt, text, one) for prompt in prompts]
+        for base, direction in ((0, 1), (1, -1)):
+            clean = log_prob(subject, prompts[base], text, mask, one)
+            moved = log_prob(subject, prompts[base], text, mask, one, at, runs[1 - base][:, at])
+            wanted += sign * direction * (moved - clean) / 2
+    np.testing.assert_allclose(got[got["set"] == one.name][when], wanted.numpy(), atol=1e-4)
+    assert abs(wanted).max() > 1e-3
+
+
+def test_closing_cost_is_that_of_a_hooked_run() -> None:
+    subject, pairs, one = tiny_subject("llama"), random_pairs(3, 9, 60), SETS[1]
+    closed = timing.closed_values(subject, pairs, SETS)
+    control, treated = estimands.prompt_tokens(subject, pairs)
+    torch.testing.assert_close(closed[one], values(subject, control, control[:, :1], one)[:, -1], rtol=0, atol=1e-6)
+    got = timing.closing_cost(subject, pairs, OPENERS, {each: runs[:2] for each, runs in closed.items()})
+    got = got[got["set"] == one.name]
+    text, _ = outcomes.continuations(subject, treated, treated, [OPENERS["T2"]] * 3, timing.FORCED_STEPS)
+    held = (slice(8, None), closed[one][[0, 1, 0], None])
+    wanted = log_prob(subject, treated, *text, one) - log_prob(subject, treated, *text, one, *held)
+    np.testing.assert_allclose(got.lost, wanted.numpy(), atol=1e-4)
+    assert got.n_tokens.tolist() == text[1].sum(1).tolist() and abs(wanted).max() > 1e-3
+
+
+# ---- decoded on a schedule ----
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +128,9 @@ def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, sc
     """The gate neuron's input to the down projection, as the model reads it, call by call."""
     subject, prompt = this.subject, torch.tensor(this.pairs[0].treated[None])
     n_pos = prompt.shape[1]
-    other = timing.ControlValues(
-        100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1), torch.full((1, 1, 1), 77.0)
-    )
-    seen: list[torch.Tensor] = []
+    ramp = 100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1)
+    other = timing.ControlValues(ramp, torch.full((1, 1, 1), 77.0))
+    seen: list[Tensor] = []
     with torch.no_grad(), timing.clamped(subject, [(GATE, schedule)], {GATE: other}):
         look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         cache = subject.model(prompt, use_cache=True).past_key_values
@@ -84,13 +148,9 @@ def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study)
     subject, (prompt, _) = this.subject, estimands.prompt_tokens(this.subject, [this.pairs[0]])
     answer = greedy_answers(subject, prompt, STEPS)
     (own,) = timing.control_values(subject, prompt, answer, [GATE]).values()
-    seen: list[torch.Tensor] = []
-    look = subject.layers[-1].down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     said = torch.tensor(answer.ids[:, answer.mask[0]])
-    with torch.no_grad():
-        subject.model(torch.cat([prompt, said], dim=1))
-    look.remove()
-    inputs, n = seen[0][..., [GATE_NEURON]], prompt.shape[1]
+    _, inputs = read_neurons(subject, torch.cat([prompt, said], dim=1), 3)
+    inputs, n = inputs[..., [GATE_NEURON]], prompt.shape[1]
     torch.testing.assert_close(own.prompt, inputs[:, :n], rtol=0, atol=1e-6)
     torch.testing.assert_close(own.answer, inputs[:, n:].mean(1, keepdim=True), rtol=0, atol=1e-6)
     assert abs(float(own.prompt[0, -1, 0])) < 0.01  # the gate is closed where the cue is off
@@ -114,15 +174,12 @@ def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study
     found = timing.forced_scores(this, list(this.pairs), GATE, ["none", "first token", "all tokens"], known)
     y = found.pivot(index="pair_id", columns="schedule", values="y")
     prompts = estimands.prompt_tokens(this.subject, [this.pairs[0]])
-    texts = outcomes.continuations(this.subject, *prompts, this.openers["T2"])
+    texts = outcomes.continuations(this.subject, *prompts, [this.openers["T2"]])
     plain = 0.0
-    for text, mask, sign in ((texts.answer, texts.answer_mask, 1), (texts.refusal, texts.refusal_mask, -1)):
+    for (text, mask), sign in zip(texts, (1, -1), strict=True):
         with torch.no_grad():
-            logits = this.subject.model(torch.cat([prompts[1], text[:, :-1]], dim=1)).logits[
-                :, prompts[1].shape[1] - 1 :
-            ]
-        picked = logits.double().log_softmax(-1).gather(-1, text[..., None])[..., 0]
-        plain += sign * float((picked * mask).sum())
+            logits = this.subject.model(torch.cat([prompts[1], text[:, :-1]], dim=1)).logits
+        plain += sign * float(text_log_prob(logits, text, mask))
     assert y.loc[this.pairs[0].pair.id, "none"] == pytest.approx(plain, abs=1e-3)
     assert (y["none"] > y["first token"]).all() and not np.allclose(y["first token"], y["all tokens"])
 

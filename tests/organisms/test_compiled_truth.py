@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from companion.mediation import path_specific
+from companion.mediation import mechanisms
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
 from organisms.compiled_program import KINDS, build_program, draw_design
 from organisms.compiled_truth import patched, readout, sides
@@ -101,7 +101,7 @@ def test_held_outputs_give_the_cells_that_the_model_gives() -> None:
     this = replace(this, pairs=tuple(this.of("T2", "T2b")))
     pairs = [one for one in organism.pairs if one.pair.treatment in ("T2", "T2b")]
     truth = compiled_truth.path_table(organism.program, pairs)
-    measured = path_specific.path_effects(this).query("outcome == 'Y1'")
+    measured = mechanisms.path_effects(this).query("outcome == 'Y1'")
     keys = ["pair_id", "treatment", "site", "layer"]
     both = measured.merge(truth, on=keys, suffixes=("", " true"), validate="one_to_one")
     assert len(both) == len(truth) == len(measured)

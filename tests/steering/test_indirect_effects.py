@@ -15,7 +15,6 @@ from companion.generation import hooks
 from companion.mediation import estimands, outcomes
 from companion.model import reference
 from companion.model.architecture import Subject
-from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 from companion.steering import indirect_effects
 from companion.steering.experiment import PLAIN
@@ -56,8 +55,7 @@ def in_full(subject: Subject, pairs: list[TokenPair], steering: hooks.Steering) 
         batch = estimands.run_clean(subject, pairs)
         runs = (batch.control, batch.treated)  # behind what hooks saw of a plain pass, which the gates make first
         runs = [replace(run, **{name: getattr(run, name)[-n:] for name in indirect_effects.HOOKED}) for run in runs]
-        header = positions.user_header(subject.tokenizer)
-        made = estimands.patches(replace(batch, control=runs[0], treated=runs[1]), wanted, header)
+        made = estimands.patches(subject, replace(batch, control=runs[0], treated=runs[1]), wanted)
         both = (runs, runs[::-1])
         patched = [reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both]
     finals = torch.cat([*(run.resid_post[-1][:, -1:] for run in runs), *patched], 1)

@@ -1,8 +1,18 @@
-"""Where the last token takes over, and what carries the signal on from there: MLPs, attention, or nothing (C4).
+"""How an indirect effect comes about: which component computes the decision, and what carries it on to the output.
 
-The residual stream at the last token is set to the other run's value after one layer. Above it, at the last token,
-attention outputs and MLP outputs either react or are held at the base run's values. Comparing the ways says which of them
-the signal needs on its way to the output. What is held is a value, so nothing of another position comes in.
+Computed (C1). An indirect effect says that a component passes the decision on, a direct effect that it writes it into the
+logits; a head that copies what an earlier layer decided has both. What tells computing from copying is the interaction.
+For the four prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component f *would*
+get if everything before it were additive is h10 + h01 - h00, and what f computes from it beyond the sum of its outputs is
+
+    G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
+
+A linear copy has G = 0, whatever it copies. The effect of G is measured as any other: taken away from the jailbroken
+harmful run, or added to the neutral harmful one, at all positions, with everything above live.
+
+Carried (C4). The residual stream at the last token is set to the other run's value after one layer. Above it, at the last
+token, attention outputs and MLP outputs either react or are held at the base run's values; comparing the ways says which
+of them the signal needs on its way. What is held is a value, so nothing of another position comes in.
 """
 
 from __future__ import annotations
@@ -16,17 +26,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.display import progress
-from companion.mediation import estimands, summaries
+from companion.base.thresholds import COMPONENTS
+from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.estimands import Batch, Mediator
 from companion.mediation.study import Study
-from companion.model import memory
+from companion.model import memory, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
-from companion.model.replay import both_ways
+from companion.model.interventions import Patch, component_output, position_mask
+from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import interval
 
+# Of `summaries.VARIANTS` those that the carried and the computed signal have.
+CARRIED_VARIANTS = tuple(one for one in summaries.VARIANTS if one.name != "full response")
+COMPUTED_VARIANTS = tuple(one for one in CARRIED_VARIANTS if one.name != "norm frozen")
+SIGNS = {"10": 1, "01": 1, "00": -1}  # first digit: harmful request, second: jailbreak wrapper
 # Which outputs above the patched layer are held at the base run's values, by the name that the effect table calls it.
 HELD: dict[str, tuple[str, ...]] = {
     "live": (),
@@ -44,15 +59,68 @@ PATHS = {
 }
 # The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
 WITH_OWN = {"MLPs from this layer on": {"attention held": 1, "all held": -1}}
-OUTCOMES = ("Y1", "Y1.frozen")
-VARIANTS = tuple(variant for variant in summaries.VARIANTS if variant.name != "full response")
+
+
+# ---- what is computed ----
+
+
+def interaction_output(
+    subject: Subject, runs: Mapping[str, CleanRun], site: str, layer: int
+) -> Float[Tensor, "pair pos d"]:
+    """G of one component, from the clean runs of the four prompts ("11", "10", "01", "00")."""
+    ahead = {name: run.resid_pre[layer] for name, run in runs.items()}
+    if site == "mlp_out":
+        ahead = {name: h + runs[name].attn_out[layer] for name, h in ahead.items()}
+    additive = sum((sign * ahead[name] for name, sign in SIGNS.items()), torch.zeros_like(ahead["00"]))
+    summed = sum((sign * runs[name].site(site, layer) for name, sign in SIGNS.items()), torch.zeros_like(additive))
+    return component_output(subject, runs["11"], site, layer, additive) - summed
+
+
+def interaction_effects(study: Study) -> pd.DataFrame:
+    """Effect of what each component computes, in the schema of `estimands.measure_effects`: treatment T2-T2b, outcome Y1.
+
+    `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
+    of T2 - T2b. No rows where no twins have prompts of one length.
+    """
+    both = study.with_twins(study.of("T2"))
+    twins = {pair.pair.id: twin for pair, twin in both}
+    groups = progress(estimands.batches([pair for pair, _ in both], study.subject), desc="computed")
+    tables = [_interaction_cells(study, group, [twins[one.pair.id] for one in group]) for group in groups]
+    return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
+
+
+def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence[TokenPair]) -> pd.DataFrame:
+    subject = study.subject
+    harmful, harmless = (estimands.run_clean(subject, some) for some in (pairs, twins))
+    runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
+    wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
+    more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
+    everywhere = torch.ones_like(harmful.control.tokens, dtype=torch.bool)
+
+    def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
+        patches = [
+            Patch(one.site, one.layer, everywhere, value=base.site(one.site, one.layer) + sign * change)
+            for one, change in zip(wanted, more, strict=True)
+        ]
+        resid = replay.interchange(subject, base, base, patches)[:, :, 0]
+        return outcomes.log_odds(subject, resid, study.openers["T2"]).cpu().numpy()
+
+    odds = {}
+    for name, run in runs.items():
+        openers = study.openers["T2" if name[0] == "1" else "T2b"]
+        odds[name] = outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers).cpu().numpy()
+    y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
+    lost = odds["11"] - changed(harmful.treated, -1)
+    cells = {"y00": odds["10"], "y01": changed(harmful.control, 1), "y10": y11 - lost, "y11": y11}
+    return estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b")
+
+
+# ---- what carries it on ----
 
 
 def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
     """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
-    last = torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    made = []
+    last, made = position_mask(base.tokens, -1), []
     for layer in layers:
         own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
         for name, sites in HELD.items():
@@ -69,26 +137,24 @@ def held_residuals(
     control, treated = batch.control, batch.treated
     into = (held_patches(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
     at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
-    return both_ways(subject, control, treated, *into, at_once=at_once)
+    return replay.both_ways(subject, control, treated, *into, at_once=at_once)
 
 
-def path_effects(
-    study: Study, layers: Sequence[int] | None = None, *, watch: Callable[[Batch], object] | None = None
-) -> pd.DataFrame:
-    """Effect of the last token's residual stream after each layer (default: all), in the ways of `HELD` (column `site`).
+def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None) -> pd.DataFrame:
+    """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
 
     Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them; none without such pairs. `watch` is
     shown every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
-    chosen = range(subject.n_layers) if layers is None else layers
-    wanted = [Mediator(name, layer) for layer in chosen for name in HELD]
+    layers = range(subject.n_layers)
+    wanted = [Mediator(name, layer) for layer in layers for name in HELD]
     for group in progress(estimands.batches(study.of("T2", "T2b"), subject), desc="carriers"):
         batch = estimands.run_clean(subject, group)
         if watch:
             watch(batch)
-        patched, openers = held_residuals(subject, batch, chosen), study.openers[group[0].pair.treatment]
-        for outcome in OUTCOMES:
+        patched, openers = held_residuals(subject, batch, layers), study.openers[group[0].pair.treatment]
+        for outcome in ("Y1", "Y1.frozen"):
             cells = estimands.score_cells(subject, batch, patched, openers, outcome)
             tables.append(estimands.tidy(group, wanted, outcome, cells))
     if not tables:
@@ -120,7 +186,7 @@ def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
 
     In the last layer, above which nothing stands, only the path that counts its own MLP.
     """
-    signed = summaries.signed(summaries.select(table, treatment, VARIANTS[0], list(HELD)))
+    signed = summaries.signed(summaries.select(table, treatment, summaries.VARIANTS[0], list(HELD)))
     rows = []
     for layer in sorted(signed.layer.unique()):
         paths = WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN

@@ -1,0 +1,138 @@
+"""Where the decision is computed and what carries it on: against compiled models, full forward passes, and sums."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from effect_tools import said
+from families import FAMILIES, tiny_subject, tokens
+from handmade import BIAS, FIRST, OUT, SIZE, Program, compiled, cue_pairs
+from true_float64 import true_float64
+
+from companion.calibration.localise import decider
+from companion.evidence import layers
+from companion.mediation import mechanisms, summaries
+from companion.mediation.study import Study
+from companion.model import activations, interventions
+from companion.model.activations import on_output
+from companion.model.architecture import Subject
+from organisms import compiled as organisms
+
+# ---- what is computed ----
+
+
+@pytest.mark.parametrize("kind", ["early", "middle", "late", "skip_only", "attention", "early_carrier"])
+def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> None:
+    organism = organisms.draw(kind, 5, topics=20, pairs_per_topic=1)
+    table = summaries.signed(mechanisms.interaction_effects(organisms.study(organism)))
+    share = table.groupby(["site", "layer"]).nie.mean() / table.te.mean()
+    assert share.idxmax() == decider(organism)
+    side = organism.design.side
+    making = {decider(organism), ("mlp_out", side.layer)} if side else {decider(organism)}
+    assert share.drop(list(making)).abs().max() < 0.02
+    assert share[list(making)].sum() == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_component_that_reads_its_own_input_writes_its_own_output(family: str) -> None:
+    subject = tiny_subject(family, torch.float64)
+    with true_float64(subject.model):
+        run = activations.clean_run(subject, tokens(seed=1))
+        for site in ("attn_out", "mlp_out"):
+            hidden = run.resid_pre[2] + (run.attn_out[2] if site == "mlp_out" else 0)
+            written = interventions.component_output(subject, run, site, 2, hidden)
+            assert torch.allclose(written, run.site(site, 2), atol=1e-10), site
+
+
+def test_it_is_one_full_forward_with_what_is_computed_taken_away() -> None:
+    organism = organisms.draw("late", 3, topics=10, pairs_per_topic=1, dtype=torch.float64)
+    this = organisms.study(organism)
+    table, (pair, twin) = mechanisms.interaction_effects(this), this.with_twins(this.of("T2"))[0]
+    subject, openers = this.subject, this.openers["T2"]
+    ids = {"00": twin.control, "01": twin.treated, "10": pair.control, "11": pair.treated}
+    runs = {name: activations.clean_run(subject, torch.tensor(side[None])) for name, side in ids.items()}
+    site, layer = decider(organism)
+    extra = mechanisms.interaction_output(subject, runs, site, layer)
+
+    def odds(*, less: bool) -> float:
+        with torch.no_grad(), on_output(subject.layers[layer].mlp_write, lambda out: out - extra if less else None):
+            logits = subject.model(torch.tensor(pair.treated[None])).logits[0, -1]
+        return float(logits[list(openers.comply)].logsumexp(0) - logits[list(openers.refuse)].logsumexp(0))
+
+    own = table[(table.pair_id == pair.pair.id) & (table.site == site) & (table.layer == layer)]
+    assert own.nie1.item() == pytest.approx(odds(less=False) - odds(less=True), abs=1e-9)
+    assert own.nie1.item() > 1
+
+
+def test_a_linear_component_computes_nothing_and_without_twins_of_one_length_there_are_no_rows() -> None:
+    organism = organisms.draw("late", 3, topics=10, pairs_per_topic=1)
+    this = organisms.study(organism)
+    pair, twin = this.with_twins(this.of("T2"))[0]
+    longer = replace(twin, control=np.append(twin.control, 0), treated=np.append(twin.treated, 0))
+    changed = replace(this, pairs=tuple(longer if one is twin else one for one in this.pairs))
+    kept = [one for one, _ in changed.with_twins(changed.of("T2"))]
+    assert pair not in kept and len(kept) == len(this.of("T2")) - 1
+    none = mechanisms.interaction_effects(replace(this, twins={}))
+    assert none.empty and layers.evidence_c1_computed(none, "m", 6) == []
+    site, layer = decider(organism)
+    with torch.no_grad():
+        this.subject.model.model.layers[layer].mlp.down_proj.weight.zero_()
+    table = mechanisms.interaction_effects(this)
+    assert table[(table.site == site) & (table.layer == layer)][["nie0", "nie1"]].abs().max().max() == 0
+
+
+# ---- what carries it on ----
+
+
+def attention_carried() -> Subject:
+    """After layer 1 the last token knows FIRST; at layer 2 attention reads it from its own token into OUT; no MLP works."""
+    subject = compiled(Program(gain=0.0))
+    attention = subject.model.model.layers[2].self_attn
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(attention, name).weight.zero_()
+        # The key is FIRST itself, so that a token that knows it looks at tokens that know it: itself above all.
+        attention.q_proj.weight[3, BIAS] = 10.0 / SIZE
+        attention.k_proj.weight[3, FIRST] = 10.0
+        attention.v_proj.weight[0, FIRST] = 1.0
+        attention.o_proj.weight[OUT, 0] = 2.0
+    return subject
+
+
+def shares(subject: Subject, layer: int) -> dict[str, float]:
+    """Each path's share of the effect of the last token's residual stream after a layer, cue A changed."""
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
+    study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+    table = summaries.averaged(mechanisms.path_effects(study))
+    found = table[(table.outcome == "Y1") & (table.layer == layer)].groupby("site")["nie"].mean()
+    weights = mechanisms.PATHS | mechanisms.WITH_OWN
+    sums = {name: float(sum(w * found[held] for held, w in path.items())) for name, path in weights.items()}
+    return {name: value / found["live"] if found["live"] else value for name, value in sums.items()}
+
+
+SHARES = ("MLPs", "attention", "skip", "MLPs, attention live", "MLPs from this layer on")
+PROGRAM, HALF = Program(), Program(skip=0.4)
+SKIPPED = HALF.skip / (HALF.log_odds(1, 0) - HALF.log_odds(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("program", "layer", "known"),
+    [
+        (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
+        (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
+        (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
+        (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
+        (PROGRAM, 3, (0, 0, 1, 0, 0)),
+        (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
+    ],
+)
+def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[float, ...]) -> None:
+    found = shares(compiled(program), layer)
+    assert found == pytest.approx(dict(zip(SHARES, known, strict=True)), abs=1e-4)
+    assert (known != (0, 0, 1, 0, 0) or layer == 3) or (found["MLPs"], found["attention"]) == (0, 0)  # exactly
+
+
+def test_an_attention_carried_signal_is_no_mlps() -> None:
+    found = shares(attention_carried(), 1)
+    assert abs(found["MLPs"]) < 1e-6 and found["attention"] == pytest.approx(1, abs=1e-4)

@@ -1,0 +1,82 @@
+"""What a model is compared with, how precise a study is, and a reader's own pair."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from families import tiny_subject
+from handmade import random_pairs
+from neuron_tools import tiny_study
+
+from companion.base.errors import InputError
+from companion.base.thresholds import COMPONENTS
+from companion.mediation import study
+from companion.mediation.study import Study
+from companion.model.load import load
+from companion.prompts import positions, tokens
+from companion.prompts.pairs import load_set
+
+
+@pytest.fixture
+def this() -> Study:
+    return Study("own", tiny_subject("llama"), tuple(random_pairs(8, 9, 61)), {}, {}, {})
+
+
+def test_a_readers_own_pair_on_a_sensitive_set_is_hidden_too() -> None:
+    subject = load("embedded")
+    first = [replace(pair, sensitive=True) for pair in load_set("embedded").pairs[:12]]
+    sensitive = Study("x", subject, tuple(tokens.tokenize(first, subject.tokenizer)[0]), {}, {}, {})
+    pair = sensitive.pairs[0].pair
+    made = study.own_pair(sensitive, pair.control, pair.treated, pair.treatment)
+    shown = positions.token_labels(made, "treated", subject.tokenizer)
+    words = {word for word in pair.treated.replace("?", "").replace(",", "").split() if len(word) > 2}
+    assert shown.count("(hidden)") >= len(words) and not words & {label.strip("·") for label in shown}
+    with pytest.raises(InputError) as caught:
+        study.own_pair(sensitive, pair.control, pair.treated + " again and again", pair.treatment)
+    assert not [word for word in pair.control.split() if len(word) > 4 and word in str(caught.value)]
+
+
+def test_a_shipped_model_is_compared_with_the_others_and_all_their_twins(
+    this: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = study.other_shipped("embedded")
+    assert len(others) > 1 and "window-0" not in others and others[-1].startswith("full")
+    assert study.other_shipped("embedded", "smoke") == study.other_shipped("elsewhere/model") == ()
+    monkeypatch.setattr(study, "load", lambda name, **_: replace(this.subject, name=name))
+    monkeypatch.setattr(study, "untrained_twin", lambda subject, seed: f"twin {seed} of {subject.name}")
+    monkeypatch.setattr(Study, "subsample", lambda study, n: study)
+    found = {label: one.subject for label, one in study.control_studies(this, "embedded", "full")}
+    assert list(found) == [name + end for name in ("own", *others) for end in ("", " (untrained)")][1:]
+    assert found[others[1]].name == others[1]
+    assert found["own (untrained)"] == "twin 0 of tiny llama"
+    assert found[f"{others[1]} (untrained)"] == f"twin 2 of {others[1]}"
+
+
+def test_divisors_are_patch_lengths_and_parameters(this: Study) -> None:
+    found = study.normalisations(this)
+    ids = [torch.tensor([getattr(pair, side).tolist() for pair in this.pairs]) for side in ("control", "treated")]
+    seen: list[torch.Tensor] = []
+    mlp = this.subject.model.model.layers[2].mlp
+    with mlp.register_forward_hook(lambda _, __, output: seen.append(output[:, -1].detach())):
+        for side in ids:
+            this.subject.model(side)
+    length = float((seen[1] - seen[0]).norm(dim=-1).mean())
+    assert found["per patch norm"]["mlp_out", 2] == pytest.approx(length, rel=1e-4)
+    assert found["per parameter"]["mlp_out", 2] == sum(p.numel() for p in mlp.parameters())
+    cells = pd.MultiIndex.from_product([COMPONENTS, range(4)])
+    assert all(set(one.index) == set(cells) for one in found.values())
+
+
+def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:
+    whole, half = (study.begin("embedded", "embedded", "x", dtype=dtype, pairs=10) for dtype in ("float32", "bfloat16"))
+    assert study.describe_precision(whole) == "effects are computed in float32"
+    assert study.tolerance(whole) == 1e-4 < study.tolerance(half)
+    shown = study.describe_precision(half)
+    assert shown.startswith("SCREENING in bfloat16") and "neuron" in shown and "mlp_out" in shown
+    for one in (half, tiny_study(dtype=torch.bfloat16, n=3)):
+        assert 1e-3 < study.noise_floor(one, "mlp_out")[0] < 1
+        _, changed, lost = study.noise_floor(one, "neuron")
+        assert 0 < changed + lost < 1 and changed < 0.5
+        assert one.subject.dtype == torch.bfloat16
+    assert study.noise_floor(tiny_study(dtype=torch.float32, n=3), "neuron") == (0, 0, 0)
