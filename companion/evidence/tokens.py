@@ -21,7 +21,7 @@ from companion.neurons.single import FinalStates, PairEffects, all_neurons, join
 from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import interval, row
+from companion.stats.bootstrap import exact_row, interval, row
 
 FALLBACK = 64
 BENIGN_PAIRS = 40
@@ -208,10 +208,9 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     if discover.empty or test.empty:
         return []
     layer, one = int(discover.layer.iloc[0]), test.iloc[0]
-    numbers = {"estimate": float(one.layer), "ci_low": float(one.low), "ci_high": float(one.high)}
-    name = {"model": model, "claim": "C4", "quantity": "hand-over layer", "variant": "main"}
-    sizes = {"n_pairs": int(one.n_pairs), "n_topics": int(one.n_topics)}
-    rows: EvidenceRows = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
+    size = int(one.n_pairs), int(one.n_topics)
+    limits = {"ci_low": float(one.low), "ci_high": float(one.high)}
+    rows = [exact_row(model, "C4", "hand-over layer", one.layer, *size, f"layer {layer} on discover") | limits]
 
     def shares(at: int, variant: summaries.Variant, paths: Mapping[str, Mapping[str, int]], label: str) -> EvidenceRows:
         whole = summaries.select(table, treatment, summaries.Variant("", variant.outcome), list(HELD))
@@ -233,5 +232,5 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
         note = "the hand-over layer's residual stream has no effect of the treatment's sign"
         if is_last:
             note = "the last token takes over in the last layer only: no block is left above it to carry anything"
-        rows.append({**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note})
+        rows.append(exact_row(model, "C4", "not defined", 0.0, *size, note))
     return rows + found

@@ -227,6 +227,14 @@ def row(
     return dict(zip(EVIDENCE, values, strict=True))
 
 
+def exact_row(
+    model: str, claim: str, quantity: str, value: float, n_pairs: int, n_topics: int = 0, note: str = ""
+) -> dict[str, object]:
+    """One row, variant main, of a number without sampling error."""
+    values = (model, claim, quantity, "main", *[float(value)] * 3, n_pairs, n_topics, note)
+    return dict(zip(EVIDENCE, values, strict=True))
+
+
 def share_row(
     model: str, claim: str, quantity: str, variant: str, estimates: Estimates | None, table: pd.DataFrame
 ) -> list[dict[str, object]]:

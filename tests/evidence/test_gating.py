@@ -10,7 +10,7 @@ from handmade import FIRST, OUT, SECOND, cue_pairs, word_tokenizer
 from companion.base.files import EVIDENCE
 from companion.claims.registered_rules import rule_c5b
 from companion.claims.verdict import Rows
-from companion.evidence import gating, neurons
+from companion.evidence import neurons
 from companion.mediation.study import Study
 from companion.neurons.gating import WRAPPER_HARM
 from companion.neurons.teacher_forcing import STEPS
@@ -28,9 +28,9 @@ def study(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] |
     return Study("m", gm.build(model), tuple(pairs), {"T2": YES_NO, "T2b": YES_NO}, twins, {})
 
 
-def measured(made: Study) -> tuple[gating.Gates, pd.DataFrame]:
-    found = gating.measure_gates(made, neurons.measure_neurons(made, every=True).table)
-    return found, pd.DataFrame(gating.evidence_c5b(found, "m"), columns=list(EVIDENCE))
+def measured(made: Study) -> tuple[neurons.Gates, pd.DataFrame]:
+    found = neurons.measure_gates(made, neurons.measure_neurons(made, every=True).table)
+    return found, pd.DataFrame(neurons.evidence_c5b(found, "m"), columns=list(EVIDENCE))
 
 
 def test_evidence_finds_the_gate_inside_a_neuron_and_calls_it_a_readout() -> None:
@@ -52,8 +52,8 @@ def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None
     swept = neurons.measure_last_layer(study(GATE, ("off high", "on high"), ("off low", "on low")))
     assert swept is not None
     this = swept.measured.study
-    table = pd.DataFrame(gating.gating_evidence(this, swept.table, "m", swept.caches), columns=list(EVIDENCE))
-    again = pd.DataFrame(gating.gating_evidence(this, swept.table, "m"), columns=list(EVIDENCE))
+    table = pd.DataFrame(neurons.gating_evidence(this, swept.table, "m", swept.caches), columns=list(EVIDENCE))
+    again = pd.DataFrame(neurons.gating_evidence(this, swept.table, "m"), columns=list(EVIDENCE))
     pd.testing.assert_frame_equal(table, again)  # the runs of the sweep are those that it would make
     assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
     main = table[table.variant == "main"].set_index("quantity").estimate
@@ -63,7 +63,7 @@ def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None
 def test_no_wrapper_no_evidence() -> None:
     made = study(GATE, ("off high", "on high"), None)
     table = neurons.measure_neurons(made, every=True).table
-    assert gating.gating_evidence(replace(made, pairs=()), table, "m") == []
+    assert neurons.gating_evidence(replace(made, pairs=()), table, "m") == []
 
 
 def test_evidence_of_a_contributor_contradicts_once_the_gate_is_passed() -> None:
