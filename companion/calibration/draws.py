@@ -1,25 +1,21 @@
 """Draws of the calibration: models whose truth is known go through the unchanged pipeline and its rules.
 
-The plan is fixed before any result. A draw is measured in parts, the stages of the pipeline: each gives the verdicts of
-some claims.
+The plan is fixed before any result. A draw is measured in parts, the stages of the pipeline.
 """
 
 from __future__ import annotations
 
-import ast
 import itertools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
 
-from companion.base import files, paths
-from companion.calibration import campaign
-from companion.calibration.campaign import SCHEMAS
+from companion.base import paths
+from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.localise import localise_draw
 from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER
 from companion.claims import corrected_rules
@@ -134,26 +130,19 @@ def measure_draw(
     prompts = compiled_language.steering_prompts(organism.pairs, seed) if part == "steering" else None
     measured = pipeline.measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
     own = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
-    label = {"kind": kind, "seed": seed, "topics": topics, "pairs": pairs}
-    same = {**label, "effect": float(organism.design.effect), "code": code_version()}
-    verdicts = pd.DataFrame([
-        {**same, "rule": rule, "truth": TRUTH[organism.claims[one.claim]], **_fields(one, own)}
-        for rule, one in judged(measured.rows, organism.name, (part,))
-    ])  # fmt: skip
+    said = judged(measured.rows, organism.name, (part,))
+    verdicts = pd.DataFrame([one for _, one in said]).assign(
+        kind=kind, seed=seed, topics=topics, pairs=pairs, effect=float(organism.design.effect), code=code_version(),
+        rule=[rule for rule, _ in said], truth=[TRUTH[organism.claims[one.claim]] for _, one in said],
+        gate=["passed" if precondition(own, one.claim) is None else "stopped" for _, one in said],
+    )  # fmt: skip
+    numbers = ["estimate", "ci_low", "ci_high"]
+    verdicts[numbers] = verdicts[numbers].astype(float)  # None where a verdict shows no row
     evidence = measured.rows.assign(kind=kind, part=part, seed=seed)[list(SCHEMAS["evidence"])]
     columns = [name for name in SCHEMAS["verdicts"] if name != "purpose"]
     return {
         "localisation": localise_draw(organism, this, measured), "evidence": evidence, "verdicts": verdicts[columns],
     }  # fmt: skip
-
-
-def _fields(verdict: Verdict, rows: Rows) -> dict[str, object]:
-    numbers = {name: getattr(verdict, name) for name in ("estimate", "ci_low", "ci_high")}
-    return {
-        **{name: getattr(verdict, name) for name in ("claim", "verdict", "reason", "quantity")},
-        "gate": "passed" if precondition(rows, verdict.claim) is None else "stopped",
-        **{name: math.nan if value is None else value for name, value in numbers.items()},
-    }
 
 
 def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(STAGES)) -> list[tuple[str, Verdict]]:
@@ -177,16 +166,16 @@ def measure_planned(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
     return made | {"verdicts": made["verdicts"].assign(purpose=draw.purpose)}
 
 
-def run_draws(share: str = "1/1", folder: Path = paths.CALIBRATION, draws: Iterable[PlannedDraw] | None = None) -> None:
+def run_draws(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
     """Measure every draw of this share that is not there yet, and join what there is."""
     known = shipped_keys(folder)
-    plan = {draw.name: draw for draw in (plan_draws() if draws is None else draws)}
-    campaign.run_campaign(plan, measure_planned, TABLES, lambda draw: draw.key in known, share, folder)
+    plan = {draw.name: draw for draw in plan_draws()}
+    run_campaign(plan, measure_planned, TABLES, lambda draw: draw.key in known, share, folder)
 
 
 def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
-    table = campaign.read_shipped("verdicts", folder, or_empty=True)
+    table = read_shipped("verdicts", folder, or_empty=True)
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
     effects = table.effect.where(table.purpose != "main").round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
@@ -198,9 +187,9 @@ def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.Data
     A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
     verdict, stored.
     """
-    stored = campaign.read_shipped("verdicts", folder).query("purpose == 'main'")
+    stored = read_shipped("verdicts", folder).query("purpose == 'main'")
     known = stored.set_index(["kind", "seed", "claim", "rule"]).verdict
-    groups = list(campaign.read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
+    groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
     rows = [
         (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule])
         for (part, kind, seed), evidence in groups[::every]
@@ -208,30 +197,3 @@ def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.Data
         if (kind, seed, one.claim, rule) in known.index
     ]
     return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored"])
-
-
-@cache
-def code_version(module: str = __file__) -> str:
-    """Hash of all code that a draw's numbers can rest on: a module's file and all that it imports, at any depth."""
-    seen: set[Path] = set()
-    waiting = [Path(module)]
-    while waiting:
-        path = waiting.pop()
-        if path not in seen:
-            seen.add(path)
-            waiting += imported_files(path)
-    return files.digest({paths.relative(path): files.hash_file(path, {}) for path in seen})[:12]
-
-
-def imported_files(path: Path) -> list[Path]:
-    """Files of this project that a file imports anywhere in its text.
-
-    >>> "ledger.py" in {path.name for path in imported_files(Path(__file__))}
-    True
-    """
-    names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    own = [name.replace(".", "/") + ".py" for name in names if name.split(".")[0] in ("companion", "organisms")]
-    return [paths.ROOT / name for name in own if (paths.ROOT / name).is_file()]

@@ -1,10 +1,9 @@
 """What the rules say of a compiled model when sampling error is gone: the same rules on effects in closed form.
 
-The closed form gives effects on the first answer token. So C1 to C4 and C5a have a population verdict and the others have
-none; nor has the corrected C1, which asks where the decision is computed. Rows that the closed form knows take the place of the
-sample's, with intervals of no width; what needs a run of the model (probe, benign neurons, untrained twin, joint probability,
-patch norms) stays as it was measured. Topics are the unit: ten pairs of each of the 500 moved no value by more than 0.002 where
-we looked (one model a part), at ten times the cost, so there is one.
+The closed form gives effects on the first answer token, so C1 to C4 and C5a have a population verdict and the others none; nor
+has the corrected C1, which asks where the decision is computed. Rows that the closed form knows take the place of the sample's,
+with intervals of no width; what needs a run of the model (probe, benign neurons, untrained twin) stays as it was measured.
+Topics are the unit, with one pair each: ten moved no value by more than 0.002 where we looked.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import pandas as pd
 
 from companion.base import paths
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, deepest_early_layer
-from companion.calibration import campaign, draws
-from companion.calibration.campaign import SCHEMAS, read_shipped
+from companion.calibration import draws
+from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.rates import FRESH
 from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
@@ -50,10 +49,8 @@ def verdicts_without_sampling(
     own = Rows(label, replaced[replaced.model == label])
     sample = rows[(rows.model == label) & (rows.claim == "C4") & (rows.variant == "main")]
     shares = set(sample.quantity) & {quantity for claim, quantity, _ in known if claim == "C4"}
-    shown = {
-        "registered": MLP_SHARE in shares,
-        "corrected": MLP_SHARE_WITH_OWN in shares,
-    }  # not every hand-over layer has C4's share
+    # Not every hand-over layer has C4's share.
+    shown = {"registered": MLP_SHARE in shares, "corrected": MLP_SHARE_WITH_OWN in shares}
     said = [("registered", one) for one in ledger(replaced, (label,))]
     said += [("corrected", one) for one in corrected_rules.corrected_verdicts(own) if one.claim != "C1"]
     return {
@@ -136,7 +133,7 @@ def measure_population(draw: Draw, evidence: pd.DataFrame, stored: pd.DataFrame)
             shown = Rows(verdict.model, known[known.model == verdict.model]).find(verdict.claim, row.quantity)
             # The quantity that the sample's verdict shows; NaN where the closed form does not know it.
             value = float(shown.estimate) if shown is not None and shown.ci_low == shown.ci_high else math.nan
-            rows.append((kind, row.claim, row.rule, verdict.verdict, draws.code_version(), seed, value))
+            rows.append((kind, row.claim, row.rule, verdict.verdict, code_version(), seed, value))
     return {"population": pd.DataFrame(rows, columns=list(SCHEMAS["population"]))}
 
 
@@ -145,7 +142,7 @@ def run_population(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None
     evidence = read_shipped("evidence", folder)
     stored = read_shipped("verdicts", folder).query("purpose == 'main'")
     known = {(one.kind, one.seed, one.claim) for one in read_shipped("population", folder, or_empty=True).itertuples()}
-    campaign.run_campaign(
+    run_campaign(
         {"-".join(map(str, draw)): draw for draw in plan_population(evidence)},
         partial(measure_population, evidence=evidence, stored=stored), ("population",),
         lambda draw: any((*draw[1:], claim) in known for claim in CLAIMS[draw[0]]), share, folder,
