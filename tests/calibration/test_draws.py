@@ -102,13 +102,6 @@ def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own() 
     assert "gate" in set(rows[is_twin].claim) <= {"gate", "C1"}
 
 
-def test_the_code_of_a_draw_covers_its_rules_and_models() -> None:
-    names = {path.name for path in draws.imported_files(Path(draws.__file__))}
-    assert {"pipeline.py", "ledger.py", "compiled.py", "campaign.py"} <= names
-    elsewhere = draws.code_version(rates.__file__)
-    assert draws.code_version() != elsewhere and len(elsewhere) == 12
-
-
 def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     drawn = draws.measure_draw("late", 0, "layers", topics=5)
     verdicts = drawn["verdicts"]

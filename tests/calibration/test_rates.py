@@ -95,11 +95,8 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
         (9, {"population_verdict": ""}),  # no population was drawn
     )
     found = rates.split_errors(table)
-    assert {row.error: (row.hits, row.n) for row in found.itertuples()} == {
-        "sampling": (1, 10),
-        "construct": (2, 10),
-        "silent": (1, 10),
-    }
+    counts = {row.error: (row.hits, row.n) for row in found.itertuples()}
+    assert counts == {"sampling": (1, 10), "construct": (2, 10), "silent": (1, 10)}
 
 
 def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
