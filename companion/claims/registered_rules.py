@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MLP_SHARE, POINTS
+from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS
 from companion.claims import verdict
 from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
 
@@ -202,11 +202,7 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     few, many = max(0.01 * size.estimate, FEW), 0.1 * size.estimate
     is_sparse = k90 is not None and k90.estimate <= few and (not benign or k90.estimate < np.median(benign))
     checks = {
-        "benign behaviours": "not run"
-        if not benign
-        else "passed"
-        if len(benign) >= thresholds.MIN_BENIGN
-        else "failed",
+        "benign behaviours": "not run" if not benign else "passed" if len(benign) >= MIN_BENIGN else "failed",
         "final norm frozen": same_side(rows, "C5a", "psi1", "norm frozen", PSI_MIDDLE),
         "sign in unsaturated pairs": same_side(rows, "C5a", "psi1", "unsaturated", 0.0),
         "joint probability": verdict.joint_probability(rows, "T2"),

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from companion.base.errors import InputError
-from companion.calibration import campaign, plants, population
+from companion.calibration import campaign, draws, plants
 from companion.calibration.campaign import KEYS, SCHEMAS, read_shipped, run_campaign
 
 TABLES = ("plants", "plant_scores")
@@ -93,21 +93,21 @@ def test_population_and_plants_measure_what_is_not_shipped(tmp_path: Path, monke
     asked: list[object] = []
     chosen = plants.plan_plants()[:2]
 
-    def of_draw(draw: population.Draw, **_: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    def of_draw(draw: draws.Draw, **_: pd.DataFrame) -> dict[str, pd.DataFrame]:
         asked.append(draw)
         part, kind, seed = draw
-        at = (verdicts.kind == kind) & (verdicts.seed == seed) & verdicts.claim.isin(population.CLAIMS[part])
+        at = (verdicts.kind == kind) & (verdicts.seed == seed) & verdicts.claim.isin(draws.IN_CLOSED_FORM[part])
         return {"population": verdicts[at]}
 
     def of_plant(plant: plants.Plant) -> dict[str, pd.DataFrame]:
         asked.append(plant)
         return others | {"plants": shares.query("kind == @plant.kind and seed == @plant.seed")}
 
-    monkeypatch.setattr(population, "measure_population", of_draw)
+    monkeypatch.setattr(draws, "measure_population", of_draw)
     monkeypatch.setattr(plants, "measure_plant", of_plant)
     monkeypatch.setattr(plants, "plan_plants", lambda: chosen)
     for _ in range(2):
-        population.run_population("1/1", tmp_path)
+        draws.run_population("1/1", tmp_path)
         plants.run_plants("1/1", tmp_path)
     assert asked == [*((part, "late", seed) for part in ("context", "neurons") for seed in (11, 12)), *chosen]
     measured = read_shipped("plants", tmp_path)
