@@ -121,10 +121,7 @@ def rank_learned_neurons(plant: Plant, found: Neurons, this: Study) -> list[Scor
 
 
 def shares_by_kind(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """For the figure: mean share and range over seeds, a row a kind, effect and component ("attn 4").
-
-    Kinds stand in the order of the plan.
-    """
+    """For the figure: mean share and range over seeds, a row a kind (in the plan's order), effect and component ("attn 4")."""
     part = _with_component(table[table.treatment == treatment])
     keys = ["kind", "effect", "site", "layer", "component", "learned"]
     mean = part.groupby(keys, sort=False).share.agg(estimate="mean", low="min", high="max").reset_index()
@@ -144,10 +141,7 @@ def _with_component(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tally_verdicts(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither".
-
-    A claim counts the seeds in which it was measured.
-    """
+    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
     said: dict[tuple[str, str], list[str]] = {}
     owner = evidence.model.str.removesuffix(UNTRAINED)
     for plant in plan_plants():

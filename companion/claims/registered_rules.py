@@ -230,10 +230,9 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     Specific: benign share high <= 0.20 and perplexity ratio high <= 1.01. Not a readout: readout share high < 0.5, so that
     less than half of the set's effect is what it writes into the logits itself (`may_read_out` drops this).
 
-    A last-layer neuron only adds into the last residual stream, so the plain factorial (form a) is near zero there whatever
-    was learned. The verdict reads the forms in which a gate could show: inside a neuron (b) and below the last layer (c).
-    "Every form" has the whole last layer in it, so that no smaller set of it was overlooked. What the index may be read from
-    was widened after a first look (`companion.neurons.gating`).
+    A last-layer neuron only adds into the last residual stream, so form a (the plain factorial) is near zero there whatever was
+    learned. A gate could show inside a neuron (b) or below the last layer (c); "every form" has the whole last layer in it.
+    What the index may be read from was widened after a first look (`companion.neurons.gating`).
     """
     if stop := precondition(rows, "C5b"):
         return stop

@@ -55,13 +55,9 @@ class Neurons:
 
 
 def measure_neurons(
-    study: Study,
-    *,
-    every: bool | None = None,
-    layers: Sequence[int] | None = None,
-    benign: int = BENIGN_PAIRS,
+    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS,
     watch: Callable[[Batch], None] | None = None,
-) -> Neurons:
+) -> Neurons:  # fmt: skip
     """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient

@@ -21,8 +21,6 @@ from companion.base.errors import InputError
 from companion.stats.bootstrap import Estimates, interval
 from companion.stats.clusters import cluster_sums, mean, ratio, wilson
 
-Z = float(st.norm.ppf(0.975))
-
 
 @dataclass(frozen=True)
 class Change:
@@ -108,12 +106,11 @@ def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt
 def with_refits(change: Change, refits: Sequence[float]) -> Change:
     """The interval widened by how the estimate varies when the directions are fitted anew.
 
-    Two sources of error that are independent: which test topics there are (the interval's own half-lengths) and which
-    prompts the directions were fitted on (the standard deviation over refits). Their squares add.
+    Squares of the two errors add: the interval's own half-lengths (test topics), and the spread over refits (fitting prompts).
     """
     if len(refits) < 2:
         raise InputError(f"{len(refits)} refits: their spread needs at least 2")
-    more = Z * float(np.std(refits, ddof=1))
+    more = float(st.norm.ppf(0.975)) * float(np.std(refits, ddof=1))
     low = change.estimate - float(np.hypot(change.estimate - change.low, more))
     return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
 
