@@ -39,38 +39,30 @@ from organisms.compiled_program import KINDS, build_program
 
 TABLES = ("verdicts", "localisation", "evidence")
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
-# How many models of each kind: at least 59 that make a claim false and pass its precondition, for every claim.
+# How many models of each kind, by the first seed: at least 59 that make a claim false and pass its precondition, for every
+# claim. The corrections have models of their own, since they were written after draws of their claims: C1 and C6 from
+# FRESH_LATER on, C4 from FRESH_LAST on, where C6 gets the nulls that it lacked.
 COUNTS = {
-    "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
-    "layers": {
-        "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 30, "late": 15, "early_carrier": 15,
+    FRESH: {
+        "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
+        "layers": {"early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 30, "late": 15,
+                   "early_carrier": 15},
+        "timing": {"each_token": 60, "late": 15, "gated": 15},
+        "neurons": {"distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15,
+                    "or": 15, "and": 15},
+        "steering": {"early": 30, "middle": 30, "late": 15},
     },
-    "timing": {"each_token": 60, "late": 15, "gated": 15},
-    "neurons": {
-        "distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15, "or": 15,
-        "and": 15,
-    },
-    "steering": {"early": 30, "middle": 30, "late": 15},
-}  # fmt: skip
-# Models of their own for the corrections, which were written after draws of their claims: C1 and C6 from FRESH_LATER on,
-# C4 from FRESH_LAST on, where C6 gets the nulls that it lacked.
-COUNTS_CORRECTED = {
     FRESH_LATER: {
-        "layers": {
-            "early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10,
-            "early_carrier": 10,
-        },
+        "layers": {"early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10,
+                   "early_carrier": 10},
         "steering": {"late": 15, "early": 15, "middle": 15},
     },
     FRESH_LAST: {
-        "layers": {
-            "skip_only": 30, "attention": 30, "middle": 25, "early": 10, "late": 10, "late_like_benign": 10,
-            "early_carrier": 10,
-        },
+        "layers": {"skip_only": 30, "attention": 30, "middle": 25, "early": 10, "late": 10, "late_like_benign": 10,
+                   "early_carrier": 10},
         "steering": {"early": 18, "middle": 18},
     },
 }  # fmt: skip
-ROUNDS = 15  # of the plan
 POWER_SEEDS = range(100, 105)  # models of their own for the power curves
 # Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
 POWER_TOPICS, POWER_PAIRS, POWER_EFFECTS = (120, 200), 3, (0.5, 1.0, 2.0, 3.0)
@@ -117,16 +109,15 @@ class PlannedDraw:
 
 
 def plan_draws() -> list[PlannedDraw]:
-    """All draws in the order in which they are measured: round by round, one of each kind that still lacks some."""
-    made = []
-    for number, (part, kinds) in itertools.product(range(ROUNDS), COUNTS.items()):
-        for kind, count in kinds.items():
-            each = math.ceil(count / ROUNDS)
-            own = range(number * each, min(count, (number + 1) * each))
-            made += [PlannedDraw("main", part, kind, FRESH + i) for i in own]
-    for first, counts in COUNTS_CORRECTED.items():
-        for part, kinds in counts.items():
-            made += [PlannedDraw("main", part, kind, first + i) for kind, count in kinds.items() for i in range(count)]
+    """All draws in the order in which they are measured: one of each kind, then the next, then those of the power curves."""
+    main = [
+        PlannedDraw("main", part, kind, first + i)
+        for first, parts in COUNTS.items()
+        for part, kinds in parts.items()
+        for kind, count in kinds.items()
+        for i in range(count)
+    ]
+    made = sorted(main, key=lambda draw: draw.seed)
     for seed, (part, kinds_of_part) in itertools.product(POWER_SEEDS, POWER_KINDS.items()):
         for kind in kinds_of_part:
             made += [PlannedDraw("effect", part, kind, seed, effect=size) for size in POWER_EFFECTS]
