@@ -214,17 +214,19 @@ def verdicts_without_sampling(
     organism: Organism, this: Study, rows: pd.DataFrame, part: str
 ) -> dict[tuple[str, str], tuple[Verdict, pd.DataFrame]]:
     """Population verdicts by claim and rule, of the claims of a part that have one, and the evidence rows that they rest on."""
-    label, known = organism.name, closed_form_values(organism, this, part)
-    replaced = with_values(rows, label, known)
+    label, known, replaced = organism.name, closed_form_values(organism, this, part), rows.copy()
+    for (claim, quantity, variant), value in known.items():
+        at = (rows.model == label) & (rows.claim == claim) & (rows.quantity == quantity) & (rows.variant == variant)
+        replaced.loc[at, ["estimate", "ci_low", "ci_high"]] = value
     sample = rows[(rows.model == label) & (rows.claim == "C4") & (rows.variant == "main")]
     shares = set(sample.quantity) & {quantity for claim, quantity, _ in known if claim == "C4"}
-    # Not every hand-over layer has C4's share.
-    hidden = {("C1", "corrected"), *([] if MLP_SHARE in shares else [("C4", "registered")])}
-    hidden |= set() if MLP_SHARE_WITH_OWN in shares else {("C4", "corrected")}
+    # Not every hand-over layer has C4's share, and nothing says in closed form where a decision is computed.
+    shown = {("C4", "registered"): MLP_SHARE in shares, ("C4", "corrected"): MLP_SHARE_WITH_OWN in shares}
+    shown["C1", "corrected"] = False
     return {
         (one.claim, rule): (one, replaced)
         for rule, one in judged(replaced, label, (part,))
-        if one.claim in IN_CLOSED_FORM[part] and (one.claim, rule) not in hidden
+        if one.claim in IN_CLOSED_FORM[part] and shown.get((one.claim, rule), True)
     }
 
 
@@ -267,15 +269,6 @@ def split_anew(table: pd.DataFrame) -> pd.DataFrame:
     """Every fifth topic is for choices (discover), all others for numbers (test)."""
     number = table.topic.str.extract(r"(\d+)$")[0].astype(int)
     return table.assign(split=np.where(number % DISCOVER_EVERY == 0, "discover", "test"))
-
-
-def with_values(rows: pd.DataFrame, label: str, known: Values) -> pd.DataFrame:
-    """The evidence with the known values in place of the sample's, as intervals of no width."""
-    made = rows.copy()
-    for (claim, quantity, variant), value in known.items():
-        at = (made.model == label) & (made.claim == claim) & (made.quantity == quantity) & (made.variant == variant)
-        made.loc[at, ["estimate", "ci_low", "ci_high"]] = value
-    return made
 
 
 def plan_population(evidence: pd.DataFrame) -> list[Draw]:

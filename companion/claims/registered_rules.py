@@ -124,9 +124,8 @@ def rule_c2(rows: Rows) -> Verdict:
         binding = min(total, direct, key=lambda row: row.ci_low)
     made = conclude(rows, binding, decision, checks, reason)
     dependent = ("normalisation-dependent",) if flips else ()
-    return replace(
-        made, tags=(*dependent, *verdict.generation_tags(rows), *_robust(rows, made, "MLP share of NIE", 0.60))
-    )
+    robust = _robust(rows, made, "MLP share of NIE", 0.60)
+    return replace(made, tags=(*dependent, *verdict.generation_tags(rows), *robust))
 
 
 def rule_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
@@ -239,10 +238,8 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     index = rows.find("C5b", "gate index") if index is None else index
     if index is None:
         for row in rows.variants("C5b", "gate index, form", "a").values():
-            reason = (
-                "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
-            )
-            return conclude(rows, row, "inconclusive", {}, reason)
+            why = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
+            return conclude(rows, row, "inconclusive", {}, why)
         reason = "sets of neurons were not tested: run notebook 04 (a mixture of experts has no such neurons)"
         return Verdict(rows.model, "C5b", "not testable", reason)
     signed = rows.find("C5b", f"{index.quantity}, signed", index.variant)

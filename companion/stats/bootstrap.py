@@ -83,10 +83,8 @@ def bootstrap(
     z = st.t.isf(tail, df) * widen if small_sample else st.norm.isf(tail)
     low, high = (_bca_limit(ordered, estimate, deviate, acceleration) for deviate in (-z, z))
     se, t = _studentise(replicates - estimate, weights, influence, sums.strata)
-    low, high = (
-        np.where(ok, np.where(varies, low, estimate), -np.inf),
-        np.where(ok, np.where(varies, high, estimate), np.inf),
-    )
+    low = np.where(ok, np.where(varies, low, estimate), -np.inf)
+    high = np.where(ok, np.where(varies, high, estimate), np.inf)
     se = np.select([~ok, ~varies, se <= ROUNDING], [np.inf, 0, np.inf], se)
     return Estimates(estimate, low, high, se, len(sums.clusters), replicates, t)
 

@@ -205,6 +205,9 @@ RENAMED = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)} | {
 }
 LOW_PSI = row("C5a", "psi1", (0.0, -0.1, 0.1), *FROZEN)
 HARD = row("C5c", "harmless answers changed, refusing run's values", (0.9, 0.8, 1.0))
+UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
+              "C5c": "notebook 05", "C6": "notebook 06", "C7": "notebook 04"}  # fmt: skip
+NO_EFFECTS = {("gate", f"TE {name}", "main"): None for name in ("T1", "T2", "T2-T2b")}
 SAYS = [  # claim, evidence, verdict, the quantity that it shows, a part of its reason or a tag
     ("C1", row("C1", "late share", LOW, *FROZEN) | NO_JOINT, "inconclusive", "late share", "contradicted by its numbers"),
     ("C1", row("C1", "centroid difference", None), "inconclusive", "late share", "no benign behaviour to compare with"),
@@ -223,6 +226,10 @@ SAYS = [  # claim, evidence, verdict, the quantity that it shows, a part of its 
     ("C3", row("C3", PSI, None), "not testable", "", ""), ("C3", row("C3", "AUROC gain", None), "not testable", "", ""),
     ("C6", row("C6", "phi", None), "not testable", "", ""),
     ("C2", row("gate", "significand bits", (8, 8, 8)), "inconclusive", NIE, "half precision"),
+    *((claim, dict.fromkeys(key for key in FINE | LATER if key[0] == claim), "not testable", "", part)
+      for claim, part in UNMEASURED.items()),
+    *((claim, NO_EFFECTS, "not testable", "", thresholds.NO_WRAPPERS) for claim in ON_GENERATION),
+    ("C3", NO_EFFECTS, "not testable", "", "the prompt set has no harmless/harmful pairs (T1): supply some"),
 ]  # fmt: skip
 
 
@@ -239,16 +246,6 @@ def test_an_open_question_is_not_called_capped() -> None:
 
 def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
-
-
-UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
-              "C5c": "notebook 05", "C6": "notebook 06", "C7": "notebook 04"}  # fmt: skip
-
-
-@pytest.mark.parametrize("claim", UNMEASURED)
-def test_what_was_not_measured_is_not_testable(claim: str) -> None:
-    made = judge(claim, {key: None for key in FINE | LATER if key[0] == claim})
-    assert made.verdict == "not testable" and UNMEASURED[claim] in made.reason
 
 
 # ---- preconditions and tags ----
@@ -275,15 +272,6 @@ def test_the_precondition_asks_for_an_effect(claim: str, numbers: tuple, is_open
     assert made.verdict == ("supported" if is_open else "inconclusive")
     assert is_open or "nothing to mediate (gate: |TE| >= 0.5)" in made.reason
     assert is_open or made.quantity == f"TE {GATES[claim]}"
-
-
-@pytest.mark.parametrize("claim", STATEMENTS)
-def test_without_the_treatment_nothing_is_testable(claim: str) -> None:
-    made = judge(claim, {("gate", f"TE {name}", "main"): None for name in ("T1", "T2", "T2-T2b")})
-    expected = (
-        "the prompt set has no harmless/harmful pairs (T1): supply some" if claim == "C3" else thresholds.NO_WRAPPERS
-    )
-    assert (made.verdict, made.reason) == ("not testable", expected)
 
 
 @pytest.mark.parametrize("claim", ON_GENERATION)
