@@ -21,6 +21,8 @@ from companion.base.errors import InputError
 from companion.stats.bootstrap import Estimates, interval
 from companion.stats.clusters import cluster_sums, mean, ratio, wilson
 
+Z = float(st.norm.ppf(0.975))
+
 
 @dataclass(frozen=True)
 class Change:
@@ -110,7 +112,7 @@ def with_refits(change: Change, refits: Sequence[float]) -> Change:
     """
     if len(refits) < 2:
         raise InputError(f"{len(refits)} refits: their spread needs at least 2")
-    more = float(st.norm.ppf(0.975)) * float(np.std(refits, ddof=1))
+    more = Z * float(np.std(refits, ddof=1))
     low = change.estimate - float(np.hypot(change.estimate - change.low, more))
     return replace(change, low=low, high=change.estimate + float(np.hypot(change.high - change.estimate, more)))
 
