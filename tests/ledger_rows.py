@@ -1,7 +1,5 @@
 """Rows of evidence that support every claim, to be changed one at a time."""
 
-from types import ModuleType
-
 import pandas as pd
 
 from companion.base import files
@@ -95,21 +93,11 @@ def table(numbers: dict, model: str = "m", n_topics: int = 36, n_harmless: int =
     return made
 
 
-def judge(
-    claim: str,
-    changes: dict | None = None,
-    twin: dict | None = None,
-    *,
-    rules: ModuleType = registered_rules,
-    **counts: int,
-) -> Verdict:
-    """A rule's verdict on fine evidence with some rows changed, or taken away by None."""
+def judge(claim: str, changes: dict | None = None, twin: dict | None = None, **counts: int) -> Verdict:
+    """The registered rule's verdict on fine evidence with some rows changed, or taken away by None."""
     own = Rows("m", table({**FINE, **LATER, **(changes or {})}, **counts))
-    (rule,) = (
-        getattr(rules, name) for name in dir(rules) if name in (f"rule_{claim.lower()}", f"corrected_{claim.lower()}")
-    )
-    with_twin = claim == "C1" and rules is registered_rules
-    made = rule(own, Rows("m" + UNTRAINED, table({**TWIN, **(twin or {})}))) if with_twin else rule(own)
+    rule = getattr(registered_rules, f"rule_{claim.lower()}")
+    made = rule(own, Rows("m" + UNTRAINED, table({**TWIN, **(twin or {})}))) if claim == "C1" else rule(own)
     assert made.model == "m" and made.claim == claim
     return made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,6 +62,12 @@ def read_shipped(table: str, folder: Path = paths.CALIBRATION, *, or_empty: bool
         kinds = {"int": "int64", "float": "float64", "bool": "bool", "str": "object"}
         return pd.DataFrame({name: np.array([], dtype=kinds[kind]) for name, kind in schema.items()})
     return files.read_table(path, schema)
+
+
+@cache
+def code_version() -> str:
+    """Hash of the library's code, by which a row names the code that made it."""
+    return files.digest(*(files.hash_folder(paths.ROOT / name, {}, "*.py") for name in ("companion", "organisms")))[:12]
 
 
 def run_campaign(

@@ -147,21 +147,12 @@ def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, "n
     effects = found.measured.effects["T2-T2b"]
     sign, d_mlp = sign_on_discover(effects.pairs), found.measured.study.subject.d_mlp
     mean = {name: sign * values.mean(0) for name, values in in_split(effects, "all").values.items()}
-    total = (mean["nie0"] + mean["nie1"]) / 2
+    total, box = (mean["nie0"] + mean["nie1"]) / 2, np.ones(2 * HALF_WIDTH + 1)
+    size = np.convolve(np.ones(d_mlp), box, "same")
     scores = {
         "total": total,
         "direct": mean["direct"],
-        "window": np.concatenate([window_means(layer) for layer in total.reshape(-1, d_mlp)]),
+        "window": np.concatenate([np.convolve(layer, box, "same") / size for layer in total.reshape(-1, d_mlp)]),
         "gradient screen": screening.estimates(this, "T2-T2b").estimate.to_numpy(),
     }
     return {name: abs(values) for name, values in scores.items()}
-
-
-def window_means(values: Float[np.ndarray, "neuron"]) -> Float[np.ndarray, "neuron"]:
-    """Mean over each entry's window of half-width 8.
-
-    >>> window_means(np.r_[17.0, np.zeros(20)])[[0, 8, 9]].round(2)
-    array([1.89, 1.  , 0.  ])
-    """
-    box = np.ones(2 * HALF_WIDTH + 1)
-    return np.convolve(values, box, "same") / np.convolve(np.ones(len(values)), box, "same")

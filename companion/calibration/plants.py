@@ -7,7 +7,6 @@ the rules say when we know only where it was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import paths, thresholds
 from companion.base.thresholds import UNTRAINED
-from companion.calibration import campaign, draws, localise
-from companion.calibration.campaign import SCHEMAS, read_shipped
+from companion.calibration import draws, localise
+from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.rates import ranking_quality
 from companion.claims.ledger import CORRECTED
 from companion.evidence import pipeline
@@ -63,16 +62,16 @@ def measure_plant(plant: Plant) -> dict[str, pd.DataFrame]:
     shares = pd.concat([component_shares(plant, measured.layers.effects, "T2-T2b"), recognition_shares(plant, this)])
     scores = [*refusal_by_suite(model, tokenizer), *rank_learned_neurons(plant, measured.neurons, this)]
     made = {"plants": shares, "plant_scores": pd.DataFrame(scores, columns=["estimator", "what", "value"])}
-    label = {"kind": plant.kind, "seed": plant.seed, "code": draws.code_version(__file__)}
+    label = {"kind": plant.kind, "seed": plant.seed, "code": code_version()}
     found = {name: table.assign(**label)[list(SCHEMAS[name])] for name, table in made.items()}
     return found | {"plant_evidence": measured.rows}
 
 
-def run_plants(share: str = "1/1", folder: Path = paths.CALIBRATION, plants: Iterable[Plant] | None = None) -> None:
+def run_plants(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
     """Grow and measure every plant of this share that is not there yet, and join what there is."""
     known = {(row.kind, row.seed) for row in read_shipped("plants", folder, or_empty=True).itertuples()}
-    plan = {plant.name: plant for plant in (plan_plants() if plants is None else plants)}
-    campaign.run_campaign(plan, measure_plant, TABLES, lambda one: (one.kind, one.seed) in known, share, folder)
+    plan = {plant.name: plant for plant in plan_plants()}
+    run_campaign(plan, measure_plant, TABLES, lambda one: (one.kind, one.seed) in known, share, folder)
 
 
 def recognition_shares(plant: Plant, this: Study) -> pd.DataFrame:
@@ -122,10 +121,7 @@ def rank_learned_neurons(plant: Plant, found: Neurons, this: Study) -> list[Scor
 
 
 def shares_by_kind(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """For the figure: mean share and range over seeds, a row a kind, effect and component ("attn 4").
-
-    Kinds stand in the order of the plan.
-    """
+    """For the figure: mean share and range over seeds, a row a kind (in the plan's order), effect and component ("attn 4")."""
     part = _with_component(table[table.treatment == treatment])
     keys = ["kind", "effect", "site", "layer", "component", "learned"]
     mean = part.groupby(keys, sort=False).share.agg(estimate="mean", low="min", high="max").reset_index()
@@ -145,10 +141,7 @@ def _with_component(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tally_verdicts(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither".
-
-    A claim counts the seeds in which it was measured.
-    """
+    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
     said: dict[tuple[str, str], list[str]] = {}
     owner = evidence.model.str.removesuffix(UNTRAINED)
     for plant in plan_plants():

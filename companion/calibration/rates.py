@@ -76,17 +76,14 @@ def confusion(table: pd.DataFrame) -> pd.DataFrame:
 def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataFrame:
     """Per claim: how often "supported" is said of a false claim and "contradicted" of a true one, and the power of both.
 
-    Columns `error` (false supported, false contradicted, power to support, power to contradict), `hits`, `n`,
-    `estimate`, `low`, `high` (exact), and `lower` and `upper`, the one-sided 95 % bounds. Every claim of the table has its
-    rows; on request they count only the draws in which its rule had something to read.
+    Columns claim, error, hits, n, estimate, low, high (exact), and `lower` and `upper`, the one-sided 95 % bounds. Every claim
+    of the table has its rows; on request they count only the draws in which its rule had something to read.
     """
     chosen = testable(table) if only_testable else table
     asked = {
-        "false supported": ("false", "supported"),
-        "false contradicted": ("true", "contradicted"),
-        "power to support": ("true", "supported"),
-        "power to contradict": ("false", "contradicted"),
-    }
+        "false supported": ("false", "supported"), "false contradicted": ("true", "contradicted"),
+        "power to support": ("true", "supported"), "power to contradict": ("false", "contradicted"),
+    }  # fmt: skip
     rows = []
     for claim in sorted(table.claim.unique()):
         for name, (truth, verdict) in asked.items():
@@ -149,9 +146,6 @@ def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float
     `auroc` has a 95 % interval, `auroc_low` to `auroc_high`: true and false cases redrawn, each among themselves (it has no
     width where the scores do not overlap). A case without a score counts as 0, since a test that found nothing to measure
     called nothing.
-
-    >>> float(roc({"a": True, "b": False}, {"index": {"a": 0.9, "b": 0.1}}).auroc.iloc[0])
-    1.0
     """
     member = np.array(list(truth.values()), dtype=bool)
     tables = []
@@ -251,11 +245,7 @@ def support_state(row: pd.Series) -> str:
 
 
 def power_state(row: pd.Series) -> str:
-    """The same of the power to support, whose target is 80 %; a rule that supports nothing cannot err by supporting.
-
-    >>> power_state(pd.Series({"hits": 0, "lower": 0.0, "upper": 0.1}))
-    'never says supported, so that its bound on false support is no evidence'
-    """
+    """The same of the power to support, whose target is 80 %; a rule that supports nothing cannot err by supporting."""
     if not row.hits:
         return "never says supported, so that its bound on false support is no evidence"
     if row.lower >= 0.8:

@@ -12,18 +12,8 @@ from collections.abc import Callable
 
 from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN
 from companion.claims import registered_rules as registered
-from companion.claims.verdict import (
-    Rows,
-    Verdict,
-    benign_behaviours,
-    conclude,
-    control,
-    decide,
-    interval,
-    joint_probability,
-    precondition,
-    same_side,
-)
+from companion.claims import verdict
+from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
 
 WHY = {
     "C1": "An indirect effect is as large where a decision is only copied or fetched as where it is made: what counts is "
@@ -57,9 +47,9 @@ def corrected_c1(rows: Rows) -> Verdict | None:
     if stop := precondition(rows, "C1"):
         return stop
     checks = {
-        "benign behaviours": benign_behaviours(rows),
+        "benign behaviours": verdict.benign_behaviours(rows),
         "unsaturated pairs": same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
-        "joint probability": joint_probability(rows, "T2"),
+        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     is_later = centroid is not None and centroid.ci_low >= 0.05
     decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
@@ -78,29 +68,17 @@ def corrected_c2(rows: Rows) -> Verdict:
     checks = {
         "per patch norm": control(rows.find("C2", "MLP share of NIE", "per patch norm")),
         "per parameter": control(rows.find("C2", "MLP share of NIE", "per parameter")),
-        "joint probability": joint_probability(rows, "T2"),
+        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
     return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
-
-
-def corrected_c3(rows: Rows) -> Verdict:
-    """C3 as registered, but the probe's control can spoil "supported" only."""
-    return precondition(rows, "C3") or registered.judge_c3(rows, for_support=(registered.PROBE,))
 
 
 def corrected_c4(rows: Rows) -> Verdict | None:
     """C4 as registered, the hand-over layer's own MLP among those that carry on; None where that was not measured."""
     if not rows.variants("C4", MLP_SHARE_WITH_OWN, ""):  # older draws do not have it
         return None
-    return precondition(rows, "C4") or registered.judge_c4(
-        rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on"
-    )
-
-
-def corrected_c5a(rows: Rows) -> Verdict:
-    """C5a as registered, but the comparison with a random order can spoil "supported" only."""
-    return precondition(rows, "C5a") or registered.judge_c5a(rows, for_support=(registered.ORDER,))
+    return registered.rule_c4(rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on", ())
 
 
 def corrected_c5b(rows: Rows) -> Verdict:
@@ -113,33 +91,33 @@ def corrected_c5b(rows: Rows) -> Verdict:
     inside = max(sparse, key=lambda row: row.ci_low, default=None)
     if index is None or inside is None or not inside.ci_low >= index.ci_low:
         return registered.rule_c5b(rows)
-    return precondition(rows, "C5b") or registered.judge_c5b(rows, inside, may_read_out=True)
+    return registered.rule_c5b(rows, inside, may_read_out=True)
 
 
 def corrected_c5c(rows: Rows) -> Verdict:
     """C5c as registered, but answers must have been labelled by their content."""
     if stop := precondition(rows, "C5c"):
         return stop
-    by_content = (
-        rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE) is not None
-        or rows.find("C5c", "not defined", CONTENT_JUDGE) is not None
-    )
-    if not by_content and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
+    by_content = [rows.find("C5c", name, CONTENT_JUDGE) for name in (KEPT_BY_FIRST_TOKEN, "not defined")]
+    if all(row is None for row in by_content) and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
         reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
         return Verdict(rows.model, "C5c", "not testable", reason)
-    return registered.judge_c5c(rows, CONTENT_JUDGE)
+    return registered.rule_c5c(rows, CONTENT_JUDGE)
 
 
-def corrected_c6(rows: Rows) -> Verdict:
-    """C6 as registered, but early or middle layers that do as well stand in the way of "supported" and contradict nothing."""
-    return precondition(rows, "C6") or registered.judge_c6(rows, contradicting=())
-
-
-RULES: tuple[Callable[[Rows], Verdict | None], ...] = (
-    corrected_c1, corrected_c2, corrected_c3, corrected_c4, corrected_c5a, corrected_c5b, corrected_c5c, corrected_c6,
-)  # fmt: skip
+# By claim; C3, C5a and C6 differ in an argument alone.
+RULES: dict[str, Callable[[Rows], Verdict | None]] = {
+    "C1": corrected_c1,
+    "C2": corrected_c2,
+    "C3": lambda rows: registered.rule_c3(rows, for_support=(registered.PROBE,)),
+    "C4": corrected_c4,
+    "C5a": lambda rows: registered.rule_c5a(rows, for_support=(registered.ORDER,)),
+    "C5b": corrected_c5b,
+    "C5c": corrected_c5c,
+    "C6": lambda rows: registered.rule_c6(rows, contradicting=()),
+}
 
 
 def corrected_verdicts(rows: Rows) -> list[Verdict]:
     """The verdicts of all corrected rules on one model."""
-    return [made for rule in RULES if (made := rule(rows)) is not None]
+    return [made for rule in RULES.values() if (made := rule(rows)) is not None]

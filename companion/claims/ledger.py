@@ -22,13 +22,9 @@ CORRECTED = "*"  # behind a claim's name: its corrected rule
 KEYS = ["model", "claim", "quantity", "variant"]
 # The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
 RULES: dict[str, Callable[[Rows], Verdict]] = {
-    "C4": registered.rule_c4,
-    "C5a": registered.rule_c5a,
-    "C5b": registered.rule_c5b,
-    "C5c": registered.rule_c5c,
-    "C6": registered.rule_c6,
-    "C7": registered.rule_c7,
-}
+    "C4": registered.rule_c4, "C5a": registered.rule_c5a, "C5b": registered.rule_c5b, "C5c": registered.rule_c5c,
+    "C6": registered.rule_c6, "C7": registered.rule_c7,
+}  # fmt: skip
 # By claim: the opposite, and the analysis that would show it.
 OPPOSITE = {
     "C1": ("It arises early or in the middle, or no later than any other choice of the model.",
@@ -101,30 +97,23 @@ def to_table(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> pd
     frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
-    frame["error_rate"] = [error_rate(one.claim, one.verdict, rates) for one in verdicts]
     found = [others.get((one.model, one.claim)) for one in verdicts]
-    frame["corrected_rule"] = ["" if one is None else one.verdict for one in found]
-    frame["corrected_error_rate"] = [
-        "" if one is None else error_rate(one.claim + CORRECTED, one.verdict, rates) for one in found
-    ]
-    frame["tags"] = frame["tags"].map(", ".join)
-    last = ["error_rate", "corrected_rule", "corrected_error_rate", "tags", "reason"]
-    return frame[[*(name for name in frame.columns if name not in last), *last]]
+    last = {
+        "error_rate": [error_rate(one.claim, one.verdict, rates) for one in verdicts],
+        "corrected_rule": ["" if one is None else one.verdict for one in found],
+        "corrected_error_rate": [
+            "" if one is None else error_rate(one.claim + CORRECTED, one.verdict, rates) for one in found
+        ],
+        "tags": frame.pop("tags").map(", ".join),
+        "reason": frame.pop("reason"),
+    }
+    return frame.assign(**last)
 
 
 def to_markdown(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> str:
     """The ledger as a Markdown table."""
-    names = [
-        "model",
-        "claim",
-        "verdict",
-        "estimate",
-        "error rate",
-        "corrected rule",
-        "its error rate",
-        "tags",
-        "reason",
-    ]
+    head = "model, claim, verdict, estimate, error rate, corrected rule, its error rate, tags, reason"
+    names = head.split(", ")
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for one, row in zip(verdicts, to_table(verdicts, rates, others).itertuples(), strict=True):
         numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"

@@ -1,7 +1,7 @@
 """The pre-registered rules of all claims: what evidence supports, and what contradicts, each of them.
 
-A rule sees the evidence rows alone, and asks as it was written down before the shipped models were measured. Where a
-corrected rule (`companion.claims.corrected_rules`) differs in one point, a `judge_` function takes that point as an argument.
+A rule sees the evidence rows alone, and asks as it was written down before the shipped models were measured. Arguments after
+the rows are points in which a corrected rule (`companion.claims.corrected_rules`) differs; their defaults are registered.
 """
 
 from __future__ import annotations
@@ -13,31 +13,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from companion.base.thresholds import (
-    BENIGN_SHARE,
-    EARLY,
-    GATE_HIGH,
-    GATE_LOW,
-    KEPT_BY_FIRST_TOKEN,
-    MARGINS,
-    MIN_BENIGN,
-    MLP_SHARE,
-    PERPLEXITY,
-    POINTS,
-    READOUT,
-)
+from companion.base import thresholds
+from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS
 from companion.claims import verdict
-from companion.claims.verdict import (
-    Rows,
-    Verdict,
-    conclude,
-    control,
-    decide,
-    generation_tags,
-    interval,
-    precondition,
-    same_side,
-)
+from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
 
 STATEMENTS = {
     "C1": "Harmful generation arises in later layers.",
@@ -91,8 +70,8 @@ def rule_c1(rows: Rows, twin: Rows) -> Verdict:
     reason += NO_BENIGN if centroid is None else f"depth centroid, harm - benign: {interval(centroid)}"
     made = conclude(rows, share, decision, checks, reason)
     earliest = rows.find("gate", "earliest possible depth")
-    imposed = ("architecture-imposed",) if earliest is not None and earliest.estimate > EARLY else ()
-    return replace(made, tags=(*imposed, *generation_tags(rows), *_robust(rows, made, "late share", 0.50)))
+    imposed = ("architecture-imposed",) if earliest is not None and earliest.estimate > thresholds.EARLY else ()
+    return replace(made, tags=(*imposed, *verdict.generation_tags(rows), *_robust(rows, made, "late share", 0.50)))
 
 
 def _untrained_twin(twin: Rows) -> str:
@@ -145,16 +124,17 @@ def rule_c2(rows: Rows) -> Verdict:
         binding = min(total, direct, key=lambda row: row.ci_low)
     made = conclude(rows, binding, decision, checks, reason)
     dependent = ("normalisation-dependent",) if flips else ()
-    return replace(made, tags=(*dependent, *generation_tags(rows), *_robust(rows, made, "MLP share of NIE", 0.60)))
+    robust = _robust(rows, made, "MLP share of NIE", 0.60)
+    return replace(made, tags=(*dependent, *verdict.generation_tags(rows), *robust))
 
 
-def rule_c3(rows: Rows) -> Verdict:
-    """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10."""
-    return precondition(rows, "C3") or judge_c3(rows)
+def rule_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
+    """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10.
 
-
-def judge_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
-    """C3, some of whose controls belong to the verdict supported only."""
+    Controls named in `for_support` belong to the verdict supported only.
+    """
+    if stop := precondition(rows, "C3"):
+        return stop
     psi, gain = rows.find("C3", PSI), rows.find("C3", "AUROC gain")
     if psi is None or gain is None:
         return Verdict(rows.model, "C3", "not testable", "the early-layer effect or the probe was not measured")
@@ -173,20 +153,21 @@ def judge_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     return conclude(rows, psi, decision, checks, reason, for_support=for_support, tags=tags)
 
 
-def rule_c4(rows: Rows) -> Verdict:
-    """Supported: MLPs alone carry low >= 0.60 of the hand-over residual stream's effect; contradicted: high <= 0.40."""
-    above = "above the hand-over layer"
-    return precondition(rows, "C4") or judge_c4(rows, MLP_SHARE, above, ("attention", "skip"))
+def rule_c4(
+    rows: Rows, carried: str = MLP_SHARE, where: str = "above the hand-over layer",
+    others: Collection[str] = ("attention", "skip"),
+) -> Verdict:  # fmt: skip
+    """Supported: MLPs alone carry low >= 0.60 of the hand-over residual stream's effect; contradicted: high <= 0.40.
 
-
-def judge_c4(rows: Rows, carried: str, where: str, others: Collection[str] = ()) -> Verdict:
-    """C4 by the share of the MLPs that lie there; the reason names the share of each other path too."""
+    `carried` is the share that decides, of the MLPs that lie there; the reason names the share of each other path too.
+    """
+    if stop := precondition(rows, "C4"):
+        return stop
     share, undefined = rows.find("C4", carried), rows.find("C4", "not defined")
-    if share is None and undefined is None:
-        reason = "the paths above the hand-over were not measured: run notebook 05"
-        return Verdict(rows.model, "C4", "not testable", reason)
     if share is None:
-        assert undefined is not None
+        if undefined is None:
+            reason = "the paths above the hand-over were not measured: run notebook 05"
+            return Verdict(rows.model, "C4", "not testable", reason)
         elsewhere = rows.variants("C4", MLP_SHARE, "from layer ")  # for a reader: no verdict rests on it
         parts = [str(undefined.note), *(f"{name} MLPs carry {interval(row)}" for name, row in elsewhere.items())]
         return Verdict(rows.model, "C4", "inconclusive", "; ".join(parts))
@@ -202,18 +183,15 @@ def judge_c4(rows: Rows, carried: str, where: str, others: Collection[str] = ())
     if (layer := rows.find("C4", "hand-over layer")) is not None:
         parts.append(f"hand-over after layer {layer.estimate:.0f} [{layer.ci_low:.0f}, {layer.ci_high:.0f}]")
     # The full response has no such path: above the answer's own tokens there is no base run to hold anything at.
-    return conclude(rows, share, decision, checks, "; ".join(parts), tags=generation_tags(rows))
+    return conclude(rows, share, decision, checks, "; ".join(parts), tags=verdict.generation_tags(rows))
 
 
-def rule_c5a(rows: Rows) -> Verdict:
+def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     """Supported: psi1 low >= 0.30, k90 <= max(1 % of the layer, 8), below the benign median. Contradicted: psi1 high <=
-    0.15 or k90 >= 10 % of the layer.
+    0.15 or k90 >= 10 % of the layer. Controls named in `for_support` belong to the verdict supported only.
     """
-    return precondition(rows, "C5a") or judge_c5a(rows)
-
-
-def judge_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
-    """C5a, some of whose controls belong to the verdict supported only."""
+    if stop := precondition(rows, "C5a"):
+        return stop
     psi, size = rows.find("C5a", "psi1"), rows.find("C5a", "neurons in the layer")
     if psi is None or size is None:
         return Verdict(rows.model, "C5a", "not testable", NO_NEURONS)
@@ -239,49 +217,38 @@ def judge_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
         supported=psi.ci_low >= 0.30 and is_sparse,
         contradicted=psi.ci_high <= 0.15 or (k90 is not None and k90.estimate >= many),
     )
-    shown, reason = (
-        psi if k90 is None or not psi.ci_low >= 0.30 else k90,
-        f"psi1 of the last MLP {interval(psi)}; {sparsity}",
-    )
-    return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=generation_tags(rows))
+    shown = psi if k90 is None or not psi.ci_low >= 0.30 else k90
+    reason = f"psi1 of the last MLP {interval(psi)}; {sparsity}"
+    return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=verdict.generation_tags(rows))
 
 
-def rule_c5b(rows: Rows) -> Verdict:
+def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool = False) -> Verdict:
     """Supported: gate index low >= 0.6, specific, not a readout. Contradicted: index high <= 0.2 in every form, b and c, that is
     defined.
 
     Specific: benign share high <= 0.20 and perplexity ratio high <= 1.01. Not a readout: readout share high < 0.5, so that
-    less than half of the set's effect is what it writes into the logits itself.
+    less than half of the set's effect is what it writes into the logits itself (`may_read_out` drops this).
 
-    A last-layer neuron only adds into the last residual stream, so the plain factorial (form a) is near zero there whatever
-    was learned. The verdict reads the forms in which a gate could show: inside a neuron (b) and below the last layer (c).
-    "Every form" has the whole last layer in it, so that no smaller set of it was overlooked. What the index may be read from
-    was widened after a first look (`companion.neurons.gating`).
+    A last-layer neuron only adds into the last residual stream, so form a (the plain factorial) is near zero there whatever was
+    learned. A gate could show inside a neuron (b) or below the last layer (c); "every form" has the whole last layer in it.
+    What the index may be read from was widened after a first look (`companion.neurons.gating`).
     """
     if stop := precondition(rows, "C5b"):
         return stop
-    index = rows.find("C5b", "gate index")
-    return _no_gate_index(rows) if index is None else judge_c5b(rows, index)
-
-
-def _no_gate_index(rows: Rows) -> Verdict:
-    """C5b where no set of neurons has a gate index."""
-    for row in rows.variants("C5b", "gate index, form", "a").values():
-        reason = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
-        return conclude(rows, row, "inconclusive", {}, reason)
-    reason = "sets of neurons were not tested: run notebook 04 (a mixture of experts has no such neurons)"
-    return Verdict(rows.model, "C5b", "not testable", reason)
-
-
-def judge_c5b(rows: Rows, index: pd.Series, *, may_read_out: bool = False) -> Verdict:
-    """C5b by this gate index, for a set that may be a readout or not."""
+    index = rows.find("C5b", "gate index") if index is None else index
+    if index is None:
+        for row in rows.variants("C5b", "gate index, form", "a").values():
+            why = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
+            return conclude(rows, row, "inconclusive", {}, why)
+        reason = "sets of neurons were not tested: run notebook 04 (a mixture of experts has no such neurons)"
+        return Verdict(rows.model, "C5b", "not testable", reason)
     signed = rows.find("C5b", f"{index.quantity}, signed", index.variant)
     names = ("readout share", "benign share", "perplexity ratio", "timing share")
     tests = {name: _test_of_set(rows, name, index) for name in names}
     readout, benign, cost, _ = tests.values()
-    is_gate = index.ci_low >= GATE_LOW and signed is not None and signed.ci_low > 0
-    is_specific = _is_below(benign, BENIGN_SHARE) and _is_below(cost, PERPLEXITY)
-    not_readout = may_read_out or (readout is not None and readout.ci_high < READOUT)
+    is_gate = index.ci_low >= thresholds.GATE_LOW and signed is not None and signed.ci_low > 0
+    is_specific = _is_below(benign, thresholds.BENIGN_SHARE) and _is_below(cost, thresholds.PERPLEXITY)
+    not_readout = may_read_out or (readout is not None and readout.ci_high < thresholds.READOUT)
     frozen = "norm frozen" if index.variant == "main" else f"{index.variant}, norm frozen"
     checks = {
         "specificity measured": "not run" if benign is None or cost is None else "passed",
@@ -297,7 +264,7 @@ def judge_c5b(rows: Rows, index: pd.Series, *, may_read_out: bool = False) -> Ve
     if signed is not None and signed.ci_high < 0:
         parts.append("its sign is that of an OR: one of several would do")
     parts += [f"{name} {'not measured' if row is None else interval(row)}" for name, row in tests.items()]
-    return conclude(rows, index, decision, checks, "; ".join(parts), tags=generation_tags(rows))
+    return conclude(rows, index, decision, checks, "; ".join(parts), tags=verdict.generation_tags(rows))
 
 
 def _test_of_set(rows: Rows, quantity: str, index: pd.Series) -> pd.Series | None:
@@ -323,23 +290,20 @@ def _is_below(row: pd.Series | None, limit: float) -> bool:
     return row is not None and row.ci_high <= limit
 
 
-def rule_c5c(rows: Rows) -> Verdict:
+def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     """Supported: the first token keeps low >= 0.8 of the effect on all tokens, and specific; contradicted: high <= 0.4.
 
-    Specific: the share of benign answers that change has its upper limit at 20 % of the harm effect or below.
+    Specific: the share of benign answers that change has its upper limit at 20 % of the harm effect or below. `labels` is the
+    variant of the rows, which says how answers were labelled.
     """
-    return precondition(rows, "C5c") or judge_c5c(rows, "main")
-
-
-def judge_c5c(rows: Rows, labels: str) -> Verdict:
-    """C5c by answers that were labelled in this way."""
+    if stop := precondition(rows, "C5c"):
+        return stop
     kept, undefined = rows.find("C5c", KEPT_BY_FIRST_TOKEN, labels), rows.find("C5c", "not defined", labels)
-    if kept is None and undefined is None:
+    if kept is None:
+        if undefined is not None:
+            return Verdict(rows.model, "C5c", "inconclusive", str(undefined.note))
         reason = "interventions during generation were not measured: run notebook 05"
         return Verdict(rows.model, "C5c", "not testable", reason)
-    if kept is None:
-        assert undefined is not None
-        return Verdict(rows.model, "C5c", "inconclusive", str(undefined.note))
     effect, benign = rows.find("C5c", "effect of all tokens", labels), rows.find("C5c", "benign answers changed")
     hard = rows.find("C5c", "harmless answers changed, refusing run's values")
     allowed = np.nan if effect is None else SPECIFIC * effect.estimate
@@ -360,21 +324,19 @@ def judge_c5c(rows: Rows, labels: str) -> Verdict:
         reason += f"; with a refusing run's values {interval(hard)} of harmless answers change"
     # Not a part of the rule: benign pairs whose two runs agree cannot show it.
     is_blunt = hard is not None and hard.ci_low > allowed
-    tags = (*generation_tags(rows), *(("closes harmless answers too",) if is_blunt else ()))
+    tags = (*verdict.generation_tags(rows), *(("closes harmless answers too",) if is_blunt else ()))
     return conclude(rows, kept, decision, checks, reason, tags=tags)
 
 
-def rule_c6(rows: Rows) -> Verdict:
+def rule_c6(rows: Rows, contradicting: Collection[str] = RIVALS) -> Verdict:
     """Supported: harm falls by >= 2 points, phi low >= 0.75, harmless loss high <= 2 points (n >= 300), rivals beaten.
 
     Contradicted: steering early or mid layers, or along random directions, with the same budget does as well, or
-    harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly.
+    harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly. Only
+    rivals among the `contradicting` ones contradict by doing as well.
     """
-    return precondition(rows, "C6") or judge_c6(rows, RIVALS)
-
-
-def judge_c6(rows: Rows, contradicting: Collection[str]) -> Verdict:
-    """C6, contradicted by rival layers that do as well if they are among the contradicting ones."""
+    if stop := precondition(rows, "C6"):
+        return stop
     harm, phi, loss = (rows.find("C6", name) for name in ("harm change", "phi", "harmless loss"))
     if harm is None or phi is None or loss is None:
         undefined = rows.find("C6", "not defined")
@@ -398,7 +360,7 @@ def judge_c6(rows: Rows, contradicting: Collection[str]) -> Verdict:
     # What else preservation asks for can spoil support, and no other verdict.
     margins = {
         f"{name} margin": control(rows.find("C6", name), partial(_is_below, limit=most))
-        for name, most in MARGINS.items()
+        for name, most in thresholds.MARGINS.items()
     }
     checks = {
         **{f"{name} layers at equal budget": _equal_budget(rows, name) for name in RIVALS},
@@ -412,7 +374,7 @@ def judge_c6(rows: Rows, contradicting: Collection[str]) -> Verdict:
     parts.append(f"harmless loss {interval(loss)} points (n = {loss.n_pairs})")
     parts += [f"advantage over {name} layers {interval(row)} points" for name, row in rivals.items() if row is not None]
     parts += [f"p {row.estimate:.2f} among {name} directions" for name, row in random.items() if row is not None]
-    tags = generation_tags(rows)
+    tags = verdict.generation_tags(rows)
     return conclude(rows, harm, decision, checks, "; ".join(parts), for_support=margins, tags=tags)
 
 
@@ -443,4 +405,4 @@ def rule_c7(rows: Rows) -> Verdict:
     if window is not None and p is not None:
         reason += f"; best window - best random group {interval(window)} of TE, permutation p {p.estimate:.2f}"
     decision = decide(supported=moran.ci_low >= 0.05, contradicted=moran.ci_high <= 0.05)
-    return conclude(rows, moran, decision, checks, reason, tags=generation_tags(rows))
+    return conclude(rows, moran, decision, checks, reason, tags=verdict.generation_tags(rows))

@@ -18,7 +18,7 @@ from companion.mediation.summaries import VARIANTS, Variant, enough, late_share,
 from companion.model.architecture import Subject
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import mean_row, row, share_row
+from companion.stats.bootstrap import exact_row, mean_row, row, share_row
 
 EvidenceRows = list[dict[str, object]]
 
@@ -48,8 +48,7 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
     clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
     rows = precondition_rows(clean, label, study.subject.n_layers)
     bits = 1 - math.log2(torch.finfo(study.subject.dtype).eps)
-    exact = {"estimate": bits, "ci_low": bits, "ci_high": bits, "n_pairs": len(study.pairs), "n_topics": 0, "note": ""}
-    rows.append({"model": label, "claim": "gate", "quantity": "significand bits", "variant": "main", **exact})
+    rows.append(exact_row(label, "gate", "significand bits", bits, len(study.pairs)))
     if study.of("T2"):
         rows += evidence_c1(effects, label, study.subject.n_layers)
     if study.of("T1"):

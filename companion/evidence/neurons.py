@@ -1,4 +1,4 @@
-"""Evidence for C5a (a sparse last layer) and C7 (adjacency): everything that the neuron analysis knows for the ledger."""
+"""Evidence on single neurons and sets of them: C5a (a sparse last layer), C5b (a gate) and C7 (adjacency)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
+from companion.base import thresholds
+from companion.base.errors import InputError
 from companion.base.thresholds import MIN_TOTAL_EFFECT
-from companion.evidence import gating
 from companion.evidence.layers import EvidenceRows
-from companion.mediation.estimands import Batch
+from companion.mediation.estimands import Batch, with_difference
 from companion.mediation.study import CONTROL_PAIRS, Study, control_study
-from companion.neurons import adjacency, clamping, screening, sets, single
-from companion.neurons.clamping import LastLayerCache
+from companion.neurons import adjacency, clamping, gating, screening, sets, single, timing
+from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
+from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
 from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, ranking, signed
-from companion.stats import bootstrap
-from companion.stats.bootstrap import interval, row
+from companion.stats.bootstrap import Estimates, exact_row, interval, row
 
 N_RANDOM_ORDERS = 10
 BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
+ANSWER_PAIRS = 120
+NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
 @dataclass(frozen=True)
 class Neurons:
-    """What the neuron sweep gives for one model: single effects, the table of neurons, the screen's trust, and by
-    treatment what `gating_evidence` needs of the last layer, where it was kept.
-    """
+    """What the neuron sweep gives for one model; `caches` is what `gating_evidence` needs of the last layer, by treatment."""
 
     measured: Measured
     table: pd.DataFrame
@@ -53,13 +54,9 @@ class Neurons:
 
 
 def measure_neurons(
-    study: Study,
-    *,
-    every: bool | None = None,
-    layers: Sequence[int] | None = None,
-    benign: int = BENIGN_PAIRS,
+    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS,
     watch: Callable[[Batch], None] | None = None,
-) -> Neurons:
+) -> Neurons:  # fmt: skip
     """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
@@ -103,14 +100,6 @@ def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | Non
     return on_contrast(measured, treatment, "test", partial(cumulative, subject, order=ranked, ks=sizes(subject.d_mlp)))
 
 
-def random_curve(found: Neurons, treatment: str, seed: int = 0) -> PairEffects:
-    """The mean of `curve` over random orders of the neurons."""
-    rng, d_mlp = np.random.default_rng(seed), found.measured.study.subject.d_mlp
-    made = [curve(found, treatment, rng.permutation(d_mlp)) for _ in range(N_RANDOM_ORDERS)]
-    values = {name: np.mean([one.values[name] for one in made], axis=0) for name in made[0].values}
-    return replace(made[0], values=values)
-
-
 def enough(found: Neurons, treatment: str) -> bool:
     """Whether any neuron has an effect, and discover and test hold pairs of at least two topics each."""
     pairs = found.measured.effects[treatment].pairs
@@ -120,8 +109,8 @@ def enough(found: Neurons, treatment: str) -> bool:
 
 
 def all_curves(found: Neurons) -> dict[str, PairEffects]:
-    """The curve of the primary treatment ("main"), of the same ranked by sign, of random orders, and of each benign
-    behaviour by its name; none where nothing has an effect.
+    """The curve of the primary treatment ("main"), of the same ranked by sign, of random orders (their mean), and of each
+    benign behaviour by its name; none where nothing has an effect.
     """
     name = found.primary
     if not enough(found, name):
@@ -129,7 +118,10 @@ def all_curves(found: Neurons) -> dict[str, PairEffects]:
     by_sign = ranking(found.table, name, found.measured.last, by_sign=True)
     benign = {other: curve(found, other) for other in found.benign if enough(found, other)}
     made = {"main": curve(found, name), "ranked by sign": curve(found, name, by_sign)}
-    return {**made, "random order": random_curve(found, name), **benign}
+    rng, d_mlp = np.random.default_rng(0), found.measured.study.subject.d_mlp
+    drawn = [curve(found, name, rng.permutation(d_mlp)) for _ in range(N_RANDOM_ORDERS)]
+    means = {value: np.mean([one.values[value] for one in drawn], axis=0) for value in drawn[0].values}
+    return {**made, "random order": replace(drawn[0], values=means), **benign}
 
 
 def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> EvidenceRows:
@@ -137,7 +129,8 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
     if name not in ("T2", "T2-T2b") or not made:
         return []
-    rows, n = _psi_rows(found, model), len(made["main"].pairs)
+    tested = made["main"].pairs
+    rows, n = _psi_rows(found, model), len(tested)
     for variant, value in DIRECTIONS.items():
         rows += _curve_rows(model, sets.curve_summary(made["main"], value), n, d_mlp, variant)
     for other in (one for one in made if one != "main"):
@@ -150,7 +143,8 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
     passed = passed[passed.layer == found.measured.last]
     counts = {"neurons in the layer": d_mlp, "neurons that pass": int(single.passing(passed).sum())}
-    return rows + [_exact_row(model, "C5a", label, value, rows[0]) for label, value in counts.items()]
+    n_topics = tested.topic.nunique()
+    return rows + [exact_row(model, "C5a", label, value, n, n_topics) for label, value in counts.items()]
 
 
 def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
@@ -171,7 +165,7 @@ def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
 
 
 def _curve_rows(
-    model: str, estimates: bootstrap.Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
+    model: str, estimates: Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
 ) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
     settled = estimates.estimate[sets.SUMMARY.index("k90")] <= d_mlp
@@ -179,14 +173,12 @@ def _curve_rows(
     return [row(model, "C5a", sets.SUMMARY[i] + behind, variant, estimates, n_pairs, i) for i in kept]
 
 
-def _exact_row(model: str, claim: str, quantity: str, value: float, like: dict[str, object]) -> dict[str, object]:
-    numbers = dict.fromkeys(("estimate", "ci_low", "ci_high"), float(value))
-    return {**like, "model": model, "claim": claim, "quantity": quantity, "variant": "main", **numbers}
-
-
 def moran(found: Neurons) -> adjacency.MoranTest:
     """Moran's I of the primary treatment's effects on test, over all layers that were measured completely."""
-    return adjacency.moran_test(complete_layers(found, in_split(signed(found.measured.effects[found.primary]), "test")))
+    test = in_split(signed(found.measured.effects[found.primary]), "test")
+    # Places in a sample say nothing about neighbours.
+    is_whole = test.columns.groupby("layer").size() == found.measured.study.subject.d_mlp
+    return adjacency.moran_test(in_columns(test, test.columns.layer.map(is_whole).to_numpy()))
 
 
 def groups(found: Neurons) -> adjacency.WindowContest | None:
@@ -204,22 +196,15 @@ def evidence_c7(
     if found.primary not in ("T2", "T2-T2b"):
         return []
     pairs = in_split(found.measured.effects[found.primary], "test").pairs
-    exact: dict[str, object] = {"n_pairs": len(pairs), "n_topics": int(pairs.topic.nunique()), "note": ""}
+    n, n_topics = len(pairs), pairs.topic.nunique()
+    note = f"layers {', '.join(map(str, pooled.layers))}"
     own = {"estimate": pooled.estimate, "ci_low": pooled.low, "ci_high": pooled.high}
-    note = {"note": f"layers {', '.join(map(str, pooled.layers))}"}
-    rows = [{**_exact_row(model, "C7", "Moran's I", 0, exact), **own, **note}]
-    rows.append(_exact_row(model, "C7", "Moran's I, permutation p", pooled.p, exact))
+    rows = [exact_row(model, "C7", "Moran's I", 0, n, n_topics, note) | own]
+    rows.append(exact_row(model, "C7", "Moran's I, permutation p", pooled.p, n, n_topics))
     if best is not None:
-        labels = enumerate(adjacency.CONTEST)
-        rows += [row(model, "C7", label, "main", best.shares, len(pairs), i) for i, label in labels]
-        rows.append(_exact_row(model, "C7", "best window, permutation p", best.p, exact))
+        rows += [row(model, "C7", label, "main", best.shares, n, i) for i, label in enumerate(adjacency.CONTEST)]
+        rows.append(exact_row(model, "C7", "best window, permutation p", best.p, n, n_topics))
     return rows
-
-
-def complete_layers(found: Neurons, effects: PairEffects) -> PairEffects:
-    """Only the layers all of whose neurons were measured: places in a sample say nothing about neighbours."""
-    counts = effects.columns.groupby("layer").size()
-    return in_columns(effects, effects.columns.layer.map(counts == found.measured.study.subject.d_mlp).to_numpy())
 
 
 def measure_last_layer(study: Study) -> Neurons | None:
@@ -247,8 +232,158 @@ def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
     return evidence_c5a(found, model, all_curves(found)) + evidence_c7(found, model, moran(found), groups(found))
 
 
+class NothingToTest(InputError):
+    """The study holds no set of neurons of which one could ask whether it is a gate."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the four tests give for one model: cells, answer tables, sets by name, and the forms that are defined."""
+
+    study: Study
+    primary: str
+    sets: dict[str, NeuronSet]
+    cells: pd.DataFrame
+    timing: pd.DataFrame
+    cost: pd.DataFrame
+    forms: tuple[GateForm, ...]
+
+    @property
+    def headline(self) -> GateForm | None:
+        """The form that the verdict reads, chosen on discover: b or c, not a readout if there is one, then the largest."""
+        mine = [one for one in self.forms if one.treatment == self.primary and one.set_name != WHOLE]
+        usable = [one for one in mine if one.form in ("b", "c") and one.main.is_defined]
+        return max(usable, key=lambda one: one.rank, default=None)
+
+    @property
+    def tested(self) -> list[str]:
+        """Names of the sets that all four tests are made on: the last layer's sparse set, and the one that the verdict reads."""
+        chosen = self.headline
+        return list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
+
+
+def measure_gates(study: Study, table: pd.DataFrame, caches: Mapping[str, LastLayerCache] | None = None) -> Gates:
+    """The four tests on the sparse sets of a neuron table (`single.NEURONS`); validate pairs are not used.
+
+    `caches` of the study's own pairs (`neurons.measure_last_layer`) save the runs where every set is of the last layer.
+
+    Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
+    """
+    if not study.of("T2"):
+        raise NothingToTest(thresholds.NO_WRAPPERS)
+    study = replace(study, pairs=tuple(p for p in study.pairs if p.pair.split != "validate"))
+    primary = "T2-T2b" if "T2-T2b" in set(table.treatment) else "T2"
+    sets = gating.sets_of(study, table, primary)
+    if LAST not in sets:
+        raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
+    known, every, harm = dict(caches or {}), list(sets.values()), study.of("T2", "T2b")
+    cells = four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), known)
+    cells = with_difference(cells, study.twins)
+    cells = pd.concat([cells, _twin_cells(study, sets, cells, known), *_benign_cells(study, table, sets, known)])
+    cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
+    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), gating.gate_forms(cells, sets, primary))
+    return _with_answers(found)
+
+
+def _twin_cells(
+    study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame, caches: Mapping[str, LastLayerCache]
+) -> pd.DataFrame:
+    """Gate against up with the harm signal switched by the twin; `te` becomes that of T2 - T2b."""
+    made = gating.twin_cells(study.subject, caches, study.twins, study.openers, [sets[LAST], sets[WHOLE]])
+    if made.empty:
+        return made
+    known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
+    keys = ["pair_id", "outcome"]
+    return made.drop(columns="te").merge(known[[*keys, "te"]], on=keys, validate="many_to_one")
+
+
+def _benign_cells(
+    study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], caches: dict[str, LastLayerCache]
+) -> list[pd.DataFrame]:
+    """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
+    made, thin = [], study.subsample(BENIGN_PAIRS_QUICK)
+    for name in (name for name in study.treatments if name.startswith("B")):
+        own = gating.sets_of(study, table, name) if name in set(table.treatment) else {}
+        every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
+        made.append(four_cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",), caches))
+    return made
+
+
+def _with_answers(found: Gates) -> Gates:
+    """Timing and perplexity for the sets that all tests are made on."""
+    study, sets = found.study, [found.sets[name] for name in found.tested]
+    subject, openers, thin = study.subject, study.openers, study.subsample(ANSWER_PAIRS)
+    harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
+    timed, cost = pd.DataFrame(), pd.DataFrame()
+    if harm:
+        timed = with_difference(timing.timing_effects(subject, harm, openers, sets), study.twins)
+    control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
+    benign = [p for p in study.subsample(BENIGN_PAIRS_QUICK).pairs if p.pair.treatment.startswith("B")]
+    benign = [pair for pair in benign if pair.pair.split == "test"]
+    if benign and control:
+        closed = timing.closed_values(subject, control, sets)
+        cost = timing.closing_cost(subject, benign, openers, closed)
+    return replace(found, timing=timed, cost=cost)
+
+
+def gating_evidence(
+    study: Study, table: pd.DataFrame, model: str, caches: Mapping[str, LastLayerCache] | None = None
+) -> EvidenceRows:
+    """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
+    try:
+        return evidence_c5b(measure_gates(study, table, caches), model)
+    except NothingToTest:
+        return []
+
+
+def evidence_c5b(found: Gates, model: str) -> EvidenceRows:
+    """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
+    rows: EvidenceRows = []
+    for one in found.forms:
+        where = "" if one.treatment == found.primary else f" {one.treatment}"
+        label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where
+        rows += _index_rows(model, "gate index, form", label, one)
+    chosen = found.headline
+    if chosen:
+        rows += _index_rows(model, "gate index", "main", chosen)
+    for name in found.tested:
+        rows += _other_rows(found, model, name, "main" if chosen and name == chosen.set_name else "last layer")
+    return rows
+
+
+def _index_rows(model: str, quantity: str, variant: str, one: GateForm) -> EvidenceRows:
+    made = []
+    undefined = "" if one.main.is_defined else "not defined: too little at stake; "
+    for label, index in {"main": one.main, **one.variants}.items():
+        name = label if variant == "main" else variant + ("" if label == "main" else f", {label}")
+        base = row(model, "C5b", quantity, name, index.signed, index.n_pairs)
+        base["note"] = f"{undefined}{FORMS[one.experiment]}, {one.set_name}"
+        size = {"estimate": index.estimate, "ci_low": index.low, "ci_high": index.high}
+        made += [base | size, base | {"quantity": f"{quantity}, signed"}]
+    return made
+
+
+def _other_rows(found: Gates, model: str, name: str, variant: str) -> EvidenceRows:
+    discover = found.cells[(found.cells.split == "discover") & (found.cells.outcome == "Y1")]
+    te = discover[discover.treatment.str.startswith("B")].groupby("treatment")["te"].mean()
+    # Only benign behaviours whose TE is large enough on discover have an effect to compare with.
+    benign = sorted(te.index[te.abs() >= MIN_TOTAL_EFFECT])
+    n_harm = len(gating.select(found.cells, found.primary, name, "upstream", "Y1", "test"))
+    measured: list[tuple[str, Estimates | None, int]] = [
+        ("readout share", gating.readout_share(found.cells, found.primary, name), n_harm),
+        ("benign share", gating.benign_share(found.cells, found.primary, name, benign), n_harm),
+    ]
+    if len(found.cost):
+        measured.append(("perplexity ratio", gating.perplexity_ratio(found.cost, name), len(found.cost)))
+    if len(found.timing):
+        share, n = gating.timing_share(found.timing, found.primary, name), found.timing.treatment == found.primary
+        measured.append(("timing share", share, int(n.sum())))
+    note = {"note": f"{len(benign)} benign behaviours; {name}"}
+    return [row(model, "C5b", quantity, variant, one, n) | note for quantity, one, n in measured if one is not None]
+
+
 def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
     """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
     swept = measure_last_layer(control_study(study, model, label))
-    gates = [] if swept is None else gating.gating_evidence(swept.measured.study, swept.table, label, swept.caches)
+    gates = [] if swept is None else gating_evidence(swept.measured.study, swept.table, label, swept.caches)
     return neuron_evidence(swept, label), gates

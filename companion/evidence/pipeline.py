@@ -12,9 +12,9 @@ import pandas as pd
 
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import UNTRAINED
-from companion.evidence import gating, layers, steering, tokens
+from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows, Layers
-from companion.evidence.neurons import Neurons, measure_neurons, neuron_evidence
+from companion.evidence.neurons import Neurons, gating_evidence, measure_neurons, neuron_evidence
 from companion.mediation import estimands, mechanisms, sweeps
 from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
 from companion.model.load import untrained_twin
@@ -68,7 +68,7 @@ def measure_study(
         rows += tokens.evidence_c5c(tokens.measure_timing(this), label)
     if "neurons" in stages and core.subject.d_mlp:
         neurons = measure_neurons(core)
-        rows += neuron_evidence(neurons, label) + gating.gating_evidence(core, neurons.table, label)
+        rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
         rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
     table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS, ignore_index=True)

@@ -93,10 +93,7 @@ def price_rows(price: pd.DataFrame) -> list[Row]:
 def rival_trials(
     late: Steering, evaluation: EvaluationPrompts, plain: pd.DataFrame
 ) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
-    """Early and middle layers at the budget of the decisive method: their answers to the same harmful prompts, and budgets.
-
-    The budgets are those of the rivals by zone, and that of the decisive method as "late".
-    """
+    """Early and middle layers at the budget of the decisive method ("late"): answers to the same harmful prompts, budgets."""
     (target,) = evaluation.budgets([late])
     rivals = comparison.best_rivals(evaluation, target)
     spent = {"late": target, **{zone: evaluation.budgets([one])[0] for zone, one in rivals.items()}}
@@ -106,10 +103,7 @@ def rival_trials(
 
 
 def rival_rows(late: pd.DataFrame, rivals: Mapping[str, pd.DataFrame], spent: Mapping[str, float]) -> list[Row]:
-    """How many points less harm late steering leaves than each rival with the same budget; and whether it was the same.
-
-    `late` and `rivals` are trials on the same prompts, `spent` their budgets. Positive: late does better.
-    """
+    """How many points less harm late steering leaves than each rival on the same prompts; and rival over late budget."""
     made = []
     for name, trial in rivals.items():
         made.append(evidence_row(f"advantage over {name}", changed(late, trial, "harmful")))
@@ -128,10 +122,7 @@ def random_rows(null: pd.DataFrame) -> list[Row]:
 
 
 def same_push_elsewhere(late: Steering, effects: pd.DataFrame, evaluation: EvaluationPrompts) -> Steering | NotDefined:
-    """The decisive method's push at the layers that mediate least, at its budget there; or why there is no such control.
-
-    The layers are chosen by these indirect effects (of discover), as many as the method steers and none of its own.
-    """
+    """The decisive method's push, at its budget, at as many other layers that mediate least on discover; or why there is none."""
     own = {edit.layer for edit in late.edits}
     moved = comparison.elsewhere(late, idle_layers(effects, len(own), besides=own))
     if isinstance(moved, NotDefined):

@@ -21,7 +21,7 @@ from companion.neurons.single import FinalStates, PairEffects, all_neurons, join
 from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import interval, row
+from companion.stats.bootstrap import exact_row, interval, row
 
 FALLBACK = 64
 BENIGN_PAIRS = 40
@@ -45,9 +45,8 @@ class Timing:
 def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ...]:
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
-    k comes from a split of its own, so that neither the ranking nor the numbers on test decide it. Where no k has 0.9 of
-    the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`: the last layer of T2
-    and T2b, where it is known.
+    Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`:
+    the last layer of T2 and T2b, where it is known.
     """
     subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
     if measured is None:
@@ -86,8 +85,7 @@ def measure_timing(
 def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
     """Harmless requests in their jailbreak wrapper, paired with the harmful twin's control, which is refused.
 
-    A clamp taken from such a pair asks the hard question: do the neurons of a refusal turn any request into one? Twins
-    of unequal length are left out.
+    A clamp from such a pair asks whether the neurons of a refusal turn any request into one. Twins of unequal length are out.
     """
     return [
         replace(twin, pair=replace(twin.pair, control=harmful.pair.control), control=harmful.control)
@@ -143,9 +141,8 @@ def changed_share_row(answers: pd.DataFrame, model: str, quantity: str) -> dict[
 def at_least_exact(found: bootstrap.Estimates, n: int) -> bootstrap.Estimates:
     """Shares of answers with limits at least as wide as Clopper and Pearson's (1934) for `n` independent answers.
 
-    Where every answer behaves alike all resamples are alike too, and the bootstrap's interval has no width: it cannot see
-    what no topic shows. The exact binomial limits can, with topics as the trials (pairs of one topic may all be alike):
-    all of 36 topics leave room for 1 in 10 that are otherwise. Elsewhere the wider of the two limits stands.
+    Where every answer behaves alike the bootstrap's interval has no width: it cannot see what no topic shows. The exact
+    binomial limits can, with topics as the trials: all of 36 leave room for 1 in 10 that are otherwise.
     """
     hits = np.clip(found.estimate, 0, 1) * n
     low = np.where(hits > 0, st.beta.ppf(0.025, np.maximum(hits, 1e-9), n - hits + 1), 0.0)
@@ -199,19 +196,17 @@ def measure_c4(study: Study, model: str, watch: Callable[[Batch], object] | None
 def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """C4, MLPs carry the signal on: the hand-over layer, and from there the shares of MLPs, attention and skip path.
 
-    The layer is the one of discover; its row shows test. A hand-over in the last layer leaves nothing above it: then a
-    row "not defined" says so. Shares from every other layer stand beside it as variants "from layer l". The share that
-    counts the hand-over layer's own MLP is defined in the last layer, too.
+    The layer is the one of discover; its row shows test. In the last layer nothing is left above it, which a row "not
+    defined" says; only the share that counts the layer's own MLP is defined. Variants "from layer l" start elsewhere.
     """
     treatment = summaries.primary(table)
     discover, test = (mechanisms.hand_over_layer(table, treatment, split) for split in ("discover", "test"))
     if discover.empty or test.empty:
         return []
     layer, one = int(discover.layer.iloc[0]), test.iloc[0]
-    numbers = {"estimate": float(one.layer), "ci_low": float(one.low), "ci_high": float(one.high)}
-    name = {"model": model, "claim": "C4", "quantity": "hand-over layer", "variant": "main"}
-    sizes = {"n_pairs": int(one.n_pairs), "n_topics": int(one.n_topics)}
-    rows: EvidenceRows = [{**name, **numbers, **sizes, "note": f"layer {layer} on discover"}]
+    size = int(one.n_pairs), int(one.n_topics)
+    limits = {"ci_low": float(one.low), "ci_high": float(one.high)}
+    rows = [exact_row(model, "C4", "hand-over layer", one.layer, *size, f"layer {layer} on discover") | limits]
 
     def shares(at: int, variant: summaries.Variant, paths: Mapping[str, Mapping[str, int]], label: str) -> EvidenceRows:
         whole = summaries.select(table, treatment, summaries.Variant("", variant.outcome), list(HELD))
@@ -233,5 +228,5 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
         note = "the hand-over layer's residual stream has no effect of the treatment's sign"
         if is_last:
             note = "the last token takes over in the last layer only: no block is left above it to carry anything"
-        rows.append({**name, "quantity": "not defined", **dict.fromkeys(numbers, 0.0), **sizes, "note": note})
+        rows.append(exact_row(model, "C4", "not defined", 0.0, *size, note))
     return rows + found

@@ -48,10 +48,10 @@ def run_alone(flags: argparse.Namespace) -> int | None:
     if flags.lab:
         return subprocess.run(lab_command(), env=lab_environment(), cwd=ROOT, check=False).returncode
     if flags.recalibrate:
-        from companion.calibration import draws, plants, population
+        from companion.calibration import draws, plants
 
         draws.run_draws(flags.recalibrate)
-        population.run_population(flags.recalibrate)
+        draws.run_population(flags.recalibrate)
         plants.run_plants(flags.recalibrate)
         return 0
     return None

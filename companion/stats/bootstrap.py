@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats as st
 
 from companion.base.errors import InputError
@@ -27,16 +27,14 @@ ROUNDING = 1e-12
 class Estimates:
     """Point estimates with intervals, one entry per stat, in the statistic's unit.
 
-    `se` is the cluster-robust standard error, `t` the deviation of each resample in units of its own standard error.
-    `undefined` counts the resamples in which a stat was not finite (0/0); its interval is then (-inf, inf). A stat
-    that does not vary has low = high = estimate and se 0.
+    `se` is the cluster-robust standard error, `t` the deviation of each resample in units of its own standard error. Where
+    some resample is not finite (0/0) the interval is (-inf, inf); a stat that does not vary has low = high and se 0.
     """
 
     estimate: Float[np.ndarray, "stat"]
     low: Float[np.ndarray, "stat"]
     high: Float[np.ndarray, "stat"]
     se: Float[np.ndarray, "stat"]
-    undefined: Int[np.ndarray, "stat"]
     n_clusters: int
     replicates: Float[np.ndarray, "replicate stat"] = field(repr=False)
     t: Float[np.ndarray, "replicate stat"] = field(repr=False)
@@ -58,14 +56,9 @@ class Band:
 
 
 def bootstrap(
-    sums: ClusterSums,
-    statistic: Statistic,
-    *,
-    n_boot: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    sums: ClusterSums, statistic: Statistic, *, n_boot: int = 2000, seed: int = 0, confidence: float = 0.95,
     small_sample: bool = True,
-) -> Estimates:
+) -> Estimates:  # fmt: skip
     """Estimate with BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
 
     `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it the
@@ -82,8 +75,7 @@ def bootstrap(
     blocks = np.array_split(weights, 1 + len(weights) * sums.sums.shape[1] // 10**7)
     replicates = np.concatenate([_evaluate(statistic, block @ sums.sums, block @ sums.counts) for block in blocks])
     influence = _jackknife(sums, statistic)
-    undefined = (~np.isfinite(replicates)).sum(0) + (~np.isfinite(influence)).sum(0)
-    ok = undefined == 0
+    ok = np.isfinite(replicates).all(0) & np.isfinite(influence).all(0)
     influence, ordered = np.where(ok, influence, 0), np.sort(np.where(ok, replicates, estimate), axis=0)
     varies = ordered.std(0) > ROUNDING * np.maximum(1, abs(estimate))
     acceleration, df, widen = _shape(influence, sums.strata)
@@ -91,16 +83,10 @@ def bootstrap(
     z = st.t.isf(tail, df) * widen if small_sample else st.norm.isf(tail)
     low, high = (_bca_limit(ordered, estimate, deviate, acceleration) for deviate in (-z, z))
     se, t = _studentise(replicates - estimate, weights, influence, sums.strata)
-    return Estimates(
-        estimate=estimate,
-        low=np.where(ok, np.where(varies, low, estimate), -np.inf),
-        high=np.where(ok, np.where(varies, high, estimate), np.inf),
-        se=np.select([~ok, ~varies, se <= ROUNDING], [np.inf, 0, np.inf], se),
-        undefined=undefined,
-        n_clusters=len(sums.clusters),
-        replicates=replicates,
-        t=t,
-    )
+    low = np.where(ok, np.where(varies, low, estimate), -np.inf)
+    high = np.where(ok, np.where(varies, high, estimate), np.inf)
+    se = np.select([~ok, ~varies, se <= ROUNDING], [np.inf, 0, np.inf], se)
+    return Estimates(estimate, low, high, se, len(sums.clusters), replicates, t)
 
 
 def _check_request(sums: ClusterSums, n_boot: int, confidence: float) -> None:
@@ -214,8 +200,7 @@ def interval(sums: ClusterSums, statistic: Statistic) -> Estimates:
         return bootstrap(sums, statistic)
     estimate = statistic(sums.sums, sums.counts)[0]
     endless = np.full_like(estimate, np.inf)
-    undefined, t = np.zeros(len(estimate), dtype=int), endless[None]
-    return Estimates(estimate, -endless, endless, endless, undefined, 1, estimate[None], t)
+    return Estimates(estimate, -endless, endless, endless, 1, estimate[None], endless[None])
 
 
 def row(
@@ -224,6 +209,14 @@ def row(
     """One row of an evidence table from one entry of an `Estimates`."""
     limits = (float(values[index]) for values in (estimates.estimate, estimates.low, estimates.high))
     values = (model, claim, quantity, variant, *limits, n_pairs, estimates.n_clusters, "")
+    return dict(zip(EVIDENCE, values, strict=True))
+
+
+def exact_row(
+    model: str, claim: str, quantity: str, value: float, n_pairs: int, n_topics: int = 0, note: str = ""
+) -> dict[str, object]:
+    """One row, variant main, of a number without sampling error."""
+    values = (model, claim, quantity, "main", *[float(value)] * 3, n_pairs, n_topics, note)
     return dict(zip(EVIDENCE, values, strict=True))
 
 

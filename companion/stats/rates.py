@@ -108,8 +108,7 @@ def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt
 def with_refits(change: Change, refits: Sequence[float]) -> Change:
     """The interval widened by how the estimate varies when the directions are fitted anew.
 
-    Two sources of error that are independent: which test topics there are (the interval's own half-lengths) and which
-    prompts the directions were fitted on (the standard deviation over refits). Their squares add.
+    Squares of the two errors add: the interval's own half-lengths (test topics), and the spread over refits (fitting prompts).
     """
     if len(refits) < 2:
         raise InputError(f"{len(refits)} refits: their spread needs at least 2")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from companion.base.errors import InputError
-from companion.calibration import campaign, plants, population
+from companion.calibration import campaign, draws, plants
 from companion.calibration.campaign import KEYS, SCHEMAS, read_shipped, run_campaign
 
 TABLES = ("plants", "plant_scores")
@@ -62,6 +62,10 @@ def test_shares_split_the_work(tmp_path: Path) -> None:
     for share in ("0/2", "3/2", "half"):
         with pytest.raises(InputError, match="such as 1/2"):
             run(tmp_path, share=share)
+    with pytest.raises(InputError, match="is not there"):
+        read_shipped("verdicts", tmp_path)
+    empty = read_shipped("population", tmp_path, or_empty=True)
+    assert not len(empty) and empty.seed.dtype == "int64" and empty.population.dtype == float
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -80,38 +84,31 @@ def test_the_shipped_table_joined_from_two_halves_is_the_shipped_table(name: str
     pd.testing.assert_frame_equal(read_shipped(name, tmp_path), whole)
 
 
-def test_a_table_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not there"):
-        read_shipped("verdicts", tmp_path)
-    empty = read_shipped("plants", tmp_path, or_empty=True)
-    assert not len(empty) and empty.seed.dtype == "int64" and empty.learned.dtype == bool
-
-
 def test_population_and_plants_measure_what_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("verdicts", "evidence"):
         table = read_shipped(name)
         table[(table.kind == "late") & table.seed.isin([11, 12])].to_parquet(tmp_path / f"{name}.parquet")
-    population_rows, plant_rows = read_shipped("population"), {name: read_shipped(name) for name in plants.TABLES}
+    verdicts, shares = read_shipped("population"), read_shipped("plants")
+    others = {name: read_shipped(name) for name in plants.TABLES}
     asked: list[object] = []
+    chosen = plants.plan_plants()[:2]
 
-    def of_draw(draw: population.Draw, evidence: pd.DataFrame, stored: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    def of_draw(draw: draws.Draw, **_: pd.DataFrame) -> dict[str, pd.DataFrame]:
         asked.append(draw)
         part, kind, seed = draw
-        at = (population_rows.kind == kind) & (population_rows.seed == seed)
-        return {"population": population_rows[at & population_rows.claim.isin(population.CLAIMS[part])]}
+        at = (verdicts.kind == kind) & (verdicts.seed == seed) & verdicts.claim.isin(draws.IN_CLOSED_FORM[part])
+        return {"population": verdicts[at]}
 
     def of_plant(plant: plants.Plant) -> dict[str, pd.DataFrame]:
         asked.append(plant)
-        return plant_rows | {"plants": plant_rows["plants"].query("kind == @plant.kind and seed == @plant.seed")}
+        return others | {"plants": shares.query("kind == @plant.kind and seed == @plant.seed")}
 
-    monkeypatch.setattr(population, "measure_population", of_draw)
+    monkeypatch.setattr(draws, "measure_population", of_draw)
     monkeypatch.setattr(plants, "measure_plant", of_plant)
-    wanted = [("context", "late", 11), ("context", "late", 12), ("neurons", "late", 11), ("neurons", "late", 12)]
-    chosen = plants.plan_plants()[:2]
+    monkeypatch.setattr(plants, "plan_plants", lambda: chosen)
     for _ in range(2):
-        population.run_population("1/1", tmp_path)
-        plants.run_plants("1/1", tmp_path, chosen)
-    assert asked == [*wanted, *chosen]
-    assert len(read_shipped("plants", tmp_path)) == sum(
-        ((plant_rows["plants"].kind == one.kind) & (plant_rows["plants"].seed == one.seed)).sum() for one in chosen
-    )
+        draws.run_population("1/1", tmp_path)
+        plants.run_plants("1/1", tmp_path)
+    assert asked == [*((part, "late", seed) for part in ("context", "neurons") for seed in (11, 12)), *chosen]
+    measured = read_shipped("plants", tmp_path)
+    assert {(row.kind, row.seed) for row in measured.itertuples()} == {(one.kind, one.seed) for one in chosen}

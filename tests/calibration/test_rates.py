@@ -95,11 +95,8 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
         (9, {"population_verdict": ""}),  # no population was drawn
     )
     found = rates.split_errors(table)
-    assert {row.error: (row.hits, row.n) for row in found.itertuples()} == {
-        "sampling": (1, 10),
-        "construct": (2, 10),
-        "silent": (1, 10),
-    }
+    counts = {row.error: (row.hits, row.n) for row in found.itertuples()}
+    assert counts == {"sampling": (1, 10), "construct": (2, 10), "silent": (1, 10)}
 
 
 def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
@@ -115,18 +112,15 @@ def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> 
     assert (chance.auroc_high - chance.auroc_low) / (2 * 1.96) == pytest.approx((131 / (12 * 30 * 100)) ** 0.5, rel=0.2)
 
 
-def test_coverage_counts_finite_intervals() -> None:
+def test_coverage_counts_finite_intervals_and_power_right_verdicts() -> None:
+    grows = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
+    assert rates.power_curve(grows, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
     rounding = {"ci_low": 1.0, "ci_high": 1.0, "population": 0.9999}  # no width, and off by the network's rounding
     table = draws(
         (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
     )
     found = one(rates.interval_coverage(table), quantity="share")
     assert (found.hits, found.n) == (19, 20)
-
-
-def test_power_grows_in_a_table_where_it_does() -> None:
-    table = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
-    assert rates.power_curve(table, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
 
 
 def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:

@@ -11,7 +11,9 @@ FROZEN = ("main", "norm frozen", "unsaturated")
 
 
 def correct(claim: str, changes: dict | None = None) -> Verdict:
-    return judge(claim, changes, rules=corrected_rules)
+    made = corrected_rules.RULES[claim](Rows("m", table({**FINE, **LATER, **(changes or {})})))
+    assert made is not None and (made.model, made.claim) == ("m", claim)
+    return made
 
 
 def computed(share: Number | None) -> dict:
@@ -26,52 +28,43 @@ def test_every_correction_says_why_and_is_asked() -> None:
         assert [one.claim for one in made] == [claim for claim in corrected_rules.WHY if claim not in missing]
 
 
-@pytest.mark.parametrize(
-    ("share", "centroid", "said"),
-    [
-        ((0.9, 0.8, 1.0), (0.2, 0.1, 0.3), "supported"),
-        ((0.9, 0.8, 1.0), (0.0, -0.1, 0.1), "inconclusive"),  # computed late, as benign decisions are
-        ((0.9, 0.8, 1.0), (-0.2, -0.3, -0.1), "inconclusive"),  # what fetches the wrapper is early: no contradiction
-        ((0.5, 0.3, 0.7), (0.2, 0.1, 0.3), "inconclusive"),
-        ((0.2, 0.1, 0.3), (0.2, 0.1, 0.3), "contradicted"),  # copied late, computed before
-    ],
-)
-def test_c1_asks_where_the_interaction_is_computed(share: Number, centroid: Number, said: str) -> None:
-    assert correct("C1", computed(share) | row("C1", "centroid difference", centroid)).verdict == said
-
-
-@pytest.mark.parametrize(
-    ("share", "said"),
-    [((0.9, 0.8, 1.0), "supported"), ((0.2, 0.1, 0.3), "contradicted"), ((0.6, 0.5, 0.7), "inconclusive")],
-)
-def test_c2_reads_direct_effects_alone(share: Number, said: str) -> None:
-    half = row("C2", NIE, (0.5, 0.48, 0.52)) | row("C2", DIRECT, share)
-    assert (judge("C2", half).verdict, correct("C2", half).verdict) == ("inconclusive", said)
-
-
-@pytest.mark.parametrize(
-    ("share", "said"),
-    [((0.9, 0.6, 1.0), "supported"), ((0.9, 0.59, 1.0), "inconclusive"), ((0.2, 0.1, 0.4), "contradicted")],
-)
-def test_c4_counts_the_hand_over_layers_own_mlp(share: Number, said: str) -> None:
-    """Nothing is left to the MLPs above."""
-    numbers = row("C4", MLP_SHARE_WITH_OWN, share, *FROZEN) | row("C4", MLP_SHARE, (0.0, -0.1, 0.1), *FROZEN)
-    assert (judge("C4", numbers).verdict, correct("C4", numbers).verdict) == ("contradicted", said)
-
-
+HALF_NIE, NOTHING_ABOVE = row("C2", NIE, (0.5, 0.48, 0.52)), row("C4", MLP_SHARE, (0.0, -0.1, 0.1), *FROZEN)
+CENTROID, WITH_OWN = ("C1", "centroid difference"), ("C4", MLP_SHARE_WITH_OWN)
+LATE, EARLY = (0.9, 0.8, 1.0), (0.2, 0.1, 0.3)
 # A control that failed, and numbers that contradict the claim.
-FAILED = {
-    "C3": (row("C3", "AUROC probe", (0.5, 0.4, 0.6)), row("C3", PSI, (0.0, -0.01, 0.01), "main", "unsaturated")),
-    "C5a": (row("C5a", "k90", (5.0, 4.0, 7.0), "random order"), row("C5a", "psi1", (0.01, 0.0, 0.02), *FROZEN)),
-}
+NO_PROBE, NO_PSI0 = row("C3", "AUROC probe", (0.5, 0.4, 0.6)), row("C3", PSI, (0.0, -0.01, 0.01), "main", "unsaturated")
+NO_ORDER, NO_PSI1 = row("C5a", "k90", (5.0, 4.0, 7.0), "random order"), row("C5a", "psi1", (0.01, 0.0, 0.02), *FROZEN)
+BY_CONTENT = row("C5c", KEPT_BY_FIRST_TOKEN, (0.0, 0.0, 0.1), CONTENT_JUDGE, "full response")
+BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
+CASES = [  # claim, evidence, what the registered rule says of it, and the corrected one
+    ("C1", computed(LATE), "supported", "supported"),
+    ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "inconclusive", "inconclusive"),
+    # What fetches the wrapper is early: no contradiction.
+    ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "contradicted", "inconclusive"),
+    ("C1", computed((0.5, 0.3, 0.7)), "supported", "inconclusive"),
+    ("C1", computed(EARLY), "supported", "contradicted"),  # copied late, computed before
+    ("C2", HALF_NIE | row("C2", DIRECT, LATE), "inconclusive", "supported"),
+    ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "inconclusive", "contradicted"),
+    ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "inconclusive", "inconclusive"),
+    ("C3", NO_PROBE, "inconclusive", "inconclusive"),
+    ("C3", NO_PROBE | NO_PSI0, "inconclusive", "contradicted"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "contradicted", "supported"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "contradicted", "inconclusive"),
+    ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "contradicted", "contradicted"),
+    ("C5a", NO_ORDER, "inconclusive", "inconclusive"),
+    ("C5a", NO_ORDER | NO_PSI1, "inconclusive", "contradicted"),
+    ("C5c", {}, "supported", "not testable"),  # answers were labelled by their opener
+    ("C5c", BY_CONTENT, "inconclusive", "contradicted"),
+    ("C6", {}, "supported", "supported"),
+    ("C6", row("C6", "advantage over mid", (0.0, -1.0, 1.0)), "contradicted", "inconclusive"),
+    ("C6", row("C6", "p isotropic", (0.6, 0.6, 0.6)), "contradicted", "contradicted"),
+    ("C6", row("C6", "harmless loss", (5.0, 4.0, 6.0)), "contradicted", "contradicted"),
+]
 
 
-@pytest.mark.parametrize("claim", FAILED)
-def test_a_control_that_fails_spoils_a_support_and_no_contradiction(claim: str) -> None:
-    failed, against = FAILED[claim]
-    assert judge(claim, failed).verdict == correct(claim, failed).verdict == "inconclusive"
-    assert judge(claim, failed | against).verdict == "inconclusive"
-    assert correct(claim, failed | against).verdict == "contradicted"
+@pytest.mark.parametrize(("claim", "changes", "registered", "corrected"), CASES)
+def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, registered: str, corrected: str) -> None:
+    assert (judge(claim, changes).verdict, correct(claim, changes).verdict) == (registered, corrected)
 
 
 def gates(inside: Number, benign: Number = (0.1, 0.05, 0.15)) -> Rows:
@@ -94,19 +87,5 @@ def test_a_gate_inside_last_layer_neurons_is_seen_by_the_corrected_rule() -> Non
     assert corrected_rules.corrected_c5b(gates((0.9, 0.8, 1.0), benign=(0.3, 0.2, 0.4))).verdict == "inconclusive"
 
 
-def test_c5c_asks_for_labels_that_do_not_rest_on_the_opener() -> None:
-    made = correct("C5c")
-    assert made.verdict == "not testable" and "--judge" in made.reason
-    content = row("C5c", KEPT_BY_FIRST_TOKEN, (0.0, 0.0, 0.1), CONTENT_JUDGE) | row(
-        "C5c", KEPT_BY_FIRST_TOKEN, (0.1, 0.0, 0.2), "full response"
-    )
-    content |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
-    assert correct("C5c", content).verdict == "contradicted"
-
-
-def test_an_equal_rival_contradicts_c6_by_the_registered_rule_only() -> None:
-    equal = row("C6", "advantage over mid", (0.0, -1.0, 1.0))
-    assert (judge("C6", equal).verdict, correct("C6", equal).verdict) == ("contradicted", "inconclusive")
-    assert correct("C6").verdict == "supported"
-    for changes in (row("C6", "p isotropic", (0.6, 0.6, 0.6)), row("C6", "harmless loss", (5.0, 4.0, 6.0))):
-        assert correct("C6", changes).verdict == "contradicted"
+def test_without_a_content_judge_c5c_names_the_flag() -> None:
+    assert "--judge" in correct("C5c").reason

@@ -19,29 +19,19 @@ EVIDENCE = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE, "a"), table(FINE
 
 def test_the_ledger_covers_every_claim_once_and_no_twin() -> None:
     made = ledger.ledger(EVIDENCE, runs=("b",))
-    assert [(one.model, one.claim) for one in made] == [
-        *(("b", claim) for claim in STATEMENTS),
-        ("a", "C1"),
-        ("a", "C2"),
-        ("a", "C3"),
-    ]
-    assert {one.verdict for one in made[3:9]} == {"not testable"} and all(
-        "run notebook 0" in one.reason for one in made[3:9]
-    )
+    expected = [*(("b", claim) for claim in STATEMENTS), *(("a", claim) for claim in ("C1", "C2", "C3"))]
+    assert [(one.model, one.claim) for one in made] == expected
+    assert all(one.verdict == "not testable" and "run notebook 0" in one.reason for one in made[3:9])
     first = {one.model: one for one in made if one.claim == "C1"}  # a twin belongs to its own model
     assert first["a"].verdict == "supported" and (first["b"].controls or {})["untrained twin"] == "not run"
 
 
-def test_evidence_survives_its_file(tmp_path: Path) -> None:
-    unlimited = row("gate", "TE T1", (1.0, -math.inf, math.inf))
-    evidence = pd.concat([table(FINE | unlimited), table(TWIN, "m" + UNTRAINED)], ignore_index=True)
-    path = files.write_table(evidence, tmp_path / "02_evidence.csv")
-    assert ledger.ledger(files.read_table(path, files.EVIDENCE)) == ledger.ledger(evidence)
-
-
-def test_records_are_json(tmp_path: Path) -> None:
+def test_evidence_and_records_survive_their_files(tmp_path: Path) -> None:
     unlimited = row("gate", "TE T1", (1.0, -math.inf, math.inf)) | row("gate", "TE T2-T2b", (math.nan,) * 3)
-    made = ledger.ledger(table(FINE | unlimited), runs=("m",))
+    evidence = pd.concat([table(FINE | unlimited), table(TWIN, "m" + UNTRAINED)], ignore_index=True)
+    path, made = files.write_table(evidence, tmp_path / "02_evidence.csv"), ledger.ledger(evidence, runs=("m",))
+    again = ledger.ledger(files.read_table(path, files.EVIDENCE), runs=("m",))
+    assert list(map(str, again)) == list(map(str, made))  # as text, since NaN equals nothing
     saved = files.read_json(files.write_json(ledger.to_records(made, {}, {}), tmp_path / "claims.json"))
     assert [one["verdict"] for one in saved] == [one.verdict for one in made]
     by_claim = {one["claim"]: one for one in saved}
@@ -49,17 +39,7 @@ def test_records_are_json(tmp_path: Path) -> None:
     assert by_claim["C1"]["estimate"] is None
 
 
-def test_tables_of_the_ledger() -> None:
-    made = ledger.ledger(EVIDENCE[EVIDENCE.model != "b"], runs=("a",))
-    frame = ledger.to_table(made, {}, {})
-    shown = frame.loc[frame.claim == "C1", ["verdict", "estimate", "tags"]].values.tolist()
-    assert shown == [["supported", 0.7, "robust"]] and frame.columns[-1] == "reason"
-    lines = ledger.to_markdown(made, {}, {}).splitlines()
-    assert len(lines) == 2 + 9 and all(line.count("|") == 10 for line in lines)
-    assert lines[2].startswith("| a | C1 | supported | 0.70 [0.60, 0.80] |  |  |  | robust |")
-
-
-def test_the_ledger_says_how_often_a_rule_errs_and_what_its_correction_says() -> None:
+def test_tables_say_how_often_a_rule_errs_and_what_its_correction_says() -> None:
     evidence = EVIDENCE[EVIDENCE.model != "b"]
     made, others = ledger.ledger(evidence, runs=("a",)), ledger.corrected_ledger(evidence, runs=("a",))
     rates = {
@@ -67,21 +47,23 @@ def test_the_ledger_says_how_often_a_rule_errs_and_what_its_correction_says() ->
         "C2*": {"false_supported": {"hits": 1, "n": 90, "rate": 0.0111, "upper": 0.051}},
     }
     frame = ledger.to_table(made, rates, others).set_index("claim")
-    assert frame.loc["C1", "error_rate"] == "said of 3 of 60 false claims (at most 12 %)"
-    assert frame.loc["C1", "corrected_rule"] == "" and frame.loc["C2", "corrected_rule"] == "supported"
-    assert frame.loc["C2", "error_rate"] == ""
-    assert frame.loc["C2", "corrected_error_rate"] == "said of 1 of 90 false claims (at most 5 %)"
+    columns = ["verdict", "estimate", "tags", "error_rate", "corrected_rule", "corrected_error_rate"]
+    said = ["said of 3 of 60 false claims (at most 12 %)", "said of 1 of 90 false claims (at most 5 %)"]
+    assert frame.loc["C1", columns].tolist() == ["supported", 0.7, "robust", said[0], "", ""]
+    assert frame.loc["C2", columns[3:]].tolist() == ["", "supported", said[1]] and frame.columns[-1] == "reason"
     by_claim = {one["claim"]: one for one in ledger.to_records(made, rates, others)}
     assert by_claim["C1"]["corrected"] is None and by_claim["C2"]["corrected"]["verdict"] == "supported"
     assert by_claim["C2"]["corrected"]["error_rates"] == rates["C2*"]
     assert by_claim["C1"]["error_rates"] == rates["C1"] and by_claim["C2"]["error_rates"] is None
 
 
-def test_a_reason_does_not_break_the_markdown_table() -> None:
-    made = ledger.ledger(table(FINE | row("gate", "TE T1", (0.1, 0.0, 0.2))))
-    line = ledger.to_markdown(made, {}, {}).splitlines()[4]
-    assert "(gate: \\|TE\\| >= 0.5) |" in line
-    assert line.replace("\\|", "").count("|") == 10
+def test_markdown_has_a_line_a_verdict_and_a_reason_does_not_break_it() -> None:
+    evidence = table(FINE | row("gate", "TE T1", (0.1, 0.0, 0.2)), "a")
+    made = ledger.ledger(pd.concat([evidence, table(TWIN, "a" + UNTRAINED)]), runs=("a",))
+    lines = ledger.to_markdown(made, {}, {}).splitlines()
+    assert len(lines) == 2 + 9 and all(line.replace("\\|", "").count("|") == 10 for line in lines)
+    assert lines[2].startswith("| a | C1 | supported | 0.70 [0.60, 0.80] |  |  |  | robust |")
+    assert "(gate: \\|TE\\| >= 0.5) |" in lines[4]
 
 
 def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> None:
@@ -114,8 +96,5 @@ def test_every_claim_has_an_opposite_and_its_analysis_is_a_section() -> None:
 def test_it_counts_how_often_the_opposite_was_shown() -> None:
     rates = {name: {"power_to_contradict": {"hits": n, "n": 100}} for name, n in (("C2", 100), ("C2*", 90))}
     found = ledger.opposite_table([Verdict("m", claim, "inconclusive", "") for claim in ("C2", "C3")], rates)
-    columns = ["claim", "shown", "shown_corrected", "verdict"]
-    assert found[columns].values.tolist() == [
-        ["C2", "100 of 100", "90 of 100", "inconclusive"],
-        ["C3", "", "", "inconclusive"],
-    ]
+    expected = [["C2", "100 of 100", "90 of 100", "inconclusive"], ["C3", "", "", "inconclusive"]]
+    assert found[["claim", "shown", "shown_corrected", "verdict"]].values.tolist() == expected

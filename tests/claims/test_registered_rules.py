@@ -134,22 +134,18 @@ CAPS = {
     **{(claim, "joint probability, not run"): row("gate", name, None) for claim, name in JOINT.items()},
     ("C1", "benign behaviours, failed"): row("C1", "centroid B5", None),
     ("C1", "benign behaviours, not run"): row("C1", "centroid difference", None) | row("C1", "late share", LOW, *FROZEN),
-    ("C1", "final norm frozen, failed"): row("C1", "late share", HALF, "norm frozen"),
-    ("C1", "final norm frozen, not run"): row("C1", "late share", None, "norm frozen"),
-    ("C1", "unsaturated pairs, failed"): row("C1", "late share", HALF, "unsaturated"),
-    ("C1", "unsaturated pairs, not run"): row("C1", "late share", None, "unsaturated"),
-    ("C2", "final norm frozen, failed"): row("C2", NIE, HALF, "norm frozen"),
-    ("C2", "final norm frozen, not run"): row("C2", NIE, None, "norm frozen"),
-    ("C2", "unsaturated pairs, failed"): row("C2", NIE, HALF, "unsaturated"),
-    ("C2", "unsaturated pairs, not run"): row("C2", NIE, None, "unsaturated"),
+    **{
+        (claim, f"{control}, {state}"): row(claim, quantity, numbers, variant)
+        for claim, quantity in (("C1", "late share"), ("C2", NIE), ("C4", MLP_SHARE))
+        for control, variant in (("final norm frozen", "norm frozen"), ("unsaturated pairs", "unsaturated"))
+        for state, numbers in (("failed", HALF), ("not run", None))
+    },
     ("C2", "per patch norm, not run"): row("C2", NIE, None, "per patch norm"),
     ("C2", "per parameter, not run"): row("C2", NIE, None, "per parameter"),
     ("C3", "probe above chance on held-out topics, failed"): row("C3", "AUROC probe", (0.6, 0.5, 0.7)),
     ("C3", "probe above chance on held-out topics, not run"): row("C3", "AUROC probe", None),
     ("C3", "sign in unsaturated pairs, failed"): row("C3", PSI, (-0.1, -0.2, 0.0), "unsaturated"),
     ("C3", "sign in unsaturated pairs, not run"): row("C3", PSI, None, "unsaturated"),
-    ("C4", "final norm frozen, failed"): row("C4", MLP_SHARE, HALF, "norm frozen"),
-    ("C4", "unsaturated pairs, not run"): row("C4", MLP_SHARE, None, "unsaturated"),
     ("C5a", "benign behaviours, failed"): row("C5a", "k90 B5", None),
     ("C5a", "benign behaviours, not run"): {("C5a", f"k90 B{i}", "main"): None for i in range(1, 6)},
     ("C5a", "random order, failed"): row("C5a", "k90", (8.0, 6.0, 9.0), "random order"),
@@ -198,80 +194,58 @@ def test_the_untrained_twin_of_c1() -> None:
     assert late.verdict == "inconclusive" and "capped: untrained twin failed" in late.reason
     none = judge("C1", twin=dict.fromkeys(TWIN))
     assert none.verdict == "inconclusive" and (none.controls or {})["untrained twin"] == "not run"
-    for twin in (
-        row("C1", "late share", None), row("C1", "centroid difference", None), row("C1", "late share", (0.99, 0.98, 1.0)),
-    ):  # fmt: skip
-        assert judge("C1", twin=twin).verdict == "supported"
+    for quantity, numbers in (("late share", None), ("centroid difference", None), ("late share", (0.99, 0.98, 1.0))):
+        assert judge("C1", twin=row("C1", quantity, numbers)).verdict == "supported"
 
 
-def test_a_control_caps_a_contradiction_too_and_an_open_question_is_not_called_capped() -> None:
-    no_joint = row("gate", "joint probability T2", None)
-    made = judge("C1", row("C1", "late share", LOW, *FROZEN) | no_joint)
-    assert made.verdict == "inconclusive" and "contradicted by its numbers" in made.reason
-    made = judge("C1", row("C1", "centroid difference", (0.1, -0.1, 0.3)) | no_joint)
+NO_JOINT, NO_K90 = row("gate", "joint probability T2", None), row("C5a", "k90", None, "main", "random order")
+EQUAL = row("C6", "advantage over mid", (0.0, -1.0, 1.0))
+RENAMED = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)} | {
+    ("C1", f"centroid {name}", "main"): (0.5, 0.4, 0.6) for name in ("B1", "B10", "Btone", "B-unit", "B3")
+}
+LOW_PSI = row("C5a", "psi1", (0.0, -0.1, 0.1), *FROZEN)
+HARD = row("C5c", "harmless answers changed, refusing run's values", (0.9, 0.8, 1.0))
+UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
+              "C5c": "notebook 05", "C6": "notebook 06", "C7": "notebook 04"}  # fmt: skip
+NO_EFFECTS = {("gate", f"TE {name}", "main"): None for name in ("T1", "T2", "T2-T2b")}
+SAYS = [  # claim, evidence, verdict, the quantity that it shows, a part of its reason or a tag
+    ("C1", row("C1", "late share", LOW, *FROZEN) | NO_JOINT, "inconclusive", "late share", "contradicted by its numbers"),
+    ("C1", row("C1", "centroid difference", None), "inconclusive", "late share", "no benign behaviour to compare with"),
+    ("C1", RENAMED, "supported", "late share", ""),  # benign behaviours of any name count
+    ("C2", c2((0.9, 0.8, 1.0), (0.8, 0.7, 0.9)), "supported", DIRECT, ""),  # the number that decides is shown
+    ("C2", c2((0.45, 0.4, 0.49), (0.3, 0.25, 0.35)), "contradicted", NIE, ""),
+    ("C2", c2((0.45, 0.4, 0.49), (0.48, 0.3, 0.5)), "contradicted", DIRECT, ""),
+    *(("C2", row("C2", quantity, (0.4, 0.3, 0.5), name), "supported", NIE, said)  # raw shares decide, the reader is told
+      for quantity in (NIE, DIRECT) for name in ("per patch norm", "per parameter")
+      for said in ("normalisation-dependent", f"the side changes {name}")),
+    ("C5a", NO_K90, "inconclusive", "psi1", "k90 none"),
+    ("C5a", NO_K90 | LOW_PSI, "contradicted", "psi1", "k90 none"),
+    ("C5b", every("gate index", "C5b"), "inconclusive", "gate index, form", "nothing of which"),
+    ("C5c", HARD, "supported", KEPT_BY_FIRST_TOKEN, "closes harmless answers too"),
+    ("C6", row("C6", "KL", (3.0, 2.5, 3.5)) | EQUAL, "contradicted", "harm change", ""),  # a margin caps support only
+    ("C3", row("C3", PSI, None), "not testable", "", ""), ("C3", row("C3", "AUROC gain", None), "not testable", "", ""),
+    ("C6", row("C6", "phi", None), "not testable", "", ""),
+    ("C2", row("gate", "significand bits", (8, 8, 8)), "inconclusive", NIE, "half precision"),
+    *((claim, dict.fromkeys(key for key in FINE | LATER if key[0] == claim), "not testable", "", part)
+      for claim, part in UNMEASURED.items()),
+    *((claim, NO_EFFECTS, "not testable", "", thresholds.NO_WRAPPERS) for claim in ON_GENERATION),
+    ("C3", NO_EFFECTS, "not testable", "", "the prompt set has no harmless/harmful pairs (T1): supply some"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim", "changes", "said", "quantity", "part"), SAYS)
+def test_what_a_verdict_shows_and_says(claim: str, changes: dict, said: str, quantity: str, part: str) -> None:
+    made = judge(claim, changes)
+    assert (made.verdict, made.quantity) == (said, quantity) and part in "; ".join([made.reason, *made.tags])
+
+
+def test_an_open_question_is_not_called_capped() -> None:
+    made = judge("C1", row("C1", "centroid difference", (0.1, -0.1, 0.3)) | NO_JOINT)
     assert made.verdict == "inconclusive" and "capped" not in made.reason
 
 
-def test_benign_behaviours_of_any_name_count() -> None:
-    renamed = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)}
-    renamed |= {("C1", f"centroid {name}", "main"): (0.5, 0.4, 0.6) for name in ("B1", "B10", "Btone", "B-unit", "B3")}
-    assert (judge("C1", renamed).controls or {})["benign behaviours"] == "passed"
-    made = judge("C1", row("C1", "centroid difference", None))
-    assert made.verdict == "inconclusive" and "no benign behaviour to compare with" in made.reason
-
-
-def test_c2_shows_the_number_that_decides() -> None:
-    assert judge("C2", c2((0.9, 0.8, 1.0), (0.8, 0.7, 0.9))).quantity == DIRECT
-    for direct, quantity in (((0.3, 0.25, 0.35), NIE), ((0.48, 0.3, 0.5), DIRECT)):
-        against = judge("C2", c2((0.45, 0.4, 0.49), direct))
-        assert (against.verdict, against.quantity) == ("contradicted", quantity)
-
-
-@pytest.mark.parametrize("quantity", [NIE, DIRECT])
-@pytest.mark.parametrize("name", ["per patch norm", "per parameter"])
-def test_c2_names_a_normalisation_that_turns_it(quantity: str, name: str) -> None:
-    made = judge("C2", row("C2", quantity, (0.4, 0.3, 0.5), name))
-    assert made.verdict == "supported"  # the raw shares decide, but the reader is told
-    assert "normalisation-dependent" in made.tags and f"the side changes {name}" in made.reason
-
-
-def test_k90_none_supports_nothing_and_needs_no_random_order() -> None:
-    none = row("C5a", "k90", None, "main", "random order")
-    made = judge("C5a", none)
-    assert (made.verdict, made.quantity) == ("inconclusive", "psi1") and "k90 none" in made.reason
-    low = row("C5a", "psi1", (0.0, -0.1, 0.1), "main", "norm frozen") | row(
-        "C5a", "psi1", (-0.1, -0.2, 0.1), "unsaturated"
-    )
-    assert judge("C5a", none | low).verdict == "contradicted"
-
-
-def test_c5c_says_where_harmless_answers_close_too() -> None:
-    hard = row("C5c", "harmless answers changed, refusing run's values", (0.9, 0.8, 1.0))
-    assert judge("C5c", hard).tags == ("closes harmless answers too",)
-
-
-def test_a_broken_margin_caps_no_contradiction_of_c6_and_too_few_harmless_prompts_leave_it_open() -> None:
-    equal = row("C6", "advantage over mid", (0.0, -1.0, 1.0))
-    assert judge("C6", row("C6", "KL", (3.0, 2.5, 3.5)) | equal).verdict == "contradicted"
+def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
-
-
-UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
-              "C5c": "notebook 05", "C6": "notebook 06", "C7": "notebook 04"}  # fmt: skip
-
-
-@pytest.mark.parametrize("claim", UNMEASURED)
-def test_what_was_not_measured_is_not_testable(claim: str) -> None:
-    made = judge(claim, {key: None for key in FINE | LATER if key[0] == claim})
-    assert made.verdict == "not testable" and UNMEASURED[claim] in made.reason
-
-
-def test_a_part_that_is_missing() -> None:
-    for quantity in (PSI, "AUROC gain"):
-        assert judge("C3", row("C3", quantity, None)).verdict == "not testable"
-    assert judge("C6", row("C6", "phi", None)).verdict == "not testable"
-    made = judge("C5b", every("gate index", "C5b"))
-    assert made.verdict == "inconclusive" and "nothing of which" in made.reason
 
 
 # ---- preconditions and tags ----
@@ -300,15 +274,6 @@ def test_the_precondition_asks_for_an_effect(claim: str, numbers: tuple, is_open
     assert is_open or made.quantity == f"TE {GATES[claim]}"
 
 
-@pytest.mark.parametrize("claim", STATEMENTS)
-def test_without_the_treatment_nothing_is_testable(claim: str) -> None:
-    made = judge(claim, {("gate", f"TE {name}", "main"): None for name in ("T1", "T2", "T2-T2b")})
-    expected = (
-        "the prompt set has no harmless/harmful pairs (T1): supply some" if claim == "C3" else thresholds.NO_WRAPPERS
-    )
-    assert (made.verdict, made.reason) == ("not testable", expected)
-
-
 @pytest.mark.parametrize("claim", ON_GENERATION)
 def test_without_twins_t2_alone_is_judged_and_the_verdict_says_so(claim: str) -> None:
     alone = row("gate", "TE T2-T2b", None)
@@ -329,8 +294,3 @@ def test_late_by_architecture_is_tagged() -> None:
     for at, tagged in ((0.33, False), (0.34, True), (0.9, True)):
         made = judge("C1", row("gate", "earliest possible depth", (at, at, at)))
         assert ("architecture-imposed" in made.tags) == tagged
-
-
-def test_a_run_in_half_precision_gives_no_verdict() -> None:
-    capped = judge("C2", row("gate", "significand bits", (8, 8, 8)))
-    assert capped.verdict == "inconclusive" and "half precision" in capped.reason

@@ -11,7 +11,7 @@ from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_ta
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import COMPONENTS
 from companion.evidence import layers
-from companion.mediation import estimands, summaries
+from companion.mediation import estimands
 from companion.model.architecture import Subject
 from companion.prompts.pairs import Pair
 from companion.prompts.tokens import TokenPair, token_pair
@@ -26,23 +26,18 @@ def test_rows_of_c1(treatment: str) -> None:
     shares = {row["variant"]: row for row in rows if row["quantity"] == "late share"}
     assert set(shares) == VARIANTS
     assert all(row["estimate"] == pytest.approx(0.8) for row in shares.values())
-    assert {row["n_pairs"] for row in shares.values()} == {30}
-    assert {row["n_topics"] for row in shares.values()} == {15}
+    assert {(row["n_pairs"], row["n_topics"]) for row in shares.values()} == {(30, 15)}
     assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
-    assert {row["quantity"] for row in rows if row["quantity"].startswith("centroid ")} == {
-        "centroid difference", f"centroid {treatment}", *(f"centroid B{i}" for i in range(1, 7))
-    }  # fmt: skip
+    names = {"late share", "centroid difference", f"centroid {treatment}", *(f"centroid B{i}" for i in range(1, 7))}
+    assert {row["quantity"] for row in rows} == names
 
 
-def test_the_contrast_is_primary_where_it_was_measured() -> None:
-    both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b")], ignore_index=True)
-    assert find(layers.evidence_c1(both, "m", N_LAYERS), "late share")["estimate"] == pytest.approx(0.8)
-    assert summaries.primary(both) == "T2-T2b"
-    assert summaries.primary(both[both.treatment == "T2"]) == "T2"
-
-
-def test_what_was_not_measured_has_no_row() -> None:
-    rows = layers.evidence_c1(effect_table(), "m", N_LAYERS)
+def test_the_contrast_is_read_where_it_was_measured_and_the_last_token_alone() -> None:
+    elsewhere = effect_table({("mlp_out", 0): 50.0}, treatment="T2-T2b").assign(position="shared")
+    both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b"), elsewhere])
+    rows = layers.evidence_c1(both.reset_index(drop=True), "m", N_LAYERS)
+    assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
+    # What was not measured has no row.
     assert {row["variant"] for row in rows} == VARIANTS - {"full response", "norm frozen"}
     assert {row["quantity"] for row in rows} == {"late share"}
 
@@ -56,12 +51,6 @@ def test_the_unsaturated_subset_is_that_of_t2() -> None:
     rows = layers.evidence_c1(pd.concat([harm, contrast], ignore_index=True), "m", N_LAYERS)
     assert find(rows, "late share")["n_pairs"] == 30
     assert find(rows, "late share", "unsaturated")["n_pairs"] == 24
-
-
-def test_only_the_last_token_counts() -> None:
-    elsewhere = effect_table({("mlp_out", 0): 50.0}).assign(position="shared")
-    rows = layers.evidence_c1(pd.concat([elsewhere, effect_table()], ignore_index=True), "m", N_LAYERS)
-    assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
@@ -154,6 +143,7 @@ def test_without_wrapped_requests_there_is_nothing_to_say_of_generation(present:
 
 # ---- C3 ----
 
+PSI = "psi0 early, shared tokens"
 WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "on"))
 
 
@@ -185,19 +175,16 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     rows = layers.evidence_c3(subject, pairs, table, "m")
     assert all(list(row) == list(EVIDENCE) for row in rows)
     found = {(row["quantity"], row["variant"]): row for row in rows}
-    assert set(found) == {
-        ("psi0 early, shared tokens", "main"), ("psi0 early, shared tokens", "unsaturated"), ("AUROC probe", "main"),
-        ("AUROC bag of tokens", "main"), ("AUROC gain", "main"),
-    }  # fmt: skip
+    areas = ("AUROC probe", "AUROC bag of tokens", "AUROC gain")
+    assert set(found) == {(PSI, "main"), (PSI, "unsaturated"), *((name, "main") for name in areas)}
     assert table.te.abs().min() > 2
     for variant in ("main", "unsaturated"):
-        row = found["psi0 early, shared tokens", variant]
+        row = found[PSI, variant]
         assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
     assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
     assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
     assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
-    assert {row["n_topics"] for row in rows} == {24}
-    assert {row["n_pairs"] for row in rows} == {24}
+    assert {(row["n_pairs"], row["n_topics"]) for row in rows} == {(24, 24)}
 
 
 def test_c3_of_thin_sets_gives_what_it_can() -> None:
@@ -206,6 +193,6 @@ def test_c3_of_thin_sets_gives_what_it_can() -> None:
     assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
     test_only = [pair for pair in pairs if pair.pair.split == "test"]
     rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
-    assert {row["quantity"] for row in rows} == {"psi0 early, shared tokens"}
+    assert {row["quantity"] for row in rows} == {PSI}
     lone = discover_only + test_only[:1]
     assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []

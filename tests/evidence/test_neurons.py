@@ -1,24 +1,24 @@
-"""Evidence of the neuron analysis, and what thin or partial studies give."""
+"""Evidence of C5a and C7 on a small model and what partial studies give; that of C5b (gates) on models made by hand."""
 
 from dataclasses import replace
 
+import gate_models as gm
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from handmade import FIRST, OUT, SECOND, cue_pairs, word_tokenizer
 from neuron_tools import tiny_study
 
-from companion.base import files
+from companion.base.files import EVIDENCE
+from companion.claims.registered_rules import rule_c5b
+from companion.claims.verdict import Rows
 from companion.evidence import neurons
-from companion.evidence.neurons import (
-    Neurons,
-    complete_layers,
-    curve,
-    measure_last_layer,
-    measure_neurons,
-    neuron_evidence,
-)
+from companion.evidence.neurons import Neurons, curve, measure_last_layer, measure_neurons, neuron_evidence
 from companion.mediation.study import Study
+from companion.neurons.gating import WRAPPER_HARM
+from companion.neurons.timing import FORCED_STEPS
+from companion.prompts.tokens import Openers
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def swept(study: Study) -> Neurons:
 
 def test_rows_are_evidence(swept: Neurons) -> None:
     rows = pd.DataFrame(neuron_evidence(swept, "m"))
-    assert set(rows) == set(files.EVIDENCE)
+    assert set(rows) == set(EVIDENCE)
     assert not rows.duplicated(["claim", "quantity", "variant"]).any()
     found = rows.set_index(["claim", "quantity", "variant"])
     assert found.loc[("C5a", "neurons in the layer", "main"), "estimate"] == 48
@@ -55,6 +55,11 @@ def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     assert neuron_evidence(measure_neurons(recognition), "m") == [] == neuron_evidence(None, "m")
     no_neurons = replace(study, subject=replace(study.subject, d_mlp=0))
     assert measure_last_layer(recognition) is None is measure_last_layer(no_neurons)
+    idle = tiny_study(n=12)
+    with torch.no_grad():
+        for parts in idle.subject.layers:
+            parts.o_proj.weight.zero_()  # no difference ever reaches the last token
+    assert neuron_evidence(measure_neurons(idle), "m") == []
 
 
 def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: Study, swept: Neurons) -> None:
@@ -68,14 +73,6 @@ def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: 
         for table in (last.table, swept.table)
     ]
     assert np.abs(chosen[0] - chosen[1]).max() < 1e-5
-
-
-def test_a_model_that_does_nothing_gives_no_rows() -> None:
-    study = tiny_study(n=12)
-    with torch.no_grad():
-        for parts in study.subject.layers:
-            parts.o_proj.weight.zero_()  # no difference ever reaches the last token
-    assert neuron_evidence(measure_neurons(study), "m") == []
 
 
 def test_which_layers_are_measured(study: Study, swept: Neurons) -> None:
@@ -111,7 +108,62 @@ def test_a_screened_sweep_rechecks_the_top_exactly(
     top = full.table.query("treatment == 'T2-T2b' and split == 'discover' and layer < 3")
     largest = top.assign(size=(top.nie0 + top.nie1).abs()).nlargest(10, "size")
     assert len(largest.merge(both[keys], on=keys)) >= 8
-    # Places in a sample say nothing about neighbours.
-    assert set(complete_layers(found, found.measured.effects["T2"]).columns.layer) == {3}
     rows = neurons.evidence_c7(found, "m", neurons.moran(found), None)
     assert [row["note"] for row in rows if row["quantity"] == "Moran's I"] == ["layers 3"]
+
+
+# ---- gates ----
+
+TOKENIZER = word_tokenizer()
+YES_NO = Openers(*((TOKENIZER.convert_tokens_to_ids(word),) for word in ("yes", "no")), 0)
+GATE = gm.Model((gm.Neuron(3, 0, gm.step(FIRST), {SECOND: 1.0}, {OUT: 3.0 / gm.STEEP}),))
+
+
+def gated(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] | None) -> Study:
+    pairs = cue_pairs(TOKENIZER, *harmful, n=36)
+    pairs += cue_pairs(TOKENIZER, *harmless, n=36, treatment="T2b") if harmless else []
+    twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin} if harmless else {}
+    return Study("m", gm.build(model), tuple(pairs), {"T2": YES_NO, "T2b": YES_NO}, twins, {})
+
+
+def measured(study: Study) -> tuple[neurons.Gates, pd.DataFrame, dict[str, float]]:
+    """What the tests of gates find, their evidence rows, and the main estimates by quantity."""
+    found = neurons.measure_gates(study, measure_neurons(study, every=True).table)
+    table = pd.DataFrame(neurons.evidence_c5b(found, "m"), columns=list(EVIDENCE))
+    return found, table, table[table.variant == "main"].set_index("quantity").estimate.to_dict()
+
+
+def test_the_gate_is_found_inside_a_neuron_and_called_a_readout() -> None:
+    found, _, main = measured(gated(GATE, ("off high", "on high"), ("off low", "on low")))
+    assert found.headline is not None and found.headline.experiment == WRAPPER_HARM
+    assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
+    assert main["timing share"] == pytest.approx(1 / FORCED_STEPS, abs=1e-3)  # this model decides anew at every token
+
+
+def test_the_gate_is_found_below_the_last_layer() -> None:
+    found, _, main = measured(gated(gm.BELOW, ("off low", "on high"), None))
+    assert found.headline is not None and found.headline.form == "c"
+    assert main["gate index"] == pytest.approx(1, abs=0.02) and main["readout share"] == pytest.approx(0, abs=1e-3)
+
+
+def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
+    swept = measure_last_layer(gated(GATE, ("off high", "on high"), ("off low", "on low")))
+    assert swept is not None
+    this = swept.measured.study
+    rows = neurons.gating_evidence(this, swept.table, "m", swept.caches)
+    assert rows == neurons.gating_evidence(this, swept.table, "m")  # the runs of the sweep are those that it would make
+    table = pd.DataFrame(rows)
+    assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
+    index = table[(table.quantity == "gate index") & (table.variant == "main")]
+    assert index.estimate.item() == pytest.approx(1, abs=1e-3)
+    assert neurons.gating_evidence(replace(this, pairs=()), swept.table, "m") == [], "no wrapper"
+
+
+def test_a_contributor_contradicts_once_the_gate_is_passed() -> None:
+    reader = gm.Model((gm.Neuron(3, 0, gm.OPEN, {FIRST: 1.0}, {OUT: 0.1}),))
+    _, table, _ = measured(gated(reader, ("off low", "on low"), None))
+    gate = pd.DataFrame([{"model": "m", "claim": "gate", "quantity": "TE T2", "variant": "main", "note": ""}])
+    gate = gate.assign(estimate=3.0, ci_low=2.9, ci_high=3.1, n_pairs=60, n_topics=30)
+    joint = gate.assign(quantity="joint probability T2", estimate=1.0)
+    made = rule_c5b(Rows("m", pd.concat([gate, joint, table])))
+    assert "capped" in made.reason and "contradicted by its numbers" in made.reason  # no benign behaviours here

@@ -20,6 +20,9 @@ def test_cluster_sums_of_a_long_table(table):
     np.testing.assert_array_equal(result.sums, expected)
     np.testing.assert_array_equal(result.counts, np.array(expected) > 0)
     assert result.strata[0] == result.strata[1] == result.strata[2] != result.strata[3] == result.strata[4]
+    both = pd.concat([table, table[table.topic == "a"].assign(treatment="B1")])  # topic a now serves two treatments
+    strata = cluster_sums(both, "te", strata="treatment").strata
+    assert len(set(strata)) == 3 and strata[1] == strata[2] != strata[0]
 
 
 def test_cluster_sums_of_a_wide_table_keep_the_order_asked_for(table):
@@ -28,13 +31,6 @@ def test_cluster_sums_of_a_wide_table_keep_the_order_asked_for(table):
     np.testing.assert_allclose(result.sums[:2], [[3, 0.3, 0], [3, 0.3, 0]])
     np.testing.assert_array_equal(result.sums[:, 2], [0, 0, 1, 1, 2])
     np.testing.assert_array_equal(result.counts[:, 0], [2, 1, 1, 1, 2])
-
-
-def test_topics_with_the_same_treatments_form_a_stratum(table):
-    both = pd.concat([table, table[table.topic == "a"].assign(treatment="B1")])
-    strata = cluster_sums(both, "te", strata="treatment").strata
-    assert len(set(strata)) == 3
-    assert strata[1] == strata[2] != strata[0]
 
 
 def test_statistics_by_hand():
@@ -92,21 +88,6 @@ def test_by_controls_false_discoveries():
     assert np.mean(shares) <= 0.05
     assert np.mean(unadjusted) > 0.15
     assert np.mean(found) > 0.5
-
-
-def test_by_by_hand():
-    harmonic = 1 + 1 / 2 + 1 / 3
-    np.testing.assert_allclose(by_adjust(np.array([0.01, 0.04, 0.03])), harmonic * np.array([0.03, 0.04, 0.04]))
-
-
-# ---- proportions ----
-
-
-def test_wilson_by_hand():
-    z = st.norm.isf(0.025)
-    centre, n, share = (8 + z**2 / 2) / (10 + z**2), 10, 0.8
-    half = z / (n + z**2) * np.sqrt(n * share * (1 - share) + z**2 / 4)
-    np.testing.assert_allclose(wilson(8, 10), [centre - half, centre + half])
 
 
 # ---- wrong inputs ----
