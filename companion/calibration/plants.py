@@ -28,7 +28,7 @@ from companion.mediation.study import Study
 from companion.model.load import from_model
 from companion.prompts import invented
 from organisms.behaviour import first_token_logprobs
-from organisms.language import suite_rows
+from organisms.prompt_set import suite_rows
 from organisms.plants import KINDS, SEEDS, Plant, grow, learned_components
 
 TABLES = ("plants", "plant_scores", "plant_evidence")
