@@ -82,11 +82,6 @@ class Design:
     wrapper_leak: float  # log-odds per unit of wrapper strength, harmful or not
     noise: float
 
-    @property
-    def recognised_early(self) -> bool:
-        """Harm is known at the last token within the early layers."""
-        return bool(depth(self.recognise[1], self.n_layers) < EARLY)
-
 
 def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
     """Early, middle and late layers.
