@@ -18,7 +18,7 @@ import exercises
 from companion.base.paths import NOTEBOOKS
 from companion.run import notebooks
 from exercises import build, glossary, guide, mystery
-from exercises.judging import NUMBERS, Case, Exercise, find, judge, of_notebook, same
+from exercises.judging import NUMBERS, Exercise, find, judge, of_notebook, same
 from exercises.questions import QUESTIONS
 
 EXERCISES = [one for number in NUMBERS for one in of_notebook(number)]
@@ -155,16 +155,6 @@ def test_what_is_no_typical_mistake_is_shown(capsys: pytest.CaptureFixture[str])
         find("02-9")
 
 
-def test_an_answer_that_works_in_place_cannot_spoil_a_case() -> None:
-    one = find("05-1")
-
-    def spoil(control: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return control.zero_()
-
-    judge(one, spoil)
-    assert judge(one, one.solution) == ""
-
-
 def test_an_answer_that_is_right_and_changes_its_input_is_told() -> None:
     one = find("05-1")
 
@@ -174,7 +164,7 @@ def test_an_answer_that_is_right_and_changes_its_input_is_told() -> None:
         return control
 
     assert "in place" in judge(one, in_the_run_itself)
-    assert judge(one, lambda control, *rest: in_the_run_itself(control.clone(), *rest)) == ""
+    assert judge(one, lambda control, *rest: in_the_run_itself(control.clone(), *rest)) == "", "no case is spoiled"
 
 
 def test_answers_are_compared_by_value_and_shape() -> None:
@@ -241,12 +231,6 @@ def test_every_glossary_link_has_its_entry() -> None:
     anchors = {glossary.anchor(name) for name in re.findall(r"^#+ (.+)$", text, re.M)}
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     assert len(glossary.terms()) == text.count("*also: ") >= 40
-
-
-def test_a_check_that_cannot_be_failed_would_be_seen() -> None:
-    one = find("02-2")
-    blind = Exercise(**{**vars(one), "cases": (Case((np.ones(2), np.ones(2)), 1.0),)})
-    assert judge(blind, one.mistakes[0].answer) == "", "on equal pairs a mean of ratios is a ratio of means"
 
 
 def test_the_instructor_guide_has_the_key_and_every_message() -> None:

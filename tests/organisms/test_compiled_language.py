@@ -58,9 +58,8 @@ def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:
 
 
 def test_a_wrapper_is_in_the_slot_where_the_table_says_so(made: pd.DataFrame) -> None:
-    assert (made.slot.str.startswith("strong") == made.wrapped).all() and made.slot[~made.wrapped].str.startswith(
-        "neutral"
-    ).all()
+    assert (made.slot.str.startswith("strong") == made.wrapped).all()
+    assert made.slot[~made.wrapped].str.startswith("neutral").all()
     assert (made.family == made.slot.where(made.wrapped, "")).all()
     shares = made.groupby("kind").wrapped.mean()
     assert shares["harmful"] == 1 and (shares[["borderline", "harmless"]] - 0.5).abs().max() < 0.1
