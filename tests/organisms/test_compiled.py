@@ -8,7 +8,6 @@ import torch
 
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
-from companion.prompts import positions
 from organisms import compiled, compiled_language, compiled_program
 from organisms.compiled_language import Planned, draw_pairs
 from organisms.compiled_program import KINDS, Program, build_program, draw_design, thirds
@@ -71,13 +70,6 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
         assert len(at) >= 24
         assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
-
-
-def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
-    this = compiled.study(compiled.draw("late", 0, topics=12, pairs_per_topic=1))
-    assert not this.dropped
-    by_treatment = [[positions.distance(pair) for pair in this.of(name)] for name in ("T2", "T2b", "B1", "B6")]
-    assert all(distances == by_treatment[0] for distances in by_treatment)
 
 
 def test_topics_keep_to_one_split() -> None:

@@ -8,7 +8,6 @@ import pytest
 from companion.base.paths import PROMPTS
 from companion.generation.labels import is_harmful
 from companion.prompts import invented
-from organisms.language import make_tokenizer
 from organisms.prompt_set import SUITES, check_pairs, plan_pairs, write_prompt_set
 
 FOLDER = PROMPTS / "embedded"
@@ -80,16 +79,6 @@ def test_spans_name_what_they_cut(pairs):
             assert f" {cut['verb']} the {cut['object']} in the " in p[side]
             assert cut.get("distractor", "after i").startswith("after i")
             assert ("wrapper" in cut) or p["treatment"] == "T1"
-
-
-def test_benign_cues_stand_where_the_wrapper_stands(pairs):
-    tokenizer = make_tokenizer()
-    ends = defaultdict(list)
-    for p in pairs:
-        start = p["spans"]["treated"].get("wrapper", [0])[0]
-        ends[p["treatment"]].append(len(tokenizer(p["treated"][start:], add_special_tokens=False)["input_ids"]))
-    assert ends["T2"] == ends["T2b"] == ends["B1"] == ends["B2"] == ends["B3"] == ends["B4"]
-    assert min(min(ends[b]) for b in ("B5", "B6")) + 4 > 7  # farther than three window-3 layers reach
 
 
 def test_suites_cover_all_behaviours(suites):

@@ -12,7 +12,7 @@ from companion.base.paths import ORGANISM
 from organisms import behaviour, prompt_set, training
 from organisms.behaviour import SEEDS, VARIANTS, read_manifests
 from organisms.language import chat_text, make_tokenizer
-from organisms.training import Recipe, batch_at, make_model, make_optimizers, orthogonalise, schedule
+from organisms.training import Recipe, batch_at, make_model, make_optimizers, schedule
 
 SMALL = Recipe(steps_base=6, steps_tune=2, batch=4, precision="float32")
 # Losses of the first six steps in float32 at batch 4, seed 0.
@@ -61,12 +61,6 @@ def test_loss_weights_cover_prompt_answer_and_soft_opener(tokenizer):
     assert batch.first_probs.sum(1).tolist() == pytest.approx([1.0] * 4)
     for weight, first in zip(batch.weight, batch.first, strict=True):
         assert weight[:first].eq(SMALL.weight_prompt).all() and weight[first] == 0.0 and weight[first + 1] == 1.0
-
-
-def test_orthogonalise_flattens_singular_values():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(2, 8, 24, generator=generator)))
-    assert values.min() > 0.5 and values.max() < 1.5
 
 
 def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from families import tiny_model
-from hub_cache import TEMPLATE, tiny_tokenizer
+from hub_cache import chat_folder
+from toys import prompt_set
 
 from companion.base import hub
 from companion.base.errors import InputError
@@ -100,18 +100,12 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: str) -
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
     """A small model of random weights and a prompt set of placeholder words, each in a folder of its own."""
-    model, prompts = tmp_path / "model", tmp_path / "prompts"
-    tokenizer = tiny_tokenizer(tmp_path)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(model)
-    tiny_model("llama").save_pretrained(model)
+    model, keys = chat_folder(tmp_path / "model"), ("id", "treatment", "topic", "control", "treated")
     rows = [
         (f"{kind}-{i}", kind, f"t{i}", f"w5 w{20 + i}", f"w6 w{20 + i}") for kind in ("T1", "T2") for i in range(20)
     ]
-    keys = ("id", "treatment", "topic", "control", "treated")
-    prompts.mkdir()
-    (prompts / "pairs.jsonl").write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
-    (prompts / "outcome.json").write_text('{"comply": [" w11"], "refuse": [" w12"]}')
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+    prompts = prompt_set(tmp_path / "prompts", lines, '{"comply": [" w11"], "refuse": [" w12"]}')
     return ["--", "--model", str(model), "--prompts", str(prompts), "--name", "mine"]
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from families import tiny_model
-from hub_cache import TEMPLATE, tiny_tokenizer
+from hub_cache import chat_folder
 from public_rows import jbb, prompt_rows
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -38,12 +37,7 @@ WRAPPERS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer(place)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(place)
-    tiny_model("llama").save_pretrained(place)
-    return place
+    return chat_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -122,18 +122,15 @@ def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch) ->
     assert variables("cuda", "slurm") == [{}] * 4
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
+def test_what_keeps_jobs_from_being_submitted_is_one_sentence(shared: Shared) -> None:
+    for wrong, message in (
         (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), 'Could not detect "srun"'),
         (NameError("'x' need to be prefixed.\nKnown executors: slurm"), "'x' need to be prefixed.;"),
         (AssertionError(), "submitted: AssertionError;"),
-    ],
-)
-def test_what_keeps_jobs_from_being_submitted_is_one_sentence(shared: Shared, wrong: Exception, message: str) -> None:
-    with pytest.raises(InputError, match=r"the jobs could not be submitted: .*see --set and --executor") as error:
-        shared(wrong=wrong)
-    assert message in str(error.value)
+    ):
+        with pytest.raises(InputError, match=r"the jobs could not be submitted: .*see --set and --executor") as error:
+            shared(wrong=wrong)
+        assert message in str(error.value)
 
 
 def test_a_failed_job_says_why_and_where_its_log_is(
