@@ -52,10 +52,9 @@ class Trace:
 
 def roles(program: Program, requests: Sequence[Request]) -> Roles:
     """Look the requests' words up."""
-    index = {word: i for i, word in enumerate(program.words)}
 
     def rows(words: Sequence[str]) -> State:
-        return program.embed[[index[word] for word in words]]
+        return program.embed[program.ids(words)]
 
     slot = rows([request.slot for request in requests])
     looked = {
@@ -142,8 +141,7 @@ def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
 
 def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
     """Y1 from a final state, in log-odds."""
-    index = {word: i for i, word in enumerate(program.words)}
-    sides = [logsumexp(x @ program.unembed[[index[word] for word in side]].T, axis=1) for side in (comply, refuse)]
+    sides = [logsumexp(x @ program.unembed[program.ids(side)].T, axis=1) for side in (comply, refuse)]
     return sides[0] - sides[1]
 
 
@@ -218,9 +216,8 @@ def _table(
 def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair neuron"]:
     """Effect of each last-layer neuron, in log-odds. Nothing follows it, so NIE0, NIE1 and direct effect are the same."""
     control, treated = sides(program, pairs)
-    index = {word: i for i, word in enumerate(program.words)}
     camps = outcomes()[pairs[0].pair.treatment]
-    comply, refuse = (program.unembed[[index[word] for word in side]].mean(axis=0) for side in camps)
+    comply, refuse = (program.unembed[program.ids(side)].mean(axis=0) for side in camps)
     return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
 
 

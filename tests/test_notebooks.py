@@ -31,9 +31,9 @@ def shown(cell: dict[str, Any]) -> str:
     return "".join("".join(text) for text in texts)
 
 
-def printed(code: str, *options: str) -> list[str]:
+def printed(source: str, *options: str) -> list[str]:
     """The words that code prints in a process of its own."""
-    command = [sys.executable, *options, "-c", code]
+    command = [sys.executable, *options, "-c", source]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 

@@ -34,10 +34,10 @@ ALONE = {
     "lab": "parameters are set in the notebook",
 }
 # What an entry in a list of models may hold.
-KEYS: Mapping[str, type] = {
-    **dict.fromkeys(("model", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str),
-    "pairs": int,
-}
+KEYS: dict[str, type] = dict.fromkeys(
+    ("model", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str
+)
+KEYS |= {"pairs": int}
 KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
 SHIPPED = {"model": ORGANISM, "prompts": PROMPTS, "judge": ORGANISM}
 
@@ -216,9 +216,7 @@ def _entry(entry: Any, folder: Path, where: str) -> list[str]:
         raise InputError(f"{where}: expected keys and values ({', '.join(KEYS)}), found {type(entry).__name__}")
     for key, value in entry.items():
         if key not in KEYS:
-            close = difflib.get_close_matches(str(key), KEYS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(KEYS)}"
-            raise InputError(f"{where}: unknown key {key!r}: {hint}")
+            raise InputError(f"{where}: unknown key {key!r}: known are {', '.join(KEYS)}")
         if type(value) is not KEYS[key]:
             raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
         if "\0" in str(value):

@@ -47,10 +47,10 @@ DETERMINISTIC = {  # variables under which a library neither phones home nor dep
 def read_notebook(path: Path) -> Notebook:
     """The notebook at `path`; `InputError` if it is missing or lacks what is read of one here."""
     notebook = read_json(path)
-    try:
-        dict(notebook["metadata"])
+    try:  # once, all that is done with a notebook and its cells
+        dict(notebook["metadata"].items())
         for cell in notebook["cells"]:
-            "".join(cell["source"]).strip(), cell["cell_type"].strip(), list(cell["metadata"].get("tags", []))
+            source(cell).strip(), tags(cell), cell["cell_type"].strip()
             [out["output_type"] for out in cell.get("outputs", [])]
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file") from error
@@ -59,7 +59,7 @@ def read_notebook(path: Path) -> Notebook:
 
 def source(cell: Cell) -> str:
     """A cell's text; the format allows a string or a list of lines."""
-    return "".join(cell.get("source", ""))
+    return "".join(cell["source"])
 
 
 def tags(cell: Cell) -> list[str]:

@@ -283,7 +283,15 @@ def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, st
         finally:
             for stage in work.stages:
                 stage.stop()
-        _finish(plan, is_new=bool(work.done))
+        try:
+            files.read_json(plan.results / "manifest.json")
+            is_due = bool(work.done)
+        except InputError:  # missing or torn
+            is_due = True
+        if is_due:
+            freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
+        with only_run(RESULTS, wait=True):
+            overview.join_claims(RESULTS)
     return len(work.lost)
 
 
@@ -333,15 +341,3 @@ class _Work:
             else:
                 self.done.append(stage.number)
                 self._say(stage.number, f"{seconds:.0f} s")
-
-
-def _finish(plan: Plan, *, is_new: bool) -> None:
-    """Write the run's manifest, if that is due, and join the verdicts of all runs."""
-    try:
-        files.read_json(plan.results / "manifest.json")
-    except InputError:  # missing or torn
-        is_new = True
-    if is_new:
-        freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
-    with only_run(RESULTS, wait=True):
-        overview.join_claims(RESULTS)

@@ -256,7 +256,7 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
 
 
 WRONG = {
-    "models:\n- {modle: a}": "entry 1: unknown key 'modle': did you mean 'model'?",
+    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, prompts",
     "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, prompts, wrappers, judge",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
     "models:\n- {name: 2024-01-01}": "'name' must be text",
