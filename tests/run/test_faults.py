@@ -19,6 +19,7 @@ from toys import Toy, environment
 from companion.base import files
 from companion.base.errors import InputError
 from companion.mediation import sweeps
+from companion.run import runner
 
 TIMES = "results/embedded/run_times.json"
 SLOW = "import os, time\n_ = files.write_text(str(os.getpid()), {!r})\ntime.sleep(60)"
@@ -149,6 +150,16 @@ def test_a_folder_that_cannot_be_written_is_one_line(toy: Toy) -> None:
     (toy.root / "results" / "mine").write_text("a file, where the run's folder should be")
     done = toy.run("--only", "01", "--name", "mine", "--pairs", "20")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "mend that; what finished is kept" in done.stderr
+
+
+def test_a_disk_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runner.fcntl, "flock", none)
+    said = r"cannot be locked .*\(Function not implemented\): copy the repository to"
+    with pytest.raises(InputError, match=said), runner.only_run(tmp_path):
+        pass
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from toys import prompt_set
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import hash_file
+from companion.base.paths import ORGANISM
 from companion.generation import accuracy, labels
 from companion.generation.accuracy import FILE, Accuracy, Source
 from companion.generation.labels import judge
@@ -76,6 +79,23 @@ def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:
     rate, low, high = accuracy.rogan_gladen(labels.np.array(list(given.values())), Accuracy(10, 8, 10, 9))
     assert rate == pytest.approx(0.5)
     assert "T1, complied: labelled 0.45" in line and f"corrected 0.50 [{low:.2f}, {high:.2f}]" in line
+
+
+def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Foreign code is trusted only if typed, and a judge's folder counts from where it was typed."""
+    seen: list[tuple[bool, str | None]] = []
+    monkeypatch.setattr(
+        judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))) or 0
+    )
+    monkeypatch.setattr(judge_check.settings, "fetched", lambda found, given: found)
+    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.TRUST, "1")
+    monkeypatch.setenv(hub.JUDGE, "left from before")
+    shutil.copytree(ORGANISM / "window-1", tmp_path / "judge")
+    monkeypatch.setenv("COMPANION_CALLER", str(tmp_path))
+    judge_check.main(["--sample", "5", *FLAGS])
+    judge_check.main(["--sample", "5", *FLAGS, "--trust-remote-code", "--judge", "judge"])
+    assert seen == [(False, None), (True, str(tmp_path / "judge"))]
 
 
 MISTAKES = {

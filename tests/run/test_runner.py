@@ -81,6 +81,14 @@ def test_notebooks_that_do_not_need_each_other_run_side_by_side(toy: Toy, jobs: 
         assert done.stderr.count("alone") == 1
 
 
+def test_two_jobs_are_the_default_for_a_shipped_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jobs(n_cores: int, **changes: str) -> int:
+        monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: range(n_cores), raising=False)
+        return runner.default_jobs(runner.Plan({**runner.DEFAULTS, **changes}, {}, {}, {}, {}, frozenset()))
+
+    assert (jobs(2), jobs(1), jobs(8, MODEL="/my/model"), jobs(8, DEVICE="cuda")) == (2, 1, 1, 1)
+
+
 def test_nothing_to_do_takes_under_two_seconds_and_no_package(toy_done: Toy, tmp_path: Path) -> None:
     place = tmp_path / "venv"  # an environment whose stamp says that it is filled, and which is empty
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
