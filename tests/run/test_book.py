@@ -18,7 +18,8 @@ def test_links_that_lead_nowhere_are_named_and_no_others(tmp_path: Path) -> None
     for target in ("other.html", "other.html#here", "#top", "https://example.org/x", "mailto:a@b"):
         assert site(tmp_path, f"<a id='top' href='{target}'>x</a>") == []
     for target in ("none.html", "other.html#there", "#bottom", "../outside/none.png"):
-        assert site(tmp_path, f"<a href='{target}'><img src='{target}'>") == [f"index.html: {target} leads nowhere"] * 2
+        for link in (f"<a href='{target}'>x</a>", f"<img src='{target}'>"):
+            assert site(tmp_path, link) == [f"index.html: {target} leads nowhere"]
 
 
 def test_every_document_has_its_page(tmp_path: Path) -> None:
