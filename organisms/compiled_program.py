@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal
 from zlib import crc32
 
@@ -257,10 +258,10 @@ class Program:
         """How many layers."""
         return len(self.mlps)
 
-    def ids(self, words: Sequence[str]) -> list[int]:
-        """Rows of words in `embed` and `unembed`."""
-        index = {word: i for i, word in enumerate(self.words)}
-        return [index[word] for word in words]
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Row of each word in `embed` and `unembed`."""
+        return {word: i for i, word in enumerate(self.words)}
 
     def at(self, layer: int) -> list[Head]:
         """The heads of a layer, in their slots."""

@@ -54,7 +54,7 @@ def roles(program: Program, requests: Sequence[Request]) -> Roles:
     """Look the requests' words up."""
 
     def rows(words: Sequence[str]) -> State:
-        return program.embed[program.ids(words)]
+        return program.embed[[program.index[word] for word in words]]
 
     slot = rows([request.slot for request in requests])
     looked = {
@@ -99,7 +99,7 @@ def run_program(
     trace: dict[str, list[np.ndarray]] = {
         name: list(getattr(start, name)[:first]) if start else [] for name in ("pre", "attn", "acts", "mlp", "post")
     }
-    token = program.words.index("<end>" if at == "end" else "<assistant>")
+    token = program.index["<end>" if at == "end" else "<assistant>"]
     x = trace["post"][-1] if trace["post"] else np.tile(program.embed[token], (len(found.size[at]), 1))
     for layer in range(first, program.n_layers):
         own = end if at == "last" else None
@@ -141,7 +141,8 @@ def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
 
 def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
     """Y1 from a final state, in log-odds."""
-    sides = [logsumexp(x @ program.unembed[program.ids(side)].T, axis=1) for side in (comply, refuse)]
+    rows = [[program.index[word] for word in side] for side in (comply, refuse)]
+    sides = [logsumexp(x @ program.unembed[row].T, axis=1) for row in rows]
     return sides[0] - sides[1]
 
 
@@ -217,7 +218,7 @@ def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.n
     """Effect of each last-layer neuron, in log-odds. Nothing follows it, so NIE0, NIE1 and direct effect are the same."""
     control, treated = sides(program, pairs)
     camps = outcomes()[pairs[0].pair.treatment]
-    comply, refuse = (program.unembed[program.ids(side)].mean(axis=0) for side in camps)
+    comply, refuse = (program.unembed[[program.index[word] for word in side]].mean(axis=0) for side in camps)
     return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
 
 
