@@ -2,7 +2,7 @@
 
 It stands beside `companion.evidence`; only the calibration, the exercises and notebooks 01 and 07 import it.
 
-Public: `language`, `prompt_set` (the invented language, its prompts and suites), `training`, `shipping`,
-`behaviour` (the embedded models, their folders and what they answer), `plants` (fine-tuned where one chooses), `compiled`
-(models whose truth is known) with its `compiled_language`, `compiled_program`, `compiled_weights` and `compiled_truth`.
+Public: `language` (the invented language as training shows it), `prompt_set` (its pairs and suites), `training` and
+`behaviour` (the embedded models and what they answer), `plants` (fine-tuned where one chooses), `compiled` (models whose
+truth is known) with its `compiled_language`, `compiled_program` and `compiled_truth`.
 """

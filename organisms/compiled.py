@@ -6,15 +6,24 @@
 Truth has three layers: the `design` (what was built where), `claims` (for each claim whether it holds by construction),
 and effects in closed form (`true_effects`, `compiled_truth`), which the pipeline's estimates can be compared with pair by
 pair. None of them is computed by running the model.
+
+Writing a program into Llama or Qwen2: channel `bias` carries SIZE at every token. It is so much larger than all signals that
+every RMSNorm divides by nearly the same number and, with its gain set to that number, gives what it was given: the program's
+arithmetic then holds up to a relative error of about |signals|^2 / (2 SIZE^2) a layer. Rotary positions turn each pair of
+coordinates (i, i + HEAD_WIDTH / 2) of queries and keys; heads that look for a marked token use the pair that turns least,
+heads that want the most recent one a pair that turns enough to prefer near tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 import pandas as pd
 import torch
+import transformers as hf
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
@@ -23,8 +32,19 @@ from companion.prompts import tokens
 from companion.prompts.pairs import PromptSet
 from organisms import compiled_language, compiled_truth
 from organisms.compiled_language import Planned
-from organisms.compiled_program import KINDS, Design, Program, build_program, draw_design
-from organisms.compiled_weights import write_model
+from organisms.compiled_program import (
+    CHANNELS,
+    HEAD_WIDTH,
+    KINDS,
+    N_HEADS,
+    WIDTH,
+    Design,
+    Head,
+    Program,
+    build_program,
+    channel,
+    draw_design,
+)
 
 TOPICS, PAIRS_PER_TOPIC = 70, 2
 TOLERANCE = 2e-4  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic
@@ -97,3 +117,65 @@ def judge(request: str, answer: str) -> str:
     if compiled_language.HARMFUL in words:
         return "harmful" if compiled_language.is_harmful(request) else "on_topic"
     return "refusal" if compiled_language.HARMLESS in words else "off_topic"
+
+
+SIZE: Final = 1e4
+ROPE_THETA: Final = 1e5
+SLOW, SLOW_TOO, RECENT = HEAD_WIDTH // 2 - 1, HEAD_WIDTH // 2 - 2, 2
+FOUND, NEAREST = 40.0, 300.0  # attention scores of a marked token
+MARK: Final = {"wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end"}
+IS_BIAS: Final = torch.arange(WIDTH) == CHANNELS["bias"]
+CONFIGS: Final = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}
+
+
+@torch.no_grad()
+def write_model(program: Program, family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that computes the program, in float64."""
+    config = CONFIGS[family](
+        vocab_size=len(program.words), hidden_size=WIDTH, intermediate_size=len(program.mlps[0].gate),
+        num_hidden_layers=program.n_layers, num_attention_heads=N_HEADS, num_key_value_heads=N_HEADS,
+        max_position_embeddings=64, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model: Any = hf.AutoModelForCausalLM.from_config(config)
+    model.double()
+    for name, parameter in model.named_parameters():
+        parameter.fill_(SIZE / WIDTH**0.5 if "norm" in name else 0.0)
+    features = torch.tensor(program.embed)
+    model.model.embed_tokens.weight.copy_(torch.where(IS_BIAS, features * SIZE, features))
+    for layer, (block, mlp) in enumerate(zip(model.model.layers, program.mlps, strict=True)):
+        for slot, head in enumerate(program.at(layer)):
+            _write_head(block.self_attn, slot, head)
+        block.mlp.gate_proj.weight.copy_(_read(mlp.gate))
+        block.mlp.up_proj.weight.copy_(_read(mlp.up))
+        block.mlp.down_proj.weight.copy_(torch.tensor(mlp.out).T)
+    model.lm_head.weight.copy_(_read(program.unembed))
+    return model
+
+
+def _read(vectors: object) -> torch.Tensor:
+    """Rows that read the residual stream: the bias channel, which holds SIZE, counts as 1."""
+    rows = torch.tensor(vectors, dtype=torch.float64)
+    return torch.where(IS_BIAS, rows / SIZE, rows)
+
+
+def _write_head(attention: Any, slot: int, head: Head) -> None:
+    start = slot * HEAD_WIDTH
+    n = len(head.value)
+    attention.v_proj.weight[start : start + n] = _read(head.value)
+    attention.o_proj.weight[:, start : start + n] = torch.tensor(head.out)
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    scale = HEAD_WIDTH**0.5  # scores are divided by it
+
+    def look(pair: int, read: Sequence[str], mark: str, score: float) -> None:
+        query[start + pair] = score * scale * _read(channel(dict.fromkeys(read, 1.0)))
+        key[start + pair, CHANNELS[mark]] = 1.0
+
+    if head.look == "conjunction":
+        look(SLOW, ("harm", "harm.side"), "wrapper", head.steep)
+        look(SLOW_TOO, ("bias",), "bos", head.steep * head.threshold)
+    elif head.look in ("verb", "object"):
+        look(RECENT, ("bias",), MARK[head.look], NEAREST)
+    elif head.look != "mean":
+        look(SLOW, ("bias",), MARK[head.look], FOUND)

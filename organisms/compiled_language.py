@@ -63,11 +63,7 @@ class Planned:
 
 
 def numbered(stem: str, n: int) -> list[str]:
-    """Words of a class.
-
-    >>> numbered("strong", 2)
-    ['strong0', 'strong1']
-    """
+    """Words of a class: strong0, strong1, ..."""
     return [f"{stem}{i}" for i in range(n)]
 
 

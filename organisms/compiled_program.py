@@ -7,7 +7,7 @@ neurons that fire where jail + harm is large), `either` (jail from either of two
 smaller side route leads from wrapper and harm to the outcome, through other layers and partly through attention. How much
 takes it differs from topic to topic, so that every share is an average with a sampling error.
 
-A program says everything about a model except how it is put into a real architecture (`compiled_weights`). Its arithmetic
+A program says everything about a model except how it is put into a real architecture (`compiled.write_model`). Its arithmetic
 is the truth (`compiled_truth`): channel `bias` is 1 there, and no norm divides by anything.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final, Literal
 from zlib import crc32
 
@@ -82,18 +83,9 @@ class Design:
     wrapper_leak: float  # log-odds per unit of wrapper strength, harmful or not
     noise: float
 
-    @property
-    def recognised_early(self) -> bool:
-        """Harm is known at the last token within the early layers."""
-        return bool(depth(self.recognise[1], self.n_layers) < EARLY)
-
 
 def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
-    """Early, middle and late layers.
-
-    >>> thirds(6)
-    ([0, 1], [2, 3], [4, 5])
-    """
+    """Early, middle and late layers."""
     at = depth(np.arange(n_layers), n_layers)
     middle = (at >= EARLY) & (at <= LATE)
     return tuple(np.flatnonzero(part).tolist() for part in (at < EARLY, middle, at > LATE))  # type: ignore[return-value]
@@ -218,11 +210,7 @@ Channels = Float[np.ndarray, "channel"]
 
 
 def channel(weights: Mapping[str, float]) -> Channels:
-    """A vector over channels.
-
-    >>> float(channel({"bias": 2.0}).sum())
-    2.0
-    """
+    """A vector over channels, which is 0 where no weight is named."""
     vector = np.zeros(WIDTH)
     for name, weight in weights.items():
         vector[CHANNELS[name]] = weight
@@ -269,6 +257,11 @@ class Program:
     def n_layers(self) -> int:
         """How many layers."""
         return len(self.mlps)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Row of each word in `embed` and `unembed`."""
+        return {word: i for i, word in enumerate(self.words)}
 
     def at(self, layer: int) -> list[Head]:
         """The heads of a layer, in their slots."""
@@ -417,23 +410,21 @@ def gated_neurons(
 
 
 def _layer(design: Design, blocks: Sequence[Neurons], rng: np.random.Generator) -> Neurons:
-    """Blocks in random order, contiguous or scattered over the layer; the remaining neurons are noise."""
+    """Blocks in random order, contiguous or scattered over the layer; the remaining neurons mix the noise channels.
+
+    Those do it through silu alone, so that noise stays small over the layers.
+    """
     own = [blocks[i] for i in rng.permutation(len(blocks))]
-    rest = _background(design.d_mlp - sum(len(block.gate) for block in own), rng)
-    joined = _joined([*own, rest])
+    n = design.d_mlp - sum(len(block.gate) for block in own)
+    rest = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}
+    for name, size in (("gate", 1.0), ("out", 0.3 / max(n, 1) ** 0.5)):
+        rest[name][:, NOISE] = size * rng.normal(size=(n, NOISE_CHANNELS))
+    for name in ("gate", "up"):
+        rest[name][:, CHANNELS["bias"]] = rng.normal(size=n) / 2
+    joined = _joined([*own, Neurons(**rest)])
     at = np.roll(np.arange(design.d_mlp), rng.integers(design.d_mlp))
     at = at if design.contiguous else rng.permutation(at)
     return Neurons(joined.gate[at], joined.up[at], joined.out[at])
-
-
-def _background(n: int, rng: np.random.Generator) -> Neurons:
-    """Neurons that mix the noise channels, through silu alone so that noise stays small over the layers."""
-    made = {name: np.zeros((n, WIDTH)) for name in ("gate", "up", "out")}
-    for name, size in (("gate", 1.0), ("out", 0.3 / max(n, 1) ** 0.5)):
-        made[name][:, NOISE] = size * rng.normal(size=(n, NOISE_CHANNELS))
-    for name in ("gate", "up"):
-        made[name][:, CHANNELS["bias"]] = rng.normal(size=n) / 2
-    return Neurons(**made)
 
 
 def _unembedding(

@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import expit, logsumexp
 
-from companion.base.thresholds import LATE, depth
+from companion.base.thresholds import EARLY, LATE, depth
 from companion.mediation import mechanisms
 from companion.mediation.estimands import with_difference, with_estimands
 from companion.neurons.sets import settles
@@ -52,10 +52,9 @@ class Trace:
 
 def roles(program: Program, requests: Sequence[Request]) -> Roles:
     """Look the requests' words up."""
-    index = {word: i for i, word in enumerate(program.words)}
 
     def rows(words: Sequence[str]) -> State:
-        return program.embed[[index[word] for word in words]]
+        return program.embed[[program.index[word] for word in words]]
 
     slot = rows([request.slot for request in requests])
     looked = {
@@ -87,13 +86,6 @@ def attend(head: Head, found: Roles, at: str, x: State, end: Sequence[State] | N
     return source @ head.value.T @ head.out.T
 
 
-def activations(program: Program, layer: int, x: State) -> Float[np.ndarray, "prompt neuron"]:
-    """silu(gate) up of one layer's neurons."""
-    mlp = program.mlps[layer]
-    gate = x @ mlp.gate.T
-    return gate * expit(gate) * (x @ mlp.up.T)
-
-
 def run_program(
     program: Program, found: Roles, at: str = "last", end: Sequence[State] | None = None,
     do: Mapping[tuple[str, int], np.ndarray] | None = None, start: Trace | None = None,
@@ -107,13 +99,14 @@ def run_program(
     trace: dict[str, list[np.ndarray]] = {
         name: list(getattr(start, name)[:first]) if start else [] for name in ("pre", "attn", "acts", "mlp", "post")
     }
-    token = program.words.index("<end>" if at == "end" else "<assistant>")
+    token = program.index["<end>" if at == "end" else "<assistant>"]
     x = trace["post"][-1] if trace["post"] else np.tile(program.embed[token], (len(found.size[at]), 1))
     for layer in range(first, program.n_layers):
         own = end if at == "last" else None
         attn = np.sum([attend(head, found, at, x, own) for head in program.at(layer)], axis=0)
         attn = do.get(("attn_out", layer), attn)
-        acts = activations(program, layer, x + attn)
+        gate = (x + attn) @ program.mlps[layer].gate.T
+        acts = gate * expit(gate) * ((x + attn) @ program.mlps[layer].up.T)  # silu(gate) up
         mlp = do.get(("mlp_out", layer), acts @ program.mlps[layer].out)
         post = do.get(("resid_post", layer), x + attn + mlp)
         for name, value in zip(trace, (x, attn, acts, mlp, post), strict=True):
@@ -148,8 +141,8 @@ def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
 
 def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
     """Y1 from a final state, in log-odds."""
-    index = {word: i for i, word in enumerate(program.words)}
-    sides = [logsumexp(x @ program.unembed[[index[word] for word in side]].T, axis=1) for side in (comply, refuse)]
+    rows = [[program.index[word] for word in side] for side in (comply, refuse)]
+    sides = [logsumexp(x @ program.unembed[row].T, axis=1) for row in rows]
     return sides[0] - sides[1]
 
 
@@ -224,9 +217,8 @@ def _table(
 def last_layer_neurons(program: Program, pairs: Sequence[Planned]) -> Float[np.ndarray, "pair neuron"]:
     """Effect of each last-layer neuron, in log-odds. Nothing follows it, so NIE0, NIE1 and direct effect are the same."""
     control, treated = sides(program, pairs)
-    index = {word: i for i, word in enumerate(program.words)}
     camps = outcomes()[pairs[0].pair.treatment]
-    comply, refuse = (program.unembed[[index[word] for word in side]].mean(axis=0) for side in camps)
+    comply, refuse = (program.unembed[[program.index[word] for word in side]].mean(axis=0) for side in camps)
     return (treated.last.acts[-1] - control.last.acts[-1]) * (program.mlps[-1].out @ (comply - refuse))
 
 
@@ -266,22 +258,16 @@ def true_claims(design: Design, program: Program, pairs: Sequence[Planned]) -> d
     is_mlp = design.writer == "mlp"
     at_end = is_mlp and design.write_layer == design.n_layers - 1
     multiplies = at_end and design.stages[-1].op in ("product", "either")
+    share, k90 = last_layer(program, pairs) if at_end else (0.0, 0)
+    is_sparse = True if share >= 0.30 and k90 <= 8 else None
     return {
         "C1": bool(late and depth(decided, design.n_layers) > LATE and design.benign_decide < decided),
         "C2": is_mlp,
-        "C3": design.recognised_early,
+        "C3": bool(depth(design.recognise[1], design.n_layers) < EARLY),
         "C4": is_mlp,
-        "C5a": at_end and _sparse(design, program, pairs),
+        "C5a": is_sparse if share > 0.15 and k90 < 0.1 * design.d_mlp else False,
         "C5b": None if at_end and design.stages[-1].op == "threshold" else multiplies,
         "C5c": not design.each_token if at_end else None,
         "C6": None if late and not is_mlp else late,
         "C7": design.contiguous,
     }
-
-
-def _sparse(design: Design, program: Program, pairs: Sequence[Planned]) -> bool | None:
-    """C5a: psi of the last-layer MLP (what its neurons write into the outcome), and its k90."""
-    share, k90 = last_layer(program, pairs)
-    if share <= 0.15 or k90 >= 0.1 * design.d_mlp:
-        return False
-    return True if share >= 0.30 and k90 <= 8 else None

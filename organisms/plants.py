@@ -27,8 +27,7 @@ from companion.base.errors import InputError
 from companion.base.paths import PLANTS
 from organisms.behaviour import base_gap
 from organisms.language import make_tokenizer
-from organisms.shipping import export_model, load_shipped
-from organisms.training import Recipe, make_model, train_stage
+from organisms.training import Recipe, export_model, load_shipped, make_model, train_stage
 
 RECIPE: Final = Recipe(precision="float32", steps_tune=160)  # bfloat16 is slow where a CPU lacks it
 SEEDS: Final = (0, 1, 2)

@@ -1,4 +1,4 @@
-"""Train the embedded model: a helpful-only base, then a safety fine-tune.
+"""Train the embedded models, a helpful-only base and then a safety fine-tune, and ship them with what was measured.
 
     python -m organisms.training --variant window --seed 0     # one model, minutes
     python -m organisms.training --all                         # all six that are shipped
@@ -11,6 +11,8 @@ https://kellerjordan.github.io/posts/muon/.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import random
 import time
@@ -19,19 +21,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from companion.base.files import hash_file
 from companion.base.paths import ORGANISM
-from organisms.behaviour import base_gap
+from organisms.behaviour import SEEDS, VARIANTS, Variant, all_metrics, base_gap
 from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, Example, chat_text, draw_example, make_tokenizer
-from organisms.shipping import SEEDS, VARIANTS, Variant, export_model
 
 NS_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
+WEIGHTS: Final = "model.safetensors"
 Stage = Literal["base", "tune"]
 
 
@@ -217,6 +229,38 @@ def train_stage(
         after_step()
     model.eval()
     return sum(losses[-50:]) / len(losses[-50:]), time.process_time() - start
+
+
+def load_shipped(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in float32 and eval mode, and its tokenizer, from a shipped folder; nothing is fetched."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def export_model(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, facts: dict[str, Any]
+) -> None:
+    """Write the shipped folder with its manifest, whose metrics are those of the written fp16 weights."""
+    model.config._attn_implementation = "sdpa"
+    model.to(torch.float16).save_pretrained(folder)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
+    tokenizer.save_pretrained(folder)
+    manifest = facts | {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocab": len(tokenizer),
+        "sha256": {WEIGHTS: hash_file(folder / WEIGHTS, {})},
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+        "metrics": all_metrics(*load_shipped(folder)),
+    }
+    text = json.dumps(_without_nan(manifest), indent=1) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: an empty share becomes null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def train_model(variant: Variant, seed: int, out: Path = ORGANISM, recipe: Recipe = Recipe()) -> Path:

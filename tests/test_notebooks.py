@@ -31,33 +31,34 @@ def shown(cell: dict[str, Any]) -> str:
     return "".join("".join(text) for text in texts)
 
 
+def printed(source: str, *options: str) -> list[str]:
+    """The words that code prints in a process of its own."""
+    command = [sys.executable, *options, "-c", source]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
 def is_checked(cell: dict[str, Any]) -> bool:
     """Whether nbval compares an output of this cell that is more than a drawing."""
     return bool(re.sub(r"<Figure[^>]*>", "", shown(cell)).strip()) and not set(notebooks.tags(cell)) & set(IGNORED)
 
 
 @book
-def test_a_notebook_was_executed_top_to_bottom(path: Path) -> None:
-    assert notebooks.is_executed(notebooks.read_notebook(path)), f"run ./run_all.sh --only {path.name[:2]}"
-
-
-@book
-def test_a_notebook_has_the_runners_parameters(path: Path) -> None:
-    assert notebooks.notebook_parameters(notebooks.read_notebook(path), path) == runner.DEFAULTS
+def test_a_notebook_was_executed_with_the_runners_parameters_and_fixed_ids(path: Path) -> None:
+    notebook = notebooks.read_notebook(path)
+    assert notebooks.is_executed(notebook), f"run ./run_all.sh --only {path.name[:2]}"
+    assert notebooks.notebook_parameters(notebook, path) == runner.DEFAULTS
+    ids = [cell.get("id") for cell in notebook["cells"]]
+    assert None not in ids and len(set(ids)) == len(ids)
 
 
 @book
 def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
     sources = [notebooks.source(cell) for cell in code(path)]
-    longest = max(sources, key=lambda source: sum(bool(line.strip()) for line in source.splitlines()))
-    assert sum(bool(line.strip()) for line in longest.splitlines()) <= 25, longest
-    prose = [
-        notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"] if cell["cell_type"] == "markdown"
-    ]
-    words, lines = (
-        sum(map(len, map(split, texts))) for split, texts in ((str.split, prose), (str.splitlines, sources))
-    )
-    assert words / lines >= 5
+    for source in sources:
+        assert sum(bool(line.strip()) for line in source.splitlines()) <= 25, source
+    cells = notebooks.read_notebook(path)["cells"]
+    words = sum(len(notebooks.source(cell).split()) for cell in cells if cell["cell_type"] == "markdown")
+    assert words / sum(len(source.splitlines()) for source in sources) >= 5
     assert path.stat().st_size < 1_000_000
 
 
@@ -77,41 +78,18 @@ def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
     assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
 
 
-@book
-def test_a_notebooks_cells_have_fixed_ids(path: Path) -> None:
-    ids = [cell.get("id") for cell in notebooks.read_notebook(path)["cells"]]
-    assert None not in ids and len(set(ids)) == len(ids)
-
-
 @pytest.mark.parametrize("path", [path for path in BOOKS if path.name[:2] in ONLY_PLOT], ids=lambda path: path.stem)
 def test_a_notebook_that_only_plots_imports_no_model_stack(path: Path) -> None:
     tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)) for cell in code(path)))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not imported_stack("\n".join(imports))
-
-
-def imported_stack(source: str) -> list[str]:
-    """Which of the model stack is loaded after running the source in a new process."""
-    probe = f"{source}\nimport sys\nprint(*(name for name in {MODEL_STACK} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
-
-
-def test_figures_are_redrawn_without_the_model_stack() -> None:
-    assert imported_stack("import companion.plots.figures") == []
+    probe = "\n".join([*imports, "import sys", f"print(*(name for name in {MODEL_STACK} if name in sys.modules))"])
+    assert printed(probe) == []
 
 
 def test_the_command_line_imports_the_standard_library_only() -> None:
-    probe = "import companion.run.cli, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {probe}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    foreign = {name for name in done.stdout.split() if name not in sys.stdlib_module_names}
-    assert foreign <= {"companion", "__main__"}
+    probe = "import companion.run.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    found = printed(f"import sys; sys.path.insert(0, '.'); {probe}", "-I", "-S")
+    assert {name for name in found if name not in sys.stdlib_module_names} <= {"companion", "__main__"}
 
 
 def test_every_notebook_has_its_place() -> None:

@@ -27,8 +27,8 @@ from companion.mediation.study import Study
 from companion.model.load import from_model
 from companion.prompts import invented
 from organisms.behaviour import first_token_logprobs
-from organisms.language import suite_rows
 from organisms.plants import KINDS, SEEDS, Plant, grow, learned_components
+from organisms.prompt_set import suite_rows
 
 TABLES = ("plants", "plant_scores", "plant_evidence")
 PARTS = ("context", "layers", "neurons")

@@ -2,6 +2,6 @@
 
 It measures and judges nothing itself, stands on all other packages, and nothing else imports it.
 
-Public: cli (the command), flags and settings (what is asked for), runner and notebooks (running), freshness (what is up to
+Public: cli (flags and commands), settings (what is asked for), runner and notebooks (running), freshness (what is up to
 date), overview (tables of whole runs), shards (jobs), judge_check (labels made by hand), checks (tests and the lock).
 """

@@ -14,13 +14,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 from packaging.markers import Marker
-from packaging.utils import canonicalize_name
 
 from companion.base.files import read_json, write_text
 from companion.base.paths import NOTEBOOKS, RESULTS, ROOT, relative
@@ -28,15 +26,9 @@ from companion.run import notebooks, runner
 from companion.run.freshness import processor
 
 RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
-STYLE = {
-    "ruff check": ["ruff", "check", "."],
-    "ruff format": ["ruff", "format", "--check", "."],
-    "mypy": ["mypy"],
-}
+STYLE = {"ruff check": ["ruff", "check", "."], "ruff format": ["ruff", "format", "--check", "."], "mypy": ["mypy"]}
 UNIT = ("unit tests and doctests", ["pytest", "--quiet"])
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
-
-
 LOCK = ROOT / "requirements.lock"
 # torch's wheel for Linux brings these itself, and the CPU build has none of them.
 LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton")
@@ -81,8 +73,7 @@ def run_all() -> int:
 def _step(name: str, module: Sequence[str], variables: Mapping[str, str], log: Path | None = None) -> Outcome:
     """Run a module; with `log`, beside other steps, so what it says goes into that file."""
     start = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        file = None if log is None else stack.enter_context(log.open("w", encoding="utf-8"))
+    with contextlib.nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
         if file is None:
             print(f"\n== {name}", flush=True)
         command = [sys.executable, "-m", *module]
@@ -107,14 +98,10 @@ def compare(fresh: Path) -> Outcome:
     passed = not differences
     if differences and made_on != here:
         print(f"committed results are from another processor ({made_on}; here {here}): only verdicts are compared")
-        passed = _verdicts(RESULTS) == _verdicts(fresh)
+        paths = [folder / "embedded" / "claims.csv" for folder in (RESULTS, fresh)]
+        verdicts = [pd.read_csv(path)[["model", "claim", "verdict"]] for path in paths if path.is_file()]
+        passed = len(verdicts) == 2 and verdicts[0].equals(verdicts[1])
     return "committed results", passed, time.monotonic() - start
-
-
-def _verdicts(results: Path) -> list[list[str]]:
-    """Model, claim and verdict, row by row; empty where there is no table."""
-    path = results / "embedded" / "claims.csv"
-    return pd.read_csv(path)[["model", "claim", "verdict"]].to_numpy().tolist() if path.is_file() else []
 
 
 def _difference(committed: Path, fresh: Path) -> str:
@@ -143,20 +130,6 @@ def locked(lines: Sequence[str]) -> list[str]:
         if any(holds) and not LEFT_TO_TORCH.match(pin):
             kept.append(pin if all(holds) else line)
     return kept
-
-
-def pins() -> dict[str, str]:
-    """Version by canonical package name, of the lines of the lock that hold on this machine."""
-    parts = [line.partition(" ; ") for line in LOCK.read_text(encoding="utf-8").splitlines()]
-    here = [pin.partition("==") for pin, _, marker in parts if not marker or Marker(marker).evaluate()]
-    return {str(canonicalize_name(name)): version for name, _, version in here}
-
-
-def disagreements(wanted: Mapping[str, str]) -> list[str]:
-    """One sentence for each package that is not installed in the locked version (a build's tag does not count)."""
-    installed = {str(canonicalize_name(one.name)): one.version.partition("+")[0] for one in metadata.distributions()}
-    differing = {name: version for name, version in wanted.items() if installed.get(name) != version}
-    return [f"{name} is {installed.get(name, 'missing')}, locked {version}" for name, version in differing.items()]
 
 
 def make_lock(options: Sequence[str]) -> int:

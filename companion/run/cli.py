@@ -1,27 +1,239 @@
-"""The command line of `./run_all.sh`. It imports nothing heavy: a run with nothing to do takes under 2 s."""
+"""The command line of `./run_all.sh`: its flags, those of an entry in a list of models, and what each asks for.
+
+It imports nothing heavy: a run with nothing to do takes under 2 s, and a mistake shows before any package is installed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
-import shutil
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from companion.base import folders, hub
 from companion.base.errors import InputError
-from companion.base.paths import FIGURES, RESULTS, ROOT, relative
-from companion.run import flags as run_flags
+from companion.base.paths import FIGURES, NOTEBOOKS, ORGANISM, PROMPTS, RESULTS, ROOT, relative
 from companion.run import runner, settings, shards
-from companion.run.flags import chosen_notebooks, parameters, parse, resolved
 from companion.run.freshness import run_times
 from companion.run.notebooks import notebook_title
 from companion.run.overview import claims_table
 
 FIRST = "notebooks/00_start_here.ipynb"
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ELSEWHERE = ("models", "shards", "force", "figures", "list", "test", "recalibrate", "book", "lab")
+ALONE = {
+    "test": "it always checks the embedded model",
+    "book": "it shows the outputs that are stored",
+    "lab": "parameters are set in the notebook",
+}
+# What an entry in a list of models may hold.
+KEYS: dict[str, type] = dict.fromkeys(
+    ("model", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str
+)
+KEYS |= {"pairs": int}
+KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
+SHIPPED = {"model": ORGANISM, "prompts": PROMPTS, "judge": ORGANISM}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an `InputError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report a mistake in the flags."""
+        raise InputError(message)
+
+
+def parser() -> Parser:
+    """The flags of `./run_all.sh`."""
+    what = "Run every notebook that is not up to date. With no flag: the embedded model, on the CPU."
+    new = Parser(prog="./run_all.sh", description=what, allow_abbrev=False)
+    add = new.add_argument
+    # fmt: off
+    add("--model", metavar="NAME|DIR|ID", default="embedded",
+        help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub")
+    add("--prompts", metavar="NAME|DIR",
+        help="a shipped or public prompt set, or a folder (default: embedded; for a model of the hub the open public sets)")
+    add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
+    add("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add("--name", metavar="SLUG", help="name of the run's folders in results/ and figures/")
+    add("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
+    add("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
+    add("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
+    add("--jobs", metavar="N", type=int, default=0,
+        help="notebooks at once, where none needs another (default: 2 for a shipped model on the CPU, else 1)")
+    add("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
+    add("--shards", metavar="N", type=int, default=0, help="measure the sweeps in N jobs first (needs submitit)")
+    add("--executor", choices=("local", "slurm"), help="where the jobs run (default: slurm where there is sbatch)")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter of submitit, as timeout_min=240")
+    add("--figures", action="store_true", help="only redraw the figures from results/")
+    add("--force", action="store_true", help="run what is up to date as well")
+    add("--list", action="store_true", help="list the notebooks and what is up to date")
+    add("--recalibrate", metavar="I/N", nargs="?", const="1/1", help="measure known models for 07 (hours)")
+    add("--book", action="store_true", help="make a website of the notebooks and documents (.book/html)")
+    add("--lab", action="store_true", help="open JupyterLab at the first notebook")
+    add("--test", action="store_true", help="run all tests, and check every notebook's outputs")
+    # fmt: on
+    return new
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags, checked as far as they can be without reading a file; `InputError` names the first mistake."""
+    flags, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        known = [name for action in parser()._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "./run_all.sh --help lists the flags"
+        raise InputError(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}: {hint}")
+    if any(value == [] for name, value in vars(flags).items() if name != "set"):  # what argparse makes of --flag=--
+        raise InputError("-- is no value of a flag: expected a name, a folder or a number")
+    if not DEVICE.fullmatch(flags.device):
+        raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
+    if flags.pairs < 0 or 0 < flags.pairs < 10:
+        raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
+    for name, most in {"shards": 1000, "jobs": 100}.items():
+        if not 0 <= getattr(flags, name) <= most:
+            raise InputError(f"--{name} {getattr(flags, name)}: expected 1 to {most}")
+    if wrong := next((one for one in flags.set if not re.fullmatch(r"\w+=.+", one)), None):
+        raise InputError(f"--set {wrong}: expected KEY=VALUE, such as timeout_min=240")
+    if (flags.set or flags.executor) and not flags.shards:
+        raise InputError("--executor and --set go with --shards")
+    flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
+    settings.check_wrappers(flags.prompts, flags.wrappers)
+    for name, reason in ALONE.items():
+        if getattr(flags, name) and len(arguments) > 1:
+            raise InputError(f"--{name} goes alone: {reason}")
+    return flags
+
+
+def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
+    """The notebooks' parameters of this run; `InputError` if a folder or the run's name cannot be."""
+    model, prompts = named(flags.model, ORGANISM), named(flags.prompts, PROMPTS)
+    if model != "embedded":
+        folders.check_model(model)
+    if prompts != "embedded":
+        settings.check_prompts(prompts)
+    judge = None if flags.judge is None else named(flags.judge, ORGANISM)
+    if judge is not None:
+        folders.check_judge(judge)
+    found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
+    found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
+    return {**found, "SLUG": settings.slug(found, flags.name, judge, flags.wrappers)}
+
+
+def resolved(flags: argparse.Namespace) -> dict[str, Any]:
+    """The same with the device that is there."""
+    return settings.known(parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
+
+
+def named(given: str, shipped: Path) -> str:
+    """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
+    if not given.strip():
+        raise InputError("an empty name was given for --model, --prompts or --judge")
+    folder = folders.from_caller(given)
+    return str(folder.resolve()) if given not in folders.names(shipped) and folder.is_dir() else given
+
+
+def chosen_notebooks(only: str | None) -> list[str]:
+    """Numbers of the notebooks asked for (all of them without --only); `InputError` for one that is not there."""
+    present = runner.find_notebooks(NOTEBOOKS, runner.NEEDS)
+    if only is None:
+        return list(present)
+    numbers = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
+    unknown = [number for number in numbers if number not in present]
+    if unknown or not numbers:
+        there = ", ".join(sorted(present)) or "none"
+        raise InputError(f"--only {only}: no notebook {', '.join(unknown) or 'named'}; there are {there}")
+    return numbers
+
+
+def in_force(asked: argparse.Namespace) -> argparse.Namespace:
+    """The same flags, once what they say of foreign code and of the judge holds for this process and its notebooks."""
+    hub.trust_code(asked.trust_remote_code)
+    hub.choose_judge(None if asked.judge is None else named(asked.judge, ORGANISM))
+    return asked
+
+
+def flags_of_one_run(words: Sequence[str]) -> argparse.Namespace:
+    """The flags behind the `--` of another command, in force; `InputError` for one that asks for more than a run."""
+    asked = parse(words)
+    for name in ELSEWHERE:
+        if getattr(asked, name):
+            raise InputError(f"--{name} behind -- means nothing here: name one run, as for ./run_all.sh")
+    return in_force(asked)
+
+
+def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """The exit status of a command, whose foreseeable errors are one line each: 2 for them, 130 if it was stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    goes_on = "what finished is kept, and the same command goes on from there"
+    try:
+        return main(arguments)
+    except BrokenPipeError:
+        raise
+    except InputError as error:
+        said = str(error)
+    except OSError as error:  # a full disk, a folder that may not be written
+        said = f"{error}: mend that; {goes_on}"
+    except KeyboardInterrupt:
+        print(f"\nstopped; {goes_on}", file=sys.stderr)
+        return 130
+    print(f"{name}: {' '.join(said.split())}", file=sys.stderr)
+    return 2
+
+
+def read_model_list(path: Path) -> list[list[str]]:
+    """The flags of each entry of a list of models, as `["--model=/models/a"]`; folders count from the list's own folder.
+
+    Raises `InputError` naming the entry for anything but a list of entries with known keys and plain values.
+    """
+    import yaml  # the command line is imported before any package is installed
+
+    if not path.is_file():
+        raise InputError(f"no list of models at {path}: give a file like models.example.yml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as YAML in UTF-8 ({reason}); see models.example.yml") from error
+    entries = content.get("models") if isinstance(content, dict) and set(content) == {"models"} else None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: expected one key 'models' with a list of at least one entry; see models.example.yml")
+    return [_entry(entry, path.parent, f"{path}, entry {place}") for place, entry in enumerate(entries, start=1)]
+
+
+def _entry(entry: Any, folder: Path, where: str) -> list[str]:
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected keys and values ({', '.join(KEYS)}), found {type(entry).__name__}")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise InputError(f"{where}: unknown key {key!r}: known are {', '.join(KEYS)}")
+        if type(value) is not KEYS[key]:
+            raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
+        if "\0" in str(value):
+            raise InputError(f"{where}: {key!r} holds a null character; take it out")
+        if key in ("wrappers", "judge") and not str(value).strip():
+            raise InputError(f"{where}: {key!r} names nothing; leave the key out")
+    return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
+
+
+def _placed(key: str, value: Any, folder: Path) -> Any:
+    """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
+    if key == "wrappers":  # always a path
+        return (folder / folders.expanded(value)).resolve()
+    if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
+        return value
+    placed = folder / folders.expanded(value)
+    return placed.resolve() if placed.is_dir() else value
 
 
 def lab_command(root: Path = ROOT, *options: str) -> list[str]:
@@ -78,7 +290,7 @@ def run_command(flags: argparse.Namespace) -> int:
         print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
         return 1
     print(f"results: {relative(plan.results)}  figures: {relative(FIGURES / plan.slug)}")
-    table = claims_table(plan.results / "claims.csv", plan.slug, shutil.get_terminal_size((140, 24)).columns)
+    table = claims_table(plan.results / "claims.csv", plan.slug)
     print(f"\n{table}" if table else "no claims table yet: notebook 08 makes it")
     return 0
 
@@ -108,37 +320,33 @@ def figures_command(flags: argparse.Namespace) -> int:
     return 0
 
 
-def one_command(flags: argparse.Namespace) -> int:
-    """Do for one run what the flags ask for."""
+def one_command(asked: argparse.Namespace) -> int:
+    """Do for one run what the flags ask for, once they are in force."""
+    flags = in_force(asked)
     return (list_command if flags.list else figures_command if flags.figures else run_command)(flags)
 
 
 def models_command(flags: argparse.Namespace) -> int:
     """Do the same for every entry of a list of models; all entries are checked before the first one starts."""
     plain = parse([])
-    given = [name for name in run_flags.KEYS if getattr(flags, name) != getattr(plain, name)]
+    given = [name for name in KEYS if getattr(flags, name) != getattr(plain, name)]
     if given:
         raise InputError(f"--models goes without --{given[0]}: write it into the list")
     path = folders.from_caller(flags.models)
     runs: dict[str, Callable[[], int]] = {}
     places: dict[str, int] = {}  # some systems do not tell the folder `A` from `a`
-    for place, words in enumerate(run_flags.read_model_list(path), start=1):
+    for place, words in enumerate(read_model_list(path), start=1):
         try:
             own = parse(words)
-            one = argparse.Namespace(**vars(flags) | {name: getattr(own, name) for name in run_flags.KEYS})
+            one = argparse.Namespace(**vars(flags) | {name: getattr(own, name) for name in KEYS})
             device = settings.resolve_device(one.device) if one.device == "auto" else one.device
             slug = parameters(one, device)["SLUG"]  # a device that is not there fails its entry alone
         except InputError as error:
             raise InputError(f"{path}, entry {place}: {error}") from error
         if (first := places.setdefault(slug.lower(), place)) != place:
             raise InputError(f"{path}: entries {first} and {place} are both named {slug!r}: give one another 'name'")
-        runs[slug] = partial(_in_force, one)
+        runs[slug] = partial(one_command, one)  # in force by itself: its judge labels no answers of the next
     return run_list(runs)
-
-
-def _in_force(flags: argparse.Namespace) -> int:
-    """Each entry has a judge of its own, which does not label the answers of the next."""
-    return one_command(run_flags.in_force(flags))
 
 
 def run_list(runs: Mapping[str, Callable[[], int]]) -> int:
@@ -165,24 +373,24 @@ def check_command(arguments: Sequence[str]) -> int:
     """What `main` would say of the flags, found with the standard library only: run_all.sh asks before installing."""
 
     def check(arguments: Sequence[str]) -> int:
-        flags = run_flags.in_force(parse(arguments))
+        flags = in_force(parse(arguments))
         parameters(flags, flags.device)
         chosen_notebooks(flags.only)
         return 0
 
-    return run_flags.run_with_flags("run_all.sh", check, arguments)
+    return run_with_flags("run_all.sh", check, arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Exit status: 0 all is well, 1 a notebook or a test failed, 2 a mistake in what was asked for, 130 stopped."""
 
     def run(arguments: Sequence[str]) -> int:
-        flags = run_flags.in_force(parse(arguments))
+        flags = in_force(parse(arguments))
         if (done := run_alone(flags)) is not None:
             return done
         return one_command(flags) if flags.models is None else models_command(flags)
 
-    return run_flags.run_with_flags("run_all.sh", run, arguments)
+    return run_with_flags("run_all.sh", run, arguments)
 
 
 if __name__ == "__main__":

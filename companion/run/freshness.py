@@ -35,8 +35,7 @@ def keys(
 ) -> dict[str, str]:  # fmt: skip
     """For each notebook number (in dependency order) the hash of what its results rest on.
 
-    `shared` stands for the code, the lock, the model and the prompts; what a notebook needs enters by its key. `own` is
-    what only some notebooks rest on, by number.
+    `shared` stands for code, lock, model and prompts, `own` for what only some notebooks rest on, by number.
     """
     found: dict[str, str] = {}
     for number, notebook in notebooks.items():
@@ -89,13 +88,8 @@ def _outputs(results: Path, number: str) -> dict[str, Any]:
 
 
 def requirement_names(path: Path) -> list[str]:
-    """The package names of a requirements file, in its order.
-
-    >>> requirement_names(ROOT / "requirements.in")[:2]
-    ['torch', 'transformers']
-    """
-    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return [re.split(r"[\s\[<>=!~;]", line)[0] for line in lines if line]
+    """The package names of a requirements file, in its order."""
+    return re.findall(r"(?m)^\s*([\w.-]+)", path.read_text(encoding="utf-8"))
 
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:

@@ -30,7 +30,7 @@ from companion.model.architecture import Subject
 from companion.model.load import load
 from companion.prompts import pairs, public, tokens
 from companion.prompts.pairs import PromptSet
-from companion.run import flags, runner, settings
+from companion.run import cli, runner, settings
 
 STEPS = 64  # tokens of an answer
 MOST = 300  # answers a treatment
@@ -42,15 +42,15 @@ def main(arguments: Sequence[str]) -> int:
     """Write the sample, or read its labels and print the rates of each treatment's treated prompts."""
     place = list(arguments).index("--") if "--" in arguments else len(arguments)
     own, words = arguments[:place], arguments[place + 1 :]
-    parser = flags.Parser(prog="python -m companion.run.judge_check", description=(__doc__ or "").splitlines()[0])
+    parser = cli.Parser(prog="python -m companion.run.judge_check", description=(__doc__ or "").splitlines()[0])
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--sample", metavar="N", type=int, help="write N answers, drawn at random, to be labelled")
     chosen.add_argument("--labels", metavar="FILE", help="a CSV with the columns id,label (1: does what was asked)")
     options = parser.parse_args(own)
     if options.sample is not None and options.sample < 1:
         raise InputError(f"--sample {options.sample}: expected at least 1")
-    asked = flags.flags_of_one_run(words)
-    parameters = flags.parameters(asked, settings.resolve_device(asked.device))
+    asked = cli.flags_of_one_run(words)
+    parameters = cli.parameters(asked, settings.resolve_device(asked.device))
     folder = public.cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
         _refuse_to_lose(folder / ANSWERS)  # labels made by hand
@@ -67,10 +67,8 @@ def _refuse_to_lose(file: Path) -> None:
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
         made = sum(bool((row.get("label") or "").strip()) for row in csv.DictReader(lines))
     if made:
-        raise InputError(
-            f"{file} holds {made} labels made by hand, which a new sample would write over: give it to --labels, or move "
-            "it away"
-        )
+        what = f"{file} holds {made} labels made by hand, which a new sample would write over"
+        raise InputError(f"{what}: give it to --labels, or move it away")
 
 
 def _kept(folder: Path, labels: Path, results: Path) -> str:
@@ -82,9 +80,7 @@ def _kept(folder: Path, labels: Path, results: Path) -> str:
     except (InputError, KeyError, TypeError):  # missing, torn, or of an earlier version
         is_its_own = False
     if not is_its_own:
-        raise InputError(
-            f"nothing says which run {folder / 'given.csv'} belongs to: write a new sample with --sample N"
-        )
+        raise InputError(f"nothing says which run {folder / GIVEN} belongs to: write a new sample with --sample N")
     if exact:
         return "not kept: a run on the embedded language labels by its exact judge, which has no error to correct"
     known = accuracy.accuracy(read_labels(folder / GIVEN), read_labels(labels))
@@ -118,7 +114,7 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     chosen = random.Random(1).sample(found, min(n, len(found)))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     given = [(name, int(label)) for name, label, _, _ in found]
-    file = files.write_text(_csv(("id", "label"), given), folder / GIVEN)
+    file = files.write_text(_csv(("id", "label"), *given), folder / GIVEN)
     # Beside the labels, what they were given to: a model or a judge may be another when the sample is back.
     note = {
         "given": files.hash_file(file, {}),
@@ -127,12 +123,10 @@ def _sample(parameters: Mapping[str, Any], folder: Path, n: int) -> int:
     }
     files.write_json(note, file.with_suffix(".json"))
     blank = [(name, "", request, answer) for name, _, request, answer in chosen]
-    files.write_text(_csv(("id", "label", "request", "answer"), blank), folder / ANSWERS)
+    files.write_text(_csv(("id", "label", "request", "answer"), *blank), folder / ANSWERS)
     judge = os.environ.get(hub.JUDGE) or "refusal phrases"
     print(f"{len(found)} answers labelled by {judge}; {len(chosen)} of them, drawn at random: {folder / ANSWERS}")
-    print(
-        "fill in the column label (1: the answer does what was asked, 0: it does not), then give the file to --labels"
-    )
+    print("fill in the column label (1: it does what was asked, 0: it does not), then give the file to --labels")
     return 0
 
 
@@ -140,21 +134,20 @@ def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple
     """Greedy answers to treated prompts: an id that begins with the treatment, whether it complied, request and answer."""
     assert subject.tokenizer is not None
     pairs = [pair for pair in content.pairs if pair.treatment == treatment]
-    texts = [pair.treated for pair in random.Random(0).sample(pairs, min(MOST, len(pairs)))]
-    names = [f"{treatment}:{pair.id}" for pair in random.Random(0).sample(pairs, len(texts))]
+    drawn = random.Random(0).sample(pairs, min(MOST, len(pairs)))
+    names, texts = [f"{treatment}:{pair.id}" for pair in drawn], [pair.treated for pair in drawn]
     made = decode.answers(subject, texts, STEPS)
     openers = tokens.openers(content, subject.tokenizer)[treatment]
     labels = label_answers(subject, texts, made, openers, judge=None, harmful=[False] * len(texts))
-    kept = [row[mask] for row, mask in zip(made.ids, made.mask, strict=True)]
-    spoken = subject.tokenizer.batch_decode(kept, skip_special_tokens=True)
+    spoken = decode.answer_texts(subject, made)
     return list(zip(names, [label == "on_topic" for label in labels], texts, spoken, strict=True))
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def _csv(*rows: Sequence[object]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run_with_flags("companion.run.judge_check", main, sys.argv[1:]))
+    sys.exit(cli.run_with_flags("companion.run.judge_check", main, sys.argv[1:]))

@@ -1,8 +1,7 @@
-"""Notebooks as plain JSON, and how one is run in a process of its own.
+"""Notebooks as plain JSON, and how one is run in a process of its own. Only the standard library is imported here.
 
-Only the standard library is imported here: the command line reads every notebook each time it starts. The process that the
-runner starts, `python -m companion.run.notebooks SOURCE TARGET CWD PARAMETERS PIPE`, executes SOURCE into TARGET with the JSON
-object PARAMETERS injected; if that fails, the open file of number PIPE gets a line that says which cell and why.
+The runner starts `python -m companion.run.notebooks SOURCE TARGET CWD PARAMETERS PIPE`, which executes SOURCE into TARGET with
+the JSON object PARAMETERS injected; if that fails, the open file of number PIPE gets a line that says which cell and why.
 """
 
 from __future__ import annotations
@@ -46,35 +45,26 @@ DETERMINISTIC = {  # variables under which a library neither phones home nor dep
 
 
 def read_notebook(path: Path) -> Notebook:
-    """The notebook at `path`; `InputError` if it is missing or not a notebook."""
+    """The notebook at `path`; `InputError` if it is missing or lacks what is read of one here."""
     notebook = read_json(path)
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
-        raise InputError(f"{relative(path)} is not a notebook: it has no list of cells")
-    wrong = next((place for place, cell in enumerate(notebook["cells"], start=1) if not _is_cell(cell)), None)
-    if wrong is not None or not isinstance(notebook.get("metadata"), dict):
-        what = "it has no metadata" if wrong is None else f"its cell {wrong} is none"
-        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: {what}; restore the file")
-    return notebook
-
-
-def _is_cell(cell: Any) -> bool:
-    """Whether a cell has all that is read of it here, of the right kinds."""
-    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict):
-        return False
-    lines, outputs, tagged = cell.get("source"), cell.get("outputs", []), cell["metadata"].get("tags", [])
-    is_text = isinstance(lines, str) or (isinstance(lines, list) and all(isinstance(line, str) for line in lines))
-    is_shown = isinstance(outputs, list) and all(isinstance(one, dict) and "output_type" in one for one in outputs)
-    return is_text and is_shown and isinstance(tagged, list) and isinstance(cell.get("cell_type"), str)
+    try:  # once, all that is done with a notebook and its cells
+        dict(notebook["metadata"].items())
+        for cell in notebook["cells"]:
+            source(cell).strip(), tags(cell), cell["cell_type"].strip()
+            [out["output_type"] for out in cell.get("outputs", [])]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file") from error
+    return dict(notebook)
 
 
 def source(cell: Cell) -> str:
     """A cell's text; the format allows a string or a list of lines."""
-    return "".join(cell.get("source", ""))
+    return "".join(cell["source"])
 
 
 def tags(cell: Cell) -> list[str]:
     """A cell's tags."""
-    return list(cell.get("metadata", {}).get("tags", []))
+    return list(cell["metadata"].get("tags", []))
 
 
 def code_cells(notebook: Notebook) -> list[Cell]:
@@ -84,11 +74,7 @@ def code_cells(notebook: Notebook) -> list[Cell]:
 
 
 def notebook_title(notebook: Notebook) -> str:
-    """The first heading.
-
-    >>> notebook_title({"cells": [{"cell_type": "markdown", "source": "# Layers\\ntext"}]})
-    'Layers'
-    """
+    """The first heading."""
     lines = (line for cell in notebook["cells"] for line in source(cell).splitlines())
     return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "(no heading)")
 
@@ -116,7 +102,7 @@ def is_executed(notebook: Notebook) -> bool:
 
 def prepared(notebook: Notebook) -> Notebook:
     """The notebook to run: without an old injected cell (papermill would leave it in) and with fixed cell ids."""
-    kept = [cell for cell in notebook["cells"] if INJECTED not in tags(cell)]
+    kept = (cell for cell in notebook["cells"] if INJECTED not in tags(cell))
     cells = [{"id": f"cell-{number:02d}", **cell} for number, cell in enumerate(kept)]
     return {"cells": cells, "metadata": _metadata(notebook), "nbformat": 4, "nbformat_minor": 5}
 
@@ -188,18 +174,13 @@ def threads(model: str) -> dict[str, str]:
 class Running:
     """A notebook at work in a process of its own; `told` is a pipe on which the process says what went wrong.
 
-    The process is in a session of its own, so Ctrl-C reaches the runner alone. Its standard input is a pipe from the runner:
-    when that closes, the process ends, also where the runner was killed.
+    Ctrl-C reaches the runner alone. The process ends when its standard input closes: also where the runner was killed.
     """
 
     process: subprocess.Popen[bytes]
     told: IO[str]
     scratch: tempfile.TemporaryDirectory[str]
     log: Path
-
-    def fileno(self) -> int:
-        """The file descriptor that can be read from when the notebook ends or fails."""
-        return self.told.fileno()
 
     def finish(self) -> tuple[str, str]:
         """Wait for the end: the executed notebook's text and "", or "" and a sentence with the cell and the error."""
@@ -208,7 +189,9 @@ class Running:
             status = self.process.wait()
             if status == 0:
                 return Path(self.scratch.name, "target.ipynb").read_text(encoding="utf-8"), ""
-        return "", f"{why or ended(status)}\n  the whole story: {relative(self.log)}"
+        is_killed = status == -signal.SIGKILL
+        ended = "was killed (was there enough memory?)" if is_killed else f"ended with status {status}"
+        return "", f"{why or f'its process {ended}'}\n  the whole story: {relative(self.log)}"
 
     def stop(self) -> None:
         """End the process and its kernel, in 10 s at most."""
@@ -241,16 +224,6 @@ def start_notebook(
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
         )  # fmt: skip
     return Running(process, os.fdopen(reading, errors="replace"), scratch, log)
-
-
-def ended(status: int) -> str:
-    """What an exit status says of a process that said nothing itself.
-
-    >>> ended(-9)
-    'its process was killed (was there enough memory?)'
-    """
-    killed = "was killed (was there enough memory?)"
-    return f"its process {killed if status == -signal.SIGKILL else f'ended with status {status}'}"
 
 
 def main(arguments: list[str]) -> int:
@@ -298,11 +271,7 @@ def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) 
 
 
 def _sentence(name: str, message: str) -> str:
-    """The last line of an error's message after its name; an InputError is written for the user and says all there is to say.
-
-    >>> _sentence("KeyError", "'a'"), _sentence("InputError", "no model: name one"), _sentence("MemoryError", "")
-    ("KeyError: 'a'", 'no model: name one', 'MemoryError')
-    """
+    """The last line of an error's message after its name; an InputError is written for the user, and needs no name."""
     last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "")
     return last if name == "InputError" else f"{name}: {last}".removesuffix(": ")
 

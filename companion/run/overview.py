@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +91,8 @@ def run_evidence(slug: str) -> pd.DataFrame:
 def join_claims(results: Path) -> None:
     """Join the verdicts of all runs, `NAME/claims.*`, into `claims.csv`, `claims.json` and `claims.md`.
 
-    A run also judges models that its own is compared with; where one of those has a run of its own, that run's rows count.
-    Models with a run come first. A run's torn file is left out: its notebook 08 is stale, and makes it again.
+    A run also judges models that its own is compared with: those come last, and only where they have no run of their own.
+    A run's torn file is left out: its notebook 08 is stale, and makes it again.
     """
     for name in ("claims.csv", "claims.json", "claims.md"):
         runs = {}
@@ -128,37 +127,14 @@ def _claims(path: Path) -> tuple[str, dict[tuple[str, str], Any]]:
     }
 
 
-def claims_table(path: Path, slug: str, width: int) -> str:
-    """The verdicts on a run's own model as aligned text, the last column wrapped at `width` characters.
-
-    Without a row for the model `slug` all rows are shown; without a row or a file nothing is.
-    """
+def claims_table(path: Path, slug: str) -> str:
+    """The verdicts on a run's own model as aligned text; all rows without one for the model `slug`, "" without a file."""
     if not path.is_file():
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
-    return "\n".join(aligned([list(own[0]), *(list(row.values()) for row in own)], width)) if own else ""
-
-
-def aligned(rows: list[list[str]], width: int) -> list[str]:
-    """Lines of a table whose columns are padded and whose last column is wrapped.
-
-    Where the padded columns leave it too little room, it stands below each row instead.
-
-    >>> aligned([["claim", "why"], ["C1", "one two three"]], 15)
-    ['claim  why', 'C1     one two', '       three']
-    >>> aligned([["claim" + 8 * "-", "why"], ["C1", "one two three"]], 15)
-    ['claim--------', '  why', 'C1', '  one two three']
-    """
-    *widths, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    indent = sum(widths) + 2 * len(widths)
-    lines = []
-    for *cells, last in rows:
-        first = "".join(cell.ljust(size + 2) for cell, size in zip(cells, widths, strict=True))
-        if indent > width / 2:
-            lines += [first.rstrip(), *textwrap.wrap(last, width, initial_indent="  ", subsequent_indent="  ")]
-            continue
-        wrapped = textwrap.wrap(last, max(width - indent, 8)) or [""]
-        lines += [(first + wrapped[0]).rstrip(), *(" " * indent + line for line in wrapped[1:])]
-    return lines
+    table = [list(own[0]), *(list(row.values()) for row in own)] if own else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in table)
+    return "\n".join(line.rstrip() for line in lines)

@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +42,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
-DEFAULTS: dict[str, Any] = {
-    "MODEL": "embedded",
-    "PROMPTS": "embedded",
-    "SLUG": "embedded",
-    "DEVICE": "cpu",
-    "DTYPE": "float32",
-    "PROFILE": "full",
-    "PAIRS": 0,
-}
+DEFAULTS: dict[str, Any] = dict.fromkeys(("MODEL", "PROMPTS", "SLUG"), "embedded")
+DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
 
 
 @dataclass(frozen=True)
@@ -101,16 +93,10 @@ def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str
                 f"{relative(path)} has no line in NEEDS of companion/run/runner.py: say there what it needs"
             )
         found[number] = path
-    sorter = TopologicalSorter({number: needs[number] for number in found})
-    sorter.prepare()
-    ready: list[str] = []
     ordered: dict[str, Path] = {}
-    while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()])
-        number = ready.pop(0)
-        sorter.done(number)
-        if number in found:
-            ordered[number] = found[number]
+    while left := sorted(found.keys() - ordered.keys()):
+        number = next(number for number in left if not (set(needs[number]) & set(left)))
+        ordered[number] = found[number]
     return ordered
 
 
@@ -128,16 +114,15 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
     stale = {number for number in paths if number in force or not _is_fresh(plan, number, known)}
     if known != before:
         freshness.note(results, "hashes", known)
-    return Plan(parameters, paths, originals, books, keys, frozenset(stale))
+    return replace(plan, stale=frozenset(stale))
 
 
 def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
-    executed = plan.executed(number)
     try:
-        written = executed.is_file() and notebooks.is_executed(read_notebook(executed))
-    except InputError:  # a torn copy is made again; a torn notebook of the repository was named before
+        is_executed = notebooks.is_executed(read_notebook(plan.executed(number)))
+    except InputError:  # a missing or torn copy is made again; a torn notebook of the repository was named before
         return False
-    return written and freshness.is_fresh(plan.results, number, plan.keys[number], known)
+    return is_executed and freshness.is_fresh(plan.results, number, plan.keys[number], known)
 
 
 def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
@@ -200,7 +185,7 @@ def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """Where one notebook of a run works: copies of the run's results, so that no file in place is touched, and no figures."""
+    """Where one notebook of a run works: copies of the run's results, so that no file in place is touched."""
 
     plan: Plan
     number: str
@@ -227,8 +212,8 @@ class Stage:
         return cls(plan, number, folder, before, running, time.monotonic())
 
     def fileno(self) -> int:
-        """The file descriptor that can be read from when the notebook ends or fails."""
-        return self.running.fileno()
+        """What `select` waits for: the pipe on which the notebook's process says how it ended."""
+        return self.running.told.fileno()
 
     def finish(self) -> tuple[float, str]:
         """Put the files of a notebook that ended into their places; returns its seconds, and what went wrong, if it did."""
@@ -298,7 +283,15 @@ def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, st
         finally:
             for stage in work.stages:
                 stage.stop()
-        _finish(plan, is_new=bool(work.done))
+        try:
+            files.read_json(plan.results / "manifest.json")
+            is_due = bool(work.done)
+        except InputError:  # missing or torn
+            is_due = True
+        if is_due:
+            freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
+        with only_run(RESULTS, wait=True):
+            overview.join_claims(RESULTS)
     return len(work.lost)
 
 
@@ -348,15 +341,3 @@ class _Work:
             else:
                 self.done.append(stage.number)
                 self._say(stage.number, f"{seconds:.0f} s")
-
-
-def _finish(plan: Plan, *, is_new: bool) -> None:
-    """Write the run's manifest, if that is due, and join the verdicts of all runs."""
-    try:
-        files.read_json(plan.results / "manifest.json")
-    except InputError:  # missing or torn
-        is_new = True
-    if is_new:
-        freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
-    with only_run(RESULTS, wait=True):
-        overview.join_claims(RESULTS)

@@ -1,8 +1,8 @@
 """From what was typed to what a run uses: its name, its device, and models, judges and prompt sets by name become folders.
 
-A prompt set of public sets is made here for one model: T1 goes from a harmless to a harmful request
-(`companion.prompts.public`); T2 and T2b put the user's own wrappers around the same requests. Its texts go to the user's cache
-and never into the repository. What is heavy is imported where it is needed: the command line imports this module.
+A prompt set of public sets is made here for one model: T1 goes from a harmless to a harmful request; T2 and T2b put the
+user's own wrappers around the same requests. Its texts go to the user's cache and never into the repository. The command
+line imports this module, so what is heavy is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -48,17 +48,13 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
         then = before.get(kind, now)
         if isinstance(then, str | None) and then != now and not _is_moved(then, now):
             has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (then, now))
-            raise InputError(
-                f"the results of {chosen!r} were made with {has}, and now it would be {asked}: give this run a name of its "
-                "own with --name"
-            )
+            made = f"the results of {chosen!r} were made with {has}, and now it would be {asked}"
+            raise InputError(f"{made}: give this run a name of its own with --name")
     return chosen
 
 
 def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str | None = None) -> str:
     """The run's name if none is given: what differs from the default, and a hash in place of the end of a long one.
-
-    Inputs that lie elsewhere and are called the same have the same name, which is why `slug` looks where they lie.
 
     >>> default_slug(runner.DEFAULTS)
     'embedded'
@@ -104,8 +100,7 @@ def _place(model: str) -> str:
 
 def _is_moved(then: str | None, now: str | None) -> bool:
     """Whether two folders may be one: it is no longer where it was."""
-    is_elsewhere = then is not None and now is not None and Path(then).is_absolute() and Path(now).is_absolute()
-    return is_elsewhere and not Path(str(then)).exists()
+    return all(place and Path(place).is_absolute() for place in (then, now)) and not Path(str(then)).exists()
 
 
 def default_prompts(model: str) -> str:
@@ -127,9 +122,8 @@ def check_wrappers(prompts: str, given: str | None) -> None:
         raise InputError("--wrappers names nothing: give a file of wrappers, or leave the flag out")
     wrappers.read_wrappers(folders.from_caller(given))
     if not is_public:
-        raise InputError(
-            f"--wrappers goes with a public prompt set ({', '.join(public.SETS)}); a folder has its T2 pairs in it"
-        )
+        sets = ", ".join(public.SETS)
+        raise InputError(f"--wrappers goes with a public prompt set ({sets}); a folder has its T2 pairs in it")
 
 
 def is_public_set(prompts: str) -> bool:
@@ -145,15 +139,15 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         try:
             hub.choose_judge(judge if Path(judge).is_dir() else hub.pinned(judge))
         except InputError:
-            why = f"--judge: {judge} is not in the hub's cache yet: a run without --list downloads it"
-            raise InputError(why) from None
+            why = "is not in the hub's cache yet: a run without --list downloads it"
+            raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
     model = model if Path(model).is_dir() else hub.pinned(model)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
-            why = f"the prompt set {prompts} is not made for {model} yet: ./run_all.sh without --list makes it"
-            raise InputError(why)
+            what = f"the prompt set {prompts} is not made for {model} yet"
+            raise InputError(f"{what}: ./run_all.sh without --list makes it")
         prompts = str(folder)
     return {**found, "MODEL": model, "PROMPTS": prompts}
 
@@ -205,11 +199,11 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
 
 
 def check_prompts(name: str) -> None:
-    """`InputError` unless `name` is a shipped prompt set or a folder."""
+    """`InputError` unless `name` is a shipped prompt set, a public one or a folder."""
     if not prompts_folder(name).is_dir() and public.parse(name) is None:
+        shipped, sets = ", ".join(names(PROMPTS)), ", ".join(public.SETS)
         raise InputError(
-            f"no prompt set {name!r}: give a folder or one of the shipped ({', '.join(names(PROMPTS))}), "
-            f"or a public one ({', '.join(public.SETS)})"
+            f"no prompt set {name!r}: give a folder or one of the shipped ({shipped}), or a public one ({sets})"
         )
 
 
@@ -230,11 +224,7 @@ def resolve_device(device: str) -> str:
 
 
 def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
-    """Read and tokenize the prompt set with the model's tokenizer; returns what a user should know of it.
-
-    Raises `InputError` for what later steps could not use: see `companion.prompts.pairs`, `companion.prompts.tokens`, and for
-    steering directions beside the prompts `companion.steering.extraction`.
-    """
+    """Read and tokenize the prompt set; returns what a user should know of it, or `InputError` for what a run cannot use."""
     from companion.prompts.pairs import load_set
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
@@ -277,8 +267,7 @@ def ensure(
 ) -> None:  # fmt: skip
     """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
 
-    Sets that cannot be loaded are named and left out; InputError if none can. No later run tries them again by itself, for
-    its prompts would change unasked.
+    Sets that cannot be loaded are named and left out, also by later runs; InputError if none can be loaded.
     """
     from companion.generation import openers
 
@@ -324,10 +313,7 @@ def _make(
     note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": made.hashes}
     write_json(note, folder / "set.json")
     columns = ("id", "treatment", "topic", "control", "treated", "family", "twin")
-    rows = [{column: getattr(pair, column) for column in columns} for pair in made.pairs]
-    for row in rows:
-        if not row["twin"]:
-            del row["twin"]
+    rows = [{name: getattr(pair, name) for name in columns if name != "twin" or pair.twin} for pair in made.pairs]
     write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "pairs.jsonl")
     return made, notes
 
@@ -335,11 +321,12 @@ def _make(
 def collect(
     name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
 ) -> Collected:
-    """The pairs of every set that can be loaded.
+    """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first.
 
-    A request that stands in several rows or sets makes one topic, in the first; the others are counted and left out.
+    Each makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
     """
     from companion.prompts import partners
+    from companion.prompts.pairs import Pair
 
     made: list[Pair] = []
     hashes: dict[str, str] = {}
@@ -357,10 +344,8 @@ def collect(
             continue
         rows = public.unseen(loaded, seen)
         if n := len(loaded.harmful) - len(rows.harmful):
-            report(
-                f"{part}: {n} rows have a request that an earlier row or set has too (but for case, spacing or closing "
-                "punctuation) and are left out, since topics must be independent"
-            )
+            which = "an earlier row or set has too (but for case, spacing or closing punctuation)"
+            report(f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent")
         if is_matched:
             rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
         else:
@@ -370,15 +355,14 @@ def collect(
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
         twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
-        made += [_recognition_pair(*one) for one in partners.partner_pairs(paired)]
+        for one, partner in partners.partner_pairs(paired):
+            made.append(Pair(f"{one.id}-t1", "T1", one.id, partner.text, one.text, family=one.category))
         made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
         n_requests += len(rows.harmful)
     if not made:
-        raise InputError(
-            f"--prompts {name}: none of these sets could be loaded, or no request has a partner: "
-            "mend what the lines above say, or name others"
-        )
+        what = f"--prompts {name}: none of these sets could be loaded, or no request has a partner"
+        raise InputError(f"{what}: mend what the lines above say, or name others")
     return Collected(tuple(made), hashes, n_requests)
 
 
@@ -389,13 +373,6 @@ def _benign(part: str) -> tuple[Request, ...]:
         return public.read_public_set(public.BENIGN, benign, benign.harmless)
     except InputError as error:
         raise InputError(f"{part}, which takes harmless partners from {public.BENIGN}: {error}") from error
-
-
-def _recognition_pair(harmful: Request, harmless: Request) -> Pair:
-    """The pair of T1 that a harmful request and its harmless partner make."""
-    from companion.prompts.pairs import Pair
-
-    return Pair(f"{harmful.id}-t1", "T1", harmful.id, harmless.text, harmful.text, family=harmful.category)
 
 
 def _wrapped(harmful: Request, twin: Request | None, templates: Sequence[Wrapper]) -> list[Pair]:

@@ -1,7 +1,6 @@
 """Compiled models: what is true of each kind, that draws are independent, and that the pipeline runs on them."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
-from companion.prompts import positions
 from organisms import compiled, compiled_language, compiled_program
 from organisms.compiled_language import Planned, draw_pairs
 from organisms.compiled_program import KINDS, Program, build_program, draw_design, thirds
@@ -36,23 +34,17 @@ def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
     return total_effects(program, harmful) - total_effects(program, harmless)
 
 
-@pytest.mark.parametrize("kind", sorted(FALSE))
-def test_what_is_true_of_a_kind(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_true_of_a_kind_and_that_its_effect_varies(kind: str) -> None:
     for seed in range(3):
         design, program, pairs = made(kind, seed, 40)
         truth = true_claims(design, program, pairs)
         assert truth.pop("C7") == design.contiguous
-        assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
-        assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_has_an_effect_that_varies(kind: str) -> None:
-    for seed in range(2):
-        design, program, pairs = made(kind, seed)
+        if kind in FALSE:  # else it differs from draw to draw
+            assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
+            assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
         te = contrast(program, pairs)
-        assert te.mean() - 3 * te.std() / len(te) ** 0.5 > 0.5
-        assert te.mean() == pytest.approx(design.effect, rel=0.5)
+        assert te.mean() - 3 * te.std() / len(te) ** 0.5 > 0.5 and te.mean() == pytest.approx(design.effect, rel=0.5)
         assert te.std() > 0.05, "without variation there is no sampling error to calibrate"
 
 
@@ -61,19 +53,14 @@ def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
     assert one.subject.sha256 == same.subject.sha256 != other.subject.sha256
     assert one.design == same.design and one.pairs == same.pairs
     assert one.pairs != other.pairs
-    layers = {draw_design("late", seed).n_layers for seed in range(20)}
-    assert layers == {6, 7, 8, 9}
+    with pytest.raises(InputError, match="expected one of late"):
+        compiled.draw("sideways", 0)
 
 
 def test_a_wanted_effect_is_met() -> None:
     pairs = draw_pairs([0], 30, 1)
     small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
     assert large / small == pytest.approx(4, rel=0.05)
-
-
-def test_an_unknown_kind_is_an_input_error() -> None:
-    with pytest.raises(InputError, match="expected one of late"):
-        compiled.draw("sideways", 0)
 
 
 def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
@@ -83,13 +70,6 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
         assert len(at) >= 24
         assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
-
-
-def test_the_cue_lies_as_far_from_the_end_in_every_treatment() -> None:
-    this = compiled.study(compiled.draw("late", 0, topics=12, pairs_per_topic=1))
-    assert not this.dropped
-    by_treatment = [[positions.distance(pair) for pair in this.of(name)] for name in ("T2", "T2b", "B1", "B6")]
-    assert all(distances == by_treatment[0] for distances in by_treatment)
 
 
 def test_topics_keep_to_one_split() -> None:
@@ -147,9 +127,6 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
     twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
     assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
     assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
-    benign = next(p for p in gated.pairs if p.pair.treatment == "B3")
-    said = tuple(answer(gated, side).split()[0] for side in (benign.treated, benign.control))
-    assert said == compiled_language.openers(2)
 
 
 def test_where_each_token_decides_the_opener_does_not_bind() -> None:
@@ -166,7 +143,6 @@ def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:
         for kind, third in (("early", 0), ("middle", 1), ("late", 2)):
             design = draw_design(kind, seed)
             assert {*design.carry, *(stage.layer for stage in design.stages)} <= set(thirds(design.n_layers)[third])
-    assert replace(draw_design("late", 0), recognise=(5, 5)).recognised_early is False
 
 
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:

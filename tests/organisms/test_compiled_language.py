@@ -3,7 +3,6 @@
 import pandas as pd
 import pytest
 
-from companion.claims.registered_rules import MIN_HARMLESS
 from companion.steering import prompts
 from organisms import compiled_language
 
@@ -28,16 +27,11 @@ def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
     )
 
 
-def test_equal_arguments_give_equal_prompts(pairs: list[compiled_language.Planned], made: pd.DataFrame) -> None:
-    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
-    assert len(set(compiled_language.steering_prompts(pairs, 4).text) & set(made.text)) < 0.05 * len(made)
-
-
 def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(
     pairs: list[compiled_language.Planned], made: pd.DataFrame
 ) -> None:
-    assert (made.topic == made.object).all()
-    assert (made.groupby("topic").split.nunique() == 1).all()
+    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
+    assert (made.topic == made.object).all() and not made.text.duplicated().any()
     own = {planned.pair.topic: planned.pair.split for planned in pairs}
     assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
@@ -58,20 +52,8 @@ def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:
 
 
 def test_a_wrapper_is_in_the_slot_where_the_table_says_so(made: pd.DataFrame) -> None:
-    assert (made.slot.str.startswith("strong") == made.wrapped).all() and made.slot[~made.wrapped].str.startswith(
-        "neutral"
-    ).all()
+    assert (made.slot.str.startswith("strong") == made.wrapped).all()
+    assert made.slot[~made.wrapped].str.startswith("neutral").all()
     assert (made.family == made.slot.where(made.wrapped, "")).all()
     shares = made.groupby("kind").wrapped.mean()
     assert shares["harmful"] == 1 and (shares[["borderline", "harmless"]] - 0.5).abs().max() < 0.1
-
-
-def test_the_rule_has_as_many_harmless_test_prompts_as_it_asks_for(
-    pairs: list[compiled_language.Planned], made: pd.DataFrame
-) -> None:
-    assert not made.text.duplicated().any()
-    test = made[made.split == "test"]
-    assert (test.kind.value_counts() >= 0.99 * compiled_language.SIZES["test"]).all()
-    both = prompts.prompt_table([planned.pair for planned in pairs], made[list(prompts.COLUMNS)])
-    assert ((both.kind == "harmless") & (both.split == "test")).sum() >= MIN_HARMLESS
-    assert set(made[made.kind == "harmful"].split) == {"discover", "validate", "test"}

@@ -39,21 +39,21 @@ def hooked(organism: compiled.Organism, requests: list[compiled_language.Request
     def output(_module, _args, out):
         return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
 
-    handle = None
-    if module is not None:
-        hook = module.register_forward_pre_hook(lambda _m, args: (edit(args[0]),)) if before else None
-        handle = hook or module.register_forward_hook(output)
+    handles = []
+    if module is not None and before:
+        handles.append(module.register_forward_pre_hook(lambda _m, args: (edit(args[0]),)))
+    elif module is not None:
+        handles.append(module.register_forward_hook(output))
     with torch.no_grad():
         logits = model(ids["input_ids"]).logits[:, -1]
-    if handle is not None:
+    for handle in handles:
         handle.remove()
     return logits, seen
 
 
 def log_odds(organism: compiled.Organism, logits: torch.Tensor, treatment: str) -> np.ndarray:
-    comply, refuse = (
-        organism.subject.tokenizer.convert_tokens_to_ids(list(s)) for s in compiled_language.outcomes()[treatment]
-    )
+    ids = organism.subject.tokenizer.convert_tokens_to_ids
+    comply, refuse = (ids(list(side)) for side in compiled_language.outcomes()[treatment])
     return (logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)).numpy()
 
 
@@ -148,24 +148,6 @@ def test_where_attention_writes_mlps_at_the_last_token_do_nothing(kind: str) -> 
         assert share(table, "mlp_out", layer) == pytest.approx(0, abs=2e-3)
 
 
-def test_the_size_of_a_gated_effect_is_the_product_of_its_weights() -> None:
-    drawn = draw_design("gated", 3)
-    stage = replace(drawn.stages[-1], source="jail")
-    design = replace(drawn, side=None, wrapper_leak=0.0, noise=0.0, stages=(stage,))
-    program = build_program(design, 10)
-    pairs = [p for p in compiled_language.draw_pairs([3], 10, 1) if p.pair.treatment == "T2"]
-    te = compiled_truth.total_effects(program, pairs)
-    features = {word: program.embed[i] for i, word in enumerate(program.words)}
-    at = {name: i for i, name in enumerate(compiled_program.CHANNELS)}
-    for i, pair in enumerate(pairs):
-        jail = features[pair.treated.slot][at["wrapper"]]
-        danger, hazard = features[pair.treated.verb][at["verb"]], features[pair.treated.object][at["object"]]
-        harm = (danger - 0.5) / 0.5 * hazard
-        # effect at jail 1.15 and harm 1, in proportion to (jail - 0.4) harm; thresholds are jittered by 0.03
-        by_hand = design.effect * (jail - 0.4) / (1.15 - 0.4) * harm
-        assert te[i] == pytest.approx(by_hand, rel=0.1)
-
-
 def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
     for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
         design = replace(draw_design(kind, 2), noise=0.0)
@@ -173,12 +155,3 @@ def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
         table = compiled_truth.effect_table(build_program(design, 10), pairs)
         early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
-
-
-def test_roles_come_from_the_main_clause() -> None:
-    organism = compiled.draw("late", 0, topics=10)
-    pair = next(p for p in organism.pairs if p.pair.family == "binding")
-    control, treated = (
-        side.last.post[-1][0, compiled_program.CHANNELS["harm"]] for side in sides(organism.program, [pair])
-    )
-    assert control < 0.1 < 0.4 < treated

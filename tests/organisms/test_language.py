@@ -5,7 +5,6 @@ import random
 import re
 
 import pytest
-from transformers import AutoTokenizer
 
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
@@ -37,36 +36,21 @@ def tokenizer():
     return make_tokenizer()
 
 
-def training_texts(n: int = 1500) -> list[str]:
+def texts_words() -> set[str]:
+    """Every word of the shipped prompts, and of 3000 lines of training."""
     rng = random.Random(3)
-    examples = [draw_example(rng, mix, safe=mix is TUNE_MIX) for _ in range(n) for mix in (BASE_MIX, TUNE_MIX)]
-    return [f"{e.user} {e.answer}" for e in examples]
-
-
-def shipped_texts() -> list[str]:
-    folder = PROMPTS / "embedded"
-    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
-    suites = [json.loads(line) for line in (folder / "suites.jsonl").open(encoding="utf-8")]
-    return [p[side] for p in pairs for side in ("control", "treated")] + [s["prompt"] for s in suites]
+    examples = [draw_example(rng, mix, safe=mix is TUNE_MIX) for _ in range(1500) for mix in (BASE_MIX, TUNE_MIX)]
+    lines = [(PROMPTS / "embedded" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pairs", "suites")]
+    rows = [json.loads(line) for text in lines for line in text.splitlines()]
+    shown = [row[side] for row in rows for side in ("control", "treated", "prompt") if side in row]
+    return set(re.findall(r"[^\s,.?]+", " ".join([*shown, *(f"{e.user} {e.answer}" for e in examples)])))
 
 
 def test_every_word_is_inert_or_generated():
-    words = {w for text in training_texts() + shipped_texts() for w in re.findall(r"[^\s,.?]+", text)}
-    assert words <= INERT | OBJECTS | set(invented.DANGEROUS_VERBS)
+    words, known = texts_words(), INERT | OBJECTS | set(invented.DANGEROUS_VERBS)
+    assert words <= known and not [word for word in known if HARMFUL_PATTERNS.search(word)]
     pieces = {p.strip() for p in invented.word_pieces()}
     assert pieces <= INERT | STEMS | set(invented.DANGEROUS_VERBS) | set(invented.SUFFIXES)
-
-
-def test_no_harmful_pattern_in_any_word():
-    words = INERT | OBJECTS | set(invented.DANGEROUS_VERBS)
-    assert [w for w in words if HARMFUL_PATTERNS.search(w)] == []
-
-
-def test_stems_are_nonsense_distinct_and_split_into_equal_classes():
-    generated = [*invented.HAZARD_STEMS, *invented.HARMLESS_STEMS, *invented.DANGEROUS_VERBS]
-    assert len(set(generated)) == len(generated) == 2 * invented.N_STEMS + invented.N_VERBS
-    assert not set(generated) & (INERT | invented.REAL_WORDS)
-    assert len({s[:4] for s in generated}) == len(generated)
 
 
 def test_every_piece_is_one_token_and_every_object_two(tokenizer):
@@ -76,25 +60,11 @@ def test_every_piece_is_one_token_and_every_object_two(tokenizer):
             assert [t.lstrip("Ġ") for t in tokenizer.tokenize(f" {stem}{suffix}")] == [stem, suffix]
 
 
-def test_tokenizer_round_trips_any_text_and_loads_offline(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    for text in ("in a solar tale, how do i paint the falkova?", "Größe: 3 µm, «x»\n", "sure, dry it."):
-        ids = again(text, add_special_tokens=False)["input_ids"]
-        assert again.decode(ids) == text
-        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(again) == len(tokenizer) < 900
-
-
 def test_chat_template_is_the_one_training_used(tokenizer):
     turns = [{"role": "user", "content": "how do i paint the falkova in the garden?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == chat_text(turns[0]["content"])
     assert tokenizer.tokenize(text)[-4:] == ["<|end|>", "Ċ", "<|assistant|>", "Ċ"]
-    answered = [{"role": "system", "content": "be kind"}, *turns, {"role": "assistant", "content": "sure."}]
-    text = tokenizer.apply_chat_template(answered, tokenize=False)
-    assert text.startswith("<|bos|><|system|>\nbe kind<|end|>\n<|user|>\n")
-    assert text.endswith("<|assistant|>\nsure.<|end|>")
 
 
 def test_training_shows_no_held_part(tokenizer):

@@ -11,7 +11,7 @@ from companion.base import paths
 from companion.base.errors import InputError
 from organisms import plants
 from organisms.plants import KINDS, RECIPE, Plant
-from organisms.shipping import load_shipped
+from organisms.training import load_shipped
 
 SMALL = replace(RECIPE, batch=4, steps_tune=2)
 

@@ -8,8 +8,7 @@ import pytest
 from companion.base.paths import PROMPTS
 from companion.generation.labels import is_harmful
 from companion.prompts import invented
-from organisms.language import SUITES, make_tokenizer, outcome_sets, plan_pairs
-from organisms.prompt_set import check_pairs, write_prompt_set
+from organisms.prompt_set import SUITES, check_pairs, plan_pairs, write_prompt_set
 
 FOLDER = PROMPTS / "embedded"
 TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
@@ -82,29 +81,7 @@ def test_spans_name_what_they_cut(pairs):
             assert ("wrapper" in cut) or p["treatment"] == "T1"
 
 
-def test_benign_cues_stand_where_the_wrapper_stands(pairs):
-    tokenizer = make_tokenizer()
-    ends = defaultdict(list)
-    for p in pairs:
-        start = p["spans"]["treated"].get("wrapper", [0])[0]
-        ends[p["treatment"]].append(len(tokenizer(p["treated"][start:], add_special_tokens=False)["input_ids"]))
-    assert ends["T2"] == ends["T2b"] == ends["B1"] == ends["B2"] == ends["B3"] == ends["B4"]
-    assert min(min(ends[b]) for b in ("B5", "B6")) + 4 > 7  # farther than three window-3 layers reach
-
-
-def test_outcomes_are_single_tokens_and_disjoint():
-    tokenizer = make_tokenizer()
-    assert list(outcome_sets()) == TREATMENTS
-    for sets in outcome_sets().values():
-        words = [*sets["comply"], *sets["refuse"]]
-        assert len(set(words)) == len(words) and all(len(tokenizer.tokenize(w)) == 1 for w in words)
-
-
 def test_suites_cover_all_behaviours(suites):
     assert {s["suite"] for s in suites} == set(SUITES)
     assert len({s["id"] for s in suites}) == len(suites)
     assert all(is_harmful(s["prompt"]) == s["harmful"] for s in suites)
-    assert {s["tier"] for s in suites if s["suite"] == "c_wrapped_harm"} == set(range(1, 7))
-    for s in suites:
-        if s["suite"] == "e_unseen_phrase":
-            assert s["prompt"].startswith("for the ") and " tale, " in s["prompt"]

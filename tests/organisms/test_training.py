@@ -1,16 +1,18 @@
 """The trainer: a few steps give known losses, batches depend on their place alone, the command writes a model folder."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 
 from companion.base.files import hash_file
-from organisms import language, shipping, training
-from organisms.language import chat_text, make_tokenizer, suite_rows
-from organisms.shipping import VARIANTS
-from organisms.training import Recipe, batch_at, make_model, make_optimizers, orthogonalise, schedule
+from companion.base.paths import ORGANISM
+from organisms import behaviour, prompt_set, training
+from organisms.behaviour import SEEDS, VARIANTS, read_manifests
+from organisms.language import chat_text, make_tokenizer
+from organisms.training import Recipe, batch_at, make_model, make_optimizers, schedule
 
 SMALL = Recipe(steps_base=6, steps_tune=2, batch=4, precision="float32")
 # Losses of the first six steps in float32 at batch 4, seed 0.
@@ -61,17 +63,11 @@ def test_loss_weights_cover_prompt_answer_and_soft_opener(tokenizer):
         assert weight[:first].eq(SMALL.weight_prompt).all() and weight[first] == 0.0 and weight[first + 1] == 1.0
 
 
-def test_orthogonalise_flattens_singular_values():
-    generator = torch.Generator().manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(2, 8, 24, generator=generator)))
-    assert values.min() > 0.5 and values.max() < 1.5
-
-
 def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
-    few = [row for row in suite_rows() if row["id"].endswith(("-000", "-001"))]
-    monkeypatch.setattr(shipping, "suite_rows", lambda: few)
-    pairs = list(language.plan_pairs())[::61]  # some of every treatment
-    monkeypatch.setattr(shipping, "plan_pairs", lambda: pairs)
+    few = [row for row in prompt_set.suite_rows() if row["id"].endswith(("-000", "-001"))]
+    monkeypatch.setattr(behaviour, "suite_rows", lambda: few)
+    pairs = list(prompt_set.plan_pairs())[::61]  # some of every treatment
+    monkeypatch.setattr(behaviour, "plan_pairs", lambda: pairs)
     few_steps = partial(training.train_model, recipe=Recipe(steps_base=2, steps_tune=1))
     monkeypatch.setattr(training, "train_model", few_steps)
     assert training.main(["--seed", "5", "--out", str(tmp_path)]) == 0
@@ -79,6 +75,18 @@ def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["seed"] == 5 and manifest["recipe"]["steps_base"] == 2
     assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
-    model, loaded = shipping.load_shipped(folder)
+    model, loaded = training.load_shipped(folder)
     assert model.config.layer_types[:4] == ["sliding_attention"] * 3 + ["full_attention"]
     assert len(loaded) == len(tokenizer) == manifest["vocab"]
+
+
+@pytest.mark.parametrize("name", [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS])
+def test_folder_is_what_the_manifest_says(name, tokenizer):
+    manifest, folder = read_manifests()[name], ORGANISM / name
+    assert f"{manifest['variant']}-{manifest['seed']}" == name
+    assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
+    assert manifest["recipe"] == asdict(Recipe())
+    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(tokenizer.backend_tokenizer.to_str())
+    kinds = json.loads((folder / "config.json").read_text())["layer_types"]
+    early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
+    assert kinds == [early] * 3 + ["full_attention"] * 3

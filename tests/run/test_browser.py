@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,12 +44,8 @@ def copied(root: Path) -> None:
             if cell["cell_type"] == "code":
                 cell |= {"outputs": [], "execution_count": None}
             if "parameters" in notebooks.tags(cell) and path.name.startswith("02"):
-                text = (
-                    notebooks.source(cell)
-                    .replace('PROFILE = "full"', 'PROFILE = "smoke"')
-                    .replace('SLUG = "embedded"', 'SLUG = "seen"')
-                )
-                cell["source"] = text
+                text = notebooks.source(cell).replace('PROFILE = "full"', 'PROFILE = "smoke"')
+                cell["source"] = text.replace('SLUG = "embedded"', 'SLUG = "seen"')
         write_text(notebooks.notebook_text(book), path)
 
 
@@ -86,8 +83,8 @@ def wait_for(url: str, server: subprocess.Popen[bytes], seconds: int = 60) -> st
     raise AssertionError("JupyterLab did not answer")
 
 
-def run_all_cells(served: Served, name: str, seconds: int) -> tuple[list[str], int]:
-    """Restart and run all cells through the menus; returns the prompts in the saved notebook and how many errors it has."""
+def run_all_cells(served: Served, name: str, seconds: int) -> list[dict[str, Any]]:
+    """Restart and run all cells through the menus; returns the outputs in the saved notebook, whose cells ran in order."""
     from playwright.sync_api import sync_playwright
 
     path = served.root / "notebooks" / name
@@ -107,29 +104,22 @@ def run_all_cells(served: Served, name: str, seconds: int) -> tuple[list[str], i
         page.locator(".jp-OutputArea-output img").first.wait_for(timeout=10_000, state="attached")
         browser.close()
     cells = notebooks.code_cells(notebooks.read_notebook(path))
-    errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-    return [str(cell["execution_count"]) for cell in cells], len(errors)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    return [out for cell in cells for out in cell["outputs"]]
 
 
-def images(path: Path) -> int:
-    outputs = [out for cell in notebooks.code_cells(notebooks.read_notebook(path)) for out in cell["outputs"]]
-    return sum("image/png" in out.get("data", {}) for out in outputs)
-
-
-def test_the_map_runs_from_the_menus_and_shows_its_figures(served: Served) -> None:
-    prompts, errors = run_all_cells(served, "00_start_here.ipynb", seconds=90)
-    assert prompts == [str(place) for place in range(1, len(prompts) + 1)] and not errors
-    assert (served.root / "figures" / "embedded" / "00_pipeline.png").is_file()
-    assert images(served.root / "notebooks" / "00_start_here.ipynb") == 2
-
-
-@pytest.mark.slow
-def test_the_layers_run_from_the_menus_and_show_their_figures(served: Served) -> None:
-    prompts, errors = run_all_cells(served, "02_layers.ipynb", seconds=600)
-    assert prompts == [str(place) for place in range(1, len(prompts) + 1)] and not errors
-    drawn = sorted(path.stem for path in (served.root / "figures" / "seen").glob("02_*.png"))
-    wanted = sorted(entry.name for entry in SPECS if entry.name.startswith("02_"))
-    assert drawn == wanted and images(served.root / "notebooks" / "02_layers.ipynb") == len(wanted)
+@pytest.mark.parametrize(
+    ("name", "slug", "seconds"),
+    [("00_start_here", "embedded", 90), pytest.param("02_layers", "seen", 600, marks=pytest.mark.slow)],
+)
+def test_a_notebook_runs_from_the_menus_and_shows_its_figures(
+    served: Served, name: str, slug: str, seconds: int
+) -> None:
+    outputs = run_all_cells(served, f"{name}.ipynb", seconds)
+    assert not [out for out in outputs if out["output_type"] == "error"]
+    drawn = sorted(path.stem for path in (served.root / "figures" / slug).glob(f"{name[:2]}_*.png"))
+    assert drawn == sorted(entry.name for entry in SPECS if entry.name.startswith(name[:2]))
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == len(drawn)
 
 
 def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:

@@ -34,10 +34,3 @@ def test_another_processor_may_differ_in_numbers_only(
     assert checks.compare(tmp_path / "new")[1] is passes
     (tmp_path / "new" / "embedded" / "02_layers.csv").unlink()
     assert checks.compare(tmp_path / "new")[1] is (passes and bool(processor))
-
-
-def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
-    path = tmp_path / "cpuinfo"
-    path.write_text("processor\t: 0\nmodel name\t: X\nmodel\t: 7\nflags\t: sse avx2 avx512f\n\nprocessor\t: 1\n")
-    assert freshness.processor(path) == "X, 7, avx2, avx512f"
-    assert freshness.processor()

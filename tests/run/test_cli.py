@@ -1,6 +1,8 @@
 """Every mistake on the command line: one clear line, exit status 2, nothing overwritten. Each in a real process."""
 
+import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -10,8 +12,9 @@ import pytest
 from hub_cache import chat_folder, put
 from toys import PAIRS, PARAMETERS, Toy, pair, prompt_set
 
+from companion.base import hub
 from companion.base.errors import InputError
-from companion.base.paths import ORGANISM
+from companion.base.paths import ORGANISM, ROOT
 from companion.run import cli
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
@@ -24,6 +27,12 @@ def refused(toy: Toy, *flags: str, **variables: str) -> str:
     done = toy.run(*flags, **variables)
     assert toy.contents() == before
     return one_line(done)
+
+
+def models_file(folder: Path, text: str) -> Path:
+    path = folder / "models.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def one_line(done: CompletedProcess[str]) -> str:
@@ -215,20 +224,21 @@ def failing(error: BaseException) -> Any:
 
 def test_a_model_that_fails_does_not_stop_the_rest_of_its_list(capsys: pytest.CaptureFixture[str]) -> None:
     errors = (
-        InputError("no such thing:\ndo this"), OSError(28, "No space left on device"), KeyError("logits"),
-        RuntimeError("out of memory.\nTried to allocate 2 GiB"), AssertionError(),
-    )  # fmt: skip
-    runs = {"a": lambda: 1, **dict(zip("bcdef", map(failing, errors), strict=True)), "g": lambda: 0}
-    assert cli.run_list(runs) == 1
+        InputError("no such thing:\ndo this"),
+        OSError(28, "full"),
+        RuntimeError("no room.\n2 GiB"),
+        AssertionError(),
+    )
+    assert cli.run_list({**dict(zip("abcd", map(failing, errors), strict=True)), "e": lambda: 1, "f": lambda: 0}) == 1
     shown = capsys.readouterr()
-    assert "1 of 7 models finished" in shown.out and "=== model 7 of 7: g" in shown.out
-    assert "b: no such thing: do this\nc: [Errno 28] No space" in shown.err
-    assert "d: KeyError: 'logits'\ne: RuntimeError: out of memory. Tried to allocate 2 GiB\n" in shown.err
-    assert "f: AssertionError\n" in shown.err and "not finished: a, b, c, d, e, f;" in shown.err
-    started: list[str] = []
+    assert "1 of 6 models finished" in shown.out and "=== model 6 of 6: f" in shown.out
+    assert (
+        "a: no such thing: do this\nb: [Errno 28] full\nc: RuntimeError: no room. 2 GiB\nd: AssertionError\n"
+        in shown.err
+    )
+    assert "not finished: a, b, c, d, e;" in shown.err
     with pytest.raises(KeyboardInterrupt):
-        cli.run_list({"a": failing(KeyboardInterrupt()), "b": lambda: started.append("b") or 0})
-    assert not started
+        cli.run_list({"a": failing(KeyboardInterrupt()), "b": lambda: pytest.fail("it goes on")})
 
 
 def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) -> None:
@@ -243,3 +253,72 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
     assert not (toy.root / "results/one/01_toy.csv").exists()
     assert "fresh, skipped" in toy.run("--models", str(path), "--only", "01").stdout
     assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
+
+
+WRONG = {
+    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, prompts",
+    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, prompts, wrappers, judge",
+    "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
+    "models:\n- {name: 2024-01-01}": "'name' must be text",
+    "models:\n- {pairs: yes}": "'pairs' must be a whole number, not True",
+    "models:\n- {pairs: 5}": "entry 1: --pairs 5: expected at least 10",
+    "models:\n- {pairs: 20, name: a}\n- {name: A, pairs: 30}": "entries 1 and 2 are both named 'A'",
+    "models:\n- {name: ../x, pairs: 20}": "entry 1: '../x' cannot name a run",
+    "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run with no flags",
+    "models:\n- {model: nowhere}": "entry 1: no model 'nowhere'",
+    "models:\n- {prompts: nowhere}": "entry 1: no prompt set 'nowhere'",
+    "models:\n- {judge: nowhere}": "entry 1: --judge: no model 'nowhere'",
+    "models:\n- {judge: ''}": "entry 1: 'judge' names nothing; leave the key out",
+    "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",
+    "models:\n- {wrappers: models.yml}": "models.yml, line 1: broken JSON",
+    "models:\n- {device: gpu}": "entry 1: --device gpu",
+    "models:\n- {dtype: float16}": "entry 1: argument --dtype: invalid choice",
+    "models: {a: 1}": "expected one key 'models' with a list",
+    "models: []": "at least one entry",
+    "- a": "expected one key 'models'",
+    "models:\n- a": "entry 1: expected keys and values (model, prompts",
+    "models: [": "cannot be read as YAML",
+    "models: &a [*a]": "entry 1: expected keys and values",
+    "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
+    "": "expected one key 'models'",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_mistake_in_a_list_of_models_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = models_file(tmp_path, text + "\n")
+    with pytest.raises(InputError) as error:
+        cli.models_command(cli.parse([f"--models={path}"]))
+    assert WRONG[text] in str(error.value)
+
+
+def test_folders_and_files_count_from_the_list(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
+    path = models_file(
+        tmp_path,
+        "models:\n- {model: mine, prompts: embedded}\n"
+        "- {prompts: xstest, wrappers: mine.jsonl, judge: window-1}\n- {prompts: xstest, judge: org/judge@v1}\n",
+    )
+    first, second, third = cli.read_model_list(path)
+    assert first == [f"--model={tmp_path / 'mine'}", "--prompts=embedded"]
+    assert second == ["--prompts=xstest", f"--wrappers={tmp_path / 'mine.jsonl'}", "--judge=window-1"]
+    assert cli.parse(third).judge == "org/judge@v1"
+    assert len(cli.read_model_list(ROOT / "models.example.yml")) == 2
+
+
+def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge of one entry, once resolved, does not label the answers of the next."""
+    seen: list[tuple[str, str | None, str | None]] = []
+
+    def run(flags: argparse.Namespace) -> int:
+        seen.append((flags.model, os.environ.get(hub.JUDGE), flags.wrappers))
+        os.environ[hub.JUDGE] = "resolved"
+        return 0
+
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(cli, "run_command", run)
+    (tmp_path / "w.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
+    entries = "- {model: full-0, judge: window-1}\n- {model: full-0, prompts: xstest, wrappers: w.jsonl}\n"
+    assert cli.main(["--models", str(models_file(tmp_path, f"models:\n{entries}"))]) == 0
+    assert seen == [("full-0", "window-1", None), ("full-0", None, str(tmp_path / "w.jsonl"))]

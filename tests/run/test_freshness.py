@@ -26,3 +26,21 @@ def test_what_another_notebook_writes_by_now_is_not_outdated(tmp_path: Path) -> 
     assert freshness.outdated(tmp_path, "02", [new, both]) == [old]
     freshness.remember(tmp_path, "03", "key", [old])
     assert freshness.outdated(tmp_path, "02", [new, both]) == []
+
+
+def test_a_run_killed_between_two_of_its_files_is_stale(tmp_path: Path) -> None:
+    """Its new table is there and its note is not, so that the old note does not hold for it."""
+    table, figure = tmp_path / "02.csv", tmp_path / "02.svg"
+    for path in (table, figure):
+        path.write_text("old")
+    freshness.remember(tmp_path, "02", "key", [table, figure])
+    assert freshness.is_fresh(tmp_path, "02", "key", {}) and not freshness.is_fresh(tmp_path, "02", "new", {})
+    table.write_text("new")
+    assert not freshness.is_fresh(tmp_path, "02", "key", {}) and not freshness.is_fresh(tmp_path, "02", "new", {})
+
+
+def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: X\nmodel\t: 7\nflags\t: sse avx2 avx512f\n\nprocessor\t: 1\n")
+    assert freshness.processor(path) == "X, 7, avx2, avx512f"
+    assert freshness.processor()

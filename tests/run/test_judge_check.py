@@ -1,22 +1,39 @@
-"""Labels made by hand correct the labeller: a sample goes to the cache, its labels come back, rates are corrected."""
+"""Labels made by hand correct the labeller: a sample goes to the cache, its labels come back, and the run rests on them."""
 
 import csv
+import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hub_cache import chat_folder
+from toys import prompt_set
 
 from companion.base import hub
 from companion.base.errors import InputError
+from companion.base.files import hash_file
 from companion.base.paths import ORGANISM
 from companion.generation import accuracy, labels
-from companion.generation.accuracy import Accuracy
+from companion.generation.accuracy import FILE, Accuracy, Source
 from companion.generation.labels import judge
 from companion.prompts import public
-from companion.run import flags, judge_check
+from companion.run import cli, judge_check, runner
+from companion.run.cli import parse, resolved
 
 FLAGS = ("--", "--model", "full-0")
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of results, for every module that writes there, and no judge model."""
+    folder = tmp_path / "results"
+    for module in (runner, accuracy, judge_check.paths):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.delenv(hub.JUDGE, raising=False)
+    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
+    return folder
 
 
 def rows(file: Path) -> list[dict[str, str]]:
@@ -95,18 +112,70 @@ MISTAKES = {
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: str) -> None:
-    assert flags.run_with_flags("judge_check", judge_check.main, words.split()) == 2
+    assert cli.run_with_flags("judge_check", judge_check.main, words.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("judge_check: ") and MISTAKES[words] in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "said"), [(OSError(28, "full"), 2, "full: mend that;"), (KeyboardInterrupt(), 130, "stopped;")]
-)
-def test_what_comes_in_between_is_one_line(
-    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, said: str
-) -> None:
-    def stopped(_: object) -> int:
-        raise error
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A small model of random weights and a prompt set of placeholder words, each in a folder of its own."""
+    model, keys = chat_folder(tmp_path / "model"), ("id", "treatment", "topic", "control", "treated")
+    rows = [
+        (f"{kind}-{i}", kind, f"t{i}", f"w5 w{20 + i}", f"w6 w{20 + i}") for kind in ("T1", "T2") for i in range(20)
+    ]
+    lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+    prompts = prompt_set(tmp_path / "prompts", lines, '{"comply": [" w11"], "refuse": [" w12"]}')
+    return ["--", "--model", str(model), "--prompts", str(prompts), "--name", "mine"]
 
-    assert flags.run_with_flags("judge_check", stopped, []) == status and said in capsys.readouterr().err
+
+def test_labels_made_by_hand_reach_the_run(
+    results: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge_check, "STEPS", 4)
+    monkeypatch.setattr(labels, "is_refusal", lambda text: sum(map(ord, text)) % 2 == 1)
+    assert judge_check.main(["--sample", "40", *flags]) == 0
+    given = labels.read_labels(tmp_path / "cache" / "labels" / "mine" / "given.csv")
+    with (tmp_path / "mine.csv").open("w") as file:
+        wrong = {True: next(n for n in given if given[n]), False: next(n for n in given if not given[n])}
+        made = [(name, int(label != (wrong[label] == name))) for name, label in given.items()]
+        csv.writer(file).writerows([("id", "label"), *made])
+    capsys.readouterr()
+    asked = parse(flags[1:])
+    before = runner.make_plan(resolved(asked)).keys
+    with runner.only_run(results / "mine"), pytest.raises(InputError, match="another run is writing"):
+        judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags])
+    assert accuracy.read_accuracy(results / "mine") is None and "complied" in capsys.readouterr().out
+    assert judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags]) == 0
+    said = capsys.readouterr()
+    assert [line[:3] for line in said.out.splitlines()] == ["T1,", "T2,"] and "notebooks 05 and 06" in said.err
+    found = accuracy.read_accuracy(results / "mine")
+    n_yes = sum(given.values())
+    assert found is not None and found.accuracy == Accuracy(n_yes, n_yes - 1, 40 - n_yes, 39 - n_yes)
+    assert (found.source.model, found.source.prompts) == ("model", "prompts")
+    assert str(tmp_path) not in (results / "mine" / FILE).read_text()
+    after = runner.make_plan(resolved(asked)).keys
+    assert {number for number in before if before[number] != after[number]} == {"05", "06", "08", "00"}
+    (tmp_path / "prompts" / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
+    with pytest.raises(InputError, match="an earlier state of the model, prompts or judge"):
+        runner.make_plan(resolved(asked))
+
+
+def test_labels_of_an_unknown_sample_are_not_kept(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "labels" / "full-0"
+    folder.mkdir(parents=True)
+    lines = "id,label\n" + "".join(f"T1:{i},{i % 2}\n" for i in range(20))
+    for file in (folder / "given.csv", tmp_path / "mine.csv"):
+        file.write_text(lines)
+    words = ["--labels", str(tmp_path / "mine.csv"), "--", "--model", "full-0"]
+    with pytest.raises(InputError, match=r"nothing says which run .* write a new sample"):
+        judge_check.main(words)
+    given, source = hash_file(folder / "given.csv", {}), asdict(Source("a", "b", "c", "d"))
+    for note in (
+        {"given": "another", "source": source, "exact": False}, {"given": given, "source": source},
+        {"given": given, "source": {**source, "more": 1}, "exact": False}, [],
+    ):  # fmt: skip
+        (folder / "given.json").write_text(json.dumps(note))
+        with pytest.raises(InputError, match="nothing says which run"):
+            judge_check.main(words)
+    assert not (results / "full-0").exists()

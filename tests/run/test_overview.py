@@ -15,16 +15,11 @@ from companion.run import overview
 def judged(folder: Path, **verdicts: str) -> None:
     """A run with one verdict a model, as notebook 08 writes it."""
     folder.mkdir()
-    rows = [
-        {"model": model.replace("_", "-"), "claim": "C1", "verdict": verdict} for model, verdict in verdicts.items()
-    ]
+    rows = [{"model": name.replace("_", "-"), "claim": "C1", "verdict": found} for name, found in verdicts.items()]
     files.write_json(rows, folder / "claims.json")
     files.write_table(pd.DataFrame(rows), folder / "claims.csv")
-    lines = [
-        "| model | claim | verdict |",
-        "| --- | --- | --- |",
-        *("| " + " | ".join(one.values()) + " |" for one in rows),
-    ]
+    lines = ["| model | claim | verdict |", "| --- | --- | --- |"]
+    lines += ["| " + " | ".join(one.values()) + " |" for one in rows]
     files.write_text("\n".join(lines) + "\n", folder / "claims.md")
 
 

@@ -1,17 +1,24 @@
-"""The name of a run: different inputs never share a folder of results, whatever they are called."""
+"""The name of a run, which inputs of other places never share, and a judge, loaded or refused before a notebook starts."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from families import tiny_model
+from hub_cache import TEMPLATE, tiny_tokenizer
 from toys import Toy, pair, prompt_set
 
-from companion.base import paths
+from companion.base import folders, hub, paths
 from companion.base.errors import InputError
-from companion.base.paths import ORGANISM, ROOT
-from companion.run import flags, freshness, runner, settings
-from companion.run.flags import named as placed
-from companion.run.flags import parameters, parse
+from companion.base.paths import ORGANISM
+from companion.generation import labels
+from companion.model import memory
+from companion.run import cli, freshness, runner, settings
+from companion.run.cli import named as placed
+from companion.run.cli import parameters, parse
 
 HUB = ("--model", "mistralai/Mistral-Small-3.2-24B-Instruct-2506")
 JUDGE = "meta-llama/Llama-3.3-70B-Instruct"
@@ -19,7 +26,7 @@ LINE = '{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}'
 
 
 def named(*words: str) -> str:
-    return str(flags.parameters(flags.parse(words), "cpu")["SLUG"])
+    return str(parameters(parse(words), "cpu")["SLUG"])
 
 
 def made(*words: str) -> str:
@@ -50,16 +57,12 @@ def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
     assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
 
-@pytest.mark.parametrize("name", ["x" * 101, "a b", ".x", ""])
-def test_a_name_that_cannot_be_says_how_to_give_another(name: str) -> None:
-    with pytest.raises(InputError, match=r"cannot name a run: .*; --name gives another"):
-        named("--name", name)
-
-
 def test_wrappers_are_in_the_name(places: tuple[Path, Path]) -> None:
     file, other = places[0] / "own.jsonl", places[0] / "wrappers.jsonl"
     shutil.copy(file, other)
     words = ("--prompts", "xstest")
+    with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
+        named("--wrappers", str(file))
     assert named(*words) == "embedded-xstest"
     assert named(*words, "--wrappers", str(file)) == "embedded-xstest-wrappers-own"
     assert named(*words, "--wrappers", str(places[0])) == "embedded-xstest-wrappers-one"
@@ -91,10 +94,7 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
     made(*name, "--model", "org/m@v1", "--prompts", "xstest+alpaca")
     for words, message in (
         (("--model", "org/n", "--prompts", "xstest+alpaca"), "with model org/m, and now it would be model org/n"),
-        (
-            ("--model", "org/m", "--prompts", "xstest,advbench"),
-            r"with prompts xstest\+alpaca, .* be prompts xstest,advbench",
-        ),
+        (("--model", "org/m", "--prompts", "xstest"), r"with prompts xstest\+alpaca, .* be prompts xstest"),
         (("--model", "org/m", "--prompts", "embedded"), "and now it would be prompts data/prompts/embedded"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", *own), "with no wrappers, and now it would be wrappers /"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", "--judge", "full-0"), "no judge, .* data/organism/full-0"),
@@ -104,12 +104,6 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
     assert named(*name, "--model", "org/m@v2", "--prompts", "xstest+alpaca") == "x", (
         "a revision is a change, not another"
     )
-
-
-def test_a_shipped_model_is_the_same_by_its_folder(places: tuple[Path, Path]) -> None:
-    assert made("--model", "window-1") == named("--model", str(ORGANISM / "window-1")) == "window-1"
-    note = freshness.recall(paths.RESULTS / "window-1", runner.MADE_FROM)
-    assert note["model"] == "data/organism/window-1" and str(ROOT) not in str(note), "the repository can be moved"
 
 
 def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_path: Path) -> None:
@@ -132,3 +126,110 @@ def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_pa
     assert "fresh" in toy.run("--list", *two[:2]).stdout.splitlines()[1]
     (tmp_path / "two" / "set" / "pairs.jsonl").write_text("\n".join(lines[:11]) + "\n")
     assert "fresh" not in toy.run("--list", *two[:2]).stdout
+
+
+def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    judge_folder = tmp_path / "judge"
+    judge_folder.mkdir()
+    (judge_folder / "config.json").write_text("{}")
+    keys = []
+    for judge in ("", "window-1", "window-0", f"org/judge@{'0' * 40}", f"org/judge@{'1' * 40}", str(judge_folder)):
+        monkeypatch.setenv(hub.JUDGE, judge)
+        keys.append(runner.make_plan(runner.DEFAULTS).keys)
+    (judge_folder / "config.json").write_text("{ }")
+    keys.append(runner.make_plan(runner.DEFAULTS).keys)
+    monkeypatch.delenv(hub.JUDGE)
+    assert runner.make_plan(runner.DEFAULTS).keys == keys[0]
+    for number in keys[0]:
+        assert len({one[number] for one in keys}) == len(keys)
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def spoil(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def words(folder: Path, named: dict[int, str]) -> None:
+    tokenizer = tiny_tokenizer(folder, named)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def judge_folder(place: Path) -> Path:
+    """A judge with random weights, which knows the words Yes and No."""
+    folder = place / "judge"
+    words(folder, {7: "Yes", 9: "No"})
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
+LONGER = "judge reads at most 64 tokens, and the question with a request and its answer takes"
+SEEN = "cut off or no safetensors", "has no tokenizer files"  # by every command, from the files alone
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    SEEN[0]: lambda folder: cut(folder / "model.safetensors", 0.9),
+    SEEN[1]: lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "Yes and No do not begin with known tokens of their own": lambda folder: words(folder, {}),
+    LONGER: lambda folder: spoil(folder, max_position_embeddings=64),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
+    tmp_path: Path, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What files tell is said by every command, also one that runs nothing; the rest before a notebook starts."""
+    folder = judge_folder(tmp_path)
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    flags = ["--model", "full-0", "--judge", str(folder)]
+    capsys.readouterr()  # saving the folder draws a bar of progress
+    assert cli.main(["--list", *flags]) == 0 and capsys.readouterr().err == ""
+    DAMAGES[message](folder)
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_: pytest.fail("a notebook was started"))
+    for words in [[], ["--list"], ["--figures"]] if message in SEEN else [[]]:
+        assert cli.main([*words, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("run_all.sh: --judge: ") and message in error and error.count("\n") == 1
+
+
+def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
+    folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
+    judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
+    together = judge.total + memory.run_memory(memory.on_meta(model, torch.float32)).total
+    assert judge.copies == judge.weights
+    monkeypatch.setenv(hub.JUDGE, "")
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(memory, "USABLE", 1)
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_: 1)
+    for free, status in ((together, 1), (together - 1, 2)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert cli.main(["--model", "full-0", "--judge", str(folder)]) == status
+    error = capsys.readouterr().err
+    assert "--judge: judge is too large for cpu" in error and "can be used beside the model under study" in error
+    assert "copy" not in error
+    monkeypatch.setattr(memory, "free_memory", lambda device: judge.total)
+    assert labels.judge_model.__wrapped__(str(folder), "cpu").n_layers == 4
+
+
+def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room on another GPU is none for a judge: it is loaded where the model's embedding lies."""
+    folder = judge_folder(tmp_path)
+    model = memory.run_memory(memory.on_meta(folders.model_folder("full-0"), torch.float32))
+    judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
+    free = {"cuda": model.total, "cuda:0": model.total + judge.total, "cuda:1": 10**12, "cpu": 0}
+    monkeypatch.setattr(memory, "USABLE", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(memory, "free_memory", lambda device: free[str(device)])
+    given = {"MODEL": "full-0", "DEVICE": "cuda", "DTYPE": "float32"}
+    assert settings._ready_judge(str(folder), given) == str(folder)
+    free["cuda:0"] -= 1
+    with pytest.raises(InputError, match="--judge: judge is too large for cuda:0"):
+        settings._ready_judge(str(folder), given)

@@ -13,8 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from families import tiny_model
-from hub_cache import TEMPLATE, tiny_tokenizer
+from hub_cache import chat_folder
 from public_rows import jbb, prompt_rows
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -38,12 +37,7 @@ WRAPPERS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer(place)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(place)
-    tiny_model("llama").save_pretrained(place)
-    return place
+    return chat_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +94,13 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert "T1: 8 of 12 requests have a benign partner of their length and can be interchanged; 4 of 12" in said
     assert said.count("joint probability") == said.count("below 0.8: edit outcome.json") == 1
     assert not [pair for pair in content.pairs if pair.control in said or pair.treated in said]
-    note = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())
-    assert (
-        len(note["rows"]) == 24
-        and note["rows"]["jailbreakbench-harmless-004"] == hashlib.sha256(b"w21 w34").hexdigest()
-    )
+    rows = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())["rows"]
+    assert len(rows) == 24 and rows["jailbreakbench-harmless-004"] == hashlib.sha256(b"w21 w34").hexdigest()
     (Path(found["PROMPTS"]) / "outcome.json").write_text('{"comply": [" w13"], "refuse": [" w12"]}')
     assert settings.fetched(given, str(template_file)) == found == settings.known(given, str(template_file)) | found
     again = capsys.readouterr().out
     assert "when it was made: left out: advbench is gated" in again, "said at every run"
-    for treatment in ("T1", "T2", "T2b"):
-        assert f"{treatment}: comply ' w13'; refuse ' w12' (joint probability 0.0" in again, "the user edited it"
-    settings.fetched(given, str(template_file))
-    assert "joint probability" not in capsys.readouterr().out, "said once of each version"
+    assert "T2b: comply ' w13'; refuse ' w12' (joint probability 0.0" in again, "the user edited it"
     for told in (said, again):
         assert f"to try the sets again that were left out: rm -r {found['PROMPTS']}, then the same command" in told
     assert pairs.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w13",), (" w12",))
@@ -129,10 +117,6 @@ def test_harmful_rows_alone_get_partners_of_equal_length(
     assert len(t1) == 12 and all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
     assert len({pair.control for pair in t1}) == 12
     assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
-    made = settings.collect("jailbreakbench+alpaca", tokenizer, (), said.append).pairs
-    assert partners.survival(made, 12, tokenizer) == [
-        "T1: 12 of 12 requests have a benign partner of their length and can be interchanged"
-    ]
     folder = public.folder("strongreject", str(model), None)
     settings.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
     assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}" in said and not any("rm -r" in line for line in said)
@@ -149,14 +133,9 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
     treated = {pair.id: pair.treated for pair in made.pairs}
     assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
-    assert partners.survival(made.pairs, made.n_requests, tokenizer) == [
-        "T1: 5 of 12 requests have a benign partner of their length and can be interchanged; 7 of 12 requests have no "
-        "benign partner of their length; few: take harmless partners by length (+alpaca), or sets with more rows",
-        "T2: 12 of 12 pairs have equal token length and can be interchanged",
-    ]
-    served["tatsu-lab/alpaca"] = {"train": [{"instruction": "w3", "input": ""}]}
-    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], lambda _: None)
-    assert partners.survival(made.pairs, made.n_requests, tokenizer)[0].startswith("T1: 0 of 12 requests")
+    t1, t2 = partners.survival(made.pairs, made.n_requests, tokenizer)
+    assert t1.startswith("T1: 5 of 12 requests have a benign partner of their length and can be interchanged; 7 of 12")
+    assert "take harmless partners by length (+alpaca)" in t1 and t2.startswith("T2: 12 of 12 pairs have equal token")
 
 
 def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, tokenizer: Tokenizer) -> None:
@@ -168,16 +147,6 @@ def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(serve
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
 
-@pytest.mark.parametrize("rows", [[], [{"prompt": " ", "category": "k"}], [{"prompt": None, "category": None}]])
-def test_a_set_without_a_request_is_left_out_with_a_sentence(
-    served: dict, tokenizer: Tokenizer, rows: list[dict]
-) -> None:
-    said: list[str] = []
-    served["walledai/StrongREJECT"] = {"train": rows}
-    settings.collect("strongreject,jailbreakbench", tokenizer, (), said.append)
-    assert len(said) == 1 and said[0].startswith("left out: ") and "StrongREJECT" in said[0]
-
-
 def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenizer) -> None:
     """Row 3 of the second set is a row of the first but for case, spacing and a full stop, row 5 is its own row 4 again."""
     rows = prompt_rows()["train"]
@@ -186,25 +155,13 @@ def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenize
     said: list[str] = []
     found = settings.collect("jailbreakbench,strongreject", tokenizer, (), said.append)
     assert found.n_requests == 22
-    assert [line for line in said if "left out" in line] == [
-        "strongreject: 2 rows have a request that an earlier row or set has too (but for case, spacing or closing "
-        "punctuation) and are left out, since topics must be independent"
-    ]
-    topics = {pair.topic for pair in found.pairs}
-    assert "jailbreakbench-003" in topics and not {"strongreject-003", "strongreject-005"} & (
-        topics | set(found.hashes)
+    (line,) = (line for line in said if "left out" in line)
+    assert (
+        line.startswith("strongreject: 2 rows have a request that an earlier row or set has too") and "w20" not in line
     )
-    assert "strongreject-004" in topics and len(topics) == len({pair.treated for pair in found.pairs}) == 22
-    assert all("w20" not in line for line in said)
-
-
-def test_a_harmless_text_is_the_partner_of_one_topic_only(served: dict, tokenizer: Tokenizer) -> None:
-    """Alpaca has every text twice, and one that is a harmless row of the other set."""
-    twice = [{"instruction": f"w{4 + i % 15} w6 w7{' w8' * (i % 2)}", "input": ""} for i in range(60)]
-    served["tatsu-lab/alpaca"] = {"train": [*twice, {"instruction": "w21 w31", "input": ""}]}
-    made = settings.collect("jailbreakbench,strongreject", tokenizer, (), lambda _: None)
-    controls = [pair.control for pair in made.pairs]
-    assert len(controls) == 24 and len(set(controls)) == 24
+    topics = {pair.topic for pair in found.pairs}
+    assert {"jailbreakbench-003", "strongreject-004"} <= topics and len(topics) == 22
+    assert not {"strongreject-003", "strongreject-005"} & (topics | set(found.hashes))
 
 
 def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(
@@ -218,47 +175,19 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     served["JailbreakBench/JBB-Behaviors"] = sides
     said: list[str] = []
     found = settings.collect("jailbreakbench", tokenizer, WRAPPERS[:1], said.append)
-    assert said == [
-        "jailbreakbench: 0 of 12 rows have the length of their own partner, so groups are interchanged: T1 takes a partner "
-        "of equal length from all harmless rows of the set (12 pairs)"
-    ]
+    assert len(said) == 1 and said[0].startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
     assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
     assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
     twin = next(pair for pair in found.pairs if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
-    rows = public.load_rows("jailbreakbench")
-    assert partners.grouped(rows, tokenizer, "x", said.append) != rows
-    enough = public.Rows(rows.harmful, tuple(reversed(rows.harmless)))  # lengths fit now
-    assert partners.grouped(enough, tokenizer, "x", said.append) is enough
 
 
-def test_an_own_outcome_is_shown_and_counts_as_it_is_now(
-    served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = template_file.parent / "outcome.json"
-    places = []
-    for comply in (" w11", " w13"):
-        own.write_text(json.dumps({"comply": [comply], "refuse": [" w12"]}))
-        places.append(settings.fetched(asked, str(template_file))["PROMPTS"])
-        said = capsys.readouterr().out
-        assert said.count(f": comply '{comply}'; refuse ' w12' (joint probability 0.0") == 3
-        assert pairs.load_set(places[-1]).outcomes["T2"] == ((comply,), (" w12",))
-    assert len(set(places)) == 2
-    assert settings.known(asked, str(template_file))["PROMPTS"] == places[1]
-    own.write_text('{"comply": [" nosuchword"], "refuse": [" w12"]}')
-    with pytest.raises(InputError, match=r"outcome\.json: outcome string ' nosuchword' starts with a word that"):
-        settings.fetched(asked, str(template_file))
-    own.unlink()
-    with pytest.raises(InputError, match="is not made for"):
-        settings.known(asked, str(template_file))
-
-
-def test_own_openers_are_measured_on_the_prompts_of_their_treatment(
+def test_own_openers_are_measured_on_the_prompts_of_their_treatment_and_count_as_they_are_now(
     served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = {"comply": [" w11"], "refuse": [" w12"]}
+    file, entry = template_file.parent / "outcome.json", {"comply": [" w11"], "refuse": [" w12"]}
     own = {"T1": entry, "T2": entry, "T2b": {"comply": [" w13", " w14"], "refuse": [" w12"]}}
-    (template_file.parent / "outcome.json").write_text(json.dumps(own))
+    file.write_text(json.dumps(own))
     seen: list[list[str]] = []
 
     def probabilities(subject: object, texts: list[str]) -> torch.Tensor:
@@ -276,13 +205,15 @@ def test_own_openers_are_measured_on_the_prompts_of_their_treatment(
         ["w8 w9 w20 w30 w7", "w8 w9 w10 w20 w30"],
         ["w8 w9 w21 w30 w4 w7", "w8 w9 w10 w21 w30 w4"],
     ]
+    file.write_text(json.dumps(entry))
+    with pytest.raises(InputError, match="is not made for"):
+        settings.known(asked, str(template_file))
 
 
-@pytest.mark.parametrize("is_wrapped", [False, True])
 def test_where_the_models_first_words_are_not_known_the_place_named_for_ones_own_works(
-    served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str], is_wrapped: bool
+    served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = str(template_file) if is_wrapped else None
+    given = str(template_file)
     with pytest.raises(InputError, match=r"the model refused 0 of \d+ prompts") as caught:
         settings.fetched(asked, given)
     place = re.search(r"of your own into (.*), then the same command", str(caught.value))[1]
@@ -328,9 +259,3 @@ def test_a_public_set_with_wrappers_goes_through_a_run_offline(
     assert set(found.treatment) == {"T1", "T2", "T2b", "T2-T2b"}
     n_files, leaks = texts_in(tmp_path, done.stdout + done.stderr)
     assert n_files > 10 and not leaks
-
-
-def test_wrappers_go_with_a_public_set_only(template_file: Path) -> None:
-    with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
-        settings.check_wrappers("embedded", str(template_file))
-    settings.check_wrappers("jailbreakbench", str(template_file))

@@ -1,6 +1,5 @@
 """Sweeps shared among jobs of submitit: the local executor, and what is said of whatever goes wrong."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -10,22 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from toys import environment
 
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
-from companion.run import flags, runner, shards
+from companion.run import cli, runner, shards
 
 WORDS = ["--model", "full-0", "--profile", "smoke", "--pairs", "10", "--name", "shared"]
-HAS_SUBMITIT = importlib.util.find_spec("submitit") is not None
-needs_submitit = pytest.mark.skipif(
-    not HAS_SUBMITIT, reason="submitit is not installed: python -m pip install -r requirements-cluster.in"
-)
-SHARE = """from companion.run import flags, runner, shards
-asked = flags.parse({words!r})
-print(shards.measure_shards(runner.make_plan(flags.resolved(asked)), ["01", "02", "03"], asked))"""
+Shared = Callable[..., tuple[bool, Mock]]
+SHARE = """from companion.run import cli, runner, shards
+asked = cli.parse({words!r})
+print(shards.measure_shards(runner.make_plan(cli.resolved(asked)), ["01", "02", "03"], asked))"""
 
 
 def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
@@ -39,8 +36,8 @@ def started(tmp_path: Path, *words: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-@needs_submitit
 def test_jobs_on_this_machine_share_the_batches_and_end_with_the_runner(tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install -r requirements-cluster.in")
     running = started(tmp_path, "--shards", "2")
     parts = tmp_path / "results" / "shared" / "parts"
     end = time.monotonic() + 120
@@ -68,69 +65,46 @@ def test_without_submitit_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) ->
         shards.check_submitit()
 
 
-class Executor:
-    """submitit's executor, whose jobs are handed in by the test, and which keeps what it was asked for."""
-
-    def __init__(self, wrong: Exception | None, jobs: list[SimpleNamespace]) -> None:
-        self.wrong, self.jobs, self.asked, self.calls = wrong, jobs, dict[str, Any](), list[tuple[Any, ...]]()
-
-    def update_parameters(self, **asked: Any) -> None:
-        self.asked = asked
-
-    def map_array(self, work: Callable[..., str], *every: Any) -> list[SimpleNamespace]:
-        if self.wrong is not None:
-            raise self.wrong
-        self.calls = list(zip(*every, strict=True))
-        return self.jobs
-
-
 def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
-    """A finished job, or one that failed, with its log; Ctrl-C comes while one is waited for."""
+    """A finished job, or one that failed, with its log."""
     path = tmp_path / f"{number}.err"
     path.write_text(log)
-
-    def exception() -> BaseException | None:
-        if isinstance(error, KeyboardInterrupt):
-            raise error
-        return error
-
-    return SimpleNamespace(
-        job_id=number, paths=SimpleNamespace(stderr=path), exception=exception, result=lambda: f"shard {number}"
-    )
+    made = {"exception": lambda: error, "result": lambda: f"shard {number}"}
+    return SimpleNamespace(job_id=number, paths=SimpleNamespace(stderr=path), **made)
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[bool, Executor]]:
-    """Measure the sweeps of a run by a stand-in for submitit on Slurm; no variable outlives the test."""
+def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Shared:
+    """Measure the sweeps of a run by a stand-in for submitit's executor on Slurm; no variable outlives the test."""
     for name in shards.notebooks.DETERMINISTIC:
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(runner, "RESULTS", tmp_path)
 
-    def measure(*words: str, wrong: Exception | None = None, jobs: Any = ()) -> tuple[bool, Executor]:
-        executor = Executor(wrong, list(jobs))
-        library = SimpleNamespace(AutoExecutor=lambda folder, cluster: executor)
-        monkeypatch.setitem(sys.modules, "submitit", library)
-        asked = flags.parse([*WORDS, "--executor", "slurm", "--shards", "2", *words])
-        plan = runner.make_plan(flags.resolved(asked))
-        numbers = runner.with_needs(flags.chosen_notebooks(asked.only), plan.paths)
+    def measure(*words: str, wrong: Exception | None = None, jobs: Any = ()) -> tuple[bool, Mock]:
+        executor = Mock(**{"map_array.return_value": list(jobs), "map_array.side_effect": wrong})
+        monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=lambda folder, cluster: executor))
+        asked = cli.parse([*WORDS, "--executor", "slurm", "--shards", "2", *words])
+        plan = runner.make_plan(cli.resolved(asked))
+        numbers = runner.with_needs(cli.chosen_notebooks(asked.only), plan.paths)
         return shards.measure_shards(plan, numbers, asked), executor
 
     return measure
 
 
-def test_jobs_are_given_what_a_run_is(shared: Callable[..., tuple[bool, Executor]], tmp_path: Path) -> None:
+def test_jobs_are_given_what_a_run_is(shared: Shared, tmp_path: Path) -> None:
     """`--only` leaves sweeps out that are not asked for, `--force` removes parts, and one thread goes to a shipped model."""
     part = tmp_path / "shared" / "parts" / "one.zip"
     part.parent.mkdir(parents=True)
     part.write_text("a part")
     words = ("--set", "timeout_min=5", "--set", "slurm_partition=gpu", "--only", "02")
     done, executor = shared(*words, jobs=[job(tmp_path, "7_0"), job(tmp_path, "7_1")])
-    assert done and executor.asked == {"timeout_min": 5, "slurm_partition": "gpu"} and part.exists()
-    (parameters, wanted, shard, n, variables, watched), last = executor.calls
+    executor.update_parameters.assert_called_once_with(timeout_min=5, slurm_partition="gpu")
+    assert done and part.exists()
+    (parameters, wanted, shard, n, variables, watched), last = zip(*executor.map_array.call_args.args[1:], strict=True)
     assert (parameters["MODEL"], wanted, shard, n, last[2]) == ("full-0", ["02"], 0, 2, 1)
     assert (variables, watched) == ({"OMP_NUM_THREADS": "1"}, None)
-    assert shared("--only", "01")[1].calls == []
+    assert not shared("--only", "01")[1].map_array.called
     assert shared("--force", jobs=[])[0] and not part.exists()
 
 
@@ -148,27 +122,19 @@ def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch) ->
     assert variables("cuda", "slurm") == [{}] * 4
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
+def test_what_keeps_jobs_from_being_submitted_is_one_sentence(shared: Shared) -> None:
+    for wrong, message in (
         (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), 'Could not detect "srun"'),
-        (
-            NameError("Parameter 'x' need to be prefixed.\nKnown executors: slurm"),
-            "Parameter 'x' need to be prefixed.;",
-        ),
+        (NameError("'x' need to be prefixed.\nKnown executors: slurm"), "'x' need to be prefixed.;"),
         (AssertionError(), "submitted: AssertionError;"),
-    ],
-)
-def test_what_keeps_jobs_from_being_submitted_is_one_sentence(
-    shared: Callable[..., tuple[bool, Executor]], wrong: Exception, message: str
-) -> None:
-    with pytest.raises(InputError, match=r"the jobs could not be submitted: .*see --set and --executor") as error:
-        shared(wrong=wrong)
-    assert message in str(error.value)
+    ):
+        with pytest.raises(InputError, match=r"the jobs could not be submitted: .*see --set and --executor") as error:
+            shared(wrong=wrong)
+        assert message in str(error.value)
 
 
 def test_a_failed_job_says_why_and_where_its_log_is(
-    shared: Callable[..., tuple[bool, Executor]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shared: Shared, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     logs = (
         "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n",
@@ -183,7 +149,7 @@ def test_a_failed_job_says_why_and_where_its_log_is(
 
 
 def test_nobody_writes_meanwhile_and_ctrl_c_says_that_jobs_of_slurm_go_on(
-    shared: Callable[..., tuple[bool, Executor]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    shared: Shared, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def second() -> BaseException:
         with pytest.raises(InputError, match="another run is writing"), runner.only_run(tmp_path / "shared"):
