@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.base.display import check
 from companion.mediation.study import Study, begin, describe_precision, tolerance
 from companion.model.load import bridge
 from companion.prompts.tokens import Openers, TokenPair
@@ -17,6 +18,7 @@ __all__ = [
     "Study",
     "begin",
     "bridge",
+    "check",
     "describe_precision",
     "example_pair",
     "log_odds_of_logits",

@@ -17,7 +17,7 @@ def jbb(n: int = 12, **changes: str) -> Splits:
 
 
 def prompt_rows(n: int = 12) -> Splits:
-    return {"train": [{"prompt": f"w22 w{30 + i} w40", "category": "k"} for i in range(n)]}
+    return {"train": [{"prompt": f"w22 w{30 + i} w50", "category": "k"} for i in range(n)]}
 
 
 def alpaca() -> Splits:

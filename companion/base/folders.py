@@ -31,6 +31,17 @@ def split_adapter(name: str) -> tuple[str, Path | None]:
     return name, None
 
 
+def with_adapter(model: str, adapter: Path | None) -> str:
+    """The name that `split_adapter` takes apart."""
+    return f"{model}+{adapter}" if adapter else model
+
+
+def weights(name: str) -> list[Path]:
+    """The weight files of a model and of its adapter, by which it is known."""
+    _, adapter = split_adapter(name)
+    return [*model_folder(name).glob("*.safetensors"), *([adapter / ADAPTER_WEIGHTS] if adapter else [])]
+
+
 def is_on_hub(name: str) -> bool:
     """Whether a name is that of a hub model, with or without an adapter, and no folder of that name is here."""
     base, _ = split_adapter(name)
@@ -77,6 +88,9 @@ def check_model(name: str) -> None:
 
     `companion.model.load` checks the weights themselves. A model of the hub is looked at when it is downloaded.
     """
+    name, adapter = split_adapter(name)
+    if adapter is not None:
+        check_adapter(adapter)
     if is_on_hub(name):
         return
     folder = model_folder(name)

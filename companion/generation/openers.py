@@ -70,22 +70,21 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
     remedy = f'write {{"comply": [...], "refuse": [...]}} of your own into {own}, then the same command'
     probabilities = first_token_probabilities(subject, texts)
     share, token = probabilities.mean(0).max(0)
-    if share > ALWAYS:
-        opener = _text_behind_a_prompt(subject, int(token))
-        raise InputError(
-            f"the model opens every answer, refusal or not, with {opener!r} (share {float(share):.2f}), so its first token "
-            "decides nothing. If it thinks before it answers, take its version without thinking, or change "
-            "chat_template.jinja so that the prompt ends behind the thought (<think></think>); if it opens with a fixed "
-            "phrase, let the prompt end behind that phrase"
-        )
+    alike = (
+        f"it opens every answer with {_text_behind_a_prompt(subject, int(token))!r} (share {float(share):.2f}), so its first "
+        "token decides nothing. If it thinks before it answers, take its version without thinking, or change "
+        "chat_template.jinja so that the prompt ends behind the thought (<think></think>)"
+    )
     made = decode.answers(subject, texts, STEPS)
     refused = np.array([is_refusal(text) for text in decode.answer_texts(subject, made)])
     for count, what in ((refused.sum(), "refused"), ((~refused).sum(), "answered")):
         if count < MIN_SIDE:
             raise InputError(
                 f"the model {what} {count} of {len(texts)} prompts, so its first words then are not known: {remedy}, or "
-                "use another set"
+                f"use another set{'; ' + alike if share > ALWAYS else ''}"
             )
+    if share > ALWAYS:
+        raise InputError(f"the model refuses and answers, but {alike}")
     comply, refuse = sort_openers(probabilities, torch.tensor(refused))
     strings = [_strings(subject, ids) for ids in (comply, refuse)]
     if not all(strings):

@@ -53,14 +53,13 @@ def load(
     folders.check_folder(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    files = list(folder.glob("*.safetensors"))
     if adapter is None:
         model = _load_model(folder, DTYPES[dtype], _device(device), copies)
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], _device(device), copies)
-        files.append(adapter / folders.ADAPTER_WEIGHTS)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(files))
+    weights = [*folder.glob("*.safetensors"), *([adapter / folders.ADAPTER_WEIGHTS] if adapter else [])]
+    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
     return _checked(found, allow_slow, "" if adapter is None else str(adapter))
 
 

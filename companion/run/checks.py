@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 from packaging.markers import Marker
 
+from companion.base.display import STRICT
 from companion.base.files import read_json, write_text
 from companion.base.paths import NOTEBOOKS, RESULTS, ROOT, relative
 from companion.run import notebooks, runner
@@ -55,7 +56,7 @@ def run_all() -> int:
         units = pool.submit(_step, *UNIT, unseen, scratch / "unit.log")
         outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
         results, figures = scratch / "results", scratch / "figures"
-        variables = notebooks.environment(results, figures, scratch) | notebooks.threads("embedded")
+        variables = notebooks.environment(results, figures, scratch) | notebooks.threads("embedded") | {STRICT: "1"}
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
         outcomes.append(compare(results))

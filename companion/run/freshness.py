@@ -19,7 +19,7 @@ from typing import Any
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, digest, hash_file, hash_folder, read_json, write_json
-from companion.base.folders import model_folder, prompts_folder
+from companion.base.folders import model_folder, prompts_folder, split_adapter
 from companion.base.paths import ROOT
 from companion.run.notebooks import Notebook, code_cells, source
 
@@ -44,6 +44,23 @@ def keys(
         more = [own[number]] if number in own else []
         found[number] = digest(code, dict(parameters), shared, upstream, *more)
     return found
+
+
+def rendered(parameters: Mapping[str, Any]) -> str:
+    """sha256 of the prompt set as the model reads it: a template may depend on more than its file.
+
+    Empty for a model or prompts that cannot be read; the run says what is wrong with them.
+    """
+    from companion.base.chat import render_prompt
+    from companion.model.load import load_tokenizer
+    from companion.prompts.pairs import load_set
+
+    try:
+        tokenizer = load_tokenizer(model_folder(parameters["MODEL"]))
+        pairs = load_set(prompts_folder(parameters["PROMPTS"])).pairs
+        return digest([render_prompt(tokenizer, text) for pair in pairs for text in (pair.control, pair.treated)])
+    except InputError:
+        return ""
 
 
 def recall(results: Path, name: str) -> dict[str, Any]:
@@ -94,11 +111,16 @@ def requirement_names(path: Path) -> list[str]:
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
     """Write `manifest.json` into the run's results."""
-    prompts, chunks = prompts_folder(parameters["PROMPTS"]), results / "chunks.json"
+    prompts, chunks, facts = (
+        prompts_folder(parameters["PROMPTS"]),
+        results / "chunks.json",
+        results / "model_facts.json",
+    )
     releases = {name: metadata.version(name) for name in requirement_names(ROOT / "requirements.in")}
     content = {
         "model": _model(parameters["MODEL"], known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
+        "facts": read_json(facts) if facts.is_file() else None,
         **{name.lower(): parameters[name] for name in ("DEVICE", "DTYPE", "PROFILE", "PAIRS")},
         **_judge(results),
         "seed": SEED,
@@ -115,10 +137,13 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
 
 def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     """Name and file hashes; of a model of the hub also its id and commit, and whether its own code was allowed to run."""
-    folder, hub_id = model_folder(given), hub.parse(given)
+    base, adapter = split_adapter(given)
+    folder, hub_id = model_folder(base), hub.parse(base)
     found: dict[str, Any] = {"name": folder.name, "sha256": hash_folder(folder, known)}
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
+    if adapter is not None:
+        found["adapter"] = {"name": adapter.name, "sha256": hash_folder(adapter, known)}
     return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 
@@ -143,9 +168,18 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """The commit that last changed code or data, and whether they were changed since; None outside of git."""
+    """The commit that last changed code or data, and whether they were changed since; None outside of git.
+
+    Where git does not answer for a repository, as for one that belongs to another user, that is said in place of it.
+    """
     commit = _git(root, "log", "-1", "--format=%H", "--", *CODE)
-    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *CODE))} if commit else None
+    if commit:
+        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *CODE))}
+    return (
+        {"commit": "unknown: git does not answer, or another user owns the folder"}
+        if (root / ".git").exists()
+        else None
+    )
 
 
 def _git(root: Path, *arguments: str) -> str:

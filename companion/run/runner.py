@@ -14,14 +14,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from companion.base import files, hub
+from companion.base.display import FAILED_CHECK
 from companion.base.errors import InputError
-from companion.base.folders import model_folder, names, prompts_folder
+from companion.base.folders import model_folder, names, prompts_folder, split_adapter
 from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, ORGANISM, PARTS, RESULTS, ROOT, relative
 from companion.run import freshness, notebooks, overview
 from companion.run.freshness import STATE, run_times
@@ -113,7 +114,8 @@ def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
     plan = Plan(parameters, paths, originals, books, keys, frozenset())
     stale = {number for number in paths if number in force or not _is_fresh(plan, number, known)}
     if known != before:
-        freshness.note(results, "hashes", known)
+        with suppress(OSError):  # a folder that may only be read: they are computed again next time
+            freshness.note(results, "hashes", known)
     return replace(plan, stale=frozenset(stale))
 
 
@@ -127,10 +129,13 @@ def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
 
 def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
     """What all notebooks rest on, hashed: code, lock, shipped data, model, prompts and judge; and, by number, what some do."""
-    given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]))
-    folders = [DATA, *(folder for folder in given if not folder.is_relative_to(DATA))]
+    _, adapter = split_adapter(parameters["MODEL"])
+    given = [model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]), *([adapter] if adapter else [])]
+    foreign = [folder for folder in given if not folder.is_relative_to(DATA)]
+    folders = [DATA, *foreign]
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
+    rendered = freshness.rendered(parameters) if foreign else ""  # what ships is text of fixed templates
     judge: list[Any] = []
     own: dict[str, Any] = {}
     results = RESULTS / parameters["SLUG"]
@@ -138,7 +143,7 @@ def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[
         from companion.generation import accuracy  # only then: it imports pandas
 
         judge, own = accuracy.judge_files(known), accuracy.own_accuracy(results, parameters, known)
-    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *judge), own
+    return files.digest(parts, rendered, files.hash_file(ROOT / "requirements.lock", known), *judge), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
@@ -171,7 +176,14 @@ def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
     Raises `InputError` where another process holds it (or waits for that one), or where the file system knows no locks.
     """
     path = lock_file(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except PermissionError as error:
+        raise InputError(
+            f"{relative(results)} cannot be written ({error.strerror}): name folders of your own in COMPANION_RESULTS and "
+            "COMPANION_FIGURES, or copy the repository"
+        ) from None
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -215,8 +227,10 @@ class Stage:
         """What `select` waits for: the pipe on which the notebook's process says how it ended."""
         return self.running.told.fileno()
 
-    def finish(self) -> tuple[float, str]:
-        """Put the files of a notebook that ended into their places; returns its seconds, and what went wrong, if it did."""
+    def finish(self) -> tuple[float, str, int]:
+        """Put the files of a notebook that ended into their places; returns its seconds, what went wrong, if it did, and how
+        many of its checks failed (`companion.base.display.check`).
+        """
         plan, number, path = self.plan, self.number, self.plan.paths[self.number]
         try:
             text, problem = self.running.finish()
@@ -227,7 +241,7 @@ class Stage:
                 self._publish(text, seconds)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)  # the next run removes what is left
-        return seconds, problem
+        return seconds, problem, text.count(f'"{FAILED_CHECK}')  # lines of outputs stand in quotes
 
     def _publish(self, text: str, seconds: float) -> None:
         plan, number = self.plan, self.number
@@ -333,11 +347,12 @@ class _Work:
         """Wait until one of the running notebooks ends, and put its files in place if it has finished."""
         for stage in select.select(self.stages, [], [])[0]:
             self.stages.remove(stage)
-            seconds, problem = stage.finish()
+            seconds, problem, failed = stage.finish()
             if problem:
                 self.lost[stage.number] = self.plan.paths[stage.number].stem
                 self._say(stage.number, f"failed after {seconds:.0f} s")
                 print(f"{self.lost[stage.number]}: {problem}", file=sys.stderr, flush=True)
             else:
                 self.done.append(stage.number)
-                self._say(stage.number, f"{seconds:.0f} s")
+                warning = f"; {failed} of its checks FAILED, see its outputs" if failed else ""
+                self._say(stage.number, f"{seconds:.0f} s{warning}")

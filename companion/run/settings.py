@@ -63,7 +63,8 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
     'embedded-xstest-wrappers-own'
     """
-    parts = [hub.slug(found["MODEL"])]
+    base, adapter = folders.split_adapter(found["MODEL"])
+    parts = [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
     if found["PROMPTS"] != "embedded":
         parts.append(Path(found["PROMPTS"]).name)
     parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
@@ -94,8 +95,10 @@ def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) ->
 
 
 def _place(model: str) -> str:
-    hub_id = hub.parse(model) if folders.is_on_hub(model) else None
-    return hub_id.repo if hub_id else relative(model_folder(model))
+    base, adapter = folders.split_adapter(model)
+    hub_id = hub.parse(base) if folders.is_on_hub(base) else None
+    place = hub_id.repo if hub_id else relative(model_folder(base))
+    return f"{place}+{relative(adapter)}" if adapter else place
 
 
 def _is_moved(then: str | None, now: str | None) -> bool:
@@ -142,7 +145,8 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
             why = "is not in the hub's cache yet: a run without --list downloads it"
             raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
-    model = model if Path(model).is_dir() else hub.pinned(model)
+    base, adapter = folders.split_adapter(model)
+    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
@@ -158,7 +162,8 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if folders.is_on_hub(model):
         from companion.model import download
 
-        model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
+        base, adapter = folders.split_adapter(model)
+        model = folders.with_adapter(download.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
@@ -242,7 +247,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     openers = tokens.openers(prompt_set, tokenizer)
     if extraction.find_supplied(prompts):
         shapes = memory.on_meta(folder, torch.float32)
-        weights = architecture.hash_files(folder.glob("*.safetensors"))
+        weights = architecture.hash_files(folders.weights(model))
         extraction.check_supplied(prompts, replace(shapes, tokenizer=tokenizer, sha256=weights))
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
@@ -321,7 +326,8 @@ def _make(
 def collect(
     name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
 ) -> Collected:
-    """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first.
+    """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first, and so do
+    near copies of one.
 
     Each makes a pair of T1 with its harmless partner, and in each wrapper one of T2, and of T2b if the partner is its twin.
     """
@@ -330,7 +336,7 @@ def collect(
 
     made: list[Pair] = []
     hashes: dict[str, str] = {}
-    n_requests = 0
+    asked: dict[str, str] = {}
     seen: set[str] = set()
     benign: dict[int, list[Request]] = {}
     for part in public.parse(name) or ():
@@ -359,11 +365,17 @@ def collect(
             made.append(Pair(f"{one.id}-t1", "T1", one.id, partner.text, one.text, family=one.category))
         made += [pair for one in rows.harmful for pair in _wrapped(one, twins.get(one), templates)]
         hashes |= {one.id: one.sha256 for one in (*rows.harmful, *rows.harmless) if one}
-        n_requests += len(rows.harmful)
+        asked |= {one.id: one.text for one in rows.harmful}
     if not made:
         what = f"--prompts {name}: none of these sets could be loaded, or no request has a partner"
         raise InputError(f"{what}: mend what the lines above say, or name others")
-    return Collected(tuple(made), hashes, n_requests)
+    clusters = public.near_duplicates(list(asked.values()))
+    first = dict(zip(reversed(clusters), reversed(asked), strict=True))
+    topic = {one: first[cluster] for one, cluster in zip(asked, clusters, strict=True)}
+    report(
+        f"{len(first)} topics of {len(asked)} requests: those that share {public.OVERLAP:g} of their words are one topic"
+    )
+    return Collected(tuple(replace(pair, topic=topic[pair.topic]) for pair in made), hashes, len(asked))
 
 
 def _benign(part: str) -> tuple[Request, ...]:

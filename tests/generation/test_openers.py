@@ -66,7 +66,7 @@ def test_openers_keep_the_blank_that_belongs_to_them(blanks: Subject, monkeypatc
 def test_a_model_that_opens_every_answer_alike_is_told_why(blanks: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     yes = blanks.tokenizer("x yes")["input_ids"][-1]
     say(monkeypatch, yes, yes)
-    with pytest.raises(InputError, match=r"opens every answer, refusal or not, with ' yes' .*thinks before it answers"):
+    with pytest.raises(InputError, match=r"refuses and answers, but it opens every answer with ' yes' .*thinks"):
         openers.find_openers(blanks, ["x"] * 12, Path("own"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from toys import CLAIMS, Toy, environment
 
+from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.run import checks, notebooks, runner
 
@@ -51,6 +52,19 @@ def test_the_committed_notebook_is_executed_and_clean(toy_done: Toy) -> None:
     assert printed == [{"name": "stdout", "output_type": "stream", "text": ["a\n", "b\n"]}]
 
 
+def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
+    toy.write(
+        "02", "from companion.base.display import check", 'check(False, "two routes differ by 3.0e-01")\nprint("on")'
+    )
+    done = toy.run("--only", "02")
+    assert done.returncode == 0 and "1 of its checks FAILED, see its outputs" in done.stdout
+    (text,) = json.loads(toy.notebook("02").read_text())["cells"][-1]["outputs"]
+    assert text["text"][0].startswith("CHECK FAILED: two routes differ by 3.0e-01.") and text["text"][1] == "on\n"
+    toy.write("02", "from companion.base.display import check", 'check(False, "two routes differ by 3.0e-01")')
+    strict = toy.run("--only", "02", COMPANION_STRICT="1")  # as the tests run the notebooks
+    assert strict.returncode == 1 and "AssertionError: two routes differ" in strict.stderr
+
+
 def test_the_manifest_says_what_the_results_were_made_from(toy_done: Toy) -> None:
     manifest = json.loads((toy_done.root / "results/embedded/manifest.json").read_text())
     assert manifest["model"]["name"] == "window-0" and len(manifest["model"]["sha256"]["model.safetensors"]) == 64
@@ -58,6 +72,18 @@ def test_the_manifest_says_what_the_results_were_made_from(toy_done: Toy) -> Non
     found = [manifest[name] for name in ("device", "dtype", "profile", "seed", "git", "chunk_sizes")]
     assert found == ["cpu", "float32", "full", 0, None, None]
     assert manifest["packages"]["torch"].replace(".", "").isdigit()
+
+
+def test_a_folder_of_another_user_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runner.freshness, "note", forbidden)
+    assert runner.make_plan(runner.DEFAULTS).paths  # what --list asks for
+    monkeypatch.setattr(Path, "touch", forbidden)
+    message = r"Permission denied.: name folders of your own in COMPANION_RESULTS"
+    with pytest.raises(InputError, match=message), runner.only_run(tmp_path):
+        pass
 
 
 MEETS = """import time

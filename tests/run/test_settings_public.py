@@ -143,7 +143,9 @@ def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(serve
     served["walledai/StrongREJECT"] = {"train": [{"prompt": row["Goal"], "category": "k"} for row in jbb()["harmful"]]}
     said: list[str] = []
     made = settings.collect("strongreject,jailbreakbench", tokenizer, (), said.append)
-    assert len(made.pairs) == made.n_requests == 12 and len(said) == 1
+    assert (
+        len(made.pairs) == made.n_requests == 12 and len(said) == 2 and said[1].startswith("12 topics of 12 requests")
+    )
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
 
@@ -164,6 +166,18 @@ def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenize
     assert not {"strongreject-003", "strongreject-005"} & (topics | set(found.hashes))
 
 
+def test_near_copies_of_a_request_are_one_topic_and_one_split(served: dict, tokenizer: Tokenizer) -> None:
+    rows = prompt_rows()["train"]
+    rows[7]["prompt"], rows[9]["prompt"] = rows[2]["prompt"] + " w9", rows[2]["prompt"] + " w8 w9"
+    served["walledai/StrongREJECT"] = {"train": rows}
+    said: list[str] = []
+    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], said.append)
+    assert "10 topics of 12 requests: those that share 0.6 of their words are one topic" in said
+    topics = {pair.id: pair.topic for pair in made.pairs if pair.treatment == "T2"}
+    assert len(set(topics.values())) == 10 and made.n_requests == 12
+    assert [topics[f"strongreject-{n:03d}-t2-tale"][-3:] for n in (2, 7, 9)] == ["002"] * 3
+
+
 def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(
     served: dict, tokenizer: Tokenizer
 ) -> None:
@@ -175,7 +189,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     served["JailbreakBench/JBB-Behaviors"] = sides
     said: list[str] = []
     found = settings.collect("jailbreakbench", tokenizer, WRAPPERS[:1], said.append)
-    assert len(said) == 1 and said[0].startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
+    assert len(said) == 2 and said[0].startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
     assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
     assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
     twin = next(pair for pair in found.pairs if pair.treatment == "T2b" and pair.topic == "jailbreakbench-004")
