@@ -196,6 +196,10 @@ def test_nothing_is_left_unfinished_or_tied_to_a_machine() -> None:
         assert not [home for home in homes if home in text], path
 
 
+def test_a_checkout_keeps_its_line_ends_on_every_system() -> None:
+    assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines()
+
+
 def test_there_is_no_pickle() -> None:
     paths = [path for folder in ("data", "results", "tests", *HOUSES) for path in (ROOT / folder).rglob("*")]
     assert not [path for path in paths if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]

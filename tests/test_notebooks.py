@@ -63,6 +63,14 @@ def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
 
 
 @book
+def test_no_assertion_in_a_notebook_can_end_a_users_run(path: Path) -> None:
+    """What must hold is asked by `companion.base.display.check`, which shows what does not and goes on."""
+    for cell in code(path):
+        tree = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)], notebooks.source(cell)
+
+
+@book
 def test_a_notebook_has_one_to_five_outputs_that_nbval_compares(path: Path) -> None:
     checked = [notebooks.source(cell) for cell in code(path) if is_checked(cell)]
     assert 1 <= len(checked) <= 5, "\n---\n".join(checked)

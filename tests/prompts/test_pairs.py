@@ -45,6 +45,15 @@ def test_a_valid_set_is_read(tmp_path: Path) -> None:
     assert content.sha256 == hashlib.sha256(both).hexdigest()
 
 
+def test_a_file_from_windows_with_names_in_any_script_is_read(tmp_path: Path) -> None:
+    """A byte order mark, line ends of two characters, letters written from right to left, and pictures."""
+    made = [row | {"id": f"\u05d0-\U0001f642-{i}", "topic": f"\u0645 {i}"} for i, row in enumerate(rows())]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in made)
+    content = load_set(folder(tmp_path, b"\xef\xbb\xbf" + text.encode()))
+    assert [pair.id for pair in content.pairs] == [row["id"] for row in made]
+    assert [pair.topic for pair in content.pairs] == [row["topic"] for row in made]
+
+
 def test_the_shipped_set_is_valid() -> None:
     content = load_set("embedded")
     assert content.treatments[:4] == ("T1", "T2", "T2b", "B1")

@@ -96,6 +96,12 @@ def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, f
     assert FLAGS[flags] in refused(toy_done, *flags.split(), **OFFLINE, HF_HUB_CACHE=str(tmp_path))
 
 
+def test_a_proxy_that_does_not_answer_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> None:
+    dead = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    said = refused(toy_done, "--model", "org/tiny", **dead, HF_HUB_CACHE=str(tmp_path))
+    assert "org/tiny" in said and "cannot be reached" in said
+
+
 BREAKS: dict[str, tuple[str, str | None, str]] = {  # file, its content (None: it goes), what is said
     "no config": ("config.json", None, "has no config.json"),
     "no weights": ("model.safetensors", None, "it has no weights"),

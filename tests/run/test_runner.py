@@ -74,6 +74,17 @@ def test_the_manifest_says_what_the_results_were_made_from(toy_done: Toy) -> Non
     assert manifest["packages"]["torch"].replace(".", "").isdigit()
 
 
+def test_a_kernel_and_a_profile_of_the_users_own_are_left_alone(toy: Toy, tmp_path: Path) -> None:
+    kernel, startup = tmp_path / "jupyter/kernels/python3", tmp_path / "ipython/profile_default/startup"
+    for folder in (kernel, startup):
+        folder.mkdir(parents=True)
+    (kernel / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "broken", "language": "python"}')
+    (startup / "00.py").write_text("raise SystemExit('the profile ran')")
+    places = {"JUPYTER_PATH": str(tmp_path / "jupyter"), "JUPYTER_DATA_DIR": str(tmp_path / "jupyter")}
+    done = toy.run("--only", "01", **places, IPYTHONDIR=str(tmp_path / "ipython"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_folder_of_another_user_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
