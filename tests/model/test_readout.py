@@ -4,7 +4,9 @@ import pytest
 import torch
 from families import FAMILIES, tiny_subject
 from grid_tools import runs
+from torch import nn
 
+from companion.base.errors import InputError
 from companion.model import readout
 
 
@@ -45,3 +47,30 @@ def test_frozen_logits_are_affine_in_the_residual() -> None:
     middle = readout.logits(subject, (like + other) / 2, norm_like=like)
     ends = readout.logits(subject, like, norm_like=like) + readout.logits(subject, other, norm_like=like)
     torch.testing.assert_close(middle, ends / 2, rtol=0, atol=1e-12)
+
+
+class Bare(nn.Module):
+    """A norm without weights that does not say its epsilon, as OLMo 1's (centred) and others' (not)."""
+
+    def __init__(self, centred: bool, eps: float) -> None:
+        super().__init__()
+        self.centred, self.hidden_eps = centred, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.hidden_eps)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_a_norm_without_weights_has_gain_1_and_its_epsilon_is_found(centred: bool, eps: float) -> None:
+    norm = Bare(centred, eps)
+    gain, bias, found = readout.norm_gain(norm)
+    assert (gain.item(), bias, found, readout.is_centred(norm)) == (1.0, None, eps, centred)
+    x = 1e-3 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(readout.frozen_norm(norm, x, x), norm(x))
+
+
+def test_what_is_no_norm_is_refused() -> None:
+    with pytest.raises(InputError, match="Tanh is neither a LayerNorm nor an RMSNorm"):
+        readout.norm_gain(nn.Tanh())
