@@ -99,7 +99,8 @@ def distance(pair: TokenPair) -> int:
 
 def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One printable label a token, for axes: newlines and spaces made visible."""
-    return [tokenizer.decode([int(i)]).replace("\n", "\\n").replace(" ", "·") for i in ids]
+    texts = [chat.token_text(tokenizer, ids[:at], token) for at, token in enumerate(ids)]
+    return [text.replace("\n", "\\n").replace(" ", "·") for text in texts]
 
 
 def token_labels(pair: TokenPair, side: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

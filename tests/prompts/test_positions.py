@@ -159,3 +159,9 @@ def test_labels_of_a_sensitive_pair_are_places_without_words() -> None:
     hidden = replace(pair, pair=replace(pair.pair, sensitive=True))
     shown = positions.token_labels(hidden, "treated", tokenizer)
     assert shown == [*plain[:2], *["(hidden)"] * 4, *plain[6:]]
+
+
+def test_labels_keep_the_blank_that_belongs_to_a_token() -> None:
+    tokenizer = handmade.sentencepiece(("▁yes",))
+    ids = np.array(tokenizer("x yes yes")["input_ids"])
+    assert positions.labels(ids, tokenizer) == ["x", "·yes", "·yes"]
