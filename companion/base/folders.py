@@ -37,9 +37,13 @@ def with_adapter(model: str, adapter: Path | None) -> str:
 
 
 def weights(name: str) -> list[Path]:
-    """The weight files of a model and of its adapter, by which it is known."""
-    _, adapter = split_adapter(name)
-    return [*model_folder(name).glob("*.safetensors"), *([adapter / ADAPTER_WEIGHTS] if adapter else [])]
+    """The files of a model's weights and of its adapter, by which it is known."""
+    return [*model_folder(name).glob("*.safetensors"), *adapter_files(split_adapter(name)[1])]
+
+
+def adapter_files(adapter: Path | None) -> list[Path]:
+    """An adapter's config, which says how strongly it is added, and its weights; nothing where there is none."""
+    return [adapter / ADAPTER, adapter / ADAPTER_WEIGHTS] if adapter else []
 
 
 def is_on_hub(name: str) -> bool:

@@ -24,7 +24,7 @@ from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import check_sites, clean_pair, read_facts, verify
 
 # Buffers that old checkpoints hold and the library makes anew.
-HARMLESS = ("masked_bias", "position_ids", "rotary_emb.inv_freq", "attn.bias")
+HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -58,9 +58,9 @@ def load(
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], _device(device), copies)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    weights = [*folder.glob("*.safetensors"), *([adapter / folders.ADAPTER_WEIGHTS] if adapter else [])]
+    weights = [*folder.glob("*.safetensors"), *folders.adapter_files(adapter)]
     found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
-    return _checked(found, allow_slow, "" if adapter is None else str(adapter))
+    return _checked(found, allow_slow, "" if adapter is None else adapter.name)
 
 
 def from_model(

@@ -229,10 +229,18 @@ def test_an_adapter_is_merged_in_float32_where_it_is_asked_for(folder: Path, ada
     plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = PeftModel.from_pretrained(plain, str(adapter))(tokens()).logits  # beside the weights, not in them
     torch.testing.assert_close(merged.model(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert merged.facts is not None and merged.facts.adapter == str(adapter)
-    assert merged.sha256 != load(folder).sha256
+    assert merged.facts is not None and merged.facts.adapter == adapter.name
+    assert len({merged.sha256, load(folder).sha256, adapter_scaled(name, adapter, 4).sha256}) == 3
+    adapter_scaled(name, adapter, 8)
     half = load(name, dtype="bfloat16").model.state_dict()  # rounded once, behind the sum
     assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in merged.model.state_dict().items())
+
+
+def adapter_scaled(name: str, adapter: Path, alpha: int) -> Any:
+    """The same adapter added more or less strongly, which its config alone says."""
+    kept = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(kept | {"lora_alpha": alpha}))
+    return load(name)
 
 
 def other_adapter(adapter: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
