@@ -264,7 +264,7 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
 
 
 WRONG = {
-    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, prompts",
+    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, adapter, prompts",
     "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, adapter, prompts, wrappers, judge",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
     "models:\n- {name: 2024-01-01}": "'name' must be text",
@@ -284,7 +284,7 @@ WRONG = {
     "models: {a: 1}": "expected one key 'models' with a list",
     "models: []": "at least one entry",
     "- a": "expected one key 'models'",
-    "models:\n- a": "entry 1: expected keys and values (model, prompts",
+    "models:\n- a": "entry 1: expected keys and values (model, adapter, prompts",
     "models: [": "cannot be read as YAML",
     "models: &a [*a]": "entry 1: expected keys and values",
     "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
