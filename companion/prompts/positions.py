@@ -100,9 +100,8 @@ def distance(pair: TokenPair) -> int:
 def labels(ids: Int[np.ndarray, "pos"], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """One printable label a token, for axes: newlines and spaces made visible."""
     texts = [tokenizer.decode([int(i)]) for i in ids]
-    pieces = map(
-        str, tokenizer.convert_ids_to_tokens([int(i) for i in ids])
-    )  # SentencePiece decodes none alone with its blank
+    # SentencePiece writes the blank before a word as ▁, and decodes a token on its own without it.
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens([int(i) for i in ids])]
     texts = [f" {t}" if p[:1] == "▁" and t[:1] != " " else t for t, p in zip(texts, pieces, strict=True)]
     return [text.replace("\n", "\\n").replace(" ", "·") for text in texts]
 
