@@ -65,6 +65,22 @@ def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
     assert strict.returncode == 1 and "AssertionError: two routes differ" in strict.stderr
 
 
+def test_the_projects_own_tests_end_a_notebook_at_such_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def step(name: str, module: object, variables: dict[str, str], log: Path | None = None) -> tuple[str, bool, float]:
+        seen[name] = variables
+        if log is not None:
+            log.write_text("")
+        return name, True, 0.0
+
+    monkeypatch.setattr(checks, "_step", step)
+    monkeypatch.setattr(checks, "compare", lambda results: ("committed results", True, 0.0))
+    assert checks.run_all() == 0
+    books = [variables for name, variables in seen.items() if name.startswith("nbval")]
+    assert len(books) == 9 and all(variables["COMPANION_STRICT"] == "1" for variables in books)
+
+
 def test_the_manifest_says_what_the_results_were_made_from(toy_done: Toy) -> None:
     manifest = json.loads((toy_done.root / "results/embedded/manifest.json").read_text())
     assert manifest["model"]["name"] == "window-0" and len(manifest["model"]["sha256"]["model.safetensors"]) == 64
