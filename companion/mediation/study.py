@@ -22,8 +22,8 @@ from companion.model.activations import clean_run
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.model.load import check_fit, load, untrained_twin
-from companion.prompts import pairs, positions, subsample, tokens
-from companion.prompts.pairs import Pair, load_set
+from companion.prompts import pairs, positions, tokens
+from companion.prompts.pairs import Pair, load_set, pairs_asked, subsample
 from companion.prompts.tokens import Openers, TokenPair
 
 CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
@@ -67,7 +67,7 @@ class Study:
 
     def subsample(self, n: int) -> Study:
         """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
-        kept = {pair.id for pair in subsample.subsample([one.pair for one in self.pairs], n)}
+        kept = {pair.id for pair in subsample([one.pair for one in self.pairs], n)}
         return replace(self, pairs=tuple(pair for pair in self.pairs if pair.pair.id in kept))
 
 
@@ -81,7 +81,7 @@ def begin(
     """
     subject = load(model, device=device, dtype=dtype)
     content = load_set(prompt_set)
-    chosen = subsample.subsample(content.pairs, subsample.pairs_asked(pairs, profile))
+    chosen = subsample(content.pairs, pairs_asked(pairs, profile))
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import folders, hub, paths
+from companion.base.device import resolve
 from companion.base.errors import InputError
 from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
@@ -53,10 +54,11 @@ def load(
     folders.check_folder(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    place = resolve(device)
     if adapter is None:
-        model = _load_model(folder, DTYPES[dtype], _device(device), copies)
+        model = _load_model(folder, DTYPES[dtype], place, copies)
     else:
-        model = _load_merged(folder, adapter, DTYPES[dtype], _device(device), copies)
+        model = _load_merged(folder, adapter, DTYPES[dtype], place, copies)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     weights = [*folder.glob("*.safetensors"), *folders.adapter_files(adapter)]
     found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
@@ -150,7 +152,7 @@ def _folder(name: str | Path) -> Path:
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
     """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
     where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
-    on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type == "cuda" else {}
+    on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type != "cpu" else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
@@ -223,20 +225,6 @@ def _quiet(model: PreTrainedModel) -> PreTrainedModel:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device {name!r} does not exist; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} was asked for, but {torch.cuda.device_count()} GPUs are visible; use --device cpu"
-        )
-    return device
 
 
 def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:

@@ -6,7 +6,6 @@ that a rerun gives the same bytes; a sweep stays, above the model and two clean 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from companion.base import hub
+from companion.base.device import HOST, count, free_memory
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts
@@ -30,12 +30,6 @@ MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wa
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
-MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
-VERSIONS = (
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 _events: list[str] = []
 
 
@@ -129,8 +123,6 @@ def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -
         event = f"out of memory with {len(chunk)} interventions at once; went on with half as many"
     _events.append(event)
     warnings.warn(event, stacklevel=2)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return None
 
 
@@ -187,35 +179,6 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST)
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
     return RunMemory(weights, round(alive * weights), 2 * sweep.clean_run + sweep.sweep)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # else what this process used and gave up counts as taken
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = _fields(MEMINFO).get("MemAvailable:")
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
-    return max(0, min([machine, *_left_by_limits()]))
-
-
-def _left_by_limits() -> list[int]:
-    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
-
-    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
-    """
-    groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
-    found = []
-    for kind, limit, used, cached in VERSIONS:
-        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
-        names = [name for name in own.split("/") if name]
-        parts = [] if ".." in names else names  # it lies outside of what this process may see
-        for n in range(len(parts) + 1):
-            folder = Path(GROUPS, kind, *parts[:n])
-            most, now = _number(folder / limit), _number(folder / used)
-            if most is not None and now is not None:
-                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
-    return found
 
 
 def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
@@ -278,9 +241,9 @@ def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
     """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
     if device.type == "cpu":
         return {}
-    others = range(1, torch.cuda.device_count() if device.index is None else 1)
-    rooms = {f"cuda:{i}": int(USABLE * free_memory(torch.device("cuda", i))) - sweep for i in others}
-    return rooms | {"cpu": int(USABLE * free_memory(torch.device("cpu")))}
+    others = range(1, count(device) if device.index is None else 1)
+    rooms = {f"{device.type}:{i}": int(USABLE * free_memory(torch.device(device.type, i))) - sweep for i in others}
+    return rooms | {"cpu": int(USABLE * free_memory(HOST))}
 
 
 def _too_large(
@@ -311,24 +274,6 @@ def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str
         ):
             found[name] = device
     return found
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file, None where the file is not there or says "max"."""
-    text = _text(path).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """The first number behind each name, a line each; nothing where the file is not there."""
-    return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another system, or a group that this user may not look into
-        return ""
 
 
 def _gb(size: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from companion.base.paths import PROMPTS
 SPLITS = ("discover", "validate", "test")
 SPLIT_SHARES = (0.4, 0.3, 0.3)
 MIN_PAIRS = 10
+SMOKE_PAIRS = 24  # a treatment, in the smoke profile
 REQUIRED = ("id", "treatment", "topic", "control", "treated")
 OPTIONAL = ("twin", "family", "split", "spans")
 TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
@@ -237,3 +239,61 @@ def _splits(pairs: Sequence[Pair], path: Path) -> dict[str, str]:
     ordered = sorted(free, key=lambda topic: hashlib.sha256(topic.encode()).hexdigest())
     ranks = np.searchsorted(np.cumsum(SPLIT_SHARES) * len(ordered), np.arange(len(ordered)) + 0.5)
     return given | {topic: SPLITS[rank] for topic, rank in zip(ordered, ranks, strict=True)}
+
+
+# ---- fewer pairs ----
+
+
+def pairs_asked(pairs: int, profile: str) -> int:
+    """How many pairs a treatment a run takes at most (0: all).
+
+    >>> pairs_asked(0, "full"), pairs_asked(0, "smoke"), pairs_asked(50, "smoke")
+    (0, 24, 50)
+    """
+    return pairs or (SMOKE_PAIRS if profile == "smoke" else 0)
+
+
+def subsample(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
+    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs.
+
+    A quick look thus changes neither the topics nor the kinds of pairs that are seen.
+    """
+    if n == 0:
+        return tuple(pairs)
+    if n < MIN_PAIRS:
+        raise InputError(f"--pairs {n}: at least {MIN_PAIRS} pairs a treatment are needed (0 means all)")
+    cuts = np.rint(np.cumsum((0, *SPLIT_SHARES)) * n).astype(int)
+    quota = dict(zip(SPLITS, np.diff(cuts).tolist(), strict=True))
+    twins = {pair.twin for pair in _first(pairs, quota, "T2") if pair.twin}
+    kept: set[str] = set()
+    for treatment in {pair.treatment for pair in pairs}:
+        chosen = _first(pairs, quota, treatment)
+        kept |= twins if treatment == "T2b" and twins else {pair.id for pair in chosen}
+    return tuple(pair for pair in pairs if pair.id in kept)
+
+
+def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
+    """Pairs of each split: one topic after another, and of each topic's pairs one of the family seen least so far.
+
+    So few pairs still span many topics and kinds of pairs. Ties are broken by a hash of the id, since files often list
+    one kind of pair first.
+    """
+    chosen: list[Pair] = []
+    for split, size in quota.items():
+        members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
+        members.sort(key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest())
+        waiting: dict[str, list[Pair]] = {}
+        for pair in members:
+            waiting.setdefault(pair.topic, []).append(pair)
+        families: Counter[str] = Counter()
+        taken: list[Pair] = []
+        while waiting and len(taken) < size:
+            for topic in list(waiting)[: size - len(taken)]:
+                pair = min(waiting[topic], key=lambda one: families[one.family])
+                families[pair.family] += 1
+                taken.append(pair)
+                waiting[topic].remove(pair)
+                if not waiting[topic]:
+                    del waiting[topic]
+        chosen += taken
+    return chosen

@@ -212,37 +212,30 @@ def check_prompts(name: str) -> None:
         )
 
 
-def resolve_device(device: str) -> str:
-    """`auto` becomes `cuda` or `cpu`; `InputError` if a CUDA device is asked for that is not there."""
-    if device == "cpu":
-        return device
-    import torch
+def resolve_device(name: str) -> str:
+    """`auto` becomes `cuda` or `cpu`; `InputError` if a device is asked for that is not there."""
+    if name == "cpu":
+        return name
+    from companion.base import device
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if count else "cpu"
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        have = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
-        raise InputError(f"--device {device}: torch sees {have} here; use --device cpu or auto")
-    return device
+    return device.resolve(name).type if name == "auto" else str(device.resolve(name))
 
 
 def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
     """Read and tokenize the prompt set; returns what a user should know of it, or `InputError` for what a run cannot use."""
-    from companion.prompts.pairs import load_set
+    from companion.prompts.pairs import load_set, pairs_asked, subsample
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     import torch
 
     from companion.model import architecture, memory
     from companion.model.load import load_tokenizer
-    from companion.prompts import subsample, tokens
+    from companion.prompts import tokens
     from companion.steering import extraction
 
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
-    chosen = subsample.subsample(prompt_set.pairs, subsample.pairs_asked(pairs, profile))
+    chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
     if extraction.find_supplied(prompts):

@@ -304,13 +304,9 @@ def test_a_known_family_that_brings_code_is_run_with_the_librarys_own(folder: Pa
     assert type(load(folder).model) is hf.Qwen2ForCausalLM
 
 
-def test_wrong_names_of_devices_and_precisions(folder: Path) -> None:
+def test_wrong_names_of_precisions(folder: Path) -> None:
     with pytest.raises(InputError, match="dtype 'float16' is not one of float32, float64, bfloat16"):
         load(folder, dtype="float16")
-    with pytest.raises(InputError, match="expected auto, cpu, cuda or cuda:N"):
-        load(folder, device="gpu")
-    with pytest.raises(InputError, match="GPUs are visible"):
-        load(folder, device="cuda:99")
     assert load(folder, device="auto").device.type in ("cpu", "cuda")
 
 

@@ -14,7 +14,7 @@ from companion.model import activations, memory, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch
 from companion.model.load import load
-from companion.model.memory import USABLE, free_memory, name_places, on_meta, placement, run_memory, sweep_memory
+from companion.model.memory import USABLE, name_places, on_meta, placement, run_memory, sweep_memory
 from companion.model.verify import verify
 
 GPU = torch.device("cuda:0")
@@ -103,65 +103,6 @@ def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
     patches = [Patch("neuron", 1, mask([8]), 3), Patch("head", 1, mask([8]), 3), Patch("mlp_out", 1, mask([8]))]
     one, two = (replay.interchange(model, *runs(model), patches) for model in (away, here))
     torch.testing.assert_close(one, two)
-
-
-def system(place: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict[str, tuple[str, int, int]]) -> int:
-    """Free memory on a machine with 100 GB of it and these control groups: limit, GB used, GB of them files."""
-    (place / "meminfo").write_text(f"MemTotal: {128 * GB // 1024} kB\nMemAvailable: {100 * GB // 1024} kB\n")
-    (place / "own").write_text(own)
-    for folder, (limit, used, files) in groups.items():
-        names = memory.VERSIONS[folder.startswith("memory")][1:]
-        texts = (f"{limit}\n", f"{used * GB}\n", f"anon 1\n{names[2]} {files * GB}\n")
-        (place / "groups" / folder).mkdir(parents=True, exist_ok=True)
-        for name, text in zip((*names[:2], "memory.stat"), texts, strict=True):
-            (place / "groups" / folder / name).write_text(text)
-    for name, file in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "own"), ("GROUPS", "groups")):
-        monkeypatch.setattr(memory, name, place / file)
-    return round(free_memory(torch.device("cpu")) / GB)
-
-
-BIG = str(2**63 - 4096)  # what the first version says where there is no limit
-LIMITS: dict[str, tuple[str, dict[str, tuple[str, int, int]], int]] = {
-    "no groups": ("", {}, 100),
-    "no limit": ("0::/\n", {"": ("max", 50, 0)}, 100),
-    "files are given back": ("0::/\n", {"": (str(40 * GB), 35, 20)}, 25),
-    "its own group": ("0::/job/step\n", {"job": ("max", 9, 0), "job/step": (str(16 * GB), 5, 1)}, 12),
-    "a parent's limit": ("0::/job/step\n", {"job": (str(20 * GB), 18, 1), "job/step": (str(16 * GB), 5, 1)}, 3),
-    "not another's": ("0::/job\n", {"job": (str(20 * GB), 5, 0), "other": (str(2 * GB), 1, 0)}, 15),
-    "above what is seen": ("0::/../x\n", {"": (str(8 * GB), 1, 0), "../x": (str(2 * GB), 1, 0)}, 7),
-    "a group that is not mounted": ("0::/docker/1a\n", {"": (str(8 * GB), 1, 0)}, 7),
-    "first version": ("4:cpu,memory:/d\n0::/\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 5),
-    "first version, other kind": ("4:cpu:/d\n", {"memory": (BIG, 60, 0), "memory/d": (str(9 * GB), 6, 2)}, 100),
-    "more used than allowed": ("0::/\n", {"": (str(4 * GB), 5, 0)}, 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", LIMITS)
-def test_a_containers_limits_count_but_not_its_cached_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
-    own, groups, free = LIMITS[case]
-    assert system(tmp_path, monkeypatch, own, groups) == free
-
-
-def test_free_memory_where_linux_says_nothing_is_all_of_the_machines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MEMINFO", "OWN_GROUPS", "GROUPS"):
-        monkeypatch.setattr(memory, name, tmp_path / "none")
-    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
-    assert free_memory(torch.device("cpu")) == 4096000
-
-
-def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {"free": 10, "given up": 5}
-
-    def empty() -> None:
-        held.update(free=held["free"] + held["given up"])
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
-    assert free_memory(GPU) == 15
 
 
 KEPT_BY_A_PAIR = ("resid", "attn_out", "mlp_out", "z")

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from companion.base.errors import InputError
-from companion.prompts.pairs import SPLITS, Pair, load_set
-from companion.prompts.subsample import subsample
+from companion.prompts.pairs import SPLITS, Pair, load_set, subsample
 
 
 def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:

@@ -1,0 +1,151 @@
+"""The device that a run computes on: asked for by name, its memory, and what identifies it.
+
+Only torch's own device modules are called, so what holds for a CUDA device holds for any accelerator with float64.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from companion.base.errors import InputError
+
+HOST = torch.device("cpu")
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# How the two versions of Linux's control groups name a folder, a limit, what is used, and what of it is a cache of files.
+VERSIONS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def resolve(name: str) -> torch.device:
+    """The device of this name; `auto` is the first GPU, or the processor where torch sees none.
+
+    Raises InputError for a name that is none, a GPU that is not there, and one that lacks float64.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.device_count() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} does not exist; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return HOST
+    if device.type == "mps":
+        raise InputError("device 'mps' lacks float64, in which effects are summed; use --device cpu")
+    there = count(device)
+    if (device.index or 0) >= there:
+        kind = "CUDA" if device.type == "cuda" else device.type
+        have = f"{there} {kind} device{'s' * (there != 1)}" if there else f"no {kind} device"
+        build = "; this torch was built without CUDA" if device.type == "cuda" and torch.version.cuda is None else ""
+        raise InputError(f"--device {name}: torch sees {have} here{build}; use --device cpu or auto")
+    return device
+
+
+def count(device: torch.device) -> int:
+    """How many devices of this kind there are."""
+    try:
+        return int(_module(device).device_count())
+    except (AttributeError, RuntimeError):  # a kind that this torch was built without
+        return 0
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a GPU works on while Python goes on."""
+    if device.type != "cpu":
+        _module(device).synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine's memory, where a container's limits count."""
+    if device.type != "cpu":
+        _module(device).empty_cache()  # else what this process used and gave up counts as taken
+        return int(_module(device).mem_get_info(device)[0])
+    free = _fields(MEMINFO).get("MemAvailable:")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else 1024 * free
+    return max(0, min([machine, *_left_by_limits()]))
+
+
+def _left_by_limits() -> list[int]:
+    """Bytes that each limit on this process leaves: that of its own control group, and those of all above it.
+
+    What the kernel keeps of files that were read is counted as used there, and given back when it is needed.
+    """
+    groups = [line.split(":", 2)[1:] for line in _text(OWN_GROUPS).splitlines()]
+    found = []
+    for kind, limit, used, cached in VERSIONS:
+        own = next((path for kinds, path in groups if kind in kinds.split(",")), "/")
+        names = [name for name in own.split("/") if name]
+        parts = [] if ".." in names else names  # it lies outside of what this process may see
+        for n in range(len(parts) + 1):
+            folder = Path(GROUPS, kind, *parts[:n])
+            most, now = _number(folder / limit), _number(folder / used)
+            if most is not None and now is not None:
+                found.append(most - now + _fields(folder / "memory.stat").get(cached, 0))
+    return found
+
+
+def peak_bytes(device: torch.device, *, reset: bool = False) -> int:
+    """The most bytes that tensors took on a GPU since the last reset; 0 on the processor, where nobody counts."""
+    if device.type == "cpu":
+        return 0
+    found = int(_module(device).max_memory_allocated(device))
+    if reset:
+        _module(device).reset_peak_memory_stats(device)
+    return found
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to repeat a run: the card, its memory, and the builds that computed with it."""
+    if device.type == "cpu":
+        return {"name": "cpu"}
+    properties = _module(device).get_device_properties(device)
+    found = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    if device.type == "cuda":
+        found |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        }
+    return found
+
+
+@cache
+def _driver() -> str:
+    """The version of NVIDIA's driver, "" where its tool is not there."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.split("\n", 1)[0].strip() if done.returncode == 0 else ""
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file, None where the file is not there or says "max"."""
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The first number behind each name, a line each; nothing where the file is not there."""
+    return {name: int(value) for name, value, *_ in (line.split() for line in _text(path).splitlines())}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # another system, or a group that this user may not look into
+        return ""
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
