@@ -51,12 +51,13 @@ LABELS: Final = ("on_topic", "refusal", "harmful", "off_topic")
 def first_token_logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> Float[Tensor, "prompt vocab"]:
-    """Log-probabilities (nats) of the first answer token to each user turn."""
+    """Log-probabilities (nats) of the first answer token to each user turn, in the processor's memory."""
     rows = []
     for start in range(0, len(prompts), BATCH):
         texts = [chat_text(prompt) for prompt in prompts[start : start + BATCH]]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-        rows.append(model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1].float().log_softmax(-1))
+        logits = model(**batch.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
+        rows.append(logits.float().log_softmax(-1).cpu())
     return torch.cat(rows)
 
 
@@ -227,8 +228,8 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
         return None
     harmful = suites[suites.suite.isin(HARM)].reset_index(drop=True)
     others = other_shipped(model) if profile == "full" else ()
-    rows = []
-    for name, subject in {this.slug: this.subject, **{name: load(name) for name in others}}.items():
+    rows, place = [], str(this.subject.device)
+    for name, subject in {this.slug: this.subject, **{name: load(name, device=place) for name in others}}.items():
         logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())
         comply = logp[:, list(this.openers["T2"].comply)].exp().sum(-1).numpy()
         for tier in np.unique(harmful.tier):

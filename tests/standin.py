@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
-NAME = "standin"
+NAME, HOST = "standin", torch.device("cpu")
 GIB = 2**30
 # Operations that take tensors of both places: copies, and indices on the processor.
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # and where their left factor stands
-# Without a deterministic kernel on CUDA, whatever torch is asked for.
-CHANCY = {"cumsum", "cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
+PRODUCTS = {"mm": torch.addmm, "addmm": torch.addmm, "bmm": torch.baddbmm, "baddbmm": torch.baddbmm}  # and a sum with one
+# Without a deterministic kernel on CUDA, whatever torch is asked for; sums that run along a lone row among them.
+CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
 
 
 class Memory:
     """Bytes of tensors that are alive on the device; views count once."""
 
     def __init__(self) -> None:
-        self.limit, self.held, self.peak, self.made = 0, 0, 0, 0
+        self.limit, self.held, self.peak, self.is_counted = 0, 0, 0, False
         self.owners: dict[int, int] = {}
 
     def take(self, owner: Any, tensor: Tensor) -> None:
@@ -42,7 +42,6 @@ class Memory:
             if self.held + size > self.limit:
                 raise torch.OutOfMemoryError(f"stand-in out of memory: {size} bytes asked for beside {self.held}")
             self.held += size
-            self.made += 1
             self.peak = max(self.peak, self.held)
         self.owners[place] = self.owners.get(place, 0) + 1
         weakref.finalize(owner, self.give, place, size).atexit = False
@@ -119,7 +118,8 @@ class OnDevice(Tensor):
 
     def __init__(self, held: Tensor) -> None:
         self.held = held
-        MEMORY.take(self, held)
+        if MEMORY.is_counted:
+            MEMORY.take(self, held)
 
     def __repr__(self, **_: Any) -> str:
         return f"OnDevice({self.held!r})"
@@ -159,50 +159,48 @@ for _name in _MAKERS:
 
 
 @contextlib.contextmanager
-def active(memory: int = 64 * GIB) -> Iterator[torch.device]:
-    """Inside, `device="standin"` is an accelerator with so many bytes; yields the device."""
-    MEMORY.limit = memory
-    MEMORY.peak = MEMORY.held
+def active(memory: int | None = None) -> Iterator[torch.device]:
+    """Inside, `device="standin"` is an accelerator; yields the device. With `memory`, bytes are counted and end there."""
+    MEMORY.limit, MEMORY.is_counted, MEMORY.peak = memory or 64 * GIB, memory is not None, MEMORY.held
     try:
         yield DEVICE
     finally:
-        MEMORY.limit = 0
+        MEMORY.limit, MEMORY.is_counted = 0, False
 
 
 def _is_here(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _bare(tree: Any) -> Any:
-    return _mapped(lambda x: x.held if isinstance(x, OnDevice) else x, tree)
-
-
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """An operation's arguments or results with every leaf changed; torch's own does the same at thrice the cost."""
-    if type(tree) in (tuple, list):
-        return type(tree)(_mapped(change, x) for x in tree)
-    return {key: _mapped(change, x) for key, x in tree.items()} if type(tree) is dict else change(tree)
+def _bare(x: Any, seen: list[Tensor]) -> Any:
+    """An argument with plain tensors in place of those of the device; all tensors are noted."""
+    if isinstance(x, Tensor):
+        seen.append(x)
+        return x.held if isinstance(x, OnDevice) else x
+    return type(x)([_bare(one, seen) for one in x]) if type(x) in (list, tuple) else x
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation: the rule on mixing, the processor's arithmetic, and the result in the right place."""
-    name = func.overloadpacket.__name__
-    tensors: list[Tensor] = []
-    _mapped(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, kwargs))
+    name, tensors = func.overloadpacket.__name__, list[Tensor]()
+    plain, named = [_bare(x, tensors) for x in args], {key: _bare(x, tensors) for key, x in kwargs.items()}
     own = {id(x.held): x for x in tensors if isinstance(x, OnDevice)}
-    if own and name not in COPIES:
+    is_here = bool(own)
+    if (wanted := kwargs.get("device")) is not None:
+        is_here, named["device"] = _is_here(wanted), HOST
+    if own and len(own) < len(tensors) and name not in COPIES:
         _refuse_mixed(name, args, tensors)
-    if own and name in CHANCY and tensors[0].is_floating_point():
+    is_lone_sum = name == "cumsum" and args[0].numel() == args[0].shape[args[1]] > 1
+    if own and (name in CHANCY or is_lone_sum) and tensors[0].is_floating_point():
         raise RuntimeError(f"{name} does not have a deterministic implementation on {DEVICE}")
-    wanted = kwargs.get("device")
-    inner = {
-        key: torch.device("cpu") if key == "device" and value is not None else value for key, value in kwargs.items()
-    }
-    plain, run = _bare(args), _product if own and name in PRODUCTS else _plainly
-    made = run(func, name, plain, _bare(inner))
-    if not (_is_here(wanted) if wanted is not None else isinstance(args[0], OnDevice) if name == "copy_" else own):
-        return made
-    return _mapped(lambda x: (own.get(id(x)) if id(x) in own else OnDevice(x)) if isinstance(x, Tensor) else x, made)
+    made = _product(func, name, plain, named) if own and name in PRODUCTS else func(*plain, **named)
+    if name == "copy_":
+        return args[0]
+    if isinstance(made, Tensor):
+        return (own.get(id(made)) if id(made) in own else OnDevice(made)) if is_here else made
+    if is_here and isinstance(made, tuple | list):
+        return type(made)(OnDevice(x) if isinstance(x, Tensor) else x for x in made)
+    return made
 
 
 def _refuse_mixed(name: str, args: Any, tensors: list[Tensor]) -> None:
@@ -216,15 +214,11 @@ def _refuse_mixed(name: str, args: Any, tensors: list[Tensor]) -> None:
         )
 
 
-def _plainly(func: Any, _: str, args: Any, kwargs: Any) -> Any:
-    return func(*args, **kwargs)
-
-
-def _product(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """The product, its sum taken in an order that depends on how many rows the left factor has."""
-    at = PRODUCTS[name]
-    left, right = args[at : at + 2]
-    if left.dtype == torch.float64 or not left.is_floating_point():
-        return func(*args, **kwargs)
-    order = torch.arange(left.shape[-1]).roll(1 + left.shape[-2] % 7)
-    return func(*args[:at], left[..., order], right[..., order, :], *args[at + 2 :], **kwargs)
+def _product(func: Any, name: str, args: Any, named: Any) -> Any:
+    """The product as two sums, cut at a place that depends on how many rows the left factor has."""
+    *bias, left, right = args
+    cut = left.shape[-1] * (1 + left.shape[-2] % 5) // 6
+    if not cut or named or left.dtype == torch.float64 or not left.is_floating_point():
+        return func(*args, **named)
+    first = func(*bias, left[..., :cut], right[..., :cut, :])
+    return PRODUCTS[name](first, left[..., cut:], right[..., cut:, :])

@@ -6,11 +6,14 @@ Only torch's own device modules are called, so what holds for a CUDA device hold
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from companion.base.errors import InputError
 
@@ -53,6 +56,34 @@ def count(device: torch.device) -> int:
         return int(_module(device).device_count())
     except (AttributeError, RuntimeError):  # a kind that this torch was built without
         return 0
+
+
+def to_host(tensor: Tensor) -> np.ndarray:
+    """A tensor's numbers in the processor's memory; bfloat16, which numpy lacks, as float32."""
+    host = tensor.detach().cpu()
+    made: np.ndarray = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+    return made
+
+
+@dataclass
+class Placed:
+    """Numbers of the host that are copied once to each device and precision in which they are asked for."""
+
+    numbers: np.ndarray
+    _made: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Them where `x` lies, in its precision."""
+        key = (x.device, x.dtype)
+        if key not in self._made:
+            self._made[key] = torch.as_tensor(self.numbers).to(x)
+        return self._made[key]
+
+
+def running_sum(x: Tensor, dim: int) -> Tensor:
+    """`cumsum` with the same bits each time: of a lone row, a GPU sums the parts in the order in which they come."""
+    is_alone = x.device.type != "cpu" and x.numel() == x.shape[dim]
+    return torch.stack([x, x]).cumsum(dim if dim < 0 else dim + 1)[0] if is_alone else x.cumsum(dim)
 
 
 def synchronize(device: torch.device) -> None:

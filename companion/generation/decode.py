@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from companion.base.device import running_sum, to_host
 from companion.generation.forward import BATCH, Steer, Switch, buckets, encode, read_prompts
 from companion.model.activations import model_inputs
 from companion.model.architecture import Subject, end_tokens
@@ -79,7 +80,7 @@ def decode(
     """
     said = np.full((len(begun.places), steps), int(ends[0]) if len(ends) else 0)
     alive, token = np.arange(len(said)), choose(begun.logits, begun.places, 0)
-    said[:, 0] = token.cpu().numpy()
+    said[:, 0] = to_host(token)
     real, length = begun.real, begun.length
     for step in range(1, steps):
         goes_on = ~torch.isin(torch.tensor(said[alive, :step], device=token.device), ends).any(-1)
@@ -88,7 +89,7 @@ def decode(
         if shrink and float(goes_on.float().mean()) < DROP:
             rows = goes_on.nonzero().flatten()
             begun.cache.batch_select_indices(rows)
-            alive, token, length = alive[rows.cpu().numpy()], token[rows], length[rows]
+            alive, token, length = alive[to_host(rows)], token[rows], length[rows]
             real = None if real is None else real[rows]
         call = {}
         if real is not None:
@@ -96,7 +97,7 @@ def decode(
             call = {"attention_mask": real.long(), "position_ids": (length + step - 1)[:, None]}
         logits = subject.model(token[:, None], past_key_values=begun.cache, use_cache=True, **call).logits[:, -1]
         token = choose(logits, begun.places[alive], step)
-        said[alive, step] = token.cpu().numpy()
+        said[alive, step] = to_host(token)
     return said
 
 
@@ -121,7 +122,7 @@ def answers(
     Prompts whose gate stays shut have the plain model's answer, taken from `unsteered` if that is given. Where no answer
     token is steered, prompts of several lengths are answered together.
     """
-    ends = torch.tensor([*end_tokens(subject)], device=subject.device)
+    ends = subject.tensor([*end_tokens(subject)])
     said = partial(decode, subject, steps=steps, ends=ends, choose=partial(_choose, draws))
     ids, waiting = np.zeros((len(texts), steps), dtype=int), list[Begun]()
     # Where answer tokens are the plain model's, they can be computed when the switch is off again.
@@ -131,7 +132,7 @@ def answers(
     def go_on(places: np.ndarray, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
         """The answers [row, step], or zeros for those that wait. A cache of windows cannot be padded."""
         length = torch.full((len(rows),), cache.get_seq_length(), device=rows.device)
-        begun = Begun(places[rows.cpu().numpy()], logits, cache, length)
+        begun = Begun(places[to_host(rows)], logits, cache, length)
         if not is_plain or not all(type(layer) is DynamicLayer for layer in cache.layers):
             return torch.tensor(said(begun, shrink=False), device=rows.device)
         waiting.append(begun)
@@ -146,8 +147,8 @@ def answers(
     for places, prompt in buckets(subject, texts, system=system):
         if sum(len(one.places) for one in waiting) + len(places) > BATCH:
             finish()
-        known = None if unsteered is None else torch.tensor(unsteered.ids[places], device=subject.device)
-        ids[places] = read_prompts(subject, prompt, steer, partial(go_on, places), plain=known).cpu().numpy()
+        known = None if unsteered is None else subject.tensor(unsteered.ids[places])
+        ids[places] = to_host(read_prompts(subject, prompt, steer, partial(go_on, places), plain=known))
     finish()
     return _until_end(ends, ids)
 
@@ -163,9 +164,9 @@ def answers_at_once(
     system: str = "",
 ) -> Answers:
     """`answers` with all prompts in one padded batch that is read from the bottom: as a server would, to be timed."""
-    ends = torch.tensor([*end_tokens(subject)], device=subject.device)
+    ends = subject.tensor([*end_tokens(subject)])
     rows = [torch.tensor(encode(subject, text, system)) for text in texts]
-    length = torch.tensor([len(row) for row in rows], device=subject.device)
+    length = subject.tensor([len(row) for row in rows])
     real = torch.arange(int(length.max()), device=subject.device) >= length.max() - length[:, None]
     ids = torch.zeros_like(real, dtype=torch.long)
     ids[real] = torch.cat(rows).to(subject.device)
@@ -193,7 +194,7 @@ def greedy_answers(
 
 
 def _until_end(ends: Int[Tensor, "end"], ids: Int[np.ndarray, "prompt step"]) -> Answers:
-    is_end = np.isin(ids, ends.cpu().numpy())
+    is_end = np.isin(ids, to_host(ends))
     return Answers(ids, is_end.cumsum(-1) - is_end == 0)
 
 
@@ -204,7 +205,7 @@ def _choose(
     if draws is None:
         return logits.argmax(-1)
     draw = torch.tensor(draws[places, step], device=logits.device)
-    below = logits.double().softmax(-1).cumsum(-1)
+    below = running_sum(logits.double().softmax(-1), -1)
     return torch.searchsorted(below / below[:, -1:], draw[:, None].contiguous(), right=True)[:, 0]
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from companion.base.device import to_host
 from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
 from companion.model.activations import CleanRun, clean_run, first
 from companion.model.architecture import Subject
@@ -80,7 +81,7 @@ def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | No
     if not subject.replayable or _size(subject, ids) > BATCH_BYTES:
         return None
     runs = _kept.setdefault(subject.model, OrderedDict())
-    key = bytes(str(tuple(ids.shape)), "ascii") + ids.cpu().numpy().tobytes()
+    key = bytes(str(tuple(ids.shape)), "ascii") + to_host(ids).tobytes()
     if key not in runs:
         runs[key] = clean_run(subject, ids, keep=("resid", "cache"))
         while sum(_size(subject, run.tokens) for run in runs.values()) > KEPT_BYTES:
@@ -286,7 +287,7 @@ def buckets_each(
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             rows = zip(*(encoded[i] for i in chosen), strict=True)
-            yield chosen, [torch.tensor(np.stack(ids), device=subject.device) for ids in rows]
+            yield chosen, [subject.tensor(np.stack(ids)) for ids in rows]
 
 
 def encode(subject: Subject, text: str, system: str = "") -> Int[np.ndarray, "pos"]:

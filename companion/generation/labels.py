@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.base.hub import JUDGE
 from companion.generation import forward
@@ -170,7 +171,7 @@ def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Floa
         with torch.no_grad():
             logits = judge.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].double()
         yes, no = (logits[:, sorted(side)].logsumexp(-1) for side in sides)
-        found[places] = torch.sigmoid(yes - no).cpu().numpy()
+        found[places] = to_host(torch.sigmoid(yes - no))
     return found
 
 

@@ -19,13 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from companion.base.device import to_host
 from companion.generation.decode import Answers
 from companion.generation.forward import BATCH, Steer, Use, buckets, buckets_each, read_prompts, read_prompts_each
 from companion.generation.hooks import Steering
+from companion.model import memory
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
 
-FIRST: Use = lambda rows, logits, cache: logits  # noqa: E731
 LOGIT_BYTES = 2**28  # of the log-probabilities of one batch of answers
 _spoken: WeakKeyDictionary[PreTrainedModel, dict[tuple[tuple[int, ...], ...], Tensor]] = WeakKeyDictionary()
 
@@ -35,9 +36,9 @@ def log_odds(
     subject: Subject, texts: Sequence[str], openers: Openers, steer: Steer = nullcontext, *, system: str = ""
 ) -> pd.DataFrame:
     """A row a prompt: Y1 (`log_odds` of complying) and the probability of opening with a refusal (`p_refuse`)."""
-    found = np.empty((len(texts), 2))
+    found, use = np.empty((len(texts), 2)), partial(_opening, subject, openers)
     for places, ids in buckets(subject, texts, system=system):
-        found[places] = _opening(read_prompts(subject, ids, steer, FIRST, cached=False), openers)
+        found[places] = to_host(read_prompts(subject, ids, steer, use, cached=False))
     return pd.DataFrame(found, columns=["log_odds", "p_refuse"])
 
 
@@ -46,9 +47,9 @@ def log_odds_each(
     subject: Subject, texts: Sequence[str], openers: Openers, steered: Sequence[Steering]
 ) -> list[pd.DataFrame]:
     """`log_odds` under each of the steerings, in their order; together where they have the same sites."""
-    found = np.empty((len(steered), len(texts), 2))
+    found, use = np.empty((len(steered), len(texts), 2)), partial(_opening, subject, openers)
     for places, ids in buckets(subject, texts, system=common_system(steered)):
-        found[:, places] = _opening(read_prompts_each(subject, ids, steered, FIRST, cached=False), openers)
+        found[:, places] = to_host(read_prompts_each(subject, ids, steered, use, cached=False))
     return [pd.DataFrame(one, columns=["log_odds", "p_refuse"]) for one in found]
 
 
@@ -58,11 +59,16 @@ def common_system(steered: Sequence[Steering]) -> str:
     return system
 
 
-def _opening(logits: Float[Tensor, "... vocab"], openers: Openers) -> Float[np.ndarray, "... 2"]:
-    logits = logits.double()
-    comply, refuse = (logits[..., list(ids)].logsumexp(-1) for ids in (openers.comply, openers.refuse))
-    made: np.ndarray = torch.stack([comply - refuse, (refuse - logits.logsumexp(-1)).exp()], -1).cpu().numpy()
-    return made
+def _opening(
+    subject: Subject, openers: Openers, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any
+) -> Float[Tensor, "row 2"]:
+    """Y1 and the probability of a refusal's opener, so that no more than that is kept of the logits."""
+    made = []
+    for some in memory.vocabulary_blocks(subject, len(logits), 1):
+        part = logits[some].double()
+        comply, refuse = (part[:, list(ids)].logsumexp(-1) for ids in (openers.comply, openers.refuse))
+        made.append(torch.stack([comply - refuse, (refuse - part.logsumexp(-1)).exp()], -1))
+    return torch.cat(made)
 
 
 @torch.no_grad()
@@ -100,14 +106,14 @@ def _prices(
 ) -> list[pd.DataFrame]:  # fmt: skip
     found = np.empty((n, len(texts), 4))
     for places, (prompt, sent) in buckets_each(subject, texts, ["", system], _size(subject, own)):
-        answer, mask = (torch.tensor(x[places], device=subject.device) for x in (own.ids, own.mask))
+        answer, mask = (subject.tensor(x[places]) for x in (own.ids, own.mask))
         forced = partial(answer_log_probs, subject, answer)
         plain = _plainly(subject, prompt, answer, forced)
         for k, steered in enumerate(steered_read(sent, forced, None if system else plain)):
             kl = ((plain.exp() * (plain - steered)).sum(-1) * mask).sum(-1)
             spoken = [(at.gather(-1, answer[..., None])[..., 0] * mask).sum(-1) for at in (plain, steered)]
             length = mask.sum(-1)
-            found[k, places] = torch.stack([kl / length, *spoken, length.double()], dim=-1).cpu().numpy()
+            found[k, places] = to_host(torch.stack([kl / length, *spoken, length.double()], dim=-1))
     return [pd.DataFrame(one, columns=["kl", "plain", "steered", "n_tokens"]) for one in found]
 
 

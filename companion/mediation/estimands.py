@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.mediation import outcomes
 from companion.model import activations, replay
@@ -105,7 +106,7 @@ def prompt_tokens(
 ) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
     """Control and treated token ids of pairs of equal length, on the subject's device."""
     control, treated = (np.stack([getattr(p, side) for p in pairs]) for side in ("control", "treated"))
-    return torch.tensor(control, device=subject.device), torch.tensor(treated, device=subject.device)
+    return subject.tensor(control), subject.tensor(treated)
 
 
 def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
@@ -192,7 +193,7 @@ def score_cells(
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
     cells = torch.cat([control, treated, *patched], dim=1)
-    score = outcomes.named_outcome(subject, cells, control, treated, openers, name).cpu().numpy()
+    score = to_host(outcomes.named_outcome(subject, cells, control, treated, openers, name))
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + patched[0].shape[1]], axis=1)
     return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
@@ -219,9 +220,9 @@ def _text_cells(
     runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
     made = patches(subject, Batch(tuple(group), *runs), wanted)
     clean = [run.resid_post[-1][:, outcomes.decided_at(run, text)] for run in runs]
-    y00, y11 = (outcomes.sequence_log_prob(subject, resid, text).cpu().numpy()[:, None] for resid in clean)
+    y00, y11 = (to_host(outcomes.sequence_log_prob(subject, resid, text))[:, None] for resid in clean)
     y01, y10 = (
-        outcomes.patched_text_log_probs(subject, base, source, made, text).cpu().numpy()
+        to_host(outcomes.patched_text_log_probs(subject, base, source, made, text))
         for base, source in (runs, runs[::-1])
     )
     return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}

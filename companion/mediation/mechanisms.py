@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.thresholds import COMPONENTS
 from companion.mediation import estimands, outcomes, summaries
@@ -103,12 +104,12 @@ def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence
             for one, change in zip(wanted, more, strict=True)
         ]
         resid = replay.interchange(subject, base, base, patches)[:, :, 0]
-        return outcomes.log_odds(subject, resid, study.openers["T2"]).cpu().numpy()
+        return to_host(outcomes.log_odds(subject, resid, study.openers["T2"]))
 
     odds = {}
     for name, run in runs.items():
         openers = study.openers["T2" if name[0] == "1" else "T2b"]
-        odds[name] = outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers).cpu().numpy()
+        odds[name] = to_host(outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers))
     y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
     lost = odds["11"] - changed(harmful.treated, -1)
     cells = {"y00": odds["10"], "y01": changed(harmful.control, 1), "y10": y11 - lost, "y11": y11}

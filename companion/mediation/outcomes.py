@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from companion.model import activations, readout, replay
+from companion.model import activations, memory, readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, end_tokens
 from companion.model.interventions import Patch
 from companion.prompts.tokens import Openers
 
-STEPS = 24  # tokens of an answer
+STEPS = memory.ANSWER  # tokens of an answer
 # One text a pair, as tokens padded on the right, and a mask that is False on padding.
 Text = tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]
 
@@ -88,8 +88,12 @@ def opener_probabilities(
 
     Their sum says how much of the model's behaviour Y1 sees; below 0.8 it sees too little.
     """
-    probabilities = readout.logits(subject, resid).double().softmax(-1)
-    return probabilities[..., list(openers.comply)].sum(-1), probabilities[..., list(openers.refuse)].sum(-1)
+    camps = []
+    for some in memory.vocabulary_blocks(subject, len(resid), 1):
+        probabilities = readout.logits(subject, resid[some]).double().softmax(-1)
+        camps.append([probabilities[..., list(ids)].sum(-1) for ids in (openers.comply, openers.refuse)])
+    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
+    return comply, refuse
 
 
 def continuations(
@@ -131,12 +135,14 @@ def sequence_log_prob(
     subject: Subject, resid: Float[Tensor, "pair ... step d"], text: Text
 ) -> Float[Tensor, "pair ..."]:
     """Sum over steps of log p(token | everything before), in nats (float64); `resid` is at the positions before each."""
-    tokens, mask = text
-    log_probs = readout.logits(subject, resid).double().log_softmax(-1)
     extra = (1,) * (resid.ndim - 3)
-    index = tokens.reshape(tokens.shape[0], *extra, tokens.shape[1], 1).expand(*log_probs.shape[:-1], 1)
-    keep = mask.reshape(mask.shape[0], *extra, mask.shape[1])
-    return (log_probs.gather(-1, index).squeeze(-1) * keep).sum(-1)
+    tokens, mask = (part.reshape(len(part), *extra, part.shape[1]).expand(resid.shape[:-1]) for part in text)
+    made = torch.empty(resid.shape[:-2], dtype=torch.float64, device=resid.device)
+    n_steps = resid[0].numel() // resid.shape[-1]
+    for some in memory.vocabulary_blocks(subject, len(resid), n_steps):
+        log_probs = readout.logits(subject, resid[some]).double().log_softmax(-1)
+        made[some] = (log_probs.gather(-1, tokens[some][..., None]).squeeze(-1) * mask[some]).sum(-1)
+    return made
 
 
 def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text) -> CleanRun:
@@ -154,5 +160,4 @@ def patched_text_log_probs(
 ) -> Float[Tensor, "pair patch"]:
     """log p of a text, teacher-forced, in nats, under each intervention; `base` and `source` are `forced_run`s of it."""
     resid = replay.interchange(subject, base, source, patches, read=decided_at(base, text))
-    # One intervention at a time: the full vocabulary at every step is the largest array of the whole companion.
     return torch.stack([sequence_log_prob(subject, resid[:, i], text) for i in range(len(patches))], dim=1)

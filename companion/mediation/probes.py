@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.mediation.estimands import batches, run_clean
 from companion.model.architecture import Subject
@@ -36,10 +37,10 @@ def shared_token_features(
     ordered, rows = [], []
     for group in batches(pairs, subject):
         batch = run_clean(subject, group)
-        mask = torch.tensor(positions.stack(group, header, "shared"), device=subject.device)[..., None]
+        mask = subject.tensor(positions.stack(group, header, "shared"))[..., None]
         n_shared = mask.sum(1).clamp(min=1)  # a pair may share no token: then there is nothing to read
         sides = [(run.resid_post[layer] * mask).sum(1) / n_shared for run in (batch.control, batch.treated)]
-        rows.append(torch.stack(sides, dim=1).float().cpu().numpy())
+        rows.append(to_host(torch.stack(sides, dim=1).float()))
         ordered += group
     return ordered, np.concatenate(rows)
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import files, paths
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.thresholds import COMPONENTS
 from companion.mediation import estimands, outcomes
@@ -138,9 +139,9 @@ def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
     """
     openers = study.openers[batch.pairs[0].pair.treatment]
     final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
-    y00, y11 = (outcomes.log_odds(study.subject, resid, openers).cpu().numpy() for resid in final)
+    y00, y11 = (to_host(outcomes.log_odds(study.subject, resid, openers)) for resid in final)
     camps = [outcomes.opener_probabilities(study.subject, resid, openers) for resid in final]
-    joint = np.minimum(*((comply + refuse).cpu().numpy() for comply, refuse in camps))
+    joint = np.minimum(*(to_host(comply + refuse) for comply, refuse in camps))
     earliest, distance = earliest_layers(batch.control, batch.pairs), [positions.distance(one) for one in batch.pairs]
     table = pd.DataFrame(estimands.pair_columns(batch.pairs))
     return table.assign(y00=y00, y11=y11, te=y11 - y00, joint=joint, earliest=earliest, distance=distance)

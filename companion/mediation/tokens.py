@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from scipy import stats as st
 
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.study import Study
@@ -262,9 +263,9 @@ def input_effects(study: Study, treatment: str, names: Sequence[str]) -> pd.Data
 
 def _log_odds(subject: Subject, ids: Int[np.ndarray, "prompt pos"], openers: Openers) -> np.ndarray:
     found, step = [], memory.pairs_at_once(subject, ids.shape[1])
-    for part in torch.tensor(ids, device=subject.device).split(step):
+    for part in subject.tensor(ids).split(step):
         run = activations.clean_run(subject, part, keep=("resid",))
-        found.append(outcomes.log_odds(subject, run.resid_post[-1][:, -1], openers).cpu().numpy())
+        found.append(to_host(outcomes.log_odds(subject, run.resid_post[-1][:, -1], openers)))
     return np.concatenate(found)
 
 
@@ -323,7 +324,7 @@ def interchange_ends(
     """
     if lacking := [name for name in names if name not in base.ends or name not in source.ends]:
         raise InputError(f"group {lacking[0]} is not in both prompts: leave it out")
-    runs = [activations.clean_run(subject, torch.tensor(s.tokens[None], device=subject.device)) for s in (base, source)]
+    runs = [activations.clean_run(subject, subject.tensor(s.tokens[None])) for s in (base, source)]
     places = [(name, layer) for name in names for layer in range(subject.n_layers)]
     patches = []
     for name, layer in places:
@@ -331,5 +332,5 @@ def interchange_ends(
         patches.append(Patch("resid_post", layer, position_mask(runs[0].tokens, base.ends[name]), value=value))
     resid = replay.interchange(subject, runs[0], runs[0], patches)[0, :, 0]
     clean = [outcomes.log_odds(subject, run.resid_post[-1][0, -1], openers).item() for run in runs]
-    patched = outcomes.log_odds(subject, resid, openers).cpu().numpy()
+    patched = to_host(outcomes.log_odds(subject, resid, openers))
     return pd.DataFrame(places, columns=["position", "layer"]).assign(base=clean[0], patched=patched, source=clean[1])

@@ -136,6 +136,10 @@ class Subject:
         """The weights' floating-point type, in which everything is computed."""
         return next(self.model.parameters()).dtype
 
+    def tensor(self, numbers: Any) -> Tensor:
+        """Token ids, masks or indices as a tensor where the model computes."""
+        return torch.tensor(numbers, device=self.device)
+
     @property
     def unembedding(self) -> tuple[Float[Tensor, "row d"], Float[Tensor, "row"] | None]:
         """Weight and bias (None in most families) of the map from residual stream to logits."""

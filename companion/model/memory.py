@@ -25,6 +25,9 @@ from companion.model.interventions import Stretch, head_width
 
 BATCH = 64  # pairs that run together, at the most
 CLEAN_RUN_BYTES = 2**30  # that they keep, at the most
+ANSWER = 24  # tokens of an answer that are scored together
+READOUT_BYTES = 2**29  # of logits over the whole vocabulary, with what is computed of them, at the most
+_VOCABULARY_BYTES = 28  # of one logit: in float32, and three times in float64
 WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
 LONGEST = 256  # tokens of a prompt, where none has been read yet
@@ -66,6 +69,12 @@ def pairs_at_once(subject: Subject, n_pos: int) -> int:
     """
     one = sweep_memory(subject, 1, n_pos).clean_run
     return max(1, min(BATCH, CLEAN_RUN_BYTES // one))
+
+
+def vocabulary_blocks(subject: Subject, n: int, each: int) -> list[slice]:
+    """Cuts `n` rows, of which each has the logits of `each` tokens, so that whole vocabularies stay below `READOUT_BYTES`."""
+    step = max(1, READOUT_BYTES // (_VOCABULARY_BYTES * each * len(subject.unembedding[0])))
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
 
 def in_chunks(
@@ -143,7 +152,7 @@ def _working_per_token(subject: Subject, n_pos: int) -> int:
 
 @dataclass(frozen=True)
 class RunMemory:
-    """Bytes: of the weights once, of all copies that are alive together, and of a sweep above them."""
+    """Bytes: of the weights once, of all copies that are alive together, and of a sweep with its read-out above them."""
 
     weights: int
     copies: int
@@ -178,7 +187,9 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
     sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST)
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
-    return RunMemory(weights, round(alive * weights), 2 * sweep.clean_run + sweep.sweep)
+    answers = BATCH * ANSWER * len(shapes.unembedding[0])
+    readout = min(READOUT_BYTES, _VOCABULARY_BYTES * answers)
+    return RunMemory(weights, round(alive * weights), 2 * sweep.clean_run + sweep.sweep + readout)
 
 
 def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:

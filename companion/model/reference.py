@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.base.device import synchronize
 from companion.base.display import progress
 from companion.model.activations import CleanRun, Hook, on_input
 from companion.model.architecture import Subject
@@ -37,6 +38,7 @@ def interchange_full_forward(
             for patch in variant:
                 stack.enter_context(_hook(subject, source, patch))
             results.append(final_residual(subject, base)[:, positions])
+        synchronize(subject.device)  # so that the bar's estimate is of work done, not of work told
     return torch.stack(results, dim=1)
 
 

@@ -85,8 +85,8 @@ def interchange(
     unchanged = readout(clean[:, None])
     result = unchanged.expand(-1, len(variants), *unchanged.shape[2:]).clone()
     budget = token_budget(subject, base.tokens.shape[1])
-    for chunk, resid in in_chunks(stretches, end, budget, lambda c: sweep(runs, c, positions)):
-        result[:, [stretch.slot for stretch in chunk]] = readout(resid)
+    for chunk, made in in_chunks(stretches, end, budget, lambda c: readout(sweep(runs, c, positions))):
+        result[:, [stretch.slot for stretch in chunk]] = made
     return result
 
 
@@ -219,10 +219,10 @@ def each_neuron(
         resid = _edited_states(subject, base, layer, change[:, at], chosen[at])
         for above in range(layer + 1, subject.n_layers):
             resid = replay_layer(subject, base, above, resid, layout)
-        return resid
+        return readout(resid)
 
-    for chunk, resid in in_chunks(stretches, end, token_budget(subject, end), climb):
-        found[:, [stretch.slot for stretch in chunk]] = readout(resid)
+    for chunk, made in in_chunks(stretches, end, token_budget(subject, end), climb):
+        found[:, [stretch.slot for stretch in chunk]] = made
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
@@ -242,12 +243,12 @@ def clamped_products(
 
 
 def _rows_of(batch: Batch, one: NeuronSet, form: str, outcome: str, four: Tensor, te: Tensor | None = None) -> Rows:
-    values, n = four.double().cpu().numpy(), len(batch.pairs)
+    values, n = to_host(four.double()), len(batch.pairs)
     columns = estimands.pair_columns(batch.pairs)
     columns |= {"set": np.full(n, one.name, object), "layer": np.full(n, one.layer)}
     columns |= {"form": np.full(n, form, object), "outcome": np.full(n, outcome, object)}
     columns |= {name: values[:, i] for i, name in enumerate(CELLS)}
-    return columns | {"te": values[:, 3] - values[:, 0] if te is None else te.double().cpu().numpy()}
+    return columns | {"te": values[:, 3] - values[:, 0] if te is None else to_host(te.double())}
 
 
 def table_of(rows: Sequence[Rows]) -> pd.DataFrame:

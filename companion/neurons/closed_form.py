@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.base.device import running_sum
 from companion.mediation import outcomes
 from companion.mediation.estimands import Batch
 from companion.model import replay
@@ -67,7 +68,7 @@ def last_layer_log_odds(
     subject: Subject, base: CleanRun, source: CleanRun, comply: Sequence[int], refuse: Sequence[int]
 ) -> Float[Tensor, "pair neuron"]:
     """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64)."""
-    rows = torch.tensor([*comply, *refuse], device=subject.device)
+    rows = subject.tensor([*comply, *refuse])
     both = last_layer_neurons(subject, base, source, rows).double()
     return both[..., : len(comply)].logsumexp(-1) - both[..., len(comply) :].logsumexp(-1)
 
@@ -181,8 +182,8 @@ class OpenerReadout:
         resid, own = self._centred(resid), change.double()[:, order]
         # What a neuron adds to |w_S|^2: twice its product with those before it, and its own square.
         added = own * (2 * own @ products.triu(1) + own * products.diagonal())
-        inner = (own * (resid @ self.vectors[order].T)).cumsum(-1)
-        return self._change(resid, inner, added.cumsum(-1), (own[..., None] * self.outputs[order]).cumsum(1))
+        inner = running_sum(own * (resid @ self.vectors[order].T), -1)
+        return self._change(resid, inner, running_sum(added, -1), running_sum(own[..., None] * self.outputs[order], 1))
 
     def _centred(self, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair d"]:
         resid = resid.double()
@@ -210,7 +211,7 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
     if not is_closed(subject):
         return None
     gain, norm_bias, eps = norm_gain(subject.final_norm)
-    rows = torch.tensor(openers.comply + openers.refuse, device=subject.device)
+    rows = subject.tensor(openers.comply + openers.refuse)
     weight, head_bias = subject.unembedding
     chosen = weight[rows].double()
     bias = torch.zeros(len(rows), dtype=torch.float64, device=chosen.device)

@@ -16,7 +16,9 @@ import torch
 from jaxtyping import Float
 from scipy import stats as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.mediation import estimands
 from companion.mediation.study import Study
@@ -49,6 +51,8 @@ def attribution(
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
+        if subject.device.type != "cpu":  # fused attention sums its gradient in the order in which parts of it are done
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         embedding = subject.model.get_input_embeddings()
         stack.enter_context(on_output(embedding, lambda out: out.detach().requires_grad_()))
         for parts in subject.layers:
@@ -92,7 +96,7 @@ def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "l
         y1 = partial(_log_odds, subject, study.openers[group[0].pair.treatment])
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
             found = attribution(subject, base, source, y1)
-            total += sign * found.double().sum(0).cpu().numpy() / 2
+            total += sign * to_host(found.double().sum(0)) / 2
     return total / len(pairs)
 
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.base.device import running_sum, to_host
 from companion.base.errors import InputError
 from companion.mediation import outcomes
 from companion.mediation.estimands import Batch
@@ -120,7 +121,7 @@ def cumulative(
         total = change.new_zeros(len(change), 1, subject.d_model)
         for first in range(0, len(members), step):
             part = members[first : first + step]
-            running = total + (change[:, part, None] * vectors[part]).cumsum(1)
+            running = total + running_sum(change[:, part, None] * vectors[part], 1)
             total = running[:, -1:]
             at = np.flatnonzero((ks > first) & (ks <= first + len(part)))
             yield at, running[:, ks[at] - first - 1]
@@ -147,7 +148,7 @@ def whole_layer(subject: Subject, states: FinalStates, is_frozen: bool = False) 
     for base, sign in ((0, 1), (1, -1)):
         moved = residual_change(subject, subject.n_layers - 1, states.neurons[base], sign * write[:, None])[:, 0]
         cells.append(states.resid[base] + moved)
-    odds = [outcomes.log_odds(subject, cell, states.openers, like).cpu().numpy()[:, None] for cell in cells]
+    odds = [to_host(outcomes.log_odds(subject, cell, states.openers, like))[:, None] for cell in cells]
     y00, y11, y01, y10 = odds
     pairs = states.pairs.assign(te=(y11 - y00)[:, 0])
     return PairEffects(states.treatment, pairs, pd.DataFrame({"set": [0]}), {"nie0": y01 - y00, "nie1": y11 - y10})
@@ -177,7 +178,7 @@ def _effects(states: FinalStates, columns: pd.DataFrame, scores: Scores) -> Pair
             rows = slice(first, first + PAIRS)
             resid, neurons = states.resid[base, rows], states.neurons[base, rows]
             for at, change in scores(resid, neurons, states.neurons[1 - base, rows] - neurons):
-                found[rows, at] = sign * change.cpu().numpy()
+                found[rows, at] = sign * to_host(change)
         values[name] = found
     return PairEffects(states.treatment, states.pairs, columns, values)
 

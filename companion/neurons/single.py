@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats as st
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.errors import InputError
 from companion.base.thresholds import SATURATED
@@ -220,7 +221,7 @@ def measure_batch(study: Study, batch: Batch, columns: pd.DataFrame) -> tuple[Pa
     openers = study.openers[treatment]
     # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
     clean = [outcomes.log_odds(subject, run.resid_post[-1][:, None, -1:], openers)[:, 0] for run in sides]
-    y00, y11 = (odds[:, 0].cpu().numpy() for odds in clean)
+    y00, y11 = (to_host(odds[:, 0]) for odds in clean)
     named = [(one.pair.id, one.pair.topic, one.pair.split) for one in batch.pairs]
     pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
         te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
@@ -251,7 +252,7 @@ def _batch_values(
         if torch.equal(runs[0].neurons[layer][:, -1], runs[1].neurons[layer][:, -1]):
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
-        chosen = torch.tensor(neurons[at], device=subject.device)
+        chosen = subject.tensor(neurons[at])
         for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
             base, source, start = runs[side], runs[1 - side], clean[side]
             if layer == subject.n_layers - 1:
@@ -260,9 +261,9 @@ def _batch_values(
             else:
                 y1 = partial(outcomes.log_odds, subject, openers=openers)
                 after = each_neuron(subject, base, source, layer, chosen, y1)
-            found[name][:, at] = sign * (after - start).cpu().numpy()
+            found[name][:, at] = sign * to_host(after - start)
             own = _own_write(subject, base, source, layer, chosen, openers)
-            found["direct"][:, at] += sign * (own - start).cpu().numpy() / 2
+            found["direct"][:, at] += sign * to_host(own - start) / 2
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.display import progress
 from companion.base.hub import JUDGE
 from companion.generation import labels
@@ -103,7 +104,7 @@ def _effects_on_text(
     for base, source, sign in ((runs[0], runs[1], 1), (runs[1], runs[0], -1)):
         clean, moved = _log_probs(subject, base, source, patches, text)
         both.append(sign * (moved - clean))
-    return ((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2).cpu().numpy()
+    return to_host(((both[0] + both[1]) / 2).reshape(len(text[0]), len(sets), 2))
 
 
 def _patch(one: NeuronSet, run: CleanRun, at: list[int], value: Tensor | None = None) -> Patch:
@@ -151,7 +152,7 @@ def closing_cost(
         at = outcomes.decided_at(run, text)
         patches = [_patch(one, run, at, values[turns % len(values)][:, None]) for one, values in closed.items()]
         clean, moved = _log_probs(subject, run, run, patches, text)
-        lost, n_tokens = (clean - moved).cpu().numpy(), text[1].sum(1).cpu().numpy().astype(float)
+        lost, n_tokens = to_host(clean - moved), to_host(text[1].sum(1)).astype(float)
         for i, one in enumerate(group):
             rows += [(*estimands.pair_key(one), each.name, lost[i, k], n_tokens[i]) for k, each in enumerate(closed)]
     return pd.DataFrame(rows, columns=[*estimands.PAIR_KEYS, "set", "lost", "n_tokens"])

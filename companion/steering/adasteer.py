@@ -22,6 +22,7 @@ from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation import forward, outcomes
@@ -236,7 +237,7 @@ def residuals(experiment: SteeringExperiment, prompts: pd.DataFrame) -> Float[np
     found = np.empty((len(prompts), subject.n_layers, subject.d_model), dtype=np.float32)
     for places, ids in forward.buckets(subject, list(prompts.text)):
         run = clean_run(subject, ids, keep=("resid",))
-        found[places] = torch.stack([h[:, -1] for h in run.resid_post], 1).float().cpu().numpy()
+        found[places] = to_host(torch.stack([h[:, -1] for h in run.resid_post], 1).float())
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.display import NotDefined
 from companion.base.thresholds import MARGINS
 from companion.generation import forward, outcomes
@@ -108,7 +109,7 @@ def added_norms(
     for places, ids in forward.buckets(subject, texts, system=outcomes.common_system(steered)):
         groups = forward.fitting(steered, len(ids))
         squares = torch.cat([added_squares(subject, group, ids) for group in groups])
-        norms[:, places] = squares.sqrt().cpu().numpy()
+        norms[:, places] = to_host(squares.sqrt())
     return norms
 
 
@@ -155,12 +156,12 @@ def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
     for places, ids in forward.buckets(subject, texts):
         run = forward.plain_run(subject, ids)
         if run is not None and steering.edits and steering.strength:
-            values[places] = forward.opened(steering, run).opened[0].cpu().numpy()
+            values[places] = to_host(forward.opened(steering, run).opened[0])
             continue
         with applied(subject, steering) as record:
             subject.model.base_model(ids, use_cache=False)
         if record.gates:
-            values[places] = record.gates[0].cpu().numpy()
+            values[places] = to_host(record.gates[0])
     return values
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save as to_bytes
 from safetensors.torch import load_file
 
 from companion.base import chat, files, paths
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.base.folders import prompts_folder
 from companion.generation import forward
@@ -198,7 +199,7 @@ def _activations(
             subject.model.base_model(ids, use_cache=False)
         found = [(name, seen[name], -1) for name in PARTS if seen[name]]
         for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):
-            rows[name].append(torch.stack([x[:, place] for x in layers], dim=1).float().cpu().numpy())
+            rows[name].append(to_host(torch.stack([x[:, place] for x in layers], dim=1).float()))
     back = np.argsort(np.concatenate(order))
     return {name: np.concatenate(parts)[back] for name, parts in rows.items() if parts}
 

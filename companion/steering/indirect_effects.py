@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.base.device import to_host
 from companion.base.thresholds import COMPONENTS
 from companion.generation.forward import ALL, LAST, at_last_token, opened, replayed
 from companion.generation.hooks import Steering, applied
@@ -58,7 +59,7 @@ def steered_effects(
     for group in estimands.batches(pairs, subject):
         residuals = _patched_residuals(subject, steering, group, wanted)
         used = openers[group[0].pair.treatment]
-        score = outcomes.log_odds(subject, residuals, used).cpu().numpy()
+        score = to_host(outcomes.log_odds(subject, residuals, used))
         y00, y11, c01, c10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
         cells = {name: np.broadcast_to(y, c01.shape) for name, y in (("y00", y00), ("y11", y11))}
         tables.append(estimands.tidy(group, wanted, "Y1", {**cells, "y01": c01, "y10": c10}))

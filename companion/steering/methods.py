@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from companion.base import chat
+from companion.base.device import Placed
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
 from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
@@ -61,9 +62,13 @@ class Scale:
 
     def position_on_device(self, x: Float[Tensor, "prompt width"]) -> Float[Tensor, "prompt"]:
         """`position` on the model's device, in float64."""
-        ends = (self.origin, self.direction)
-        origin, direction = (torch.as_tensor(v, dtype=torch.float64, device=x.device) for v in ends)
-        return (x.double() - origin) @ direction / direction.square().sum()
+        x = x.double()
+        origin, direction = (end.like(x) for end in self._ends)
+        return (x - origin) @ direction / direction.square().sum()
+
+    @cached_property
+    def _ends(self) -> tuple[Placed, Placed]:
+        return Placed(self.origin), Placed(self.direction)
 
 
 def logistic(
@@ -110,7 +115,7 @@ def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
 def ablation(fit: Fit) -> Steering:
     """The harmfulness direction is taken out of every token, generated ones too: h <- h - (vhat_H . h) vhat_H."""
     vectors = fit.direction("harmfulness")
-    deltas = (partial(_minus_projection, unit(vector)) for vector in vectors)
+    deltas = (partial(_minus_projection, Placed(unit(vector))) for vector in vectors)
     return Steering("ablation", tuple(Edit(at, "resid_post", one, "every") for at, one in enumerate(deltas)))
 
 
@@ -152,8 +157,9 @@ def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
         seen = x[harmful] @ low
         gram = seen.T @ seen
         gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-        to_vector = low @ np.linalg.solve(gram, seen.T @ np.tile(vectors[layer], (len(seen), 1)))
-        edits.append(Edit(layer, "resid_post", partial(_mapped, torch.tensor(to_vector))))
+        # All are given one vector, so the map has rank 1: it reads one direction, and writes v_R times what it read.
+        read = low @ np.linalg.solve(gram, seen.sum(0))
+        edits.append(Edit(layer, "resid_post", partial(_mapped, Placed(read), Placed(vectors[layer]))))
     return Steering("alphasteer", tuple(edits))
 
 
@@ -185,7 +191,7 @@ def targeted_layers(fit: Fit, *, layers: Collection[int], components: int = 8) -
         tau = float(refused[layer] @ v)
         gaps = tau - m[fit.mask("discover", "complied"), layer] @ v
         most = max(0.0, float(np.quantile(gaps, GAP_QUANTILE)))
-        edits.append(Edit(layer, "mlp_out", partial(_close, torch.tensor(v), torch.tensor(u), tau, most), "last"))
+        edits.append(Edit(layer, "mlp_out", partial(_close, Placed(v), Placed(u), tau, most), "last"))
     return Steering("targeted layers", tuple(edits))
 
 
@@ -212,10 +218,10 @@ def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steer
     assert means is not None
     edits = []
     for layer, indices in sorted(neurons.items()):
-        mask = torch.zeros(fit.subject.d_mlp, dtype=torch.bool)
-        mask[list(indices)] = True
-        mean = torch.tensor(means[fit.neuron_layers.index(layer)])
-        edits.append(Edit(layer, "neurons", partial(_to_mean, mask, mean), "last"))
+        mask = np.zeros(fit.subject.d_mlp)
+        mask[list(indices)] = 1
+        mean = means[fit.neuron_layers.index(layer)]
+        edits.append(Edit(layer, "neurons", partial(_to_mean, Placed(mask), Placed(mean)), "last"))
     return Steering("targeted neurons", tuple(edits))
 
 
@@ -267,26 +273,26 @@ def unit(vector: Float[np.ndarray, "width"]) -> Float[np.ndarray, "width"]:
 
 def constant(vector: Float[np.ndarray, "width"]) -> Delta:
     """An edit's delta that adds the same vector everywhere."""
-    added = torch.tensor(vector, dtype=torch.float64)
-    return lambda x, _: added.to(x).expand(len(x), 1, -1)
+    added = Placed(vector)
+    return lambda x, _: added.like(x).expand(len(x), 1, -1)
 
 
-def _minus_projection(direction: np.ndarray, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    v = torch.tensor(direction).to(x)
+def _minus_projection(direction: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
+    v = direction.like(x)
     return -(x @ v)[..., None] * v
 
 
-def _mapped(matrix: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
+def _mapped(read: Placed, written: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
     at = x[torch.arange(len(x), device=x.device), prompt.last]
-    return (at @ matrix.to(x))[:, None]
+    return (at @ read.like(x))[:, None, None] * written.like(x)
 
 
-def _close(v: Tensor, u: Tensor, tau: float, most: float, x: Float[Tensor, "prompt pos width"], _: Prompt) -> Tensor:
-    return (tau - x @ v.to(x)).clamp(0.0, most)[..., None] * u.to(x)
+def _close(v: Placed, u: Placed, tau: float, most: float, x: Float[Tensor, "prompt pos width"], _: Prompt) -> Tensor:
+    return (tau - x @ v.like(x)).clamp(0.0, most)[..., None] * u.like(x)
 
 
-def _to_mean(mask: Tensor, mean: Tensor, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    return (mean.to(x) - x) * mask.to(x.device)
+def _to_mean(mask: Placed, mean: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
+    return (mean.like(x) - x) * mask.like(x)
 
 
 def _need_both_kinds(fit: Fit) -> None:
