@@ -28,7 +28,7 @@ from companion.neurons import closed_form
 from companion.neurons.screening import attribution
 
 PARTS = ("clean-runs", "layers-and-modules", "heads", "position-groups", "last-layer-neurons", "screen", "recheck")
-ESTIMATED = ("clean-runs", "screen")  # no intervention of theirs is exact, and none is compared with a forward pass
+ESTIMATED = ("clean-runs", "screen")  # they make no exact intervention that a forward pass could be compared with
 RECHECKED, HANDFUL, WARM_PAIRS = 500, 5, 2
 
 Neurons = Sequence[tuple[int, int]]  # layer and index
@@ -107,12 +107,12 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     InputError for a difference beyond the tolerance that every model is checked with.
     """
     batch = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
-    if part in ESTIMATED:
-        if part == "screen":
-            run_part(batch, part, [])
-        return {"off_by": None, "changed_by": None}
     found = patches(batch, part, [(layer, layer % subject.d_mlp) for layer in range(subject.n_layers)])
     chosen = random.Random(0).sample(found, min(HANDFUL, len(found)))
+    if part != "clean-runs":
+        run_part(batch, part, chosen)
+    if part in ESTIMATED:
+        return {"off_by": None, "changed_by": None}
     runs = subject, batch.base, batch.source
     plain = reference.interchange_full_forward(*runs, chosen)
     clean = batch.base.resid_post[-1][:, None, -1:]

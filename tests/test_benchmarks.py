@@ -113,7 +113,7 @@ def test_the_gpu_study_sets_the_peak_beside_its_plan(results: Path, capsys: pyte
 
 def test_the_gpu_study_times_nothing_that_is_wrong(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_parts.replay.interchange
-    monkeypatch.setattr(gpu_parts.replay, "interchange", lambda *runs: right(*runs) * 1.01)
+    monkeypatch.setattr(gpu_parts.replay, "interchange", lambda *runs, **read: right(*runs, **read) * 1.01)
     with pytest.raises(InputError, match=r"heads on cpu: interventions are off by .* nothing was timed"):
         gpu.main(["--device", "cpu", "--shape", "smoke", "--parts", "heads"])
     assert not list(results.rglob("*.json"))
