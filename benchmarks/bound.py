@@ -5,19 +5,21 @@ import time
 import torch
 
 from benchmarks.shapes import Job, Shape, Workload
+from companion.base.device import HOST, synchronize
 
 
-def product_rate(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> float:
+def product_rate(
+    shape: Shape, where: torch.device = HOST, dtype: torch.dtype = torch.float32, seconds: float = 1.0
+) -> float:
     """Measured multiply-adds times two a second, for the MLP's product on two thousand rows: what this machine can do."""
-    rows = torch.randn(2000, shape.d_model, device=device, dtype=dtype)
-    weight = torch.randn(shape.d_mlp, shape.d_model, device=device, dtype=dtype)
+    rows = torch.randn(2000, shape.d_model, device=where, dtype=dtype)
+    weight = torch.randn(shape.d_mlp, shape.d_model, device=where, dtype=dtype)
     best, spent = 0.0, 0.0
     while spent < seconds:
         start = time.perf_counter()
         for _ in range(5):
             torch.nn.functional.linear(rows, weight)
-        if device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(where)
         took = time.perf_counter() - start
         best, spent = max(best, 5 * 2 * rows.shape[0] * weight.numel() / took), spent + took
     return best

@@ -1,152 +1,164 @@
-"""The parts of the study of `benchmarks.gpu`, for one batch of pairs."""
+"""The parts of the study of `benchmarks.gpu`: each is compared once with plain forward passes, and timed batch by batch."""
+
+from __future__ import annotations
 
 import itertools
+import random
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.shapes import Shape, prompts
+from benchmarks.shapes import SITES, Shape, prompts
+from companion.base import device, files
+from companion.base.errors import InputError
 from companion.model import activations, readout, reference, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
+from companion.model.verify import TOLERANCE
 from companion.neurons import closed_form
 from companion.neurons.screening import attribution
 
-PARTS = ("layers-and-modules", "heads", "position-groups", "last-layer-neurons", "screen", "recheck")
-SITES = ("resid_post", "attn_out", "mlp_out")
-RECHECKED = 500
-GIB = 2**30
+PARTS = ("clean-runs", "layers-and-modules", "heads", "position-groups", "last-layer-neurons", "screen", "recheck")
+ESTIMATED = ("clean-runs", "screen")  # they make no exact intervention that a forward pass could be compared with
+RECHECKED, HANDFUL, WARM_PAIRS = 500, 5, 2
 
-Neurons = list[tuple[int, int]]
+Neurons = Sequence[tuple[int, int]]  # layer and index
+Row = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some pairs with both clean runs, and the two vocabulary rows whose logits are compared."""
+    """Some pairs with both clean runs; the logits of the first two vocabulary rows are compared."""
 
     subject: Subject
     base: CleanRun
     source: CleanRun
-    rows: Int[Tensor, "row"]
+
+    @property
+    def rows(self) -> Tensor:
+        """The two vocabulary rows."""
+        return torch.arange(2, device=self.base.tokens.device)
+
+    def between(self, start: int, end: int) -> Tensor:
+        """These positions, as a mask of all tokens."""
+        mask = torch.zeros_like(self.base.tokens, dtype=torch.bool)
+        mask[:, start:end] = True
+        return mask
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds, and GiB at the peak above the model's weights, clean runs included (0 without a GPU)."""
-
-    seconds: float
-    peak_gib: float
-
-
-def make_batch(subject: Subject, shape: Shape, first_pair: int, n_pairs: int) -> Batch:
+def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Batch:
     """Both clean runs; the first eighth of the two prompts, a system prompt, is the same."""
     control, treated = prompts(shape, "random")
     treated[:, : shape.n_pos // 8] = control[:, : shape.n_pos // 8]
-    chosen = slice(first_pair, first_pair + n_pairs)
-    base, source = (activations.clean_run(subject, tokens[chosen].to(subject.device)) for tokens in (control, treated))
-    return Batch(subject, base, source, torch.tensor([0, 1], device=subject.device))
-
-
-def run_part(batch: Batch, part: str, screened: Neurons) -> Neurons:
-    """Computes one part; the screen returns the neurons that `recheck` is to be given."""
-    if part == "last-layer-neurons":
-        closed_form.last_layer_log_probs(batch.subject, batch.base, batch.source, batch.rows)
-    elif part == "screen":
-        return _screen(batch)
-    else:
-        _interchange(batch, patches(batch, part, screened))
-    return []
-
-
-def n_interventions(batch: Batch, part: str, screened: Neurons) -> int:
-    """How many interventions a part stands for."""
-    subject = batch.subject
-    counted = {"last-layer-neurons": subject.d_mlp, "screen": subject.n_layers * subject.d_mlp}
-    return counted[part] if part in counted else len(patches(batch, part, screened))
+    both = (tokens[first : first + n_pairs].to(subject.device) for tokens in (control, treated))
+    return Batch(subject, *(activations.clean_run(subject, tokens) for tokens in both))
 
 
 def patches(batch: Batch, part: str, screened: Neurons) -> list[Patch]:
-    """The interventions of a part that runs on the grid."""
-    layers, last = range(batch.subject.n_layers), _last(batch)
+    """The interventions that a part stands for; those of a screen or of clean runs are none."""
+    subject, n = batch.subject, batch.base.tokens.shape[1]
+    layers, last, masks = range(subject.n_layers), batch.between(n - 1, n), list[Tensor]()
     if part == "heads":
-        return [Patch("head", layer, last, head) for layer in layers for head in range(batch.subject.n_heads)]
-    if part == "recheck":
+        return [Patch("head", layer, last, head) for layer in layers for head in range(subject.n_heads)]
+    if part == "last-layer-neurons":
+        screened = [(layers[-1], neuron) for neuron in range(subject.d_mlp)]
+    if part in ("last-layer-neurons", "recheck"):
         return [Patch("neuron", layer, last, neuron) for layer, neuron in screened]
-    masks = [last] if part == "layers-and-modules" else _groups(batch)
+    if part == "layers-and-modules":
+        masks = [last]
+    if part == "position-groups":  # system prompt, wrapper, request, the template behind it
+        ends = itertools.pairwise((0, n // 8, n // 2, 7 * n // 8, n - 1))
+        masks = [batch.between(start, end) for start, end in ends if start < end]
     return [Patch(site, layer, mask) for mask in masks for layer in layers for site in SITES]
 
 
-def seconds_of_one_forward(batch: Batch) -> float:
-    """One intervention by hooks: a full forward pass over this batch, the median of three."""
-    patch = Patch("mlp_out", batch.subject.n_layers // 2, _last(batch))
+def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> Neurons:
+    """Compute one part; the screen returns the neurons that `recheck` is to be given."""
+    runs = batch.subject, batch.base, batch.source
+    if part == "last-layer-neurons":
+        closed_form.last_layer_log_probs(*runs, batch.rows)
+    elif part == "screen":
+        best = attribution(*runs, partial(_contrast, batch)).sum(0).abs().flatten()
+        return [divmod(i, batch.subject.d_mlp) for i in best.topk(min(RECHECKED, len(best))).indices.tolist()]
+    else:
+        replay.interchange(*runs, chosen, readout=lambda resid: readout.logits(batch.subject, resid, batch.rows))
+    return []
 
-    def forward() -> None:
-        _log_odds(batch, reference.interchange_full_forward(batch.subject, batch.base, batch.source, [patch]))
 
-    return sorted(measured(batch.subject, forward)[1].seconds for _ in range(3))[1]
+def _contrast(batch: Batch, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
+    logits = batch.subject.final_norm(resid) @ batch.subject.unembedding[0][batch.rows].T
+    return logits[:, 0] - logits[:, 1]
 
 
-def measured(subject: Subject, run: Callable[[], T]) -> tuple[T, Measured]:
-    """Runs it once, the device idle before and after; its result comes with the measurement."""
-    is_gpu = subject.device.type == "cuda"
-    if is_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    start = _now(is_gpu)
+def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
+    """Run a part on two pairs, and hold a handful of its interventions equal to one full forward pass each.
+
+    Returns the largest difference, and the largest change by an intervention, as shares of the largest value. Raises
+    InputError for a difference beyond the tolerance that every model is checked with.
+    """
+    batch = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
+    found = patches(batch, part, [(layer, layer % subject.d_mlp) for layer in range(subject.n_layers)])
+    chosen = random.Random(0).sample(found, min(HANDFUL, len(found)))
+    if part != "clean-runs":
+        run_part(batch, part, chosen)
+    if part in ESTIMATED:
+        return {"off_by": None, "changed_by": None}
+    runs = subject, batch.base, batch.source
+    plain = reference.interchange_full_forward(*runs, chosen)
+    clean = batch.base.resid_post[-1][:, None, -1:]
+    if part == "last-layer-neurons":
+        got = closed_form.last_layer_log_probs(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
+        plain, clean = (readout.log_probs(subject, resid, batch.rows) for resid in (plain, clean))
+    else:
+        got = replay.interchange(*runs, chosen)
+    largest, allowed = float(plain.abs().max()), TOLERANCE[subject.dtype]
+    off, change = (float((other - plain).abs().max()) / largest for other in (got, clean))
+    if not off <= allowed:
+        raise InputError(
+            f"{part} on {subject.device}: interventions are off by {off:.1e} of the largest value from one full forward "
+            f"pass each, and {allowed:.0e} is allowed; nothing was timed"
+        )
+    return {"off_by": off, "changed_by": change}
+
+
+def measured(where: torch.device, run: Callable[[], T]) -> tuple[T, Row]:
+    """The result, with the seconds from idle to idle and the most bytes that the device held meanwhile."""
+    device.synchronize(where)
+    device.peak_bytes(where, reset=True)
+    start = time.perf_counter()
     result = run()
-    seconds = _now(is_gpu) - start
-    weights = sum(p.numel() * p.itemsize for p in subject.model.parameters())
-    return result, Measured(seconds, (torch.cuda.max_memory_allocated() - weights) / GIB if is_gpu else 0.0)
+    device.synchronize(where)
+    return result, {"seconds": time.perf_counter() - start, "peak": device.peak_bytes(where)}
 
 
-def _interchange(batch: Batch, chosen: Sequence[Patch]) -> Float[Tensor, "pair patch read"]:
-    return replay.interchange(
-        batch.subject, batch.base, batch.source, chosen, readout=lambda resid: _log_odds(batch, resid)
-    )
-
-
-def _screen(batch: Batch) -> Neurons:
-    """Layer and index of the neurons with the largest gradient estimate, summed over the batch."""
-    weight = batch.subject.unembedding[0][batch.rows]
-
-    def contrast(resid: Tensor) -> Tensor:
-        logits = batch.subject.final_norm(resid) @ weight.T
-        return logits[:, 0] - logits[:, 1]
-
-    estimate = attribution(batch.subject, batch.base, batch.source, contrast).sum(0).abs().flatten()
-    best = estimate.topk(min(RECHECKED, len(estimate))).indices.tolist()
-    return [divmod(i, batch.subject.d_mlp) for i in best]
-
-
-def _log_odds(batch: Batch, resid: Float[Tensor, "... d"]) -> Float[Tensor, "..."]:
-    logits = readout.logits(batch.subject, resid, batch.rows)
-    return logits[..., 0] - logits[..., 1]
-
-
-def _last(batch: Batch) -> Bool[Tensor, "pair pos"]:
-    n_pos = batch.base.tokens.shape[1]
-    return _between(batch, n_pos - 1, n_pos)
-
-
-def _groups(batch: Batch) -> list[Bool[Tensor, "pair pos"]]:
-    """System prompt, wrapper, request, template behind it."""
-    n = batch.base.tokens.shape[1]
-    return [_between(batch, start, end) for start, end in itertools.pairwise((0, n // 8, n // 2, 7 * n // 8, n - 1))]
-
-
-def _between(batch: Batch, start: int, end: int) -> Bool[Tensor, "pair pos"]:
-    mask = torch.zeros_like(batch.base.tokens, dtype=torch.bool)
-    mask[:, start:end] = True
-    return mask
-
-
-def _now(is_gpu: bool) -> float:
-    if is_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def measure_batch(
+    subject: Subject, shape: Shape, first: int, n_pairs: int, parts: Sequence[str], screen: Path
+) -> Iterator[Row]:
+    """A row for each of these parts, of which recheck reads the screen's file; the batch is given up at the end."""
+    where = subject.device
+    batch, made = measured(where, partial(make_batch, subject, shape, first, n_pairs))
+    common: Row = {"first_pair": first, "pairs": n_pairs, "found": []}
+    if "clean-runs" in parts:
+        yield {**common, "part": "clean-runs", "interventions": 0, "hooks_seconds": 0.0, **made}
+    one = patches(batch, "layers-and-modules", [])[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
+    plain = partial(reference.interchange_full_forward, subject, batch.base, batch.source, [one])
+    each = statistics.median(measured(where, plain)[1]["seconds"] for _ in range(3))
+    for part in parts:
+        if part == "clean-runs":
+            continue
+        chosen = patches(batch, part, files.read_json(screen)["found"] if part == "recheck" else [])
+        found, numbers = measured(where, partial(run_part, batch, part, chosen))
+        n = subject.n_layers * subject.d_mlp if part == "screen" else len(chosen)
+        yield {
+            **common, "part": part, "interventions": n, "hooks_seconds": len(chosen) * each, "found": found, **numbers
+        }  # fmt: skip

@@ -1,7 +1,7 @@
 """Exact interventions by five tools: the same model, pairs, outcome and numbers, and the seconds that each takes.
 
-    python -m benchmarks.peers                    # the quoted shape; about 45 minutes on one core python -m
-    benchmarks.peers --shape smoke      # seconds; checks that everything runs
+    python -m benchmarks.peers                    # the quoted shape; about 45 minutes on one core
+    python -m benchmarks.peers --shape smoke      # seconds; checks that everything runs
 
 Peers come from `pip install -r requirements-benchmarks.in`; one that is absent is skipped. A peer's time is the
 same for every intervention of a kind, so it is measured on some of them, spread evenly, and scaled to all; ours is

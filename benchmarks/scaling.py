@@ -1,8 +1,8 @@
 """How the cost of exact interventions grows with pairs, layers, positions, neurons and tokens, beside the
 arithmetic bound.
 
-    python -m benchmarks.scaling                  # around the quoted shape; some minutes on one core python -m
-    benchmarks.scaling --shape smoke    # seconds
+    python -m benchmarks.scaling                  # around the quoted shape; some minutes on one core
+    python -m benchmarks.scaling --shape smoke    # seconds
 
 One size varies at a time. Results: results/benchmarks/scaling.csv and a figure.
 """

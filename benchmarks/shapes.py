@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from companion.base import device
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,9 @@ def asked(prog: str, description: str, arguments: Sequence[str] | None) -> tuple
     return (SMOKE, "_smoke") if options.shape == "smoke" else (QUOTED, "")
 
 
-def random_llama(shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LlamaForCausalLM:
+def random_llama(
+    shape: Shape, dtype: torch.dtype = torch.float32, where: torch.device = device.HOST
+) -> LlamaForCausalLM:
     """Random weights, the same each time."""
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.d_model, intermediate_size=shape.d_mlp,
@@ -96,7 +101,7 @@ def random_llama(shape: Shape, dtype: torch.dtype = torch.float32, device: str =
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        with where:
             return LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
@@ -135,14 +140,16 @@ def tokenizer_folder(folder: Path, vocabulary: int) -> Path:
     return folder
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures were measured on, without names or addresses."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+def machine(where: torch.device = device.HOST) -> dict[str, Any]:
+    """What the figures were measured on, without names or addresses; of a GPU, that which computed them."""
+    card = device.facts(where)
+    name = card.pop("name")
     return {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "gpu": "none" if where.type == "cpu" else name,
+        **card,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers")},
     }

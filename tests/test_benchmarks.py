@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks import bound, faults, gpu, peers, scaling, sweeps
-from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, workloads
+from benchmarks import bound, faults, gpu, gpu_parts, peers, scaling, sweeps
+from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, machine, workloads
 from companion.base import paths
 from companion.base.errors import InputError
+from tests import standin
 
 
 @pytest.fixture
@@ -64,22 +66,73 @@ def test_whole_sweeps_are_timed_where_every_token_may_change(results: Path) -> N
         assert (pair.control != pair.treated).tolist() == [True] + [False] * (SMOKE.n_pos - 1)
 
 
-def test_the_gpu_study_resumes(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main(["--device", "cpu", "--batch", "2", "--minutes", "0"])
-    assert stopped.value.code == 3
-    gpu.main(["--device", "cpu", "--batch", "2"])
+def test_the_gpu_study_resumes(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--device", "cpu", "--shape", "smoke", "--batch", "1"]
+    assert gpu.main([*asked, "--minutes", "0"]) == 3
     first = capsys.readouterr().out
-    assert "recheck 2:" in first
-    gpu.main(["--device", "cpu", "--batch", "2"])
-    assert "recheck 2:" not in capsys.readouterr().out
-    table = pd.read_csv(results / "gpu_cpu-float32.csv").set_index("part")
-    assert (table.pairs == 4).all()
-    assert table.interventions.recheck == 500
-    (results / "gpu" / "cpu-float32" / "screen-0.json").unlink()
-    (results / "gpu" / "cpu-float32" / "recheck-0.json").unlink()
+    assert "go on with: python -m benchmarks.gpu --device cpu --shape smoke --batch 1 --minutes 0\n" in first
+    assert gpu.main(asked) == 0
+    second = capsys.readouterr().out
+    assert "clean-runs of the pairs from 0 on" in first and "clean-runs of the pairs from 0 on" not in second
+    assert "recheck of the pairs from 1 on" in second and "nobody counts the peak on the processor" in second
+    table = pd.read_csv(results / "gpu.csv").set_index("part")
+    assert (table.pairs == 2).all() and table.interventions.recheck == 288
+    exact = table.drop(["clean-runs", "screen"])
+    assert (exact.off_by < exact.changed_by / 100).all()
+    (folder,) = (results / "gpu").iterdir()
+    monkeypatch.setattr(gpu, "machine", lambda where: {**machine(where), "torch": "another"})
+    assert gpu.main([*asked, "--parts", "heads"]) == 0  # what another version measured is no part of it
+    assert pd.read_csv(results / "gpu.csv").query("part == 'heads'").torch.isin(["another", torch.__version__]).all()
+    assert len(list((results / "gpu").iterdir())) == 2 and len(list(folder.iterdir())) == 14
     with pytest.raises(InputError, match="needs the part screen before it"):
-        gpu.main(["--device", "cpu", "--batch", "2", "--parts", "recheck"])
+        gpu.main([*asked, "--parts", "recheck"])
+    with pytest.raises(InputError, match="unknown part tails; there are clean-runs, "):
+        gpu.main([*asked, "--parts", "heads,tails"])
+
+
+def test_the_gpu_study_sets_the_peak_beside_its_plan(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--device", "standin", "--shape", "smoke", "--parts", "heads,screen"]
+    with standin.active() as where:
+        assert gpu.main(asked) == 0
+        assert bound.product_rate(SMOKE, where, seconds=0.01) > 0
+    table = pd.read_csv(results / "gpu.csv").set_index("part")
+    assert (table.gpu == "stand-in").all() and (table.peak_mib > 0).all() and (table.plan_mib > 0).all()
+    above = table.index[table.peak_mib > table.plan_mib]
+    said = capsys.readouterr().out.split("memory: ")[1]
+    assert [part for part in table.index if f"{part} took" in said] == list(above)
+    with standin.active(memory=1000), pytest.raises(InputError, match=r"can give .* but this needs .* for the weights"):
+        gpu.main([*asked, "--batch", "1"])
+    with (
+        standin.active(memory=standin.MEMORY.held + 900_000),
+        pytest.raises(InputError, match="ran out of memory beyond the plan"),
+    ):
+        gpu.main([*asked[:-1], "last-layer-neurons", "--batch", "1"])
+
+
+def test_the_gpu_study_times_nothing_that_is_wrong(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_parts.replay.interchange
+    monkeypatch.setattr(gpu_parts.replay, "interchange", lambda *runs, **read: right(*runs, **read) * 1.01)
+    with pytest.raises(InputError, match=r"heads on cpu: interventions are off by .* nothing was timed"):
+        gpu.main(["--device", "cpu", "--shape", "smoke", "--parts", "heads"])
+    assert not list(results.rglob("*.json"))
+
+
+def test_the_second_card_is_measured_and_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def answer(where: object = None) -> SimpleNamespace:
+        asked.append(where)
+        return SimpleNamespace(name="second", total_memory=2**30, major=9, minor=0)
+
+    for name in ("synchronize", "reset_peak_memory_stats", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where=None: asked.append(where) or 7)
+    second = torch.device("cuda", 1)
+    assert gpu_parts.measured(second, lambda: "result")[1]["peak"] == 7
+    assert machine(second)["gpu"] == "second"
+    assert len(asked) == 6 and set(asked) == {second}
 
 
 def test_the_bound_counts_what_an_exact_answer_needs() -> None:
