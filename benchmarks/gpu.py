@@ -9,7 +9,7 @@ Weights are random, and products are made without TF32. Before anything is timed
 warms the device up, and a handful of the part's interventions must equal one full forward pass each (`off_by`, beside how
 much they change, `changed_by`); the gradient screen is an estimate and is warmed up only. Then each part of each batch of
 pairs is timed with the device idle before and after, and its peak of memory above the model is written beside what
-`companion.model.memory` plans: both clean runs and a sweep. Nobody counts the peak on the processor, so it stays empty there.
+`companion.model.memory` plans: both clean runs, a sweep or a screen, and a read-out. On the processor nobody counts the peak.
 
 Each part of a batch is a file in results/benchmarks/gpu/, in a folder for this card, shape, batch and these versions; no
 other result is mixed in. A run that was cut off goes on where it stopped. results/benchmarks/gpu.csv sums up all folders.
@@ -108,7 +108,7 @@ def _setting(options: argparse.Namespace) -> Setting:
     size = f"shape {name}, {options.dtype}, {at_once} of {shape.n_pairs} pairs at a time"
     print(f"--device {options.device} is {where} ({card}); {size}", flush=True)
     sweep = memory.sweep_memory(shapes, at_once, shape.n_pos)
-    plan, weights = 2 * sweep.clean_run + sweep.sweep, memory.run_memory(shapes, copies=1).weights
+    plan, weights = sweep.total, memory.run_memory(shapes, copies=1).weights
     conditions = {"shape": name, "dtype": options.dtype, "at_once": at_once, **asdict(shape), **machine(where)}
     slug = re.sub(r"[^a-z0-9]+", "-", f"{card} {options.dtype} {name}".lower())
     folder = results_dir("benchmarks") / "gpu" / f"{slug}-{files.digest(conditions)[:8]}"

@@ -23,7 +23,12 @@ GIB = 2**30
 # Operations that take tensors of both places: copies, and indices on the processor.
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
-PRODUCTS = {"mm": torch.addmm, "addmm": torch.addmm, "bmm": torch.baddbmm, "baddbmm": torch.baddbmm}  # and a sum with one
+PRODUCTS = {
+    "mm": torch.addmm,
+    "addmm": torch.addmm,
+    "bmm": torch.baddbmm,
+    "baddbmm": torch.baddbmm,
+}  # and a sum with one
 # Without a deterministic kernel on CUDA, whatever torch is asked for; sums that run along a lone row among them.
 CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
 
@@ -110,14 +115,18 @@ class OnDevice(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> OnDevice:
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> OnDevice:
+        # `accelerate` makes parameters anew by calling the class of those that were there.
+        held = held.held if isinstance(held, OnDevice) else held
+        if held.is_meta:
+            return torch.nn.Parameter(held, requires_grad)  # type: ignore[return-value]
         return torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
             layout=held.layout, device=DEVICE,
         )  # fmt: skip
 
-    def __init__(self, held: Tensor) -> None:
-        self.held = held
+    def __init__(self, held: Tensor, requires_grad: bool = False) -> None:
+        self.held = held = held.held if isinstance(held, OnDevice) else held
         if MEMORY.is_counted:
             MEMORY.take(self, held)
 
@@ -187,7 +196,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     own = {id(x.held): x for x in tensors if isinstance(x, OnDevice)}
     is_here = bool(own)
     if (wanted := kwargs.get("device")) is not None:
-        is_here, named["device"] = _is_here(wanted), HOST
+        is_here = _is_here(wanted)
+        named["device"] = HOST if is_here else wanted
     if own and len(own) < len(tensors) and name not in COPIES:
         _refuse_mixed(name, args, tensors)
     is_lone_sum = name == "cumsum" and args[0].numel() == args[0].shape[args[1]] > 1
@@ -220,5 +230,5 @@ def _product(func: Any, name: str, args: Any, named: Any) -> Any:
     cut = left.shape[-1] * (1 + left.shape[-2] % 5) // 6
     if not cut or named or left.dtype == torch.float64 or not left.is_floating_point():
         return func(*args, **named)
-    first = func(*bias, left[..., :cut], right[..., :cut, :])
-    return PRODUCTS[name](first, left[..., cut:], right[..., cut:, :])
+    first = func(*bias, left[..., cut:], right[..., cut:, :])
+    return PRODUCTS[name](first, left[..., :cut], right[..., :cut, :])

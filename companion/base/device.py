@@ -6,6 +6,7 @@ Only torch's own device modules are called, so what holds for a CUDA device hold
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,16 @@ def resolve(name: str) -> torch.device:
         build = "; this torch was built without CUDA" if device.type == "cuda" and torch.version.cuda is None else ""
         raise InputError(f"--device {name}: torch sees {have} here{build}; use --device cpu or auto")
     return device
+
+
+def make_exact(device: torch.device) -> None:
+    """Full float32 on a GPU (no TF32), and kernels whose sums have one order, so that a rerun gives the same bits."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device.type != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it begins
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        warnings.filterwarnings("ignore", "cumsum_cuda_kernel")  # `running_sum` avoids the case that it warns of
 
 
 def count(device: torch.device) -> int:

@@ -16,7 +16,8 @@ class ModelFacts:
 
     `noise` is the largest difference between two ways to the same activation, as a share of the largest one compared:
     rounding of this model in this precision. `ends` maps each token that ends an answer to the places that name it
-    (generation config, tokenizer, template). `replay` is False where each intervention is a full forward pass.
+    (generation config, tokenizer, template). `device` names the processor, or the card and what computes on it. `replay` is
+    False where each intervention is a full forward pass.
     """
 
     architecture: str
@@ -36,6 +37,7 @@ class ModelFacts:
     replay: bool
     adapter: str
     ends: dict[str, tuple[str, ...]]
+    device: dict[str, Any]
     template: TemplateFacts | None
 
     @property
@@ -61,6 +63,8 @@ class ModelFacts:
             "rounding noise": f"below {_power_above(self.noise)} of the largest activation",
             "answers end with": "; ".join(ends) or "nothing: they are cut at their longest",
         }
+        if self.device["name"] != "cpu":
+            rows["device"] = f"{self.device['name']}, {self.device['memory_gib']} GiB"
         if self.adapter:
             rows["adapter"] = self.adapter
         if self.template is not None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import folders, hub, paths
-from companion.base.device import resolve
+from companion.base.device import HOST, make_exact, resolve
 from companion.base.errors import InputError
 from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
@@ -26,6 +27,7 @@ from companion.model.verify import check_sites, clean_pair, read_facts, verify
 
 # Buffers that old checkpoints hold and the library makes anew.
 HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
+DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -55,6 +57,7 @@ def load(
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     place = resolve(device)
+    make_exact(place)
     if adapter is None:
         model = _load_model(folder, DTYPES[dtype], place, copies)
     else:
@@ -82,16 +85,29 @@ def from_model(
 
 
 def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
-    """The same architecture with fresh random weights, drawn by the library's own initialisation."""
-    config = copy.deepcopy(subject.model.config)
-    with torch.random.fork_rng(devices=[]):
+    """The same architecture with fresh random weights, drawn by the library's own initialisation: the same on every device."""
+    config, where = copy.deepcopy(subject.model.config), getattr(subject.model, "hf_device_map", {})
+    built_on = HOST if len(set(where.values())) > 1 else subject.device
+    with torch.random.fork_rng(devices=[]), _DrawnByTheHost(), built_on:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
-    model = _placed(model.to(subject.dtype), getattr(subject.model, "hf_device_map", {}), subject.device)
+    model = _placed(model.to(subject.dtype), where, subject.device)
     twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, replayable=subject.replayable, facts=subject.facts)
+
+
+class _DrawnByTheHost(TorchFunctionMode):
+    """Tensors of a GPU get the host's random numbers, one tensor at a time: no whole model lies in the host's memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else None
+        if func not in DRAWS or not isinstance(tensor, torch.Tensor) or tensor.device.type in ("cpu", "meta"):
+            return func(*args, **(kwargs or {}))
+        drawn = torch.empty_like(tensor, device=HOST)
+        func(drawn, *args[1:], **(kwargs or {}))
+        return tensor.copy_(drawn)
 
 
 def _placed(model: PreTrainedModel, where: Mapping[str, str], device: torch.device) -> PreTrainedModel:
@@ -222,8 +238,6 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _quiet(model: PreTrainedModel) -> PreTrainedModel:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     return model.eval().requires_grad_(False)
 
 

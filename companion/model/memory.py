@@ -38,17 +38,30 @@ _events: list[str] = []
 
 @dataclass(frozen=True)
 class SweepMemory:
-    """Bytes above the loaded model: one clean run with all sites, and the working memory of a sweep."""
+    """Bytes above the loaded model: one clean run with all sites; the working memory of a sweep, of a gradient screen, and
+    of read-outs over the whole vocabulary.
+    """
 
     clean_run: int
     sweep: int
+    screen: int
+    readout: int
+
+    @property
+    def total(self) -> int:
+        """Both clean runs with the larger of what is computed from them, and a read-out."""
+        return 2 * self.clean_run + max(self.sweep, self.screen) + self.readout
 
 
 def sweep_memory(subject: Subject, n_pairs: int, n_pos: int) -> SweepMemory:
-    """What `interchange` will need, estimated from shapes before anything runs."""
-    tokens = token_budget(subject, n_pos)
+    """What `interchange` and `attribution` will need, estimated from shapes before anything runs."""
     size = n_pairs * subject.dtype.itemsize
-    return SweepMemory(size * n_pos * _kept_per_token(subject), size * tokens * _working_per_token(subject, n_pos))
+    return SweepMemory(
+        clean_run=size * n_pos * _kept_per_token(subject),
+        sweep=size * token_budget(subject, n_pos) * _working_per_token(subject, n_pos),
+        screen=size * n_pos * _graph_per_token(subject, n_pos),
+        readout=min(READOUT_BYTES, _VOCABULARY_BYTES * n_pairs * ANSWER * len(subject.unembedding[0])),
+    )
 
 
 def token_budget(subject: Subject, n_pos: int) -> int:
@@ -150,6 +163,13 @@ def _working_per_token(subject: Subject, n_pos: int) -> int:
     return 6 * subject.d_model + 2 * subject.n_heads * head_width(subject, 0) + 3 * subject.d_mlp + scores
 
 
+def _graph_per_token(subject: Subject, n_pos: int) -> int:
+    """Numbers that a backward pass needs of one token's forward pass, and the neurons' gradients."""
+    heads, is_capped = subject.n_heads * head_width(subject, 0), getattr(subject.model.config, "attn_logit_softcapping", None)
+    scores, norms = subject.n_heads * n_pos * (2 if is_capped else 1), 6 if subject.post_norm else 3
+    return subject.n_layers * (norms * subject.d_model + 5 * heads + scores + 6 * subject.d_mlp)
+
+
 @dataclass(frozen=True)
 class RunMemory:
     """Bytes: of the weights once, of all copies that are alive together, and of a sweep with its read-out above them."""
@@ -185,11 +205,9 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     its weights otherwise: 1 for a model that nothing is compared with.
     """
     weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
-    sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST)
+    sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
-    answers = BATCH * ANSWER * len(shapes.unembedding[0])
-    readout = min(READOUT_BYTES, _VOCABULARY_BYTES * answers)
-    return RunMemory(weights, round(alive * weights), 2 * sweep.clean_run + sweep.sweep + readout)
+    return RunMemory(weights, round(alive * weights), sweep)
 
 
 def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
@@ -232,7 +250,7 @@ def placement(
     asked, free = run_memory(shapes, copies), max(0, int(USABLE * free_memory(device)) - beside)
     if asked.total <= free:
         return None
-    rooms = _rooms(device, asked.sweep)
+    rooms = _rooms(device, asked.sweep, asked.weights)
     factor = asked.copies / asked.weights
     layers = [int(factor * sum(p.numel() * p.itemsize for p in parts.block.parameters())) for parts in shapes.layers]
     left, missing, places = dict(rooms), asked.total - free, list[str]()
@@ -248,13 +266,14 @@ def placement(
     return name_places(shapes, places, str(device))
 
 
-def _rooms(device: torch.device, sweep: int) -> dict[str, int]:
+def _rooms(device: torch.device, sweep: int, weights: int) -> dict[str, int]:
     """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
     if device.type == "cpu":
         return {}
     others = range(1, count(device) if device.index is None else 1)
     rooms = {f"{device.type}:{i}": int(USABLE * free_memory(torch.device(device.type, i))) - sweep for i in others}
-    return rooms | {"cpu": int(USABLE * free_memory(HOST))}
+    # An untrained twin that has such layers is drawn in the processor's memory, before they are sent to their places.
+    return rooms | {"cpu": int(USABLE * free_memory(HOST)) - weights}
 
 
 def _too_large(

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from companion.base import device
 from companion.base.chat import template_facts
 from companion.base.errors import InputError
 from companion.model import reference, replay
@@ -228,6 +229,7 @@ def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "
         noise=noise,
         replay=replay,
         adapter=adapter,
+        device=device.facts(subject.device),
         ends={str(named(token)): places for token, places in end_tokens(subject).items()},
         template=None if subject.tokenizer is None else template_facts(subject.tokenizer),
     )

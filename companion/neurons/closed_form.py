@@ -81,8 +81,7 @@ def last_layer_log_probs(
     if not is_closed(subject):
         return _replayed(subject, base, source, lambda resid: log_probs(subject, resid, rows))
     wanted = last_layer_neurons(subject, base, source, rows)
-    everything = torch.arange(len(subject.unembedding[0]), device=subject.device)
-    return wanted - _normaliser(_terms(subject, base, source, everything))[..., None]
+    return wanted - _normaliser(_terms(subject, base, source, slice(None)))[..., None]
 
 
 def _replayed(
@@ -93,7 +92,7 @@ def _replayed(
     return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
 
 
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]) -> _Terms:
+def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"] | slice) -> _Terms:
     last = subject.n_layers - 1
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid = base.resid_post[last][:, -1]

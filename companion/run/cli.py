@@ -280,6 +280,11 @@ def run_command(flags: argparse.Namespace) -> int:
         shards.check_submitit()
     chosen = chosen_notebooks(flags.only)
     found = parameters(flags, settings.resolve_device(flags.device))
+    if flags.device == "auto":
+        print(
+            f"--device auto: {'a GPU' if found['DEVICE'] != 'cpu' else 'the processor, as torch sees no GPU'}",
+            flush=True,
+        )
     plan = runner.make_plan(settings.fetched(found, flags.wrappers), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
     asked = plan.parameters

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shlex
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,8 +159,35 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
 
 
 def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
-    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for."""
-    model = found["MODEL"]
+    """The parameters once the model is downloaded, and the prompt set is made of the public sets asked for.
+
+    Where that asks a GPU, a process of its own does it: its end gives the GPU's memory back to the notebooks.
+    """
+    asks = folders.is_on_hub(found["MODEL"]) or is_public_set(found["PROMPTS"]) or os.environ.get(hub.JUDGE)
+    do = apart if asks and found["DEVICE"] != "cpu" else _fetched
+    return known({**found, "MODEL": do(dict(found), given)}, given)
+
+
+def apart(found: dict[str, Any], given: str | None) -> str:
+    """`_fetched` in a process of its own; what it prints is seen as it comes, and Ctrl-C here ends it."""
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(1, _become_a_part) as pool:
+        model: str = pool.apply(_fetched, (found, given))
+        pool.close()
+        pool.join()
+    return model
+
+
+def _become_a_part() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _fetched(found: Mapping[str, Any], given: str | None) -> str:
+    """Makes what is missing; returns the model's name with its revision."""
+    model = str(found["MODEL"])
     if folders.is_on_hub(model):
         from companion.model import download
 
@@ -170,7 +199,7 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
         file = _wrappers_file(given)
         folder = public.folder(found["PROMPTS"], model, file)
         ensure(folder, found["PROMPTS"], model, file, device=found["DEVICE"], dtype=found["DTYPE"])
-    return known({**found, "MODEL": model}, given)
+    return model
 
 
 def _wrappers_file(given: str | None) -> Path | None:
