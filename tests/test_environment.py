@@ -48,6 +48,7 @@ def test_what_is_installed_is_what_is_locked() -> None:
 
 
 def test_every_supported_python_is_one_that_the_packages_admit() -> None:
+    assert f'supported="{" ".join(checks.PYTHONS)}"' in (ROOT / "run_all.sh").read_text()
     asked = {name: SpecifierSet(metadata.metadata(name).get("Requires-Python", "")) for name in pins()}
     refused = [(name, python) for name, python in product(asked, checks.PYTHONS) if f"{python}.99" not in asked[name]]
     assert not refused
