@@ -11,19 +11,25 @@ fail() {
   exit 2
 }
 
-is_311() { # a shim may be there and not start, so ask the interpreter itself
-  "$1" -I -S -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1
+# The Python that made the results here comes first.
+supported="3.11 3.12 3.13 3.14"
+made_with="$(sed -n 's/^ "python": "\(.*\)".*/\1/p' results/embedded/manifest.json 2>/dev/null || true)"
+
+is_python() { # of these versions, or of any supported one; a shim may be there and not start, so ask the interpreter itself
+  "$1" -I -S -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1].split())' "${2:-$supported}" >/dev/null 2>&1
 }
 
-find_311() {
-  local name
-  for name in python3.11 python3 python; do
-    if is_311 "$name"; then
-      command -v "$name"
-      return
-    fi
+find_python() {
+  local version name
+  for version in $made_with $supported; do
+    for name in "python$version" python3 python; do
+      if is_python "$name" "$version"; then
+        command -v "$name"
+        return
+      fi
+    done
   done
-  fail "Python 3.11 is needed and was not found ($(python3 -V 2>&1 || true)); install it, or use conda and environment.yml"
+  fail "Python ${supported// / or } is needed and was not found ($(python3 -V 2>&1 || true)); install one, or use conda and environment.yml"
 }
 
 # The stamp says with which lock an environment was filled. Hashed with Python: macOS has no sha256sum.
@@ -37,23 +43,23 @@ stamp() { # check or write
     sys.exit(not stamp.is_file() or stamp.read_text() != digest)' "$1" requirements.lock "$place/companion-lock.sha256"
 }
 
-# The environment: the active one if it is Python 3.11 (but never conda's base), else .venv.
+# The environment: the active one if its Python is supported (but never conda's base), else .venv.
 active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 if [ "${CONDA_DEFAULT_ENV:-}" = base ] && [ -z "${VIRTUAL_ENV:-}" ]; then active=""; fi
 place="${COMPANION_VENV:-.venv}"
-if [ -z "${COMPANION_VENV:-}" ] && [ -n "$active" ] && is_311 "$active/bin/python"; then place="$active"; fi
+if [ -z "${COMPANION_VENV:-}" ] && [ -n "$active" ] && is_python "$active/bin/python"; then place="$active"; fi
 python="$place/bin/python"
 
-if ! is_311 "$python" || ! stamp check; then
-  if is_311 "$python"; then base="$python"; else base="$(find_311)"; fi
+if ! is_python "$python" "$supported" || ! stamp check; then
+  if is_python "$python"; then base="$python"; else base="$(find_python)"; fi
   case "$*" in
     --help | -h | --list | --book) exec "$base" -m companion.run.cli "$@" ;; # these need no packages
   esac
   # A mistake in the flags should show now, not after minutes of installing.
   "$base" -c 'import sys; from companion.run import cli; sys.exit(cli.check_command(sys.argv[1:]))' "$@"
-  if ! is_311 "$python"; then
-    if [ -e "$place" ]; then fail "$place is no working Python 3.11 environment: remove it and run again"; fi
-    "$base" -m venv "$place" || fail "no environment could be made (Debian and Ubuntu: apt install python3.11-venv)"
+  if ! is_python "$python"; then
+    if [ -e "$place" ]; then fail "$place is no working environment of Python ${supported// / or }: remove it and run again"; fi
+    "$base" -m venv "$place" || fail "no environment could be made (Debian and Ubuntu: apt install ${base##*/}-venv)"
   fi
   trap 'echo "stopped; running again goes on from here" >&2; exit 130' INT
   echo "Installing requirements.lock into $place, once: 3 to 6 minutes, about 2 GB (more where torch brings CUDA)."
@@ -66,4 +72,7 @@ if ! is_311 "$python" || ! stamp check; then
   stamp write
 fi
 
+if [ -n "$made_with" ] && ! is_python "$python" "$made_with"; then
+  echo "results/embedded was made with Python $made_with; this is $("$python" -V)" >&2
+fi
 exec "$python" -m companion.run.cli "$@"

@@ -105,10 +105,11 @@ def prompt_set(folder: Path, lines: list[str], outcome: str = '{"comply": ["a"],
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's variables without those that move folders or name an environment."""
+    """This process's variables without those that move folders or name an environment; its Python is found first."""
     dropped = ("COMPANION_RESULTS", "COMPANION_FIGURES", "COMPANION_VENV", "COMPANION_CALLER")
     dropped += ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
 
 

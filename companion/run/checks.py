@@ -7,6 +7,7 @@ unless uv is told otherwise, as in `python -m companion.run.checks --upgrade-pac
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -33,15 +34,17 @@ NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sa
 LOCK = ROOT / "requirements.lock"
 # torch's wheel for Linux brings these itself, and the CPU build has none of them.
 LEFT_TO_TORCH = re.compile(r"nvidia-|cuda-|triton")
-# Every Python 3.11 that the lock may meet, as far as markers can tell them apart.
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")  # run_all.sh takes these
+# Every Python that the lock may meet, as far as markers can tell them apart.
 TARGETS = [
-    {"python_full_version": full, "python_version": "3.11", "sys_platform": system, "os_name": name}
+    {"python_full_version": f"{python}.{patch}", "python_version": python, "sys_platform": system, "os_name": name}
     | {"platform_machine": machine, "implementation_name": "cpython", "platform_python_implementation": "CPython"}
-    for full, (system, name), machine in product(
-        ("3.11.0", "3.11.99"), (("linux", "posix"), ("darwin", "posix"), ("win32", "nt")),
+    for python, patch, (system, name), machine in product(
+        PYTHONS, (0, 99), (("linux", "posix"), ("darwin", "posix"), ("win32", "nt")),
         ("x86_64", "AMD64", "aarch64", "arm64", "riscv64"),
     )
 ]  # fmt: skip
+SOURCE_ONLY = "transformers-stream-generator"  # has no wheel, and nothing to compile
 Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
@@ -117,9 +120,9 @@ def _difference(committed: Path, fresh: Path) -> str:
 
 
 def locked(lines: Sequence[str]) -> list[str]:
-    """The lines of a universal lock that Python 3.11 needs, without markers that always hold there.
+    """The lines of a universal lock that `PYTHONS` need, without markers that hold on all of them.
 
-    >>> locked(["numpy==2.4.6 ; python_full_version < '3.12'", "numpy==2.5 ; python_full_version >= '3.12'"])
+    >>> locked(["numpy==2.4.6 ; python_full_version < '3.15'", "numpy==2.5 ; python_full_version >= '3.15'"])
     ['numpy==2.4.6']
     >>> locked(["nvidia-nccl==2 ; sys_platform == 'linux'", "appnope==1 ; sys_platform == 'darwin'"])
     ["appnope==1 ; sys_platform == 'darwin'"]
@@ -134,19 +137,32 @@ def locked(lines: Sequence[str]) -> list[str]:
 
 
 def make_lock(options: Sequence[str]) -> int:
-    """Resolve `requirements.in` for all systems and write what Python 3.11 needs of it; the exit status of uv."""
+    """Resolve `requirements.in` for all systems and write what `PYTHONS` need of it; the exit status of uv.
+
+    A lock with a package that some of them would have to compile is not written.
+    """
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / LOCK.name
         raw.write_text(LOCK.read_text(encoding="utf-8"), encoding="utf-8")  # uv keeps the versions that it finds
-        command = ["uv", "pip", "compile", "requirements.in", "--universal", "--python-version", "3.11", "--quiet"]
-        command += ["--no-header", "--no-annotate", "--output-file", str(raw), *options]
-        try:
-            status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        except FileNotFoundError:
-            sys.exit("uv is needed to make the lock: python -m pip install uv")
+        more = ["--no-header", "--no-annotate", "--output-file", str(raw), *options]
+        status = _uv("requirements.in", "--universal", "--python-version", PYTHONS[0], *more)
         if status == 0:
-            write_text("\n".join(locked(raw.read_text(encoding="utf-8").splitlines())) + "\n", LOCK)
+            raw.write_text("\n".join(locked(raw.read_text(encoding="utf-8").splitlines())) + "\n", encoding="utf-8")
+            wheels = ["--no-deps", "--only-binary", ":all:", "--no-binary", SOURCE_ONLY]
+            for python, system in product(PYTHONS, ("linux", "macos", "windows")):
+                if _uv(str(raw), "--python-version", python, "--python-platform", system, *wheels):
+                    sys.exit(f"the lock stays as it was: not all packages have a wheel for Python {python} on {system}")
+            write_text(raw.read_text(encoding="utf-8"), LOCK)
     return status
+
+
+def _uv(*arguments: str) -> int:
+    variables = os.environ | {"MACOSX_DEPLOYMENT_TARGET": "14.0"}  # the oldest macOS that torch has wheels for
+    command = ["uv", "pip", "compile", "--quiet", *arguments]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=variables, check=False, stdout=subprocess.DEVNULL).returncode
+    except FileNotFoundError:
+        sys.exit("uv is needed to make the lock: python -m pip install uv")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {close[0]}?" if close else "./run_all.sh --help lists the flags"
         raise InputError(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}: {hint}")
-    if any(value == [] for name, value in vars(flags).items() if name != "set"):  # what argparse makes of --flag=--
+    # What argparse makes of --flag=--, before Python 3.13 and since.
+    if any(value in ([], "--") for name, value in vars(flags).items() if name != "set"):
         raise InputError("-- is no value of a flag: expected a name, a folder or a number")
     if not DEVICE.fullmatch(flags.device):
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")

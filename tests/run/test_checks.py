@@ -1,4 +1,7 @@
-"""Committed results against fresh ones: the same processor must give the same numbers, another one the same verdicts."""
+"""Committed results against fresh ones: the same processor must give the same numbers, another one the same verdicts.
+
+And a lock that cannot be installed everywhere is not written.
+"""
 
 import json
 from pathlib import Path
@@ -34,3 +37,18 @@ def test_another_processor_may_differ_in_numbers_only(
     assert checks.compare(tmp_path / "new")[1] is passes
     (tmp_path / "new" / "embedded" / "02_layers.csv").unlink()
     assert checks.compare(tmp_path / "new")[1] is (passes and bool(processor))
+
+
+def test_a_lock_without_wheels_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, uv = tmp_path / "requirements.lock", tmp_path / "uv"
+    lock.write_text("numpy==2 ; python_version > '3'\n")
+    uv.write_text('#!/bin/sh\ncase "$*" in *3.13*) exit 1 ;; esac\n')
+    uv.chmod(0o755)
+    monkeypatch.setattr(checks, "LOCK", lock)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"wheel for Python 3\.13 on linux"):
+        checks.make_lock([])
+    assert lock.read_text() == "numpy==2 ; python_version > '3'\n"
+    uv.write_text("#!/bin/sh\n")
+    assert checks.make_lock([]) == 0
+    assert lock.read_text() == "numpy==2\n"

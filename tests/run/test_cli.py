@@ -1,9 +1,12 @@
 """Every mistake on the command line: one clear line, exit status 2, nothing overwritten. Each in a real process."""
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
+import sys
+from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -14,8 +17,9 @@ from toys import PAIRS, PARAMETERS, Toy, pair, prompt_set
 
 from companion.base import hub
 from companion.base.errors import InputError
+from companion.base.files import write_json
 from companion.base.paths import ORGANISM, ROOT
-from companion.run import cli
+from companion.run import checks, cli
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -152,20 +156,55 @@ def test_notebooks_that_the_runner_does_not_understand_are_named(toy: Toy) -> No
     assert "notebooks/02_toy.ipynb is not valid JSON" in refused(toy)
 
 
+FAKE = """#!/bin/sh
+case " {versions} " in *" ${{0##*python}} "*) ;; *) echo Python 3.9.2; exit 1 ;; esac
+if [ "$1" = -V ]; then echo Python ${{0##*python}}; exit; fi
+if [ "$3" != -c ]; then echo "found ${{0##*/}}"; exec {real} "$@"; fi
+code="$4"; shift 4
+exec {real} -I -S -c "import sys; sys.version_info = (3, ${{0##*python3.}})
+$code" "$@"
+"""
+
+
+def fake_pythons(folder: Path, versions: str) -> dict[str, str]:
+    """Variables with which only these Pythons are found: each says its version, and runs as this one does."""
+    for name in ("python3", "python", *(f"python{version}" for version in checks.PYTHONS)):
+        (folder / name).write_text(FAKE.format(versions=versions, real=sys.executable))
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
 def test_the_wrong_python_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> None:
-    for name in ("python3.11", "python3", "python"):
-        (tmp_path / name).write_text("#!/bin/sh\necho Python 3.9.2\nexit 1\n")
-        (tmp_path / name).chmod(0o755)
-    done = toy_done.shell(PATH=f"{tmp_path}:/usr/bin:/bin", COMPANION_VENV=str(tmp_path / "venv"))
-    assert "Python 3.11 is needed and was not found (Python 3.9.2)" in one_line(done)
+    done = toy_done.shell(**fake_pythons(tmp_path, ""), COMPANION_VENV=str(tmp_path / "venv"))
+    assert "Python 3.11 or 3.12 or 3.13 or 3.14 is needed and was not found (Python 3.9.2)" in one_line(done)
     assert not (tmp_path / "venv").exists()
+
+
+def test_the_python_that_made_the_results_is_preferred(toy: Toy, tmp_path: Path) -> None:
+    for there, made, taken in [("3.12", "3.11", "3.12"), ("3.11 3.13", "3.13", "3.13"), ("3.13 3.14", "", "3.13")]:
+        write_json({"python": made} if made else {}, toy.root / "results" / "embedded" / "manifest.json")
+        done = toy.shell("--list", **fake_pythons(tmp_path, there), COMPANION_VENV=str(tmp_path / "venv"))
+        assert (done.returncode, done.stdout.split("\n")[0]) == (0, f"found python{taken}")
+
+
+def test_an_environment_of_another_python_is_used_and_one_line_says_so(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    fake_pythons(tmp_path / "bin", "3.12")
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nexec "${0}3.12" "$@"\n')
+    stamp = hashlib.sha256((toy.root / "requirements.lock").read_bytes()).hexdigest()
+    (tmp_path / "companion-lock.sha256").write_text(stamp)
+    said = "results/embedded was made with Python 3.11; this is Python 3.12\n"
+    for made, name in product(("3.11", "3.12"), ("VIRTUAL_ENV", "COMPANION_VENV")):
+        write_json({"python": made}, toy.root / "results" / "embedded" / "manifest.json")
+        done = toy.shell("--list", **{name: str(tmp_path)})
+        assert (done.stdout.split("\n")[0], done.stderr) == ("found python3.12", said if made == "3.11" else "")
 
 
 def test_a_mistake_shows_before_anything_is_installed(toy_done: Toy, tmp_path: Path) -> None:
     done = toy_done.shell("--modle", "x", COMPANION_VENV=str(tmp_path / "venv"))
     assert "did you mean --model?" in one_line(done)
     (tmp_path / "notes.txt").write_text("mine")
-    assert "is no working Python 3.11 environment" in one_line(toy_done.shell(COMPANION_VENV=str(tmp_path)))
+    assert "is no working environment of Python 3.11 or" in one_line(toy_done.shell(COMPANION_VENV=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
