@@ -33,6 +33,9 @@ PRODUCTS = {
 CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
 
 
+_NAMES: dict[Any, str] = {}  # of operations
+
+
 class Memory:
     """Bytes of tensors that are alive on the device; views count once."""
 
@@ -177,40 +180,54 @@ def active(memory: int | None = None) -> Iterator[torch.device]:
         MEMORY.limit, MEMORY.is_counted = 0, False
 
 
-def _is_here(device: Any) -> bool:
-    return device is not None and torch.device(device).type == NAME
-
-
-def _bare(x: Any, seen: list[Tensor]) -> Any:
+def _bare(x: Any, tensors: list[Tensor]) -> Any:
     """An argument with plain tensors in place of those of the device; all tensors are noted."""
+    kind = type(x)
+    if kind is OnDevice:
+        tensors.append(x)
+        return x.held
+    if kind is list or kind is tuple:
+        return kind([_bare(one, tensors) for one in x])
     if isinstance(x, Tensor):
-        seen.append(x)
-        return x.held if isinstance(x, OnDevice) else x
-    return type(x)([_bare(one, seen) for one in x]) if type(x) in (list, tuple) else x
+        tensors.append(x)
+    return x
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation: the rule on mixing, the processor's arithmetic, and the result in the right place."""
-    name, tensors = func.overloadpacket.__name__, list[Tensor]()
-    plain, named = [_bare(x, tensors) for x in args], {key: _bare(x, tensors) for key, x in kwargs.items()}
-    own = {id(x.held): x for x in tensors if isinstance(x, OnDevice)}
+    name, tensors = _NAMES.get(func) or _NAMES.setdefault(func, func.overloadpacket.__name__), list[Tensor]()
+    plain = [_bare(x, tensors) for x in args]
+    named = {key: _bare(x, tensors) for key, x in kwargs.items()} if kwargs else kwargs
+    own = [x for x in tensors if type(x) is OnDevice]
     is_here = bool(own)
-    if (wanted := kwargs.get("device")) is not None:
-        is_here = _is_here(wanted)
+    if kwargs and (wanted := kwargs.get("device")) is not None:
+        is_here = torch.device(wanted).type == NAME
         named["device"] = HOST if is_here else wanted
     if own and len(own) < len(tensors) and name not in COPIES:
         _refuse_mixed(name, args, tensors)
-    is_lone_sum = name == "cumsum" and args[0].numel() == args[0].shape[args[1]] > 1
-    if own and (name in CHANCY or is_lone_sum) and tensors[0].is_floating_point():
+    if own and (name in CHANCY or (name == "cumsum" and _is_alone(args))) and tensors[0].is_floating_point():
         raise RuntimeError(f"{name} does not have a deterministic implementation on {DEVICE}")
     made = _product(func, name, plain, named) if own and name in PRODUCTS else func(*plain, **named)
     if name == "copy_":
         return args[0]
     if isinstance(made, Tensor):
-        return (own.get(id(made)) if id(made) in own else OnDevice(made)) if is_here else made
+        return _wrapped(made, own) if is_here else made
     if is_here and isinstance(made, tuple | list):
         return type(made)(OnDevice(x) if isinstance(x, Tensor) else x for x in made)
     return made
+
+
+def _wrapped(made: Tensor, own: list[OnDevice]) -> OnDevice:
+    """What was changed in place is what it was."""
+    for x in own:
+        if x.held is made:
+            return x
+    return OnDevice(made)
+
+
+def _is_alone(args: Any) -> bool:
+    """Whether a sum runs along a tensor's only row, and over more than one number."""
+    return bool(args[0].numel() == args[0].shape[args[1]] > 1)
 
 
 def _refuse_mixed(name: str, args: Any, tensors: list[Tensor]) -> None:
