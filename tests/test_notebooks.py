@@ -1,6 +1,7 @@
 """What every notebook must hold to: executed, short cells, mostly prose, few compared outputs, no place of one machine."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -98,6 +99,25 @@ def test_the_command_line_imports_the_standard_library_only() -> None:
     probe = "import companion.run.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     found = printed(f"import sys; sys.path.insert(0, '.'); {probe}", "-I", "-S")
     assert {name for name in found if name not in sys.stdlib_module_names} <= {"companion", "__main__"}
+
+
+def test_plain_papermill_runs_a_notebook_after_the_one_that_it_needs(tmp_path: Path) -> None:
+    """As a user would type it, from the repository's root, without this project's own runner."""
+    places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
+    asked = ["-p", "DEVICE", "cpu", "-p", "PROFILE", "smoke", "-k", "python3", "--no-progress-bar"]
+    for name in ("01_data_prep", "02_layers"):
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            f"notebooks/{name}.ipynb",
+            str(tmp_path / f"{name}.ipynb"),
+            *asked,
+        ]
+        variables = os.environ | places | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "results" / "embedded" / "02_treatments.csv").is_file()
 
 
 def test_every_notebook_has_its_place() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from companion.base import device, hub
 from companion.base.device import Placed, running_sum, to_host
+from companion.base.paths import ORGANISM
 from companion.generation import decode, forward, labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation import estimands
@@ -169,7 +170,9 @@ def test_the_unembedding_is_not_copied_for_the_whole_vocabulary(place: torch.dev
     before = standin.MEMORY.held
     last_layer_log_probs(subject, base, source, rows)
     table = 4 * 50_000 * subject.d_mlp
-    assert device.peak_bytes(place) - before < 2.5 * table + 4 * 50_000 * 16, "the neurons' table, twice, and the logits"
+    assert device.peak_bytes(place) - before < 2.5 * table + 4 * 50_000 * 16, (
+        "the neurons' table, twice, and the logits"
+    )
 
 
 def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
@@ -201,16 +204,23 @@ TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how d
 
 def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monkeypatch) -> None:
     """Generation, steering hooks at every site, and yes or no of a judge give what they give on the processor."""
+    words = load.load_tokenizer(ORGANISM / "window-0").convert_tokens_to_ids(["sure", "okay", "sorry"])
+    monkeypatch.setattr(labels, "QUESTION", "{request} {reply}")  # the embedded model reads 128 tokens
+    monkeypatch.setattr(labels, "answer_tokens", lambda *_: (words[:1], words[2:]))
     found = []
     for where in ("cpu", "standin"):
         subject = load.load("embedded", device=where)
-        words = subject.tokenizer.convert_tokens_to_ids(["sure", "okay", "sorry"])
         openers, d = Openers(tuple(words[:2]), tuple(words[2:])), subject.d_model
         vector = np.sin(np.arange(d))
         edits = [
             Steering("fixed", (Edit(2, "resid_post", methods.constant(vector)),)),
-            Steering("ablation", (Edit(3, "resid_post", methods.partial(methods._minus_projection, Placed(vector)), "every"),)),
-            Steering("map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)),
+            Steering(
+                "ablation",
+                (Edit(3, "resid_post", methods.partial(methods._minus_projection, Placed(vector)), "every"),),
+            ),
+            Steering(
+                "map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)
+            ),
         ]
         odds = [outcomes.log_odds(subject, TEXTS, openers, forward.Switch(subject, one)) for one in edits]
         odds += outcomes.log_odds_each(subject, TEXTS, openers, edits)
@@ -221,8 +231,6 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
             subject.tensor(forward.encode(subject, TEXTS[0])[None]), max_new_tokens=8, do_sample=False
         )
         numbers = [*(one.to_numpy() for one in odds), price.to_numpy()]
-        monkeypatch.setattr(labels, "QUESTION", "{request} {reply}")  # the embedded model reads 128 tokens
-        monkeypatch.setattr(labels, "answer_tokens", lambda *_: ([words[0]], [words[2]]))
         numbers.append(labels.complied(subject, TEXTS, own, subject))
         found.append((numbers, own.ids, drawn.ids, library.tolist()))
     for here, there in zip(found[0][0], found[1][0], strict=True):
@@ -248,7 +256,10 @@ def test_layers_that_wait_in_the_processors_memory_change_no_number(place, tmp_p
     found = []
     for subject in (whole, away):
         base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-        patches = [Patch("neuron", 1, position_mask(base.tokens, -1), 3), Patch("head", 1, position_mask(base.tokens, -1), 3)]
+        patches = [
+            Patch("neuron", 1, position_mask(base.tokens, -1), 3),
+            Patch("head", 1, position_mask(base.tokens, -1), 3),
+        ]
         found.append(replay.interchange(subject, base, source, patches).cpu())
     torch.testing.assert_close(*found)
 

@@ -29,7 +29,8 @@ from companion.run.freshness import processor
 
 RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
 STYLE = {"ruff check": ["ruff", "check", "."], "ruff format": ["ruff", "format", "--check", "."], "mypy": ["mypy"]}
-UNIT = ("unit tests and doctests", ["pytest", "--quiet"])
+ON_A_DEVICE = "tests/test_standin_notebooks.py"
+UNIT = ("unit tests and doctests", ["pytest", "--quiet", f"--ignore={ON_A_DEVICE}"])
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
 LOCK = ROOT / "requirements.lock"
 # torch's wheel for Linux brings these itself, and the CPU build has none of them.
@@ -63,6 +64,7 @@ def run_all() -> int:
         for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
             outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
         outcomes.append(compare(results))
+        outcomes.append(_step("notebooks, stand-in GPU", ["pytest", "--quiet", ON_A_DEVICE], unseen))
         outcomes.append(units.result())
         print(f"\n== {UNIT[0]}\n{(scratch / 'unit.log').read_text(encoding='utf-8')}", flush=True)
     print("\n== times")
