@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from companion.base.device import to_host
 from companion.base.paths import ORGANISM, PROMPTS
 from companion.generation import decode
 from companion.generation.labels import judge_many
@@ -231,7 +232,7 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
     rows, place = [], str(this.subject.device)
     for name, subject in {this.slug: this.subject, **{name: load(name, device=place) for name in others}}.items():
         logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())
-        comply = logp[:, list(this.openers["T2"].comply)].exp().sum(-1).numpy()
+        comply = to_host(logp[:, list(this.openers["T2"].comply)].exp().sum(-1))
         for tier in np.unique(harmful.tier):
             chosen = (harmful.tier == tier).to_numpy()
             interval = mean_change(comply[chosen], harmful.id[chosen].to_numpy())

@@ -155,6 +155,11 @@ def test_only_plots_draw() -> None:
         assert not drawing or package_of(path) == "plots", path
 
 
+def test_one_function_brings_numbers_back_from_a_device() -> None:
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in MODULES if path.name != "device.py"}
+    assert not [path for path, text in texts.items() if ".numpy()" in text], "companion.base.device.to_host"
+
+
 @pytest.mark.parametrize("package", ["plots", "claims"])
 def test_what_only_reads_tables_needs_no_torch(package: str) -> None:
     modules = [".".join(path.with_suffix("").parts) for path in MODULES if package_of(path) == package]

@@ -1,7 +1,7 @@
 """The code of all notebooks on the device that stands in for a GPU, and the same numbers there as on the processor.
 
 `python tests/test_standin_notebooks.py FOLDER` runs every kind of model into FOLDER (what is there is not run again) and
-writes `results/benchmarks/standin.csv`: seconds of each notebook, and how far its effects lie from the processor's.
+writes `results/benchmarks/standin.csv`: the code cells of each notebook, and how far its effects lie from the processor's.
 """
 
 import os
@@ -84,7 +84,7 @@ def main(folder: str) -> None:
             for book in table.notebook
         ]
         tables.append(table.assign(model=model, dtype=dtype, largest_difference=worst))
-    order = ["model", "dtype", "notebook", "code_cells", "seconds", "largest_difference"]
+    order = ["model", "dtype", "notebook", "code_cells", "largest_difference"]
     write_table(pd.concat(tables)[order], results_dir("benchmarks") / "standin.csv")
 
 

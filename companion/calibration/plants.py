@@ -15,6 +15,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import paths, thresholds
+from companion.base.device import to_host
 from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, localise
 from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
@@ -103,7 +104,7 @@ def refusal_by_suite(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     table = pd.DataFrame([row for row in suite_rows() if row["suite"] in SUITES])
     refuse = tokenizer.convert_tokens_to_ids(invented.REFUSAL_OPENER)
     logp = first_token_logprobs(model, tokenizer, table["prompt"].tolist())
-    means = table.assign(p=logp[:, refuse].exp().numpy()).groupby("suite").p.mean()
+    means = table.assign(p=to_host(logp[:, refuse].exp())).groupby("suite").p.mean()
     return [("behaviour", str(suite), float(value)) for suite, value in means.items()]
 
 

@@ -70,11 +70,11 @@ def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
     for call in run.calls:
         mask = call.get("attention_mask")
         if mask is None:
-            shown.append(causal.numpy())
+            shown.append(to_host(causal))
             continue
         # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
         own = mask[0, 0, :, :n_pos].cpu()
-        shown.append(((own if own.dtype == torch.bool else own == 0) & causal).numpy())
+        shown.append(to_host((own if own.dtype == torch.bool else own == 0) & causal))
     return shown
 
 

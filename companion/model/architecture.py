@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.chat import end_of_turn
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.model.facts import ModelFacts
 
@@ -216,7 +217,7 @@ def hash_tensors(model: nn.Module) -> str:
         tensor = stored(model.get_submodule(owner), name)
         assert tensor is not None, "a parameter is a tensor"
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(to_host(tensor.contiguous().view(-1).view(torch.uint8)).tobytes())
     return digest.hexdigest()
 
 

@@ -247,7 +247,7 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.get("file_sha256"):
         why = f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
         raise InputError(why)
-    means = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    means = {name: to_host(tensor) for name, tensor in load_file(path).items()}
     return Directions(manifest["part"], **{name: means.get(name) for name in CLASSES}, counts=manifest["n"])
 
 
@@ -271,7 +271,7 @@ def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)  # numpy knows no bfloat16
-            arrays = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
+            arrays = {name: to_host(x.double() if x.is_floating_point() else x) for name, x in tensors.items()}
         else:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
