@@ -165,11 +165,10 @@ def _working_per_token(subject: Subject, n_pos: int) -> int:
 
 def _graph_per_token(subject: Subject, n_pos: int) -> int:
     """Numbers that a backward pass needs of one token's forward pass, and the neurons' gradients."""
-    heads, is_capped = (
-        subject.n_heads * head_width(subject, 0),
-        getattr(subject.model.config, "attn_logit_softcapping", None),
-    )
-    scores, norms = subject.n_heads * n_pos * (2 if is_capped else 1), 6 if subject.post_norm else 3
+    heads, scores = subject.n_heads * head_width(subject, 0), subject.n_heads * n_pos
+    if getattr(subject.model.config, "attn_logit_softcapping", None):
+        scores *= 2
+    norms = 6 if subject.post_norm else 3
     return subject.n_layers * (norms * subject.d_model + 5 * heads + scores + 6 * subject.d_mlp)
 
 
