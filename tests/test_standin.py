@@ -169,10 +169,8 @@ def test_the_unembedding_is_not_copied_for_the_whole_vocabulary(place: torch.dev
     device.peak_bytes(place, reset=True)
     before = standin.MEMORY.held
     last_layer_log_probs(subject, base, source, rows)
-    table = 4 * 50_000 * subject.d_mlp
-    assert device.peak_bytes(place) - before < 2.5 * table + 4 * 50_000 * 16, (
-        "the neurons' table, twice, and the logits"
-    )
+    table, copied = (4 * 50_000 * width for width in (subject.d_mlp, subject.d_model))
+    assert device.peak_bytes(place) - before < 2 * table + copied / 2, "the neurons' table, twice, and some logits"
 
 
 def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
@@ -210,6 +208,7 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
     found = []
     for where in ("cpu", "standin"):
         subject = load.load("embedded", device=where)
+        assert subject.device.type == where
         openers, d = Openers(tuple(words[:2]), tuple(words[2:])), subject.d_model
         vector = np.sin(np.arange(d))
         edits = [
