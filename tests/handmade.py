@@ -100,13 +100,10 @@ def cue_pairs(
     """Pairs whose cue words are given ("off low", "on low") and whose filler words differ; every second one is longer."""
     made = []
     for i in range(n):
-        texts = []
-        for cues in (control, treated):
-            first, second = cues.split()
-            words = ["please", first, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), second, "do", "it"]
-            texts.append(" ".join(words))
-        split = ("discover", "validate", "test")[i % 3]
-        twin = f"T2b {i}" if treatment == "T2" else None
+        middle = (WORDS[4 + i % 5], *(["kind"] if i % 2 else []))
+        cues = [cue.split() for cue in (control, treated)]
+        texts = [" ".join(["please", first, *middle, second, "do", "it"]) for first, second in cues]
+        split, twin = ("discover", "validate", "test")[i % 3], f"T2b {i}" if treatment == "T2" else None
         pair, reason = token_pair(Pair(f"{treatment} {i}", treatment, f"topic {i}", *texts, split, twin), tokenizer)
         assert pair is not None, reason
         made.append(pair)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from effect_tools import YES_NO
+from effect_tools import YES_NO, said
 from families import VOCAB, tiny_subject
-from handmade import random_pairs
+from handmade import cue_pairs, random_pairs
 
 from companion.mediation import estimands
 from companion.mediation.estimands import Batch
@@ -34,6 +34,12 @@ def tiny_study(
             pairs.append(replace(pair, pair=named))
     twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin}
     return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins, {})
+
+
+def cue_study(subject: Subject, n: int = 6) -> Study:
+    """A compiled model with pairs that differ in cue A alone."""
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=n)
+    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
 
 
 def clean_batch(study: Study, treatment: str = "T2") -> Batch:
@@ -82,20 +88,18 @@ def text_log_prob(logits: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) 
 
 def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
     """Pairs in a cycle of splits, `per_topic` of each topic, with a total effect of 10."""
-    topic = np.arange(n) // per_topic
-    names = [f"topic {i}" for i in topic]
-    split = [SPLITS[i % 3] for i in topic]
-    return pd.DataFrame(
-        {"pair_id": [f"p{i}" for i in range(n)], "topic": names, "split": split, "te": 10.0, "unsaturated": True}
-    )
+    rows = [(f"p{i}", f"topic {i // per_topic}", SPLITS[i // per_topic % 3]) for i in range(n)]
+    return pd.DataFrame(rows, columns=["pair_id", "topic", "split"]).assign(te=10.0, unsaturated=True)
 
 
 def made_effects(values: np.ndarray, layer: np.ndarray | int = 0, **settings: int) -> PairEffects:
     """Effects of neurons given as an array (pair, neuron), the same in both directions."""
     layers = np.broadcast_to(layer, values.shape[1])
     index = np.concatenate([np.arange((layers == one).sum()) for one in np.unique(layers)])
-    columns = pd.DataFrame({"layer": layers, "neuron": index})
-    arrays = dict.fromkeys(("nie0", "nie1", "direct"), values)
+    columns, arrays = (
+        pd.DataFrame({"layer": layers, "neuron": index}),
+        dict.fromkeys(("nie0", "nie1", "direct"), values),
+    )
     return PairEffects("T2", pair_table(len(values), **settings), columns, arrays)
 
 
@@ -104,8 +108,7 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
 
     All neurons write along one direction, read by one token of each camp; a large constant channel keeps the norm still.
     """
-    subject = tiny_subject("llama", torch.float64)
-    subject = replace(subject, d_mlp=len(writes))
+    subject = replace(tiny_subject("llama", torch.float64), d_mlp=len(writes))
     with torch.no_grad():
         subject.final_norm.weight.fill_(1000.0 / subject.d_model**0.5)
         subject.unembed.weight.zero_()
@@ -119,8 +122,7 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
     resid[1, :, 1] = float(np.sum(writes))
     neurons = torch.stack([torch.zeros(n, len(writes)), torch.ones(n, len(writes))]).double()
     pairs = pair_table(n).assign(te=float(np.sum(writes)))
-    columns = pd.DataFrame({"layer": subject.n_layers - 1, "neuron": range(len(writes))})
-    values = np.tile(writes, (n, 1)).astype(float)
-    effects = PairEffects("T2", pairs, columns, dict.fromkeys(("nie0", "nie1", "direct"), values))
+    effects = made_effects(np.tile(writes, (n, 1)).astype(float), subject.n_layers - 1)
+    effects = replace(effects, pairs=pairs)
     study = Study("made", subject, (), {"T2": YES_NO}, {}, {})
     return subject, Measured(study, {"T2": effects}, {"T2": FinalStates("T2", pairs, YES_NO, resid, neurons)})

@@ -13,7 +13,7 @@ from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
 
 from companion.generation import hooks, outcomes
 from companion.prompts.tokens import Openers
-from companion.steering import extraction
+from companion.steering import budget, extraction
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.experiment import PLAIN, SteeringExperiment, answer
 from companion.steering.prompts import UNKNOWN
@@ -24,10 +24,9 @@ ON = 1.5  # log-odds of "yes" where the cue is "on"
 def prompts() -> pd.DataFrame:
     """Requests that cue "off" (refused) or "on" (complied), and benign ones without the word; fillers vary."""
     rows = []
-    cues = (("harmful", True, "off low"), ("harmful", False, "on low"), ("harmless", False, "well low"))
     for i in range(12):
-        for kind, refused, cue in cues:
-            text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
+        for kind, refused, cue in (("harmful", True, "off"), ("harmful", False, "on"), ("harmless", False, "well")):
+            text = " ".join(["please", cue, "low", WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
             rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
     return pd.DataFrame(rows, columns=["id", "text", "kind", "split", "refused"])
 
@@ -72,6 +71,16 @@ def opens_for(fit: extraction.Fit, word: str) -> hooks.Opening:
     assert fit.subject.tokenizer is not None
     token = fit.subject.tokenizer.convert_tokens_to_ids(word)
     return lambda prompt: (prompt.ids == token).any(-1).float()
+
+
+def shut(prompt: hooks.Prompt) -> torch.Tensor:
+    """A gate that opens for nothing."""
+    return torch.zeros(len(prompt.ids))
+
+
+def spent_on(fit: extraction.Fit, made: hooks.Steering, wanted: str) -> float:
+    """The mean added norm on the prompts of one class."""
+    return budget.added_norms(fit.subject, [made], texts_of(fit, wanted)).mean()
 
 
 def texts_of(fit: extraction.Fit, wanted: str) -> list[str]:

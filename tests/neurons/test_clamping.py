@@ -35,10 +35,8 @@ def test_cells_indices_and_readout_are_those_of_plain_arithmetic(case: tuple) ->
     pairs = cue_pairs(TOKENIZER, control, treated, n=6)
     table = four_cells(gm.build(model), pairs, {"T2": YES_NO}, [NeuronSet("set", at[0], (at[1],))])
     bits = (BITS[control], BITS[treated])
-    for form, cells, signed in (
-        ("upstream", gm.upstream(model, at, bits), upstream),
-        ("inside", gm.inside(model, at, bits), inside),
-    ):
+    own = gm.crossed(model, at, *bits, bits[0])
+    for form, cells, signed in (("upstream", gm.upstream(model, at, bits), upstream), ("inside", own, inside)):
         for outcome in ("Y1", "Y1.frozen"):
             part = select(table, "T2", "set", form, outcome)
             np.testing.assert_allclose(part[list(CELLS)], np.tile(cells, (6, 1)), atol=CLOSE * max(map(abs, cells)))
@@ -83,20 +81,6 @@ def test_cells_from_caches_are_those_of_runs() -> None:
     assert set(fewer.pair_id) == {"T2 0", "T2 1", "T2 2"}  # other pairs than are cached: they are run
 
 
-# ---- the harm signal switched by the twin: a gate that no pair on its own can show ----
-
-
-def with_twins(model: gm.Model) -> pd.DataFrame:
-    """T2: wrapper off or on with harm; T2b: the same without harm."""
-    harmful = cue_pairs(TOKENIZER, "off high", "on high", n=6)
-    harmless = cue_pairs(TOKENIZER, "off low", "on low", n=6, treatment="T2b")
-    twins = {pair.pair.id: str(pair.pair.twin) for pair in harmful}
-    subject, openers, caches = gm.build(model), {"T2": YES_NO, "T2b": YES_NO}, dict[str, LastLayerCache]()
-    made = four_cells(subject, [*harmful, *harmless], openers, [ONE], caches=caches)
-    made = with_difference(made, twins)
-    return pd.concat([made, gating.twin_cells(subject, caches, twins, openers, [ONE])], ignore_index=True)
-
-
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -107,7 +91,13 @@ def with_twins(model: gm.Model) -> pd.DataFrame:
     ids=["up carries the harm", "roles exchanged", "adds both"],
 )
 def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, expected: dict[str, float]) -> None:
-    table = with_twins(model)
+    """T2: wrapper off or on with harm; T2b: the same without harm."""
+    harmful = cue_pairs(TOKENIZER, "off high", "on high", n=6)
+    harmless = cue_pairs(TOKENIZER, "off low", "on low", n=6, treatment="T2b")
+    twins = {pair.pair.id: str(pair.pair.twin) for pair in harmful}
+    subject, openers, caches = gm.build(model), {"T2": YES_NO, "T2b": YES_NO}, dict[str, LastLayerCache]()
+    made = with_difference(four_cells(subject, [*harmful, *harmless], openers, [ONE], caches=caches), twins)
+    table = pd.concat([made, gating.twin_cells(subject, caches, twins, openers, [ONE])], ignore_index=True)
     for form, signed in expected.items():
         index = gating.gate_index(select(table, "T2-T2b", "set", form, "Y1"))
         assert index is not None and index.signed.estimate[0] == pytest.approx(signed, abs=1e-3)

@@ -11,9 +11,8 @@ from companion.neurons import gating
 def known_cells(seed: int, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
     """120 pairs of 40 topics; the mean cells are known."""
     n = 120
-    noise = np.random.default_rng(seed).normal(0, 0.05, (n, 4))
-    means = np.array([0.0, own, signal, signal + own + together])
-    table = pd.DataFrame(means + noise, columns=list(CELLS)).assign(
+    cells = np.random.default_rng(seed).normal([0.0, own, signal, signal + own + together], 0.05, (n, 4))
+    table = pd.DataFrame(cells, columns=list(CELLS)).assign(
         pair_id=[f"{treatment} {i}" for i in range(n)], topic=[f"t{i % 40}" for i in range(n)], treatment=treatment,
         split=["discover" if i % 40 < 20 else "test" for i in range(n)], set="set", layer=3, form="upstream", outcome="Y1",
     )  # fmt: skip
@@ -37,11 +36,9 @@ def test_index_of_known_means_and_when_it_is_defined() -> None:
     index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, 2.0))
     assert index is not None and index.is_defined and index.low < 0.5 < index.high
     assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
-    idle = gating.gate_index(known_cells(1, "T2", 1.0, 0.1, 0.0))
-    assert idle is not None and not idle.is_defined  # the set does next to nothing
-    swamped = known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
-    small = gating.gate_index(swamped)
-    assert small is not None and not small.is_defined  # next to nothing is at stake
+    idle, swamped = known_cells(1, "T2", 1.0, 0.1, 0.0), known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
+    for table in (idle, swamped):  # the set does next to nothing; next to nothing is at stake
+        assert (small := gating.gate_index(table)) is not None and not small.is_defined
     assert gating.gate_index(swamped[swamped.split == "test"]) is None
 
 

@@ -1,6 +1,5 @@
 """Clamps of whole answers, teacher-forced and decoded, against plain hooks; and an answer's labels by opener and content."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from families import tiny_subject
 from handmade import GATE_NEURON, Program, compiled, cue_pairs, random_pairs
-from neuron_tools import read_neurons, text_log_prob
+from neuron_tools import cue_study, read_neurons, text_log_prob
 from torch import Tensor
 
 from companion.base.hub import JUDGE
@@ -26,8 +25,6 @@ from companion.prompts.tokens import Openers
 STEPS = 4
 
 
-# ---- teacher-forced ----
-
 OPENERS = {"T2": Openers((5, 9), (33,), 0)}
 SETS = [NeuronSet("last", 3, (1, 4)), NeuronSet("below", 1, (0, 7))]
 
@@ -38,14 +35,12 @@ def values(subject: Subject, prompt: Tensor, text: Tensor, one: NeuronSet) -> Te
 
 
 def log_prob(
-    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice | None = None,
-    new: Tensor | None = None,
+    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice = slice(0), new: Tensor | float = 0.0
 ) -> Tensor:  # fmt: skip
     """log p of a text behind a prompt, a set held at `new` at some positions."""
 
     def edit(inputs: Tensor) -> None:
-        if at is not None:
-            inputs[:, at, list(one.neurons)] = new
+        inputs[:, at, list(one.neurons)] = new
 
     logits, _ = read_neurons(subject, torch.cat([prompt, text[:, :-1]], dim=1), one.layer, edit)
     return text_log_prob(logits, text, mask)
@@ -83,29 +78,21 @@ def test_closing_cost_is_that_of_a_hooked_run() -> None:
     assert got.n_tokens.tolist() == text[1].sum(1).tolist() and abs(wanted).max() > 1e-3
 
 
-# ---- decoded on a schedule ----
-
-
 @pytest.fixture(scope="module")
 def this() -> Study:
     """A compiled model whose gate neuron is moved to the last layer, where clamps act; its answers are "yes" or "no"."""
-    subject = compiled(Program(gain=3.0))
-    tokenizer, model = subject.tokenizer, subject.model.model
-    assert tokenizer is not None
+    study = cue_study(compiled(Program(gain=3.0)), n=4)
+    model, (no,) = study.subject.model, study.openers["T2"].refuse
     with torch.no_grad():
         for name in ("gate_proj", "up_proj", "down_proj"):
-            source, target = (getattr(model.layers[layer].mlp, name).weight for layer in (2, 3))
+            source, target = (getattr(model.model.layers[layer].mlp, name).weight for layer in (2, 3))
             target.copy_(source)
             source.zero_()
         # Without a signal the model says "no", with it "yes": 3/20 * 10 = 1.5 on each side of the bias.
-        no = tokenizer.convert_tokens_to_ids("no")
-        subject.model.lm_head.weight[no, 0] = 0.7 / 1000
-    pairs = cue_pairs(tokenizer, "off low", "on low", n=4)
-    yes, no = ((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
-    return Study("compiled", subject, tuple(pairs), {"T2": Openers(yes, no)}, {}, {})
+        model.lm_head.weight[no, 0] = 0.7 / 1000
+    return study
 
 
-Judge = Callable[[str, str], str] | None
 GATE = Clamp("neurons", (GATE_NEURON,))
 
 
@@ -117,10 +104,8 @@ def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(t
     assert (labels["all but the first"] == "harmful").all()
 
 
-AT = {
-    "none": [], "prompt": [0], "first token": [0], "first five": [0, 1, 2, 3, 4], "all tokens": [0, 1, 2, 3, 4, 5],
-    "all but the first": [1, 2, 3, 4, 5],
-}  # fmt: skip
+AT = {"none": [], "prompt": [0], "first token": [0], "first five": range(5), "all tokens": range(6)}
+AT["all but the first"] = range(1, 6)
 
 
 @pytest.mark.parametrize("schedule", timing.SCHEDULES)
@@ -184,20 +169,16 @@ def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study
     assert (y["none"] > y["first token"]).all() and not np.allclose(y["first token"], y["all tokens"])
 
 
-# ---- labels ----
-
 ARMS = [(Clamp("whole MLP"), "none"), (Clamp("whole MLP"), "all tokens")]
 
 
 @pytest.fixture(scope="module")
 def yes() -> Study:
     """Answers repeat "yes", which is no refusal; nothing reads their content."""
-    subject = compiled(Program())
-    assert subject.tokenizer is not None
-    pairs = cue_pairs(subject.tokenizer, "on low", "on high", n=4)
-    yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    subject.model.lm_head.weight.data[yes, 0] = 1e-3
-    return Study("compiled", subject, tuple(pairs), {"T2": Openers((yes,), (no,))}, {}, {})
+    study = cue_study(compiled(Program()), n=4)
+    pairs = cue_pairs(study.subject.tokenizer, "on low", "on high", n=4)
+    study.subject.model.lm_head.weight.data[study.openers["T2"].comply[0], 0] = 1e-3
+    return replace(study, pairs=tuple(pairs))
 
 
 def judge(request: str, answer: str) -> str:
@@ -216,7 +197,7 @@ def judge(request: str, answer: str) -> str:
     ids=["nothing reads content", "the study's own judge", "a judge model", "the embedded language"],
 )
 def test_labels_by_the_opener_and_by_content(
-    yes: Study, monkeypatch: pytest.MonkeyPatch, own: Judge, model: str, is_embedded: bool, label: str, content: str
+    yes: Study, monkeypatch: pytest.MonkeyPatch, own: object, model: str, is_embedded: bool, label: str, content: str
 ) -> None:
     monkeypatch.setenv(JUDGE, model)
     monkeypatch.setattr(labels, "is_embedded", lambda texts: is_embedded and all(texts))

@@ -18,10 +18,10 @@ from companion.steering import extraction, methods
 from companion.steering.experiment import open_experiment
 from companion.steering.extraction import Fit
 
+SUPPLY = {"refused": "safety training", "complied": "jailbreak", "benign": "harmless"}
 
-@pytest.mark.parametrize(
-    ("gone", "supply"), [("refused", "safety training"), ("complied", "jailbreak"), ("benign", "harmless")]
-)
+
+@pytest.mark.parametrize(("gone", "supply"), SUPPLY.items())
 def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str, supply: str) -> None:
     left = fit.subset((fit.prompts["class"] != gone).to_numpy())
     made = left.directions()
@@ -42,13 +42,12 @@ def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Pa
     extraction.save_directions(made, fit, tmp_path)
     again = extraction.load_directions(tmp_path, fit.subject)
     np.testing.assert_array_equal(again.rejection, made.rejection)
-    bytes_before = [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
+    bytes_before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     extraction.save_directions(made, fit, tmp_path)
-    assert bytes_before == [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
-    with pytest.raises(InputError, match="model_sha256"):
-        extraction.load_directions(tmp_path, replace(fit.subject, sha256="other"))
-    with pytest.raises(InputError, match="template_sha256"):
-        extraction.load_directions(tmp_path, replace(fit.subject, tokenizer=word_tokenizer("{{ messages }}")))
+    assert bytes_before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    for says, other in (("model", {"sha256": "other"}), ("template", {"tokenizer": word_tokenizer("{{ messages }}")})):
+        with pytest.raises(InputError, match=f"{says}_sha256"):
+            extraction.load_directions(tmp_path, replace(fit.subject, **other))
     (tmp_path / extraction.FILE).write_bytes(b"torn")
     with pytest.raises(InputError, match="not the file of its manifest"):
         extraction.load_directions(tmp_path, fit.subject)
@@ -90,7 +89,7 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
     ],
 )
 def test_what_cannot_be_compared_says_what_was_expected(
-    fit: Fit, tmp_path: Path, name: str, arrays: dict[str, np.ndarray], says: str
+    fit: Fit, tmp_path: Path, name: str, arrays: dict, says: str
 ) -> None:
     with (tmp_path / name).open("wb") as file:
         np.savez(file, **arrays)
@@ -106,8 +105,8 @@ def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fi
     found = extraction.supplied_directions(folder / "mine.safetensors", fit.subject)
     np.testing.assert_array_equal(found["rejection"], stored[:, 0].double().numpy())
     assert extraction.cosines(fit.directions(), found).rejection[2] == pytest.approx(1.0, abs=1e-3)
-    shutil.copy(PROMPTS / "embedded" / "outcome.json", tmp_path)
-    shutil.copy(PROMPTS / "embedded" / "pairs.jsonl", tmp_path)
+    for name in ("outcome.json", "pairs.jsonl"):
+        shutil.copy(PROMPTS / "embedded" / name, tmp_path)
     for call in (
         lambda: settings.check_pairs("embedded", str(tmp_path), 30, "full"),
         lambda: open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2),
@@ -116,10 +115,10 @@ def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fi
             call()
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_a_folder_of_directions_holds_one_file(tmp_path: Path, n: int) -> None:
+def test_a_folder_of_directions_holds_one_file(tmp_path: Path) -> None:
     (tmp_path / extraction.SUPPLIED).mkdir()
-    for i in range(n):
-        (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
-    with pytest.raises(InputError, match=f"holds {n} files; expected one"):
-        extraction.find_supplied(tmp_path)
+    for n in (0, 2):
+        for i in range(n):
+            (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
+        with pytest.raises(InputError, match=f"holds {n} files; expected one"):
+            extraction.find_supplied(tmp_path)

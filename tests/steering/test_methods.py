@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from handmade import GATE_NEURON, OUT
-from steering_lab import log_odds_of, texts_of
+from steering_lab import log_odds_of, spent_on
 
 from companion.base.errors import InputError
 from companion.generation import hooks
-from companion.steering import budget, extraction, methods
+from companion.steering import extraction, methods
 from companion.steering.experiment import PLAIN
 from companion.steering.extraction import Fit
 from companion.steering.methods import Scale
@@ -39,8 +39,7 @@ def test_targeted_steering_makes_a_complied_prompt_a_refused_one_and_spares_the_
 
 
 def test_the_closed_loop_is_one_sided_and_bounded(fit: Fit) -> None:
-    edit = methods.targeted_layers(fit, layers=[2], components=0).edits[0]
-    means = fit.directions("mlp_out")
+    edit, means = methods.targeted_layers(fit, layers=[2], components=0).edits[0], fit.directions("mlp_out")
     v = means.rejection[2]
     along = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])  # 0 at the complied mean, 1 at the refused one
     x = (torch.tensor(means.complied[2]) + along[:, None] * torch.tensor(v)).float()[:, None]
@@ -51,21 +50,16 @@ def test_the_closed_loop_is_one_sided_and_bounded(fit: Fit) -> None:
 
 
 def test_the_null_space_leaves_benign_activations_alone(fit: Fit) -> None:
-    rng = np.random.default_rng(0)
-    benign = rng.normal(size=(40, 8)) @ np.diag([5, 5, 5, 5, 0, 0, 0, 0])
+    benign = np.random.default_rng(0).normal(size=(40, 8)) @ np.diag([5, 5, 5, 5, 0, 0, 0, 0])
     np.testing.assert_allclose(benign @ methods.low_variance(benign, 0.5), 0, atol=1e-9)
     made = methods.alphasteer(fit, layers=[2])
-    spent = {
-        name: budget.added_norms(fit.subject, [made], texts_of(fit, name)).mean() for name in ("benign", "complied")
-    }
-    assert spent["benign"] < 0.05 * spent["complied"]
+    assert spent_on(fit, made, "benign") < 0.05 * spent_on(fit, made, "complied")
 
 
 def test_positions_are_affine_invariant() -> None:
-    rng = np.random.default_rng(0)
-    x, zero, one = rng.normal(size=(5, 6)), rng.normal(size=6), rng.normal(size=6)
-    turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-    move = lambda y: 3.0 * y @ turn + 7.0  # noqa: E731
+    x, zero, one, turn = np.split(np.random.default_rng(0).normal(size=(13, 6)), [5, 6, 7])
+    zero, one = zero[0], one[0]
+    move = lambda y: 3.0 * y @ np.linalg.qr(turn).Q + 7.0  # noqa: E731
     line = Scale.between(zero, one)
     before = line.position(x)
     np.testing.assert_allclose(Scale.between(move(zero), move(one)).position(move(x)), before)
@@ -75,8 +69,7 @@ def test_positions_are_affine_invariant() -> None:
 
 
 def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
-    rng = np.random.default_rng(0)
-    benign = rng.normal(size=(50, 6)) * np.array([10, 1, 1, 1, 1, 1])
+    benign = np.random.default_rng(0).normal(size=(50, 6)) * np.array([10, 1, 1, 1, 1, 1])
     v = np.array([1.0, 0.15, 0, 0, 0, 0])
     with pytest.raises(InputError, match=r"layer 4: .* 0\.1\d of the direction is left"):
         methods.preserving(v, benign, 1, "layer 4")
