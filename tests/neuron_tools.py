@@ -9,6 +9,7 @@ import torch
 from effect_tools import YES_NO, said
 from families import VOCAB, tiny_subject
 from handmade import cue_pairs, random_pairs
+from torch import Tensor
 
 from companion.mediation import estimands
 from companion.mediation.estimands import Batch
@@ -19,6 +20,7 @@ from companion.model.interventions import Patch
 from companion.neurons.sets import Measured
 from companion.neurons.single import FinalStates, PairEffects
 
+Column = tuple[int, int | tuple[int, ...]]  # layer, neuron or neurons
 SPLITS = ("discover", "validate", "test")
 
 
@@ -47,28 +49,25 @@ def clean_batch(study: Study, treatment: str = "T2") -> Batch:
     return estimands.run_clean(study.subject, estimands.batches(study.of(treatment), study.subject)[0])
 
 
-def neuron_patches(batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> list[Patch]:
+def neuron_patches(batch: Batch, columns: list[Column]) -> list[Patch]:
     """An intervention on the last token for each (layer, neuron or neurons)."""
     last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
     last[:, -1] = True
     return [Patch("neuron", layer, last, neuron) for layer, neuron in columns]
 
 
-def patched(study: Study, batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> torch.Tensor:
+def patched(study: Study, batch: Batch, columns: list[Column]) -> Tensor:
     """Final residual streams of the control runs after each intervention on its own, (pair, patch, d)."""
     return replay.interchange(study.subject, batch.control, batch.treated, neuron_patches(batch, columns))[:, :, 0]
 
 
-Edit = Callable[[torch.Tensor], None]
-
-
 def read_neurons(
-    subject: Subject, ids: torch.Tensor, layer: int, edit: Edit = lambda inputs: None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    subject: Subject, ids: Tensor, layer: int, edit: Callable[[Tensor], None] = lambda inputs: None
+) -> tuple[Tensor, Tensor]:
     """Logits of a plain forward pass, and what one down projection was given, (pair, pos, neuron); `edit` changes it in place."""
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
-    def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def hook(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0].clone())
         edit(seen[0])
         return (seen[0], *args[1:])
@@ -80,7 +79,7 @@ def read_neurons(
     return logits, seen[0]
 
 
-def text_log_prob(logits: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def text_log_prob(logits: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """log p of a text, from the logits of a pass over its prompt and all its tokens but the last."""
     scores = logits[:, -text.shape[1] :].double().log_softmax(-1)
     return (scores.gather(-1, text[..., None])[..., 0] * mask).sum(-1)

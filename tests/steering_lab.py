@@ -34,7 +34,6 @@ def prompts() -> pd.DataFrame:
 def fitted() -> extraction.Fit:
     """The fit on these prompts."""
     subject = compiled(Program(skip=0.0))
-    assert subject.tokenizer is not None
     yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
         subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
@@ -43,9 +42,8 @@ def fitted() -> extraction.Fit:
 
 def experiment_of(fit: extraction.Fit) -> SteeringExperiment:
     """An experiment on the same prompts, each a topic of its own, its judge never satisfied."""
-    table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="")
-    found = outcomes.log_odds(fit.subject, table.text, fit.openers)
-    table = pd.concat([table.assign(topic=table.id), found], axis=1)
+    table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="", topic=lambda own: own.id)
+    table = pd.concat([table, outcomes.log_odds(fit.subject, table.text, fit.openers)], axis=1)
     return SteeringExperiment(fit, table, lambda request, answer: "off_topic")
 
 
@@ -68,7 +66,6 @@ def towards_no(name: str, size: float, gate: hooks.Opening | None = None) -> hoo
 
 def opens_for(fit: extraction.Fit, word: str) -> hooks.Opening:
     """A gate that opens for prompts with this word."""
-    assert fit.subject.tokenizer is not None
     token = fit.subject.tokenizer.convert_tokens_to_ids(word)
     return lambda prompt: (prompt.ids == token).any(-1).float()
 

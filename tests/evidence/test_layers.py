@@ -6,11 +6,9 @@ import pandas as pd
 import pytest
 from effect_tools import said
 from handmade import Program, compiled
-from neuron_tools import cue_study
 from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
 
 from companion.base.files import EVIDENCE
-from companion.base.thresholds import COMPONENTS
 from companion.evidence import layers
 from companion.mediation import estimands
 from companion.model.architecture import Subject
@@ -78,21 +76,6 @@ def test_preconditions_are_those_of_the_test_pairs() -> None:
         assert row["ci_low"] < row["estimate"] < row["ci_high"] and (row["n_pairs"], row["n_topics"]) == (30, 15)
     alone = layers.precondition_rows(clean[(clean.split != "test") | (clean.topic == "topic 49")], "m", N_LAYERS)[0]
     assert (alone["ci_low"], alone["ci_high"], alone["n_topics"]) == (-np.inf, np.inf, 1)
-
-
-def test_shares_of_a_compiled_model() -> None:
-    """Through the attention head passes everything, and the MLP reads it: indirect effects count that path twice."""
-    program = Program(skip=0.7)
-    study = cue_study(compiled(program), n=12)
-    wanted = estimands.mediators(study.subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
-    table = estimands.measure_effects(study.subject, study.pairs, study.openers, wanted, ("Y1", "contrast.frozen"))
-    one = pd.Series(1.0, pd.MultiIndex.from_product([COMPONENTS, range(4)], names=["site", "layer"]))
-    rows = layers.evidence_c2(table, table, "m", {"per patch norm": one})
-    te = program.log_odds(1, 0) - program.log_odds(0, 0)
-    assert find(rows, "MLP share of direct effects")["estimate"] == pytest.approx((te - 0.7) / te, abs=1e-3)
-    assert find(rows, "MLP share of NIE")["estimate"] == pytest.approx((te - 0.7) / (2 * te - 0.7), abs=1e-3)
-    (late,) = [row for row in layers.evidence_c1(table, "m", 4) if row["variant"] == "main"]
-    assert late["estimate"] == pytest.approx(0, abs=1e-3)  # layers 1 and 2 of 4
 
 
 def test_one_topic_in_discover_or_test_gives_no_share_and_no_wrapped_request_no_row() -> None:

@@ -61,9 +61,9 @@ def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
 def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: Study, swept: Neurons) -> None:
     """The last layer, discover and test, without recognition: the same means of the contrast."""
     last = measure_last_layer(study)
-    assert last is not None and set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
+    assert set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
     assert set(last.table.layer) == {3} and set(last.table.split) == {"discover", "test", "all"}
-    assert last.caches is not None and set(last.caches) == {"T2", "T2b", "B1", "B2"}
+    assert set(last.caches) == {"T2", "T2b", "B1", "B2"}
     same = "treatment == 'T2-T2b' and split == 'test' and layer == 3"
     few, whole = (table.query(same).set_index("neuron").nie1 for table in (last.table, swept.table))
     assert (few - whole).abs().max() < 1e-5
@@ -85,7 +85,6 @@ def test_which_layers_and_benign_behaviours_are_measured(study: Study, swept: Ne
 def test_a_screened_sweep_rechecks_the_top(study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30))
     full, found = swept, measure_neurons(study, every=False)
-    assert found.screen is not None
     keys = ["treatment", "split", "layer", "neuron"]
     both = found.table[found.table.exact].merge(full.table, on=keys, suffixes=("", "_full"))
     assert len(both) == found.table.exact.sum()
@@ -119,22 +118,18 @@ def measured(study: Study) -> tuple[neurons.Gates, pd.DataFrame, dict[str, float
     return found, table, table[table.variant == "main"].set_index("quantity").estimate.to_dict()
 
 
-def test_the_gate_is_found_inside_a_neuron_and_called_a_readout(gate: Study) -> None:
+def test_the_gate_is_found_inside_a_neuron_as_a_readout_and_below_the_last_layer(gate: Study) -> None:
     found, _, main = measured(gate)
-    assert found.headline is not None and found.headline.experiment == WRAPPER_HARM
+    assert found.headline.experiment == WRAPPER_HARM
     assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
     assert main["timing share"] == pytest.approx(1 / FORCED_STEPS, abs=1e-3)  # this model decides anew at every token
-
-
-def test_the_gate_is_found_below_the_last_layer() -> None:
     found, _, main = measured(gated(gm.BELOW, "off low", "on high"))
-    assert found.headline is not None and found.headline.form == "c"
+    assert found.headline.form == "c"
     assert main["gate index"] == pytest.approx(1, abs=0.02) and main["readout share"] == pytest.approx(0, abs=1e-3)
 
 
 def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate(gate: Study) -> None:
     swept = measure_last_layer(gate)
-    assert swept is not None
     this = swept.measured.study
     rows = neurons.gating_evidence(this, swept.table, "m", swept.caches)
     assert rows == neurons.gating_evidence(this, swept.table, "m")  # the runs of the sweep are those that it would make

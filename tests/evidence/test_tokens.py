@@ -23,13 +23,11 @@ def planted_paths(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd
             is_last = layer == n_layers - 1
             live = te * (1.0 if is_last else 0.8 if layer >= layer_of_takeover else 0.2)
             above = live if is_last else (1 - share) * live
-            effects = (live, live, above, above, 0.2 * live)
-            for site, effect in zip(mechanisms.HELD, effects, strict=True):
-                topic, split = f"t{i % 30}", "discover" if i % 30 < 15 else "test"
-                key = (f"p{i}", topic, "T2", split, site, layer, "last", -1)
-                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in ("Y1", "Y1.frozen")]
-    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "head", "outcome"]
-    made = with_estimands(pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"]))
+            for site, effect in zip(mechanisms.HELD, (live, live, above, above, 0.2 * live), strict=True):
+                key = (f"p{i}", f"t{i % 30}", "discover" if i % 30 < 15 else "test", site, layer)
+                rows += [(*key, outcome, effect, te - effect, te) for outcome in ("Y1", "Y1.frozen")]
+    table = pd.DataFrame(rows, columns=["pair_id", "topic", "split", "site", "layer", "outcome", "y01", "y10", "y11"])
+    made = with_estimands(table.assign(treatment="T2", position="last", head=-1, y00=0.0))
     return pd.DataFrame(tokens.evidence_c4(made, "m", n_layers)).set_index(["quantity", "variant"])
 
 

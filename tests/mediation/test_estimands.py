@@ -54,10 +54,11 @@ def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     pairs = cue_pairs(subject.tokenizer, "off low", "on low")
     wanted = mediators(subject, [*SITES, *(f"{site}.direct" for site in SITES)], ["last"])
     wanted += mediators(subject, SITES[:3], ["differ", "all"])
+    empty = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
     assert len(set(wanted)) == len(wanted) == 2 * (3 * 4 + 4 * 2) + 3 * 4 * 2  # every layer, head and group
-    table = measure_effects(subject, pairs, {"T2": said(subject)}, wanted)
+    table = measure_effects(subject, pairs, {"T2": said(subject)}, [*wanted, *empty])
     assert table.te.to_numpy() == pytest.approx(program.log_odds(1, 0) - program.log_odds(0, 0), abs=1e-4)
-    known = np.tile([expected(program, mediator) for mediator in wanted], len(pairs))
+    known = np.tile([expected(program, mediator) for mediator in wanted] + [0, 0], len(pairs))
     np.testing.assert_allclose(table[["nie0", "nie1"]], np.stack([known, known], axis=1), atol=1e-4)
     assert np.abs(known).max() > 0.5
 
@@ -124,23 +125,19 @@ def mixed() -> list[TokenPair]:
     return [named[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def test_batches_are_of_one_treatment_and_length(mixed: list[TokenPair]) -> None:
-    pairs = mixed
-    made = estimands.batches(pairs, size=2)
-    assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in pairs)
+def test_batches_are_of_one_treatment_and_length(mixed: list[TokenPair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs at once as keep a clean run below its share of memory, at least one."""
+    made = estimands.batches(mixed, size=2)
+    assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in mixed)
     assert all(len({(pair.pair.treatment, len(pair.control)) for pair in batch}) == 1 for batch in made)
     assert sorted(len(batch) for batch in made) == [1] * 4 + [2] * 4
-    lengths = [{len(pair.control) for pair in batch} for batch in estimands.batches(pairs, mixed=True)]
+    lengths = [{len(pair.control) for pair in batch} for batch in estimands.batches(mixed, mixed=True)]
     assert lengths == [{9}, {11}]
-
-
-def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many pairs at once as keep a clean run below its share of memory, at least one."""
-    subject, pairs = tiny_subject("llama"), random_pairs(12, 9, 61)
+    subject = tiny_subject("llama")
     need = memory.sweep_memory(subject, 1, 9).clean_run
     for budget, sizes in ((10**9, [12]), (5 * need, [5, 5, 2]), (need // 2, [1] * 12)):
         monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
-        assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes
+        assert [len(batch) for batch in estimands.batches(random_pairs(12, 9, 61), subject)] == sizes
 
 
 def test_rows_belong_to_their_pairs_whatever_the_batches(mixed: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +158,6 @@ def test_rows_belong_to_their_pairs_whatever_the_batches(mixed: list, monkeypatc
     single = measure_effects(subject, pairs, openers, wanted, names)
     whole, single = (one.set_index(keys).sort_index()[[*CELLS, "te", "nie0", "nie1"]] for one in (table, single))
     np.testing.assert_allclose(whole, single, atol=2e-5 * table.te.abs().max())
-
-
-def test_an_empty_position_group_has_no_effect() -> None:
-    wanted = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
-    table = measure_effects(tiny_subject("llama"), random_pairs(3, 9, 61), {"T2": YES_NO}, wanted)
-    assert (table[["nie0", "nie1"]] == 0).all(axis=None)
 
 
 # Y2: whole answers, against one hooked forward pass a pair and cell over the unpadded prompt and answer

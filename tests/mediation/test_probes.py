@@ -17,9 +17,7 @@ def plain(scores: np.ndarray) -> float:
     return roc_auc_score(np.tile([0, 1], len(scores)), scores.reshape(-1))
 
 
-def clustered_scores(
-    n_pairs: int = 60, n_topics: int = 20, *, strength: float = 0.7, seed: int = 0
-) -> tuple[np.ndarray, list[str]]:
+def clustered_scores(n_pairs: int, n_topics: int, strength: float, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """Scores with ties and a part that all pairs of a topic share; topics of different sizes."""
     rng = np.random.default_rng(seed)
     topics = np.sort(rng.integers(n_topics, size=n_pairs))
@@ -30,7 +28,7 @@ def clustered_scores(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_auroc_is_scikit_learns(seed: int) -> None:
-    (first, topics), (second, _) = clustered_scores(seed=seed, strength=1.0), clustered_scores(seed=seed, strength=0.2)
+    (first, topics), (second, _) = (clustered_scores(60, 20, strength, seed) for strength in (1.0, 0.2))
     found, names = probes.auroc({"a": first, "b": second}, topics)
     assert names == ("a", "b", "gain")
     assert found.estimate == pytest.approx([plain(first), plain(second), plain(first) - plain(second)])
@@ -39,7 +37,7 @@ def test_auroc_is_scikit_learns(seed: int) -> None:
 
 
 def test_a_resample_of_topics_is_the_auroc_of_the_resampled_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, topics = clustered_scores(30, 8)
+    scores, topics = clustered_scores(30, 8, 0.7)
     seen = []
     monkeypatch.setattr(probes.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
     probes.auroc({"a": scores, "b": scores[::-1]}, topics)

@@ -37,9 +37,7 @@ def test_a_readers_own_pair_on_a_sensitive_set_is_hidden_too() -> None:
     assert not [word for word in pair.control.split() if len(word) > 4 and word in str(caught.value)]
 
 
-def test_a_shipped_model_is_compared_with_the_others_and_all_twins(
-    this: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_model_is_compared_with_the_others_and_twins(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     others = study.other_shipped("embedded")
     assert len(others) > 1 and "window-0" not in others and others[-1].startswith("full")
     assert study.other_shipped("embedded", "smoke") == study.other_shipped("elsewhere/model") == ()

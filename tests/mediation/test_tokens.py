@@ -67,12 +67,9 @@ def test_replaced_words_are_the_controls_where_they_differ_and_neutral_elsewhere
     mask = positions.groups(pair, "<user> ")["last_instruction"]
     ids, is_swap = tokens.replaced_tokens(pair, mask, neutral=7)
     assert not is_swap and (ids[mask] == 7).all() and (ids[~mask] == pair.treated[~mask]).all()
-
-
-def test_replacing_the_cue_takes_the_whole_effect_and_a_filler_takes_none(this: Study) -> None:
+    # The cue takes the whole effect, a filler none.
     found = tokens.input_effects(this, "T2", ["differ", "last_instruction"]).groupby("position")["effect"].mean()
-    assert found["differ"] == pytest.approx(TOTAL, abs=1e-4)
-    assert found["last_instruction"] == pytest.approx(0, abs=1e-4)
+    assert found[["differ", "last_instruction"]].tolist() == pytest.approx([TOTAL, 0], abs=1e-4)
 
 
 def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
@@ -103,16 +100,11 @@ def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, fillers: tup
 
 
 def test_a_perfect_order_has_rank_correlation_one() -> None:
-    rows, inputs = [], []
-    for i in range(20):
-        split = "discover" if i < 10 else "test"
-        for size, name in enumerate(("wrapper", "verb", "rest"), start=1):
-            key = (f"p{i}", f"t{i}", "T2", split, "resid_post", 0, name, "Y1")
-            rows.append((*key, 6.0, float(size), float(size)))
-            inputs.append((f"p{i}", f"t{i}", "T2", split, name, 2.0 * size, True))
-    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "te", "nie0", "nie1"]
-    table = pd.DataFrame(rows, columns=names)
-    made = pd.DataFrame(inputs, columns=[*names[:4], "position", "effect", "swapped"]).query("split == 'test'")
+    sizes = enumerate(("wrapper", "verb", "rest"), start=1)
+    rows = [(f"p{i}", f"t{i}", "test" if i % 2 else "discover", name, size) for size, name in sizes for i in range(20)]
+    table = pd.DataFrame(rows, columns=["pair_id", "topic", "split", "position", "nie0"]).assign(treatment="T2")
+    made = table.assign(effect=2.0 * table.nie0, swapped=True).query("split == 'test'").drop(columns="nie0")
+    table = table.assign(nie1=table.nie0, te=6.0, site="resid_post", layer=0, outcome="Y1")
     views, rho = tokens.compare_views(table, made, "T2")
     assert rho == pytest.approx(1) and views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
     assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"

@@ -41,12 +41,11 @@ def test_cells_indices_and_readout_are_those_of_plain_arithmetic(case: tuple) ->
             part = select(table, "T2", "set", form, outcome)
             np.testing.assert_allclose(part[list(CELLS)], np.tile(cells, (6, 1)), atol=CLOSE * max(map(abs, cells)))
         index = gating.gate_index(select(table, "T2", "set", form, "Y1"))
-        assert index is not None
         if signed is not None:
             assert index.signed.estimate[0] == pytest.approx(signed, abs=0.05)  # the roundness of a SiLU's corner
             assert index.estimate == pytest.approx(abs(signed), abs=0.05)
     share = gating.readout_share(table, "T2", "set")
-    assert share is not None and share.estimate[0] == pytest.approx(readout, abs=0.01)
+    assert share.estimate[0] == pytest.approx(readout, abs=0.01)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -61,9 +60,12 @@ def test_a_last_layer_set_cannot_interact_with_what_is_upstream(family: str) -> 
 
 @pytest.mark.parametrize(("family", "is_product"), [("llama", True), ("phi3", True), ("gpt2", False)])
 def test_inside_only_where_neurons_are_products(family: str, is_product: bool) -> None:
-    study = tiny_study(family, n=4)
-    table = four_cells(study.subject, study.of("T2"), study.openers, [NeuronSet("set", 3, (0, 2))])
+    study, caches = tiny_study(family, n=4), dict[str, LastLayerCache]()
+    sets = [NeuronSet("set", 3, (0, 2))]
+    table = four_cells(study.subject, study.of("T2", "T2b"), study.openers, sets, caches=caches)
     assert ("inside" in set(table.form)) is is_product
+    assert gating.twin_cells(study.subject, caches, {}, study.openers, [ONE]).empty, "no twins"
+    assert gating.twin_cells(study.subject, caches, study.twins, study.openers, [ONE]).empty is not is_product
     assert (product(study.subject, clean_batch(study), 3) is not None) is is_product
     if is_product:
         inside, up = (select(table, "T2", "set", form, "Y1") for form in ("inside", "upstream"))
@@ -100,14 +102,7 @@ def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, e
     table = pd.concat([made, gating.twin_cells(subject, caches, twins, openers, [ONE])], ignore_index=True)
     for form, signed in expected.items():
         index = gating.gate_index(select(table, "T2-T2b", "set", form, "Y1"))
-        assert index is not None and index.signed.estimate[0] == pytest.approx(signed, abs=1e-3)
+        assert index.signed.estimate[0] == pytest.approx(signed, abs=1e-3)
     cells = select(table, "T2-T2b", "set", gating.WRAPPER_HARM, "Y1")[list(CELLS)]
     expected_cells = gm.crossed(model, (3, 0), (0, 1), (1, 1), (1, 0))
     np.testing.assert_allclose(cells, np.tile(expected_cells, (6, 1)), atol=CLOSE * 3)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_no_twin_cells_without_products_or_twins(family: str) -> None:
-    subject, caches = tiny_subject(family), dict[str, LastLayerCache]()
-    four_cells(subject, random_pairs(4, 9, 60), {"T2": YES_NO}, [ONE], caches=caches)
-    assert gating.twin_cells(subject, caches, {}, {"T2": YES_NO}, [ONE]).empty

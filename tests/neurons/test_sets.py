@@ -88,21 +88,6 @@ def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
         np.testing.assert_allclose(effect, sign * (by_id["T2"][pair_id] - by_id["T2b"][study.twins[pair_id]]))
 
 
-def test_set_sizes() -> None:
-    assert sets.sizes(384).tolist() == list(range(1, 385))
-    large = sets.sizes(14336)
-    assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
-    assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
-    assert sets.sizes(1).tolist() == [1]
-
-
-@pytest.mark.parametrize("members", [[[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]])
-def test_sets_are_of_different_neurons_that_are_there(members: list) -> None:
-    subject, measured = additive(np.ones(6))
-    with pytest.raises(InputError, match="different neurons of 0 to 5"):
-        sets.joint(subject, measured.states["T2"], np.array(members))
-
-
 def test_k90_must_stay_in_the_band() -> None:
     ks = np.arange(1, 7)
     cases = {
@@ -137,9 +122,7 @@ def test_a_layer_of_known_neurons() -> None:
     assert made["psi"] == pytest.approx(1, rel=1e-4)
     late = curve_of(measured, np.argsort(-writes, kind="stable"))
     assert sets.curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
-
-
-def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
+    # Nothing settles where the layer works against the treatment.
     _, measured = additive(np.array([1.0, -3.0]))
     measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
     curve = curve_of(measured, np.array([0, 1]))
@@ -148,7 +131,11 @@ def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
     assert made["psi"] == pytest.approx(-0.4, rel=1e-4) and sets.curve_shares(curve, "nie", np.array([1, 2])).empty
 
 
-def test_areas() -> None:
+def test_set_sizes_and_areas() -> None:
+    large = sets.sizes(14336)
+    assert (sets.sizes(1).tolist(), sets.sizes(384).tolist()) == ([1], list(range(1, 385)))
+    assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
+    assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
     ks = np.arange(1, 101)
     np.testing.assert_allclose(sets.areas(ks / 100, ks), [0.5, 0.5])
     np.testing.assert_allclose(sets.areas(np.ones(100), ks), [0.995, 0.005])
@@ -156,7 +143,7 @@ def test_areas() -> None:
     assert above > 1.4 and apart == pytest.approx(0.5, abs=0.01)
 
 
-def test_concentration() -> None:
+def test_concentration_and_what_is_no_set() -> None:
     size = np.random.default_rng(0).exponential(size=50)
     dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
     assert sets.gini(size) == pytest.approx(dense) and sets.participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
@@ -164,3 +151,7 @@ def test_concentration() -> None:
     assert made.estimate.tolist() == [0.5, 2.0]
     with pytest.raises(InputError, match="nothing can be concentrated"):
         sets.concentration(made_effects(np.zeros((12, 40))))
+    subject, measured = additive(np.ones(6))
+    for members in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
+        with pytest.raises(InputError, match="different neurons of 0 to 5"):
+            sets.joint(subject, measured.states["T2"], np.array(members))

@@ -126,6 +126,10 @@ def test_intervals_and_tests_are_over_topics() -> None:
     low, high = st.ttest_1samp(by_topic[:, 0], 0).confidence_interval()
     assert (rows.ci_low.iloc[0], rows.ci_high.iloc[0]) == pytest.approx((low, high))
     assert (rows.nie0.iloc[0], rows.te.iloc[0]) == pytest.approx((values[:, 0].mean(), 10.0))
+    few = single.neuron_table(made_effects(noisy(6), per_topic=2))
+    one = few[(few.split == "test") & (few.neuron != 3)]  # a split of one topic has no interval
+    assert list(few) == list(single.NEURONS) and set(few.split) == set(single.SPLITS)
+    assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
 
 
 def test_effects_take_the_sign_of_te_on_discover() -> None:
@@ -134,13 +138,6 @@ def test_effects_take_the_sign_of_te_on_discover() -> None:
     rows = single.neuron_table(effects).query("neuron == 0").set_index("split")
     assert rows.te["discover"] == 10 and rows.te["test"] == -5
     assert (rows[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
-
-
-def test_a_split_of_one_topic_has_no_interval() -> None:
-    rows = single.neuron_table(made_effects(noisy(6), per_topic=2))
-    assert list(rows) == list(single.NEURONS)
-    one = rows[(rows.split == "test") & (rows.neuron != 3)]
-    assert np.isinf(one.ci_low).all() and (one.q_value == 1).all() and set(rows.split) == set(single.SPLITS)
 
 
 def test_ranking_is_by_size_on_discover() -> None:

@@ -98,10 +98,8 @@ GATE = Clamp("neurons", (GATE_NEURON,))
 
 def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(this: Study) -> None:
     (made,) = timing.clamped_answers(this, [this.pairs], [(GATE, name) for name in timing.SCHEDULES], STEPS)
-    labels = made.pivot(index="pair_id", columns="schedule", values="label")
-    assert (labels["none"] == "harmful").all()
-    assert (labels[["prompt", "first token", "first five", "all tokens"]] == "refusal").all().all()
-    assert (labels["all but the first"] == "harmful").all()
+    is_open = made.schedule.isin(["none", "all but the first"])
+    assert (made.label == np.where(is_open, "harmful", "refusal")).all()
 
 
 AT = {"none": [], "prompt": [0], "first token": [0], "first five": range(5), "all tokens": range(6)}
@@ -141,15 +139,18 @@ def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study)
     assert abs(float(own.prompt[0, -1, 0])) < 0.01  # the gate is closed where the cue is off
 
 
-def test_arms_side_by_side_are_the_arms_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels of every clamp and schedule are the same however many arms share a batch, and the pairs' own."""
+def test_arms_and_lists_side_by_side_are_those_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are the same however many pairs, clamps and schedules share a batch; a pair may stand in two lists."""
     arms = [(clamp, name) for clamp in (GATE, Clamp("whole MLP")) for name in timing.SCHEDULES]
-    (together,) = timing.clamped_answers(this, [this.pairs], arms, STEPS)
+    lists = [list(this.pairs[:1]), [replace(pair) for pair in this.pairs], []]
+    *together, none = timing.clamped_answers(this, lists, arms, STEPS)
     monkeypatch.setattr(timing, "rows_at_once", lambda *_: 1)
-    keys = ["pair_id", "clamp", "schedule"]
-    alone = pd.concat(timing.clamped_answers(this, [[pair]], arms, STEPS)[0] for pair in this.pairs)
-    pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (together, alone)))
-    assert set(together.label) == {"harmful", "refusal"} and together.changed.any()
+    for pairs, found in zip(lists, together, strict=False):
+        alone = pd.concat(timing.clamped_answers(this, [[pair]], arms, STEPS)[0] for pair in pairs)
+        keys = ["pair_id", "clamp", "schedule"]
+        pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (found, alone)))
+        assert set(found.label) == {"harmful", "refusal"} and found.changed.any()
+    assert none.empty
 
 
 def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study) -> None:
@@ -186,19 +187,17 @@ def judge(request: str, answer: str) -> str:
     return f"own {request}"
 
 
-@pytest.mark.parametrize(
-    ("own", "model", "is_embedded", "label", "content"),
-    [
-        (None, "", False, "harmful", ""),
-        (judge, "", False, "harmful", "own {request}"),
-        (judge, "some/model", False, "refusal", "refusal"),  # a judge model decides both, before the study's own
-        (judge, "", True, "exact {request}", "exact {request}"),  # as does the exact judge of the embedded language
-    ],
-    ids=["nothing reads content", "the study's own judge", "a judge model", "the embedded language"],
-)
-def test_labels_by_the_opener_and_by_content(
-    yes: Study, monkeypatch: pytest.MonkeyPatch, own: object, model: str, is_embedded: bool, label: str, content: str
-) -> None:
+CASES = {  # judge of the study, a judge model, whether the language is the embedded one, the label, the content
+    "nothing reads content": (None, "", False, "harmful", ""),
+    "the study's own judge": (judge, "", False, "harmful", "own {request}"),
+    "a judge model decides both, before the study's own": (judge, "some/model", False, "refusal", "refusal"),
+    "as does the exact judge of the embedded language": (judge, "", True, "exact {request}", "exact {request}"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_labels_by_the_opener_and_by_content(yes: Study, monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
+    own, model, is_embedded, label, content = case
     monkeypatch.setenv(JUDGE, model)
     monkeypatch.setattr(labels, "is_embedded", lambda texts: is_embedded and all(texts))
     monkeypatch.setattr(labels, "judge", lambda request, answer: f"exact {request}")
@@ -209,11 +208,3 @@ def test_labels_by_the_opener_and_by_content(
     for one in found.itertuples():
         request = next(pair.pair.treated for pair in yes.pairs if pair.pair.id == one.pair_id)
         assert (one.label, one.content) == (label.format(request=request), content.format(request=request))
-
-
-def test_lists_that_are_decoded_together_give_the_tables_of_each(yes: Study) -> None:
-    few, more = list(yes.pairs[:1]), [replace(pair) for pair in yes.pairs]  # the same pair stands in both
-    together = timing.clamped_answers(yes, [few, more, []], ARMS, 3)
-    for pairs, found in zip((few, more), together, strict=False):
-        pd.testing.assert_frame_equal(found, timing.clamped_answers(yes, [pairs], ARMS, 3)[0])
-    assert together[2].empty

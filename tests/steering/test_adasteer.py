@@ -46,16 +46,11 @@ def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> N
     assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("gaps", "spread", "chosen"),
-    [
-        ({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}, 3),  # a small difference is one
-        # Where nothing has arrived yet it is the first layer at which something has.
-        ({**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}, {7: 0.5, 8: 0.1}, 7),
-    ],
-)
-def test_the_decision_layer_and_none_where_all_is_rounding(gaps: dict, spread: dict, chosen: int) -> None:
-    assert adasteer.decision_line(planted(gaps, spread), "refused")[0] == chosen
+def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
+    late = {**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}
+    made = (planted({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), planted(late, {7: 0.5, 8: 0.1}))
+    # A small difference is one; where nothing has arrived yet it is the first layer at which something has.
+    assert [adasteer.decision_line(one, "refused")[0] for one in made] == [3, 7]
     with pytest.raises(InputError, match="no decision layer"):
         adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
 
@@ -82,17 +77,13 @@ def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
     assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
 
 
-def test_the_needed_coefficient_lies_between_grid_points() -> None:
-    steps = len(adasteer.PLANE_GRID)
-    falling = np.linspace(1.0, 1.0 - 0.4 * (steps - 1), steps)  # crosses 0 at 2.5 steps
-    found = adasteer.needed(np.stack([falling, np.ones(steps), -np.ones(steps)], axis=1))
-    assert found == pytest.approx([2.5 * adasteer.PLANE_GRID[1], np.nan, 0], nan_ok=True)
-
-
-def test_tolerance_is_the_last_right_coefficient_on_the_wanted_side() -> None:
-    odds = np.stack([np.where(np.arange(len(adasteer.PLANE_GRID)) <= 3, -1.0, 1.0)] * 2, axis=1)
-    found = adasteer.tolerated(odds, np.array([False, True]))
-    assert found.tolist() == [adasteer.PLANE_GRID[3], adasteer.PLANE_GRID[-1]]
+def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:
+    grid = adasteer.PLANE_GRID
+    steps = np.arange(len(grid))
+    odds = [1.0 - 0.4 * steps, np.ones(len(grid)), -np.ones(len(grid))]  # the first crosses 0 at 2.5 steps
+    assert adasteer.needed(np.stack(odds, axis=1)) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
+    turned = np.stack([np.where(steps <= 3, -1.0, 1.0)] * 2, axis=1)
+    assert adasteer.tolerated(turned, np.array([False, True])).tolist() == [grid[3], grid[-1]]
 
 
 def test_a_planted_law_is_read_off() -> None:

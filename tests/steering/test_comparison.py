@@ -16,13 +16,6 @@ from companion.steering.extraction import Fit
 from companion.steering.figure_tables import gate_firing
 
 
-@pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
-def test_zones_cover_every_layer_once(n_layers: int) -> None:
-    zones = comparison.zones(n_layers)
-    assert [layer for name in ("early", "mid", "late") for layer in zones[name]] == list(range(n_layers))
-    assert all(zones.values())
-
-
 def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: SteeringExperiment) -> None:
     """Met on prompts of which half open the gate, and measured on others of which a quarter does."""
     methods = {
@@ -56,6 +49,12 @@ def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: S
         assert found.more[over, "gated", x] == pytest.approx(-more_refused, abs=1)
     assert found.xs("weak", level="group").more.isna().all()
     assert len(found) == 2 * 3 * 2 and (found.low <= found.estimate).all() and (found.estimate <= found.high).all()
+
+
+@pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
+def test_zones_cover_every_layer_once(n_layers: int) -> None:
+    zones = comparison.zones(n_layers)
+    assert [*zones["early"], *zones["mid"], *zones["late"]] == [*range(n_layers)] and all(zones.values())
 
 
 def test_costs_are_relative_to_the_unsteered(experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch) -> None:

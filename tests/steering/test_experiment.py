@@ -49,14 +49,12 @@ def without(fit: Fit, gone: str) -> SteeringExperiment:
     return replace(whole, prompts=table, fit=left)
 
 
-@pytest.mark.parametrize(
-    ("gone", "says", "stands"),
-    [
-        ("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
-        ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
-        ("benign", "answered no harmless prompt: add harmless ones", {"prompting", "fixed rejection, all layers"}),
-    ],
-)
+MISSING = [("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
+           ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
+           ("benign", "answered no harmless prompt: add harmless", {"prompting", "fixed rejection, all layers"})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gone", "says", "stands"), MISSING)
 def test_methods_that_need_nothing_of_a_missing_class_are_defined(fit: Fit, gone: str, says: str, stands: set) -> None:
     left = without(fit, gone)
     assert says in left.fit.missing

@@ -17,9 +17,9 @@ from companion.steering.methods import Scale
 
 
 def test_a_planted_mediator_is_recovered(fit: Fit) -> None:
-    sizes = np.linalg.norm(fit.direction("rejection", "mlp_out"), axis=-1)
+    directions = fit.direction("rejection", "mlp_out")
+    sizes, v = np.linalg.norm(directions, axis=-1), directions[2]
     assert sizes[2] > 100 * sizes[[0, 1, 3]].max()
-    v = fit.direction("rejection", "mlp_out")[2]
     assert v[OUT] == pytest.approx(-1.5, rel=0.02) and abs(v[OUT]) > 0.999 * np.linalg.norm(v)
     neurons = np.abs(fit.direction("rejection", "neurons")[2])
     assert neurons.argmax() == GATE_NEURON and neurons.sum() < 1.001 * neurons.max()

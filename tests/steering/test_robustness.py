@@ -54,10 +54,10 @@ def test_the_tradeoff_joins_strengths_in_order_and_adds_one_point_for_refits(exp
     named = pd.concat([curve.assign(method=name) for name in ("some", "every")])
     rows = {"some": ROWS[1], "every": ROWS[0]}
     assert len(figure_tables.tradeoff(named, rows, none)) == len(figure_tables.tradeoff(named, rows)) == 4
-    steps = (0.5, 1.0, 2.0)
+    steps = [0.5, 1.0, 2.0]
     grid = [curve.assign(method="every", strength=step, estimate=step) for step in steps]
     joined = figure_tables.tradeoff(pd.concat([curve.assign(method="some", strength=1.0), *grid]), rows)
-    assert [part.x.tolist() for _, part in joined.query("group == 'every'").groupby("panel")] == 2 * [[*steps]]
+    assert [part.x.tolist() for _, part in joined.query("group == 'every'").groupby("panel")] == [steps, steps]
     drawn = figure_tables.tradeoff(named, rows, curve)
     assert drawn.row.map(list(ROWS).index).tolist() == [0, 0, 1, 1, 1, 1]
     assert set(drawn.group[:2]) == {"every"} and set(drawn.group[2:]) == {"some", "1 refits: mean and range"}
