@@ -35,9 +35,8 @@ def test_the_contrast_is_read_where_it_was_measured_and_the_last_token_alone() -
     both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b"), elsewhere])
     rows = layers.evidence_c1(both.reset_index(drop=True), "m", N_LAYERS)
     assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
-    # What was not measured has no row.
-    assert {row["variant"] for row in rows} == VARIANTS - {"full response", "norm frozen"}
-    assert {row["quantity"] for row in rows} == {"late share"}
+    known = {("late share", one) for one in VARIANTS - {"full response", "norm frozen"}}
+    assert {(row["quantity"], row["variant"]) for row in rows} == known, "what was not measured has no row"
 
 
 def test_the_unsaturated_subset_is_that_of_t2() -> None:
@@ -127,11 +126,9 @@ def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
     off, fixed = {"high": ("low", "on"), "on": ("off", "be")}[cue]
     pairs = []
     for i in range(40):
-        control, treated = (f"please {fixed} do {word}{i} it now" for word in (off, cue))
-        split = "discover" if i < 16 else "test"
-        made, _ = token_pair(Pair(f"T1-{i}", "T1", f"topic {i}", control, treated, split), tokenizer)
-        assert made is not None
-        pairs.append(made)
+        texts = [f"please {fixed} do {word}{i} it now" for word in (off, cue)]
+        pair = Pair(f"T1-{i}", "T1", f"topic {i}", *texts, "discover" if i < 16 else "test")
+        pairs.append(token_pair(pair, tokenizer)[0])
     wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
     return subject, pairs, estimands.measure_effects(subject, pairs, {"T1": said(subject)}, wanted)
 
@@ -146,8 +143,7 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     areas = ("AUROC probe", "AUROC bag of tokens", "AUROC gain")
     assert set(found) == {(PSI, "main"), (PSI, "unsaturated"), *((name, "main") for name in areas)}
     assert table.te.abs().min() > 2
-    for variant in ("main", "unsaturated"):
-        row = found[PSI, variant]
+    for row in (found[PSI, "main"], found[PSI, "unsaturated"]):
         assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
     assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
     assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another

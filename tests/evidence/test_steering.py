@@ -41,14 +41,11 @@ def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
     assert names == {"harm change"}, "a kind of prompt that the set lacks has no row"
 
 
-def test_an_advantage_is_the_harm_that_the_rival_leaves_beyond_lates() -> None:
+def test_an_advantage_over_rivals_and_the_rank_among_random_directions() -> None:
     late, rival = STEERED[STEERED.kind == "harmful"], made({"harmful": 20, "refusal": 20})
     rows = steering.rival_rows(late, {"mid": rival}, {"late": 2.0, "mid": 2.02})
     assert found(rows, "advantage over mid")["estimate"] == 25
     assert found(rows, "budget of mid over late")["estimate"] == pytest.approx(1.01)
-
-
-def test_the_rank_among_random_directions() -> None:
     null = {"family": "isotropic", "role": ["late", *["random"] * 99], "value": [5.0, *np.linspace(0, 4, 99)]}
     assert found(steering.random_rows(pd.DataFrame(null)), "p isotropic")["estimate"] == 0.01
 

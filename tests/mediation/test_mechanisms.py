@@ -91,17 +91,16 @@ PROGRAM, HALF = Program(), Program(skip=0.4)
 SKIPPED = HALF.skip / (HALF.log_odds(1, 0) - HALF.log_odds(0, 0))
 
 
-@pytest.mark.parametrize(
-    ("program", "layer", "known"),
-    [
-        (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
-        (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
-        (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
-        (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
-        (PROGRAM, 3, (0, 0, 1, 0, 0)),
-        (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
-    ],
-)
+KNOWN = [
+    (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
+    (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
+    (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
+    (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
+    (PROGRAM, 3, (0, 0, 1, 0, 0)), (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "layer", "known"), KNOWN)
 def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[float, ...]) -> None:
     found = shares(compiled(program), layer)
     assert found == pytest.approx(dict(zip(SHARES, known, strict=True)), abs=1e-4)

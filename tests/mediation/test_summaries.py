@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import ttest_1samp
-from synthetic import LATE_MLP, N_LAYERS, benign_tables, effect_table, scales, shifted
+from synthetic import N_LAYERS, benign_tables, effect_table, scales, shifted
 
 from companion.base.errors import InputError
 from companion.base.thresholds import deepest_early_layer, depth
@@ -158,16 +158,6 @@ def test_cell_means_are_means_over_all_pairs_given() -> None:
     np.testing.assert_allclose(wide.estimate, table.groupby("split").te.mean()[wide.split])
 
 
-def test_cells_that_are_zero_by_structure_take_no_part_in_the_band() -> None:
-    frame = by_cell(summaries.cell_means(averaged(effect_table())))
-    silent = frame.index.difference(pd.MultiIndex.from_tuples(LATE_MLP))
-    assert (frame.loc[silent, [*LIMITS, "band_low", "band_high"]] == 0).all(axis=None)
-    few = averaged(effect_table(n_layers=1, cells={("mlp_out", 0): 1.0, ("attn_out", 0): 0.5}))
-    many = pd.concat([few, few.assign(layer=1, nie=0.0)], ignore_index=True)
-    one, both = by_cell(summaries.cell_means(few)), by_cell(summaries.cell_means(many))
-    np.testing.assert_allclose(one.band_high, both.band_high[one.index])
-
-
 CURVE = {("resid_post", layer): value for layer, value in enumerate((0.0, 1.0, 1.0, 0.5, 3.0, 4.0))}
 
 
@@ -181,11 +171,3 @@ def test_increments_are_paired_and_add_up_to_the_last_point() -> None:
     wanted = bootstrap.bootstrap(sums, clusters.ratio([1, 0], [0, 1]))
     frame = summaries.increments(table).set_index("layer").loc[4]
     np.testing.assert_allclose(frame[LIMITS].tolist(), [getattr(wanted, name)[0] for name in LIMITS], rtol=1e-6)
-
-
-@pytest.mark.parametrize("make", [summaries.cell_means, summaries.share_of_te, summaries.increments])
-def test_the_order_of_rows_does_not_matter_and_one_topic_has_no_limits(make) -> None:
-    table = averaged(effect_table(CURVE, sites=("resid_post",), noise=0.3))
-    pd.testing.assert_frame_equal(make(table), make(table.sample(frac=1, random_state=2)), check_exact=False, rtol=1e-9)
-    alone = make(table[table.topic == "topic 0"])
-    assert np.isinf(alone.filter(regex="low|high").to_numpy()).all() and np.isfinite(alone.estimate).all()

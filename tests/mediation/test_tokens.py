@@ -7,7 +7,6 @@ import torch
 from families import tiny_subject
 from handmade import N_LAYERS, Program, compiled, random_pairs
 from neuron_tools import cue_study
-from torch import Tensor
 
 from companion.base.errors import InputError
 from companion.mediation import tokens
@@ -114,7 +113,7 @@ def test_a_perfect_order_has_rank_correlation_one() -> None:
 N_POS = 14
 
 
-def changed(subject: Subject, ids: Tensor, position: int) -> np.ndarray:
+def changed(subject: Subject, ids: torch.Tensor, position: int) -> np.ndarray:
     """Which cells (layer, position) differ, bit for bit, from the given run under any of five other tokens there."""
     same, others = ids.repeat(5, 1), ids.repeat(5, 1)
     others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61

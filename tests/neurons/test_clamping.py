@@ -83,15 +83,14 @@ def test_cells_from_caches_are_those_of_runs() -> None:
     assert set(fewer.pair_id) == {"T2 0", "T2 1", "T2 2"}  # other pairs than are cached: they are run
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (gm.GATE, {"upstream": 0, "inside": 0, gating.WRAPPER_HARM: 1}),
-        (gm.SWAPPED, {gating.HARM_WRAPPER: 1}),
-        (gm.READER, {gating.WRAPPER_HARM: 0, gating.HARM_WRAPPER: 0}),
-    ],
-    ids=["up carries the harm", "roles exchanged", "adds both"],
-)
+TWINS = {
+    "up carries the harm": (gm.GATE, {"upstream": 0, "inside": 0, gating.WRAPPER_HARM: 1}),
+    "roles exchanged": (gm.SWAPPED, {gating.HARM_WRAPPER: 1}),
+    "adds both": (gm.READER, {gating.WRAPPER_HARM: 0, gating.HARM_WRAPPER: 0}),
+}
+
+
+@pytest.mark.parametrize(("model", "expected"), TWINS.values(), ids=list(TWINS))
 def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, expected: dict[str, float]) -> None:
     """T2: wrapper off or on with harm; T2b: the same without harm."""
     harmful = cue_pairs(TOKENIZER, "off high", "on high", n=6)

@@ -25,11 +25,9 @@ def test_every_neuron_to_rounding(family: str) -> None:
         assert effect > 0.1
         log_probs = whole.log_softmax(-1)
         odds = log_probs[..., [5, 9]].logsumexp(-1) - log_probs[..., 33]
-        for got, wanted in (
-            (closed_form.last_layer_neurons(*pair, ROWS), whole[..., ROWS]),
-            (closed_form.last_layer_log_probs(*pair, ROWS), log_probs[..., ROWS]),
-            (closed_form.last_layer_log_odds(*pair, [5, 9], [33]), odds),
-        ):
+        rows = {closed_form.last_layer_neurons: whole, closed_form.last_layer_log_probs: log_probs}
+        found = [(made(*pair, ROWS), wanted[..., ROWS]) for made, wanted in rows.items()]
+        for got, wanted in (*found, (closed_form.last_layer_log_odds(*pair, [5, 9], [33]), odds)):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * effect)
 
 

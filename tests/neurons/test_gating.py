@@ -35,15 +35,11 @@ def test_index_of_known_means_and_when_it_is_defined() -> None:
     assert gating.gate_index(swamped[swamped.split == "test"]) is None
 
 
-def test_benign_share_of_known_means() -> None:
+def test_shares_are_ratios_of_means() -> None:
     against = known_cells(2, "B2", 1.0, -0.8, 0.0)  # against its behaviour: still an effect
     table = pd.concat([known_cells(0, "T2", 1.0, 2.0, 0.0), known_cells(1, "B1", 1.0, 0.4, 0.0), against])
-    share = gating.benign_share(table, "T2", "set", ["B1", "B2"])
-    assert share.estimate[0] == pytest.approx(0.3, abs=0.02)
+    assert gating.benign_share(table, "T2", "set", ["B1", "B2"]).estimate[0] == pytest.approx(0.3, abs=0.02)
     assert gating.benign_share(table, "T2", "set", []) is None
-
-
-def test_shares_are_ratios_of_means() -> None:
     table = known_cells(0, "T2", 1.0, 1.0, 0.0)
     table = table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00)
     share = gating.timing_share(table, "T2", "set")

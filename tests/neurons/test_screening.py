@@ -9,7 +9,6 @@ import torch
 from families import FAMILIES
 from neuron_tools import clean_batch, made_effects, patched, tiny_study
 from scipy.stats import spearmanr
-from torch import Tensor
 from true_float64 import true_float64
 
 from companion.neurons.screening import ScreenTrust, attribution, estimates, is_small, screen_trust, to_recheck
@@ -24,7 +23,7 @@ def test_small_differences_are_estimated_to_first_order(family: str) -> None:
     subject = study.subject
     subject.model.requires_grad_(False)
 
-    def difference(resid: Tensor) -> Tensor:
+    def difference(resid: torch.Tensor) -> torch.Tensor:
         logits = subject.unembed(subject.final_norm(resid))
         return logits[..., 5] - logits[..., 9]
 

@@ -1,5 +1,7 @@
 """Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,6 @@ from handmade import Program, compiled
 from neuron_tools import clean_batch, cue_study, made_effects, neuron_patches, read_neurons, tiny_study
 from scipy import stats as st
 from statsmodels.stats.multitest import multipletests
-from torch import Tensor
 from true_float64 import true_float64
 
 from companion.base.errors import InputError
@@ -22,11 +23,11 @@ COLUMNS = [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)]
 CHOSEN = pd.DataFrame(COLUMNS, columns=["layer", "neuron"])
 
 
-def hooked(study: Study, base: Tensor, source: Tensor, layer: int, neuron: int) -> float:
+def hooked(study: Study, base: torch.Tensor, source: torch.Tensor, layer: int, neuron: int) -> float:
     """Y1 of one full forward pass of the plain model, one entry of one down projection's input replaced."""
     value = read_neurons(study.subject, source, layer)[1][:, -1, neuron]
 
-    def swap(inputs: Tensor) -> None:
+    def swap(inputs: torch.Tensor) -> None:
         inputs[:, -1, neuron] = value
 
     return float(log_odds(read_neurons(study.subject, base, layer, swap)[0][:, -1])[0])
@@ -46,9 +47,8 @@ def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
             assert effects.pairs.te[i] == pytest.approx(y11 - y00, abs=1e-9) and states.resid.shape == (2, 6, 32)
             for c, (layer, neuron) in enumerate(COLUMNS):
                 nie0, nie1 = hooked(study, x0, x1, layer, neuron) - y00, y11 - hooked(study, x1, x0, layer, neuron)
-                assert [effects.values[name][i, c] for name in ("nie0", "nie1")] == pytest.approx(
-                    [nie0, nie1], abs=1e-9
-                )
+                found = [effects.values[name][i, c] for name in ("nie0", "nie1")]
+                assert found == pytest.approx([nie0, nie1], abs=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
@@ -57,9 +57,8 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
     subject = study.subject
     with true_float64(subject.model):
         effects, _ = single.measure_chosen(study, "T2", CHOSEN)
-        batch = clean_batch(study)
+        batch, total = clean_batch(study), np.zeros((6, len(CHOSEN)))
         patches = neuron_patches(batch, COLUMNS)
-        total = np.zeros((6, len(CHOSEN)))
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
             like = base.resid_post[-1][:, None, -1]
             after = outcomes.log_odds(subject, replay.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
@@ -80,8 +79,7 @@ def test_batches_are_joined_in_their_order() -> None:
 def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
     """The compiled model hands cue A to the last token in layer 1 and reads it in neuron 3 of layer 2, nowhere else."""
     study = cue_study(compiled(Program()))
-    subject = study.subject
-    effects, _ = single.measure_chosen(study, "T2", single.all_neurons(subject))
+    effects, _ = single.measure_chosen(study, "T2", single.all_neurons(study.subject))
     at = effects.columns.query("layer == 2 and neuron == 3").index[0]
     np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
     np.testing.assert_allclose(effects.values["direct"][:, at], effects.pairs.te, rtol=1e-3)
@@ -132,16 +130,14 @@ def test_intervals_and_tests_are_over_topics() -> None:
     assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
 
 
-def test_effects_take_the_sign_of_te_on_discover() -> None:
+def test_signs_and_ranking_are_those_of_discover() -> None:
     effects = made_effects(noisy())
-    effects.pairs["te"] = np.where(effects.pairs.split == "discover", -10.0, 5.0)
-    rows = single.neuron_table(effects).query("neuron == 0").set_index("split")
-    assert rows.te["discover"] == 10 and rows.te["test"] == -5
-    assert (rows[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
-
-
-def test_ranking_is_by_size_on_discover() -> None:
-    effects = made_effects(noisy())
+    te = np.where(effects.pairs.split == "discover", -10.0, 5.0)
+    turned = (
+        single.neuron_table(replace(effects, pairs=effects.pairs.assign(te=te))).query("neuron == 0").set_index("split")
+    )
+    assert turned.te["discover"] == 10 and turned.te["test"] == -5
+    assert (turned[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
     shifted = effects.values["nie0"].copy()
     shifted[(effects.pairs.split != "discover").to_numpy(), 9] = 50.0  # must not be looked at
     rows = single.neuron_table(made_effects(shifted))

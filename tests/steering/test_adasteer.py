@@ -89,8 +89,7 @@ def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_th
 def test_a_planted_law_is_read_off() -> None:
     position = np.linspace(0, 1, 100)
     table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
-    assert len(table) == adasteer.BINS
-    assert np.allclose(table.estimate, 2 - table.x) and table.estimate.is_monotonic_decreasing
+    assert len(table) == adasteer.BINS and np.allclose(table.estimate, 2 - table.x)
     assert adasteer.trend(position, 2 - position) == pytest.approx(-1)
 
 

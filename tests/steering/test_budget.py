@@ -87,17 +87,16 @@ def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypa
     assert "expected a positive norm" in str(budget.to_budgets(fit.subject, Steering("none"), texts, [0.0])[0])
 
 
-@pytest.mark.parametrize(
-    ("curves", "strength"),
-    [
-        ([(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
-        ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
-        ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
-    ],
-    ids=["least harm within both margins", "none keeps them: the least excess", "a tie goes to the weaker"],
-)
+CURVES = {  # rows of strength, harm, over-refusal and KL
+    "least harm within both margins": (
+        [(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
+    "none keeps them: the least excess": ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
+    "a tie goes to the weaker": ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("curves", "strength"), CURVES.values(), ids=list(CURVES))
 def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
-    """Curves are rows of strength, harm, over-refusal and KL."""
     table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
     long = table.melt("strength", var_name="measure", value_name="estimate")
     assert budget.choose_strength(long) == strength

@@ -18,12 +18,8 @@ from companion.steering.figure_tables import gate_firing
 
 def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: SteeringExperiment) -> None:
     """Met on prompts of which half open the gate, and measured on others of which a quarter does."""
-    methods = {
-        "weak": towards_no("weak", 0.1),
-        "strong": towards_no("strong", 3.0),
-        "gated": towards_no("gated", 1.0, opens_for(fit, "on")),
-        "shut": towards_no("shut", 1.0, shut),
-    }
+    sizes = {"weak": (0.1,), "strong": (3.0,), "gated": (1.0, opens_for(fit, "on")), "shut": (1.0, shut)}
+    methods = {name: towards_no(name, *size) for name, size in sizes.items()}
     spend, on = evaluated(experiment, "validate", "on"), evaluated(experiment, "discover", "on", "off")
     table = comparison.equal_budgets(methods, 2.0, spend, on, (0.25, 1.0), against="weak")
     found = table.set_index(["panel", "group", "x"])

@@ -18,23 +18,16 @@ from companion.steering import extraction, methods
 from companion.steering.experiment import open_experiment
 from companion.steering.extraction import Fit
 
-SUPPLY = {"refused": "safety training", "complied": "jailbreak", "benign": "harmless"}
 
-
-@pytest.mark.parametrize(("gone", "supply"), SUPPLY.items())
-def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str, supply: str) -> None:
+@pytest.mark.parametrize("case", ["refused, safety training", "complied, jailbreak", "benign, harmless"])
+def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, case: str) -> None:
+    gone, supply = case.split(", ")
     left = fit.subset((fit.prompts["class"] != gone).to_numpy())
     made = left.directions()
     assert made.counts[gone] == 0 and getattr(made, gone) is None
     assert (made.rejection is None) == (gone != "benign") and (made.harmfulness is None) == (gone != "refused")
     with pytest.raises(InputError, match=supply):
         methods.targeted_layers(left, layers=[2])
-
-
-def test_a_direction_between_equal_classes_is_named(fit: Fit) -> None:
-    same = replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
-    with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
-        same.direction("harmfulness")
 
 
 def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Path) -> None:
@@ -73,24 +66,20 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
     assert still.rejection.isna().all()
 
 
-@pytest.mark.parametrize(
-    ("name", "arrays", "says"),
-    [
-        ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
-        ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
-        ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
-        ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
-        ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
-        ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
-        ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
-        ("a.safetensors", {}, "cannot be read"),
-        ("a.pt", {}, "safetensors.torch"),
-        ("a.csv", {}, "expected .safetensors"),
-    ],
-)
-def test_what_cannot_be_compared_says_what_was_expected(
-    fit: Fit, tmp_path: Path, name: str, arrays: dict, says: str
-) -> None:
+WRONG = [
+    ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
+    ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
+    ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
+    ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
+    ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
+    ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
+    ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
+    ("a.safetensors", {}, "cannot be read"), ("a.pt", {}, "safetensors.torch"), ("a.csv", {}, "expected .safetensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arrays", "says"), WRONG)
+def test_what_cannot_be_compared_says_why(fit: Fit, tmp_path: Path, name: str, arrays: dict, says: str) -> None:
     with (tmp_path / name).open("wb") as file:
         np.savez(file, **arrays)
     with pytest.raises(InputError, match=says):
@@ -107,12 +96,11 @@ def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fi
     assert extraction.cosines(fit.directions(), found).rejection[2] == pytest.approx(1.0, abs=1e-3)
     for name in ("outcome.json", "pairs.jsonl"):
         shutil.copy(PROMPTS / "embedded" / name, tmp_path)
-    for call in (
-        lambda: settings.check_pairs("embedded", str(tmp_path), 30, "full"),
-        lambda: open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2),
-    ):
-        with pytest.raises(InputError, match=r"mine.safetensors: rejection has .*\(4, 16\)"):
-            call()
+    says = r"mine.safetensors: rejection has .*\(4, 16\)"
+    with pytest.raises(InputError, match=says):
+        settings.check_pairs("embedded", str(tmp_path), 30, "full")
+    with pytest.raises(InputError, match=says):
+        open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2)
 
 
 def test_a_folder_of_directions_holds_one_file(tmp_path: Path) -> None:

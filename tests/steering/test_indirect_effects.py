@@ -9,7 +9,6 @@ import torch
 from effect_tools import CELLS
 from families import VOCAB, tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs, word_tokenizer
-from torch import Tensor
 
 from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks
@@ -25,7 +24,7 @@ WORDS = word_tokenizer()
 YES_NO = {"T2": Openers(*((WORDS.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
 
 
-def following_last(x: Tensor, prompt: hooks.Prompt) -> Tensor:
+def following_last(x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
     """What is added everywhere hangs on the last token."""
     return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
 

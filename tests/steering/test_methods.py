@@ -77,15 +77,20 @@ def test_a_direction_along_which_benign_prompts_vary_is_refused() -> None:
     assert methods.preserving(v, benign, 1, "layer 4") @ v / np.linalg.norm(v) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    ("build", "says"),
-    [
-        (lambda fit: methods.fixed(fit, layers=[9]), "expected some of 0 to 3"),
-        (lambda fit: methods.cast(fit.subset(fit.prompts.kind.to_numpy() == "harmful")), "no harmless prompt"),
-        (lambda fit: methods.gated(fit.subset(fit.mask("discover")), PLAIN), "in discover and in validate"),
-        (lambda fit: methods.unit(np.zeros(3)), "direction has length 0"),
-    ],
-)
+def alike(fit: Fit) -> Fit:
+    return replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
+
+
+REFUSED = [
+    (lambda fit: alike(fit).direction("harmfulness"), "benign and complied harmful prompts have the same activations"),
+    (lambda fit: methods.fixed(fit, layers=[9]), "expected some of 0 to 3"),
+    (lambda fit: methods.cast(fit.subset(fit.prompts.kind.to_numpy() == "harmful")), "no harmless prompt"),
+    (lambda fit: methods.gated(fit.subset(fit.mask("discover")), PLAIN), "in discover and in validate"),
+    (lambda fit: methods.unit(np.zeros(3)), "direction has length 0"),
+]
+
+
+@pytest.mark.parametrize(("build", "says"), REFUSED)
 def test_what_a_method_cannot_be_made_of(fit: Fit, build: object, says: str) -> None:
     with pytest.raises(InputError, match=says):
         build(fit)
