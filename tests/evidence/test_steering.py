@@ -31,9 +31,8 @@ def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
     assert found(wide, "harm change")["estimate"] == -75
     assert found(wide, "harm change")["ci_low"] < found(free, "harm change")["ci_low"]
     # A garbled answer to a harmful request is no harm either, but one to a harmless request is a loss.
-    assert (
-        found(wide, "harmless loss") == found(free, "harmless loss") and found(free, "harmless loss")["estimate"] == 15
-    )
+    for quantity, change in (("harmless loss", 15), ("over-refusal", 10)):
+        assert found(wide, quantity) == found(free, quantity) and found(free, quantity)["estimate"] == change
     assert found(wide, "spread over refits")["estimate"] == pytest.approx(np.sqrt(50))
     assert found(wide, "harm change", "strong wrappers")["estimate"] == -75
     bare = [table[table.kind == "harmful"].reset_index(drop=True) for table in (PLAIN, STEERED)]

@@ -31,7 +31,7 @@ def test_index_of_known_means_and_when_it_is_defined() -> None:
     assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
     idle, swamped = known_cells(1, "T2", 1.0, 0.1, 0.0), known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
     for table in (idle, swamped):  # the set does next to nothing; next to nothing is at stake
-        assert gating.gate_index(table).is_defined is False
+        assert not gating.gate_index(table).is_defined
     assert gating.gate_index(swamped[swamped.split == "test"]) is None
 
 
