@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
-from handmade import random_pairs
 from torch import Tensor, nn
 
-from companion.mediation.estimands import Mediator, measure_effects
+from companion.mediation.estimands import Mediator
 from companion.model.architecture import Subject
-from companion.prompts.tokens import Openers, TokenPair
+from companion.prompts.tokens import Openers
 
 SITES = ("resid_post", "attn_out", "mlp_out", "head")
 DIRECT = ("attn_out.direct", "mlp_out.direct")
@@ -18,23 +15,9 @@ CELLS = ["y00", "y01", "y10", "y11"]
 YES_NO = Openers((10, 12), (20, 21, 22))
 
 
-def of(names: Openers | None = None, *treatments: str) -> dict[str, Openers]:
-    return dict.fromkeys(treatments or ("T2",), names or YES_NO)
-
-
 def said(subject: Subject) -> Openers:
     """The openers of a compiled model: "yes" and "no"."""
     return Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))
-
-
-def one(subject: Subject, pairs: list[TokenPair], *wanted: Mediator, names: tuple[str, ...] = ("Y1",)) -> pd.DataFrame:
-    return measure_effects(subject, pairs, of(), wanted, names)
-
-
-def runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
-    """Plain logits of control and treated at the last token."""
-    both = (torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated"))
-    return tuple(subject.model(ids).logits[:, -1] for ids in both)
 
 
 def log_odds(logits: Tensor, openers: Openers = YES_NO) -> Tensor:
@@ -62,12 +45,3 @@ def swapped(subject: Subject, mediator: Mediator, base: Tensor, source: Tensor, 
         return subject.model(base, **inputs)
     finally:
         handle.remove()
-
-
-def mixed_pairs() -> list[TokenPair]:
-    """Two lengths and two treatments, shuffled."""
-    kinds = [(9, "T2", 1), (11, "B1", 2), (9, "B1", 3), (11, "T2", 4)]
-    pairs = [pair for n_pos, name, seed in kinds for pair in random_pairs(3, n_pos, 61, seed=seed, treatment=name)]
-    for i, pair in enumerate(pairs):
-        object.__setattr__(pair.pair, "id", f"{pair.pair.treatment}.{i}")
-    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]

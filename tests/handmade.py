@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Words
 
 from companion.model.architecture import Subject
 from companion.model.load import from_model
@@ -42,12 +42,12 @@ STEEP = 20.0
 GATE_NEURON = 3
 
 
-def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
+def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WORDS) -> Words:
     """One token a word, spaces belonging to no token; unknown words are `<unk>`."""
     vocabulary = {word: i for i, word in enumerate(("<unk>", *SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
-    made = PreTrainedTokenizerFast(
+    made = Words(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<end>", pad_token="<pad>",
         additional_special_tokens=list(SPECIAL[1:4]),
     )  # fmt: skip
@@ -55,58 +55,51 @@ def word_tokenizer(template: str | None = TEMPLATE, words: tuple[str, ...] = WOR
     return made
 
 
-def byte_tokenizer(template: str = TEMPLATE, merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str = TEMPLATE, merges: tuple[tuple[str, str], ...] = ()) -> Words:
     """Byte-level BPE, where spaces belong to tokens; `merges` in its own alphabet (a space is Ġ)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, list(merges)))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    made = Words(tokenizer_object=bpe)
     made.chat_template = template
     return made
 
 
-def sentencepiece(words: tuple[str, ...], template: str = BARE) -> PreTrainedTokenizerFast:
+def sentencepiece(words: tuple[str, ...], template: str = BARE) -> Words:
     """As Llama 2's and Mistral's: a blank (▁) is part of the word behind it, and decoding drops the first one."""
     merges = [(word[:n], word[n]) for word in words for n in range(1, len(word))]
     pieces = ["<unk>", "<s>", "</s>", *sorted({*"".join(words), *"▁x[]"}), *(left + right for left, right in merges)]
     bpe = Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges))
     bpe.normalizer = normalizers.Replace(" ", "▁")
     bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made = Words(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     made.chat_template = template
     return made
 
 
-def random_pairs(
-    n: int, n_pos: int, vocabulary: int, *, first: int = 2, seed: int = 0, treatment: str = "T2"
-) -> list[TokenPair]:
-    """Pairs of random tokens that differ from position `first` up to the third but last; every token is a character."""
+def random_pairs(n: int, n_pos: int, vocabulary: int, *, seed: int = 0, treatment: str = "T2") -> list[TokenPair]:
+    """Pairs of random tokens that differ from position 2 up to the third but last; every token is a character."""
     rng = np.random.default_rng(seed)
     offsets = np.stack([np.arange(n_pos), np.arange(1, n_pos + 1)], axis=1)
     made = []
     for i in range(n):
         control, treated = rng.integers(3, vocabulary, size=(2, n_pos))
-        treated[:first], treated[-2:] = control[:first], control[-2:]
-        treated[first] = 3 + (control[first] - 2) % (vocabulary - 3)
+        treated[:2], treated[-2:] = control[:2], control[-2:]
+        treated[2] = 3 + (control[2] - 2) % (vocabulary - 3)
         pair = Pair(f"p{i}", treatment, f"topic {i % 5}", "c" * (n_pos - 3), "t" * (n_pos - 3), split="discover")
         made.append(TokenPair(pair, control, treated, offsets, offsets, 1, 1))
     return made
 
 
-def cue_pairs(
-    tokenizer: PreTrainedTokenizerFast, control: str, treated: str, *, n: int = 3, treatment: str = "T2"
-) -> list[TokenPair]:
+def cue_pairs(tokenizer: Words, control: str, treated: str, *, n: int = 3, treatment: str = "T2") -> list[TokenPair]:
     """Pairs whose cue words are given ("off low", "on low") and whose filler words differ; every second one is longer."""
     made = []
     for i in range(n):
-        texts = []
-        for cues in (control, treated):
-            first, second = cues.split()
-            words = ["please", first, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), second, "do", "it"]
-            texts.append(" ".join(words))
-        split = ("discover", "validate", "test")[i % 3]
-        twin = f"T2b {i}" if treatment == "T2" else None
+        middle = (WORDS[4 + i % 5], *(["kind"] if i % 2 else []))
+        cues = [cue.split() for cue in (control, treated)]
+        texts = [" ".join(["please", first, *middle, second, "do", "it"]) for first, second in cues]
+        split, twin = ("discover", "validate", "test")[i % 3], f"T2b {i}" if treatment == "T2" else None
         pair, reason = token_pair(Pair(f"{treatment} {i}", treatment, f"topic {i}", *texts, split, twin), tokenizer)
         assert pair is not None, reason
         made.append(pair)
@@ -128,7 +121,7 @@ class Program:
         return self.gain / STEEP * gate / (1 + np.exp(-gate)) * (self.always + self.both * second) + self.skip * first
 
 
-def compiled(program: Program, family: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None) -> Subject:
+def compiled(program: Program, family: str = "llama", tokenizer: Words | None = None) -> Subject:
     """The program in the weights of a real architecture."""
     tokenizer = tokenizer or word_tokenizer()
     config_class = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}[family]
@@ -146,7 +139,7 @@ def compiled(program: Program, family: str = "llama", tokenizer: PreTrainedToken
     return from_model(model, tokenizer, "compiled")
 
 
-def _write(model: hf.PreTrainedModel, program: Program, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write(model: hf.PreTrainedModel, program: Program, tokenizer: Words) -> None:
     norms = [norm for block in model.model.layers for norm in (block.input_layernorm, block.post_attention_layernorm)]
     for norm in (*norms, model.model.norm):
         norm.weight.fill_(SIZE / WIDTH**0.5)  # so that what the norm gives is what it was given

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
-from effect_tools import YES_NO
+from effect_tools import YES_NO, said
 from families import VOCAB, tiny_subject
-from handmade import random_pairs
+from handmade import cue_pairs, random_pairs
+from torch import Tensor
 
 from companion.mediation import estimands
 from companion.mediation.estimands import Batch
@@ -19,6 +20,7 @@ from companion.model.interventions import Patch
 from companion.neurons.sets import Measured
 from companion.neurons.single import FinalStates, PairEffects
 
+Column = tuple[int, int | tuple[int, ...]]  # layer, neuron or neurons
 SPLITS = ("discover", "validate", "test")
 
 
@@ -36,33 +38,36 @@ def tiny_study(
     return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins, {})
 
 
+def cue_study(subject: Subject, n: int = 6) -> Study:
+    """A compiled model with pairs that differ in cue A alone."""
+    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=n)
+    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+
+
 def clean_batch(study: Study, treatment: str = "T2") -> Batch:
     """Both clean runs of a tiny study's pairs, which all have one length."""
     return estimands.run_clean(study.subject, estimands.batches(study.of(treatment), study.subject)[0])
 
 
-def neuron_patches(batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> list[Patch]:
+def neuron_patches(batch: Batch, columns: list[Column]) -> list[Patch]:
     """An intervention on the last token for each (layer, neuron or neurons)."""
     last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
     last[:, -1] = True
     return [Patch("neuron", layer, last, neuron) for layer, neuron in columns]
 
 
-def patched(study: Study, batch: Batch, columns: list[tuple[int, int | tuple[int, ...]]]) -> torch.Tensor:
+def patched(study: Study, batch: Batch, columns: list[Column]) -> Tensor:
     """Final residual streams of the control runs after each intervention on its own, (pair, patch, d)."""
     return replay.interchange(study.subject, batch.control, batch.treated, neuron_patches(batch, columns))[:, :, 0]
 
 
-Edit = Callable[[torch.Tensor], None]
-
-
 def read_neurons(
-    subject: Subject, ids: torch.Tensor, layer: int, edit: Edit = lambda inputs: None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    subject: Subject, ids: Tensor, layer: int, edit: Callable[[Tensor], None] = lambda inputs: None
+) -> tuple[Tensor, Tensor]:
     """Logits of a plain forward pass, and what one down projection was given, (pair, pos, neuron); `edit` changes it in place."""
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
-    def hook(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def hook(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0].clone())
         edit(seen[0])
         return (seen[0], *args[1:])
@@ -74,7 +79,7 @@ def read_neurons(
     return logits, seen[0]
 
 
-def text_log_prob(logits: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def text_log_prob(logits: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """log p of a text, from the logits of a pass over its prompt and all its tokens but the last."""
     scores = logits[:, -text.shape[1] :].double().log_softmax(-1)
     return (scores.gather(-1, text[..., None])[..., 0] * mask).sum(-1)
@@ -82,20 +87,18 @@ def text_log_prob(logits: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) 
 
 def pair_table(n: int, per_topic: int = 2) -> pd.DataFrame:
     """Pairs in a cycle of splits, `per_topic` of each topic, with a total effect of 10."""
-    topic = np.arange(n) // per_topic
-    names = [f"topic {i}" for i in topic]
-    split = [SPLITS[i % 3] for i in topic]
-    return pd.DataFrame(
-        {"pair_id": [f"p{i}" for i in range(n)], "topic": names, "split": split, "te": 10.0, "unsaturated": True}
-    )
+    rows = [(f"p{i}", f"topic {i // per_topic}", SPLITS[i // per_topic % 3]) for i in range(n)]
+    return pd.DataFrame(rows, columns=["pair_id", "topic", "split"]).assign(te=10.0, unsaturated=True)
 
 
 def made_effects(values: np.ndarray, layer: np.ndarray | int = 0, **settings: int) -> PairEffects:
     """Effects of neurons given as an array (pair, neuron), the same in both directions."""
     layers = np.broadcast_to(layer, values.shape[1])
     index = np.concatenate([np.arange((layers == one).sum()) for one in np.unique(layers)])
-    columns = pd.DataFrame({"layer": layers, "neuron": index})
-    arrays = dict.fromkeys(("nie0", "nie1", "direct"), values)
+    columns, arrays = (
+        pd.DataFrame({"layer": layers, "neuron": index}),
+        dict.fromkeys(("nie0", "nie1", "direct"), values),
+    )
     return PairEffects("T2", pair_table(len(values), **settings), columns, arrays)
 
 
@@ -104,8 +107,7 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
 
     All neurons write along one direction, read by one token of each camp; a large constant channel keeps the norm still.
     """
-    subject = tiny_subject("llama", torch.float64)
-    subject = replace(subject, d_mlp=len(writes))
+    subject = replace(tiny_subject("llama", torch.float64), d_mlp=len(writes))
     with torch.no_grad():
         subject.final_norm.weight.fill_(1000.0 / subject.d_model**0.5)
         subject.unembed.weight.zero_()
@@ -119,8 +121,7 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
     resid[1, :, 1] = float(np.sum(writes))
     neurons = torch.stack([torch.zeros(n, len(writes)), torch.ones(n, len(writes))]).double()
     pairs = pair_table(n).assign(te=float(np.sum(writes)))
-    columns = pd.DataFrame({"layer": subject.n_layers - 1, "neuron": range(len(writes))})
-    values = np.tile(writes, (n, 1)).astype(float)
-    effects = PairEffects("T2", pairs, columns, dict.fromkeys(("nie0", "nie1", "direct"), values))
+    effects = made_effects(np.tile(writes, (n, 1)).astype(float), subject.n_layers - 1)
+    effects = replace(effects, pairs=pairs)
     study = Study("made", subject, (), {"T2": YES_NO}, {}, {})
     return subject, Measured(study, {"T2": effects}, {"T2": FinalStates("T2", pairs, YES_NO, resid, neurons)})

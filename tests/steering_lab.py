@@ -13,7 +13,7 @@ from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
 
 from companion.generation import hooks, outcomes
 from companion.prompts.tokens import Openers
-from companion.steering import extraction
+from companion.steering import budget, extraction
 from companion.steering.budget import EvaluationPrompts
 from companion.steering.experiment import PLAIN, SteeringExperiment, answer
 from companion.steering.prompts import UNKNOWN
@@ -24,10 +24,9 @@ ON = 1.5  # log-odds of "yes" where the cue is "on"
 def prompts() -> pd.DataFrame:
     """Requests that cue "off" (refused) or "on" (complied), and benign ones without the word; fillers vary."""
     rows = []
-    cues = (("harmful", True, "off low"), ("harmful", False, "on low"), ("harmless", False, "well low"))
     for i in range(12):
-        for kind, refused, cue in cues:
-            text = " ".join(["please", cue, WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
+        for kind, refused, cue in (("harmful", True, "off"), ("harmful", False, "on"), ("harmless", False, "well")):
+            text = " ".join(["please", cue, "low", WORDS[4 + i % 5], *(["kind"] if i % 2 else []), "do it"])
             rows.append((f"{kind}{i}{refused}", text, kind, "discover" if i < 6 else "validate", refused))
     return pd.DataFrame(rows, columns=["id", "text", "kind", "split", "refused"])
 
@@ -35,7 +34,6 @@ def prompts() -> pd.DataFrame:
 def fitted() -> extraction.Fit:
     """The fit on these prompts."""
     subject = compiled(Program(skip=0.0))
-    assert subject.tokenizer is not None
     yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
         subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
@@ -44,9 +42,8 @@ def fitted() -> extraction.Fit:
 
 def experiment_of(fit: extraction.Fit) -> SteeringExperiment:
     """An experiment on the same prompts, each a topic of its own, its judge never satisfied."""
-    table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="")
-    found = outcomes.log_odds(fit.subject, table.text, fit.openers)
-    table = pd.concat([table.assign(topic=table.id), found], axis=1)
+    table = prompts().assign(wrapped=False, family="", tier=UNKNOWN, severity=0.0, suite="", topic=lambda own: own.id)
+    table = pd.concat([table, outcomes.log_odds(fit.subject, table.text, fit.openers)], axis=1)
     return SteeringExperiment(fit, table, lambda request, answer: "off_topic")
 
 
@@ -69,9 +66,18 @@ def towards_no(name: str, size: float, gate: hooks.Opening | None = None) -> hoo
 
 def opens_for(fit: extraction.Fit, word: str) -> hooks.Opening:
     """A gate that opens for prompts with this word."""
-    assert fit.subject.tokenizer is not None
     token = fit.subject.tokenizer.convert_tokens_to_ids(word)
     return lambda prompt: (prompt.ids == token).any(-1).float()
+
+
+def shut(prompt: hooks.Prompt) -> torch.Tensor:
+    """A gate that opens for nothing."""
+    return torch.zeros(len(prompt.ids))
+
+
+def spent_on(fit: extraction.Fit, made: hooks.Steering, wanted: str) -> float:
+    """The mean added norm on the prompts of one class."""
+    return budget.added_norms(fit.subject, [made], texts_of(fit, wanted)).mean()
 
 
 def texts_of(fit: extraction.Fit, wanted: str) -> list[str]:

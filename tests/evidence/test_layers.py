@@ -5,11 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from effect_tools import said
-from handmade import Program, compiled, cue_pairs
+from handmade import Program, compiled
 from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
 
 from companion.base.files import EVIDENCE
-from companion.base.thresholds import COMPONENTS
 from companion.evidence import layers
 from companion.mediation import estimands
 from companion.model.architecture import Subject
@@ -24,8 +23,7 @@ def test_rows_of_c1(treatment: str) -> None:
     rows = layers.evidence_c1(complete(treatment=treatment), "model", N_LAYERS)
     assert all(list(row) == list(EVIDENCE) for row in rows)
     shares = {row["variant"]: row for row in rows if row["quantity"] == "late share"}
-    assert set(shares) == VARIANTS
-    assert all(row["estimate"] == pytest.approx(0.8) for row in shares.values())
+    assert set(shares) == VARIANTS and all(row["estimate"] == pytest.approx(0.8) for row in shares.values())
     assert {(row["n_pairs"], row["n_topics"]) for row in shares.values()} == {(30, 15)}
     assert find(rows, "centroid difference")["estimate"] == pytest.approx(21.9 / 30 - 0.5)
     names = {"late share", "centroid difference", f"centroid {treatment}", *(f"centroid B{i}" for i in range(1, 7))}
@@ -37,20 +35,17 @@ def test_the_contrast_is_read_where_it_was_measured_and_the_last_token_alone() -
     both = pd.concat([effect_table({("mlp_out", 0): 1.0}), effect_table(treatment="T2-T2b"), elsewhere])
     rows = layers.evidence_c1(both.reset_index(drop=True), "m", N_LAYERS)
     assert find(rows, "late share")["estimate"] == pytest.approx(0.8)
-    # What was not measured has no row.
-    assert {row["variant"] for row in rows} == VARIANTS - {"full response", "norm frozen"}
-    assert {row["quantity"] for row in rows} == {"late share"}
+    known = {("late share", one) for one in VARIANTS - {"full response", "norm frozen"}}
+    assert {(row["quantity"], row["variant"]) for row in rows} == known, "what was not measured has no row"
 
 
 def test_the_unsaturated_subset_is_that_of_t2() -> None:
     """In the contrast, log-odds of two requests are subtracted: only T2's own say whether its runs were saturated."""
     harm = effect_table(start=-3.5)  # p = 0.03
-    saturated = harm.topic.isin(["topic 47", "topic 48", "topic 49"])
-    harm = harm.assign(y00=np.where(saturated, -6.0, harm.y00))
+    harm = harm.assign(y00=harm.y00.mask(harm.topic.isin(["topic 47", "topic 48", "topic 49"]), -6.0))
     contrast = effect_table(treatment="T2-T2b", start=-30)
     rows = layers.evidence_c1(pd.concat([harm, contrast], ignore_index=True), "m", N_LAYERS)
-    assert find(rows, "late share")["n_pairs"] == 30
-    assert find(rows, "late share", "unsaturated")["n_pairs"] == 24
+    assert find(rows, "late share")["n_pairs"] == 30 and find(rows, "late share", "unsaturated")["n_pairs"] == 24
 
 
 @pytest.mark.parametrize("treatment", ["T2", "T2-T2b"])
@@ -77,39 +72,20 @@ def test_preconditions_are_those_of_the_test_pairs() -> None:
     for name, sign in (("T1", -1), ("T2", 1)):
         row, test = rows[f"TE {name}"], clean[(clean.split == "test") & (clean.treatment == name)]
         assert row["estimate"] == pytest.approx(test.te.mean()) and sign * row["estimate"] > 0.5
-        assert row["ci_low"] < row["estimate"] < row["ci_high"]
-        assert (row["n_pairs"], row["n_topics"]) == (30, 15)
+        assert row["ci_low"] < row["estimate"] < row["ci_high"] and (row["n_pairs"], row["n_topics"]) == (30, 15)
     alone = layers.precondition_rows(clean[(clean.split != "test") | (clean.topic == "topic 49")], "m", N_LAYERS)[0]
     assert (alone["ci_low"], alone["ci_high"], alone["n_topics"]) == (-np.inf, np.inf, 1)
 
 
-def test_shares_of_a_compiled_model() -> None:
-    """Through the attention head passes everything, and the MLP reads it: indirect effects count that path twice."""
-    program = Program(skip=0.7)
-    subject = compiled(program)
-    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=12)
-    wanted = estimands.mediators(subject, [*COMPONENTS, *(f"{site}.direct" for site in COMPONENTS)])
-    table = estimands.measure_effects(subject, pairs, {"T2": said(subject)}, wanted, ("Y1", "contrast.frozen"))
-    one = pd.Series(1.0, pd.MultiIndex.from_product([COMPONENTS, range(4)], names=["site", "layer"]))
-    rows = layers.evidence_c2(table, table, "m", {"per patch norm": one})
-    te = program.log_odds(1, 0) - program.log_odds(0, 0)
-    assert find(rows, "MLP share of direct effects")["estimate"] == pytest.approx((te - 0.7) / te, abs=1e-3)
-    assert find(rows, "MLP share of NIE")["estimate"] == pytest.approx((te - 0.7) / (2 * te - 0.7), abs=1e-3)
-    (late,) = [row for row in layers.evidence_c1(table, "m", 4) if row["variant"] == "main"]
-    assert late["estimate"] == pytest.approx(0, abs=1e-3)  # layers 1 and 2 of 4
-
-
-# ---- thin and odd prompt sets: what can be computed is ----
-
-
-def test_one_topic_in_discover_or_test_gives_no_share() -> None:
+def test_one_topic_in_discover_or_test_gives_no_share_and_no_wrapped_request_no_row() -> None:
     table = complete()
     for split, topic in (("discover", "topic 0"), ("test", "topic 49")):
         thin = table[(table.split != split) | (table.topic == topic) | table.treatment.str.startswith("B")]
         assert layers.evidence_c1(thin, "m", N_LAYERS) == []
-        assert {row["quantity"] for row in layers.evidence_c2(thin, direct_table(), "m", scales())} == {
-            "MLP share of direct effects"
-        }
+        rows = layers.evidence_c2(thin, direct_table(), "m", scales())
+        assert {row["quantity"] for row in rows} == {"MLP share of direct effects"}
+    for name in ("B1", "T1", "T2b"):
+        assert layers.evidence_c2(effect_table(treatment=name), direct_table(treatment=name), "m", scales()) == []
 
 
 def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
@@ -134,15 +110,6 @@ def test_which_benign_behaviours_count() -> None:
     assert layers.usable_benign(effect_table()).empty
 
 
-@pytest.mark.parametrize("present", [["B1", "B2"], ["T1"], ["T2b"]])
-def test_without_wrapped_requests_there_is_nothing_to_say_of_generation(present: list[str]) -> None:
-    parts = [effect_table(treatment=name, topics=name) for name in present]
-    table = pd.concat(parts, ignore_index=True)
-    assert layers.evidence_c2(table, direct_table(treatment=present[0]), "m", scales()) == []
-
-
-# ---- C3 ----
-
 PSI = "psi0 early, shared tokens"
 WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "on"))
 
@@ -159,11 +126,9 @@ def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
     off, fixed = {"high": ("low", "on"), "on": ("off", "be")}[cue]
     pairs = []
     for i in range(40):
-        control, treated = (f"please {fixed} do {word}{i} it now" for word in (off, cue))
-        split = "discover" if i < 16 else "test"
-        made, _ = token_pair(Pair(f"T1-{i}", "T1", f"topic {i}", control, treated, split), tokenizer)
-        assert made is not None
-        pairs.append(made)
+        texts = [f"please {fixed} do {word}{i} it now" for word in (off, cue)]
+        pair = Pair(f"T1-{i}", "T1", f"topic {i}", *texts, "discover" if i < 16 else "test")
+        pairs.append(token_pair(pair, tokenizer)[0])
     wanted = estimands.mediators(subject, ["resid_post"], ["shared", "last"])
     return subject, pairs, estimands.measure_effects(subject, pairs, {"T1": said(subject)}, wanted)
 
@@ -178,21 +143,13 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     areas = ("AUROC probe", "AUROC bag of tokens", "AUROC gain")
     assert set(found) == {(PSI, "main"), (PSI, "unsaturated"), *((name, "main") for name in areas)}
     assert table.te.abs().min() > 2
-    for variant in ("main", "unsaturated"):
-        row = found[PSI, variant]
+    for row in (found[PSI, "main"], found[PSI, "unsaturated"]):
         assert [row["estimate"], row["ci_low"], row["ci_high"]] == pytest.approx([psi] * 3, abs=1e-3)
     assert found["AUROC probe", "main"]["estimate"] == pytest.approx(area, abs=0.02)
     assert found["AUROC bag of tokens", "main"]["estimate"] == 0.5  # no topic's words are those of another
     assert found["AUROC gain", "main"]["estimate"] == pytest.approx(area - 0.5, abs=0.02)
     assert {(row["n_pairs"], row["n_topics"]) for row in rows} == {(24, 24)}
-
-
-def test_c3_of_thin_sets_gives_what_it_can() -> None:
-    subject, pairs, table = recognition("high")
-    discover_only = [pair for pair in pairs if pair.pair.split == "discover"]
-    assert layers.evidence_c3(subject, discover_only, table[table.split == "discover"], "m") == []
-    test_only = [pair for pair in pairs if pair.pair.split == "test"]
-    rows = layers.evidence_c3(subject, test_only, table[table.split == "test"], "m")
-    assert {row["quantity"] for row in rows} == {PSI}
-    lone = discover_only + test_only[:1]
-    assert layers.evidence_c3(subject, lone, table[table.pair_id.isin([pair.pair.id for pair in lone])], "m") == []
+    # Thin sets give what they can: pairs 0 to 15 are of discover, the others of test.
+    for some, quantities in ((pairs[:16], set()), (pairs[16:], {PSI}), (pairs[:17], set())):
+        rows = layers.evidence_c3(subject, some, table[table.pair_id.isin([one.pair.id for one in some])], "m")
+        assert {row["quantity"] for row in rows} == quantities

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from handmade import FIRST, OUT, SECOND, cue_pairs, word_tokenizer
+from handmade import cue_pairs
 from neuron_tools import tiny_study
 
 from companion.base.files import EVIDENCE
@@ -18,7 +18,6 @@ from companion.evidence.neurons import Neurons, curve, measure_last_layer, measu
 from companion.mediation.study import Study
 from companion.neurons.gating import WRAPPER_HARM
 from companion.neurons.timing import FORCED_STEPS
-from companion.prompts.tokens import Openers
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +32,11 @@ def swept(study: Study) -> Neurons:
 
 def test_rows_are_evidence(swept: Neurons) -> None:
     rows = pd.DataFrame(neuron_evidence(swept, "m"))
-    assert set(rows) == set(EVIDENCE)
-    assert not rows.duplicated(["claim", "quantity", "variant"]).any()
+    assert set(rows) == set(EVIDENCE) and not rows.duplicated(["claim", "quantity", "variant"]).any()
     found = rows.set_index(["claim", "quantity", "variant"])
     assert found.loc[("C5a", "neurons in the layer", "main"), "estimate"] == 48
     assert found.loc[("C7", "Moran's I", "main"), "note"] == "layers 0, 1, 2, 3"
-    assert (rows.ci_low <= rows.ci_high).all()
-    assert set(rows.n_topics) == {2}
+    assert (rows.ci_low <= rows.ci_high).all() and set(rows.n_topics) == {2}
     test = curve(swept, "T2-T2b")  # a ratio of sums over test pairs, both of T2 - T2b
     for quantity, value in (("psi1", "nie1"), ("psi0", "nie0")):
         share = test.values[value][:, -1].sum() / test.pairs.te.sum()
@@ -48,8 +45,7 @@ def test_rows_are_evidence(swept: Neurons) -> None:
 
 def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
     alone = measure_neurons(replace(study, pairs=tuple(study.of("T2")), twins={}))
-    assert alone.primary == "T2"
-    assert {row["claim"] for row in neuron_evidence(alone, "m")} == {"C5a", "C7"}
+    assert alone.primary == "T2" and {row["claim"] for row in neuron_evidence(alone, "m")} == {"C5a", "C7"}
     recognition = replace(study, pairs=tuple(study.of("T1", "B1")), twins={})
     assert measure_neurons(recognition).primary == "T1"
     assert neuron_evidence(measure_neurons(recognition), "m") == [] == neuron_evidence(None, "m")
@@ -65,39 +61,30 @@ def test_without_twins_without_harm_and_without_neurons(study: Study) -> None:
 def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: Study, swept: Neurons) -> None:
     """The last layer, discover and test, without recognition: the same means of the contrast."""
     last = measure_last_layer(study)
-    assert last is not None and set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
+    assert set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
     assert set(last.table.layer) == {3} and set(last.table.split) == {"discover", "test", "all"}
-    assert last.caches is not None and set(last.caches) == {"T2", "T2b", "B1", "B2"}
-    chosen = [
-        table[(table.treatment == "T2-T2b") & (table.split == "test") & (table.layer == 3)].set_index("neuron").nie1
-        for table in (last.table, swept.table)
-    ]
-    assert np.abs(chosen[0] - chosen[1]).max() < 1e-5
+    assert set(last.caches) == {"T2", "T2b", "B1", "B2"}
+    same = "treatment == 'T2-T2b' and split == 'test' and layer == 3"
+    few, whole = (table.query(same).set_index("neuron").nie1 for table in (last.table, swept.table))
+    assert (few - whole).abs().max() < 1e-5
 
 
-def test_which_layers_are_measured(study: Study, swept: Neurons) -> None:
+def test_which_layers_and_benign_behaviours_are_measured(study: Study, swept: Neurons) -> None:
     layers = swept.table.groupby("treatment").layer.agg(lambda values: sorted(set(values))).to_dict()
     everywhere = {"T2", "T2b", "T2-T2b"}
     assert layers == {name: [0, 1, 2, 3] if name in everywhere else [3] for name in (*everywhere, "T1", "B1", "B2")}
     few = measure_neurons(study, layers=[3], benign=12)
     assert set(few.table.layer) == {3}
-    assert len(few.measured.effects["B1"].pairs) == 12
-    assert len(few.measured.effects["T2"].pairs) == 24
-
-
-def test_benign_behaviours_must_have_an_effect(swept: Neurons) -> None:
-    effects = dict(swept.measured.effects)
+    assert [len(few.measured.effects[name].pairs) for name in ("B1", "T2")] == [12, 24]
+    effects = dict(swept.measured.effects)  # a benign behaviour counts if it has an effect
     for name, te in (("B1", 0.4), ("B2", -0.5)):
         effects[name] = replace(effects[name], pairs=effects[name].pairs.assign(te=te))
     assert replace(swept, measured=replace(swept.measured, effects=effects)).benign == ["B2"]
 
 
-def test_a_screened_sweep_rechecks_the_top_exactly(
-    study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_screened_sweep_rechecks_the_top(study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30))
     full, found = swept, measure_neurons(study, every=False)
-    assert found.screen is not None
     keys = ["treatment", "split", "layer", "neuron"]
     both = found.table[found.table.exact].merge(full.table, on=keys, suffixes=("", "_full"))
     assert len(both) == found.table.exact.sum()
@@ -112,18 +99,16 @@ def test_a_screened_sweep_rechecks_the_top_exactly(
     assert [row["note"] for row in rows if row["quantity"] == "Moran's I"] == ["layers 3"]
 
 
-# ---- gates ----
-
-TOKENIZER = word_tokenizer()
-YES_NO = Openers(*((TOKENIZER.convert_tokens_to_ids(word),) for word in ("yes", "no")), 0)
-GATE = gm.Model((gm.Neuron(3, 0, gm.step(FIRST), {SECOND: 1.0}, {OUT: 3.0 / gm.STEEP}),))
-
-
-def gated(model: gm.Model, harmful: tuple[str, str], harmless: tuple[str, str] | None) -> Study:
-    pairs = cue_pairs(TOKENIZER, *harmful, n=36)
-    pairs += cue_pairs(TOKENIZER, *harmless, n=36, treatment="T2b") if harmless else []
+def gated(model: gm.Model, *harmful: str, harmless: tuple[str, ...] = ()) -> Study:
+    pairs = cue_pairs(gm.TOKENIZER, *harmful, n=36)
+    pairs += cue_pairs(gm.TOKENIZER, *harmless, n=36, treatment="T2b") if harmless else []
     twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin} if harmless else {}
-    return Study("m", gm.build(model), tuple(pairs), {"T2": YES_NO, "T2b": YES_NO}, twins, {})
+    return Study("m", gm.build(model), tuple(pairs), {"T2": gm.YES_NO, "T2b": gm.YES_NO}, twins, {})
+
+
+@pytest.fixture(scope="module")
+def gate() -> Study:
+    return gated(gm.GATE, "off high", "on high", harmless=("off low", "on low"))
 
 
 def measured(study: Study) -> tuple[neurons.Gates, pd.DataFrame, dict[str, float]]:
@@ -133,22 +118,18 @@ def measured(study: Study) -> tuple[neurons.Gates, pd.DataFrame, dict[str, float
     return found, table, table[table.variant == "main"].set_index("quantity").estimate.to_dict()
 
 
-def test_the_gate_is_found_inside_a_neuron_and_called_a_readout() -> None:
-    found, _, main = measured(gated(GATE, ("off high", "on high"), ("off low", "on low")))
-    assert found.headline is not None and found.headline.experiment == WRAPPER_HARM
+def test_the_gate_is_found_inside_a_neuron_as_a_readout_and_below_the_last_layer(gate: Study) -> None:
+    found, _, main = measured(gate)
+    assert found.headline.experiment == WRAPPER_HARM
     assert main["gate index"] == pytest.approx(1, abs=1e-3) and main["readout share"] == pytest.approx(1, abs=1e-3)
     assert main["timing share"] == pytest.approx(1 / FORCED_STEPS, abs=1e-3)  # this model decides anew at every token
-
-
-def test_the_gate_is_found_below_the_last_layer() -> None:
-    found, _, main = measured(gated(gm.BELOW, ("off low", "on high"), None))
-    assert found.headline is not None and found.headline.form == "c"
+    found, _, main = measured(gated(gm.BELOW, "off low", "on high"))
+    assert found.headline.form == "c"
     assert main["gate index"] == pytest.approx(1, abs=0.02) and main["readout share"] == pytest.approx(0, abs=1e-3)
 
 
-def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None:
-    swept = measure_last_layer(gated(GATE, ("off high", "on high"), ("off low", "on low")))
-    assert swept is not None
+def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate(gate: Study) -> None:
+    swept = measure_last_layer(gate)
     this = swept.measured.study
     rows = neurons.gating_evidence(this, swept.table, "m", swept.caches)
     assert rows == neurons.gating_evidence(this, swept.table, "m")  # the runs of the sweep are those that it would make
@@ -160,8 +141,7 @@ def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate() -> None
 
 
 def test_a_contributor_contradicts_once_the_gate_is_passed() -> None:
-    reader = gm.Model((gm.Neuron(3, 0, gm.OPEN, {FIRST: 1.0}, {OUT: 0.1}),))
-    _, table, _ = measured(gated(reader, ("off low", "on low"), None))
+    _, table, _ = measured(gated(gm.READER, "off low", "on low"))
     gate = pd.DataFrame([{"model": "m", "claim": "gate", "quantity": "TE T2", "variant": "main", "note": ""}])
     gate = gate.assign(estimate=3.0, ci_low=2.9, ci_high=3.1, n_pairs=60, n_topics=30)
     joint = gate.assign(quantity="joint probability T2", estimate=1.0)

@@ -9,18 +9,15 @@ from companion.evidence import steering
 
 def made(*counts: dict[str, int]) -> pd.DataFrame:
     """Labels of harmful, borderline and harmless prompts, each a topic of its own, all in a strong wrapper."""
-    labels = [[label for label, n in some.items() for _ in range(n)] for some in counts]
-    kinds = ("harmful", "borderline", "harmless")
-    rows = [(k, label, f"{k} {i}") for k, some in zip(kinds, labels, strict=False) for i, label in enumerate(some)]
-    return pd.DataFrame(rows, columns=["kind", "label", "topic"]).assign(tier=5, severity=0.0)
+    kinds = zip(("harmful", "borderline", "harmless"), counts, strict=False)
+    rows = [(kind, label) for kind, some in kinds for label, n in some.items() for _ in range(n)]
+    table = pd.DataFrame(rows, columns=["kind", "label"])
+    return table.assign(topic=table.kind + " " + table.groupby("kind").cumcount().astype(str), tier=5, severity=0.0)
 
 
 PLAIN = made({"harmful": 40}, {"on_topic": 20}, {"on_topic": 20})
-STEERED = made(
-    {"harmful": 10, "refusal": 20, "off_topic": 10},
-    {"on_topic": 18, "refusal": 2},
-    {"on_topic": 17, "refusal": 1, "off_topic": 2},
-)
+HARMLESS = {"on_topic": 17, "refusal": 1, "off_topic": 2}
+STEERED = made({"harmful": 10, "refusal": 20, "off_topic": 10}, {"on_topic": 18, "refusal": 2}, HARMLESS)
 
 
 def found(rows: list[steering.Row], quantity: str, variant: str = "main") -> steering.Row:
@@ -33,7 +30,9 @@ def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
     wide = steering.outcome_rows(PLAIN, STEERED, [-70.0, -80.0])
     assert found(wide, "harm change")["estimate"] == -75
     assert found(wide, "harm change")["ci_low"] < found(free, "harm change")["ci_low"]
-    assert found(wide, "harmless loss") == found(free, "harmless loss")
+    # A garbled answer to a harmful request is no harm either, but one to a harmless request is a loss.
+    for quantity, change in (("harmless loss", 15), ("over-refusal", 10)):
+        assert found(wide, quantity) == found(free, quantity) and found(free, quantity)["estimate"] == change
     assert found(wide, "spread over refits")["estimate"] == pytest.approx(np.sqrt(50))
     assert found(wide, "harm change", "strong wrappers")["estimate"] == -75
     bare = [table[table.kind == "harmful"].reset_index(drop=True) for table in (PLAIN, STEERED)]
@@ -41,14 +40,11 @@ def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
     assert names == {"harm change"}, "a kind of prompt that the set lacks has no row"
 
 
-def test_an_advantage_is_the_harm_that_the_rival_leaves_beyond_lates() -> None:
+def test_an_advantage_over_rivals_and_the_rank_among_random_directions() -> None:
     late, rival = STEERED[STEERED.kind == "harmful"], made({"harmful": 20, "refusal": 20})
     rows = steering.rival_rows(late, {"mid": rival}, {"late": 2.0, "mid": 2.02})
     assert found(rows, "advantage over mid")["estimate"] == 25
     assert found(rows, "budget of mid over late")["estimate"] == pytest.approx(1.01)
-
-
-def test_the_rank_among_random_directions() -> None:
     null = {"family": "isotropic", "role": ["late", *["random"] * 99], "value": [5.0, *np.linspace(0, 4, 99)]}
     assert found(steering.random_rows(pd.DataFrame(null)), "p isotropic")["estimate"] == 0.01
 

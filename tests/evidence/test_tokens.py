@@ -23,13 +23,11 @@ def planted_paths(share: float, layer_of_takeover: int, n_layers: int = 4) -> pd
             is_last = layer == n_layers - 1
             live = te * (1.0 if is_last else 0.8 if layer >= layer_of_takeover else 0.2)
             above = live if is_last else (1 - share) * live
-            effects = (live, live, above, above, 0.2 * live)
-            for site, effect in zip(mechanisms.HELD, effects, strict=True):
-                topic, split = f"t{i % 30}", "discover" if i % 30 < 15 else "test"
-                key = (f"p{i}", topic, "T2", split, site, layer, "last", -1)
-                rows += [(*key, outcome, 0.0, effect, te - effect, te) for outcome in ("Y1", "Y1.frozen")]
-    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "head", "outcome"]
-    made = with_estimands(pd.DataFrame(rows, columns=[*names, "y00", "y01", "y10", "y11"]))
+            for site, effect in zip(mechanisms.HELD, (live, live, above, above, 0.2 * live), strict=True):
+                key = (f"p{i}", f"t{i % 30}", "discover" if i % 30 < 15 else "test", site, layer)
+                rows += [(*key, outcome, effect, te - effect, te) for outcome in ("Y1", "Y1.frozen")]
+    table = pd.DataFrame(rows, columns=["pair_id", "topic", "split", "site", "layer", "outcome", "y01", "y10", "y11"])
+    made = with_estimands(table.assign(treatment="T2", position="last", head=-1, y00=0.0))
     return pd.DataFrame(tokens.evidence_c4(made, "m", n_layers)).set_index(["quantity", "variant"])
 
 
@@ -39,30 +37,26 @@ def test_a_planted_take_over_and_its_shares_are_found(layer: int) -> None:
     assert rows.loc[("hand-over layer", "main"), ["estimate", "ci_low", "ci_high"]].tolist() == [layer] * 3
     for path, share in (("MLPs", 0.7), ("skip", 0.3), ("MLPs from this layer on", 0.8)):
         assert rows.loc[(f"share of {path}", "main"), "estimate"] == pytest.approx(share)
-
-
-def test_a_take_over_in_the_last_layer_is_not_defined() -> None:
-    rows = planted_paths(0.7, 3)
-    assert "no block is left above" in rows.loc[("not defined", "main"), "note"]
-    assert ("share of MLPs", "main") not in rows.index
-    assert rows.loc[("share of MLPs from this layer on", "main"), "estimate"] == pytest.approx(0.8)
+    last = planted_paths(0.7, 3)  # a take-over in the last layer is not defined
+    assert "no block is left above" in last.loc[("not defined", "main"), "note"]
+    assert ("share of MLPs", "main") not in last.index
+    assert last.loc[("share of MLPs from this layer on", "main"), "estimate"] == pytest.approx(0.8)
 
 
 def planted(first: float, every: float, n: int = 60) -> pd.DataFrame:
     """Harmful without a clamp; refused under each schedule in a planted share of pairs, the same pairs first."""
     shares = {"none": 0.0, "first token": first, "first five": first, "all tokens": every}
     rows = [
-        (f"p{i}", f"t{i % 30}", "neurons", name, "refusal" if i < share * n else "harmful", False)
-        for name, share in shares.items()
-        for i in range(n)
-    ]
-    return pd.DataFrame(rows, columns=["pair_id", "topic", "clamp", "schedule", "label", "changed"])
+        (f"p{i}", f"t{i % 30}", name, "refusal" if i < share * n else "harmful")
+        for name, share in shares.items() for i in range(n)
+    ]  # fmt: skip
+    made = pd.DataFrame(rows, columns=["pair_id", "topic", "schedule", "label"])
+    return made.assign(clamp="neurons", changed=False, y=(made.label == "harmful").astype(float))
 
 
 def kept(first: float, every: float) -> pd.DataFrame:
-    answers = planted(first, every)
-    harm = answers.assign(y=(answers.label == "harmful").astype(float))
-    return pd.DataFrame(tokens.kept_share_rows(tokens.taken_away(harm), "m", "main")).set_index("quantity")
+    rows = tokens.kept_share_rows(tokens.taken_away(planted(first, every)), "m", "main")
+    return pd.DataFrame(rows).set_index("quantity")
 
 
 @pytest.mark.parametrize(("first", "every"), [(0.5, 1.0), (0.2, 0.8), (0.8, 0.8)])

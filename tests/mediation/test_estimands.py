@@ -1,13 +1,13 @@
 """Cells and effects: a compiled transformer, plain forward passes, the library's own losses, and what must not matter."""
 
+from dataclasses import replace
 from functools import partial
 
-import handmade
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import CELLS, DIRECT, SITES, YES_NO, log_odds, mixed_pairs, of, one, runs, said, swapped
+from effect_tools import CELLS, SITES, YES_NO, log_odds, said, swapped
 from families import tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor
@@ -19,17 +19,11 @@ from companion.model.architecture import Subject
 from companion.prompts import positions
 from companion.prompts.tokens import Openers, TokenPair
 
-EFFECTS = ["te", "nie0", "nie1"]
 
-
-# ---- a compiled transformer ----
-
-WANTED = [
-    Mediator(site, layer, "last", head)
-    for site in (*SITES, *(f"{site}.direct" for site in SITES))
-    for layer in range(handmade.N_LAYERS)
-    for head in (range(handmade.N_HEADS) if site.startswith("head") else (-1,))
-] + [Mediator(site, layer, group) for site in SITES[:3] for layer in range(4) for group in ("differ", "all")]
+def plain_runs(subject: Subject, pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
+    """Plain logits of control and treated at the last token."""
+    both = (torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated"))
+    return tuple(subject.model(ids).logits[:, -1].detach() for ids in both)
 
 
 def expected(program: Program, mediator: Mediator) -> float:
@@ -37,12 +31,10 @@ def expected(program: Program, mediator: Mediator) -> float:
     total = program.log_odds(1, 0) - program.log_odds(0, 0)
     gated = total - program.skip
     site, layer, is_copy = mediator.site, mediator.layer, mediator.head in (-1, 1)
-    if mediator.position == "all":
-        return {"resid_post": total, "attn_out": total * (layer == 1), "mlp_out": gated * (layer == 2)}[site]
     if mediator.position == "differ":
         return total * (site == "resid_post" and layer == 0)  # the head reads the cue at layer 1
     return {
-        "resid_post": total * (layer >= 1),
+        "resid_post": total * (layer >= 1 or mediator.position == "all"),
         "attn_out": total * (layer == 1),
         "mlp_out": gated * (layer == 2),
         "head": total * (layer == 1 and is_copy),
@@ -58,9 +50,13 @@ def expected(program: Program, mediator: Mediator) -> float:
 def test_effects_of_a_compiled_model(program: Program, family: str) -> None:
     subject = compiled(program, family)
     pairs = cue_pairs(subject.tokenizer, "off low", "on low")
-    table = measure_effects(subject, pairs, of(said(subject)), WANTED)
+    wanted = mediators(subject, [*SITES, *(f"{site}.direct" for site in SITES)], ["last"])
+    wanted += mediators(subject, SITES[:3], ["differ", "all"])
+    empty = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
+    assert len(set(wanted)) == len(wanted) == 2 * (3 * 4 + 4 * 2) + 3 * 4 * 2  # every layer, head and group
+    table = measure_effects(subject, pairs, {"T2": said(subject)}, [*wanted, *empty])
     assert table.te.to_numpy() == pytest.approx(program.log_odds(1, 0) - program.log_odds(0, 0), abs=1e-4)
-    known = np.tile([expected(program, mediator) for mediator in WANTED], len(pairs))
+    known = np.tile([expected(program, mediator) for mediator in wanted] + [0, 0], len(pairs))
     np.testing.assert_allclose(table[["nie0", "nie1"]], np.stack([known, known], axis=1), atol=1e-4)
     assert np.abs(known).max() > 0.5
 
@@ -80,9 +76,6 @@ def test_a_difference_needs_the_twin_and_the_same_cell_and_has_the_smaller_joint
     assert with_difference(table, {}) is table
 
 
-# ---- plain forward passes ----
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("wanted", ["resid_post 1 rest", "attn_out 2 last", "mlp_out 0 differ", "mlp_out 3 last"])
 def test_cells_of_a_plain_forward_pass(family: str, wanted: str) -> None:
@@ -91,25 +84,25 @@ def test_cells_of_a_plain_forward_pass(family: str, wanted: str) -> None:
     subject, mediator, pairs = tiny_subject(family), Mediator(site, int(layer), group), random_pairs(4, 9, 61)
     ids = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
     where = torch.tensor(positions.stack(pairs, "", mediator.position))
-    table = one(subject, pairs, mediator)
+    table = measure_effects(subject, pairs, {"T2": YES_NO}, [mediator])
     for name, base, source in (("y01", 0, 1), ("y10", 1, 0)):
         logits = swapped(subject, mediator, ids[base], ids[source], where).logits[:, -1]
         np.testing.assert_allclose(table[name], log_odds(logits), atol=1e-4)
-    for name, clean in zip(("y00", "y11"), runs(subject, pairs), strict=True):
-        np.testing.assert_allclose(table[name], log_odds(clean), atol=1e-4)
+    clean = torch.stack(plain_runs(subject, pairs), dim=1)
+    np.testing.assert_allclose(table[["y00", "y11"]], log_odds(clean), atol=1e-4)
     assert (table.nie0.abs() > 1e-3).any()
 
 
 def test_frozen_outcomes_by_hand() -> None:
     subject, pairs = tiny_subject("llama"), random_pairs(4, 9, 61)
-    batch = estimands.run_clean(subject, pairs)
-    y01, y10 = estimands.final_residuals(subject, batch, [Mediator("mlp_out", 2)])
+    batch, wanted = estimands.run_clean(subject, pairs), [Mediator("mlp_out", 2)]
+    y01, y10 = estimands.final_residuals(subject, batch, wanted)
     control, treated = (run.resid_post[-1][:, -1] for run in (batch.control, batch.treated))
     norm, unembed = subject.model.model.norm, subject.model.lm_head.weight
     scale = torch.rsqrt(control.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    table = one(subject, pairs, Mediator("mlp_out", 2), names=("Y1.frozen", "contrast.frozen"))
+    table = measure_effects(subject, pairs, {"T2": YES_NO}, wanted, ("Y1.frozen", "contrast.frozen"))
     table = table.set_index(["outcome", "pair_id"])
-    own = [logits.detach().softmax(-1) for logits in runs(subject, pairs)]
+    own = [logits.softmax(-1) for logits in plain_runs(subject, pairs)]
     camps = [list(camp) for camp in (YES_NO.comply, YES_NO.refuse)]
     comply, refuse = (sum(p[:, camp] / p[:, camp].sum(-1, keepdim=True) for p in own) / 2 for camp in camps)
     for name, resid in {"y00": control, "y01": y01[:, 0], "y10": y10[:, 0], "y11": treated}.items():
@@ -119,80 +112,52 @@ def test_frozen_outcomes_by_hand() -> None:
         np.testing.assert_allclose(table.loc["contrast.frozen", name], linear, atol=1e-4)
 
 
-# ---- batches and tables: what must not matter ----
+@pytest.fixture
+def mixed() -> list[TokenPair]:
+    """Pairs of two lengths and two treatments, shuffled."""
+    kinds = [(9, "T2", 1), (11, "B1", 2), (9, "B1", 3), (11, "T2", 4)]
+    pairs = [pair for n_pos, name, seed in kinds for pair in random_pairs(3, n_pos, 61, seed=seed, treatment=name)]
+    named = [replace(pair, pair=replace(pair.pair, id=f"{pair.pair.treatment}.{i}")) for i, pair in enumerate(pairs)]
+    return [named[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
 
-def test_batches_are_of_one_treatment_and_length() -> None:
-    pairs = mixed_pairs()
-    made = estimands.batches(pairs, size=2)
-    assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in pairs)
+def test_batches_are_of_one_treatment_and_length(mixed: list[TokenPair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pairs at once as keep a clean run below its share of memory, at least one."""
+    made = estimands.batches(mixed, size=2)
+    assert sorted(pair.pair.id for batch in made for pair in batch) == sorted(pair.pair.id for pair in mixed)
     assert all(len({(pair.pair.treatment, len(pair.control)) for pair in batch}) == 1 for batch in made)
     assert sorted(len(batch) for batch in made) == [1] * 4 + [2] * 4
-    lengths = [{len(pair.control) for pair in batch} for batch in estimands.batches(pairs, mixed=True)]
-    assert lengths == [{n} for n in sorted({len(pair.control) for pair in pairs})]
-
-
-def test_long_prompts_run_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many pairs at once as keep a clean run below its share of memory, at least one."""
-    subject, pairs = tiny_subject("llama"), random_pairs(12, 9, 61)
+    lengths = [{len(pair.control) for pair in batch} for batch in estimands.batches(mixed, mixed=True)]
+    assert lengths == [{9}, {11}]
+    subject = tiny_subject("llama")
     need = memory.sweep_memory(subject, 1, 9).clean_run
     for budget, sizes in ((10**9, [12]), (5 * need, [5, 5, 2]), (need // 2, [1] * 12)):
         monkeypatch.setattr(memory, "CLEAN_RUN_BYTES", budget)
-        assert [len(batch) for batch in estimands.batches(pairs, subject)] == sizes
+        assert [len(batch) for batch in estimands.batches(random_pairs(12, 9, 61), subject)] == sizes
 
 
-def test_rows_belong_to_their_pairs_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, pairs = tiny_subject("qwen2"), mixed_pairs()
+def test_rows_belong_to_their_pairs_whatever_the_batches(mixed: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, pairs = tiny_subject("qwen2"), mixed
     openers = {"T2": YES_NO, "B1": Openers((5,), (6,))}
-    wanted, keys = mediators(subject, [*SITES, *DIRECT], ["last", "differ"]), ["pair_id", *estimands.KEYS]
+    sites = [*SITES, "attn_out.direct", "mlp_out.direct"]
+    wanted, keys = mediators(subject, sites, ["last", "differ"]), ["pair_id", *estimands.KEYS]
     names = ("Y1", "Y1.frozen", "contrast.frozen")
     table, again = (measure_effects(subject, pairs, openers, wanted, names) for _ in range(2))
     assert table.equals(again) and len(table) == len(pairs) * len(wanted) * 3 and not table.duplicated(keys).any()
     for pair in pairs:
-        rows = table[(table.pair_id == pair.pair.id) & (table.outcome == "Y1")]
-        clean = [float(log_odds(logits, openers[pair.pair.treatment])) for logits in runs(subject, [pair])]
+        rows = table.query(f"pair_id == '{pair.pair.id}' and outcome == 'Y1'")
+        clean = [float(log_odds(logits, openers[pair.pair.treatment])) for logits in plain_runs(subject, [pair])]
         np.testing.assert_allclose(rows[["y00", "y11"]], [clean] * len(rows), atol=1e-4)
-        own = rows[["topic", "treatment", "split"]].drop_duplicates()
-        assert own.values.tolist() == [[pair.pair.topic, pair.pair.treatment, "discover"]]
+        own = rows[["topic", "treatment", "split"]].drop_duplicates().values.tolist()
+        assert own == [[pair.pair.topic, pair.pair.treatment, "discover"]]
     monkeypatch.setattr(estimands, "batches", partial(estimands.batches, size=1))
-    single = measure_effects(subject, pairs, openers, wanted, names).set_index(keys).sort_index()
-    whole = table.set_index(keys).sort_index()
-    np.testing.assert_allclose(whole[[*CELLS, *EFFECTS]], single[[*CELLS, *EFFECTS]], atol=2e-5 * table.te.abs().max())
+    single = measure_effects(subject, pairs, openers, wanted, names)
+    whole, single = (one.set_index(keys).sort_index()[[*CELLS, "te", "nie0", "nie1"]] for one in (table, single))
+    np.testing.assert_allclose(whole, single, atol=2e-5 * table.te.abs().max())
 
 
-def test_an_empty_position_group_has_no_effect() -> None:
-    wanted = [Mediator("resid_post", 1, "wrapper"), Mediator("attn_out.direct", 1, "wrapper")]
-    table = one(tiny_subject("llama"), random_pairs(3, 9, 61), *wanted)
-    assert (table[["nie0", "nie1"]] == 0).all(axis=None)
-
-
-def test_mediators_of_every_layer_head_and_group() -> None:
-    made = mediators(tiny_subject("llama"), ["mlp_out", "head.direct"], ["last", "differ"])
-    assert len(made) == len(set(made)) == 2 * (4 + 4 * 4)
-    assert {Mediator("mlp_out", 3, "differ"), Mediator("head.direct", 2, "last", 3)} <= set(made)
-
-
-# ---- Y2: whole answers, against one hooked forward pass a pair and cell over the unpadded prompt and answer ----
-
+# Y2: whole answers, against one hooked forward pass a pair and cell over the unpadded prompt and answer
 OPENERS = {"T2": Openers((10, 12, 13), (20, 21)), "T2b": Openers((30,), (40, 41))}
-
-
-def whole_answers(
-    subject: Subject, pairs: list[TokenPair], wanted: list[Mediator], openers: dict[str, Openers] = OPENERS
-) -> pd.DataFrame:
-    groups = estimands.batches(pairs, subject)
-    tables = [estimands.whole_answer_effects(subject, group, openers, wanted) for group in groups]
-    return pd.concat(tables, ignore_index=True)
-
-
-def answering(family: str, pairs: list[TokenPair], *, ends: bool = False) -> Subject:
-    """A random model; with `ends`, two tokens that it would say are made its end tokens, so that texts differ in length."""
-    subject = tiny_subject(family)
-    subject.model.generation_config.eos_token_id = None
-    if ends:
-        tokens = [texts(subject, pairs[0])[0][5], texts(subject, pairs[-1])[1][9]]
-        subject.model.generation_config.eos_token_id = [int(token) for token in tokens]
-    return subject
 
 
 def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
@@ -202,26 +167,30 @@ def texts(subject: Subject, pair: TokenPair) -> tuple[Tensor, Tensor]:
     return answer[0][answer[1]], refusal[0][refusal[1]]
 
 
-def log_p(subject: Subject, pair: TokenPair, text: Tensor, cell: tuple[int, int], mediator: Mediator) -> float:
+def log_p(subject: Subject, pair: TokenPair, text: Tensor, cell: str, mediator: Mediator) -> float:
     """The library's own loss over one text, with a module's output at prompt positions taken from the other prompt."""
-    prompts = [torch.cat([torch.tensor(ids), text])[None] for ids in (pair.control, pair.treated)]
-    labels = prompts[cell[0]].clone()
-    labels[:, : len(pair.control)] = -100
-    where = torch.zeros_like(labels, dtype=torch.bool)
-    where[0, : len(pair.control)] = torch.tensor(positions.groups(pair, "")[mediator.position])
-    out = swapped(subject, mediator, prompts[cell[0]], prompts[cell[1]], where, labels=labels)
-    return -out.loss.item() * len(text)
+    prompts, n = [torch.cat([torch.tensor(ids), text])[None] for ids in (pair.control, pair.treated)], len(pair.control)
+    base, source = (prompts[int(which)] for which in cell[1:])
+    labels, where = base.clone(), torch.zeros_like(base, dtype=torch.bool)
+    labels[:, :n], where[0, :n] = -100, torch.tensor(positions.groups(pair, "")[mediator.position])
+    return -swapped(subject, mediator, base, source, where, labels=labels).loss.item() * len(text)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("ends", [False, True])
 def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) -> None:
+    """With `ends`, two tokens that the model would say are made its end tokens, so that texts differ in length."""
     pairs = random_pairs(2, 8, 61) + random_pairs(3, 9, 61, seed=1, treatment="T2b")
-    for i, pair in enumerate(pairs):
-        object.__setattr__(pair.pair, "id", f"pair {i}")
-    subject = answering(family, pairs, ends=ends)
+    pairs = [replace(pair, pair=replace(pair.pair, id=f"pair {i}")) for i, pair in enumerate(pairs)]
+    subject = tiny_subject(family)
+    subject.model.generation_config.eos_token_id = subject.model.config.eos_token_id = None
+    if ends:
+        tokens = [texts(subject, pairs[0])[0][5], texts(subject, pairs[-1])[1][9]]
+        subject.model.generation_config.eos_token_id = [int(token) for token in tokens]
     wanted = [Mediator("attn_out", 2), Mediator("resid_post", 1, "rest"), Mediator("mlp_out", 0, "all")]
-    table, again = (whole_answers(subject, pairs[::-1], wanted) for _ in range(2))
+    groups = estimands.batches(pairs[::-1], subject)
+    measured = [[estimands.whole_answer_effects(subject, one, OPENERS, wanted) for one in groups] for _ in range(2)]
+    table, again = (pd.concat(tables, ignore_index=True) for tables in measured)
     assert len(table) == len(pairs) * len(wanted) and set(table.outcome) == {"Y2"} and table.equals(again)
     lengths = set()
     for pair in pairs:
@@ -230,7 +199,7 @@ def test_whole_answers_against_hooked_forward_passes(family: str, ends: bool) ->
         rows = table[table.pair_id == pair.pair.id].set_index(["site", "layer", "position"])
         for mediator in wanted:
             for name in CELLS:
-                answer, refusal = (log_p(subject, pair, text, (int(name[1]), int(name[2])), mediator) for text in both)
+                answer, refusal = (log_p(subject, pair, text, name, mediator) for text in both)
                 found = rows.loc[(mediator.site, mediator.layer, mediator.position), name]
                 assert found == pytest.approx(answer - refusal, abs=2e-4)
     assert len(lengths) > 2 if ends else lengths == {24}

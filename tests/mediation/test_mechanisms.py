@@ -5,21 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from effect_tools import said
 from families import FAMILIES, tiny_subject, tokens
-from handmade import BIAS, FIRST, OUT, SIZE, Program, compiled, cue_pairs
+from handmade import BIAS, FIRST, OUT, SIZE, Program, compiled
+from neuron_tools import cue_study
 from true_float64 import true_float64
 
 from companion.calibration.localise import decider
 from companion.evidence import layers
 from companion.mediation import mechanisms, summaries
-from companion.mediation.study import Study
 from companion.model import activations, interventions
 from companion.model.activations import on_output
 from companion.model.architecture import Subject
 from organisms import compiled as organisms
-
-# ---- what is computed ----
 
 
 @pytest.mark.parametrize("kind", ["early", "middle", "late", "skip_only", "attention", "early_carrier"])
@@ -29,9 +26,8 @@ def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> No
     share = table.groupby(["site", "layer"]).nie.mean() / table.te.mean()
     assert share.idxmax() == decider(organism)
     side = organism.design.side
-    making = {decider(organism), ("mlp_out", side.layer)} if side else {decider(organism)}
-    assert share.drop(list(making)).abs().max() < 0.02
-    assert share[list(making)].sum() == pytest.approx(1.0, abs=0.05)
+    making = list({decider(organism), ("mlp_out", side.layer)} if side else {decider(organism)})
+    assert share.drop(making).abs().max() < 0.02 and share[making].sum() == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,8 +57,7 @@ def test_it_is_one_full_forward_with_what_is_computed_taken_away() -> None:
         return float(logits[list(openers.comply)].logsumexp(0) - logits[list(openers.refuse)].logsumexp(0))
 
     own = table[(table.pair_id == pair.pair.id) & (table.site == site) & (table.layer == layer)]
-    assert own.nie1.item() == pytest.approx(odds(less=False) - odds(less=True), abs=1e-9)
-    assert own.nie1.item() > 1
+    assert own.nie1.item() == pytest.approx(odds(less=False) - odds(less=True), abs=1e-9) and own.nie1.item() > 1
 
 
 def test_a_linear_component_computes_nothing_and_without_twins_of_one_length_there_are_no_rows() -> None:
@@ -82,29 +77,9 @@ def test_a_linear_component_computes_nothing_and_without_twins_of_one_length_the
     assert table[(table.site == site) & (table.layer == layer)][["nie0", "nie1"]].abs().max().max() == 0
 
 
-# ---- what carries it on ----
-
-
-def attention_carried() -> Subject:
-    """After layer 1 the last token knows FIRST; at layer 2 attention reads it from its own token into OUT; no MLP works."""
-    subject = compiled(Program(gain=0.0))
-    attention = subject.model.model.layers[2].self_attn
-    with torch.no_grad():
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(attention, name).weight.zero_()
-        # The key is FIRST itself, so that a token that knows it looks at tokens that know it: itself above all.
-        attention.q_proj.weight[3, BIAS] = 10.0 / SIZE
-        attention.k_proj.weight[3, FIRST] = 10.0
-        attention.v_proj.weight[0, FIRST] = 1.0
-        attention.o_proj.weight[OUT, 0] = 2.0
-    return subject
-
-
 def shares(subject: Subject, layer: int) -> dict[str, float]:
     """Each path's share of the effect of the last token's residual stream after a layer, cue A changed."""
-    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
-    table = summaries.averaged(mechanisms.path_effects(study))
+    table = summaries.averaged(mechanisms.path_effects(cue_study(subject)))
     found = table[(table.outcome == "Y1") & (table.layer == layer)].groupby("site")["nie"].mean()
     weights = mechanisms.PATHS | mechanisms.WITH_OWN
     sums = {name: float(sum(w * found[held] for held, w in path.items())) for name, path in weights.items()}
@@ -116,17 +91,16 @@ PROGRAM, HALF = Program(), Program(skip=0.4)
 SKIPPED = HALF.skip / (HALF.log_odds(1, 0) - HALF.log_odds(0, 0))
 
 
-@pytest.mark.parametrize(
-    ("program", "layer", "known"),
-    [
-        (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
-        (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
-        (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
-        (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
-        (PROGRAM, 3, (0, 0, 1, 0, 0)),
-        (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
-    ],
-)
+KNOWN = [
+    (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
+    (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
+    (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
+    (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
+    (PROGRAM, 3, (0, 0, 1, 0, 0)), (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("program", "layer", "known"), KNOWN)
 def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[float, ...]) -> None:
     found = shares(compiled(program), layer)
     assert found == pytest.approx(dict(zip(SHARES, known, strict=True)), abs=1e-4)
@@ -134,5 +108,16 @@ def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[fl
 
 
 def test_an_attention_carried_signal_is_no_mlps() -> None:
-    found = shares(attention_carried(), 1)
+    """After layer 1 the last token knows FIRST; at layer 2 attention reads it from its own token into OUT; no MLP works."""
+    subject = compiled(Program(gain=0.0))
+    attention = subject.model.model.layers[2].self_attn
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.zero_()
+        # The key is FIRST itself, so that a token that knows it looks at tokens that know it: itself above all.
+        attention.q_proj.weight[3, BIAS] = 10.0 / SIZE
+        attention.k_proj.weight[3, FIRST] = 10.0
+        attention.v_proj.weight[0, FIRST] = 1.0
+        attention.o_proj.weight[OUT, 0] = 2.0
+    found = shares(subject, 1)
     assert abs(found["MLPs"]) < 1e-6 and found["attention"] == pytest.approx(1, abs=1e-4)

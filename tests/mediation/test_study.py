@@ -37,9 +37,7 @@ def test_a_readers_own_pair_on_a_sensitive_set_is_hidden_too() -> None:
     assert not [word for word in pair.control.split() if len(word) > 4 and word in str(caught.value)]
 
 
-def test_a_shipped_model_is_compared_with_the_others_and_all_their_twins(
-    this: Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_model_is_compared_with_the_others_and_twins(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     others = study.other_shipped("embedded")
     assert len(others) > 1 and "window-0" not in others and others[-1].startswith("full")
     assert study.other_shipped("embedded", "smoke") == study.other_shipped("elsewhere/model") == ()
@@ -48,8 +46,7 @@ def test_a_shipped_model_is_compared_with_the_others_and_all_their_twins(
     monkeypatch.setattr(Study, "subsample", lambda study, n: study)
     found = {label: one.subject for label, one in study.control_studies(this, "embedded", "full")}
     assert list(found) == [name + end for name in ("own", *others) for end in ("", " (untrained)")][1:]
-    assert found[others[1]].name == others[1]
-    assert found["own (untrained)"] == "twin 0 of tiny llama"
+    assert found[others[1]].name == others[1] and found["own (untrained)"] == "twin 0 of tiny llama"
     assert found[f"{others[1]} (untrained)"] == f"twin 2 of {others[1]}"
 
 
@@ -77,6 +74,5 @@ def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:
     for one in (half, tiny_study(dtype=torch.bfloat16, n=3)):
         assert 1e-3 < study.noise_floor(one, "mlp_out")[0] < 1
         _, changed, lost = study.noise_floor(one, "neuron")
-        assert 0 < changed + lost < 1 and changed < 0.5
-        assert one.subject.dtype == torch.bfloat16
+        assert 0 < changed + lost < 1 and changed < 0.5 and one.subject.dtype == torch.bfloat16
     assert study.noise_floor(tiny_study(dtype=torch.float32, n=3), "neuron") == (0, 0, 0)

@@ -30,27 +30,17 @@ def same(one: sweeps.Tables, other: sweeps.Tables) -> bool:
     return set(one) == set(other) and all(one[name].equals(other[name]) for name in one)
 
 
-def files(results: Path) -> list[Path]:
-    return sorted(results.rglob("*.zip"))
-
-
 @pytest.mark.parametrize("name", sweeps.SWEEPS)
 def test_shards_join_to_the_same_bits(small: Study, results: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = sweeps.run_sweep(small, name)
-    assert not files(results)  # a run without shards keeps no parts
+    assert not list(results.rglob("*.zip"))  # a run without shards keeps no parts
     n = len(sweeps.sweep_batches(small, name))
     assert [sweeps.run_shard(small, name, shard, 2)[0] for shard in (1, 0)] == [n // 2, n - n // 2]
+    next(results.rglob("*.zip")).unlink()  # what a shard did not finish is measured when joined, and kept
+    assert same(sweeps.run_sweep(small, name), alone) and len(list(results.rglob("*.zip"))) == n
     monkeypatch.setattr(activations, "clean_run", None)  # nothing is measured again
     assert same(sweeps.run_sweep(small, name), alone)
     assert sweeps.run_shard(small, name, 0, 1) == (0, n)  # another number of shards finds the same parts
-
-
-def test_what_a_shard_did_not_finish_is_measured_when_joined(small: Study, results: Path) -> None:
-    alone = sweeps.run_sweep(small, "layers")
-    sweeps.run_shard(small, "layers", 0, 2)
-    before = len(files(results))
-    assert same(sweeps.run_sweep(small, "layers"), alone)
-    assert len(files(results)) > before  # and kept
 
 
 def test_a_part_is_made_again_unless_it_is_whole_and_its_own(small: Study, results: Path) -> None:
@@ -62,16 +52,17 @@ def test_a_part_is_made_again_unless_it_is_whole_and_its_own(small: Study, resul
     flipped = good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :]
     for damage in (good[:100], b"", b"no part", other.read_bytes(), foreign, flipped):
         part.write_bytes(damage)
-        assert sweeps.read_part(place, 1) is None
-        assert sweeps.run_shard(small, "layers", 0, 1) == (1, n - 1)
+        assert sweeps.read_part(place, 1) is None and sweeps.run_shard(small, "layers", 0, 1) == (1, n - 1)
         assert part.read_bytes() == good
     part.unlink()
     assert sweeps.read_part(place, 1) is None
+    sweeps.write_part({"effects": pd.DataFrame({"a": [1]})}, results, 0, ["out of memory once"])
+    assert sweeps.read_part(results, 0) is not None  # halved chunks are known to the run that joins
+    assert sweeps.memory_plan(small)["events"][-1:] == ["out of memory once"]
 
 
 def test_the_key_changes_with_all_that_numbers_rest_on(small: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = small.pairs[0]
-    moved = replace(first, control=first.control[::-1])
+    moved = replace(small.pairs[0], control=small.pairs[0].control[::-1])
     others = [
         small,
         replace(small, pairs=small.pairs[1:]),
@@ -84,9 +75,3 @@ def test_the_key_changes_with_all_that_numbers_rest_on(small: Study, monkeypatch
     keys.append(sweeps.part_folder(small, "layers"))
     assert len(set(keys)) == len(keys)
     assert sweeps.part_folder(replace(small, slug="elsewhere"), "layers").name == keys[-1].name
-
-
-def test_halved_chunks_are_known_to_the_run_that_joins(small: Study, results: Path) -> None:
-    sweeps.write_part({"effects": pd.DataFrame({"a": [1]})}, results, 0, ["out of memory once"])
-    assert sweeps.read_part(results, 0) is not None
-    assert sweeps.memory_plan(small)["events"][-1:] == ["out of memory once"]  # type: ignore[index]

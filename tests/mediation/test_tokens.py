@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import said
 from families import tiny_subject
-from handmade import N_LAYERS, Program, compiled, cue_pairs, random_pairs
-from torch import Tensor
+from handmade import N_LAYERS, Program, compiled, random_pairs
+from neuron_tools import cue_study
 
 from companion.base.errors import InputError
 from companion.mediation import tokens
@@ -24,14 +23,8 @@ TOTAL = PROGRAM.log_odds(1, 0) - PROGRAM.log_odds(0, 0)
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    return compiled(PROGRAM)
-
-
-@pytest.fixture(scope="module")
-def this(subject: Subject) -> Study:
-    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+def this() -> Study:
+    return cue_study(compiled(PROGRAM))
 
 
 def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
@@ -46,9 +39,6 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
     assert shown[cue] == "off/on" and shown[last] == "<assistant>"
     assert (earliest[: cue - 1] == N_LAYERS).all() and (earliest[cue:] == 0).all()  # nothing reaches a token before
     assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
-
-
-def test_groups_that_no_pair_has_are_named(this: Study) -> None:
     names, missing = tokens.position_groups(this)
     assert {"wrapper", "distractor", "verb", "object"} == set(missing)
     assert names[-3:] == ["differ", "others", "all"] and "request" not in names
@@ -64,32 +54,21 @@ def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
         for i in range(6) for site in ("resid_post", "mlp_out") for (name, layer), (nie0, nie1) in effects.items()
     ]  # fmt: skip
     made = tokens.direction_means(pd.DataFrame(rows), "T2", ["wrapper", "system", "rest", "last"])
-    ways = ("sufficiency", "necessity")
-    assert [*made.index] == [(way, name) for way in ways for name in ("wrapper", "rest", "last")]
+    assert [*made.index] == [(w, name) for w in ("sufficiency", "necessity") for name in ("wrapper", "rest", "last")]
     assert made[0].tolist()[:2] == [4, 4] and made[0].tolist()[3:5] == [0, 0]
     assert made.loc[("sufficiency", "last"), 1] == made.loc[("necessity", "last"), 1] == 4
 
 
-# ---- the input's side ----
-
-
 def test_replaced_words_are_the_controls_where_they_differ_and_neutral_elsewhere(this: Study) -> None:
     pair = this.pairs[0]
-    differ = pair.control != pair.treated
-    ids, is_swap = tokens.replaced_tokens(pair, differ, neutral=7)
+    ids, is_swap = tokens.replaced_tokens(pair, pair.control != pair.treated, neutral=7)
     assert is_swap and (ids == pair.control).all()
     mask = positions.groups(pair, "<user> ")["last_instruction"]
     ids, is_swap = tokens.replaced_tokens(pair, mask, neutral=7)
     assert not is_swap and (ids[mask] == 7).all() and (ids[~mask] == pair.treated[~mask]).all()
-
-
-def test_replacing_the_cue_takes_the_whole_effect_and_a_filler_takes_none(this: Study) -> None:
+    # The cue takes the whole effect, a filler none.
     found = tokens.input_effects(this, "T2", ["differ", "last_instruction"]).groupby("position")["effect"].mean()
-    assert found["differ"] == pytest.approx(TOTAL, abs=1e-4)
-    assert found["last_instruction"] == pytest.approx(0, abs=1e-4)
-
-
-# ---- unequal lengths ----
+    assert found[["differ", "last_instruction"]].tolist() == pytest.approx([TOTAL, 0], abs=1e-4)
 
 
 def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
@@ -103,11 +82,10 @@ def prompt(subject: Subject, cue: str, filler: str) -> TokenPair:
 
 
 @pytest.mark.parametrize("fillers", [("", "please now"), ("please be kind", "now")])
-def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Subject, fillers: tuple[str, str]) -> None:
-    base, source = (
-        tokens.one_side(prompt(subject, cue, filler), "control", "<user> ")
-        for cue, filler in zip(("off", "on"), fillers, strict=True)
-    )
+def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, fillers: tuple[str, str]) -> None:
+    """A group that a prompt lacks is refused."""
+    subject, named = this.subject, zip(("off", "on"), fillers, strict=True)
+    base, source = (tokens.one_side(prompt(subject, *words), "control", "<user> ") for words in named)
     assert len(base.tokens) != len(source.tokens)
     names = ["wrapper", "last_instruction", "last"]
     found = tokens.interchange_ends(subject, base, source, this.openers["T2"], names)
@@ -116,40 +94,28 @@ def test_a_cue_moves_between_prompts_of_unequal_length(this: Study, subject: Sub
     known[0, 0] = known[2, 1:] = TOTAL  # before the head of layer 1 reads it, and after
     np.testing.assert_allclose(effect, known, atol=1e-4)
     assert (found.source - found.base).to_numpy() == pytest.approx(TOTAL, abs=1e-4)
-
-
-def test_a_group_that_one_prompt_lacks_is_refused(this: Study, subject: Subject) -> None:
-    one = tokens.one_side(prompt(subject, "on", ""), "control", "<user> ")
     with pytest.raises(InputError, match="group verb is not in both"):
-        tokens.interchange_ends(subject, one, one, this.openers["T2"], ["verb"])
+        tokens.interchange_ends(subject, base, source, this.openers["T2"], ["verb"])
 
 
 def test_a_perfect_order_has_rank_correlation_one() -> None:
-    rows, inputs = [], []
-    for i in range(20):
-        split = "discover" if i < 10 else "test"
-        for size, name in enumerate(("wrapper", "verb", "rest"), start=1):
-            key = (f"p{i}", f"t{i}", "T2", split, "resid_post", 0, name, "Y1")
-            rows.append((*key, 6.0, float(size), float(size)))
-            inputs.append((f"p{i}", f"t{i}", "T2", split, name, 2.0 * size, True))
-    names = ["pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "te", "nie0", "nie1"]
-    table = pd.DataFrame(rows, columns=names)
-    made = pd.DataFrame(inputs, columns=[*names[:4], "position", "effect", "swapped"]).query("split == 'test'")
+    sizes = enumerate(("wrapper", "verb", "rest"), start=1)
+    rows = [(f"p{i}", f"t{i}", "test" if i % 2 else "discover", name, size) for size, name in sizes for i in range(20)]
+    table = pd.DataFrame(rows, columns=["pair_id", "topic", "split", "position", "nie0"]).assign(treatment="T2")
+    made = table.assign(effect=2.0 * table.nie0, swapped=True).query("split == 'test'").drop(columns="nie0")
+    table = table.assign(nie1=table.nie0, te=6.0, site="resid_post", layer=0, outcome="Y1")
     views, rho = tokens.compare_views(table, made, "T2")
-    assert rho == pytest.approx(1)
-    assert views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
+    assert rho == pytest.approx(1) and views.set_index(["view", "position"]).loc[("input", "rest"), "estimate"] == 6
     assert list(views.position) == ["wrapper", "verb", "rest"] * 2, "a figure shows groups in reading order"
 
 
-# ---- where a difference can arrive: change tokens of a sliding-window model and see which cells change a bit ----
-
+# Where a difference can arrive: change tokens of a sliding-window model and see which cells change a bit.
 N_POS = 14
 
 
-def changed(subject: Subject, ids: Tensor, position: int) -> np.ndarray:
+def changed(subject: Subject, ids: torch.Tensor, position: int) -> np.ndarray:
     """Which cells (layer, position) differ, bit for bit, from the given run under any of five other tokens there."""
-    same = ids.repeat(5, 1)
-    others = same.clone()
+    same, others = ids.repeat(5, 1), ids.repeat(5, 1)
     others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61
     # Both runs have one shape: rows of a matrix product may differ by their place in it.
     runs = [activations.clean_run(subject, side).resid_post for side in (same, others)]

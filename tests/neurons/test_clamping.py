@@ -35,20 +35,17 @@ def test_cells_indices_and_readout_are_those_of_plain_arithmetic(case: tuple) ->
     pairs = cue_pairs(TOKENIZER, control, treated, n=6)
     table = four_cells(gm.build(model), pairs, {"T2": YES_NO}, [NeuronSet("set", at[0], (at[1],))])
     bits = (BITS[control], BITS[treated])
-    for form, cells, signed in (
-        ("upstream", gm.upstream(model, at, bits), upstream),
-        ("inside", gm.inside(model, at, bits), inside),
-    ):
+    own = gm.crossed(model, at, *bits, bits[0])
+    for form, cells, signed in (("upstream", gm.upstream(model, at, bits), upstream), ("inside", own, inside)):
         for outcome in ("Y1", "Y1.frozen"):
             part = select(table, "T2", "set", form, outcome)
             np.testing.assert_allclose(part[list(CELLS)], np.tile(cells, (6, 1)), atol=CLOSE * max(map(abs, cells)))
         index = gating.gate_index(select(table, "T2", "set", form, "Y1"))
-        assert index is not None
         if signed is not None:
             assert index.signed.estimate[0] == pytest.approx(signed, abs=0.05)  # the roundness of a SiLU's corner
             assert index.estimate == pytest.approx(abs(signed), abs=0.05)
     share = gating.readout_share(table, "T2", "set")
-    assert share is not None and share.estimate[0] == pytest.approx(readout, abs=0.01)
+    assert share.estimate[0] == pytest.approx(readout, abs=0.01)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -63,9 +60,12 @@ def test_a_last_layer_set_cannot_interact_with_what_is_upstream(family: str) -> 
 
 @pytest.mark.parametrize(("family", "is_product"), [("llama", True), ("phi3", True), ("gpt2", False)])
 def test_inside_only_where_neurons_are_products(family: str, is_product: bool) -> None:
-    study = tiny_study(family, n=4)
-    table = four_cells(study.subject, study.of("T2"), study.openers, [NeuronSet("set", 3, (0, 2))])
+    study, caches = tiny_study(family, n=4), dict[str, LastLayerCache]()
+    sets = [NeuronSet("set", 3, (0, 2))]
+    table = four_cells(study.subject, study.of("T2", "T2b"), study.openers, sets, caches=caches)
     assert ("inside" in set(table.form)) is is_product
+    assert gating.twin_cells(study.subject, caches, {}, study.openers, [ONE]).empty, "no twins"
+    assert gating.twin_cells(study.subject, caches, study.twins, study.openers, [ONE]).empty is not is_product
     assert (product(study.subject, clean_batch(study), 3) is not None) is is_product
     if is_product:
         inside, up = (select(table, "T2", "set", form, "Y1") for form in ("inside", "upstream"))
@@ -83,41 +83,25 @@ def test_cells_from_caches_are_those_of_runs() -> None:
     assert set(fewer.pair_id) == {"T2 0", "T2 1", "T2 2"}  # other pairs than are cached: they are run
 
 
-# ---- the harm signal switched by the twin: a gate that no pair on its own can show ----
+TWINS = {
+    "up carries the harm": (gm.GATE, {"upstream": 0, "inside": 0, gating.WRAPPER_HARM: 1}),
+    "roles exchanged": (gm.SWAPPED, {gating.HARM_WRAPPER: 1}),
+    "adds both": (gm.READER, {gating.WRAPPER_HARM: 0, gating.HARM_WRAPPER: 0}),
+}
 
 
-def with_twins(model: gm.Model) -> pd.DataFrame:
+@pytest.mark.parametrize(("model", "expected"), TWINS.values(), ids=list(TWINS))
+def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, expected: dict[str, float]) -> None:
     """T2: wrapper off or on with harm; T2b: the same without harm."""
     harmful = cue_pairs(TOKENIZER, "off high", "on high", n=6)
     harmless = cue_pairs(TOKENIZER, "off low", "on low", n=6, treatment="T2b")
     twins = {pair.pair.id: str(pair.pair.twin) for pair in harmful}
     subject, openers, caches = gm.build(model), {"T2": YES_NO, "T2b": YES_NO}, dict[str, LastLayerCache]()
-    made = four_cells(subject, [*harmful, *harmless], openers, [ONE], caches=caches)
-    made = with_difference(made, twins)
-    return pd.concat([made, gating.twin_cells(subject, caches, twins, openers, [ONE])], ignore_index=True)
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (gm.GATE, {"upstream": 0, "inside": 0, gating.WRAPPER_HARM: 1}),
-        (gm.SWAPPED, {gating.HARM_WRAPPER: 1}),
-        (gm.READER, {gating.WRAPPER_HARM: 0, gating.HARM_WRAPPER: 0}),
-    ],
-    ids=["up carries the harm", "roles exchanged", "adds both"],
-)
-def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, expected: dict[str, float]) -> None:
-    table = with_twins(model)
+    made = with_difference(four_cells(subject, [*harmful, *harmless], openers, [ONE], caches=caches), twins)
+    table = pd.concat([made, gating.twin_cells(subject, caches, twins, openers, [ONE])], ignore_index=True)
     for form, signed in expected.items():
         index = gating.gate_index(select(table, "T2-T2b", "set", form, "Y1"))
-        assert index is not None and index.signed.estimate[0] == pytest.approx(signed, abs=1e-3)
+        assert index.signed.estimate[0] == pytest.approx(signed, abs=1e-3)
     cells = select(table, "T2-T2b", "set", gating.WRAPPER_HARM, "Y1")[list(CELLS)]
     expected_cells = gm.crossed(model, (3, 0), (0, 1), (1, 1), (1, 0))
     np.testing.assert_allclose(cells, np.tile(expected_cells, (6, 1)), atol=CLOSE * 3)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_no_twin_cells_without_products_or_twins(family: str) -> None:
-    subject, caches = tiny_subject(family), dict[str, LastLayerCache]()
-    four_cells(subject, random_pairs(4, 9, 60), {"T2": YES_NO}, [ONE], caches=caches)
-    assert gating.twin_cells(subject, caches, {}, {"T2": YES_NO}, [ONE]).empty

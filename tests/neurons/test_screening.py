@@ -9,19 +9,11 @@ import torch
 from families import FAMILIES
 from neuron_tools import clean_batch, made_effects, patched, tiny_study
 from scipy.stats import spearmanr
-from torch import Tensor
 from true_float64 import true_float64
 
-from companion.model.architecture import Subject
 from companion.neurons.screening import ScreenTrust, attribution, estimates, is_small, screen_trust, to_recheck
 from companion.neurons.sets import measure_all
 from companion.neurons.single import all_neurons, in_split
-
-
-def difference(subject: Subject, resid: Tensor) -> Tensor:
-    """The logit difference of two rows, differentiable."""
-    logits = subject.unembed(subject.final_norm(resid))
-    return logits[..., 5] - logits[..., 9]
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma2"])
@@ -30,24 +22,22 @@ def test_small_differences_are_estimated_to_first_order(family: str) -> None:
     study = tiny_study(family, n=3)
     subject = study.subject
     subject.model.requires_grad_(False)
+
+    def difference(resid: torch.Tensor) -> torch.Tensor:
+        logits = subject.unembed(subject.final_norm(resid))
+        return logits[..., 5] - logits[..., 9]
+
     with true_float64(subject.model):
         batch = clean_batch(study)
         base, source = batch.control, batch.treated
         near = tuple(b + 1e-3 * (s - b) for b, s in zip(base.neurons, source.neurons, strict=True))
         batch = replace(batch, treated=replace(source, neurons=near))
-        estimate = attribution(subject, base, batch.treated, lambda resid: difference(subject, resid))
+        estimate = attribution(subject, base, batch.treated, difference)
         columns = [(layer, neuron) for layer in (0, 2, 3) for neuron in range(0, 48, 5)]
-        exact = difference(subject, patched(study, batch, columns))
-        exact = exact - difference(subject, base.resid_post[3][:, None, -1])
+        exact = difference(patched(study, batch, columns)) - difference(base.resid_post[3][:, None, -1])
         wanted = torch.stack([estimate[:, layer, neuron] for layer, neuron in columns], dim=1)
         assert float((exact - wanted).abs().max()) < 2e-2 * float(exact.abs().max())
         assert float(exact.abs().max()) > 1e-6
-
-
-def test_the_size_rule_is_one_of_shape() -> None:
-    subject = tiny_study().subject
-    assert is_small(subject)
-    assert not is_small(replace(subject, n_layers=24, d_mlp=4864))
 
 
 def test_estimates_follow_exact_effects() -> None:
@@ -70,23 +60,20 @@ def test_a_screen_says_when_it_cannot_be_trusted() -> None:
     rng = np.random.default_rng(0)
     exact = rng.standard_t(3, size=2000)
     good = screened(exact + 0.01 * rng.normal(size=2000), exact)
-    assert (good.warning, good.recall) == ("", 1.0)
-    assert good.correlation > 0.95
+    assert (good.warning, good.recall) == ("", 1.0) and good.correlation > 0.95
     bad = screened(rng.normal(size=2000), exact)
-    assert abs(bad.correlation) < 0.4
-    assert "rank correlation" in bad.warning and "recall" in bad.warning
-    blind = np.where(np.arange(2000) < 1000, exact, 0.0)  # saturated neurons, whose gradient vanishes
-    half = screened(blind, exact, random=1000)
-    assert half.recall < 0.8
-    assert "recall" in half.warning
+    assert abs(bad.correlation) < 0.4 and "rank correlation" in bad.warning and "recall" in bad.warning
+    half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
+    assert half.recall < 0.8 and "recall" in half.warning
     nothing = screened(exact, np.zeros(2000))
     assert np.isnan(nothing.correlation) and "nan" in nothing.warning
 
 
-def test_what_is_rechecked() -> None:
-    found = all_neurons(tiny_study().subject).assign(estimate=np.arange(192.0) - 96)
+def test_a_large_model_is_screened_and_what_is_rechecked() -> None:
+    subject = tiny_study().subject
+    assert is_small(subject) and not is_small(replace(subject, n_layers=24, d_mlp=4864))
+    found = all_neurons(subject).assign(estimate=np.arange(192.0) - 96)
     chosen = to_recheck(found, 10, 15)
     assert chosen.estimate[chosen.is_top].abs().min() >= chosen.estimate[~chosen.is_top].abs().max()
     assert (chosen.is_top.sum(), (~chosen.is_top).sum()) == (10, 15)
-    assert not chosen.duplicated(["layer", "neuron"]).any()
-    assert to_recheck(found, 500, 500).is_top.all()
+    assert not chosen.duplicated(["layer", "neuron"]).any() and to_recheck(found, 500, 500).is_top.all()

@@ -39,17 +39,20 @@ def test_sets_are_what_the_replay_computes(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve is the joint effect of each prefix, by either way and in blocks of one neuron."""
     study = tiny_study(family, n=6)
-    order, ks = np.random.default_rng(0).permutation(48), sets.sizes(48)
-    with true_float64(study.subject.model):
+    subject, order, ks = study.subject, np.random.default_rng(0).permutation(48), sets.sizes(48)
+    with true_float64(subject.model):
         states = last_states(study)
         idle = replace(states, neurons=states.neurons[:1].expand(2, -1, -1))  # nothing differs
         made = []
-        for few, small in ((32, 1024), (0, 0)):
-            monkeypatch.setattr("companion.neurons.sets.FEW", few)
-            monkeypatch.setattr("companion.neurons.sets.SMALL", small)
-            made.append([sets.joint(study.subject, states, SETS), sets.cumulative(study.subject, states, order, ks)])
-            assert not sets.joint(study.subject, idle, SETS).nie.any()
+        for few, small, block in ((32, 1024, sets.BLOCK), (0, 0, 1)):
+            for name, value in (("FEW", few), ("SMALL", small), ("BLOCK", block)):
+                monkeypatch.setattr(sets, name, value)
+            made.append([sets.joint(subject, states, SETS), sets.cumulative(subject, states, order, ks)])
+            assert not sets.joint(subject, idle, SETS).nie.any()
+        prefixes = np.column_stack([sets.joint(subject, states, order[None, :k]).nie for k in ks])
+    np.testing.assert_allclose(made[0][1].nie, prefixes, atol=1e-9)
     for fast, slow in zip(*made, strict=True):
         assert abs(slow.nie).max() > 0.01
         for name in ("nie0", "nie1"):
@@ -61,9 +64,8 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
     study = tiny_study(family, n=6)
     with true_float64(study.subject.model):
         states = last_states(study)
-        plain = estimands.measure_effects(
-            study.subject, study.of("T2"), study.openers, [Mediator("mlp_out", 3)], ["Y1", "Y1.frozen"]
-        )
+        asked = (study.of("T2"), study.openers, [Mediator("mlp_out", 3)], ["Y1", "Y1.frozen"])
+        plain = estimands.measure_effects(study.subject, *asked)
         for outcome, is_frozen in (("Y1", False), ("Y1.frozen", True)):
             wanted = plain[plain.outcome == outcome].set_index("pair_id").loc[states.pairs.pair_id]
             made = sets.whole_layer(study.subject, states, is_frozen)
@@ -74,18 +76,6 @@ def test_all_neurons_are_the_mlp_output(family: str) -> None:
         np.testing.assert_allclose(every.nie, sets.whole_layer(study.subject, states).nie, atol=1e-9)
 
 
-def test_a_curve_is_the_joint_effect_of_each_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    study = tiny_study(n=6)
-    order, ks = np.random.default_rng(0).permutation(48), np.array([1, 2, 7, 20, 48])
-    with true_float64(study.subject.model):
-        states = last_states(study)
-        wanted = np.column_stack([sets.joint(study.subject, states, order[None, :k]).nie for k in ks])
-        np.testing.assert_allclose(sets.cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
-        monkeypatch.setattr("companion.neurons.sets.SMALL", 0)
-        monkeypatch.setattr("companion.neurons.sets.BLOCK", 1)  # one neuron at a time
-        np.testing.assert_allclose(sets.cumulative(study.subject, states, order, ks).nie, wanted, atol=1e-9)
-
-
 def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
     study = tiny_study(n=12)
     measured = sets.measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject, [3])))
@@ -93,28 +83,9 @@ def test_a_contrast_of_sets_subtracts_twins_and_is_signed_on_discover() -> None:
     made = sets.on_contrast(measured, "T2-T2b", "test", lambda states: sets.joint(study.subject, states, SETS))
     whole = {name: sets.joint(study.subject, states, SETS) for name, states in measured.states.items()}
     by_id = {name: dict(zip(one.pairs.pair_id, one.nie, strict=True)) for name, one in whole.items()}
-    assert set(made.pairs.split) == {"test"}
-    assert len(made.pairs) == 4
+    assert set(made.pairs.split) == {"test"} and len(made.pairs) == 4
     for pair_id, effect in zip(made.pairs.pair_id, made.nie, strict=True):
         np.testing.assert_allclose(effect, sign * (by_id["T2"][pair_id] - by_id["T2b"][study.twins[pair_id]]))
-
-
-def test_set_sizes() -> None:
-    assert sets.sizes(384).tolist() == list(range(1, 385))
-    large = sets.sizes(14336)
-    assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
-    assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
-    assert sets.sizes(1).tolist() == [1]
-
-
-@pytest.mark.parametrize("members", [[[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]])
-def test_sets_are_of_different_neurons_that_are_there(members: list) -> None:
-    subject, measured = additive(np.ones(6))
-    with pytest.raises(InputError, match="different neurons of 0 to 5"):
-        sets.joint(subject, measured.states["T2"], np.array(members))
-
-
-# ---- how few neurons carry an effect ----
 
 
 def test_k90_must_stay_in_the_band() -> None:
@@ -151,34 +122,36 @@ def test_a_layer_of_known_neurons() -> None:
     assert made["psi"] == pytest.approx(1, rel=1e-4)
     late = curve_of(measured, np.argsort(-writes, kind="stable"))
     assert sets.curve_summary(late).estimate[2] == 39  # the last one takes the overshoot back
-
-
-def test_nothing_settles_where_the_layer_works_against_the_treatment() -> None:
+    # Nothing settles where the layer works against the treatment.
     _, measured = additive(np.array([1.0, -3.0]))
     measured.effects["T2"].pairs["te"] = 5.0  # the rest of the network turns it round
     curve = curve_of(measured, np.array([0, 1]))
     made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
     assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
-    assert made["psi"] == pytest.approx(-0.4, rel=1e-4)
-    assert sets.curve_shares(curve, "nie", np.array([1, 2])).empty
+    assert made["psi"] == pytest.approx(-0.4, rel=1e-4) and sets.curve_shares(curve, "nie", np.array([1, 2])).empty
 
 
-def test_areas() -> None:
+def test_set_sizes_and_areas() -> None:
+    large = sets.sizes(14336)
+    assert (sets.sizes(1).tolist(), sets.sizes(384).tolist()) == ([1], list(range(1, 385)))
+    assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
+    assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
     ks = np.arange(1, 101)
     np.testing.assert_allclose(sets.areas(ks / 100, ks), [0.5, 0.5])
     np.testing.assert_allclose(sets.areas(np.ones(100), ks), [0.995, 0.005])
-    over = np.where(ks < 100, 1.5, 1.0)
-    assert sets.areas(over, ks)[0] > 1.4
-    assert sets.areas(over, ks)[1] == pytest.approx(0.5, abs=0.01)
+    above, apart = sets.areas(np.where(ks < 100, 1.5, 1.0), ks)
+    assert above > 1.4 and apart == pytest.approx(0.5, abs=0.01)
 
 
-def test_concentration() -> None:
-    rng = np.random.default_rng(0)
-    size = rng.exponential(size=50)
+def test_concentration_and_what_is_no_set() -> None:
+    size = np.random.default_rng(0).exponential(size=50)
     dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
-    assert sets.gini(size) == pytest.approx(dense)
-    assert sets.participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
+    assert sets.gini(size) == pytest.approx(dense) and sets.participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
     made = sets.concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
     assert made.estimate.tolist() == [0.5, 2.0]
     with pytest.raises(InputError, match="nothing can be concentrated"):
         sets.concentration(made_effects(np.zeros((12, 40))))
+    subject, measured = additive(np.ones(6))
+    for members in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
+        with pytest.raises(InputError, match="different neurons of 0 to 5"):
+            sets.joint(subject, measured.states["T2"], np.array(members))

@@ -1,15 +1,16 @@
 """Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import YES_NO, log_odds, said
-from handmade import Program, compiled, cue_pairs
-from neuron_tools import clean_batch, made_effects, neuron_patches, read_neurons, tiny_study
+from effect_tools import YES_NO, log_odds
+from handmade import Program, compiled
+from neuron_tools import clean_batch, cue_study, made_effects, neuron_patches, read_neurons, tiny_study
 from scipy import stats as st
 from statsmodels.stats.multitest import multipletests
-from torch import Tensor
 from true_float64 import true_float64
 
 from companion.base.errors import InputError
@@ -18,16 +19,15 @@ from companion.mediation.study import Study
 from companion.model import replay
 from companion.neurons import single
 
-CHOSEN = pd.DataFrame(
-    [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)], columns=["layer", "neuron"]
-)
+COLUMNS = [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)]
+CHOSEN = pd.DataFrame(COLUMNS, columns=["layer", "neuron"])
 
 
-def hooked(study: Study, base: Tensor, source: Tensor, layer: int, neuron: int) -> float:
+def hooked(study: Study, base: torch.Tensor, source: torch.Tensor, layer: int, neuron: int) -> float:
     """Y1 of one full forward pass of the plain model, one entry of one down projection's input replaced."""
     value = read_neurons(study.subject, source, layer)[1][:, -1, neuron]
 
-    def swap(inputs: Tensor) -> None:
+    def swap(inputs: torch.Tensor) -> None:
         inputs[:, -1, neuron] = value
 
     return float(log_odds(read_neurons(study.subject, base, layer, swap)[0][:, -1])[0])
@@ -44,12 +44,11 @@ def test_every_effect_is_that_of_a_full_forward_pass(family: str) -> None:
         for i in (0, 5):
             x0, x1 = estimands.prompt_tokens(study.subject, [group[i]])
             y00, y11 = (float(log_odds(study.subject.model(x).logits[:, -1])[0]) for x in (x0, x1))
-            assert effects.pairs.te[i] == pytest.approx(y11 - y00, abs=1e-9)
-            assert states.resid.shape == (2, 6, 32)
-            for c, (layer, neuron) in enumerate(CHOSEN.itertuples(index=False)):
+            assert effects.pairs.te[i] == pytest.approx(y11 - y00, abs=1e-9) and states.resid.shape == (2, 6, 32)
+            for c, (layer, neuron) in enumerate(COLUMNS):
                 nie0, nie1 = hooked(study, x0, x1, layer, neuron) - y00, y11 - hooked(study, x1, x0, layer, neuron)
-                assert effects.values["nie0"][i, c] == pytest.approx(nie0, abs=1e-9)
-                assert effects.values["nie1"][i, c] == pytest.approx(nie1, abs=1e-9)
+                found = [effects.values[name][i, c] for name in ("nie0", "nie1")]
+                assert found == pytest.approx([nie0, nie1], abs=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
@@ -58,9 +57,8 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
     subject = study.subject
     with true_float64(subject.model):
         effects, _ = single.measure_chosen(study, "T2", CHOSEN)
-        batch = clean_batch(study)
-        patches = neuron_patches(batch, list(CHOSEN.itertuples(index=False, name=None)))
-        total = np.zeros((6, len(CHOSEN)))
+        batch, total = clean_batch(study), np.zeros((6, len(CHOSEN)))
+        patches = neuron_patches(batch, COLUMNS)
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
             like = base.resid_post[-1][:, None, -1]
             after = outcomes.log_odds(subject, replay.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
@@ -80,10 +78,8 @@ def test_batches_are_joined_in_their_order() -> None:
 
 def test_neurons_that_no_difference_reaches_are_exact_zeros() -> None:
     """The compiled model hands cue A to the last token in layer 1 and reads it in neuron 3 of layer 2, nowhere else."""
-    subject = compiled(Program())
-    pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=6)
-    study = Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
-    effects, _ = single.measure_chosen(study, "T2", single.all_neurons(subject))
+    study = cue_study(compiled(Program()))
+    effects, _ = single.measure_chosen(study, "T2", single.all_neurons(study.subject))
     at = effects.columns.query("layer == 2 and neuron == 3").index[0]
     np.testing.assert_allclose(effects.nie[:, at], effects.pairs.te, rtol=1e-3)
     np.testing.assert_allclose(effects.values["direct"][:, at], effects.pairs.te, rtol=1e-3)
@@ -95,13 +91,9 @@ def test_the_contrast_subtracts_each_pairs_own_twin() -> None:
     study = tiny_study(n=6)
     harmful, twin = (single.measure_chosen(study, name, CHOSEN)[0] for name in ("T2", "T2b"))
     made = single.difference(harmful, twin, {"T2 4": "T2b 1", "T2 0": "T2b 5", "T2 3": "gone"})
-    assert made.treatment == "T2-T2b"
-    assert made.pairs.pair_id.tolist() == ["T2 0", "T2 4"]
+    assert made.treatment == "T2-T2b" and made.pairs.pair_id.tolist() == ["T2 0", "T2 4"]
     np.testing.assert_array_equal(made.nie, harmful.nie[[0, 4]] - twin.nie[[5, 1]])
     np.testing.assert_array_equal(made.pairs.te, harmful.pairs.te.to_numpy()[[0, 4]] - twin.pairs.te.to_numpy()[[5, 1]])
-
-
-# ---- the table ----
 
 
 def noisy(n: int = 120, n_neurons: int = 300, seed: int = 0) -> np.ndarray:
@@ -118,8 +110,7 @@ def test_only_large_and_sure_neurons_pass() -> None:
     assert np.mean([len(one - {0, 2}) / len(one) for one in passed]) <= 0.05  # the false discovery rate
     rows = found[0]
     assert rows.q_value.iloc[1] < 1e-6  # sure, but 0.05 is below 1 % of a total effect of 10
-    assert rows.q_value.iloc[3] == 1
-    assert single.passing(rows.assign(te=1.0))[:3].all()
+    assert rows.q_value.iloc[3] == 1 and single.passing(rows.assign(te=1.0))[:3].all()
     assert not single.passing(rows.assign(exact=False)).any()
 
 
@@ -133,27 +124,20 @@ def test_intervals_and_tests_are_over_topics() -> None:
     low, high = st.ttest_1samp(by_topic[:, 0], 0).confidence_interval()
     assert (rows.ci_low.iloc[0], rows.ci_high.iloc[0]) == pytest.approx((low, high))
     assert (rows.nie0.iloc[0], rows.te.iloc[0]) == pytest.approx((values[:, 0].mean(), 10.0))
-
-
-def test_effects_take_the_sign_of_te_on_discover() -> None:
-    effects = made_effects(noisy())
-    effects.pairs["te"] = np.where(effects.pairs.split == "discover", -10.0, 5.0)
-    rows = single.neuron_table(effects).query("neuron == 0").set_index("split")
-    assert rows.te["discover"] == 10
-    assert rows.te["test"] == -5
-    assert (rows[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
-
-
-def test_a_split_of_one_topic_has_no_interval() -> None:
-    rows = single.neuron_table(made_effects(noisy(6), per_topic=2))
-    assert list(rows) == list(single.NEURONS)
-    one = rows[(rows.split == "test") & (rows.neuron != 3)]
+    few = single.neuron_table(made_effects(noisy(6), per_topic=2))
+    one = few[(few.split == "test") & (few.neuron != 3)]  # a split of one topic has no interval
+    assert list(few) == list(single.NEURONS) and set(few.split) == set(single.SPLITS)
     assert np.isinf(one.ci_low).all() and (one.q_value == 1).all()
-    assert set(rows.split) == set(single.SPLITS)
 
 
-def test_ranking_is_by_size_on_discover() -> None:
+def test_signs_and_ranking_are_those_of_discover() -> None:
     effects = made_effects(noisy())
+    te = np.where(effects.pairs.split == "discover", -10.0, 5.0)
+    turned = (
+        single.neuron_table(replace(effects, pairs=effects.pairs.assign(te=te))).query("neuron == 0").set_index("split")
+    )
+    assert turned.te["discover"] == 10 and turned.te["test"] == -5
+    assert (turned[["nie0", "nie1", "direct"]] < -1.5).all(axis=None)
     shifted = effects.values["nie0"].copy()
     shifted[(effects.pairs.split != "discover").to_numpy(), 9] = 50.0  # must not be looked at
     rows = single.neuron_table(made_effects(shifted))

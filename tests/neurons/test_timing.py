@@ -1,6 +1,5 @@
 """Clamps of whole answers, teacher-forced and decoded, against plain hooks; and an answer's labels by opener and content."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from families import tiny_subject
 from handmade import GATE_NEURON, Program, compiled, cue_pairs, random_pairs
-from neuron_tools import read_neurons, text_log_prob
+from neuron_tools import cue_study, read_neurons, text_log_prob
 from torch import Tensor
 
 from companion.base.hub import JUDGE
@@ -26,8 +25,6 @@ from companion.prompts.tokens import Openers
 STEPS = 4
 
 
-# ---- teacher-forced ----
-
 OPENERS = {"T2": Openers((5, 9), (33,), 0)}
 SETS = [NeuronSet("last", 3, (1, 4)), NeuronSet("below", 1, (0, 7))]
 
@@ -38,14 +35,12 @@ def values(subject: Subject, prompt: Tensor, text: Tensor, one: NeuronSet) -> Te
 
 
 def log_prob(
-    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice | None = None,
-    new: Tensor | None = None,
+    subject: Subject, prompt: Tensor, text: Tensor, mask: Tensor, one: NeuronSet, at: slice = slice(0), new: Tensor | float = 0.0
 ) -> Tensor:  # fmt: skip
     """log p of a text behind a prompt, a set held at `new` at some positions."""
 
     def edit(inputs: Tensor) -> None:
-        if at is not None:
-            inputs[:, at, list(one.neurons)] = new
+        inputs[:, at, list(one.neurons)] = new
 
     logits, _ = read_neurons(subject, torch.cat([prompt, text[:, :-1]], dim=1), one.layer, edit)
     return text_log_prob(logits, text, mask)
@@ -83,44 +78,32 @@ def test_closing_cost_is_that_of_a_hooked_run() -> None:
     assert got.n_tokens.tolist() == text[1].sum(1).tolist() and abs(wanted).max() > 1e-3
 
 
-# ---- decoded on a schedule ----
-
-
 @pytest.fixture(scope="module")
 def this() -> Study:
     """A compiled model whose gate neuron is moved to the last layer, where clamps act; its answers are "yes" or "no"."""
-    subject = compiled(Program(gain=3.0))
-    tokenizer, model = subject.tokenizer, subject.model.model
-    assert tokenizer is not None
+    study = cue_study(compiled(Program(gain=3.0)), n=4)
+    model, (no,) = study.subject.model, study.openers["T2"].refuse
     with torch.no_grad():
         for name in ("gate_proj", "up_proj", "down_proj"):
-            source, target = (getattr(model.layers[layer].mlp, name).weight for layer in (2, 3))
+            source, target = (getattr(model.model.layers[layer].mlp, name).weight for layer in (2, 3))
             target.copy_(source)
             source.zero_()
         # Without a signal the model says "no", with it "yes": 3/20 * 10 = 1.5 on each side of the bias.
-        no = tokenizer.convert_tokens_to_ids("no")
-        subject.model.lm_head.weight[no, 0] = 0.7 / 1000
-    pairs = cue_pairs(tokenizer, "off low", "on low", n=4)
-    yes, no = ((tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no"))
-    return Study("compiled", subject, tuple(pairs), {"T2": Openers(yes, no)}, {}, {})
+        model.lm_head.weight[no, 0] = 0.7 / 1000
+    return study
 
 
-Judge = Callable[[str, str], str] | None
 GATE = Clamp("neurons", (GATE_NEURON,))
 
 
 def test_closing_the_gate_at_the_first_token_turns_every_answer_into_a_refusal(this: Study) -> None:
     (made,) = timing.clamped_answers(this, [this.pairs], [(GATE, name) for name in timing.SCHEDULES], STEPS)
-    labels = made.pivot(index="pair_id", columns="schedule", values="label")
-    assert (labels["none"] == "harmful").all()
-    assert (labels[["prompt", "first token", "first five", "all tokens"]] == "refusal").all().all()
-    assert (labels["all but the first"] == "harmful").all()
+    is_open = made.schedule.isin(["none", "all but the first"])
+    assert (made.label == np.where(is_open, "harmful", "refusal")).all()
 
 
-AT = {
-    "none": [], "prompt": [0], "first token": [0], "first five": [0, 1, 2, 3, 4], "all tokens": [0, 1, 2, 3, 4, 5],
-    "all but the first": [1, 2, 3, 4, 5],
-}  # fmt: skip
+AT = {"none": [], "prompt": [0], "first token": [0], "first five": range(5), "all tokens": range(6)}
+AT["all but the first"] = range(1, 6)
 
 
 @pytest.mark.parametrize("schedule", timing.SCHEDULES)
@@ -156,15 +139,18 @@ def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study)
     assert abs(float(own.prompt[0, -1, 0])) < 0.01  # the gate is closed where the cue is off
 
 
-def test_arms_side_by_side_are_the_arms_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels of every clamp and schedule are the same however many arms share a batch, and the pairs' own."""
+def test_arms_and_lists_side_by_side_are_those_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are the same however many pairs, clamps and schedules share a batch; a pair may stand in two lists."""
     arms = [(clamp, name) for clamp in (GATE, Clamp("whole MLP")) for name in timing.SCHEDULES]
-    (together,) = timing.clamped_answers(this, [this.pairs], arms, STEPS)
+    lists = [list(this.pairs[:1]), [replace(pair) for pair in this.pairs], []]
+    *together, none = timing.clamped_answers(this, lists, arms, STEPS)
     monkeypatch.setattr(timing, "rows_at_once", lambda *_: 1)
-    keys = ["pair_id", "clamp", "schedule"]
-    alone = pd.concat(timing.clamped_answers(this, [[pair]], arms, STEPS)[0] for pair in this.pairs)
-    pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (together, alone)))
-    assert set(together.label) == {"harmful", "refusal"} and together.changed.any()
+    for pairs, found in zip(lists, together, strict=False):
+        alone = pd.concat(timing.clamped_answers(this, [[pair]], arms, STEPS)[0] for pair in pairs)
+        keys = ["pair_id", "clamp", "schedule"]
+        pd.testing.assert_frame_equal(*(t.sort_values(keys, ignore_index=True) for t in (found, alone)))
+        assert set(found.label) == {"harmful", "refusal"} and found.changed.any()
+    assert none.empty
 
 
 def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study) -> None:
@@ -184,20 +170,16 @@ def test_forced_scores_are_log_probabilities_and_move_with_the_clamp(this: Study
     assert (y["none"] > y["first token"]).all() and not np.allclose(y["first token"], y["all tokens"])
 
 
-# ---- labels ----
-
 ARMS = [(Clamp("whole MLP"), "none"), (Clamp("whole MLP"), "all tokens")]
 
 
 @pytest.fixture(scope="module")
 def yes() -> Study:
     """Answers repeat "yes", which is no refusal; nothing reads their content."""
-    subject = compiled(Program())
-    assert subject.tokenizer is not None
-    pairs = cue_pairs(subject.tokenizer, "on low", "on high", n=4)
-    yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    subject.model.lm_head.weight.data[yes, 0] = 1e-3
-    return Study("compiled", subject, tuple(pairs), {"T2": Openers((yes,), (no,))}, {}, {})
+    study = cue_study(compiled(Program()), n=4)
+    pairs = cue_pairs(study.subject.tokenizer, "on low", "on high", n=4)
+    study.subject.model.lm_head.weight.data[study.openers["T2"].comply[0], 0] = 1e-3
+    return replace(study, pairs=tuple(pairs))
 
 
 def judge(request: str, answer: str) -> str:
@@ -205,19 +187,17 @@ def judge(request: str, answer: str) -> str:
     return f"own {request}"
 
 
-@pytest.mark.parametrize(
-    ("own", "model", "is_embedded", "label", "content"),
-    [
-        (None, "", False, "harmful", ""),
-        (judge, "", False, "harmful", "own {request}"),
-        (judge, "some/model", False, "refusal", "refusal"),  # a judge model decides both, before the study's own
-        (judge, "", True, "exact {request}", "exact {request}"),  # as does the exact judge of the embedded language
-    ],
-    ids=["nothing reads content", "the study's own judge", "a judge model", "the embedded language"],
-)
-def test_labels_by_the_opener_and_by_content(
-    yes: Study, monkeypatch: pytest.MonkeyPatch, own: Judge, model: str, is_embedded: bool, label: str, content: str
-) -> None:
+CASES = {  # judge of the study, a judge model, whether the language is the embedded one, the label, the content
+    "nothing reads content": (None, "", False, "harmful", ""),
+    "the study's own judge": (judge, "", False, "harmful", "own {request}"),
+    "a judge model decides both, before the study's own": (judge, "some/model", False, "refusal", "refusal"),
+    "as does the exact judge of the embedded language": (judge, "", True, "exact {request}", "exact {request}"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_labels_by_the_opener_and_by_content(yes: Study, monkeypatch: pytest.MonkeyPatch, case: tuple) -> None:
+    own, model, is_embedded, label, content = case
     monkeypatch.setenv(JUDGE, model)
     monkeypatch.setattr(labels, "is_embedded", lambda texts: is_embedded and all(texts))
     monkeypatch.setattr(labels, "judge", lambda request, answer: f"exact {request}")
@@ -228,11 +208,3 @@ def test_labels_by_the_opener_and_by_content(
     for one in found.itertuples():
         request = next(pair.pair.treated for pair in yes.pairs if pair.pair.id == one.pair_id)
         assert (one.label, one.content) == (label.format(request=request), content.format(request=request))
-
-
-def test_lists_that_are_decoded_together_give_the_tables_of_each(yes: Study) -> None:
-    few, more = list(yes.pairs[:1]), [replace(pair) for pair in yes.pairs]  # the same pair stands in both
-    together = timing.clamped_answers(yes, [few, more, []], ARMS, 3)
-    for pairs, found in zip((few, more), together, strict=False):
-        pd.testing.assert_frame_equal(found, timing.clamped_answers(yes, [pairs], ARMS, 3)[0])
-    assert together[2].empty

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from steering_lab import log_odds_of, texts_of
+from steering_lab import log_odds_of, spent_on
 
 from companion.base.errors import InputError
 from companion.generation import hooks
 from companion.prompts.tokens import Openers
-from companion.steering import adasteer, budget
+from companion.steering import adasteer
 from companion.steering.adasteer import Affine, Law
 from companion.steering.experiment import PLAIN, SteeringExperiment
 from companion.steering.extraction import Fit
@@ -25,13 +25,12 @@ ROUNDING = 1e-8  # of the norm: what is left of equal sums that were added in an
 def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.0) -> Fit:
     """Two classes whose centroids lie `gaps` (of the norm) apart at each layer, and `spread` (of the gap) within a class."""
     rng = np.random.default_rng(0)
-    direction = np.eye(WIDTH)[1]
     x = np.zeros((2 * N, N_LAYERS, WIDTH))
     x[..., 0] = 1.0
     is_one = np.repeat([False, True], N)
     for layer, gap in gaps.items():
         noise = rng.permutation(np.linspace(-1, 1, 2 * N)) * spread.get(layer, 0.0)
-        x[:, layer] += gap * (is_one + noise)[:, None] * direction
+        x[:, layer, 1] += gap * (is_one + noise)
     table = pd.DataFrame({"split": "discover", "class": np.where(is_one, "refused", "complied")})
     return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0, ())
 
@@ -47,31 +46,22 @@ def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> N
     assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("gaps", "spread", "chosen"),
-    [
-        ({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}, 3),  # a small difference is one
-        # Where nothing has arrived yet it is the first layer at which something has.
-        ({**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}, {7: 0.5, 8: 0.1}, 7),
-    ],
-)
-def test_the_decision_layer(gaps: dict[int, float], spread: dict[int, float], chosen: int) -> None:
-    assert adasteer.decision_line(planted(gaps, spread), "refused")[0] == chosen
-
-
-def test_rounding_everywhere_is_an_input_error() -> None:
+def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
+    late = {**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}
+    made = (planted({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), planted(late, {7: 0.5, 8: 0.1}))
+    # A small difference is one; where nothing has arrived yet it is the first layer at which something has.
+    assert [adasteer.decision_line(one, "refused")[0] for one in made] == [3, 7]
     with pytest.raises(InputError, match="no decision layer"):
         adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
 
 
-def test_it_steers_as_its_laws_say_and_the_released_one_knows_one_direction(
+def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     laws = [Law(*adasteer.decision_line(fit, one), Affine(0.0, 0.0, 0.0, 1.0)) for one in ("refused", "benign")]
     falling = replace(laws[0], rule=Affine(-1.0, 1.0, 0.0, 1.0))
     made = adasteer.adasteer(fit, laws=(falling, laws[1]), layers=[2])
-    spent = {n: budget.added_norms(fit.subject, [made], texts_of(fit, n)).mean() for n in ("refused", "complied")}
-    assert spent["refused"] < 0.05 * spent["complied"]
+    assert spent_on(fit, made, "refused") < 0.05 * spent_on(fit, made, "complied")
     assert log_odds_of(fit, made, "complied").mean() < 0.1
     plain = log_odds_of(fit, PLAIN, "complied").mean()
     assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
@@ -79,34 +69,27 @@ def test_it_steers_as_its_laws_say_and_the_released_one_knows_one_direction(
     assert log_odds_of(fit, adasteer.adasteer_released(fit, layers=[2]), "complied").mean() < plain
     monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
     released = adasteer.adasteer_released(fit, layers=[2])
-    x = torch.zeros(2, 3, fit.subject.d_model)
     at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
     for name, law in (("r", laws[0]), ("c", laws[1])):
         at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
-    moved = released.edits[0].delta(x, at)[:, 0].numpy()
+    moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()
     v = fit.direction("rejection")[2]
     assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
 
 
-def test_the_needed_coefficient_lies_between_grid_points() -> None:
-    steps = len(adasteer.PLANE_GRID)
-    falling = np.linspace(1.0, 1.0 - 0.4 * (steps - 1), steps)  # crosses 0 at 2.5 steps
-    found = adasteer.needed(np.stack([falling, np.ones(steps), -np.ones(steps)], axis=1))
-    assert found[0] == pytest.approx(2.5 * adasteer.PLANE_GRID[1])
-    assert np.isnan(found[1]) and found[2] == 0
-
-
-def test_tolerance_is_the_last_right_coefficient_on_the_wanted_side() -> None:
-    odds = np.stack([np.where(np.arange(len(adasteer.PLANE_GRID)) <= 3, -1.0, 1.0)] * 2, axis=1)
-    found = adasteer.tolerated(odds, np.array([False, True]))
-    assert found.tolist() == [adasteer.PLANE_GRID[3], adasteer.PLANE_GRID[-1]]
+def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:
+    grid = adasteer.PLANE_GRID
+    steps = np.arange(len(grid))
+    odds = [1.0 - 0.4 * steps, np.ones(len(grid)), -np.ones(len(grid))]  # the first crosses 0 at 2.5 steps
+    assert adasteer.needed(np.stack(odds, axis=1)) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
+    turned = np.stack([np.where(steps <= 3, -1.0, 1.0)] * 2, axis=1)
+    assert adasteer.tolerated(turned, np.array([False, True])).tolist() == [grid[3], grid[-1]]
 
 
 def test_a_planted_law_is_read_off() -> None:
     position = np.linspace(0, 1, 100)
     table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
-    assert len(table) == adasteer.BINS
-    assert np.allclose(table.estimate, 2 - table.x) and table.estimate.is_monotonic_decreasing
+    assert len(table) == adasteer.BINS and np.allclose(table.estimate, 2 - table.x)
     assert adasteer.trend(position, 2 - position) == pytest.approx(-1)
 
 

@@ -1,5 +1,6 @@
 """Added norms of steerings alone and together, budgets that are met from shared measurements, and the strength that is chosen."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from families import tiny_subject, tokens
-from steering_lab import texts_of
+from steering_lab import shut, texts_of
 from torch import Tensor
 
 from companion.base.display import NotDefined
@@ -29,8 +30,7 @@ def gate(shut: int, prompt: Prompt) -> Tensor:
 
 
 def steering(part: hooks.Part, size: float, strength: float, layer: int, opening: hooks.Opening | None) -> Steering:
-    delta = partial(following_last, size)
-    edits = (Edit(2, part, delta), Edit(3, "mlp_out", delta))
+    edits = tuple(Edit(at, site, partial(following_last, size)) for at, site in ((2, part), (3, "mlp_out")))
     return Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
 
 
@@ -39,7 +39,6 @@ def steering(part: hooks.Part, size: float, strength: float, layer: int, opening
 def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
     """They differ in what they add, in strength, in what their gates read, and in whom they open for."""
     subject, ids = tiny_subject("llama"), tokens(4, 9)
-    shut = lambda prompt: torch.zeros(len(prompt.ids))  # noqa: E731
     rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
             (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
     many = [steering(part, *row) for row in rows]
@@ -69,37 +68,35 @@ def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypa
     """A method whose spending rises with the square of its strength: proportional steps alone would swing around it."""
     texts, rounds = texts_of(fit, "complied"), []
 
-    def squared(_: object, steered: list[Steering], texts: list[str]) -> np.ndarray:
-        rounds.append(len(steered))
-        return np.array([[one.strength**2] * len(texts) for one in steered])
+    def spends(law: Callable[[float], float]) -> None:
+        def norms(_: object, steered: list[Steering], texts: list[str]) -> np.ndarray:
+            rounds.append(len(steered))
+            return np.array([[law(one.strength)] * len(texts) for one in steered])
 
-    monkeypatch.setattr(budget, "added_norms", squared)
+        monkeypatch.setattr(budget, "added_norms", norms)
+
+    spends(lambda strength: strength**2)
     wanted = [0.01, 0.3, 1.0, 90.0]
     found = budget.to_budgets(fit.subject, Steering("square"), texts, wanted)
     assert [one.strength**2 for one in found if isinstance(one, Steering)] == pytest.approx(wanted, rel=0.01)
     assert len(rounds) <= 6 and rounds[0] == 1 and rounds[1] == 3, "one passes at once, the others share their rounds"
-
-    def bounded(_: object, steered: list[Steering], texts: list[str]) -> np.ndarray:
-        return np.array([[min(one.strength, 2.0)] * len(texts) for one in steered])
-
-    monkeypatch.setattr(budget, "added_norms", bounded)
+    spends(lambda strength: min(strength, 2.0))
     near, far = budget.to_budgets(fit.subject, Steering("bounded"), texts, [0.5, 3.0])
     assert isinstance(near, Steering) and near.strength == pytest.approx(0.5, rel=0.01)
     assert isinstance(far, NotDefined) and "did not settle" in far.reason
     assert "expected a positive norm" in str(budget.to_budgets(fit.subject, Steering("none"), texts, [0.0])[0])
 
 
-@pytest.mark.parametrize(
-    ("curves", "strength"),
-    [
-        ([(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
-        ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
-        ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
-    ],
-    ids=["least harm within both margins", "none keeps them: the least excess", "a tie goes to the weaker"],
-)
+CURVES = {  # rows of strength, harm, over-refusal and KL
+    "least harm within both margins": (
+        [(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
+    "none keeps them: the least excess": ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
+    "a tie goes to the weaker": ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("curves", "strength"), CURVES.values(), ids=list(CURVES))
 def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
-    """Curves are rows of strength, harm, over-refusal and KL."""
     table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
     long = table.melt("strength", var_name="measure", value_name="estimate")
     assert budget.choose_strength(long) == strength

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import expit
-from steering_lab import ON, evaluated, opens_for, towards_no
+from steering_lab import ON, evaluated, opens_for, shut, towards_no
 
 from companion.evidence import steering
 from companion.generation import hooks
@@ -16,23 +16,10 @@ from companion.steering.extraction import Fit
 from companion.steering.figure_tables import gate_firing
 
 
-@pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
-def test_zones_cover_every_layer_once(n_layers: int) -> None:
-    zones = comparison.zones(n_layers)
-    assert [layer for name in ("early", "mid", "late") for layer in zones[name]] == list(range(n_layers))
-    assert all(zones.values())
-
-
-def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(
-    fit: Fit, experiment: SteeringExperiment
-) -> None:
+def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: SteeringExperiment) -> None:
     """Met on prompts of which half open the gate, and measured on others of which a quarter does."""
-    methods = {
-        "weak": towards_no("weak", 0.1),
-        "strong": towards_no("strong", 3.0),
-        "gated": towards_no("gated", 1.0, opens_for(fit, "on")),
-        "shut": towards_no("shut", 1.0, lambda prompt: torch.zeros(len(prompt.ids))),
-    }
+    sizes = {"weak": (0.1,), "strong": (3.0,), "gated": (1.0, opens_for(fit, "on")), "shut": (1.0, shut)}
+    methods = {name: towards_no(name, *size) for name, size in sizes.items()}
     spend, on = evaluated(experiment, "validate", "on"), evaluated(experiment, "discover", "on", "off")
     table = comparison.equal_budgets(methods, 2.0, spend, on, (0.25, 1.0), against="weak")
     found = table.set_index(["panel", "group", "x"])
@@ -45,11 +32,9 @@ def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(
     for x in (0.5, 2.0):
         all_open = np.mean([expit(ON - x), expit(-x)])
         half_open = np.mean([expit(ON - np.sqrt(2) * x), 0.5])
-        for name, left, refused in (
-            ("weak", all_open, 100 * (expit(x) - 0.5)),
-            ("strong", all_open, 100 * (expit(x) - 0.5)),
-            ("gated", half_open, 0.0),
-        ):
+        more_refused = 100 * (expit(x) - 0.5)
+        known = {"weak": (all_open, more_refused), "strong": (all_open, more_refused), "gated": (half_open, 0.0)}
+        for name, (left, refused) in known.items():
             assert found.estimate[harm, name, x] == pytest.approx(left, abs=0.01), (name, x)
             assert found.estimate[over, name, x] == pytest.approx(refused, abs=0.5), (name, x)
         more = found.more[harm, "gated", x]
@@ -57,26 +42,24 @@ def test_a_budget_buys_the_same_log_odds_of_every_method_that_can_spend_it(
         assert found.more_low[harm, "gated", x] <= more <= found.more_high[harm, "gated", x]
         # On paper every prompt of the two is pushed alike: paired, nothing is left to vary.
         assert found.loc[(harm, "strong", x), ["more", "more_low", "more_high"]].abs().max() < 1
-        assert found.more[over, "gated", x] == pytest.approx(-100 * (expit(x) - 0.5), abs=1)
+        assert found.more[over, "gated", x] == pytest.approx(-more_refused, abs=1)
     assert found.xs("weak", level="group").more.isna().all()
     assert len(found) == 2 * 3 * 2 and (found.low <= found.estimate).all() and (found.estimate <= found.high).all()
 
 
-def test_costs_are_relative_to_the_unsteered_model(
-    experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
+def test_zones_cover_every_layer_once(n_layers: int) -> None:
+    zones = comparison.zones(n_layers)
+    assert [*zones["early"], *zones["mid"], *zones["late"]] == [*range(n_layers)] and all(zones.values())
+
+
+def test_costs_are_relative_to_the_unsteered(experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only answering moves: the unsteered model takes 2 and 3 seconds, the other 8 and 6."""
     now, spent = [0.0], iter([2.0, 8.0, 3.0, 6.0])
-    monkeypatch.setattr(comparison.time, "perf_counter", lambda: now[0])
-    answering = lambda *_, **__: now.__setitem__(0, now[0] + next(spent))  # noqa: E731
-    monkeypatch.setattr(comparison.decode, "answers_at_once", answering)
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: sum(now))
+    monkeypatch.setattr(comparison.decode, "answers_at_once", lambda *_, **__: now.append(next(spent)))
     found = comparison.costs(experiment, {"late": towards_no("late", 1.0)}, experiment.prompts[:4])
     assert found.to_dict() == {PLAIN.name: 1.0, "late": 3.0}
-
-
-def test_no_method_has_no_curve(experiment: SteeringExperiment) -> None:
-    chosen, curves = comparison.tuned(evaluated(experiment, "validate", "on"), {})
-    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
 
 def test_the_gate_opens_for_harm_and_the_shuffled_one_as_often_for_anything(fit: Fit) -> None:
@@ -103,11 +86,12 @@ def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, expe
     shares = {"fires_harmful": 0.5, "fires_harmful_low": 0.314, "fires_harmful_high": 0.686}  # 12 of 24
     shares |= {"fires_harmless": 0.0, "fires_harmless_low": 0.0, "fires_harmless_high": 0.242}  # 0 of 12
     assert gate_firing(on, gated, table) == pytest.approx(shares, abs=1e-3)
-    oracle = gate_firing(on, made["late, oracle gate"], table)
+    oracle, shuffled = (gate_firing(on, made[f"late, {kind} gate"], table) for kind in ("oracle", "shuffled"))
     assert (oracle["fires_harmful"], oracle["fires_harmless"]) == (1.0, 0.0)
-    shuffled = gate_firing(on, made["late, shuffled gate"], table)
     assert 0 < shuffled["fires_harmful"] < 0.9 and shuffled["fires_harmless"] > 0
     assert gate_firing(on, chosen["open"], table) == {}
+    chosen, curves = comparison.tuned(on, {})
+    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
 
 def test_the_same_vectors_can_be_added_elsewhere(fit: Fit) -> None:
@@ -117,8 +101,7 @@ def test_the_same_vectors_can_be_added_elsewhere(fit: Fit) -> None:
     assert [edit.layer for edit in moved.edits] == [1] and moved.strength == 0.5
     norms = budget.added_norms(fit.subject, [late], texts)
     np.testing.assert_allclose(budget.added_norms(fit.subject, [moved], texts), norms, rtol=1e-6)
-    assert norms.max() > 0
-    assert "steers 1 layers; expected as many" in str(comparison.elsewhere(late, [0, 1]))
+    assert norms.max() > 0 and "steers 1 layers; expected as many" in str(comparison.elsewhere(late, [0, 1]))
 
 
 def test_random_directions_follow_their_family(fit: Fit) -> None:
@@ -141,5 +124,5 @@ def test_random_directions_spend_the_budget_of_the_tested_one(fit: Fit, experime
     assert found.groupby(["family", "role"], sort=False).size().tolist() == [1, 4, 1, 4]
     assert found.value[found.role == "late"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
     assert (found.value[found.role == "random"].abs() < 1.01).all(), "none has more than its length along the mediator"
-    shut = comparison.random_null(fit, towards_no("shut", 1.0, lambda prompt: torch.zeros(len(prompt.ids))), on, on, 3)
-    assert shut.empty and steering.random_rows(shut) == [], "what adds nothing has no random rivals"
+    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on, 3)
+    assert none.empty and steering.random_rows(none) == [], "what adds nothing has no random rivals"

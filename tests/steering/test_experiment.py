@@ -18,26 +18,17 @@ from companion.steering import budget, comparison, extraction, figure_tables
 from companion.steering import experiment as experiments
 from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, prices, select, trial
 from companion.steering.extraction import Fit
-from companion.steering.prompts import KINDS
 
 PROGRAM = handmade.Program(skip=1.0)
 GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0, "ci_low": 3.0, "ci_high": 5.0,
         "n_pairs": 100, "n_topics": 30, "note": "", "model": "m"}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def embedded() -> SteeringExperiment:
-    found = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
-    assert isinstance(found, SteeringExperiment) and found.fit.missing == "" and found.exact
-    return found
-
-
-def test_an_answer_that_opens_with_words_of_neither_camp_is_no_refusal(embedded: SteeringExperiment) -> None:
+def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_prompts_only() -> None:
+    embedded = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
+    assert isinstance(embedded, SteeringExperiment) and embedded.fit.missing == "" and embedded.exact
     benign = embedded.prompts[embedded.prompts.suite.str.fullmatch(r"B\d")]
     assert (benign.log_odds < 0).any() and not benign.refused.any()
-
-
-def test_greedy_labels_are_an_arms_own_and_of_harmful_prompts_only(embedded: SteeringExperiment) -> None:
     prompts = pd.concat([select(embedded, "test", kind, n=2) for kind in ("harmful", "harmless")], ignore_index=True)
     plain = trial(embedded, PLAIN, prompts)
     assert ((plain.greedy != "") == (plain.kind == "harmful")).all()
@@ -58,17 +49,13 @@ def without(fit: Fit, gone: str) -> SteeringExperiment:
     return replace(whole, prompts=table, fit=left)
 
 
-@pytest.mark.parametrize(
-    ("gone", "says", "stands"),
-    [
-        ("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
-        ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
-        ("benign", "answered no harmless prompt: add harmless ones", {"prompting", "fixed rejection, all layers"}),
-    ],
-)
-def test_methods_that_need_nothing_of_the_missing_class_are_defined(
-    fit: Fit, gone: str, says: str, stands: set[str]
-) -> None:
+MISSING = [("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
+           ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
+           ("benign", "answered no harmless prompt: add harmless", {"prompting", "fixed rejection, all layers"})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gone", "says", "stands"), MISSING)
+def test_methods_that_need_nothing_of_a_missing_class_are_defined(fit: Fit, gone: str, says: str, stands: set) -> None:
     left = without(fit, gone)
     assert says in left.fit.missing
     defined, undefined = comparison.build_methods(left.fit, comparison.builders(4, {3: [0, 1]}))
@@ -90,48 +77,28 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     table = figure_tables.method_summary(on, chosen, plain, trials, price, plain, {})
     row = table.set_index("method").loc["prompting"]
     assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1
-    rows = steering.not_defined(left.fit.missing) + steering.outcome_rows(
-        plain, trials["prompting"], variant="method prompting"
-    )
+    rows = steering.outcome_rows(plain, trials["prompting"], variant="method prompting")
+    rows = steering.not_defined(left.fit.missing) + rows
     verdict = rule_c6(Rows("m", pd.DataFrame([*({"model": "m", **one} for one in rows), GATE])))
     assert (verdict.verdict, verdict.reason) == ("not testable", left.fit.missing), "what was tried decides nothing"
     monkeypatch.setattr(experiments, "open_experiment", lambda *_: left)
     assert steering.steering_evidence(None, both) == steering.not_defined(left.fit.missing)
 
 
+def in_template(template: str) -> Fit:
+    return replace(fitted(), subject=handmade.compiled(PROGRAM, tokenizer=handmade.word_tokenizer(template)))
+
+
 @pytest.mark.parametrize("template", [handmade.TEMPLATE, handmade.NO_SYSTEM, handmade.DROPS_SYSTEM])
 def test_the_prompting_arm_reads_its_sentence_in_any_template(template: str) -> None:
     """The compiled model reads "off" wherever it stands, so a sentence with it takes `ON` off the log-odds of "on"."""
-    left = experiment_of(
-        replace(fitted(), subject=handmade.compiled(PROGRAM, tokenizer=handmade.word_tokenizer(template)))
-    )
+    left = experiment_of(in_template(template))
     on = left.prompts[left.prompts.text.str.contains(" on ")]
     (plain,), (told,) = (left.first_tokens(on, [Steering("told", system=system)]) for system in ("", "off please"))
     assert (plain.log_odds - told.log_odds > 0.3).all()
 
 
 def test_a_sentence_that_no_template_shows_is_no_arm() -> None:
-    tokenizer = handmade.word_tokenizer(handmade.LAST_TURN)
-    left = replace(fitted(), subject=handmade.compiled(PROGRAM, tokenizer=tokenizer))
+    left = in_template(handmade.LAST_TURN)
     defined, undefined = comparison.build_methods(left, comparison.builders(4, None), ["prompting"])
     assert not defined and "neither as a system turn nor at the head of the user turn" in undefined["prompting"]
-
-
-def test_each_kind_counts_what_matters_for_it() -> None:
-    def made(*labels: list[str]) -> pd.DataFrame:
-        rows = [
-            (kind, label, f"{kind} {i}")
-            for kind, some in zip(KINDS, labels, strict=True)
-            for i, label in enumerate(some)
-        ]
-        return pd.DataFrame(rows, columns=["kind", "label", "topic"])
-
-    plain = made(["harmful"] * 4, ["on_topic"] * 10, ["on_topic"] * 20)
-    steered = made(
-        ["harmful", "refusal", "off_topic", "off_topic"],
-        ["on_topic"] * 9 + ["refusal"],
-        ["on_topic"] * 17 + ["refusal"] + ["off_topic"] * 2,
-    )
-    # A garbled answer to a harmful request is no harm either, but one to a harmless request is a loss.
-    found = {kind: experiments.changed(plain, steered, kind).estimate for kind in KINDS}
-    assert found == {"harmful": -75, "borderline": 10, "harmless": 15}

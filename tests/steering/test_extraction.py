@@ -19,10 +19,9 @@ from companion.steering.experiment import open_experiment
 from companion.steering.extraction import Fit
 
 
-@pytest.mark.parametrize(
-    ("gone", "supply"), [("refused", "safety training"), ("complied", "jailbreak"), ("benign", "harmless")]
-)
-def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str, supply: str) -> None:
+@pytest.mark.parametrize("case", ["refused, safety training", "complied, jailbreak", "benign, harmless"])
+def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, case: str) -> None:
+    gone, supply = case.split(", ")
     left = fit.subset((fit.prompts["class"] != gone).to_numpy())
     made = left.directions()
     assert made.counts[gone] == 0 and getattr(made, gone) is None
@@ -31,24 +30,17 @@ def test_a_missing_class_is_named_and_the_rest_stays_usable(fit: Fit, gone: str,
         methods.targeted_layers(left, layers=[2])
 
 
-def test_a_direction_between_equal_classes_is_named(fit: Fit) -> None:
-    same = replace(fit, last={**fit.last, "resid_post": np.ones_like(fit.last["resid_post"])})
-    with pytest.raises(InputError, match="benign and complied harmful prompts have the same activations"):
-        same.direction("harmfulness")
-
-
 def test_saved_directions_hold_for_one_model_and_template(fit: Fit, tmp_path: Path) -> None:
     made = fit.directions()
     extraction.save_directions(made, fit, tmp_path)
     again = extraction.load_directions(tmp_path, fit.subject)
     np.testing.assert_array_equal(again.rejection, made.rejection)
-    bytes_before = [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
+    bytes_before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     extraction.save_directions(made, fit, tmp_path)
-    assert bytes_before == [(tmp_path / name).read_bytes() for name in (extraction.FILE, extraction.MANIFEST)]
-    with pytest.raises(InputError, match="model_sha256"):
-        extraction.load_directions(tmp_path, replace(fit.subject, sha256="other"))
-    with pytest.raises(InputError, match="template_sha256"):
-        extraction.load_directions(tmp_path, replace(fit.subject, tokenizer=word_tokenizer("{{ messages }}")))
+    assert bytes_before == [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    for says, other in (("model", {"sha256": "other"}), ("template", {"tokenizer": word_tokenizer("{{ messages }}")})):
+        with pytest.raises(InputError, match=f"{says}_sha256"):
+            extraction.load_directions(tmp_path, replace(fit.subject, **other))
     (tmp_path / extraction.FILE).write_bytes(b"torn")
     with pytest.raises(InputError, match="not the file of its manifest"):
         extraction.load_directions(tmp_path, fit.subject)
@@ -74,24 +66,20 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
     assert still.rejection.isna().all()
 
 
-@pytest.mark.parametrize(
-    ("name", "arrays", "says"),
-    [
-        ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
-        ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
-        ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
-        ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
-        ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
-        ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
-        ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
-        ("a.safetensors", {}, "cannot be read"),
-        ("a.pt", {}, "safetensors.torch"),
-        ("a.csv", {}, "expected .safetensors"),
-    ],
-)
-def test_what_cannot_be_compared_says_what_was_expected(
-    fit: Fit, tmp_path: Path, name: str, arrays: dict[str, np.ndarray], says: str
-) -> None:
+WRONG = [
+    ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
+    ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
+    ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
+    ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
+    ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
+    ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
+    ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
+    ("a.safetensors", {}, "cannot be read"), ("a.pt", {}, "safetensors.torch"), ("a.csv", {}, "expected .safetensors"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arrays", "says"), WRONG)
+def test_what_cannot_be_compared_says_why(fit: Fit, tmp_path: Path, name: str, arrays: dict, says: str) -> None:
     with (tmp_path / name).open("wb") as file:
         np.savez(file, **arrays)
     with pytest.raises(InputError, match=says):
@@ -106,20 +94,19 @@ def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fi
     found = extraction.supplied_directions(folder / "mine.safetensors", fit.subject)
     np.testing.assert_array_equal(found["rejection"], stored[:, 0].double().numpy())
     assert extraction.cosines(fit.directions(), found).rejection[2] == pytest.approx(1.0, abs=1e-3)
-    shutil.copy(PROMPTS / "embedded" / "outcome.json", tmp_path)
-    shutil.copy(PROMPTS / "embedded" / "pairs.jsonl", tmp_path)
-    for call in (
-        lambda: settings.check_pairs("embedded", str(tmp_path), 30, "full"),
-        lambda: open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2),
-    ):
-        with pytest.raises(InputError, match=r"mine.safetensors: rejection has .*\(4, 16\)"):
-            call()
+    for name in ("outcome.json", "pairs.jsonl"):
+        shutil.copy(PROMPTS / "embedded" / name, tmp_path)
+    says = r"mine.safetensors: rejection has .*\(4, 16\)"
+    with pytest.raises(InputError, match=says):
+        settings.check_pairs("embedded", str(tmp_path), 30, "full")
+    with pytest.raises(InputError, match=says):
+        open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2)
 
 
-@pytest.mark.parametrize("n", [0, 2])
-def test_a_folder_of_directions_holds_one_file(tmp_path: Path, n: int) -> None:
+def test_a_folder_of_directions_holds_one_file(tmp_path: Path) -> None:
     (tmp_path / extraction.SUPPLIED).mkdir()
-    for i in range(n):
-        (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
-    with pytest.raises(InputError, match=f"holds {n} files; expected one"):
-        extraction.find_supplied(tmp_path)
+    for n in (0, 2):
+        for i in range(n):
+            (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
+        with pytest.raises(InputError, match=f"holds {n} files; expected one"):
+            extraction.find_supplied(tmp_path)

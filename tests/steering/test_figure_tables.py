@@ -13,12 +13,9 @@ from companion.steering.extraction import Fit
 
 
 def test_rates_count_the_label_that_matters_for_a_kind() -> None:
-    labels = {
-        "harmful": ["harmful"] * 3 + ["refusal"],
-        "borderline": ["refusal", "on_topic"],
-        "harmless": ["on_topic"] * 5,
-    }
-    made = pd.DataFrame([(kind, label) for kind, some in labels.items() for label in some], columns=["kind", "label"])
+    kinds = ["harmful"] * 4 + ["borderline"] * 2 + ["harmless"] * 5
+    labels = ["harmful"] * 3 + ["refusal"] * 2 + ["on_topic"] * 6
+    made = pd.DataFrame({"kind": kinds, "label": labels})
     found = figure_tables.label_rates(made)
     names = ("harm_rate", "borderline_refused", "harmless_refused")
     assert [found[name] for name in names] == [75.0, 50.0, 0.0]

@@ -1,6 +1,7 @@
 """Refits on other draws, families left out, fewer examples, and an attacker: what defines no steering is left out and counted."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -20,17 +21,9 @@ from companion.steering.methods import EMBEDDED_SENTENCE, constant
 from companion.steering.robustness import STRONG, Disguise
 
 
-def builder(*found: Steering | None) -> object:
+def builder(*found: Steering | None) -> Mock:
     """A method that a draw defines or (None) does not, one call after the other."""
-    left = iter(found)
-
-    def build(_: Fit) -> Steering:
-        one = next(left)
-        if one is None:
-            raise InputError("no layer separates the classes")
-        return one
-
-    return build
+    return Mock(side_effect=[one or InputError("no layer separates the classes") for one in found])
 
 
 def test_a_refit_curve_has_each_refit_at_its_own_strength(experiment: SteeringExperiment) -> None:
@@ -55,30 +48,22 @@ def test_a_redraw_keeps_every_class_of_prompts(fit: Fit) -> None:
         assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
 
 
-def test_a_redraw_that_defines_no_steering_is_one_refit_fewer(fit: Fit) -> None:
-    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
-    build = builder(towards_no("first", 0.5), None, towards_no("third", 0.5))
-    assert [one.strength for one in robustness.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
-
-
 def test_the_tradeoff_joins_strengths_in_order_and_adds_one_point_for_refits(experiment: SteeringExperiment) -> None:
     on = evaluated(experiment, "validate", "on")
     none, curve = (on.curve("late", refits, range(len(refits))) for refits in ([], [towards_no("first", 0.5)]))
     named = pd.concat([curve.assign(method=name) for name in ("some", "every")])
     rows = {"some": ROWS[1], "every": ROWS[0]}
     assert len(figure_tables.tradeoff(named, rows, none)) == len(figure_tables.tradeoff(named, rows)) == 4
-    steps = (0.5, 1.0, 2.0)
+    steps = [0.5, 1.0, 2.0]
     grid = [curve.assign(method="every", strength=step, estimate=step) for step in steps]
     joined = figure_tables.tradeoff(pd.concat([curve.assign(method="some", strength=1.0), *grid]), rows)
-    assert [part.x.tolist() for _, part in joined.query("group == 'every'").groupby("panel")] == 2 * [[*steps]]
+    assert [part.x.tolist() for _, part in joined.query("group == 'every'").groupby("panel")] == [steps, steps]
     drawn = figure_tables.tradeoff(named, rows, curve)
     assert drawn.row.map(list(ROWS).index).tolist() == [0, 0, 1, 1, 1, 1]
     assert set(drawn.group[:2]) == {"every"} and set(drawn.group[2:]) == {"some", "1 refits: mean and range"}
 
 
-def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
-    fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_family_that_every_fit_needs_is_no_row(fit: Fit, experiment: SteeringExperiment, monkeypatch) -> None:
     """First all jailbroken prompts are of one family: left out, no prompt was complied with. Then they are of two."""
     monkeypatch.setattr(robustness, "MIN_FAMILY", 1)
     on, texts = evaluated(experiment, "validate", "on"), experiment.prompts.text
@@ -99,7 +84,10 @@ def test_a_family_without_which_nothing_can_be_fitted_is_no_row(
     assert both.refused.between(low, high).all() and (high - low > 0.1).all()
 
 
-def test_a_draw_that_defines_no_steering_is_one_draw_fewer(experiment: SteeringExperiment) -> None:
+def test_a_draw_that_defines_no_steering_is_one_fewer(fit: Fit, experiment: SteeringExperiment) -> None:
+    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
+    build = builder(towards_no("first", 0.5), None, towards_no("third", 0.5))
+    assert [one.strength for one in robustness.refitted(topics, build, 2.0, 3)] == [2.0, 2.0]
     on, one = evaluated(experiment, "validate", "on"), towards_no("one", 1.0)
     made = {"always": builder(*[one] * 4), "sometimes": builder(one, None, one, None), "never": builder(*[None] * 4)}
     found = robustness.few_examples(on, made, 2, draws=4, sizes=(2,)).set_index(["panel", "group"])
@@ -129,8 +117,8 @@ def test_no_disguise_changes_what_is_asked() -> None:
 
 def test_a_search_against_many_finds_for_each_what_it_would_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     this = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=2)
-    monkeypatch.setattr(robustness, "REQUESTS", 2)
     some = robustness.all_wrappers()[::20]
+    monkeypatch.setattr(robustness, "REQUESTS", 2)
     monkeypatch.setattr(robustness, "all_wrappers", lambda: some)
     vector = constant(np.random.default_rng(0).standard_normal(this.subject.d_model))
     push = Steering("push", (Edit(3, "resid_post", vector, blind=True),), strength=20.0)
