@@ -1,5 +1,6 @@
 """Tiny random models of the nine families, for tests: two or three seconds each would be far too slow on real ones."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,7 @@ _COMMON = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
+_WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
 _SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "w3"}
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _CONFIGS = {
@@ -49,8 +51,7 @@ def tiny_model(
     torch.manual_seed(0)
     config = _CONFIGS[family]()
     config.update(changes)
-    kwargs = {} if attention is None else {"attn_implementation": attention}
-    model = hf.AutoModelForCausalLM.from_config(config, **kwargs)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.1))
@@ -69,7 +70,7 @@ def tokens(n_pairs: int = 3, n_pos: int = 9, seed: int = 0) -> torch.Tensor:
 
 def tiny_tokenizer(folder: Path, named: Mapping[int, str] | None = None) -> PreTrainedTokenizerBase:
     """One word a token (`<pad> <s> </s> w3 w4 ...`, or what is `named`), saved to a folder and loaded from it."""
-    words = [(named or {}).get(i, word) for i, word in enumerate(_words())]
+    words = [(named or {}).get(i, word) for i, word in enumerate(_WORDS)]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = hf.PreTrainedTokenizerFast(tokenizer_object=plain, **_SPECIAL)
@@ -79,12 +80,12 @@ def tiny_tokenizer(folder: Path, named: Mapping[int, str] | None = None) -> PreT
 
 def tiny_qwen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The same words in Qwen's own class: for a folder of type qwen2 the library loads no other, whatever is saved there."""
-    words = _words()
-    made = hf.Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], **_SPECIAL)
-    made.add_tokens([AddedToken(word, lstrip=True, single_word=True, normalized=False) for word in words[3:]])
+    made = hf.Qwen2Tokenizer(vocab={word: i for i, word in enumerate(_WORDS)}, merges=[], **_SPECIAL)
+    made.add_tokens([AddedToken(word, lstrip=True, single_word=True, normalized=False) for word in _WORDS[3:]])
     made.save_pretrained(folder)
     return hf.AutoTokenizer.from_pretrained(folder)
 
 
-def _words() -> list[str]:
-    return ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+def edit_json(file: Path, **fields: object) -> None:
+    """Other values of some fields of a file, as of a config."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))

@@ -18,9 +18,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_device_that_cannot_be_used_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=WRONG[name]):
+@pytest.mark.parametrize(("name", "message"), WRONG.items())
+def test_a_device_that_cannot_be_used_is_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         device.resolve(name)
 
 
@@ -62,29 +62,19 @@ LIMITS: dict[str, tuple[str, dict[str, tuple[str, int, int]], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LIMITS)
+@pytest.mark.parametrize(("own", "groups", "free"), LIMITS.values(), ids=LIMITS)
 def test_a_containers_limits_count_but_not_its_cached_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, groups: dict, free: int
 ) -> None:
-    own, groups, free = LIMITS[case]
     assert system(tmp_path, monkeypatch, own, groups) == free
 
 
-def test_free_memory_where_linux_says_nothing_is_all_of_the_machines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_memory_where_linux_says_nothing_and_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MEMINFO", "OWN_GROUPS", "GROUPS"):
         monkeypatch.setattr(device, name, tmp_path / "none")
     monkeypatch.setattr(device.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
     assert free_memory(torch.device("cpu")) == 4096000
-
-
-def test_what_this_process_gave_up_on_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {"free": 10, "given up": 5}
-
-    def empty() -> None:
-        held.update(free=held["free"] + held["given up"])
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
+    free = [10]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(15))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 100))
     assert free_memory(torch.device("cuda:0")) == 15

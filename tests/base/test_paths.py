@@ -8,13 +8,10 @@ from companion.base import paths
 from companion.base.errors import InputError
 
 
-@pytest.mark.parametrize("slug", ["", ".", "..", ".hidden", "a/b", "a b", "a\n", "ä", "../x", "x" * 101])
-def test_slugs_that_leave_their_folder_are_refused(slug: str) -> None:
-    with pytest.raises(InputError, match="cannot name a run"):
-        paths.results_dir(slug)
-
-
-def test_run_folders_are_made_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slugs_that_leave_their_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for slug in ("", ".", "..", ".hidden", "a/b", "a b", "a\n", "ä", "../x", "x" * 101):
+        with pytest.raises(InputError, match="cannot name a run"):
+            paths.results_dir(slug)
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "r")
     monkeypatch.setattr(paths, "FIGURES", tmp_path / "f")
     assert paths.results_dir("a-b_c.1").is_dir()

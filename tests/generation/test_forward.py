@@ -3,8 +3,8 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_subject, tokens
@@ -55,31 +55,20 @@ def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
     assert (full[1:] - plain[1:]).abs().amax((1, 2)).min() > 1e-3
     if steering.gate is not None:
         torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=1e-4)
+    switch = forward.Switch(subject, replace(steering, strength=0.0))  # which changes no bit
+    without = forward.read_prompts(subject, ids, nullcontext, use)
+    assert torch.equal(forward.read_prompts(subject, ids, switch, use), without)
 
 
 @torch.no_grad()
-def test_no_strength_changes_no_bit_of_a_resumed_run() -> None:
-    subject, ids, answer = tiny_subject("llama"), tokens(4, 9), tokens(4, 3, seed=7)
-    use = partial(said, subject, answer)
-    plain = forward.read_prompts(subject, ids, nullcontext, use)
-    for steering in STEERINGS.values():
-        switch = forward.Switch(subject, replace(steering, strength=0.0))
-        assert torch.equal(forward.read_prompts(subject, ids, switch, use), plain)
-
-
-@torch.no_grad()
-def test_after_an_exception_in_a_resumed_run_the_model_is_as_it_was() -> None:
+def test_after_an_exception_in_a_full_or_resumed_run_the_model_is_as_it_was() -> None:
     subject, ids = tiny_subject("llama"), tokens(4, 9)
-    before = subject.model(ids).logits
-
-    def broken(x: Tensor, prompt: Prompt) -> Tensor:
-        raise RuntimeError("in the middle of a block")
-
+    before, broken = subject.model(ids).logits, mock.Mock(side_effect=RuntimeError("in the middle of a block"))
     for first in (following_last, broken):  # in the block that is replaced by its known output, and above it
-        edits = (Edit(1, "resid_post", first), Edit(2, "mlp_out", broken))
-        with pytest.raises(RuntimeError, match="middle"):
-            switch = forward.Switch(subject, Steering("broken", edits))
-            forward.read_prompts(subject, ids, switch, lambda rows, logits, cache: logits)
+        steering = Steering("broken", (Edit(1, "resid_post", first), Edit(2, "mlp_out", broken)))
+        for how in (forward.Switch(subject, steering), partial(hooks.applied, subject, steering)):
+            with pytest.raises(RuntimeError, match="middle"):
+                forward.read_prompts(subject, ids, how, lambda rows, logits, cache: logits)
     modules = list(subject.model.modules())
     assert not [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
     assert torch.equal(subject.model(ids).logits, before)
@@ -89,34 +78,22 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
     subject, made = tiny_subject("llama"), []
     real = activations.clean_run
     monkeypatch.setattr(forward, "clean_run", lambda *a, **k: made.append(1) or real(*a, **k))
-    first, second = tokens(2, 8, seed=1), tokens(2, 8, seed=2)
+    first, second, one = tokens(2, 8, seed=1), tokens(2, 8, seed=2), 2 * 8 * subject.n_layers * 3 * subject.d_model * 4
     assert forward.plain_run(subject, first) is forward.plain_run(subject, first) and len(made) == 1
-    one = 2 * 8 * subject.n_layers * 3 * subject.d_model * 4
     monkeypatch.setattr(forward, "KEPT_BYTES", one)
-    forward.plain_run(subject, second)
-    forward.plain_run(subject, first)
-    assert len(made) == 3
+    assert forward.plain_run(subject, second) is not forward.plain_run(subject, first) and len(made) == 3
     monkeypatch.setattr(forward, "BATCH_BYTES", one - 1)
     assert forward.plain_run(subject, first) is None
 
 
+@torch.no_grad()
 def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
-    subject, ids = tiny_subject("llama"), tokens(4, 9)
-    steering = STEERINGS["last token"]
-    asked: list[list[int]] = []
-
-    def use(rows: Tensor, logits: Tensor, cache: object) -> Tensor:
-        asked.append(rows.tolist())
-        return logits[:, :1]
-
-    known = torch.full((4, 1), 77.0)
-    with torch.no_grad():
-        found = forward.read_prompts(subject, ids, forward.Switch(subject, steering), use, plain=known)
+    subject, known, asked = tiny_subject("llama"), torch.full((4, 1), 77.0), []
+    switch = forward.Switch(subject, STEERINGS["last token"])
+    use = lambda rows, logits, cache: asked.append(rows.tolist()) or logits[:, :1]  # noqa: E731
+    found = forward.read_prompts(subject, tokens(4, 9), switch, use, plain=known)
     assert asked == [[1, 2, 3]]
-    assert np.array_equal((found == 77).flatten(), [True, False, False, False])
-
-
-# ---- several steerings in one batch ----
+    assert (found == 77).flatten().tolist() == [True, False, False, False]
 
 
 def following_what_was_read(size: float, x: Tensor, prompt: Prompt) -> Tensor:

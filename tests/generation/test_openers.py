@@ -1,6 +1,7 @@
 """Outcome tokens found from the model itself: on a shipped model they are those that its prompt set names."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import handmade
@@ -22,13 +23,10 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
     found = openers.find_openers(embedded, [text for p in pairs for text in (p.control, p.treated)], Path("own"))
     known = tokens.openers(content, embedded.tokenizer)["T1"]
-    context = chat.render_prompt(embedded.tokenizer, "x")
-    n = len(embedded.tokenizer(context, add_special_tokens=False)["input_ids"])
-    ids = [
-        {embedded.tokenizer(context + text, add_special_tokens=False)["input_ids"][n] for text in side}
-        for side in (found.comply, found.refuse)
-    ]
-    assert ids[1] == set(known.refuse) and ids[0] <= set(known.comply)
+    context, ids = chat.render_prompt(embedded.tokenizer, "x"), partial(embedded.tokenizer, add_special_tokens=False)
+    n = len(ids(context)["input_ids"])
+    comply, refuse = ({ids(context + text)["input_ids"][n] for text in side} for side in (found.comply, found.refuse))
+    assert refuse == set(known.refuse) and comply <= set(known.comply)
     assert found.joint > 0.8 and 5 <= found.n_refused <= 35
     assert "edit outcome.json" not in found.note
 
@@ -41,43 +39,26 @@ def test_a_model_that_refuses_nothing_is_not_guessed_at(embedded: Subject, monke
             openers.find_openers(embedded, texts, Path("here/outcome.json"))
 
 
-@pytest.fixture
-def blanks(monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """A model of a SentencePiece tokenizer that refuses every second prompt; its first tokens are given by each test."""
+def test_openers_keep_their_blank_and_a_model_that_opens_alike_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of a SentencePiece tokenizer that refuses every second prompt, with "no" or with "yes" as well."""
     tokenizer = handmade.sentencepiece(("▁yes", "▁no"), "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    subject = replace(tiny_subject("llama"), tokenizer=tokenizer)
     monkeypatch.setattr(decode, "answers", lambda subject, texts, steps: texts)
-    monkeypatch.setattr(decode, "answer_texts", lambda subject, made: ["I am sorry", "fine"] * (len(made) // 2))
-    return replace(tiny_subject("llama"), tokenizer=tokenizer)
-
-
-def say(monkeypatch: pytest.MonkeyPatch, *firsts: int) -> None:
-    """Every second prompt is answered with the first of two tokens, the others with the second."""
-    rows = torch.eye(VOCAB)[[firsts[0], firsts[1]] * 6]
-    monkeypatch.setattr(openers, "first_token_probabilities", lambda subject, texts: rows)
-
-
-def test_openers_keep_the_blank_that_belongs_to_them(blanks: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    yes, no = (blanks.tokenizer(f"x {word}")["input_ids"][-1] for word in ("yes", "no"))
-    say(monkeypatch, no, yes)
-    found = openers.find_openers(blanks, ["x"] * 12, Path("own"))
+    monkeypatch.setattr(decode, "answer_texts", lambda subject, made: ["I am sorry", "fine"] * 6)
+    yes, no = (tokenizer(f"x {word}")["input_ids"][-1] for word in ("yes", "no"))
+    monkeypatch.setattr(openers, "first_token_probabilities", lambda subject, texts: torch.eye(VOCAB)[[no, yes] * 6])
+    found = openers.find_openers(subject, ["x"] * 12, Path("own"))
     assert (found.comply, found.refuse) == ((" yes",), (" no",))
-
-
-def test_a_model_that_opens_every_answer_alike_is_told_why(blanks: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    yes = blanks.tokenizer("x yes")["input_ids"][-1]
-    say(monkeypatch, yes, yes)
+    monkeypatch.setattr(openers, "first_token_probabilities", lambda subject, texts: torch.eye(VOCAB)[[yes, yes] * 6])
     with pytest.raises(InputError, match=r"refuses and answers, but it opens every answer with ' yes' .*thinks"):
-        openers.find_openers(blanks, ["x"] * 12, Path("own"))
+        openers.find_openers(subject, ["x"] * 12, Path("own"))
 
 
-def test_a_token_belongs_to_the_side_on_which_it_is_likelier() -> None:
+def test_a_token_belongs_to_the_side_on_which_it_is_likelier_and_a_low_joint_probability_is_said() -> None:
     answered = torch.tensor([0.60, 0.30, 0.07, 0.004, 0.026]).repeat(4, 1)
     refused = torch.tensor([0.05, 0.05, 0.80, 0.05, 0.05]).repeat(3, 1)
     both = torch.cat([answered, refused])
     assert openers.sort_openers(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
-
-
-def test_a_low_joint_probability_is_said() -> None:
     assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
     assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note
 

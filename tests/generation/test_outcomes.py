@@ -15,30 +15,26 @@ from companion.model.activations import on_output
 from companion.model.architecture import Subject, find_parts
 
 
-def test_the_price_of_nothing_is_nothing(embedded: Subject, texts: list[str]) -> None:
-    own = decode.answers(embedded, texts, 12)
-    free = outcomes.price(embedded, texts, own, nullcontext)
-    assert (free.kl == 0).all() and (free.plain == free.steered).all()
-    assert free.n_tokens.tolist() == own.mask.sum(1).tolist()
-
-
 @contextmanager
 def shifted(model: Subject) -> Iterator[None]:
-    """Adds a constant to the final norm's output: a steering whose every consequence is known."""
+    """A constant added to the final norm's output: a steering whose every consequence is known."""
     with on_output(model.final_norm, lambda out: out + 0.5):
         yield
 
 
 def test_the_price_is_the_divergence_of_the_models_own_answer(embedded: Subject, texts: list[str]) -> None:
-    own = decode.answers(embedded, texts[:1], 12)
-    found = outcomes.price(embedded, texts[:1], own, lambda: shifted(embedded)).iloc[0]
+    own = decode.answers(embedded, texts, 12)
+    free = outcomes.price(embedded, texts, own, nullcontext)
+    assert (free.kl == 0).all() and (free.plain == free.steered).all()
+    assert free.n_tokens.tolist() == own.mask.sum(1).tolist()
+    found = outcomes.price(embedded, texts, own, lambda: shifted(embedded)).iloc[0]
     prompt = next(forward.buckets(embedded, texts[:1]))[1]
     answer = torch.tensor(own.ids[0][own.mask[0]])
     whole = torch.cat([prompt[0], answer])[None]
-    places = slice(prompt.shape[1] - 1, whole.shape[1] - 1)
-    plain = embedded.model(whole).logits[0, places].double().log_softmax(-1)
+    logits = [embedded.model(whole).logits]
     with shifted(embedded):
-        steered = embedded.model(whole).logits[0, places].double().log_softmax(-1)
+        logits.append(embedded.model(whole).logits)
+    plain, steered = (some[0, prompt.shape[1] - 1 : -1].double().log_softmax(-1) for some in logits)
     expected = torch.nn.functional.kl_div(steered, plain, log_target=True, reduction="sum") / len(answer)
     assert found.kl == pytest.approx(float(expected), rel=1e-4) and found.kl > 1e-4
     assert found.steered == pytest.approx(float(steered.gather(1, answer[:, None]).sum()), rel=1e-4)

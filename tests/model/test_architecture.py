@@ -1,7 +1,7 @@
 """The parts of all families; and a model whose layers lie elsewhere gives the numbers of one that lies in one place.
 
-There is one processor here. Another GPU is stood in for by another precision: a weight in float64 takes no part in a
-product with an activation in float32, as one on another GPU takes none, unless what stands between them converts.
+Another GPU is stood in for by another precision: a weight in float64 takes no part in a product with an activation in
+float32, as one on another GPU takes none, unless what stands between them converts.
 """
 
 import copy
@@ -35,8 +35,7 @@ def test_parts(family: str) -> None:
         assert written_vectors(parts.down_proj).shape == (48, 32)
         probe = torch.zeros(48)
         probe[5] = 1.0
-        bias = getattr(parts.down_proj, "bias", None)
-        written = parts.down_proj(probe) - (0 if bias is None else bias)
+        written = parts.down_proj(probe) - parts.down_proj(torch.zeros(48))
         torch.testing.assert_close(written, written_vectors(parts.down_proj)[5], atol=1e-5, rtol=1e-4)
 
 
@@ -53,61 +52,43 @@ class Elsewhere(AlignDevicesHook):
         return output.float()
 
 
-def apart(family: str, where: str, n_away: int = 3) -> Subject:
-    """The first layers elsewhere: on "another GPU", or waiting as `accelerate` lets layers wait."""
+def apart(family: str, where: str) -> Subject:
+    """The first three layers elsewhere: on "another GPU", or waiting as `accelerate` lets layers wait."""
     model = tiny_model(family)
     shapes = find_parts(copy.deepcopy(model), None, "shapes", "x")
     if where == "waiting":
-        for parts in find_parts(model, None, "x", "x").layers[:n_away]:
+        for parts in find_parts(model, None, "x", "x").layers[:3]:
             accelerate.cpu_offload(parts.block, execution_device=torch.device("cpu"))
     else:
-        names = memory.name_places(shapes, [where] * n_away, "cpu")
+        names = memory.name_places(shapes, [where] * 3, "cpu")
         architecture.connect(model, names, Elsewhere)
         model.hf_device_map = names
     return find_parts(model, None, "apart", "x")
-
-
-@pytest.fixture(params=["llama", "gemma2", "phi3", "gpt2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["cuda:1", "waiting"])
-def subject(request: pytest.FixtureRequest, family: str) -> Subject:
-    return apart(family, request.param)
 
 
 def effects(subject: Subject) -> torch.Tensor:
     return replay.interchange(subject, *runs(subject), PATCHES)
 
 
-def test_no_number_changes(subject: Subject, family: str) -> None:
-    stored = list(subject.layers[0].block.parameters())
-    assert all(p.is_meta or p.dtype == torch.float64 for p in stored)
+@pytest.mark.parametrize("where", ["cuda:1", "waiting"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2"])
+def test_no_number_changes_and_neurons_can_be_put_into_another_order(family: str, where: str) -> None:
+    subject, here = apart(family, where), tiny_subject(family)
+    assert all(p.is_meta or p.dtype == torch.float64 for p in subject.layers[0].block.parameters())
     verify(subject)
-    torch.testing.assert_close(effects(subject), effects(tiny_subject(family)), rtol=1e-4, atol=1e-4)
-    if subject.layers[0].o_proj.weight.is_meta:  # what waits is hashed where it waits
-        assert hash_tensors(subject.model) == hash_tensors(tiny_model(family))
-    vectors = written_vectors(subject.layers[0].down_proj)
-    torch.testing.assert_close(vectors, written_vectors(tiny_subject(family).layers[0].down_proj))
-
-
-def test_neurons_can_be_put_into_another_order(subject: Subject) -> None:
-    """A copy is changed where its weights are kept; the original stays."""
     before = effects(subject)
-    moved, orders = adjacency.permute_neurons(subject)
+    torch.testing.assert_close(before, effects(here), rtol=1e-4, atol=1e-4)
+    if where == "waiting":  # what waits is hashed where it waits
+        assert hash_tensors(subject.model) == hash_tensors(here.model)
+    vectors = written_vectors(subject.layers[0].down_proj)
+    torch.testing.assert_close(vectors, written_vectors(here.layers[0].down_proj))
+    moved, orders = adjacency.permute_neurons(subject)  # changes a copy where its weights are kept; the original stays
     torch.testing.assert_close(moved.model(tokens()).logits, subject.model(tokens()).logits, rtol=1e-4, atol=1e-4)
-    new = written_vectors(moved.layers[0].down_proj)
-    torch.testing.assert_close(new, written_vectors(subject.layers[0].down_proj)[orders[0]])
+    torch.testing.assert_close(written_vectors(moved.layers[0].down_proj), vectors[orders[0]])
     assert torch.equal(effects(subject), before)
-
-
-def test_a_layer_without_its_hooks_does_not_pass(family: str) -> None:
-    """What the stand-in rests on: numbers of two places do not mix unnoticed."""
-    model = tiny_model(family)
-    find_parts(model, None, "x", "x").layers[0].o_proj.double()
-    with pytest.raises(RuntimeError):
-        model(tokens())
+    here.layers[0].o_proj.double()
+    with pytest.raises(RuntimeError):  # what the stand-in rests on: numbers of two places do not mix unnoticed
+        here.model(tokens())
 
 
 def test_hooks_of_what_waits_are_sent_to_the_first_gpu() -> None:
@@ -124,7 +105,8 @@ def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.Monke
     shapes = memory.on_meta(tmp_path, torch.float32)
     asked = memory.run_memory(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
-    free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": layer, "cuda": asked.total - 2 * layer}
+    free = {"cuda:1": asked.sweep + layer, "cuda:2": asked.sweep - 1, "cpu": asked.weights + layer}
+    free["cuda"] = asked.total - 2 * layer
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free[str(device)] / memory.USABLE) + 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     where = memory.placement(shapes, torch.device("cuda"))
@@ -132,7 +114,7 @@ def test_layers_go_to_other_gpus_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert [where[f"model.layers.{i}"] for i in range(4)] == ["cuda:1", "cpu", "cuda", "cuda"]
     said = memory.check_size(tmp_path, "cuda", "float32")
     assert "1 of 4 layers lie on other GPUs; 1 of 4 layers wait in the processor's memory" in said
-    free["cpu"] = layer - 9
+    free["cpu"] = asked.weights + layer - 9
     with pytest.raises(errors.InputError, match=r"too large for cuda: .* of cuda:1 and 0.0 GB of cuda:2 and"):
         memory.placement(shapes, torch.device("cuda"))
     free["cuda:0"] = free["cuda"]

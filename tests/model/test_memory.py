@@ -1,6 +1,7 @@
-"""What a model needs before it is loaded, where its layers lie, and how much runs at once, with the same bytes every time."""
+"""What a model needs before it is loaded, where its layers lie, and how much runs at once."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,13 +19,11 @@ from companion.model.memory import USABLE, name_places, on_meta, placement, run_
 from companion.model.verify import verify
 
 GPU = torch.device("cuda:0")
-GB = 10**9
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp(request.param)
-    tiny_tokenizer(place)
+    tiny_tokenizer(place := tmp_path_factory.mktemp(request.param))
     tiny_model(request.param).save_pretrained(place)
     return place
 
@@ -33,13 +32,14 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float) -> None
     monkeypatch.setattr(memory, "free_memory", lambda device: int((gpu if device.type == "cuda" else cpu) / USABLE) + 1)
 
 
-def test_shapes_are_those_of_the_loaded_model(folder: Path) -> None:
+def test_shapes_and_sizes_are_those_of_the_loaded_model(folder: Path) -> None:
     shapes, real = on_meta(folder, torch.float32), load(folder)
     assert all(p.is_meta for p in shapes.model.parameters())
     named, wanted = ({n: p.shape for n, p in one.model.named_parameters()} for one in (shapes, real))
     assert named == wanted
     weights = sum(p.numel() for p in real.model.parameters())
-    assert run_memory(shapes).weights == 4 * weights and run_memory(shapes).copies == 8 * weights
+    assert (run_memory(shapes).weights, run_memory(shapes).copies) == (4 * weights, 8 * weights)
+    assert memory.token_budget(shapes, 32) == memory.token_budget(real, 32) < memory.token_budget(real, 64)
     half = run_memory(on_meta(folder, torch.bfloat16))
     assert (half.weights, half.copies) == (2 * weights, 6 * weights)
 
@@ -55,7 +55,7 @@ def test_an_8b_model_in_float32_needs_two_copies_of_32_gb(tmp_path: Path) -> Non
     assert 2.0 < asked.total / asked.weights < 2.3
 
 
-def test_layers_wait_only_as_far_as_they_must(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_wait_only_as_far_as_they_must_and_can(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = on_meta(folder, torch.float32)
     asked = run_memory(shapes)
     layer = 2 * sum(4 * p.numel() for p in shapes.layers[0].block.parameters())
@@ -67,22 +67,12 @@ def test_layers_wait_only_as_far_as_they_must(folder: Path, monkeypatch: pytest.
     assert [where[name] for name in blocks] == ["cpu"] * 3 + ["cuda:0"]
     covered = [n for n, _ in shapes.model.named_parameters() if any(n.startswith(f"{name}.") for name in where)]
     assert covered == [n for n, _ in shapes.model.named_parameters()]
-
-
-@pytest.mark.parametrize(("gpu", "cpu"), [(0, 1e9), (0.9, 0)])
-def test_what_fits_nowhere_is_refused_with_sizes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: float, cpu: float
-) -> None:
-    shapes = on_meta(folder, torch.float32)
-    with_memory(monkeypatch, gpu * run_memory(shapes).total, cpu)
-    with pytest.raises(InputError, match=r"too large for cuda:0: weights 0.0 GB.*--dtype bfloat16"):
-        placement(shapes, GPU)
-
-
-def test_a_model_on_the_cpu_has_nowhere_to_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = on_meta(folder, torch.bfloat16)
-    with_memory(monkeypatch, 0, run_memory(shapes).total - 1)
-    with pytest.raises(InputError, match="too large for cpu") as caught:
+    for gpu, cpu in ((0, 1e9), (0.9, 0)):
+        with_memory(monkeypatch, gpu * asked.total, cpu)
+        with pytest.raises(InputError, match=r"too large for cuda:0: weights 0.0 GB.*--dtype bfloat16"):
+            placement(shapes, GPU)
+    with_memory(monkeypatch, 0, run_memory(on_meta(folder, torch.bfloat16)).total - 1)
+    with pytest.raises(InputError, match="too large for cpu") as caught:  # there is nowhere to wait
         load(folder, dtype="bfloat16")
     assert "--dtype" not in str(caught.value)
 
@@ -100,22 +90,16 @@ def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
     assert sum(p.is_meta for p in away.model.parameters()) > 0
     verify(away)
     here = load(folder)
-    patches = [Patch("neuron", 1, mask([8]), 3), Patch("head", 1, mask([8]), 3), Patch("mlp_out", 1, mask([8]))]
-    one, two = (replay.interchange(model, *runs(model), patches) for model in (away, here))
+    one, two = (replay.interchange(model, *runs(model), every_patch((1,))) for model in (away, here))
     torch.testing.assert_close(one, two)
-
-
-KEPT_BY_A_PAIR = ("resid", "attn_out", "mlp_out", "z")
 
 
 @pytest.fixture(scope="module")
 def shaped() -> Subject:
     """The proportions of a real model, small."""
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=61, hidden_size=128, intermediate_size=384, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=4,
-    )  # fmt: skip
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = hf.LlamaConfig(vocab_size=61, num_key_value_heads=4, **sizes)
     return find_parts(hf.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False), None, "shaped")
 
 
@@ -127,79 +111,58 @@ def test_peak_memory_stays_below_one_and_a_half_clean_runs(shaped: Subject, colu
         full = activations.clean_run(shaped, tokens[0])
         all_sites = memory.live()
     del full
+    kept = ("resid", "attn_out", "mlp_out", "z")
     need = sweep_memory(shaped, 4, 32)
     assert need.clean_run == pytest.approx(all_sites, rel=0.1)
     sites = [("resid_post", None), ("attn_out", None), ("mlp_out", None), *(("head", head) for head in range(4))]
     masks = [mask(column, 4, 32) for column in columns]
     patches = [Patch(site, layer, where, i) for where in masks for layer in range(8) for site, i in sites]
     with PeakMemory() as memory:
-        base = activations.clean_run(shaped, tokens[0], keep=(*KEPT_BY_A_PAIR, "cache"))
-        source = activations.clean_run(shaped, tokens[1], keep=KEPT_BY_A_PAIR)
+        base = activations.clean_run(shaped, tokens[0], keep=(*kept, "cache"))
+        source = activations.clean_run(shaped, tokens[1], keep=kept)
         before = memory.live()
         replay.interchange(shaped, base, source, patches, readout=lambda resid: resid[..., :1].clone())
     assert memory.peak < 1.5 * all_sites
     assert memory.peak - before < need.sweep * 1.1
 
 
-def test_the_budget_depends_on_shapes_only(shaped: Subject) -> None:
-    twin = find_parts(hf.AutoModelForCausalLM.from_config(shaped.model.config), None, "twin")
-    assert memory.token_budget(shaped, 32) == memory.token_budget(twin, 32)
-    assert memory.token_budget(shaped, 64) > memory.token_budget(shaped, 32)
-
-
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = tiny_subject("qwen2", torch.float64)
-    pair = runs(subject)
-    whole = replay.interchange(subject, *pair, every_patch())
-    monkeypatch.setattr(replay, "token_budget", lambda *_: 1)
-    one_by_one = replay.interchange(subject, *pair, every_patch())
-    torch.testing.assert_close(one_by_one, whole, rtol=0, atol=1e-6)
-
-
 def too_many(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A sweep that runs out of memory beyond `limit` interventions, as the allocators of GPU and CPU say it."""
-    seen: list[int] = []
-    plain = replay.sweep
+    seen, plain = [], replay.sweep
+    errors = (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA"))
 
     def sweep(both: object, chunk: list, read: torch.Tensor) -> torch.Tensor:
         seen.append(len(chunk))
         if len(chunk) > limit:
-            if len(seen) % 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            raise errors[len(seen) % 2]
         return plain(both, chunk, read)
 
     monkeypatch.setattr(replay, "sweep", sweep)
     return seen
 
 
-def test_out_of_memory_halves_the_chunk_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = tiny_subject("llama")
+def test_chunks_do_not_change_the_result_and_out_of_memory_halves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, patches = tiny_subject("qwen2", torch.float64), every_patch((0, 2))
     pair = runs(subject)
-    patches = every_patch((0, 2))
     whole = replay.interchange(subject, *pair, patches)
+    with monkeypatch.context() as patched:
+        patched.setattr(replay, "token_budget", lambda *_: 1)
+        torch.testing.assert_close(replay.interchange(subject, *pair, patches), whole, rtol=0, atol=1e-6)
     n_events = len(memory.chunk_events())
     seen = too_many(2, monkeypatch)
     with pytest.warns(UserWarning, match="out of memory with .* interventions at once; went on with half as many"):
         halved = replay.interchange(subject, *pair, patches)
-    torch.testing.assert_close(halved, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(halved, whole, rtol=0, atol=1e-6)
     assert len(memory.chunk_events()) - n_events == sum(size > 2 for size in seen) > 0
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
-def test_one_intervention_too_large_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_intervention_too_large_is_an_error_with_advice_and_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = tiny_subject("llama")
+    pair, patches = runs(subject), [Patch("mlp_out", 0, mask([8]))]
     too_many(0, monkeypatch)
     with pytest.raises(InputError, match="use fewer pairs at a time"):
-        replay.interchange(subject, *runs(subject), [Patch("mlp_out", 0, mask([8]))])
-
-
-def test_other_errors_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = tiny_subject("llama")
-
-    def broken(*_: object) -> torch.Tensor:
-        raise RuntimeError("shapes cannot be multiplied")
-
-    monkeypatch.setattr(replay, "sweep", broken)
+        replay.interchange(subject, *pair, patches)
+    monkeypatch.setattr(replay, "sweep", mock.Mock(side_effect=RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        replay.interchange(subject, *runs(subject), [Patch("mlp_out", 0, mask([8]))])
+        replay.interchange(subject, *pair, patches)

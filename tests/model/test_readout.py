@@ -42,11 +42,9 @@ def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.M
 
 def test_frozen_logits_are_affine_in_the_residual() -> None:
     subject = tiny_subject("gpt2", torch.float64)
-    base, source = runs(subject)
-    like, other = base.resid_post[3], source.resid_post[3]
-    middle = readout.logits(subject, (like + other) / 2, norm_like=like)
-    ends = readout.logits(subject, like, norm_like=like) + readout.logits(subject, other, norm_like=like)
-    torch.testing.assert_close(middle, ends / 2, rtol=0, atol=1e-12)
+    like, other = (run.resid_post[3] for run in runs(subject))
+    middle, *ends = (readout.logits(subject, x, norm_like=like) for x in ((like + other) / 2, like, other))
+    torch.testing.assert_close(middle, sum(ends) / 2, rtol=0, atol=1e-12)
 
 
 class Bare(nn.Module):
@@ -69,8 +67,5 @@ def test_a_norm_without_weights_has_gain_1_and_its_epsilon_is_found(centred: boo
     assert (gain.item(), bias, found, readout.is_centred(norm)) == (1.0, None, eps, centred)
     x = 1e-3 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(readout.frozen_norm(norm, x, x), norm(x))
-
-
-def test_what_is_no_norm_is_refused() -> None:
     with pytest.raises(InputError, match="Tanh is neither a LayerNorm nor an RMSNorm"):
         readout.norm_gain(nn.Tanh())

@@ -33,9 +33,10 @@ def test_stock_library_is_exact_up_to_rounding(family: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_joint_interventions(family: str) -> None:
-    """Several patches at once, also in one layer, and a frozen site that holds the base's value against an earlier patch."""
-    subject = tiny_subject(family, torch.float64)
-    last, middle = mask([8]), mask([3, 5])
+    """Several patches at once, also in one layer; a frozen site that holds the base's value against an earlier patch; and
+    values of the caller's own, one vector for all or one for every cell."""
+    subject, last, middle = tiny_subject(family, torch.float64), mask([8]), mask([3, 5])
+    own = torch.randn(3, N_POS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with nullcontext() if family == "gpt2" else true_float64(subject.model):
         pair = base, _ = runs(subject)
         joint = [
@@ -45,26 +46,16 @@ def test_joint_interventions(family: str) -> None:
             (Patch("head", 1, diagonal(), 0), Patch("mlp_out", 1, diagonal()), Patch("resid_post", 3, mask([0]))),
             (Patch("resid_post", 0, middle), Patch("attn_out", 2, diagonal()), Patch("neuron", 3, diagonal(), 4)),
             Patch("mlp_out", 1, last),
+            Patch("mlp_out", 1, mask([4, 8]), value=base.mlp_out[1].mean((0, 1))),
+            Patch("neuron", 2, mask([4]), (1, 9), value=own),
         ]
         assert worst(subject, pair, joint, read=(-1, 6)) < 1e-10
         assert worst(subject, pair, joint[2:4], read=(4,)) < 1e-10
 
 
-def test_values_of_the_callers_own() -> None:
-    """A mean ablation (one vector for all) and a value for every cell."""
-    subject = tiny_subject("llama", torch.float64)
-    pair = base, _ = runs(subject)
-    mean = base.mlp_out[1].mean((0, 1))
-    own = torch.randn(3, N_POS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    patches = [Patch("mlp_out", 1, mask([4, 8]), value=mean), Patch("neuron", 2, mask([4]), (1, 9), value=own)]
-    assert worst(subject, pair, patches) < 1e-5
-
-
 def test_readout_is_applied_to_every_patch() -> None:
-    subject = tiny_subject("qwen2")
-    pair = runs(subject)
-    patches = [*every_patch((1,)), Patch("mlp_out", 0, mask([]))]
-    rows = torch.tensor([5, 9])
+    subject, rows = tiny_subject("qwen2"), torch.tensor([5, 9])
+    pair, patches = runs(subject), [*every_patch((1,)), Patch("mlp_out", 0, mask([]))]
     whole = readout.logits(subject, replay.interchange(subject, *pair, patches), rows)
     kept = replay.interchange(subject, *pair, patches, readout=lambda resid: readout.logits(subject, resid, rows))
     torch.testing.assert_close(kept, whole)
@@ -106,23 +97,17 @@ def test_the_grid_ends_in_the_clean_runs() -> None:
     torch.testing.assert_close(whole[:, :, 0], source.resid_post[3][:, None, -1].expand(-1, 4, -1), rtol=0, atol=2e-5)
 
 
-def test_a_patch_that_changes_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_calls_a_layer_once_and_none_for_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first different token, and for a value that is the base's own, the base's residual comes back bit for bit."""
-    subject = tiny_subject("qwen2")
+    subject, plain, called = tiny_subject("qwen2"), propagation.replay_layer, []
     base, source = runs(subject)
-    monkeypatch.setattr(propagation, "replay_layer", lambda *_: pytest.fail("nothing had to be computed"))
+    monkeypatch.setattr(propagation, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
+    replay.interchange(subject, base, source, [Patch("mlp_out", layer, mask([8])) for layer in range(4)])
+    assert called == [1, 2, 3]
     patches = [Patch(site, 0, mask([0, 1]), index) for site, index in SITES]
     patches.append(Patch("mlp_out", 1, mask([5]), value=base.mlp_out[1]))
     got = replay.interchange(subject, base, source, patches)
-    assert torch.equal(got, base.resid_post[3][:, None, -1:].expand_as(got))
-
-
-def test_one_sweep_calls_every_layer_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, plain = tiny_subject("llama"), propagation.replay_layer
-    pair, called = runs(subject), []
-    monkeypatch.setattr(propagation, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
-    replay.interchange(subject, *pair, [Patch("mlp_out", layer, mask([8])) for layer in range(4)])
-    assert called == [1, 2, 3]
+    assert torch.equal(got, base.resid_post[3][:, None, -1:].expand_as(got)) and called == [1, 2, 3]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,63 +123,45 @@ def test_direct_effects_of_all_writes_add_up_to_the_whole(family: str) -> None:
         torch.testing.assert_close(change.sum(1) + embedding, whole, rtol=0, atol=1e-10)
         heads = replay.direct(subject, base, source, [Patch("head", 2, mask([8]), (0, 1, 2, 3))])
         torch.testing.assert_close(heads[:, 0, 0] - base.resid_post[3][:, -1], change[:, 4], rtol=0, atol=1e-10)
+        # A last layer's MLP has only a direct effect.
+        patches = [Patch("mlp_out", 3, mask([8])), Patch("neuron", 3, mask([8]), 3), Patch("mlp_out", 3, mask([4]))]
+        total, direct = (effect(subject, base, source, patches) for effect in (replay.interchange, replay.direct))
+        torch.testing.assert_close(total, direct)
+        assert torch.equal(direct[:, 2], base.resid_post[3][:, -1:])
 
 
-def test_a_last_layer_mlp_has_only_a_direct_effect() -> None:
-    subject = tiny_subject("gemma2")
-    pair = runs(subject)
-    patches = [Patch("mlp_out", 3, mask([8])), Patch("neuron", 3, mask([8]), 3), Patch("mlp_out", 3, mask([4]))]
-    total, direct = replay.interchange(subject, *pair, patches), replay.direct(subject, *pair, patches)
-    torch.testing.assert_close(total, direct)
-    assert torch.equal(direct[:, 2], pair[0].resid_post[3][:, -1:])
-
-
-def test_a_pair_does_not_feel_its_neighbours() -> None:
+def test_a_pair_does_not_feel_its_neighbours_and_a_rerun_gives_the_same_bytes() -> None:
     subject = tiny_subject("qwen2", torch.float64)
     base, source = runs(subject)
     whole = replay.interchange(subject, base, source, every_patch((1,)))
     alone = [activations.clean_run(subject, run.tokens[1:2]) for run in (base, source)]
     cut = [Patch(p.site, p.layer, p.positions[1:2], p.index) for p in every_patch((1,))]
     torch.testing.assert_close(replay.interchange(subject, *alone, cut)[0], whole[1], rtol=0, atol=1e-6)
+    assert torch.equal(replay.interchange(subject, *runs(subject), every_patch((1,))), whole)
 
 
-def test_a_rerun_gives_the_same_bytes() -> None:
-    subject = tiny_subject("phi3")
-    first, again = (replay.interchange(subject, *runs(subject), every_patch((0, 2))) for _ in range(2))
-    assert torch.equal(first, again)
+FINE, LEAN = Patch("mlp_out", 0, mask([1])), ("resid", "attn_out", "cache")
+WRONG: list[tuple[str, dict]] = [
+    ("unknown site 'resid_mid'; expected one of resid_post", {"patch": Patch("resid_mid", 0, mask([1]))}),
+    ("layer 4 of mlp_out does not exist; layers are 0 to 3", {"patch": Patch("mlp_out", 4, mask([1]))}),
+    (r"mask of shape \(3, 9\)", {"patch": Patch("mlp_out", 0, mask([1])[:, :5])}),
+    ("takes no index", {"patch": Patch("mlp_out", 0, mask([1]), 2)}),
+    ("expected one or several different ones of 0 to 3", {"patch": Patch("head", 0, mask([1]))}),
+    ("0 to 3", {"patch": Patch("head", 0, mask([1]), 4)}), ("0 to 47", {"patch": Patch("neuron", 0, mask([1]), (3, 3))}),
+    ("no patches", {"patch": ()}), ("pairs of equal length", {"width": 8}), ("do not exist", {"read": (9,)}),
+    ("add 'mlp_out' to clean_run's keep", {"keep": LEAN}), ("keep names residual", {"keep": ("residual",)}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("patch", "message"),
-    [
-        (Patch("resid_mid", 0, mask([1])), "unknown site 'resid_mid'; expected one of resid_post"),
-        (Patch("mlp_out", 4, mask([1])), "layer 4 of mlp_out does not exist; layers are 0 to 3"),
-        (Patch("mlp_out", 0, mask([1])[:, :5]), r"mask of shape \(3, 9\)"),
-        (Patch("mlp_out", 0, mask([1]), 2), "takes no index"),
-        (Patch("head", 0, mask([1])), "expected one or several different ones of 0 to 3"),
-        (Patch("head", 0, mask([1]), 4), "0 to 3"),
-        (Patch("neuron", 0, mask([1]), (3, 3)), "0 to 47"),
-        ((), "no patches"),
-    ],
-)
-def test_wrong_patches_are_named(patch: Patch, message: str) -> None:
-    subject = tiny_subject("llama")
-    with pytest.raises(InputError, match=message):
-        replay.interchange(subject, *runs(subject), [patch])
-
-
-def test_wrong_runs_and_read_positions_are_named() -> None:
+@pytest.mark.parametrize(("message", "wrong"), WRONG)
+def test_wrong_patches_runs_and_read_positions_are_named(message: str, wrong: dict) -> None:
     subject = tiny_subject("llama")
     base, source = runs(subject)
-    patches = [Patch("mlp_out", 0, mask([1]))]
-    with pytest.raises(InputError, match="pairs of equal length"):
-        replay.interchange(subject, base, activations.clean_run(subject, tokens(3, 8)), patches)
-    with pytest.raises(InputError, match="do not exist"):
-        replay.interchange(subject, base, source, patches, read=(9,))
-    lean = activations.clean_run(subject, base.tokens, keep=("resid", "attn_out", "cache"))
-    with pytest.raises(InputError, match="add 'mlp_out' to clean_run's keep"):
-        replay.interchange(subject, lean, source, patches)
-    with pytest.raises(InputError, match="keep names residual"):
-        activations.clean_run(subject, base.tokens, keep=("residual",))
+    with pytest.raises(InputError, match=message):
+        if "keep" in wrong:
+            base = activations.clean_run(subject, base.tokens, keep=wrong["keep"])
+        if "width" in wrong:
+            source = activations.clean_run(subject, tokens(3, wrong["width"]))
+        replay.interchange(subject, base, source, [wrong.get("patch", FINE)], read=wrong.get("read", (-1,)))
     with pytest.raises(InputError, match=r"integers of shape \(pair, pos\), not torch.int64 \(9,\)"):
         activations.clean_run(subject, base.tokens[0])

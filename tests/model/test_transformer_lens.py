@@ -1,7 +1,6 @@
 """The grid against TransformerLens, the tool that readers know; and the trap in one of its hooks."""
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,8 @@ HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out"
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return made(request.param, tmp_path_factory.mktemp("tokenizer"))
-
-
-def made(family: str, folder: Path) -> Subject:
-    return from_model(tiny_model(family, attention="eager"), tiny_tokenizer(folder), family)
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return from_model(tiny_model(request.param, attention="eager"), tokenizer, request.param)
 
 
 def test_patching_by_transformer_lens_gives_the_same_logits(subject: Subject) -> None:
@@ -38,9 +34,7 @@ def test_patching_by_transformer_lens_gives_the_same_logits(subject: Subject) ->
     fast = readout.logits(subject, replay.interchange(subject, base, source, patches))[:, :, 0]
     for i, patch in enumerate(patches):
         name = f"blocks.{patch.layer}.{HOOKS[patch.site]}"
-        hook = partial(
-            set_cell, cache[name], (slice(None), -1) if patch.index is None else (slice(None), -1, patch.index)
-        )
+        hook = partial(set_cell, cache[name], (slice(None), -1, slice(None) if patch.index is None else patch.index))
         plain = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, hook)])[:, -1]
         torch.testing.assert_close(fast[:, i], plain, rtol=0, atol=1e-5, msg=f"{patch.site} {patch.layer}")
 
@@ -54,25 +48,24 @@ def set_cell(clean: Tensor, cell: tuple, value: Tensor, hook: object) -> Tensor:
 def test_hook_resid_mid_misses_the_skip_path(subject: Subject) -> None:
     """A tensor returned at `hook_resid_mid` reaches the MLP but not the residual stream; written in place it does.
 
-    The whole residual between attention and MLP at one position is all that the rest of the layer sees there, so
-    setting it to the source's at the last layer must give the source's outcome.
+    It is all that the rest of the layer sees, so setting it to the source's at the last layer must give the source's outcome.
     """
     base, source = runs(subject)
     lens, name = bridge(subject), "blocks.3.hook_resid_mid"
     wanted, cache = lens.run_with_cache(source.tokens)
     clean = cache[name].clone()
-    returned = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, lambda value, hook: clean.clone())])[:, -1]
 
     def in_place(value: Tensor, hook: object) -> None:
         value.copy_(clean)
 
-    written = lens.run_with_hooks(base.tokens, fwd_hooks=[(name, in_place)])[:, -1]
+    hooks = (lambda value, hook: clean.clone(), in_place)
+    returned, written = (lens.run_with_hooks(base.tokens, fwd_hooks=[(name, hook)])[:, -1] for hook in hooks)
     torch.testing.assert_close(written, wanted[:, -1], rtol=0, atol=1e-5)
     assert float((returned - wanted[:, -1]).detach().abs().max()) > 0.1
 
 
-def test_the_bridge_is_a_twin_that_shares_weights(tmp_path: Path) -> None:
-    subject, ids = made("llama", tmp_path), torch.arange(3, 12)[None]
+def test_the_bridge_is_a_twin_that_shares_weights(subject: Subject) -> None:
+    ids = torch.arange(3, 12)[None]
     before = subject.model(ids).logits
     lens = bridge(subject)
     assert lens.original_model is not subject.model

@@ -25,12 +25,8 @@ SMALL = {
     "sliding_window": 4, "query_pre_attn_scalar": 8, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
-PARALLEL, EXPERTS, UNKNOWN, PARTS = (
-    "parallel residual",
-    "a mixture of experts",
-    "unknown architecture",
-    "put together in a way",
-)
+PARALLEL, EXPERTS, UNKNOWN = "parallel residual", "a mixture of experts", "unknown architecture"
+PARTS = "put together in a way"
 HALF_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
             "original_max_position_embeddings": 6}  # fmt: skip
@@ -79,11 +75,10 @@ def test_as_many_as_the_title_says() -> None:
     assert len({kind for kind, _, refusal in TRIED if not refusal}) == 30  # architectures that are exact
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "refusal"),
-    TRIED,
-    ids=["-".join([kind, *c, "refused" if r else "exact"]) for kind, c, r in TRIED],
-)
+IDS = ["-".join([kind, *changes, "refused" if refusal else "exact"]) for kind, changes, refusal in TRIED]
+
+
+@pytest.mark.parametrize(("kind", "changes", "refusal"), TRIED, ids=IDS)
 def test_exact_at_every_site_or_refused(kind: str, changes: dict[str, Any], refusal: str) -> None:
     model = tiny(kind, changes)
     if refusal:

@@ -1,25 +1,27 @@
-"""Prompt sets: everything that a user's folder may get wrong, and splits by topic."""
+"""Prompt sets: everything that a user's folder may get wrong, splits by topic, and fewer pairs that keep all of that."""
 
 import hashlib
+import itertools
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from companion.base.errors import InputError
 from companion.prompts import pairs
-from companion.prompts.pairs import SPLITS, Pair, load_set, shown
+from companion.prompts.pairs import SPLITS, Pair, load_set, shown, subsample
 
 OUTCOME = {"comply": ["yes"], "refuse": ["no"]}
+SHARES = dict(zip(SPLITS, (0.4, 0.3, 0.3), strict=True))
 
 
 def rows(n: int = 12, **changes: object) -> list[dict]:
     """Valid T2 pairs of as many topics; `changes` go into the pair of line 3."""
-    made = [
-        {"id": f"p{i}", "treatment": "T2", "topic": f"topic {i}", "control": f"off {i}", "treated": f"on {i}"}
-        for i in range(n)
-    ]
+    texts = [{"topic": f"topic {i}", "control": f"off {i}", "treated": f"on {i}"} for i in range(n)]
+    made = [{"id": f"p{i}", "treatment": "T2"} | some for i, some in enumerate(texts)]
     made[2] |= changes
     return made
 
@@ -37,21 +39,11 @@ def test_a_valid_set_is_read(tmp_path: Path) -> None:
     pairs = rows(spans={"treated": {"verb": [0, 2]}}, family="tale", split="test")
     content = load_set(folder(tmp_path, pairs))
     assert [pair.id for pair in content.pairs] == [f"p{i}" for i in range(12)]
-    assert content.pairs[2] == Pair(
-        "p2", "T2", "topic 2", "off 2", "on 2", "test", None, "tale", {"treated": {"verb": (0, 2)}}
-    )
+    spans = {"treated": {"verb": (0, 2)}}
+    assert content.pairs[2] == Pair("p2", "T2", "topic 2", "off 2", "on 2", "test", None, "tale", spans)
     assert content.outcomes == {"T2": (("yes",), ("no",))}
     both = (tmp_path / "pairs.jsonl").read_bytes() + (tmp_path / "outcome.json").read_bytes()
     assert content.sha256 == hashlib.sha256(both).hexdigest()
-
-
-def test_a_file_from_windows_with_names_in_any_script_is_read(tmp_path: Path) -> None:
-    """A byte order mark, line ends of two characters, letters written from right to left, and pictures."""
-    made = [row | {"id": f"\u05d0-\U0001f642-{i}", "topic": f"\u0645 {i}"} for i, row in enumerate(rows())]
-    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in made)
-    content = load_set(folder(tmp_path, b"\xef\xbb\xbf" + text.encode()))
-    assert [pair.id for pair in content.pairs] == [row["id"] for row in made]
-    assert [pair.topic for pair in content.pairs] == [row["topic"] for row in made]
 
 
 def test_the_shipped_set_is_valid() -> None:
@@ -65,7 +57,7 @@ def test_the_shipped_set_is_valid() -> None:
     for treatment in content.treatments:
         topics = {(pair.topic, pair.split) for pair in content.pairs if pair.treatment == treatment}
         shares = Counter(split for _, split in topics)
-        assert [round(shares[split] / len(topics), 1) for split in SPLITS] == [0.4, 0.3, 0.3]
+        assert {split: round(shares[split] / len(topics), 1) for split in SPLITS} == SHARES
 
 
 WRONG = {
@@ -89,43 +81,35 @@ WRONG = {
     "twin of the wrong treatment": ({"twin": "p3"}, "a T2 pair names a T2b pair"),
     "twin of a benign pair": ({"treatment": "B1", "twin": "p3"}, "a T2 pair names a T2b pair"),
 }  # fmt: skip
-
-
 WRONG |= {f"no {name}": ({name: None}, f"line 3: '{name}' must be a non-empty string") for name in pairs.REQUIRED}
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_pairs_are_named(tmp_path: Path, case: str) -> None:
-    changes, message = WRONG[case]
-    with pytest.raises(InputError) as caught:
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_pairs_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=rf"pairs\.jsonl.*{re.escape(message)}"):
         load_set(folder(tmp_path, rows(**changes)))
-    assert message in str(caught.value)
-    assert "pairs.jsonl" in str(caught.value)
 
 
-def test_broken_lines_are_named(tmp_path: Path) -> None:
-    lines = [json.dumps(row) for row in rows()]
-    lines[6] = lines[6][:-1]
-    with pytest.raises(InputError, match="line 8: broken JSON"):
-        load_set(folder(tmp_path, "\n" + "\n".join(lines)))
-    with pytest.raises(InputError, match="line 1: expected a JSON object with id, treatment"):
-        load_set(folder(tmp_path, '["p0"]\n'))
+def test_broken_lines_and_too_few_are_named(tmp_path: Path) -> None:
+    lines = ["", *(json.dumps(row) for row in rows())]
+    lines[7] = lines[7][:-1]
+    for content, message in (
+        ("\n".join(lines), "line 8: broken JSON"), ('["p0"]\n', "line 1: expected a JSON object with id, treatment"),
+        ("öffne".encode("latin-1"), r"pairs\.jsonl: not UTF-8 text \(byte \d+\); save"),
+        (rows(9), "9 pairs, at least 10 are needed"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            load_set(folder(tmp_path, content))
+    assert len(load_set(folder(tmp_path, rows(10))).pairs) == 10
 
 
-def test_encodings_and_line_ends(tmp_path: Path) -> None:
-    """Unicode's own line ends do not end a line, and a byte order mark is no content."""
-    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows(treated="on\u2028here\u0085 öffne"))
+def test_a_file_from_windows_with_names_in_any_script_is_read(tmp_path: Path) -> None:
+    """A byte order mark is no content, Unicode's own line ends do not end a line; letters from right to left, and pictures."""
+    made = [row | {"id": f"\u05d0-\U0001f642-{i}"} for i, row in enumerate(rows(treated="on\u2028here\u0085 öffne"))]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in made)
     for mark in (b"", b"\xef\xbb\xbf"):
         content = load_set(folder(tmp_path, mark + text.encode()))
-        assert len(content.pairs) == 12 and content.pairs[2].treated == "on\u2028here\u0085 öffne"
-    with pytest.raises(InputError, match=r"pairs\.jsonl: not UTF-8 text \(byte \d+\); save"):
-        load_set(folder(tmp_path, text.replace("\u2028", "").encode("latin-1")))
-
-
-def test_fewer_than_ten_pairs(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="9 pairs, at least 10 are needed"):
-        load_set(folder(tmp_path, rows(9)))
-    assert len(load_set(folder(tmp_path, rows(10))).pairs) == 10
+        assert [(pair.id, pair.treated) for pair in content.pairs] == [(row["id"], row["treated"]) for row in made]
 
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
@@ -141,20 +125,18 @@ OUTCOMES = {
     "broken": ('{"comply": ["yes"],\n "refuse": }', "outcome.json, line 2: broken JSON"),
     "a list": ([1], 'expected {"comply"'),
     "no refuse": ({"comply": ["yes"]}, "'refuse' must be a non-empty list of strings"),
-    "empty": ({"comply": [], "refuse": ["no"]}, "'comply' must be a non-empty list of strings"),
-    "blank string": ({"comply": [""], "refuse": ["no"]}, "'comply' must be a non-empty list of strings"),
-    "a string for a list": ({"comply": "yes", "refuse": ["no"]}, "'comply' must be a non-empty list of strings"),
+    "empty": (OUTCOME | {"comply": []}, "'comply' must be a non-empty list of strings"),
+    "blank string": (OUTCOME | {"comply": [""]}, "'comply' must be a non-empty list of strings"),
+    "a string for a list": (OUTCOME | {"comply": "yes"}, "'comply' must be a non-empty list of strings"),
     "treatment without": ({"T1": OUTCOME}, "no outcome strings for treatment T2; give one object for all"),
     "treatment with a wrong one": ({"T2": ["yes", "no"]}, "outcome.json, T2: 'comply' must be"),
 }
 
 
-@pytest.mark.parametrize("case", OUTCOMES)
-def test_wrong_outcomes_are_named(tmp_path: Path, case: str) -> None:
-    outcome, message = OUTCOMES[case]
-    with pytest.raises(InputError) as caught:
+@pytest.mark.parametrize(("outcome", "message"), OUTCOMES.values(), ids=OUTCOMES)
+def test_wrong_outcomes_are_named(tmp_path: Path, outcome: object, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         load_set(folder(tmp_path, rows(), outcome))
-    assert message in str(caught.value)
 
 
 def test_one_outcome_for_all_or_one_each(tmp_path: Path) -> None:
@@ -164,63 +146,47 @@ def test_one_outcome_for_all_or_one_each(tmp_path: Path) -> None:
     assert load_set(folder(tmp_path, pairs, each)).outcomes["B1"] == (("low", "deep"), ("high",))
 
 
-def topics(n: int, given: dict[int, str] | None = None, repeats: int = 1) -> list[dict]:
-    return [
-        {"id": f"{i}.{k}", "treatment": "T1", "topic": f"topic {i}", "control": "a", "treated": "b"}
-        | ({"split": given[i]} if given and i in given and k == 0 else {})
-        for i in range(n)
-        for k in range(repeats)
-    ]
+def topics(n: int, given: dict[int, str] | None = None, repeats: int = 2) -> list[dict]:
+    """The first row of a topic has the split that is given for it."""
+    row = {"treatment": "T1", "control": "a", "treated": "b"}
+    made = [row | {"id": f"{i}.{k}", "topic": f"topic {i}"} for i in range(n) for k in range(repeats)]
+    for i, split in (given or {}).items():
+        made[i * repeats]["split"] = split
+    return made
 
 
-@pytest.mark.parametrize("n", [10, 100, 123])
-def test_topics_are_split_40_30_30(tmp_path: Path, n: int) -> None:
-    content = load_set(folder(tmp_path, topics(n, repeats=2)))
-    splits = {pair.topic: pair.split for pair in content.pairs}
-    assert all(pair.split == splits[pair.topic] for pair in content.pairs)
-    counts = Counter(splits.values())
-    for split, share in zip(SPLITS, (0.4, 0.3, 0.3), strict=True):
-        assert abs(counts[split] - share * n) < 1
+def split_of(place: Path) -> dict[str, str]:
+    """The split of every topic, of which each has one."""
+    pairs = {(pair.topic, pair.split) for pair in load_set(place).pairs}
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)
 
 
-def test_splits_depend_on_nothing_but_the_topics(tmp_path: Path) -> None:
-    first = {pair.topic: pair.split for pair in load_set(folder(tmp_path, topics(40))).pairs}
-    again = {pair.topic: pair.split for pair in load_set(folder(tmp_path, topics(40, repeats=3)[::-1])).pairs}
-    assert first == again
+def test_topics_are_split_40_30_30_by_nothing_but_the_topics(tmp_path: Path) -> None:
+    for n in (10, 100, 123):
+        counts = Counter(split_of(folder(tmp_path, topics(n))).values())
+        assert all(abs(counts[split] - share * n) < 1 for split, share in SHARES.items())
+    first = split_of(folder(tmp_path, topics(40)))
+    assert first == split_of(folder(tmp_path, topics(40, repeats=3)[::-1]))
     # Not the order of the names either: a set written topic by topic would put one kind of topic into one split.
     in_order = [first[name] for name in sorted(first)]
     assert in_order != sorted(in_order, key=SPLITS.index)
 
 
 def test_given_splits_stay_and_hold_for_the_whole_topic(tmp_path: Path) -> None:
-    given = {0: "test", 1: "test", 2: "discover"}
-    content = load_set(folder(tmp_path, topics(23, given, repeats=2)))
-    splits = {pair.topic: pair.split for pair in content.pairs}
-    assert [splits[f"topic {i}"] for i in range(3)] == ["test", "test", "discover"]
-    assert all(pair.split == splits[pair.topic] for pair in content.pairs)
-    assert Counter(splits[f"topic {i}"] for i in range(3, 23)) == {"discover": 8, "validate": 6, "test": 6}
-
-
-def test_a_topic_in_two_splits(tmp_path: Path) -> None:
-    pairs = topics(12, {3: "test"}, repeats=2)
+    splits = split_of(folder(tmp_path, topics(23, {0: "test", 1: "test", 2: "discover"})))
+    assert [splits.pop(f"topic {i}") for i in range(3)] == ["test", "test", "discover"]
+    assert Counter(splits.values()) == {"discover": 8, "validate": 6, "test": 6}
+    pairs = topics(12, {3: "test"})
     pairs[7]["split"] = "discover"
-    with pytest.raises(
-        InputError, match=r"topic 'topic 3' is in two splits \(test, discover\); a topic belongs to one"
-    ):
+    with pytest.raises(InputError, match=r"topic 'topic 3' is in two splits \(test, discover\)"):
         load_set(folder(tmp_path, pairs))
 
 
-NOTES = [
-    (None, False),
-    ('{"sensitive": false}', False),
-    ('{"sensitive": true}', True),
-    ("{}", True),
-    ("{", True),
-    ("[]", True),
-]
+NOTES = {None: False, '{"sensitive": false}': False, '{"sensitive": true}': True, "{}": True, "{": True, "[]": True}
 
 
-@pytest.mark.parametrize(("note", "hidden"), NOTES)
+@pytest.mark.parametrize(("note", "hidden"), NOTES.items())
 def test_a_set_is_sensitive_if_its_note_does_not_deny_it(tmp_path: Path, note: str | None, hidden: bool) -> None:
     place = folder(tmp_path, rows())
     if note is not None:
@@ -228,3 +194,51 @@ def test_a_set_is_sensitive_if_its_note_does_not_deny_it(tmp_path: Path, note: s
     pair = load_set(place).pairs[3]
     assert pair.sensitive is hidden
     assert ("on 3" in shown(pair, "treated")) is not hidden and (pair.id in shown(pair, "treated")) is hidden
+
+
+# ---- fewer pairs ----
+
+
+def paired(n_topics: int = 20, repeats: int = 3) -> list[Pair]:
+    """T2 pairs and their twins, whose order in the file is the reverse; 40/30/30 of the topics in each split."""
+    splits = [split for split, share in SHARES.items() for _ in range(round(share * n_topics))]
+    made = []
+    for treatment in ("T2", "T2b", "B1"):
+        for topic, k in itertools.product(range(n_topics), range(repeats)):
+            twin = f"T2b-{topic}.{k}" if treatment == "T2" else None
+            made.append(Pair(f"{treatment}-{topic}.{k}", treatment, str(topic), "a", "b", splits[topic], twin))
+    return made[: n_topics * repeats] + made[n_topics * repeats :][::-1]
+
+
+@pytest.mark.parametrize("n", [10, 11, 17, 24, 33, 40, 57])
+def test_limit_keeps_at_most_n_of_each_split(n: int) -> None:
+    kept = subsample(paired(), n)
+    for treatment in ("T2", "T2b", "B1"):
+        splits = Counter(pair.split for pair in kept if pair.treatment == treatment)
+        assert n - 3 < splits.total() <= n
+        assert all(abs(splits[split] - share * n) < 1.001 for split, share in SHARES.items())
+
+
+def test_limit_keeps_twins_topics_and_the_order_and_does_not_depend_on_it() -> None:
+    pairs = paired()
+    kept = subsample(pairs, 20)
+    assert [pair for pair in pairs if pair in kept] == list(kept)
+    harmful = [pair for pair in kept if pair.treatment == "T2"]
+    assert {pair.twin for pair in harmful} == {pair.id for pair in kept if pair.treatment == "T2b"}
+    assert len({pair.topic for pair in harmful}) == 20  # every topic once before any topic twice
+    alone = [replace(pair, twin=None) for pair in pairs]
+    assert Counter(pair.treatment for pair in subsample(alone, 20)) == {"T2": 20, "T2b": 20, "B1": 20}
+    assert {pair.id for pair in subsample(pairs, 23)} == {pair.id for pair in subsample(pairs[::-1], 23)}
+    assert subsample(pairs, 0) == subsample(pairs, 10_000) == tuple(pairs)
+    for n in (-1, 1, 9):
+        with pytest.raises(InputError, match=f"--pairs {n}: at least 10 pairs"):
+            subsample(pairs, n)
+
+
+def test_limit_keeps_the_kinds_of_the_shipped_set() -> None:
+    pairs = [pair for pair in load_set("embedded").pairs if pair.treatment == "T1"]
+    kept = subsample(pairs, 120)
+    assert len({pair.topic for pair in kept}) == 120
+    for split in SPLITS:
+        whole, few = (Counter(p.family for p in some if p.split == split) for some in (pairs, kept))
+        assert all(abs(few[kind] / few.total() - whole[kind] / whole.total()) < 0.2 for kind in whole)

@@ -1,6 +1,7 @@
 """Public sets by name: columns, correspondence of rows, access, and partners by length. All rows are placeholders."""
 
 from dataclasses import replace
+from unittest import mock
 
 import datasets
 import pytest
@@ -64,11 +65,9 @@ def test_rows_that_correspond_are_paired_by_index(served: dict) -> None:
     rows = public.load_rows("jailbreakbench")
     assert (rows.harmful[1].text, rows.harmless[1].text) == ("w20 w31", "w21 w31")
     assert rows.harmful[1].id == "jailbreakbench-001" and len(rows.harmful[1].sha256) == 64
-    for sides, message in (
-        (jbb(Category="c9"), r"\(row 2 differs in its category\)"),
-        (jbb(Goal=" "), r"\(row 2 has no harmless request\)"),
-        (jbb() | {"benign": jbb(11)["benign"]}, ""),
-    ):
+    category, blank = r"\(row 2 differs in its category\)", r"\(row 2 has no harmless request\)"
+    longer = jbb() | {"benign": jbb(11)["benign"]}
+    for sides, message in ((jbb(Category="c9"), category), (jbb(Goal=" "), blank), (longer, "")):
         served["JailbreakBench/JBB-Behaviors"] = sides
         with pytest.raises(InputError, match=f"do not correspond {message}"):
             public.load_rows("jailbreakbench")
@@ -101,24 +100,18 @@ def caused(cause: Exception) -> Exception:
 
 REFUSALS = [
     (ConnectionError("Couldn't reach the Hub"), "the hub cannot be reached: connect, unset HF_HUB_OFFLINE"),
-    (
-        RuntimeError("Dataset scripts are no longer supported, but found StrongREJECT.py"),
-        r"^strongreject \(walledai/StrongREJECT\) is read by a script of its own.*: name another set",
-    ),
+    (RuntimeError("Dataset scripts are no longer supported, but found x"), r"^strongreject \(.*\) is read by a script of its"),
     (RuntimeError("request 17"), r"^the transfer of strongreject \(.*\) broke off .*: run the same command"),
     (caused(RuntimeError("request 17")), r"broke off \(RuntimeError\): run the same command again"),
     (caused(ValueError("request 17")), r"could not be loaded \(DatasetGenerationError\)"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "message"), REFUSALS)
-def test_every_error_of_the_datasets_library_is_one_sentence(
+def test_every_error_of_the_library_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
     with pytest.raises(InputError, match=message) as caught:
         public.load_rows("strongreject")
     assert "\n" not in str(caught.value) and "request 17" not in str(caught.value), "a row may be quoted in it"
@@ -127,13 +120,10 @@ def test_every_error_of_the_datasets_library_is_one_sentence(
 NOTHING_USABLE = ["strongreject,nosuch", "strongreject,strongreject", "alpaca", "strongreject,alpaca", "alpaca+alpaca"]
 
 
-@pytest.mark.parametrize("name", NOTHING_USABLE)
-def test_names_that_ask_for_nothing_usable(name: str) -> None:
-    with pytest.raises(InputError, match="--prompts"):
-        public.parse(name)
-
-
-def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_usable_is_asked_for_and_no_cache_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NOTHING_USABLE:
+        with pytest.raises(InputError, match="--prompts"):
+            public.parse(name)
     monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
     with pytest.raises(InputError, match="lies inside the repository"):
         public.cache()
@@ -146,28 +136,12 @@ def test_a_request_seen_before_is_left_out_with_its_partner(served: dict) -> Non
     assert public.unseen(twice, set()) == rows
 
 
+TEXTS = ["paint the red barn", "Paint the red barn!", "paint the barn", "paint a house", "sing", "", "", "red barn the"]
+
+
 def test_near_duplicates_are_one_topic() -> None:
     """Public sets repeat requests in other words; as independent topics they make every interval too narrow."""
-    texts = [
-        "paint the red barn",
-        "Paint the red barn!",
-        "paint the barn",
-        "paint a house",
-        "sing",
-        "",
-        "",
-        "red barn the",
-    ]
-    assert public.near_duplicates(texts) == [
-        0,
-        0,
-        0,
-        1,
-        2,
-        3,
-        4,
-        0,
-    ]  # "red barn the" shares 3 of 4 words with the first
+    assert public.near_duplicates(TEXTS) == [0, 0, 0, 1, 2, 3, 4, 0]  # the last shares 3 of 4 words with the first
     many = [f"word{i} other{i} third{i} fourth{i // 2}" for i in range(public.BLOCK + 20)]  # two of six: two topics
     assert public.near_duplicates(many) == list(range(len(many)))
     assert public.near_duplicates([*many, many[7]])[-1] == 7  # across blocks

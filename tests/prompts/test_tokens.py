@@ -33,9 +33,7 @@ def test_the_template_and_its_generation_prompt_are_around_the_text() -> None:
     rendered = chat.render_prompt(WORDS, "do off now")
     assert rendered[start:].startswith("do off now")
     assert [rendered[a:b] for a, b in offsets][2:5] == ["do", "off", "now"]
-
-
-def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
+    # A tokenizer that adds its own <bos> adds no second one.
     tokenizer = handmade.word_tokenizer()
     bos = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $0", special_tokens=[("<bos>", bos)])
@@ -43,10 +41,11 @@ def test_a_tokenizer_that_adds_its_own_bos_adds_no_second_one() -> None:
     assert tokens.encode(tokenizer, "do off")[0].tolist().count(bos) == 1
 
 
+TURNS = ["do off", "  do off", "do off \n", " do  off ", "user", "assistant", "<user>", "kind <end>", "e"]
+
+
 @pytest.mark.parametrize("template", [handmade.TEMPLATE, handmade.STRIPPED, handmade.WITH_SYSTEM, handmade.BARE])
-@pytest.mark.parametrize(
-    "text", ["do off", "  do off", "do off \n", " do  off ", "user", "assistant", "<user>", "kind <end>", "e"]
-)
+@pytest.mark.parametrize("text", TURNS)
 def test_the_user_turn_is_found(template: str, text: str) -> None:
     tokenizer = byte_tokenizer(template)
     rendered = chat.render_prompt(tokenizer, text)
@@ -61,25 +60,22 @@ def test_the_user_turn_is_found(template: str, text: str) -> None:
 
 
 def test_templates_that_cannot_be_used() -> None:
-    for template in (None, ""):
-        with pytest.raises(InputError, match=r"no chat template: .*chat_template.jinja"):
-            chat.render_prompt(handmade.word_tokenizer(template), "do off")
-    for change in ("m.content | upper", "'nothing'"):
-        tokenizer = handmade.word_tokenizer(handmade.TEMPLATE.replace("m.content", change))
-        with pytest.raises(InputError, match="changes the user turn's text"):
-            tokens.encode(tokenizer, "do off")
+    changed = [handmade.TEMPLATE.replace("m.content", change) for change in ("m.content | upper", "'nothing'")]
+    missing, other = "no chat template: .*chat_template.jinja", "changes the user turn's text"
+    for template, message in ((None, missing), ("", missing), *((text, other) for text in changed)):
+        with pytest.raises(InputError, match=message):
+            tokens.encode(handmade.word_tokenizer(template), "do off")
 
 
-@pytest.mark.parametrize(
-    ("template", "place", "words"),
-    [
-        (handmade.TEMPLATE, "system turn", "<bos> <system> be kind <end> <user> do off <end> <assistant>"),
-        (handmade.NO_SYSTEM, "head of the user turn", "<bos> <user> be kind do off <end> <assistant>"),
-        (handmade.DROPS_SYSTEM, "head of the user turn", "<bos> <user> be kind do off <end> <assistant>"),
-        (handmade.LAST_TURN, "not possible", ""),
-        (None, "not possible", ""),
-    ],
-)
+HEAD = ("head of the user turn", "<bos> <user> be kind do off <end> <assistant>")
+PLACES = [
+    (handmade.TEMPLATE, "system turn", "<bos> <system> be kind <end> <user> do off <end> <assistant>"),
+    (handmade.NO_SYSTEM, *HEAD), (handmade.DROPS_SYSTEM, *HEAD),
+    (handmade.LAST_TURN, "not possible", ""), (None, "not possible", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "place", "words"), PLACES)
 def test_a_sentence_stands_where_the_template_shows_it(template: str | None, place: str, words: str) -> None:
     tokenizer = handmade.word_tokenizer(template)
     assert chat.system_place(tokenizer) == chat.system_place(tokenizer, "be kind") == place
@@ -90,22 +86,19 @@ def test_a_sentence_stands_where_the_template_shows_it(template: str | None, pla
             tokens.encode_behind(tokenizer, "be kind", "do off")
 
 
-def test_pairs_of_unequal_length_are_dropped_and_counted() -> None:
+def test_pairs_of_unequal_length_are_dropped_and_counted_and_too_few_say_why() -> None:
     fine = [pair(f"do off {word}", f"do on {word}", word) for word in ("now", "it", "please") for _ in range(4)]
     wrong = [pair("do off", "do on it"), pair("do off it", "do on"), pair("do  off", "do off "), pair("it ?", "it !")]
     kept, dropped = tokens.tokenize([*fine, *wrong], WORDS)
-    assert [made.pair for made in kept] == fine
-    assert dropped == {"unequal token length": 2, "same tokens on both sides": 2}
     made = kept[0]
+    assert [one.pair for one in kept] == fine
+    assert dropped == {"unequal token length": 2, "same tokens on both sides": 2}
     assert made.control.shape == made.treated.shape == (7,)
     assert np.flatnonzero(made.control != made.treated).tolist() == [3]
     for side in ("control", "treated"):
         ids, offsets, start = tokens.encode(WORDS, getattr(made.pair, side))
         assert (getattr(made, side) == ids).all() and (getattr(made, f"{side}_offsets") == offsets).all()
         assert getattr(made, f"{side}_start") == start
-
-
-def test_too_few_usable_pairs_say_why() -> None:
     pairs = [pair("do off now", "do on now")] * 9 + [pair("do off", "do on it")] * 3
     with pytest.raises(InputError, match=r"9 usable pairs of 12 \(3 with unequal token length\); at least 10"):
         tokens.tokenize(pairs, WORDS)
@@ -115,36 +108,30 @@ def test_too_few_usable_pairs_say_why() -> None:
 
 def test_openers_are_first_tokens_and_those_of_several_are_named() -> None:
     yes, well, no = WORDS.convert_tokens_to_ids(["yes", "well", "no"])
-    assert tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"] == tokens.Openers(
-        tuple(sorted((yes, well))), (no,)
-    )
+    found = tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"]
+    assert found == tokens.Openers(tuple(sorted((yes, well))), (no,))
     found = tokens.openers(prompt_set(("yes well", "yes now"), ("no",)), WORDS)["T2"]
-    assert found.comply == (yes,)
-    assert found.notes == tuple(
-        f"outcome string 'yes {word}' is 2 tokens; its first decides" for word in ("well", "now")
-    )
+    notes = tuple(f"outcome string 'yes {word}' is 2 tokens; its first decides" for word in ("well", "now"))
+    assert (found.comply, found.notes) == ((yes,), notes)
 
 
-def test_a_leading_space_is_significant() -> None:
+def test_a_leading_space_is_significant_and_an_opener_may_melt_into_the_prompt() -> None:
     tokenizer = byte_tokenizer(handmade.TEMPLATE.replace("<assistant> ", "<assistant>"), (("Ġ", "y"),))
     found = [tokens.openers(prompt_set((string,), ("no",)), tokenizer)["T2"].comply[0] for string in ("yes", " yes")]
     assert decoded(tokenizer, np.array(found)) == ["y", "Ġy"]
-
-
-def test_an_opener_that_melts_into_the_prompt() -> None:
     tokenizer = byte_tokenizer(handmade.TEMPLATE, (("Ġ", "y"),))  # this template ends in a space
     with pytest.raises(InputError, match="'yes' starts no token of its own behind the prompt"):
         tokens.openers(prompt_set(("yes",), ("no",)), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("comply", "refuse", "message"),
-    [
-        ((" ",), ("no",), "' ' starts no token of its own"),
-        (("perhaps",), ("no",), "'perhaps' starts with a word that the tokenizer does not know"),
-        (("yes well",), ("no", "yes now"), "outcome of T2: comply and refuse share the first token"),
-    ],
-)
-def test_openers_that_decide_nothing(comply: tuple[str, ...], refuse: tuple[str, ...], message: str) -> None:
+UNDECIDED = [
+    (" ", ("no",), "' ' starts no token of its own"),
+    ("perhaps", ("no",), "'perhaps' starts with a word that the tokenizer does not know"),
+    ("yes well", ("no", "yes now"), "outcome of T2: comply and refuse share the first token"),
+]
+
+
+@pytest.mark.parametrize(("comply", "refuse", "message"), UNDECIDED)
+def test_openers_that_decide_nothing(comply: str, refuse: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        tokens.openers(prompt_set(comply, refuse), WORDS)
+        tokens.openers(prompt_set((comply,), refuse), WORDS)

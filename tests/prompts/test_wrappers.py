@@ -12,8 +12,8 @@ GOOD = {"family": "tale", "neutral": "plain {request} end", "jailbreak": "other 
 
 
 def written(tmp_path: Path, *rows: object) -> Path:
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    (tmp_path / wrappers.FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (tmp_path / wrappers.FILE).write_text("".join(f"{line}\n" for line in lines))
     return tmp_path
 
 
@@ -21,6 +21,10 @@ def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
     place = written(tmp_path, GOOD, {**GOOD, "family": "play"})
     assert wrappers.read_wrappers(place) == wrappers.read_wrappers(place / wrappers.FILE)
     assert wrappers.read_wrappers(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
+    with pytest.raises(InputError, match="expected a file of JSON lines"):
+        wrappers.read_wrappers(tmp_path / "none")
+    with pytest.raises(InputError, match="no wrappers"):
+        wrappers.read_wrappers(written(tmp_path))
 
 
 WRONG = [
@@ -41,10 +45,3 @@ def test_what_is_wrong_with_a_wrapper_is_said(tmp_path: Path, row: object, messa
     with pytest.raises(InputError) as caught:
         wrappers.read_wrappers(written(tmp_path, GOOD, row))
     assert message in str(caught.value) and "plain" not in str(caught.value)
-
-
-def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected a file of JSON lines"):
-        wrappers.read_wrappers(tmp_path / "none")
-    with pytest.raises(InputError, match="no wrappers"):
-        wrappers.read_wrappers(written(tmp_path))

@@ -9,8 +9,6 @@ from scipy import stats as st
 from companion.base.errors import InputError
 from companion.stats.clusters import by_adjust, cluster_sums, clustered_t, contrast, mean, ratio, wilson
 
-# ---- cluster sums and statistics ----
-
 
 def test_cluster_sums_of_a_long_table(table):
     result = cluster_sums(table, "te", by=["treatment", "layer"], strata="treatment")
@@ -43,9 +41,6 @@ def test_statistics_by_hand():
     np.testing.assert_array_equal(value, [[2, np.nan]])
 
 
-# ---- tests of many cells ----
-
-
 def clustered_noise(rng, n_cells, n_clusters=36):
     sizes = np.arange(n_clusters) % 6 + 3
     cluster = np.repeat(np.arange(n_clusters), sizes)
@@ -68,9 +63,7 @@ def test_clustered_t_has_its_size_and_the_naive_test_has_not():
     values, cluster = clustered_noise(np.random.default_rng(15), 20_000)
     assert 0.04 < (clustered_t(values, cluster).p < 0.05).mean() < 0.065
     assert (st.ttest_1samp(values, 0).pvalue < 0.05).mean() > 0.25
-
-
-def test_clustered_t_of_cells_that_do_not_vary():
+    # Cells that do not vary.
     result = clustered_t(np.tile([0.0, 2.0], (6, 1)), np.repeat([0, 1, 2], 2))
     np.testing.assert_array_equal([result.t, result.p], [[0, np.inf], [1, 0]])
 
@@ -85,42 +78,25 @@ def test_by_controls_false_discoveries():
         for chosen, out in ((by_adjust(p) <= 0.05, shares), (p <= 0.05, unadjusted)):
             out.append(chosen[40:].sum() / max(1, chosen.sum()))
         found.append((by_adjust(p)[:40] <= 0.05).mean())
-    assert np.mean(shares) <= 0.05
-    assert np.mean(unadjusted) > 0.15
-    assert np.mean(found) > 0.5
+    assert np.mean(shares) <= 0.05 and np.mean(unadjusted) > 0.15 and np.mean(found) > 0.5
 
 
-# ---- wrong inputs ----
+WRONG = [
+    (lambda t: cluster_sums(t[:0], "te"), "no rows"),
+    (lambda t: cluster_sums(t.assign(topic=[None, *t.topic[1:]]), "te"), "without a topic"),
+    (lambda t: cluster_sums(t.assign(te=[np.nan, *t.te[1:]]), "te"), "1 of 7 entries of 'te' are not finite"),
+    (lambda t: cluster_sums(t.assign(te=[np.inf, *t.te[1:]]), "te"), "1 of 7 entries of 'te' are not finite"),
+    (lambda t: cluster_sums(t.assign(te="high"), "te"), "7 of 7 entries of 'te' are not finite"),
+    (lambda _: clustered_t(np.zeros(4), np.arange(4)), r"expected \[row, cell\]"),
+    (lambda _: clustered_t(np.zeros((4, 2)), np.arange(3)), r"expected \[row, cell\]"),
+    (lambda _: clustered_t(np.full((4, 2), np.nan), np.arange(4)), "missing or infinite"),
+    (lambda _: clustered_t(np.zeros((4, 2)), np.zeros(4)), "at least 2"),
+    (lambda _: by_adjust(np.array([0.5, np.nan])), r"in \[0, 1\]"), (lambda _: by_adjust(np.array([])), "not empty"),
+    (lambda _: wilson(5, 4), "0 <= successes <= n"), (lambda _: wilson(0, 0), "n > 0"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t[:0], "no rows"),
-        (lambda t: t.assign(topic=[None, *t.topic[1:]]), "without a topic"),
-        (lambda t: t.assign(te=[np.nan, *t.te[1:]]), "1 of 7 entries of 'te' are not finite"),
-        (lambda t: t.assign(te=[np.inf, *t.te[1:]]), "1 of 7 entries of 'te' are not finite"),
-        (lambda t: t.assign(te="high"), "7 of 7 entries of 'te' are not finite"),
-    ],
-)
-def test_wrong_tables(table, change, message):
+@pytest.mark.parametrize(("call", "message"), WRONG)
+def test_wrong_tables_and_calls(table, call, message):
     with pytest.raises(InputError, match=message):
-        cluster_sums(change(table), "te")
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: clustered_t(np.zeros(4), np.arange(4)), r"expected \[row, cell\]"),
-        (lambda: clustered_t(np.zeros((4, 2)), np.arange(3)), r"expected \[row, cell\]"),
-        (lambda: clustered_t(np.full((4, 2), np.nan), np.arange(4)), "missing or infinite"),
-        (lambda: clustered_t(np.zeros((4, 2)), np.zeros(4)), "at least 2"),
-        (lambda: by_adjust(np.array([0.5, np.nan])), r"in \[0, 1\]"),
-        (lambda: by_adjust(np.array([])), "not empty"),
-        (lambda: wilson(5, 4), "0 <= successes <= n"),
-        (lambda: wilson(0, 0), "n > 0"),
-    ],
-)
-def test_wrong_calls(call, message):
-    with pytest.raises(InputError, match=message):
-        call()
+        call(table)

@@ -24,20 +24,17 @@ def test_rows_of_a_topic_carry_no_more_than_the_topic() -> None:
     assert (alone.estimate, alone.low, alone.high) == (pytest.approx(x.mean()), -np.inf, np.inf)
 
 
-def test_newcombes_own_example() -> None:
+def test_newcombes_own_example_and_nothing_seen_is_not_nothing_possible() -> None:
     # Newcombe (1998), table III: 36, 12, 2, 0; method 10 gives 0.0569 to 0.3404.
     assert rates.newcombe(*outcomes(36, 12, 2, 0)) == pytest.approx((0.0569, 0.3404), abs=5e-5)
-
-
-def test_nothing_seen_is_not_nothing_possible() -> None:
     change = rates.rate_change(*outcomes(0, 0, 0, 300), np.arange(300))
     assert change.estimate == 0 and change.low < -1 and 1 < change.high < 2
 
 
 def test_topics_widen_a_rate_change() -> None:
     # 30 topics of ten prompts each that change together: the limits of 300 free prompts would be far too narrow.
-    after = np.repeat(np.arange(30) < 15, 10)
-    before, topic = np.zeros(300, dtype=bool), np.repeat(np.arange(30), 10)
+    topic, before = np.repeat(np.arange(30), 10), np.zeros(300, dtype=bool)
+    after = topic < 15
     clustered, free = rates.rate_change(before, after, topic), rates.rate_change(before, after, np.arange(300))
     assert clustered.estimate == free.estimate == 50
     assert clustered.high - clustered.low > 2 * (free.high - free.low)
@@ -62,13 +59,9 @@ def test_refits_add_their_variance() -> None:
         rates.with_refits(change, [1.0])
 
 
-def test_holm_leaves_out_what_was_not_tested() -> None:
+def test_holm_leaves_out_what_was_not_tested_and_a_rank_counts_the_effect_itself_and_a_tie_against_it() -> None:
     assert rates.holm([0.01, np.nan, 0.04]) == pytest.approx([0.02, np.nan, 0.04], nan_ok=True)
-
-
-@pytest.mark.parametrize(("effect", "p"), [(5.0, 1 / 101), (-1.0, 1), (0.0, 1)])
-def test_a_rank_counts_the_effect_itself_and_a_tie_against_it(effect: float, p: float) -> None:
-    assert rates.rank_p(effect, np.zeros(100)) == pytest.approx(p)
+    assert [rates.rank_p(effect, np.zeros(100)) for effect in (5.0, -1.0, 0.0)] == pytest.approx([1 / 101, 1, 1])
 
 
 def test_what_n_detects_is_seen_that_often() -> None:
@@ -81,7 +74,6 @@ def test_what_n_detects_is_seen_that_often() -> None:
     assert 0.6 < (st.ttest_1samp(means, 0, axis=1).pvalue < 0.05).mean() < 0.95
     assert np.isnan(rates.detectable(np.zeros(200), topic))
 
-
-def test_a_ratio_of_means_is_no_mean_of_ratios() -> None:
+    # A ratio of means is no mean of ratios.
     top, bottom = np.array([1.0, 1.0, 9.0, 9.0]), np.array([1.0, 1.0, 3.0, 3.0])
     assert rates.ratio_change(top, bottom, np.array(["a", "b", "a", "b"])).estimate == pytest.approx(20 / 8)
