@@ -55,23 +55,16 @@ class Toy:
 
     def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """The command line with these flags, in a real process."""
-        command = [sys.executable, "-m", "companion.run.cli", *flags]
-        return subprocess.run(
-            command, cwd=self.root, env=environment(**variables), capture_output=True, text=True, check=False
-        )
+        command, places = [sys.executable, "-m", "companion.run.cli", *flags], environment(**variables)
+        return subprocess.run(command, cwd=self.root, env=places, capture_output=True, text=True, check=False)
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
         """The same without waiting for its end."""
         command = [sys.executable, "-m", "companion.run.cli", *flags]
         return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        )  # fmt: skip
 
     def shell(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """./run_all.sh with these flags."""
