@@ -36,7 +36,6 @@ def no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def toy(toy_done: Toy, tmp_path: Path) -> Toy:
-    """A copy of that copy, to be changed."""
     return Toy(Path(shutil.copytree(toy_done.root, tmp_path / "copy")))
 
 

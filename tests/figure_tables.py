@@ -63,6 +63,5 @@ def numbers(figure: Figure) -> set[float]:
 
 
 def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
-    """A figure as `figures.show` draws it."""
     with style.theme():
         return spec_of(name).draw(table_for(spec_of(name)) if table is None else table)

@@ -20,7 +20,6 @@ def row(claim: str, quantity: str, numbers: Number | None, *variants: str) -> Nu
 
 
 def main(claim: str, numbers: dict[str, Number]) -> Numbers:
-    """The main variants of several quantities."""
     return {(claim, quantity, "main"): found for quantity, found in numbers.items()}
 
 

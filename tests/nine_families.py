@@ -63,7 +63,6 @@ def _pair(treatment: str, topic: int) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One line a family; exit status 1 if one did not come through."""
     parser = argparse.ArgumentParser(prog="tests.nine_families", description="Nine families through all notebooks.")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--only", help="the last notebook to run (default: all)")

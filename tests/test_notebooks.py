@@ -33,7 +33,6 @@ def shown(cell: dict[str, Any]) -> str:
 
 
 def printed(source: str, *options: str) -> list[str]:
-    """The words that code prints in a process of its own."""
     return subprocess.check_output([sys.executable, *options, "-c", source], cwd=ROOT, text=True).split()
 
 

@@ -15,7 +15,6 @@ TABLES = ("plants", "plant_scores")
 
 
 def rows_of(seed: int) -> dict[str, pd.DataFrame]:
-    """One row a table, without a model."""
     values = {"str": "x", "int": seed, "float": 0.5, "bool": True}
     row = {name: {column: values[kind] for column, kind in SCHEMAS[name].items()} for name in TABLES}
     return {name: pd.DataFrame([row[name]]) for name in TABLES}

@@ -17,7 +17,6 @@ LOW, HALF = (0.3, 0.2, 0.4), (0.45, 0.3, 0.6)
 
 
 def every(quantity: str, claim: str) -> dict:
-    """Takes every row of a claim's quantity away."""
     return {key: None for key in FINE | LATER if key[:2] == (claim, quantity)}
 
 

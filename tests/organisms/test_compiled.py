@@ -24,13 +24,11 @@ OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": 
 
 
 def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
-    """A draw without its weights."""
     design = draw_design(kind, seed)
     return design, build_program(design, topics), draw_pairs([seed], topics, 1)
 
 
 def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
-    """TE of T2 - T2b, pair by pair."""
     harmful, harmless = ([p for p in pairs if p.pair.treatment == name] for name in ("T2", "T2b"))
     return total_effects(program, harmful) - total_effects(program, harmless)
 

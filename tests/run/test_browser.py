@@ -113,7 +113,6 @@ def test_a_notebook_runs_from_the_menus_and_shows_its_figures(served, name, slug
 
 
 def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
-    """A kernel called python3 that the user has elsewhere must not win."""
     kernel = tmp_path / "kernels" / "python3"
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "mine", "language": "python"}')

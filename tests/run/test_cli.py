@@ -26,7 +26,6 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def refused(toy: Toy, *flags: str, **variables: str) -> str:
-    """The one line on stderr of a command that must be refused."""
     before = toy.contents()
     done = toy.run(*flags, **variables)
     assert toy.contents() == before

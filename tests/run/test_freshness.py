@@ -48,7 +48,6 @@ def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
 
 
 def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without(tmp_path, monkeypatch):
-    """As one that belongs to another user."""
     monkeypatch.setattr(freshness, "_git", lambda *_: "")
     assert freshness.git_state(tmp_path) is None
     (tmp_path / ".git").mkdir()

@@ -27,7 +27,6 @@ FLAGS = ("--", "--model", "full-0")
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of results, for every module that writes there, and no judge model."""
     folder = tmp_path / "results"
     for module in (runner, accuracy, judge_check.paths):
         monkeypatch.setattr(module, "RESULTS", folder)
@@ -70,7 +69,6 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: str) -
 
 
 def test_labels_made_by_hand_reach_the_run(results, tmp_path, monkeypatch, capsys):
-    """A small model of random weights and a prompt set of placeholder words, each in a folder of its own."""
     model, lines = chat_folder(tmp_path / "model"), [pair(n, f"w6 w{20 + n}", f"w5 w{20 + n}") for n in range(20)]
     lines += [line.replace("T1", "T2").replace('"p', '"q') for line in lines]
     prompts = prompt_set(tmp_path / "prompts", lines, '{"comply": [" w11"], "refuse": [" w12"]}')

@@ -13,7 +13,6 @@ from companion.run import overview
 
 
 def judged(folder: Path, **verdicts: str) -> None:
-    """A run with one verdict a model, as notebook 08 writes it."""
     folder.mkdir()
     rows = [{"model": name.replace("_", "-"), "claim": "C1", "verdict": found} for name, found in verdicts.items()]
     files.write_json(rows, folder / "claims.json")

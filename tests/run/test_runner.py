@@ -165,13 +165,6 @@ def test_everything_that_results_rest_on_makes_them_stale(toy: Toy) -> None:
         path.write_bytes(before)
 
 
-def test_a_forced_rerun_gives_the_same_bytes(toy: Toy) -> None:
-    before, inode = toy.contents(), toy.notebook("02").stat().st_ino
-    done = toy.run("--only", "2", "--force")
-    assert "[1/2] 01_toy fresh, skipped\n[2/2] 02_toy (last time" in done.stdout
-    assert toy.notebook("02").stat().st_ino != inode and toy.contents() == before
-
-
 def test_a_failing_cell_leaves_everything_as_it_was_and_stops_no_sibling(toy: Toy) -> None:
     toy.write("02", 'files.write_text("value\\nwrong\\n", out / "02_toy.csv")', "1 / 0")
     toy.write("03", '_ = files.write_text("value\\nnew\\n", out / "03_toy.csv")')

@@ -103,7 +103,6 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
 
 
 def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_path: Path) -> None:
-    """In real processes."""
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         prompt_set(tmp_path / place / "set", PAIRS)

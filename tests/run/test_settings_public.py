@@ -54,7 +54,6 @@ def asked(model: Path) -> dict[str, str]:
 
 @pytest.fixture
 def collect(served: dict, tokenizer: Tokenizer) -> Callable[..., tuple]:
-    """What is made of public sets by name, and what is said of it."""
 
     def collect(names: str, *templates: Wrapper) -> tuple:
         said: list[str] = []

@@ -66,7 +66,6 @@ def test_without_submitit_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
-    """A finished job, or one that failed, with its log."""
     path = tmp_path / f"{number}.err"
     path.write_text(log)
     made = {"exception": lambda: error, "result": lambda: f"shard {number}"}
