@@ -29,13 +29,9 @@ def one(table: pd.DataFrame, **where: object) -> pd.Series:
 
 NULL = {"truth": "false", "kind": "early", "verdict": "contradicted", "population_verdict": "contradicted"}
 TABLE = draws(
-    (8, {}),
-    (2, {"verdict": "inconclusive"}),
-    (59, NULL),
-    (1, {**NULL, "verdict": "supported", "kind": "middle"}),
-    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}),
-    (3, {"truth": "open", "verdict": "supported"}),
-)
+    (8, {}), (2, {"verdict": "inconclusive"}), (59, NULL), (1, {**NULL, "verdict": "supported", "kind": "middle"}),
+    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}), (3, {"truth": "open", "verdict": "supported"}),
+)  # fmt: skip
 
 
 def test_shares_of_verdicts_add_up_within_each_truth() -> None:

@@ -66,7 +66,7 @@ def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
     assert done.returncode == 0 and "1 of its checks FAILED, see its outputs" in done.stdout
     (text,) = json.loads(toy.notebook("02").read_text())["cells"][-1]["outputs"]
     assert text["text"][0].startswith("CHECK FAILED: two routes differ.") and text["text"][1] == "on\n"
-    strict = toy.run("--only", "02", COMPANION_STRICT="1")  # as the tests run the notebooks
+    strict = toy.run("--only", "02", "--force", COMPANION_STRICT="1")  # as the tests run the notebooks
     assert strict.returncode == 1 and "AssertionError: two routes differ" in strict.stderr
 
 
