@@ -36,22 +36,15 @@ def no_judge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def toy(toy_done: Toy, tmp_path: Path) -> Toy:
-    """A copy of that copy, to be changed."""
     return Toy(Path(shutil.copytree(toy_done.root, tmp_path / "copy")))
 
 
 @pytest.fixture
 def table() -> pd.DataFrame:
     """Two treatments with their own topics, T2 with three topics and B1 with two."""
-    return pd.DataFrame(
-        {
-            "topic": ["a", "a", "b", "c", "x", "y", "y"],
-            "treatment": ["T2", "T2", "T2", "T2", "B1", "B1", "B1"],
-            "layer": [0, 1, 0, 1, 0, 0, 1],
-            "te": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
-            "nie": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
-        }
-    )
+    made = {"topic": list("aabcxyy"), "treatment": ["T2"] * 4 + ["B1"] * 3, "layer": [0, 1, 0, 1, 0, 0, 1]}
+    numbers = {"te": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], "nie": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}
+    return pd.DataFrame(made | numbers)
 
 
 @pytest.fixture

@@ -10,41 +10,17 @@ from companion.plots.style import FigureSpec
 
 NAMES = [entry.name for entry in SPECS]
 CHOICES = {
-    "model": ["embedded", "embedded (untrained)"],
-    "site": ["attn_out", "mlp_out"],
-    "treatment": ["T1", "T2", "T2b", "T2-T2b"],
-    "effect": ["indirect", "direct"],
-    "contrast": ["harm", "benign", "difference"],
-    "estimand": ["NIE0", "NIE1", "INT"],
-    "from_cell": ["y00", "y10"],
-    "to_cell": ["y01", "y11"],
-    "state": list(layers.CELLS),
-    "verdict": [*style.VERDICTS, "not testable"],
-    "claim": ["C1", "C2", "C3"],
-    "group": list(layers.GROUP_COLOURS),
-    "layer": range(6),
-    "head": range(4),
-    "position": range(10),
-    "panel": ["one", "two"],
-    "split": ["discover", "validate", "test"],
-    "differ": [False, True],
-    "order": ["training order", "permuted"],
-    "place": range(12),
-    "passes": [False, True],
-    "series": ["one", "two"],
-    "k": [1, 2, 5],
-    "quantity": ["k50", "k90"],
-    "projection": ["harmfulness", "rejection"],
-    "role": ["random", "fitted"],
-    "truth": ["true", "false"],
-    "error": ["false supported", "false contradicted"],
-    "kind": ["early", "middle"],
-    "estimator": ["total", "direct"],
-    "what": ["components", "neurons"],
-    "component": ["attn 0", "mlp 5"],
-    "topics": [30, 70],
-    "log_odds": [0.5, 2.0],
-}
+    "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
+    "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "estimand": ["NIE0", "NIE1", "INT"],
+    "from_cell": ["y00", "y10"], "to_cell": ["y01", "y11"], "state": list(layers.CELLS),
+    "verdict": [*style.VERDICTS, "not testable"], "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),
+    "layer": range(6), "head": range(4), "position": range(10), "place": range(12), "k": [1, 2, 5], "topics": [30, 70],
+    "panel": ["one", "two"], "series": ["one", "two"], "split": ["discover", "validate", "test"], "differ": [False, True],
+    "order": ["training order", "permuted"], "passes": [False, True], "quantity": ["k50", "k90"], "log_odds": [0.5, 2.0],
+    "projection": ["harmfulness", "rejection"], "role": ["random", "fitted"], "truth": ["true", "false"],
+    "error": ["false supported", "false contradicted"], "kind": ["early", "middle"], "estimator": ["total", "direct"],
+    "what": ["components", "neurons"], "component": ["attn 0", "mlp 5"],
+}  # fmt: skip
 
 
 def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
@@ -87,6 +63,5 @@ def numbers(figure: Figure) -> set[float]:
 
 
 def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
-    """A figure as `figures.show` draws it."""
     with style.theme():
         return spec_of(name).draw(table_for(spec_of(name)) if table is None else table)

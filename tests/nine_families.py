@@ -22,9 +22,7 @@ from pathlib import Path
 from companion.base.paths import ROOT
 from tests.families import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}<s> w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<s> w3 {{ m.content }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
 TREATMENTS = ("T1", "T2", "T2b", "B1", "B2", "B3", "B4", "B5")
 
 
@@ -65,7 +63,6 @@ def _pair(treatment: str, topic: int) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """One line a family; exit status 1 if one did not come through."""
     parser = argparse.ArgumentParser(prog="tests.nine_families", description="Nine families through all notebooks.")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--only", help="the last notebook to run (default: all)")

@@ -33,8 +33,6 @@ def xstest() -> Splits:
 
 
 HUB: dict[str, Callable[[], Splits]] = {
-    "JailbreakBench/JBB-Behaviors": jbb,
-    "walledai/StrongREJECT": prompt_rows,
-    "walledai/XSTest": xstest,
+    "JailbreakBench/JBB-Behaviors": jbb, "walledai/StrongREJECT": prompt_rows, "walledai/XSTest": xstest,
     "tatsu-lab/alpaca": alpaca,
-}
+}  # fmt: skip

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -23,27 +24,20 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results" / "benchmarks"
 
 
-def test_peers_agree_and_absent_ones_are_skipped(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_peers_agree_and_absent_ones_are_skipped(results, monkeypatch, capsys):
     monkeypatch.setattr(peers, "is_installed", lambda package: package in ("torch", "transformer_lens"))
     peers.main(["--shape", "smoke", "--seconds", "0.01"])
     assert "nnsight: not installed, skipped" in capsys.readouterr().out
     table = pd.read_csv(results / "peers_smoke.csv")
     assert set(table.tool) == {"this repository", "arithmetic", "plain hooks", "TransformerLens"}
-    assert table.largest_difference.max() < 1e-3
-    assert table.groupby("workload").size().nunique() == 1
+    assert table.largest_difference.max() < 1e-3 and table.groupby("workload").size().nunique() == 1
     assert {"processor", "threads", "torch", "version"} <= set(table.columns)
     assert (results.parent.parent / "figures" / "benchmarks" / "peers_smoke.png").is_file()
 
 
 def test_a_peer_with_other_numbers_is_an_error(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, package = peers.TOOLS["plain hooks"]
-
-    def wrong(setting):
-        run = make(setting)
-        return lambda jobs: run(jobs) + 1
-
+    wrong = lambda setting: lambda jobs: make(setting)(jobs) + 1  # noqa: E731
     monkeypatch.setitem(peers.TOOLS, "plain hooks", (wrong, package))
     with pytest.raises(InputError, match="plain hooks is off by"):
         peers.main(["--shape", "smoke", "--seconds", "0.01"])
@@ -52,8 +46,7 @@ def test_a_peer_with_other_numbers_is_an_error(results: Path, monkeypatch: pytes
 def test_scaling(results: Path) -> None:
     scaling.main(["--shape", "smoke"])
     table = pd.read_csv(results / "scaling_smoke.csv")
-    assert table.factor.nunique() == 5
-    assert (table.bound > 0).all()
+    assert table.factor.nunique() == 5 and (table.bound > 0).all()
     assert (table.groupby("factor").bound.apply(list).apply(lambda b: b == sorted(b))).all()
 
 
@@ -66,9 +59,7 @@ def test_whole_sweeps_are_timed_where_every_token_may_change(results: Path) -> N
         assert (pair.control != pair.treated).tolist() == [True] + [False] * (SMOKE.n_pos - 1)
 
 
-def test_the_gpu_study_resumes(
-    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gpu_study_resumes(results, monkeypatch, capsys):
     asked = ["--device", "cpu", "--shape", "smoke", "--batch", "1"]
     assert gpu.main([*asked, "--minutes", "0"]) == 3
     first = capsys.readouterr().out
@@ -95,8 +86,7 @@ def test_the_gpu_study_resumes(
 def test_the_gpu_study_sets_the_peak_beside_its_plan(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--device", "standin", "--shape", "smoke", "--parts", "heads,screen"]
     with standin.active() as where:
-        assert gpu.main(asked) == 0
-        assert bound.product_rate(SMOKE, where, seconds=0.01) > 0
+        assert gpu.main(asked) == 0 and bound.product_rate(SMOKE, where, seconds=0.01) > 0
     table = pd.read_csv(results / "gpu.csv").set_index("part")
     assert (table.gpu == "stand-in").all() and (table.peak_mib > 0).all() and (table.plan_mib > 0).all()
     above = table.index[table.peak_mib > table.plan_mib]
@@ -104,10 +94,8 @@ def test_the_gpu_study_sets_the_peak_beside_its_plan(results: Path, capsys: pyte
     assert [part for part in table.index if f"{part} took" in said] == list(above)
     with standin.active(memory=1000), pytest.raises(InputError, match=r"can give .* but this needs .* for the weights"):
         gpu.main([*asked, "--batch", "1"])
-    with (
-        standin.active(memory=standin.MEMORY.held + 900_000),
-        pytest.raises(InputError, match="ran out of memory beyond the plan"),
-    ):
+    more = standin.active(memory=standin.MEMORY.held + 900_000)
+    with more, pytest.raises(InputError, match="ran out of memory beyond the plan"):
         gpu.main([*asked[:-1], "last-layer-neurons", "--batch", "1"])
 
 
@@ -120,19 +108,13 @@ def test_the_gpu_study_times_nothing_that_is_wrong(results: Path, monkeypatch: p
 
 
 def test_the_second_card_is_measured_and_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def answer(where: object = None) -> SimpleNamespace:
-        asked.append(where)
-        return SimpleNamespace(name="second", total_memory=2**30, major=9, minor=0)
-
-    for name in ("synchronize", "reset_peak_memory_stats", "get_device_properties"):
-        monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda where=None: asked.append(where) or 7)
-    second = torch.device("cuda", 1)
-    assert gpu_parts.measured(second, lambda: "result")[1]["peak"] == 7
-    assert machine(second)["gpu"] == "second"
-    assert len(asked) == 6 and set(asked) == {second}
+    second, card = torch.device("cuda", 1), Mock()
+    card.get_device_properties.return_value = SimpleNamespace(name="second", total_memory=2**30, major=9, minor=0)
+    card.max_memory_allocated.return_value = 7
+    for name in ("synchronize", "reset_peak_memory_stats", "get_device_properties", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, getattr(card, name))
+    assert gpu_parts.measured(second, lambda: "result")[1]["peak"] == 7 and machine(second)["gpu"] == "second"
+    assert len(card.mock_calls) == 6 and all(asked.args == (second,) for asked in card.mock_calls)
 
 
 def test_the_bound_counts_what_an_exact_answer_needs() -> None:
@@ -145,29 +127,16 @@ def test_the_bound_counts_what_an_exact_answer_needs() -> None:
     assert bound.product_rate(SMOKE, seconds=0.01) > 1e8
 
 
-@pytest.mark.parametrize(
-    ("code", "met"),
-    [
-        ("print('[2/2] 02_b ...', flush=True); time.sleep(60)", True),
-        ("print('[2/2] 02_b ... 1 s', flush=True); time.sleep(60)", False),  # it has finished
-        ("print('[2/2] 02_b ... ', end='', flush=True)", False),  # the process has ended
-        ("print('[2/2] 02_b fresh, skipped', flush=True)", False), ("pass", False),
-    ],
-)  # fmt: skip
-def test_a_kill_that_disturbs_nothing_is_counted_as_such(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, met: bool
-) -> None:
+KILLS = {
+    "print('[2/2] 02_b ...', flush=True); time.sleep(60)": True,
+    "print('[2/2] 02_b ... 1 s', flush=True); time.sleep(60)": False,  # it has finished
+    "print('[2/2] 02_b ... ', end='', flush=True)": False,  # the process has ended
+    "print('[2/2] 02_b fresh, skipped', flush=True)": False,
+}
+
+
+@pytest.mark.parametrize("code", KILLS)
+def test_a_kill_that_disturbs_nothing_is_counted_as_such(tmp_path: Path, monkeypatch, code: str) -> None:
     monkeypatch.setattr(faults, "_command", lambda flags, name: [sys.executable, "-c", f"import time; {code}"])
     found, line = faults._kill(tmp_path, [], "02_b", 0.3)
-    assert found == met and line.startswith("too late: ") != met
-
-
-def test_each_kill_falls_into_a_notebook_and_within_its_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[tuple[str, float]] = []
-    monkeypatch.setattr(faults, "_kill", lambda copy, flags, name, wait: (not seen.append((name, wait)), "line"))
-    assert faults._kills(tmp_path, [], {"02_b": 50, "01_a": 10}, 4) == 4
-    assert [name for name, _ in seen] == ["01_a", "02_b", "02_b", "02_b"]
-    assert all(0.2 * n <= wait <= 0.6 * n for n, (_, wait) in zip((10, 50, 50, 50), seen, strict=True))
-    assert capsys.readouterr().out.count("killed ") == 4
+    assert found == KILLS[code] and line.startswith("too late: ") != found

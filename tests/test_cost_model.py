@@ -10,10 +10,8 @@ from benchmarks.shapes import LLAMA_8B, QUOTED, SITES, Job, Workload
 from companion.base.paths import ROOT
 
 FACTOR = 1.6  # how far a measured point may lie from the formula
-
-
-def measured() -> pd.DataFrame:
-    return pd.read_csv(ROOT / "results" / "benchmarks" / "scaling.csv")
+JOBS = tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES)
+LAST_TOKEN = Workload("x", JOBS)
 
 
 def predicted(row: pd.Series, rate: float) -> float:
@@ -26,10 +24,10 @@ def predicted(row: pd.Series, rate: float) -> float:
 
 @pytest.mark.parametrize("factor", ["pairs", "layers", "tokens in the prompt"])
 def test_the_formula_holds_at_the_measured_points(factor: str) -> None:
-    table = measured()
+    table = pd.read_csv(ROOT / "results" / "benchmarks" / "scaling.csv")
+    assert table.times_bound.min() < cost_model.OVERHEAD < table.times_bound.max()
     at_quoted = table[(table.factor == "pairs") & (table["size"] == QUOTED.n_pairs)].iloc[0]
-    jobs = tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES)
-    rate = bound.minimal_operations(QUOTED, Workload("x", jobs)) / at_quoted.bound  # of that machine's products
+    rate = bound.minimal_operations(QUOTED, LAST_TOKEN) / at_quoted.bound  # of that machine's products
     for _, row in table[table.factor == factor].iterrows():
         assert 1 / FACTOR < row.seconds / predicted(row, rate) < FACTOR, row
 
@@ -46,27 +44,16 @@ def test_the_formula_holds_for_whole_sweeps_as_a_run_makes_them() -> None:
 
 def test_the_page_has_the_table_of_the_code() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    missing = [line for line in cost_model.table() if line not in page]
-    assert not missing
-
-
-def test_the_overhead_is_within_what_was_measured() -> None:
-    table = measured()
-    assert table.times_bound.min() < cost_model.OVERHEAD < table.times_bound.max()
+    assert not [line for line in cost_model.table() if line not in page]
 
 
 def test_the_count_is_that_of_the_bound_up_to_the_top_layer() -> None:
-    jobs = tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES)
-    exact = bound.minimal_operations(QUOTED, Workload("x", jobs)) / QUOTED.n_pairs
+    exact = bound.minimal_operations(QUOTED, LAST_TOKEN) / QUOTED.n_pairs
     assert cost_model.last_token(QUOTED, read_rows=QUOTED.vocabulary) == pytest.approx(exact, rel=0.02)
 
 
-def test_known_sizes() -> None:
+def test_sizes_are_the_known_ones_and_twice_the_processors_take_half_the_time() -> None:
     assert cost_model.parameters(LLAMA_8B) == pytest.approx(8.03e9, rel=0.01)
     assert cost_model.parameters(cost_model.LLAMA_70B) == pytest.approx(70.6e9, rel=0.01)
-
-
-def test_twice_the_processors_take_half_the_time() -> None:
-    one, two = (cost_model.Machine("", n, 1e13) for n in (1, 2))
-    design = cost_model.Design()
-    assert cost_model.hours(LLAMA_8B, design, one) == pytest.approx(2 * cost_model.hours(LLAMA_8B, design, two))
+    one, two = (cost_model.hours(LLAMA_8B, cost_model.Design(), cost_model.Machine("", n, 1e13)) for n in (1, 2))
+    assert one == pytest.approx(2 * two)

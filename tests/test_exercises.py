@@ -34,8 +34,7 @@ def notebook_of(number: str) -> Path:
 def test_a_notebook_has_two_to_four_exercises_and_one_is_open(number: str) -> None:
     numbers = [one.number for one in of_notebook(number)]
     assert numbers == [f"{number}-{place}" for place in range(1, len(numbers) + 1)]
-    assert 2 <= len(numbers) + 1 <= 4
-    assert QUESTIONS[number].number == f"{number}-open"
+    assert 2 <= len(numbers) + 1 <= 4 and QUESTIONS[number].number == f"{number}-open"
 
 
 @each
@@ -48,39 +47,31 @@ def test_the_solution_is_right_and_stands_alone(one: Exercise) -> None:
 
 @each
 def test_typical_mistakes_are_named_and_told_from_an_empty_answer(one: Exercise) -> None:
-    assert len(one.mistakes) >= 3
-    says = [mistake.says for mistake in one.mistakes]
-    assert len(set(says)) == len(says)
+    assert len({mistake.says for mistake in one.mistakes}) == len(one.mistakes) >= 3
     for mistake in one.mistakes:
         assert judge(one, mistake.answer) == mistake.says
-    assert "empty" in judge(one, lambda *args: None)
-    assert "TypeError" in judge(one, lambda: 1)
+    assert "empty" in judge(one, lambda *args: None) and "TypeError" in judge(one, lambda: 1)
 
 
 INDEPENDENT: list[tuple[str, Callable[..., Any], str]] = [
     ("01-1", lambda z, c, r: torch.log_softmax(z, -1)[:, -2, c].exp().sum(1).log()
         - torch.log_softmax(z, -1)[:, -2, r].exp().sum(1).log(), "position is off by one"),
-    ("02-2", lambda nie, te: sum(a / b for a, b in zip(nie, te, strict=True)) / len(te), "mean of ratios"),
     ("01-1", lambda z, c, r: torch.logit(z.softmax(-1)[:, -1, c].sum(-1)), "against *refusing*"),
     ("02-2", lambda nie, te: abs(nie).mean() / abs(te).mean(), "absolute values"),
     ("03-2", lambda m, d, t: np.mean(m[d > 0]), "components were counted"),
     ("03-3", lambda z, o, h, n: o.reshape(len(o), -1, n)[:, h] @ z.reshape(-1, n)[h], "as wide as there are heads"),
     ("04-1", lambda s: next((k + 1 for k in range(len(s)) if (abs(s[k:] - 1) < 0.1 + 1e-9).all()), None), "of k itself"),
-    ("04-1", lambda s: next((k + 1 for k, x in enumerate(s) if x >= 0.9 and all(abs(s[k + 1 :] - 1) < 0.11)), len(s)), "is None"),
     ("04-3", lambda g, u, d, o: (g[o], u[o], torch.stack([d[:, i] for i in range(3)], 1)), "indices permuted"),
     ("05-1", lambda c, t, g, n: torch.where(torch.tensor([x == n for x in g]), t, c), "the input was"),
     ("06-2", lambda p, j, s: 1 - abs((p - s).mean() / (p - j).mean()), "sign of the gap"),
     ("06-3", lambda f, r: (np.sum(abs(r) >= abs(f)) + 1) / (r.size + 1), "two-sided"),
-    ("06-3", lambda f, r: np.mean(r >= f), "off by one"),
     ("07-2", lambda t, v: np.mean([s != "contradicted" for b, s in zip(t, v, strict=True) if b is False]), "no answer"),
     ("08-1", lambda v, c: "inconclusive" if "failed" in c.values() else v, "two things"),
     ("08-2", lambda e, t: np.std(e, ddof=1) / 3, "pairs were the unit"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("number", "answer", "says"), INDEPENDENT, ids=lambda value: value if "-" in str(value) else ""
-)
+@pytest.mark.parametrize(("number", "answer", "says"), INDEPENDENT)
 def test_the_same_mistake_in_other_words_is_named_too(number: str, answer: Callable[..., Any], says: str) -> None:
     assert says in judge(find(number), answer)
 
@@ -88,12 +79,10 @@ def test_the_same_mistake_in_other_words_is_named_too(number: str, answer: Calla
 def test_what_is_no_typical_mistake_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a result of shape (2,), got a result of shape (2, 3, 5)" in judge(find("01-1"), lambda z, c, r: z)
     assert "keys TE, NIE0, NIE1, INT, got a tuple of 4" in judge(find("00-1"), lambda *four: four)
-    assert "the answer is None, yours is 7" in judge(
-        find("04-1"), lambda s: 7 if s[-1] < 0 else find("04-1").solution(s)
-    )
+    k90 = find("04-1")
+    assert "the answer is None, yours is 7" in judge(k90, lambda s: 7 if s[-1] < 0 else k90.solution(s))
     shown = judge(find("02-1"), lambda *rest: torch.tensor(7.0))
     assert "blocks = 3 functions" in shown and "layer = 0, position = 2 the answer is" in shown
-    assert "the answer is 0.5, yours is 7" in judge(find("02-2"), lambda nie, te: 7)
     exercises.check("02-2", lambda nie, te: nie.sum() / te.sum())
     assert capsys.readouterr().out == "02-2: right.\n"
     with pytest.raises(KeyError, match="no exercise '02-9'"):
@@ -115,20 +104,10 @@ def test_an_answer_that_is_right_and_changes_its_input_is_told() -> None:
 @each_notebook
 def test_what_is_made_from_the_sources_is_up_to_date(number: str) -> None:
     path = notebook_of(number)
-    students = build.FOLDER / path.name
-    made = {students: build.students_notebook(number, path)}
+    made = {build.FOLDER / path.name: build.students_notebook(number, path)}
     made[path] = build.with_section(notebooks.read_notebook(path), number, path)
     for file, notebook in made.items():
         assert file.read_text(encoding="utf-8") == notebooks.notebook_text(notebook), "run python -m exercises.build"
-
-
-@each_notebook
-def test_the_section_comes_before_next(number: str) -> None:
-    path = notebook_of(number)
-    texts = [notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"]]
-    places = [place for place, text in enumerate(texts) if re.match(r"##+ Exercise", text)]
-    assert places == list(range(places[0], places[0] + len(of_notebook(number)) + 2))
-    assert texts[places[-1] + 1].startswith(build.NEXT)
 
 
 @each_notebook

@@ -33,9 +33,7 @@ def shown(cell: dict[str, Any]) -> str:
 
 
 def printed(source: str, *options: str) -> list[str]:
-    """The words that code prints in a process of its own."""
-    command = [sys.executable, *options, "-c", source]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.check_output([sys.executable, *options, "-c", source], cwd=ROOT, text=True).split()
 
 
 def is_checked(cell: dict[str, Any]) -> bool:
@@ -79,9 +77,8 @@ def test_a_notebook_has_one_to_five_outputs_that_nbval_compares(path: Path) -> N
 
 @book
 def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
-    whole = "\n".join(
-        [*(notebooks.source(cell) for cell in notebooks.read_notebook(path)["cells"]), *map(shown, code(path))]
-    )
+    sources = map(notebooks.source, notebooks.read_notebook(path)["cells"])
+    whole = "\n".join([*sources, *map(shown, code(path))])
     places = [str(ROOT), str(Path.home()), "/.state/", " at 0x"]
     assert not [place for place in places if len(place) > 1 and place in whole]
     assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
@@ -104,17 +101,11 @@ def test_the_command_line_imports_the_standard_library_only() -> None:
 def test_plain_papermill_runs_a_notebook_after_the_one_that_it_needs(tmp_path: Path) -> None:
     """As a user would type it, from the repository's root, without this project's own runner."""
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
+    variables = os.environ | places | {"OMP_NUM_THREADS": "1"}
     asked = ["-p", "DEVICE", "cpu", "-p", "PROFILE", "smoke", "-k", "python3", "--no-progress-bar"]
     for name in ("01_data_prep", "02_layers"):
-        command = [
-            sys.executable,
-            "-m",
-            "papermill",
-            f"notebooks/{name}.ipynb",
-            str(tmp_path / f"{name}.ipynb"),
-            *asked,
-        ]
-        variables = os.environ | places | {"OMP_NUM_THREADS": "1"}
+        files = [f"notebooks/{name}.ipynb", str(tmp_path / f"{name}.ipynb")]
+        command = [sys.executable, "-m", "papermill", *files, *asked]
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "results" / "embedded" / "02_treatments.csv").is_file()
@@ -125,10 +116,3 @@ def test_every_notebook_has_its_place() -> None:
     order = list(runner.find_notebooks(NOTEBOOKS, runner.NEEDS))
     assert all(order.index(need) < order.index(number) for number in order for need in runner.NEEDS[number])
     assert order[-1] == "00"
-
-
-def test_what_a_notebook_needs_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "NEEDS", {"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03")})
-    paths = dict.fromkeys(runner.NEEDS, ROOT)
-    assert runner.with_needs(["02"], paths) == ["01", "02"]
-    assert runner.with_needs(["08"], paths) == ["01", "02", "03", "08"]

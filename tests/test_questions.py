@@ -86,16 +86,14 @@ def fetched(one: Study) -> str:
     return f"layer {share.index[share < 0.5][0]}"
 
 
-@pytest.mark.parametrize(
-    ("number", "measured"),
-    [("02", decided), ("03", writer), ("04", neighbours), ("05", fetched)],
-    ids=["02", "03", "04", "05"],
-)
+@pytest.mark.parametrize(("number", "measured"), [("02", decided), ("03", writer), ("04", neighbours), ("05", fetched)])
 def test_02_to_05_what_one_measures_is_what_was_built(number: str, measured: Callable[[Study], str]) -> None:
     models = mystery.models(number, 1)
-    assert [f"{one.slug} {one.subject.name}" for one in models.values()] == ["A A", "B B", "C C"], (
-        "a name gives it away"
-    )
+    assert [f"{one.slug} {one.subject.name}" for one in models.values()] == [
+        "A A",
+        "B B",
+        "C C",
+    ]  # no name gives it away
     assert {letter: measured(one) for letter, one in models.items()} == mystery.key(number, 1)
 
 
@@ -104,14 +102,11 @@ def test_06_half_of_a_vector_moves_the_outcome_its_way() -> None:
     batch = estimands.run_clean(this.subject, estimands.batches(this.of("T2"), this.subject)[0])
     last, openers = batch.treated.resid_post[-1][:, -1], this.openers["T2"]
     plain = outcomes.log_odds(this.subject, last, openers)
-    moved = {
-        letter: float((outcomes.log_odds(this.subject, last + vector / 2, openers) - plain).mean())
-        for letter, vector in mystery.vectors(this, 1).items()
-    }
-    order = sorted(moved, key=lambda letter: moved[letter])
-    assert dict(zip(order, ("towards refusing", "neither", "towards complying"), strict=True)) == mystery.key(
-        "06", 1
-    ), moved
+    moved: dict[str, float] = {}
+    for letter, vector in mystery.vectors(this, 1).items():
+        moved[letter] = float((outcomes.log_odds(this.subject, last + vector / 2, openers) - plain).mean())
+    names = ("towards refusing", "neither", "towards complying")
+    assert dict(zip(sorted(moved, key=moved.__getitem__), names, strict=True)) == mystery.key("06", 1), moved
 
 
 @pytest.mark.parametrize("code", (0, 1))
@@ -127,6 +122,5 @@ def test_07_imagined_experiments_tell(code: int) -> None:
 
 @pytest.mark.parametrize("code", (0, 1))
 def test_08_the_ledger_agrees_with_the_key(code: int) -> None:
-    assert {letter: mystery.verdict(table) for letter, table in mystery.evidence(code).items()} == mystery.key(
-        "08", code
-    )
+    found = {letter: mystery.verdict(table) for letter, table in mystery.evidence(code).items()}
+    assert found == mystery.key("08", code)

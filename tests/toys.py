@@ -39,7 +39,6 @@ class Toy:
     root: Path
 
     def notebook(self, number: str) -> Path:
-        """The toy notebook of that number."""
         return self.root / "notebooks" / f"{number}_toy.ipynb"
 
     def write(self, number: str, *cells: str, parameters: str = PARAMETERS) -> None:
@@ -54,27 +53,17 @@ class Toy:
         self.notebook(number).write_text(json.dumps(content), encoding="utf-8")
 
     def run(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """The command line with these flags, in a real process."""
-        command = [sys.executable, "-m", "companion.run.cli", *flags]
-        return subprocess.run(
-            command, cwd=self.root, env=environment(**variables), capture_output=True, text=True, check=False
-        )
+        command, places = [sys.executable, "-m", "companion.run.cli", *flags], environment(**variables)
+        return subprocess.run(command, cwd=self.root, env=places, capture_output=True, text=True, check=False)
 
     def start(self, *flags: str) -> "subprocess.Popen[str]":
-        """The same without waiting for its end."""
         command = [sys.executable, "-m", "companion.run.cli", *flags]
         return subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=self.root, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        )  # fmt: skip
 
     def shell(self, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """./run_all.sh with these flags."""
         command = ["bash", str(self.root / "run_all.sh"), *flags]
         return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, check=False)
 
@@ -88,7 +77,6 @@ class Toy:
 
 
 def pair(number: int, treated: str = "say b", control: str = "say a") -> str:
-    """A line of a prompt set."""
     fields = {"id": f"p{number}", "treatment": "T1", "topic": f"t{number}", "control": control, "treated": treated}
     return json.dumps(fields)
 
@@ -97,7 +85,6 @@ PAIRS = [pair(number) for number in range(12)]
 
 
 def prompt_set(folder: Path, lines: list[str], outcome: str = '{"comply": ["a"], "refuse": ["b"]}') -> Path:
-    """A prompt set of these lines."""
     folder.mkdir()
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "outcome.json").write_text(outcome, encoding="utf-8")

@@ -1,6 +1,7 @@
 """A campaign measures every item once, goes on where it stopped, and joins the same shipped tables from any parts."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,6 @@ TABLES = ("plants", "plant_scores")
 
 
 def rows_of(seed: int) -> dict[str, pd.DataFrame]:
-    """One row a table, without a model."""
     values = {"str": "x", "int": seed, "float": 0.5, "bool": True}
     row = {name: {column: values[kind] for column, kind in SCHEMAS[name].items()} for name in TABLES}
     return {name: pd.DataFrame([row[name]]) for name in TABLES}
@@ -26,24 +26,17 @@ def run(folder: Path, measure=rows_of, share: str = "1/1") -> None:
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    asked: list[int] = []
-
-    def measure(seed: int) -> dict[str, pd.DataFrame]:
-        asked.append(seed)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return rows_of(seed)
-
+    measure = Mock(side_effect=[rows_of(0), rows_of(1), KeyboardInterrupt, rows_of(2), rows_of(3)])
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, measure)
     assert {len(read_shipped(name, tmp_path)) for name in TABLES} == {2}, "joined"
     run(tmp_path, measure)
-    assert asked == [0, 1, 2, 2, 3]
+    assert [call.args[0] for call in measure.call_args_list] == [0, 1, 2, 2, 3]
     before = (tmp_path / "plants.parquet").read_bytes()
     for path in (tmp_path / ".parts").iterdir():
         path.unlink()
     run(tmp_path, measure)
-    assert len(asked) == 5, "a clone has the shipped tables only, and nothing is measured twice"
+    assert measure.call_count == 5, "a clone has the shipped tables only, and nothing is measured twice"
     assert (tmp_path / "plants.parquet").read_bytes() == before
 
 
@@ -51,9 +44,9 @@ def test_an_item_of_which_a_table_is_missing_is_measured_again(tmp_path: Path) -
     run(tmp_path)
     for path in (tmp_path / "plants.parquet", tmp_path / ".parts" / "item-2.plant_scores.parquet"):
         path.unlink()
-    asked: list[int] = []
-    run(tmp_path, lambda seed: asked.append(seed) or rows_of(seed))
-    assert asked == [2]
+    measure = Mock(side_effect=rows_of)
+    run(tmp_path, measure)
+    measure.assert_called_once_with(2)
 
 
 def test_shares_split_the_work(tmp_path: Path) -> None:
@@ -89,26 +82,23 @@ def test_population_and_plants_measure_what_is_not_shipped(tmp_path: Path, monke
         table = read_shipped(name)
         table[(table.kind == "late") & table.seed.isin([11, 12])].to_parquet(tmp_path / f"{name}.parquet")
     verdicts, shares = read_shipped("population"), read_shipped("plants")
-    others = {name: read_shipped(name) for name in plants.TABLES}
-    asked: list[object] = []
-    chosen = plants.plan_plants()[:2]
+    others, chosen = {name: read_shipped(name) for name in plants.TABLES}, plants.plan_plants()[:2]
 
     def of_draw(draw: draws.Draw, **_: pd.DataFrame) -> dict[str, pd.DataFrame]:
-        asked.append(draw)
         part, kind, seed = draw
         at = (verdicts.kind == kind) & (verdicts.seed == seed) & verdicts.claim.isin(draws.IN_CLOSED_FORM[part])
         return {"population": verdicts[at]}
 
     def of_plant(plant: plants.Plant) -> dict[str, pd.DataFrame]:
-        asked.append(plant)
         return others | {"plants": shares.query("kind == @plant.kind and seed == @plant.seed")}
 
-    monkeypatch.setattr(draws, "measure_population", of_draw)
-    monkeypatch.setattr(plants, "measure_plant", of_plant)
+    population, planted = Mock(side_effect=of_draw), Mock(side_effect=of_plant)
+    monkeypatch.setattr(draws, "measure_population", population)
+    monkeypatch.setattr(plants, "measure_plant", planted)
     monkeypatch.setattr(plants, "plan_plants", lambda: chosen)
     for _ in range(2):
         draws.run_population("1/1", tmp_path)
         plants.run_plants("1/1", tmp_path)
-    assert asked == [*((part, "late", seed) for part in ("context", "neurons") for seed in (11, 12)), *chosen]
-    measured = read_shipped("plants", tmp_path)
-    assert {(row.kind, row.seed) for row in measured.itertuples()} == {(one.kind, one.seed) for one in chosen}
+    wanted = [(part, "late", seed) for part in ("context", "neurons") for seed in (11, 12)]
+    assert [call.args[0] for call in population.call_args_list] == wanted
+    assert [call.args[0] for call in planted.call_args_list] == chosen

@@ -33,17 +33,14 @@ def truths(kind: str) -> Mapping[str, bool | None]:
 def test_the_plan_has_enough_nulls_of_every_claim(claim: str) -> None:
     """A corrected rule that is younger than some draws is judged on the others only."""
     planned = [draw for draw in MAIN if draw.part == draws.PART_OF[claim]]
-    models = {
-        kind: compiled.draw(kind, FRESH, topics=10, pairs_per_topic=1) for kind in {draw.kind for draw in planned}
-    }
-    own = [draw for draw in planned if models[draw.kind].claims[claim] is False]
+    own = [draw for draw in planned if truths(draw.kind)[claim] is False]
     assert len(own) >= ENOUGH_NULLS
     assert sum(draw.seed >= JUDGED_FROM.get(claim, 0) for draw in own) >= ENOUGH_NULLS
 
 
 def test_every_draw_of_the_plan_is_another_and_measured() -> None:
-    names, keys = {draw.name for draw in PLAN}, {draw.key for draw in PLAN}
-    assert len(names) == len(PLAN) == len(keys) and keys <= draws.shipped_keys()
+    keys = {draw.key for draw in PLAN}
+    assert len({draw.name for draw in PLAN}) == len(PLAN) == len(keys) and keys <= draws.shipped_keys()
     scattered = [not draw_design(draw.kind, draw.seed).contiguous for draw in MAIN if draw.part == "neurons"]
     assert sum(scattered) >= ENOUGH_NULLS, "C7"
     others = {draw.seed for draw in PLAN if draw.purpose != "main"}
@@ -70,8 +67,8 @@ def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_pat
         "C6*": planned["steering", False] + planned["steering", True],
     }
     old = table[(table.rule == "registered") & table.claim.isin(["C1", "C4", "C6"])]
-    anew = pd.concat([table, old.assign(rule="corrected")])
-    anew = anew.drop_duplicates(["kind", "seed", "claim", "rule", "purpose"])
+    keys = ["kind", "seed", "claim", "rule", "purpose"]
+    anew = pd.concat([table, old.assign(rule="corrected")]).drop_duplicates(keys)
     anew.to_parquet(tmp_path / "verdicts.parquet")
     again, names = rates.main_draws(tmp_path).query(youngest), ["claim", "kind", "seed"]
     assert len(anew) > len(table) and again[names].value_counts().to_dict() == starred[names].value_counts().to_dict()
@@ -110,8 +107,6 @@ def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
 
 
-# ---- without sampling error ----
-
 BOTH = ("registered", "corrected")
 
 
@@ -134,8 +129,7 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
     assert said <= set(verdicts) and set(verdicts) - said <= {("C4", "registered")}
     at = [(organism.name, *one, "main") for one in known]
     replaced, sample = (table.set_index(KEYS) for table in (verdicts[min(said)][1], rows))
-    assert (replaced.loc[at, "ci_low"] == replaced.loc[at, "estimate"]).all()
-    assert (replaced.loc[at, "ci_high"] == replaced.loc[at, "estimate"]).all()
+    assert all((replaced.loc[at, end] == replaced.loc[at, "estimate"]).all() for end in ("ci_low", "ci_high"))
     assert replaced.loc[at, "estimate"].to_list() == pytest.approx(sample.loc[at, "estimate"].to_list(), abs=0.2)
     rest = sample.index[~sample.index.get_level_values("claim").isin({"gate", *draws.IN_CLOSED_FORM[part]})]
     pd.testing.assert_frame_equal(replaced.loc[rest, NUMBERS], sample.loc[rest, NUMBERS])

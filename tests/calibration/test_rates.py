@@ -29,13 +29,9 @@ def one(table: pd.DataFrame, **where: object) -> pd.Series:
 
 NULL = {"truth": "false", "kind": "early", "verdict": "contradicted", "population_verdict": "contradicted"}
 TABLE = draws(
-    (8, {}),
-    (2, {"verdict": "inconclusive"}),
-    (59, NULL),
-    (1, {**NULL, "verdict": "supported", "kind": "middle"}),
-    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}),
-    (3, {"truth": "open", "verdict": "supported"}),
-)
+    (8, {}), (2, {"verdict": "inconclusive"}), (59, NULL), (1, {**NULL, "verdict": "supported", "kind": "middle"}),
+    (5, {**NULL, "gate": "stopped", "verdict": "inconclusive"}), (3, {"truth": "open", "verdict": "supported"}),
+)  # fmt: skip
 
 
 def test_shares_of_verdicts_add_up_within_each_truth() -> None:
@@ -59,8 +55,7 @@ def test_false_support_has_an_exact_bound() -> None:
 
 def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
     assert rates.one_sided(0, rates.ENOUGH_NULLS)[1] < 0.05 < rates.one_sided(0, rates.ENOUGH_NULLS - 1)[1]
-    assert rates.one_sided(0, 0) == (0, 1)
-    assert math.isnan(rates.rate(0, 0)[0])
+    assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rates.rate(0, 0)[0])
 
 
 def test_a_target_is_held_against_one_sided_bounds() -> None:
@@ -77,8 +72,7 @@ def test_a_target_is_held_against_one_sided_bounds() -> None:
 
 def test_severity_tells_kinds_of_alternatives_apart() -> None:
     table = rates.supported_by_kind(TABLE, "false")
-    assert one(table, kind="middle").estimate == 1
-    assert one(table, kind="early").estimate == 0
+    assert one(table, kind="middle").estimate == 1 and one(table, kind="early").estimate == 0
     assert set(table.kind) == {"early", "middle"}
     assert one(table, kind="early").upper == rates.one_sided(0, 64)[1]
     able = one(rates.supported_by_kind(TABLE, "true"), kind="late")

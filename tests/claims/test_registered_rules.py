@@ -17,7 +17,6 @@ LOW, HALF = (0.3, 0.2, 0.4), (0.45, 0.3, 0.6)
 
 
 def every(quantity: str, claim: str) -> dict:
-    """Takes every row of a claim's quantity away."""
     return {key: None for key in FINE | LATER if key[:2] == (claim, quantity)}
 
 
@@ -66,9 +65,8 @@ def c7(moran: tuple, p: float) -> dict:
 
 FINE_PSI, FINE_K90 = (0.5, 0.4, 0.6), (5.0, 4.0, 7.0)
 DENSE = {("C5a", f"k90 B{i}", "main"): (5.0, 5.0, 5.0) for i in range(1, 6)}
-NO_GATE = row("C5b", "gate index", (0.1, 0.05, 0.15), "main", "norm frozen") | row(
-    "C5b", "gate index, signed", (0.1, 0.05, 0.15)
-)
+NO_GATE = row("C5b", "gate index", (0.1, 0.05, 0.15), "main", "norm frozen")
+NO_GATE |= row("C5b", "gate index, signed", (0.1, 0.05, 0.15))
 RULES = {
     "supported": [
         ("C1", c1((0.7, 0.5, 0.8), (0.2, 0.05, 0.3))), ("C2", c2((0.7, 0.6, 0.8), (0.7, 0.6, 0.8))),
@@ -120,40 +118,34 @@ RULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("claim", "changes", "said"), [(*case, said) for said, cases in RULES.items() for case in cases]
-)
+@pytest.mark.parametrize(("claim", "changes", "said"), [(*case, said) for said in RULES for case in RULES[said]])
 def test_both_sides_of_every_threshold(claim: str, changes: dict, said: str) -> None:
     made = judge(claim, changes)
     assert made.verdict == said, made.reason
 
 
-JOINT = {claim: f"joint probability {'T1' if claim == 'C3' else 'T2'}" for claim in STATEMENTS}
+# Claim, control, whose row, and the numbers by which the control fails; without the row it was not run.
+CONTROLS = [
+    *((claim, "joint probability", "gate", f"joint probability {'T1' if claim == 'C3' else 'T2'}", "main", (0.79, 0.7, 0.9))
+      for claim in STATEMENTS),
+    *((claim, control, claim, quantity, variant, HALF)
+      for claim, quantity in (("C1", "late share"), ("C2", NIE), ("C4", MLP_SHARE))
+      for control, variant in (("final norm frozen", "norm frozen"), ("unsaturated pairs", "unsaturated"))),
+    ("C3", "probe above chance on held-out topics", "C3", "AUROC probe", "main", (0.6, 0.5, 0.7)),
+    ("C3", "sign in unsaturated pairs", "C3", PSI, "unsaturated", (-0.1, -0.2, 0.0)),
+    ("C5a", "random order", "C5a", "k90", "random order", (8.0, 6.0, 9.0)),
+    ("C5a", "final norm frozen", "C5a", "psi1", "norm frozen", (0.2, 0.1, 0.3)),
+    ("C5a", "sign in unsaturated pairs", "C5a", "psi1", "unsaturated", (-0.1, -0.2, 0.1)),
+]  # fmt: skip
 CAPS = {
-    **{(claim, "joint probability, failed"): row("gate", name, (0.79, 0.7, 0.9)) for claim, name in JOINT.items()},
-    **{(claim, "joint probability, not run"): row("gate", name, None) for claim, name in JOINT.items()},
+    **{(claim, f"{control}, {state}"): row(whose, quantity, numbers, variant)
+       for claim, control, whose, quantity, variant, fails in CONTROLS
+       for state, numbers in (("failed", fails), ("not run", None))},
     ("C1", "benign behaviours, failed"): row("C1", "centroid B5", None),
     ("C1", "benign behaviours, not run"): row("C1", "centroid difference", None) | row("C1", "late share", LOW, *FROZEN),
-    **{
-        (claim, f"{control}, {state}"): row(claim, quantity, numbers, variant)
-        for claim, quantity in (("C1", "late share"), ("C2", NIE), ("C4", MLP_SHARE))
-        for control, variant in (("final norm frozen", "norm frozen"), ("unsaturated pairs", "unsaturated"))
-        for state, numbers in (("failed", HALF), ("not run", None))
-    },
-    ("C2", "per patch norm, not run"): row("C2", NIE, None, "per patch norm"),
-    ("C2", "per parameter, not run"): row("C2", NIE, None, "per parameter"),
-    ("C3", "probe above chance on held-out topics, failed"): row("C3", "AUROC probe", (0.6, 0.5, 0.7)),
-    ("C3", "probe above chance on held-out topics, not run"): row("C3", "AUROC probe", None),
-    ("C3", "sign in unsaturated pairs, failed"): row("C3", PSI, (-0.1, -0.2, 0.0), "unsaturated"),
-    ("C3", "sign in unsaturated pairs, not run"): row("C3", PSI, None, "unsaturated"),
+    **{("C2", f"{name}, not run"): row("C2", NIE, None, name) for name in ("per patch norm", "per parameter")},
     ("C5a", "benign behaviours, failed"): row("C5a", "k90 B5", None),
     ("C5a", "benign behaviours, not run"): {("C5a", f"k90 B{i}", "main"): None for i in range(1, 6)},
-    ("C5a", "random order, failed"): row("C5a", "k90", (8.0, 6.0, 9.0), "random order"),
-    ("C5a", "random order, not run"): row("C5a", "k90", None, "random order"),
-    ("C5a", "final norm frozen, failed"): row("C5a", "psi1", (0.2, 0.1, 0.3), "norm frozen"),
-    ("C5a", "final norm frozen, not run"): row("C5a", "psi1", None, "norm frozen"),
-    ("C5a", "sign in unsaturated pairs, failed"): row("C5a", "psi1", (-0.1, -0.2, 0.1), "unsaturated"),
-    ("C5a", "sign in unsaturated pairs, not run"): row("C5a", "psi1", None, "unsaturated"),
     ("C5b", "final norm frozen, failed"): row("C5b", "gate index", (0.1, 0.0, 0.2), "norm frozen"),
     ("C5c", "full response, failed"): row("C5c", KEPT_BY_FIRST_TOKEN, LOW, "full response"),
     ("C6", "mid layers at equal budget, failed"): row("C6", "budget of mid over late", (1.2, 1.2, 1.2)),
@@ -200,9 +192,8 @@ def test_the_untrained_twin_of_c1() -> None:
 
 NO_JOINT, NO_K90 = row("gate", "joint probability T2", None), row("C5a", "k90", None, "main", "random order")
 EQUAL = row("C6", "advantage over mid", (0.0, -1.0, 1.0))
-RENAMED = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)} | {
-    ("C1", f"centroid {name}", "main"): (0.5, 0.4, 0.6) for name in ("B1", "B10", "Btone", "B-unit", "B3")
-}
+RENAMED = {("C1", f"centroid B{i}", "main"): None for i in range(1, 6)}
+RENAMED |= {("C1", f"centroid {name}", "main"): (0.5, 0.4, 0.6) for name in ("B1", "B10", "Btone", "B-unit", "B3")}
 LOW_PSI = row("C5a", "psi1", (0.0, -0.1, 0.1), *FROZEN)
 HARD = row("C5c", "harmless answers changed, refusing run's values", (0.9, 0.8, 1.0))
 UNMEASURED = {"C2": "notebook 03", "C3": "not measured", "C4": "notebook 05", "C5a": "notebook 04", "C5b": "notebook 04",
@@ -248,9 +239,6 @@ def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
 
 
-# ---- preconditions and tags ----
-
-
 @pytest.mark.parametrize("claim", STATEMENTS)
 def test_the_precondition_asks_for_topics(claim: str) -> None:
     assert judge(claim, n_topics=20).verdict == "supported"
@@ -270,8 +258,7 @@ def test_the_precondition_asks_for_topics(claim: str) -> None:
 def test_the_precondition_asks_for_an_effect(claim: str, numbers: tuple, is_open: bool) -> None:
     made = judge(claim, row("gate", f"TE {GATES[claim]}", numbers))
     assert made.verdict == ("supported" if is_open else "inconclusive")
-    assert is_open or "nothing to mediate (gate: |TE| >= 0.5)" in made.reason
-    assert is_open or made.quantity == f"TE {GATES[claim]}"
+    assert is_open or ("nothing to mediate" in made.reason and made.quantity == f"TE {GATES[claim]}")
 
 
 @pytest.mark.parametrize("claim", ON_GENERATION)

@@ -1,7 +1,6 @@
 """The face: each helper gives what the library calls behind it give, on the shipped model."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -82,11 +81,8 @@ def test_a_contrast_is_signed_on_discover_and_shown_on_test(layers: pd.DataFrame
     assert set(whole.split) == {"discover", "validate", "test"}
     turned = layers.assign(te=-layers.te, nie0=-layers.nie0, nie1=-layers.nie1)
     assert np.allclose(mediation.contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
-
-
-def test_treatments_stand_side_by_side_and_missing_ones_are_left_out(layers: pd.DataFrame) -> None:
-    made = mediation.averaged_by_treatment(layers, ["T1", "T2", "T9"])
-    assert set(made.treatment) == {"T1", "T2"} and set(made.split) == {"test"}
+    averaged = mediation.averaged_by_treatment(layers, ["T1", "T2", "T9"])  # what is missing is left out
+    assert set(averaged.treatment) == {"T1", "T2"} and set(averaged.split) == {"test"}
 
 
 def test_clean_runs_and_modules_end_with_the_difference_in_differences(study: Study) -> None:
@@ -124,9 +120,7 @@ def test_an_effect_is_worth_mediating(estimate: float, low: float, high: float, 
     assert statistics.is_worth_mediating(pd.Series({"estimate": estimate, "low": low, "high": high})) is passes
 
 
-def test_a_figure_and_its_table_are_files_and_an_undefined_one_is_a_frame(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_figure_and_its_table_are_files_and_an_undefined_one_is_a_frame(tmp_path, monkeypatch):
     for module in (paths, figures):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "FIGURES", tmp_path / "figures")

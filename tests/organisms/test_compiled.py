@@ -19,17 +19,16 @@ FALSE = {
     "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
     "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
 }  # fmt: skip
+PLACE = ["early", "middle", "late"]
 OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
 
 
 def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
-    """A draw without its weights."""
     design = draw_design(kind, seed)
     return design, build_program(design, topics), draw_pairs([seed], topics, 1)
 
 
 def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
-    """TE of T2 - T2b, pair by pair."""
     harmful, harmless = ([p for p in pairs if p.pair.treatment == name] for name in ("T2", "T2b"))
     return total_effects(program, harmful) - total_effects(program, harmless)
 
@@ -46,21 +45,17 @@ def test_what_is_true_of_a_kind_and_that_its_effect_varies(kind: str) -> None:
         te = contrast(program, pairs)
         assert te.mean() - 3 * te.std() / len(te) ** 0.5 > 0.5 and te.mean() == pytest.approx(design.effect, rel=0.5)
         assert te.std() > 0.05, "without variation there is no sampling error to calibrate"
+        if kind in PLACE:
+            where = set(thirds(design.n_layers)[PLACE.index(kind)])
+            assert {*design.carry, *(stage.layer for stage in design.stages)} <= where
 
 
 def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
     one, same, other = (compiled.draw("gated", seed, topics=10) for seed in (3, 3, 4))
     assert one.subject.sha256 == same.subject.sha256 != other.subject.sha256
-    assert one.design == same.design and one.pairs == same.pairs
-    assert one.pairs != other.pairs
+    assert one.design == same.design and one.pairs == same.pairs and one.pairs != other.pairs
     with pytest.raises(InputError, match="expected one of late"):
         compiled.draw("sideways", 0)
-
-
-def test_a_wanted_effect_is_met() -> None:
-    pairs = draw_pairs([0], 30, 1)
-    small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
-    assert large / small == pytest.approx(4, rel=0.05)
 
 
 def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
@@ -68,8 +63,7 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         _, program, _ = made(kind, 0)
         at = np.flatnonzero(program.mlps[-1].out[:, compiled_program.CHANNELS["out"]])
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
-        assert len(at) >= 24
-        assert (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
+        assert len(at) >= 24 and (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
 
 
 def test_topics_keep_to_one_split() -> None:
@@ -78,6 +72,12 @@ def test_topics_keep_to_one_split() -> None:
     assert len(split_of) == len({(p.topic, p.split) for p in pairs})
     counts = Counter(split for topic, split in split_of.items() if topic.startswith("hazard"))
     assert counts == {"discover": 20, "validate": 15, "test": 15}
+
+
+def test_a_wanted_effect_is_met() -> None:
+    pairs = draw_pairs([0], 30, 1)
+    small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
+    assert large / small == pytest.approx(4, rel=0.05)
 
 
 def test_a_population_has_the_same_model_and_other_topics() -> None:
@@ -137,16 +137,8 @@ def test_where_each_token_decides_the_opener_does_not_bind() -> None:
     assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
 
 
-def test_early_middle_and_late_layers_are_those_of_the_rules() -> None:
-    assert thirds(9) == ([0, 1, 2], [3, 4, 5], [6, 7, 8])
-    for seed in range(10):
-        for kind, third in (("early", 0), ("middle", 1), ("late", 2)):
-            design = draw_design(kind, seed)
-            assert {*design.carry, *(stage.layer for stage in design.stages)} <= set(thirds(design.n_layers)[third])
-
-
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
     """In `or` some neurons undo a part of what others write: the first neuron alone overshoots, and has not arrived."""
-    made = compiled.draw("or", 11, topics=20, pairs_per_topic=1)
-    share, k90 = last_layer(made.program, made.pairs)
+    drawn = compiled.draw("or", 11, topics=20, pairs_per_topic=1)
+    share, k90 = last_layer(drawn.program, drawn.pairs)
     assert share > 0.3 and 1 < k90 <= 8

@@ -27,9 +27,7 @@ def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
     )
 
 
-def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(
-    pairs: list[compiled_language.Planned], made: pd.DataFrame
-) -> None:
+def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
     pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
     assert (made.topic == made.object).all() and not made.text.duplicated().any()
     own = {planned.pair.topic: planned.pair.split for planned in pairs}

@@ -16,7 +16,6 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def some_pairs(organism: compiled.Organism, treatment: str, n: int = 4) -> list[compiled_language.Planned]:
-    """Pairs of one length."""
     found = [p for p in organism.pairs if p.pair.treatment == treatment and not p.control.tail]
     return found[:n]
 

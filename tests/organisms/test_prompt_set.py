@@ -19,11 +19,6 @@ def pairs():
     return [json.loads(line) for line in (FOLDER / "pairs.jsonl").open(encoding="utf-8")]
 
 
-@pytest.fixture(scope="module")
-def suites():
-    return [json.loads(line) for line in (FOLDER / "suites.jsonl").open(encoding="utf-8")]
-
-
 def test_build_gives_the_committed_bytes(tmp_path):
     write_prompt_set(tmp_path)
     committed = sorted(p.name for p in FOLDER.iterdir())
@@ -81,7 +76,7 @@ def test_spans_name_what_they_cut(pairs):
             assert ("wrapper" in cut) or p["treatment"] == "T1"
 
 
-def test_suites_cover_all_behaviours(suites):
-    assert {s["suite"] for s in suites} == set(SUITES)
-    assert len({s["id"] for s in suites}) == len(suites)
+def test_suites_cover_all_behaviours():
+    suites = [json.loads(line) for line in (FOLDER / "suites.jsonl").open(encoding="utf-8")]
+    assert {s["suite"] for s in suites} == set(SUITES) and len({s["id"] for s in suites}) == len(suites)
     assert all(is_harmful(s["prompt"]) == s["harmful"] for s in suites)

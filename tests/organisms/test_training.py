@@ -57,8 +57,7 @@ def test_batches_depend_on_stage_seed_and_step_alone(tokenizer):
 def test_loss_weights_cover_prompt_answer_and_soft_opener(tokenizer):
     batch = batch_at(tokenizer, SMALL, "tune", 0, 0)
     header = len(tokenizer(chat_text(""), add_special_tokens=False)["input_ids"])
-    assert (batch.first > header).all()
-    assert batch.first_probs.sum(1).tolist() == pytest.approx([1.0] * 4)
+    assert (batch.first > header).all() and batch.first_probs.sum(1).tolist() == pytest.approx([1.0] * 4)
     for weight, first in zip(batch.weight, batch.first, strict=True):
         assert weight[:first].eq(SMALL.weight_prompt).all() and weight[first] == 0.0 and weight[first + 1] == 1.0
 

@@ -31,8 +31,7 @@ def test_the_light_cone_is_shaded() -> None:
     table = table_for(spec_of("02_cumulative"))
     for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
         ax = style.cumulative(table.assign(earliest=earliest)).axes[0]
-        assert len(ax.patches) == n_shaded
-        assert bool(ax.texts) == bool(n_shaded)
+        assert len(ax.patches) == n_shaded and bool(ax.texts) == bool(n_shaded)
         if n_shaded:
             assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
 
@@ -73,8 +72,7 @@ def test_the_grid_counts_its_cells() -> None:
     cells = {"layer": [0] * 5 + [1] * 5, "position": [*range(5), *range(5)], "state": states}
     table = pd.DataFrame({"panel": "p", **cells, "token": list("abcde") * 2})
     ax = layers.grid(table).axes[0]
-    assert "30%" in ax.get_title() + ax.get_title(loc="left")
-    assert len(ax.patches) == 10
+    assert "30%" in ax.get_title() + ax.get_title(loc="left") and len(ax.patches) == 10
 
 
 def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
@@ -82,8 +80,7 @@ def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
     table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(low=0.0, high=4.0)
     ax = style.dots(table, row="row", group="group", title="", unit="").axes[0]
     at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
-    assert at[3.0] == 1.0
-    assert at[1.0] < 0.0 < at[2.0]
+    assert at[3.0] == 1.0 and at[1.0] < 0.0 < at[2.0]
 
 
 def test_costs_are_linear_up_to_the_margin_and_read_as_numbers() -> None:
@@ -121,5 +118,4 @@ def test_the_two_truths_at_one_number_stand_apart() -> None:
     table = pd.DataFrame({"claim": "C1", "truth": ["false", "true"], "topics": 70, "estimate": 0.5})
     ax = calibration.rates(table.assign(low=0.4, high=0.6), x="topics", unit="topics", title="").axes[0]
     at = [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() in style.MARKERS]
-    assert at[0] < 70 < at[1]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["70"]
+    assert at[0] < 70 < at[1] and [label.get_text() for label in ax.get_xticklabels()] == ["70"]

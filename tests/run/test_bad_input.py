@@ -33,6 +33,7 @@ def pair(number: int, **changes: Any) -> dict[str, Any]:
 
 
 GOOD = ("\n".join(json.dumps(pair(n)) for n in range(12)) + "\n").encode()
+OUTCOME = b'{"comply": ["a"], "refuse": ["b"]}'
 CONFIG = b'{"architectures": ["LlamaForCausalLM"]}'
 
 
@@ -88,11 +89,7 @@ def answered(call: Callable[..., Any], *arguments: Any) -> Any:
 @given(data=st.data())
 def test_a_strange_file(tmp_path: Path, name: str, data: st.DataObject) -> None:
     reads, contents = FILES[name]
-    for file, whole in {
-        "pairs.jsonl": GOOD,
-        "outcome.json": b'{"comply": ["a"], "refuse": ["b"]}',
-        "config.json": CONFIG,
-    }.items():
+    for file, whole in {"pairs.jsonl": GOOD, "outcome.json": OUTCOME, "config.json": CONFIG}.items():
         (tmp_path / file).write_bytes(whole)
     content = data.draw(contents | RARE | st.binary(max_size=80))
     text = content if isinstance(content, bytes | str) else json.dumps(content)
@@ -106,13 +103,13 @@ def test_a_strange_file(tmp_path: Path, name: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        *(([pair(99, treatment=name)], repr(name)) for name in ("t2", "T2B", " T1", "B0", "B", "harm")),
+        *(([pair(99, treatment=name)], repr(name)) for name in ("t2", "T2B", " T1", "B0", "harm")),
         ([pair(98, treatment="T2b"), pair(99, treatment="T2", twin="p98")], "twins share a topic"),
     ],
 )
 def test_a_pair_that_would_serve_no_claim_is_named(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
     (tmp_path / "pairs.jsonl").write_bytes(GOOD + "\n".join(map(json.dumps, rows)).encode())
-    (tmp_path / "outcome.json").write_text('{"comply": ["a"], "refuse": ["b"]}')
+    (tmp_path / "outcome.json").write_bytes(OUTCOME)
     found = answered(pairs.load_set, tmp_path)
     assert said in found and ("line 13" in found or "pair 'p99'" in found)
 
@@ -138,22 +135,19 @@ def test_a_strange_name_model_or_prompt_set(name: str) -> None:
             assert folder.parent == paths.RESULTS and folder != paths.RESULTS
 
 
-def test_links_out_of_the_folder_and_in_a_circle_and_a_folder_for_a_file(tmp_path: Path) -> None:
-    """What a link leads to is read like a file, and never quoted; a circle is no file."""
+def test_a_link_is_read_and_never_quoted_and_a_circle_or_a_folder_is_no_file(tmp_path: Path) -> None:
     secret, place = tmp_path / "secret.txt", tmp_path / "set"
     secret.write_text("word17 word18\n")
     place.mkdir()
-    calls = {"pairs.jsonl": pairs.load_set, "outcome.json": pairs.load_set, "config.json": folders.check_model}
-    for name, call in calls.items():
+    for name in ("pairs.jsonl", "outcome.json", "config.json"):
+        call = folders.check_model if name == "config.json" else pairs.load_set
         (place / "pairs.jsonl").write_bytes(GOOD)
         path = place / name
-        path.unlink(missing_ok=True)
-        path.symlink_to(secret)
-        found = answered(call, str(place))
-        assert name in found and "word17" not in found
-        path.unlink()
-        path.symlink_to(path)
-        assert f"no {name}" in answered(call, str(place))
+        for target in (secret, path):
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+            found = answered(call, str(place))
+            assert name in found and "word17" not in found and (target == secret or f"no {name}" in found)
         path.unlink()
         path.mkdir()
         assert f"no {name}" in answered(call, str(place))
@@ -161,4 +155,3 @@ def test_links_out_of_the_folder_and_in_a_circle_and_a_folder_for_a_file(tmp_pat
     (place / "loop").symlink_to(place / "loop")
     for call in (folders.check_model, check_prompts):
         assert str(place / "loop") in answered(call, str(place / "loop"))
-    assert secret.read_text() == "word17 word18\n"

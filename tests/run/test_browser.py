@@ -8,7 +8,6 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 FLAGS += ["--disable-sync", "--no-first-run"]
 TOKEN = "companion"
 FOLDERS = ("CONFIG_DIR", "RUNTIME_DIR", "DATA_DIR")
-
-
-@dataclass(frozen=True)
-class Served:
-    """A copy of the repository, and the address under which JupyterLab shows it."""
-
-    root: Path
-    url: str
 
 
 def copied(root: Path) -> None:
@@ -50,7 +41,8 @@ def copied(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A copy of the repository, and the address under which JupyterLab shows it."""
     pytest.importorskip("playwright", reason="no playwright: pip install -r requirements-browser.in")
     if CHROMIUM is None:
         pytest.skip("no Chromium on the path (Debian, Ubuntu: apt install chromium)")
@@ -66,7 +58,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         command = cli.lab_command(home / "repository", *options)
         server = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=home / "repository")
     try:
-        yield Served(home / "repository", wait_for(f"http://127.0.0.1:{port}", server))
+        yield home / "repository", wait_for(f"http://127.0.0.1:{port}", server)
     finally:
         server.terminate()
         server.wait(timeout=30)
@@ -83,15 +75,15 @@ def wait_for(url: str, server: subprocess.Popen[bytes], seconds: int = 60) -> st
     raise AssertionError("JupyterLab did not answer")
 
 
-def run_all_cells(served: Served, name: str, seconds: int) -> list[dict[str, Any]]:
+def run_all_cells(root: Path, url: str, name: str, seconds: int) -> list[dict[str, Any]]:
     """Restart and run all cells through the menus; returns the outputs in the saved notebook, whose cells ran in order."""
     from playwright.sync_api import sync_playwright
 
-    path = served.root / "notebooks" / name
+    path = root / "notebooks" / name
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{served.url}/lab/tree/notebooks/{name}?token={TOKEN}")
+        page.goto(f"{url}/lab/tree/notebooks/{name}?token={TOKEN}")
         page.locator(".jp-Notebook").first.wait_for(timeout=60_000)
         page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
         page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Kernel$")).click()
@@ -112,27 +104,21 @@ def run_all_cells(served: Served, name: str, seconds: int) -> list[dict[str, Any
     ("name", "slug", "seconds"),
     [("00_start_here", "embedded", 90), pytest.param("02_layers", "seen", 600, marks=pytest.mark.slow)],
 )
-def test_a_notebook_runs_from_the_menus_and_shows_its_figures(
-    served: Served, name: str, slug: str, seconds: int
-) -> None:
-    outputs = run_all_cells(served, f"{name}.ipynb", seconds)
+def test_a_notebook_runs_from_the_menus_and_shows_its_figures(served, name, slug, seconds):
+    outputs = run_all_cells(*served, f"{name}.ipynb", seconds)
     assert not [out for out in outputs if out["output_type"] == "error"]
-    drawn = sorted(path.stem for path in (served.root / "figures" / slug).glob(f"{name[:2]}_*.png"))
+    drawn = sorted(path.stem for path in (served[0] / "figures" / slug).glob(f"{name[:2]}_*.png"))
     assert drawn == sorted(entry.name for entry in SPECS if entry.name.startswith(name[:2]))
     assert sum("image/png" in out.get("data", {}) for out in outputs) == len(drawn)
 
 
 def test_lab_takes_the_kernel_of_this_environment(tmp_path: Path) -> None:
-    """A kernel called python3 that the user has elsewhere must not win."""
     kernel = tmp_path / "kernels" / "python3"
     kernel.mkdir(parents=True)
     (kernel / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "mine", "language": "python"}')
     ask = "from jupyter_client.kernelspec import get_kernel_spec as g; print(g('python3').argv[0])"
     seen = []
     for variables in (cli.lab_environment(), {**os.environ, "JUPYTER_PREFER_ENV_PATH": "0"}):
-        done = subprocess.run(
-            [cli.lab_command()[0], "-c", ask], env=variables | {"JUPYTER_DATA_DIR": str(tmp_path)}, check=True,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        seen.append(done.stdout.strip())
+        places = variables | {"JUPYTER_DATA_DIR": str(tmp_path)}
+        seen.append(subprocess.check_output([cli.lab_command()[0], "-c", ask], env=places, text=True).strip())
     assert seen[1] == "/nowhere/python" != seen[0], "the second line shows that the kernel elsewhere would have won"

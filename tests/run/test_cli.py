@@ -9,7 +9,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hub_cache import chat_folder, put
@@ -26,17 +26,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def refused(toy: Toy, *flags: str, **variables: str) -> str:
-    """The one line on stderr of a command that must be refused."""
     before = toy.contents()
     done = toy.run(*flags, **variables)
     assert toy.contents() == before
     return one_line(done)
-
-
-def models_file(folder: Path, text: str) -> Path:
-    path = folder / "models.yml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def one_line(done: CompletedProcess[str]) -> str:
@@ -46,44 +39,33 @@ def one_line(done: CompletedProcess[str]) -> str:
 
 FLAGS = {
     "--modle x": "unknown flag --modle: did you mean --model?",
-    "--mod x": "unknown flag --mod",
     "--zzz=1": "unknown flag --zzz=1: ./run_all.sh --help lists the flags",
     "02": "unknown word 02",
     "--only 09": "no notebook 09; there are 00, 01, 02, 03, 08",
     "--only ,": "no notebook named",
     "--name ../x": "'../x' cannot name a run",
-    "--name .x": "no leading dot",
     "--name embedded --pairs 20": "choose another name",
-    "--name embedded --judge embedded": "choose another name",
     "--device gpu": "expected auto, cpu, cuda or cuda:N",
-    "--device cuda:x": "expected auto, cpu, cuda or cuda:N",
     "--device cuda": "torch sees no CUDA device here",
     "--dtype float16": "'float16' (choose from",
-    "--profile fast": "'fast' (choose from",
     "--pairs 5": "at least 10, or 0 for all",
-    "--pairs -1": "at least 10, or 0 for all",
     "--pairs many": "invalid int value: 'many'",
     "--jobs -1": "--jobs -1: expected 1 to 100",
     "--shards -1": "--shards -1: expected 1 to 1000",
-    "--shards x": "invalid int value: 'x'",
     "--shards 2 --set partition": "--set partition: expected KEY=VALUE, such as timeout_min=240",
     "--set a=b": "--executor and --set go with --shards",
-    "--shards 2 --executor pbs": "'pbs' (choose from",
     "--model": "expected one argument",
     "--model=--": "-- is no value of a flag",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--model=": "an empty name was given for --model, --prompts or --judge",
-    "--judge=": "an empty name was given",
     "--prompts xstest --wrappers=": "--wrappers names nothing",
     "--adapter nowhere": "nowhere holds no adapter: expected adapter_config.json and adapter_model.safetensors",
-    "--adapter=": "holds no adapter",
     "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
     "--prompts xstest,nosuch": "public sets, each once, joined by commas; known are jailbreakbench",
     "--wrappers nowhere": "expected a file of JSON lines",
     "--model org/tiny": "HF_HUB_OFFLINE forbids downloads, and it is not in the cache",
     "--model org/tiny@../x": "names no revision behind its @",
     "--list --model org/tiny": "is not in the hub's cache yet",
-    "--judge org/tiny": "HF_HUB_OFFLINE forbids downloads",
     "--list --judge nowhere": "--judge: no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--list --judge org/no": "--judge: org/no is not in the hub's cache yet: a run without --list downloads it",
     "--figures --name none": "no results of 'none'",
@@ -101,12 +83,11 @@ def test_a_wrong_command_line_is_one_clear_line(toy_done: Toy, tmp_path: Path, f
 
 
 def test_a_proxy_that_does_not_answer_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> None:
-    dead = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    said = refused(toy_done, "--model", "org/tiny", **dead, HF_HUB_CACHE=str(tmp_path))
-    assert "org/tiny" in said and "cannot be reached" in said
+    dead = dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9") | {"HF_HUB_OFFLINE": "0"}
+    assert "cannot be reached" in refused(toy_done, "--model", "org/tiny", **dead, HF_HUB_CACHE=str(tmp_path))
 
 
-BREAKS: dict[str, tuple[str, str | None, str]] = {  # file, its content (None: it goes), what is said
+DAMAGES: dict[str, tuple[str, str | None, str]] = {  # file of a model or prompt set, its content (None: it goes), what is said
     "no config": ("config.json", None, "has no config.json"),
     "no weights": ("model.safetensors", None, "it has no weights"),
     "no tokenizer": ("tokenizer*.json", None, "has no tokenizer files"),
@@ -114,34 +95,19 @@ BREAKS: dict[str, tuple[str, str | None, str]] = {  # file, its content (None: i
     "own code": ("config.json", '{"auto_map": {"AutoModel": "m.M"}}', "asks to run code of its own"),
     "broken config": ("config.json", '{"model', "config.json is not valid JSON"),
     "broken tokenizer": ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
-}
+    "broken pair": ("pairs.jsonl", "\n".join([*PAIRS, "{"]), "line 13: broken JSON"),
+    "unequal lengths": ("pairs.jsonl", "\n".join(pair(n, "say b b b b b") for n in range(12)), "0 usable pairs of 12 (12 with"),
+    "equal openers": ("outcome.json", '{"comply": ["a"], "refuse": ["a b"]}', "comply and refuse share the first token"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", BREAKS)
-def test_a_folder_that_is_no_model_is_refused(toy_done: Toy, tmp_path: Path, damage: str) -> None:
-    folder = Path(shutil.copytree(ORGANISM / "window-0", tmp_path / "model"))
-    pattern, content, said = BREAKS[damage]
-    for path in folder.glob(pattern):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_or_prompt_set_is_one_clear_line(toy_done: Toy, tmp_path: Path, damage: str) -> None:
+    model, prompts = shutil.copytree(ORGANISM / "window-0", tmp_path / "model"), prompt_set(tmp_path / "set", PAIRS)
+    pattern, content, said = DAMAGES[damage]
+    for path in [*model.glob(pattern), *prompts.glob(pattern)]:
         path.unlink() if content is None else path.write_text(content)
-    assert said in refused(toy_done, "--model", str(folder), "--prompts", str(prompt_set(tmp_path / "set", PAIRS)))
-
-
-SETS: dict[str, tuple[list[str], str, str]] = {
-    "broken JSON": ([*PAIRS, "{"], "", "line 13: broken JSON"),
-    "duplicate id": ([*PAIRS, pair(3)], "", "line 13: id 'p3' was used in line 4"),
-    "few pairs": (PAIRS[:9], "", "9 pairs, at least 10 are needed"),
-    "no topic": ([*PAIRS, '{"id": "x"}'], "", "line 13: 'treatment' must be"),
-    "unequal lengths": ([pair(n, "say b b b b b") for n in range(12)], "", "0 usable pairs of 12 (12 with unequal"),
-    "broken outcome": (PAIRS, '{\n"comply": [', "outcome.json, line 2: broken JSON"),
-    "equal openers": (PAIRS, '{"comply": ["a"], "refuse": ["a b"]}', "comply and refuse share the first token"),
-}
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_a_wrong_prompt_set_is_one_clear_line(toy_done: Toy, tmp_path: Path, name: str) -> None:
-    lines, outcome, message = SETS[name]
-    folder = prompt_set(tmp_path / "set", lines, *([outcome] if outcome else []))
-    assert message in refused(toy_done, "--prompts", str(folder))
+    assert said in refused(toy_done, "--model", str(model), "--prompts", str(prompts))
 
 
 def test_notebooks_that_the_runner_does_not_understand_are_named(toy: Toy) -> None:
@@ -220,40 +186,28 @@ def test_the_environment_is_made_once_from_the_lock(toy: Toy, tmp_path: Path) ->
         assert "no results of 'none'" in one_line(done)
 
 
-def test_folders_count_from_where_the_user_stands(
-    toy_done: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_count_from_where_the_user_stands(toy_done, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    done = toy_done.shell("--prompts", "mine", "--model", "mine", COMPANION_VENV=str(tmp_path / "venv"))
+    done = toy_done.shell("--model", "mine", COMPANION_VENV=str(tmp_path / "venv"))
     assert "mine is no model folder" in one_line(done)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's cache with one tiny chat model in it."""
-    place = tmp_path_factory.mktemp("hub")
-    source = chat_folder(place / "source")
-    put(place / "cache", source, [path.name for path in source.iterdir()], COMMIT)
-    return place / "cache"
-
-
-def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: Path, cache: Path) -> None:
+def test_a_cached_model_runs_offline_and_its_commit_is_kept(toy: Toy, tmp_path: Path) -> None:
+    source, cache = chat_folder(tmp_path / "source"), tmp_path / "cache"
+    put(cache, source, [path.name for path in source.iterdir()], COMMIT)
     lines = [pair(n, f"w5 w{20 + n}", control=f"w4 w{20 + n}") for n in range(12)]
     prompts = prompt_set(tmp_path / "set", lines, outcome='{"comply": [" w11"], "refuse": [" w12"]}')
     flags = ("--model", "org/tiny", "--prompts", str(prompts), "--only", "01")
     offline = {**OFFLINE, "HF_HUB_CACHE": str(cache)}
     first = toy.run(*flags, **offline)
     assert first.returncode == 0, first.stderr
-    assert "org/tiny (89abcdef0123): 0.00 billion parameters" in first.stdout
-    assert "12 of 12 pairs usable" in first.stdout
+    assert "org/tiny (89abcdef0123): 0.00 billion" in first.stdout and "12 of 12 pairs usable" in first.stdout
     manifest = json.loads((toy.root / "results" / "org--tiny-set" / "manifest.json").read_text())
     assert (manifest["model"]["name"], manifest["model"]["revision"]) == ("org/tiny", COMMIT)
     book = (toy.root / "results" / "org--tiny-set" / "notebooks" / "01_toy.ipynb").read_text()
     assert f"org/tiny@{COMMIT}" in book and str(cache) not in book
     assert toy.run("--list", *flags, **offline).stdout.count("fresh") == 1
-    said = refused(toy, "--judge", "org/tiny", "--only", "01", **offline)
-    assert "--judge: org/tiny: in its tokenizer Yes and No do not begin with known tokens" in said
 
 
 def test_a_public_set_offline_is_one_line(toy_done: Toy, tmp_path: Path) -> None:
@@ -262,30 +216,16 @@ def test_a_public_set_offline_is_one_line(toy_done: Toy, tmp_path: Path) -> None
     assert "left out: maliciousinstruct" in done.stdout and "the hub cannot be reached" in done.stdout
 
 
-def failing(error: BaseException) -> Any:
-    def run() -> int:
-        raise error
-
-    return run
-
-
 def test_a_model_that_fails_does_not_stop_the_rest_of_its_list(capsys: pytest.CaptureFixture[str]) -> None:
-    errors = (
-        InputError("no such thing:\ndo this"),
-        OSError(28, "full"),
-        RuntimeError("no room.\n2 GiB"),
-        AssertionError(),
-    )
-    assert cli.run_list({**dict(zip("abcd", map(failing, errors), strict=True)), "e": lambda: 1, "f": lambda: 0}) == 1
+    errors = [InputError("no such thing:\ndo this"), OSError(28, "full"), RuntimeError("no room.\n2 GiB")]
+    runs = dict(zip("abc", (Mock(side_effect=error) for error in errors), strict=True))
+    assert cli.run_list({**runs, "e": lambda: 1, "f": lambda: 0}) == 1
     shown = capsys.readouterr()
-    assert "1 of 6 models finished" in shown.out and "=== model 6 of 6: f" in shown.out
-    assert (
-        "a: no such thing: do this\nb: [Errno 28] full\nc: RuntimeError: no room. 2 GiB\nd: AssertionError\n"
-        in shown.err
-    )
-    assert "not finished: a, b, c, d, e;" in shown.err
+    assert "1 of 5 models finished" in shown.out and "=== model 5 of 5: f" in shown.out
+    said = "a: no such thing: do this\nb: [Errno 28] full\nc: RuntimeError: no room. 2 GiB\n"
+    assert said in shown.err and "not finished: a, b, c, e;" in shown.err
     with pytest.raises(KeyboardInterrupt):
-        cli.run_list({"a": failing(KeyboardInterrupt()), "b": lambda: pytest.fail("it goes on")})
+        cli.run_list({"a": Mock(side_effect=KeyboardInterrupt), "b": lambda: pytest.fail("it goes on")})
 
 
 def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) -> None:
@@ -304,57 +244,34 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
 
 WRONG = {
     "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, adapter, prompts",
-    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, adapter, prompts, wrappers, judge",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
-    "models:\n- {name: 2024-01-01}": "'name' must be text",
     "models:\n- {pairs: yes}": "'pairs' must be a whole number, not True",
     "models:\n- {pairs: 5}": "entry 1: --pairs 5: expected at least 10",
     "models:\n- {pairs: 20, name: a}\n- {name: A, pairs: 30}": "entries 1 and 2 are both named 'A'",
     "models:\n- {name: ../x, pairs: 20}": "entry 1: '../x' cannot name a run",
     "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run with no flags",
     "models:\n- {model: nowhere}": "entry 1: no model 'nowhere'",
-    "models:\n- {prompts: nowhere}": "entry 1: no prompt set 'nowhere'",
-    "models:\n- {judge: nowhere}": "entry 1: --judge: no model 'nowhere'",
     "models:\n- {judge: ''}": "entry 1: 'judge' names nothing; leave the key out",
     "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",
     "models:\n- {wrappers: models.yml}": "models.yml, line 1: broken JSON",
-    "models:\n- {device: gpu}": "entry 1: --device gpu",
     "models:\n- {dtype: float16}": "entry 1: argument --dtype: invalid choice",
     "models: {a: 1}": "expected one key 'models' with a list",
     "models: []": "at least one entry",
-    "- a": "expected one key 'models'",
     "models:\n- a": "entry 1: expected keys and values (model, adapter, prompts",
     "models: [": "cannot be read as YAML",
-    "models: &a [*a]": "entry 1: expected keys and values",
     "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
-    "": "expected one key 'models'",
 }
 
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_mistake_in_a_list_of_models_is_one_sentence(tmp_path: Path, text: str) -> None:
-    path = models_file(tmp_path, text + "\n")
+    (tmp_path / "models.yml").write_text(text + "\n")
     with pytest.raises(InputError) as error:
-        cli.models_command(cli.parse([f"--models={path}"]))
+        cli.models_command(cli.parse([f"--models={tmp_path / 'models.yml'}"]))
     assert WRONG[text] in str(error.value)
 
 
-def test_folders_and_files_count_from_the_list(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
-    path = models_file(
-        tmp_path,
-        "models:\n- {model: mine, prompts: embedded}\n"
-        "- {prompts: xstest, wrappers: mine.jsonl, judge: window-1}\n- {prompts: xstest, judge: org/judge@v1}\n",
-    )
-    first, second, third = cli.read_model_list(path)
-    assert first == [f"--model={tmp_path / 'mine'}", "--prompts=embedded"]
-    assert second == ["--prompts=xstest", f"--wrappers={tmp_path / 'mine.jsonl'}", "--judge=window-1"]
-    assert cli.parse(third).judge == "org/judge@v1"
-    assert len(cli.read_model_list(ROOT / "models.example.yml")) == 2
-
-
-def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_entry_has_its_own_judge_and_wrappers_and_counts_from_the_list(tmp_path, monkeypatch):
     """The judge of one entry, once resolved, does not label the answers of the next."""
     seen: list[tuple[str, str | None, str | None]] = []
 
@@ -363,9 +280,13 @@ def test_every_entry_has_its_own_judge_and_wrappers(tmp_path: Path, monkeypatch:
         os.environ[hub.JUDGE] = "resolved"
         return 0
 
-    monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(cli, "run_command", run)
+    shutil.copytree(ORGANISM / "window-0", tmp_path / "mine")
     (tmp_path / "w.jsonl").write_text('{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}')
-    entries = "- {model: full-0, judge: window-1}\n- {model: full-0, prompts: xstest, wrappers: w.jsonl}\n"
-    assert cli.main(["--models", str(models_file(tmp_path, f"models:\n{entries}"))]) == 0
-    assert seen == [("full-0", "window-1", None), ("full-0", None, str(tmp_path / "w.jsonl"))]
+    path = tmp_path / "models.yml"
+    path.write_text(
+        "models:\n- {model: mine, judge: window-1}\n- {model: full-0, prompts: xstest, wrappers: w.jsonl}\n"
+    )
+    assert cli.main(["--models", str(path)]) == 0
+    assert seen == [(str(tmp_path / "mine"), "window-1", None), ("full-0", None, str(tmp_path / "w.jsonl"))]
+    assert len(cli.read_model_list(ROOT / "models.example.yml")) == 2

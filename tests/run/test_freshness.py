@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
-
 from companion.base.paths import ORGANISM
 from companion.run import freshness
 
@@ -46,14 +44,10 @@ def test_a_run_killed_between_two_of_its_files_is_stale(tmp_path: Path) -> None:
 def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor\t: 0\nmodel name\t: X\nmodel\t: 7\nflags\t: sse avx2 avx512f\n\nprocessor\t: 1\n")
-    assert freshness.processor(path) == "X, 7, avx2, avx512f"
-    assert freshness.processor()
+    assert freshness.processor(path) == "X, 7, avx2, avx512f" and freshness.processor()
 
 
-def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one that belongs to another user."""
+def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without(tmp_path, monkeypatch):
     monkeypatch.setattr(freshness, "_git", lambda *_: "")
     assert freshness.git_state(tmp_path) is None
     (tmp_path / ".git").mkdir()

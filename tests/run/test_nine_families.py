@@ -48,7 +48,6 @@ def test_notebook_06_goes_on_where_the_model_refused_nothing(tmp_path: Path) -> 
 
 
 def test_a_text_that_is_left_behind_is_found(tmp_path: Path) -> None:
-    """What the search for prompt texts rests on: it sees tables, notebooks, logs and the terminal."""
     prompt_folder(tmp_path / "prompts")
     text = json.loads((tmp_path / "prompts" / "pairs.jsonl").read_text().splitlines()[0])["treated"]
     one, two = text.split()[1:3]

@@ -13,7 +13,6 @@ from companion.run import overview
 
 
 def judged(folder: Path, **verdicts: str) -> None:
-    """A run with one verdict a model, as notebook 08 writes it."""
     folder.mkdir()
     rows = [{"model": name.replace("_", "-"), "claim": "C1", "verdict": found} for name, found in verdicts.items()]
     files.write_json(rows, folder / "claims.json")
@@ -63,12 +62,10 @@ def test_the_evidence_of_a_run_is_that_of_its_notebooks(tmp_path: Path, monkeypa
     with pytest.raises(InputError, match=r"mine holds no evidence: run \./run_all\.sh first"):
         overview.run_evidence("mine")
     numbers = {"estimate": 1.0, "ci_low": 0.0, "ci_high": 1.0, "n_pairs": 3, "n_topics": 3, "note": ""}
-    one, other = (
-        pd.DataFrame([{"model": "mine", "claim": "C1", "quantity": name, "variant": "main", **numbers}])
-        for name in ("TE T2", "late share")
-    )
-    files.write_table(one, tmp_path / "mine" / "02_evidence.csv")
-    files.write_table(pd.concat([other, one]), tmp_path / "mine" / "03_evidence.csv")
+    same = {"model": "mine", "claim": "C1", "variant": "main", **numbers}
+    rows = [same | {"quantity": name} for name in ("TE T2", "late share")]
+    files.write_table(pd.DataFrame(rows[:1]), tmp_path / "mine" / "02_evidence.csv")
+    files.write_table(pd.DataFrame(rows[::-1]), tmp_path / "mine" / "03_evidence.csv")
     assert overview.run_evidence("mine")["quantity"].tolist() == ["TE T2", "late share"]
     (tmp_path / "mine" / "03_evidence.csv").write_text("model,cl")
     with pytest.raises(InputError, match=r"03_evidence\.csv"):

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from toys import CLAIMS, Toy, environment
@@ -36,8 +38,13 @@ def test_a_run_leaves_everything_that_is_promised(toy_done: Toy) -> None:
     assert {f"results/embedded/{n}_toy.csv" for n in ("00", "01", "02", "03")} <= made
     assert {f"figures/embedded/{n}_toy.svg" for n in ("00", "01", "02", "03")} <= made
     times = json.loads((toy_done.root / "results/embedded/run_times.json").read_text())
-    assert set(times) == {f"{n}_toy" for n in EVERYTHING}
-    assert not list(toy_done.root.rglob("stage*"))
+    assert set(times) == {f"{n}_toy" for n in EVERYTHING} and not list(toy_done.root.rglob("stage*"))
+    manifest = json.loads((toy_done.root / "results/embedded/manifest.json").read_text())
+    assert manifest["model"]["name"] == "window-0" and len(manifest["model"]["sha256"]["model.safetensors"]) == 64
+    assert set(manifest["prompts"]["sha256"]) >= {"pairs.jsonl", "outcome.json"}
+    found = [manifest[name] for name in ("device", "dtype", "profile", "seed", "git", "chunk_sizes")]
+    assert found == ["cpu", "float32", "full", 0, None, None]
+    assert manifest["packages"]["torch"].replace(".", "").isdigit()
 
 
 def test_the_committed_notebook_is_executed_and_clean(toy_done: Toy) -> None:
@@ -54,25 +61,21 @@ def test_the_committed_notebook_is_executed_and_clean(toy_done: Toy) -> None:
 
 
 def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
-    toy.write(
-        "02", "from companion.base.display import check", 'check(False, "two routes differ by 3.0e-01")\nprint("on")'
-    )
+    toy.write("02", "from companion.base.display import check", 'check(False, "two routes differ")\nprint("on")')
     done = toy.run("--only", "02")
     assert done.returncode == 0 and "1 of its checks FAILED, see its outputs" in done.stdout
     (text,) = json.loads(toy.notebook("02").read_text())["cells"][-1]["outputs"]
-    assert text["text"][0].startswith("CHECK FAILED: two routes differ by 3.0e-01.") and text["text"][1] == "on\n"
-    toy.write("02", "from companion.base.display import check", 'check(False, "two routes differ by 3.0e-01")')
-    strict = toy.run("--only", "02", COMPANION_STRICT="1")  # as the tests run the notebooks
+    assert text["text"][0].startswith("CHECK FAILED: two routes differ.") and text["text"][1] == "on\n"
+    strict = toy.run("--only", "02", "--force", COMPANION_STRICT="1")  # as the tests run the notebooks
     assert strict.returncode == 1 and "AssertionError: two routes differ" in strict.stderr
 
 
 def test_the_projects_own_tests_end_a_notebook_at_such_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def step(name: str, module: object, variables: dict[str, str], log: Path | None = None) -> tuple[str, bool, float]:
+    def step(name: str, module: object, variables: dict, log: Path = Path(os.devnull)) -> tuple[str, bool, float]:
         seen[name] = variables
-        if log is not None:
-            log.write_text("")
+        log.write_text("")
         return name, True, 0.0
 
     monkeypatch.setattr(checks, "_step", step)
@@ -82,19 +85,10 @@ def test_the_projects_own_tests_end_a_notebook_at_such_a_check(monkeypatch: pyte
     assert len(books) == 9 and all(variables["COMPANION_STRICT"] == "1" for variables in books)
 
 
-def test_the_manifest_says_what_the_results_were_made_from(toy_done: Toy) -> None:
-    manifest = json.loads((toy_done.root / "results/embedded/manifest.json").read_text())
-    assert manifest["model"]["name"] == "window-0" and len(manifest["model"]["sha256"]["model.safetensors"]) == 64
-    assert set(manifest["prompts"]["sha256"]) >= {"pairs.jsonl", "outcome.json"}
-    found = [manifest[name] for name in ("device", "dtype", "profile", "seed", "git", "chunk_sizes")]
-    assert found == ["cpu", "float32", "full", 0, None, None]
-    assert manifest["packages"]["torch"].replace(".", "").isdigit()
-
-
 def test_a_kernel_and_a_profile_of_the_users_own_are_left_alone(toy: Toy, tmp_path: Path) -> None:
     kernel, startup = tmp_path / "jupyter/kernels/python3", tmp_path / "ipython/profile_default/startup"
-    for folder in (kernel, startup):
-        folder.mkdir(parents=True)
+    kernel.mkdir(parents=True)
+    startup.mkdir(parents=True)
     (kernel / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "broken", "language": "python"}')
     (startup / "00.py").write_text("raise SystemExit('the profile ran')")
     places = {"JUPYTER_PATH": str(tmp_path / "jupyter"), "JUPYTER_DATA_DIR": str(tmp_path / "jupyter")}
@@ -103,14 +97,11 @@ def test_a_kernel_and_a_profile_of_the_users_own_are_left_alone(toy: Toy, tmp_pa
 
 
 def test_a_folder_of_another_user_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
+    forbidden = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(runner.freshness, "note", forbidden)
     assert runner.make_plan(runner.DEFAULTS).paths  # what --list asks for
     monkeypatch.setattr(Path, "touch", forbidden)
-    message = r"Permission denied.: name folders of your own in COMPANION_RESULTS"
-    with pytest.raises(InputError, match=message), runner.only_run(tmp_path):
+    with pytest.raises(InputError, match=r"name folders of your own in COMPANION_RESULTS"), runner.only_run(tmp_path):
         pass
 
 
@@ -122,17 +113,16 @@ while not (paths.Path({folder!r}) / "{other}").exists() and time.monotonic() < e
 assert (paths.Path({folder!r}) / "{other}").exists(), "alone" """
 
 
-@pytest.mark.parametrize(("jobs", "is_together"), [("2", True), ("1", False)])
-def test_notebooks_that_do_not_need_each_other_run_side_by_side(toy: Toy, jobs: str, is_together: bool) -> None:
+@pytest.mark.parametrize("jobs", ["2", "1"])
+def test_notebooks_that_do_not_need_each_other_run_side_by_side(toy: Toy, jobs: str) -> None:
     for own, other in (("02", "03"), ("03", "02")):
-        toy.write(own, MEETS.format(folder=str(toy.root), own=own, other=other, seconds=60 if is_together else 1))
+        toy.write(own, MEETS.format(folder=str(toy.root), own=own, other=other, seconds=60 if jobs == "2" else 1))
     done = toy.run("--only", "02,03", "--jobs", jobs)
-    assert done.returncode == (0 if is_together else 1), done.stderr
-    lines = [line.split()[:2] for line in done.stdout.splitlines()[1:5]]
-    starts = {"[2/3]": "02_toy", "[3/3]": "03_toy"}
-    assert (dict(lines[:2]) == starts) is is_together and dict(lines) == starts
-    if not is_together:  # the first met nobody, the second found its mark
-        assert done.stderr.count("alone") == 1
+    if jobs == "1":  # the first met nobody, the second found its mark
+        assert done.returncode == 1 and done.stderr.count("alone") == 1
+    else:
+        started = [line.split()[:2] for line in done.stdout.splitlines()[1:3]]
+        assert done.returncode == 0 and started == [["[2/3]", "02_toy"], ["[3/3]", "03_toy"]], done.stderr
 
 
 def test_two_jobs_are_the_default_for_a_shipped_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +163,6 @@ def test_everything_that_results_rest_on_makes_them_stale(toy: Toy) -> None:
         path.write_bytes(before + b"\n")
         assert stale(toy) == set(EVERYTHING)
         path.write_bytes(before)
-
-
-def test_a_forced_rerun_gives_the_same_bytes(toy: Toy) -> None:
-    before, inode = toy.contents(), toy.notebook("02").stat().st_ino
-    done = toy.run("--only", "2", "--force")
-    assert "[1/2] 01_toy fresh, skipped\n[2/2] 02_toy (last time" in done.stdout
-    assert toy.notebook("02").stat().st_ino != inode and toy.contents() == before
 
 
 def test_a_failing_cell_leaves_everything_as_it_was_and_stops_no_sibling(toy: Toy) -> None:
@@ -260,7 +243,5 @@ def test_a_notebook_of_another_shape_is_named(tmp_path: Path, damage: Callable[[
     whole = notebooks.read_notebook(toy.notebook("01"))
     damage(whole["cells"])
     toy.notebook("01").write_text(json.dumps(whole))
-    with pytest.raises(
-        runner.InputError, match=r"01_toy\.ipynb is not a notebook as Jupyter writes it: restore the file"
-    ):
+    with pytest.raises(InputError, match=r"01_toy\.ipynb is not a notebook as Jupyter writes it"):
         notebooks.read_notebook(toy.notebook("01"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import tiny_model
 from hub_cache import TEMPLATE, tiny_tokenizer
-from toys import Toy, pair, prompt_set
+from toys import PAIRS, Toy, prompt_set
 
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
@@ -45,15 +45,15 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     for name in ("one", "two"):
         shutil.copytree(ORGANISM / "window-1", tmp_path / name / "model")
-        prompt_set(tmp_path / name / "set", [pair(n) for n in range(12)])
+        prompt_set(tmp_path / name / "set", PAIRS)
         (tmp_path / name / "own.jsonl").write_text(LINE)
     return tmp_path / "one", tmp_path / "two"
 
 
 def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
-    names = [named(*HUB, "--judge", judge) for judge in (JUDGE, f"{JUDGE}@v2", JUDGE)]
+    names = [named(*HUB, "--judge", judge) for judge in (JUDGE, f"{JUDGE}@v2")]
     assert all(len(name) <= settings.LONGEST and name.startswith("mistralai--Mistral-Small") for name in names)
-    assert names[0] == names[2] != names[1]
+    assert names[0] != names[1]
     assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
 
@@ -83,8 +83,7 @@ def test_what_lies_elsewhere_needs_another_name(places: tuple[Path, Path], kind:
     assert made(*one) == slug
     with pytest.raises(InputError, match=rf"were made with {kind} .*one/.* now it would be {kind} .*two/.*--name"):
         named(*two)
-    assert named(*two, "--name", "other") == "other"
-    assert named(*one) == slug
+    assert named(*two, "--name", "other") == "other" and named(*one) == slug
     moved = places[0].rename(places[0].with_name("moved"))
     assert named(*(word.format(moved) for word in FLAGS[kind])) == slug
 
@@ -95,23 +94,18 @@ def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Pa
     for words, message in (
         (("--model", "org/n", "--prompts", "xstest+alpaca"), "with model org/m, and now it would be model org/n"),
         (("--model", "org/m", "--prompts", "xstest"), r"with prompts xstest\+alpaca, .* be prompts xstest"),
-        (("--model", "org/m", "--prompts", "embedded"), "and now it would be prompts data/prompts/embedded"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", *own), "with no wrappers, and now it would be wrappers /"),
         (("--model", "org/m", "--prompts", "xstest+alpaca", "--judge", "full-0"), "no judge, .* data/organism/full-0"),
     ):
         with pytest.raises(InputError, match=message):
             named(*name, *words)
-    assert named(*name, "--model", "org/m@v2", "--prompts", "xstest+alpaca") == "x", (
-        "a revision is a change, not another"
-    )
+    assert named(*name, "--model", "org/m@v2", "--prompts", "xstest+alpaca") == "x"  # a revision is no other model
 
 
 def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_path: Path) -> None:
-    """In real processes: changed files make a run stale, a folder that lies elsewhere makes it another run."""
-    lines = [pair(n, "say b") for n in range(12)]
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
-        prompt_set(tmp_path / place / "set", lines)
+        prompt_set(tmp_path / place / "set", PAIRS)
     one, two = (("--prompts", str(tmp_path / place / "set"), "--only", "01") for place in ("one", "two"))
     toy.write("01", "raise ValueError('no')")
     assert toy.run(*one).returncode == 1
@@ -123,9 +117,6 @@ def test_the_first_result_takes_the_name_and_a_failure_does_not(toy: Toy, tmp_pa
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "the results of 'embedded-set' were made with prompts" in done.stderr and "--name" in done.stderr
     assert toy.contents() == before
-    assert "fresh" in toy.run("--list", *two[:2]).stdout.splitlines()[1]
-    (tmp_path / "two" / "set" / "pairs.jsonl").write_text("\n".join(lines[:11]) + "\n")
-    assert "fresh" not in toy.run("--list", *two[:2]).stdout
 
 
 def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,19 +130,16 @@ def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytes
         keys.append(runner.make_plan(runner.DEFAULTS).keys)
     (judge_folder / "config.json").write_text("{ }")
     keys.append(runner.make_plan(runner.DEFAULTS).keys)
-    monkeypatch.delenv(hub.JUDGE)
-    assert runner.make_plan(runner.DEFAULTS).keys == keys[0]
-    for number in keys[0]:
-        assert len({one[number] for one in keys}) == len(keys)
+    assert all(len({one[number] for one in keys}) == len(keys) for number in keys[0])
 
 
-def cut(path: Path, share: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: int(0.9 * path.stat().st_size)])
 
 
-def spoil(folder: Path, **changes: object) -> None:
+def spoil(folder: Path) -> None:
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 64}))
 
 
 def words(folder: Path, named: dict[int, str]) -> None:
@@ -168,23 +156,18 @@ def judge_folder(place: Path) -> Path:
     return folder
 
 
-LONGER = "judge reads at most 64 tokens, and the question with a request and its answer takes"
 SEEN = "cut off or no safetensors", "has no tokenizer files"  # by every command, from the files alone
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    SEEN[0]: lambda folder: cut(folder / "model.safetensors", 0.9),
+    SEEN[0]: lambda folder: cut(folder / "model.safetensors"),
     SEEN[1]: lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "Yes and No do not begin with known tokens of their own": lambda folder: words(folder, {}),
-    LONGER: lambda folder: spoil(folder, max_position_embeddings=64),
+    "judge reads at most 64 tokens, and the question with a request": spoil,
 }
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
-    tmp_path: Path, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What files tell is said by every command, also one that runs nothing; the rest before a notebook starts."""
+def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(tmp_path, message, monkeypatch, capsys):
     folder = judge_folder(tmp_path)
-    monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     flags = ["--model", "full-0", "--judge", str(folder)]
     capsys.readouterr()  # saving the folder draws a bar of progress
@@ -197,15 +180,12 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(
         assert error.startswith("run_all.sh: --judge: ") and message in error and error.count("\n") == 1
 
 
-def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(tmp_path, monkeypatch, capsys):
     """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
     folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
     judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
     together = judge.total + memory.run_memory(memory.on_meta(model, torch.float32)).total
     assert judge.copies == judge.weights
-    monkeypatch.setenv(hub.JUDGE, "")
     monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(memory, "USABLE", 1)
     monkeypatch.setattr(runner, "run_notebooks", lambda *_: 1)

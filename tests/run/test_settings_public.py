@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -51,6 +53,16 @@ def asked(model: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def collect(served: dict, tokenizer: Tokenizer) -> Callable[..., tuple]:
+
+    def collect(names: str, *templates: Wrapper) -> tuple:
+        said: list[str] = []
+        return settings.collect(names, tokenizer, templates, said.append), said
+
+    return collect
+
+
+@pytest.fixture
 def template_file(tmp_path: Path) -> Path:
     file = tmp_path / "mine" / wrappers.FILE
     file.parent.mkdir()
@@ -58,24 +70,15 @@ def template_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(served: dict, tokenizer: Tokenizer) -> None:
-    said: list[str] = []
-    made = settings.collect("xstest", tokenizer, WRAPPERS, said.append)
+def test_partners_by_order_are_no_twins_and_lost_rows_are_counted(collect: Callable[..., tuple]) -> None:
+    made, said = collect("xstest", *WRAPPERS)
     assert "xstest: 1 of 5 harmful rows have no harmless partner of their category" in said
-    kinds = Counter(pair.treatment for pair in made.pairs)
-    assert kinds == {"T1": 4, "T2": 10} and made.n_requests == 5, "T2 needs no partner"
+    assert Counter(pair.treatment for pair in made.pairs) == {"T1": 4, "T2": 10} and made.n_requests == 5
     assert not [pair for pair in made.pairs if pair.twin]
 
 
-def test_a_set_is_made_with_wrappers_twins_and_hashes(
-    served: dict, asked: dict, template_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen: list[str] = []
-
-    def find(subject: object, texts: list[str], own: Path) -> FoundOpeners:
-        seen.extend(texts)
-        return FoundOpeners(("w11",), ("w12",), 0.7, 3, 9)
-
+def test_a_set_is_made_with_wrappers_twins_and_hashes(served, asked, template_file, monkeypatch, capsys):
+    find = Mock(return_value=FoundOpeners(("w11",), ("w12",), 0.7, 3, 9))
     monkeypatch.setattr(openers, "find_openers", find)
     given = asked | {"PROMPTS": "jailbreakbench,advbench"}
     with pytest.raises(InputError, match="is not made for"):
@@ -83,15 +86,13 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     found = settings.fetched(given, str(template_file))
     content = pairs.load_set(found["PROMPTS"])
     by_id = {pair.id: pair for pair in content.pairs}
-    assert all(pair.sensitive for pair in content.pairs)
     t2 = by_id["jailbreakbench-004-t2-tale"]
     assert (t2.control, t2.treated) == ("w5 w6 w20 w34 w7", "w8 w9 w20 w34 w7")
     assert by_id[t2.twin].treated == "w8 w9 w21 w34 w7" and by_id[t2.twin].topic == t2.topic == "jailbreakbench-004"
     assert (by_id["jailbreakbench-004-t1"].control, by_id["jailbreakbench-004-t1"].treated) == ("w21 w34", "w20 w34")
-    assert "w20 w30" in seen and "w8 w9 w20 w30 w7" in seen
+    assert {"w20 w30", "w8 w9 w20 w30 w7"} <= set(find.call_args.args[1])
     said = capsys.readouterr().out
     assert "left out: advbench is gated" in said and "T2: 12 of 24 pairs" in said
-    assert "T1: 8 of 12 requests have a benign partner of their length and can be interchanged; 4 of 12" in said
     assert said.count("joint probability") == said.count("below 0.8: edit outcome.json") == 1
     assert not [pair for pair in content.pairs if pair.control in said or pair.treated in said]
     rows = json.loads((Path(found["PROMPTS"]) / "set.json").read_text())["rows"]
@@ -100,36 +101,28 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(
     assert settings.fetched(given, str(template_file)) == found == settings.known(given, str(template_file)) | found
     again = capsys.readouterr().out
     assert "when it was made: left out: advbench is gated" in again, "said at every run"
-    assert "T2b: comply ' w13'; refuse ' w12' (joint probability 0.0" in again, "the user edited it"
-    for told in (said, again):
-        assert f"to try the sets again that were left out: rm -r {found['PROMPTS']}, then the same command" in told
-    assert pairs.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w13",), (" w12",))
+    assert all(f"left out: rm -r {found['PROMPTS']}, then the same command" in told for told in (said, again))
     assert settings.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
 
-def test_harmful_rows_alone_get_partners_of_equal_length(
-    served: dict, model: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harmful_rows_alone_get_partners_of_equal_length(collect, model, tokenizer, monkeypatch):
     monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
-    said: list[str] = []
-    made = settings.collect("strongreject", tokenizer, WRAPPERS, said.append).pairs
-    t1 = [pair for pair in made if pair.treatment == "T1"]
-    assert len(t1) == 12 and all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
-    assert len({pair.control for pair in t1}) == 12
-    assert {pair.treatment for pair in made} == {"T1", "T2"} and not [pair for pair in made if pair.twin]
+    made, said = collect("strongreject", *WRAPPERS)
+    t1 = [pair for pair in made.pairs if pair.treatment == "T1"]
+    assert len(t1) == 12 == len({pair.control for pair in t1})
+    assert all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
+    assert {pair.treatment for pair in made.pairs} == {"T1", "T2"} and not [pair for pair in made.pairs if pair.twin]
     folder = public.folder("strongreject", str(model), None)
     settings.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
     assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}" in said and not any("rm -r" in line for line in said)
 
 
-def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(
-    served: dict, tokenizer: Tokenizer
-) -> None:
+def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(served, collect, tokenizer):
     rows = prompt_rows()["train"]
     for row in rows[:7]:
         row["prompt"] += " w5 w6 w7 w8 w9"
     served["walledai/StrongREJECT"] = {"train": rows}
-    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], lambda _: None)
+    made, _ = collect("strongreject", WRAPPERS[0])
     assert Counter(pair.treatment for pair in made.pairs) == {"T1": 5, "T2": 12}
     treated = {pair.id: pair.treated for pair in made.pairs}
     assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
@@ -138,24 +131,20 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
     assert "take harmless partners by length (+alpaca)" in t1 and t2.startswith("T2: 12 of 12 pairs have equal token")
 
 
-def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, tokenizer: Tokenizer) -> None:
+def test_a_set_left_out_for_want_of_partners_takes_no_request_from_another(served: dict, collect) -> None:
     del served["tatsu-lab/alpaca"]
     served["walledai/StrongREJECT"] = {"train": [{"prompt": row["Goal"], "category": "k"} for row in jbb()["harmful"]]}
-    said: list[str] = []
-    made = settings.collect("strongreject,jailbreakbench", tokenizer, (), said.append)
-    assert (
-        len(made.pairs) == made.n_requests == 12 and len(said) == 2 and said[1].startswith("12 topics of 12 requests")
-    )
+    made, said = collect("strongreject,jailbreakbench")
+    assert len(made.pairs) == made.n_requests == 12 and len(said) == 2
     assert said[0].startswith("left out: strongreject, which takes harmless partners from alpaca: alpaca is gated")
 
 
-def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenizer) -> None:
+def test_equal_requests_are_left_out_and_near_copies_are_one_topic(served: dict, collect) -> None:
     """Row 3 of the second set is a row of the first but for case, spacing and a full stop, row 5 is its own row 4 again."""
     rows = prompt_rows()["train"]
     rows[3]["prompt"], rows[5]["prompt"] = "W20  w33 .", rows[4]["prompt"]
     served["walledai/StrongREJECT"] = {"train": rows}
-    said: list[str] = []
-    found = settings.collect("jailbreakbench,strongreject", tokenizer, (), said.append)
+    found, said = collect("jailbreakbench,strongreject")
     assert found.n_requests == 22
     (line,) = (line for line in said if "left out" in line)
     assert (
@@ -164,31 +153,24 @@ def test_a_request_of_two_sets_makes_one_topic(served: dict, tokenizer: Tokenize
     topics = {pair.topic for pair in found.pairs}
     assert {"jailbreakbench-003", "strongreject-004"} <= topics and len(topics) == 22
     assert not {"strongreject-003", "strongreject-005"} & (topics | set(found.hashes))
-
-
-def test_near_copies_of_a_request_are_one_topic_and_one_split(served: dict, tokenizer: Tokenizer) -> None:
     rows = prompt_rows()["train"]
     rows[7]["prompt"], rows[9]["prompt"] = rows[2]["prompt"] + " w9", rows[2]["prompt"] + " w8 w9"
     served["walledai/StrongREJECT"] = {"train": rows}
-    said: list[str] = []
-    made = settings.collect("strongreject", tokenizer, WRAPPERS[:1], said.append)
+    made, said = collect("strongreject", WRAPPERS[0])
     assert "10 topics of 12 requests: those that share 0.6 of their words are one topic" in said
-    topics = {pair.id: pair.topic for pair in made.pairs if pair.treatment == "T2"}
-    assert len(set(topics.values())) == 10 and made.n_requests == 12
-    assert [topics[f"strongreject-{n:03d}-t2-tale"][-3:] for n in (2, 7, 9)] == ["002"] * 3
+    named = {pair.id: pair.topic for pair in made.pairs if pair.treatment == "T2"}
+    assert len(set(named.values())) == 10 and made.n_requests == 12
+    assert [named[f"strongreject-{n:03d}-t2-tale"][-3:] for n in (2, 7, 9)] == ["002"] * 3
 
 
-def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(
-    served: dict, tokenizer: Tokenizer
-) -> None:
+def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged(served, collect, tokenizer):
     """Lengths alternate between the two sides, so that no row fits its own partner and nearly all fit another's."""
     sides = jbb()
     for i in range(12):
         sides["harmful"][i]["Goal"] = f"w20 w{30 + i}{' w4' if i % 2 else ''}"
         sides["benign"][i]["Goal"] = f"w21 w{30 + i}{'' if i % 2 else ' w4'}"
     served["JailbreakBench/JBB-Behaviors"] = sides
-    said: list[str] = []
-    found = settings.collect("jailbreakbench", tokenizer, WRAPPERS[:1], said.append)
+    found, said = collect("jailbreakbench", WRAPPERS[0])
     assert len(said) == 2 and said[0].startswith("jailbreakbench: 0 of 12 rows have the length of their own partner")
     assert len({pair.control for pair in found.pairs if pair.treatment == "T1"}) == 12 and len(found.hashes) == 24
     assert "T1: 12 of 12 requests" in partners.survival(found.pairs, found.n_requests, tokenizer)[0]
@@ -196,37 +178,32 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
 
 
-def test_own_openers_are_measured_on_the_prompts_of_their_treatment_and_count_as_they_are_now(
-    served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_openers_are_measured_on_their_treatments_prompts_as_they_are_now(
+    served, asked, template_file, capsys, monkeypatch
+):
     file, entry = template_file.parent / "outcome.json", {"comply": [" w11"], "refuse": [" w12"]}
     own = {"T1": entry, "T2": entry, "T2b": {"comply": [" w13", " w14"], "refuse": [" w12"]}}
     file.write_text(json.dumps(own))
     seen: list[list[str]] = []
 
     def probabilities(subject: object, texts: list[str]) -> torch.Tensor:
-        seen.append(texts)
+        seen.append(texts[:2])
         return torch.tensor([0.0] * 11 + [0.5, 0.35, 0.02, 0.01]).expand(len(texts), -1)
 
     monkeypatch.setattr(openers, "first_token_probabilities", probabilities)
     settings.fetched(asked, str(template_file))
     said = capsys.readouterr().out
-    for treatment in ("T1", "T2"):
-        assert f"{treatment}: comply ' w11'; refuse ' w12' (joint probability 0.85)\n" in said
+    assert all(f"{name}: comply ' w11'; refuse ' w12' (joint probability 0.85)\n" in said for name in ("T1", "T2"))
     assert "T2b: comply ' w13', ' w14'; refuse ' w12' (joint probability 0.38, below 0.8: edit outcome.json)" in said
-    assert [texts[:2] for texts in seen] == [
-        ["w21 w30 w4", "w20 w30"],
-        ["w8 w9 w20 w30 w7", "w8 w9 w10 w20 w30"],
-        ["w8 w9 w21 w30 w4 w7", "w8 w9 w10 w21 w30 w4"],
-    ]
+    assert seen == [
+        ["w21 w30 w4", "w20 w30"], ["w8 w9 w20 w30 w7", "w8 w9 w10 w20 w30"], ["w8 w9 w21 w30 w4 w7", "w8 w9 w10 w21 w30 w4"],
+    ]  # fmt: skip
     file.write_text(json.dumps(entry))
     with pytest.raises(InputError, match="is not made for"):
         settings.known(asked, str(template_file))
 
 
-def test_where_the_models_first_words_are_not_known_the_place_named_for_ones_own_works(
-    served: dict, asked: dict, template_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_the_models_first_words_are_not_known_ones_own_can_be_given(served, asked, template_file, capsys):
     given = str(template_file)
     with pytest.raises(InputError, match=r"the model refused 0 of \d+ prompts") as caught:
         settings.fetched(asked, given)
@@ -238,9 +215,7 @@ def test_where_the_models_first_words_are_not_known_the_place_named_for_ones_own
 
 
 @pytest.mark.parametrize("lost", public.FILES)
-def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
-    served: dict, asked: dict, lost: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(served, asked, lost, monkeypatch):
     """Without its note a set would no longer count as sensitive."""
     monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
     place = Path(settings.fetched(asked, None)["PROMPTS"])
@@ -253,23 +228,18 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(
     assert content.outcomes["T1"][0] == (("w11",) if lost == "outcome.json" else (" w13",))
 
 
-def test_a_public_set_with_wrappers_goes_through_a_run_offline(
-    served: dict, asked: dict, template_file: Path, tmp_path: Path
-) -> None:
+def test_a_public_set_with_wrappers_goes_through_a_run_offline(served, asked, template_file, tmp_path):
     """By the command that users type, in a process of its own, once the set lies in the cache; no text is left behind."""
     served["JailbreakBench/JBB-Behaviors"] = jbb(30)
     (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
-    made = Path(settings.fetched(asked, str(template_file))["PROMPTS"])
-    (tmp_path / "prompts").symlink_to(made)
+    (tmp_path / "prompts").symlink_to(settings.fetched(asked, str(template_file))["PROMPTS"])
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
-    words = f"--model {asked['MODEL']} --prompts jailbreakbench --wrappers {template_file} --profile smoke --only 02 --name mine"
-    done = subprocess.run(
-        [sys.executable, "-m", "companion.run.cli", *words.split()],
-        cwd=ROOT, env={**os.environ, **places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = f"--model {asked['MODEL']} --prompts jailbreakbench --wrappers {template_file} --profile smoke --only 02 --name x"
+    command = [sys.executable, "-m", "companion.run.cli", *words.split()]
+    variables = {**os.environ, **places, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = pd.read_parquet(tmp_path / "results" / "mine" / "02_layers.parquet")
+    found = pd.read_parquet(tmp_path / "results" / "x" / "02_layers.parquet")
     assert set(found.treatment) == {"T1", "T2", "T2b", "T2-T2b"}
     n_files, leaks = texts_in(tmp_path, done.stdout + done.stderr)
     assert n_files > 10 and not leaks

@@ -66,7 +66,6 @@ def test_without_submitit_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def job(tmp_path: Path, number: str, error: BaseException | None = None, log: str = "") -> SimpleNamespace:
-    """A finished job, or one that failed, with its log."""
     path = tmp_path / f"{number}.err"
     path.write_text(log)
     made = {"exception": lambda: error, "result": lambda: f"shard {number}"}
@@ -118,8 +117,7 @@ def test_gpus_are_dealt_out_and_cores_shared(monkeypatch: pytest.MonkeyPatch) ->
 
     assert variables("cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "6"}]
     assert variables("cuda:1") == [{"CUDA_VISIBLE_DEVICES": "4,6"}]
-    assert variables("cpu") == [{"OMP_NUM_THREADS": "2"}] * 4
-    assert variables("cuda", "slurm") == [{}] * 4
+    assert variables("cpu") == [{"OMP_NUM_THREADS": "2"}] * 4 and variables("cuda", "slurm") == [{}] * 4
 
 
 def test_what_keeps_jobs_from_being_submitted_is_one_sentence(shared: Shared) -> None:
@@ -133,24 +131,18 @@ def test_what_keeps_jobs_from_being_submitted_is_one_sentence(shared: Shared) ->
         assert message in str(error.value)
 
 
-def test_a_failed_job_says_why_and_where_its_log_is(
-    shared: Shared, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    logs = (
-        "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n",
-        "Traceback\n  File x\ncompanion.base.errors.InputError: no model\n\nsee above",
-    )
+def test_a_failed_job_says_why_and_where_its_log_is(shared, capsys, tmp_path):
     said = "Job 7_2 (task: 0) with path p\nhas not produced any output (state: FAILED)"
-    jobs = [job(tmp_path, f"7_{n}", RuntimeError("long"), log) for n, log in enumerate(logs)]
-    assert not shared(jobs=[*jobs, job(tmp_path, "7_2", RuntimeError(said))])[0]
+    memory = "Traceback (most recent call last):\n  x: y\ntorch.OutOfMemoryError: no room\nsee the page\n"
+    ours = "Traceback\n  File x\ncompanion.base.errors.InputError: no model\n\nsee above"
+    failed = [("long", memory), ("long", ours), (said, "")]
+    assert not shared(jobs=[job(tmp_path, f"7_{n}", RuntimeError(one), log) for n, (one, log) in enumerate(failed)])[0]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "job 7_0: torch.OutOfMemoryError: no room" and lines[1].endswith("7_0.err")
     assert lines[2] == "job 7_1: no model" and lines[4].startswith("job 7_2: has not produced any output")
 
 
-def test_nobody_writes_meanwhile_and_ctrl_c_says_that_jobs_of_slurm_go_on(
-    shared: Shared, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_nobody_writes_meanwhile_and_ctrl_c_says_that_jobs_of_slurm_go_on(shared, capsys, tmp_path):
     def second() -> BaseException:
         with pytest.raises(InputError, match="another run is writing"), runner.only_run(tmp_path / "shared"):
             pass
