@@ -85,7 +85,7 @@ def test_the_gpu_study_resumes(results, monkeypatch, capsys):
 
 def test_the_gpu_study_sets_the_peak_beside_its_plan(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--device", "standin", "--shape", "smoke", "--parts", "heads,screen"]
-    with standin.active() as where:
+    with standin.active(memory=2**34) as where:
         assert gpu.main(asked) == 0 and bound.product_rate(SMOKE, where, seconds=0.01) > 0
     table = pd.read_csv(results / "gpu.csv").set_index("part")
     assert (table.gpu == "stand-in").all() and (table.peak_mib > 0).all() and (table.plan_mib > 0).all()
