@@ -18,8 +18,7 @@ from companion.base.chat import template_facts
 from companion.base.errors import InputError
 from companion.model import reference, replay
 from companion.model.activations import CleanRun, clean_run
-from companion.model.architecture import Subject, end_tokens, written_vectors
-from companion.model.facts import ModelFacts
+from companion.model.architecture import ModelFacts, Subject, end_tokens, written_vectors
 from companion.model.interventions import Patch, component_output, position_mask, projection
 from companion.model.readout import frozen_norm, is_centred, logits
 
