@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.shapes import SITES, Shape, prompts
 from companion.base import device, files
 from companion.base.errors import InputError
-from companion.model import activations, readout, reference, replay
+from companion.model import activations, readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
@@ -114,7 +114,7 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     if part in ESTIMATED:
         return {"off_by": None, "changed_by": None}
     runs = subject, batch.base, batch.source
-    plain = reference.interchange_full_forward(*runs, chosen)
+    plain = replay.interchange_full_forward(*runs, chosen)
     clean = batch.base.resid_post[-1][:, None, -1:]
     if part == "last-layer-neurons":
         got = closed_form.last_layer_log_probs(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
@@ -151,7 +151,7 @@ def measure_batch(
     if "clean-runs" in parts:
         yield {**common, "part": "clean-runs", "interventions": 0, "hooks_seconds": 0.0, **made}
     one = patches(batch, "layers-and-modules", [])[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
-    plain = partial(reference.interchange_full_forward, subject, batch.base, batch.source, [one])
+    plain = partial(replay.interchange_full_forward, subject, batch.base, batch.source, [one])
     each = statistics.median(measured(where, plain)[1]["seconds"] for _ in range(3))
     for part in parts:
         if part == "clean-runs":

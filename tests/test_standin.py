@@ -21,7 +21,7 @@ from companion.generation import decode, forward, labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation import estimands
 from companion.mediation.outcomes import opened_with
-from companion.model import activations, load, memory, reference, replay
+from companion.model import activations, load, memory, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.neurons.closed_form import last_layer_log_probs
@@ -195,7 +195,7 @@ def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monk
     subject = on(place)
     base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
     patches = [Patch("mlp_out", layer, position_mask(base.tokens, -1)) for layer in range(3)]
-    reference.interchange_full_forward(subject, base, source, patches)
+    replay.interchange_full_forward(subject, base, source, patches)
     assert waited == [place] * 3, "else the bar's estimate is of what was asked for, not of what was done"
 
 

@@ -66,7 +66,7 @@ def measure_study(
         rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
     if "timing" in stages:
         rows += tokens.evidence_c5c(tokens.measure_timing(this), label)
-    if "neurons" in stages and core.subject.d_mlp:
+    if "neurons" in stages:
         neurons = measure_neurons(core)
         rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:

@@ -107,8 +107,7 @@ class LayerParts:
 class Subject:
     """A language model: the library's own modules by name, its sizes, and the sha256 of its weights.
 
-    `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly. `facts` is what
-    the load check found; None for a model that was not checked.
+    `facts` is what the load check found; None for a model that was not checked.
     """
 
     name: str
@@ -123,7 +122,6 @@ class Subject:
     d_mlp: int
     post_norm: bool
     sha256: str
-    replayable: bool = True
     facts: ModelFacts | None = None
 
     @property
@@ -263,8 +261,7 @@ class ModelFacts:
 
     `noise` is the largest difference between two ways to the same activation, as a share of the largest one compared:
     rounding of this model in this precision. `ends` maps each token that ends an answer to the places that name it
-    (generation config, tokenizer, template). `device` names the processor, or the card and what computes on it. `replay` is
-    False where each intervention is a full forward pass.
+    (generation config, tokenizer, template). `device` names the processor, or the card and what computes on it.
     """
 
     architecture: str
@@ -281,7 +278,6 @@ class ModelFacts:
     tied: bool
     vocabulary: int
     noise: float
-    replay: bool
     adapter: str
     ends: dict[str, tuple[str, ...]]
     device: dict[str, Any]
@@ -301,12 +297,12 @@ class ModelFacts:
         ends = [f"{token} ({', '.join(places)})" for token, places in self.ends.items()]
         rows = {
             "architecture": self.architecture,
-            "layers, heads, width, neurons": f"{self.layers}, {self._heads}, {self.width}, {self.neurons or 'none'}",
+            "layers, heads, width, neurons": f"{self.layers}, {self._heads}, {self.width}, {self.neurons}",
             "norms": f"{self.norm}, {'before and after' if self.norm_after else 'before'} attention and MLP",
             "attention": f"windows of {', '.join(map(str, self.windows))} tokens" if self.windows else "all tokens",
-            "MLP": ("gated" if self.gated else "not gated") if self.neurons else "mixture of experts",
+            "MLP": "gated" if self.gated else "not gated",
             "unembedding": f"{self.vocabulary} tokens{', tied to the embedding' * self.tied}{self._cap}",
-            "replay": "exact" if self.replay else "one full forward pass an intervention",
+            "replay": "exact",
             "rounding noise": f"below {_power_above(self.noise)} of the largest activation",
             "answers end with": "; ".join(ends) or "nothing: they are cut at their longest",
         }

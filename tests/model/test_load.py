@@ -147,7 +147,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path, case: str) -> None:
 def test_buffers_that_old_checkpoints_hold_do_no_harm(folder: Path) -> None:
     rotary = "model.layers.0.self_attn.rotary_emb.inv_freq"
     weights(folder, lambda tensors: tensors | {rotary: torch.ones(4)})
-    assert load(folder).replayable
+    load(folder)
 
 
 def small_vocabulary(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The self-check: what it refuses, and the slow path that serves a refused model."""
+"""The self-check: what it refuses, and what it finds out."""
 
 import json
 import types
@@ -8,12 +8,10 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, tiny_model, tiny_subject
-from grid_tools import every_patch, mask, runs
+from grid_tools import runs
 
 from companion.base.errors import InputError
-from companion.model import reference, replay
 from companion.model.architecture import find_parts
-from companion.model.interventions import Patch
 from companion.model.load import from_model
 from companion.model.verify import check_sites, replay_refusal, verify
 
@@ -21,7 +19,7 @@ from companion.model.verify import check_sites, replay_refusal, verify
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes(family: str, dtype: torch.dtype) -> None:
-    assert from_model(tiny_model(family, dtype)).replayable
+    from_model(tiny_model(family, dtype))
 
 
 def scaled_block(model: hf.PreTrainedModel) -> None:
@@ -74,7 +72,7 @@ def curved_projection(model: hf.PreTrainedModel) -> None:
     ("spoil", "message"),
     [
         (scaled_block, "resid_pre [+] attn_out [+] mlp_out is not resid_post in layer 2"),
-        (position_counter, "a replay of its layers differs from the model itself .* load it with allow_slow=True"),
+        (position_counter, "a replay of its layers differs from the model itself .* use a model of a known family"),
         (scaled_logits, "do not give the model's logits"),
         (nan_weight, "NaN or infinity"),
         (other_reader, "the MLP, given the stream behind attention, writes something else in layer 1"),
@@ -106,7 +104,7 @@ def test_flash_and_flex_attention_are_refused_with_what_to_do(name: str) -> None
     assert "attn_implementation='sdpa' or 'eager'" in str(replay_refusal(find_parts(model, None, "flash")))
 
 
-def test_mixture_of_experts_takes_the_slow_path() -> None:
+def test_a_mixture_of_experts_is_refused() -> None:
     torch.manual_seed(0)
     config = hf.Qwen2MoeConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -116,27 +114,6 @@ def test_mixture_of_experts_takes_the_slow_path() -> None:
     model = hf.AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match="a mixture of experts"):
         from_model(model)
-    with pytest.warns(UserWarning, match="going on with one full forward pass"):
-        subject = from_model(model, allow_slow=True)
-    assert not subject.replayable
-    pair = runs(subject)
-    patches = [Patch("mlp_out", 1, mask([8])), Patch("head", 0, mask([4]), 2)]
-    with pytest.warns(UserWarning, match="18 times slower for last-token patches"):
-        got = replay.interchange(subject, *pair, patches)
-    assert torch.equal(got, reference.interchange_full_forward(subject, *pair, patches))
-    with pytest.raises(InputError, match="no down projection"):
-        replay.interchange(subject, *pair, [Patch("neuron", 0, mask([4]), 0)])
-
-
-def test_slow_path_serves_a_model_that_the_replay_gets_wrong() -> None:
-    model = tiny_model("llama")
-    position_counter(model)
-    with pytest.warns(UserWarning, match="going on with one full forward pass"):
-        subject = from_model(model, allow_slow=True)
-    pair = runs(subject)
-    with pytest.warns(UserWarning, match="cannot be replayed exactly"):
-        got = replay.interchange(subject, *pair, every_patch((1,))[:4])
-    assert torch.isfinite(got).all()
 
 
 def test_the_facts_say_what_was_found() -> None:
