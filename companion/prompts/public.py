@@ -338,29 +338,27 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
     """One sentence for an error of `datasets`, which hides the hub's answer behind an error of its own."""
     from huggingface_hub import errors as hub_errors
 
-    from companion.base import network
-
     hidden = error.__cause__ or error
     page = f"huggingface.co/datasets/{public.repo}"
     if "gated" in str(error).lower() or isinstance(hidden, hub_errors.GatedRepoError):
-        what = f"{name} is gated: accept its terms at {page} with your account, then {network.TOKEN_HELP}"
-    elif network.is_network(error) or network.is_network(hidden):
+        what = f"{name} is gated: accept its terms at {page} with your account, then {hub.TOKEN_HELP}"
+    elif hub.is_network(error) or hub.is_network(hidden):
         what = (
             f"{name} ({public.repo}) is not in the cache and the hub cannot be reached: connect, unset HF_HUB_OFFLINE and "
             "HF_DATASETS_OFFLINE, or name in HF_HOME the cache of a machine that has it"
         )
     elif isinstance(hidden, hub_errors.HfHubHTTPError):
-        return network.explain(hub.HubId(public.repo), hidden, "data set")
+        return hub.explain(hub.HubId(public.repo), hidden, "data set")
     elif isinstance(hidden, RuntimeError) and "scripts are no longer supported" in str(hidden):
         what = (
             f"{name} ({public.repo}) is read by a script of its own, which the installed library datasets runs no more: name "
             f"another set, or {CHANGED} to a copy of its rows"
         )
     elif isinstance(hidden, RuntimeError):
-        what = f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {network.AGAIN}"
+        what = f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {hub.AGAIN}"
     else:
         what = (
             f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
-            f"does it hold rows, and do you have access? If it is gated, {network.TOKEN_HELP}"
+            f"does it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
         )
     return InputError(what)
