@@ -9,7 +9,7 @@ from handmade import Program, random_pairs
 from sklearn.metrics import roc_auc_score
 
 from companion.base.errors import InputError
-from companion.mediation import probes
+from companion.evidence import layers
 from companion.model import activations
 from companion.model.architecture import Subject
 from companion.prompts import positions
@@ -33,7 +33,7 @@ def clustered_scores(
 @pytest.mark.parametrize("seed", range(3))
 def test_auroc_is_scikit_learns(seed: int) -> None:
     (first, topics), (second, _) = clustered_scores(seed=seed, strength=1.0), clustered_scores(seed=seed, strength=0.2)
-    found, names = probes.auroc({"a": first, "b": second}, topics)
+    found, names = layers.auroc({"a": first, "b": second}, topics)
     assert names == ("a", "b", "gain")
     assert found.estimate == pytest.approx([plain(first), plain(second), plain(first) - plain(second)])
     assert found.n_clusters == len(set(topics))
@@ -44,8 +44,8 @@ def test_auroc_is_scikit_learns(seed: int) -> None:
 def test_a_resample_of_topics_is_the_auroc_of_the_resampled_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, topics = clustered_scores(30, 8)
     seen = []
-    monkeypatch.setattr(probes.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
-    probes.auroc({"a": scores, "b": scores[::-1]}, topics)
+    monkeypatch.setattr(layers.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
+    layers.auroc({"a": scores, "b": scores[::-1]}, topics)
     ((sums, statistic),) = seen
     n = len(sums.clusters)
     weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), size=20)
@@ -67,8 +67,8 @@ def test_a_memorised_topic_is_worth_nothing() -> None:
     """One feature a topic, +1 in the treated prompt: perfect on the topics it was fitted on, silent on others."""
     topics, discover, test = halves()
     features = np.eye(topics.max() + 1)[topics][:, None] * np.array([-1, 1])[:, None]
-    assert plain(probes.held_out_scores(features, discover, discover)) == 1.0
-    assert plain(probes.held_out_scores(features, discover, test)) == 0.5
+    assert plain(layers.held_out_scores(features, discover, discover)) == 1.0
+    assert plain(layers.held_out_scores(features, discover, test)) == 0.5
 
 
 def test_labels_of_held_out_topics_are_not_used() -> None:
@@ -76,7 +76,7 @@ def test_labels_of_held_out_topics_are_not_used() -> None:
     features = np.random.default_rng(1).standard_normal((80, 2, 6))
     features[discover, 1, 0] += 3
     features[test, 1, 0] -= 3  # the opposite on held-out topics
-    assert plain(probes.held_out_scores(features, discover, test)) < 0.1
+    assert plain(layers.held_out_scores(features, discover, test)) < 0.1
 
 
 @pytest.mark.parametrize("empty", ["discover", "test"])
@@ -84,13 +84,13 @@ def test_a_probe_needs_both_splits(empty: str) -> None:
     _, discover, test = halves()
     masks = {"discover": discover, "test": test, empty: np.zeros(80, dtype=bool)}
     with pytest.raises(InputError, match="needs pairs in the discover and in the test split"):
-        probes.held_out_scores(np.zeros((80, 2, 3)), masks["discover"], masks["test"])
+        layers.held_out_scores(np.zeros((80, 2, 3)), masks["discover"], masks["test"])
 
 
 def test_features_are_means_over_shared_tokens() -> None:
     subject = handmade.compiled(Program())
     pairs = [*handmade.cue_pairs(subject.tokenizer, "off low", "on high", n=4)]
-    ordered, features = probes.shared_token_features(subject, pairs, 1)
+    ordered, features = layers.shared_token_features(subject, pairs, 1)
     assert sorted(p.pair.id for p in ordered) == sorted(p.pair.id for p in pairs)
     assert features.shape == (4, 2, handmade.WIDTH)
     for pair, row in zip(ordered, features, strict=True):
@@ -108,7 +108,7 @@ def test_a_pair_that_shares_no_token_has_nothing_to_read() -> None:
     pairs = random_pairs(3, 8, 61)
     pairs[1].treated[3:] = (pairs[1].control[3:] - 2) % 58 + 3
     subject = Subject(**{**vars(subject), "tokenizer": handmade.word_tokenizer()})
-    ordered, features = probes.shared_token_features(subject, pairs, 1)
+    ordered, features = layers.shared_token_features(subject, pairs, 1)
     silent = [p.pair.id for p in ordered].index("p1")
     assert (features[silent] == 0).all()
     assert np.isfinite(features).all()
@@ -117,7 +117,7 @@ def test_a_pair_that_shares_no_token_has_nothing_to_read() -> None:
 def test_token_counts() -> None:
     pairs = random_pairs(3, 8, 61)
     pairs[0].control[:] = [150_000, 5, 5, 5, 7, 150_000, 9, 9]
-    counts = probes.token_counts(pairs)
+    counts = layers.token_counts(pairs)
     used = sorted({int(i) for p in pairs for ids in (p.control, p.treated) for i in ids})
     assert counts.shape == (3, 2, len(used))  # a vocabulary of 150,000 costs nothing
     for pair, row in zip(pairs, counts, strict=True):
