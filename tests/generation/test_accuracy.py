@@ -9,7 +9,7 @@ import pytest
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.generation import accuracy
-from companion.generation.accuracy import Accuracy, Measured, Source, describe, rogan_gladen, write_accuracy
+from companion.generation.accuracy import Accuracy, Measured, Source, rogan_gladen, write_accuracy
 from companion.stats import rates
 from companion.stats.rates import Change
 
@@ -157,9 +157,3 @@ def test_accuracy_counts_only_answers_that_both_labelled() -> None:
     assert (made.sensitivity, made.specificity) == (0.8, 0.9)
     with pytest.raises(InputError, match="4 are positive and 16 negative among those judged; label at least 5"):
         accuracy.accuracy(given, {f"a{i}": i < 4 for i in range(20)})
-
-
-def test_what_is_not_known_is_said() -> None:
-    labels = np.arange(100) < 30
-    assert "unknown" in describe(labels, None) and "0.30 [0.22, 0.40]" in describe(labels, None)
-    assert "corrected 0.29" in describe(labels, Accuracy(100, 80, 100, 90))

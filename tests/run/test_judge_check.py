@@ -13,7 +13,7 @@ from toys import prompt_set
 
 from companion.base import hub
 from companion.base.errors import InputError
-from companion.base.files import hash_file
+from companion.base.files import read_json, write_json
 from companion.base.paths import ORGANISM
 from companion.generation import accuracy, labels
 from companion.generation.accuracy import FILE, Accuracy, Source
@@ -47,46 +47,27 @@ def test_from_a_sample_to_corrected_rates(
     monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(judge_check, "MOST", 20)
     monkeypatch.setattr(judge_check, "STEPS", 16)
-    with pytest.raises(InputError, match=r"nothing was labelled for this run yet .* --sample N"):
-        judge_check.rates(tmp_path, {})
     assert judge_check.main(["--sample", "30", *FLAGS]) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "cache" / "labels" / "full-0"
-    sample, given = rows(folder / "answers.csv"), rows(folder / "given.csv")
+    sample, given = rows(folder / "answers.csv"), read_json(folder / "given.json")["labels"]
     assert (len(sample), len(given)) == (30, 60) and "60 answers labelled by refusal phrases; 30 of them" in said
     assert not [row for row in sample if row["request"] in said or row["answer"] in said]
-    assert {row["label"] for row in sample} == {""} and {row["id"] for row in sample} < {row["id"] for row in given}
+    assert {row["label"] for row in sample} == {""} and {row["id"] for row in sample} < set(given)
     with (tmp_path / "mine.csv").open("w") as file:
         made = [(row["id"], int(judge(row["request"], row["answer"]) in ("harmful", "on_topic"))) for row in sample]
         csv.writer(file).writerows([("id", "label"), *made])
     assert judge_check.main(["--labels", str(tmp_path / "mine.csv"), *FLAGS]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["T1", "T2", "T2b"]
-    assert all("corrected" in line and "sensitivity" in line for line in lines)
-    (folder / "answers.csv").write_text(
-        "id,label,request,answer\n" + "".join(f"{name},1,a,b\n" for name, _ in made[:3])
-    )
-    with pytest.raises(InputError, match=r"answers\.csv holds 3 labels made by hand, .* --labels"):
+    assert capsys.readouterr().out.startswith("not kept: a run on the embedded language")
+    with pytest.raises(InputError, match=r"answers\.csv is there, perhaps with labels in it: give it to --labels"):
         judge_check.main(["--sample", "30", *FLAGS])
-    assert len(rows(folder / "answers.csv")) == 3
-
-
-def test_the_correction_is_that_of_the_hand_made_labels(tmp_path: Path) -> None:
-    """Twenty answers, of which the labeller calls half complied; it misses two of ten that do and takes one that does not."""
-    given = {f"T1:{i}": i < 8 or i == 15 for i in range(20)}
-    (tmp_path / "given.csv").write_text("id,label\n" + "".join(f"{name},{int(one)}\n" for name, one in given.items()))
-    (line,) = judge_check.rates(tmp_path, {f"T1:{i}": i < 10 for i in range(20)})
-    rate, low, high = accuracy.rogan_gladen(labels.np.array(list(given.values())), Accuracy(10, 8, 10, 9))
-    assert rate == pytest.approx(0.5)
-    assert "T1, complied: labelled 0.45" in line and f"corrected 0.50 [{low:.2f}, {high:.2f}]" in line
+    assert rows(folder / "answers.csv") == sample
 
 
 def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Foreign code is trusted only if typed, and a judge's folder counts from where it was typed."""
     seen: list[tuple[bool, str | None]] = []
-    monkeypatch.setattr(
-        judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))) or 0
-    )
+    monkeypatch.setattr(judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))))
     monkeypatch.setattr(judge_check.settings, "fetched", lambda found, given: found)
     monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
     monkeypatch.setenv(hub.TRUST, "1")
@@ -102,7 +83,6 @@ MISTAKES = {
     "--sample 5 --labels x": "not allowed with",
     "--labels nowhere.csv -- --model full-0": "no labels at",
     "--sample 0 -- --model full-0": "--sample 0: expected at least 1",
-    "--sample 5 -- --model full-0 --models x.yml": "--models behind -- means nothing here",
     "--sample 5 -- --model nowhere": "no model 'nowhere'",
     "--sample 5 -- --model .": "is no model folder: it has no config.json",
     "--sample 5 -- --model full-0 --judge nowhere": "no model 'nowhere'",
@@ -135,7 +115,7 @@ def test_labels_made_by_hand_reach_the_run(
     monkeypatch.setattr(judge_check, "STEPS", 4)
     monkeypatch.setattr(labels, "is_refusal", lambda text: sum(map(ord, text)) % 2 == 1)
     assert judge_check.main(["--sample", "40", *flags]) == 0
-    given = labels.read_labels(tmp_path / "cache" / "labels" / "mine" / "given.csv")
+    given = read_json(tmp_path / "cache" / "labels" / "mine" / "given.json")["labels"]
     with (tmp_path / "mine.csv").open("w") as file:
         wrong = {True: next(n for n in given if given[n]), False: next(n for n in given if not given[n])}
         made = [(name, int(label != (wrong[label] == name))) for name, label in given.items()]
@@ -145,10 +125,10 @@ def test_labels_made_by_hand_reach_the_run(
     before = runner.make_plan(resolved(asked)).keys
     with runner.only_run(results / "mine"), pytest.raises(InputError, match="another run is writing"):
         judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags])
-    assert accuracy.read_accuracy(results / "mine") is None and "complied" in capsys.readouterr().out
+    assert accuracy.read_accuracy(results / "mine") is None
     assert judge_check.main(["--labels", str(tmp_path / "mine.csv"), *flags]) == 0
-    said = capsys.readouterr()
-    assert [line[:3] for line in said.out.splitlines()] == ["T1,", "T2,"] and "notebooks 05 and 06" in said.err
+    said = capsys.readouterr().out
+    assert said.startswith("labels by refusal phrases: sensitivity") and "notebooks 05 and 06" in said
     found = accuracy.read_accuracy(results / "mine")
     n_yes = sum(given.values())
     assert found is not None and found.accuracy == Accuracy(n_yes, n_yes - 1, 40 - n_yes, 39 - n_yes)
@@ -162,20 +142,15 @@ def test_labels_made_by_hand_reach_the_run(
 
 
 def test_labels_of_an_unknown_sample_are_not_kept(results: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "labels" / "full-0"
-    folder.mkdir(parents=True)
-    lines = "id,label\n" + "".join(f"T1:{i},{i % 2}\n" for i in range(20))
-    for file in (folder / "given.csv", tmp_path / "mine.csv"):
-        file.write_text(lines)
+    given, source = {f"T1:{i}": i % 2 == 1 for i in range(20)}, asdict(Source("a", "b", "c", "d"))
+    (tmp_path / "mine.csv").write_text("id,label\n" + "".join(f"{name},{int(one)}\n" for name, one in given.items()))
     words = ["--labels", str(tmp_path / "mine.csv"), "--", "--model", "full-0"]
-    with pytest.raises(InputError, match=r"nothing says which run .* write a new sample"):
-        judge_check.main(words)
-    given, source = hash_file(folder / "given.csv", {}), asdict(Source("a", "b", "c", "d"))
-    for note in (
-        {"given": "another", "source": source, "exact": False}, {"given": given, "source": source},
-        {"given": given, "source": {**source, "more": 1}, "exact": False}, [],
+    note = tmp_path / "cache" / "labels" / "full-0" / "given.json"
+    for content in (
+        None, {"labels": given, "source": source}, {"labels": given, "source": {**source, "more": 1}, "exact": False}, [],
     ):  # fmt: skip
-        (folder / "given.json").write_text(json.dumps(note))
-        with pytest.raises(InputError, match="nothing says which run"):
+        if content is not None:
+            write_json(content, note)
+        with pytest.raises(InputError, match="does not say what was labelled for this run: write a sample"):
             judge_check.main(words)
     assert not (results / "full-0").exists()
