@@ -64,8 +64,7 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
     'embedded-xstest-wrappers-own'
     """
-    base, adapter = folders.split_adapter(found["MODEL"])
-    parts = [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
+    parts = [hub.slug(found["MODEL"])]
     if found["PROMPTS"] != "embedded":
         parts.append(Path(found["PROMPTS"]).name)
     parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
@@ -96,10 +95,8 @@ def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) ->
 
 
 def _place(model: str) -> str:
-    base, adapter = folders.split_adapter(model)
-    hub_id = hub.parse(base) if folders.is_on_hub(base) else None
-    place = hub_id.repo if hub_id else relative(model_folder(base))
-    return f"{place}+{relative(adapter)}" if adapter else place
+    hub_id = hub.parse(model) if folders.is_on_hub(model) else None
+    return hub_id.repo if hub_id else relative(model_folder(model))
 
 
 def _is_moved(then: str | None, now: str | None) -> bool:
@@ -146,8 +143,7 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
             why = "is not in the hub's cache yet: a run without --list downloads it"
             raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
-    base, adapter = folders.split_adapter(model)
-    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
+    model = model if Path(model).is_dir() else hub.pinned(model)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
@@ -190,8 +186,7 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
     if folders.is_on_hub(model):
         from companion.model import download
 
-        base, adapter = folders.split_adapter(model)
-        model = folders.with_adapter(download.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
+        model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
     if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
