@@ -86,7 +86,7 @@ def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> Neurons:
     """Compute one part; the screen returns the neurons that `recheck` is to be given."""
     runs = batch.subject, batch.base, batch.source
     if part == "last-layer-neurons":
-        closed_form.last_layer_log_probs(*runs, batch.rows)
+        closed_form.last_layer_neurons(*runs, batch.rows)
     elif part == "screen":
         best = attribution(*runs, partial(_contrast, batch)).sum(0).abs().flatten()
         return [divmod(i, batch.subject.d_mlp) for i in best.topk(min(RECHECKED, len(best))).indices.tolist()]
@@ -117,8 +117,8 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     plain = replay.interchange_full_forward(*runs, chosen)
     clean = batch.base.resid_post[-1][:, None, -1:]
     if part == "last-layer-neurons":
-        got = closed_form.last_layer_log_probs(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
-        plain, clean = (readout.log_probs(subject, resid, batch.rows) for resid in (plain, clean))
+        got = closed_form.last_layer_neurons(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
+        plain, clean = (readout.logits(subject, resid, batch.rows) for resid in (plain, clean))
     else:
         got = replay.interchange(*runs, chosen)
     largest, allowed = float(plain.abs().max()), TOLERANCE[subject.dtype]
