@@ -16,19 +16,48 @@ from companion.base.files import read_json
 from companion.base.paths import ORGANISM, PROMPTS, at_home, relative
 
 PICKLED = ("*.bin", "*.pt", "*.pth")
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def split_adapter(name: str) -> tuple[str, Path | None]:
+    """A model's name, and the folder of the adapter that is merged into it where the name is `MODEL+FOLDER`.
+
+    >>> split_adapter("window-0")
+    ('window-0', None)
+    """
+    for at in (place for place, letter in enumerate(name) if letter == "+" and not Path(name).is_dir()):
+        if (Path(name[at + 1 :]) / ADAPTER).is_file():
+            return name[:at], Path(name[at + 1 :])
+    return name, None
+
+
+def with_adapter(model: str, adapter: Path | None) -> str:
+    """The name that `split_adapter` takes apart."""
+    return f"{model}+{adapter}" if adapter else model
+
+
+def weights(name: str) -> list[Path]:
+    """The files of a model's weights and of its adapter, by which it is known."""
+    return [*model_folder(name).glob("*.safetensors"), *adapter_files(split_adapter(name)[1])]
+
+
+def adapter_files(adapter: Path | None) -> list[Path]:
+    """An adapter's config, which says how strongly it is added, and its weights; nothing where there is none."""
+    return [adapter / ADAPTER, adapter / ADAPTER_WEIGHTS] if adapter else []
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name is that of a hub model, and no folder of that name is here."""
-    return hub.parse(name) is not None and not Path(name).is_dir()
+    """Whether a name is that of a hub model, with or without an adapter, and no folder of that name is here."""
+    base, _ = split_adapter(name)
+    return hub.parse(base) is not None and not Path(base).is_dir()
 
 
 def model_folder(name: str) -> Path:
     """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
 
-    Raises `InputError` for a model of the hub that is not in the cache.
+    Of `MODEL+ADAPTER` it is the model's. Raises `InputError` for a model of the hub that is not in the cache.
     """
+    name, _ = split_adapter(name)
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
     if shipped.is_dir():
         return shipped
@@ -63,6 +92,9 @@ def check_model(name: str) -> None:
 
     `companion.model.load` checks the weights themselves. A model of the hub is looked at when it is downloaded.
     """
+    name, adapter = split_adapter(name)
+    if adapter is not None:
+        check_adapter(adapter)
     if is_on_hub(name):
         return
     folder = model_folder(name)
@@ -92,12 +124,23 @@ def check_folder(folder: Path) -> None:
     """`InputError` unless the folder holds a causal language model with safetensors weights and no code that is not trusted."""
     if (folder / ADAPTER).is_file():
         raise InputError(
-            f"{folder} holds an adapter ({ADAPTER}), which is never merged unasked: merge it (merge_and_unload of the library "
-            "peft) and save the whole model, or move its adapter_* files out of the folder"
+            f"{folder} holds an adapter ({ADAPTER}), which is never merged unasked: move its adapter_* files into a folder of "
+            "their own, and give that folder as --adapter if it is to be part of the model"
         )
     check_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise no_weights(str(folder), next((path.name for kind in PICKLED for path in folder.glob(kind)), None))
+
+
+def check_adapter(folder: Path) -> None:
+    """`InputError` unless the folder holds an adapter as the `peft` library writes it, with safetensors weights."""
+    if not (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} holds no adapter: expected {ADAPTER} and {ADAPTER_WEIGHTS}, as peft saves them")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise no_weights(str(folder), next((path.name for kind in PICKLED for path in folder.glob(kind)), None))
+    kind = _json_object(folder / ADAPTER).get("peft_type")
+    if kind != "LORA":
+        raise InputError(f"{folder} holds an adapter of type {kind}; only LORA is merged into weights exactly")
 
 
 def no_weights(where: str, pickled: str | None) -> InputError:

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Shaped
 from companion.base import files, hub
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, read_json, write_json
-from companion.base.folders import model_folder, prompts_folder
+from companion.base.folders import model_folder, prompts_folder, split_adapter
 from companion.base.paths import RESULTS, check_slug, relative
 from companion.stats import clusters, rates
 from companion.stats.rates import Change, Z
@@ -86,7 +86,9 @@ def shown_source(name: str) -> str:
     >>> shown_source("/data/models/mine"), shown_source("org/model@main"), shown_source("embedded")
     ('mine', 'org/model@main', 'embedded')
     """
-    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+    base, adapter = split_adapter(name)
+    shown = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
+    return f"{shown}+{adapter.name}" if adapter else shown
 
 
 def judge_name() -> str:

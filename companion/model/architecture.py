@@ -278,6 +278,7 @@ class ModelFacts:
     tied: bool
     vocabulary: int
     noise: float
+    adapter: str
     ends: dict[str, tuple[str, ...]]
     device: dict[str, Any]
     template: TemplateFacts | None
@@ -307,6 +308,8 @@ class ModelFacts:
         }
         if self.device["name"] != "cpu":
             rows["device"] = f"{self.device['name']}, {self.device['memory_gib']} GiB"
+        if self.adapter:
+            rows["adapter"] = self.adapter
         if self.template is not None:
             rows |= {
                 "a system turn is given as": self.template.system,

@@ -6,6 +6,7 @@ Weights come from safetensors only and code only from the installed library. Wha
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,26 +41,31 @@ def load(
 ) -> Subject:
     """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
-    Weights of any precision are converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for
-    screening, and `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are
-    computed in full float32 (no TF32). `copies` is that of `memory.run_memory`. A judge model `only_answers`, and may be of
-    any family.
+    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
+    converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
+    `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
+    full float32 (no TF32). `copies` is that of `memory.run_memory`. A judge model `only_answers`, and may be of any family.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
-            unknown architecture, too large for memory, missing or unused tensors, an adapter that lies beside the weights,
-            or a model that cannot be replayed exactly (see `from_model`).
+            unknown architecture, too large for memory, missing or unused tensors, an adapter that does not fit or lies
+            beside the weights unasked, or a model that cannot be replayed exactly (see `from_model`).
     """
-    folder = _folder(name)
+    base, adapter = folders.split_adapter(str(name))
+    folder = _folder(base)
     folders.check_folder(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     place = resolve(device)
     make_exact(place)
-    model = _load_model(folder, DTYPES[dtype], place, copies)
+    if adapter is None:
+        model = _load_model(folder, DTYPES[dtype], place, copies)
+    else:
+        model = _load_merged(folder, adapter, DTYPES[dtype], place, copies)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(folder.glob("*.safetensors")))
-    return found if only_answers else _checked(found)
+    weights = [*folder.glob("*.safetensors"), *folders.adapter_files(adapter)]
+    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
+    return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
 def from_model(
@@ -127,8 +134,8 @@ def bridge(subject: Subject) -> Any:
     )  # fmt: skip
 
 
-def _checked(subject: Subject) -> Subject:
-    return replace(subject, facts=read_facts(subject, verify(subject)))
+def _checked(subject: Subject, adapter: str = "") -> Subject:
+    return replace(subject, facts=read_facts(subject, verify(subject), adapter))
 
 
 def _folder(name: str | Path) -> Path:
@@ -171,6 +178,35 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
     if where:
         architecture.connect(model, where)
     return model
+
+
+def _load_merged(
+    folder: Path, adapter: Path, dtype: torch.dtype, device: torch.device, copies: float | None
+) -> PreTrainedModel:
+    """The model with a LoRA adapter added to its weights: loaded and merged in float32, then converted."""
+    from peft import PeftModel, get_peft_model_state_dict  # a second, and few runs have an adapter
+
+    folders.check_adapter(adapter)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
+    model = _load_model(folder, torch.float32, torch.device("cpu"), copies)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what does not fit is looked for below
+            merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        held, known = load_file(adapter / folders.ADAPTER_WEIGHTS), get_peft_model_state_dict(merged)
+        strangers = sorted(set(held) ^ set(known))
+        if strangers:
+            raise InputError(
+                f"{adapter} does not belong to {folder}: {len(strangers)} of its tensors or of the model's have no "
+                f"counterpart, among them {strangers[0]}; give the adapter that was trained on this model"
+            )
+        model = merged.merge_and_unload()
+    except InputError:
+        raise
+    except Exception as error:  # a foreign or damaged adapter makes the library raise anything
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{adapter} cannot be merged into {folder}: {line}; was it trained on this model?") from error
+    return _placed(model.to(dtype), where or {}, device)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

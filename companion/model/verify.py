@@ -200,7 +200,7 @@ def _tokens(subject: Subject, seed: int) -> Int[Tensor, "pair pos"]:
     return drawn.to(subject.device)
 
 
-def read_facts(subject: Subject, noise: float) -> ModelFacts:
+def read_facts(subject: Subject, noise: float, adapter: str = "") -> ModelFacts:
     """What is known of a checked model, `noise` being what the check found."""
     config, mlp = subject.model.config, subject.layers[0].mlp
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -223,6 +223,7 @@ def read_facts(subject: Subject, noise: float) -> ModelFacts:
         tied=subject.unembedding[0] is embedding,
         vocabulary=len(subject.unembedding[0]),
         noise=noise,
+        adapter=adapter,
         device=device.facts(subject.device),
         ends={str(named(token)): places for token, places in end_tokens(subject).items()},
         template=None if subject.tokenizer is None else template_facts(subject.tokenizer),

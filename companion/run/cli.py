@@ -34,7 +34,7 @@ ALONE = {
 }
 # What an entry in a list of models may hold.
 KEYS: dict[str, type] = dict.fromkeys(
-    ("model", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str
+    ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str
 )
 KEYS |= {"pairs": int}
 KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
@@ -57,6 +57,7 @@ def parser() -> Parser:
     # fmt: off
     add("--model", metavar="NAME|DIR|ID", default="embedded",
         help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub")
+    add("--adapter", metavar="DIR", help="a LoRA adapter (peft, safetensors) that is merged into the model")
     add("--prompts", metavar="NAME|DIR",
         help="a shipped or public prompt set, or a folder (default: embedded; for a model of the hub the open public sets)")
     add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
@@ -118,6 +119,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
     """The notebooks' parameters of this run; `InputError` if a folder or the run's name cannot be."""
     model, prompts = named(flags.model, ORGANISM), named(flags.prompts, PROMPTS)
+    if flags.adapter is not None:
+        adapter = folders.from_caller(flags.adapter).resolve()
+        folders.check_adapter(adapter)
+        model = folders.with_adapter(model, adapter)
     if model != "embedded":
         folders.check_model(model)
     if prompts != "embedded":
@@ -212,14 +217,14 @@ def _entry(entry: Any, folder: Path, where: str) -> list[str]:
             raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
         if "\0" in str(value):
             raise InputError(f"{where}: {key!r} holds a null character; take it out")
-        if key in ("wrappers", "judge") and not str(value).strip():
+        if key in ("wrappers", "judge", "adapter") and not str(value).strip():
             raise InputError(f"{where}: {key!r} names nothing; leave the key out")
     return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
 
 
 def _placed(key: str, value: Any, folder: Path) -> Any:
     """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
-    if key == "wrappers":  # always a path
+    if key in ("wrappers", "adapter"):  # always a path
         return (folder / folders.expanded(value)).resolve()
     if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
         return value

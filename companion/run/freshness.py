@@ -19,7 +19,7 @@ from typing import Any
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, digest, hash_file, hash_folder, read_json, write_json
-from companion.base.folders import model_folder, prompts_folder
+from companion.base.folders import model_folder, prompts_folder, split_adapter
 from companion.base.paths import ROOT
 from companion.run.notebooks import Notebook, code_cells, source
 
@@ -137,10 +137,13 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
 
 def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     """Name and file hashes; of a model of the hub also its id and commit, and whether its own code was allowed to run."""
-    folder, hub_id = model_folder(given), hub.parse(given)
+    base, adapter = split_adapter(given)
+    folder, hub_id = model_folder(base), hub.parse(base)
     found: dict[str, Any] = {"name": folder.name, "sha256": hash_folder(folder, known)}
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
+    if adapter is not None:
+        found["adapter"] = {"name": adapter.name, "sha256": hash_folder(adapter, known)}
     return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 

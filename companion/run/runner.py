@@ -22,7 +22,7 @@ from typing import Any
 from companion.base import files, hub
 from companion.base.display import FAILED_CHECK
 from companion.base.errors import InputError
-from companion.base.folders import model_folder, names, prompts_folder
+from companion.base.folders import model_folder, names, prompts_folder, split_adapter
 from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, ORGANISM, PARTS, RESULTS, ROOT, relative
 from companion.run import freshness, notebooks, overview
 from companion.run.freshness import STATE, run_times
@@ -129,7 +129,8 @@ def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
 
 def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
     """What all notebooks rest on, hashed: code, lock, shipped data, model, prompts and judge; and, by number, what some do."""
-    given = [model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"])]
+    _, adapter = split_adapter(parameters["MODEL"])
+    given = [model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]), *([adapter] if adapter else [])]
     foreign = [folder for folder in given if not folder.is_relative_to(DATA)]
     folders = [DATA, *foreign]
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]

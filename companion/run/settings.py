@@ -64,7 +64,8 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
     'embedded-xstest-wrappers-own'
     """
-    parts = [hub.slug(found["MODEL"])]
+    base, adapter = folders.split_adapter(found["MODEL"])
+    parts = [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
     if found["PROMPTS"] != "embedded":
         parts.append(Path(found["PROMPTS"]).name)
     parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
@@ -95,8 +96,10 @@ def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) ->
 
 
 def _place(model: str) -> str:
-    hub_id = hub.parse(model) if folders.is_on_hub(model) else None
-    return hub_id.repo if hub_id else relative(model_folder(model))
+    base, adapter = folders.split_adapter(model)
+    hub_id = hub.parse(base) if folders.is_on_hub(base) else None
+    place = hub_id.repo if hub_id else relative(model_folder(base))
+    return f"{place}+{relative(adapter)}" if adapter else place
 
 
 def _is_moved(then: str | None, now: str | None) -> bool:
@@ -143,7 +146,8 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
             why = "is not in the hub's cache yet: a run without --list downloads it"
             raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
-    model = model if Path(model).is_dir() else hub.pinned(model)
+    base, adapter = folders.split_adapter(model)
+    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
@@ -186,7 +190,8 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
     if folders.is_on_hub(model):
         from companion.model import download
 
-        model = download.prepare_model(model, found["DEVICE"], found["DTYPE"])
+        base, adapter = folders.split_adapter(model)
+        model = folders.with_adapter(download.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):

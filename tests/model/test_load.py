@@ -13,6 +13,7 @@ import transformers as hf
 from families import tiny_model, tiny_tokenizer, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from companion.base import folders, paths
@@ -129,7 +130,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "1 tensors of its weights have no place .*o_proj.bias; take the config.json that belongs to these weights",
     ),
     "an adapter beside the weights": (
-        lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "never merged unasked: merge it",
+        lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "never merged unasked: .* as --adapter",
     ),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "its tokenizer cannot be loaded"),
 }  # fmt: skip
@@ -206,6 +207,63 @@ def test_pairs_are_checked_as_the_profile_takes_them(tmp_path: Path) -> None:
     assert check_pairs("embedded", str(tmp_path), 0, "full")[0].startswith("10 of 60 pairs usable")
     with pytest.raises(InputError, match="usable"):
         check_pairs("embedded", str(tmp_path), 0, "smoke")
+
+
+@pytest.fixture
+def adapter(folder: Path, tmp_path: Path) -> Path:
+    """A LoRA of random weights, trained (so to speak) on the tiny Qwen2."""
+    torch.manual_seed(1)
+    base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    made = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    made.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_merged_in_float32_where_it_is_asked_for(folder: Path, adapter: Path) -> None:
+    name = f"{folder}+{adapter}"
+    assert folders.split_adapter(name) == (str(folder), adapter) and folders.model_folder(name) == folder
+    merged = load(name)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = PeftModel.from_pretrained(plain, str(adapter))(tokens()).logits  # beside the weights, not in them
+    torch.testing.assert_close(merged.model(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert merged.facts is not None and merged.facts.adapter == adapter.name
+    assert len({merged.sha256, load(folder).sha256, adapter_scaled(name, adapter, 4).sha256}) == 3
+    adapter_scaled(name, adapter, 8)
+    half = load(name, dtype="bfloat16").model.state_dict()  # rounded once, behind the sum
+    assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in merged.model.state_dict().items())
+
+
+def adapter_scaled(name: str, adapter: Path, alpha: int) -> Any:
+    """The same adapter added more or less strongly, which its config alone says."""
+    kept = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(kept | {"lora_alpha": alpha}))
+    return load(name)
+
+
+def other_adapter(adapter: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors")
+
+
+STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pickled": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "weights are pickled"),
+    "another kind": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "of type IA3; only LORA"),
+    "of other layers": (
+        lambda f: other_adapter(f, lambda t: {k.replace("layers.3", "layers.9"): v for k, v in t.items()}),
+        "does not belong to .*: 8 of its tensors or of the model's have no counterpart",
+    ),
+    "of another width": (lambda f: other_adapter(f, lambda t: {k: v[:, :8].contiguous() for k, v in t.items()}), "merged into"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_an_adapter_that_does_not_fit_is_refused(folder: Path, adapter: Path, case: str) -> None:
+    damage, message = STRANGE[case]
+    damage(adapter)
+    with pytest.raises(InputError, match=message):
+        load(f"{folder}+{adapter}")
 
 
 def test_links_to_weights_elsewhere_are_followed(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ FLAGS = {
     "--model=": "an empty name was given for --model, --prompts or --judge",
     "--judge=": "an empty name was given",
     "--prompts xstest --wrappers=": "--wrappers names nothing",
+    "--adapter nowhere": "nowhere holds no adapter: expected adapter_config.json and adapter_model.safetensors",
+    "--adapter=": "holds no adapter",
     "--prompts nowhere": "no prompt set 'nowhere': give a folder or one of the shipped (embedded",
     "--prompts xstest,nosuch": "public sets, each once, joined by commas; known are jailbreakbench",
     "--wrappers nowhere": "expected a file of JSON lines",
@@ -301,8 +303,8 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
 
 
 WRONG = {
-    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, prompts",
-    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, prompts, wrappers, judge",
+    "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, adapter, prompts",
+    "models:\n- {model: embedded, x: 1}": "unknown key 'x': known are model, adapter, prompts, wrappers, judge",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
     "models:\n- {name: 2024-01-01}": "'name' must be text",
     "models:\n- {pairs: yes}": "'pairs' must be a whole number, not True",
@@ -321,7 +323,7 @@ WRONG = {
     "models: {a: 1}": "expected one key 'models' with a list",
     "models: []": "at least one entry",
     "- a": "expected one key 'models'",
-    "models:\n- a": "entry 1: expected keys and values (model, prompts",
+    "models:\n- a": "entry 1: expected keys and values (model, adapter, prompts",
     "models: [": "cannot be read as YAML",
     "models: &a [*a]": "entry 1: expected keys and values",
     "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
