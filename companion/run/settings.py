@@ -254,15 +254,22 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     from companion.prompts.pairs import load_set, pairs_asked, subsample
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
+    import torch
 
+    from companion.model import architecture, memory
     from companion.model.load import load_tokenizer
     from companion.prompts import tokens
+    from companion.steering import extraction
 
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
     chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer)
+    if extraction.find_supplied(prompts):
+        shapes = memory.on_meta(folder, torch.float32)
+        weights = architecture.hash_files(folders.weights(model))
+        extraction.check_supplied(prompts, replace(shapes, tokenizer=tokenizer, sha256=weights))
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]

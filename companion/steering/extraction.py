@@ -7,6 +7,7 @@ it answered. Directions come from the topics of `discover`; what is calibrated (
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "
 FILE: Final = "directions.safetensors"
 MANIFEST: Final = "directions.json"
 SUPPLIED: Final = "directions"
+PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
 @dataclass(frozen=True)
@@ -250,25 +252,42 @@ def load_directions(folder: str | Path, subject: Subject) -> Directions:
 
 
 def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
-    """Published activations or directions of each class, from .safetensors, every array [layer, sample, width].
+    """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
 
     Numbers of any precision, bfloat16 too, come as float64.
 
     Raises:
-        InputError: a pickle or another kind of file, or arrays of another shape or type.
+        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape or type.
     """
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path.name} is a pickle, which can run code when it is loaded. Convert it on a machine you can lose: "
+            'python -c "import sys, torch; from safetensors.torch import save_file; x = torch.load(sys.argv[1], '
+            'weights_only=True); save_file({k: v.contiguous() for k, v in x.items()}, sys.argv[2])" '
+            f"{path.name} {path.stem}.safetensors"
+        )
+    if path.suffix not in (".safetensors", ".npz"):
+        raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
     try:
-        arrays = {name: x.double().numpy() for name, x in load_file(path).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        why = f"{path.name} is no .safetensors file that can be read ({str(error).splitlines()[0]}); convert or copy it again"
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)  # numpy knows no bfloat16
+            arrays = {name: (x.double() if x.is_floating_point() else x).numpy() for name, x in tensors.items()}
+        else:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        why = f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
         raise InputError(why) from error
     for name, array in arrays.items():
-        if array.ndim != 3 or not array.size or not np.isfinite(array).all():
+        is_number = array.dtype.kind in "fiu"
+        is_finite = is_number and bool(np.isfinite(array).all())
+        if array.ndim != 3 or not array.size or not is_finite:
+            some = " (some not finite)" if is_number and not is_finite else ""
             raise InputError(
-                f"{path.name}: {name} has shape {array.shape}; expected finite numbers [layer, sample, width]: save it again "
-                "in that form"
+                f"{path.name}: {name} has shape {array.shape}, of type {array.dtype}{some}; expected finite numbers "
+                "[layer, sample, width]: save it again in that form"
             )
-    return arrays
+    return {name: array.astype(float) for name, array in arrays.items()}
 
 
 def find_supplied(prompt_set: str | Path) -> Path | None:
@@ -284,7 +303,7 @@ def find_supplied(prompt_set: str | Path) -> Path | None:
     found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if len(found) != 1:
         raise InputError(
-            f"{paths.relative(folder)} holds {len(found)} files; expected one .safetensors file, or {FILE} with its "
+            f"{paths.relative(folder)} holds {len(found)} files; expected one .safetensors or .npz file, or {FILE} with its "
             f"{MANIFEST}"
         )
     return found[0]

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from companion.base.errors import InputError
 from companion.base.paths import PROMPTS
 from companion.mediation import study
+from companion.run import settings
 from companion.steering import extraction, methods
 from companion.steering.experiment import open_experiment
 from companion.steering.extraction import Fit
@@ -63,7 +64,7 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
     (folder / extraction.MANIFEST).unlink()
     (folder / extraction.FILE).unlink()
     swapped = {"refused": own.complied[:, None].repeat(2, 1), "complied": own.refused[:, None]}
-    save_file({name: torch.tensor(x) for name, x in swapped.items()}, folder / "theirs.safetensors")
+    np.savez(folder / "theirs.npz", **swapped)
     found = extraction.find_supplied(tmp_path)
     np.testing.assert_array_equal(extraction.read_samples(found)["refused"], swapped["refused"])
     turned = extraction.cosines(own, extraction.supplied_directions(found, fit.subject))
@@ -76,25 +77,28 @@ def test_a_users_directions_are_compared_layer_by_layer(fit: Fit, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "arrays", "says"),
     [
-        ("a.safetensors", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
-        ("a.safetensors", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
-        ("a.safetensors", {"refused": np.ones((4, 16))}, "expected finite numbers"),
-        ("a.safetensors", {"refused": np.full((4, 1, 16), np.nan)}, "expected finite numbers"),
-        ("a.safetensors", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
-        ("a.pt", {}, "convert or copy it again"),
+        ("a.npz", {"rejection": np.ones((5, 1, 16))}, "leave the embedding's own row out"),
+        ("a.npz", {"north": np.ones((4, 1, 16))}, "expected two classes or a direction"),
+        ("a.npz", {"refused": np.ones((4, 16))}, "expected finite numbers"),
+        ("a.npz", {"refused": np.full((4, 1, 16), np.nan)}, "not finite"),
+        ("a.npz", {"refused": np.full((4, 1, 16), "x")}, "of type <U1"),
+        ("a.npz", {"refused": np.ones((4, 0, 16))}, "expected finite numbers"),
+        ("a.npz", {"x": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
+        ("a.safetensors", {}, "cannot be read"),
+        ("a.pt", {}, "safetensors.torch"),
+        ("a.csv", {}, "expected .safetensors"),
     ],
 )
 def test_what_cannot_be_compared_says_what_was_expected(
     fit: Fit, tmp_path: Path, name: str, arrays: dict[str, np.ndarray], says: str
 ) -> None:
-    save_file({name: torch.tensor(x) for name, x in arrays.items()}, tmp_path / name)
-    if not arrays:
-        (tmp_path / name).write_bytes(b"pickled")
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **arrays)
     with pytest.raises(InputError, match=says):
         extraction.supplied_directions(tmp_path / name, fit.subject)
 
 
-def test_half_precision_is_read_and_a_wrong_file_stops_notebook_06_at_its_start(fit: Fit, tmp_path: Path) -> None:
+def test_half_precision_is_read_and_a_wrong_file_stops_a_run_before_it_starts(fit: Fit, tmp_path: Path) -> None:
     own, folder = fit.directions().rejection, tmp_path / extraction.SUPPLIED
     folder.mkdir()
     stored = torch.tensor(own)[:, None].bfloat16()
@@ -104,14 +108,18 @@ def test_half_precision_is_read_and_a_wrong_file_stops_notebook_06_at_its_start(
     assert extraction.cosines(fit.directions(), found).rejection[2] == pytest.approx(1.0, abs=1e-3)
     shutil.copy(PROMPTS / "embedded" / "outcome.json", tmp_path)
     shutil.copy(PROMPTS / "embedded" / "pairs.jsonl", tmp_path)
-    with pytest.raises(InputError, match=r"mine.safetensors: rejection has .*\(4, 16\)"):
-        open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2)
+    for call in (
+        lambda: settings.check_pairs("embedded", str(tmp_path), 30, "full"),
+        lambda: open_experiment(study.begin("embedded", str(tmp_path), "m", pairs=30), tmp_path, thin=2),
+    ):
+        with pytest.raises(InputError, match=r"mine.safetensors: rejection has .*\(4, 16\)"):
+            call()
 
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_a_folder_of_directions_holds_one_file(tmp_path: Path, n: int) -> None:
     (tmp_path / extraction.SUPPLIED).mkdir()
     for i in range(n):
-        (tmp_path / extraction.SUPPLIED / f"{i}.safetensors").touch()
+        (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
     with pytest.raises(InputError, match=f"holds {n} files; expected one"):
         extraction.find_supplied(tmp_path)
