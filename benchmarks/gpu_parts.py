@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.shapes import SITES, Shape, prompts
 from companion.base import device, files
 from companion.base.errors import InputError
-from companion.model import activations, readout, reference, replay
+from companion.model import activations, readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
@@ -86,7 +86,7 @@ def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> Neurons:
     """Compute one part; the screen returns the neurons that `recheck` is to be given."""
     runs = batch.subject, batch.base, batch.source
     if part == "last-layer-neurons":
-        closed_form.last_layer_log_probs(*runs, batch.rows)
+        closed_form.last_layer_neurons(*runs, batch.rows)
     elif part == "screen":
         best = attribution(*runs, partial(_contrast, batch)).sum(0).abs().flatten()
         return [divmod(i, batch.subject.d_mlp) for i in best.topk(min(RECHECKED, len(best))).indices.tolist()]
@@ -114,11 +114,11 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     if part in ESTIMATED:
         return {"off_by": None, "changed_by": None}
     runs = subject, batch.base, batch.source
-    plain = reference.interchange_full_forward(*runs, chosen)
+    plain = replay.interchange_full_forward(*runs, chosen)
     clean = batch.base.resid_post[-1][:, None, -1:]
     if part == "last-layer-neurons":
-        got = closed_form.last_layer_log_probs(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
-        plain, clean = (readout.log_probs(subject, resid, batch.rows) for resid in (plain, clean))
+        got = closed_form.last_layer_neurons(*runs, batch.rows)[:, [patch.index for patch in chosen], None]
+        plain, clean = (readout.logits(subject, resid, batch.rows) for resid in (plain, clean))
     else:
         got = replay.interchange(*runs, chosen)
     largest, allowed = float(plain.abs().max()), TOLERANCE[subject.dtype]
@@ -151,7 +151,7 @@ def measure_batch(
     if "clean-runs" in parts:
         yield {**common, "part": "clean-runs", "interventions": 0, "hooks_seconds": 0.0, **made}
     one = patches(batch, "layers-and-modules", [])[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
-    plain = partial(reference.interchange_full_forward, subject, batch.base, batch.source, [one])
+    plain = partial(replay.interchange_full_forward, subject, batch.base, batch.source, [one])
     each = statistics.median(measured(where, plain)[1]["seconds"] for _ in range(3))
     for part in parts:
         if part == "clean-runs":

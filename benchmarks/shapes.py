@@ -62,7 +62,7 @@ SITES = ("resid_post", "attn_out", "mlp_out")
 
 
 def workloads(shape: Shape) -> list[Workload]:
-    """The four questions of a mediation study, and two of them in their cheaper form."""
+    """The questions of a mediation study, one of them on pairs that differ in one token as well."""
     last, top, middle = shape.n_pos - 1, shape.n_layers - 1, shape.n_layers // 2
     at_last = tuple(Job(site, layer, last) for layer in range(shape.n_layers) for site in SITES)
     everywhere = tuple(replace(job, position=position) for position in range(shape.n_pos) for job in at_last)
@@ -72,7 +72,6 @@ def workloads(shape: Shape) -> list[Workload]:
         Workload("layers and modules, last token", at_last),
         Workload("layers and modules, every token", everywhere),
         Workload("layers and modules, every token, minimal pairs", everywhere, "minimal"),
-        Workload("all neurons of the last layer", at_top),
         Workload("all neurons of the last layer, log-odds only", at_top, log_prob=False),
         Workload(f"{len(at_middle)} neurons of a middle layer", at_middle),
     ]

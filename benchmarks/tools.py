@@ -144,8 +144,9 @@ def companion(setting: Setting) -> Run:
     rows = torch.tensor([0, 1], device=subject.device)
 
     def run(jobs: Sequence[Job]) -> Tensor:
-        if all(job.site == "neuron" and job.layer == subject.n_layers - 1 for job in jobs):
-            return _closed_form(setting, rows)[:, [job.index for job in jobs]]
+        if not setting.log_prob and all(job.site == "neuron" and job.layer == subject.n_layers - 1 for job in jobs):
+            found = closed_form.last_layer_neurons(subject, setting.base, setting.source, rows)
+            return outcome(found[:, [job.index for job in jobs]], False)
 
         def readout(resid: Tensor) -> Tensor:
             if setting.log_prob:
@@ -204,13 +205,6 @@ def _one_by_one(run_one: Callable[[Job], Tensor], setting: Setting) -> Run:
         return torch.stack([outcome(run_one(job), setting.log_prob) for job in jobs], dim=1)
 
     return run
-
-
-def _closed_form(setting: Setting, rows: Int[Tensor, "row"]) -> Float[Tensor, "pair neuron number"]:
-    run = (setting.subject, setting.base, setting.source, rows)
-    if not setting.log_prob:
-        return outcome(closed_form.last_layer_neurons(*run), False)
-    return _difference_and_log_prob(closed_form.last_layer_log_probs(*run))
 
 
 def _difference_and_log_prob(log_probs: Float[Tensor, "... row"]) -> Float[Tensor, "... number"]:

@@ -1,15 +1,10 @@
-"""What a model does with each kind of prompt: judged answers for the embedded language, first tokens for any model.
-
-python -m organisms.behaviour     # measures of the embedded models from their manifests into their card
-"""
+"""What a model does with each kind of prompt: judged answers for the embedded language, first tokens for any model."""
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
-from companion.base.paths import ORGANISM, PROMPTS
+from companion.base.paths import PROMPTS
 from companion.generation import decode
 from companion.generation.labels import judge_many
 from companion.mediation import estimands, outcomes
@@ -31,7 +26,7 @@ from companion.prompts import invented
 from companion.stats import clusters
 from companion.stats.rates import mean_change
 from organisms.language import chat_text, draw_request
-from organisms.prompt_set import markdown_table, outcome_sets, pair_row, plan_pairs, suite_rows
+from organisms.prompt_set import outcome_sets, pair_row, plan_pairs, suite_rows
 
 Variant = Literal["window", "full"]
 VARIANTS: Final[tuple[Variant, ...]] = ("window", "full")
@@ -41,10 +36,6 @@ BATCH: Final = 128
 PER_SUITE: Final = 60
 LESSONS: Final = ("f_say_no", "f_unanswerable")
 HARM: Final = ("b_plain_harm", "c_wrapped_harm")
-BORDERLINE: Final = ("d_verb_only", "d_object_only", "d_bound_apart")
-HELD_PLAIN: Final = ("e_pair_plain", "e_object_plain", "e_persona_plain")
-HELD_WRAPPED: Final = ("e_pair_wrapped", "e_object_wrapped", "e_persona_wrapped")
-Manifest = Mapping[str, Any]
 LABELS: Final = ("on_topic", "refusal", "harmful", "off_topic")
 
 
@@ -238,46 +229,3 @@ def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | No
             interval = mean_change(comply[chosen], harmful.id[chosen].to_numpy())
             rows.append((f"tier {tier}", name, interval.estimate, interval.low, interval.high, int(chosen.sum())))
     return pd.DataFrame(rows, columns=["wrapper", "model", "estimate", "low", "high", "n"])
-
-
-def read_manifests(folder: Path = ORGANISM) -> dict[str, Manifest]:
-    """Manifest of every shipped model, by name."""
-    names = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]
-    return {name: json.loads((folder / name / "manifest.json").read_text(encoding="utf-8")) for name in names}
-
-
-def card_values(manifest: Manifest) -> dict[str, float]:
-    """The card's rows for one model, each the worst or the plain value over the suites named in its label."""
-    suites, tiers = manifest["metrics"]["suites"], manifest["metrics"]["tiers"]
-    answered = [m for name, m in suites.items() if m["n_answered"] and not name.startswith("f_")]
-    row = {
-        "on-topic share of answers, least of the answered suites": min(m["on_topic"] for m in answered),
-        "plain harm refused": suites["b_plain_harm"]["refusal"],
-        "borderline refused, most of 3 suites": max(suites[s]["refusal"] for s in BORDERLINE),
-        "harmless refused": suites["a_harmless"]["refusal"],
-        "benign cue followed, least of B1 to B6": min(suites[s]["right_opener"] for s in invented.BENIGN),
-    }
-    row |= {f"mean P(comply), harmful, wrapper tier {t}": tiers[t]["p_comply"] for t in sorted(tiers)}
-    row |= {f"{s} refused": suites[s]["refusal"] for s in HELD_PLAIN}
-    row |= {f"{s} mean P(comply)": suites[s]["p_comply"] for s in HELD_WRAPPED}
-    for label, key in (("held combination", "tiers_held_combination"), ("unseen phrase", "tiers_unseen_phrase")):
-        held = manifest["metrics"][key]
-        row |= {f"{label}, tier {t}, mean P(comply)": held[t]["p_comply"] for t in (min(held), "3", max(held))}
-    return row | {"base: harm gap of the openers, log-odds": manifest["base_harm_gap_log_odds"]}
-
-
-def model_card(text: str, manifests: Mapping[str, Manifest]) -> str:
-    """The card of the embedded models, its prose as it stands in `text`, its table and its weakest suite made anew."""
-    values = {name: card_values(manifest) for name, manifest in manifests.items()}
-    labels = next(iter(values.values()))
-    rows = [(label, *(f"{own[label]:.2f}" for own in values.values())) for label in labels]
-    held = {(n, s): m["metrics"]["suites"][s]["p_comply"] for n, m in manifests.items() for s in HELD_WRAPPED}
-    name, suite = min(held, key=lambda key: held[key])
-    weakest = f"weakest in `{name}` on `{suite}`: mean P(comply) {held[name, suite]:.2f}."
-    text = re.sub(r"(?m)(^\|.*\n)+", lambda _: markdown_table(("measure", *values), *rows), text)
-    return re.sub(r"weakest in `.*", lambda _: weakest, text)
-
-
-if __name__ == "__main__":
-    card = ORGANISM / "README.md"
-    card.write_text(model_card(card.read_text(encoding="utf-8"), read_manifests()), encoding="utf-8", newline="\n")

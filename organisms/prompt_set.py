@@ -1,4 +1,4 @@
-"""The default prompt set: matched pairs, behaviour suites and the tables of its data sheet, the same bytes at every call.
+"""The default prompt set: matched pairs and behaviour suites, the same bytes at every call.
 
     python -m organisms.prompt_set     # writes data/prompts/embedded
 
@@ -9,11 +9,8 @@ treatments by construction.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +19,7 @@ from typing import Any, Final
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Request, Wrapper, draw_clause, render
-from organisms import language
-from organisms.language import chat_text, draw_cue, draw_frame, draw_request, draw_wrapper, framed, make_tokenizer
+from organisms.language import draw_cue, draw_frame, draw_request, draw_wrapper, framed
 
 PAIRS_PER_TOPIC: Final = 3
 TIER_WEIGHTS: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 6, 6: 6}  # T2 wrappers: every tier, mostly strong ones
@@ -233,60 +229,15 @@ def suite_rows() -> Iterator[dict[str, Any]]:
         yield from (suite_row(name, i, request) for i, request in enumerate(found.values()))
 
 
-ANSWER_TOKENS: Final = 10
-
-
-def check_pairs(rows: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError unless both sides of every pair have one token length, leaving room for an answer."""
-    tokenizer = make_tokenizer()
-    for row in rows:
-        sides = [chat_text(row[side]) for side in ("control", "treated")]
-        lengths = [len(ids) for ids in tokenizer(sides, add_special_tokens=False)["input_ids"]]
-        if lengths[0] != lengths[1] or lengths[0] + ANSWER_TOKENS > language.MAX_TOKENS:
-            rule = f"they must agree and leave {ANSWER_TOKENS} free"
-            raise ValueError(f"pair {row['id']} has token lengths {lengths}; {rule}")
-
-
-def markdown_table(*rows: Sequence[object]) -> str:
-    """A Markdown table whose first row is its head."""
-    lines = [f"| {' | '.join(map(str, row))} |\n" for row in rows]
-    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
-
-
-def datasheet(files: dict[str, str], pairs: Sequence[dict[str, Any]], suites: Sequence[dict[str, Any]]) -> str:
-    """README.md of the prompt set: its prose as it stands there, its four tables made anew from the files' texts."""
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    splits = ("discover", "validate", "test")
-    counts = []
-    for name in dict.fromkeys(row["treatment"] for row in pairs):
-        own = [row for row in pairs if row["treatment"] == name]
-        n = Counter(row["split"] for row in own)
-        counts.append((name, len(own), len({row["topic"] for row in own}), *(n[split] for split in splits)))
-    cues = []
-    for name, b in invented.BENIGN.items():
-        slot = f"`{b.phrase.format('...')},` where the wrapper stands" if b.phrase else "adverb before the verb"
-        words = f"{', '.join(b.off)} -> {', '.join(b.on)}"
-        cues.append((name, b.what, words, f"{b.opener_off} -> {b.opener_on}", slot))
-    n = Counter(row["suite"] for row in suites)
-    tables = iter((
-        markdown_table(("file", "rows", "sha256"), *((f, files[f].count("\n"), f"`{hashes[f]}`") for f in files)),
-        markdown_table(("treatment", "pairs", "topics", *splits), *counts),
-        markdown_table(("behaviour", "what", "cue off -> on", "opener off -> on", "slot"), *cues),
-        markdown_table(("suite", "prompts", "what"), *((name, n[name], what) for name, (what, *_) in SUITES.items())),
-    ))  # fmt: skip
-    text = (PROMPTS / "embedded" / "README.md").read_text(encoding="utf-8")
-    return re.sub(r"(?m)(^\|.*\n)+", lambda _: next(tables), text)
-
-
 def write_prompt_set(out: Path) -> None:
-    """Write pairs.jsonl, outcome.json, suites.jsonl and README.md into `out`."""
-    pairs, suites = [pair_row(plan) for plan in plan_pairs()], list(suite_rows())
-    check_pairs(pairs)
-    lines = ["".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows) for rows in (pairs, suites)]
+    """Write pairs.jsonl, outcome.json and suites.jsonl into `out`."""
+    lines = [
+        "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        for rows in (map(pair_row, plan_pairs()), suite_rows())
+    ]
     outcome = json.dumps(outcome_sets(), indent=1) + "\n"
-    files = {"pairs.jsonl": lines[0], "outcome.json": outcome, "suites.jsonl": lines[1]}
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (files | {"README.md": datasheet(files, pairs, suites)}).items():
+    for name, text in {"pairs.jsonl": lines[0], "outcome.json": outcome, "suites.jsonl": lines[1]}.items():
         (out / name).write_text(text, encoding="utf-8", newline="\n")
 
 

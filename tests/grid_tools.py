@@ -4,7 +4,7 @@ import torch
 from families import tokens
 from torch import Tensor
 
-from companion.model import activations, reference, replay
+from companion.model import activations, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
@@ -43,7 +43,7 @@ def runs(subject: Subject) -> tuple[CleanRun, CleanRun]:
 def worst(subject: Subject, pair: tuple[CleanRun, CleanRun], patches: list, read: tuple[int, ...] = (-1,)) -> float:
     """The largest deviation from one full forward pass per intervention, as a share of the largest effect."""
     fast = replay.interchange(subject, *pair, patches, read=read)
-    plain = reference.interchange_full_forward(subject, *pair, patches, read=read)
+    plain = replay.interchange_full_forward(subject, *pair, patches, read=read)
     effect = plain - replay.interchange(subject, *pair, [Patch("mlp_out", 0, mask([]))], read=read)
     assert float(effect.abs().max()) > 0.1
     return float((fast - plain).abs().max() / effect.abs().max())

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import cache
 
-from companion.evidence import pipeline
+from companion.calibration import draws, localise
 from companion.mediation.study import Study
 from organisms import compiled
 from organisms.compiled_program import draw_design
@@ -25,5 +25,5 @@ def few_pairs(organism: compiled.Organism) -> Study:
 
 
 @cache
-def measured_organism() -> pipeline.Measured:
-    return pipeline.measure_study(few_pairs(gated_organism()), gated_organism().name)
+def measured_organism() -> localise.Measured:
+    return draws.measure_study(few_pairs(gated_organism()), gated_organism().name)

@@ -21,10 +21,9 @@ from companion.generation import decode, forward, labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation import estimands
 from companion.mediation.outcomes import opened_with
-from companion.model import activations, load, memory, reference, replay
+from companion.model import activations, load, memory, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
-from companion.neurons.closed_form import last_layer_log_probs
 from companion.neurons.screening import attribution
 from companion.prompts.tokens import Openers
 from companion.run import settings
@@ -162,17 +161,6 @@ def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.devi
     assert len(memory.chunk_events()) > events
 
 
-def test_the_unembedding_is_not_copied_for_the_whole_vocabulary(place: torch.device) -> None:
-    subject = on(place, vocab_size=50_000)
-    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-    rows = torch.tensor([5, 6], device=place)
-    device.peak_bytes(place, reset=True)
-    before = standin.MEMORY.held
-    last_layer_log_probs(subject, base, source, rows)
-    table, copied = (4 * 50_000 * width for width in (subject.d_mlp, subject.d_model))
-    assert device.peak_bytes(place) - before < 2 * table + copied / 2, "the neurons' table, twice, and some logits"
-
-
 def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
     placed, seen = load._placed, []
 
@@ -193,7 +181,7 @@ def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monk
     subject = on(place)
     base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
     patches = [Patch("mlp_out", layer, position_mask(base.tokens, -1)) for layer in range(3)]
-    reference.interchange_full_forward(subject, base, source, patches)
+    replay.interchange_full_forward(subject, base, source, patches)
     assert waited == [place] * 3, "else the bar's estimate is of what was asked for, not of what was done"
 
 

@@ -1,9 +1,9 @@
 """What everything stands on: paths, files, names of models, thresholds, and what stands in place of a missing result.
 
-It imports nothing else of this project; at module level all but `chat`, `device`, `network` and `thresholds` need the standard
+It imports nothing else of this project; at module level all but `chat`, `device` and `thresholds` need the standard
 library only, since the command line checks its flags with them.
 
 Public: chat (how a template renders prompts, and what it does beside), device (the processor or a GPU, its free memory),
-display (progress, NotDefined), errors, files (JSON, tables, hashes), folders (checks of models that a user names), hub (names
-and cache of hub models), network (the hub's errors), paths, thresholds (and quantity names).
+display (progress, NotDefined), errors, files (JSON, tables, hashes), folders (checks of models that a user names), hub (names,
+cache and errors of the hub), paths, thresholds (and quantity names).
 """

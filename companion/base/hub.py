@@ -1,6 +1,7 @@
-"""Names of models on the Hugging Face hub, and where the hub's own cache keeps them.
+"""Names of models on the Hugging Face hub, where the hub's own cache keeps them, and what its errors mean.
 
-A name is `ORG/MODEL` or `ORG/MODEL@REVISION`. Nothing is downloaded here; `companion.model.download` does it.
+A name is `ORG/MODEL` or `ORG/MODEL@REVISION`; `companion.model.download` downloads it. The hub's library is imported only where
+one of its errors is read: the command line asks for names before any package is there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 INDEX = "model.safetensors.index.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")  # one of them at least
+TOKEN_HELP = "make a token at huggingface.co/settings/tokens and put it into the variable HF_TOKEN"
+AGAIN = "run the same command again, it goes on from there"
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,58 @@ def _set_variable(name: str, value: str | None) -> None:
     os.environ.pop(name, None)
     if value:
         os.environ[name] = value
+
+
+def is_network(error: BaseException) -> bool:
+    """Whether the hub could not be reached at all, and did not merely refuse."""
+    from huggingface_hub import errors as hub_errors
+
+    unreached = (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    answered = isinstance(error, hub_errors.HfHubHTTPError)
+    return not answered and isinstance(error, (*unreached, hub_errors.HTTPError))
+
+
+def explain(hub_id: HubId, error: Exception, kind: str = "model") -> InputError:
+    """One sentence for an error of the hub: what was wrong, and what to do."""
+    from huggingface_hub import errors as hub_errors
+
+    if isinstance(error, hub_errors.LocalEntryNotFoundError) and isinstance(error.__cause__, hub_errors.HfHubHTTPError):
+        error = error.__cause__  # the library looked into the cache because the hub refused, and that is the reason
+    if is_network(error):
+        return _no_network(hub_id, error)
+    page = f"huggingface.co/{'datasets/' if kind == 'data set' else ''}{hub_id.repo}"
+    if isinstance(error, hub_errors.GatedRepoError):  # it is also a RepositoryNotFoundError, so it comes first
+        what = f"{hub_id.repo} is gated: accept its terms at {page} with your account, then {TOKEN_HELP}"
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        what = f"{hub_id.repo} has no revision {hub_id.revision!r}: see its branches and commits at {page}/commits"
+    elif isinstance(error, hub_errors.RepositoryNotFoundError):
+        what = (
+            f"no {kind} {hub_id.repo!r}: there is no folder of that name here and the hub has none that you may see; "
+            f"check the spelling at {page}, or if it is private, {TOKEN_HELP}"
+        )
+    elif isinstance(error, hub_errors.DisabledRepoError):
+        what = f"{hub_id.repo} was disabled by the hub: use another {kind}"
+    elif isinstance(error, hub_errors.HfHubHTTPError | hub_errors.HFValidationError | hub_errors.HTTPError):
+        what = f"the hub did not give {hub_id.repo}: {_line(error)}; try again later, or use a folder"
+    elif isinstance(error, OSError) and error.errno is not None:  # without a number it is the hub library's own
+        what = f"{hub_id.repo} could not be written to {cache()}: {_line(error)}; HF_HOME names another place for it"
+    else:
+        what = f"the transfer of {hub_id.repo} broke off: {_line(error)}; {AGAIN}"
+    return InputError(what)
+
+
+def _no_network(hub_id: HubId, error: Exception) -> InputError:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    offline = isinstance(error, OfflineModeIsEnabled)
+    why = "HF_HUB_OFFLINE forbids downloads" if offline else f"the hub cannot be reached ({_line(error)})"
+    have = "only a part of it is" if snapshot(hub_id) is not None else "it is not"
+    return InputError(
+        f"{hub_id.repo} at {hub_id.revision!r}: {why}, and {have} in the cache {cache()}; "
+        + ("unset HF_HUB_OFFLINE" if offline else "connect")
+        + ", or copy the cache of a machine that has the model and name it in HF_HOME"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,21 +21,30 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, deepest_early_layer
-from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
-from companion.calibration.localise import localise_draw
+from companion.base.files import EVIDENCE
+from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
+from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
+from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER
 from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
 from companion.claims.verdict import Rows, Verdict, precondition
-from companion.evidence import layers, pipeline, tokens
-from companion.evidence.pipeline import STAGES
-from companion.mediation.study import Study, normalisations
+from companion.evidence import layers, steering, tokens
+from companion.evidence.layers import EvidenceRows
+from companion.evidence.neurons import gating_evidence, measure_neurons, neuron_evidence
+from companion.mediation import estimands, mechanisms, sweeps
+from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
+from companion.model.load import untrained_twin
+from companion.steering.prompts import Prompts
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
 from organisms.compiled_language import Planned
 from organisms.compiled_program import KINDS, build_program
 
+# What is measured together, and the claims that it is measured for.
+STAGES = {
+    "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"), "steering": ("C6",)
+}  # fmt: skip
 TABLES = ("verdicts", "localisation", "evidence")
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
 # How many models of each kind, by the first seed: at least 59 that make a claim false and pass its precondition, for every
@@ -125,6 +134,44 @@ def plan_draws() -> list[PlannedDraw]:
     return made
 
 
+def measure_study(
+    this: Study, label: str, stages: Collection[str] = tuple(STAGES), *, full_response: bool = False,
+    prompt_set: Prompts | None = None,
+) -> Measured:  # fmt: skip
+    """Evidence rows under a model label, with those of the untrained twin behind them, for some stages.
+
+    `full_response` adds Y2, which no verdict rests on. Steering asks for the `prompt_set`, whose suites it is tried on,
+    and is judged by the study's judge. Every stage has the preconditions of the treatments that its rules ask about.
+    """
+    core = replace(this, pairs=tuple(pair for pair in this.pairs if pair.pair.split != "validate"))
+    harm = replace(core, pairs=tuple(pair for pair in core.pairs if pair.pair.treatment != "T1"))
+    rows: EvidenceRows = []
+    swept = neurons = computed = None
+    if "layers" in stages:
+        swept = layers.measure_layers(harm, label, full_response=full_response, direct=True)
+        rows += swept.evidence + layers.evidence_c2(swept.effects, swept.effects, label, normalisations(harm))
+        computed = mechanisms.interaction_effects(core)
+        rows += layers.evidence_c1_computed(computed, label, core.subject.n_layers)
+        # Without T1: the one control that reads a twin is that of C1.
+        thin = harm.subsample(CONTROL_PAIRS)
+        rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
+        rows += tokens.measure_c4(this, label)
+    elif {"timing", "neurons", "steering"} & set(stages):
+        clean = estimands.with_difference(sweeps.clean_outcomes(harm), core.twins)
+        rows += layers.precondition_rows(clean, label, core.subject.n_layers)
+    if "context" in stages and core.of("T1"):
+        rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
+    if "timing" in stages:
+        rows += tokens.evidence_c5c(tokens.measure_timing(this), label)
+    if "neurons" in stages:
+        neurons = measure_neurons(core)
+        rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
+    if "steering" in stages and prompt_set is not None:
+        rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS["plant_evidence"], ignore_index=True)
+    return Measured(table, swept, neurons, computed)
+
+
 def measure_draw(
     kind: str, seed: int, part: str, *, topics: int = TOPICS, effect: float | None = None, pairs: int = 1,
     full_response: bool = False,
@@ -138,7 +185,7 @@ def measure_draw(
     organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=pairs)
     this = compiled.study(organism)
     prompts = compiled_language.steering_prompts(organism.pairs, seed) if part == "steering" else None
-    measured = pipeline.measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
+    measured = measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
     own = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
     said = judged(measured.rows, organism.name, (part,))
     verdicts = pd.DataFrame([one for _, one in said]).assign(

@@ -8,6 +8,7 @@ outputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,8 @@ from jaxtyping import Bool, Float
 from companion.base import thresholds
 from companion.calibration.campaign import SCORES
 from companion.calibration.rates import ranking_quality
+from companion.evidence.layers import Layers
 from companion.evidence.neurons import Neurons
-from companion.evidence.pipeline import Measured
 from companion.mediation import summaries
 from companion.mediation.study import Study
 from companion.mediation.summaries import Variant
@@ -40,6 +41,16 @@ VARIANTS = {
     "full response": Variant("", outcome="Y2"),
     "direct": Variant("", outcome="contrast.frozen"),
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evidence rows (`files.EVIDENCE`) with the tables behind them, for whoever compares estimators."""
+
+    rows: pd.DataFrame
+    layers: Layers | None
+    neurons: Neurons | None
+    computed: pd.DataFrame | None  # effects of what each component computes (`mechanisms`)
 
 
 def writer(organism: Organism) -> tuple[str, int]:

@@ -21,7 +21,6 @@ from companion.calibration import draws, localise
 from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.rates import ranking_quality
 from companion.claims.ledger import CORRECTED
-from companion.evidence import pipeline
 from companion.evidence.neurons import Neurons
 from companion.mediation import study, summaries, sweeps
 from companion.mediation.study import Study
@@ -57,8 +56,8 @@ def measure_plant(plant: Plant) -> dict[str, pd.DataFrame]:
     """Grow a plant and measure it: its rows of all `TABLES`."""
     model, tokenizer = grow(plant)
     this = plant_study(plant, model, tokenizer)
-    parts = tuple(pipeline.STAGES) if plant.seed == ANSWERED else PARTS
-    measured = pipeline.measure_study(this, plant.name, parts, prompt_set=PROMPTS)
+    parts = tuple(draws.STAGES) if plant.seed == ANSWERED else PARTS
+    measured = draws.measure_study(this, plant.name, parts, prompt_set=PROMPTS)
     assert measured.layers is not None and measured.neurons is not None
     shares = pd.concat([component_shares(plant, measured.layers.effects, "T2-T2b"), recognition_shares(plant, this)])
     scores = [*refusal_by_suite(model, tokenizer), *rank_learned_neurons(plant, measured.neurons, this)]

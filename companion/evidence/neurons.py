@@ -210,10 +210,9 @@ def evidence_c7(
 def measure_last_layer(study: Study) -> Neurons | None:
     """The sweep for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
 
-    Without recognition (T1), which no claim about neurons reads. None where there is nothing to measure: no T2, or an MLP
-    without neurons to name (a mixture of experts).
+    Without recognition (T1), which no claim about neurons reads. None where there is nothing to measure: no T2.
     """
-    if study.subject.d_mlp == 0 or not study.of("T2"):
+    if not study.of("T2"):
         return None
     pairs = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
     study, last, kept = replace(study, pairs=pairs), [study.subject.n_layers - 1], list[LastLayerCache]()

@@ -68,7 +68,7 @@ def measure_timing(
     `schedules` of harmful answers; `evidence_c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
     """
     tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
-    if not tested or not study.subject.d_mlp:
+    if not tested:
         return None
     chosen = top_neurons(study, measured)
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
@@ -174,7 +174,7 @@ def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged:
 
 def token_evidence(study: Study, model: str) -> EvidenceRows:
     """Evidence rows for C4 and C5c of any study, from one pass over its clean runs; none without T2."""
-    if not study.of("T2") or not study.subject.d_mlp:
+    if not study.of("T2"):
         return measure_c4(study, model)
     last = all_neurons(study.subject, [study.subject.n_layers - 1])
     parts: dict[str, list[tuple[PairEffects, FinalStates]]] = {}

@@ -293,14 +293,3 @@ def informed(known: Accuracy) -> float:
             "chance, so no rate can be corrected; use another judge"
         )
     return gain
-
-
-def describe(labels: Bool[np.ndarray, "answer"], known: Accuracy | None) -> str:
-    """One line: the labelled rate with its Wilson interval, and corrected where the labeller's accuracy is known."""
-    low, high = clusters.wilson(int(np.sum(labels)), len(labels))
-    raw = f"labelled {np.mean(labels):.2f} [{low:.2f}, {high:.2f}]"
-    if known is None:
-        return f"{raw}; {KNOWN_ERROR}"
-    rate, low, high = rogan_gladen(labels, known)
-    with_what = f"sensitivity {known.sensitivity:.2f}, specificity {known.specificity:.2f}"
-    return f"{raw}; corrected {rate:.2f} [{low:.2f}, {high:.2f}] ({with_what})"

@@ -5,8 +5,8 @@ The same prompts are read under many steerings. A plain pass over a batch of the
 or an adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
 edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys and
 values alone are wanted. Steerings of the same sites share a batch: every prompt once a steering, one below the other, since a
-batch of a few prompts costs mostly what a call costs. All of it is exact. Batches whose plain run is too large to keep, and
-models that cannot be replayed, are read from the bottom every time.
+batch of a few prompts costs mostly what a call costs. All of it is exact. Batches whose plain run is too large to keep are
+read from the bottom every time.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class BatchRows:
 
 def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:
     """The plain model's run over these prompts, from memory if they were read lately; None where none can be kept."""
-    if not subject.replayable or _size(subject, ids) > BATCH_BYTES:
+    if _size(subject, ids) > BATCH_BYTES:
         return None
     runs = _kept.setdefault(subject.model, OrderedDict())
     key = bytes(str(tuple(ids.shape)), "ascii") + to_host(ids).tobytes()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from companion.base.errors import InputError
 from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject, written_vectors
+from companion.model.interventions import projection
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,7 @@ def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) 
             for edit in steering.edits:
                 parts = subject.layers[edit.layer]
                 if edit.part == "neurons":
-                    assert parts.down_proj is not None  # `check_sites` saw to it
-                    hooks.enter_context(on_input(parts.down_proj, partial(run.add, edit)))
+                    hooks.enter_context(on_input(projection(parts, "neuron"), partial(run.add, edit)))
                 else:
                     module = parts.block if edit.part == "resid_post" else parts.mlp_write
                     hooks.enter_context(on_output(module, partial(run.add, edit)))
@@ -171,8 +171,6 @@ def check_sites(subject: Subject, steering: Steering) -> None:
     for edit in steering.edits:
         if edit.part not in PARTS or edit.where not in WHERES:
             raise InputError(f"{edit.part!r} at {edit.where!r}: expected one of {PARTS} at one of {WHERES}")
-        if edit.part == "neurons" and subject.layers[edit.layer].down_proj is None:
-            raise InputError(f"{subject.name} has no single down projection (a mixture of experts): steer mlp_out")
 
 
 def _prompt_of(ids: Any, mask: Any) -> Prompt:
@@ -263,6 +261,4 @@ class _SteeredCalls:
         """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
         if edit.part != "neurons":
             return added
-        down = self.subject.layers[edit.layer].down_proj
-        assert down is not None
-        return added @ written_vectors(down)
+        return added @ written_vectors(projection(self.subject.layers[edit.layer], "neuron"))

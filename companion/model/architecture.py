@@ -1,4 +1,4 @@
-"""The named parts of a causal language model, found by structure and not by family; also where its layers lie.
+"""The named parts of a causal language model, found by structure and not by family; also where they lie.
 
 A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an attention
 with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute names differ.
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device
@@ -25,10 +26,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from companion.base.chat import end_of_turn
+from companion.base.chat import TemplateFacts, end_of_turn
 from companion.base.device import to_host
 from companion.base.errors import InputError
-from companion.model.facts import ModelFacts
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
 WAITING = ("cpu", "disk")
@@ -108,8 +108,7 @@ class LayerParts:
 class Subject:
     """A language model: the library's own modules by name, its sizes, and the sha256 of its weights.
 
-    `replayable` is False for a model that only the slow path of `companion.model.reference` serves exactly. `facts` is what
-    the load check found; None for a model that was not checked.
+    `facts` is what the load check found; None for a model that was not checked.
     """
 
     name: str
@@ -124,7 +123,6 @@ class Subject:
     d_mlp: int
     post_norm: bool
     sha256: str
-    replayable: bool = True
     facts: ModelFacts | None = None
 
     @property
@@ -256,3 +254,85 @@ def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
         "Gemma 2, Gemma 3 (text), Mistral, Phi-3, OLMo 2, GPT-2 and models that name their parts as one of these does; "
         "for another family add its names to companion/model/architecture.py and run tests/model/test_replay.py on a tiny copy"
     )
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Everything that later steps assume of a model, as it was found at load.
+
+    `noise` is the largest difference between two ways to the same activation, as a share of the largest one compared:
+    rounding of this model in this precision. `ends` maps each token that ends an answer to the places that name it
+    (generation config, tokenizer, template). `device` names the processor, or the card and what computes on it.
+    """
+
+    architecture: str
+    layers: int
+    heads: int
+    key_heads: int
+    width: int
+    neurons: int
+    norm: str
+    norm_after: bool
+    gated: bool
+    windows: tuple[int, ...]
+    soft_cap: float | None
+    tied: bool
+    vocabulary: int
+    noise: float
+    adapter: str
+    ends: dict[str, tuple[str, ...]]
+    device: dict[str, Any]
+    template: TemplateFacts | None
+
+    @property
+    def tolerance(self) -> float:
+        """How far two routes to the same effect may lie apart, relative to the total effect: rounding, not a mistake."""
+        return max(1e-4, 30 * self.noise)
+
+    def manifest(self) -> dict[str, Any]:
+        """The facts as JSON takes them; the noise to one digit."""
+        return asdict(self) | {"noise": float(f"{self.noise:.0e}")}
+
+    def table(self) -> pd.DataFrame:
+        """A short table for a reader: what was looked at, what was found."""
+        ends = [f"{token} ({', '.join(places)})" for token, places in self.ends.items()]
+        rows = {
+            "architecture": self.architecture,
+            "layers, heads, width, neurons": f"{self.layers}, {self._heads}, {self.width}, {self.neurons}",
+            "norms": f"{self.norm}, {'before and after' if self.norm_after else 'before'} attention and MLP",
+            "attention": f"windows of {', '.join(map(str, self.windows))} tokens" if self.windows else "all tokens",
+            "MLP": "gated" if self.gated else "not gated",
+            "unembedding": f"{self.vocabulary} tokens{', tied to the embedding' * self.tied}{self._cap}",
+            "replay": "exact",
+            "rounding noise": f"below {_power_above(self.noise)} of the largest activation",
+            "answers end with": "; ".join(ends) or "nothing: they are cut at their longest",
+        }
+        if self.device["name"] != "cpu":
+            rows["device"] = f"{self.device['name']}, {self.device['memory_gib']} GiB"
+        if self.adapter:
+            rows["adapter"] = self.adapter
+        if self.template is not None:
+            rows |= {
+                "a system turn is given as": self.template.system,
+                "date in prompts": f"{self.template.date}, on every day" if self.template.date else "none",
+            }
+            if self.template.thinking_off:
+                rows["thinking"] = "switched off in the template"
+        return pd.DataFrame({"fact": list(rows), "found": list(rows.values())})
+
+    @property
+    def _heads(self) -> str:
+        return f"{self.heads}" if self.heads == self.key_heads else f"{self.heads} on {self.key_heads} keys"
+
+    @property
+    def _cap(self) -> str:
+        return "" if self.soft_cap is None else f", soft cap {self.soft_cap:g}"
+
+
+def _power_above(noise: float) -> str:
+    """The power of ten above a number, since its digits differ between processors.
+
+    >>> _power_above(3e-7), _power_above(0.0)
+    ('1e-06', '1e-16')
+    """
+    return next(f"1e{power:03d}" for power in range(-16, 3) if noise < 10.0**power)

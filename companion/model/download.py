@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import HTTPError
 
 from companion.base import folders, hub
 from companion.base.errors import InputError
 from companion.base.files import write_text
-from companion.base.hub import HubId
-from companion.base.network import FAILURES, explain, is_network
+from companion.base.hub import HubId, explain, is_network
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
 # Subfolders hold other formats, and some repositories a second copy of the weights under this name.
 IGNORED = ["*/*", "consolidated*"]
+FAILURES = (OSError, ValueError, RuntimeError, HTTPError)  # hf_xet raises RuntimeError if the network goes
 
 
 def fetch_model(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:

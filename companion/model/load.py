@@ -23,7 +23,7 @@ from companion.base.device import HOST, make_exact, resolve
 from companion.base.errors import InputError
 from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
-from companion.model.verify import check_sites, clean_pair, read_facts, verify
+from companion.model.verify import read_facts, verify
 
 # Buffers that old checkpoints hold and the library makes anew.
 HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
@@ -36,15 +36,15 @@ def load(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    allow_slow: bool = False,
     copies: float | None = None,
+    only_answers: bool = False,
 ) -> Subject:
     """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
 
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
     converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
     `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
-    full float32 (no TF32). `copies` is that of `memory.run_memory`.
+    full float32 (no TF32). `copies` is that of `memory.run_memory`. A judge model `only_answers`, and may be of any family.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
@@ -65,23 +65,18 @@ def load(
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     weights = [*folder.glob("*.safetensors"), *folders.adapter_files(adapter)]
     found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
-    return _checked(found, allow_slow, "" if adapter is None else adapter.name)
+    return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
 def from_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    name: str = "in-memory",
-    *,
-    allow_slow: bool = False,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "in-memory"
 ) -> Subject:
     """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched off.
 
     Raises:
-        InputError: sites that are not what their names say; or, unless `allow_slow`, a model that the grid cannot replay
-            exactly. With `allow_slow` such a model is served by one full forward pass per intervention, with a warning.
+        InputError: sites that are not what their names say, or a model that the grid cannot replay exactly.
     """
-    return _checked(find_parts(_quiet(model), tokenizer, name), allow_slow)
+    return _checked(find_parts(_quiet(model), tokenizer, name))
 
 
 def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
@@ -95,7 +90,7 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
         )
     model = _placed(model.to(subject.dtype), where, subject.device)
     twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
-    return replace(twin, replayable=subject.replayable, facts=subject.facts)
+    return replace(twin, facts=subject.facts)
 
 
 class _DrawnByTheHost(TorchFunctionMode):
@@ -139,16 +134,8 @@ def bridge(subject: Subject) -> Any:
     )  # fmt: skip
 
 
-def _checked(subject: Subject, allow_slow: bool, adapter: str = "") -> Subject:
-    try:
-        noise = verify(subject)
-    except InputError as error:
-        if not allow_slow:
-            raise
-        noise = check_sites(subject, clean_pair(subject)[0])
-        warnings.warn(f"{error}; going on with one full forward pass per intervention", stacklevel=3)
-        return replace(subject, replayable=False, facts=read_facts(subject, noise, replay=False, adapter=adapter))
-    return replace(subject, facts=read_facts(subject, noise, replay=True, adapter=adapter))
+def _checked(subject: Subject, adapter: str = "") -> Subject:
+    return replace(subject, facts=read_facts(subject, verify(subject), adapter))
 
 
 def _folder(name: str | Path) -> Path:

@@ -123,7 +123,7 @@ def _at(name: str, value: Any, position: Int[Tensor, "token"]) -> Any:
     if isinstance(value, Tensor) and name != "attention_mask":
         raise InputError(
             f"the model hands its layers a tensor {name!r} that an exact replay does not know how to cut to positions; "
-            "load it with allow_slow=True to use one full forward per intervention"
+            "use a model of a known family"
         )
     return value
 

@@ -48,16 +48,11 @@ def log_probs(
     for block in blocks:
         part = _unembed(subject, normed, block)
         total += (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).exp_().sum(-1)
-    if not is_usable(total):  # logits beyond what exp can take
+    if not bool(((total > 0) & torch.isfinite(total)).all()):  # logits beyond what exp can take
         total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
     else:
         total = total.log()
     return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
-
-
-def is_usable(total: Tensor) -> bool:
-    """True if sums of exponentials neither overflowed nor vanished."""
-    return bool(((total > 0) & torch.isfinite(total)).all())
 
 
 def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"] | None) -> Tensor:

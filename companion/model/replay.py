@@ -18,17 +18,18 @@ torch.Size([3, 6, 1, 2])
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.base.device import synchronize
+from companion.base.display import progress
 from companion.base.errors import InputError
-from companion.model import reference
-from companion.model.activations import CleanRun
+from companion.model.activations import CleanRun, Hook, on_input
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import (
     Patch,
@@ -38,7 +39,8 @@ from companion.model.interventions import (
     as_variants,
     changed_columns,
     columns,
-    position_mask,
+    entries,
+    on_site,
     projection,
     written,
 )
@@ -71,14 +73,6 @@ def interchange(
     variants = as_variants(subject, base, patches)
     positions = read_positions(base, read)
     runs = _checked_runs(subject, base, source)
-    if not subject.replayable:
-        factor = 2 * base.tokens.shape[1]  # a grid pays about half the layers of the last token, this all of all tokens
-        warnings.warn(
-            f"{subject.name} cannot be replayed exactly, so each of {len(variants)} interventions is a full forward pass: "
-            f"some {factor} times slower for last-token patches than a model that the grid serves",
-            stacklevel=3,
-        )
-        return readout(reference.interchange_full_forward(subject, base, source, patches, read))
     end = int(positions.max()) + 1
     stretches = [s for slot, v in enumerate(variants) if (s := _stretch(runs, v, slot, end))]
     clean = base.resid_post[-1][:, positions]
@@ -146,7 +140,7 @@ def both_ways(
     `at_once` is how many pairs may run together: with copies of both runs in both orders, a third of it is joined.
     """
     n_pairs = len(control.tokens)
-    if 3 * n_pairs > at_once or not subject.replayable:
+    if 3 * n_pairs > at_once:
         return (
             interchange(subject, control, treated, into_control)[:, :, 0],
             interchange(subject, treated, control, into_treated)[:, :, 0],
@@ -203,10 +197,6 @@ def each_neuron(
     object for each, and climb the layers side by side. `readout` turns final residual streams (pair, neuron, d) into what is
     wanted. A neuron that no pair changes gives the base's own.
     """
-    if not subject.replayable:
-        last = position_mask(base.tokens, -1)
-        patches = [Patch("neuron", layer, last, int(neuron)) for neuron in chosen.tolist()]
-        return interchange(subject, base, source, patches, readout=readout)[:, :, 0]
     change = (source.site("neuron", layer) - base.site("neuron", layer))[:, -1, chosen]
     clean = readout(base.resid_post[-1][:, None, -1])
     found = clean.expand(-1, len(chosen), *clean.shape[2:]).clone()
@@ -237,3 +227,44 @@ def _edited_states(
         return middle + (base.site("mlp_out", layer)[:, None, -1] + write)
     raw = down(base.site("neuron", layer)[:, None, -1])
     return middle + torch.as_tensor(parts.mlp_post(raw + write))
+
+
+@torch.no_grad()
+def interchange_full_forward(
+    subject: Subject,
+    base: CleanRun,
+    source: CleanRun,
+    patches: Sequence[Patch | Sequence[Patch]],
+    read: Sequence[int] = (-1,),
+) -> Float[Tensor, "pair patch read d"]:
+    """`interchange` by one full forward pass per intervention, with forward hooks: slow, and what the grid is held equal to."""
+    variants = as_variants(subject, base, patches)
+    positions = read_positions(base, read)
+    results = []
+    for variant in progress(variants, desc="full forward passes", total=len(variants)):
+        with ExitStack() as stack:
+            for patch in variant:
+                stack.enter_context(_hook(subject, source, patch))
+            results.append(final_residual(subject, base)[:, positions])
+        synchronize(subject.device)  # so that the bar's estimate is of work done, not of work told
+    return torch.stack(results, dim=1)
+
+
+def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d"]:
+    """The residual stream before the final norm in one forward pass over a run's tokens, under whatever hooks are set."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), on_input(subject.final_norm, seen.append):
+        subject.model.base_model(input_ids=run.tokens, use_cache=False)
+    return seen[-1]  # hooks that look at the prompt in a pass of their own make that one first
+
+
+def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Hook:
+    chosen = entries(subject, patch)
+    value = source.site(patch.site, patch.layer)[..., chosen] if patch.value is None else patch.value
+
+    def replace(tensor: Tensor) -> Tensor:
+        new = tensor.clone()
+        new[..., chosen] = torch.where(patch.positions[..., None], value.to(new), new[..., chosen])
+        return new
+
+    return on_site(subject.layers[patch.layer], patch.site, replace)

@@ -16,10 +16,9 @@ from torch import Tensor
 from companion.base import device
 from companion.base.chat import template_facts
 from companion.base.errors import InputError
-from companion.model import reference, replay
+from companion.model import replay
 from companion.model.activations import CleanRun, clean_run
-from companion.model.architecture import Subject, end_tokens, written_vectors
-from companion.model.facts import ModelFacts
+from companion.model.architecture import ModelFacts, Subject, end_tokens, written_vectors
 from companion.model.interventions import Patch, component_output, position_mask, projection
 from companion.model.readout import frozen_norm, is_centred, logits
 
@@ -30,7 +29,7 @@ _UNKNOWN = (
     "its blocks are put together in a way that companion/model/architecture.py "
     "does not know; add the family's names there"
 )
-SLOW_HINT = "load it with allow_slow=True to use one full forward pass per intervention instead"
+_FAMILY = "use a model of a known family"
 
 
 @torch.no_grad()
@@ -45,11 +44,11 @@ def verify(subject: Subject) -> float:
     """
     reason = replay_refusal(subject)
     if reason is not None:
-        raise InputError(f"{subject.name}: {reason}, or {SLOW_HINT}")
+        raise InputError(f"{subject.name}: {reason}")
     with _explained(subject, "could not be run on random tokens", _UNKNOWN):
         base, source = clean_pair(subject)
     noise = check_sites(subject, base)
-    with _explained(subject, "cannot be replayed from one of its layers", SLOW_HINT):
+    with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
         return max(noise, check_replay(subject, base, source))
 
 
@@ -96,8 +95,7 @@ def check_sites(subject: Subject, run: CleanRun) -> float:
     wrote; heads lie side by side; projections are linear maps from heads and neurons to what is written; the final norm
     and the unembedding give the logits. Returns the largest relative difference.
     """
-    dense = all(parts.down_proj is not None for parts in subject.layers)
-    for site in ("resid_post", "attn_out", "mlp_out", "head") + (("neuron",) if dense else ()):
+    for site in ("resid_post", "attn_out", "mlp_out", "head", "neuron"):
         n_seen = len(run.kept(site))
         if n_seen != subject.n_layers:
             raise InputError(f"{subject.name}: {site} was seen in {n_seen} of {subject.n_layers} layers; {_UNKNOWN}")
@@ -128,8 +126,8 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> float:
         for site, column in (("resid_post", 1), ("attn_out", -1), ("mlp_out", 4), ("head", 2), ("neuron", -1))
     ]
     fast = replay.interchange(subject, base, source, patches)
-    plain = reference.interchange_full_forward(subject, base, source, patches)
-    return _same(subject, fast, plain, "a replay of its layers differs from the model itself", SLOW_HINT)
+    plain = replay.interchange_full_forward(subject, base, source, patches)
+    return _same(subject, fast, plain, "a replay of its layers differs from the model itself", _FAMILY)
 
 
 def _check_reads(subject: Subject, run: CleanRun, layer: int) -> float:
@@ -173,8 +171,6 @@ def _check_heads(subject: Subject, run: CleanRun, layer: int) -> None:
 def _check_projections(subject: Subject, run: CleanRun, layer: int) -> float:
     parts, worst = subject.layers[layer], 0.0
     for site, post, out in (("head", parts.attn_post, "attn_out"), ("neuron", parts.mlp_post, "mlp_out")):
-        if site == "neuron" and parts.down_proj is None:
-            continue
         module, entries = projection(parts, site), run.site(site, layer)
         raw = module(entries)
         made = raw if post is None else post(raw)
@@ -204,7 +200,7 @@ def _tokens(subject: Subject, seed: int) -> Int[Tensor, "pair pos"]:
     return drawn.to(subject.device)
 
 
-def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "") -> ModelFacts:
+def read_facts(subject: Subject, noise: float, adapter: str = "") -> ModelFacts:
     """What is known of a checked model, `noise` being what the check found."""
     config, mlp = subject.model.config, subject.layers[0].mlp
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -227,7 +223,6 @@ def read_facts(subject: Subject, noise: float, *, replay: bool, adapter: str = "
         tied=subject.unembedding[0] is embedding,
         vocabulary=len(subject.unembedding[0]),
         noise=noise,
-        replay=replay,
         adapter=adapter,
         device=device.facts(subject.device),
         ends={str(named(token)): places for token, places in end_tokens(subject).items()},

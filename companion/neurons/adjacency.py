@@ -8,7 +8,7 @@ before the data speak, every order of them is equally likely. A window is then a
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -203,7 +203,7 @@ def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int
             for module in parts.mlp.modules():
                 _permute(module, torch.tensor(order), is_down=module is down)
             orders.append(order)
-    return replace(moved, replayable=subject.replayable), tuple(orders)
+    return moved, tuple(orders)
 
 
 def _permute(module: nn.Module, order: torch.Tensor, *, is_down: bool) -> None:

@@ -188,7 +188,7 @@ def four_cells(
     caches.update(joined_by_treatment(made))
     for name in sorted(ids):
         factors_of = {one: caches[name].factors for one in top if one in split}
-        rows += _rows(replace(subject, replayable=True), caches[name].batch, openers[name], top, factors_of)
+        rows += _rows(subject, caches[name].batch, openers[name], top, factors_of)
     return table_of(rows)
 
 

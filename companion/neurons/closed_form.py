@@ -12,7 +12,7 @@ vectors with each other. Single neurons are computed in the model's precision, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -27,11 +27,8 @@ from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, position_mask, projection
-from companion.model.readout import is_centred, is_usable, log_probs, logits, norm_gain
+from companion.model.readout import is_centred, logits, norm_gain
 from companion.prompts.tokens import Openers
-
-CACHED = 1 << 17  # numbers that stay in a processor core's cache while they are exponentiated
-BLOCK = 1 << 24  # numbers of the neuron-by-vocabulary table that are alive at once
 
 
 def is_closed(subject: Subject) -> bool:
@@ -39,28 +36,29 @@ def is_closed(subject: Subject) -> bool:
     return not subject.post_norm and subject.soft_cap is None
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """The pieces of the formula: `z` and `bias` for the wanted rows, one over `s_j` for every neuron."""
-
-    z: Float[Tensor, "pair row"]
-    bias: Float[Tensor, "row"] | float
-    change: Float[Tensor, "pair neuron"]
-    inverse_scale: Float[Tensor, "pair neuron"]
-    vectors: Float[Tensor, "neuron d"]  # g w_j
-    unembed: Float[Tensor, "row d"]
-
-
 @torch.no_grad()
 def last_layer_neurons(
     subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
 ) -> Float[Tensor, "pair neuron row"]:
     """Logits of a few vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token."""
+    last = subject.n_layers - 1
     if not is_closed(subject):
-        return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
-    terms = _terms(subject, base, source, rows)
-    moved = terms.change[..., None] * (terms.vectors @ terms.unembed.T)
-    return (terms.z[:, None] + moved) * terms.inverse_scale[..., None] + terms.bias
+        where = position_mask(base.tokens, -1)
+        patches = [Patch("neuron", last, where, neuron) for neuron in range(subject.d_mlp)]
+        return replay.interchange(subject, base, source, patches, readout=lambda x: logits(subject, x, rows))[:, :, 0]
+    gain, norm_bias, eps = norm_gain(subject.final_norm)
+    resid, vectors = base.resid_post[last][:, -1], written_vectors(projection(subject.layers[last], "neuron"))
+    if is_centred(subject.final_norm):
+        resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
+    change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
+    square = resid.pow(2).sum(-1, keepdim=True)
+    square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
+    inverse_scale = torch.rsqrt(square / subject.d_model + eps)
+    weight, head_bias = subject.unembedding
+    unembed = weight[rows]
+    bias = (0.0 if norm_bias is None else unembed @ norm_bias) + (0.0 if head_bias is None else head_bias[rows])
+    moved = change[..., None] * ((gain * vectors) @ unembed.T)
+    return (((gain * resid) @ unembed.T)[:, None] + moved) * inverse_scale[..., None] + bias
 
 
 @torch.no_grad()
@@ -71,78 +69,6 @@ def last_layer_log_odds(
     rows = subject.tensor([*comply, *refuse])
     both = last_layer_neurons(subject, base, source, rows).double()
     return both[..., : len(comply)].logsumexp(-1) - both[..., len(comply) :].logsumexp(-1)
-
-
-@torch.no_grad()
-def last_layer_log_probs(
-    subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"]
-) -> Float[Tensor, "pair neuron row"]:
-    """Log-probabilities of the wanted rows over the whole vocabulary after each neuron's patch, in nats."""
-    if not is_closed(subject):
-        return _replayed(subject, base, source, lambda resid: log_probs(subject, resid, rows))
-    wanted = last_layer_neurons(subject, base, source, rows)
-    return wanted - _normaliser(_terms(subject, base, source, slice(None)))[..., None]
-
-
-def _replayed(
-    subject: Subject, base: CleanRun, source: CleanRun, readout: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "pair neuron row"]:
-    last = position_mask(base.tokens, -1)
-    patches = [Patch("neuron", subject.n_layers - 1, last, neuron) for neuron in range(subject.d_mlp)]
-    return replay.interchange(subject, base, source, patches, readout=readout)[:, :, 0]
-
-
-def _terms(subject: Subject, base: CleanRun, source: CleanRun, rows: Int[Tensor, "row"] | slice) -> _Terms:
-    last = subject.n_layers - 1
-    gain, norm_bias, eps = norm_gain(subject.final_norm)
-    resid = base.resid_post[last][:, -1]
-    vectors = written_vectors(projection(subject.layers[last], "neuron"))
-    if is_centred(subject.final_norm):
-        resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
-    change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
-    square = resid.pow(2).sum(-1, keepdim=True)
-    square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
-    weight, bias = subject.unembedding
-    unembed = weight[rows]
-    total_bias = (0.0 if norm_bias is None else unembed @ norm_bias) + (0.0 if bias is None else bias[rows])
-    inverse = torch.rsqrt(square / subject.d_model + eps)
-    return _Terms((gain * resid) @ unembed.T, total_bias, change, inverse, gain * vectors, unembed)
-
-
-def _normaliser(terms: _Terms) -> Float[Tensor, "pair neuron"]:
-    """Log of the sum of exponentiated logits, over blocks of neurons that share their table with all pairs."""
-    result = torch.empty_like(terms.change)
-    top = terms.z.amax(-1, keepdim=True)  # shifting by it keeps the exponentials in range
-    z = terms.z - top
-    n_rows = len(terms.unembed)
-    cached = (CACHED if z.device.type == "cpu" else BLOCK) // n_rows
-    for block in _blocks(terms.change.shape[1], BLOCK // n_rows):
-        table = terms.vectors[block] @ terms.unembed.T
-        for i in range(len(z)):
-            inverse, change = terms.inverse_scale[i, block, None], terms.change[i, block, None]
-            for part in _blocks(len(table), cached):
-                total = _log_sum_exp(z[i], table[part], change[part], inverse[part], terms.bias)
-                result[i, block][part] = total
-    return result + top * terms.inverse_scale
-
-
-def _log_sum_exp(
-    z: Float[Tensor, "row"], table: Float[Tensor, "neuron row"], change: Float[Tensor, "neuron 1"],
-    inverse_scale: Float[Tensor, "neuron 1"], bias: Float[Tensor, "row"] | float,
-) -> Float[Tensor, "neuron"]:  # fmt: skip
-    """Without looking for the maximum first, unless that overflows: one pass less."""
-
-    def shifted() -> Tensor:
-        moved = (z * inverse_scale).addcmul_(table, change * inverse_scale)
-        return moved.add_(bias) if isinstance(bias, Tensor) else moved
-
-    total = shifted().exp_().sum(-1)
-    return total.log() if is_usable(total) else shifted().logsumexp(-1)
-
-
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(start, start + size) for start in range(0, n, size))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ twin (`twin_cells`) was added, and the whole last layer, which is not sparse, is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -201,9 +201,9 @@ def twin_cells(
         off, on, without = (factor.at((slice(None), list(one.neurons))) for factor in (*own.factors, twin.factors[1]))
         roles[WRAPPER_HARM][one] = crossed((off.gate, on.gate), (without.up, on.up), on.act)
         roles[HARM_WRAPPER][one] = crossed((without.gate, on.gate), (off.up, on.up), on.act)
-    replayable, rows = replace(subject, replayable=True), list[Rows]()  # no layer is called
+    rows = list[Rows]()
     for form, crossings in roles.items():
-        rows += clamped_products(replayable, own.batch, openers["T2"], form, crossings)
+        rows += clamped_products(subject, own.batch, openers["T2"], form, crossings)
     return table_of(rows).assign(treatment="T2-T2b")
 
 

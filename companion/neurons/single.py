@@ -184,13 +184,8 @@ def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = F
 
 
 def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.DataFrame:
-    """One row (layer, neuron) for every neuron of the layers (all by default).
-
-    Raises InputError for a model whose MLPs have no neurons to name (a mixture of experts).
-    """
+    """One row (layer, neuron) for every neuron of the layers (all by default)."""
     chosen = range(subject.n_layers) if layers is None else layers
-    for layer in chosen:
-        projection(subject.layers[layer], "neuron")
     index = pd.MultiIndex.from_product([list(chosen), range(subject.d_mlp)], names=["layer", "neuron"])
     return index.to_frame(index=False)
 

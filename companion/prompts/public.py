@@ -1,4 +1,4 @@
-"""Public prompt sets that can be asked for by name: where each is found, and its requests.
+"""Public prompt sets by name: where each is found, its requests, and the wrappers that a user puts around them.
 
 Nothing of them comes with this repository: the `datasets` library loads them on the user's machine, and the prompt set made
 of them is written to the user's cache. Errors name columns and row numbers, never a text.
@@ -16,6 +16,7 @@ from typing import Any
 
 from companion.base import hub
 from companion.base.errors import InputError
+from companion.base.files import BrokenJson, parse_json, read_utf8
 from companion.base.paths import ROOT
 
 CACHE = "COMPANION_CACHE"
@@ -30,6 +31,9 @@ ALIAS = {
 }  # fmt: skip
 OVERLAP = 0.6  # of the words of two requests, from which they are one topic: public sets repeat requests in other words
 BLOCK = 500  # requests that are compared with all at once
+SLOT = "{request}"  # in a template of a wrapper
+WRAPPERS = "wrappers.jsonl"
+FIELDS = ("family", "neutral", "jailbreak")
 CHANGED = "adapt its line in companion/prompts/public.py"
 
 
@@ -338,29 +342,84 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
     """One sentence for an error of `datasets`, which hides the hub's answer behind an error of its own."""
     from huggingface_hub import errors as hub_errors
 
-    from companion.base import network
-
     hidden = error.__cause__ or error
     page = f"huggingface.co/datasets/{public.repo}"
     if "gated" in str(error).lower() or isinstance(hidden, hub_errors.GatedRepoError):
-        what = f"{name} is gated: accept its terms at {page} with your account, then {network.TOKEN_HELP}"
-    elif network.is_network(error) or network.is_network(hidden):
+        what = f"{name} is gated: accept its terms at {page} with your account, then {hub.TOKEN_HELP}"
+    elif hub.is_network(error) or hub.is_network(hidden):
         what = (
             f"{name} ({public.repo}) is not in the cache and the hub cannot be reached: connect, unset HF_HUB_OFFLINE and "
             "HF_DATASETS_OFFLINE, or name in HF_HOME the cache of a machine that has it"
         )
     elif isinstance(hidden, hub_errors.HfHubHTTPError):
-        return network.explain(hub.HubId(public.repo), hidden, "data set")
+        return hub.explain(hub.HubId(public.repo), hidden, "data set")
     elif isinstance(hidden, RuntimeError) and "scripts are no longer supported" in str(hidden):
         what = (
             f"{name} ({public.repo}) is read by a script of its own, which the installed library datasets runs no more: name "
             f"another set, or {CHANGED} to a copy of its rows"
         )
     elif isinstance(hidden, RuntimeError):
-        what = f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {network.AGAIN}"
+        what = f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {hub.AGAIN}"
     else:
         what = (
             f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
-            f"does it hold rows, and do you have access? If it is gated, {network.TOKEN_HELP}"
+            f"does it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
         )
     return InputError(what)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A user's pair of templates with one slot for the request; `family` names the kind of jailbreak. None come with us.
+
+    The two must have equally many tokens, since an interchange needs equal lengths.
+    """
+
+    family: str
+    neutral: str
+    jailbreak: str
+
+    def around(self, request: str) -> tuple[str, str]:
+        """The request in both templates.
+
+        >>> Wrapper("f", "Please: {request}", "Now: {request}").around("request {17}")
+        ('Please: request {17}', 'Now: request {17}')
+        """
+        return self.neutral.replace(SLOT, request), self.jailbreak.replace(SLOT, request)
+
+
+def wrappers_file(place: Path) -> Path:
+    """The file of a `--wrappers` flag: itself, or `wrappers.jsonl` in the folder named."""
+    file = place / WRAPPERS if place.is_dir() else place
+    if not file.is_file():
+        raise InputError(f"--wrappers {place}: expected a file of JSON lines, or a folder with {WRAPPERS}")
+    return file
+
+
+def read_wrappers(place: Path) -> tuple[Wrapper, ...]:
+    """All wrappers of a file or folder; `InputError` names file and line of the first mistake, and shows no template."""
+    file = wrappers_file(place)
+    lines = read_utf8(file).split("\n")
+    found = tuple(_wrapper(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+    if not found:
+        raise InputError(f"{file}: no wrappers; one JSON object a line is expected, with {', '.join(FIELDS)}")
+    families = [wrapper.family for wrapper in found]
+    if len(set(families)) < len(families):
+        raise InputError(f"{file}: two wrappers are of one family; give each a name of its own")
+    return found
+
+
+def _wrapper(line: str, where: str) -> Wrapper:
+    try:
+        row = parse_json(line)
+    except BrokenJson as error:
+        raise InputError(f"{where}: broken JSON ({error.reason})") from None
+    if not isinstance(row, dict) or set(row) != set(FIELDS) or not all(isinstance(row[name], str) for name in FIELDS):
+        raise InputError(f"{where}: expected an object with the strings {', '.join(FIELDS)}, and nothing else")
+    for name in ("neutral", "jailbreak"):
+        if row[name].count(SLOT) != 1:
+            times = row[name].count(SLOT)
+            raise InputError(f"{where}: '{name}' must hold the slot {SLOT} exactly once, not {times} times")
+    if row["neutral"] == row["jailbreak"] or not row["family"].strip():
+        raise InputError(f"{where}: 'family' must be named, and the two templates must differ")
+    return Wrapper(*(row[name] for name in FIELDS))

@@ -27,7 +27,6 @@ from companion.run.overview import claims_table
 
 FIRST = "notebooks/00_start_here.ipynb"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-ELSEWHERE = ("models", "shards", "force", "figures", "list", "test", "recalibrate", "book", "lab")
 ALONE = {
     "test": "it always checks the embedded model",
     "book": "it shows the outputs that are stored",
@@ -167,15 +166,6 @@ def in_force(asked: argparse.Namespace) -> argparse.Namespace:
     hub.trust_code(asked.trust_remote_code)
     hub.choose_judge(None if asked.judge is None else named(asked.judge, ORGANISM))
     return asked
-
-
-def flags_of_one_run(words: Sequence[str]) -> argparse.Namespace:
-    """The flags behind the `--` of another command, in force; `InputError` for one that asks for more than a run."""
-    asked = parse(words)
-    for name in ELSEWHERE:
-        if getattr(asked, name):
-            raise InputError(f"--{name} behind -- means nothing here: name one run, as for ./run_all.sh")
-    return in_force(asked)
 
 
 def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:

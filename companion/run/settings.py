@@ -24,15 +24,14 @@ from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
 from companion.base.folders import model_folder, names, prompts_folder
 from companion.base.paths import PROMPTS, check_slug, relative
-from companion.prompts import public, wrappers
+from companion.prompts import public
 from companion.run import freshness, runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from companion.prompts.pairs import Pair
-    from companion.prompts.public import Request
-    from companion.prompts.wrappers import Wrapper
+    from companion.prompts.public import Request, Wrapper
 
 LONGEST = 90  # characters of a name that nobody chose
 
@@ -125,7 +124,7 @@ def check_wrappers(prompts: str, given: str | None) -> None:
         return
     if not given.strip():
         raise InputError("--wrappers names nothing: give a file of wrappers, or leave the flag out")
-    wrappers.read_wrappers(folders.from_caller(given))
+    public.read_wrappers(folders.from_caller(given))
     if not is_public:
         sets = ", ".join(public.SETS)
         raise InputError(f"--wrappers goes with a public prompt set ({sets}); a folder has its T2 pairs in it")
@@ -203,7 +202,7 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
 
 
 def _wrappers_file(given: str | None) -> Path | None:
-    return wrappers.wrappers_file(folders.from_caller(given)) if given else None
+    return public.wrappers_file(folders.from_caller(given)) if given else None
 
 
 def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
@@ -324,7 +323,7 @@ def _make(
     tokenizer = load_tokenizer(model_folder(model))
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer: save it into the model's folder")
-    templates = wrappers.read_wrappers(wrapper_file) if wrapper_file else ()
+    templates = public.read_wrappers(wrapper_file) if wrapper_file else ()
     notes: list[str] = []
 
     def said(line: str) -> None:

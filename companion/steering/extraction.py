@@ -30,6 +30,7 @@ from companion.generation import forward
 from companion.generation.hooks import PARTS
 from companion.model.activations import on_input, on_output
 from companion.model.architecture import Subject
+from companion.model.interventions import projection
 from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
@@ -155,7 +156,6 @@ def fit_classes(
         raise InputError("no prompt of the splits discover and validate: nothing to fit directions on")
     table = kept.assign(**{"class": classes(kept)})
     wanted = (subject.n_layers - 1,) if neuron_layers is None else tuple(sorted(set(neuron_layers)))
-    wanted = wanted if subject.layers[0].down_proj is not None else ()
     tail = _instruction_tail(subject)
     last = _activations(subject, list(table.text), tail, wanted)
     instruction = last.pop("instruction")
@@ -194,8 +194,8 @@ def _activations(
             for number, parts in enumerate(subject.layers):
                 hooks.enter_context(on_output(parts.block, seen["resid_post"].append))
                 hooks.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
-                if number in neuron_layers and parts.down_proj is not None:
-                    hooks.enter_context(on_input(parts.down_proj, seen["neurons"].append))
+                if number in neuron_layers:
+                    hooks.enter_context(on_input(projection(parts, "neuron"), seen["neurons"].append))
             subject.model.base_model(ids, use_cache=False)
         found = [(name, seen[name], -1) for name in PARTS if seen[name]]
         for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):

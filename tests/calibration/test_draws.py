@@ -14,7 +14,7 @@ from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
-from companion.evidence import neurons, pipeline
+from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
 from organisms import compiled
@@ -101,7 +101,7 @@ def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own() 
 def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     drawn = draws.measure_draw("late", 0, "layers", topics=5)
     verdicts = drawn["verdicts"]
-    assert set(verdicts.claim) == set(pipeline.STAGES["layers"])
+    assert set(verdicts.claim) == set(draws.STAGES["layers"])
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
     assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)

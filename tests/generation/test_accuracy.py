@@ -9,42 +9,44 @@ import pytest
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.generation import accuracy
-from companion.generation.accuracy import Accuracy, Measured, Source, describe, rogan_gladen, write_accuracy
+from companion.generation.accuracy import Accuracy, Measured, Source, rogan_gladen, write_accuracy
 from companion.stats import rates
 from companion.stats.rates import Change
 
 GOOD = Accuracy(40, 32, 50, 45)
 
 
-KNOWN = Measured(GOOD, Source("refusal phrases", "m", "p", "hash"), "0" * 64)
-
-
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of results, which holds the accuracy for a run named x."""
-    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
-    write_accuracy(KNOWN, tmp_path / "x")
-    return tmp_path
+    """The folder of results, and no judge model."""
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    monkeypatch.delenv(hub.JUDGE, raising=False)
+    return tmp_path / "results"
+
+
+def keep(folder: Path, accuracy: Accuracy = GOOD, judge: str = "refusal phrases") -> Path:
+    return write_accuracy(Measured(accuracy, Source(judge, "m", "p", "hash"), "0" * 64), folder)
 
 
 def test_what_is_kept_is_read_again_and_holds_counts_names_and_hashes_only(tmp_path: Path) -> None:
     assert accuracy.read_accuracy(tmp_path) is None
-    path = write_accuracy(KNOWN, tmp_path)
-    assert accuracy.read_accuracy(tmp_path) == KNOWN
+    path = keep(tmp_path)
+    found = accuracy.read_accuracy(tmp_path)
+    assert found == Measured(GOOD, Source("refusal phrases", "m", "p", "hash"), "0" * 64)
     assert set(json.loads(path.read_text())) == {"counts", "judge", "model", "prompts", "inputs", "labels_sha256"}
 
 
-DAMAGES = [
-    lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: '{"counts": 3}',
-    lambda text: text.replace('"found": 32', '"found": 41'), lambda text: text.replace('"n_true": 40', '"n_true": 4'),
-    lambda text: text.replace('"cleared": 45', '"cleared": true'), lambda text: text.replace('"model"', '"modal"'),
-    lambda text: text.replace('"hash"', '""'), lambda text: text.replace('"found"', '"more": 1, "found"'),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: '{"counts": 3}',
+        lambda text: text.replace('"found": 32', '"found": 41'), lambda text: text.replace('"n_true": 40', '"n_true": 4'),
+        lambda text: text.replace('"cleared": 45', '"cleared": true'), lambda text: text.replace('"model"', '"modal"'),
+        lambda text: text.replace('"hash"', '""'), lambda text: text.replace('"found"', '"more": 1, "found"'),
+    ],
+)  # fmt: skip
 def test_a_torn_or_foreign_file_is_one_sentence(results: Path, damage: object) -> None:
-    (path,) = (results / "x").iterdir()
+    path = keep(results / "x")
     path.write_text(damage(path.read_text()))
     with pytest.raises(InputError, match=r"judge\.json is torn, or holds no counts .* or remove the file$"):
         accuracy.corrected_rates({"T2": np.ones(3, dtype=bool)}, "x", exact=False)
@@ -55,13 +57,16 @@ def test_three_labellers_are_told_apart(results: Path, monkeypatch: pytest.Monke
     table, sentence = accuracy.corrected_rates(labels, "x", exact=True)
     assert sentence == accuracy.EXACT and list(table.group) == ["no clamp"]
     assert table.loc[0, ["corrected", "corrected_low"]].tolist() == table.loc[0, ["labelled", "low"]].tolist()
-    table, sentence = accuracy.corrected_rates(labels, "y", exact=False)
+    table, sentence = accuracy.corrected_rates(labels, "x", exact=False)
     assert sentence == accuracy.KNOWN_ERROR and np.isnan(table.corrected[0])
     assert [round(table[name][0], 2) for name in ("labelled", "low", "high")] == [0.30, 0.22, 0.40]
+    keep(results / "x")
     table, sentence = accuracy.corrected_rates(labels, "x", exact=False)
     assert "sensitivity 0.80 (32 of 40), specificity 0.90 (45 of 50)" in sentence
-    expected = rogan_gladen(labels["no clamp"], GOOD)
+    expected = accuracy.rogan_gladen(labels["no clamp"], GOOD)
     assert (table.corrected[0], table.corrected_low[0], table.corrected_high[0]) == expected
+    assert expected[0] == pytest.approx(0.2 / 0.7)
+    assert accuracy.corrected_rates(labels, "x", exact=True)[1] == accuracy.EXACT
     monkeypatch.setenv(hub.JUDGE, "org/judge")
     with pytest.raises(InputError, match="has the accuracy of refusal phrases, but org/judge labels here"):
         accuracy.corrected_rates(labels, "x", exact=False)
@@ -70,6 +75,7 @@ def test_three_labellers_are_told_apart(results: Path, monkeypatch: pytest.Monke
 
 
 def test_a_difference_is_divided_by_what_the_labeller_keeps_of_it(results: Path) -> None:
+    keep(results / "x")
     topic, one, other = np.arange(200) // 2, np.arange(200) < 150, np.arange(200) < 66
     table, sentence = accuracy.differences({"all tokens": (one, other)}, topic, "x", exact=False)
     row = table.iloc[0]
@@ -96,18 +102,29 @@ def test_the_corrected_difference_covers_the_true_one() -> None:
     assert 0.91 <= covered / 150 <= 0.995
 
 
-def labelled(rate: float, n: int, rng: np.random.Generator) -> tuple:
+def test_a_perfect_labeller_leaves_a_difference_and_chance_cannot_be_corrected() -> None:
+    change = Change(0.3, 0.2, 0.45, 100, 50)
+    found = accuracy.corrected_difference(change, Accuracy(10**6, 10**6, 10**6, 10**6))
+    assert found == pytest.approx((0.3, 0.2, 0.45), abs=0.01)
+    with pytest.raises(InputError, match="no better than chance"):
+        accuracy.corrected_difference(change, Accuracy(50, 25, 50, 25))
+
+
+def labelled(rate: float, n: int, sensitivity: float, specificity: float, rng: np.random.Generator) -> tuple:
     truth = rng.random(n) < rate
-    right = rng.random(n) < np.where(truth, 0.8, 0.9)
+    right = rng.random(n) < np.where(truth, sensitivity, specificity)
     return truth, np.where(right, truth, ~truth)
 
 
 def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None:
     """A labeller of sensitivity 0.8 and specificity 0.9, its accuracy known from 200 answers, on a true rate of 0.1."""
-    rng, covered, estimates, raw = np.random.default_rng(0), 0, [], []
+    rng = np.random.default_rng(0)
+    covered, estimates, raw = 0, [], []
     for seed in range(200):
-        truth, said = (dict(enumerate(some)) for some in labelled(0.5, 200, rng))
-        known, (_, labels) = accuracy.accuracy(said, truth), labelled(0.1, 1000, rng)
+        ids = [str(i) for i in range(200)]
+        truth, said = labelled(0.5, 200, 0.8, 0.9, rng)
+        known = accuracy.accuracy(dict(zip(ids, said, strict=True)), dict(zip(ids, truth, strict=True)))
+        _, labels = labelled(0.1, 1000, 0.8, 0.9, rng)
         rate, low, high = rogan_gladen(labels, known, n_draws=2000, seed=seed)
         covered += low <= 0.1 <= high
         estimates.append(rate)
@@ -118,15 +135,12 @@ def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None
 
 
 def test_a_perfect_labeller_is_not_corrected_and_chance_cannot_be() -> None:
-    labels, change, chance = np.arange(100) < 30, Change(0.3, 0.2, 0.45, 100, 50), Accuracy(50, 25, 50, 25)
+    labels = np.arange(100) < 30
     rate, low, high = rogan_gladen(labels, Accuracy(500, 500, 500, 500))
     assert rate == pytest.approx(0.3) and low < 0.3 < high
-    found = accuracy.corrected_difference(change, Accuracy(10**6, 10**6, 10**6, 10**6))
-    assert found == pytest.approx((0.3, 0.2, 0.45), abs=0.01)
     assert rogan_gladen(np.zeros(100, dtype=bool), Accuracy(50, 40, 50, 40))[0] == 0.0
-    for correct, given in ((rogan_gladen, labels), (accuracy.corrected_difference, change)):
-        with pytest.raises(InputError, match="no better than chance"):
-            correct(given, chance)
+    with pytest.raises(InputError, match="no better than chance"):
+        rogan_gladen(labels, Accuracy(50, 25, 50, 25))
 
 
 def test_fewer_known_labels_give_a_wider_interval() -> None:
@@ -136,13 +150,10 @@ def test_fewer_known_labels_give_a_wider_interval() -> None:
     assert few[0] == pytest.approx(many[0]) == pytest.approx(0.2 / 0.7)
 
 
-def test_accuracy_counts_only_answers_that_both_labelled_and_says_what_is_not_known() -> None:
+def test_accuracy_counts_only_answers_that_both_labelled() -> None:
     truth = {f"a{i}": i < 10 for i in range(20)}
     given = {f"a{i}": i < 8 or i == 15 for i in range(20)} | {"other": True}
     made = accuracy.accuracy(given, truth)
     assert (made.sensitivity, made.specificity) == (0.8, 0.9)
     with pytest.raises(InputError, match="4 are positive and 16 negative among those judged; label at least 5"):
         accuracy.accuracy(given, {f"a{i}": i < 4 for i in range(20)})
-    labels = np.arange(100) < 30
-    assert "unknown" in describe(labels, None) and "0.30 [0.22, 0.40]" in describe(labels, None)
-    assert "corrected 0.29" in describe(labels, Accuracy(100, 80, 100, 90))

@@ -12,7 +12,7 @@ from families import VOCAB, tokens
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from companion.base.errors import InputError
-from companion.model import reference, replay
+from companion.model import replay
 from companion.model.activations import clean_run
 from companion.model.interventions import SITES, Patch, position_mask
 from companion.model.load import from_model
@@ -96,7 +96,7 @@ def test_exact_at_every_site_or_refused(kind: str, changes: dict[str, Any], refu
         for index in which.get(site, (None,))
     ]
     fast = replay.interchange(subject, base, source, patches, range(9))
-    plain = reference.interchange_full_forward(subject, base, source, patches, range(9))
+    plain = replay.interchange_full_forward(subject, base, source, patches, range(9))
     effects = (plain - base.resid_post[-1][:, None]).abs().amax((0, 2, 3))
     assert float((fast - plain).abs().max()) < 1e-6 * float(plain.abs().max())  # the library's norms cast to float32
     changed = effects[[patch.site != "neuron" for patch in patches]]  # a neuron may be silent in both runs

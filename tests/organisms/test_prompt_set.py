@@ -5,10 +5,12 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
 from companion.generation.labels import is_harmful
 from companion.prompts import invented
-from organisms.prompt_set import SUITES, check_pairs, plan_pairs, write_prompt_set
+from organisms.language import MAX_TOKENS, chat_text, make_tokenizer
+from organisms.prompt_set import SUITES, plan_pairs, write_prompt_set
 
 FOLDER = PROMPTS / "embedded"
 TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
@@ -21,9 +23,12 @@ def pairs():
 
 def test_build_gives_the_committed_bytes(tmp_path):
     write_prompt_set(tmp_path)
-    committed = sorted(p.name for p in FOLDER.iterdir())
-    assert committed == sorted(p.name for p in tmp_path.iterdir())
-    assert [n for n in committed if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []
+    made, sheet = sorted(p.name for p in tmp_path.iterdir()), (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [*sorted([*made, "README.md"])] == sorted(p.name for p in FOLDER.iterdir())
+    assert [n for n in made if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []
+    assert all(f"`{hash_file(FOLDER / name, {})}`" in sheet for name in made), (
+        "the data sheet says which files it is of"
+    )
 
 
 def test_counts_topics_and_splits(pairs):
@@ -51,10 +56,13 @@ def test_ids_are_unique_and_twins_exist(pairs):
             assert wrappers[0] == wrappers[1]
 
 
-def test_equal_lengths_are_enforced(pairs):
-    check_pairs(pairs)
-    with pytest.raises(ValueError, match="lengths"):
-        check_pairs([pairs[0] | {"control": pairs[0]["control"] + " now"}])
+def test_both_sides_of_a_pair_have_one_length(pairs):
+    tokenizer = make_tokenizer()
+    for p in pairs:
+        sides = tokenizer([chat_text(p[side]) for side in ("control", "treated")], add_special_tokens=False)[
+            "input_ids"
+        ]
+        assert len(sides[0]) == len(sides[1]) <= MAX_TOKENS - 10, "room for an answer"
 
 
 def test_harm_is_where_the_treatment_says(pairs):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.generation import labels
-from companion.prompts import pairs, wrappers
+from companion.prompts import pairs, public
 from companion.run import cli
 from companion.run.settings import check_prompts
 
@@ -66,7 +66,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], st.SearchStrategy]] = {
     "tokenizer_config.json": (lambda folder: folders.check_model(str(folder)), VALUES),
     "model.safetensors": (folders.check_weights, (HEADERS.map(json.dumps) | RARE).map(header)),
     hub.INDEX: (hub.weight_files, VALUES),
-    wrappers.FILE: (wrappers.read_wrappers, VALUES),
+    public.WRAPPERS: (public.read_wrappers, VALUES),
     "labels.csv": (lambda folder: labels.read_labels(folder / "labels.csv"), st.binary().map(b"id,label\n".__add__)),
     "models.yml": (
         lambda folder: cli.read_model_list(folder / "models.yml"),

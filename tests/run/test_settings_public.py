@@ -25,8 +25,8 @@ from companion.base.paths import ROOT
 from companion.generation import openers
 from companion.generation.openers import FoundOpeners
 from companion.model.load import load_tokenizer
-from companion.prompts import pairs, partners, public, tokens, wrappers
-from companion.prompts.wrappers import Wrapper
+from companion.prompts import pairs, partners, public, tokens
+from companion.prompts.public import Wrapper
 from companion.run import settings
 from tests.nine_families import texts_in
 
@@ -64,7 +64,7 @@ def collect(served: dict, tokenizer: Tokenizer) -> Callable[..., tuple]:
 
 @pytest.fixture
 def template_file(tmp_path: Path) -> Path:
-    file = tmp_path / "mine" / wrappers.FILE
+    file = tmp_path / "mine" / public.WRAPPERS
     file.parent.mkdir()
     file.write_text("".join(json.dumps(asdict(wrapper)) + "\n" for wrapper in WRAPPERS))
     return file

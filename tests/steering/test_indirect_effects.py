@@ -13,7 +13,7 @@ from handmade import Program, compiled, cue_pairs, random_pairs, word_tokenizer
 from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks
 from companion.mediation import estimands, outcomes
-from companion.model import reference
+from companion.model import replay
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers, TokenPair
 from companion.steering import indirect_effects
@@ -53,7 +53,7 @@ def in_full(subject: Subject, pairs: list[TokenPair], steering: hooks.Steering) 
         runs = [replace(run, **{name: getattr(run, name)[-n:] for name in indirect_effects.HOOKED}) for run in runs]
         made = estimands.patches(subject, replace(batch, control=runs[0], treated=runs[1]), wanted)
         both = (runs, runs[::-1])
-        patched = [reference.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both]
+        patched = [replay.interchange_full_forward(subject, base, source, made)[:, :, 0] for base, source in both]
     finals = torch.cat([*(run.resid_post[-1][:, -1:] for run in runs), *patched], 1)
     score = outcomes.log_odds(subject, finals, OPENERS["T2"]).numpy()
     y00, y11, y01, y10 = np.split(score, [1, 2, 2 + len(wanted)], axis=1)
