@@ -28,7 +28,7 @@ from companion.generation.accuracy import Measured, Source
 from companion.generation.labels import label_answers, read_labels
 from companion.model.architecture import Subject
 from companion.model.load import load
-from companion.prompts import pairs, public, tokens
+from companion.prompts import pairs, tokens
 from companion.prompts.pairs import PromptSet
 from companion.run import cli, runner, settings
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--sample {options.sample}: expected at least 1")
     asked = cli.flags_of_one_run(words)
     parameters = cli.parameters(asked, settings.resolve_device(asked.device))
-    folder = public.cache() / "labels" / parameters["SLUG"]
+    folder = hub.own_cache() / "labels" / parameters["SLUG"]
     if options.labels is None:
         _refuse_to_lose(folder / ANSWERS)  # labels made by hand
         return _sample(settings.fetched(parameters, asked.wrappers), folder, options.sample)

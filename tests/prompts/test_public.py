@@ -7,6 +7,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 from public_rows import jbb, xstest
 
+from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.prompts import public
@@ -134,9 +135,9 @@ def test_names_that_ask_for_nothing_usable(name: str) -> None:
 
 
 def test_the_cache_may_not_lie_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
+    monkeypatch.setenv(hub.OWN, str(ROOT / "data" / "x"))
     with pytest.raises(InputError, match="lies inside the repository"):
-        public.cache()
+        hub.own_cache()
 
 
 def test_a_request_seen_before_is_left_out_with_its_partner(served: dict) -> None:
