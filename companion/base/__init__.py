@@ -4,6 +4,7 @@ It imports nothing else of this project; at module level all but `chat`, `device
 library only, since the command line checks its flags with them.
 
 Public: chat (how a template renders prompts, and what it does beside), device (the processor or a GPU, its free memory),
-display (progress, NotDefined), errors, files (JSON, tables, hashes), folders (checks of models that a user names), hub (names,
-cache and errors of the hub), paths, thresholds (and quantity names).
+display (progress, NotDefined), errors, files (JSON, tables, hashes), folders (checks of models that a user names), gguf (files
+of that format, and their models), hub (names, caches and errors of the hub), paths, smollm2 (the model of that name),
+thresholds (and quantity names).
 """

@@ -236,7 +236,9 @@ def hash_file(path: Path, known: KnownHashes) -> str:
 
 
 def hash_folder(folder: Path, known: KnownHashes, pattern: str = "*") -> dict[str, str]:
-    """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out."""
+    """sha256 of each file below `folder`, by its path inside; hidden files and caches are left out. Of a file its own."""
+    if folder.is_file():
+        return {folder.name: hash_file(folder, known)}
     inside = {path: path.relative_to(folder) for path in sorted(folder.rglob(pattern)) if path.is_file()}
     return {
         name.as_posix(): hash_file(path, known)

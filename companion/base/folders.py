@@ -1,4 +1,4 @@
-"""Folders of models and prompt sets that a user names, and the checks of a model's files before its weights are read.
+"""Folders and files of models and prompt sets that a user names, and the checks of a model's files before its weights are read.
 
 A mistake thus shows in seconds, before any notebook starts or gigabytes are loaded.
 """
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from companion.base import hub
+from companion.base import gguf, hub, smollm2
 from companion.base.errors import InputError
 from companion.base.files import read_json
 from companion.base.paths import ORGANISM, PROMPTS, at_home, relative
@@ -38,7 +38,12 @@ def with_adapter(model: str, adapter: Path | None) -> str:
 
 def weights(name: str) -> list[Path]:
     """The files of a model's weights and of its adapter, by which it is known."""
-    return [*model_folder(name).glob("*.safetensors"), *adapter_files(split_adapter(name)[1])]
+    return [*weights_in(model_folder(name)), *adapter_files(split_adapter(name)[1])]
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The files of weights in a model's folder; a GGUF file itself."""
+    return [folder] if gguf.is_gguf(folder) else [*folder.glob("*.safetensors")]
 
 
 def adapter_files(adapter: Path | None) -> list[Path]:
@@ -49,11 +54,23 @@ def adapter_files(adapter: Path | None) -> list[Path]:
 def is_on_hub(name: str) -> bool:
     """Whether a name is that of a hub model, with or without an adapter, and no folder of that name is here."""
     base, _ = split_adapter(name)
-    return hub.parse(base) is not None and not Path(base).is_dir()
+    return hub.parse(base) is not None and not is_here(base)
+
+
+def is_here(name: Path | str) -> bool:
+    """Whether a folder or a GGUF file has this name."""
+    return Path(name).is_dir() or (Path(name).is_file() and gguf.is_gguf(name))
+
+
+def fixed(path: Path) -> Path:
+    """The absolute path of a folder or a file; a file keeps its name, since that of a link says more than its target's."""
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
 
 
 def model_folder(name: str) -> Path:
     """The folder of a shipped model (`embedded` is seed 0 of the windowed variant), the folder named, or the hub's cache.
+
+    Of a GGUF file it is the file, and of `smollm2` where that lies or will.
 
     Of `MODEL+ADAPTER` it is the model's. Raises `InputError` for a model of the hub that is not in the cache.
     """
@@ -61,6 +78,8 @@ def model_folder(name: str) -> Path:
     shipped = ORGANISM / ("window-0" if name == "embedded" else name)
     if shipped.is_dir():
         return shipped
+    if name == smollm2.NAME:
+        return smollm2.place()
     return hub.folder_of(name) if is_on_hub(name) else Path(name)
 
 
@@ -88,20 +107,26 @@ def names(folder: Path) -> list[str]:
 
 
 def check_model(name: str) -> None:
-    """`InputError` unless `name` is a shipped model or the folder of a chat model that can be loaded, as far as files tell.
+    """`InputError` unless `name` is a shipped model, or the folder or GGUF file of a chat model that can be loaded.
 
+    This is said as far as files tell.
     `companion.model.load` checks the weights themselves. A model of the hub is looked at when it is downloaded.
     """
     name, adapter = split_adapter(name)
     if adapter is not None:
         check_adapter(adapter)
-    if is_on_hub(name):
+    if is_on_hub(name) or name == smollm2.NAME:
         return
     folder = model_folder(name)
+    if gguf.is_gguf(folder):
+        gguf.check_file(folder)
+        gguf.check_template(folder)
+        return
     if not folder.is_dir():
-        shipped = ", ".join(names(ORGANISM))
+        shipped = ", ".join([*names(ORGANISM), smollm2.NAME])
         raise InputError(
-            f"no model {name!r}: give a folder or one of the shipped models ({shipped}), or a model of the hub as ORG/MODEL"
+            f"no model {name!r}: give a folder or one of the shipped models ({shipped}), a GGUF file, or a model of the hub "
+            "as ORG/MODEL"
         )
     check_folder(folder)
     check_chat(folder)
@@ -114,6 +139,8 @@ def check_judge(name: str) -> None:
     """
     try:
         check_model(name)
+        if not is_on_hub(name) and gguf.is_gguf(model_folder(name)):
+            raise InputError(f"{name} is a GGUF file; expected a judge's folder or ORG/MODEL")
         if not is_on_hub(name):
             check_weights(model_folder(name))
     except InputError as error:
@@ -152,6 +179,8 @@ def no_weights(where: str, pickled: str | None) -> InputError:
 def check_config(folder: Path) -> None:
     """The part of `check_folder` that needs no weights, so that it can be asked before they are downloaded."""
     if not (folder / "config.json").is_file():
+        if file := next(folder.glob("*.gguf"), None):
+            raise InputError(f"{folder} holds no config.json but GGUF files: name one of them, such as {file}")
         raise InputError(
             f"{folder} is no model folder: it has no config.json; expected a model folder as save_pretrained writes it"
         )

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from companion.base.errors import InputError
 from companion.base.files import read_json
-from companion.base.paths import at_home
+from companion.base.paths import ROOT, at_home
 
 TRUST = "COMPANION_TRUST_REMOTE_CODE"
+OWN = "COMPANION_CACHE"
 JUDGE = "COMPANION_JUDGE"  # the model that labels answers, if one was chosen
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][\w-]*(?:[./][A-Za-z0-9][\w-]*)*")
@@ -50,6 +51,8 @@ def parse(name: str | Path) -> HubId | None:
     (HubId(repo='org/model', revision='v1.0'), None, None)
     """
     repo, at, revision = str(name).partition("@")
+    if repo.lower().endswith(".gguf"):  # a file of this machine
+        return None
     if not _ID.fullmatch(repo) or ".." in repo or "--" in repo:  # what the hub itself refuses in a name
         return None
     if not at:
@@ -60,14 +63,14 @@ def parse(name: str | Path) -> HubId | None:
 
 
 def slug(name: str) -> str:
-    """The part of a run's name that stands for a model: a folder's own name, or both parts of a hub id.
+    """The part of a run's name that stands for a model: a folder's or a file's own name, or both parts of a hub id.
 
     >>> slug("org/model@v1.0"), slug("/data/my-model")
     ('org--model-v1.0', 'my-model')
     """
     hub_id = parse(name)
     if hub_id is None:
-        return Path(name).name
+        return Path(name).name.removesuffix(".gguf")
     revision = "" if hub_id.revision == "main" else f"-{hub_id.revision[:12] if hub_id.is_pinned else hub_id.revision}"
     return hub_id.repo.replace("/", "--") + revision.replace("/", "-")
 
@@ -84,6 +87,18 @@ def home() -> Path:
     if place := os.environ.get("HF_HOME"):
         return expand_variables(place)
     return expand_variables(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+
+
+def own_cache() -> Path:
+    """The user's folder for what this project keeps outside of the repository; `InputError` if it lies inside.
+
+    `COMPANION_CACHE` names it; without it, it lies in `HF_HOME`, else in the user's cache.
+    """
+    named = os.environ.get(OWN)
+    place = expand_variables(named) if named else home() / "companion"
+    if place.resolve().is_relative_to(ROOT):
+        raise InputError(f"{OWN}={place} lies inside the repository, where public prompts must not be: name another")
+    return place.resolve()
 
 
 def expand_variables(place: str) -> Path:
@@ -147,12 +162,12 @@ def pinned(name: str) -> str:
 
 def trust_code(is_trusted: bool) -> None:
     """Let this process and the notebooks that it starts run a model's own code, or not, whatever stood there before."""
-    _set_variable(TRUST, "1" if is_trusted else None)
+    set_variable(TRUST, "1" if is_trusted else None)
 
 
 def choose_judge(name: str | None) -> None:
     """Let this process and the notebooks that it starts label answers by this model, or by phrases (None)."""
-    _set_variable(JUDGE, name)
+    set_variable(JUDGE, name)
 
 
 def trusts_code() -> bool:
@@ -160,7 +175,8 @@ def trusts_code() -> bool:
     return os.environ.get(TRUST) == "1"
 
 
-def _set_variable(name: str, value: str | None) -> None:
+def set_variable(name: str, value: str | None) -> None:
+    """Set a variable of this process and of what it starts; None (or "") takes it away."""
     os.environ.pop(name, None)
     if value:
         os.environ[name] = value

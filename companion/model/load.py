@@ -1,6 +1,6 @@
 """Loading a model: by name, from a folder or the hub, or one that is already in memory; and what its tokens may be.
 
-Weights come from safetensors only and code only from the installed library. What is loaded is checked before it is used.
+Weights come from safetensors and GGUF only and code only from the installed library. What is loaded is checked before it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from companion.base import folders, hub, paths
+from companion.base import folders, gguf, hub, paths, smollm2
 from companion.base.device import HOST, make_exact, resolve
 from companion.base.errors import InputError
 from companion.model import architecture, download, memory
@@ -39,7 +39,7 @@ def load(
     copies: float | None = None,
     only_answers: bool = False,
 ) -> Subject:
-    """A model by name ("embedded", "window-1", "full-0"), by folder or by hub id ("org/model@revision"), ready and checked.
+    """A model by name ("embedded", "window-1", "smollm2"), by folder, GGUF file or hub id ("org/model@revision"), checked.
 
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
     converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
@@ -53,7 +53,8 @@ def load(
     """
     base, adapter = folders.split_adapter(str(name))
     folder = _folder(base)
-    folders.check_folder(folder)
+    if not gguf.is_gguf(folder):
+        folders.check_folder(folder)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     place = resolve(device)
@@ -63,7 +64,7 @@ def load(
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], place, copies)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
-    weights = [*folder.glob("*.safetensors"), *folders.adapter_files(adapter)]
+    weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
     found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
     return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
@@ -141,14 +142,16 @@ def _checked(subject: Subject, adapter: str = "") -> Subject:
 def _folder(name: str | Path) -> Path:
     shipped = paths.ORGANISM / ("window-0" if name == "embedded" else str(name))
     folder = shipped if shipped.is_dir() else Path(name)
-    if folder.is_dir():
+    if str(name) == smollm2.NAME:
+        return smollm2.fetch_smollm2()
+    if folder.is_dir() or gguf.is_gguf(folder):
         return folder
     if hub.parse(name) is not None:
         return download.fetch_model(str(name))
     known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
     raise InputError(
         f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
-        "give a folder, or a model of the hub as ORG/MODEL"
+        "give a folder, a GGUF file, or a model of the hub as ORG/MODEL"
     )
 
 
@@ -157,10 +160,15 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
     where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
     on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type != "cpu" else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
-            output_loading_info=True, **on_gpu,
-        )  # fmt: skip
+        if gguf.is_gguf(folder):
+            model, report = gguf.read_model(folder, dtype, **on_gpu)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
+                output_loading_info=True, **on_gpu,
+            )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # damaged files make the libraries raise anything
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(
@@ -212,15 +220,24 @@ def _load_merged(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder; `InputError` where there is none or its files are damaged."""
     if not _has_tokenizer(folder):
-        raise InputError(f"{folder} has no tokenizer: save it into the model's folder")
+        raise InputError(
+            f"{folder} has no tokenizer: save it into the model's folder (of a GGUF file: --tokenizer DIR)"
+        )
+    other = gguf.tokenizer_folder() if gguf.is_gguf(folder) else folder
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+        if other is None:
+            return gguf.read_tokenizer(folder)
+        return AutoTokenizer.from_pretrained(other, local_files_only=True, trust_remote_code=hub.trusts_code())
+    except InputError:
+        raise
     except Exception as error:  # damaged files make the library raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
+        raise InputError(f"{other or folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
+    if gguf.is_gguf(folder):
+        return gguf.tokenizer_folder() is not None or gguf.read_header(folder).has_tokenizer
     return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
 
 

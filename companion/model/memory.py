@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from companion.base import hub
+from companion.base import gguf, hub
 from companion.base.device import HOST, count, free_memory
 from companion.base.display import progress
 from companion.base.errors import InputError
@@ -189,9 +189,14 @@ class RunMemory:
 def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
+        if gguf.is_gguf(folder):
+            config = gguf.read_config(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub.trusts_code())
+    except InputError:
+        raise
     except Exception as error:  # damaged files make the libraries raise anything
         line = str(error).strip().split("\n", 1)[0]
         raise InputError(

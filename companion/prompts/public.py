@@ -7,7 +7,6 @@ of them is written to the user's cache. Errors name columns and row numbers, nev
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,7 @@ from typing import Any
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import BrokenJson, parse_json, read_utf8
-from companion.base.paths import ROOT
 
-CACHE = "COMPANION_CACHE"
 OUTCOME = "outcome.json"
 FILES = ("set.json", "pairs.jsonl", OUTCOME)  # of a prompt set that is made
 OPEN = "jailbreakbench,strongreject,xstest"  # with harmless partners from BENIGN where they have none of their own
@@ -174,24 +171,12 @@ def matched(part: str) -> bool:
     return part.endswith(f"+{BENIGN}") or not SETS[part].paired
 
 
-def cache() -> Path:
-    """The user's folder for prompts made of public sets; `InputError` if it lies inside the repository.
-
-    `COMPANION_CACHE` names it; without it, it lies in `HF_HOME`, else in the user's cache.
-    """
-    named = os.environ.get(CACHE)
-    place = hub.expand_variables(named) if named else hub.home() / "companion"
-    if place.resolve().is_relative_to(ROOT):
-        raise InputError(f"{CACHE}={place} lies inside the repository, where public prompts must not be: name another")
-    return place.resolve()
-
-
 def folder(name: str, model: str, wrappers: Path | None) -> Path:
     """Where the prompt set is kept that was made of public sets for one model, wrappers, and the outcome beside them."""
     files = (wrappers, own_outcome(wrappers))
     content = b"".join(file.read_bytes() for file in files if file)
     key = hashlib.sha256(f"{name}\n{model}\n".encode() + content).hexdigest()[:12]
-    return cache() / "prompts" / f"{name.replace(',', '-').replace('+', '-')}-{key}"
+    return hub.own_cache() / "prompts" / f"{name.replace(',', '-').replace('+', '-')}-{key}"
 
 
 def own_outcome(wrappers: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from companion.base import folders, hub
+from companion.base import folders, gguf, hub
 from companion.base.errors import InputError
 from companion.base.paths import FIGURES, NOTEBOOKS, ORGANISM, PROMPTS, RESULTS, ROOT, relative
 from companion.run import runner, settings, shards
@@ -34,7 +34,7 @@ ALONE = {
 }
 # What an entry in a list of models may hold.
 KEYS: dict[str, type] = dict.fromkeys(
-    ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile"), str
+    ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer"), str
 )
 KEYS |= {"pairs": int}
 KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
@@ -55,9 +55,10 @@ def parser() -> Parser:
     new = Parser(prog="./run_all.sh", description=what, allow_abbrev=False)
     add = new.add_argument
     # fmt: off
-    add("--model", metavar="NAME|DIR|ID", default="embedded",
-        help="a shipped model, a model's folder, or ORG/MODEL[@REV] of the hub")
+    add("--model", metavar="NAME|DIR|FILE|ID", default="embedded",
+        help="a shipped model, a model's folder, a GGUF file, or ORG/MODEL[@REV] of the hub")
     add("--adapter", metavar="DIR", help="a LoRA adapter (peft, safetensors) that is merged into the model")
+    add("--tokenizer", metavar="DIR", help="the folder of the tokenizer and chat template of a GGUF file that has none")
     add("--prompts", metavar="NAME|DIR",
         help="a shipped or public prompt set, or a folder (default: embedded; for a model of the hub the open public sets)")
     add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
@@ -123,6 +124,10 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         adapter = folders.from_caller(flags.adapter).resolve()
         folders.check_adapter(adapter)
         model = folders.with_adapter(model, adapter)
+    if flags.tokenizer is not None:
+        if not gguf.is_gguf(folders.model_folder(model) if not folders.is_on_hub(model) else model):
+            raise InputError("--tokenizer goes with a GGUF file: any other model has its own in its folder")
+        folders.check_chat(folders.from_caller(flags.tokenizer))
     if model != "embedded":
         folders.check_model(model)
     if prompts != "embedded":
@@ -145,7 +150,9 @@ def named(given: str, shipped: Path) -> str:
     if not given.strip():
         raise InputError("an empty name was given for --model, --prompts or --judge")
     folder = folders.from_caller(given)
-    return str(folder.resolve()) if given not in folders.names(shipped) and folder.is_dir() else given
+    if given in folders.names(shipped) or not folders.is_here(folder):
+        return given
+    return str(folders.fixed(folder))
 
 
 def chosen_notebooks(only: str | None) -> list[str]:
@@ -162,9 +169,11 @@ def chosen_notebooks(only: str | None) -> list[str]:
 
 
 def in_force(asked: argparse.Namespace) -> argparse.Namespace:
-    """The same flags, once what they say of foreign code and of the judge holds for this process and its notebooks."""
+    """The same flags, once what they say of foreign code, judge and tokenizer holds for this process and its notebooks."""
     hub.trust_code(asked.trust_remote_code)
     hub.choose_judge(None if asked.judge is None else named(asked.judge, ORGANISM))
+    folder = None if asked.tokenizer is None else str(folders.from_caller(asked.tokenizer).resolve())
+    hub.set_variable(gguf.TOKENIZER, folder)
     return asked
 
 
@@ -217,19 +226,19 @@ def _entry(entry: Any, folder: Path, where: str) -> list[str]:
             raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
         if "\0" in str(value):
             raise InputError(f"{where}: {key!r} holds a null character; take it out")
-        if key in ("wrappers", "judge", "adapter") and not str(value).strip():
+        if key in ("wrappers", "judge", "adapter", "tokenizer") and not str(value).strip():
             raise InputError(f"{where}: {key!r} names nothing; leave the key out")
     return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
 
 
 def _placed(key: str, value: Any, folder: Path) -> Any:
     """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
-    if key in ("wrappers", "adapter"):  # always a path
+    if key in ("wrappers", "adapter", "tokenizer"):  # always a path
         return (folder / folders.expanded(value)).resolve()
     if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
         return value
     placed = folder / folders.expanded(value)
-    return placed.resolve() if placed.is_dir() else value
+    return folders.fixed(placed) if folders.is_here(placed) else value
 
 
 def lab_command(root: Path = ROOT, *options: str) -> list[str]:
@@ -341,7 +350,7 @@ def models_command(flags: argparse.Namespace) -> int:
             own = parse(words)
             one = argparse.Namespace(**vars(flags) | {name: getattr(own, name) for name in KEYS})
             device = settings.resolve_device(one.device) if one.device == "auto" else one.device
-            slug = parameters(one, device)["SLUG"]  # a device that is not there fails its entry alone
+            slug = parameters(in_force(one), device)["SLUG"]  # a device that is not there fails its entry alone
         except InputError as error:
             raise InputError(f"{path}, entry {place}: {error}") from error
         if (first := places.setdefault(slug.lower(), place)) != place:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from companion.base import hub
+from companion.base import gguf, hub, smollm2
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, digest, hash_file, hash_folder, read_json, write_json
 from companion.base.folders import model_folder, prompts_folder, split_adapter
@@ -142,6 +142,10 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     found: dict[str, Any] = {"name": folder.name, "sha256": hash_folder(folder, known)}
     if hub_id is not None and folder.is_relative_to(hub.cache()):
         found |= {"name": hub_id.repo, "revision": folder.name}
+    if base == smollm2.NAME:
+        found["name"] = base
+    if gguf.is_gguf(folder) and (tokenizer := gguf.tokenizer_folder()) is not None:
+        found["tokenizer"] = {"name": tokenizer.name, "sha256": hash_folder(tokenizer, known)}
     if adapter is not None:
         found["adapter"] = {"name": adapter.name, "sha256": hash_folder(adapter, known)}
     return found | ({"remote_code": True} if hub.trusts_code() else {})

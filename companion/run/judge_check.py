@@ -26,7 +26,7 @@ from companion.generation.accuracy import Measured, Source
 from companion.generation.labels import is_embedded, label_answers, read_labels
 from companion.model.architecture import Subject
 from companion.model.load import load
-from companion.prompts import pairs, public, tokens
+from companion.prompts import pairs, tokens
 from companion.prompts.pairs import PromptSet
 from companion.run import cli, runner, settings
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         raise InputError(f"--sample {options.sample}: expected at least 1")
     asked = cli.in_force(cli.parse(arguments[place + 1 :]))
     parameters = cli.parameters(asked, settings.resolve_device(asked.device))
-    folder = public.cache() / "labels" / parameters["SLUG"]
+    folder = hub.own_cache() / "labels" / parameters["SLUG"]
     if options.labels is not None:
         print(_keep(folder / GIVEN, Path(options.labels), paths.RESULTS / parameters["SLUG"]))
     elif (folder / ANSWERS).is_file():

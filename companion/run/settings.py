@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion.base import folders, hub, paths
+from companion.base import folders, hub, paths, smollm2
 from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
 from companion.base.folders import model_folder, names, prompts_folder
@@ -113,8 +113,8 @@ def default_prompts(model: str) -> str:
     >>> default_prompts("embedded"), default_prompts("ORG/MODEL")
     ('embedded', 'jailbreakbench,strongreject,xstest')
     """
-    is_folder = folders.from_caller(model).is_dir()
-    return public.OPEN if folders.is_on_hub(model) and not is_folder else "embedded"
+    is_own = folders.is_here(folders.from_caller(model))
+    return public.OPEN if folders.is_on_hub(model) and not is_own else "embedded"
 
 
 def check_wrappers(prompts: str, given: str | None) -> None:
@@ -147,6 +147,8 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
             raise InputError(f"--judge: {judge} {why}") from None
     model, prompts = found["MODEL"], found["PROMPTS"]
     base, adapter = folders.split_adapter(model)
+    if base == smollm2.NAME and not smollm2.is_fetched():
+        raise InputError(f"{base} is not in the cache yet: a run without --list fetches it")
     model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
@@ -162,6 +164,8 @@ def fetched(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
 
     Where that asks a GPU, a process of its own does it: its end gives the GPU's memory back to the notebooks.
     """
+    if folders.split_adapter(found["MODEL"])[0] == smollm2.NAME:
+        smollm2.fetch_smollm2()
     asks = folders.is_on_hub(found["MODEL"]) or is_public_set(found["PROMPTS"]) or os.environ.get(hub.JUDGE)
     do = apart if asks and found["DEVICE"] != "cpu" else _fetched
     return known({**found, "MODEL": do(dict(found), given)}, given)

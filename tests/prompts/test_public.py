@@ -8,6 +8,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 from public_rows import jbb, xstest
 
+from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.prompts import public
@@ -124,9 +125,9 @@ def test_nothing_usable_is_asked_for_and_no_cache_lies_in_the_repository(monkeyp
     for name in NOTHING_USABLE:
         with pytest.raises(InputError, match="--prompts"):
             public.parse(name)
-    monkeypatch.setenv(public.CACHE, str(ROOT / "data" / "x"))
+    monkeypatch.setenv(hub.OWN, str(ROOT / "data" / "x"))
     with pytest.raises(InputError, match="lies inside the repository"):
-        public.cache()
+        hub.own_cache()
 
 
 def test_a_request_seen_before_is_left_out_with_its_partner(served: dict) -> None:

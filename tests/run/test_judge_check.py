@@ -18,7 +18,6 @@ from companion.base.paths import ORGANISM
 from companion.generation import accuracy, labels
 from companion.generation.accuracy import FILE, Accuracy, Source
 from companion.generation.labels import judge
-from companion.prompts import public
 from companion.run import cli, judge_check, runner
 from companion.run.cli import parse, resolved
 
@@ -32,7 +31,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (runner, accuracy, judge_check.paths):
         monkeypatch.setattr(module, "RESULTS", folder)
     monkeypatch.delenv(hub.JUDGE, raising=False)
-    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.OWN, str(tmp_path / "cache"))
     return folder
 
 
@@ -44,7 +43,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 def test_from_a_sample_to_corrected_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.OWN, str(tmp_path / "cache"))
     monkeypatch.setattr(judge_check, "MOST", 20)
     monkeypatch.setattr(judge_check, "STEPS", 16)
     assert judge_check.main(["--sample", "30", *FLAGS]) == 0
@@ -69,7 +68,7 @@ def test_flags_behind_the_dashes_hold_as_for_a_run(tmp_path: Path, monkeypatch: 
     seen: list[tuple[bool, str | None]] = []
     monkeypatch.setattr(judge_check, "_sample", lambda *_: seen.append((hub.trusts_code(), os.environ.get(hub.JUDGE))))
     monkeypatch.setattr(judge_check.settings, "fetched", lambda found, given: found)
-    monkeypatch.setenv(public.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(hub.OWN, str(tmp_path / "cache"))
     monkeypatch.setenv(hub.TRUST, "1")
     monkeypatch.setenv(hub.JUDGE, "left from before")
     shutil.copytree(ORGANISM / "window-1", tmp_path / "judge")

