@@ -12,6 +12,7 @@ from toys import Toy, copy_repository
 
 from companion.base import hub
 
+collect_ignore = ["standin.py"]  # it registers a device, once in a process, and would be imported again for doctests
 # The same strange inputs at every run: a new one that fails is looked for on purpose, not met by chance in somebody's check.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")

@@ -7,13 +7,13 @@ from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import standin
 import torch
 
 from benchmarks import bound, faults, gpu, gpu_parts, peers, scaling, sweeps
 from benchmarks.shapes import QUOTED, SMOKE, Job, Workload, machine, workloads
 from companion.base import paths
 from companion.base.errors import InputError
-from tests import standin
 
 
 @pytest.fixture

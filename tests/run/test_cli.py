@@ -186,6 +186,11 @@ def test_the_environment_is_made_once_from_the_lock(toy: Toy, tmp_path: Path) ->
         assert "no results of 'none'" in one_line(done)
 
 
+def test_auto_says_which_device_it_took(toy: Toy) -> None:
+    done = toy.run("--device", "auto", "--only", "01", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0 and "--device auto: the processor, as torch sees no GPU" in done.stdout
+
+
 def test_folders_count_from_where_the_user_stands(toy_done, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
