@@ -5,6 +5,7 @@ the clean run, which is kept. So an intervention costs the cells to its upper ri
 is exact.
 
 >>> from companion.model.activations import clean_run
+>>> from companion.model.interventions import position_mask
 >>> from companion.model.load import load
 >>> from companion.model.readout import logits
 >>> subject = load("embedded")
