@@ -137,7 +137,7 @@ def _run(setting: Setting, waiting: dict[int, list[str]], deadline: float) -> No
         need = f"{setting.weights / GIB:.1f} GiB for the weights and {setting.plan / GIB:.1f} GiB for the work"
         remedy = "take another --shape or --dtype or a smaller --batch"
         raise InputError(f"{setting.where} can give {free / GIB:.1f} GiB, but this needs {need}; {remedy}")
-    torch.backends.cuda.matmul.allow_tf32 = False
+    device.make_exact(setting.where)
     subject = _subject(setting.shape, setting.dtype, setting.where)
     wanted = [part for part in PARTS if any(part in parts for parts in waiting.values())]
     gaps = {part: warm_up(subject, setting.shape, part) for part in wanted}
