@@ -94,7 +94,8 @@ def study(organism: Organism) -> Study:
     kept, dropped = tokens.tokenize([planned.pair for planned in organism.pairs], organism.subject.tokenizer)
     content = PromptSet(organism.name, tuple(p.pair for p in kept), compiled_language.outcomes(), "")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
-    openers = tokens.openers(content, organism.subject.tokenizer)
+    subject = organism.subject
+    openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
     return Study(organism.name, organism.subject, tuple(kept), openers, twins, dropped, judge=judge)
 
 

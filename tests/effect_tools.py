@@ -15,6 +15,12 @@ CELLS = ["y00", "y01", "y10", "y11"]
 YES_NO = Openers((10, 12), (20, 21, 22))
 
 
+def refusals_against_rest(n_rows: int, refuse: tuple[int, ...] = YES_NO.refuse) -> tuple[Openers, Openers]:
+    """All other tokens against the refusals, as they are asked for and as plain lists, which define the same."""
+    comply = tuple(i for i in range(n_rows) if i not in refuse)
+    return Openers(comply, refuse, rest=True), Openers(comply, refuse)
+
+
 def said(subject: Subject) -> Openers:
     """The openers of a compiled model: "yes" and "no"."""
     return Openers(*((subject.tokenizer.convert_tokens_to_ids(word),) for word in ("yes", "no")))

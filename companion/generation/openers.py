@@ -24,7 +24,7 @@ from companion.generation.labels import is_refusal
 from companion.model.architecture import Subject
 from companion.model.load import load
 from companion.prompts import pairs, public, tokens
-from companion.prompts.pairs import Pair, read_outcome
+from companion.prompts.pairs import REST, Pair, read_outcome
 
 STEPS = 24
 MAX_PROMPTS = 64
@@ -54,10 +54,15 @@ class FoundOpeners:
         return f"answers open with: {describe_openers(self.comply, self.refuse, self.joint, seen)}"
 
 
-def describe_openers(comply: Sequence[str], refuse: Sequence[str], joint: float, seen: str = "") -> str:
-    """Openers of both kinds and how much of the first token's probability they hold, with what to do where that is little."""
-    found = f"comply {', '.join(map(repr, comply))}; refuse {', '.join(map(repr, refuse))}"
-    low = f", below {JOINT}: edit outcome.json" if joint < JOINT else ""
+def describe_openers(comply: Sequence[str] | None, refuse: Sequence[str], joint: float, seen: str = "") -> str:
+    """Openers of both kinds and how much of the first token's probability they hold, with what to do where that is little.
+
+    Where `comply` is None, everything else that may open an answer complies.
+    """
+    answered = "everything else" if comply is None else ", ".join(map(repr, comply))
+    found = f"comply {answered}; refuse {', '.join(map(repr, refuse))}"
+    rest = f'"comply": "{REST}" in it sets refusals against everything else'
+    low = f", below {JOINT}: edit outcome.json; {rest}" if joint < JOINT else ""
     return f"{found} ({seen}joint probability {joint:.2f}{low})"
 
 
@@ -194,7 +199,7 @@ def check_openers(folder: Path, *, model: str, device: str, dtype: str, report: 
     subject = load(model, device=device, dtype=dtype)
     assert subject.tokenizer is not None
     try:
-        openers = tokens.openers(content, subject.tokenizer)
+        openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     for treatment in content.treatments:

@@ -66,7 +66,12 @@ def _opening(
     made = []
     for some in memory.vocabulary_blocks(subject, len(logits), 1):
         part = logits[some].double()
-        comply, refuse = (part[:, list(ids)].logsumexp(-1) for ids in (openers.comply, openers.refuse))
+        refuse = part[:, list(openers.refuse)].logsumexp(-1)
+        if openers.rest:
+            answered = part.index_fill(-1, subject.tensor(openers.refuse), -torch.inf)
+        else:
+            answered = part[:, list(openers.comply)]
+        comply = answered.logsumexp(-1)
         made.append(torch.stack([comply - refuse, (refuse - part.logsumexp(-1)).exp()], -1))
     return torch.cat(made)
 

@@ -27,6 +27,9 @@ Text = tuple[Int[Tensor, "pair step"], Bool[Tensor, "pair step"]]
 def _opener_logits(
     subject: Subject, resid: Float[Tensor, "... d"], openers: Openers, norm_like: Tensor | None
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
+    if openers.rest:  # most of the unembedding: its rows are not copied out of it
+        logits = readout.logits(subject, resid, None, norm_like).double()
+        return logits[..., subject.tensor(openers.comply)], logits[..., subject.tensor(openers.refuse)]
     rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
     logits = readout.logits(subject, resid, rows, norm_like).double()
     return logits[..., : len(openers.comply)], logits[..., len(openers.comply) :]
@@ -40,6 +43,8 @@ def log_odds(
     `resid` is the final residual stream at the last prompt token; `norm_like` freezes the final norm's scale at that
     of another residual stream.
     """
+    if openers.rest:
+        return readout.log_odds_against_rest(subject, resid, openers.refuse, norm_like)
     comply, refuse = _opener_logits(subject, resid, openers, norm_like)
     return comply.logsumexp(-1) - refuse.logsumexp(-1)
 
@@ -49,6 +54,9 @@ def contrast(
     weights: tuple[Tensor, Tensor],
 ) -> Float[Tensor, ...]:  # fmt: skip
     """Mean comply logit - mean refuse logit, weighted (`opener_weights`): linear in `resid` if `norm_like` is given."""
+    if openers.rest:
+        signed = torch.cat([weights[0], -weights[1]], -1)
+        return readout.weighted_logits(subject, resid, openers.comply + openers.refuse, signed, norm_like)
     camps = _opener_logits(subject, resid, openers, norm_like)
     comply, refuse = ((camp * weight).sum(-1) for camp, weight in zip(camps, weights, strict=True))
     return comply - refuse
@@ -62,8 +70,11 @@ def opener_weights(
     They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so that the linear
     contrast keeps TE close to Y1's.
     """
-    runs = [_opener_logits(subject, resid, openers, None) for resid in (control, treated)]
-    comply, refuse = ((at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True))
+    is_cut, camps = openers.rest and control.ndim > 1, []
+    for some in memory.vocabulary_blocks(subject, len(control), 2) if is_cut else [slice(None)]:
+        runs = [_opener_logits(subject, resid[some], openers, None) for resid in (control, treated)]
+        camps.append([(at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True)])
+    comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
     return comply, refuse
 
 
@@ -91,7 +102,8 @@ def opener_probabilities(
     camps = []
     for some in memory.vocabulary_blocks(subject, len(resid), 1):
         probabilities = readout.logits(subject, resid[some]).double().softmax(-1)
-        camps.append([probabilities[..., list(ids)].sum(-1) for ids in (openers.comply, openers.refuse)])
+        refuse = probabilities[..., list(openers.refuse)].sum(-1)
+        camps.append([1 - refuse if openers.rest else probabilities[..., list(openers.comply)].sum(-1), refuse])
     comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))
     return comply, refuse
 
@@ -119,7 +131,9 @@ def opened_with(subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequen
     """The likeliest token of its camp behind each prompt and its greedy continuation."""
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
     out = subject.model(prompt, use_cache=True, logits_to_keep=1)
-    likeliest = [logits[list(camp)].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
+    distinct = {id(camp): camp for camp in camps}  # pairs share theirs, which may be nearly the whole vocabulary
+    ids = {key: subject.tensor(camp) for key, camp in distinct.items()}
+    likeliest = [logits[ids[id(camp)]].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
     openers = [camp[int(at)] for camp, at in zip(camps, torch.stack(likeliest).tolist(), strict=True)]
     text = torch.tensor(openers, device=prompt.device)[:, None]
     ends = torch.tensor([*end_tokens(subject)], device=prompt.device, dtype=prompt.dtype)

@@ -87,7 +87,8 @@ def begin(
     longest = max(len(side) for side in sides) + outcomes.STEPS
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
-    return Study(slug, subject, tuple(kept), tokens.openers(content, subject.tokenizer), twins, dropped)
+    openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
+    return Study(slug, subject, tuple(kept), openers, twins, dropped)
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from companion.model.architecture import Subject
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that do not say theirs
 SMALL = 1e-3  # a scale at which epsilon matters
 VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a processor's cache
+BLOCK_LOGITS = 2**24  # that are alive together, where a whole vocabulary is read block by block
 
 
 @torch.no_grad()
@@ -53,6 +54,72 @@ def log_probs(
     else:
         total = total.log()
     return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
+
+
+@torch.no_grad()
+def log_odds_against_rest(
+    subject: Subject,
+    resid: Float[Tensor, "... d"],
+    rows: Sequence[int],
+    norm_like: Float[Tensor, "... d"] | None = None,
+) -> Float[Tensor, "..."]:
+    """log p(any other token) - log p(any of these tokens), in log-odds (float64); the vocabulary is never alive all at once."""
+    normed = _normed(subject, resid, norm_like)
+    blocks = blocks_of_rows(subject, normed[..., 0].numel())
+    return rest_against(((block.start, _unembed(subject, normed, block)) for block in blocks), rows)
+
+
+def blocks_of_rows(subject: Subject, n_reads: int) -> Iterator[slice]:
+    """Cuts the unembedding's rows so that their logits at `n_reads` places fit together: into the cache of a processor."""
+    n_rows = len(subject.unembedding[0])
+    fitting = VOCABULARY_BLOCK if subject.device.type == "cpu" else n_rows
+    step = max(1, min(fitting, BLOCK_LOGITS // max(n_reads, 1)))
+    return (slice(start, min(n_rows, start + step)) for start in range(0, n_rows, step))
+
+
+def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Float[Tensor, "..."]:
+    """Log-sum-exp of all logits but those of `rows`, minus that of `rows` (float64).
+
+    `parts` are the vocabulary's logits (..., row), block by block, each with the id of its first row; they are overwritten.
+    Exponentials are taken in the logits' own precision, below the largest of a block, and summed in float64.
+    """
+    others = mine = torch.tensor(-torch.inf, dtype=torch.float64)
+    for start, part in parts:
+        logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+        here = [row - start for row in rows if 0 <= row - start < logits.shape[-1]]
+        if here:
+            mine = torch.logaddexp(mine, logits[..., here].double().logsumexp(-1))
+            logits[..., here] = -torch.inf
+        top = logits.amax(-1, keepdim=True).clamp_(
+            min=torch.finfo(logits.dtype).min
+        )  # finite in a block of `rows` alone
+        total = logits.sub_(top).exp_().sum(-1, dtype=torch.float64).log() + top[..., 0]
+        others = torch.logaddexp(others, total)
+    return others - mine
+
+
+@torch.no_grad()
+def weighted_rows(subject: Subject, rows: Sequence[int], weights: Float[Tensor, "... row"]) -> Float[Tensor, "... d"]:
+    """Sum of some rows of the unembedding, each times its weight, in float64 and block by block."""
+    parts = zip(subject.tensor(rows).split(VOCABULARY_BLOCK), weights.split(VOCABULARY_BLOCK, -1), strict=True)
+    return torch.stack([some @ subject.unembedding[0][at].double() for at, some in parts]).sum(0)
+
+
+@torch.no_grad()
+def weighted_logits(
+    subject: Subject, resid: Float[Tensor, "... d"], rows: Sequence[int], weights: Float[Tensor, "... row"],
+    norm_like: Float[Tensor, "... d"] | None,
+) -> Float[Tensor, "..."]:  # fmt: skip
+    """Sum of some tokens' logits, each times its weight (float64): along one direction, unless a cap bends every logit."""
+    normed, ids = _normed(subject, resid, norm_like), subject.tensor(rows)
+    if subject.soft_cap is None:
+        bias = subject.unembedding[1]
+        direction = weighted_rows(subject, rows, weights).to(normed.dtype)
+        shift = 0.0 if bias is None else weights @ bias[ids].double()
+        return (normed * direction).sum(-1, dtype=torch.float64) + shift
+    step = max(1, min(VOCABULARY_BLOCK, BLOCK_LOGITS // normed[..., 0].numel()))
+    parts = zip(ids.split(step), weights.split(step, -1), strict=True)
+    return torch.stack([(_unembed(subject, normed, at).double() * some).sum(-1) for at, some in parts]).sum(0)
 
 
 def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"] | None) -> Tensor:

@@ -12,8 +12,9 @@ vectors with each other. Single neurons are computed in the model's precision, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -27,7 +28,16 @@ from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import Patch, position_mask, projection
-from companion.model.readout import is_centred, logits, norm_gain
+from companion.model.readout import (
+    BLOCK_LOGITS,
+    blocks_of_rows,
+    is_centred,
+    log_odds_against_rest,
+    logits,
+    norm_gain,
+    rest_against,
+    weighted_rows,
+)
 from companion.prompts.tokens import Openers
 
 
@@ -43,9 +53,7 @@ def last_layer_neurons(
     """Logits of a few vocabulary rows after each last-layer neuron, on its own, is set to the source's at the last token."""
     last = subject.n_layers - 1
     if not is_closed(subject):
-        where = position_mask(base.tokens, -1)
-        patches = [Patch("neuron", last, where, neuron) for neuron in range(subject.d_mlp)]
-        return replay.interchange(subject, base, source, patches, readout=lambda x: logits(subject, x, rows))[:, :, 0]
+        return _replayed(subject, base, source, lambda resid: logits(subject, resid, rows))
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     resid, vectors = base.resid_post[last][:, -1], written_vectors(projection(subject.layers[last], "neuron"))
     if is_centred(subject.final_norm):
@@ -61,14 +69,60 @@ def last_layer_neurons(
     return (((gain * resid) @ unembed.T)[:, None] + moved) * inverse_scale[..., None] + bias
 
 
+def _replayed(
+    subject: Subject, base: CleanRun, source: CleanRun, read: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "pair neuron ..."]:
+    where, last = position_mask(base.tokens, -1), subject.n_layers - 1
+    patches = [Patch("neuron", last, where, neuron) for neuron in range(subject.d_mlp)]
+    return replay.interchange(subject, base, source, patches, readout=read)[:, :, 0]
+
+
 @torch.no_grad()
 def last_layer_log_odds(
     subject: Subject, base: CleanRun, source: CleanRun, comply: Sequence[int], refuse: Sequence[int]
 ) -> Float[Tensor, "pair neuron"]:
     """log p(any comply token) - log p(any refuse token) after each neuron's patch, in log-odds (float64)."""
+    last = subject.n_layers - 1
+    if len(comply) + len(refuse) == len(subject.unembedding[0]):  # refusals against all other tokens
+        if is_closed(subject):
+            change = (source.site("neuron", last) - base.site("neuron", last))[:, -1]
+            vectors = written_vectors(projection(subject.layers[last], "neuron"))
+            return written_log_odds(subject, base.resid_post[last][:, -1], change, vectors, refuse)
+        return _replayed(subject, base, source, partial(log_odds_against_rest, subject, rows=refuse))
     rows = subject.tensor([*comply, *refuse])
     both = last_layer_neurons(subject, base, source, rows).double()
     return both[..., : len(comply)].logsumexp(-1) - both[..., len(comply) :].logsumexp(-1)
+
+
+@torch.no_grad()
+def written_log_odds(
+    subject: Subject, resid: Float[Tensor, "pair d"], change: Float[Tensor, "pair neuron"],
+    vectors: Float[Tensor, "neuron d"], refuse: Sequence[int], *, is_frozen: bool = False,
+) -> Float[Tensor, "pair neuron"]:  # fmt: skip
+    """log p(any other token) - log p(any refuse token) if each neuron on its own changes what it writes (float64).
+
+    The whole vocabulary, for a model that `is_closed`: the neurons' outputs U (g w_j) are made once for all pairs, some
+    neurons at a time. With `is_frozen` the final norm keeps the scale of `resid`.
+    """
+    gain, norm_bias, eps = norm_gain(subject.final_norm)
+    weight, head_bias = subject.unembedding
+    if is_centred(subject.final_norm):
+        resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
+    square = resid.pow(2).sum(-1, keepdim=True).expand_as(change)
+    if not is_frozen:
+        square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
+    scale = torch.rsqrt(square / subject.d_model + eps)
+    bias = torch.zeros_like(weight[:, 0]) if norm_bias is None else weight @ norm_bias
+    bias = bias if head_bias is None else bias + head_bias
+    unscaled, found = (gain * resid) @ weight.T, torch.empty_like(change, dtype=torch.float64)
+    step = max(1, BLOCK_LOGITS // len(weight))
+    for some in (slice(start, start + step) for start in range(0, len(vectors), step)):
+        outputs, blocks = (gain * vectors[some]) @ weight.T, list(blocks_of_rows(subject, step))
+        for i in range(len(resid)):
+            at, moved = scale[i, some, None], (scale * change)[i, some, None]
+            parts = ((b.start, torch.addcmul(outputs[:, b] * moved, at, unscaled[i, b]).add_(bias[b])) for b in blocks)
+            found[i, some] = rest_against(parts, refuse)
+    return found
 
 
 @dataclass(frozen=True)
@@ -132,8 +186,8 @@ class OpenerReadout:
 
 
 def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
-    """None where something stands between the MLP's write and the logits that is not a norm alone."""
-    if not is_closed(subject):
+    """None where more than a norm stands between the MLP's write and the logits, and where almost every token is an opener."""
+    if openers.rest or not is_closed(subject):
         return None
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     rows = subject.tensor(openers.comply + openers.refuse)
@@ -161,8 +215,8 @@ def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> p
     change = (batch.treated.neurons[-1] - batch.control.neurons[-1])[0, -1, neuron].double()
     gain = norm_gain(subject.final_norm)[0].double()
     camps = outcomes.opener_weights(subject, control.to(subject.dtype), treated.to(subject.dtype), openers)
-    tokens = (list(openers.comply), list(openers.refuse))
-    comply, refuse = (w @ subject.unembedding[0][ids].double() for w, ids in zip(camps, tokens, strict=True))
+    tokens = (openers.comply, openers.refuse)
+    comply, refuse = (weighted_rows(subject, ids, weights) for ids, weights in zip(tokens, camps, strict=True))
     base, write = (x - x.mean() if is_centred(subject.final_norm) else x for x in (control, change * vector))
     along = base / base.norm()
     across = write - (write @ along) * along

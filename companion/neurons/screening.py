@@ -103,10 +103,13 @@ def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "l
 def _log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
     """Y1 as `outcomes.log_odds` computes it, but with gradients."""
     weight, bias = subject.unembedding
-    rows = torch.tensor(openers.comply + openers.refuse, device=resid.device)
+    rows = slice(None) if openers.rest else torch.tensor(openers.comply + openers.refuse, device=resid.device)
     logits = nn.functional.linear(subject.final_norm(resid), weight[rows], None if bias is None else bias[rows])
     if subject.soft_cap is not None:
         logits = subject.soft_cap * torch.tanh(logits / subject.soft_cap)
+    if openers.rest:
+        logits, refuse = logits.double(), subject.tensor(openers.refuse)
+        return logits.index_fill(-1, refuse, -torch.inf).logsumexp(-1) - logits[:, refuse].logsumexp(-1)
     n_comply = len(openers.comply)
     return logits[:, :n_comply].logsumexp(-1) - logits[:, n_comply:].logsumexp(-1)
 

@@ -269,6 +269,8 @@ def _own_write(
     resid = base.resid_post[-1][:, None, -1]
     vectors = written_vectors(projection(subject.layers[layer], "neuron"))[chosen]
     change = (source.neurons[layer] - base.neurons[layer])[:, -1, chosen]
+    if openers.rest and closed_form.is_closed(subject):
+        return closed_form.written_log_odds(subject, resid[:, 0], change, vectors, openers.refuse, is_frozen=True)
     step = max(1, BLOCK // max(1, change.shape[0] * subject.d_model))
     read = []
     for some, written in zip(change.split(step, dim=1), vectors.split(step), strict=True):

@@ -30,7 +30,9 @@ REQUIRED = ("id", "treatment", "topic", "control", "treated")
 OPTIONAL = ("twin", "family", "split", "spans")
 TREATMENT = re.compile(r"T1|T2|T2b|B[1-9]\d*")
 SPAN_NAMES = ("wrapper", "distractor", "verb", "object")
-Outcome = tuple[tuple[str, ...], tuple[str, ...]]  # strings that open an answer which complies, and one which refuses
+REST = "rest"  # in outcome.json: every first token that opens no refusal
+# Strings that open an answer which complies (None: `REST`), and one which refuses.
+Outcome = tuple[tuple[str, ...] | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,16 @@ def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
 
 
 def _outcome(entry: Any, where: str) -> Outcome:
-    sides = []
-    for side in ("comply", "refuse"):
-        strings = entry.get(side) if isinstance(entry, dict) else None
-        if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
-            raise InputError(f"{where}: '{side}' must be a non-empty list of strings")
-        sides.append(tuple(strings))
-    return sides[0], sides[1]
+    given = entry if isinstance(entry, dict) else {}
+    comply = None if given.get("comply") == REST else _strings(given, "comply", where, f', or "{REST}"')
+    return comply, _strings(given, "refuse", where)
+
+
+def _strings(entry: Mapping[str, Any], side: str, where: str, otherwise: str = "") -> tuple[str, ...]:
+    strings = entry.get(side)
+    if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
+        raise InputError(f"{where}: '{side}' must be a non-empty list of strings{otherwise}")
+    return tuple(strings)
 
 
 def _is_sensitive(folder: Path) -> bool:

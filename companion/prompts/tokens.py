@@ -22,11 +22,15 @@ from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
 
 @dataclass(frozen=True)
 class Openers:
-    """Token ids that may open an answer, in two camps; `notes` names strings that are more than one token."""
+    """Token ids that may open an answer, in two camps; `notes` names strings that are more than one token.
+
+    With `rest`, `comply` holds all ids of the vocabulary but those of `refuse`, so that much is read in a faster way.
+    """
 
     comply: tuple[int, ...]
     refuse: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,15 @@ def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple
     return kept, dict(dropped)
 
 
-def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[str, Openers]:
-    """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt."""
+def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, n_rows: int) -> dict[str, Openers]:
+    """For each treatment the first answer tokens of its outcome strings, read behind a rendered prompt.
+
+    `n_rows` is how many tokens the model can say: the rows of its unembedding, which may be more than the tokenizer knows.
+    """
     context = render_prompt(tokenizer, prompt_set.pairs[0].control)
     before = tokenizer(context, add_special_tokens=False)["input_ids"]
     ids: dict[str, list[int]] = {}
-    for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side}):
+    for string in sorted({s for sides in prompt_set.outcomes.values() for side in sides for s in side or ()}):
         whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
         ids[string] = whole[len(before) :]
         if not ids[string] or whole[: len(before)] != before:
@@ -122,15 +129,17 @@ def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase) -> dict[s
             raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
     found: dict[str, Openers] = {}
     for treatment, sides in prompt_set.outcomes.items():
-        comply, refuse = (tuple(sorted({ids[string][0] for string in side})) for side in sides)
+        named, refuse = (tuple(sorted({ids[string][0] for string in side or ()})) for side in sides)
+        rest = sides[0] is None
+        comply = tuple(i for i in range(n_rows) if i not in refuse) if rest else named
         if both := set(comply) & set(refuse):
             shared = f"comply and refuse share the first token {both.pop()}"
             raise InputError(f"outcome of {treatment}: {shared}; it decides nothing")
         notes = (
             f"outcome string {string!r} is {len(ids[string])} tokens; its first decides"
             for side in sides
-            for string in side
+            for string in side or ()
             if len(ids[string]) > 1
         )
-        found[treatment] = Openers(comply, refuse, tuple(notes))
+        found[treatment] = Openers(comply, refuse, tuple(notes), rest)
     return found

@@ -105,7 +105,7 @@ def answered(subject: Subject, content: PromptSet, treatment: str) -> list[tuple
     drawn = random.Random(0).sample(pairs, min(MOST, len(pairs)))
     names, texts = [f"{treatment}:{pair.id}" for pair in drawn], [pair.treated for pair in drawn]
     made = decode.answers(subject, texts, STEPS)
-    openers = tokens.openers(content, subject.tokenizer)[treatment]
+    openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))[treatment]
     labels = label_answers(subject, texts, made, openers, judge=None, harmful=[False] * len(texts))
     spoken = decode.answer_texts(subject, made)
     return list(zip(names, [label == "on_topic" for label in labels], texts, spoken, strict=True))

@@ -269,7 +269,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     tokenizer = load_tokenizer(folder)
     chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile))
     usable, dropped = tokens.tokenize(chosen, tokenizer)
-    openers = tokens.openers(prompt_set, tokenizer)
+    openers = tokens.openers(prompt_set, tokenizer, len(tokenizer))
     if extraction.find_supplied(prompts):
         shapes = memory.on_meta(folder, torch.float32)
         weights = architecture.hash_files(folders.weights(model))

@@ -22,7 +22,7 @@ def test_the_shipped_models_own_openers_are_found(embedded: Subject, monkeypatch
     content = load_set("embedded")
     pairs = [pair for pair in content.pairs if pair.treatment == "T1"][:20]
     found = openers.find_openers(embedded, [text for p in pairs for text in (p.control, p.treated)], Path("own"))
-    known = tokens.openers(content, embedded.tokenizer)["T1"]
+    known = tokens.openers(content, embedded.tokenizer, len(embedded.unembedding[0]))["T1"]
     context, ids = chat.render_prompt(embedded.tokenizer, "x"), partial(embedded.tokenizer, add_special_tokens=False)
     n = len(ids(context)["input_ids"])
     comply, refuse = ({ids(context + text)["input_ids"][n] for text in side} for side in (found.comply, found.refuse))
@@ -61,6 +61,7 @@ def test_a_token_belongs_to_the_side_on_which_it_is_likelier_and_a_low_joint_pro
     assert openers.sort_openers(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
     assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
     assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note
+    assert openers.describe_openers(None, ("b",), 1.0) == "comply everything else; refuse 'b' (joint probability 1.00)"
 
 
 def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(embedded: Subject, texts: list[str]) -> None:

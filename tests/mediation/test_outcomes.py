@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from families import tiny_subject, tokens
+from effect_tools import log_odds, refusals_against_rest
+from families import VOCAB, tiny_subject, tokens
 from torch import Tensor
+from true_float64 import true_float64
 
 from companion.mediation import outcomes
-from companion.model import activations
+from companion.model import activations, readout
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
 
@@ -69,6 +71,42 @@ def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
         ends = [outcomes.contrast(subject, resid, OPENERS, None, weights) for resid in (control, treated)]
         errors.append(float((ends[1] - ends[0] - te).abs().mean()))
     assert errors[0] < 0.2 * errors[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_refusals_against_everything_else(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read block by block it is what the lists say, of which one block holds refusals alone."""
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    subject, ids = tiny_subject(family, torch.float64), tokens()
+    rest, lists = refusals_against_rest(VOCAB, (*range(14, 21), 33))
+    with true_float64(subject.model):
+        control, treated = final(subject, ids)[:, -1:], final(subject, tokens(seed=4))[:, -1:]
+        found = outcomes.log_odds(subject, control, rest)
+        wanted = log_odds(subject.model(ids).logits[:, -1:], lists)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+        weights = outcomes.opener_weights(subject, control, treated, rest)
+        for name in ("Y1.frozen", "contrast.frozen"):
+            cells = torch.cat([control, treated, 0.3 * control + 0.7 * treated], 1)
+            both = [outcomes.named_outcome(subject, cells, control, treated, one, name) for one in (rest, lists)]
+            torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-12)
+            if name == "contrast.frozen" and subject.soft_cap is None:  # components' direct effects add up
+                torch.testing.assert_close(both[0][:, 2], 0.3 * both[0][:, 0] + 0.7 * both[0][:, 1], rtol=0, atol=1e-12)
+        for one, other in zip(weights, outcomes.opener_weights(subject, control, treated, lists), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+        camps = [outcomes.opener_probabilities(subject, control[:, 0], one) for one in (rest, lists)]
+        torch.testing.assert_close(camps[0], camps[1], rtol=0, atol=1e-14)
+    texts = [outcomes.continuations(subject, ids, tokens(seed=4), [one] * 3, steps=4) for one in (rest, lists)]
+    assert texts[0][0][0].equal(texts[1][0][0]) and not set(texts[0][0][0][:, 0].tolist()) & set(rest.refuse)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_the_rest_is_exact_in_float32_where_one_side_has_everything(scale: float) -> None:
+    """Sums of exponentials neither overflow nor lose the side that is hardly ever said."""
+    logits = scale * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    refuse = logits[0].topk(3).indices.tolist()
+    parts = ((start, logits[:, start : start + 8].clone()) for start in range(0, 40, 8))
+    wanted = log_odds(logits, refusals_against_rest(40, tuple(refuse))[1])
+    torch.testing.assert_close(readout.rest_against(parts, refuse), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_sequence_log_prob_is_the_library_s_loss_for_each_variant(subject: Subject) -> None:

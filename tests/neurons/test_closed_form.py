@@ -1,8 +1,10 @@
 """The closed form for last-layer neurons against the replay."""
 
+import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, tiny_subject
+from effect_tools import log_odds, refusals_against_rest
+from families import FAMILIES, VOCAB, tiny_subject
 from neuron_tools import clean_batch, patched, tiny_study
 from true_float64 import true_float64
 
@@ -36,6 +38,23 @@ def test_every_neuron_to_rounding(family: str) -> None:
             (closed_form.last_layer_log_odds(*pair, [5, 9], [33]), odds),
         ):
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * effect)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_neuron_against_the_whole_vocabulary(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of the vocabulary and of neurons, of which the last are smaller."""
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    monkeypatch.setattr(closed_form, "BLOCK_LOGITS", 11 * VOCAB)
+    study, (rest, lists) = tiny_study(family, n=3), refusals_against_rest(VOCAB)
+    with true_float64(study.subject.model):
+        batch = clean_batch(study)
+        whole, _ = logits_and_effect(study)
+        for one in (rest, lists):  # a caller with nothing but the two lists gets the same
+            camps = (one.comply, one.refuse)
+            found = closed_form.last_layer_log_odds(study.subject, batch.control, batch.treated, *camps)
+            torch.testing.assert_close(found, log_odds(whole, lists), rtol=0, atol=1e-12)
+        pictures = [closed_form.geometry(study.subject, batch, 5, one) for one in (rest, lists)]
+        pd.testing.assert_frame_equal(*pictures)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

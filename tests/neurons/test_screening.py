@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import FAMILIES
+from effect_tools import refusals_against_rest
+from families import FAMILIES, VOCAB
 from neuron_tools import clean_batch, made_effects, patched, tiny_study
 from scipy.stats import spearmanr
 from true_float64 import true_float64
@@ -48,6 +49,16 @@ def test_estimates_follow_exact_effects() -> None:
         guess, exact = estimates(study, name), in_split(measured.effects[name], "discover").nie.mean(0)
         assert spearmanr(guess.estimate, exact).statistic > 0.9
         assert np.polyfit(exact, guess.estimate, 1)[0] == pytest.approx(1, abs=0.3)
+
+
+def test_the_gradient_against_everything_else_is_that_of_the_lists() -> None:
+    for family in ("gemma2", "gpt2"):
+        study, found = tiny_study(family, n=6, treatments=("T2",)), []
+        with true_float64(study.subject.model):
+            for openers in refusals_against_rest(VOCAB):
+                found.append(estimates(replace(study, openers={"T2": openers}), "T2").estimate)
+        np.testing.assert_allclose(*found, rtol=0, atol=1e-12)
+        assert found[0].abs().max() > 1e-3
 
 
 def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int = 100) -> ScreenTrust:

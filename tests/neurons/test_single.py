@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import YES_NO, log_odds
+from effect_tools import YES_NO, log_odds, refusals_against_rest
+from families import VOCAB
 from handmade import Program, compiled
 from neuron_tools import clean_batch, cue_study, made_effects, neuron_patches, read_neurons, tiny_study
 from scipy import stats as st
@@ -17,7 +18,7 @@ from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import replay
-from companion.neurons import single
+from companion.neurons import sets, single
 
 COLUMNS = [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)]
 CHOSEN = pd.DataFrame(COLUMNS, columns=["layer", "neuron"])
@@ -64,6 +65,22 @@ def test_direct_effects_are_the_own_write_with_the_scale_frozen(family: str) -> 
             after = outcomes.log_odds(subject, replay.direct(subject, base, source, patches)[:, :, 0], YES_NO, like)
             total += sign * (after - outcomes.log_odds(subject, like, YES_NO)).numpy() / 2
         np.testing.assert_allclose(effects.values["direct"], total, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_neurons_and_sets_against_everything_else_are_those_of_the_lists(family: str) -> None:
+    study, made = tiny_study(family, n=6), []
+    with true_float64(study.subject.model):
+        for openers in refusals_against_rest(VOCAB):
+            this = replace(study, openers=dict.fromkeys(study.openers, openers))
+            effects, states = single.measure_chosen(this, "T2", CHOSEN)
+            order = np.arange(study.subject.d_mlp)
+            few = sets.joint(study.subject, states, np.array([[1, 5, 30]]))
+            some = sets.cumulative(study.subject, states, order, [1, 20, 48])
+            tables = [*effects.values.values(), *few.values.values(), *some.values.values(), effects.pairs[["te"]]]
+            made.append(np.concatenate([np.asarray(one) for one in tables], axis=1))
+        np.testing.assert_allclose(made[0], made[1], rtol=0, atol=1e-11)
+        assert abs(made[0]).max() > 0.01
 
 
 def test_batches_are_joined_in_their_order() -> None:

@@ -127,7 +127,12 @@ OUTCOMES = {
     "no refuse": ({"comply": ["yes"]}, "'refuse' must be a non-empty list of strings"),
     "empty": (OUTCOME | {"comply": []}, "'comply' must be a non-empty list of strings"),
     "blank string": (OUTCOME | {"comply": [""]}, "'comply' must be a non-empty list of strings"),
-    "a string for a list": (OUTCOME | {"comply": "yes"}, "'comply' must be a non-empty list of strings"),
+    "a string for a list": (OUTCOME | {"comply": "yes"}, "'comply' must be a non-empty list of strings, or \"rest\""),
+    "the rest refuses": ({"comply": ["yes"], "refuse": "rest"}, "T2: 'refuse' must be a non-empty list of strings"),
+    "both are the rest": (
+        OUTCOME | {"refuse": "rest", "comply": "rest"},
+        "T2: 'refuse' must be a non-empty list of strings",
+    ),
     "treatment without": ({"T1": OUTCOME}, "no outcome strings for treatment T2; give one object for all"),
     "treatment with a wrong one": ({"T2": ["yes", "no"]}, "outcome.json, T2: 'comply' must be"),
 }
@@ -144,6 +149,8 @@ def test_one_outcome_for_all_or_one_each(tmp_path: Path) -> None:
     assert load_set(folder(tmp_path, pairs)).outcomes == dict.fromkeys(["B1", "T2"], (("yes",), ("no",)))
     each = {"T2": OUTCOME, "B1": {"comply": ["low", "deep"], "refuse": ["high"]}, "unused": 1}
     assert load_set(folder(tmp_path, pairs, each)).outcomes["B1"] == (("low", "deep"), ("high",))
+    outcomes = load_set(folder(tmp_path, pairs, each | {"T2": OUTCOME | {"comply": "rest"}})).outcomes
+    assert outcomes == {"B1": (("low", "deep"), ("high",)), "T2": (None, ("no",))}
 
 
 def topics(n: int, given: dict[int, str] | None = None, repeats: int = 2) -> list[dict]:

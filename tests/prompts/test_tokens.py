@@ -19,7 +19,7 @@ def pair(control: str, treated: str, name: str = "p") -> Pair:
     return Pair(name, "T2", "topic", control, treated, split="test")
 
 
-def prompt_set(comply: tuple[str, ...], refuse: tuple[str, ...]) -> PromptSet:
+def prompt_set(comply: tuple[str, ...] | None, refuse: tuple[str, ...]) -> PromptSet:
     return PromptSet("made", (pair("do off", "do on"),), {"T2": (comply, refuse)}, "")
 
 
@@ -108,20 +108,26 @@ def test_pairs_of_unequal_length_are_dropped_and_counted_and_too_few_say_why() -
 
 def test_openers_are_first_tokens_and_those_of_several_are_named() -> None:
     yes, well, no = WORDS.convert_tokens_to_ids(["yes", "well", "no"])
-    found = tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS)["T2"]
+    found = tokens.openers(prompt_set(("yes", "well"), ("no",)), WORDS, len(WORDS))["T2"]
     assert found == tokens.Openers(tuple(sorted((yes, well))), (no,))
-    found = tokens.openers(prompt_set(("yes well", "yes now"), ("no",)), WORDS)["T2"]
+    found = tokens.openers(prompt_set(("yes well", "yes now"), ("no",)), WORDS, len(WORDS))["T2"]
     notes = tuple(f"outcome string 'yes {word}' is 2 tokens; its first decides" for word in ("well", "now"))
     assert (found.comply, found.notes) == ((yes,), notes)
+    n_rows = len(WORDS) + 3  # a model may have more rows than its tokenizer has tokens
+    found = tokens.openers(prompt_set(None, ("no", "no well")), WORDS, n_rows)["T2"]
+    assert found.refuse == (no,) and found.rest and len(found.notes) == 1
+    assert found.comply == (*range(no), *range(no + 1, n_rows))
 
 
 def test_a_leading_space_is_significant_and_an_opener_may_melt_into_the_prompt() -> None:
     tokenizer = byte_tokenizer(handmade.TEMPLATE.replace("<assistant> ", "<assistant>"), (("Ġ", "y"),))
-    found = [tokens.openers(prompt_set((string,), ("no",)), tokenizer)["T2"].comply[0] for string in ("yes", " yes")]
+    found = [
+        tokens.openers(prompt_set((string,), ("no",)), tokenizer, 300)["T2"].comply[0] for string in ("yes", " yes")
+    ]
     assert decoded(tokenizer, np.array(found)) == ["y", "Ġy"]
     tokenizer = byte_tokenizer(handmade.TEMPLATE, (("Ġ", "y"),))  # this template ends in a space
     with pytest.raises(InputError, match="'yes' starts no token of its own behind the prompt"):
-        tokens.openers(prompt_set(("yes",), ("no",)), tokenizer)
+        tokens.openers(prompt_set(("yes",), ("no",)), tokenizer, 300)
 
 
 UNDECIDED = [
@@ -134,4 +140,4 @@ UNDECIDED = [
 @pytest.mark.parametrize(("comply", "refuse", "message"), UNDECIDED)
 def test_openers_that_decide_nothing(comply: str, refuse: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        tokens.openers(prompt_set((comply,), refuse), WORDS)
+        tokens.openers(prompt_set((comply,), refuse), WORDS, len(WORDS))
