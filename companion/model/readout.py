@@ -81,7 +81,8 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
     """Log-sum-exp of all logits but those of `rows`, minus that of `rows` (float64).
 
     `parts` are the vocabulary's logits (..., row), block by block, each with the id of its first row; they are overwritten.
-    Exponentials are taken in the logits' own precision, below the largest of a block, and summed in float64.
+    Exponentials are taken and summed in the logits' own precision, below the largest of a block, which adds less than the
+    logits' own rounding; blocks are summed in float64.
     """
     others = mine = torch.tensor(-torch.inf, dtype=torch.float64)
     for start, part in parts:
@@ -93,7 +94,7 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
         top = logits.amax(-1, keepdim=True).clamp_(
             min=torch.finfo(logits.dtype).min
         )  # finite in a block of `rows` alone
-        total = logits.sub_(top).exp_().sum(-1, dtype=torch.float64).log() + top[..., 0]
+        total = logits.sub_(top).exp_().sum(-1).double().log() + top[..., 0]
         others = torch.logaddexp(others, total)
     return others - mine
 

@@ -112,15 +112,15 @@ def written_log_odds(
     if not is_frozen:
         square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
     scale = torch.rsqrt(square / subject.d_model + eps)
-    bias = torch.zeros_like(weight[:, 0]) if norm_bias is None else weight @ norm_bias
-    bias = bias if head_bias is None else bias + head_bias
+    biases = ([] if norm_bias is None else [weight @ norm_bias]) + ([] if head_bias is None else [head_bias])
     unscaled, found = (gain * resid) @ weight.T, torch.empty_like(change, dtype=torch.float64)
     step = max(1, BLOCK_LOGITS // len(weight))
     for some in (slice(start, start + step) for start in range(0, len(vectors), step)):
         outputs, blocks = (gain * vectors[some]) @ weight.T, list(blocks_of_rows(subject, step))
         for i in range(len(resid)):
             at, moved = scale[i, some, None], (scale * change)[i, some, None]
-            parts = ((b.start, torch.addcmul(outputs[:, b] * moved, at, unscaled[i, b]).add_(bias[b])) for b in blocks)
+            made = ((b, (outputs[:, b] * moved).addcmul_(at, unscaled[i, b])) for b in blocks)
+            parts = ((b.start, sum((bias[b] for bias in biases), part)) for b, part in made)
             found[i, some] = rest_against(parts, refuse)
     return found
 

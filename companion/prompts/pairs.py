@@ -131,6 +131,7 @@ def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
 
 
 def _outcome(entry: Any, where: str) -> Outcome:
+    """What complies may be named as `REST`; what refuses is always a list."""
     given = entry if isinstance(entry, dict) else {}
     comply = None if given.get("comply") == REST else _strings(given, "comply", where, f', or "{REST}"')
     return comply, _strings(given, "refuse", where)

@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import CELLS, SITES, YES_NO, log_odds, said, swapped
-from families import tiny_subject
+from effect_tools import CELLS, SITES, YES_NO, log_odds, refusals_against_rest, said, swapped
+from families import VOCAB, tiny_subject
 from handmade import Program, compiled, cue_pairs, random_pairs
 from torch import Tensor
+from true_float64 import true_float64
 
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator, measure_effects, mediators, with_difference, with_estimands
@@ -110,6 +111,21 @@ def test_frozen_outcomes_by_hand() -> None:
         np.testing.assert_allclose(table.loc["Y1.frozen", name], log_odds(logits), atol=1e-4)
         linear = (logits[:, camps[0]] * comply).sum(-1) - (logits[:, camps[1]] * refuse).sum(-1)
         np.testing.assert_allclose(table.loc["contrast.frozen", name], linear, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
+def test_direct_effects_add_up_to_the_contrasts_total_effect(family: str) -> None:
+    """For openers of two lists, and for refusals against everything else."""
+    subject, pairs = tiny_subject(family, torch.float64), random_pairs(4, 9, VOCAB)
+    for pair in pairs:
+        pair.treated[-1] = pair.control[-1]  # so that the embedding brings nothing
+    wanted = mediators(subject, ["attn_out.direct", "mlp_out.direct"])
+    for openers in (YES_NO, *refusals_against_rest(VOCAB)):
+        with true_float64(subject.model):
+            table = measure_effects(subject, pairs, {"T2": openers}, wanted, ("contrast.frozen",))
+        whole = table.groupby("pair_id")[["nie0", "nie1", "te"]].agg({"nie0": "sum", "nie1": "sum", "te": "first"})
+        assert whole.te.abs().min() > 0.01
+        np.testing.assert_allclose(whole[["nie0", "nie1"]], whole[["te", "te"]], rtol=0, atol=1e-12)
 
 
 @pytest.fixture

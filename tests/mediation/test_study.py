@@ -1,7 +1,10 @@
 """What a model is compared with, how precise a study is, and a reader's own pair."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,9 +12,11 @@ from families import tiny_subject
 from handmade import random_pairs
 from neuron_tools import tiny_study
 
+from companion.base import paths
 from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS
-from companion.mediation import study
+from companion.generation import outcomes as read_outcomes
+from companion.mediation import study, sweeps
 from companion.mediation.study import Study
 from companion.model.load import load
 from companion.prompts import positions, tokens
@@ -76,3 +81,27 @@ def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:
         _, changed, lost = study.noise_floor(one, "neuron")
         assert 0 < changed + lost < 1 and changed < 0.5 and one.subject.dtype == torch.bfloat16
     assert study.noise_floor(tiny_study(dtype=torch.float32, n=3), "neuron") == (0, 0, 0)
+
+
+def test_a_set_of_refusals_against_everything_else_is_measured(tmp_path: Path) -> None:
+    """One treatment has it, the other a list; every way to read Y1 says what plain logits say."""
+    shipped = (paths.PROMPTS / "embedded" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [row | {"twin": None} for row in map(json.loads, shipped) if row["treatment"] in ("T1", "T2")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    each = {"T2": {"comply": "rest", "refuse": ["sorry"]}, "T1": {"comply": ["sure"], "refuse": ["sorry"]}}
+    (tmp_path / "outcome.json").write_text(json.dumps(each))
+    made = study.begin("embedded", str(tmp_path), "x", pairs=10)
+    subject, (refuse,) = made.subject, made.openers["T2"].refuse
+    assert len(made.openers["T2"].comply) == len(subject.unembedding[0]) - 1 and len(made.openers["T1"].comply) == 1
+    clean = sweeps.clean_outcomes(made)
+    harmful = clean[clean.treatment == "T2"].set_index("pair_id")
+    np.testing.assert_allclose(harmful.joint, 1, rtol=0, atol=1e-9)
+    assert (clean.joint[clean.treatment == "T1"] < 0.995).all()
+    for pair in made.of("T2"):
+        with torch.no_grad():
+            log_p = subject.model(torch.tensor(pair.treated)[None]).logits[0, -1].double().log_softmax(-1)
+        wanted = float((1 - log_p[refuse].exp()).log() - log_p[refuse])
+        assert harmful.y11[pair.pair.id] == pytest.approx(wanted, abs=1e-4)
+        read = read_outcomes.log_odds(subject, [pair.pair.treated], made.openers["T2"])
+        assert read.log_odds[0] == pytest.approx(wanted, abs=1e-4)
+        assert read.p_refuse[0] == pytest.approx(float(log_p[refuse].exp()), abs=1e-5)
