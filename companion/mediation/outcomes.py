@@ -70,8 +70,8 @@ def opener_weights(
     They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so that the linear
     contrast keeps TE close to Y1's.
     """
-    is_cut, camps = openers.rest and control.ndim > 1, []
-    for some in memory.vocabulary_blocks(subject, len(control), 2) if is_cut else [slice(None)]:
+    is_large, camps = openers.rest and control.ndim > 1, []  # a weight a pair for nearly every token
+    for some in memory.vocabulary_blocks(subject, len(control), 2) if is_large else [slice(None)]:
         runs = [_opener_logits(subject, resid[some], openers, None) for resid in (control, treated)]
         camps.append([(at.softmax(-1) + at1.softmax(-1)) / 2 for at, at1 in zip(*runs, strict=True)])
     comply, refuse = (torch.cat(parts) for parts in zip(*camps, strict=True))

@@ -84,19 +84,18 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
     Exponentials are taken and summed in the logits' own precision, below the largest of a block, which adds less than the
     logits' own rounding; blocks are summed in float64.
     """
-    others = mine = torch.tensor(-torch.inf, dtype=torch.float64)
+    others, mine = list[Tensor](), list[Tensor]()
     for start, part in parts:
         logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
         here = [row - start for row in rows if 0 <= row - start < logits.shape[-1]]
         if here:
-            mine = torch.logaddexp(mine, logits[..., here].double().logsumexp(-1))
+            mine.append(logits[..., here].double().logsumexp(-1))
             logits[..., here] = -torch.inf
-        top = logits.amax(-1, keepdim=True).clamp_(
-            min=torch.finfo(logits.dtype).min
-        )  # finite in a block of `rows` alone
+        top = logits.amax(-1, keepdim=True)
+        top = top.clamp_(min=torch.finfo(logits.dtype).min)  # finite in a block that holds `rows` alone
         total = logits.sub_(top).exp_().sum(-1).double().log() + top[..., 0]
-        others = torch.logaddexp(others, total)
-    return others - mine
+        others = [torch.logaddexp(others[0], total) if others else total]
+    return others[0] - torch.stack(mine).logsumexp(0)
 
 
 @torch.no_grad()
@@ -119,8 +118,10 @@ def weighted_logits(
         shift = 0.0 if bias is None else weights @ bias[ids].double()
         return (normed * direction).sum(-1, dtype=torch.float64) + shift
     step = max(1, min(VOCABULARY_BLOCK, BLOCK_LOGITS // normed[..., 0].numel()))
-    parts = zip(ids.split(step), weights.split(step, -1), strict=True)
-    return torch.stack([(_unembed(subject, normed, at).double() * some).sum(-1) for at, some in parts]).sum(0)
+    total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
+    for at, some in zip(ids.split(step), weights.split(step, -1), strict=True):
+        total += (_unembed(subject, normed, at).double() * some).sum(-1)
+    return total
 
 
 def _normed(subject: Subject, resid: Float[Tensor, "... d"], like: Float[Tensor, "... d"] | None) -> Tensor:
