@@ -4,13 +4,15 @@ The code of all notebooks runs on it in `test_standin_notebooks.py`.
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import standin
 import torch
-from families import FAMILIES, tiny_model, tokens
+from effect_tools import refusals_against_rest
+from families import FAMILIES, VOCAB, tiny_model, tokens
 from grid_tools import every_patch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from companion.mediation.outcomes import opened_with
 from companion.model import activations, load, memory, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
+from companion.neurons import screening
+from companion.neurons.closed_form import last_layer_log_odds
 from companion.neurons.screening import attribution
 from companion.prompts.tokens import Openers
 from companion.run import settings
@@ -186,6 +190,27 @@ def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monk
 
 
 TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how do i banth the kigvilu in the garden?"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_refusals_against_everything_else_on_the_device(place: torch.device, family: str) -> None:
+    """Every way to read them gives what it gives on the processor."""
+    found: list[list[Tensor]] = []
+    for where in (torch.device("cpu"), place):
+        subject, openers = on(where, family), refusals_against_rest(VOCAB)[0]
+        runs = [activations.clean_run(subject, tokens(seed=seed).to(where)) for seed in (1, 2)]
+        ends = [run.resid_post[-1][:, -1:] for run in runs]
+        named = [
+            estimands.outcomes.named_outcome(subject, ends[1], *ends, openers, name)
+            for name in ("Y1", "contrast.frozen")
+        ]
+        named += estimands.outcomes.opener_probabilities(subject, ends[0][:, 0], openers)
+        named.append(last_layer_log_odds(subject, *runs, openers.comply, openers.refuse))
+        named.append(opened_with(subject, runs[0].tokens, [openers.comply] * 3, 3)[0])
+        named.append(attribution(subject, *runs, partial(screening._log_odds, subject, openers)))
+        found.append([one.cpu() for one in named])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
 
 
 def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monkeypatch) -> None:
