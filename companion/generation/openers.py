@@ -61,8 +61,8 @@ def describe_openers(comply: Sequence[str] | None, refuse: Sequence[str], joint:
     """
     answered = "everything else" if comply is None else ", ".join(map(repr, comply))
     found = f"comply {answered}; refuse {', '.join(map(repr, refuse))}"
-    rest = f'"comply": "{REST}" in it sets refusals against everything else'
-    low = f", below {JOINT}: edit outcome.json; {rest}" if joint < JOINT else ""
+    rest = f'where "comply": "{REST}" stands for everything else'
+    low = f", below {JOINT}: edit outcome.json, {rest}" if joint < JOINT else ""
     return f"{found} ({seen}joint probability {joint:.2f}{low})"
 
 

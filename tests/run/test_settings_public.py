@@ -194,7 +194,9 @@ def test_own_openers_are_measured_on_their_treatments_prompts_as_they_are_now(
     settings.fetched(asked, str(template_file))
     said = capsys.readouterr().out
     assert all(f"{name}: comply ' w11'; refuse ' w12' (joint probability 0.85)\n" in said for name in ("T1", "T2"))
-    assert "T2b: comply ' w13', ' w14'; refuse ' w12' (joint probability 0.38, below 0.8: edit outcome.json)" in said
+    assert (
+        "T2b: comply ' w13', ' w14'; refuse ' w12' (joint probability 0.38, below 0.8: edit outcome.json, where" in said
+    )
     assert seen == [
         ["w21 w30 w4", "w20 w30"], ["w8 w9 w20 w30 w7", "w8 w9 w10 w20 w30"], ["w8 w9 w21 w30 w4 w7", "w8 w9 w10 w21 w30 w4"],
     ]  # fmt: skip
