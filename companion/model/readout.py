@@ -16,7 +16,7 @@ from companion.model.architecture import Subject
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # of norms that do not say theirs
 SMALL = 1e-3  # a scale at which epsilon matters
 VOCABULARY_BLOCK = 1024  # rows of the unembedding whose logits fit into a processor's cache
-BLOCK_LOGITS = 2**24  # that are alive together, where a whole vocabulary is read block by block
+BLOCK_LOGITS = 2**23  # alive together where a vocabulary is read block by block: below the `readout` of a memory plan
 
 
 @torch.no_grad()
