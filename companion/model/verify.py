@@ -49,7 +49,10 @@ def verify(subject: Subject) -> float:
         base, source = clean_pair(subject)
     noise = check_sites(subject, base)
     with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
-        return max(noise, check_replay(subject, base, source))
+        noise = max(noise, check_replay(subject, base, source))
+    with _explained(subject, "cannot be read in two parts", _FAMILY):
+        check_shared_prefix(subject, base.tokens)
+    return noise
 
 
 @contextmanager
@@ -128,6 +131,17 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> float:
     fast = replay.interchange(subject, base, source, patches)
     plain = replay.interchange_full_forward(subject, base, source, patches)
     return _same(subject, fast, plain, "a replay of its layers differs from the model itself", _FAMILY)
+
+
+def check_shared_prefix(subject: Subject, tokens: Int[Tensor, "pair pos"]) -> None:
+    """A prefix that is computed once for all rows gives the sites, keys and values that each row's own gives."""
+    shared = tokens.shape[1] // 2
+    tokens = torch.cat([tokens[:1, :shared].expand(len(tokens), -1), tokens[:, shared:]], dim=1)
+    plain, once = (clean_run(subject, tokens, shared=n) for n in (0, shared))
+    what = "tokens behind a prefix that is computed once for all rows are others than behind their own"
+    for name in replay.LAYERS:
+        for got, wanted in zip(getattr(once, name), getattr(plain, name), strict=True):
+            _same(subject, got, wanted, what, _FAMILY)
 
 
 def _check_reads(subject: Subject, run: CleanRun, layer: int) -> float:
