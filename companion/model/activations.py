@@ -28,10 +28,9 @@ from companion.model.architecture import Subject
 
 KEPT = ("resid", "attn_out", "mlp_out", "z", "neurons", "cache")
 _KEPT_AS = {"resid_post": "resid", "attn_out": "attn_out", "mlp_out": "mlp_out", "head": "z", "neuron": "neurons"}
-SHORTEST: Final = (
-    8  # tokens of a prefix, from which on computing it once saves more than calling the layers again costs
-)
-SMALLEST: Final = 2**20  # weights of a layer, below which calling it costs more than a few tokens do
+SMALLEST: Final = 2**20  # weights of a layer: of smaller ones, as the shipped models have, calls cost most
+# Weights of a layer times tokens that it need not compute, from which on that saves more than a second call costs.
+PAYS: Final = {"cpu": 2e8, "elsewhere": 1e10}
 Layers = tuple[Tensor, ...]
 
 
@@ -108,13 +107,14 @@ def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:
     The last token is never among them. Hooks may give rows of one prefix different values: under any, nothing is shared,
     nor by a model that was not checked (`companion.model.verify`).
     """
-    first_row, size = sides[0][0], sum(p.numel() for p in subject.layers[0].block.parameters())
-    if subject.facts is None or min(map(len, sides)) < 2 or size < SMALLEST:
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    if subject.facts is None or weights < SMALLEST:
         return 0
-    same = torch.stack([(side == first_row).all(0) for side in sides]).all(0)[:-1]
+    same = torch.stack([(side == sides[0][0]).all(0) for side in sides]).all(0)[:-1]
     n = int(same.long().cumprod(0).sum())
+    saved = n * (min(map(len, sides)) - 1) * weights
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
-    return 0 if n < SHORTEST or hooked else n
+    return 0 if hooked or saved < PAYS["cpu" if subject.device.type == "cpu" else "elsewhere"] else n
 
 
 @contextmanager

@@ -156,6 +156,7 @@ def test_a_prefix_read_once_below_the_steering_changes_nothing(
     plain = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
     seen, real = [], activations._in_two
     monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
     monkeypatch.setattr(activations, "_in_two", lambda block, layer, n: seen.append(layer) or real(block, layer, n))
     once = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
     assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2, "neurons": 3, "every token": 1}[name]

@@ -25,6 +25,12 @@ def sharing(n_shared: int, seed: int = 0) -> torch.Tensor:
     return ids
 
 
+def share_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the model is, and however little it saves."""
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+
+
 @pytest.mark.parametrize("attention", [None, "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_kept_is_what_a_plain_run_keeps(family: str, attention: str | None) -> None:
@@ -52,7 +58,7 @@ def test_interventions_on_such_runs_are_exact(family: str, attention: str | None
 def test_both_sides_of_pairs_have_the_same_bits_where_they_have_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(activations, "SMALLEST", 0)
+    share_always(monkeypatch)
     subject, pairs = from_model(tiny_model("llama")), random_pairs(4, 16, 60)
     for pair in pairs:
         for side, n in ((pair.control, 10), (pair.treated, 12)):  # the treated prompts share more, among themselves
@@ -69,15 +75,16 @@ def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, ids = from_model(tiny_model("llama")), tokens(3, 12)
     ids[:, :9] = ids[0, :9]
     assert activations.shared_prefix(subject, ids) == 0, "layers so small that calling them costs most"
-    monkeypatch.setattr(activations, "SMALLEST", 0)
+    share_always(monkeypatch)
     assert activations.shared_prefix(subject, ids) == 9
     assert activations.shared_prefix(subject, ids[:1].expand(3, -1)) == 11, "each row computes its last token"
     assert activations.shared_prefix(subject, ids, ids.roll(1, 1)) == 0
-    assert activations.shared_prefix(subject, ids[:, 2:]) == 0, "too short to pay"
-    assert activations.shared_prefix(subject, ids[:1]) == 0
     assert activations.shared_prefix(replace(subject, facts=None), ids) == 0, "not known to be exact"
     with activations.on_output(subject.layers[1].mlp, lambda x: x):
         assert activations.shared_prefix(subject, ids) == 0, "hooks may tell rows apart"
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 18 * weights})
+    assert [activations.shared_prefix(subject, some) for some in (ids, ids[:2], ids[:, 1:])] == [9, 0, 0]
 
 
 def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
