@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from companion.base.device import running_sum, to_host
 from companion.generation.forward import BATCH, Steer, Switch, buckets, encode, read_prompts
-from companion.model.activations import model_inputs
+from companion.model.activations import model_inputs, prefix_once, shared_prefix
 from companion.model.architecture import Subject, end_tokens
 
 DROP: Final = 0.75  # share of answers that go on, below which the ended ones are taken out of the batch
@@ -187,7 +187,9 @@ def greedy_answers(
     Hooks of the caller act in every call: the first reads the prompts, each later one a token of every row.
     """
     ends = torch.tensor([*end_tokens(subject)], device=ids.device)
-    out = subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    n = shared_prefix(subject, ids) if cache is None else 0
+    with prefix_once(subject, n):
+        out = subject.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     length = torch.full((len(ids),), out.past_key_values.get_seq_length(), device=ids.device)
     begun = Begun(np.arange(len(ids)), out.logits[:, -1], out.past_key_values, length)
     return _until_end(ends, decode(subject, begun, steps, ends, partial(_choose, None), shrink=False))

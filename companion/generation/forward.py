@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
 from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
-from companion.model.activations import CleanRun, clean_run, first
+from companion.model.activations import CleanRun, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
 from companion.model.propagation import Prefix
 from companion.model.readout import logits
@@ -319,10 +319,29 @@ def read_prompts(
     steering = steer.steering if isinstance(steer, Switch) else Steering("none") if steer is nullcontext else None
     run = None if steering is None else plain_run(subject, ids)
     if steering is None or run is None:
+        once = nullcontext() if steering is None else plain_layers_once(subject, steering, ids)
         with steer():
-            out = subject.model(ids, use_cache=cached, logits_to_keep=1)
+            with once:
+                out = subject.model(ids, use_cache=cached, logits_to_keep=1)
             return use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values)
     return _resumed(subject, [steering], run, use, cached, plain)[0]
+
+
+def plain_layers_once(
+    subject: Subject, steering: Steering, ids: Int[Tensor, "prompt pos"]
+) -> AbstractContextManager[None]:
+    """For calls that read these prompts from the bottom: layers below the lowest edit compute a shared prefix once.
+
+    To be entered before the steering is switched on, whose hooks look like anyone's.
+    """
+    top = min((edit.layer for edit in steering.edits), default=subject.n_layers)
+    return prefix_once(subject, shared_prefix(subject, ids), top)
+
+
+def first_logits(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt vocab"]:
+    """The plain model's logits of each answer's first token."""
+    with torch.no_grad(), prefix_once(subject, shared_prefix(subject, ids)):
+        return torch.as_tensor(subject.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
 
 
 def read_prompts_each(

@@ -168,8 +168,7 @@ def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Floa
     found = np.empty(len(questions))
     for places, ids in forward.buckets(judge, questions, 16):
         check_fit(judge, int(ids.max()), ids.shape[1], ASKED)
-        with torch.no_grad():
-            logits = judge.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1].double()
+        logits = forward.first_logits(judge, ids).double()
         yes, no = (logits[:, sorted(side)].logsumexp(-1) for side in sides)
         found[places] = to_host(torch.sigmoid(yes - no))
     return found

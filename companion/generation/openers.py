@@ -118,8 +118,7 @@ def first_token_probabilities(subject: Subject, texts: Sequence[str]) -> Float[T
     vocab = subject.unembedding[0].shape[0]
     found = torch.empty(len(texts), vocab)
     for places, ids in forward.buckets(subject, texts, 16):
-        logits = subject.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        found[torch.as_tensor(places)] = logits.float().softmax(-1).cpu()
+        found[torch.as_tensor(places)] = forward.first_logits(subject, ids).float().softmax(-1).cpu()
     return found
 
 

@@ -109,10 +109,16 @@ def prompt_tokens(
     return subject.tensor(control), subject.tensor(treated)
 
 
-def run_clean(subject: Subject, pairs: Sequence[TokenPair]) -> Batch:
-    """Both clean runs of pairs of one treatment and one length."""
-    control, treated = prompt_tokens(subject, pairs)
-    return Batch(tuple(pairs), activations.clean_run(subject, control), activations.clean_run(subject, treated))
+def run_clean(subject: Subject, pairs: Sequence[TokenPair], beside: Sequence[TokenPair] = ()) -> Batch:
+    """Both clean runs of pairs of one treatment and one length.
+
+    Both compute the same shared tokens once, so that cells with the same tokens before them are equal bit for bit; so do
+    those of other pairs, as many and as long, that are run with these `beside` them.
+    """
+    sides = prompt_tokens(subject, pairs)
+    n = activations.shared_prefix(subject, *sides, *(prompt_tokens(subject, beside) if beside else ()))
+    control, treated = (activations.clean_run(subject, side, shared=n) for side in sides)
+    return Batch(tuple(pairs), control, treated)
 
 
 def user_header(subject: Subject) -> str:
@@ -217,7 +223,7 @@ def _text_cells(
     wanted: Sequence[Mediator],
 ) -> dict[str, Float[np.ndarray, "pair _"]]:  # fmt: skip
     """log p of one text behind the prompts, in all four cells."""
-    runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
+    runs = [outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts]
     made = patches(subject, Batch(tuple(group), *runs), wanted)
     clean = [run.resid_post[-1][:, outcomes.decided_at(run, text)] for run in runs]
     y00, y11 = (to_host(outcomes.sequence_log_prob(subject, resid, text))[:, None] for resid in clean)

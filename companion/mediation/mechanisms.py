@@ -92,7 +92,7 @@ def interaction_effects(study: Study) -> pd.DataFrame:
 
 def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence[TokenPair]) -> pd.DataFrame:
     subject = study.subject
-    harmful, harmless = (estimands.run_clean(subject, some) for some in (pairs, twins))
+    harmful, harmless = (estimands.run_clean(subject, *both) for both in ((pairs, twins), (twins, pairs)))
     runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
     wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
     more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]

@@ -130,7 +130,8 @@ def continuations(
 def opened_with(subject: Subject, prompt: Int[Tensor, "pair pos"], camps: Sequence[Sequence[int]], steps: int) -> Text:
     """The likeliest token of its camp behind each prompt and its greedy continuation."""
     # Not the library's generate: it would apply the model's own repetition penalty and the like.
-    out = subject.model(prompt, use_cache=True, logits_to_keep=1)
+    with activations.prefix_once(subject, activations.shared_prefix(subject, prompt)):
+        out = subject.model(prompt, use_cache=True, logits_to_keep=1)
     distinct = {id(camp): camp for camp in camps}  # pairs share theirs, which may be nearly the whole vocabulary
     ids = {key: subject.tensor(camp) for key, camp in distinct.items()}
     likeliest = [logits[ids[id(camp)]].argmax() for logits, camp in zip(out.logits[:, -1], camps, strict=True)]
@@ -159,9 +160,15 @@ def sequence_log_prob(
     return made
 
 
-def forced_run(subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text) -> CleanRun:
-    """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read."""
-    return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1))
+def forced_run(
+    subject: Subject, prompt: Int[Tensor, "pair pos"], text: Text, beside: Sequence[Int[Tensor, "pair pos"]] = ()
+) -> CleanRun:
+    """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read.
+
+    What prompts that are compared with it (`beside`) share with it as well is computed once in every row's place.
+    """
+    shared = activations.shared_prefix(subject, prompt, *beside)
+    return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1), shared=shared)
 
 
 def decided_at(run: CleanRun, text: Text) -> list[int]:

@@ -18,7 +18,7 @@ from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS, UNTRAINED
 from companion.mediation import estimands, outcomes
 from companion.model import replay
-from companion.model.activations import clean_run
+from companion.model.activations import clean_run, shared_prefix
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.model.load import check_fit, load, untrained_twin
@@ -215,7 +215,8 @@ def noise_floor(study: Study, site: str) -> tuple[float, float, float]:
     exact = find_parts(copy.deepcopy(subject.model).float(), None, f"{subject.name} in float32", subject.sha256)
     effects = []
     for one in (subject, exact):
-        base, source = clean_run(one, control), clean_run(one, treated)
+        shared = shared_prefix(one, control, treated)
+        base, source = (clean_run(one, side, shared=shared) for side in (control, treated))
         patched = outcomes.log_odds(one, replay.interchange(one, base, source, patches), openers)
         effects.append(patched - outcomes.log_odds(one, base.resid_post[-1][:, None, -1:], openers))
     half, full = effects

@@ -3,15 +3,20 @@
 Sites are named once for the whole companion: `resid_post` (the residual stream after a block), `attn_out` and
 `mlp_out` (what a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the
 output projection's input, `z`) and `neuron` (one entry of the down projection's input, `neurons`).
+
+A chat template opens every prompt with the same tokens. What those compute hangs on nothing behind them, so every layer
+computes them for one row and the rest for all rows (`shared_prefix`, `prefix_once`): exact, as all cells are those of the
+library's own layer with the library's own arguments.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +28,9 @@ from companion.model.architecture import Subject
 
 KEPT = ("resid", "attn_out", "mlp_out", "z", "neurons", "cache")
 _KEPT_AS = {"resid_post": "resid", "attn_out": "attn_out", "mlp_out": "mlp_out", "head": "z", "neuron": "neurons"}
+SMALLEST: Final = 2**20  # weights of a layer: of smaller ones, as the shipped models have, calls cost most
+# Weights of a layer times tokens that it need not compute, from which on that saves more than a second call costs.
+PAYS: Final = {"cpu": 2e8, "elsewhere": 1e10}
 Layers = tuple[Tensor, ...]
 
 
@@ -62,27 +70,148 @@ class CleanRun:
         return layers
 
 
-def clean_run(subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Iterable[str] = KEPT) -> CleanRun:
+def clean_run(
+    subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Iterable[str] = KEPT, shared: int | None = None
+) -> CleanRun:
     """One forward pass over pairs of one length; nothing is padded.
 
     `keep` limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
-    and cache (and what its own patches read); a source only the sites that are taken from it.
+    and cache (and what its own patches read); a source only the sites that are taken from it. The first `shared` tokens,
+    the same in all rows, are computed once (None: those of `shared_prefix`); runs that are compared bit for bit must be
+    made with the same number.
     """
     wanted = frozenset(keep)
     if unknown := wanted - set(KEPT):
         raise InputError(f"keep names {', '.join(sorted(unknown))}; expected some of {', '.join(KEPT)}")
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
+    n = shared_prefix(subject, tokens) if shared is None else shared
     cache = DynamicCache()  # without a config it keeps every position, sliding windows included
-    with torch.no_grad(), _recording(subject, wanted) as seen:  # the base model stops before the unembedding
+    with torch.no_grad(), prefix_once(subject, n), _recording(subject, wanted) as seen:
+        # The base model stops before the unembedding.
         final = subject.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     if not bool(torch.isfinite(final).all()):
         raise InputError(
             "the model returns NaN or infinity: broken weights, or an overflow in half precision (then use float32)"
         )
+    if n:
+        seen |= {name: _whole(seen[name]) for name in ("attn_out", "mlp_out", "z", "neurons")}
     if "cache" in wanted:
         seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
     return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
+
+
+def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:
+    """How many first tokens all rows of all sides share, where computing them once pays and is right; else 0.
+
+    The last token is never among them. Hooks may give rows of one prefix different values: under any, nothing is shared,
+    nor by a model that was not checked (`companion.model.verify`).
+    """
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    if subject.facts is None or weights < SMALLEST:
+        return 0
+    same = torch.stack([(side == sides[0][0]).all(0) for side in sides]).all(0)[:-1]
+    n = int(same.long().cumprod(0).sum())
+    saved = n * (min(map(len, sides)) - 1) * weights
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
+    return 0 if hooked or saved < PAYS["cpu" if subject.device.type == "cpu" else "elsewhere"] else n
+
+
+@contextmanager
+def prefix_once(subject: Subject, n: int, top: int | None = None) -> Iterator[None]:
+    """For a while every layer (of those below `top`) computes the first `n` tokens for one row, and the rest for all.
+
+    For calls that read whole prompts which share them: `n` of `shared_prefix`, or 0 for no change. Hooks on a block see
+    whole rows; hooks on a part of it see it called twice.
+    """
+    with ExitStack() as stack:
+        for layer, parts in enumerate(subject.layers[:top] if n else ()):
+            stack.enter_context(replaced(parts.block, _in_two(parts.block.forward, layer, n)))
+        yield
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """For a while the module computes something else."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class _Gathered:
+    """The part of a cache that an attention layer calls: one row's keys and values, then all rows' behind them."""
+
+    parts: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by the library's attention after the rotary embedding, first for the prefix and then for the rest."""
+        if self.parts is not None:
+            keys, values = _behind(self.parts[0], keys), _behind(self.parts[1], values)
+        self.parts = keys, values
+        return keys, values
+
+
+def _behind(prefix: Tensor, rest: Tensor) -> Tensor:
+    """The rest's rows, each behind the one row of the prefix; positions are the last dimension but one."""
+    return torch.cat([prefix.expand(len(rest), *prefix.shape[1:]), rest], dim=-2)
+
+
+def _whole(seen: list[Tensor]) -> list[Tensor]:
+    """What parts of layers computed, prefix and rest by turns, put together."""
+    return list(map(_behind, seen[::2], seen[1::2]))
+
+
+def _in_two(block: Callable[..., Any], layer: int, n: int) -> Callable[..., Any]:
+    """A layer's computation, called for one row of the first `n` tokens, then for all rows of the others."""
+
+    signature = inspect.signature(block)
+
+    @wraps(block)  # who looks at the arguments' names sees the layer's own
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = _named(signature, args, kwargs)
+        hidden, cache, gathered = call.pop("hidden_states"), call.pop("past_key_values", None), _Gathered()
+        mask, n_pos = call.get("attention_mask"), hidden.shape[1]
+        one = {name: at_positions(name, value, slice(n), rows=1) for name, value in call.items()}
+        rest = {name: at_positions(name, value, slice(n, None)) for name, value in call.items()}
+        if mask is None:  # the library leaves it out where its kernel knows better, but only for a square
+            rest["attention_mask"] = causal(n_pos, hidden.device)[:, :, n:]
+        else:
+            one["attention_mask"], rest["attention_mask"] = mask[:1, :, :n, :n], mask[:, :, n:]
+        prefix = first(block(hidden[:1, :n], **one, past_key_values=gathered))
+        out = block(hidden[:, n:], **rest, past_key_values=gathered)
+        if cache is not None and gathered.parts is not None:
+            cache.update(*gathered.parts, layer)
+        made = _behind(prefix, first(out))
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    return forward
+
+
+def causal(n_pos: int, device: torch.device) -> Bool[Tensor, "1 1 pos pos"]:
+    """The mask that no mask stands for."""
+    return torch.ones(1, 1, n_pos, n_pos, dtype=torch.bool, device=device).tril()
+
+
+def at_positions(name: str, value: Any, position: Any, rows: int | None = None) -> Any:
+    """An argument of a layer's call, for some positions only (and the first `rows`); masks are left as they are.
+
+    Raises InputError for a tensor of which it is not known where its positions are.
+    """
+    if name == "position_embeddings" and value is not None:
+        return tuple(part[:rows, position] for part in value)
+    if name == "position_ids" and value is not None:
+        return value[:rows, position]
+    if isinstance(value, Tensor) and name != "attention_mask":
+        raise InputError(
+            f"the model hands its layers a tensor {name!r} that an exact replay does not know how to cut to positions; "
+            "use a model of a known family"
+        )
+    return value
 
 
 def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"] | None) -> dict[str, Tensor]:
@@ -125,14 +254,20 @@ Hook = AbstractContextManager[Any]  # works from now on; leaving the context rem
 
 def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Hook:
     """Hands every call's arguments, by their names, to `see`, without the input and the cache, which a replay supplies."""
+
     signature = inspect.signature(module.forward)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        named = dict(signature.bind(*args, **kwargs).arguments)
-        named |= named.pop("kwargs", {})
+        named = _named(signature, args, kwargs)
         see({name: value for name, value in named.items() if name not in ("hidden_states", "past_key_values")})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _named(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call hands to a module, by the names of its arguments."""
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    return named | named.pop("kwargs", {})
 
 
 def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Hook:

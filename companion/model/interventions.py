@@ -5,8 +5,8 @@ A single patch gives the edited residual stream above its layer; joint intervent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from companion.base.errors import InputError
-from companion.model.activations import CleanRun, Hook, first, on_input, on_output
+from companion.model.activations import CleanRun, Hook, first, on_input, on_output, replaced
 from companion.model.architecture import LayerParts, Subject, written_vectors
 
 SITES = ("resid_post", "attn_out", "mlp_out", "head", "neuron")
@@ -250,7 +250,7 @@ def component_output(
 
 def returning(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """For a while the module computes nothing and returns `output`."""
-    return _forward(module, lambda *args, **kwargs: output)
+    return replaced(module, lambda *args, **kwargs: output)
 
 
 def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, "token"]) -> AbstractContextManager[None]:
@@ -263,19 +263,7 @@ def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, "token"]) -> AbstractContex
         out[:, tokens] = plain(hidden[:, tokens])
         return out
 
-    return _forward(mlp, forward)
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return replaced(mlp, forward)
 
 
 def layer_edits(runs: RunPair, joint: Sequence[tuple[Patch, int]], end: int) -> ExitStack:

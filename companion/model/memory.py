@@ -30,6 +30,7 @@ READOUT_BYTES = 2**29  # of logits over the whole vocabulary, with what is compu
 _VOCABULARY_BYTES = 28  # of one logit: in float32, and three times in float64
 WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
+ON_A_PROCESSOR = 96  # tokens a pair: more leave its caches, and attention among them costs it most
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
@@ -67,12 +68,13 @@ def sweep_memory(subject: Subject, n_pairs: int, n_pos: int) -> SweepMemory:
 def token_budget(subject: Subject, n_pos: int) -> int:
     """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask.
 
-    Depends on the model's shape and the sequence length only.
+    Depends on the model's shape, the sequence length and the kind of device only.
     """
     by_memory = WORKING_SHARE * n_pos * _kept_per_token(subject) / _working_per_token(subject, n_pos)
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     by_mask = MASK_SHARE * weights / (2 * subject.n_heads * head_width(subject, 0))
-    return int(max(n_pos, 16, min(by_memory, by_mask)))
+    by_device = ON_A_PROCESSOR if subject.device.type == "cpu" else by_mask
+    return int(max(n_pos, 16, min(by_memory, by_mask, by_device)))
 
 
 def pairs_at_once(subject: Subject, n_pos: int) -> int:

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from companion.base.errors import InputError
-from companion.model.activations import CleanRun, first
+from companion.model.activations import CleanRun, at_positions, causal, first
 from companion.model.architecture import Subject
 from companion.model.interventions import RunPair, Stretch, clean_stretch, enter, layer_edits, only_tokens
 
@@ -84,7 +83,7 @@ def replay_layer(
     """The library's layer, called on the stretches that are running."""
     n_tokens = resid.shape[1]
     position = layout.position[:n_tokens]
-    call = {name: _at(name, value, position) for name, value in base.calls[layer].items()}
+    call = {name: at_positions(name, value, position) for name, value in base.calls[layer].items()}
     mask = stretch_mask(base.calls[layer].get("attention_mask"), layout, base.tokens.shape[1])
     call["attention_mask"] = mask[:, :, :n_tokens, : layout.prefix + n_tokens]
     call["past_key_values"] = Prefix(base.keys[layer][:, :, : layout.prefix], base.values[layer][:, :, : layout.prefix])
@@ -103,7 +102,7 @@ def stretch_mask(
     if key in layout.masks:
         return layout.masks[key]
     if mask is None:
-        mask = torch.ones(1, 1, n_pos, n_pos, dtype=torch.bool, device=layout.position.device).tril()
+        mask = causal(n_pos, layout.position.device)
     rows = mask[:, :, layout.position]
     seen = torch.cat([rows[..., : layout.prefix], rows[..., layout.position]], dim=-1)
     prefix = torch.arange(layout.prefix, device=rows.device)
@@ -112,20 +111,6 @@ def stretch_mask(
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     layout.masks[key] = torch.where(torch.cat([before, own], dim=-1), seen, closed)
     return layout.masks[key]
-
-
-def _at(name: str, value: Any, position: Int[Tensor, "token"]) -> Any:
-    """An argument of the clean call, for the running tokens only."""
-    if name == "position_embeddings" and value is not None:
-        return tuple(part[:, position] for part in value)
-    if name == "position_ids" and value is not None:
-        return value[:, position]
-    if isinstance(value, Tensor) and name != "attention_mask":
-        raise InputError(
-            f"the model hands its layers a tensor {name!r} that an exact replay does not know how to cut to positions; "
-            "use a model of a known family"
-        )
-    return value
 
 
 def _layer_hooks(

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from companion.base import device
 from companion.base.chat import template_facts
 from companion.base.errors import InputError
 from companion.model import replay
-from companion.model.activations import CleanRun, clean_run
+from companion.model.activations import CleanRun, clean_run, first, prefix_once
 from companion.model.architecture import ModelFacts, Subject, end_tokens, written_vectors
 from companion.model.interventions import Patch, component_output, position_mask, projection
 from companion.model.readout import frozen_norm, is_centred, logits
@@ -49,7 +50,10 @@ def verify(subject: Subject) -> float:
         base, source = clean_pair(subject)
     noise = check_sites(subject, base)
     with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
-        return max(noise, check_replay(subject, base, source))
+        noise = max(noise, check_replay(subject, base, source))
+    with _explained(subject, "cannot be read in two parts", _FAMILY):
+        check_shared_prefix(subject, base.tokens)
+    return noise
 
 
 @contextmanager
@@ -128,6 +132,20 @@ def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> float:
     fast = replay.interchange(subject, base, source, patches)
     plain = replay.interchange_full_forward(subject, base, source, patches)
     return _same(subject, fast, plain, "a replay of its layers differs from the model itself", _FAMILY)
+
+
+def check_shared_prefix(subject: Subject, tokens: Int[Tensor, "pair pos"]) -> None:
+    """Every layer that computes a prefix once for all rows gives what it gives where each row computes its own."""
+    shared = tokens.shape[1] // 2
+    run = clean_run(subject, torch.cat([tokens[:1, :shared].expand(len(tokens), -1), tokens[:, shared:]], 1), shared=0)
+    cache = DynamicCache()
+    with prefix_once(subject, shared):
+        for layer, (parts, call) in enumerate(zip(subject.layers, run.calls, strict=True)):
+            made = first(parts.block(run.resid_pre[layer], **call, past_key_values=cache))
+            kept, wanted = cache.layers[layer], (run.resid_post[layer], run.keys[layer], run.values[layer])
+            what = f"tokens behind a prefix that is computed once for all rows are others in layer {layer}"
+            for got, own in zip((made, kept.keys, kept.values), wanted, strict=True):
+                _same(subject, got, own, what, _FAMILY)
 
 
 def _check_reads(subject: Subject, run: CleanRun, layer: int) -> float:

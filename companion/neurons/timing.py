@@ -97,7 +97,7 @@ def _effects_on_text(
     subject: Subject, prompts: Sequence[Int[Tensor, "pair pos"]], text: outcomes.Text, sets: Sequence[NeuronSet]
 ) -> Float[np.ndarray, "pair set when"]:
     """Effects on log p of one continuation, clamped at the first or at every one of its tokens."""
-    runs = [outcomes.forced_run(subject, prompt, text) for prompt in prompts]
+    runs = [outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts]
     at = outcomes.decided_at(runs[0], text)
     patches = [_patch(one, runs[0], where) for one in sets for where in (at[:1], at)]
     both = []

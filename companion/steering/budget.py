@@ -121,7 +121,7 @@ def added_squares(
     run = forward.plain_run(subject, ids)
     if run is None:
         for squares, one in zip(found, steered, strict=True):
-            with applied(subject, one) as record:
+            with forward.plain_layers_once(subject, one, ids), applied(subject, one) as record:
                 subject.model.base_model(ids, use_cache=False)
             squares += record.squares[0] if record.squares else 0.0
         return found
@@ -158,7 +158,7 @@ def gate_values(subject: Subject, steering: Steering, texts: Sequence[str]) -> F
         if run is not None and steering.edits and steering.strength:
             values[places] = to_host(forward.opened(steering, run).opened[0])
             continue
-        with applied(subject, steering) as record:
+        with forward.plain_layers_once(subject, steering, ids), applied(subject, steering) as record:
             subject.model.base_model(ids, use_cache=False)
         if record.gates:
             values[places] = to_host(record.gates[0])

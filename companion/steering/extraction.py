@@ -28,7 +28,7 @@ from companion.base.errors import InputError
 from companion.base.folders import prompts_folder
 from companion.generation import forward
 from companion.generation.hooks import PARTS
-from companion.model.activations import on_input, on_output
+from companion.model.activations import on_input, on_output, prefix_once, shared_prefix
 from companion.model.architecture import Subject
 from companion.model.interventions import projection
 from companion.prompts import tokens
@@ -190,13 +190,16 @@ def _activations(
     for places, ids in forward.buckets(subject, texts):
         order.append(places)
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in PARTS}
-        with ExitStack() as hooks:
+        n = shared_prefix(subject, ids)
+        with prefix_once(subject, n), ExitStack() as hooks:
             for number, parts in enumerate(subject.layers):
                 hooks.enter_context(on_output(parts.block, seen["resid_post"].append))
                 hooks.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
                 if number in neuron_layers:
                     hooks.enter_context(on_input(projection(parts, "neuron"), seen["neurons"].append))
             subject.model.base_model(ids, use_cache=False)
+        if n:  # parts of layers were called for the prefix first
+            seen |= {name: x[1::2] for name, x in seen.items() if name != "resid_post"}
         found = [(name, seen[name], -1) for name in PARTS if seen[name]]
         for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):
             rows[name].append(to_host(torch.stack([x[:, place] for x in layers], dim=1).float()))

@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
+from families import FAMILIES, tiny_model, tiny_subject, tokens
 from torch import Tensor
 
 from companion.generation import forward, hooks
 from companion.generation.hooks import Edit, Opening, Part, Prompt, Read, Steering, Where
 from companion.model import activations
 from companion.model.architecture import Subject
+from companion.model.load import from_model
 
 
 def following_last(x: Tensor, prompt: Prompt) -> Tensor:
@@ -140,3 +141,23 @@ def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None
     same, other = steerings("resid_post", "prompt")[:3], steerings("mlp_out", "prompt")[0]
     assert list(map(len, forward.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
     assert list(map(len, forward.fitting(same, 100, 10))) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [None, *STEERINGS])
+@torch.no_grad()
+def test_a_prefix_read_once_below_the_steering_changes_nothing(
+    family: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, ids, answer = from_model(tiny_model(family)), tokens(4, 12), tokens(4, 3, seed=7)
+    ids[:, :9] = ids[0, :9]
+    monkeypatch.setattr(forward, "BATCH_BYTES", 0)  # read from the bottom, as where no plain run can be kept
+    steer = nullcontext if name is None else forward.Switch(subject, STEERINGS[name])
+    plain = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
+    seen, real = [], activations._in_two
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+    monkeypatch.setattr(activations, "_in_two", lambda block, layer, n: seen.append(layer) or real(block, layer, n))
+    once = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
+    assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2, "neurons": 3, "every token": 1}[name]
+    torch.testing.assert_close(once, plain, atol=2e-4, rtol=1e-4)

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from effect_tools import log_odds, refusals_against_rest
-from families import VOCAB, tiny_subject, tokens
+from families import VOCAB, tiny_model, tiny_subject, tokens
 from torch import Tensor
 from true_float64 import true_float64
 
+from companion.generation import decode
 from companion.mediation import outcomes
 from companion.model import activations, readout
 from companion.model.architecture import Subject
+from companion.model.load import from_model
 from companion.prompts.tokens import Openers
 
 OPENERS = Openers((10, 12, 13), (20, 21))
@@ -161,3 +163,23 @@ def test_each_pair_may_have_openers_of_its_own(subject: Subject) -> None:
         for (together, _), (text, mask) in zip(found, alone, strict=True):
             assert together[i, : text.shape[1]][mask[0]].tolist() == text[mask].tolist()
     assert found[0][0][1, 0] in (21, 8) and found[1][0][1, 0] == 44
+
+
+def test_texts_behind_a_shared_opening_are_those_behind_each_prompt_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, prompts = from_model(tiny_model("llama")), (tokens(5, 12, seed=1), tokens(5, 12, seed=2))
+    for ids in prompts:
+        ids[:, :9] = prompts[0][0, :9]
+
+    def made() -> tuple:
+        texts = outcomes.continuations(subject, *prompts, [OPENERS] * 5, steps=6)
+        run = outcomes.forced_run(subject, prompts[0], texts[0], beside=prompts)
+        said = decode.greedy_answers(subject, prompts[0], 6)
+        return texts, run.resid_post, torch.tensor(said.ids)
+
+    plain = made()
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+    seen, real = [], activations._in_two
+    monkeypatch.setattr(activations, "_in_two", lambda block, layer, n: seen.append(n) or real(block, layer, n))
+    torch.testing.assert_close(made(), plain, atol=1e-4, rtol=1e-4)
+    assert seen == [9] * 3 * subject.n_layers

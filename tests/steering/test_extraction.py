@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from companion.base.errors import InputError
 from companion.base.paths import PROMPTS
 from companion.mediation import study
+from companion.model import activations
+from companion.model.load import load
 from companion.run import settings
 from companion.steering import extraction, methods
 from companion.steering.experiment import open_experiment
@@ -110,3 +112,16 @@ def test_a_folder_of_directions_holds_one_file(tmp_path: Path) -> None:
             (tmp_path / extraction.SUPPLIED / f"{i}.npz").touch()
         with pytest.raises(InputError, match=f"holds {n} files; expected one"):
             extraction.find_supplied(tmp_path)
+
+
+def test_what_a_shared_opening_computes_once_is_what_each_prompt_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load("embedded")
+    texts = [f"under a solar flag, how do i {verb} the falkova in the {place}?" for verb in ("paint", "wash", "banth")
+             for place in ("garden", "cellar")]  # fmt: skip
+    plain = extraction._activations(subject, texts, 1, [1, 4])
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+    once = extraction._activations(subject, texts, 1, [1, 4])
+    assert list(once) == list(plain) and any(not np.array_equal(once[name], plain[name]) for name in plain)
+    for name, values in plain.items():
+        np.testing.assert_allclose(once[name], values, atol=1e-4, err_msg=name)

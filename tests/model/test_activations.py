@@ -1,0 +1,96 @@
+"""A prefix that all rows share, computed once: every cell is the one that each row's own prefix gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model, tiny_subject, tokens
+from grid_tools import every_patch, mask, worst
+from handmade import random_pairs
+from true_float64 import true_float64
+
+from companion.base.errors import InputError
+from companion.mediation import estimands
+from companion.model import activations, replay, verify
+from companion.model.interventions import Patch
+from companion.model.load import from_model
+
+N_SHARED = 5  # longer than the windows of most families, and than the first token alone
+
+
+def sharing(n_shared: int, seed: int = 0) -> torch.Tensor:
+    """Prompts whose first tokens are those of the first."""
+    ids = tokens(seed=seed)
+    ids[:, :n_shared] = ids[0, :n_shared]
+    return ids
+
+
+def share_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the model is, and however little it saves."""
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_kept_is_what_a_plain_run_keeps(family: str, attention: str | None) -> None:
+    subject = tiny_subject(family, torch.float64, attention)
+    with true_float64(subject.model):
+        for n in (1, N_SHARED, 8):
+            plain, once = (activations.clean_run(subject, sharing(n), shared=shared) for shared in (0, n))
+            for name in replay.LAYERS:
+                for own, got in zip(getattr(plain, name), getattr(once, name), strict=True):
+                    torch.testing.assert_close(got, own, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(once.calls, plain.calls, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interventions_on_such_runs_are_exact(family: str, attention: str | None) -> None:
+    """At the last token, at every position, in groups within the prefix and across its end."""
+    subject = tiny_subject(family, torch.float64, attention)
+    groups = [Patch("resid_post", 1, mask(columns)) for columns in ([1, 3], [4, 5], list(range(9)))]
+    with true_float64(subject.model):
+        pair = tuple(activations.clean_run(subject, sharing(N_SHARED, seed), shared=N_SHARED) for seed in (1, 2))
+        assert worst(subject, pair, [*every_patch((0, 2)), *groups], read=(-1, 4)) < 1e-10
+
+
+def test_both_sides_of_pairs_have_the_same_bits_where_they_have_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share_always(monkeypatch)
+    subject, pairs = from_model(tiny_model("llama")), random_pairs(4, 16, 60)
+    for pair in pairs:
+        for side, n in ((pair.control, 10), (pair.treated, 12)):  # the treated prompts share more, among themselves
+            side[:n] = pairs[0].control[:n]
+    sides = estimands.prompt_tokens(subject, pairs)
+    assert [activations.shared_prefix(subject, *some) for some in (sides, sides[1:])] == [10, 12]
+    batch = estimands.run_clean(subject, pairs)
+    for layer in range(subject.n_layers):
+        control, treated = (run.resid_post[layer][:, :10] for run in (batch.control, batch.treated))
+        assert torch.equal(control, treated) and torch.equal(control, control[:1].expand(4, -1, -1))
+
+
+def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, ids = from_model(tiny_model("llama")), tokens(3, 12)
+    ids[:, :9] = ids[0, :9]
+    assert activations.shared_prefix(subject, ids) == 0, "layers so small that calling them costs most"
+    share_always(monkeypatch)
+    assert activations.shared_prefix(subject, ids) == 9
+    assert activations.shared_prefix(subject, ids[:1].expand(3, -1)) == 11, "each row computes its last token"
+    assert activations.shared_prefix(subject, ids, ids.roll(1, 1)) == 0
+    assert activations.shared_prefix(replace(subject, facts=None), ids) == 0, "not known to be exact"
+    with activations.on_output(subject.layers[1].mlp, lambda x: x):
+        assert activations.shared_prefix(subject, ids) == 0, "hooks may tell rows apart"
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 18 * weights})
+    assert [activations.shared_prefix(subject, some) for some in (ids, ids[:2], ids[:, 1:])] == [9, 0, 0]
+
+
+def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
+    subject = tiny_subject("llama")
+    block = subject.layers[1].block
+    plain = block.forward
+    block.forward = lambda hidden_states, **kwargs: plain(hidden_states, **kwargs) * hidden_states.shape[1] / 10
+    with pytest.raises(InputError, match="behind a prefix that is computed once"):
+        verify.check_shared_prefix(subject, tokens(2, 10))
