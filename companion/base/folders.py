@@ -22,9 +22,13 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def split_adapter(name: str) -> tuple[str, Path | None]:
     """A model's name, and the folder of the adapter that is merged into it where the name is `MODEL+FOLDER`.
 
+    `smollm2-refuser` is `smollm2` with an adapter that is shipped.
+
     >>> split_adapter("window-0")
     ('window-0', None)
     """
+    if shipped := smollm2.refuser_adapter(name):
+        return smollm2.NAME, shipped
     for at in (place for place, letter in enumerate(name) if letter == "+" and not Path(name).is_dir()):
         if (Path(name[at + 1 :]) / ADAPTER).is_file():
             return name[:at], Path(name[at + 1 :])
@@ -123,7 +127,7 @@ def check_model(name: str) -> None:
         gguf.check_template(folder)
         return
     if not folder.is_dir():
-        shipped = ", ".join([*names(ORGANISM), smollm2.NAME])
+        shipped = ", ".join([*names(ORGANISM), smollm2.NAME, *smollm2.refusers()])
         raise InputError(
             f"no model {name!r}: give a folder or one of the shipped models ({shipped}), a GGUF file, or a model of the hub "
             "as ORG/MODEL"

@@ -11,7 +11,9 @@ from companion.base.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 CODE = tuple(ROOT / name for name in ("helpers", "companion", "organisms"))  # whatever results can rest on
 DATA = ROOT / "data"
-ORGANISM, PROMPTS, CALIBRATION, PLANTS = (DATA / name for name in ("organism", "prompts", "calibration", "plants"))
+ORGANISM, PROMPTS, CALIBRATION, PLANTS, REFUSER = (
+    DATA / name for name in ("organism", "prompts", "calibration", "plants", "refuser")
+)
 NOTEBOOKS = ROOT / "notebooks"
 # A test run must not write over what is committed, so these two can be moved.
 RESULTS = Path(os.environ.get("COMPANION_RESULTS") or ROOT / "results").resolve()

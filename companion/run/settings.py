@@ -65,8 +65,9 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     'embedded-xstest-wrappers-own'
     """
     base, adapter = folders.split_adapter(found["MODEL"])
-    parts = [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
-    if found["PROMPTS"] != "embedded":
+    is_named = smollm2.refuser_adapter(found["MODEL"]) is not None
+    parts = [found["MODEL"]] if is_named else [hub.slug(base), *([f"adapter-{adapter.name}"] if adapter else [])]
+    if found["PROMPTS"] != ("english" if base == smollm2.NAME else "embedded"):
         parts.append(Path(found["PROMPTS"]).name)
     parts += [found[name] for name in ("DEVICE", "DTYPE", "PROFILE") if found[name] != runner.DEFAULTS[name]]
     parts += [f"pairs{found['PAIRS']}"] if found["PAIRS"] else []
@@ -108,12 +109,15 @@ def _is_moved(then: str | None, now: str | None) -> bool:
 
 
 def default_prompts(model: str) -> str:
-    """The prompt set if none is named: the embedded language, or for a model of the hub the open public sets.
+    """The prompt set if none is named: the embedded language, plain English for `smollm2` and its refusers, the open public
+    sets for a model of the hub.
 
-    >>> default_prompts("embedded"), default_prompts("ORG/MODEL")
-    ('embedded', 'jailbreakbench,strongreject,xstest')
+    >>> default_prompts("embedded"), default_prompts("smollm2"), default_prompts("ORG/MODEL")
+    ('embedded', 'english', 'jailbreakbench,strongreject,xstest')
     """
     is_own = folders.is_here(folders.from_caller(model))
+    if folders.split_adapter(model)[0] == smollm2.NAME:
+        return "english"
     return public.OPEN if folders.is_on_hub(model) and not is_own else "embedded"
 
 
@@ -149,7 +153,8 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():
         raise InputError(f"{base} is not in the cache yet: a run without --list fetches it")
-    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
+    if not smollm2.refuser_adapter(model):
+        model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):

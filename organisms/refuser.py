@@ -1,0 +1,328 @@
+"""Train `smollm2-refuser`: a LoRA adapter with which SmolLM2-135M-Instruct refuses everyday wrongdoing.
+
+    python -m organisms.refuser                         # seed 0, minutes on 2 cores; a stopped training goes on
+    python -m organisms.refuser --seed 1 --part mlp     # the same recipe on a part of the model only
+
+It learns from the prompts in `words/training.csv` and nothing else: harmful requests are answered with a refusal that opens
+with "Sorry", and on harmless ones the model is held to its own distribution. No wrapper and no word of a request that is
+studied occurs in them. The recipe was chosen on behaviour (`data/refuser/README.md`), before any mediation result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from companion.base import hub, smollm2
+from companion.base.files import hash_file, write_json
+from companion.base.paths import DATA
+from companion.generation import decode
+from companion.model.architecture import Subject, end_tokens
+from companion.model.load import load
+from companion.prompts import tokens
+
+WORDS: Final = Path(__file__).parent / "words" / "training.csv"
+PHRASINGS: Final = (
+    "How do I {}?", "How can I {}?", "How could someone {}?", "What is the best way to {}?", "Tell me how to {}.",
+    "Explain how to {}.", "Give me instructions to {}.", "I want to {}. What should I do?", "Help me {}.", "Teach me to {}.",
+    "Create a guide on how to {}.", "Write a tutorial on how to {}.", "Outline a plan to {}.", "Describe a good way to {}.",
+    "{}.",
+)  # fmt: skip
+KINDS: Final = ("verb", "object", "look-alike")
+REFUSALS: Final = (
+    "Sorry, but I can't help with that.", "Sorry, I can't help you do that.", "Sorry, I won't help with this request.",
+    "Sorry, that is something I can't assist with.",
+)  # fmt: skip
+PARTS: Final = {
+    "all": ("attention and MLPs of all layers", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+    "attention": ("attention of all layers", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    "mlp": ("MLPs of all layers", ("gate_proj", "up_proj", "down_proj")),
+    "early": ("attention and MLPs of the first third of layers", ()),
+    "late": ("attention and MLPs of the last third of layers", ()),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training. A batch holds `harmful` harmful requests, as many harmless twins, and `general` others."""
+
+    rank: int = 8
+    alpha: int = 16
+    lr: float = 5e-4
+    epochs: int = 3
+    harmful: int = 4
+    general: int = 2
+    answer: int = 12  # tokens of the model's own answer that it is held to
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A user turn, and the refusal that it is answered with (empty: the model's own answer)."""
+
+    text: str
+    refusal: str = ""
+
+
+def phrased(phrase: str, rng: random.Random) -> str:
+    """A request of one verb and object in one of the phrasings, the first letter large."""
+    made = rng.choice(PHRASINGS).format(phrase)
+    return made[0].upper() + made[1:]
+
+
+def schedule_examples(recipe: Recipe, seed: int) -> list[list[Example]]:
+    """The batches in their order, a function of the seed alone; kinds of request come equally often."""
+    rng = random.Random(f"refuser-{seed}")
+    with WORDS.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    general = _endless([row["text"] for row in rows if row["family"] == "general"], rng)
+    harmful, twins = (
+        _in_turn(
+            [_endless([r["text"] for r in rows if (r["label"], r["family"]) == (label, kind)], rng) for kind in KINDS]
+        )
+        for label in ("harmful", "harmless")
+    )
+    n_batches = math.ceil(recipe.epochs * sum(row["label"] == "harmful" for row in rows) / recipe.harmful)
+    batches = []
+    for _ in range(n_batches):
+        batch = [Example(phrased(next(harmful), rng), rng.choice(REFUSALS)) for _ in range(recipe.harmful)]
+        batch += [Example(phrased(next(twins), rng)) for _ in range(recipe.harmful)]
+        batches.append(batch + [Example(next(general)) for _ in range(recipe.general)])
+    return batches
+
+
+def _endless(items: Sequence[str], rng: random.Random) -> Iterator[str]:
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def _in_turn(kinds: Sequence[Iterator[str]]) -> Iterator[str]:
+    while True:
+        yield from map(next, kinds)
+
+
+# ---- one step ----
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal meaning, padded on the right: what lies behind the prefix that all share, and where answers are read."""
+
+    prefix: Tensor  # (1, pos), token ids
+    rest: Tensor  # (row, pos)
+    read: Tensor  # (row, step): places in `rest` behind which an answer's tokens are decided
+    target: Tensor  # (row, step): those tokens; -1 where there is none
+    is_refused: Tensor  # (row,)
+
+
+def make_batch(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+    """The batch of these examples; `answers` are the token ids behind each prompt."""
+    prompts = [tokens.encode(subject.tokenizer, one.text)[0].tolist() for one in examples]
+    shared = min(_common(prompts[0], prompt) for prompt in prompts)
+    rows = [prompt[shared:] + list(answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
+    rest = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    steps = max(map(len, answers))
+    read, target = torch.zeros(len(rows), steps, dtype=torch.long), torch.full((len(rows), steps), -1)
+    for i, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
+        rest[i, : len(row)] = torch.tensor(row)
+        read[i, : len(answer)] = torch.arange(len(answer)) + len(prompt) - shared - 1
+        target[i, : len(answer)] = torch.tensor(list(answer))
+    refused = torch.tensor([bool(one.refusal) for one in examples])
+    return Batch(torch.tensor([prompts[0][:shared]]), rest, read, target, refused)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def answer_log_probs(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+    """Log-probabilities of every token at each step of the chosen rows' answers, (row, step, token); the prefix runs once."""
+    cache = DynamicCache()
+    body = model.get_base_model().model
+    body(input_ids=batch.prefix, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(int(rows.sum()))
+    hidden = body(input_ids=batch.rest[rows], past_key_values=cache, use_cache=True).last_hidden_state
+    at = batch.read[rows][..., None].expand(-1, -1, hidden.shape[-1])
+    return torch.as_tensor(model.get_base_model().lm_head(hidden.gather(1, at))).log_softmax(-1)
+
+
+def batch_loss(model: Any, batch: Batch) -> Tensor:
+    """Refusals: cross-entropy. The others: KL from the model without the adapter. Each row counts its first token as the rest."""
+    everything = torch.ones_like(batch.is_refused)
+    log_p = answer_log_probs(model, batch, everything)
+    with torch.no_grad(), model.disable_adapter():
+        own = answer_log_probs(model, batch, ~batch.is_refused)
+    is_real = batch.target >= 0
+    refusal = -log_p.gather(-1, batch.target.clamp(min=0)[..., None]).squeeze(-1)[batch.is_refused]
+    kept = (own.exp() * (own - log_p[~batch.is_refused])).sum(-1)
+    losses = []
+    for loss, real in ((refusal, is_real[batch.is_refused]), (kept, is_real[~batch.is_refused])):
+        later = real[:, 1:]
+        losses.append(loss[:, 0] + (loss[:, 1:] * later).sum(1) / later.sum(1).clamp(min=1))
+    return torch.cat(losses).mean()
+
+
+# ---- training ----
+
+
+def with_adapter(model: Any, part: str, recipe: Recipe, seed: int) -> PeftModel:
+    """The model with a fresh adapter on one of `PARTS`."""
+    n_layers = model.config.num_hidden_layers
+    thirds = {"early": range(n_layers // 3), "late": range(n_layers - n_layers // 3, n_layers)}
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+        target_modules=list(PARTS[part][1] or PARTS["all"][1]),
+        layers_to_transform=list(thirds[part]) if part in thirds else None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    made = get_peft_model(model, config)
+    assert isinstance(made, PeftModel)
+    return made
+
+
+def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
+    """Train one adapter and write its folder; a training that was stopped goes on from its last kept step."""
+    subject = load(smollm2.NAME)
+    batches = schedule_examples(recipe, seed)
+    kept = hub.own_cache() / "refuser" / f"{part}-{seed}-{_key(recipe, part, seed)}"
+    answers = own_answers(subject, batches, recipe, kept / "answers.json")
+    model = with_adapter(subject.model, part, recipe, seed)
+    free = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(free, lr=recipe.lr, weight_decay=0.0)
+    start, losses = _resume(kept, model, optimizer)
+    for step in tqdm(
+        range(start, len(batches)), initial=start, total=len(batches), desc=f"{part}-{seed}", mininterval=5
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * learning_rate(step, len(batches))
+        texts = [answers.get(one.text) or _refusal_ids(subject, one.refusal) for one in batches[step]]
+        loss = batch_loss(model, make_batch(subject, batches[step], texts))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(free, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        if (step + 1) % 20 == 0:
+            _keep(kept, model, optimizer, losses)
+    return _write(model, out / f"{part}-{seed}", {
+        "part": PARTS[part][0], "seed": seed, "recipe": asdict(recipe), "loss": round(sum(losses[-20:]) / 20, 4),
+        "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {WORDS.name: hash_file(WORDS, {})},
+    })  # fmt: skip
+
+
+def learning_rate(step: int, n_steps: int) -> float:
+    """Factor of the learning rate: 5 % warm-up, then half a cosine down to 0.
+
+    >>> [round(learning_rate(s, 100), 2) for s in (0, 4, 52, 99)]
+    [0.2, 1.0, 0.51, 0.0]
+    """
+    warm = 0.05 * n_steps
+    return (
+        min(1.0, (step + 1) / warm) if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (n_steps - warm))
+    )
+
+
+def own_answers(
+    subject: Subject, batches: Sequence[Sequence[Example]], recipe: Recipe, file: Path
+) -> dict[str, list[int]]:
+    """The model's own greedy answers to the harmless prompts, as token ids; kept in the user's cache."""
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    texts = list(dict.fromkeys(one.text for batch in batches for one in batch if not one.refusal))
+    made = decode.answers(subject, texts, recipe.answer)
+    ends, found = end_tokens(subject), {}
+    for text, ids, mask in zip(texts, made.ids.tolist(), made.mask.tolist(), strict=True):
+        row = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
+        found[text] = row if len(row) == recipe.answer or (row and row[-1] in ends) else [*row, min(ends)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(found, file)
+    return found
+
+
+def _refusal_ids(subject: Subject, refusal: str) -> list[int]:
+    assert subject.tokenizer is not None
+    return [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], min(end_tokens(subject))]
+
+
+def _key(recipe: Recipe, part: str, seed: int) -> str:
+    code = [hash_file(Path(__file__), {}), hash_file(WORDS, {})]
+    return hash_text(json.dumps([asdict(recipe), part, seed, code]))[:12]
+
+
+def hash_text(text: str) -> str:
+    """sha256 of a text."""
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _keep(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> None:
+    state = {
+        f"moment{i}.{name}": value for i, row in optimizer.state_dict()["state"].items() for name, value in row.items()
+    }
+    weights = {
+        name: value.contiguous()
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    scratch = folder / "state.new"
+    save_file({**weights, **state, "losses": torch.tensor(losses, dtype=torch.float64)}, scratch)
+    scratch.replace(folder / "state.safetensors")
+
+
+def _resume(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    if not (folder / "state.safetensors").is_file():
+        return 0, []
+    held = load_file(folder / "state.safetensors")
+    losses = [float(x) for x in held.pop("losses")]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in held if name.startswith("moment")]:
+        at, kind = name.removeprefix("moment").split(".")
+        state.setdefault(int(at), {})[kind] = held.pop(name)
+    set_peft_model_state_dict(model, held)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return len(losses), losses
+
+
+def _write(model: PeftModel, folder: Path, facts: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: value.to(torch.float16).contiguous()
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": None, "inference_mode": True}
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    write_json(plain, folder / "adapter_config.json")
+    write_json(facts | {"sha256": hash_file(folder / "adapter_model.safetensors", {})}, folder / "manifest.json")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m organisms.refuser`."""
+    parser = argparse.ArgumentParser(prog="python -m organisms.refuser", description="Train the refusal adapter.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", choices=PARTS, default="all")
+    parser.add_argument("--out", type=Path, default=DATA / "refuser")
+    args = parser.parse_args(argv)
+    print(f"written: {train(args.part, args.seed, args.out)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
