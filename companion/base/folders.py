@@ -110,6 +110,11 @@ def names(folder: Path) -> list[str]:
     return sorted(found | {"embedded"})
 
 
+def is_small(name: str) -> bool:
+    """Whether one thread and two notebooks at once suit a model: the embedded ones, `smollm2` and its refusers."""
+    return split_adapter(name)[0] in {*names(ORGANISM), smollm2.NAME}
+
+
 def check_model(name: str) -> None:
     """`InputError` unless `name` is a shipped model, or the folder or GGUF file of a chat model that can be loaded.
 

@@ -56,7 +56,7 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
     found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
     clean, effects = found["clean"], found["effects"]
     if full_response and study.of("T2", "T2b"):
-        whole = sweeps.run_sweep(study, "whole answers")["effects"]
+        whole = sweeps.run_sweep(study.thinned(len(study.pairs)), "whole answers")["effects"]
         effects = pd.concat([effects, whole], ignore_index=True)
     clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
     rows = precondition_rows(clean, label, study.subject.n_layers)

@@ -7,6 +7,7 @@ believed are computed in float32 with float64 read-outs; a run in bfloat16 is a 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,17 +18,20 @@ from companion.base import paths
 from companion.base.errors import InputError
 from companion.base.thresholds import COMPONENTS, UNTRAINED
 from companion.mediation import estimands, outcomes
-from companion.model import replay
+from companion.model import memory, replay
 from companion.model.activations import clean_run, shared_prefix
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.model.load import check_fit, load, untrained_twin
 from companion.prompts import pairs, positions, tokens
-from companion.prompts.pairs import Pair, load_set, pairs_asked, subsample
+from companion.prompts.pairs import Pair, PromptSet, load_set, pairs_asked, subsample
 from companion.prompts.tokens import Openers, TokenPair
 
 CONTROL_PAIRS = 120  # a treatment: in the default set one for each topic
 NOISE_PAIRS = 16  # of the noise floor
+BUDGET = 5e13  # operations that the sweeps of layers, modules and heads may take unasked (`memory.operations`)
+FEWEST = 72  # pairs a treatment, whatever they cost: with one a topic, 21 topics in the test split
+ROBUST = 30  # pairs a treatment, where each is costly, of what no verdict rests on: whole answers, control models
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Study:
     """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs.
 
     `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
+    `is_costly` says that all pairs of the set would cost more than `BUDGET`.
     """
 
     slug: str
@@ -44,6 +49,7 @@ class Study:
     twins: Mapping[str, str]
     dropped: Mapping[str, int]
     judge: Callable[[str, str], str] | None = None
+    is_costly: bool = False
 
     def of(self, *treatments: str) -> list[TokenPair]:
         """Its pairs of these treatments, in the order of the prompt set."""
@@ -65,10 +71,27 @@ class Study:
         both = [(pair, by_id.get(self.twins.get(pair.pair.id, ""))) for pair in harmful]
         return [(pair, twin) for pair, twin in both if twin is not None and len(twin.control) == len(pair.control)]
 
+    def thinned(self, n: int) -> Study:
+        """`subsample` for what no verdict rests on: fewer pairs where each is costly."""
+        return self.subsample(min(n, ROBUST) if self.is_costly else n)
+
+    @property
+    def thinned_layers(self) -> tuple[int, ...]:
+        """All layers, or every third from the last one down where each is costly, for what no verdict rests on."""
+        last = self.subject.n_layers - 1
+        return tuple(range(last % 3, last + 1, 3)) if self.is_costly else tuple(range(last + 1))
+
     def subsample(self, n: int) -> Study:
         """The same study on at most `n` pairs a treatment, spread over topics; twins stay with their pairs."""
         kept = {pair.id for pair in subsample([one.pair for one in self.pairs], n)}
         return replace(self, pairs=tuple(pair for pair in self.pairs if pair.pair.id in kept))
+
+
+def affordable_pairs(subject: Subject, content: PromptSet) -> int:
+    """How many pairs a treatment the sweeps take unasked, a function of the model's shape and the set; 0: all of them."""
+    counts = Counter(pair.treatment for pair in content.pairs)
+    n = max(FEWEST, int(BUDGET / memory.operations(subject) / len(counts)))
+    return 0 if n >= max(counts.values()) else n
 
 
 def begin(
@@ -77,18 +100,19 @@ def begin(
 ) -> Study:  # fmt: skip
     """Load the model and the prompt set, tokenise the pairs, and find the answer openers.
 
-    `pairs` bounds the pairs a treatment (0: all; 24 in the smoke profile).
+    `pairs` bounds the pairs a treatment (0: `affordable_pairs`; 24 in the smoke profile).
     """
     subject = load(model, device=device, dtype=dtype)
     content = load_set(prompt_set)
-    chosen = subsample(content.pairs, pairs_asked(pairs, profile))
+    affordable = affordable_pairs(subject, content)
+    chosen = subsample(content.pairs, pairs_asked(pairs, profile) or affordable)
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    return Study(slug, subject, tuple(kept), openers, twins, dropped)
+    return Study(slug, subject, tuple(kept), openers, twins, dropped, is_costly=affordable > 0)
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:
@@ -143,7 +167,7 @@ def control_study(study: Study, model: str, label: str) -> Study:
     subject, seed = study.subject, 0
     if name in others:
         subject, seed = load(name, device=str(subject.device), dtype="float32"), 1 + others.index(name)
-    return replace(study.subsample(CONTROL_PAIRS), subject=untrained_twin(subject, seed) if is_twin else subject)
+    return replace(study.thinned(CONTROL_PAIRS), subject=untrained_twin(subject, seed) if is_twin else subject)
 
 
 def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:

@@ -168,8 +168,8 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
 
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
-    """Y2 of the residual stream, attention and MLP outputs at the last token of the prompt."""
-    wanted = estimands.mediators(study.subject, LAYER_SITES)
+    """Y2 of the residual stream, attention and MLP outputs at the last token of the prompt, at `Study.thinned_layers`."""
+    wanted = [one for one in estimands.mediators(study.subject, LAYER_SITES) if one.layer in study.thinned_layers]
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 

@@ -37,6 +37,16 @@ USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffe
 _events: list[str] = []
 
 
+def operations(subject: Subject) -> float:
+    """What one pair's interventions at the last token cost: every layer, module and head, both directions, in dense products.
+
+    An intervention costs the layers above it at one token; products with the vocabulary, clean runs and attention are left out.
+    """
+    layers = [float(sum(p.numel() for p in parts.block.parameters())) for parts in subject.layers]
+    above = sum(2 * size * place for place, size in enumerate(layers))
+    return 2 * (3 + subject.n_heads) * above
+
+
 @dataclass(frozen=True)
 class SweepMemory:
     """Bytes above the loaded model: one clean run with all sites; the working memory of a sweep, of a gradient screen, and

@@ -22,8 +22,8 @@ from typing import IO, Any
 
 from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
-from companion.base.folders import names
-from companion.base.paths import NOTEBOOKS, ORGANISM, ROOT, relative
+from companion.base.folders import is_small
+from companion.base.paths import NOTEBOOKS, ROOT, relative
 
 Notebook = dict[str, Any]
 Cell = dict[str, Any]
@@ -163,11 +163,11 @@ def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
 
 
 def threads(model: str) -> dict[str, str]:
-    """One thread for the shipped models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
+    """One thread for small models, unless OMP_NUM_THREADS says otherwise; all there are for larger ones.
 
     Small products gain little from a second thread, and where the other core is busy, waiting for it costs tenfold.
     """
-    return {} if "OMP_NUM_THREADS" in os.environ or model not in names(ORGANISM) else {"OMP_NUM_THREADS": "1"}
+    return {} if "OMP_NUM_THREADS" in os.environ or not is_small(model) else {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any
 from companion.base import files, hub
 from companion.base.display import FAILED_CHECK
 from companion.base.errors import InputError
-from companion.base.folders import model_folder, names, prompts_folder, split_adapter
-from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, ORGANISM, PARTS, RESULTS, ROOT, relative
+from companion.base.folders import is_small, model_folder, prompts_folder, split_adapter
+from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, PARTS, RESULTS, ROOT, relative
 from companion.run import freshness, notebooks, overview
 from companion.run.freshness import STATE, run_times
 from companion.run.notebooks import Notebook, Running, read_notebook
@@ -273,10 +273,9 @@ def _files(folder: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def default_jobs(plan: Plan) -> int:
-    """Two notebooks at once for a shipped model on a processor with two cores: these are small, and have one thread each."""
+    """Two notebooks at once for a small model on a processor with two cores: each has one thread."""
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    is_small = plan.parameters["MODEL"] in names(ORGANISM) and plan.parameters["DEVICE"] == "cpu"
-    return 2 if is_small and n_cores > 1 else 1
+    return 2 if is_small(plan.parameters["MODEL"]) and plan.parameters["DEVICE"] == "cpu" and n_cores > 1 else 1
 
 
 def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, str | None], jobs: int = 0) -> int:

@@ -265,6 +265,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     import torch
 
+    from companion.mediation import study
     from companion.model import architecture, memory
     from companion.model.load import load_tokenizer
     from companion.prompts import tokens
@@ -272,15 +273,21 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
 
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
-    chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile))
+    shapes = memory.on_meta(folder, torch.float32)
+    affordable = study.affordable_pairs(shapes, prompt_set)
+    chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile) or affordable)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
-    openers = tokens.openers(prompt_set, tokenizer, len(tokenizer))
+    openers = tokens.openers(prompt_set, tokenizer, shapes.unembedding[0].shape[0])
     if extraction.find_supplied(prompts):
-        shapes = memory.on_meta(folder, torch.float32)
         weights = architecture.hash_files(folders.weights(model))
         extraction.check_supplied(prompts, replace(shapes, tokenizer=tokenizer, sha256=weights))
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
+    if affordable and not pairs and profile == "full":
+        notes.add(
+            f"at most {affordable} pairs a treatment, as each pair costs {memory.operations(shapes):.1g} "
+            "operations; --pairs gives another number"
+        )
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]
 
 
