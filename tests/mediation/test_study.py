@@ -18,6 +18,7 @@ from companion.base.thresholds import COMPONENTS
 from companion.generation import outcomes as read_outcomes
 from companion.mediation import study, sweeps
 from companion.mediation.study import Study
+from companion.model import memory
 from companion.model.load import load
 from companion.prompts import positions, tokens
 from companion.prompts.pairs import load_set
@@ -53,6 +54,30 @@ def test_a_shipped_model_is_compared_with_the_others_and_twins(this: Study, monk
     assert list(found) == [name + end for name in ("own", *others) for end in ("", " (untrained)")][1:]
     assert found[others[1]].name == others[1] and found["own (untrained)"] == "twin 0 of tiny llama"
     assert found[f"{others[1]} (untrained)"] == f"twin 2 of {others[1]}"
+
+
+def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = load_set("embedded")
+    assert study.affordable_pairs(load("embedded"), content) == 0
+    plain = study.begin("embedded", "embedded", "own")
+    assert len(plain.of("T1")) == 360 and len(plain.thinned(120).of("T1")) == 120 and len(plain.thinned_layers) == 6
+    monkeypatch.setattr(study, "BUDGET", 1e9)
+    assert study.affordable_pairs(plain.subject, content) == 72
+    costly = study.begin("embedded", "embedded", "own")
+    splits = {(one.pair.treatment, one.pair.split): set() for one in costly.pairs}
+    for one in costly.pairs:
+        splits[one.pair.treatment, one.pair.split].add(one.pair.topic)
+    assert len(costly.of("T1")) == 72 and min(map(len, splits.values())) >= 20
+    assert len(study.begin("embedded", "embedded", "own", pairs=100).of("T1")) == 100
+    thinned = sweeps.whole_answer_tables(costly, sweeps.sweep_batches(costly, "whole answers")[0][:2])["effects"]
+    assert set(thinned.layer) == {2, 5} and len(costly.thinned(120).of("T1")) == study.ROBUST
+    assert study.control_study(costly, "embedded", "own (untrained)").of("T1") == costly.thinned(120).of("T1")
+
+
+def test_operations_are_those_of_the_layers_above_each_intervention() -> None:
+    subject = load("embedded")
+    size = sum(p.numel() for p in subject.layers[0].block.parameters())
+    assert memory.operations(subject) == 2 * (3 + 4) * 2 * size * (0 + 1 + 2 + 3 + 4 + 5)
 
 
 def test_divisors_are_patch_lengths_and_parameters(this: Study) -> None:

@@ -125,12 +125,13 @@ def test_notebooks_that_do_not_need_each_other_run_side_by_side(toy: Toy, jobs: 
         assert done.returncode == 0 and started == [["[2/3]", "02_toy"], ["[3/3]", "03_toy"]], done.stderr
 
 
-def test_two_jobs_are_the_default_for_a_shipped_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_jobs_are_the_default_for_a_small_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def jobs(n_cores: int, **changes: str) -> int:
         monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: range(n_cores), raising=False)
         return runner.default_jobs(runner.Plan({**runner.DEFAULTS, **changes}, {}, {}, {}, {}, frozenset()))
 
     assert (jobs(2), jobs(1), jobs(8, MODEL="/my/model"), jobs(8, DEVICE="cuda")) == (2, 1, 1, 1)
+    assert jobs(2, MODEL="smollm2") == 2
 
 
 def test_nothing_to_do_takes_under_two_seconds_and_no_package(toy_done: Toy, tmp_path: Path) -> None:
