@@ -33,6 +33,7 @@ from companion.steering.prompts import Prompts, prompt_table, thinned
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
 CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
+COSTLY_CAP: Final = 36  # the same where each prompt is costly
 SEED: Final = 0  # of the random numbers that decide the sampled answers
 GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_topic"}  # the label that is counted
 PLAIN: Final = Steering("unsteered")
@@ -74,7 +75,7 @@ class SteeringExperiment:
 def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> SteeringExperiment | NotDefined:
     """The experiment of a study and the prompts beside its pairs, or why there is nothing to defend against.
 
-    `thin` bounds the prompts of each split and kind (0: `CAP`), spread over topics or wrapper families. A prompt counts as
+    `thin` bounds the prompts of each split and kind (0: `CAP`, or `COSTLY_CAP`), spread over topics or wrapper families. A prompt counts as
     refused if a refusal is likelier than not: a benign behaviour's answer opens with words of neither camp, so its log-odds
     say nothing. Without a judge of its own a study in the embedded language has that language's.
     """
@@ -85,10 +86,10 @@ def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> Stee
     if not isinstance(prompt_set, pd.DataFrame):
         extraction.check_supplied(prompt_set, study.subject)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
-    parts = []
+    parts, most = [], dict.fromkeys(CAP, COSTLY_CAP) if study.is_costly else CAP
     for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
         is_attack = bool(kind == "harmful" and wrapped)
-        parts.append(thinned(part, thin or CAP[is_attack], by=("family", "tier") if is_attack else ("topic",)))
+        parts.append(thinned(part, thin or most[is_attack], by=("family", "tier") if is_attack else ("topic",)))
     table = pd.concat(parts).sort_index().reset_index(drop=True)
     openers = study.openers["T2"]
     found = outcomes.log_odds(study.subject, table.text, openers)
