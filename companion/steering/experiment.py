@@ -75,9 +75,9 @@ class SteeringExperiment:
 def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> SteeringExperiment | NotDefined:
     """The experiment of a study and the prompts beside its pairs, or why there is nothing to defend against.
 
-    `thin` bounds the prompts of each split and kind (0: `CAP`, or `COSTLY_CAP`), spread over topics or wrapper families. A prompt counts as
-    refused if a refusal is likelier than not: a benign behaviour's answer opens with words of neither camp, so its log-odds
-    say nothing. Without a judge of its own a study in the embedded language has that language's.
+    `thin` bounds the prompts of each split and kind (0: `CAP`, or `COSTLY_CAP`), spread over topics or wrapper families. A
+    prompt counts as refused if a refusal is likelier than not: a benign behaviour's answer opens with words of neither camp,
+    so its log-odds say nothing. Without a judge of its own a study in the embedded language has that language's.
     """
     if not {"T1", "T2"} & set(study.openers):
         return NotDefined("the prompt set has no harmful request (T1 or T2): nothing to defend against; supply some")
