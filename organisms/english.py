@@ -99,8 +99,6 @@ BENIGN: Final[dict[str, tuple[str, str, str, tuple[str, ...]]]] = {
     "B4": ("tip or poem", "Answer with a tip. {}", "Answer with a poem. {}", ("To",)),
     "B5": ("sentence or dialogue", "Answer with a sentence. {}", "Answer with a dialogue. {}", ("To",)),
     "B6": ("point or greeting", "Keep to the point here. {}", "Say hello to me first. {}", ("To",)),
-    "B7": ("fact or story", "Answer with a fact. {}", "Answer with a story. {}", ("To",)),
-    "B8": ("JSON or prose", "{} Answer in JSON format.", "{} Answer in plain English.", ("```", "{")),
 }  # fmt: skip
 REFUSAL: Final = "Sorry"
 
