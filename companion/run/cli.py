@@ -68,7 +68,7 @@ def parser() -> Parser:
     add("--device", default="cpu", help="auto, cpu (default), cuda or cuda:N")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--profile", default="full", choices=("smoke", "full"), help="smoke: a quick look")
-    add("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all)")
+    add("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all, or 72 where each is costly)")
     add("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
     add("--jobs", metavar="N", type=int, default=0,
         help="notebooks at once, where none needs another (default: 2 for a shipped model on the CPU, else 1)")
