@@ -6,6 +6,7 @@ Weights come from safetensors and GGUF only and code only from the installed lib
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -130,10 +131,14 @@ def bridge(subject: Subject) -> Any:
     twin = copy.deepcopy(subject.model, shared)
     twin.config.architectures = [type(subject.model).__name__]
     tokenizer = copy.deepcopy(subject.tokenizer)
-    return TransformerBridge.boot_transformers(
-        tokenizer.name_or_path or subject.name,
-        hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        if not Path(tokenizer.name_or_path).is_dir():  # it is read again by its name, and one of a GGUF file has no folder
+            tokenizer.save_pretrained(scratch)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True)
+        return TransformerBridge.boot_transformers(
+            tokenizer.name_or_path,
+            hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
+        )  # fmt: skip
 
 
 def _checked(subject: Subject, adapter: str = "") -> Subject:

@@ -22,7 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from companion.base import folders, gguf, hub
 from companion.base.errors import InputError
 from companion.model.architecture import end_tokens
-from companion.model.load import load, load_tokenizer, untrained_twin
+from companion.model.load import bridge, load, load_tokenizer, untrained_twin
 from companion.run import cli, freshness
 
 WORDS = ["<pad>", "<s>", "</s>", *bytes_to_unicode().values(), "wo", "Ġa", "<end>"]
@@ -132,6 +132,7 @@ def test_tokenizer_template_and_end_tokens_come_from_the_file(tmp_path: Path) ->
     ids = tokenizer("wo a<end>b</s>", add_special_tokens=False).input_ids
     assert [WORDS[i] for i in ids] == ["wo", "Ġa", "<end>", "b", "</s>"]
     assert set(end_tokens(subject)) == {2, end}
+    torch.testing.assert_close(bridge(subject)(tokens()), subject.model(tokens()).logits)
     assert load(tmp_path / "tiny.gguf", dtype="bfloat16").sha256 == subject.sha256
 
 
