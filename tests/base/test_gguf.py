@@ -132,7 +132,7 @@ def test_tokenizer_template_and_end_tokens_come_from_the_file(tmp_path: Path) ->
     ids = tokenizer("wo a<end>b</s>", add_special_tokens=False).input_ids
     assert [WORDS[i] for i in ids] == ["wo", "Ġa", "<end>", "b", "</s>"]
     assert set(end_tokens(subject)) == {2, end}
-    torch.testing.assert_close(bridge(subject)(tokens()), subject.model(tokens()).logits)
+    assert torch.allclose(bridge(subject)(tokens()), subject.model(tokens()).logits, atol=1e-3)
     assert load(tmp_path / "tiny.gguf", dtype="bfloat16").sha256 == subject.sha256
 
 
