@@ -1,8 +1,9 @@
-"""How the shipped models were made: the embedded chat model and its invented language, plants, and compiled models.
+"""How the shipped models were made: the embedded chat model and its invented language, plants, compiled models, a refuser.
 
 It stands beside `companion.evidence`; only the calibration, the exercises and notebooks 01 and 07 import it.
 
 Public: `language` (the invented language as training shows it), `prompt_set` (its pairs and suites), `training` and
 `behaviour` (the embedded models and what they answer), `plants` (fine-tuned where one chooses), `compiled` (models whose
-truth is known) with its `compiled_language`, `compiled_program` and `compiled_truth`.
+truth is known) with its `compiled_language`, `compiled_program` and `compiled_truth`, `english` (prompts of plain English),
+`refuser` (the adapters that make a real model refuse) and `refusal_rates` (what it then refuses).
 """
