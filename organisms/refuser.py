@@ -113,6 +113,7 @@ def _endless(items: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 
 def _in_turn(kinds: Sequence[Iterator[str]]) -> Iterator[str]:
+    """One of each kind, again and again, so that all come equally often."""
     while True:
         yield from map(next, kinds)
 
@@ -131,7 +132,7 @@ class Batch:
     is_refused: Tensor  # (row,)
 
 
-def make_batch(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+def align_rows(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
     """The batch of these examples; `answers` are the token ids behind each prompt."""
     prompts = [tokens.encode(subject.tokenizer, one.text)[0].tolist() for one in examples]
     shared = min(_common(prompts[0], prompt) for prompt in prompts)
@@ -148,6 +149,7 @@ def make_batch(subject: Subject, examples: Sequence[Example], answers: Sequence[
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts share before their first difference."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -163,7 +165,7 @@ def answer_log_probs(model: Any, batch: Batch, rows: Tensor) -> Tensor:
     return torch.as_tensor(model.get_base_model().lm_head(hidden.gather(1, at))).log_softmax(-1)
 
 
-def batch_loss(model: Any, batch: Batch) -> Tensor:
+def refusal_loss(model: Any, batch: Batch) -> Tensor:
     """Refusals: cross-entropy. The others: KL from the model without the adapter. Each row counts its first token as the rest."""
     log_p = answer_log_probs(model, batch, torch.ones_like(batch.is_refused))
     with torch.no_grad(), model.disable_adapter():
@@ -221,7 +223,7 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * learning_rate(step, len(batches))
         texts = [_refusal_ids(subject, one.refusal) if one.refusal else answers[one.text] for one in batches[step]]
-        loss = batch_loss(model, make_batch(subject, batches[step], texts))
+        loss = refusal_loss(model, align_rows(subject, batches[step], texts))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(free, recipe.clip)
         optimizer.step()
@@ -264,6 +266,7 @@ def own_answers(
 
 
 def _refusal_ids(subject: Subject, refusal: str) -> list[int]:
+    """A refusal's tokens and the one that ends an answer."""
     assert subject.tokenizer is not None
     return [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], min(end_tokens(subject))]
 

@@ -57,7 +57,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
 def test_a_stopped_training_goes_on_to_the_same_bytes(
     trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, plain, steps = trained(out="whole"), refuser.batch_loss, []
+    whole, plain, steps = trained(out="whole"), refuser.refusal_loss, []
 
     def stops(*given: Any) -> torch.Tensor:
         steps.append(given)
@@ -65,7 +65,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return plain(*given)
 
-    monkeypatch.setattr(refuser, "batch_loss", stops)
+    monkeypatch.setattr(refuser, "refusal_loss", stops)
     with pytest.raises(KeyboardInterrupt):
         trained(out="stopped", cache="one")
     # The model's own answers are kept as well: they are not asked for again.
@@ -111,7 +111,7 @@ def test_a_part_moves_nothing_but_itself(part: str) -> None:
 
 
 def plain_loss(model: Any, subject: Subject, examples: list[Example], answers: list[list[int]]) -> float:
-    """Row by row, each prompt from its first token, without a cache: what `batch_loss` says it is."""
+    """Row by row, each prompt from its first token, without a cache: what `refusal_loss` says it is."""
 
     def log_probs(ids: list[int], n: int) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0, -n - 1 : -1].double().log_softmax(-1)
@@ -137,18 +137,18 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
     ]
     assert sorted({len(answer) for answer in answers})[:2] == [1, 3], "a one-token answer has no later tokens"
     kept = [i for i, one in enumerate(EXAMPLES) if not one.refusal]
-    harmless = refuser.make_batch(subject, [EXAMPLES[i] for i in kept], [answers[i] for i in kept])
+    harmless = refuser.align_rows(subject, [EXAMPLES[i] for i in kept], [answers[i] for i in kept])
     with torch.no_grad():
-        assert abs(refuser.batch_loss(model, harmless)) < 1e-12, "an adapter of zeros changes no answer"
+        assert abs(refuser.refusal_loss(model, harmless)) < 1e-12, "an adapter of zeros changes no answer"
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-        assert refuser.batch_loss(model, harmless) > 0.01
-    batch = refuser.make_batch(subject, EXAMPLES, answers)
+        assert refuser.refusal_loss(model, harmless) > 0.01
+    batch = refuser.align_rows(subject, EXAMPLES, answers)
     assert batch.prefix.shape[1] > 1 and (batch.rest[:, -1] == 0).any(), "a prefix is shared, and rows are padded"
     with torch.no_grad():
         expected = plain_loss(model, subject, EXAMPLES, answers)
-        assert float(refuser.batch_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
+        assert float(refuser.refusal_loss(model, batch)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -> None:
