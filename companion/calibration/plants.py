@@ -6,8 +6,9 @@ the rules say when we know only where it was trained.
 
 The same is asked of a real model: `smollm2-refuser-mlp` is `smollm2` after training of its MLPs only, and so on. There we can
 subtract the model as it was, and ask where what training *added* passes and is written. The caution is the same: a part that
-was trained may write a signal that frozen parts above it read and turn into the refusal, so that a small share of a trained
-part is no mistake of the method. Only a large one confirms it.
+was trained may write a signal that frozen parts above it read and turn into the refusal, also at tokens before
+the last, where we do not look. So a small share of a trained part is no mistake of the method; only one that is larger than
+where everything was trained confirms it (`trained_shares`).
 """
 
 from __future__ import annotations
