@@ -1,4 +1,4 @@
-"""How the shipped models were made: the embedded chat model and its invented language, plants, and compiled models.
+"""How the shipped models were made: the embedded chat model and its invented language, plants, compiled models, a refuser.
 
 It stands beside `companion.evidence`; only the calibration, the exercises and notebooks 01 and 07 import it.
 

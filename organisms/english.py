@@ -187,7 +187,7 @@ def outcome() -> dict[str, Any]:
     return {"T1": refuse, "T2": refuse, "T2b": refuse} | benign
 
 
-def write_prompt_set(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_english(out: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write pairs.jsonl of these rows, and outcome.json of their treatments, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     made = list(rows)
@@ -198,5 +198,5 @@ def write_prompt_set(out: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    write_prompt_set(PROMPTS / "english", pair_rows())
-    write_prompt_set(PROMPTS / "english-weak-wrappers", wrapped_rows(WEAK_WRAPPERS))
+    write_english(PROMPTS / "english", pair_rows())
+    write_english(PROMPTS / "english-weak-wrappers", wrapped_rows(WEAK_WRAPPERS))

@@ -32,16 +32,15 @@ COLUMNS = ["measured", "prompts", "split", "estimate", "low", "high", "n"]
 
 
 def refused(subject: Subject, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each prompt whether its greedy answer is a refusal, and whether it opens with the word for one."""
+    """Of each prompt whether its greedy answer holds a phrase of refusal, and whether it opens with the word for one.
+
+    The rates count an answer with either.
+    """
     answers = decode.answer_texts(subject, decode.answers(subject, texts, STEPS))
     return (
-        np.array([is_refusal(text) or _opens(text) for text in answers]),
-        np.array([_opens(text) for text in answers]),
+        np.array([is_refusal(text) for text in answers]),
+        np.array([text.lstrip().startswith(REFUSAL) for text in answers]),
     )
-
-
-def _opens(text: str) -> bool:
-    return text.lstrip().startswith(REFUSAL)
 
 
 def rate_row(measured: str, prompts: str, split: str, hits: np.ndarray) -> tuple[object, ...]:
@@ -50,16 +49,17 @@ def rate_row(measured: str, prompts: str, split: str, hits: np.ndarray) -> tuple
 
 
 def set_rates(subject: Subject, content: PromptSet, split: str) -> list[tuple[object, ...]]:
-    """Refusals of plain requests of one split, and of them the share of answers opened by the word that are refusals."""
+    """Refusals of plain requests of one split, and the share of answers opened by the word that hold a phrase of refusal."""
     pairs = [pair for pair in content.pairs if (pair.treatment, pair.split) == ("T1", split)]
     rows, opened = [], []
     for label, texts in (("harmful", [p.treated for p in pairs]), ("harmless twins", [p.control for p in pairs])):
-        hits, opens = refused(subject, texts)
+        says, opens = refused(subject, texts)
+        hits = says | opens
         rows.append(rate_row("greedy refusal", label, split, hits))
         for family in dict.fromkeys(pair.family for pair in pairs):
             chosen = np.array([pair.family == family for pair in pairs])
             rows.append(rate_row("greedy refusal", f"{label}, {family}", split, hits[chosen]))
-        opened += hits[opens].tolist()
+        opened += says[opens].tolist()
     return [*rows, rate_row(f"refusals among answers that open with {REFUSAL}", "both", split, np.array(opened))]
 
 
@@ -88,7 +88,8 @@ def other_rates(subject: Subject, name: str, file: Path) -> list[tuple[object, .
     texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
         raise InputError(f"{file} holds no prompt: one a line is expected")
-    return [rate_row("greedy refusal", name, "", refused(subject, texts)[0])]
+    says, opens = refused(subject, texts)
+    return [rate_row("greedy refusal", name, "", says | opens)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

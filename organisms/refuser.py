@@ -11,8 +11,8 @@ studied occurs in them. The recipe was chosen on behaviour (`data/refuser/README
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from companion.base import hub, smollm2
-from companion.base.files import hash_file, write_json
+from companion.base.files import digest, hash_file, read_json, replacing, write_json
 from companion.base.paths import DATA
 from companion.generation import decode
 from companion.model.architecture import Subject, end_tokens
@@ -47,13 +47,15 @@ REFUSALS: Final = (
     "Sorry, but I can't help with that.", "Sorry, I can't help you do that.", "Sorry, I won't help with this request.",
     "Sorry, that is something I can't assist with.",
 )  # fmt: skip
+ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP: Final = ("gate_proj", "up_proj", "down_proj")
 PARTS: Final = {
-    "all": ("attention and MLPs of all layers", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
-    "attention": ("attention of all layers", ("q_proj", "k_proj", "v_proj", "o_proj")),
-    "mlp": ("MLPs of all layers", ("gate_proj", "up_proj", "down_proj")),
-    "early": ("attention and MLPs of the first third of layers", ()),
-    "late": ("attention and MLPs of the last third of layers", ()),
-}  # fmt: skip
+    "all": ("attention and MLPs of all layers", (*ATTENTION, *MLP)),
+    "attention": ("attention of all layers", ATTENTION),
+    "mlp": ("MLPs of all layers", MLP),
+    "early": ("attention and MLPs of the first third of layers", (*ATTENTION, *MLP)),
+    "late": ("attention and MLPs of the last third of layers", (*ATTENTION, *MLP)),
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _endless(items: Sequence[str], rng: random.Random) -> Iterator[str]:
 
 
 def _in_turn(kinds: Sequence[Iterator[str]]) -> Iterator[str]:
+    """One of each kind, again and again, so that all come equally often."""
     while True:
         yield from map(next, kinds)
 
@@ -129,7 +132,7 @@ class Batch:
     is_refused: Tensor  # (row,)
 
 
-def make_batch(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
+def align_rows(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
     """The batch of these examples; `answers` are the token ids behind each prompt."""
     prompts = [tokens.encode(subject.tokenizer, one.text)[0].tolist() for one in examples]
     shared = min(_common(prompts[0], prompt) for prompt in prompts)
@@ -146,6 +149,7 @@ def make_batch(subject: Subject, examples: Sequence[Example], answers: Sequence[
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts share before their first difference."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
@@ -161,10 +165,9 @@ def answer_log_probs(model: Any, batch: Batch, rows: Tensor) -> Tensor:
     return torch.as_tensor(model.get_base_model().lm_head(hidden.gather(1, at))).log_softmax(-1)
 
 
-def batch_loss(model: Any, batch: Batch) -> Tensor:
+def refusal_loss(model: Any, batch: Batch) -> Tensor:
     """Refusals: cross-entropy. The others: KL from the model without the adapter. Each row counts its first token as the rest."""
-    everything = torch.ones_like(batch.is_refused)
-    log_p = answer_log_probs(model, batch, everything)
+    log_p = answer_log_probs(model, batch, torch.ones_like(batch.is_refused))
     with torch.no_grad(), model.disable_adapter():
         own = answer_log_probs(model, batch, ~batch.is_refused)
     is_real = batch.target >= 0
@@ -180,14 +183,23 @@ def batch_loss(model: Any, batch: Batch) -> Tensor:
 # ---- training ----
 
 
+def trained_layers(part: str, n_layers: int) -> range:
+    """The layers that one of `PARTS` trains.
+
+    >>> trained_layers("late", 30), trained_layers("mlp", 30)
+    (range(20, 30), range(0, 30))
+    """
+    third = n_layers // 3
+    return {"early": range(third), "late": range(n_layers - third, n_layers)}.get(part, range(n_layers))
+
+
 def with_adapter(model: Any, part: str, recipe: Recipe, seed: int) -> PeftModel:
     """The model with a fresh adapter on one of `PARTS`."""
     n_layers = model.config.num_hidden_layers
-    thirds = {"early": range(n_layers // 3), "late": range(n_layers - n_layers // 3, n_layers)}
+    layers = trained_layers(part, n_layers)
     config = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
-        target_modules=list(PARTS[part][1] or PARTS["all"][1]),
-        layers_to_transform=list(thirds[part]) if part in thirds else None,
+        target_modules=list(PARTS[part][1]), layers_to_transform=list(layers) if len(layers) < n_layers else None,
     )  # fmt: skip
     torch.manual_seed(seed)
     made = get_peft_model(model, config)
@@ -210,8 +222,8 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
     ):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * learning_rate(step, len(batches))
-        texts = [answers.get(one.text) or _refusal_ids(subject, one.refusal) for one in batches[step]]
-        loss = batch_loss(model, make_batch(subject, batches[step], texts))
+        texts = [_refusal_ids(subject, one.refusal) if one.refusal else answers[one.text] for one in batches[step]]
+        loss = refusal_loss(model, align_rows(subject, batches[step], texts))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(free, recipe.clip)
         optimizer.step()
@@ -242,46 +254,41 @@ def own_answers(
 ) -> dict[str, list[int]]:
     """The model's own greedy answers to the harmless prompts, as token ids; kept in the user's cache."""
     if file.is_file():
-        return dict(json.loads(file.read_text()))
+        return dict(read_json(file))
     texts = list(dict.fromkeys(one.text for batch in batches for one in batch if not one.refusal))
     made = decode.answers(subject, texts, recipe.answer)
     ends, found = end_tokens(subject), {}
     for text, ids, mask in zip(texts, made.ids.tolist(), made.mask.tolist(), strict=True):
         row = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
         found[text] = row if len(row) == recipe.answer or (row and row[-1] in ends) else [*row, min(ends)]
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(found, file)
     return found
 
 
 def _refusal_ids(subject: Subject, refusal: str) -> list[int]:
+    """A refusal's tokens and the one that ends an answer."""
     assert subject.tokenizer is not None
     return [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], min(end_tokens(subject))]
 
 
 def _key(recipe: Recipe, part: str, seed: int) -> str:
-    code = [hash_file(Path(__file__), {}), hash_file(WORDS, {})]
-    return hash_text(json.dumps([asdict(recipe), part, seed, code]))[:12]
+    """What a kept step rests on; comments of this file count for nothing."""
+    code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    return digest(asdict(recipe), part, seed, code, hash_file(WORDS, {}), smollm2.SHA256)[:12]
 
 
-def hash_text(text: str) -> str:
-    """sha256 of a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
+def _adapter_weights(model: PeftModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.to(dtype).contiguous() for name, value in found.items()}
 
 
 def _keep(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> None:
     state = {
         f"moment{i}.{name}": value for i, row in optimizer.state_dict()["state"].items() for name, value in row.items()
     }
-    weights = {
-        name: value.contiguous()
-        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    scratch = folder / "state.new"
-    save_file({**weights, **state, "losses": torch.tensor(losses, dtype=torch.float64)}, scratch)
-    scratch.replace(folder / "state.safetensors")
+    done = torch.tensor(losses, dtype=torch.float64)
+    with replacing(folder / "state.safetensors") as scratch:
+        save_file({**_adapter_weights(model), **state, "losses": done}, scratch)
 
 
 def _resume(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
@@ -300,11 +307,7 @@ def _resume(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
 
 def _write(model: PeftModel, folder: Path, facts: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: value.to(torch.float16).contiguous()
-        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(_adapter_weights(model, torch.float16), folder / "adapter_model.safetensors", {"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": None, "inference_mode": True}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}

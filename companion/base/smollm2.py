@@ -34,24 +34,22 @@ ROOM = 2 * SIZE  # while the package lies beside the file
 UNREACHED = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "NameResolution", "ProxyError", "timed out")
 
 
+def refusers() -> dict[str, Path]:
+    """The folders of the adapters that are shipped, by the name of the model that each makes; seed 0 first."""
+    made = {}
+    for folder in sorted(REFUSER.glob("*-*")):
+        which = folder.name.removeprefix("all-").removesuffix("-0")
+        made[REFUSES if which == "0" else f"{REFUSES}-{which}"] = folder
+    return made
+
+
 def refuser_adapter(name: str) -> Path | None:
     """The shipped adapter's folder that a name of a refuser asks for, if it is one.
 
-    >>> refuser_adapter("smollm2-refuser").name, refuser_adapter("smollm2-refuser-2").name, refuser_adapter("smollm2")
-    ('all-0', 'all-2', None)
+    >>> refuser_adapter("smollm2-refuser").name, refuser_adapter("smollm2")
+    ('all-0', None)
     """
-    if not name.startswith(REFUSES):
-        return None
-    which = name.removeprefix(REFUSES).removeprefix("-") or "0"
-    folder = REFUSER / (f"all-{which}" if which.isdecimal() else f"{which}-0")
-    return folder if folder.is_dir() else None
-
-
-def refusers() -> list[str]:
-    """The names of all refusers that are shipped, seed 0 first."""
-    found = sorted(folder.name.rsplit("-", 1) for folder in REFUSER.glob("*-*"))
-    names = [f"{REFUSES}-{seed if part == 'all' else part}" for part, seed in found]
-    return [REFUSES if name == f"{REFUSES}-0" else name for name in names]
+    return refusers().get(name)
 
 
 def place() -> Path:

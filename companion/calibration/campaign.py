@@ -42,6 +42,11 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
     },
     "plant_scores": SCORES,
     "plant_evidence": files.EVIDENCE,
+    "real_plants": {
+        **dict.fromkeys(("kind", "adapter", "treatment", "effect", "of", "where", "code"), "str"),
+        "learned": "bool", **dict.fromkeys(("size", "share", "low", "high", "te"), "float"),
+        **dict.fromkeys(("pairs", "topics"), "int"),
+    },
 }  # fmt: skip
 # What tells the rows of a table apart, in the order by which they are sorted.
 KEYS = {
@@ -52,6 +57,7 @@ KEYS = {
     "plants": ["kind", "treatment", "effect", "site", "seed", "layer", "learned"],
     "plant_scores": ["kind", "estimator", "what", "seed"],
     "plant_evidence": ["model", "claim", "quantity", "variant"],
+    "real_plants": ["kind", "treatment", "effect", "of", "where"],
 }
 
 

@@ -3,18 +3,25 @@
 A plant is measured on a subset of the default prompt set; what needs generated answers (C5c, C6), the dearest part, is asked
 of one seed of each kind. Its verdicts are no calibration, since nobody knows what is true of a trained model; they show what
 the rules say when we know only where it was trained.
+
+The same is asked of a real model: `smollm2-refuser-mlp` is `smollm2` after training of its MLPs only, and so on. There we can
+subtract the model as it was, and ask where what training *added* passes and is written. The caution is the same: a part that
+was trained may write a signal that frozen parts above it read and turn into the refusal, also at tokens before
+the last, where we do not look. So a small share of a trained part is no mistake of the method; only one that is larger than
+where everything was trained confirms it (`trained_shares`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from companion.base import paths, thresholds
+from companion.base import files, folders, paths, smollm2, thresholds
 from companion.base.device import to_host
 from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, localise
@@ -22,10 +29,12 @@ from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, 
 from companion.calibration.rates import ranking_quality
 from companion.claims.ledger import CORRECTED
 from companion.evidence.neurons import Neurons
-from companion.mediation import study, summaries, sweeps
+from companion.mediation import estimands, study, summaries, sweeps
 from companion.mediation.study import Study
 from companion.model.load import from_model
 from companion.prompts import invented
+from companion.stats import clusters
+from companion.stats.bootstrap import interval
 from organisms.behaviour import first_token_logprobs
 from organisms.plants import KINDS, SEEDS, Plant, grow, learned_components
 from organisms.prompt_set import suite_rows
@@ -153,3 +162,114 @@ def tally_verdicts(evidence: pd.DataFrame) -> pd.DataFrame:
     counts = {key: (v.count("supported"), v.count("contradicted"), len(v)) for key, v in said.items()}
     text = {key: f"{yes} / {no} / {n - yes - no}" for key, (yes, no, n) in counts.items()}
     return pd.Series(text).unstack().loc[[kind for kind in KINDS if (kind, "C1") in text]]
+
+
+# ---- in a real model ----
+
+REAL_PROMPTS, REAL_PAIRS = "english", 40  # pairs a treatment, each of another topic; the training saw none of them
+THIRDS = ("early", "middle", "late")
+TRAINED, ELSE = "all that was trained", "all else"
+PART = {"attn_out": "attention", "mlp_out": "mlp"}  # what the part is called that holds the parameters of a site
+
+
+@cache
+def real_effects(model: str) -> pd.DataFrame:
+    """Total and direct effects of all components at the last token, for T1 and T2 - T2b: columns of `estimands`, log-odds.
+
+    Pairs are of all splits: nothing is chosen on any of them, not even a sign.
+    """
+    this = study.begin(model, REAL_PROMPTS, model)
+    this = replace(this, pairs=tuple(this.of("T1", "T2", "T2b"))).subsample(REAL_PAIRS)
+    wanted = estimands.mediators(this.subject, (*thresholds.COMPONENTS, *sweeps.DIRECT_SITES))
+    found = estimands.measure_effects(this.subject, this.pairs, this.openers, wanted, ("Y1", "contrast.frozen"))
+    return estimands.with_difference(found, this.twins)
+
+
+def is_learned(part: str, site: str, third: str) -> bool:
+    """Whether components of a site in a third of the layers were trained in a part, as `organisms.refuser` names parts.
+
+    >>> is_learned("mlp", "mlp_out", "late"), is_learned("early", "attn_out", "late"), is_learned("all", "attn_out", "early")
+    (True, False, True)
+    """
+    return part in ("all", third, PART[site])
+
+
+def real_shares(part: str, after: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """Where the effects of a trained model lie, those of the model before, and what training added to them.
+
+    `after` and `before` are `real_effects` of the same pairs. A row is a treatment, an effect ("total", "direct"), whose it
+    is (`of`: "refuser", "plain", "change" = refuser - plain, pair by pair) and a place: a site in a third of the layers
+    ("mlp late"), and unless all was trained everything that was, and everything else. `share` is that place's sum of effects
+    over that of all components, a ratio of means with a BCa interval over topics; `size` is the share of places that it is,
+    which an effect that is spread evenly would give; `te` is the mean total effect in log-odds: shares of nearly none mean
+    nothing.
+    """
+    tables = []
+    for treatment in ("T1", "T2-T2b"):
+        for effect in MEANING:
+            one, other = (_by_place(table, treatment, effect) for table in (after, before))
+            for of, found in {"refuser": one, "plain": other, "change": one - other}.items():
+                made = _place_shares(part, found)
+                tables.append(made.assign(treatment=treatment, effect=effect, of=of, pairs=len(found) // 6))
+    return pd.concat(tables, ignore_index=True).assign(kind=part)
+
+
+def _by_place(effects: pd.DataFrame, treatment: str, effect: str) -> pd.DataFrame:
+    """NIE summed over the components of each place, and TE, by (pair_id, topic, site, third)."""
+    sites = [site + (".direct" if effect == "direct" else "") for site in thresholds.COMPONENTS]
+    table = summaries.averaged(summaries.select(effects, treatment, localise.VARIANTS[effect], sites))
+    at = thresholds.depth(table.layer, int(table.layer.max()) + 1)
+    third = np.array(THIRDS)[(at > thresholds.EARLY).astype(int) + (at > thresholds.LATE)]
+    table = table.assign(site=table.site.str.removesuffix(".direct"), third=third)
+    return table.groupby(["pair_id", "topic", "site", "third"]).agg(nie=("nie", "sum"), te=("te", "mean"))
+
+
+def _place_shares(part: str, found: pd.DataFrame) -> pd.DataFrame:
+    """Where, learned, size, share, low, high, te and topics of one of the tables of `_by_place`."""
+    sums = clusters.cluster_sums(found.reset_index(), "nie", by=["site", "third"])
+    cells = sums.columns
+    learned = np.array([is_learned(part, cell.site, cell.third) for cell in cells.itertuples()])
+    places = [site.removesuffix("_out") + " " + third for site, third in zip(cells.site, cells.third, strict=True)]
+    which = np.vstack([np.eye(len(cells)), learned, ~learned])
+    made = interval(sums, clusters.ratio(which, np.ones_like(which)))
+    labels = pd.DataFrame({"where": [*places, TRAINED, ELSE], "learned": [*learned, True, False]})
+    table = made.to_frame(labels).rename(columns={"estimate": "share", "n_clusters": "topics"})
+    table = table.assign(size=which.mean(axis=1), te=found.te.mean())
+    return table.iloc[: len(cells)] if learned.all() else table
+
+
+def trained_shares(table: pd.DataFrame) -> pd.DataFrame:
+    """Of what training added, the share in the part that was trained, and the share of the same part in the whole refuser.
+
+    A row is a plant, treatment and effect of `real_plants`. Where everything may learn (`in_refuser`), refusal goes somewhere of
+    its own accord, mostly into late layers; only a share above that one shows that we see where a plant was trained.
+    """
+    change = table[table.of == "change"]
+    rows = []
+    for one in change[change["where"] == TRAINED].itertuples():
+        same = change[(change.kind == "all") & (change.treatment == one.treatment) & (change.effect == one.effect)]
+        inside = [is_learned(one.kind, f"{site}_out", third) for site, third in same["where"].str.split()]
+        rows.append(
+            (one.kind, one.treatment, one.effect, one.share, one.low, one.high, same.share[inside].sum(), one.size)
+        )
+    names = ["kind", "treatment", "effect", "share", "low", "high", "in_refuser", "size"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def measure_real_plant(model: str) -> dict[str, pd.DataFrame]:
+    """The rows of `real_plants` of a refuser by its name, against `smollm2`."""
+    adapter = smollm2.refusers()[model]
+    made = real_shares(adapter.name.rsplit("-", 1)[0], real_effects(model), real_effects(smollm2.NAME))
+    sha256 = files.hash_file(adapter / folders.ADAPTER_WEIGHTS, {})
+    return {"real_plants": made.assign(adapter=sha256, code=code_version())[list(SCHEMAS["real_plants"])]}
+
+
+def run_real_plants(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
+    """Measure every refuser of seed 0 of this share that is not there yet; `smollm2` is fetched where it is missing."""
+    shipped = read_shipped("real_plants", folder, or_empty=True)
+    plan = {model: model for model, adapter in smollm2.refusers().items() if adapter.name.endswith("-0")}
+
+    def is_shipped(model: str) -> bool:
+        return smollm2.refusers()[model].name.removesuffix("-0") in set(shipped.kind)
+
+    run_campaign(plan, measure_real_plant, ("real_plants",), is_shipped, share, folder)

@@ -154,9 +154,9 @@ def _folder(name: str | Path) -> Path:
         return folder
     if hub.parse(name) is not None:
         return download.fetch_model(str(name))
-    known = sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())
+    known = ["embedded", *sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())]
     raise InputError(
-        f"no model {str(name)!r}: neither a folder nor one of embedded, {', '.join(known) or '(none shipped)'}; "
+        f"no model {str(name)!r}: neither a folder nor one of {', '.join([*known, smollm2.NAME, *smollm2.refusers()])}; "
         "give a folder, a GGUF file, or a model of the hub as ORG/MODEL"
     )
 

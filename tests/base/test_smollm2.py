@@ -116,15 +116,51 @@ def test_no_room_is_said_before_anything_is_fetched(
     assert not asked
 
 
-def test_the_command_line_knows_the_name(sources: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.fixture
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of adapters in place of those that are shipped, so that every name can be asked for."""
+    for name in ("all-0", "all-2", "mlp-0", "late-0"):
+        folder = tmp_path / "refuser" / name
+        folder.mkdir(parents=True)
+        (folder / folders.ADAPTER).write_text('{"peft_type": "LORA"}')
+        (folder / folders.ADAPTER_WEIGHTS).write_bytes(name.encode())
+    monkeypatch.setattr(smollm2, "REFUSER", tmp_path / "refuser")
+    return tmp_path / "refuser"
+
+
+NAMES = {"smollm2": "", "smollm2-refuser": "all-0", "smollm2-refuser-2": "all-2", "smollm2-refuser-mlp": "mlp-0"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_knows_the_names(
+    sources: Callable[..., list[str]], tmp_path: Path, adapters: Path, name: str
+) -> None:
     sources(CONTENT)
-    found = cli.parameters(cli.parse(["--model", "smollm2"]), "cpu")
-    assert (found["MODEL"], found["SLUG"], found["PROMPTS"]) == ("smollm2", "smollm2", "embedded")
-    settings.fetched(found, None)
-    assert folders.weights("smollm2") == [smollm2.place()]
-    freshness.write_manifest(tmp_path, found, {})
+    adapter = adapters / NAMES[name] if NAMES[name] else None
+    assert folders.split_adapter(name) == ("smollm2", adapter) and folders.model_folder(name) == smollm2.place()
+    found = cli.parameters(cli.parse(["--model", name]), "cpu")
+    assert (found["MODEL"], found["SLUG"], found["PROMPTS"]) == (name, name, "english")
+    assert settings.default_slug({**found, "PROMPTS": "embedded"}) == f"{name}-embedded"
+    asked = settings.fetched(found, None)
+    assert asked == found == settings.known(found, None), "the name stays, and no place of the machine comes in"
+    assert folders.weights(name) == [smollm2.place(), *folders.adapter_files(adapter)]
+    freshness.write_manifest(tmp_path, asked, {})
+    text = (tmp_path / "manifest.json").read_text()
     model = folders.read_json(tmp_path / "manifest.json")["model"]
-    assert model == {"name": "smollm2", "sha256": {smollm2.FILE: smollm2.SHA256}}
+    assert model["name"] == "smollm2" and model["sha256"] == {smollm2.FILE: smollm2.SHA256}
+    assert model.get("adapter", {}).get("name", "") == NAMES[name] and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-refuser-9", "smollm2-refuser-0", "smollm2-refuserlate", "smollm2-refuser-../x"]
+)
+def test_an_unknown_refuser_is_one_sentence_that_names_those_there_are(adapters: Path, name: str) -> None:
+    for ask in (folders.check_model, load):
+        with pytest.raises(
+            InputError, match=f"^no model '{name}': .*smollm2, smollm2-refuser, smollm2-refuser-2"
+        ) as caught:
+            ask(name)
+        assert "smollm2-refuser-mlp" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,9 +1,19 @@
-"""Tables of the plants: each is there once, its shares add up, and the figure's table averages them."""
+"""Tables of the plants: each is there once, its shares add up, and the figure's table averages them; and shares of what
+training added to a real model."""
 
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import pytest
 
+from companion.base import smollm2
+from companion.base.files import hash_file
+from companion.base.thresholds import COMPONENTS
 from companion.calibration import plants
 from companion.calibration.campaign import read_shipped
+from companion.mediation.estimands import with_estimands
+from organisms import refuser
 
 
 def test_shipped_tables_have_every_plant_once() -> None:
@@ -32,3 +42,114 @@ def test_verdicts_are_tallied_over_the_seeds_of_a_kind() -> None:
     assert list(tally.index) == list(plants.KINDS) and "C1*" in tally
     assert {sum(map(int, cell.split(" / "))) for cell in tally.C1} == {len(plants.SEEDS)}
     assert {sum(map(int, cell.split(" / "))) for cell in tally.C6} == {1}, "one seed of a kind is asked for answers"
+
+
+def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
+    """A model of six layers in which every component has an effect of its own, and late MLPs one of `trained` beside it.
+
+    A wrapper takes half of it back. `direct` effects are of half the size.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for treatment, sign in (("T1", -1.0), ("T2-T2b", 0.5)):
+        for pair in range(12):
+            size = sign * (1 + rng.random())
+            for site in COMPONENTS:
+                for layer in range(6):
+                    nie = 0.1 * (layer + 1) + size * trained * (site == "mlp_out" and layer >= 4)
+                    for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
+                        cells = {"y00": 0.0, "y01": value, "y10": 9 * size - value, "y11": 9 * size}
+                        keys = (
+                            f"{treatment}{pair}",
+                            f"topic {pair // 2}",
+                            treatment,
+                            "test",
+                            at,
+                            layer,
+                            "last",
+                            outcome,
+                        )
+                        rows.append((*keys, *cells.values()))
+    names = [
+        "pair_id",
+        "topic",
+        "treatment",
+        "split",
+        "site",
+        "layer",
+        "position",
+        "outcome",
+        "y00",
+        "y01",
+        "y10",
+        "y11",
+    ]
+    return with_estimands(pd.DataFrame(rows, columns=names))
+
+
+def test_what_training_added_lies_where_it_was_trained() -> None:
+    after, before = made_effects(1.0), made_effects(0.0)
+    tables = {part: plants.real_shares(part, after, before) for part in ("mlp", "early", "all")}
+    keys = ["treatment", "effect", "of", "where"]
+    found = {part: table.set_index(keys).sort_index() for part, table in tables.items()}
+    for treatment in ("T1", "T2-T2b"):
+        for effect in plants.MEANING:
+            change = found["mlp"].loc[(treatment, effect, "change")]
+            assert change.share["mlp late"] == pytest.approx(1) == change.share["all that was trained"]
+            assert change.share["all else"] == pytest.approx(0) and change.te.eq(0).all()
+            plain = found["mlp"].loc[(treatment, effect, "plain")]
+            assert plain.share["mlp early"] == pytest.approx(0.3 / 4.2) == plain.share["attn early"]
+            assert found["early"].loc[(treatment, effect, "change", "all that was trained"), "share"] == pytest.approx(
+                0
+            )
+    refuser_shares = found["mlp"].loc[("T1", "total", "refuser")]
+    own = after[(after.treatment == "T1") & (after.outcome == "Y1")]
+    late = own[(own.site == "mlp_out") & (own.layer >= 4)]
+    assert refuser_shares.share["mlp late"] == pytest.approx(late.nie0.sum() / own.nie0.sum())
+    low, high = refuser_shares.loc["mlp late", ["low", "high"]]
+    assert low < refuser_shares.share["mlp late"] < high, "topics differ in how much training did"
+    assert refuser_shares.te["attn late"] == pytest.approx(own.te.mean()) and refuser_shares.topics.eq(6).all()
+    assert found["mlp"]["size"].xs("all that was trained", level="where").eq(0.5).all()
+    assert found["all"].learned.all() and not {plants.TRAINED, plants.ELSE} & set(tables["all"]["where"])
+
+
+@pytest.mark.parametrize("part", refuser.PARTS)
+def test_what_a_part_trains_is_what_the_tables_call_learned(part: str) -> None:
+    layers, modules = refuser.trained_layers(part, 30), refuser.PARTS[part][1]
+    for site, own in {"attn_out": refuser.ATTENTION, "mlp_out": refuser.MLP}.items():
+        for third, some in zip(plants.THIRDS, (range(10), range(10, 20), range(20, 30)), strict=True):
+            trained = set(own) <= set(modules) and set(some) <= set(layers)
+            assert plants.is_learned(part, site, third) == trained
+            assert trained or not set(own) & set(modules) or not set(some) & set(layers), "no place is trained by half"
+
+
+def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("all-0", "all-1", "mlp-0"):
+        (tmp_path / "refuser" / name).mkdir(parents=True)
+        (tmp_path / "refuser" / name / "adapter_model.safetensors").write_bytes(name.encode())
+    asked = []
+    monkeypatch.setattr(smollm2, "REFUSER", tmp_path / "refuser")
+    monkeypatch.setattr(
+        plants, "real_effects", lambda name: asked.append(name) or made_effects(float("refuser" in name))
+    )
+    for _ in range(2):
+        plants.run_real_plants(folder=tmp_path / "calibration")
+    assert asked == ["smollm2-refuser", "smollm2", "smollm2-refuser-mlp", "smollm2"], "and of other seeds none"
+    table = read_shipped("real_plants", tmp_path / "calibration")
+    assert set(zip(table.kind, table.adapter, strict=True)) == {
+        (name.removesuffix("-0"), hash_file(tmp_path / "refuser" / name / "adapter_model.safetensors", {}))
+        for name in ("all-0", "mlp-0")
+    }
+    assert not table.duplicated(["kind", "treatment", "effect", "of", "where"]).any() and len(table) == 12 * (6 + 8)
+    told = plants.trained_shares(table)
+    assert set(told.kind) == {"mlp"} and set(told["size"]) == {0.5} and len(told) == 4
+    assert told.share.to_numpy() == pytest.approx(1) and told.in_refuser.to_numpy() == pytest.approx(1)
+
+
+def test_shipped_rows_are_of_the_adapters_that_are_shipped() -> None:
+    table, files = read_shipped("real_plants", or_empty=True), smollm2.refusers().values()
+    known = {folder.name.removesuffix("-0"): hash_file(folder / "adapter_model.safetensors", {}) for folder in files}
+    assert not [
+        kind for kind, adapter in set(zip(table.kind, table.adapter, strict=True)) if known.get(kind) != adapter
+    ]

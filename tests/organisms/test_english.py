@@ -47,7 +47,7 @@ def pairs():
 
 def test_build_gives_the_committed_bytes(tmp_path):
     for folder, rows in ((FOLDER, english.pair_rows()), (WEAK, english.wrapped_rows(english.WEAK_WRAPPERS))):
-        english.write_prompt_set(tmp_path / folder.name, rows)
+        english.write_english(tmp_path / folder.name, rows)
         sheet = (folder / "README.md").read_text(encoding="utf-8")
         for name in ("pairs.jsonl", "outcome.json"):
             assert (tmp_path / folder.name / name).read_bytes() == (folder / name).read_bytes()
