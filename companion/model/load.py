@@ -132,7 +132,7 @@ def bridge(subject: Subject) -> Any:
     twin.config.architectures = [type(subject.model).__name__]
     tokenizer = copy.deepcopy(subject.tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        if not Path(tokenizer.name_or_path).is_dir():  # it is read again by its name, and one of a GGUF file has no folder
+        if not Path(tokenizer.name_or_path).is_dir():  # it is read again from there, and a GGUF file is no folder
             tokenizer.save_pretrained(scratch)
             tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True)
         return TransformerBridge.boot_transformers(
