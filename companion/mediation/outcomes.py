@@ -152,12 +152,7 @@ def sequence_log_prob(
     """Sum over steps of log p(token | everything before), in nats (float64); `resid` is at the positions before each."""
     extra = (1,) * (resid.ndim - 3)
     tokens, mask = (part.reshape(len(part), *extra, part.shape[1]).expand(resid.shape[:-1]) for part in text)
-    made = torch.empty(resid.shape[:-2], dtype=torch.float64, device=resid.device)
-    n_steps = resid[0].numel() // resid.shape[-1]
-    for some in memory.vocabulary_blocks(subject, len(resid), n_steps):
-        log_probs = readout.logits(subject, resid[some]).double().log_softmax(-1)
-        made[some] = (log_probs.gather(-1, tokens[some][..., None]).squeeze(-1) * mask[some]).sum(-1)
-    return made
+    return (readout.token_log_probs(subject, resid, tokens) * mask).sum(-1)
 
 
 def forced_run(

@@ -69,6 +69,30 @@ def log_odds_against_rest(
     return rest_against(((block.start, _unembed(subject, normed, block)) for block in blocks), rows)
 
 
+@torch.no_grad()
+def token_log_probs(
+    subject: Subject, resid: Float[Tensor, "... d"], tokens: Int[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    """Log-probability of one token at each place, in nats (float64); the vocabulary is never alive all at once."""
+    normed = _normed(subject, resid, None)
+    own = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
+    total = torch.full_like(own, -torch.inf)
+    for block in blocks_of_rows(subject, own.numel()):
+        part = _unembed(subject, normed, block)
+        logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+        here = (tokens >= block.start) & (tokens < block.stop)
+        own[here] = logits[here].gather(-1, tokens[here][:, None] - block.start)[:, 0].double()
+        total = torch.logaddexp(total, _summed_exponentials(logits))
+    return own - total
+
+
+def _summed_exponentials(logits: Float[Tensor, "... row"]) -> Float[Tensor, "..."]:
+    """Log-sum-exp of a block (float64), its exponentials in the logits' own precision; the logits are overwritten."""
+    top = logits.amax(-1, keepdim=True)
+    top = top.clamp_(min=torch.finfo(logits.dtype).min)  # finite where nothing is left of a block
+    return logits.sub_(top).exp_().sum(-1).double().log() + top[..., 0]
+
+
 def blocks_of_rows(subject: Subject, n_reads: int) -> Iterator[slice]:
     """Cuts the unembedding's rows so that their logits at `n_reads` places fit together: into the cache of a processor."""
     n_rows = len(subject.unembedding[0])
@@ -91,9 +115,7 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
         if here:
             mine.append(logits[..., here].double().logsumexp(-1))
             logits[..., here] = -torch.inf
-        top = logits.amax(-1, keepdim=True)
-        top = top.clamp_(min=torch.finfo(logits.dtype).min)  # finite in a block that holds `rows` alone
-        total = logits.sub_(top).exp_().sum(-1).double().log() + top[..., 0]
+        total = _summed_exponentials(logits)
         others = [torch.logaddexp(others[0], total) if others else total]
     return others[0] - torch.stack(mine).logsumexp(0)
 
