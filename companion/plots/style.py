@@ -120,9 +120,18 @@ def points(axes: Axes, x: np.ndarray, table: pd.DataFrame, k: int, label: str, *
     )  # fmt: skip
 
 
+def ticks(n: int) -> range:
+    """Places along an axis that get a number: every one of a few layers, every fifth or so of many.
+
+    >>> list(ticks(4)), list(ticks(30))
+    ([0, 1, 2, 3], [0, 5, 10, 15, 20, 25])
+    """
+    return range(0, n, 1 if n <= 12 else -(-n // 6))
+
+
 def layer_axis(axes: Axes, n_layers: int) -> None:
     """Layers as whole numbers, and a line at 0."""
-    axes.set_xticks(range(n_layers))
+    axes.set_xticks(ticks(n_layers))
     axes.set_xlabel("layer")
     axes.axhline(0, color="black", lw=0.8)
 
@@ -212,8 +221,8 @@ def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: st
         image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower", aspect="auto")
         sure = part[(part.low > 0) | (part.high < 0)]
         ax.plot(sure[column], sure[row], ".", color="black", ms=3)
-        ax.set_xticks(range(grid.shape[1]), grid.columns)
-        ax.set_yticks(range(grid.shape[0]), grid.index)
+        ax.set_xticks(ticks(grid.shape[1]), grid.columns[:: ticks(grid.shape[1]).step])
+        ax.set_yticks(ticks(grid.shape[0]), grid.index[:: ticks(grid.shape[0]).step])
         ax.set_xlabel(column)
         ax.set_ylabel(row)
         ax.set_title(NAMES.get(str(name), str(name)))

@@ -25,7 +25,7 @@ def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str,
     if "low" in part:
         sure = part[(part.low > 0) | (part.high < 0)]
         ax.plot(sure["layer"], [place[name] for name in sure[row]], ".", color="black", ms=3)
-    ax.set_xticks(range(grid.shape[1]), grid.columns)
+    ax.set_xticks(style.ticks(grid.shape[1]), grid.columns[:: style.ticks(grid.shape[1]).step])
     ax.set_xlabel("layer")
     ax.grid(False)
     return image
