@@ -23,7 +23,7 @@ from companion.generation import decode, forward, labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation import estimands
 from companion.mediation.outcomes import opened_with
-from companion.model import activations, load, memory, replay
+from companion.model import activations, load, memory, readout, replay
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Patch, position_mask
 from companion.neurons import screening
@@ -131,20 +131,20 @@ def test_a_gradient_screen_leaves_out_attention_that_is_fused(place: torch.devic
 
 def test_whole_vocabularies_are_read_in_blocks(place: torch.device, monkeypatch) -> None:
     """At 128k tokens of vocabulary all steps of all pairs at once would be gigabytes."""
-    monkeypatch.setattr(memory, "READOUT_BYTES", 16 * MIB)
+    monkeypatch.setattr(readout, "BLOCK_LOGITS", 2**20)
     subject = on(place, vocab_size=48_000)
     ids = [tokens(16, 12, seed).to(place) for seed in (1, 2)]
     text = opened_with(subject, ids[0], [[5, 6]] * 16, 6)
     clean = [activations.clean_run(subject, torch.cat([one, text[0][:, :-1]], 1)) for one in ids]
     before = standin.MEMORY.held
-    standin.MEMORY.limit = before + memory.sweep_memory(subject, 16, 17).sweep + 20 * MIB
+    standin.MEMORY.limit = before + memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB
     patches = [Patch("mlp_out", layer, position_mask(clean[0].tokens, 3)) for layer in range(4)]
     found = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
-    monkeypatch.setattr(memory, "READOUT_BYTES", 2**40)
+    monkeypatch.setattr(readout, "BLOCK_LOGITS", 2**40)
     standin.MEMORY.limit = 2**34
     whole = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
     torch.testing.assert_close(found.cpu(), whole.cpu(), rtol=1e-5, atol=1e-4)
-    assert standin.MEMORY.peak - before > 60 * MIB, "without blocks"
+    assert standin.MEMORY.peak - before > memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB, "without blocks"
 
 
 def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.device, monkeypatch) -> None:

@@ -81,7 +81,8 @@ def token_log_probs(
         part = _unembed(subject, normed, block)
         logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
         here = (tokens >= block.start) & (tokens < block.stop)
-        own[here] = logits[here].gather(-1, tokens[here][:, None] - block.start)[:, 0].double()
+        at = (tokens - block.start).clamp(0, logits.shape[-1] - 1)
+        own = torch.where(here, logits.gather(-1, at[..., None])[..., 0].double(), own)
         total = torch.logaddexp(total, _summed_exponentials(logits))
     return own - total
 
