@@ -37,7 +37,8 @@ def split_adapter(name: str) -> tuple[str, Path | None]:
 
 def with_adapter(model: str, adapter: Path | None) -> str:
     """The name that `split_adapter` takes apart."""
-    return f"{model}+{adapter}" if adapter else model
+    named = {folder: name for name, folder in smollm2.refusers().items()} if model == smollm2.NAME else {}
+    return named.get(adapter, f"{model}+{adapter}") if adapter else model
 
 
 def weights(name: str) -> list[Path]:

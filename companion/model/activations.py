@@ -254,7 +254,6 @@ Hook = AbstractContextManager[Any]  # works from now on; leaving the context rem
 
 def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Hook:
     """Hands every call's arguments, by their names, to `see`, without the input and the cache, which a replay supplies."""
-
     signature = inspect.signature(module.forward)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -45,8 +45,8 @@ def load(
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
     converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
     `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
-    full float32 (no TF32). `copies` is that of `memory.run_memory`. Of a judge model, which
-    `only_answers`, the sites are not checked.
+    full float32 (no TF32). `copies` is that of `memory.run_memory`. The sites of a
+    model that `only_answers`, such as a judge, are not checked.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an

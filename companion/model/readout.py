@@ -43,16 +43,9 @@ def log_probs(
 ) -> Float[Tensor, "... row"]:
     """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
     normed = _normed(subject, resid, norm_like)
-    n_rows = len(subject.unembedding[0])
-    blocks = [slice(start, start + VOCABULARY_BLOCK) for start in range(0, n_rows, VOCABULARY_BLOCK)]
-    total = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
-    for block in blocks:
-        part = _unembed(subject, normed, block)
-        total += (part.float() if part.dtype in (torch.bfloat16, torch.float16) else part).exp_().sum(-1)
-    if not bool(((total > 0) & torch.isfinite(total)).all()):  # logits beyond what exp can take
-        total = torch.stack([_unembed(subject, normed, block).double().logsumexp(-1) for block in blocks]).logsumexp(0)
-    else:
-        total = total.log()
+    total = torch.full(normed.shape[:-1], -torch.inf, dtype=torch.float64, device=normed.device)
+    for block in blocks_of_rows(subject, total.numel()):
+        total = torch.logaddexp(total, _summed_exponentials(_wide(_unembed(subject, normed, block))))
     return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
 
 
@@ -78,13 +71,17 @@ def token_log_probs(
     own = torch.zeros(normed.shape[:-1], dtype=torch.float64, device=normed.device)
     total = torch.full_like(own, -torch.inf)
     for block in blocks_of_rows(subject, own.numel()):
-        part = _unembed(subject, normed, block)
-        logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+        logits = _wide(_unembed(subject, normed, block))
         here = (tokens >= block.start) & (tokens < block.stop)
         at = (tokens - block.start).clamp(0, logits.shape[-1] - 1)
         own = torch.where(here, logits.gather(-1, at[..., None])[..., 0].double(), own)
         total = torch.logaddexp(total, _summed_exponentials(logits))
     return own - total
+
+
+def _wide(logits: Float[Tensor, "... row"]) -> Float[Tensor, "... row"]:
+    """The logits in a precision in which exponentials can be summed."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _summed_exponentials(logits: Float[Tensor, "... row"]) -> Float[Tensor, "..."]:
@@ -111,7 +108,7 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
     """
     others, mine = list[Tensor](), list[Tensor]()
     for start, part in parts:
-        logits = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+        logits = _wide(part)
         here = [row - start for row in rows if 0 <= row - start < logits.shape[-1]]
         if here:
             mine.append(logits[..., here].double().logsumexp(-1))

@@ -71,7 +71,7 @@ def parser() -> Parser:
     add("--pairs", metavar="N", type=int, default=0, help="at most N pairs a treatment (0: all, or 72 where each is costly)")
     add("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
     add("--jobs", metavar="N", type=int, default=0,
-        help="notebooks at once, where none needs another (default: 2 for a shipped model on the CPU, else 1)")
+        help="notebooks at once, where none needs another (default: 2 for a small model on the CPU, else 1)")
     add("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
     add("--shards", metavar="N", type=int, default=0, help="measure the sweeps in N jobs first (needs submitit)")
     add("--executor", choices=("local", "slurm"), help="where the jobs run (default: slurm where there is sbatch)")

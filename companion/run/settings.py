@@ -153,8 +153,7 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():
         raise InputError(f"{base} is not in the cache yet: a run without --list fetches it")
-    if not smollm2.refuser_adapter(model):
-        model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
+    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):

@@ -138,6 +138,7 @@ def test_the_command_line_knows_the_names(
     sources(CONTENT)
     adapter = adapters / NAMES[name] if NAMES[name] else None
     assert folders.split_adapter(name) == ("smollm2", adapter) and folders.model_folder(name) == smollm2.place()
+    assert folders.with_adapter("smollm2", adapter) == name
     found = cli.parameters(cli.parse(["--model", name]), "cpu")
     assert (found["MODEL"], found["SLUG"], found["PROMPTS"]) == (name, name, "english")
     assert settings.default_slug({**found, "PROMPTS": "embedded"}) == f"{name}-embedded"

@@ -22,6 +22,7 @@ from companion.model import memory
 from companion.model.load import load
 from companion.prompts import positions, tokens
 from companion.prompts.pairs import load_set
+from companion.run import settings
 
 
 @pytest.fixture
@@ -63,6 +64,8 @@ def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeyp
     assert len(plain.of("T1")) == 360 and len(plain.thinned(120).of("T1")) == 120 and len(plain.thinned_layers) == 6
     monkeypatch.setattr(study, "BUDGET", 1e9)
     assert study.affordable_pairs(plain.subject, content) == 72
+    said = settings.check_pairs("embedded", "embedded", 0, "full")
+    assert said[0].startswith("648 of 648 pairs") and said[1].startswith("at most 72 pairs a treatment")
     costly = study.begin("embedded", "embedded", "own")
     splits = {(one.pair.treatment, one.pair.split): set() for one in costly.pairs}
     for one in costly.pairs:

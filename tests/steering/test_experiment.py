@@ -35,6 +35,12 @@ def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_p
     assert "greedy" not in trial(embedded, PLAIN, plain, greedy=False)
 
 
+def test_where_prompts_are_costly_few_are_tried() -> None:
+    costly = replace(study.begin("embedded", "embedded", "m", pairs=10), is_costly=True)
+    tried = open_experiment(costly, "embedded")
+    assert tried.prompts.groupby(["split", "kind", "wrapped"]).size().max() == experiments.COSTLY_CAP
+
+
 @pytest.mark.parametrize(("openers", "says"), [({"T2b": None}, "no harmful request"), ({"T1": None}, "wrapper")])
 def test_a_set_without_jailbreaks_defines_no_experiment(openers: dict[str, object], says: str) -> None:
     found = open_experiment(SimpleNamespace(openers=openers, of=lambda _: []), "none")
