@@ -32,7 +32,7 @@ def clean_runs(study: Study) -> pd.DataFrame:
 def measure_modules(study: Study) -> pd.DataFrame:
     """Direct effects of attention and MLP outputs, and total and direct effects of heads, at the last token.
 
-    One row a pair, site, layer (and head), with rows of T2 - T2b behind the others.
+    One row a pair of T2 or T2b (of all treatments, where there is no T2), site, layer and head; T2 - T2b behind the others.
     """
     return with_difference(run_sweep(study, "modules")["effects"], study.twins)
 

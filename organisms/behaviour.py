@@ -173,11 +173,11 @@ def suite_answers(this: Study, model: str, prompt_set: str) -> pd.DataFrame:
     """One row a prompt and label: `suite`, `label`, `hit` (how far the label applies, 0 to 1).
 
     Embedded models answer the first prompts of each suite greedily, and the exact judge labels them. For any other model
-    `hit` is the probability that the first token complies or refuses, on the prompts of the pairs.
+    `hit` is the probability that the first token complies or refuses, on the prompts of the pairs (fewer where each is costly).
     """
     suites = suite_prompts(prompt_set)
     if suites is None or not is_shipped(model):
-        return _first_tokens(this)
+        return _first_tokens(this.thinned(len(this.pairs)))
     chosen = suites[~suites.suite.isin(LESSONS)].groupby("suite").head(PER_SUITE)
     judged = answer_suites(this.subject, chosen.to_dict("records"))
     return pd.concat([judged[["suite"]].assign(label=name, hit=judged.label == name) for name in LABELS])

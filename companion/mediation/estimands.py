@@ -72,10 +72,12 @@ def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(te=cells.y11 - cells.y00, nie0=cells.y01 - cells.y00, nie1=cells.y11 - cells.y10)
 
 
-def mediators(subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("last",)) -> list[Mediator]:
-    """Every layer of every site at every position group; `head` and `head.direct` give one mediator a head."""
-    found = []
-    for site, group, layer in itertools.product(sites, groups, range(subject.n_layers)):
+def mediators(
+    subject: Subject, sites: Iterable[str], groups: Iterable[str] = ("last",), layers: Iterable[int] | None = None
+) -> list[Mediator]:
+    """Every layer (or these) of every site at every position group; `head` and `head.direct` give one mediator a head."""
+    found, some = [], range(subject.n_layers) if layers is None else layers
+    for site, group, layer in itertools.product(sites, groups, some):
         heads = range(subject.n_heads) if site.startswith("head") else (-1,)
         found += [Mediator(site, layer, group, head) for head in heads]
     return found
@@ -110,14 +112,19 @@ def prompt_tokens(
 
 
 def run_clean(subject: Subject, pairs: Sequence[TokenPair], beside: Sequence[TokenPair] = ()) -> Batch:
-    """Both clean runs of pairs of one treatment and one length.
+    """Both clean runs of pairs of one length.
 
     Both compute the same shared tokens once, so that cells with the same tokens before them are equal bit for bit; so do
-    those of other pairs, as many and as long, that are run with these `beside` them.
+    those of other pairs, as many and as long, that are run with these `beside` them. Where tokens are shared, both are made
+    in one call: a large model's weights are then read half as often.
     """
     sides = prompt_tokens(subject, pairs)
     n = activations.shared_prefix(subject, *sides, *(prompt_tokens(subject, beside) if beside else ()))
-    control, treated = (activations.clean_run(subject, side, shared=n) for side in sides)
+    if n:
+        both = activations.clean_run(subject, torch.cat(sides), shared=n)
+        control, treated = both.rows(slice(len(pairs))), both.rows(slice(len(pairs), None))
+    else:
+        control, treated = (activations.clean_run(subject, side, shared=n) for side in sides)
     return Batch(tuple(pairs), control, treated)
 
 

@@ -37,7 +37,7 @@ Tables = Mapping[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured of a batch (tables by name), and on which treatments (empty: on all)."""
+    """What is measured of a batch (tables by name), and on which treatments (all, where the study has none of them)."""
 
     measure: Callable[[Study, Sequence[TokenPair]], Tables]
     treatments: tuple[str, ...] = ()
@@ -66,8 +66,7 @@ def run_shard(study: Study, name: str, shard: int, n_shards: int) -> tuple[int, 
 
 def sweep_batches(study: Study, name: str) -> list[list[TokenPair]]:
     """The batches of a sweep, in the order of its tables."""
-    treatments = SWEEPS[name].treatments
-    return estimands.batches(study.of(*treatments) if treatments else study.pairs, study.subject)
+    return estimands.batches(study.of(*SWEEPS[name].treatments) or study.pairs, study.subject)
 
 
 # ---- parts on disk ----
@@ -169,7 +168,7 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
     """Y2 of the residual stream, attention and MLP outputs at the last token of the prompt, at `Study.thinned_layers`."""
-    wanted = [one for one in estimands.mediators(study.subject, LAYER_SITES) if one.layer in study.thinned_layers]
+    wanted = estimands.mediators(study.subject, LAYER_SITES, layers=study.thinned_layers)
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 
@@ -184,7 +183,7 @@ SWEEPS: Mapping[str, Sweep] = {
     "layers": Sweep(partial(layer_tables, direct=False)),
     "layers with direct effects": Sweep(partial(layer_tables, direct=True)),
     "whole answers": Sweep(whole_answer_tables, ("T2", "T2b")),
-    "modules": Sweep(module_tables),
+    "modules": Sweep(module_tables, ("T2", "T2b")),
 }
 
 

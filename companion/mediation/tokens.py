@@ -130,16 +130,32 @@ def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str,
 
 
 def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.DataFrame:
-    """Group by layer effects (Y1) in both directions, with T2 - T2b behind them, on at most 80 pairs a treatment.
+    """Group by layer effects (Y1) in both directions, with T2 - T2b behind them, on test pairs of at most 80 a treatment.
 
-    Residual stream, attention and MLP output of every layer at every group; of groups that overlap the residual stream.
+    The residual stream at every group; attention and MLP outputs for T2 and T2b, at groups that overlap no other. Fewer pairs
+    and layers where each is costly. A pair of another split, which only gives TE its sign, has one row.
     """
-    study = study.subsample(PAIRS)
+    study = study.thinned(PAIRS)
     names, _ = position_groups(study)
-    wanted = estimands.mediators(study.subject, SITES, [name for name in names if name not in positions.OVERLAPPING])
-    wanted += estimands.mediators(study.subject, SITES[:1], [name for name in names if name in positions.OVERLAPPING])
-    table = estimands.measure_effects(study.subject, study.of(*treatments), study.openers, wanted)
-    return estimands.with_difference(table, study.twins)
+    layers = _mapped_layers(study)
+    apart = [name for name in names if name not in positions.OVERLAPPING]
+    residual, modules = (
+        estimands.mediators(study.subject, sites, groups, layers)
+        for sites, groups in ((SITES[:1], names), (SITES[1:], apart))
+    )
+    own = [name for name in treatments if name in ("T2", "T2b")] or treatments[:1]
+    tables = []
+    for treatment in treatments:
+        pairs, wanted = study.of(treatment), [*residual, *(modules if treatment in own else [])]
+        parts = [[pair for pair in pairs if (pair.pair.split == "test") is is_test] for is_test in (True, False)]
+        for part, some in zip(parts, (wanted, [estimands.Mediator(SITES[0], 0)]), strict=True):
+            tables += [estimands.measure_effects(study.subject, part, study.openers, some)] if part else []
+    return estimands.with_difference(pd.concat(tables, ignore_index=True), study.twins)
+
+
+def _mapped_layers(study: Study) -> list[int]:
+    """The layers of a map over tokens: the first one, which tells what was read, and `Study.thinned_layers`."""
+    return sorted({0, *study.thinned_layers})
 
 
 def group_means(study: Study, table: pd.DataFrame, treatment: str, names: Sequence[str]) -> pd.DataFrame:
@@ -200,11 +216,12 @@ def earliest_by_group(study: Study, treatment: str) -> dict[str, int]:
 def position_effects(study: Study, pair: TokenPair) -> pd.DataFrame:
     """Effect of every single token's residual stream in one pair: layer, position, token, earliest, nie (log-odds).
 
-    Signed by the pair's own TE; `earliest` is the first layer at which the token can differ.
+    Signed by the pair's own TE; `earliest` is the first layer at which the token can differ. Layers are those of
+    `token_effects`.
     """
     subject, n_pos = study.subject, len(pair.control)
     batch = estimands.run_clean(subject, [pair])
-    places = [(layer, position) for layer in range(subject.n_layers) for position in range(n_pos)]
+    places = [(layer, position) for layer in _mapped_layers(study) for position in range(n_pos)]
     masks = [position_mask(batch.control.tokens, position) for position in range(n_pos)]
     patches = [Patch("resid_post", layer, masks[position]) for layer, position in places]
     control, treated = (

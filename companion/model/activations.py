@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, Final
 
@@ -68,6 +68,19 @@ class CleanRun:
         """A site's activations of all layers; empty if the run was made without them."""
         layers: Layers = self.resid_post if site == "resid_post" else getattr(self, _KEPT_AS[site])
         return layers
+
+    def rows(self, chosen: slice) -> CleanRun:
+        """Some pairs of the run, without copies."""
+
+        def some(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(some(one) for one in value)
+            is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(self.tokens)
+            return value[chosen] if is_batch else value
+
+        names = [field.name for field in fields(self) if field.name not in ("tokens", "calls")]
+        calls = tuple({name: some(value) for name, value in call.items()} for call in self.calls)
+        return CleanRun(self.tokens[chosen], **{name: some(getattr(self, name)) for name in names}, calls=calls)
 
 
 def clean_run(

@@ -18,13 +18,13 @@ def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str,
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
     place = {name: i for i, name in enumerate(rows)}
     for name, earliest in part.groupby(row)["earliest"].first().items():
-        width = min(float(earliest), grid.shape[1])
+        width = int((grid.columns < earliest).sum())
         if width > 0:
             hatched = {"fc": "none", "ec": "#999999", "hatch": "////", "lw": 0}
             ax.axhspan(place[name] - 0.5, place[name] + 0.5, 0, width / grid.shape[1], **hatched)
     if "low" in part:
         sure = part[(part.low > 0) | (part.high < 0)]
-        ax.plot(sure["layer"], [place[name] for name in sure[row]], ".", color="black", ms=3)
+        ax.plot(grid.columns.get_indexer(sure["layer"]), [place[name] for name in sure[row]], ".", color="black", ms=3)
     ax.set_xticks(style.ticks(grid.shape[1]), grid.columns[:: style.ticks(grid.shape[1]).step])
     ax.set_xlabel("layer")
     ax.grid(False)

@@ -34,6 +34,13 @@ KERNEL = {
     "display_name": "Python 3",
     "language": "python",
 }
+# Where the system's allocator is glibc's: memory that was freed is kept. Sweeps free and ask for the same sizes all the time,
+# and a page that comes anew from the system costs some systems more than what is computed on it.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 DETERMINISTIC = {  # variables under which a library neither phones home nor depends on chance
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYTHONHASHSEED": "0",
@@ -159,7 +166,7 @@ def environment(results: Path, figures: Path, scratch: Path) -> dict[str, str]:
     write_json(KERNEL, scratch / "jupyter" / "kernels" / "python3" / "kernel.json")
     folders = {"COMPANION_RESULTS": results, "COMPANION_FIGURES": figures}
     folders |= {"JUPYTER_PATH": scratch / "jupyter", "IPYTHONDIR": scratch / "ipython"}
-    return quiet() | {name: str(path) for name, path in folders.items()}
+    return quiet() | ALLOCATOR | {name: str(path) for name, path in folders.items()}
 
 
 def threads(model: str) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Token groups by layer, words replaced in the prompt, prompts of unequal length, and where a difference can arrive."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,11 +11,12 @@ from handmade import N_LAYERS, Program, compiled, random_pairs
 from neuron_tools import cue_study
 
 from companion.base.errors import InputError
-from companion.mediation import tokens
+from companion.mediation import study, tokens
 from companion.mediation.study import Study
 from companion.model import activations, replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
+from companion.plots.tokens import groups
 from companion.prompts import positions
 from companion.prompts.pairs import Pair
 from companion.prompts.tokens import TokenPair, token_pair
@@ -42,6 +45,23 @@ def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_t
     names, missing = tokens.position_groups(this)
     assert {"wrapper", "distractor", "verb", "object"} == set(missing)
     assert names[-3:] == ["differ", "others", "all"] and "request" not in names
+
+
+def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() -> None:
+    this = study.begin("embedded", "embedded", "own", profile="smoke")
+    costly = dataclasses.replace(this, is_costly=True)
+    whole, few = (tokens.token_effects(one, ["T1", "T2"]) for one in (this, costly))
+    is_test = few.split == "test"
+    assert set(few.layer[is_test]) == {0, 2, 5} and set(whole.layer[whole.split == "test"]) == set(range(6))
+    assert (few[~is_test].groupby("pair_id").size() == 1).all() and {"T1", "T2"} == set(few.treatment)
+    assert set(few.site[few.treatment == "T1"]) == {"resid_post"} and "mlp_out" in set(few.site[few.treatment == "T2"])
+    both = few[is_test].merge(whole, on=["pair_id", "site", "layer", "position"], suffixes=("", "_all"))
+    assert len(both) == is_test.sum()
+    np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-5)
+    means = tokens.group_means(costly, few, "T2", ["wrapper", "last"]).query("site == 'resid_post'")
+    (dots,) = groups(means, panel="treatment", title="").axes[0].get_lines()
+    sure = means[(means.low > 0) | (means.high < 0)]
+    assert [*dots.get_xdata()] == [[0, 2, 5].index(layer) for layer in sure.layer]  # places in the grid, not layers
 
 
 def test_of_two_copies_each_is_enough_and_neither_needed() -> None:
