@@ -8,7 +8,7 @@ get if everything before it were additive is h10 + h01 - h00, and what f compute
     G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
 
 A linear copy has G = 0, whatever it copies. The effect of G is measured as any other: taken away from the jailbroken
-harmful run, or added to the neutral harmful one, at all positions, with everything above live.
+harmful run, or added to the neutral harmful one, at all positions from the first that differs, with everything above live.
 
 Carried (C4). The residual stream at the last token is set to the other run's value after one layer. Above it, at the last
 token, attention outputs and MLP outputs either react or are held at the base run's values; comparing the ways says which
@@ -96,11 +96,12 @@ def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence
     runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
     wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
     more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
-    everywhere = torch.ones_like(harmful.control.tokens, dtype=torch.bool)
+    differs = [run.tokens != harmful.control.tokens for run in runs.values()]
+    behind = torch.stack(differs).any(0).cummax(1).values  # of the tokens before, all four runs compute the same: G is 0
 
     def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
         patches = [
-            Patch(one.site, one.layer, everywhere, value=base.site(one.site, one.layer) + sign * change)
+            Patch(one.site, one.layer, behind, value=base.site(one.site, one.layer) + sign * change)
             for one, change in zip(wanted, more, strict=True)
         ]
         resid = replay.interchange(subject, base, base, patches)[:, :, 0]

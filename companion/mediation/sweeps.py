@@ -167,8 +167,8 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
 
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
-    """Y2 of the residual stream, attention and MLP outputs at the last token of the prompt, at `Study.thinned_layers`."""
-    wanted = estimands.mediators(study.subject, LAYER_SITES, layers=study.thinned_layers)
+    """Y2 of attention and MLP outputs at the last token of the prompt, at `Study.thinned_layers`."""
+    wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 
