@@ -74,7 +74,7 @@ def measure_neurons(
         chosen = screening.to_recheck(below)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
-    kept = {pair.pair.id for pair in study.subsample(benign).pairs}
+    kept = {pair.pair.id for pair in study.thinned(benign).pairs}
     pairs = tuple(one for one in study.pairs if one.pair.treatment[0] != "B" or one.pair.id in kept)
     measured = measure_all(replace(study, pairs=pairs), columns, watch)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)

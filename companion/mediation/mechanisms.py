@@ -97,7 +97,8 @@ def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence
     wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
     more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
     differs = [run.tokens != harmful.control.tokens for run in runs.values()]
-    behind = torch.stack(differs).any(0).cummax(1).values  # of the tokens before, all four runs compute the same: G is 0
+    # Before the first token that differs all four runs compute the same: G is 0 there.
+    behind = torch.stack(differs).any(0).cummax(1).values
 
     def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
         patches = [

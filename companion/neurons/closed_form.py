@@ -18,7 +18,7 @@ from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.base.device import running_sum
@@ -97,20 +97,20 @@ def last_layer_log_odds(
 @torch.no_grad()
 def written_log_odds(
     subject: Subject, resid: Float[Tensor, "pair d"], change: Float[Tensor, "pair neuron"],
-    vectors: Float[Tensor, "neuron d"], refuse: Sequence[int], *, is_frozen: bool = False,
+    vectors: Float[Tensor, "neuron d"], refuse: Sequence[int], frozen: Bool[Tensor, "pair"] | None = None,
 ) -> Float[Tensor, "pair neuron"]:  # fmt: skip
     """log p(any other token) - log p(any refuse token) if each neuron on its own changes what it writes (float64).
 
     The whole vocabulary, for a model that `is_closed`: the neurons' outputs U (g w_j) are made once for all pairs, some
-    neurons at a time. With `is_frozen` the final norm keeps the scale of `resid`.
+    neurons at a time. Where a pair is `frozen` the final norm keeps the scale of its `resid`.
     """
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     weight, head_bias = subject.unembedding
     if is_centred(subject.final_norm):
         resid, vectors = (x - x.mean(-1, keepdim=True) for x in (resid, vectors))
-    square = resid.pow(2).sum(-1, keepdim=True).expand_as(change)
-    if not is_frozen:
-        square = square + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
+    own = resid.pow(2).sum(-1, keepdim=True).expand_as(change)
+    square = own + 2 * change * (resid @ vectors.T) + change.pow(2) * vectors.pow(2).sum(-1)
+    square = square if frozen is None else torch.where(frozen[:, None], own, square)
     scale = torch.rsqrt(square / subject.d_model + eps)
     biases = ([] if norm_bias is None else [weight @ norm_bias]) + ([] if head_bias is None else [head_bias])
     unscaled, found = (gain * resid) @ weight.T, torch.empty_like(change, dtype=torch.float64)
@@ -123,6 +123,20 @@ def written_log_odds(
             parts = ((b.start, sum((bias[b] for bias in biases), part)) for b, part in made)
             found[i, some] = rest_against(parts, refuse)
     return found
+
+
+def last_layer_both_ways(
+    subject: Subject, control: CleanRun, treated: CleanRun, refuse: Sequence[int]
+) -> tuple[Float[Tensor, "pair neuron"], ...]:
+    """`written_log_odds` of the last layer's neurons, set in the control run and in the treated run; then both once more with
+    the final norm's scale frozen. All four read the same outputs.
+    """
+    last = subject.n_layers - 1
+    change = (treated.site("neuron", last) - control.site("neuron", last))[:, -1]
+    resid = torch.cat(2 * [run.resid_post[last][:, -1] for run in (control, treated)])
+    frozen = torch.arange(4, device=change.device).repeat_interleave(len(change)) >= 2
+    vectors = written_vectors(projection(subject.layers[last], "neuron"))
+    return written_log_odds(subject, resid, torch.cat(2 * [change, -change]), vectors, refuse, frozen).chunk(4)
 
 
 @dataclass(frozen=True)

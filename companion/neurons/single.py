@@ -248,6 +248,13 @@ def _batch_values(
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
         chosen = subject.tensor(neurons[at])
+        if layer == subject.n_layers - 1 and openers.rest and closed_form.is_closed(subject):
+            y01, y10, *own = (
+                every[:, chosen] for every in closed_form.last_layer_both_ways(subject, *runs, openers.refuse)
+            )
+            found["nie0"][:, at], found["nie1"][:, at] = to_host(y01 - clean[0]), to_host(clean[1] - y10)
+            found["direct"][:, at] = to_host((own[0] - clean[0]) - (own[1] - clean[1])) / 2
+            continue
         for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
             base, source, start = runs[side], runs[1 - side], clean[side]
             if layer == subject.n_layers - 1:
@@ -270,7 +277,8 @@ def _own_write(
     vectors = written_vectors(projection(subject.layers[layer], "neuron"))[chosen]
     change = (source.neurons[layer] - base.neurons[layer])[:, -1, chosen]
     if openers.rest and closed_form.is_closed(subject):
-        return closed_form.written_log_odds(subject, resid[:, 0], change, vectors, openers.refuse, is_frozen=True)
+        frozen = torch.ones(len(change), dtype=torch.bool, device=change.device)
+        return closed_form.written_log_odds(subject, resid[:, 0], change, vectors, openers.refuse, frozen)
     step = max(1, BLOCK // max(1, change.shape[0] * subject.d_model))
     read = []
     for some, written in zip(change.split(step, dim=1), vectors.split(step), strict=True):
