@@ -74,7 +74,7 @@ def measure_timing(
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
     # For the whole MLP "prompt" is "first token" again: the others are enough.
     arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
-    thin = study.subsample(BENIGN_PAIRS).pairs
+    thin = study.thinned(BENIGN_PAIRS).pairs
     benign = [pair for pair in thin if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
     known: timing.Controls = {}
     (harmful,) = clamped_answers(study, [tested], arms, known=known)

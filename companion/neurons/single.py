@@ -249,11 +249,10 @@ def _batch_values(
         at = np.flatnonzero(layers == layer)
         chosen = subject.tensor(neurons[at])
         if layer == subject.n_layers - 1 and openers.rest and closed_form.is_closed(subject):
-            y01, y10, *own = (
-                every[:, chosen] for every in closed_form.last_layer_both_ways(subject, *runs, openers.refuse)
-            )
+            four = closed_form.last_layer_both_ways(subject, *runs, openers.refuse)
+            y01, y10, own01, own10 = (one[:, chosen] for one in four)
             found["nie0"][:, at], found["nie1"][:, at] = to_host(y01 - clean[0]), to_host(clean[1] - y10)
-            found["direct"][:, at] = to_host((own[0] - clean[0]) - (own[1] - clean[1])) / 2
+            found["direct"][:, at] = to_host((own01 - clean[0]) - (own10 - clean[1])) / 2
             continue
         for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
             base, source, start = runs[side], runs[1 - side], clean[side]
