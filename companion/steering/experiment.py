@@ -33,7 +33,7 @@ from companion.steering.prompts import Prompts, prompt_table, thinned
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
 CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
-COSTLY_CAP: Final = 36  # the same where each prompt is costly
+COSTLY_CAP: Final = 20  # the same where each prompt is costly
 SEED: Final = 0  # of the random numbers that decide the sampled answers
 GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_topic"}  # the label that is counted
 PLAIN: Final = Steering("unsteered")
