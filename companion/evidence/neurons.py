@@ -71,7 +71,7 @@ def measure_neurons(
     else:
         name = "T2-T2b" if study.twins else (generation or [study.treatments[0]])[0]
         below = screening.below_the_last(study, name)
-        chosen = screening.to_recheck(below)
+        chosen = screening.to_recheck(below, n := screening.RECHECKED[study.is_costly], n)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
     kept = {pair.pair.id for pair in study.thinned(benign).pairs}

@@ -29,7 +29,7 @@ from companion.neurons.single import NEURONS, PairEffects, all_neurons, in_split
 from companion.prompts.tokens import Openers, TokenPair
 
 EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
-TOP = RANDOM = 500
+RECHECKED = {False: 500, True: 100}  # neurons of the top, and as many random ones; fewer where each pair is costly
 MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
 
 
@@ -134,8 +134,8 @@ def estimate_rows(below: pd.DataFrame, chosen: pd.DataFrame, effects: PairEffect
     return made[NEURONS]
 
 
-def to_recheck(found: pd.DataFrame, top: int = TOP, random: int = RANDOM) -> pd.DataFrame:
-    """The neurons with the largest |estimate| and as many random ones of the others: layer, neuron, `is_top`."""
+def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
+    """The neurons with the largest |estimate| and some random ones of the others: layer, neuron, `is_top`."""
     order = found.estimate.abs().sort_values(ascending=False, kind="stable").index
     others = np.random.default_rng(0).permutation(order[top:])[:random]
     chosen = found.loc[[*order[:top], *others]].reset_index(drop=True)

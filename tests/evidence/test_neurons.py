@@ -82,7 +82,7 @@ def test_which_layers_and_benign_behaviours_are_measured(study: Study, swept: Ne
 
 
 def test_a_screened_sweep_rechecks_the_top(study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neurons.screening.to_recheck, "__defaults__", (20, 30))
+    monkeypatch.setattr(neurons.screening, "RECHECKED", {False: 25})
     full, found = swept, measure_neurons(study, every=False)
     keys = ["treatment", "split", "layer", "neuron"]
     both = found.table[found.table.exact].merge(full.table, on=keys, suffixes=("", "_full"))
