@@ -61,7 +61,8 @@ def measure_neurons(
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
     screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
-    comparison, use at most `benign` pairs each. `watch` sees every batch.
+    comparison, use at most `benign` pairs each; T1, which no claim needs, is left out where each pair is costly.
+    `watch` sees every batch.
     """
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
     generation = [name for name in study.treatments if name in ("T2", "T2b")]
@@ -74,6 +75,8 @@ def measure_neurons(
         chosen = screening.to_recheck(below, n := screening.RECHECKED[study.is_costly], n)
         wide = pd.concat([last, chosen[["layer", "neuron"]]]).sort_values(["layer", "neuron"], ignore_index=True)
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
+    if study.is_costly and generation:
+        columns.pop("T1", None)
     kept = {pair.pair.id for pair in study.thinned(benign).pairs}
     pairs = tuple(one for one in study.pairs if one.pair.treatment[0] != "B" or one.pair.id in kept)
     measured = measure_all(replace(study, pairs=pairs), columns, watch)

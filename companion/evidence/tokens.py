@@ -46,11 +46,12 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
     Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`:
-    the last layer of T2 and T2b, where it is known.
+    the last layer of T2 and T2b, where it is known; else it is measured, on fewer pairs where each is costly.
     """
     subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
     if measured is None:
-        measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
+        chosen = study.thinned(len(study.pairs))
+        measured = measure_all(chosen, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
     order = single.ranking(single.neuron_table(measured.effects[treatment]), treatment, measured.last)
     ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))

@@ -29,7 +29,7 @@ from companion.neurons.single import NEURONS, PairEffects, all_neurons, in_split
 from companion.prompts.tokens import Openers, TokenPair
 
 EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
-RECHECKED = {False: 500, True: 100}  # neurons of the top, and as many random ones; fewer where each pair is costly
+RECHECKED = {False: 500, True: 50}  # neurons of the top, and as many random ones; fewer where each pair is costly
 MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
 
 

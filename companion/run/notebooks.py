@@ -35,10 +35,11 @@ KERNEL = {
     "language": "python",
 }
 # Where the system's allocator is glibc's: memory that was freed is kept. Sweeps free and ask for the same sizes all the time,
-# and a page that comes anew from the system costs some systems more than what is computed on it.
+# and a page that comes anew from the system costs some systems more than what is computed on it. Very large pieces go back
+# all the same: between kept ones they would leave gaps that nothing fits into.
 ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
 DETERMINISTIC = {  # variables under which a library neither phones home nor depends on chance
