@@ -59,16 +59,22 @@ def tokens(table: pd.DataFrame) -> Figure:
 
 
 def carriers(table: pd.DataFrame) -> Figure:
-    """Shares of the paths by layer; the axis begins at the first layer that has an effect to share out."""
+    """Shares of the paths by layer, from the first layer that has an effect to share out.
+
+    Where that effect is next to none a share has no bounds: the axis ends at -1 and 2, and longer intervals leave it.
+    """
     title, unit = "What carries the last token's signal on?", "share of the residual stream's effect"
     figure = by_layer(table, group="path", title=title, unit=unit, late=False)
     ax = figure.axes[0]
     ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
     ax.get_legend().remove()
     style.legend_below(figure, [ax], 4)
     return figure
 
 
+SHARES = (-1.0, 2.0)
 SIGNED = f"{LOG_ODDS}; above 0: with the treatment"
 HATCHED = "; hatched where the architecture lets no difference arrive"
 # fmt: off
