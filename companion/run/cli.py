@@ -32,6 +32,7 @@ ALONE = {
     "book": "it shows the outputs that are stored",
     "lab": "parameters are set in the notebook",
 }
+COMMITTED = ROOT / "results" / "committed.yml"
 # What an entry in a list of models may hold.
 KEYS: dict[str, type] = dict.fromkeys(
     ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer"), str
@@ -73,6 +74,7 @@ def parser() -> Parser:
     add("--jobs", metavar="N", type=int, default=0,
         help="notebooks at once, where none needs another (default: 2 for a small model on the CPU, else 1)")
     add("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
+    add("--all", action="store_true", help="every run whose results are in the repository (results/committed.yml; hours)")
     add("--shards", metavar="N", type=int, default=0, help="measure the sweeps in N jobs first (needs submitit)")
     add("--executor", choices=("local", "slurm"), help="where the jobs run (default: slurm where there is sbatch)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter of submitit, as timeout_min=240")
@@ -109,6 +111,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"--set {wrong}: expected KEY=VALUE, such as timeout_min=240")
     if (flags.set or flags.executor) and not flags.shards:
         raise InputError("--executor and --set go with --shards")
+    if flags.all and flags.models is not None:
+        raise InputError("--all and --models each name a list of runs: give one of them")
+    flags.models = str(COMMITTED) if flags.all else flags.models
     flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
     settings.check_wrappers(flags.prompts, flags.wrappers)
     for name, reason in ALONE.items():
@@ -342,7 +347,9 @@ def models_command(flags: argparse.Namespace) -> int:
     plain = parse([])
     given = [name for name in KEYS if getattr(flags, name) != getattr(plain, name)]
     if given:
-        raise InputError(f"--models goes without --{given[0]}: write it into the list")
+        raise InputError(
+            f"--{'all' if flags.all else 'models'} goes without --{given[0]}: write it into a list for --models"
+        )
     path = folders.from_caller(flags.models)
     runs: dict[str, Callable[[], int]] = {}
     places: dict[str, int] = {}  # some systems do not tell the folder `A` from `a`

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -295,3 +296,16 @@ def test_every_entry_has_its_own_judge_and_wrappers_and_counts_from_the_list(tmp
     assert cli.main(["--models", str(path)]) == 0
     assert seen == [(str(tmp_path / "mine"), "window-1", None), ("full-0", None, str(tmp_path / "w.jsonl"))]
     assert len(cli.read_model_list(ROOT / "models.example.yml")) == 2
+
+
+def test_all_runs_whatever_has_results_in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(cli, "run_list", lambda runs: seen.extend(runs) or 0)
+    assert cli.main(["--all", "--only", "01"]) == 0
+    if (ROOT / ".git").exists():
+        listed = subprocess.check_output(["git", "ls-files", "results/*/manifest.json"], cwd=ROOT, text=True)
+        assert set(seen) == {Path(line).parent.name for line in listed.split()}
+    with pytest.raises(InputError, match="--all goes without --pairs"):
+        cli.models_command(cli.parse(["--all", "--pairs", "30"]))
+    with pytest.raises(InputError, match="--all and --models"):
+        cli.parse(["--all", "--models", "models.yml"])
