@@ -23,7 +23,7 @@ from companion.neurons.sets import Measured, cumulative, measure_all, on_contras
 from companion.neurons.single import PairEffects, all_neurons, in_columns, in_split, ranking, signed
 from companion.stats.bootstrap import Estimates, exact_row, interval, row
 
-N_RANDOM_ORDERS = 10
+N_RANDOM_ORDERS = {False: 10, True: 2}  # fewer where each pair is costly
 BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
 ANSWER_PAIRS = 120
 NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
@@ -100,7 +100,8 @@ def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | Non
     """Joint effects on test of the first k last-layer neurons of an order (by default the discover ranking), signed."""
     measured, subject = found.measured, found.measured.study.subject
     ranked = ranking(found.table, treatment, measured.last) if order is None else order
-    return on_contrast(measured, treatment, "test", partial(cumulative, subject, order=ranked, ks=sizes(subject.d_mlp)))
+    ks = sizes(subject.d_mlp, sets.EVERY_COSTLY if measured.study.is_costly else sets.EVERY)
+    return on_contrast(measured, treatment, "test", partial(cumulative, subject, order=ranked, ks=ks))
 
 
 def enough(found: Neurons, treatment: str) -> bool:
@@ -121,8 +122,9 @@ def all_curves(found: Neurons) -> dict[str, PairEffects]:
     by_sign = ranking(found.table, name, found.measured.last, by_sign=True)
     benign = {other: curve(found, other) for other in found.benign if enough(found, other)}
     made = {"main": curve(found, name), "ranked by sign": curve(found, name, by_sign)}
-    rng, d_mlp = np.random.default_rng(0), found.measured.study.subject.d_mlp
-    drawn = [curve(found, name, rng.permutation(d_mlp)) for _ in range(N_RANDOM_ORDERS)]
+    rng, study = np.random.default_rng(0), found.measured.study
+    orders = [rng.permutation(study.subject.d_mlp) for _ in range(N_RANDOM_ORDERS[study.is_costly])]
+    drawn = [curve(found, name, order) for order in orders]
     means = {value: np.mean([one.values[value] for one in drawn], axis=0) for value in drawn[0].values}
     return {**made, "random order": replace(drawn[0], values=means), **benign}
 

@@ -15,7 +15,7 @@ from companion.mediation import mechanisms, summaries
 from companion.mediation.estimands import Batch
 from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
 from companion.mediation.study import Study
-from companion.neurons import single, timing
+from companion.neurons import sets, single, timing
 from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, settles, sizes
 from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
 from companion.neurons.timing import Clamp, clamped_answers
@@ -53,7 +53,8 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
         chosen = study.thinned(len(study.pairs))
         measured = measure_all(chosen, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
     order = single.ranking(single.neuron_table(measured.effects[treatment]), treatment, measured.last)
-    ks, k = sizes(subject.d_mlp), min(FALLBACK, subject.d_mlp)
+    ks = sizes(subject.d_mlp, sets.EVERY_COSTLY if study.is_costly else sets.EVERY)
+    k = min(FALLBACK, subject.d_mlp)
     curve = on_contrast(measured, treatment, "validate", lambda ends: cumulative(subject, ends, order, ks))
     effect = curve.nie.mean(0)
     if len(curve.pairs) and effect[-1] > 0 and np.isfinite(k90 := settles(effect / effect[-1], ks, 0.9)):

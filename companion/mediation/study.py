@@ -94,6 +94,18 @@ def affordable_pairs(subject: Subject, content: PromptSet) -> int:
     return 0 if n >= max(counts.values()) else n
 
 
+def chosen_pairs(content: PromptSet, asked: int, affordable: int) -> tuple[Pair, ...]:
+    """The pairs of a study: as many a treatment as were asked for, else what is affordable.
+
+    Benign behaviours, which are a comparison, then have at most `ROBUST` pairs each.
+    """
+    chosen = subsample(content.pairs, asked or affordable)
+    if asked or not affordable:
+        return chosen
+    few = {pair.id for pair in subsample(content.pairs, ROBUST)}
+    return tuple(pair for pair in chosen if pair.treatment[0] != "B" or pair.id in few)
+
+
 def begin(
     model: str, prompt_set: str, slug: str, *, device: str = "cpu", dtype: str = "float32", profile: str = "full",
     pairs: int = 0,
@@ -105,7 +117,7 @@ def begin(
     subject = load(model, device=device, dtype=dtype)
     content = load_set(prompt_set)
     affordable = affordable_pairs(subject, content)
-    chosen = subsample(content.pairs, pairs_asked(pairs, profile) or affordable)
+    chosen = chosen_pairs(content, pairs_asked(pairs, profile), affordable)
     kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS
@@ -161,13 +173,17 @@ def other_shipped(model: str, profile: str = "full") -> tuple[str, ...]:
 def control_study(study: Study, model: str, label: str) -> Study:
     """The study of one control model by its label, on at most 120 pairs a treatment.
 
-    An untrained twin has the same architecture and fresh random weights.
+    An untrained twin has the same architecture and fresh random weights. Where each pair is costly it is not measured on
+    benign behaviours.
     """
     name, is_twin, others = label.removesuffix(UNTRAINED), label.endswith(UNTRAINED), other_shipped(model)
     subject, seed = study.subject, 0
     if name in others:
         subject, seed = load(name, device=str(subject.device), dtype="float32"), 1 + others.index(name)
-    return replace(study.thinned(CONTROL_PAIRS), subject=untrained_twin(subject, seed) if is_twin else subject)
+    few = study.thinned(CONTROL_PAIRS)
+    main = few.of("T1", "T2", "T2b")
+    few = replace(few, pairs=tuple(main)) if study.is_costly and main else few
+    return replace(few, subject=untrained_twin(subject, seed) if is_twin else subject)
 
 
 def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:

@@ -22,7 +22,7 @@ from companion.base.errors import InputError
 from companion.model.architecture import Subject, find_parts, stored
 from companion.model.interventions import projection
 from companion.neurons.sets import Measured, joint, on_contrast, topic_sums
-from companion.neurons.single import PairEffects
+from companion.neurons.single import PairEffects, in_columns, in_split, signed
 from companion.stats import bootstrap
 
 HALF_WIDTH = 8
@@ -149,13 +149,19 @@ def window_contest(
     """Best contiguous window of last-layer neurons against the best of as many random groups, joint exact effects.
 
     Random groups are the windows of a random order of the neurons, so that the best of them had the same chance to be
-    lucky. `ranked` is the discover ranking.
+    lucky. `ranked` is the discover ranking. Where each pair is costly the best are chosen by the sum of their members' own
+    effects; the effects on test are joint and exact all the same.
     """
     subject, rng = measured.study.subject, np.random.default_rng(0)
+    alone = in_split(signed(measured.effects[treatment]), "discover")
+    alone = in_columns(alone, (alone.columns.layer == measured.last).to_numpy())
     orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(N_ORDERS))]
     best = []
     for order in orders:
         members = windows(order, half_width)
+        if measured.study.is_costly:
+            best.append(members[alone.nie.mean(0)[members].sum(1).argmax()])
+            continue
         found = on_contrast(measured, treatment, "discover", partial(joint, subject, members=members))
         best.append(members[found.nie.mean(0).argmax()])
     groups = np.stack([*best, ranked[: 2 * half_width + 1]])

@@ -33,7 +33,7 @@ from companion.stats.clusters import ClusterSums
 PAIRS = 16  # pairs at once: few enough for what is made of them to stay in a cache
 # Up to here the vectors' products with each other cost less than a vector for each set: members of a set, neurons of a layer.
 FEW, SMALL = 32, 1024
-EVERY = 512  # up to here every set size is measured
+EVERY, EVERY_COSTLY = 512, 64  # up to here every set size is measured
 SUMMARY = ("psi", "k50", "k90", "area", "distance")  # what `curve_summary` gives
 # Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.
 Writes = Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]]
@@ -71,10 +71,10 @@ def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]
     return Measured(study, effects, {name: states for name, (_, states) in found.items()})
 
 
-def sizes(d_mlp: int) -> Int[np.ndarray, "size"]:
-    """Set sizes from 1 to all neurons: every one up to 512, from there in steps of about 2 %."""
-    more = np.geomspace(EVERY, max(d_mlp, EVERY), 1 + int(np.log(max(d_mlp / EVERY, 1)) / np.log(1.02)))
-    return np.unique([*range(1, min(d_mlp, EVERY) + 1), *np.rint(more[more < d_mlp]).astype(int), d_mlp])
+def sizes(d_mlp: int, every: int = EVERY) -> Int[np.ndarray, "size"]:
+    """Set sizes from 1 to all neurons: every one up to 512 (or `every`), from there in steps of about 2 %."""
+    more = np.geomspace(every, max(d_mlp, every), 1 + int(np.log(max(d_mlp / every, 1)) / np.log(1.02)))
+    return np.unique([*range(1, min(d_mlp, every) + 1), *np.rint(more[more < d_mlp]).astype(int), d_mlp])
 
 
 @torch.no_grad()

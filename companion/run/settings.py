@@ -259,7 +259,7 @@ def resolve_device(name: str) -> str:
 
 def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]:
     """Read and tokenize the prompt set; returns what a user should know of it, or `InputError` for what a run cannot use."""
-    from companion.prompts.pairs import load_set, pairs_asked, subsample
+    from companion.prompts.pairs import load_set, pairs_asked
 
     prompt_set = load_set(prompts_folder(prompts))  # first: it needs no model stack and finds most mistakes
     import torch
@@ -274,7 +274,7 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     tokenizer = load_tokenizer(folder)
     shapes = memory.on_meta(folder, torch.float32)
     affordable = study.affordable_pairs(shapes, prompt_set)
-    chosen = subsample(prompt_set.pairs, pairs_asked(pairs, profile) or affordable)
+    chosen = study.chosen_pairs(prompt_set, pairs_asked(pairs, profile), affordable)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer, shapes.unembedding[0].shape[0])
     if extraction.find_supplied(prompts):

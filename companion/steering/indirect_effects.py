@@ -39,22 +39,27 @@ Patched = Callable[[], AbstractContextManager[object]]  # holds a component's ou
 def split_effects(study: Study, split: str, steering: Steering = PLAIN) -> pd.DataFrame:
     """Indirect effects of all attention and MLP outputs on the T2 pairs of a split, in the model under a steering.
 
-    Of `test` at most `N_TEST` pairs are taken.
+    Of `test` at most `N_TEST` pairs are taken, and fewer pairs and layers where each is costly.
     """
-    pairs = [p for p in study.of("T2") if p.pair.split == split][: N_TEST if split == "test" else None]
-    return steered_effects(study.subject, pairs, study.openers, steering)
+    is_test = split == "test"
+    part = study.thinned(len(study.pairs)) if is_test else study
+    pairs = [p for p in part.of("T2") if p.pair.split == split][: N_TEST if is_test else None]
+    wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers if is_test else None)
+    return steered_effects(study.subject, pairs, study.openers, steering, wanted)
 
 
 @torch.no_grad()
 def steered_effects(
-    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], steering: Steering = PLAIN
-) -> pd.DataFrame:
-    """The table of `estimands.measure_effects` (Y1, attention and MLP outputs at the last token) of the steered model.
+    subject: Subject, pairs: Sequence[TokenPair], openers: Mapping[str, Openers], steering: Steering = PLAIN,
+    wanted: Sequence[Mediator] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """The table of `estimands.measure_effects` (Y1) of the steered model, for attention and MLP outputs at the last token.
 
+    `wanted` are those of all layers if none are given.
     An intervention is computed from its layer upwards, under the steering's hooks: at the last token alone where no other
     token is steered. The model is one that can be replayed.
     """
-    wanted = estimands.mediators(subject, COMPONENTS)
+    wanted = estimands.mediators(subject, COMPONENTS) if wanted is None else wanted
     tables = []
     for group in estimands.batches(pairs, subject):
         residuals = _patched_residuals(subject, steering, group, wanted)

@@ -81,6 +81,11 @@ def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> N
         shares = dict(zip(adjacency.CONTEST, made.shares.estimate, strict=True))
         assert (made.p == 0.05) == wins and (shares["best window"] > 0.99) == wins
         assert shares["top ranked"] == pytest.approx(1, abs=1e-3) and made.members.shape == (20, 5)
+        # Chosen by sums of single effects, which here are the joint ones.
+        quick = replace(measured, study=replace(measured.study, is_costly=True))
+        assert adjacency.window_contest(quick, "T2", ranked, half_width=2).shares.estimate == pytest.approx(
+            made.shares.estimate, abs=1e-6
+        )
 
 
 def test_groups_are_chosen_on_discover_alone() -> None:

@@ -12,7 +12,7 @@ from handmade import Program, compiled, cue_pairs, random_pairs, word_tokenizer
 
 from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks
-from companion.mediation import estimands, outcomes
+from companion.mediation import estimands, outcomes, study
 from companion.model import replay
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers, TokenPair
@@ -88,6 +88,17 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
     kept = indirect_effects.share_left(before, after, [0, 1])
     assert kept.estimate == pytest.approx(1 / total, abs=0.01), "what attention brings acts through the skip path only"
     assert indirect_effects.share_left(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)
+
+
+def test_effects_on_test_are_those_of_fewer_pairs_and_layers_where_each_is_costly() -> None:
+    this = study.begin("embedded", "embedded", "own", pairs=60)
+    costly = replace(this, is_costly=True)
+    whole, few = (indirect_effects.split_effects(one, "test") for one in (this, costly))
+    assert set(few.layer) == {2, 5} and 2 <= few.pair_id.nunique() < whole.pair_id.nunique()
+    both = few.merge(whole, on=["pair_id", "site", "layer"], suffixes=("", "_all"))
+    assert len(both) == len(few)
+    np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-4)
+    assert set(indirect_effects.split_effects(costly, "discover").layer) == set(range(6))
 
 
 def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_own() -> None:
