@@ -22,8 +22,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from companion.base.device import running_sum, to_host
-from companion.generation.forward import BATCH, Steer, Switch, buckets, encode, read_prompts
-from companion.model.activations import model_inputs, prefix_once, shared_prefix
+from companion.generation.forward import BATCH, Steer, Switch, buckets, read_prompts
+from companion.model.activations import prefix_once, shared_prefix
 from companion.model.architecture import Subject, end_tokens
 
 DROP: Final = 0.75  # share of answers that go on, below which the ended ones are taken out of the batch
@@ -151,31 +151,6 @@ def answers(
         ids[places] = to_host(read_prompts(subject, prompt, steer, partial(go_on, places), plain=known))
     finish()
     return _until_end(ends, ids)
-
-
-@torch.no_grad()
-def answers_at_once(
-    subject: Subject,
-    texts: Sequence[str],
-    steps: int,
-    steer: Steer = nullcontext,
-    draws: Float[np.ndarray, "prompt step"] | None = None,
-    *,
-    system: str = "",
-) -> Answers:
-    """`answers` with all prompts in one padded batch that is read from the bottom: as a server would, to be timed."""
-    ends = subject.tensor([*end_tokens(subject)])
-    rows = [torch.tensor(encode(subject, text, system)) for text in texts]
-    length = subject.tensor([len(row) for row in rows])
-    real = torch.arange(int(length.max()), device=subject.device) >= length.max() - length[:, None]
-    ids = torch.zeros_like(real, dtype=torch.long)
-    ids[real] = torch.cat(rows).to(subject.device)
-    cache = DynamicCache()
-    with steer():
-        logits = subject.model(**model_inputs(ids, real), past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        begun = Begun(np.arange(len(rows)), logits, cache, length, real)
-        said = decode(subject, begun, steps, ends, partial(_choose, draws), shrink=False)
-    return _until_end(ends, said)
 
 
 @torch.no_grad()

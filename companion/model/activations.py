@@ -227,14 +227,6 @@ def at_positions(name: str, value: Any, position: Any, rows: int | None = None) 
     return value
 
 
-def model_inputs(tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"] | None) -> dict[str, Tensor]:
-    """What the library's model is called with; it does not count padded positions from the first real token by itself."""
-    if mask is None:
-        return {"input_ids": tokens}
-    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": position_ids}
-
-
 @contextmanager
 def _recording(subject: Subject, wanted: frozenset[str]) -> Iterator[dict[str, list[Any]]]:
     """Hooks on every layer; what they see is gathered by name, in the order of the layers."""

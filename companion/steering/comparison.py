@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import lru_cache, partial
@@ -23,14 +22,14 @@ from jaxtyping import Float
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
-from companion.generation import decode, forward
-from companion.generation.hooks import Edit, Opening, Part, Prompt, Steering, applied
+from companion.generation import forward
+from companion.generation.hooks import Edit, Opening, Part, Prompt, Steering
 from companion.mediation.study import Study
 from companion.neurons import single
 from companion.stats.rates import mean_change
-from companion.steering import adasteer, budget, experiment, methods
+from companion.steering import adasteer, budget, methods
 from companion.steering.budget import EvaluationPrompts
-from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.experiment import SteeringExperiment
 from companion.steering.extraction import Fit
 
 Builders: TypeAlias = Mapping[str, Callable[[Fit], Steering]]
@@ -45,7 +44,6 @@ ROWS: Final = ("at all layers, or in the prompt", "at some layers only")
 EQUAL: Final = (
     "row", "panel", "group", "x", "estimate", "low", "high", "strength", "why", "more", "more_low", "more_high",
 )  # fmt: skip
-N_TIMED: Final = 32
 FAMILIES: Final = ("isotropic", "covariance-matched")  # of random directions
 
 
@@ -182,28 +180,6 @@ def which_layers(n_layers: int, steered: Steering) -> str:
     """Whether a method steers every layer of the model, for the two rows of figures in which all would not fit."""
     every = {edit.layer for edit in steered.edits} >= set(range(n_layers))
     return ROWS[0] if every or not steered.edits else ROWS[1]
-
-
-def costs(
-    this: SteeringExperiment, chosen: Mapping[str, Steering], prompts: pd.DataFrame, repeats: int = 2
-) -> pd.Series:
-    """Seconds to read a prompt and answer it, over the unsteered model's, the least of some rounds.
-
-    Every method reads its prompts from the bottom and in one padded batch, as it would in use, with no plain run remembered
-    and no answer copied.
-    """
-    some = prompts.iloc[np.linspace(0, len(prompts) - 1, min(N_TIMED, len(prompts))).astype(int)]
-    every = {PLAIN.name: PLAIN, **chosen}
-    best = dict.fromkeys(every, np.inf)
-    steps = experiment.STEPS[this.exact]
-    draws = decode.uniforms(len(some), steps, experiment.SEED)
-    for _, (name, one) in itertools.product(range(repeats), every.items()):
-        start = time.perf_counter()
-        steer = partial(applied, this.subject, one)
-        decode.answers_at_once(this.subject, list(some.text), steps, steer, draws, system=one.system)
-        best[name] = min(best[name], time.perf_counter() - start)
-    relative = {name: value / best[PLAIN.name] for name, value in best.items()}
-    return pd.Series(relative, name="seconds, steered / unsteered")
 
 
 def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) -> Steering:

@@ -33,7 +33,6 @@ EXAMPLES: Final = (5, 14, 50, 200)
 FAMILY_STRENGTHS: Final = (0.5, 1.0)
 MIN_FAMILY: Final = 20  # test prompts below which a family is not reported
 N_FAMILY: Final = 60
-REDRAWS: Final = 20
 FAMILIES: Final = (
     "family", "method", "estimate", "low", "high", "refused", "refused_low", "refused_high", "change", "p",
 )  # fmt: skip
@@ -131,15 +130,6 @@ def few_examples(
             left = [float(values.mean()) for values in evaluation.harmful_left(steered)] if steered else []
             rows += [("not refused", name, n, np.mean(left), min(left), max(left), len(left))] if left else []
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high", "n_draws"])
-
-
-def direction_stability(fit: Fit, layer: int, draws: int = REDRAWS) -> pd.DataFrame:
-    """How far a direction depends on the topics: cosine between any two of `draws` redraws of the discover topics, with
-    replacement, after one layer. A row a direction: mean, and the range over pairs of redraws.
-    """
-    spreads = _direction_cosines([redrawn(fit, seed) for seed in range(draws)], layer)
-    rows = [(name, draws, *spread) for name, *spread in spreads]
-    return pd.DataFrame(rows, columns=["direction", "redraws", "mean cosine", "smallest", "largest"])
 
 
 def _direction_cosines(fits: Sequence[Fit], layer: int) -> list[tuple[str, float, float, float]]:

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ from families import tokens as some_tokens
 from transformers import DynamicCache
 
 from companion.generation import decode, outcomes
-from companion.generation.decode import answers_at_once
 from companion.generation.forward import Switch
-from companion.generation.hooks import Edit, Steering, applied
+from companion.generation.hooks import Edit, Steering
 from companion.model.architecture import Subject, end_tokens
 from companion.prompts import tokens
 from companion.prompts.tokens import Openers
@@ -42,21 +40,19 @@ def test_an_answer_ends_as_a_turn_does(embedded: Subject, texts: list[str], monk
     assert np.array_equal(made.mask, wanted.mask) and (made.mask.sum(-1) < 16).all()
 
 
-def test_answers_are_the_same_alone_together_and_padded(embedded: Subject, texts: list[str]) -> None:
-    """Together, one by one, and in one padded batch: plain, and steered below the last layer, so that caches differ."""
+def test_answers_are_the_same_alone_and_together(embedded: Subject, texts: list[str]) -> None:
+    """Together and one by one: plain, and steered below the last layer, so that caches differ."""
     draws, push = decode.uniforms(5, 12, seed=4), torch.randn(128, generator=torch.Generator().manual_seed(0))
     plain = decode.answers(embedded, texts, 12, draws=draws)
     for where, size in (("prompt", 0.0), ("prompt", 60.0), ("every", 30.0)):
         edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1), where),)
         switch = Switch(embedded, Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float()))
         made = decode.answers(embedded, texts, 12, switch, draws)
-        at_once = answers_at_once(embedded, texts, 12, partial(applied, embedded, switch.steering), draws)
         assert (made.ids[:, 0] != plain.ids[:, 0]).any() if size else np.array_equal(made.ids, plain.ids)
         for i, text in enumerate(texts):
             alone = decode.answers(embedded, [text], 12, switch, draws[i : i + 1])
             wanted = alone.ids[0][alone.mask[0]].tolist()
             assert made.ids[i][made.mask[i]].tolist() == wanted
-            assert at_once.ids[i][at_once.mask[i]].tolist() == wanted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,6 @@ from torch import Tensor
 from companion.base.errors import InputError
 from companion.generation import hooks
 from companion.generation.hooks import Edit, Prompt, Read, Steering, applied
-from companion.model.activations import model_inputs
 from companion.model.architecture import Subject
 
 
@@ -37,6 +36,12 @@ def everywhere(where: hooks.Where = "prompt", *, plain: bool = False) -> Steerin
     parts = {1: "resid_post", 2: "mlp_out", 3: "neurons"}
     edits = tuple(Edit(layer, part, pushing(seed=layer), where) for layer, part in parts.items())
     return Steering("everywhere", edits, 0.5, half_open, (Read("g", 0, back=1, plain=plain),))
+
+
+def model_inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """The library does not count padded positions from the first real token by itself."""
+    places = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": places}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from steering_lab import ON, evaluated, opens_for, shut, towards_no
 from companion.evidence import steering
 from companion.generation import hooks
 from companion.steering import adasteer, budget, comparison, methods
-from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.experiment import SteeringExperiment
 from companion.steering.extraction import Fit
 from companion.steering.figure_tables import gate_firing
 
@@ -51,15 +51,6 @@ def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: S
 def test_zones_cover_every_layer_once(n_layers: int) -> None:
     zones = comparison.zones(n_layers)
     assert [*zones["early"], *zones["mid"], *zones["late"]] == [*range(n_layers)] and all(zones.values())
-
-
-def test_costs_are_relative_to_the_unsteered(experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only answering moves: the unsteered model takes 2 and 3 seconds, the other 8 and 6."""
-    now, spent = [0.0], iter([2.0, 8.0, 3.0, 6.0])
-    monkeypatch.setattr(comparison.time, "perf_counter", lambda: sum(now))
-    monkeypatch.setattr(comparison.decode, "answers_at_once", lambda *_, **__: now.append(next(spent)))
-    found = comparison.costs(experiment, {"late": towards_no("late", 1.0)}, experiment.prompts[:4])
-    assert found.to_dict() == {PLAIN.name: 1.0, "late": 3.0}
 
 
 def test_the_gate_opens_for_harm_and_the_shuffled_one_as_often_for_anything(fit: Fit) -> None:

@@ -96,15 +96,6 @@ def test_a_draw_that_defines_no_steering_is_one_fewer(fit: Fit, experiment: Stee
     assert found.estimate["not refused", "always"] == pytest.approx(expit(ON - 1.0), abs=1e-3)
 
 
-def test_directions_of_redraws_are_compared_with_each_other(fit: Fit) -> None:
-    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 6))
-    found = robustness.direction_stability(topics, 2, draws=5).set_index("direction")
-    assert set(found.index) == {"rejection", "harmfulness"} and (found.redraws == 5).all()
-    assert found["mean cosine"].between(found.smallest - 1e-9, found.largest + 1e-9).all()
-    same = replace(fit, prompts=fit.prompts.assign(topic="one"))  # one topic: every redraw is the whole
-    np.testing.assert_allclose(robustness.direction_stability(same, 2, draws=3)[["smallest", "largest"]], 1.0)
-
-
 def test_no_disguise_changes_what_is_asked() -> None:
     asked = robustness.draw_requests("validate", 4)
     assert asked == robustness.draw_requests("validate", 4)
