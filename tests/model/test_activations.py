@@ -71,6 +71,22 @@ def test_both_sides_of_pairs_have_the_same_bits_where_they_have_the_same_tokens(
         assert torch.equal(control, treated) and torch.equal(control, control[:1].expand(4, -1, -1))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_of_pairs_made_in_one_call_are_what_each_is_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share_always(monkeypatch)
+    subject, pairs = from_model(tiny_model(family)), random_pairs(3, 12, 60)
+    for pair in pairs:
+        pair.control[:6] = pair.treated[:6] = pairs[0].control[:6]
+    batch = estimands.run_clean(subject, pairs)
+    for run, side in zip((batch.control, batch.treated), estimands.prompt_tokens(subject, pairs), strict=True):
+        alone = activations.clean_run(subject, side, shared=0)
+        assert torch.equal(run.tokens, side) and run.resid_post[0]._base is not None  # a part of one run
+        for name in (*replay.LAYERS, "calls"):
+            torch.testing.assert_close(getattr(run, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, ids = from_model(tiny_model("llama")), tokens(3, 12)
     ids[:, :9] = ids[0, :9]
