@@ -153,17 +153,17 @@ def window_contest(
     effects; the effects on test are joint and exact all the same.
     """
     subject, rng = measured.study.subject, np.random.default_rng(0)
-    alone = in_split(signed(measured.effects[treatment]), "discover")
-    alone = in_columns(alone, (alone.columns.layer == measured.last).to_numpy())
+    effects = in_split(signed(measured.effects[treatment]), "discover")
+    alone = in_columns(effects, (effects.columns.layer == measured.last).to_numpy()).nie.mean(0)
     orders = [np.arange(subject.d_mlp), *(rng.permutation(subject.d_mlp) for _ in range(N_ORDERS))]
     best = []
     for order in orders:
         members = windows(order, half_width)
         if measured.study.is_costly:
-            best.append(members[alone.nie.mean(0)[members].sum(1).argmax()])
-            continue
-        found = on_contrast(measured, treatment, "discover", partial(joint, subject, members=members))
-        best.append(members[found.nie.mean(0).argmax()])
+            size = alone[members].sum(1)
+        else:
+            size = on_contrast(measured, treatment, "discover", partial(joint, subject, members=members)).nie.mean(0)
+        best.append(members[size.argmax()])
     groups = np.stack([*best, ranked[: 2 * half_width + 1]])
     test = on_contrast(measured, treatment, "test", partial(joint, subject, members=groups))
 

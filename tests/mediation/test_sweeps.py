@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from neuron_tools import tiny_study
 
 from companion.base import paths
 from companion.mediation import study, sweeps
@@ -75,3 +76,10 @@ def test_the_key_changes_with_all_that_numbers_rest_on(small: Study, monkeypatch
     keys.append(sweeps.part_folder(small, "layers"))
     assert len(set(keys)) == len(keys)
     assert sweeps.part_folder(replace(small, slug="elsewhere"), "layers").name == keys[-1].name
+
+
+def test_modules_are_measured_where_the_contrast_needs_them_and_everywhere_without_it() -> None:
+    this = tiny_study(treatments=("T1", "T2", "T2b"))
+    only = replace(this, pairs=tuple(this.of("T1")))
+    for one, wanted in ((this, {"T2", "T2b"}), (only, {"T1"})):
+        assert {p.pair.treatment for group in sweeps.sweep_batches(one, "modules") for p in group} == wanted

@@ -60,8 +60,10 @@ def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() 
     np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-5)
     means = tokens.group_means(costly, few, "T2", ["wrapper", "last"]).query("site == 'resid_post'")
     (dots,) = groups(means, panel="treatment", title="").axes[0].get_lines()
-    sure = means[(means.low > 0) | (means.high < 0)]
-    assert [*dots.get_xdata()] == [[0, 2, 5].index(layer) for layer in sure.layer]  # places in the grid, not layers
+    sure = means.layer[(means.low > 0) | (means.high < 0)]
+    assert [*dots.get_xdata()] == [[0, 2, 5].index(layer) for layer in sure]  # places in the grid, not layers
+    (hatched,) = groups(means.assign(earliest=4.0).head(3), panel="treatment", title="").axes[0].patches
+    assert hatched.get_width() == pytest.approx(2 / 3)  # layers 0 and 2 of 0, 2 and 5
 
 
 def test_of_two_copies_each_is_enough_and_neither_needed() -> None:

@@ -55,35 +55,21 @@ def test_interventions_on_such_runs_are_exact(family: str, attention: str | None
         assert worst(subject, pair, [*every_patch((0, 2)), *groups], read=(-1, 4)) < 1e-10
 
 
-def test_both_sides_of_pairs_have_the_same_bits_where_they_have_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_of_pairs_are_what_each_is_alone_with_equal_bits_where_tokens_are_equal(family, monkeypatch) -> None:
     share_always(monkeypatch)
-    subject, pairs = from_model(tiny_model("llama")), random_pairs(4, 16, 60)
+    subject, pairs = from_model(tiny_model(family)), random_pairs(4, 16, 60)
     for pair in pairs:
         for side, n in ((pair.control, 10), (pair.treated, 12)):  # the treated prompts share more, among themselves
             side[:n] = pairs[0].control[:n]
-    sides = estimands.prompt_tokens(subject, pairs)
+    sides, batch = estimands.prompt_tokens(subject, pairs), estimands.run_clean(subject, pairs)
     assert [activations.shared_prefix(subject, *some) for some in (sides, sides[1:])] == [10, 12]
-    batch = estimands.run_clean(subject, pairs)
     for layer in range(subject.n_layers):
         control, treated = (run.resid_post[layer][:, :10] for run in (batch.control, batch.treated))
         assert torch.equal(control, treated) and torch.equal(control, control[:1].expand(4, -1, -1))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_sides_of_pairs_made_in_one_call_are_what_each_is_alone(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share_always(monkeypatch)
-    subject, pairs = from_model(tiny_model(family)), random_pairs(3, 12, 60)
-    for pair in pairs:
-        pair.control[:6] = pair.treated[:6] = pairs[0].control[:6]
-    batch = estimands.run_clean(subject, pairs)
-    for run, side in zip((batch.control, batch.treated), estimands.prompt_tokens(subject, pairs), strict=True):
+    for run, side in zip((batch.control, batch.treated), sides, strict=True):
         alone = activations.clean_run(subject, side, shared=0)
-        assert torch.equal(run.tokens, side) and run.resid_post[0]._base is not None  # a part of one run
-        for name in (*replay.LAYERS, "calls"):
+        for name in ("tokens", *replay.LAYERS, "calls"):
             torch.testing.assert_close(getattr(run, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
 
 

@@ -72,6 +72,8 @@ FLAGS = {
     "--figures --name none": "no results of 'none'",
     "--figures": "no result tables in results/embedded",
     "--models nowhere.yml": "no list of models at",
+    "--all --models models.yml": "--all and --models each name a list of runs",
+    "--all --pairs 30": "--all goes without --pairs: write it into a list",
     "--test --force": "--test goes alone",
     "--book --only 02": "--book goes alone",
     "--lab --force": "--lab goes alone",
@@ -305,7 +307,3 @@ def test_all_runs_whatever_has_results_in_the_repository(monkeypatch: pytest.Mon
     if (ROOT / ".git").exists():
         listed = subprocess.check_output(["git", "ls-files", "results/*/manifest.json"], cwd=ROOT, text=True)
         assert set(seen) == {Path(line).parent.name for line in listed.split()}
-    with pytest.raises(InputError, match="--all goes without --pairs"):
-        cli.models_command(cli.parse(["--all", "--pairs", "30"]))
-    with pytest.raises(InputError, match="--all and --models"):
-        cli.parse(["--all", "--models", "models.yml"])
