@@ -138,8 +138,7 @@ def forward_from_layer(
 ) -> tuple[Float[Tensor, "row d"], DynamicCache | None]:
     """The final residual stream at the last token, with the filled cache if it is wanted.
 
-    It stands in a block of `applied` to the part's prompt, or nothing is added. `top` stops above that layer: all
-    that was added up to there is then recorded in full.
+    It stands in a block of `applied` to the part's prompt, or nothing is added. `top` stops above that layer.
     """
     run, end = part.run, subject.n_layers if top is None else top + 1
     start = min(edit.layer for edit in steering.edits)
@@ -154,7 +153,7 @@ def forward_from_layer(
                 hidden = first(block(hidden))
             continue
         held: Any = cache
-        if column == LAST or (layer == subject.n_layers - 1 and top is None):  # nobody looks at other tokens above it
+        if column == LAST or layer == subject.n_layers - 1:  # nobody looks at other tokens above it
             is_own = column == LAST or layer == start  # of a run whose earlier tokens are the plain ones up to here
             made = (run.keys[layer], run.values[layer])
             keys, values = map(part.of, made) if is_own else _heard(subject, part, layer, hidden)

@@ -116,14 +116,26 @@ class Steering:
 
 @dataclass(frozen=True)
 class Record:
-    """What steering added: for each batch of prompts the summed squared norm a prompt, and the gate's values."""
+    """What steering did to each batch of prompts, by layer: squared norms of what it added and of what stood there before.
 
-    squares: list[Float[Tensor, "prompt"]] = field(default_factory=list)
+    `gates` holds the gate's values a prompt.
+    """
+
+    added: list[dict[int, Float[Tensor, "prompt pos"]]] = field(default_factory=list)
+    stood: list[dict[int, Float[Tensor, "prompt pos"]]] = field(default_factory=list)
     gates: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
-    def begin(self, prompt: Prompt) -> None:
+    def begin(self) -> None:
         """Count what is added to another batch of prompts, from zero."""
-        self.squares.append(torch.zeros(len(prompt.ids), dtype=torch.float64, device=prompt.ids.device))
+        self.added.append({})
+        self.stood.append({})
+
+
+def _count(found: dict[int, Tensor], layer: int, vectors: Float[Tensor, "prompt last_pos d"], n_pos: int) -> None:
+    """Add the squared norms of vectors at the last positions to those of a layer."""
+    squares = vectors.detach().double().square().sum(-1)
+    squares = nn.functional.pad(squares, (n_pos - squares.shape[1], 0))
+    found[layer] = found[layer] + squares if layer in found else squares
 
 
 @contextmanager
@@ -142,7 +154,7 @@ def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) 
     run = _SteeredCalls(subject, steering, Record())
     if prompt is not None:
         run.prompt, run.phase = prompt, "prompt"
-        run.record.begin(prompt)
+        run.record.begin()
     with ExitStack() as hooks:
         if steering.edits and steering.strength:
             decoder = subject.model.base_model
@@ -207,7 +219,7 @@ class _SteeredCalls:
             self.phase = "generated"
             return
         self.prompt = _prompt_of(call.get("input_ids"), call.get("attention_mask"))
-        self.record.begin(self.prompt)
+        self.record.begin()
         if any(read.plain for read in self.steering.reads):
             self.phase = "plain"
             decoder(**{**call, "past_key_values": None, "use_cache": False})
@@ -233,18 +245,21 @@ class _SteeredCalls:
         assert prompt is not None
         if len(x) != len(prompt.ids):
             raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
-        if self.phase == "prompt":
-            prompt = tail(
-                prompt, x.shape[1]
-            )  # `companion.generation.forward` leaves out positions on which nothing hangs
+        n_pos = prompt.ids.shape[1]
+        if self.phase == "prompt":  # `companion.generation.forward` leaves out positions on which nothing hangs
+            prompt = tail(prompt, x.shape[1])
         scale = self.steering.strength * self._opened(prompt).to(x)[:, None, None]
         added = scale * edit.delta(x, prompt).to(x)
         if self.phase == "prompt":
             where = prompt.real
             if edit.where == "last":
                 where = torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
-            added = torch.where(where[..., None], added, torch.zeros((), dtype=x.dtype, device=x.device))
-            self.record.squares[-1] += self._written(edit, added).detach().double().square().sum((1, 2))
+            nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+            added = torch.where(where[..., None], added, nothing)
+            _count(self.record.added[-1], edit.layer, self._written(edit, added), n_pos)
+            _count(
+                self.record.stood[-1], edit.layer, self._written(edit, torch.where(where[..., None], x, nothing)), n_pos
+            )
         return x + added
 
     def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
@@ -258,7 +273,7 @@ class _SteeredCalls:
         return prompt.opened[0]
 
     def _written(self, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
-        """What the edit adds, in units of the residual stream; of neurons, before a post-norm where there is one."""
+        """What stands at the edit's site, in units of the residual stream; of neurons, before a post-norm where there is one."""
         if edit.part != "neurons":
             return added
         return added @ written_vectors(projection(self.subject.layers[edit.layer], "neuron"))

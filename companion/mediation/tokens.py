@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Int
 from scipy import stats as st
 
@@ -62,22 +61,6 @@ def position_groups(study: Study) -> tuple[list[str], list[str]]:
 # ---- where a difference can have arrived ----
 
 
-def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
-    """For each layer, which keys its attention mask shows each query of the first pair, read off the library's own call."""
-    n_pos = run.tokens.shape[1]
-    causal = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
-    shown = []
-    for call in run.calls:
-        mask = call.get("attention_mask")
-        if mask is None:
-            shown.append(to_host(causal))
-            continue
-        # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
-        own = mask[0, 0, :, :n_pos].cpu()
-        shown.append(to_host((own if own.dtype == torch.bool else own == 0) & causal))
-    return shown
-
-
 def reached(
     visible: Sequence[Bool[np.ndarray, "query key"]], differ: Bool[np.ndarray, "pos"]
 ) -> Bool[np.ndarray, "layer pos"]:
@@ -97,7 +80,7 @@ def reached(
 
 def arrival_layers(run: CleanRun, pair: TokenPair) -> Int[np.ndarray, "pos"]:
     """For each position the first layer after which a pair can differ there; the number of layers where none can."""
-    layers = reached(visible_keys(run), pair.control != pair.treated)
+    layers = reached(activations.visible_keys(run), pair.control != pair.treated)
     return np.where(layers.any(0), layers.argmax(0), len(layers))
 
 

@@ -18,11 +18,13 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, Final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.model.architecture import Subject
 
@@ -112,6 +114,36 @@ def clean_run(
     if "cache" in wanted:
         seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
     return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
+
+
+def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
+    """For each layer, which keys its attention mask shows each query of the first pair, read off the library's own call."""
+    n_pos = run.tokens.shape[1]
+    causal = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
+    shown = []
+    for call in run.calls:
+        mask = call.get("attention_mask")
+        if mask is None:
+            shown.append(to_host(causal))
+            continue
+        # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
+        own = mask[0, 0, :, :n_pos].cpu()
+        shown.append(to_host((own if own.dtype == torch.bool else own == 0) & causal))
+    return shown
+
+
+def live_positions(run: CleanRun) -> Bool[np.ndarray, "layer pos"]:
+    """Where a change of the residual stream after each layer can still reach the last token, or an answer behind it.
+
+    Followed back through the attention masks. A later token of the answer sees no token of the prompt that the last one
+    does not see: masks are causal, windows move on, and chunks end.
+    """
+    shown = visible_keys(run)
+    live = np.zeros((len(shown), run.tokens.shape[1]), dtype=bool)
+    live[:, -1] = True
+    for layer in range(len(shown) - 2, -1, -1):
+        live[layer] |= shown[layer + 1][live[layer + 1]].any(axis=0) | live[layer + 1]
+    return live
 
 
 def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:

@@ -2,7 +2,9 @@
 
 A prompt's added norm is the square root of the sum, over steered sites and prompt tokens, of the squared norm of what was
 added to the residual stream; the budget is its root mean square over prompts, so an adaptive method may spend it on fewer
-prompts. Curves use the first answer token only; answers are sampled at the strength that is chosen on validate.
+prompts. Only what can act counts: the output of the last layer, for example, is read at the last token alone, so that what
+is added to it elsewhere costs nothing (`activations.live_positions`). Curves use the first answer token only; answers are
+sampled at the strength that is chosen on validate.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.base.device import to_host
@@ -23,7 +25,8 @@ from companion.base.display import NotDefined
 from companion.base.thresholds import MARGINS
 from companion.generation import forward, outcomes
 from companion.generation.decode import Answers
-from companion.generation.hooks import Steering, applied, tail
+from companion.generation.hooks import Record, Steering, applied, tail
+from companion.model.activations import clean_run, live_positions
 from companion.model.architecture import Subject
 from companion.stats.rates import mean_change
 from companion.steering.experiment import PLAIN, SteeringExperiment, answer, select
@@ -102,49 +105,65 @@ def evaluation_prompts(experiment: SteeringExperiment, split: str, n: int = N_CU
 
 @torch.no_grad()
 def added_norms(
-    subject: Subject, steered: Sequence[Steering], texts: Sequence[str]
+    subject: Subject, steered: Sequence[Steering], texts: Sequence[str], *, relative: bool = False
 ) -> Float[np.ndarray, "steering prompt"]:
-    """The added norm of each prompt under each of the steerings, in units of the residual stream, while prompts are read."""
+    """The norm of what each of the steerings adds to each prompt where it can act, while prompts are read.
+
+    In units of the residual stream, or `relative` to the norm of what stood at the steered sites.
+    """
     norms = np.zeros((len(steered), len(texts)))
     for places, ids in forward.buckets(subject, texts, system=outcomes.common_system(steered)):
         groups = forward.fitting(steered, len(ids))
-        squares = torch.cat([added_squares(subject, group, ids) for group in groups])
+        squares = torch.cat([added_squares(subject, group, ids, relative=relative) for group in groups])
         norms[:, places] = to_host(squares.sqrt())
     return norms
 
 
 def added_squares(
-    subject: Subject, steered: Sequence[Steering], ids: Int[Tensor, "prompt pos"]
+    subject: Subject, steered: Sequence[Steering], ids: Int[Tensor, "prompt pos"], *, relative: bool = False
 ) -> Float[Tensor, "steering prompt"]:
-    """Squared added norms of one batch of prompts under steerings of the same sites."""
+    """Squared added norms of one batch of prompts under steerings of the same sites, for `added_norms`."""
     found = torch.zeros(len(steered), len(ids), dtype=torch.float64, device=ids.device)
     run = forward.plain_run(subject, ids)
+    live = torch.from_numpy(live_positions(run or clean_run(subject, ids[:1], keep=("cache",)))).to(ids.device)
     if run is None:
         for squares, one in zip(found, steered, strict=True):
             with forward.plain_layers_once(subject, one, ids), applied(subject, one) as record:
                 subject.model.base_model(ids, use_cache=False)
-            squares += record.squares[0] if record.squares else 0.0
+            squares += _live_squares(record, live, relative) if record.added else 0.0
         return found
     parts = {i: part for i, one in enumerate(steered) if (part := forward.steered_part(one, run)) is not None}
-    if parts and all(edit.blind and edit.part != "neurons" for edit in steered[0].edits):
+    if parts and not relative and all(edit.blind and edit.part != "neurons" for edit in steered[0].edits):
         for i, part in parts.items():
-            found[i, part.rows] = _blind_squares(steered[i], part)
+            found[i, part.rows] = _blind_squares(steered[i], part, live)
     elif parts:
         steering, whole, places = forward.stacked([steered[i] for i in parts], list(parts.values()))
         with applied(subject, steering, whole.prompt) as record:
             forward.forward_from_layer(subject, steering, whole, top=max(edit.layer for edit in steering.edits))
+        squares = _live_squares(record, live, relative)
         for (i, part), at in zip(parts.items(), places, strict=True):
-            found[i, part.rows] = record.squares[0][at]
+            found[i, part.rows] = squares[at]
     return found
 
 
-def _blind_squares(steering: Steering, part: forward.BatchRows) -> Float[Tensor, "row"]:
+def _live_squares(record: Record, live: Bool[Tensor, "layer pos"], relative: bool) -> Float[Tensor, "row"]:
+    """The squared norm of what was added where it can act, or its ratio to that of what stood there."""
+    added, stood = (
+        torch.stack([(squares * live[layer]).sum(1) for layer, squares in found.items()]).sum(0)
+        for found in (record.added[0], record.stood[0])
+    )
+    return torch.where(stood > 0, added / stood, torch.zeros_like(added)) if relative else added
+
+
+def _blind_squares(
+    steering: Steering, part: forward.BatchRows, live: Bool[Tensor, "layer pos"]
+) -> Float[Tensor, "row"]:
     """The squared norm of edits that add the same whatever the activations are: nothing has to be computed for it."""
     prompt, total = part.prompt, torch.zeros(len(part.rows), dtype=torch.float64, device=part.rows.device)
     for edit in steering.edits:
         x = part.of(part.run.resid_post[edit.layer][:, -1:])
         added = steering.strength * prompt.opened[0].to(x)[:, None, None] * edit.delta(x, tail(prompt, 1)).to(x)
-        n_tokens = 1 if edit.where == "last" else prompt.ids.shape[1]
+        n_tokens = 1 if edit.where == "last" else int(live[edit.layer].sum())
         total += n_tokens * added.double().square().sum((1, 2))
     return total
 

@@ -127,12 +127,13 @@ def test_the_record_is_what_was_added() -> None:
     rows, mask = padded([ids[0], ids[1, :4]], "left")
     with applied(subject, Steering("two", (edit, replace(edit, layer=2)), 1.5)) as record, torch.no_grad():
         subject.model(**model_inputs(rows, mask))
-    np.testing.assert_allclose(record.squares[0].sqrt(), 1.5 * 2.0 * np.sqrt([2 * 9, 2 * 4]))
+    for layer in (1, 2):
+        torch.testing.assert_close(record.added[0][layer], 9.0 * mask.double())
     neuron = Edit(1, "neurons", lambda x, prompt: torch.eye(48)[7].expand(len(x), 1, -1), "last")
     with applied(subject, Steering("neuron", (neuron,))) as record, torch.no_grad():
         subject.model(ids)
     written = subject.layers[1].down_proj.weight[:, 7].norm().detach()
-    np.testing.assert_allclose(record.squares[0].sqrt(), written, rtol=1e-6)
+    np.testing.assert_allclose(record.added[0][1].sqrt(), np.outer(np.ones(3), [0] * 8 + [written]), rtol=1e-6)
 
 
 FINE = everywhere("every")

@@ -149,7 +149,7 @@ def changed(subject: Subject, ids: torch.Tensor, position: int) -> np.ndarray:
 def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
     subject = tiny_subject(family, torch.float32, attention)
     ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(3))
-    visible = tokens.visible_keys(activations.clean_run(subject, ids))
+    visible = activations.visible_keys(activations.clean_run(subject, ids))
     for position in (0, 5, 12, 13):
         differ = np.arange(N_POS) == position
         assert (changed(subject, ids, position) == tokens.reached(visible, differ)).all()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_model, tiny_subject, tokens
@@ -96,3 +97,23 @@ def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
     block.forward = lambda hidden_states, **kwargs: plain(hidden_states, **kwargs) * hidden_states.shape[1] / 10
     with pytest.raises(InputError, match="behind a prefix that is computed once"):
         verify.check_shared_prefix(subject, tokens(2, 10))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral", "llama"])
+def test_what_is_not_live_changes_no_bit_of_an_answer_and_what_is_does(family: str) -> None:
+    """Another residual stream at one cell: the logits of the last token of the prompt and of three tokens behind it."""
+    subject, n = tiny_subject(family), 11
+    ids = tokens(1, n + 3, seed=5)
+    live = activations.live_positions(activations.clean_run(subject, ids[:, :n], keep=("cache",)))
+
+    def logits(layer: int, position: int, size: float = 3.0) -> torch.Tensor:
+        push = size * torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
+        hook = activations.on_output(
+            subject.layers[layer].block, lambda x: x.index_add(1, torch.tensor([position]), push)
+        )
+        with torch.no_grad(), hook:
+            return subject.model(ids).logits[0, n - 1 :]
+
+    plain = logits(0, 0, size=0.0)
+    found = np.array([[not torch.equal(logits(i, j), plain) for j in range(n)] for i in range(subject.n_layers)])
+    assert (found == live).all() and live[0].sum() > live[-1].sum() == 1

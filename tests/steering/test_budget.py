@@ -37,17 +37,23 @@ def steering(part: hooks.Part, size: float, strength: float, layer: int, opening
 @pytest.mark.parametrize("part", ["resid_post", "mlp_out", "neurons"])
 @torch.no_grad()
 def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
-    """They differ in what they add, in strength, in what their gates read, and in whom they open for."""
+    """They differ in what they add, in strength, in what their gates read, and in whom they open for.
+
+    The MLP of the last layer, which all of them push, counts at the last token alone.
+    """
     subject, ids = tiny_subject("llama"), tokens(4, 9)
     rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
             (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
     many = [steering(part, *row) for row in rows]
-    found = budget.added_squares(subject, many, ids)
-    for squares, one in zip(found, many, strict=True):
+    found, shares = (budget.added_squares(subject, many, ids, relative=relative) for relative in (False, True))
+    for squares, share, one in zip(found, shares, many, strict=True):
         with hooks.applied(subject, one) as record:
             subject.model.base_model(ids, use_cache=False)
-        expected = record.squares[0] if record.squares else torch.zeros(4, dtype=torch.float64)
-        torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-9)
+        added, stood = (
+            x[0][2].sum(1) + x[0][3][:, -1] if x else torch.zeros(4).double() for x in (record.added, record.stood)
+        )
+        torch.testing.assert_close(squares, added, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(share, torch.nan_to_num(added / stood), rtol=1e-5, atol=1e-9)
     assert (found[0] > 0.01).all() and found[1, 0] == 0 and not found[3:].any()
 
 

@@ -87,7 +87,7 @@ def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, expe
 
 def test_the_same_vectors_can_be_added_elsewhere(fit: Fit) -> None:
     texts = fit.prompts.text.tolist()
-    late = replace(adasteer.adasteer_released(fit, layers=[3]), strength=0.5)
+    late = replace(adasteer.adasteer_released(fit, layers=[2]), strength=0.5)
     moved = comparison.elsewhere(late, [1])
     assert [edit.layer for edit in moved.edits] == [1] and moved.strength == 0.5
     norms = budget.added_norms(fit.subject, [late], texts)
