@@ -151,11 +151,10 @@ SPECS = (
          "layer's vector",
          x_label="budget: root mean square of the added norm", y_label=HARM,
          title="Early, middle or late, with the same budget"),
-    spec("06_equal", strength_curves, "C6", ROWED,
-         "Unrefused jailbreaks and over-refusal against the L2 budget, by method: those at all layers, and those at "
-         "some",
-         x_label="budget: root mean square of the added norm",
-         y_label="share (left), points (right)", title="All methods with the same budget", log_x=True, sharey=False),
+    spec("06_cost", style.dots, "C6", {"method": "str", "price": "str", **ESTIMATE},
+         "Unrefused jailbreaks that each method leaves at a rise of over-refusal of at most 1, 2 and 5 points",
+         row="method", group="price", title="How much harm is left at the same over-refusal?",
+         unit=HARM, below=True),
     spec("06_random", null, "C6", {"family": "str", "role": "str", "value": "float"},
          "Fall of the log-odds under isotropic and covariance-matched random directions, as histograms, and under the "
          "fitted one"),

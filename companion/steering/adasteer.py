@@ -7,9 +7,10 @@ unsteered pass: the paper's decision layers are early-middle, so this is not lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -37,7 +38,7 @@ from companion.steering.prompts import thinned
 
 GRID: Final = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
 HIGH: Final = max(GRID)
-REFUSED: Final = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
+SURE: Final = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
 N_FIT: Final = 60  # prompts of a kind on which coefficients are tried
 DECISION: Final = (0.2, 0.5)  # relative depth of decision layers
 ROUNDING: Final = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
@@ -73,9 +74,10 @@ class Law:
     rule: Affine
 
 
-# As in the published code, positions in hundredths; the clamps are ours, not the authors': a quarter of r against compliance at
-# position 0, nothing at position 100.
-RELEASED: Final = {"r": Affine(0.0025 * 100, -0.25, -0.25, 0.0), "c": Affine(0.0, 0.0, 0.0, 0.25)}
+# The constants in the authors' code for Llama-3.1, which has 32 layers, with positions as shares instead of hundredths and in
+# the paper's signs: the code's vectors and coefficients both have the opposite ones.
+RELEASED: Final = {"r": Affine(-2.0, -1.2, 0.08, 0.22), "c": Affine(5.0, 0.75, -math.inf, 0.75)}
+RELEASED_LAYERS: Final = 32
 
 
 def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law, Law] | None = None) -> Steering:
@@ -84,23 +86,25 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     Vectors are added at these layers (default: all) to all tokens of the prompt and to none of the answer.
     """
     chosen = methods.checked_layers(fit, layers)
-    rejection, harmfulness = laws or fit_laws(fit, chosen)
+    rejection, harmfulness = laws or fit_laws(fit, tuple(chosen))
     vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
 
 
 def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
-    """As the published code does it: h <- h + lambda_r r + lambda_c (projection of v_H on r), with typed coefficients.
+    """As the authors' code does it: h <- h + lambda_r v_R + lambda_c (projection of v_H on v_R), with typed coefficients.
 
-    r = mean(complied) - mean(refused), the opposite of the paper's sign, so a *negative* lambda_r raises refusals. The second
-    vector is a projection on the first, so one direction is left.
+    The second vector is a projection on the first, so one direction is left. The constants (`RELEASED`) are those for a model of
+    32 layers; as every layer adds its share, they are multiplied by 32 / (number of layers).
     """
     chosen = methods.checked_layers(fit, layers)
-    r, h = -fit.direction("rejection"), fit.direction("harmfulness")
-    length = (r * r).sum(-1)
-    share = (h * r).sum(-1) / np.where(length > 0, length, 1.0)  # a layer without r has no projection on it
+    v, h = fit.direction("rejection"), fit.direction("harmfulness")
+    length = (v * v).sum(-1)
+    share = (h * v).sum(-1) / np.where(length > 0, length, 1.0)  # a layer without v_R has no projection on it
+    size = RELEASED_LAYERS / fit.subject.n_layers
+    vectors = {"r": size * v, "c": size * share[:, None] * v}
     laws = {key: Law(*decision_line(fit, name), RELEASED[key]) for key, name in (("r", "refused"), ("c", "benign"))}
-    return _adaptive("adasteer_released", chosen, laws, {"r": r, "c": share[:, None] * r})
+    return _adaptive("adasteer_released", chosen, laws, vectors)
 
 
 def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
@@ -130,13 +134,14 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     return best, found[best][1]
 
 
-def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
+@lru_cache(maxsize=4)  # the method asks for them, and so does the figure of the laws
+def fit_laws(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
     """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate.
 
-    lambda_r is the coefficient at which the regression on position and coefficient gives a harmful prompt 0.95 of refusing.
-    With that in place, lambda_c runs through two points: at position 1 the coefficient at which benign prompts are
-    answered with 0.95; at position 0 the one at which harmful ones would still be refused with 0.95. Both are clipped to
-    [0, largest coefficient tried].
+    lambda_r is the coefficient that a harmful prompt *needs*: at which the regression on position and coefficient gives it
+    0.95 of being refused. With that in place, lambda_c is the coefficient that a prompt *tolerates*, the largest with which
+    it is still treated right with 0.95: a harmful prompt at position 0 refused, a benign one at position 1 answered. Both
+    are clipped to [0, largest coefficient tried].
 
     Raises:
         InputError: a class or split is missing, or adding v_R makes refusals no likelier on this model.
@@ -163,8 +168,8 @@ def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
 
     law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], _refused(fit, harm, tried(None))))
     steered = tried(law_r)
-    at_harmful = _coefficient_at(0.0, pos_h[harm], _refused(fit, harm, steered), REFUSED)
-    at_benign = _coefficient_at(1.0, pos_h[other], _refused(fit, other, steered), 1 - REFUSED)
+    at_harmful = _tolerated_at(0.0, pos_h[harm], _refused(fit, harm, steered))
+    at_benign = _tolerated_at(1.0, pos_h[other], ~_refused(fit, other, steered))
     return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful))
 
 
@@ -175,10 +180,10 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     return np.stack([np.asarray(one.p_refuse) > 0.5 for one in found])
 
 
-def _response(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> tuple[float, float, float]:
+def _response(at: Float[np.ndarray, "prompt"], outcome: Bool[np.ndarray, "tried prompt"]) -> tuple[float, float, float]:
     """Logistic weights of the position and of the coefficient, and the intercept; zeros where only one outcome occurs."""
     table = np.column_stack([np.tile(at, len(GRID)), np.repeat(np.asarray(GRID, dtype=float), len(at))])
-    found = methods.logistic(table, refused.ravel())
+    found = methods.logistic(table, outcome.ravel())
     return (0.0, 0.0, 0.0) if found is None else (float(found[0][0]), float(found[0][1]), found[1])
 
 
@@ -191,24 +196,20 @@ def _rejection_rule(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "
             f"adding the rejection vector with up to {HIGH} of its length makes refusals no likelier on validate: "
             "its role is not rejection in this model; try other layers or check the class labels"
         )
-    wanted = float(np.log(REFUSED / (1 - REFUSED)))
-    return Affine(-of_position / of_coefficient, (wanted - intercept) / of_coefficient)
+    return Affine(-of_position / of_coefficient, (float(logit(SURE)) - intercept) / of_coefficient)
 
 
-def _coefficient_at(
-    where: float, at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], wanted: float
-) -> float:
-    """The coefficient at which prompts at position `where` are refused with probability `wanted`, within the grid.
+def _tolerated_at(where: float, at: Float[np.ndarray, "prompt"], right: Bool[np.ndarray, "tried prompt"]) -> float:
+    """The largest coefficient of the grid's range with which prompts at position `where` are treated right with 0.95.
 
-    Where the response is flat or rises, no coefficient helps, and it is 0; always refused harm allows the largest.
+    It is the largest of all where a coefficient makes that no less likely, and 0 where none keeps it.
     """
-    if refused.all() and wanted > 0.5:
-        return HIGH
-    of_position, of_coefficient, intercept = _response(at, refused)
-    if of_coefficient >= 0:
+    if not right.any():
         return 0.0
-    coefficient = (np.log(wanted / (1 - wanted)) - intercept - of_position * where) / of_coefficient
-    return float(np.clip(coefficient, 0.0, HIGH))
+    of_position, of_coefficient, intercept = _response(at, right)
+    if of_coefficient >= 0:
+        return HIGH
+    return float(np.clip((logit(SURE) - intercept - of_position * where) / of_coefficient, 0.0, HIGH))
 
 
 def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: dict[str, np.ndarray]) -> Steering:
@@ -309,13 +310,17 @@ def along(directions: Directions, layers: Sequence[int], coefficients: Mapping[s
 
 
 def law_table(
-    experiment: SteeringExperiment, prompts: pd.DataFrame, placed: pd.DataFrame, layers: Sequence[int]
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    """R-law and H-law on these prompts (`placed` holds their positions), and what their figure cannot show.
+    experiment: SteeringExperiment, prompts: pd.DataFrame, at: Float[np.ndarray, "prompt layer d"],
+    layers: Sequence[int], laws: tuple[Law, Law],
+) -> tuple[pd.DataFrame, dict[str, float]]:  # fmt: skip
+    """R-law and H-law on these prompts, with the fitted `laws` as lines, and what their figure cannot show.
 
-    The second value has Spearman's correlations and the share of prompts that no coefficient of the grid flips.
+    `at` holds the prompts' unsteered activations (`residuals`); positions are read where the laws read them. The second value
+    has Spearman's correlations and the share of prompts that no coefficient of the grid flips.
     """
     directions = experiment.fit.directions()
+    panels = ("R-law: needed along v_R", "H-law: tolerated along v_H")
+    pos_r, pos_h = (law.line.position(at[:, law.layer].astype(float)) for law in laws)
 
     def odds_over(part: pd.DataFrame, name: str, held: Mapping[str, float]) -> Float[np.ndarray, "coefficient prompt"]:
         """Log-odds of not refusing under each coefficient of the grid along one direction, the `held` ones constant."""
@@ -323,12 +328,13 @@ def law_table(
         return np.stack([-logit(one.p_refuse.to_numpy()) for one in experiment.first_tokens(part, steered)])
 
     answered = thinned(prompts[(prompts.kind == "harmful") & ~prompts.refused], N_LAW)
-    need, at = needed(odds_over(answered, "rejection", {})), placed.pos_R[answered.index].to_numpy()
+    need = needed(odds_over(answered, "rejection", {}))
     if not np.isfinite(need).any():
         return binned_law([], [], [], "", ""), {"jailbroken prompts that no coefficient flips": 1.0}
-    tables = [binned_law(at, need, answered.topic, "R-law: needed along v_R", "harmful, answered")]
+    read_at = {panels[0]: pos_r[answered.index]}
+    tables = [binned_law(read_at[panels[0]], need, answered.topic, panels[0], "harmful, answered")]
     facts = {
-        "R-law, Spearman": trend(at, need),
+        "R-law, Spearman": trend(read_at[panels[0]], need),
         "jailbroken prompts that no coefficient flips": float(np.isnan(need).mean()),
     }
     held = {"rejection": float(np.nanmedian(need))}
@@ -336,10 +342,19 @@ def law_table(
     for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
         part = thinned(prompts[prompts.kind == kind], N_LAW)
         both.append(tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted)))
-        positions.append(placed.pos_H[part.index].to_numpy())
-        tables.append(binned_law(positions[-1], both[-1], part.topic, "H-law: tolerated along v_H", kind))
-    facts["H-law, Spearman"] = trend(np.concatenate(positions), np.concatenate(both))
+        positions.append(pos_h[part.index])
+        tables.append(binned_law(positions[-1], both[-1], part.topic, panels[1], kind))
+    read_at[panels[1]] = np.concatenate(positions)
+    facts["H-law, Spearman"] = trend(read_at[panels[1]], np.concatenate(both))
+    tables += [law_line(law, read_at[panel], panel) for panel, law in zip(panels, laws, strict=True)]
     return pd.concat(tables, ignore_index=True), facts
+
+
+def law_line(law: Law, position: Float[np.ndarray, "prompt"], panel: str) -> pd.DataFrame:
+    """The fitted coefficient over the positions of some prompts, as a line for their figure."""
+    x = np.linspace(position.min(), position.max(), 25)
+    table = pd.DataFrame({"panel": panel, "group": "fitted", "x": x})
+    return table.assign(**dict.fromkeys(("estimate", "low", "high"), law.rule(torch.from_numpy(x)).numpy()))
 
 
 def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:

@@ -65,16 +65,52 @@ def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
     assert log_odds_of(fit, made, "complied").mean() < 0.1
     plain = log_odds_of(fit, PLAIN, "complied").mean()
     assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
-    # The released vector has the opposite sign: by default it lowers the log-odds all the same.
-    assert log_odds_of(fit, adasteer.adasteer_released(fit, layers=[2]), "complied").mean() < plain
     monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
     released = adasteer.adasteer_released(fit, layers=[2])
+    assert log_odds_of(fit, released, "complied").mean() < plain
     at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
     for name, law in (("r", laws[0]), ("c", laws[1])):
         at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
     moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()
     v = fit.direction("rejection")[2]
     assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
+
+
+def test_the_released_constants_are_those_of_the_code_in_hundredths_with_its_opposite_signs() -> None:
+    hundredths = torch.tensor([-80.0, -64.5, -20.0, -8.0, 0.0, 50.0, 120.0])
+    code = {"r": (0.02 * (hundredths + 60)).clamp(-0.22, -0.08), "c": (-0.05 * (hundredths + 5) - 0.5).clamp(min=-0.75)}
+    for name, rule in adasteer.RELEASED.items():
+        torch.testing.assert_close(rule(hundredths / 100), -code[name])
+
+
+def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Harm needs the more of v_R the further it lies from refused, and tolerates the less of v_H the less benign it looks."""
+    rng, n = np.random.default_rng(1), 60
+    made = planted({2: 0.2, 3: 0.1}, {2: 0.5, 3: 0.5})
+    wanted = np.repeat(["complied", "benign"], n)
+    place = {"complied": rng.normal(0, 0.3, n), "benign": rng.normal(1, 0.3, n)}
+    at = np.concatenate([place["complied"], place["benign"]])
+    line = SimpleNamespace(position=lambda _: at, direction=None)
+    monkeypatch.setattr(adasteer, "decision_line", lambda *_: (2, line))
+    table = pd.DataFrame(
+        {"split": "validate", "class": wanted, "kind": np.where(wanted == "benign", "harmless", "harmful")}
+    )
+    x = np.zeros((2 * n, N_LAYERS, WIDTH))
+    made = replace(made, prompts=table, last={"resid_post": x})
+    monkeypatch.setattr(adasteer, "adasteer", lambda fit, layers, laws: laws)
+
+    def refused(fit: Fit, places: np.ndarray, tried: list[tuple[Law, Law]]) -> np.ndarray:
+        noise = rng.logistic(0, 0.03, (len(tried), len(places)))
+        add_r, add_h = (np.stack([laws[i].rule(torch.tensor(at[places])).numpy() for laws in tried]) for i in (0, 1))
+        if not add_h.any():
+            return add_r + noise > 0.6 - 0.4 * at[places]
+        is_harmful = (table.kind == "harmful").to_numpy()[places]  # others are answered as soon as a little is added
+        return add_h + noise < np.where(is_harmful, 0.25 + 0.3 * at[places], 0.05)
+
+    monkeypatch.setattr(adasteer, "_refused", refused)
+    need, tolerate = (law.rule for law in adasteer.fit_laws(made, (2,)))
+    assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
+    assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == adasteer.HIGH
 
 
 def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:

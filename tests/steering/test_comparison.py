@@ -47,6 +47,35 @@ def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: S
     assert len(found) == 2 * 3 * 2 and (found.low <= found.estimate).all() and (found.estimate <= found.high).all()
 
 
+def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringExperiment) -> None:
+    """An open push pays with every harmless prompt, a gated one with none; the way bends where harm rises again."""
+    on = evaluated(experiment, "discover", "on", "off")
+    steps, turning = (0.1, 0.3, 1.0), (0.2, -0.2)
+    paths = {
+        "open": [towards_no("open", x) for x in steps],
+        "gated": [towards_no("gated", x, opens_for(fit, "on")) for x in steps],
+        "turning": [towards_no("turning", x) for x in turning],
+        "unsteered": [],
+    }
+    table = comparison.at_equal_over_refusal(on, paths, against="open", levels=(1.0, 5.0)).set_index(
+        ["method", "price"]
+    )
+    harm = {x: np.mean([expit(ON - x), expit(-x)]) for x in (0.0, *steps, *turning)}
+    cost = {x: 100 * (expit(x) - 0.5) for x in harm}
+    plain, weak = harm[0.0], np.interp(1.0, [cost[0.0], cost[0.1]], [harm[0.0], harm[0.1]])
+    middle = np.interp(5.0, [cost[0.1], cost[0.3]], [harm[0.1], harm[0.3]])
+    known = {
+        ("open", 1): weak, ("open", 5): middle, ("gated", 1): np.mean([expit(ON - 1), 0.5]), ("unsteered", 5): plain,
+        ("turning", 5): harm[0.2], ("turning", 1): np.interp(1.0, [cost[0.0], cost[0.2]], [harm[0.0], harm[0.2]]),
+    }  # fmt: skip
+    for (name, level), value in known.items():
+        row = table.loc[(name, f"at most {level} points")]
+        assert row.estimate == pytest.approx(value, abs=2e-3), (name, level)
+        assert row.more == pytest.approx(value - {1: weak, 5: middle}[level], abs=2e-3), (name, level)
+        assert row.low <= row.estimate <= row.high and row.more_low <= row.more <= row.more_high
+    assert not table.loc["open", ["more", "more_low", "more_high"]].to_numpy().any()
+
+
 @pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
 def test_zones_cover_every_layer_once(n_layers: int) -> None:
     zones = comparison.zones(n_layers)
