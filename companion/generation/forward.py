@@ -30,13 +30,15 @@ from companion.base.device import to_host
 from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
 from companion.model.activations import CleanRun, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
+from companion.model.memory import resumable_per_token
 from companion.model.propagation import Prefix
 from companion.model.readout import logits
 from companion.prompts import tokens
 
-KEPT_BYTES: Final = 2**29  # of the plain runs of one model that are kept
+KEPT_BYTES: Final = 2**30  # of the plain runs of one model that are kept
 BATCH_BYTES: Final = KEPT_BYTES // 8  # of one plain run: a larger one would push out too many others
 BATCH = 128  # prompts
+FEWEST = 4  # prompts of a batch, below which reading them from the bottom costs less than many calls
 ROWS = 384  # of a batch, up to which steerings are put together
 ALL, LAST = slice(None), slice(-1, None)  # positions
 # Switches steering on for the calls inside it; `nullcontext` is no steering.
@@ -91,8 +93,8 @@ def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | No
 
 
 def _size(subject: Subject, ids: Tensor) -> int:
-    """Bytes of a kept run: a residual vector, a key and a value for each token and layer (grouped keys are smaller)."""
-    return ids.numel() * subject.n_layers * 3 * subject.d_model * subject.dtype.itemsize
+    """Bytes of a kept run: residual streams, keys and values of every token and layer."""
+    return ids.numel() * resumable_per_token(subject) * subject.dtype.itemsize
 
 
 def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
@@ -283,8 +285,10 @@ def buckets_each(
     lengths = np.array([[len(ids) for ids in row] for row in encoded]).reshape(len(texts), len(systems))
     for wanted in np.unique(lengths, axis=0):
         places = np.flatnonzero((lengths == wanted).all(1))
-        for start in range(0, len(places), size):
-            chosen = places[start : start + size]
+        fit = BATCH_BYTES // (int(wanted.max()) * resumable_per_token(subject) * subject.dtype.itemsize)
+        step = min(size, fit) if fit >= FEWEST else size  # so that their plain run can be kept
+        for start in range(0, len(places), step):
+            chosen = places[start : start + step]
             rows = zip(*(encoded[i] for i in chosen), strict=True)
             yield chosen, [subject.tensor(np.stack(ids)) for ids in rows]
 

@@ -179,10 +179,14 @@ def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -
 
 def _kept_per_token(subject: Subject) -> int:
     """Numbers that a clean run with all sites keeps for one token."""
-    width = head_width(subject, 0)
+    heads = subject.n_heads * head_width(subject, 0)
+    return resumable_per_token(subject) + subject.n_layers * (2 * subject.d_model + heads + subject.d_mlp)
+
+
+def resumable_per_token(subject: Subject) -> int:
+    """Numbers that a clean run keeps for one token if it holds the residual stream, keys and values alone."""
     n_key_heads = getattr(subject.model.config, "num_key_value_heads", None) or subject.n_heads
-    heads, keys = subject.n_heads * width, int(n_key_heads) * width
-    return subject.n_layers * (3 * subject.d_model + heads + subject.d_mlp + 2 * keys)
+    return subject.n_layers * (subject.d_model + 2 * int(n_key_heads) * head_width(subject, 0))
 
 
 def _working_per_token(subject: Subject, n_pos: int) -> int:

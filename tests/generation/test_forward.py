@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_model, tiny_subject, tokens
@@ -79,12 +80,27 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
     subject, made = tiny_subject("llama"), []
     real = activations.clean_run
     monkeypatch.setattr(forward, "clean_run", lambda *a, **k: made.append(1) or real(*a, **k))
-    first, second, one = tokens(2, 8, seed=1), tokens(2, 8, seed=2), 2 * 8 * subject.n_layers * 3 * subject.d_model * 4
-    assert forward.plain_run(subject, first) is forward.plain_run(subject, first) and len(made) == 1
+    first, second = tokens(2, 8, seed=1), tokens(2, 8, seed=2)
+    kept = forward.plain_run(subject, first)
+    one = sum(x.nbytes for layers in (kept.resid_post, kept.keys, kept.values) for x in layers)
+    assert forward.plain_run(subject, first) is kept and len(made) == 1
     monkeypatch.setattr(forward, "KEPT_BYTES", one)
     assert forward.plain_run(subject, second) is not forward.plain_run(subject, first) and len(made) == 3
     monkeypatch.setattr(forward, "BATCH_BYTES", one - 1)
     assert forward.plain_run(subject, first) is None
+
+
+@pytest.mark.parametrize(("fitting", "sizes"), [(5, [5, 5, 1]), (3, [11]), (20, [11])])
+def test_batches_are_as_large_as_their_plain_run_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, fitting: int, sizes: list[int]
+) -> None:
+    """Where fewer than four prompts fit, all are read from the bottom together."""
+    subject = tiny_subject("llama")
+    monkeypatch.setattr(forward, "encode", lambda *_: np.arange(3, 11))
+    one = forward.plain_run(subject, torch.arange(3, 11)[None])
+    size = sum(x.nbytes for layers in (one.resid_post, one.keys, one.values) for x in layers)
+    monkeypatch.setattr(forward, "BATCH_BYTES", fitting * size)
+    assert [len(ids) for _, ids in forward.buckets(subject, ["a"] * 11)] == sizes
 
 
 @torch.no_grad()
