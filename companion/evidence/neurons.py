@@ -61,9 +61,10 @@ def measure_neurons(
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
     screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
-    comparison, use at most `benign` pairs each; T1, which no claim needs, is left out where each pair is costly.
+    comparison, use at most `benign` pairs each; T1, which no claim needs, and validate are left out where each pair is costly.
     `watch` sees every batch.
     """
+    study = study.judged
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
     generation = [name for name in study.treatments if name in ("T2", "T2b")]
     below, chosen = None, None

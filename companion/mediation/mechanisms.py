@@ -83,7 +83,7 @@ def interaction_effects(study: Study) -> pd.DataFrame:
     `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
     of T2 - T2b. No rows where no twins have prompts of one length.
     """
-    both = study.with_twins(study.of("T2"))
+    both = study.with_twins(study.judged.of("T2"))
     twins = {pair.pair.id: twin for pair, twin in both}
     groups = progress(estimands.batches([pair for pair, _ in both], study.subject), desc="computed")
     tables = [_interaction_cells(study, group, [twins[one.pair.id] for one in group]) for group in groups]

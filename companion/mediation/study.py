@@ -76,6 +76,12 @@ class Study:
         return self.subsample(min(n, ROBUST) if self.is_costly else n)
 
     @property
+    def judged(self) -> Study:
+        """The same study, without validate pairs where each is costly: choices rest on discover, and numbers on test."""
+        kept = tuple(pair for pair in self.pairs if pair.pair.split != "validate")
+        return replace(self, pairs=kept) if self.is_costly and kept else self
+
+    @property
     def thinned_layers(self) -> tuple[int, ...]:
         """All layers, or every third from the last one down where each is costly, for what no verdict rests on."""
         last = self.subject.n_layers - 1

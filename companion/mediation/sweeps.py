@@ -65,8 +65,9 @@ def run_shard(study: Study, name: str, shard: int, n_shards: int) -> tuple[int, 
 
 
 def sweep_batches(study: Study, name: str) -> list[list[TokenPair]]:
-    """The batches of a sweep, in the order of its tables."""
-    return estimands.batches(study.of(*SWEEPS[name].treatments) or study.pairs, study.subject)
+    """The batches of a sweep over `Study.judged`, in the order of its tables."""
+    judged = study.judged
+    return estimands.batches(judged.of(*SWEEPS[name].treatments) or judged.pairs, study.subject)
 
 
 # ---- parts on disk ----
@@ -167,8 +168,9 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
 
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
-    """Y2 of attention and MLP outputs at the last token of the prompt, at `Study.thinned_layers`."""
-    wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
+    """Y2 of attention and MLP outputs at the last token of the prompt, at every other of `Study.thinned_layers`."""
+    layers = study.thinned_layers[::-2][::-1] if study.is_costly else study.thinned_layers
+    wanted = estimands.mediators(study.subject, COMPONENTS, layers=layers)
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 
