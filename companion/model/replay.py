@@ -146,7 +146,8 @@ def both_ways(
             interchange(subject, control, treated, into_control)[:, :, 0],
             interchange(subject, treated, control, into_treated)[:, :, 0],
         )
-    patches = [_stacked_variant(*two) for two in zip(into_control, into_treated, strict=True)]
+    values: dict[tuple[int, int], Tensor] = {}  # many interventions write the same
+    patches = [_stacked_variant(*two, values) for two in zip(into_control, into_treated, strict=True)]
     found = interchange(subject, _stacked_runs(control, treated), _stacked_runs(treated, control), patches)[:, :, 0]
     return found[:n_pairs], found[n_pairs:]
 
@@ -170,17 +171,24 @@ def _stacked_runs(upper: CleanRun, lower: CleanRun) -> CleanRun:
     )
 
 
-def _stacked_variant(upper: Patch | Sequence[Patch], lower: Patch | Sequence[Patch]) -> Variant:
+def _stacked_variant(
+    upper: Patch | Sequence[Patch], lower: Patch | Sequence[Patch], values: dict[tuple[int, int], Tensor]
+) -> Variant:
     """One intervention of two runs as that of the run in which the one lies above the other."""
     above, below = ((entry,) if isinstance(entry, Patch) else tuple(entry) for entry in (upper, lower))
-    return tuple(_stacked_patch(a, b) for a, b in zip(above, below, strict=True))
+    return tuple(_stacked_patch(a, b, values) for a, b in zip(above, below, strict=True))
 
 
-def _stacked_patch(upper: Patch, lower: Patch) -> Patch:
-    """One patch of both runs, from two of the same site and layer."""
-    values = [patch.value.expand(len(patch.positions), -1, -1) for patch in (upper, lower) if patch.value is not None]
-    value = torch.cat(values) if len(values) == 2 else None
-    return Patch(upper.site, upper.layer, torch.cat([upper.positions, lower.positions]), upper.index, value)
+def _stacked_patch(upper: Patch, lower: Patch, values: dict[tuple[int, int], Tensor]) -> Patch:
+    """One patch of both runs, from two of the same site and layer; `values` holds what others of them write."""
+    positions = torch.cat([upper.positions, lower.positions])
+    if upper.value is None or lower.value is None:
+        return Patch(upper.site, upper.layer, positions, upper.index)
+    key = id(upper.value), id(lower.value)
+    if key not in values:
+        both = [one.value.expand(len(one.positions), -1, -1) for one in (upper, lower) if one.value is not None]
+        values[key] = torch.cat(both)
+    return Patch(upper.site, upper.layer, positions, upper.index, values[key])
 
 
 @torch.no_grad()
