@@ -34,7 +34,7 @@ WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
 ON_A_PROCESSOR = 96  # tokens a pair: more leave its caches, and attention among them costs it most
 RUN_COST = 9.0  # of all notebooks, over `operations` of every pair: a guess from an unfinished run on `smollm2-refuser`
-TIMED = 20  # products
+TIMED = 50  # products
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
@@ -52,14 +52,19 @@ def operations(subject: Subject) -> float:
 
 
 def minutes(subject: Subject, n_pairs: int) -> float:
-    """How long all notebooks will take here, roughly: from `operations` and the speed of one product of the model's size."""
-    shape = subject.d_model, subject.d_mlp
+    """How long all notebooks will take here, roughly: from `operations` and the speed of one product of the model's size.
+
+    The product is timed on one core: two wait for each other where something else runs.
+    """
+    shape, threads = (subject.d_model, subject.d_mlp), torch.get_num_threads()
     tokens, weight = torch.ones(ON_A_PROCESSOR, shape[0]), torch.ones(shape)
     seconds = math.inf
+    torch.set_num_threads(1)
     for _ in range(TIMED):
         start = time.perf_counter()
         torch.mm(tokens, weight)
         seconds = min(seconds, time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return RUN_COST * operations(subject) * n_pairs * seconds / (2 * ON_A_PROCESSOR * math.prod(shape)) / 60
 
 

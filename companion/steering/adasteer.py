@@ -36,13 +36,13 @@ from companion.steering.extraction import ENDS, Directions, Fit
 from companion.steering.methods import Scale
 from companion.steering.prompts import thinned
 
-GRID: Final = (0.0, 0.125, 0.25, 0.5, 1.0)  # coefficients tried on validate; the largest is the clip
-HIGH: Final = max(GRID)
+# Coefficients tried on validate, summed over the steered layers, since each adds its own; the largest is the clip.
+GRID: Final = (0.0, 0.25, 0.5, 1.0, 2.0)
 SURE: Final = 0.95  # wanted probability of refusing a harmful prompt, and of answering another
 N_FIT: Final = 60  # prompts of a kind on which coefficients are tried
 DECISION: Final = (0.2, 0.5)  # relative depth of decision layers
 ROUNDING: Final = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
-PLANE_GRID: Final = tuple(np.round(np.arange(0, 2.01, 0.25), 2))  # coefficients tried, in lengths of the direction
+PLANE_GRID: Final = tuple(np.arange(0, 4.01, 0.5))  # the same for the figure of the laws
 BINS: Final = 5
 N_LAW: Final = 100  # prompts of a kind on which the laws are read
 AXES: Final = {"rejection": "pos_R", "harmfulness": "pos_H"}
@@ -54,8 +54,8 @@ class Affine:
 
     slope: float
     offset: float
-    low: float = 0.0
-    high: float = HIGH
+    low: float
+    high: float
 
     def __call__(self, at: Float[Tensor, "prompt"]) -> Float[Tensor, "prompt"]:
         """The coefficient at these positions."""
@@ -158,19 +158,20 @@ def fit_laws(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
     (at_r, line_r), (at_h, line_h) = decision_line(fit, "refused"), decision_line(fit, "benign")
     pos_r = line_r.position(fit.last["resid_post"][:, at_r].astype(float))
     pos_h = line_h.position(fit.last["resid_post"][:, at_h].astype(float))
+    steps = np.array(GRID) / len(layers)  # a coefficient for each layer
 
     def tried(law_r: Law | None) -> list[Steering]:
-        """Both vectors with one coefficient constant at each value of the grid: v_R's, or v_H's once that one is fitted."""
-        flat = [Affine(0.0, c) for c in GRID]
+        """Both vectors with one coefficient constant at each step: v_R's, or v_H's once that one is fitted."""
+        flat = [Affine(0.0, c, 0.0, c) for c in steps]
         zero = Law(at_h, line_h, flat[0])
         laws = [(law_r, Law(at_h, line_h, c)) if law_r else (Law(at_r, line_r, c), zero) for c in flat]
         return [adasteer(fit, layers=layers, laws=one) for one in laws]
 
-    law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], _refused(fit, harm, tried(None))))
+    law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], _refused(fit, harm, tried(None)), steps))
     steered = tried(law_r)
-    at_harmful = _tolerated_at(0.0, pos_h[harm], _refused(fit, harm, steered))
-    at_benign = _tolerated_at(1.0, pos_h[other], ~_refused(fit, other, steered))
-    return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful))
+    at_harmful = _tolerated_at(0.0, pos_h[harm], _refused(fit, harm, steered), steps)
+    at_benign = _tolerated_at(1.0, pos_h[other], ~_refused(fit, other, steered), steps)
+    return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful, 0.0, steps[-1]))
 
 
 def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
@@ -180,36 +181,44 @@ def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np
     return np.stack([np.asarray(one.p_refuse) > 0.5 for one in found])
 
 
-def _response(at: Float[np.ndarray, "prompt"], outcome: Bool[np.ndarray, "tried prompt"]) -> tuple[float, float, float]:
+def _response(
+    at: Float[np.ndarray, "prompt"], outcome: Bool[np.ndarray, "tried prompt"], steps: Float[np.ndarray, "tried"]
+) -> tuple[float, float, float]:
     """Logistic weights of the position and of the coefficient, and the intercept; zeros where only one outcome occurs."""
-    table = np.column_stack([np.tile(at, len(GRID)), np.repeat(np.asarray(GRID, dtype=float), len(at))])
+    table = np.column_stack([np.tile(at, len(steps)), np.repeat(steps, len(at))])
     found = methods.logistic(table, outcome.ravel())
     return (0.0, 0.0, 0.0) if found is None else (float(found[0][0]), float(found[0][1]), found[1])
 
 
-def _rejection_rule(at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"]) -> Affine:
+def _rejection_rule(
+    at: Float[np.ndarray, "prompt"], refused: Bool[np.ndarray, "tried prompt"], steps: Float[np.ndarray, "tried"]
+) -> Affine:
     if refused.all():
-        return Affine(0.0, 0.0)
-    of_position, of_coefficient, intercept = _response(at, refused)
+        return Affine(0.0, 0.0, 0.0, steps[-1])
+    of_position, of_coefficient, intercept = _response(at, refused, steps)
     if of_coefficient <= 0:
         raise InputError(
-            f"adding the rejection vector with up to {HIGH} of its length makes refusals no likelier on validate: "
-            "its role is not rejection in this model; try other layers or check the class labels"
+            f"adding the rejection vector with up to {steps[-1]:.2g} of its length at each steered layer makes refusals no "
+            "likelier on validate: its role is not rejection in this model; try other layers or check the class labels"
         )
-    return Affine(-of_position / of_coefficient, (float(logit(SURE)) - intercept) / of_coefficient)
+    slope, offset = -of_position / of_coefficient, (float(logit(SURE)) - intercept) / of_coefficient
+    return Affine(slope, offset, 0.0, steps[-1])
 
 
-def _tolerated_at(where: float, at: Float[np.ndarray, "prompt"], right: Bool[np.ndarray, "tried prompt"]) -> float:
-    """The largest coefficient of the grid's range with which prompts at position `where` are treated right with 0.95.
+def _tolerated_at(
+    where: float, at: Float[np.ndarray, "prompt"], right: Bool[np.ndarray, "tried prompt"],
+    steps: Float[np.ndarray, "tried"],
+) -> float:  # fmt: skip
+    """The largest coefficient up to the last step with which prompts at position `where` are treated right with 0.95.
 
-    It is the largest of all where a coefficient makes that no less likely, and 0 where none keeps it.
+    It is the last step where a coefficient makes that no less likely, and 0 where none keeps it.
     """
     if not right.any():
         return 0.0
-    of_position, of_coefficient, intercept = _response(at, right)
+    of_position, of_coefficient, intercept = _response(at, right, steps)
     if of_coefficient >= 0:
-        return HIGH
-    return float(np.clip((logit(SURE) - intercept - of_position * where) / of_coefficient, 0.0, HIGH))
+        return float(steps[-1])
+    return float(np.clip((logit(SURE) - intercept - of_position * where) / of_coefficient, 0.0, steps[-1]))
 
 
 def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: dict[str, np.ndarray]) -> Steering:
@@ -310,43 +319,50 @@ def along(directions: Directions, layers: Sequence[int], coefficients: Mapping[s
 
 
 def law_table(
-    experiment: SteeringExperiment, prompts: pd.DataFrame, at: Float[np.ndarray, "prompt layer d"],
-    layers: Sequence[int], laws: tuple[Law, Law],
-) -> tuple[pd.DataFrame, dict[str, float]]:  # fmt: skip
-    """R-law and H-law on these prompts, with the fitted `laws` as lines, and what their figure cannot show.
+    experiment: SteeringExperiment,
+    prompts: pd.DataFrame,
+    at: Float[np.ndarray, "prompt layer d"],
+    layers: Sequence[int],
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """R-law and H-law on these prompts, with the fitted coefficients as lines, and in words what the figure cannot show.
 
-    `at` holds the prompts' unsteered activations (`residuals`); positions are read where the laws read them. The second value
-    has Spearman's correlations and the share of prompts that no coefficient of the grid flips.
+    `at` holds the prompts' unsteered activations (`residuals`); positions are read where AdaSteer reads them.
     """
-    directions = experiment.fit.directions()
-    panels = ("R-law: needed along v_R", "H-law: tolerated along v_H")
-    pos_r, pos_h = (law.line.position(at[:, law.layer].astype(float)) for law in laws)
+    fit, (panel_r, panel_h) = experiment.fit, ("R-law: needed along v_R", "H-law: tolerated along v_H")
+    grid = np.array(PLANE_GRID) / len(layers)
+    lines = {panel_r: decision_line(fit, "refused"), panel_h: decision_line(fit, "benign")}
+    pos_r, pos_h = (line.position(at[:, layer].astype(float)) for layer, line in lines.values())
 
     def odds_over(part: pd.DataFrame, name: str, held: Mapping[str, float]) -> Float[np.ndarray, "coefficient prompt"]:
         """Log-odds of not refusing under each coefficient of the grid along one direction, the `held` ones constant."""
-        steered = [along(directions, layers, {**held, name: float(size)}) for size in PLANE_GRID]
+        steered = [along(fit.directions(), layers, {**held, name: float(size)}) for size in grid]
         return np.stack([-logit(one.p_refuse.to_numpy()) for one in experiment.first_tokens(part, steered)])
 
     answered = thinned(prompts[(prompts.kind == "harmful") & ~prompts.refused], N_LAW)
-    need = needed(odds_over(answered, "rejection", {}))
+    need = needed(odds_over(answered, "rejection", {}), grid)
+    facts = {"answered harmful prompts that no coefficient flips": f"{np.isnan(need).mean():.2f}"}
     if not np.isfinite(need).any():
-        return binned_law([], [], [], "", ""), {"jailbroken prompts that no coefficient flips": 1.0}
-    read_at = {panels[0]: pos_r[answered.index]}
-    tables = [binned_law(read_at[panels[0]], need, answered.topic, panels[0], "harmful, answered")]
-    facts = {
-        "R-law, Spearman": trend(read_at[panels[0]], need),
-        "jailbroken prompts that no coefficient flips": float(np.isnan(need).mean()),
-    }
+        return binned_law([], [], [], "", ""), facts
+    tables = [binned_law(pos_r[answered.index], need, answered.topic, panel_r, "harmful, answered")]
     held = {"rejection": float(np.nanmedian(need))}
     both, positions = [], []
     for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
         part = thinned(prompts[prompts.kind == kind], N_LAW)
-        both.append(tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted)))
+        both.append(tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted), grid))
         positions.append(pos_h[part.index])
-        tables.append(binned_law(positions[-1], both[-1], part.topic, panels[1], kind))
-    read_at[panels[1]] = np.concatenate(positions)
-    facts["H-law, Spearman"] = trend(read_at[panels[1]], np.concatenate(both))
-    tables += [law_line(law, read_at[panel], panel) for panel, law in zip(panels, laws, strict=True)]
+        tables.append(binned_law(positions[-1], both[-1], part.topic, panel_h, kind))
+    facts["R-law, rank correlation"] = f"{trend(pos_r[answered.index], need):.2f}"
+    facts["H-law, rank correlation"] = f"{trend(np.concatenate(positions), np.concatenate(both)):.2f}"
+    try:
+        laws = fit_laws(fit, tuple(layers))
+    except InputError as error:
+        return pd.concat(tables, ignore_index=True), facts | {"fitted": f"not defined: {error}"}
+    for panel, law, position in zip(lines, laws, (pos_r, pos_h), strict=True):
+        rule = law.rule
+        facts[f"{panel[:5]}, fitted"] = (
+            f"{rule.slope:.3f} position + {rule.offset:.3f}, kept in [{rule.low:g}, {rule.high:.2g}], read at layer {law.layer}"
+        )
+        tables.append(law_line(law, position, panel))
     return pd.concat(tables, ignore_index=True), facts
 
 
@@ -357,10 +373,12 @@ def law_line(law: Law, position: Float[np.ndarray, "prompt"], panel: str) -> pd.
     return table.assign(**dict.fromkeys(("estimate", "low", "high"), law.rule(torch.from_numpy(x)).numpy()))
 
 
-def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "prompt"]:
+def needed(
+    odds: Float[np.ndarray, "coefficient prompt"], grid: Float[np.ndarray, "coefficient"]
+) -> Float[np.ndarray, "prompt"]:
     """The smallest coefficient that makes the model refuse, between grid points by a straight line; NaN where none does.
 
-    >>> needed(np.array([[1.0], [-3.0], [1.0]] + [[1.0]] * 6)).tolist()
+    >>> needed(np.array([[1.0], [-3.0], [1.0]]), np.array([0.0, 0.25, 0.5])).tolist()
     [0.0625]
     """
     refused = odds < 0
@@ -370,14 +388,15 @@ def needed(odds: Float[np.ndarray, "coefficient prompt"]) -> Float[np.ndarray, "
     low, high = odds[before, column], odds[first, column]
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(first == 0, 0.0, low / (low - high))
-    grid = np.array(PLANE_GRID)
     return np.where(refused.any(0), grid[before] + share * (grid[first] - grid[before]), np.nan)
 
 
-def tolerated(odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray) -> Float[np.ndarray, "prompt"]:
+def tolerated(
+    odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray, grid: Float[np.ndarray, "coefficient"]
+) -> Float[np.ndarray, "prompt"]:
     """The largest coefficient of the grid with which a prompt is treated right: answered or refused, as it should be."""
     right = np.where(answered, odds >= 0, odds < 0)
-    return np.where(right.any(0), np.array(PLANE_GRID)[len(PLANE_GRID) - 1 - right[::-1].argmax(0)], np.nan)
+    return np.where(right.any(0), grid[len(grid) - 1 - right[::-1].argmax(0)], np.nan)
 
 
 def binned_law(position: ArrayLike, coefficient: ArrayLike, topic: ArrayLike, panel: str, group: str) -> pd.DataFrame:

@@ -108,18 +108,18 @@ def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.M
         return add_h + noise < np.where(is_harmful, 0.25 + 0.3 * at[places], 0.05)
 
     monkeypatch.setattr(adasteer, "_refused", refused)
-    need, tolerate = (law.rule for law in adasteer.fit_laws(made, (2,)))
+    need, tolerate = (law.rule for law in adasteer.fit_laws(made, (2, 3)))
     assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
-    assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == adasteer.HIGH
+    assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == max(adasteer.GRID) / 2
 
 
 def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:
-    grid = adasteer.PLANE_GRID
+    grid = np.array(adasteer.PLANE_GRID) / 3
     steps = np.arange(len(grid))
     odds = [1.0 - 0.4 * steps, np.ones(len(grid)), -np.ones(len(grid))]  # the first crosses 0 at 2.5 steps
-    assert adasteer.needed(np.stack(odds, axis=1)) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
+    assert adasteer.needed(np.stack(odds, axis=1), grid) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
     turned = np.stack([np.where(steps <= 3, -1.0, 1.0)] * 2, axis=1)
-    assert adasteer.tolerated(turned, np.array([False, True])).tolist() == [grid[3], grid[-1]]
+    assert adasteer.tolerated(turned, np.array([False, True]), grid).tolist() == [grid[3], grid[-1]]
 
 
 def test_a_planted_law_is_read_off() -> None:
