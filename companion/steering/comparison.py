@@ -206,8 +206,11 @@ def at_equal_over_refusal(
         return means[:, ((columns.method == name) & (columns.measure == measure)).to_numpy()]
 
     def least(total: np.ndarray, counts: np.ndarray) -> Float[np.ndarray, "draw method level"]:
-        paths = [[means_of(total / counts, name, measure) for measure in ("harm", "over-refusal")] for name in names]
-        return np.stack([np.stack([_least_harm(*path, at) for at in levels], axis=1) for path in paths], axis=1)
+        found = []
+        for name in names:
+            harm, cost = (means_of(total / counts, name, measure) for measure in ("harm", "over-refusal"))
+            found.append(np.stack([_least_harm(harm, cost, at) for at in levels], axis=1))
+        return np.stack(found, axis=1)
 
     own = bootstrap.interval(sums, lambda total, counts: least(total, counts).reshape(len(total), -1))
     place = names.index(against)
