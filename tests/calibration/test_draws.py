@@ -14,6 +14,7 @@ from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
+from companion.claims.registered_rules import PSI
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
@@ -115,7 +116,8 @@ BOTH = ("registered", "corrected")
     ("part", "topics", "said", "known"),
     [
         ("neurons", 60, {("C5a", rule) for rule in BOTH}, [("C5a", "psi1")]),
-        ("context", 30, {("C3", rule) for rule in BOTH}, [("C3", "psi0 early, shared tokens")]),
+        ("context", 30, {("C3", rule) for rule in BOTH},
+         [("C3", PSI), *(("C3", PSI, f"family {name}") for name in ("binding", "object", "verb"))]),
         ("layers", 30, {("C1", "registered"), *(("C2", rule) for rule in BOTH), ("C4", "corrected")},
          [("C1", "late share"), ("C2", "MLP share of NIE")]),
     ],
@@ -127,7 +129,7 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
     organism, rows = gated_organism(), measured_organism().rows
     verdicts = draws.verdicts_without_sampling(organism, few_pairs(organism), rows, part)
     assert said <= set(verdicts) and set(verdicts) - said <= {("C4", "registered")}
-    at = [(organism.name, *one, "main") for one in known]
+    at = [(organism.name, *one, *("main",)[: 3 - len(one)]) for one in known]
     replaced, sample = (table.set_index(KEYS) for table in (verdicts[min(said)][1], rows))
     assert all((replaced.loc[at, end] == replaced.loc[at, "estimate"]).all() for end in ("ci_low", "ci_high"))
     assert replaced.loc[at, "estimate"].to_list() == pytest.approx(sample.loc[at, "estimate"].to_list(), abs=0.2)
@@ -135,10 +137,39 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
     pd.testing.assert_frame_equal(replaced.loc[rest, NUMBERS], sample.loc[rest, NUMBERS])
 
 
-def test_a_stored_draw_gets_its_shipped_population_verdict_again() -> None:
+def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: Path) -> None:
+    """Of the power curves no evidence is kept, so their corrected verdicts of these claims go."""
+    whole = {name: read_shipped(name) for name in ("verdicts", "evidence")}
+    seeds = [FRESH, FRESH_LAST, draws.POWER_SEEDS[0]]
+    few = {name: table[(table.kind == "late") & table.seed.isin(seeds)] for name, table in whole.items()}
+    few["evidence"] = few["evidence"][few["evidence"].part.isin(["context", "layers"])]
+    shipped, changed = few["verdicts"], few["verdicts"].copy()
+    mine = (changed.rule == "corrected") & changed.claim.isin(["C1", "C3"]) & (changed.purpose == "main")
+    changed.loc[mine, ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]] = [
+        "x",
+        "x",
+        "x",
+        9.0,
+        9.0,
+        9.0,
+    ]
+    power = changed[(changed.purpose != "main") & (changed.rule == "registered") & (changed.claim == "C1")]
+    pd.concat([changed, power.assign(rule="corrected")]).to_parquet(tmp_path / "verdicts.parquet")
+    few["evidence"].to_parquet(tmp_path / "evidence.parquet")
+    draws.rejudge(("C1", "C3"), tmp_path)
+    again = read_shipped("verdicts", tmp_path)
+    assert mine.sum() == 2 and len(power) and set(again.code[mine.to_numpy()]) == {draws.code_version()}
+    columns = [name for name in shipped if name != "code"]
+    pd.testing.assert_frame_equal(again[columns], shipped[columns].reset_index(drop=True))
+    assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
+
+
+@pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
+def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, claim: str) -> None:
+    """The corrected C3 shows its weakest family, and gets that family's population value."""
     evidence, stored = read_shipped("evidence"), read_shipped("verdicts").query("purpose == 'main'")
-    made = draws.measure_population(("neurons", "late", 11), evidence, stored)["population"]
-    shipped = read_shipped("population").query("kind == 'late' and seed == 11 and claim == 'C5a'")
+    made = draws.measure_population((part, "late", 11), evidence, stored)["population"]
+    shipped = read_shipped("population").query("kind == 'late' and seed == 11 and claim == @claim")
     names = ["kind", "claim", "rule", "seed", "population_verdict"]
     by_rule = [table.sort_values("rule", ignore_index=True) for table in (made, shipped)]
     pd.testing.assert_frame_equal(by_rule[0][names], by_rule[1][names], check_dtype=False)
