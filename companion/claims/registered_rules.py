@@ -160,6 +160,7 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
 
 
 def _is_early(row: pd.Series) -> str:
+    """On which side of the thresholds of psi0 a family lies, as words of the reason."""
     return " early" if row.ci_low >= 0.30 else " not early" if row.ci_high <= 0.10 else " undecided"
 
 

@@ -116,8 +116,7 @@ BOTH = ("registered", "corrected")
     ("part", "topics", "said", "known"),
     [
         ("neurons", 60, {("C5a", rule) for rule in BOTH}, [("C5a", "psi1")]),
-        ("context", 30, {("C3", rule) for rule in BOTH},
-         [("C3", PSI), *(("C3", PSI, f"family {name}") for name in ("binding", "object", "verb"))]),
+        ("context", 30, {("C3", rule) for rule in BOTH}, [("C3", PSI)]),
         ("layers", 30, {("C1", "registered"), *(("C2", rule) for rule in BOTH), ("C4", "corrected")},
          [("C1", "late share"), ("C2", "MLP share of NIE")]),
     ],
@@ -129,7 +128,7 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
     organism, rows = gated_organism(), measured_organism().rows
     verdicts = draws.verdicts_without_sampling(organism, few_pairs(organism), rows, part)
     assert said <= set(verdicts) and set(verdicts) - said <= {("C4", "registered")}
-    at = [(organism.name, *one, *("main",)[: 3 - len(one)]) for one in known]
+    at = [(organism.name, *one, "main") for one in known]
     replaced, sample = (table.set_index(KEYS) for table in (verdicts[min(said)][1], rows))
     assert all((replaced.loc[at, end] == replaced.loc[at, "estimate"]).all() for end in ("ci_low", "ci_high"))
     assert replaced.loc[at, "estimate"].to_list() == pytest.approx(sample.loc[at, "estimate"].to_list(), abs=0.2)
@@ -162,6 +161,15 @@ def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: P
     columns = [name for name in shipped if name != "code"]
     pd.testing.assert_frame_equal(again[columns], shipped[columns].reset_index(drop=True))
     assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
+
+
+def test_the_closed_form_knows_every_family_of_c3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "NEW_TOPICS", 30)
+    organism = gated_organism()
+    values = draws.closed_form_values(organism, few_pairs(organism), "context")
+    families = {name: values["C3", PSI, f"family {name}"] for name in ("binding", "object", "verb")}
+    assert len(set(families.values())) == 3
+    assert min(families.values()) < values["C3", PSI, "main"] < max(families.values())
 
 
 @pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
