@@ -1,6 +1,7 @@
 """Effects of all pairs: the sweeps, and the contrast that a claim is about.
 
-`measure_layers` and `measure_modules` measure; `primary` names the treatment that stands for harmful generation.
+`measure_layers` and `measure_modules` measure; `primary` names the treatment that stands for harmful generation, and
+`centroid_table` says how sure "later than harmless behaviours" is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from companion.base.thresholds import COMPONENTS
+from companion.claims.corrected_rules import centroid_over_behaviours
+from companion.claims.verdict import Rows
 from companion.evidence.layers import Layers, measure_layers, usable_benign
 from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
@@ -17,7 +20,8 @@ from companion.mediation.summaries import VARIANTS, Variant, averaged, primary, 
 from companion.mediation.sweeps import clean_outcomes, run_sweep
 
 __all__ = [
-    "Layers", "averaged_by_treatment", "clean_runs", "contrast", "measure_layers", "measure_modules", "primary", "usable_benign"
+    "Layers", "averaged_by_treatment", "centroid_table", "clean_runs", "contrast", "measure_layers",
+    "measure_modules", "primary", "usable_benign",
 ]  # fmt: skip
 
 
@@ -61,3 +65,21 @@ def averaged_by_treatment(effects: pd.DataFrame, treatments: Sequence[str]) -> p
     there = [name for name in treatments if (effects.treatment == name).any()]
     rows = pd.concat([averaged(select(effects, name, VARIANTS[0])) for name in there])
     return rows[rows.split == "test"]
+
+
+def centroid_table(evidence: pd.DataFrame, models: Sequence[str]) -> pd.DataFrame:
+    """C1's centroid difference, harm - benign, by model: its interval over topics, and the one that resamples behaviours, too.
+
+    Models without one are left out. Units are the network's depth.
+    """
+    own = {model: Rows(model, evidence[evidence.model == model]) for model in models}
+    pairs = {
+        model: (rows.find("C1", "centroid difference"), centroid_over_behaviours(rows)) for model, rows in own.items()
+    }
+    columns = ["model", "difference", "low", "high", "low, behaviours resampled", "high, behaviours resampled"]
+    found = [
+        (model, one.estimate, one.ci_low, one.ci_high, wide.ci_low, wide.ci_high)
+        for model, (one, wide) in pairs.items()
+        if one is not None and wide is not None
+    ]
+    return pd.DataFrame(found, columns=columns).set_index("model")

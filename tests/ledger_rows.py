@@ -29,6 +29,7 @@ FINE: Numbers = {  # C1 to C3, and what every claim asks for
     **main("gate", {"earliest possible depth": (0.25, 0.2, 0.3), "significand bits": (24, 24, 24)}),
     **row("C1", "late share", (0.7, 0.6, 0.8), *ROBUST),
     **main("C1", {"centroid difference": (0.2, 0.1, 0.3)} | {f"centroid B{i}": (0.5, 0.4, 0.6) for i in range(1, 6)}),
+    **main("C1", {"centroid T2-T2b": (0.7, 0.65, 0.75)}),
     **row("C2", NIE, (0.8, 0.7, 0.9), *ROBUST, *SIZES), **row("C2", DIRECT, (0.85, 0.75, 0.95), "main", *SIZES),
     **row("C3", PSI, (0.6, 0.5, 0.7)), **row("C3", PSI, (0.5, 0.4, 0.6), "unsaturated"),
     **main("C3", {"AUROC probe": (0.9, 0.85, 0.95), "AUROC bag of tokens": (0.7, 0.6, 0.8), "AUROC gain": (0.2, 0.1, 0.3)}),

@@ -21,13 +21,14 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.files import EVIDENCE
+from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER
 from companion.claims import corrected_rules
 from companion.claims.ledger import ledger
+from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows
@@ -242,18 +243,36 @@ def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.Data
     """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
 
     A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
-    verdict, stored.
+    verdict, stored, and `said`, the whole verdict.
     """
     stored = read_shipped("verdicts", folder).query("purpose == 'main'")
     known = stored.set_index(["kind", "seed", "claim", "rule"]).verdict
     groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
     rows = [
-        (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule])
+        (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule], one)
         for (part, kind, seed), evidence in groups[::every]
         for rule, one in judged(evidence, f"compiled-{kind}-{seed}", (part,))
         if (kind, seed, one.claim, rule) in known.index
     ]
-    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored"])
+    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored", "said"])
+
+
+def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Put what today's corrected rules of some claims say of the stored evidence into the shipped verdicts; no model is run.
+
+    For use after a change of these rules. Only draws whose evidence is kept can be asked again: corrected verdicts of the power
+    curves are taken out. Returns the shipped table; all other rows stay what they were.
+    """
+    table, key = read_shipped("verdicts", folder), ["kind", "seed", "claim", "rule"]
+    again = judged_again(folder).query("rule == 'corrected' and claim in @claims").set_index(key)
+    is_asked = (table.rule == "corrected") & table.claim.isin(claims)
+    table, rows = table[~is_asked | (table.purpose == "main")], table.index[is_asked & (table.purpose == "main")]
+    said = again.said.loc[list(table.loc[rows, key].itertuples(index=False, name=None))]
+    for name in ("verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"):
+        table.loc[rows, name] = [getattr(one, name) for one in said]
+    table.loc[rows, "code"] = code_version()
+    write_table(table, folder / "verdicts.parquet")
+    return table
 
 
 def verdicts_without_sampling(
@@ -286,8 +305,9 @@ def closed_form_values(organism: Organism, this: Study, part: str) -> Values:
     known: Values = {("gate", f"TE {name}", "main"): float(value) for name, value in te.items()}
     if part == "context":
         early = test[(test.position == "shared") & (test.layer == deepest_early_layer(this.subject.n_layers))]
-        psi = float(early.nie0.sum() / early.te.sum())
-        return known | {("C3", "psi0 early, shared tokens", name): psi for name in ("main", "unsaturated")}
+        family = early.pair_id.map({one.pair.id: f"family {one.pair.family}" for one in pairs})
+        parts = {"main": early, "unsaturated": early, **dict(list(early.groupby(family)))}
+        return known | {("C3", PSI, str(name)): float(p.nie0.sum() / p.te.sum()) for name, p in parts.items()}
     if part == "neurons":
         share, k90 = compiled_truth.last_layer(program, generation)
         known |= {("C5a", "psi1", name): share for name in ("main", "norm frozen", "unsaturated")}
@@ -337,7 +357,10 @@ def measure_population(draw: Draw, evidence: pd.DataFrame, stored: pd.DataFrame)
     for row in stored[(stored.kind == kind) & (stored.seed == seed)].itertuples():
         if (row.claim, row.rule) in found:
             verdict, known = found[row.claim, row.rule]
-            shown = Rows(verdict.model, known[known.model == verdict.model]).find(verdict.claim, row.quantity)
+            # A verdict shows the main row of its quantity, or that of one family.
+            sample = own[(own.claim == row.claim) & (own.quantity == row.quantity) & (own.estimate == row.estimate)]
+            variant = sample.variant.iloc[0] if len(sample) else "main"
+            shown = Rows(verdict.model, known[known.model == verdict.model]).find(verdict.claim, row.quantity, variant)
             # The quantity that the sample's verdict shows; NaN where the closed form does not know it.
             value = float(shown.estimate) if shown is not None and shown.ci_low == shown.ci_high else math.nan
             rows.append((kind, row.claim, row.rule, verdict.verdict, code_version(), seed, value))

@@ -3,12 +3,16 @@
 The registered rules stand, and every verdict of the ledger is theirs. The corrections were written down after the first 24
 draws of the calibration had been seen (notebook 07) and before any other draw was measured; those of C1, C4 and C6 after
 all draws of these claims had been seen. Each is judged on draws that were measured afterwards, beside the registered rules.
-Thresholds are the registered ones.
+On 2026-11-29 C1 and C3 were made stricter; their draws had been seen. Thresholds are the registered ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+
+import pandas as pd
+from scipy.stats import t as student
 
 from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN
 from companion.claims import registered_rules as registered
@@ -21,7 +25,8 @@ WHY = {
     "C2": "MLPs in a chain of n MLPs behind one head hold n/(n+1) of the indirect effects whoever writes the decision: "
     "the direct effects decide alone.",
     "C3": "A probe that fails where nothing is recognised must not stand in the way of saying so: it is a condition of "
-    "supported, not a control of both verdicts.",
+    "supported, not a control of both verdicts. Since 2026-11-29 every named family of pairs must pass, since a mean over "
+    "families is set by their mix: a stricter rule, written after its draws had been seen.",
     "C4": "An MLP that reads what the attention of its own layer brought, and writes the decision, leaves nothing to the layers "
     "above it: the hand-over layer's own MLP is one of those that carry on.",
     "C5a": "Where the last MLP has no effect its k90 is no better than that of a random order: that control belongs to "
@@ -38,10 +43,10 @@ WHY = {
 def corrected_c1(rows: Rows) -> Verdict | None:
     """C1 by where the interaction is computed; None where that was not measured, as without twins of one length.
 
-    Supported: late share of it low >= 0.50, and the centroid difference low >= 0.05 as registered. Contradicted: late share
-    high <= 0.40. A centroid difference alone contradicts nothing, since what fetches the wrapper moves it too.
+    Supported: late share of it low >= 0.50, and the centroid difference low >= 0.05, behaviours resampled. Contradicted: late
+    share high <= 0.40. A centroid difference alone contradicts nothing, since what fetches the wrapper moves it too.
     """
-    share, centroid = rows.find("C1", COMPUTED), rows.find("C1", "centroid difference")
+    share, centroid = rows.find("C1", COMPUTED), centroid_over_behaviours(rows)
     if share is None:
         return None
     if stop := precondition(rows, "C1"):
@@ -53,9 +58,32 @@ def corrected_c1(rows: Rows) -> Verdict | None:
     }
     is_later = centroid is not None and centroid.ci_low >= 0.05
     decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
-    against_benign = registered.NO_BENIGN if centroid is None else interval(centroid)
-    reason = f"late share {interval(share)} of what is computed; depth centroid, harm - benign: {against_benign}"
+    reason = f"late share {interval(share)} of what is computed; "
+    if centroid is None:
+        reason += registered.NO_BENIGN
+    else:
+        reason += f"depth centroid, harm - benign: {interval(centroid)}, behaviours resampled"
+        is_open = decision == "inconclusive" and centroid.ci_low < 0.05 <= centroid.ci_high
+        reason += ", which leaves 0.05 open" if is_open else ""
     return conclude(rows, share, decision, checks, reason)
+
+
+def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
+    """The row of C1's centroid difference with an interval that takes the benign behaviours as a sample, too.
+
+    None where it was not measured; without limits (from -inf to inf) where there are fewer than two behaviours.
+    """
+    found, harm = rows.find("C1", "centroid difference"), rows.find("C1", f"centroid {verdict.generation(rows)}")
+    if found is None:
+        return None
+    is_benign = (rows.table.claim == "C1") & rows.table.quantity.str.startswith("centroid B")
+    benign = rows.table[is_benign & (rows.table.variant == "main")].estimate.astype(float)
+    half = math.inf
+    if harm is not None and len(benign) > 1:
+        # t(k - 1) * sqrt(s^2 / k + v): s is the spread of the k behaviours' centroids, v the variance over topics of harm's.
+        over_topics = ((harm.ci_high - harm.ci_low) / (2 * 1.96)) ** 2
+        half = float(student.ppf(0.975, len(benign) - 1)) * math.sqrt(benign.var() / len(benign) + over_topics)
+    return pd.Series({**found, "ci_low": found.estimate - half, "ci_high": found.estimate + half})
 
 
 def corrected_c2(rows: Rows) -> Verdict:
@@ -109,7 +137,7 @@ def corrected_c5c(rows: Rows) -> Verdict:
 RULES: dict[str, Callable[[Rows], Verdict | None]] = {
     "C1": corrected_c1,
     "C2": corrected_c2,
-    "C3": lambda rows: registered.rule_c3(rows, for_support=(registered.PROBE,)),
+    "C3": lambda rows: registered.rule_c3(rows, for_support=(registered.PROBE,), by_family=True),
     "C4": corrected_c4,
     "C5a": lambda rows: registered.rule_c5a(rows, for_support=(registered.ORDER,)),
     "C5b": corrected_c5b,

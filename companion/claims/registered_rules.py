@@ -128,10 +128,11 @@ def rule_c2(rows: Rows) -> Verdict:
     return replace(made, tags=(*dependent, *verdict.generation_tags(rows), *robust))
 
 
-def rule_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
+def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = False) -> Verdict:
     """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10.
 
-    Controls named in `for_support` belong to the verdict supported only.
+    Controls named in `for_support` belong to the verdict supported only. With `by_family` every named family of pairs must
+    pass the threshold of psi0, and the verdict shows the weakest one.
     """
     if stop := precondition(rows, "C3"):
         return stop
@@ -143,14 +144,24 @@ def rule_c3(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
         "joint probability": verdict.joint_probability(rows, "T1"),
         "sign in unsaturated pairs": same_side(rows, "C3", PSI, "unsaturated", 0.0),
     }
+    families = rows.variants("C3", PSI, "family ")
+    asked = list(families.values()) if by_family and families else [psi]
     decision = decide(
-        supported=psi.ci_low >= 0.30 and gain.estimate >= 0.05 and gain.ci_low > 0, contradicted=psi.ci_high <= 0.10
+        supported=all(row.ci_low >= 0.30 for row in asked) and gain.estimate >= 0.05 and gain.ci_low > 0,
+        contradicted=all(row.ci_high <= 0.10 for row in asked),
     )
     reason = f"psi0 {interval(psi)} on tokens that do not differ; probe beats bag of tokens by {interval(gain)} AUROC"
-    families = rows.variants("C3", PSI, "family ")
-    reason += "".join(f"; {name} {interval(row)}" for name, row in families.items())
+    reason += "".join(
+        f"; {name} {interval(row)}{_is_early(row) if by_family else ''}" for name, row in families.items()
+    )
     tags = ("families differ",) if len({row.estimate >= 0.30 for row in families.values()}) > 1 else ()
-    return conclude(rows, psi, decision, checks, reason, for_support=for_support, tags=tags)
+    weakest = min(asked, key=lambda row: row.ci_low)
+    return conclude(rows, weakest, decision, checks, reason, for_support=for_support, tags=tags)
+
+
+def _is_early(row: pd.Series) -> str:
+    """On which side of the thresholds of psi0 a family lies, as words of the reason."""
+    return " early" if row.ci_low >= 0.30 else " not early" if row.ci_high <= 0.10 else " undecided"
 
 
 def rule_c4(

@@ -150,8 +150,8 @@ SPECS = (
          "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the right "
          "of it, a patch at the last token only the column above it; the rest is kept from the clean run"),
     spec("02_cumulative", style.cumulative, "C1", {"model": "str", "earliest": "float", **BY_LAYER},
-         "Share of the total effect in the last-token residual stream after each layer, trained model beside its "
-         "untrained twin: both end at 1"),
+         "Share of the total effect in the last-token residual stream after each layer, one panel a model, trained "
+         "network beside its untrained twin: all end at 1, and where each rises is compared"),
     spec("02_increments", style.by_layer, "C1", {"model": "str", **BY_LAYER},
          "What each layer adds to the cumulative share of the total effect, trained model beside its untrained twin, "
          "with intervals that tell whether the two differ in any layer",

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from companion.base.display import NotDefined
-from companion.base.thresholds import LATE, depth
+from companion.base.thresholds import LATE, UNTRAINED, depth
 
 ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
 BY_LAYER = {"layer": "int", **ESTIMATE}
@@ -144,20 +144,29 @@ def shade_late(axes: Axes, n_layers: int) -> None:
 
 
 def cumulative(table: pd.DataFrame) -> Figure:
-    """Share of TE carried by the last-token residual stream after each layer, by model; the light cone shaded."""
-    figure, axes = new_figure()
-    ax, n_layers = axes[0, 0], int(table.layer.max()) + 1
-    for k, (model, part) in enumerate(table.groupby("model", sort=False)):
-        points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(model))
-    earliest = float(table.earliest.iloc[0])
-    if earliest > 0:
-        ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
-        ax.text(-0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444")
-    ax.axhline(1, color="black", lw=0.8, ls=":")
-    layer_axis(ax, n_layers)
-    ax.set_ylabel(TOTAL)
-    ax.set_title("Late layers for free? The cumulative curve rises to 1 in any network")
-    ax.legend(loc="lower right")
+    """Share of TE carried by the last-token residual stream after each layer, one panel a model with its untrained twin.
+
+    The layers below a panel's light cone are shaded.
+    """
+    panel = table.model.str.removesuffix(UNTRAINED)
+    names, n_layers = distinct(panel), int(table.layer.max()) + 1
+    figure, axes = new_figure(1, len(names), sharey=True)
+    for ax, name in zip(axes[0], names, strict=True):
+        own = table[panel == name]
+        for k, (model, part) in enumerate(own.groupby("model", sort=False)):
+            points(ax, part.layer.to_numpy() + 0.06 * k, part, k, "untrained twin" if model != name else "trained")
+        earliest = float(own.earliest.iloc[0])
+        if earliest > 0:
+            ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
+            ax.text(
+                -0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444"
+            )
+        ax.axhline(1, color="black", lw=0.8, ls=":")
+        layer_axis(ax, n_layers)
+        ax.set_title(name)
+    axes[0, 0].set_ylabel(TOTAL)
+    axes[0, -1].legend(loc="lower right")
+    heading(figure, "Every cumulative curve ends at 1: does the untrained twin's rise in the same layers?")
     return figure
 
 

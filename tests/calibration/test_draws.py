@@ -14,6 +14,7 @@ from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
+from companion.claims.registered_rules import PSI
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
@@ -115,7 +116,7 @@ BOTH = ("registered", "corrected")
     ("part", "topics", "said", "known"),
     [
         ("neurons", 60, {("C5a", rule) for rule in BOTH}, [("C5a", "psi1")]),
-        ("context", 30, {("C3", rule) for rule in BOTH}, [("C3", "psi0 early, shared tokens")]),
+        ("context", 30, {("C3", rule) for rule in BOTH}, [("C3", PSI)]),
         ("layers", 30, {("C1", "registered"), *(("C2", rule) for rule in BOTH), ("C4", "corrected")},
          [("C1", "late share"), ("C2", "MLP share of NIE")]),
     ],
@@ -135,10 +136,48 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
     pd.testing.assert_frame_equal(replaced.loc[rest, NUMBERS], sample.loc[rest, NUMBERS])
 
 
-def test_a_stored_draw_gets_its_shipped_population_verdict_again() -> None:
+def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: Path) -> None:
+    """Of the power curves no evidence is kept, so their corrected verdicts of these claims go."""
+    whole = {name: read_shipped(name) for name in ("verdicts", "evidence")}
+    seeds = [FRESH, FRESH_LAST, draws.POWER_SEEDS[0]]
+    few = {name: table[(table.kind == "late") & table.seed.isin(seeds)] for name, table in whole.items()}
+    few["evidence"] = few["evidence"][few["evidence"].part.isin(["context", "layers"])]
+    shipped, changed = few["verdicts"], few["verdicts"].copy()
+    mine = (changed.rule == "corrected") & changed.claim.isin(["C1", "C3"]) & (changed.purpose == "main")
+    changed.loc[mine, ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]] = [
+        "x",
+        "x",
+        "x",
+        9.0,
+        9.0,
+        9.0,
+    ]
+    power = changed[(changed.purpose != "main") & (changed.rule == "registered") & (changed.claim == "C1")]
+    pd.concat([changed, power.assign(rule="corrected")]).to_parquet(tmp_path / "verdicts.parquet")
+    few["evidence"].to_parquet(tmp_path / "evidence.parquet")
+    draws.rejudge(("C1", "C3"), tmp_path)
+    again = read_shipped("verdicts", tmp_path)
+    assert mine.sum() == 2 and len(power) and set(again.code[mine.to_numpy()]) == {draws.code_version()}
+    columns = [name for name in shipped if name != "code"]
+    pd.testing.assert_frame_equal(again[columns], shipped[columns].reset_index(drop=True))
+    assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
+
+
+def test_the_closed_form_knows_every_family_of_c3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws, "NEW_TOPICS", 30)
+    organism = gated_organism()
+    values = draws.closed_form_values(organism, few_pairs(organism), "context")
+    families = {name: values["C3", PSI, f"family {name}"] for name in ("binding", "object", "verb")}
+    assert len(set(families.values())) == 3
+    assert min(families.values()) < values["C3", PSI, "main"] < max(families.values())
+
+
+@pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
+def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, claim: str) -> None:
+    """The corrected C3 shows its weakest family, and gets that family's population value."""
     evidence, stored = read_shipped("evidence"), read_shipped("verdicts").query("purpose == 'main'")
-    made = draws.measure_population(("neurons", "late", 11), evidence, stored)["population"]
-    shipped = read_shipped("population").query("kind == 'late' and seed == 11 and claim == 'C5a'")
+    made = draws.measure_population((part, "late", 11), evidence, stored)["population"]
+    shipped = read_shipped("population").query("kind == 'late' and seed == 11 and claim == @claim")
     names = ["kind", "claim", "rule", "seed", "population_verdict"]
     by_rule = [table.sort_values("rule", ignore_index=True) for table in (made, shipped)]
     pd.testing.assert_frame_equal(by_rule[0][names], by_rule[1][names], check_dtype=False)

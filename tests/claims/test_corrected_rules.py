@@ -1,7 +1,8 @@
 """Corrected rules: each differs from the registered one where it was found to err, and nowhere else."""
 
+import numpy as np
 import pytest
-from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, Number, judge, row, table
+from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, Number, Numbers, judge, row, table
 
 from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN
 from companion.claims import corrected_rules, registered_rules
@@ -36,6 +37,13 @@ NO_PROBE, NO_PSI0 = row("C3", "AUROC probe", (0.5, 0.4, 0.6)), row("C3", PSI, (0
 NO_ORDER, NO_PSI1 = row("C5a", "k90", (5.0, 4.0, 7.0), "random order"), row("C5a", "psi1", (0.01, 0.0, 0.02), *FROZEN)
 BY_CONTENT = row("C5c", KEPT_BY_FIRST_TOKEN, (0.0, 0.0, 0.1), CONTENT_JUDGE, "full response")
 BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
+NONE, HALF, ALL = (0.0, -0.01, 0.01), (0.4, 0.2, 0.6), (1.0, 0.99, 1.01)  # psi0 of a family
+
+
+def families(*numbers: Number) -> Numbers:
+    return {("C3", PSI, f"family {name}"): found for name, found in zip("abc", numbers, strict=False)}
+
+
 CASES = [  # claim, evidence, what the registered rule says of it, and the corrected one
     ("C1", computed(LATE), "supported", "supported"),
     ("C1", computed(LATE) | row(*CENTROID, (0.0, -0.1, 0.1)), "inconclusive", "inconclusive"),
@@ -43,11 +51,22 @@ CASES = [  # claim, evidence, what the registered rule says of it, and the corre
     ("C1", computed(LATE) | row(*CENTROID, (-0.2, -0.3, -0.1)), "contradicted", "inconclusive"),
     ("C1", computed((0.5, 0.3, 0.7)), "supported", "inconclusive"),
     ("C1", computed(EARLY), "supported", "contradicted"),  # copied late, computed before
+    # The interval of the centroid difference holds spread over behaviours, and over the topics of harm.
+    ("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)), "supported", "inconclusive"),
+    ("C1", computed(LATE) | row("C1", "centroid T2-T2b", (0.7, 0.5, 0.9)), "supported", "inconclusive"),
+    ("C1", computed(LATE) | row("C1", "centroid B1", None), "inconclusive", "inconclusive"),
     ("C2", HALF_NIE | row("C2", DIRECT, LATE), "inconclusive", "supported"),
     ("C2", HALF_NIE | row("C2", DIRECT, EARLY), "inconclusive", "contradicted"),
     ("C2", HALF_NIE | row("C2", DIRECT, (0.6, 0.5, 0.7)), "inconclusive", "inconclusive"),
     ("C3", NO_PROBE, "inconclusive", "inconclusive"),
     ("C3", NO_PROBE | NO_PSI0, "inconclusive", "contradicted"),
+    # Every named family must pass, whatever the mean over them.
+    ("C3", families(ALL, ALL, (0.4, 0.3, 0.5)), "supported", "supported"),
+    ("C3", families(ALL, ALL, HALF), "supported", "inconclusive"),
+    ("C3", families(ALL, NONE, NONE), "supported", "inconclusive"),
+    ("C3", families(NONE, NONE, (0.05, 0.0, 0.1)), "supported", "contradicted"),
+    ("C3", NO_PSI0 | families(NONE, NONE, HALF), "contradicted", "inconclusive"),
+    ("C3", families(ALL, ALL) | row("C3", "AUROC gain", (0.04, 0.01, 0.07)), "inconclusive", "inconclusive"),
     ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.6, 1.0), *FROZEN), "contradicted", "supported"),
     ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.9, 0.59, 1.0), *FROZEN), "contradicted", "inconclusive"),
     ("C4", NOTHING_ABOVE | row(*WITH_OWN, (0.2, 0.1, 0.4), *FROZEN), "contradicted", "contradicted"),
@@ -65,6 +84,38 @@ CASES = [  # claim, evidence, what the registered rule says of it, and the corre
 @pytest.mark.parametrize(("claim", "changes", "registered", "corrected"), CASES)
 def test_a_corrected_rule_beside_the_registered_one(claim: str, changes: dict, registered: str, corrected: str) -> None:
     assert (judge(claim, changes).verdict, correct(claim, changes).verdict) == (registered, corrected)
+
+
+def test_behaviours_are_a_sample_in_the_interval_of_the_centroid_difference() -> None:
+    """Against the formula by hand: a t-interval over six behaviours, widened by the topics of harm."""
+    benign = [0.773, 0.815, 0.811, 0.736, 0.738, 0.763]
+    numbers = {("C1", f"centroid B{i}", "main"): (value,) * 3 for i, value in enumerate(benign, start=1)}
+    numbers |= row("C1", "centroid difference", (0.0676, 0.0635, 0.0719)) | row(
+        "C1", "centroid T2-T2b", (0.84, 0.8, 0.88)
+    )
+    found = corrected_rules.centroid_over_behaviours(Rows("m", table(FINE | numbers)))
+    half = 2.5706 * (np.var(benign, ddof=1) / 6 + (0.08 / 3.92) ** 2) ** 0.5
+    assert found is not None
+    assert [found.ci_low, found.ci_high] == pytest.approx([0.0676 - half, 0.0676 + half], abs=1e-5)
+    alone = {("C1", f"centroid B{i}", "main"): None for i in range(2, 6)}
+    made = correct("C1", computed(LATE) | alone)
+    assert made.verdict == "inconclusive" and "[-inf, inf], behaviours resampled" in made.reason
+    assert corrected_rules.centroid_over_behaviours(Rows("m", table({}))) is None
+
+
+def test_c1_says_why_it_is_open_and_few_behaviours_are_a_cap() -> None:
+    wide = correct("C1", computed(LATE) | row("C1", "centroid B1", (0.1, 0.1, 0.1)))
+    assert wide.reason.endswith("behaviours resampled, which leaves 0.05 open")
+    few = correct("C1", computed(LATE) | row("C1", "centroid B5", None))
+    assert "supported by its numbers, capped: benign behaviours failed" in few.reason
+
+
+def test_c3_names_every_family_and_shows_the_weakest() -> None:
+    made = correct("C3", families(ALL, NONE, HALF))
+    assert (made.estimate, made.ci_low, made.ci_high) == NONE
+    said = ["a 1.00 [0.99, 1.01] early", "b 0.00 [-0.01, 0.01] not early", "c 0.40 [0.20, 0.60] undecided"]
+    assert made.reason.endswith("; ".join(f"family {one}" for one in said)) and made.tags == ("families differ",)
+    assert not {" early", " undecided"} & set(judge("C3", families(ALL, NONE, HALF)).reason.split("]"))
 
 
 def gates(inside: Number, benign: Number = (0.1, 0.05, 0.15)) -> Rows:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ledger_rows
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from companion.base import paths
 from companion.base.display import NotDefined
+from companion.claims import corrected_rules
+from companion.claims.verdict import Rows
 from companion.mediation import summaries
 from companion.mediation.study import Study
 from companion.plots import figures
@@ -83,6 +86,14 @@ def test_a_contrast_is_signed_on_discover_and_shown_on_test(layers: pd.DataFrame
     assert np.allclose(mediation.contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
     averaged = mediation.averaged_by_treatment(layers, ["T1", "T2", "T9"])  # what is missing is left out
     assert set(averaged.treatment) == {"T1", "T2"} and set(averaged.split) == {"test"}
+
+
+def test_the_centroid_table_has_both_intervals_of_every_model_that_has_the_difference() -> None:
+    fine = ledger_rows.table(ledger_rows.FINE)
+    found = mediation.centroid_table(pd.concat([fine, fine.assign(model="n", claim="C2")]), ["m", "n"])
+    assert list(found.index) == ["m"] and found.loc["m", ["difference", "low", "high"]].tolist() == [0.2, 0.1, 0.3]
+    wide = corrected_rules.centroid_over_behaviours(Rows("m", fine))
+    assert wide is not None and found.loc["m"].tolist()[3:] == [wide.ci_low, wide.ci_high]
 
 
 def test_clean_runs_and_modules_end_with_the_difference_in_differences(study: Study) -> None:

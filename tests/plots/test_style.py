@@ -27,10 +27,14 @@ def test_late_layers_are_those_of_the_claims() -> None:
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == (first - 0.5, n_layers - 0.5)
 
 
-def test_the_light_cone_is_shaded() -> None:
+def test_the_light_cone_is_shaded_in_the_panel_of_each_model() -> None:
     table = table_for(spec_of("02_cumulative"))
     for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
-        ax = style.cumulative(table.assign(earliest=earliest)).axes[0]
+        other = table.assign(model=table.model.str.replace("embedded", "full-0"), earliest=0.0)
+        figure = style.cumulative(pd.concat([table.assign(earliest=earliest), other]))
+        ax, right = figure.axes
+        assert [one.get_title() for one in figure.axes] == ["embedded", "full-0"] and not right.patches
+        assert [text.get_text() for text in right.get_legend().get_texts()] == ["trained", "untrained twin"]
         assert len(ax.patches) == n_shaded and bool(ax.texts) == bool(n_shaded)
         if n_shaded:
             assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
