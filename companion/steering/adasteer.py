@@ -370,7 +370,7 @@ def law_line(law: Law, position: Float[np.ndarray, "prompt"], panel: str) -> pd.
     """The fitted coefficient over the positions of some prompts, as a line for their figure."""
     x = np.linspace(position.min(), position.max(), 25)
     table = pd.DataFrame({"panel": panel, "group": "fitted", "x": x})
-    return table.assign(**dict.fromkeys(("estimate", "low", "high"), law.rule(torch.from_numpy(x)).numpy()))
+    return table.assign(**dict.fromkeys(("estimate", "low", "high"), to_host(law.rule(torch.from_numpy(x)))))
 
 
 def needed(
