@@ -38,18 +38,22 @@ WHY = {
     "C6c": "What is added in early or middle layers reaches the late ones by the skip path: that a rival does as well says "
     "nothing of harm or of harmless answers, and is asked alone.",
 }
-C6_PARTS = {
-    "C6a": "Steering late layers lowers harmful output.",
-    "C6b": "It leaves harmless answers as they are.",
-    "C6c": "It does more than the same push in early or middle layers.",
-}
-REGISTERED = dict.fromkeys(C6_PARTS, "C6")  # the registered claim that a corrected one is a part of
-# Every claim that is answered today, in order.
+# Every claim that is answered today, in plain words.
 STATEMENTS = {
-    claim: words
-    for claim, words in sorted({**registered.STATEMENTS, **C6_PARTS}.items())
-    if claim not in REGISTERED.values()
+    "C1": "Harmful generation arises in late layers.",
+    "C2": "MLP blocks write it, not attention blocks.",
+    "C3": "Early layers understand harmfulness in context.",
+    "C4": "MLP blocks carry the signal on to the last layer.",
+    "C5a": "A sparse set of last-layer neurons carries it.",
+    "C5b": "These neurons gate it: they switch an upstream signal.",
+    "C5c": "These neurons decide the whole answer at its first token.",
+    "C6a": "Steering late layers lowers harmful output.",
+    "C6b": "Steering late layers leaves harmless answers as they are.",
+    "C6c": "Steering late layers does more than steering early or middle ones.",
+    "C7": "Related neurons lie side by side.",
 }
+C6_PARTS = ("C6a", "C6b", "C6c")
+REGISTERED = dict.fromkeys(C6_PARTS, "C6")  # the registered claim that a claim is a part of
 
 
 def corrected_c1(rows: Rows) -> Verdict | None:
