@@ -148,13 +148,8 @@ def _gate(rows: Rows) -> str | None:
         return "no small set of neurons has enough of the effect to ask" if forms else None
     signed = rows.find("C5b", "gate index, signed")
     low, high = (0.0, 0.0) if signed is None else (signed.ci_low, signed.ci_high)
-    sign = (
-        "an AND: both signals are needed"
-        if low > 0
-        else "an OR: one of two signals does"
-        if high < 0
-        else "neither AND nor OR"
-    )
+    one_of = "an OR (one signal does)" if high < 0 else "neither AND nor OR"
+    sign = "an AND (both signals needed)" if low > 0 else one_of
     parts = [f"the neurons switch like {sign}"]
     parts += [] if benign is None else [f"closing them costs {_percent(benign)} of benign effects"]
     parts += (
@@ -292,7 +287,8 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
 def _notes(built: str) -> list[str]:
     return [
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
-        "the opposite asks for it. *Undecided*: neither, or a control is missing.",
+        "the opposite asks for it. *Undecided*: neither, or a control is missing. The rules of C1, C4 and C6 were corrected "
+        "after results on the shipped models had been seen.",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of true ones contradicted "
         f"(*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or more contradicted. *Not "
