@@ -146,7 +146,7 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
     return "strong" if is_strong else "weak", of_true + of_false
 
 
-def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[dict[str, object]]:
+def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[dict[str, Any]]:
     """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
 
     A record is a verdict of a rule, a claim's corrected ones behind the registered one. `answer` and `grade` are those of
@@ -154,32 +154,21 @@ def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> 
     """
     records = []
     given = {(one.verdict.model, one.verdict.claim, one.rule): one for one in answers(verdicts, others, rates)}
-    for rule, verdict in by_rule(verdicts, others):
-        numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
-        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
-        answer = given.get((verdict.model, verdict.claim, rule))
-        last = {"answer": answer and answer.says, "grade": answer and answer.grade}
-        own = rates.get(rule_name(verdict.claim, rule))
-        records.append(
-            {**asdict(verdict), **finite, "tags": list(verdict.tags), "rule": rule, "error_rates": own, **last}
-        )
+    parts: dict[tuple[str, str], list[Verdict]] = {}
+    for (model, claim), other in sorted(others.items()):
+        parts.setdefault((model, registered_claim(claim)), []).append(other)
+    for one in verdicts:
+        both = [("registered", one), *(("corrected", other) for other in parts.get((one.model, one.claim), ()))]
+        for rule, verdict in both:
+            numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
+            finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+            answer = given.get((verdict.model, verdict.claim, rule))
+            last = {"answer": answer and answer.says, "grade": answer and answer.grade}
+            own = rates.get(rule_name(verdict.claim, rule))
+            records.append(
+                asdict(verdict) | finite | {"tags": list(verdict.tags), "rule": rule, "error_rates": own} | last
+            )
     return records
-
-
-def by_rule(verdicts: Sequence[Verdict], others: Corrected) -> list[tuple[str, Verdict]]:
-    """Every registered verdict with its rule's name, and behind it the corrected ones on the same claim or its parts."""
-    return [
-        pair
-        for one in verdicts
-        for pair in (
-            ("registered", one),
-            *(
-                ("corrected", other)
-                for (model, claim), other in sorted(others.items())
-                if (model, registered_claim(claim)) == (one.model, one.claim)
-            ),
-        )
-    ]
 
 
 def rule_name(claim: str, rule: str) -> str:
@@ -188,18 +177,17 @@ def rule_name(claim: str, rule: str) -> str:
 
 
 def to_table(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> pd.DataFrame:
-    """The ledger as a table, a row a verdict as in `to_records`, numbers to two decimals, the reason last.
+    """The records as a table, numbers to two decimals, the reason last; an interval without limits has none.
 
     `error_rate` says what the calibration knows of such a verdict.
     """
-    columns = ["model", "claim", "rule", "verdict", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]
-    rows = [asdict(verdict) | {"rule": rule} for rule, verdict in by_rule(verdicts, others)]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(to_records(verdicts, others, rates))
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
-    found = [error_rate(rule_name(one["claim"], one["rule"]), one["verdict"], rates) for one in rows]
+    found = [error_rate(rule_name(one.claim, one.rule), one.verdict, rates) for one in frame.itertuples()]
     frame = frame.assign(error_rate=found, tags=frame.tags.map(", ".join))
-    return frame[[*columns, "error_rate", "tags", "reason"]]
+    columns = ["model", "claim", "rule", "verdict", *numbers, "n_pairs", "n_topics", "answer", "grade", "error_rate"]
+    return frame[[*columns, "tags", "reason"]]
 
 
 def error_rate(claim: str, verdict: str, rates: Rates) -> str:

@@ -306,7 +306,7 @@ def run_command(flags: argparse.Namespace) -> int:
         print(f"{failed} of {len(numbers)} notebooks did not finish; what did is kept", file=sys.stderr)
         return 1
     print(f"results: {relative(plan.results)}  figures: {relative(FIGURES / plan.slug)}")
-    table = claims_table(plan.results / "08_claims.csv", plan.slug)
+    table = claims_table(plan.results / "claims.csv", plan.slug)
     print(f"\n{table}" if table else "no claims table yet: notebook 08 makes it")
     return 0
 

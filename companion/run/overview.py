@@ -42,6 +42,7 @@ SAYS = {
     "inconclusive": "undecided",
     "not testable": "not measured",
 }
+SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")  # columns of a table for the terminal
 DEFAULT = "embedded"  # the run whose page the joined one is
 
 
@@ -168,13 +169,14 @@ def _join_pages(results: Path, records: list[dict[str, Any]]) -> None:
 
 
 def claims_table(path: Path, slug: str) -> str:
-    """The verdicts on a run's own model as aligned text; all rows without one for the model `slug`, "" without a file."""
+    """The answers on a run's own model as aligned text; all rows without one for the model `slug`, "" without a file."""
     if not path.is_file():
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
-    table = [list(own[0]), *(list(row.values()) for row in own)] if own else []
+    own = [row for row in rows if row.get("model") == slug and row.get("answer", "-")] or rows
+    names = [name for name in (own[0] if own else []) if name in SHORT]
+    table = [names, *([row[name] for name in names] for row in own)] if own else []
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in table)
     return "\n".join(line.rstrip() for line in lines)

@@ -75,6 +75,19 @@ def test_the_page_is_the_default_runs_with_a_line_for_every_other_model(tmp_path
     ]  # fmt: skip
 
 
+def test_the_terminal_shows_the_answers_of_a_runs_own_model(tmp_path: Path) -> None:
+    rows = [
+        ("mine", "C1", "x", "supported", "", ""),
+        ("mine", "C1", "y", "supported", "cannot tell", "-"),
+        ("kin", "C1", "y", "?", "?", "?"),
+    ]
+    columns = ["model", "claim", "reason", "verdict", "answer", "grade"]
+    files.write_table(pd.DataFrame(rows, columns=columns), tmp_path / "claims.csv")
+    shown = ["claim  verdict    answer       grade", "C1     supported  cannot tell  -"]
+    assert overview.claims_table(tmp_path / "claims.csv", "mine").splitlines() == shown
+    assert overview.claims_table(tmp_path / "none.csv", "mine") == ""
+
+
 def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overview, "RESULTS", tmp_path)
     assert "run ./run_all.sh" in str(overview.verdict_table("mine"))
