@@ -104,7 +104,7 @@ def _late(rows: Rows) -> str | None:
         )
     earliest = rows.find("gate", "earliest possible depth")
     if earliest is not None and earliest.estimate > thresholds.EARLY:
-        parts.append(f"but windows let nothing arrive before {earliest.estimate:.0%} of the depth")
+        parts.append(f"but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth")
     return ", ".join(parts)
 
 
@@ -124,10 +124,10 @@ def _early(rows: Rows) -> str | None:
 def _carried(rows: Rows) -> str | None:
     layer = rows.find("C4", "hand-over layer")
     own, above = rows.find("C4", MLP_SHARE_WITH_OWN), rows.find("C4", MLP_SHARE)
-    share, where = (own, "from") if own is not None else (above, "above")
+    share, where = (above, "above") if own is None else (own, "from")
     if share is None or layer is None:
         return None
-    return f"MLPs carry {_percent(share)} of the effect {where} the hand-over (layer {layer.estimate:.0f}) on"
+    return f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
 
 
 def _sparse(rows: Rows) -> str | None:
@@ -151,7 +151,7 @@ def _gate(rows: Rows) -> str | None:
     one_of = "an OR (one signal does)" if high < 0 else "neither AND nor OR"
     sign = "an AND (both signals needed)" if low > 0 else one_of
     parts = [f"the neurons switch like {sign}"]
-    parts += [] if benign is None else [f"closing them costs {_percent(benign)} of benign effects"]
+    parts += [] if benign is None else [f"clamping them costs {_percent(benign)} of benign effects"]
     parts += (
         [] if cost is None else [f"{cost.estimate - 1:.0%} in perplexity ({thresholds.PERPLEXITY - 1:.0%} allowed)"]
     )

@@ -41,7 +41,7 @@ BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
 NONE_KEPT = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0), "main", CONTENT_JUDGE)
 SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C1", {}, "Yes: 90% of the decision is computed in late layers, 20% of the depth later than benign choices."),
-    ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "but windows let nothing arrive before 58% of the depth."),
+    ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "but the attention windows let nothing arrive before 58% of the depth."),
     ("C1", row("C1", COMPUTED, (0.1, 0.0, 0.2), "main", "unsaturated"), "No: 10% of the decision"),
     ("C1", row("C1", COMPUTED, None, "main"), "70% of the effect passes through late layers"),
     ("C1", row("C1", "centroid difference", (-0.2, -0.3, -0.1)), "20% of the depth earlier than"),
@@ -49,11 +49,11 @@ SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C2", {}, "Yes: MLP blocks write 85% of what"),
     ("C2", row("gate", "TE T2-T2b", (0.1, 0.0, 0.2)), "Undecided: the prompts move the answer by 0.1 log-odds only"),
     ("C3", row("C3", PSI, (1.0, 0.9, 1.1), "family verb"), "60% of the effect of a harmful request: 100% if the verb differs."),
-    ("C4", {}, "Yes: MLPs carry 90% of the effect from the hand-over (layer 3) on."),
-    ("C4", row("C4", MLP_SHARE_WITH_OWN, None, "main", "norm frozen", "unsaturated"), "above the hand-over"),
+    ("C4", {}, "Yes: from layer 3 on, where the last token takes over, MLPs carry 90% of the effect."),
+    ("C4", row("C4", MLP_SHARE_WITH_OWN, None, "main", "norm frozen", "unsaturated"), "above layer 3 on, where"),
     ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, which is 50% of all; 10 may be needed at most."),
     ("C5a", row("C5a", "k90", None), "no set of neurons holds"),
-    ("C5b", {}, "Yes: the neurons switch like an AND (both signals needed), closing them costs 10% of benign"),
+    ("C5b", {}, "Yes: the neurons switch like an AND (both signals needed), clamping them costs 10% of benign"),
     ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7)), "an OR (one signal does)"),
     ("C5b", row("C5b", "gate index, signed", (0.1, -0.1, 0.3)), "neither AND nor OR"),
     ("C5b", row("C5b", "gate index", None), "Undecided: no small set"),
