@@ -107,6 +107,13 @@ def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
 
 
+def test_only_the_part_of_c6_that_is_built_has_a_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws.steering, "steering_evidence", lambda this, prompts: [])
+    verdicts = draws.measure_draw("late", 0, "steering", topics=5)["verdicts"].set_index(["claim", "rule"])
+    parts = {("C6a", "corrected"): "open", ("C6b", "corrected"): "open", ("C6c", "corrected"): "true"}
+    assert verdicts.truth.to_dict() == {("C6", "registered"): "true", **parts}
+
+
 BOTH = ("registered", "corrected")
 
 

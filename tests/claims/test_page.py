@@ -41,7 +41,7 @@ BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
 NONE_KEPT = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0), "main", CONTENT_JUDGE)
 SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C1", {}, "Yes: 90% of the decision is computed in late layers, 20% of the depth later than benign choices."),
-    ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "but the attention windows let nothing arrive before 58% of the depth."),
+    ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "the attention windows let nothing arrive before 58%"),
     ("C1", row("C1", COMPUTED, (0.1, 0.0, 0.2), "main", "unsaturated"), "No: 10% of the decision"),
     ("C1", row("C1", COMPUTED, None, "main"), "70% of the effect passes through late layers"),
     ("C1", row("C1", "centroid difference", (-0.2, -0.3, -0.1)), "20% of the depth earlier than"),
