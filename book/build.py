@@ -65,8 +65,6 @@ def stage(source: Path) -> None:
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    claims = source / "results" / "claims.md"  # a table without a heading, which a page of the book needs
-    claims.write_text("# Verdicts\n\n" + claims.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 class Page(HTMLParser):

@@ -13,7 +13,9 @@ CHOICES = {
     "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
     "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "estimand": ["NIE0", "NIE1", "INT"],
     "from_cell": ["y00", "y10"], "to_cell": ["y01", "y11"], "state": list(layers.CELLS),
-    "verdict": [*style.VERDICTS, "not testable"], "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),
+    "verdict": ["supported", "contradicted", "inconclusive", "not testable"],
+    "answer": [*style.ANSWERS, "not testable"],
+    "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),
     "layer": range(6), "head": range(4), "position": range(10), "place": range(12), "k": [1, 2, 5], "topics": [30, 70],
     "panel": ["one", "two"], "series": ["one", "two"], "split": ["discover", "validate", "test"], "differ": [False, True],
     "order": ["training order", "permuted"], "passes": [False, True], "quantity": ["k50", "k90"], "log_odds": [0.5, 2.0],
@@ -31,7 +33,7 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
         crossed = ["position"]  # the token drawing: one row a position
     if {"state", "position"} <= set(crossed):
         crossed = ["panel", "layer", "position"]
-    if {"verdict", "model"} <= set(crossed):
+    if {"answer", "model"} <= set(crossed):
         crossed = ["model", "claim"]
     values = [CHOICES[name] for name in crossed] or [range(5)]
     made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)

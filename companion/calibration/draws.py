@@ -25,9 +25,10 @@ from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.localise import Measured, localise_draw
-from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER
+from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, truth_of
 from companion.claims import corrected_rules
-from companion.claims.ledger import ledger
+from companion.claims.corrected_rules import C6_PARTS
+from companion.claims.ledger import ledger, registered_claim
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
@@ -44,7 +45,8 @@ from organisms.compiled_program import KINDS, build_program
 
 # What is measured together, and the claims that it is measured for.
 STAGES = {
-    "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"), "steering": ("C6",)
+    "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"),
+    "steering": ("C6", *C6_PARTS),
 }  # fmt: skip
 TABLES = ("verdicts", "localisation", "evidence")
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
@@ -189,9 +191,14 @@ def measure_draw(
     measured = measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
     own = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
     said = judged(measured.rows, organism.name, (part,))
+
+    def truth(claim: str) -> str:
+        known = TRUTH[organism.claims[registered_claim(claim)]]
+        return truth_of(claim, known) if claim in C6_PARTS else known
+
     verdicts = pd.DataFrame([one for _, one in said]).assign(
         kind=kind, seed=seed, topics=topics, pairs=pairs, effect=float(organism.design.effect), code=code_version(),
-        rule=[rule for rule, _ in said], truth=[TRUTH[organism.claims[one.claim]] for _, one in said],
+        rule=[rule for rule, _ in said], truth=[truth(one.claim) for _, one in said],
         gate=["passed" if precondition(own, one.claim) is None else "stopped" for _, one in said],
     )  # fmt: skip
     numbers = ["estimate", "ci_low", "ci_high"]

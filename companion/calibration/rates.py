@@ -9,6 +9,7 @@ verdict against truth).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from companion.base import paths
 from companion.calibration.campaign import read_shipped
-from companion.claims.ledger import CORRECTED, Rates
+from companion.claims.corrected_rules import C6_PARTS, RULES
+from companion.claims.ledger import Rates, rule_name
+from companion.claims.verdict import Rows
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its exact 95 % interval
 TRUTHS = ("true", "false", "open")
@@ -29,11 +32,17 @@ WRONG = {"true": "contradicted", "false": "supported"}
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4.
+# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4. The three rules of C6
+# ask what the registered one asked, one thing at a time, with its thresholds, and so may be judged on every draw.
 FRESH_LATER, FRESH_LAST = 200, 300
-JUDGED_FROM = {"C1": FRESH_LATER, "C6": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
+JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the corrections of C1 and C6, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
+
+
+def truth_of(claim: str, of_c6: str) -> str:
+    """The truth of a part of C6 where that of C6, as it was built, is known."""
+    return of_c6 if claim == "C6c" else "open"
 
 
 def rate(hits: int, n: int) -> tuple[float, float, float]:
@@ -189,10 +198,15 @@ def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str
 def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     """Verdicts of the draws that rates are computed from; a claim judged by its corrected rule has a name of its own.
 
+    Empty where no draws are shipped.
+
     >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
     ['C2', 'C2*']
     """
-    table = read_shipped("verdicts", folder)
+    stored = read_shipped("verdicts", folder, or_empty=True)
+    # The parts of C6 are judged anew, and a corrected rule that is no more has no verdicts.
+    table = stored[(stored.rule == "registered") | stored.claim.isin(set(RULES) - set(C6_PARTS))]
+    table = pd.concat([table, _parts_of_c6(folder)], ignore_index=True)
     table = table[table.purpose == "main"]
     # A table measured anew has the youngest corrections also on draws that had been seen when they were written.
     is_late = (table.rule == "corrected") & (table.seed < table.claim.map(JUDGED_FROM))
@@ -201,6 +215,30 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     known = read_shipped("population", folder, or_empty=True).drop(columns="code")
     table = table.merge(known, how="left", on=["kind", "seed", "claim", "rule"], validate="one_to_one")
     return _named(table.assign(population_verdict=table.population_verdict.fillna("")))
+
+
+@cache
+def _parts_of_c6(folder: Path) -> pd.DataFrame:
+    """What the rules of C6a, C6b and C6c say of the stored evidence of every draw that has a registered verdict on C6.
+
+    What steering does is not built, so that C6a and C6b are open. C6c has the truth of C6: late MLPs write the decision. That
+    is where the driver lies; it is not the measured effect of a push there.
+    """
+    stored = read_shipped("verdicts", folder, or_empty=True)
+    verdicts = stored.query("purpose == 'main' and claim == 'C6' and rule == 'registered'")
+    evidence = read_shipped("evidence", folder, or_empty=True).query("part == 'steering'")
+    by_draw, rows = dict(list(evidence.groupby(["kind", "seed"]))), []
+    for draw in verdicts.to_dict("records"):
+        table = by_draw.get((draw["kind"], draw["seed"]))
+        if table is not None:
+            name = f"compiled-{draw['kind']}-{draw['seed']}"
+            said = [RULES[part](Rows(name, table[table.model == name])) for part in C6_PARTS]
+            shown = ("claim", "verdict", "quantity", "reason", "estimate", "ci_low", "ci_high")
+            made = [draw | {key: getattr(one, key) for key in shown} for one in said]
+            rows += [one | {"rule": "corrected", "truth": truth_of(one["claim"], draw["truth"])} for one in made]
+    found = pd.DataFrame(rows, columns=list(verdicts.columns))
+    numbers = ["estimate", "ci_low", "ci_high"]
+    return found.astype(dict.fromkeys(numbers, float) | {"seed": "int64", "topics": "int64", "pairs": "int64"})
 
 
 def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
@@ -214,21 +252,47 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(claim=table.claim + (table.rule == "corrected").map({True: CORRECTED, False: ""}))
+    return table.assign(claim=[rule_name(one.claim, one.rule) for one in table.itertuples()])
 
 
-def claim_rates(folder: Path = paths.CALIBRATION) -> Rates:
+def claim_rates(draws: pd.DataFrame) -> Rates:
     """For each claim (a corrected rule: "C2*") and error: `hits` of `n` draws, `rate`, and `upper`, the exact 95 % bound.
 
-    The errors are those of `error_rates`, of testable draws. Empty where no draws are shipped.
+    The errors are those of `error_rates`, of testable draws.
     """
-    if not (folder / "verdicts.parquet").is_file():
-        return {}
     found: dict[str, dict[str, dict[str, object]]] = {}
-    for row in error_rates(main_draws(folder), only_testable=True).query("n > 0").itertuples():
+    for row in error_rates(draws, only_testable=True).query("n > 0").itertuples():
         numbers = {"hits": int(row.hits), "n": int(row.n), "rate": round(row.estimate, 4), "upper": round(row.upper, 4)}
         found.setdefault(str(row.claim), {})[str(row.error).replace(" ", "_")] = numbers
     return found
+
+
+def draws_like(draws: pd.DataFrame, shape: tuple[int, bool] | None) -> tuple[pd.DataFrame, str]:
+    """The draws whose models have half to twice as many layers and the same kind of attention, all where there are none.
+
+    `shape` is the number of layers of the model at hand, and whether its attention slides over windows; None where that is
+    not known. The sentence says which draws these are.
+    """
+    if shape is None:
+        return draws, "all built models, since layers and attention of this one are not known"
+    layers, slides = shape
+    own = f"{layers} layers and {'sliding windows' if slides else 'full attention'}"
+    if not slides:  # every built model has full attention
+        at = {key: layers_of(*key) for key in set(zip(draws.kind, draws.seed, strict=True))}
+        n = np.array([at[key] for key in zip(draws.kind, draws.seed, strict=True)])
+        if (near := (2 * n >= layers) & (n <= 2 * layers)).any():
+            return draws[
+                near
+            ], f"built models with full attention and half to twice as many layers as this one ({layers})"
+    return draws, f"all built models (6 to 9 layers, full attention), since none is like this one ({own})"
+
+
+@cache
+def layers_of(kind: str, seed: int) -> int:
+    """The number of layers of a built model, from its design: no weight is drawn."""
+    from organisms.compiled_program import draw_design  # brings torch along, which most pages need not load
+
+    return draw_design(kind, seed).n_layers
 
 
 def support_state(row: pd.Series) -> str:

@@ -1,13 +1,15 @@
-"""The ledger: evidence of all runs judged claim by claim, and written for people and programs.
+"""The ledger: evidence judged claim by claim by all rules, what is answered today and how well, and its files.
 
-Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`.
+Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`. The page
+for people is `companion.claims.page`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -20,6 +22,10 @@ Rates = Mapping[str, Mapping[str, Mapping[str, object]]]  # by claim and kind of
 Corrected = Mapping[tuple[str, str], Verdict]  # by model and claim
 CORRECTED = "*"  # behind a claim's name: its corrected rule
 KEYS = ["model", "claim", "quantity", "variant"]
+CANNOT_TELL = "cannot tell"  # instead of a verdict
+ENOUGH = 20  # built models in which a claim is true, so that its rule counts as calibrated
+CANNOT = 0.2  # a rule that supports a smaller share of true claims, or contradicts a larger one, cannot tell
+RARE, MOSTLY = 0.05, 0.8  # a strong rule errs surely less often, and finds at least this share
 # The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
 RULES: dict[str, Callable[[Rows], Verdict]] = {
     "C4": registered.rule_c4, "C5a": registered.rule_c5a, "C5b": registered.rule_c5b, "C5c": registered.rule_c5c,
@@ -40,8 +46,10 @@ OPPOSITE = {
     "C5b": ("They add what was decided before, and switch nothing.",
             "04, Gate or contributor: an index near 0 in every form that could show a gate"),
     "C5c": ("Every answer token decides anew.", "05, When must it be closed?: the first token keeps at most 0.40 of the effect"),
-    "C6": ("Other layers, or any direction, defend as well, or harmless answers suffer.",
-           "06, Early, middle or late, with the same budget, Random directions and The trial"),
+    "C6a": ("Answers stay as harmful as they were, or any direction does as well.",
+            "06, The trial and Random directions: a fall of less than 2 points"),
+    "C6b": ("Harmless answers suffer.", "06, The trial: a cost surely above its margin"),
+    "C6c": ("Other layers defend as well.", "06, Early, middle or late, with the same budget: a rival that does as well"),
     "C7": ("The order of neurons says nothing.",
            "04, Are related neurons adjacent?: Moran's I at most 0.05, as after a permutation"),
 }  # fmt: skip
@@ -67,60 +75,119 @@ def corrected_ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict
     listed = {(one.model, one.claim) for one in ledger(evidence, runs)}
     models = {model for model, _ in listed}
     found = [one for m in models for one in corrected_rules.corrected_verdicts(Rows(m, evidence[evidence.model == m]))]
-    return {(one.model, one.claim): one for one in found if (one.model, one.claim) in listed}
+    return {(one.model, one.claim): one for one in found if (one.model, registered_claim(one.claim)) in listed}
 
 
-def to_records(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> list[dict[str, object]]:
+def registered_claim(claim: str) -> str:
+    """The registered claim that a claim is, or is a part of.
+
+    >>> registered_claim("C2"), registered_claim("C6b")
+    ('C2', 'C6')
+    """
+    return corrected_rules.REGISTERED.get(claim, claim)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is answered today to a claim on a model: by its corrected rule where there is one, else by the registered one.
+
+    `grade` says what the verdict is worth, "" where nothing was testable; `numbers` are the rates that it rests on.
+    """
+
+    verdict: Verdict
+    rule: str
+    grade: str
+    numbers: str
+
+    @property
+    def says(self) -> str:
+        """The verdict, or "cannot tell"."""
+        return CANNOT_TELL if self.grade == CANNOT_TELL else self.verdict.verdict
+
+
+def answers(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[Answer]:
+    """The answers to all claims of `corrected_rules.STATEMENTS` that the ledger lists, model by model."""
+    made = []
+    known = {(one.model, one.claim): one for one in verdicts}
+    for model in dict.fromkeys(one.model for one in verdicts):
+        for claim in corrected_rules.STATEMENTS:
+            verdict = others.get((model, claim)) or known.get((model, claim))
+            if verdict is not None:
+                rule = "corrected" if (model, claim) in others else "registered"
+                own = rates.get(rule_name(claim, rule), {})
+                made.append(Answer(verdict, rule, *grade(verdict.verdict, own)))
+    return made
+
+
+def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """How much a verdict of a rule is worth, and the numbers behind it, from the rule's own error rates.
+
+    A rule cannot tell if it supports fewer than a fifth of the true claims, or contradicts more. It is not calibrated where
+    fewer than 20 models were built in which the claim is true. Strong: of false claims surely at most 5 % are supported and of
+    true ones at least 80 % (a verdict supported), or of true ones surely at most 5 % are contradicted (contradicted).
+
+    >>> none = {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.05}
+    >>> grade("contradicted", {"power_to_support": none, "false_contradicted": none})
+    ('cannot tell', '0 of 60 true claims supported, 0 contradicted')
+    """
+    if verdict == "not testable":
+        return "", ""
+    power, wrong, false = (own.get(name) for name in ("power_to_support", "false_contradicted", "false_supported"))
+    if power is None or wrong is None or power["n"] < ENOUGH:
+        return "not calibrated", f"true in {power['n']} built models" if power else "no built model says what is true"
+    of_true = f"{power['hits']} of {power['n']} true claims supported, {wrong['hits']} contradicted"
+    if power["rate"] < CANNOT or wrong["rate"] > CANNOT:
+        return CANNOT_TELL, of_true
+    of_false = "" if false is None else f"; {false['hits']} of {false['n']} false ones supported"
+    if verdict == "supported":
+        is_strong = false is not None and false["upper"] <= RARE and power["rate"] >= MOSTLY
+    else:
+        is_strong = verdict == "contradicted" and wrong["upper"] <= RARE
+    return "strong" if is_strong else "weak", of_true + of_false
+
+
+def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[dict[str, Any]]:
     """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
 
-    `corrected` is what the claim's corrected rule says, with error rates of its own; None where there is none.
+    A record is a verdict of a rule, a claim's corrected ones behind the registered one. `answer` and `grade` are those of
+    `answers`, None where another rule answers today.
     """
+    records = []
+    given = {(one.verdict.model, one.verdict.claim, one.rule): one for one in answers(verdicts, others, rates)}
+    parts: dict[tuple[str, str], list[Verdict]] = {}
+    for (model, claim), other in sorted(others.items()):
+        parts.setdefault((model, registered_claim(claim)), []).append(other)
+    for one in verdicts:
+        both = [("registered", one), *(("corrected", other) for other in parts.get((one.model, one.claim), ()))]
+        for rule, verdict in both:
+            numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
+            finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+            answer = given.get((verdict.model, verdict.claim, rule))
+            last = {"answer": answer and answer.says, "grade": answer and answer.grade}
+            own = rates.get(rule_name(verdict.claim, rule))
+            records.append(
+                asdict(verdict) | finite | {"tags": list(verdict.tags), "rule": rule, "error_rates": own} | last
+            )
+    return records
 
-    def record(verdict: Verdict, name: str) -> dict[str, object]:
-        numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
-        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
-        return {**asdict(verdict), **finite, "tags": list(verdict.tags), "error_rates": rates.get(name)}
 
-    found = [(one, others.get((one.model, one.claim))) for one in verdicts]
-    return [
-        {**record(one, one.claim), "corrected": None if other is None else record(other, other.claim + CORRECTED)}
-        for one, other in found
-    ]
+def rule_name(claim: str, rule: str) -> str:
+    """The name under which a rule's error rates stand."""
+    return claim + (CORRECTED if rule == "corrected" else "")
 
 
-def to_table(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> pd.DataFrame:
-    """The ledger as a table for people, numbers to two decimals, the reason last.
+def to_table(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> pd.DataFrame:
+    """The records as a table, numbers to two decimals, the reason last; an interval without limits has none.
 
-    `error_rate` says what the calibration knows of such a verdict, `corrected_rule` what that claim's corrected rule says, with
-    its own `corrected_error_rate`.
+    `error_rate` says what the calibration knows of such a verdict.
     """
-    frame = pd.DataFrame([asdict(verdict) for verdict in verdicts]).drop(columns=["controls", "quantity"])
+    frame = pd.DataFrame(to_records(verdicts, others, rates))
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
-    found = [others.get((one.model, one.claim)) for one in verdicts]
-    last = {
-        "error_rate": [error_rate(one.claim, one.verdict, rates) for one in verdicts],
-        "corrected_rule": ["" if one is None else one.verdict for one in found],
-        "corrected_error_rate": [
-            "" if one is None else error_rate(one.claim + CORRECTED, one.verdict, rates) for one in found
-        ],
-        "tags": frame.pop("tags").map(", ".join),
-        "reason": frame.pop("reason"),
-    }
-    return frame.assign(**last)
-
-
-def to_markdown(verdicts: Sequence[Verdict], rates: Rates, others: Corrected) -> str:
-    """The ledger as a Markdown table."""
-    head = "model, claim, verdict, estimate, error rate, corrected rule, its error rate, tags, reason"
-    names = head.split(", ")
-    lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
-    for one, row in zip(verdicts, to_table(verdicts, rates, others).itertuples(), strict=True):
-        numbers = "" if one.estimate is None else f"{one.estimate:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
-        rules = (row.error_rate, row.corrected_rule, row.corrected_error_rate)
-        cells = (one.model, one.claim, one.verdict, numbers, *rules, row.tags, one.reason)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    found = [error_rate(rule_name(one.claim, one.rule), one.verdict, rates) for one in frame.itertuples()]
+    frame = frame.assign(error_rate=found, tags=frame.tags.map(", ".join))
+    columns = ["model", "claim", "rule", "verdict", *numbers, "n_pairs", "n_topics", "answer", "grade", "error_rate"]
+    return frame[[*columns, "tags", "reason"]]
 
 
 def error_rate(claim: str, verdict: str, rates: Rates) -> str:
@@ -143,18 +210,15 @@ def error_rate(claim: str, verdict: str, rates: Rates) -> str:
     return phrase.format(**own[error]).replace("%", " %") if error in own else ""
 
 
-def opposite_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
-    """A row a claim: the opposite, the analysis, and in how many built models of which the claim is false it said so.
+def opposite_table(given: Sequence[Answer], rates: Rates) -> pd.DataFrame:
+    """A row an answer: the opposite, the analysis, and in how many built models of which the claim is false it was shown.
 
-    `shown` counts "contradicted" of the registered rule, `shown_corrected` of the corrected one; "" where nothing was measured.
+    `shown` counts "contradicted" of the rule that answers; "" where nothing was measured.
     """
 
-    def shown(name: str) -> str:
-        found = rates.get(name, {}).get("power_to_contradict")
+    def shown(one: Answer) -> str:
+        found = rates.get(rule_name(one.verdict.claim, one.rule), {}).get("power_to_contradict")
         return "" if found is None else f"{found['hits']} of {found['n']}"
 
-    rows = [
-        (one.claim, *OPPOSITE[one.claim], shown(one.claim), shown(one.claim + CORRECTED), one.verdict)
-        for one in verdicts
-    ]
-    return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "shown_corrected", "verdict"])
+    rows = [(one.verdict.claim, *OPPOSITE[one.verdict.claim], shown(one), one.says) for one in given]
+    return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "answer"])

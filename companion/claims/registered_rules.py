@@ -258,7 +258,7 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     tests = {name: _test_of_set(rows, name, index) for name in names}
     readout, benign, cost, _ = tests.values()
     is_gate = index.ci_low >= thresholds.GATE_LOW and signed is not None and signed.ci_low > 0
-    is_specific = _is_below(benign, thresholds.BENIGN_SHARE) and _is_below(cost, thresholds.PERPLEXITY)
+    is_specific = is_below(benign, thresholds.BENIGN_SHARE) and is_below(cost, thresholds.PERPLEXITY)
     not_readout = may_read_out or (readout is not None and readout.ci_high < thresholds.READOUT)
     frozen = "norm frozen" if index.variant == "main" else f"{index.variant}, norm frozen"
     checks = {
@@ -297,7 +297,8 @@ def gate_forms(rows: Rows, form: str) -> list[pd.Series]:
     ]
 
 
-def _is_below(row: pd.Series | None, limit: float) -> bool:
+def is_below(row: pd.Series | None, limit: float) -> bool:
+    """Whether a row was measured and its whole interval lies at the limit or below."""
     return row is not None and row.ci_high <= limit
 
 
@@ -318,7 +319,7 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     effect, benign = rows.find("C5c", "effect of all tokens", labels), rows.find("C5c", "benign answers changed")
     hard = rows.find("C5c", "harmless answers changed, refusing run's values")
     allowed = np.nan if effect is None else SPECIFIC * effect.estimate
-    is_specific = _is_below(benign, allowed)
+    is_specific = is_below(benign, allowed)
     checks = {
         "benign answers": "not run" if effect is None or benign is None else "passed",
         "full response": same_side(rows, "C5c", KEPT_BY_FIRST_TOKEN, "full response", 0.6, labels),
@@ -339,12 +340,11 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     return conclude(rows, kept, decision, checks, reason, tags=tags)
 
 
-def rule_c6(rows: Rows, contradicting: Collection[str] = RIVALS) -> Verdict:
+def rule_c6(rows: Rows) -> Verdict:
     """Supported: harm falls by >= 2 points, phi low >= 0.75, harmless loss high <= 2 points (n >= 300), rivals beaten.
 
     Contradicted: steering early or mid layers, or along random directions, with the same budget does as well, or
-    harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly. Only
-    rivals among the `contradicting` ones contradict by doing as well.
+    harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly.
     """
     if stop := precondition(rows, "C6"):
         return stop
@@ -361,20 +361,20 @@ def rule_c6(rows: Rows, contradicting: Collection[str] = RIVALS) -> Verdict:
         and phi.ci_low >= PHI
         and loss.ci_high <= POINTS
         and loss.n_pairs >= MIN_HARMLESS
-        and all(_is_beaten(row) for row in rivals.values())
+        and all(is_beaten(row) for row in rivals.values())
         and all(row is not None and row.estimate <= BEATS for row in random.values()),
         contradicted=loss.ci_low > POINTS
-        or any(not _is_beaten(rivals[name]) and _is_below(rivals[name], POINTS) for name in contradicting)
+        or any(not is_beaten(row) and is_below(row, POINTS) for row in rivals.values())
         # At least half of the random directions doing as well is no better than chance.
         or any(row is not None and row.estimate >= 0.5 for row in random.values()),
     )
     # What else preservation asks for can spoil support, and no other verdict.
     margins = {
-        f"{name} margin": control(rows.find("C6", name), partial(_is_below, limit=most))
+        f"{name} margin": control(rows.find("C6", name), partial(is_below, limit=most))
         for name, most in thresholds.MARGINS.items()
     }
     checks = {
-        **{f"{name} layers at equal budget": _equal_budget(rows, name) for name in RIVALS},
+        **{f"{name} layers at equal budget": equal_budget(rows, name) for name in RIVALS},
         **{f"random directions, {family}": control(row) for family, row in random.items()},
         "refits of the directions": control(rows.find("C6", "spread over refits")),
         "greedy decoding": same_side(rows, "C6", "harm change", "greedy", 0.0),
@@ -389,11 +389,13 @@ def rule_c6(rows: Rows, contradicting: Collection[str] = RIVALS) -> Verdict:
     return conclude(rows, harm, decision, checks, "; ".join(parts), for_support=margins, tags=tags)
 
 
-def _is_beaten(advantage: pd.Series | None) -> bool:
+def is_beaten(advantage: pd.Series | None) -> bool:
+    """Whether a rival was tried, and does surely less."""
     return advantage is not None and advantage.ci_low > 0
 
 
-def _equal_budget(rows: Rows, rival: str) -> str:
+def equal_budget(rows: Rows, rival: str) -> str:
+    """The control that a rival was tried, with the budget of the late layers."""
     budget = (
         None if rows.find("C6", f"advantage over {rival}") is None else rows.find("C6", f"budget of {rival} over late")
     )

@@ -195,8 +195,8 @@ SPECS = (
          "treatment; a dot marks an interval that excludes 0",
          row="layer", column="head", panel="effect", title="Which heads carry the effect, and which write it?",
          unit=LOG_ODDS),
-    spec("08_claims", style.verdicts, "all", dict.fromkeys(("model", "claim", "verdict"), "str"),
-         "Table of verdicts, a row for each model and a column for each claim, by colour and letter: supported, "
-         "contradicted, inconclusive or not testable"),
+    spec("08_claims", style.answers, "all", dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str"),
+         "Answers, a row for each model and a column for each claim: the number that decides, and by colour and sign "
+         "supported, contradicted or inconclusive; hatched where the rule cannot tell"),
 )
 # fmt: on

@@ -281,26 +281,33 @@ def draw_dots(ax: Axes, table: pd.DataFrame, row: str, group: str, rows: Sequenc
     ax.invert_yaxis()
 
 
-VERDICTS = {"supported": ("#009E73", "+"), "contradicted": ("#D55E00", "-"), "inconclusive": ("#E5E5E5", "?")}
+ANSWERS: dict[str, tuple[str, dict[str, str]]] = {  # the word in a cell, and the cell's look
+    "supported": ("yes", {"fc": "#8FD3BC"}), "contradicted": ("no", {"fc": "#F2B38C"}), "inconclusive": ("?", {"fc": "#EEEEEE"}),
+    "cannot tell": ("", {"fc": "#FFFFFF", "hatch": "////"}),
+}  # fmt: skip
 
 
-def verdicts(table: pd.DataFrame) -> Figure:
-    """The ledger as a table of models by claims; a sign repeats what the colour says, blank is not testable."""
-    models, claims = distinct(table.model), distinct(table.claim)
-    figure, axes = new_figure(width=1.6 + 0.75 * len(claims) + 1.2, height=1.1 + 0.36 * len(models))
+def answers(table: pd.DataFrame) -> Figure:
+    """Models by claims: what is answered, in colour and word, and the number; hatched where the rule cannot tell."""
+    models, claims = distinct(table.model), sorted(distinct(table.claim))
+    names = dict(zip(table.claim, table.name, strict=True))
+    figure, axes = new_figure(width=7.6, height=1.7 + 0.4 * len(models))
     ax = axes[0, 0]
-    for row in table.itertuples():
-        colour, sign = VERDICTS.get(str(row.verdict), ("#FFFFFF", ""))
+    for row in table[table.answer.isin(list(ANSWERS))].fillna("").itertuples():
         x, y = claims.index(str(row.claim)), models.index(str(row.model))
-        ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fc=colour, ec="#BBBBBB", lw=0.6))
-        ax.text(x, y, sign, ha="center", va="center", fontweight="bold")
-    for name, (colour, sign) in {**VERDICTS, "not testable,\n  or not measured": ("#FFFFFF", " ")}.items():
-        ax.plot([], [], "s", color=colour, mec="#BBBBBB", ms=9, label=f"{sign} {name}")
+        word, look = ANSWERS[str(row.answer)]
+        text = f"{word}\n{row.number}".strip().replace("points", "pts").replace("neurons", "neur.")
+        box = {"fc": "white", "ec": "none", "pad": 1.0} if not word else None
+        ax.add_patch(plt.Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, ec="#999999", lw=0.6, **look))
+        ax.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box)
+    for name, (word, look) in ANSWERS.items():
+        label = f"{word}: {name}" if word else name
+        ax.add_patch(plt.Rectangle((0, 0), 0, 0, ec="#999999", lw=0.6, label=label, **look))
     ax.set_xlim(-0.6, len(claims) - 0.4)
     ax.set_ylim(len(models) - 0.4, -0.6)
-    ax.set_xticks(range(len(claims)), claims)
+    ax.set_xticks(range(len(claims)), [f"{c}\n{textwrap.fill(names[c], 9)}" for c in claims], fontsize=8)
     ax.set_yticks(range(len(models)), models)
     ax.grid(False)
-    ax.set_title("What does the evidence say, claim by claim?")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    ax.set_title("What holds, what does not, and what the rules cannot tell (blank: not measured)")
+    legend_below(figure, [ax], len(ANSWERS))
     return figure

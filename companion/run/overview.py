@@ -35,7 +35,15 @@ ESTIMANDS = (
     ("NDE0", "y00", "y10", "what does not\npass through"),
     ("NDE1", "y01", "y11", "the same, mediator\nas in treated"),
 )
-VERDICTS = {**dict.fromkeys(("model", "claim", "verdict", "tags", "reason"), "str"), "estimate": "float"}
+ANSWERS = dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str")
+SAYS = {
+    "supported": "holds",
+    "contradicted": "does not hold",
+    "inconclusive": "undecided",
+    "not testable": "not measured",
+}
+SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")  # columns of a table for the terminal
+DEFAULT = "embedded"  # the run whose page the joined one is
 
 
 def pipeline_steps() -> pd.DataFrame:
@@ -61,15 +69,27 @@ def run_time_table(slug: str) -> pd.DataFrame:
 
 
 def verdict_table(slug: str) -> pd.DataFrame | str:
-    """Claim, verdict and reason for the model of one run; a sentence if it has not been judged yet."""
-    path = RESULTS / slug / "claims.csv"
+    """Claim, answer, number and grade for the model of one run, as on its page; a sentence if it has not been judged yet."""
+    from companion.claims.corrected_rules import STATEMENTS
+
+    path = RESULTS / slug / "08_claims.csv"
     if not path.is_file():
         return "No verdicts yet: run ./run_all.sh"
-    table = files.read_table(path, VERDICTS)
+    table = files.read_table(path, ANSWERS)
     own = table[table.model == slug]
     if own.empty:
         raise InputError(f"{relative(path)} has no row for {slug}: run ./run_all.sh with the flags that made it")
-    return own[["claim", "verdict", "tags", "reason"]].reset_index(drop=True)
+    own = own.assign(says=own.claim.map(STATEMENTS)).fillna("")
+    return own[["claim", "says", "answer", "number", "grade"]].reset_index(drop=True)
+
+
+def shape_of(slug: str) -> tuple[int, bool] | None:
+    """Layers of a run's model, and whether its attention slides over windows; None where notebook 01 left no facts."""
+    path = RESULTS / slug / "model_facts.json"
+    if not path.is_file():
+        return None
+    facts = files.read_json(path)
+    return int(facts["layers"]), bool(facts["windows"])
 
 
 def run_evidence(slug: str) -> pd.DataFrame:
@@ -92,49 +112,71 @@ def join_claims(results: Path) -> None:
     """Join the verdicts of all runs, `NAME/claims.*`, into `claims.csv`, `claims.json` and `claims.md`.
 
     A run also judges models that its own is compared with: those come last, and only where they have no run of their own.
-    A run's torn file is left out: its notebook 08 is stale, and makes it again.
+    A run's torn file is left out: its notebook 08 is stale, and makes it again. The page is that of the default run, with a
+    line for every other model that has a run.
     """
-    for name in ("claims.csv", "claims.json", "claims.md"):
+    for name in ("claims.csv", "claims.json"):
         runs = {}
         for path in sorted(results.glob(f"*/{name}")):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 runs[path.parent.name] = _claims(path)
         if runs:
-            own = [row for run, (_, rows) in runs.items() for (model, _), row in rows.items() if model == run]
-            others: dict[tuple[str, str], Any] = {}
+            own = [row for run, (_, rows) in runs.items() for (model, *_), row in rows.items() if model == run]
+            others: dict[tuple[str, ...], Any] = {}
             for _, rows in runs.values():
                 others |= {key: row for key, row in rows.items() if key[0] not in runs and key not in others}
             joined = [*own, *others.values()]
             if name == "claims.json":
                 files.write_json(joined, results / name)
+                _join_pages(results, joined)
             else:
                 head = next(iter(runs.values()))[0]
                 files.write_text("".join([head, *joined]), results / name)
 
 
-def _claims(path: Path) -> tuple[str, dict[tuple[str, str], Any]]:
-    """The head of a file of verdicts, and its rows by model and claim; a row is a line, or in JSON an object."""
+def _claims(path: Path) -> tuple[str, dict[tuple[str, ...], Any]]:
+    """The head of a file of verdicts, and its rows by model, claim and rule; a row is a line, or in JSON an object."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
-        return "", {(row["model"], row["claim"]): row for row in json.loads(text)}
-    lines = text.splitlines(keepends=True)
+        return "", {(row["model"], row["claim"], row["rule"]): row for row in json.loads(text)}
+    head, *lines = text.splitlines(keepends=True)
     if not lines[-1].endswith("\n"):
         raise ValueError("its last line is not complete")
-    n_head = 1 if path.suffix == ".csv" else 2
-    cells = (next(csv.reader([line])) if path.suffix == ".csv" else line.split(" | ") for line in lines[n_head:])
-    return "".join(lines[:n_head]), {
-        (model.removeprefix("| "), claim): line for (model, claim, *_), line in zip(cells, lines[n_head:], strict=True)
+    return head, {tuple(next(csv.reader([line]))[:3]): line for line in lines}
+
+
+def _join_pages(results: Path, records: list[dict[str, Any]]) -> None:
+    """The page of the default run, or of the first one, with a line for every other model with a run above its last line."""
+    texts = {path.parent.name: path.read_text(encoding="utf-8") for path in results.glob("*/claims.md")}
+    pages = {run: text for run, text in texts.items() if text.endswith("\n")}
+    if not pages:
+        return
+    first = DEFAULT if DEFAULT in pages else min(pages)
+    given = {
+        run: {one["claim"]: one["answer"] for one in records if one["model"] == run and one["answer"]} for run in pages
     }
+    lines = []
+    for run in sorted(run for run, answers in given.items() if answers and run != first):
+        said: dict[str, list[str]] = {}
+        for claim, answer in given[run].items():
+            said.setdefault(SAYS.get(answer, answer), []).append(claim)
+        parts = "; ".join(f"{word}: {', '.join(claims)}" for word, claims in said.items())
+        same = sum(given[first].get(claim) == answer for claim, answer in given[run].items())
+        lines.append(f"- `{run}`: {parts}. Same answer as `{first}` in {same} of {len(given[run])}.")
+    above, gap, last = pages[first].rstrip().rpartition("\n\n")
+    others = [gap + "**Other models with a run.**" + gap, "\n".join(lines)] if lines else []
+    files.write_text("".join([above, *others, gap, last, "\n"]), results / "claims.md")
 
 
 def claims_table(path: Path, slug: str) -> str:
-    """The verdicts on a run's own model as aligned text; all rows without one for the model `slug`, "" without a file."""
+    """The answers on a run's own model as aligned text; all rows without one for the model `slug`, "" without a file."""
     if not path.is_file():
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    own = [{name: row[name] for name in row if name != "model"} for row in rows if row.get("model") == slug] or rows
-    table = [list(own[0]), *(list(row.values()) for row in own)] if own else []
+    own = [row for row in rows if row.get("model") == slug and row.get("answer", "-")] or rows
+    names = [name for name in (own[0] if own else []) if name in SHORT]
+    table = [names, *([row[name] for name in names] for row in own)] if own else []
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in table)
     return "\n".join(line.rstrip() for line in lines)

@@ -14,7 +14,7 @@ from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
-from companion.claims.registered_rules import PSI
+from companion.claims.registered_rules import PSI, STATEMENTS
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
@@ -30,7 +30,7 @@ def truths(kind: str) -> Mapping[str, bool | None]:
     return compiled.draw(kind, FRESH, topics=10, pairs_per_topic=1).claims
 
 
-@pytest.mark.parametrize("claim", [claim for claim in draws.PART_OF if claim != "C7"])
+@pytest.mark.parametrize("claim", [claim for claim in STATEMENTS if claim != "C7"])
 def test_the_plan_has_enough_nulls_of_every_claim(claim: str) -> None:
     """A corrected rule that is younger than some draws is judged on the others only."""
     planned = [draw for draw in MAIN if draw.part == draws.PART_OF[claim]]
@@ -58,16 +58,15 @@ def test_no_draw_that_was_seen_before_the_corrections_is_counted() -> None:
 
 def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_path: Path) -> None:
     table = read_shipped("verdicts").query("purpose == 'main'")
-    youngest = "claim in ['C1*', 'C4*', 'C6*']"
+    youngest = "claim in ['C1*', 'C4*']"
     starred = rates.main_draws().query(youngest)
     planned = Counter((draw.part, draw.seed >= FRESH_LAST) for draw in PLAN if draw.seed >= FRESH_LATER)
     n_last = planned["layers", True]
     assert starred.groupby("claim").size().to_dict() == {
         "C1*": planned["layers", False] + len(UNSEEN) + n_last,
         "C4*": n_last,
-        "C6*": planned["steering", False] + planned["steering", True],
     }
-    old = table[(table.rule == "registered") & table.claim.isin(["C1", "C4", "C6"])]
+    old = table[(table.rule == "registered") & table.claim.isin(["C1", "C4"])]
     keys = ["kind", "seed", "claim", "rule", "purpose"]
     anew = pd.concat([table, old.assign(rule="corrected")]).drop_duplicates(keys)
     anew.to_parquet(tmp_path / "verdicts.parquet")
@@ -106,6 +105,13 @@ def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
     assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
+
+
+def test_only_the_part_of_c6_that_is_built_has_a_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draws.steering, "steering_evidence", lambda this, prompts: [])
+    verdicts = draws.measure_draw("late", 0, "steering", topics=5)["verdicts"].set_index(["claim", "rule"])
+    parts = {("C6a", "corrected"): "open", ("C6b", "corrected"): "open", ("C6c", "corrected"): "true"}
+    assert verdicts.truth.to_dict() == {("C6", "registered"): "true", **parts}
 
 
 BOTH = ("registered", "corrected")

@@ -1,12 +1,15 @@
 """Error rates on hand-made tables of draws, where they can be counted by eye."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from companion.calibration import rates
+from companion.calibration.campaign import SCHEMAS, read_shipped
+from organisms.compiled_program import draw_design
 
 
 def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:
@@ -125,3 +128,43 @@ def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:
     perfect = rates.ranking_quality(member, member + 0.1 * rng.random(2000))
     assert set(perfect.values()) == {1.0}
     assert math.isnan(rates.ranking_quality([False, False], [1.0, 2.0])["auroc"])
+
+
+def test_the_parts_of_c6_are_judged_anew_from_stored_evidence(tmp_path: Path) -> None:
+    """Old verdicts of a corrected rule that is no more are not read; only C6c has a truth, that of C6."""
+    stored, evidence = read_shipped("verdicts"), read_shipped("evidence")
+    late, early = (
+        stored[(stored.kind == kind) & (stored.seed == 11) & (stored.claim == "C6")] for kind in ("late", "early")
+    )
+    old = late.assign(rule="corrected", verdict="supported")
+    pd.concat([late[late.rule == "registered"], early, old, old.assign(claim="C6a")])[
+        list(SCHEMAS["verdicts"])
+    ].to_parquet(tmp_path / "verdicts.parquet")
+    own = evidence[(evidence.kind == "late") & (evidence.seed == 11) & (evidence.part == "steering")].copy()
+    own.loc[own.quantity == "harm change", ["estimate", "ci_low", "ci_high"]] = (0.0, -1.0, 1.0)
+    own.to_parquet(tmp_path / "evidence.parquet")
+    found = rates.main_draws(tmp_path).set_index(["kind", "claim"])
+    assert set(found.index) == {("early", "C6"), *(("late", name) for name in ("C6", "C6a*", "C6b*", "C6c*"))}
+    assert found.truth["late"].to_dict() == {"C6": "true", "C6a*": "open", "C6b*": "open", "C6c*": "true"}
+    assert found.verdict[("late", "C6a*")] == "contradicted" and found.estimate[("late", "C6a*")] == 0
+    assert rates.claim_rates(rates.main_draws(tmp_path / "none")) == {}
+
+
+def test_built_models_count_that_are_like_the_model_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "layers_of", lambda kind, seed: {"late": 6, "middle": 9}[kind])
+    table = pd.DataFrame({"kind": ["late", "middle"], "seed": [1, 2], "claim": "C1"})
+    for layers, kinds in ((3, ["late"]), (12, ["late", "middle"]), (13, ["middle"]), (18, ["middle"])):
+        near, which = rates.draws_like(table, (layers, False))
+        assert near.kind.tolist() == kinds and f"({layers})" in which
+    for shape, why in (
+        ((2, False), "2 layers and full"),
+        ((19, False), "19 layers"),
+        ((6, True), "sliding windows"),
+        (None, "not known"),
+    ):
+        near, which = rates.draws_like(table, shape)
+        assert len(near) == 2 and which.startswith("all built models") and why in which
+
+
+def test_layers_of_a_built_model_are_those_of_its_design() -> None:
+    assert rates.layers_of("late", 11) == draw_design("late", 11).n_layers

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, Number, Numbers, judge, row, table
 
-from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN
+from companion.base.thresholds import (
+    COMPUTED,
+    CONTENT_JUDGE,
+    KEPT_BY_FIRST_TOKEN,
+    MARGINS,
+    MLP_SHARE,
+    MLP_SHARE_WITH_OWN,
+)
 from companion.claims import corrected_rules, registered_rules
 from companion.claims.verdict import Rows, Verdict
 
@@ -74,10 +81,6 @@ CASES = [  # claim, evidence, what the registered rule says of it, and the corre
     ("C5a", NO_ORDER | NO_PSI1, "inconclusive", "contradicted"),
     ("C5c", {}, "supported", "not testable"),  # answers were labelled by their opener
     ("C5c", BY_CONTENT, "inconclusive", "contradicted"),
-    ("C6", {}, "supported", "supported"),
-    ("C6", row("C6", "advantage over mid", (0.0, -1.0, 1.0)), "contradicted", "inconclusive"),
-    ("C6", row("C6", "p isotropic", (0.6, 0.6, 0.6)), "contradicted", "contradicted"),
-    ("C6", row("C6", "harmless loss", (5.0, 4.0, 6.0)), "contradicted", "contradicted"),
 ]
 
 
@@ -116,6 +119,63 @@ def test_c3_names_every_family_and_shows_the_weakest() -> None:
     said = ["a 1.00 [0.99, 1.01] early", "b 0.00 [-0.01, 0.01] not early", "c 0.40 [0.20, 0.60] undecided"]
     assert made.reason.endswith("; ".join(f"family {one}" for one in said)) and made.tags == ("families differ",)
     assert not {" early", " undecided"} & set(judge("C3", families(ALL, NONE, HALF)).reason.split("]"))
+
+
+def c6(quantity: str, *numbers: float, variant: str = "main") -> dict:
+    return row("C6", quantity, (numbers[0], numbers[-2], numbers[-1]) if numbers else None, variant)
+
+
+# Evidence, and what the rules say of C6a, C6b and C6c: "+" supported, "-" contradicted, "?" inconclusive.
+PARTS = [
+    ({}, "+++"),
+    (c6("harm change", -1.9, -2.5, -1.0), "?++"),
+    (c6("harm change", -1.0, -1.9, -0.5), "-++"),
+    (c6("harm change", -30.0, -60.0, 0.5), "?++"),
+    (c6("phi", 0.8, 0.7, 0.9), "?++"),
+    (c6("p isotropic", 0.06, 0.06, 0.06), "?++"),
+    (c6("p covariance-matched"), "?++"),
+    (c6("p covariance-matched", 0.5, 0.5, 0.5), "-++"),
+    (c6("spread over refits"), "?++"),
+    (c6("harm change", 1.0, -1.0, 3.0, variant="greedy"), "?++"),
+    (
+        c6("harm change", 0.0, -1.0, 1.0) | c6("spread over refits"),
+        "-++",
+    ),  # a control of support stops no contradiction
+    (c6("harmless loss", 1.5, 0.5, 2.1), "+?+"),
+    (c6("harmless loss", 4.0, 2.1, 6.0), "+-+"),
+    *((c6(name, most, 0.0, 1.01 * most), "+?+") for name, most in MARGINS.items()),
+    *((c6(name), "+?+") for name in MARGINS),
+    *((c6(name, 2 * most, 1.01 * most, 3 * most), "+-+") for name, most in MARGINS.items()),
+    *((c6(f"advantage over {rival}", 2.0, -1.0, 5.0), "++?") for rival in ("early", "mid")),
+    *((c6(f"advantage over {rival}", -1.0, -3.0, 1.9), "++-") for rival in ("early", "mid")),
+    (c6("advantage over mid", 1.0, 0.1, 1.9), "+++"),  # small, but surely more
+    (c6("advantage over mid", 0.0, -2.0, 2.0), "++?"),
+    (c6("advantage over mid"), "++?"),
+    (c6("budget of early over late", 1.2, 1.2, 1.2), "++?"),
+    (row("gate", "joint probability T2", (0.7, 0.7, 0.7)), "???"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), PARTS)
+def test_each_part_of_c6_is_asked_alone(changes: dict, said: str) -> None:
+    signs = {"supported": "+", "contradicted": "-", "inconclusive": "?"}
+    assert "".join(signs[correct(part, changes).verdict] for part in corrected_rules.C6_PARTS) == said
+
+
+def test_preservation_rests_on_enough_prompts_and_shows_the_cost_that_decides() -> None:
+    few = corrected_rules.corrected_c6b(Rows("m", table(FINE | LATER, n_harmless=299)))
+    assert few.verdict == "inconclusive"
+    dear = c6("over-refusal", 3.0, 0.9, 5.7) | c6("harmless loss", 0.7, -0.3, 2.2)
+    assert [correct("C6b", changes).quantity for changes in ({}, dear)] == ["over-refusal", "over-refusal"]
+    assert correct("C6b", c6("KL", 0.05, 0.04, 0.06) | dear).quantity == "KL"
+    assert correct("C6c", c6("advantage over mid", -3.0, -5.0, -1.0)).estimate == -3
+
+
+@pytest.mark.parametrize("part", corrected_rules.C6_PARTS)
+def test_without_a_trial_no_part_of_c6_can_be_asked(part: str) -> None:
+    told = [correct(part, c6("phi")).reason, correct(part, row("gate", "TE T2-T2b", (0.1, 0.0, 0.2))).verdict]
+    assert "notebook 06" in told[0] and told[1] == "inconclusive"
+    assert correct("C6c", c6("advantage over early") | c6("advantage over mid")).verdict == "not testable"
 
 
 def gates(inside: Number, benign: Number = (0.1, 0.05, 0.15)) -> Rows:

@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from ledger_rows import FINE, TWIN, row, table
+import pytest
+from ledger_rows import FINE, LATER, TWIN, row, table
 
 from companion.base import files, thresholds
 from companion.base.paths import NOTEBOOKS
 from companion.base.thresholds import UNTRAINED
 from companion.claims import ledger
+from companion.claims.corrected_rules import STATEMENTS as STATEMENTS_TODAY
 from companion.claims.registered_rules import STATEMENTS
 from companion.claims.verdict import Verdict
 
@@ -39,31 +41,75 @@ def test_evidence_and_records_survive_their_files(tmp_path: Path) -> None:
     assert by_claim["C1"]["estimate"] is None
 
 
-def test_tables_say_how_often_a_rule_errs_and_what_its_correction_says() -> None:
-    evidence = EVIDENCE[EVIDENCE.model != "b"]
+def rate(hits: int, n: int, upper: float = 1.0) -> dict[str, object]:
+    return {"hits": hits, "n": n, "rate": hits / n, "upper": upper}
+
+
+def of(power: tuple[int, int], wrong: tuple[int, int], false: tuple[int, int], upper: float = 0.04) -> dict:
+    names = ("power_to_support", "false_contradicted", "false_supported")
+    return {name: rate(*hits, upper) for name, hits in zip(names, (power, wrong, false), strict=True)}
+
+
+def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
+    evidence = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE | LATER, "a")])
     made, others = ledger.ledger(evidence, runs=("a",)), ledger.corrected_ledger(evidence, runs=("a",))
-    rates = {
-        "C1": {"false_supported": {"hits": 3, "n": 60, "rate": 0.05, "upper": 0.12}},
-        "C2*": {"false_supported": {"hits": 1, "n": 90, "rate": 0.0111, "upper": 0.051}},
-    }
-    frame = ledger.to_table(made, rates, others).set_index("claim")
-    columns = ["verdict", "estimate", "tags", "error_rate", "corrected_rule", "corrected_error_rate"]
-    said = ["said of 3 of 60 false claims (at most 12 %)", "said of 1 of 90 false claims (at most 5 %)"]
-    assert frame.loc["C1", columns].tolist() == ["supported", 0.7, "robust", said[0], "", ""]
-    assert frame.loc["C2", columns[3:]].tolist() == ["", "supported", said[1]] and frame.columns[-1] == "reason"
-    by_claim = {one["claim"]: one for one in ledger.to_records(made, rates, others)}
-    assert by_claim["C1"]["corrected"] is None and by_claim["C2"]["corrected"]["verdict"] == "supported"
-    assert by_claim["C2"]["corrected"]["error_rates"] == rates["C2*"]
-    assert by_claim["C1"]["error_rates"] == rates["C1"] and by_claim["C2"]["error_rates"] is None
+    rates = {"C1": of((30, 60), (3, 60), (3, 60), 0.12), "C2*": of((60, 60), (0, 60), (1, 90), 0.051)}
+    frame = ledger.to_table(made, others, rates).set_index(["claim", "rule"])
+    assert frame.loc[("C1", "registered"), ["verdict", "estimate", "tags"]].tolist() == ["supported", 0.7, "robust"]
+    assert frame.error_rate[("C1", "registered")] == "said of 3 of 60 false claims (at most 12 %)"
+    assert frame.error_rate[("C2", "corrected")] == "said of 1 of 90 false claims (at most 5 %)"
+    rows = [claim for claim, rule in frame.index if claim.startswith("C6")]
+    assert rows == ["C6", "C6a", "C6b", "C6c"] and frame.columns[-1] == "reason"
+    records = {(one["claim"], one["rule"]): one for one in ledger.to_records(made, others, rates)}
+    assert list(records) == list(frame.index)
+    assert (
+        records["C2", "corrected"]["error_rates"] == rates["C2*"] and records["C3", "registered"]["error_rates"] is None
+    )
+    answers = {key: one["answer"] for key, one in records.items() if one["answer"]}
+    assert [claim for claim, _ in answers] == list(STATEMENTS_TODAY) and answers["C6b", "corrected"] == "supported"
+    assert records["C2", "registered"]["answer"] is records["C6", "registered"]["grade"] is None
 
 
-def test_markdown_has_a_line_a_verdict_and_a_reason_does_not_break_it() -> None:
-    evidence = table(FINE | row("gate", "TE T1", (0.1, 0.0, 0.2)), "a")
-    made = ledger.ledger(pd.concat([evidence, table(TWIN, "a" + UNTRAINED)]), runs=("a",))
-    lines = ledger.to_markdown(made, {}, {}).splitlines()
-    assert len(lines) == 2 + 9 and all(line.replace("\\|", "").count("|") == 10 for line in lines)
-    assert lines[2].startswith("| a | C1 | supported | 0.70 [0.60, 0.80] |  |  |  | robust |")
-    assert "(gate: \\|TE\\| >= 0.5) |" in lines[4]
+TRUE, FALSE, NEVER = (60, 60), (0, 60), (0, 60)
+GRADES = [  # verdict, rates, grade
+    ("supported", of(TRUE, NEVER, FALSE), "strong"),
+    ("supported", of((48, 60), NEVER, FALSE), "strong"),
+    ("supported", of((47, 60), NEVER, FALSE), "weak"),  # little power
+    ("supported", of(TRUE, NEVER, (3, 60), 0.051), "weak"),  # says it of false claims
+    ("contradicted", of((12, 60), NEVER, FALSE), "strong"),
+    ("contradicted", of(TRUE, (3, 60), FALSE, 0.051), "weak"),
+    ("inconclusive", of(TRUE, NEVER, FALSE), "weak"),
+    *(
+        (verdict, of((11, 60), NEVER, FALSE), "cannot tell")
+        for verdict in ("supported", "contradicted", "inconclusive")
+    ),
+    *((verdict, of(TRUE, (13, 60), FALSE), "cannot tell") for verdict in ("supported", "contradicted", "inconclusive")),
+    ("contradicted", of(TRUE, (12, 60), FALSE, 0.3), "weak"),
+    ("contradicted", of((0, 19), (19, 19), FALSE), "not calibrated"),
+    ("contradicted", of((0, 20), (20, 20), FALSE), "cannot tell"),
+    ("supported", {}, "not calibrated"),
+    ("supported", {"false_supported": rate(0, 60, 0.04)}, "not calibrated"),
+    ("not testable", of((0, 60), (60, 60), FALSE), ""),
+]
+
+
+@pytest.mark.parametrize(("verdict", "own", "expected"), GRADES)
+def test_a_verdict_is_worth_what_its_rule_is(verdict: str, own: dict, expected: str) -> None:
+    found, numbers = ledger.grade(verdict, own)
+    assert found == expected and bool(numbers) == (verdict != "not testable")
+    says = ledger.Answer(Verdict("m", "C2", verdict, ""), "corrected", found, numbers).says
+    assert says == ("cannot tell" if expected == "cannot tell" else verdict)
+
+
+def test_the_corrected_rule_answers_where_there_is_one() -> None:
+    made = [Verdict("m", claim, "supported", "") for claim in ("C1", "C6")]
+    others = {("m", claim): Verdict("m", claim, "contradicted", "") for claim in ("C6a", "C6b", "C6c")}
+    rates = {"C1": of(TRUE, NEVER, FALSE), "C1*": {}, "C6": of(TRUE, NEVER, FALSE), "C6c*": of(NEVER, TRUE, FALSE)}
+    found = [(one.verdict.claim, one.rule, one.says, one.grade) for one in ledger.answers(made, others, rates)]
+    assert found == [
+        ("C1", "registered", "supported", "strong"), ("C6a", "corrected", "contradicted", "not calibrated"),
+        ("C6b", "corrected", "contradicted", "not calibrated"), ("C6c", "corrected", "cannot tell", "cannot tell"),
+    ]  # fmt: skip
 
 
 def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> None:
@@ -86,7 +132,7 @@ def headings(number: str) -> str:
 
 
 def test_every_claim_has_an_opposite_and_its_analysis_is_a_section() -> None:
-    assert list(ledger.OPPOSITE) == list(STATEMENTS)
+    assert list(ledger.OPPOSITE) == list(STATEMENTS_TODAY)
     for claim, (_, analysis) in ledger.OPPOSITE.items():
         number, _, rest = analysis.partition(", ")
         first = rest.split(" and ")[0].split(":")[0].split(",")[0]
@@ -95,6 +141,10 @@ def test_every_claim_has_an_opposite_and_its_analysis_is_a_section() -> None:
 
 def test_it_counts_how_often_the_opposite_was_shown() -> None:
     rates = {name: {"power_to_contradict": {"hits": n, "n": 100}} for name, n in (("C2", 100), ("C2*", 90))}
-    found = ledger.opposite_table([Verdict("m", claim, "inconclusive", "") for claim in ("C2", "C3")], rates)
-    expected = [["C2", "100 of 100", "90 of 100", "inconclusive"], ["C3", "", "", "inconclusive"]]
-    assert found[["claim", "shown", "shown_corrected", "verdict"]].values.tolist() == expected
+    given = [
+        ledger.Answer(Verdict("m", claim, "inconclusive", ""), rule, "weak", "")
+        for claim, rule in (("C2", "corrected"), ("C2", "registered"), ("C6a", "corrected"))
+    ]
+    found = ledger.opposite_table(given, rates)
+    assert found[["claim", "shown"]].values.tolist() == [["C2", "90 of 100"], ["C2", "100 of 100"], ["C6a", ""]]
+    assert set(found.answer) == {"inconclusive"}

@@ -52,13 +52,19 @@ def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
     assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
 
 
-def test_verdicts_are_told_by_sign_too() -> None:
-    said = ["supported", "contradicted", "inconclusive", "not testable"]
-    table = pd.DataFrame({"model": list("mmnn"), "claim": ["C1", "C2", "C1", "C2"], "verdict": said})
-    ax = style.verdicts(table).axes[0]
-    signs = {(0, 0): "+", (1, 0): "-", (0, 1): "?", (1, 1): ""}
-    assert {text.get_position(): text.get_text() for text in ax.texts} == signs
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["m", "n"]
+def test_answers_are_told_by_words_and_numbers_too() -> None:
+    said = ["supported", "contradicted", "cannot tell", "not testable"]
+    table = pd.DataFrame(
+        {"model": list("mmnn"), "claim": ["C2", "C1", "C1", "C2"], "answer": said, "name": "few neurons"}
+    )
+    ax = style.answers(table.assign(number=["9 %", "15 neurons", "3.0 points", np.nan])).axes[0]
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (1, 0): "yes\n9 %", (0, 0): "no\n15 neur.", (0, 1): "3.0 pts",
+    }  # fmt: skip
+    cells = {patch.get_xy(): patch.get_hatch() for patch in ax.patches if patch.get_width()}
+    assert len(cells) == 3 and sum(hatch is not None for hatch in cells.values()) == 1
+    assert [label.get_text().split("\n")[0] for label in ax.get_xticklabels()] == ["C1", "C2"]
+    assert all(text.get_fontsize() >= 8 for text in (*ax.texts, *ax.get_xticklabels()))
 
 
 def test_tokens_that_differ_are_outlined() -> None:

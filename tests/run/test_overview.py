@@ -9,27 +9,38 @@ import pytest
 from companion.base import files
 from companion.base.errors import InputError
 from companion.base.paths import RESULTS
+from companion.claims.corrected_rules import STATEMENTS
 from companion.run import overview
+
+PAGE = "# {run}\n\nwhat holds\n\n| table |\n\nthe files\n"
 
 
 def judged(folder: Path, **verdicts: str) -> None:
+    """A run's files: models with a verdict on C1 by both rules, of which the corrected one answers."""
     folder.mkdir()
-    rows = [{"model": name.replace("_", "-"), "claim": "C1", "verdict": found} for name, found in verdicts.items()]
-    files.write_json(rows, folder / "claims.json")
+    rows = [
+        {"model": name.replace("_", "-"), "claim": "C1", "rule": rule, "verdict": found}
+        for name, found in verdicts.items()
+        for rule in ("registered", "corrected")
+    ]
+    files.write_json(
+        [{**row, "answer": row["verdict"] if row["rule"] == "corrected" else None} for row in rows],
+        folder / "claims.json",
+    )
     files.write_table(pd.DataFrame(rows), folder / "claims.csv")
-    lines = ["| model | claim | verdict |", "| --- | --- | --- |"]
-    lines += ["| " + " | ".join(one.values()) + " |" for one in rows]
-    files.write_text("\n".join(lines) + "\n", folder / "claims.md")
+    files.write_text(PAGE.format(run=folder.name), folder / "claims.md")
 
 
 def joined(results: Path) -> list[str]:
-    """Models and verdicts, which all three files hold alike."""
+    """Models and verdicts, which both tables hold alike, a row a rule."""
     overview.join_claims(results)
-    found = [f"{one['model']} {one['verdict']}" for one in json.loads((results / "claims.json").read_text())]
-    for name, mark in (("claims.csv", ","), ("claims.md", " | ")):
-        lines = [line.strip("| ").split(mark) for line in (results / name).read_text().splitlines()]
-        assert [f"{line[0]} {line[2]}" for line in lines[1 if mark == "," else 2 :]] == found
-    return found
+    found = [
+        f"{one['model']} {one['rule']} {one['verdict']}" for one in json.loads((results / "claims.json").read_text())
+    ]
+    lines = [line.split(",") for line in (results / "claims.csv").read_text().splitlines()[1:]]
+    assert [f"{line[0]} {line[2]} {line[3]}" for line in lines] == found
+    assert found[::2] == [one.replace("corrected ", "registered ") for one in found[1::2]]
+    return [one.replace("corrected ", "") for one in found[1::2]]
 
 
 def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
@@ -37,6 +48,7 @@ def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     judged(tmp_path / "mine", mine="supported", window_1="inconclusive", plant="contradicted")
     assert joined(tmp_path) == ["mine supported", "window-1 inconclusive", "plant contradicted"]
+    assert (tmp_path / "claims.md").read_text() == PAGE.format(run="mine")
     judged(tmp_path / "window-1", window_1="supported", mine="contradicted", full_0="inconclusive")
     four = ["mine supported", "window-1 supported", "plant contradicted", "full-0 inconclusive"]
     assert joined(tmp_path) == four
@@ -45,7 +57,57 @@ def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
     for name in ("claims.csv", "claims.json", "claims.md"):
         path = tmp_path / "torn" / name
         path.write_bytes(path.read_bytes()[:-2])
-    assert joined(tmp_path) == four
+    assert joined(tmp_path) == four and "torn" not in (tmp_path / "claims.md").read_text()
+
+
+def test_the_page_is_the_default_runs_with_a_line_for_every_other_model(tmp_path: Path) -> None:
+    judged(tmp_path / "embedded", embedded="supported", other="cannot tell")
+    for name, answer in (("a", "supported"), ("b", "not testable"), ("other", "cannot tell")):
+        judged(tmp_path / name, **{name: answer, "relative": "supported"})
+    overview.join_claims(tmp_path)
+    above, lines = (tmp_path / "claims.md").read_text().split("**Other models with a run.**\n\n")
+    assert above == PAGE.format(run="embedded").removesuffix("the files\n")
+    assert lines.splitlines() == [
+        "- `a`: holds: C1. Same answer as `embedded` in 1 of 1.",
+        "- `b`: not measured: C1. Same answer as `embedded` in 0 of 1.",
+        "- `other`: cannot tell: C1. Same answer as `embedded` in 0 of 1.",
+        "", "the files",
+    ]  # fmt: skip
+
+
+def test_the_terminal_shows_the_answers_of_a_runs_own_model(tmp_path: Path) -> None:
+    rows = [
+        ("mine", "C1", "x", "supported", "", ""),
+        ("mine", "C1", "y", "supported", "cannot tell", "-"),
+        ("kin", "C1", "y", "?", "?", "?"),
+    ]
+    columns = ["model", "claim", "reason", "verdict", "answer", "grade"]
+    files.write_table(pd.DataFrame(rows, columns=columns), tmp_path / "claims.csv")
+    shown = ["claim  verdict    answer       grade", "C1     supported  cannot tell  -"]
+    assert overview.claims_table(tmp_path / "claims.csv", "mine").splitlines() == shown
+    assert overview.claims_table(tmp_path / "none.csv", "mine") == ""
+
+
+def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert "run ./run_all.sh" in str(overview.verdict_table("mine"))
+    rows = [
+        ("mine", "C6c", "late", "cannot tell", "-13.0 points", "cannot tell"),
+        ("kin", "C1", "x", "supported", "", "weak"),
+    ]
+    files.write_table(pd.DataFrame(rows, columns=list(overview.ANSWERS)), tmp_path / "mine" / "08_claims.csv")
+    (row,) = overview.verdict_table("mine").itertuples(index=False)
+    assert row == ("C6c", STATEMENTS["C6c"], "cannot tell", "-13.0 points", "cannot tell")
+
+
+@pytest.mark.parametrize(("windows", "slides"), [([], False), ([3], True)])
+def test_the_shape_of_a_model_is_read_from_its_facts(
+    windows: list[int], slides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert overview.shape_of("mine") is None
+    files.write_json({"layers": 6, "windows": windows}, tmp_path / "mine" / "model_facts.json")
+    assert overview.shape_of("mine") == (6, slides)
 
 
 def test_the_shipped_verdicts_are_those_of_the_shipped_run(tmp_path: Path) -> None:

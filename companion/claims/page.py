@@ -1,0 +1,314 @@
+"""The page for people: what holds of a model, what does not, and what the rules cannot tell, in a table of eleven rows.
+
+Each answer is a sentence made of evidence rows. What a rule's word is worth comes from its error rates on built models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from companion.base import thresholds
+from companion.base.thresholds import (
+    COMPUTED,
+    CONTENT_JUDGE,
+    KEPT_BY_FIRST_TOKEN,
+    MLP_SHARE,
+    MLP_SHARE_WITH_OWN,
+    POINTS,
+)
+from companion.claims import registered_rules as registered
+from companion.claims.corrected_rules import STATEMENTS
+from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, MOSTLY, RARE, Answer
+from companion.claims.verdict import Rows, Verdict
+
+NAMES = {  # of the claims, for the lines on top and the picture
+    "C1": "late layers", "C2": "MLPs write it", "C3": "harm seen early", "C4": "MLPs carry it on", "C5a": "few neurons",
+    "C5b": "neurons gate it", "C5c": "first token decides", "C6a": "steering lowers harm", "C6b": "harmless answers kept",
+    "C6c": "late steers best", "C7": "related side by side",
+}  # fmt: skip
+# What would change the answer: where the whole interval must lie, and the notebook that measures it.
+CHANGES = {
+    "C1": "a late share of 50 % or more: yes; of 40 % or less: no (02)",
+    "C2": "an MLP share of 60 % or more: yes; of 50 % or less: no (03)",
+    "C3": "a share of 30 % or more: yes; of 10 % or less: no (02)",
+    "C4": "a share of 60 % or more: yes; of 40 % or less: no (05)",
+    "C5a": "8 neurons or 1 % of the layer at most: yes; 10 % or more: no (04)",
+    "C5b": f"a specific index of {thresholds.GATE_LOW:g} or more: yes; {thresholds.GATE_HIGH:g} or less in every form: no (04)",
+    "C5c": "80 % or more kept: yes; 40 % or less: no (05)",
+    "C6a": f"a fall of {POINTS:g} points and {registered.PHI:.0%} undone: yes; surely a smaller fall: no (06)",
+    "C6b": "all four costs surely within their limits: yes; one surely above: no (06)",
+    "C6c": f"a sure lead over both: yes; one surely within {POINTS:g} points: no (06)",
+    "C7": "Moran's I of 0.05 or more: yes; of 0.05 or less: no (04)",
+}
+WORDS = {"supported": "Yes", "contradicted": "No", "inconclusive": "Undecided", CANNOT_TELL: "This rule cannot tell"}
+OF_EFFECT = (100, 0, "% of the effect")
+UNITS = {  # of the number that a verdict shows, by quantity: factor, decimals, unit
+    COMPUTED: (100, 0, "% of what is computed"), "late share": OF_EFFECT,
+    "MLP share of direct effects": (100, 0, "% of direct effects"), "MLP share of NIE": (100, 0, "% of indirect effects"),
+    registered.PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT, "psi1": OF_EFFECT, "k90": (1, 0, "neurons"),
+    KEPT_BY_FIRST_TOKEN: OF_EFFECT, "harm change": (1, 1, "points of judged harm"),
+    "harmless loss": (1, 1, "points of harmless answers"), "over-refusal": (1, 1, "points of over-refusal"),
+    "KL": (1, 3, "nats a token (KL)"), "perplexity ratio": (1, 3, "times the perplexity"),
+    "advantage over early": (1, 1, "points of lead over early layers"),
+    "advantage over mid": (1, 1, "points of lead over middle layers"),
+    "gate index": (1, 2, "gate index"), "gate index, form": (1, 2, "gate index"), "Moran's I": (1, 2, "Moran's I"),
+}  # fmt: skip
+
+
+def shown_number(verdict: Verdict) -> str:
+    """The number that a verdict shows, as in a cell of the picture; "" where there is none."""
+    value, _, rest = key_number(verdict).partition(" [")
+    unit = rest.partition("] ")[2].partition(" ")[0]
+    return f"{value} {unit}" if unit in ("%", "neurons", "points") else value
+
+
+def key_number(verdict: Verdict) -> str:
+    """The number that a verdict shows, its 95 % interval and its unit; "" where there is none.
+
+    >>> key_number(Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.914, 0.9, 0.93))
+    '91 [90, 93] % of direct effects'
+    """
+    if verdict.estimate is None:
+        return ""
+    other = "log-odds" if verdict.quantity.startswith("TE ") else verdict.quantity
+    factor, decimals, unit = UNITS.get(verdict.quantity, (1, 2, other))
+    ends = (verdict.estimate, verdict.ci_low, verdict.ci_high)
+    value, low, high = (_rounded(factor * x, decimals) for x in ends if x is not None)
+    return f"{value} [{low}, {high}] {unit}"
+
+
+def _rounded(x: float, decimals: int) -> str:
+    """A number as text; a zero has no sign."""
+    return f"{round(x, decimals) + 0.0:.{decimals}f}"
+
+
+def _percent(row: pd.Series) -> str:
+    """The estimate of a row as a percentage; `to_markdown` puts the space before the sign."""
+    return f"{_rounded(100 * row.estimate, 0)}%"
+
+
+def _late(rows: Rows) -> str | None:
+    share, centroid = rows.find("C1", COMPUTED), rows.find("C1", "centroid difference")
+    what = "of the decision is computed in late layers"
+    if share is None:
+        share, what = rows.find("C1", "late share"), "of the effect passes through late layers"
+    if share is None:
+        return None
+    parts = [f"{_percent(share)} {what}"]
+    if centroid is not None:
+        parts.append(
+            f"{abs(centroid.estimate):.0%} of the depth {'later' if centroid.estimate > 0 else 'earlier'} than benign choices"
+        )
+    earliest = rows.find("gate", "earliest possible depth")
+    if earliest is not None and earliest.estimate > thresholds.EARLY:
+        parts.append(f"but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth")
+    return ", ".join(parts)
+
+
+def _mlps(rows: Rows) -> str | None:
+    direct = rows.find("C2", "MLP share of direct effects")
+    return None if direct is None else f"MLP blocks write {_percent(direct)} of what reaches the output directly"
+
+
+def _early(rows: Rows) -> str | None:
+    psi = rows.find("C3", registered.PSI)
+    families = rows.variants("C3", registered.PSI, "family ")
+    each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
+    whole = "" if psi is None else f"early layers carry {_percent(psi)} of the effect of a harmful request"
+    return (whole + (f": {each}" if each else "")) or None
+
+
+def _carried(rows: Rows) -> str | None:
+    layer = rows.find("C4", "hand-over layer")
+    own, above = rows.find("C4", MLP_SHARE_WITH_OWN), rows.find("C4", MLP_SHARE)
+    share, where = (above, "above") if own is None else (own, "from")
+    if share is None or layer is None:
+        return None
+    return f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
+
+
+def _sparse(rows: Rows) -> str | None:
+    psi, k90, size = (rows.find("C5a", name) for name in ("psi1", "k90", "neurons in the layer"))
+    if psi is None or size is None:
+        return None
+    of = f"the last MLP's effect, which is {_percent(psi)} of all"
+    if k90 is None:
+        return f"no set of neurons holds {of}"
+    few = max(0.01 * size.estimate, registered.FEW)
+    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of}; {few:.0f} may be needed at most"
+
+
+def _gate(rows: Rows) -> str | None:
+    index, cost, benign = (rows.find("C5b", name) for name in ("gate index", "perplexity ratio", "benign share"))
+    if index is None:
+        forms = rows.variants("C5b", "gate index, form", "a")
+        return "no small set of neurons has enough of the effect to ask" if forms else None
+    signed = rows.find("C5b", "gate index, signed")
+    low, high = (0.0, 0.0) if signed is None else (signed.ci_low, signed.ci_high)
+    one_of = "an OR (one signal does)" if high < 0 else "neither AND nor OR"
+    sign = "an AND (both signals needed)" if low > 0 else one_of
+    parts = [f"the neurons switch like {sign}"]
+    parts += [] if benign is None else [f"clamping them costs {_percent(benign)} of benign effects"]
+    parts += (
+        [] if cost is None else [f"{cost.estimate - 1:.0%} in perplexity ({thresholds.PERPLEXITY - 1:.0%} allowed)"]
+    )
+    return ", ".join(parts)
+
+
+def _first_token(rows: Rows) -> str | None:
+    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE)
+    kept = rows.find("C5c", KEPT_BY_FIRST_TOKEN) if kept is None else kept
+    undefined, benign = rows.find("C5c", "not defined"), rows.find("C5c", "benign answers changed")
+    if kept is None:
+        return None if undefined is None else str(undefined.note)
+    hard = rows.find("C5c", "harmless answers changed, refusing run's values")
+    harmless = "" if benign is None else f"; {_percent(benign)} of benign answers change"
+    harmless += "" if hard is None else f", but {_percent(hard)} of harmless ones if set as in a refusal"
+    return f"acting at the first token has {_percent(kept)} of the effect of acting at every token{harmless}"
+
+
+def _harm_falls(rows: Rows) -> str | None:
+    harm, phi = rows.find("C6", "harm change"), rows.find("C6", "phi")
+    if harm is None or phi is None:
+        return None
+    worst = max(
+        (row.estimate for f in registered.RANDOM if (row := rows.find("C6", f"p {f}")) is not None), default=None
+    )
+    random = "" if worst is None else f"; at most {worst:.0%} of random directions do as well"
+    fall = f"harm {'falls' if harm.estimate < 0 else 'rises'} by {abs(harm.estimate):.1f} points"
+    return f"{fall}, {_percent(phi)} of the wrapper's effect is undone ({registered.PHI:.0%} asked){random}"
+
+
+def _harmless_kept(rows: Rows) -> str | None:
+    loss, over = rows.find("C6", "harmless loss"), rows.find("C6", "over-refusal")
+    if loss is None:
+        return None
+    more = "" if over is None else f", over-refusal rises by {over.estimate:.1f}"
+    return f"{loss.estimate:.1f} points of harmless answers are lost{more} ({POINTS:g} allowed, surely)"
+
+
+def _late_best(rows: Rows) -> str | None:
+    found = {name: rows.find("C6", f"advantage over {name}") for name in registered.RIVALS}
+    parts = [
+        f"{abs(row.estimate):.1f} points {'more' if row.estimate > 0 else 'less'} than {'middle' if name == 'mid' else name} ones"
+        for name, row in found.items()
+        if row is not None
+    ]
+    return f"with the same budget late layers lower harm by {' and '.join(parts)}" if parts else None
+
+
+def _adjacent(rows: Rows) -> str | None:
+    moran = rows.find("C7", "Moran's I")
+    if moran is None:
+        return None
+    return f"neighbouring neurons are alike by {_rounded(moran.estimate, 2)}; in a random order they are by 0"
+
+
+FACTS: dict[str, Callable[[Rows], str | None]] = {
+    "C1": _late, "C2": _mlps, "C3": _early, "C4": _carried, "C5a": _sparse, "C5b": _gate, "C5c": _first_token,
+    "C6a": _harm_falls, "C6b": _harmless_kept, "C6c": _late_best, "C7": _adjacent,
+}  # fmt: skip
+
+
+def sentence(answer: Answer, rows: Rows) -> str:
+    """The answer in one plain sentence, made of the evidence rows of its model."""
+    verdict = answer.verdict
+    if verdict.verdict == "not testable":
+        return f"Not measured: {verdict.reason.removeprefix('not testable: ')}."
+    fact = FACTS[verdict.claim](rows)
+    if verdict.quantity.startswith("TE "):
+        fact = f"the prompts move the answer by {verdict.estimate:.1f} log-odds only, too little to explain"
+    elif fact is None:
+        fact = verdict.reason
+    missing = [f"{name} ({state})" for name, state in (verdict.controls or {}).items() if state != "passed"]
+    stopped = f"; without the control {', '.join(missing)}" if missing and answer.says == "inconclusive" else ""
+    return f"{WORDS[answer.says]}: {fact}{stopped}."
+
+
+def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built: str, *, invented: bool) -> str:
+    """The page of a model: three lines on top, a table of eleven rows, and what its words mean.
+
+    `given` has the answers on `own` and on the models of the run that it is compared with; `built` says which built models the
+    grades rest on. `invented` is True for a model of an invented language.
+    """
+    mine = [one for one in given if one.verdict.model == own]
+    rows = Rows(own, evidence[evidence.model == own])
+    head = ["claim", "answer", "key number, 95 % interval", "grade", "what would change it (notebook)", "agree"]
+    table = [
+        (
+            f"**{one.verdict.claim}** {STATEMENTS[one.verdict.claim]}", sentence(one, rows), key_number(one.verdict),
+            f"{one.grade} ({one.numbers})" if one.grade else "", CHANGES[one.verdict.claim], agreement(one, given),
+        )
+        for one in mine
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, *table)]
+    lines.insert(1, "| --- " * len(head) + "|")
+    parts = [f"# What the evidence says of `{own}`", *_on_top(own, mine, invented), "\n".join(lines), *_notes(built)]
+    return re.sub(r"(?<=\d)%", " %", "\n\n".join(parts)) + "\n"
+
+
+def agreement(one: Answer, given: Sequence[Answer]) -> str:
+    """How many of the models that were asked have the same answer, this one among them; "" where the rule cannot tell."""
+    if one.says not in WORDS or one.says == CANNOT_TELL:
+        return ""
+    asked = [other.says for other in given if other.verdict.claim == one.verdict.claim and other.says in WORDS]
+    return f"{asked.count(one.says)} of {len(asked)}"
+
+
+def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
+    """Three lines: what holds and what does not; what is not decided; what this says about language models."""
+
+    def named(says: str) -> str:
+        found = [one for one in mine if one.says == says]
+        graded = says in ("supported", "contradicted")
+        listed = [f"{NAMES[c]} ({c}{f', {one.grade}' * graded})" for one in found for c in (one.verdict.claim,)]
+        return ", ".join(listed) or "nothing"
+
+    open_ones = {
+        "undecided": named("inconclusive"), "the rule cannot tell": named(CANNOT_TELL),
+        "not measured": named("not testable"),
+    }  # fmt: skip
+    undecided = "; ".join(f"{why}: {which}" for why, which in open_ones.items() if which != "nothing")
+    says = (
+        "Nothing. Model and language are invented: the answers say what a small network learned, and how far the method sees."
+        if invented
+        else f"They hold for `{own}` on this prompt set, and for no other model."
+    )
+    return [
+        f"**What holds:** {named('supported')}. **What does not:** {named('contradicted')}.",
+        f"**What the rules cannot decide:** {undecided or 'nothing'}.",
+        f"**What this says about LLMs:** {says}",
+    ]
+
+
+def _notes(built: str) -> list[str]:
+    return [
+        "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
+        "the opposite asks for it. *Undecided*: neither, or a control is missing. The rules of C1, C4 and C6 were corrected "
+        "after results on the shipped models had been seen.",
+        f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
+        f"supported and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of true ones contradicted "
+        f"(*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or more contradicted. *Not "
+        f"calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
+        "**Agree.** Of the models of this run that were asked (this one and those trained like it), so many have this answer.",
+        "Every verdict with its reason, controls and error rates, also of the registered rules and on plants: `claims.csv` and "
+        "`claims.json` in this folder.",
+    ]
+
+
+def picture_table(own: str, given: Sequence[Answer]) -> pd.DataFrame:
+    """The answers as the picture shows them: model, claim, its name, answer, number, grade.
+
+    A model other than `own` has no row if fewer than half of the claims could be asked of it.
+    """
+    rows = [
+        (v.model, v.claim, NAMES[v.claim], one.says, shown_number(v), one.grade)
+        for one in given
+        for v in (one.verdict,)
+    ]
+    table = pd.DataFrame(rows, columns=["model", "claim", "name", "answer", "number", "grade"])
+    n_asked = table.model.map(table[table.answer.isin(list(WORDS))].groupby("model").size())
+    return table[(table.model == own) | (n_asked >= len(STATEMENTS) / 2)].reset_index(drop=True)
