@@ -24,11 +24,12 @@ from companion.base import paths
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
+from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
-from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, truth_of
+from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, FRESH_LIVE
 from companion.claims import corrected_rules
 from companion.claims.corrected_rules import C6_PARTS
-from companion.claims.ledger import ledger, registered_claim
+from companion.claims.ledger import ledger
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
@@ -51,8 +52,8 @@ STAGES = {
 TABLES = ("verdicts", "localisation", "evidence")
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
 # How many models of each kind, by the first seed: at least 59 that make a claim false and pass its precondition, for every
-# claim. The corrections have models of their own, since they were written after draws of their claims: C1 and C6 from
-# FRESH_LATER on, C4 from FRESH_LAST on, where C6 gets the nulls that it lacked.
+# claim. The corrections have models of their own, since they were written after draws of their claims: C1 from FRESH_LATER on,
+# C4 from FRESH_LAST on. All draws of C6 are from FRESH_LIVE on: earlier ones had budgets that counted what cannot act.
 COUNTS = {
     FRESH: {
         "context": {"context_free": 30, "context_unused": 30, "late": 15, "early": 15},
@@ -61,18 +62,16 @@ COUNTS = {
         "timing": {"each_token": 60, "late": 15, "gated": 15},
         "neurons": {"distributed": 15, "permuted": 25, "gated": 15, "late": 15, "adjacent": 15, "attention": 15, "middle": 15,
                     "or": 15, "and": 15},
-        "steering": {"early": 30, "middle": 30, "late": 15},
     },
     FRESH_LATER: {
         "layers": {"early": 15, "middle": 15, "late_like_benign": 15, "skip_only": 30, "attention": 10, "late": 10,
                    "early_carrier": 10},
-        "steering": {"late": 15, "early": 15, "middle": 15},
     },
     FRESH_LAST: {
         "layers": {"skip_only": 30, "attention": 30, "middle": 25, "early": 10, "late": 10, "late_like_benign": 10,
                    "early_carrier": 10},
-        "steering": {"early": 18, "middle": 18},
     },
+    FRESH_LIVE: {"steering": {"late": 30, "early": 30, "middle": 30}},
 }  # fmt: skip
 POWER_SEEDS = range(100, 105)  # models of their own for the power curves
 # Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
@@ -189,12 +188,14 @@ def measure_draw(
     this = compiled.study(organism)
     prompts = compiled_language.steering_prompts(organism.pairs, seed) if part == "steering" else None
     measured = measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
+    if prompts is not None:
+        pushed = pd.DataFrame(ideal_push_rows(this, prompts), columns=list(EVIDENCE)).assign(model=organism.name)
+        measured = replace(measured, rows=pd.concat([measured.rows, pushed], ignore_index=True))
     own = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
     said = judged(measured.rows, organism.name, (part,))
 
     def truth(claim: str) -> str:
-        known = TRUTH[organism.claims[registered_claim(claim)]]
-        return truth_of(claim, known) if claim in C6_PARTS else known
+        return truth_of(claim, own) if claim in C6_PARTS else TRUTH[organism.claims[claim]]
 
     verdicts = pd.DataFrame([one for _, one in said]).assign(
         kind=kind, seed=seed, topics=topics, pairs=pairs, effect=float(organism.design.effect), code=code_version(),

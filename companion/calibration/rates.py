@@ -20,9 +20,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from companion.base import paths
 from companion.calibration.campaign import read_shipped
-from companion.claims.corrected_rules import C6_PARTS, RULES
 from companion.claims.ledger import Rates, rule_name
-from companion.claims.verdict import Rows
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its exact 95 % interval
 TRUTHS = ("true", "false", "open")
@@ -35,14 +33,10 @@ FRESH = 11  # the first seed: smaller ones were seen while the corrected rules w
 # The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4. The three rules of C6
 # ask what the registered one asked, one thing at a time, with its thresholds, and so may be judged on every draw.
 FRESH_LATER, FRESH_LAST = 200, 300
+FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the corrections of C1 and C6, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
-
-
-def truth_of(claim: str, of_c6: str) -> str:
-    """The truth of a part of C6 where that of C6, as it was built, is known."""
-    return of_c6 if claim == "C6c" else "open"
 
 
 def rate(hits: int, n: int) -> tuple[float, float, float]:
@@ -203,11 +197,7 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     >>> sorted({name for name in main_draws().claim if name.startswith("C2")})
     ['C2', 'C2*']
     """
-    stored = read_shipped("verdicts", folder, or_empty=True)
-    # The parts of C6 are judged anew, and a corrected rule that is no more has no verdicts.
-    table = stored[(stored.rule == "registered") | stored.claim.isin(set(RULES) - set(C6_PARTS))]
-    table = pd.concat([table, _parts_of_c6(folder)], ignore_index=True)
-    table = table[table.purpose == "main"]
+    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'main'")
     # A table measured anew has the youngest corrections also on draws that had been seen when they were written.
     is_late = (table.rule == "corrected") & (table.seed < table.claim.map(JUDGED_FROM))
     draw = pd.Series(list(zip(table.kind, table.seed, strict=True)), table.index)
@@ -215,30 +205,6 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     known = read_shipped("population", folder, or_empty=True).drop(columns="code")
     table = table.merge(known, how="left", on=["kind", "seed", "claim", "rule"], validate="one_to_one")
     return _named(table.assign(population_verdict=table.population_verdict.fillna("")))
-
-
-@cache
-def _parts_of_c6(folder: Path) -> pd.DataFrame:
-    """What the rules of C6a, C6b and C6c say of the stored evidence of every draw that has a registered verdict on C6.
-
-    What steering does is not built, so that C6a and C6b are open. C6c has the truth of C6: late MLPs write the decision. That
-    is where the driver lies; it is not the measured effect of a push there.
-    """
-    stored = read_shipped("verdicts", folder, or_empty=True)
-    verdicts = stored.query("purpose == 'main' and claim == 'C6' and rule == 'registered'")
-    evidence = read_shipped("evidence", folder, or_empty=True).query("part == 'steering'")
-    by_draw, rows = dict(list(evidence.groupby(["kind", "seed"]))), []
-    for draw in verdicts.to_dict("records"):
-        table = by_draw.get((draw["kind"], draw["seed"]))
-        if table is not None:
-            name = f"compiled-{draw['kind']}-{draw['seed']}"
-            said = [RULES[part](Rows(name, table[table.model == name])) for part in C6_PARTS]
-            shown = ("claim", "verdict", "quantity", "reason", "estimate", "ci_low", "ci_high")
-            made = [draw | {key: getattr(one, key) for key in shown} for one in said]
-            rows += [one | {"rule": "corrected", "truth": truth_of(one["claim"], draw["truth"])} for one in made]
-    found = pd.DataFrame(rows, columns=list(verdicts.columns))
-    numbers = ["estimate", "ci_low", "ci_high"]
-    return found.astype(dict.fromkeys(numbers, float) | {"seed": "int64", "topics": "int64", "pairs": "int64"})
 
 
 def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
