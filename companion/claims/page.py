@@ -33,7 +33,7 @@ NAMES = {  # of the claims, for the lines on top and the picture
 CHANGES = {
     "C1": "a late share of 50 % or more: yes; of 40 % or less: no (02)",
     "C2": "an MLP share of 60 % or more: yes; of 50 % or less: no (03)",
-    "C3": "a share of 30 % or more: yes; of 10 % or less: no (02)",
+    "C3": "30 % or more in every family: yes; 10 % or less in every family: no (02)",
     "C4": "a share of 60 % or more: yes; of 40 % or less: no (05)",
     "C5a": "8 neurons or 1 % of the layer at most: yes; 10 % or more: no (04)",
     "C5b": f"a specific index of {thresholds.GATE_LOW:g} or more: yes; {thresholds.GATE_HIGH:g} or less in every form: no (04)",
@@ -287,7 +287,7 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
 def _notes(built: str) -> list[str]:
     return [
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
-        "the opposite asks for it. *Undecided*: neither, or a control is missing. The rules of C1, C4 and C6 were corrected "
+        "the opposite asks for it. *Undecided*: neither, or a control is missing. The rules of C1, C3, C4 and C6 were corrected "
         "after results on the shipped models had been seen.",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of true ones contradicted "

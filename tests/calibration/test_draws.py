@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 from measured_organism import KEYS, NUMBERS, few_pairs, gated_organism, measured_organism
 
-from companion.base.thresholds import UNTRAINED
+from companion.base.thresholds import POINTS, UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
+from companion.calibration.ideal_push import PUSH, truth_of
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.claims.registered_rules import PSI, STATEMENTS
+from companion.claims.verdict import Rows
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
@@ -107,11 +109,39 @@ def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
 
 
-def test_only_the_part_of_c6_that_is_built_has_a_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that decides late the truth of C6 is a measured one: what is pushed early is overwritten."""
     monkeypatch.setattr(draws.steering, "steering_evidence", lambda this, prompts: [])
-    verdicts = draws.measure_draw("late", 0, "steering", topics=5)["verdicts"].set_index(["claim", "rule"])
-    parts = {("C6a", "corrected"): "open", ("C6b", "corrected"): "open", ("C6c", "corrected"): "true"}
-    assert verdicts.truth.to_dict() == {("C6", "registered"): "true", **parts}
+    made = draws.measure_draw("late", 0, "steering", topics=12)
+    pushed = made["evidence"].set_index("quantity").filter(like=PUSH, axis=0)
+    assert list(pushed.index) == [
+        f"{PUSH}: {what}" for what in ("harm change", "advantage over early", "advantage over mid")
+    ]
+    assert pushed.ci_high.iloc[0] < -POINTS and pushed.n_pairs.min() > 5
+    verdicts = made["verdicts"].set_index(["claim", "rule"]).truth
+    assert verdicts["C6", "registered"] == verdicts["C6a", "corrected"] == verdicts["C6b", "corrected"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("change", "early", "mid", "truths"),
+    [
+        ((-20, -25, -15), (9, 5, 13), (9, 5, 13), "true true"),
+        ((-20, -25, -15), (9, 5, 13), (0, -1, 1), "true false"),
+        ((-20, -25, -15), (9, 5, 13), (3, -1, 7), "true open"),
+        ((-1, -1.9, -0.1), (9, 5, 13), (9, 5, 13), "false true"),
+        ((-1.9, -3, -0.8), (-9, -13, -5), (9, 5, 13), "open false"),
+        (None, None, None, "open open"),
+    ],
+)
+def test_the_truth_of_c6_is_what_an_ideal_push_does(
+    change: tuple | None, early: tuple | None, mid: tuple | None, truths: str
+) -> None:
+    found = {"harm change": change, "advantage over early": early, "advantage over mid": mid}
+    rows = [("C6", f"{PUSH}: {name}", "main", *numbers) for name, numbers in found.items() if numbers]
+    table = pd.DataFrame(rows, columns=["claim", "quantity", "variant", "estimate", "ci_low", "ci_high"])
+    assert [truth_of(part, Rows("m", table)) for part in ("C6a", "C6b", "C6c")] == [
+        truths.split()[i] for i in (0, 0, 1)
+    ]
 
 
 BOTH = ("registered", "corrected")

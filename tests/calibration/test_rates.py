@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from companion.calibration import rates
-from companion.calibration.campaign import SCHEMAS, read_shipped
 from organisms.compiled_program import draw_design
 
 
@@ -130,24 +129,8 @@ def test_a_ranking_is_judged_by_how_it_finds_the_set() -> None:
     assert math.isnan(rates.ranking_quality([False, False], [1.0, 2.0])["auroc"])
 
 
-def test_the_parts_of_c6_are_judged_anew_from_stored_evidence(tmp_path: Path) -> None:
-    """Old verdicts of a corrected rule that is no more are not read; only C6c has a truth, that of C6."""
-    stored, evidence = read_shipped("verdicts"), read_shipped("evidence")
-    late, early = (
-        stored[(stored.kind == kind) & (stored.seed == 11) & (stored.claim == "C6")] for kind in ("late", "early")
-    )
-    old = late.assign(rule="corrected", verdict="supported")
-    pd.concat([late[late.rule == "registered"], early, old, old.assign(claim="C6a")])[
-        list(SCHEMAS["verdicts"])
-    ].to_parquet(tmp_path / "verdicts.parquet")
-    own = evidence[(evidence.kind == "late") & (evidence.seed == 11) & (evidence.part == "steering")].copy()
-    own.loc[own.quantity == "harm change", ["estimate", "ci_low", "ci_high"]] = (0.0, -1.0, 1.0)
-    own.to_parquet(tmp_path / "evidence.parquet")
-    found = rates.main_draws(tmp_path).set_index(["kind", "claim"])
-    assert set(found.index) == {("early", "C6"), *(("late", name) for name in ("C6", "C6a*", "C6b*", "C6c*"))}
-    assert found.truth["late"].to_dict() == {"C6": "true", "C6a*": "open", "C6b*": "open", "C6c*": "true"}
-    assert found.verdict[("late", "C6a*")] == "contradicted" and found.estimate[("late", "C6a*")] == 0
-    assert rates.claim_rates(rates.main_draws(tmp_path / "none")) == {}
+def test_without_draws_there_are_no_rates(tmp_path: Path) -> None:
+    assert rates.claim_rates(rates.main_draws(tmp_path)) == {}
 
 
 def test_built_models_count_that_are_like_the_model_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
