@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -86,7 +86,7 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     Vectors are added at these layers (default: all) to all tokens of the prompt and to none of the answer.
     """
     chosen = methods.checked_layers(fit, layers)
-    rejection, harmfulness = laws or fit_laws(fit, tuple(chosen))
+    rejection, harmfulness = laws or laws_of(fit, tuple(chosen))
     vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
 
@@ -134,8 +134,15 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
     return best, found[best][1]
 
 
-@lru_cache(maxsize=4)  # the method asks for them, and so does the figure of the laws
-def fit_laws(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
+def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
+    """`fit_laws`, once for a fit: methods, rivals and figures ask for the same."""
+    if layers not in fit.laws:
+        fit.laws[layers] = fit_laws(fit, layers)
+    laws: tuple[Law, Law] = fit.laws[layers]
+    return laws
+
+
+def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
     """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate.
 
     lambda_r is the coefficient that a harmful prompt *needs*: at which the regression on position and coefficient gives it
@@ -354,7 +361,7 @@ def law_table(
     facts["R-law, rank correlation"] = f"{trend(pos_r[answered.index], need):.2f}"
     facts["H-law, rank correlation"] = f"{trend(np.concatenate(positions), np.concatenate(both)):.2f}"
     try:
-        laws = fit_laws(fit, tuple(layers))
+        laws = laws_of(fit, tuple(layers))
     except InputError as error:
         return pd.concat(tables, ignore_index=True), facts | {"fitted": f"not defined: {error}"}
     for panel, law, position in zip(lines, laws, (pos_r, pos_h), strict=True):

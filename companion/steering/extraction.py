@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -92,6 +92,9 @@ class Fit:
     tail: int
     neuron_layers: tuple[int, ...]
     _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
+    laws: dict[tuple[int, ...], Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # AdaSteer's, by steered layers
 
     @property
     def harmful(self) -> Bool[np.ndarray, "prompt"]:
