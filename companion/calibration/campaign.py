@@ -7,6 +7,7 @@ everything again, remove `data/calibration`.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -95,6 +96,7 @@ def run_campaign(
         for done, (name, item) in enumerate(missing, start=1):
             for table, rows in measure(item).items():
                 files.write_table(rows, folder / ".parts" / f"{name}.{table}.parquet")
+            gc.collect()  # a model and its kept runs lie in cycles, which a few large objects do not make Python look for
             each = (time.monotonic() - start) / done
             left = each * (len(missing) - done) / 60
             print(f"{done}/{len(missing)} {name}: {each:.0f} s each, about {left:.0f} min left", flush=True)
