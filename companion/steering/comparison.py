@@ -215,10 +215,12 @@ def at_equal_over_refusal(
     own = bootstrap.interval(sums, lambda total, counts: least(total, counts).reshape(len(total), -1))
     place = names.index(against)
     differ = bootstrap.interval(sums, lambda *x: (least(*x) - least(*x)[:, [place]]).reshape(len(x[0]), -1))
-    labels = [(name, f"at most {level:g} points") for name in names for level in levels]
+    labels = [(name, f"at most {level:g} point{'s' * (level != 1)}") for name in names for level in levels]
     table = pd.DataFrame(labels, columns=["method", "price"])
     table = table.assign(estimate=own.estimate, low=own.low, high=own.high)
-    return table.assign(more=differ.estimate, more_low=differ.low, more_high=differ.high)
+    table = table.assign(more=differ.estimate, more_low=differ.low, more_high=differ.high)
+    order = table.groupby("method").estimate.mean().sort_values(ascending=False, kind="stable").index
+    return table.set_index("method").loc[order].reset_index()
 
 
 def _least_harm(

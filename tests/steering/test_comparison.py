@@ -69,7 +69,7 @@ def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringE
         ("turning", 5): harm[0.2], ("turning", 1): np.interp(1.0, [cost[0.0], cost[0.2]], [harm[0.0], harm[0.2]]),
     }  # fmt: skip
     for (name, level), value in known.items():
-        row = table.loc[(name, f"at most {level} points")]
+        row = table.loc[(name, f"at most {level} point{'s' * (level > 1)}")]
         assert row.estimate == pytest.approx(value, abs=2e-3), (name, level)
         assert row.more == pytest.approx(value - {1: weak, 5: middle}[level], abs=2e-3), (name, level)
         assert row.low <= row.estimate <= row.high and row.more_low <= row.more <= row.more_high
