@@ -136,9 +136,9 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
 
 def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
     """`fit_laws`, once for a fit: methods, rivals and figures ask for the same."""
-    if layers not in fit.laws:
-        fit.laws[layers] = fit_laws(fit, layers)
-    laws: tuple[Law, Law] = fit.laws[layers]
+    if ("laws", layers) not in fit.memo:
+        fit.memo["laws", layers] = fit_laws(fit, layers)
+    laws: tuple[Law, Law] = fit.memo["laws", layers]
     return laws
 
 

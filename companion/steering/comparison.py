@@ -11,7 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -261,11 +261,15 @@ def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) ->
     return replace(like, name=f"random {family} {seed}", edits=tuple(edits))
 
 
-@lru_cache(maxsize=32)  # a hundred directions are drawn at the same few sites
 def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt width"]:
-    fit.need("benign")
-    benign = fit.last[part][fit.mask("discover", "benign"), layer].astype(float)
-    return benign - benign.mean(0)
+    """Benign activations less their mean; a hundred directions are drawn at the same few sites."""
+    key = "centred", part, layer
+    if key not in fit.memo:
+        fit.need("benign")
+        benign = fit.last[part][fit.mask("discover", "benign"), layer].astype(float)
+        fit.memo[key] = benign - benign.mean(0)
+    centred: Float[np.ndarray, "prompt width"] = fit.memo[key]
+    return centred
 
 
 def random_null(

@@ -92,9 +92,9 @@ class Fit:
     tail: int
     neuron_layers: tuple[int, ...]
     _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
-    laws: dict[tuple[int, ...], Any] = field(
+    memo: dict[object, Any] = field(
         default_factory=dict, init=False, repr=False
-    )  # AdaSteer's, by steered layers
+    )  # what methods work out once for a fit
 
     @property
     def harmful(self) -> Bool[np.ndarray, "prompt"]:

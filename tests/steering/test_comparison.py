@@ -1,5 +1,7 @@
 """Methods on equal terms, on a model in which a budget buys a known number of log-odds; controls keep all but one thing."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -122,6 +124,18 @@ def test_the_same_vectors_can_be_added_elsewhere(fit: Fit) -> None:
     norms = budget.added_norms(fit.subject, [late], texts)
     np.testing.assert_allclose(budget.added_norms(fit.subject, [moved], texts), norms, rtol=1e-6)
     assert norms.max() > 0 and "steers 1 layers; expected as many" in str(comparison.elsewhere(late, [0, 1]))
+
+
+def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:
+    """A campaign makes hundreds of fits; what is worked out once for a fit goes with it."""
+    own = replace(fit)
+    adasteer.adasteer(own, layers=[2])
+    comparison.random_direction(own, "covariance-matched", like=methods.fixed(own, layers=[2]))
+    assert len(own.memo) == 2
+    alive = weakref.ref(own)
+    del own
+    gc.collect()
+    assert alive() is None
 
 
 def test_random_directions_follow_their_family(fit: Fit) -> None:
