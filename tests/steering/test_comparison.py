@@ -130,7 +130,7 @@ def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:
     """A campaign makes hundreds of fits; what is worked out once for a fit goes with it."""
     own = replace(fit)
     adasteer.adasteer(own, layers=[2])
-    comparison.random_direction(own, "covariance-matched", like=methods.fixed(own, layers=[2]))
+    comparison._centred(own, "resid_post", 2)
     assert len(own.memo) == 2
     alive = weakref.ref(own)
     del own
