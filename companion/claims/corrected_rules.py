@@ -149,6 +149,8 @@ def corrected_c5c(rows: Rows) -> Verdict:
     if all(row is None for row in by_content) and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
         reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
         return Verdict(rows.model, "C5c", "not testable", reason)
+    if all(row is None for row in by_content):  # no answer was labelled: nothing was there to keep, or nothing measured
+        return registered.rule_c5c(rows)
     return registered.rule_c5c(rows, CONTENT_JUDGE)
 
 

@@ -200,3 +200,5 @@ def test_a_gate_inside_last_layer_neurons_is_seen_by_the_corrected_rule() -> Non
 
 def test_without_a_content_judge_c5c_names_the_flag() -> None:
     assert "--judge" in correct("C5c").reason
+    nothing = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0))
+    assert correct("C5c", nothing).verdict == "inconclusive", "where clamping does nothing no label is needed"
