@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from companion.base import folders, gguf, hub
+from companion.base import folders, gguf, hub, smollm2
 from companion.base.errors import InputError
 from companion.base.paths import FIGURES, NOTEBOOKS, ORGANISM, PROMPTS, RESULTS, ROOT, relative
 from companion.run import runner, settings, shards
@@ -241,6 +241,11 @@ def _placed(key: str, value: Any, folder: Path) -> Any:
     if key in ("wrappers", "adapter", "tokenizer"):  # always a path
         return (folder / folders.expanded(value)).resolve()
     if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
+        return value
+    if key == "model" and value in (
+        smollm2.NAME,
+        *smollm2.refusers(),
+    ):  # a run's results may lie in a folder of this name
         return value
     placed = folder / folders.expanded(value)
     return folders.fixed(placed) if folders.is_here(placed) else value
