@@ -60,7 +60,9 @@ def set_rates(subject: Subject, content: PromptSet, split: str) -> list[tuple[ob
             chosen = np.array([pair.family == family for pair in pairs])
             rows.append(rate_row("greedy refusal", f"{label}, {family}", split, hits[chosen]))
         opened += says[opens].tolist()
-    return [*rows, rate_row(f"refusals among answers that open with {REFUSAL}", "both", split, np.array(opened))]
+    if opened:  # a model without the adapter may open none so
+        rows.append(rate_row(f"refusals among answers that open with {REFUSAL}", "both", split, np.array(opened)))
+    return rows
 
 
 def effect_rows(subject: Subject, content: PromptSet, split: str) -> list[tuple[object, ...]]:

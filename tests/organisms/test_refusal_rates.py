@@ -45,6 +45,10 @@ def test_refusals_are_counted_by_label_and_family() -> None:
         5,
     ]
     assert set(table.split) == {"test"}
+    helpful = SimpleNamespace(pairs=[Pair("p", "T1", "t", "safe", "safe", family="verb", split="test")])
+    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, (
+        "no answer opens with the word"
+    )
 
 
 def test_wrappers_move_the_log_odds_by_family(monkeypatch: pytest.MonkeyPatch) -> None:
