@@ -11,6 +11,7 @@ import torch
 from companion.base.device import to_host
 from companion.base.display import NotDefined
 from companion.base.thresholds import POINTS
+from companion.claims.registered_rules import RIVALS
 from companion.claims.verdict import Rows
 from companion.evidence.steering import Row, evidence_row
 from companion.generation.hooks import Edit, Steering
@@ -20,7 +21,6 @@ from companion.steering.experiment import PLAIN, changed
 from companion.steering.prompts import Prompts
 
 PUSH = "ideal push"
-RIVALS = ("early", "mid")
 
 
 def ideal_push_rows(study: Study, prompt_set: Prompts) -> list[Row]:

@@ -30,12 +30,11 @@ WRONG = {"true": "contradicted", "false": "supported"}
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-# The first seeds of models that were planned after the corrections of C1 and C6, and after that of C4. The three rules of C6
-# ask what the registered one asked, one thing at a time, with its thresholds, and so may be judged on every draw.
+# The first seeds of models that were planned after the correction of C1, and after that of C4.
 FRESH_LATER, FRESH_LAST = 200, 300
 FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
-# Planned before the corrections of C1 and C6, but measured only afterwards.
+# Planned before the correction of C1, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 
 

@@ -15,7 +15,7 @@ from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, MARKERS, OKABE_I
 
 
 def strength_curves(
-    table: pd.DataFrame, *, x_label: str, y_label: str, title: str, log_x: bool = False, sharey: bool = True,
+    table: pd.DataFrame, *, x_label: str, y_label: str, title: str, log_x: bool = False,
     margins: Mapping[str, float] | None = None, apart: float = 0.0,
 ) -> Figure:  # fmt: skip
     """Estimates over a numeric `x`, one line for each value of `group`, one panel for each value of `panel`.
@@ -37,7 +37,7 @@ def strength_curves(
     figure.clear()
     drawn = []
     for one, part in zip(figure.subfigures(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
-        axes = one.subplots(1, len(names), squeeze=False, sharey=sharey)[0]
+        axes = one.subplots(1, len(names), squeeze=False, sharey=True)[0]
         drawn.append(axes)
         groups = distinct(part.group)
         for ax, name in zip(axes, names, strict=True):
