@@ -1,7 +1,7 @@
 """What steering could do in a built model, whatever a method finds: a push that knows the read-out, and whom to push.
 
 It is the truth that the parts of C6 are held against, and it rests on no estimate: the direction is the difference of the
-openers' unembedding vectors, the gate opens for harmful requests alone, and the size undoes a jailbreak in the last layer.
+openers' unembedding vectors, harmful requests alone are pushed, and the size undoes a jailbreak in the last late layer.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ def ideal_push_rows(study: Study, prompt_set: Prompts) -> list[Row]:
     unembedding, openers = study.subject.unembedding[0].detach().double(), study.openers["T2"]
     refuse, comply = (unembedding[list(ids)].mean(0) for ids in (openers.refuse, openers.comply))
     direction = torch.nn.functional.normalize(refuse - comply, dim=0)
-    texts = lab.prompts.text[lab.prompts.kind == "harmful"].tolist()
 
     def push(layer: int, size: float) -> Steering:
         edit = Edit(layer, "resid_post", methods.constant(to_host(size * direction)), "last", blind=True)
-        return comparison.oracle_gate(lab.fit, Steering(f"{PUSH}, layer {layer}", (edit,)), texts)
+        return Steering(f"{PUSH}, layer {layer}", (edit,))
 
     at = {name: layers[-1] for name, layers in comparison.zones(study.subject.n_layers).items()}
     validate = lab.prompts[(lab.prompts.split == "validate") & (lab.prompts.kind == "harmful")]

@@ -13,8 +13,9 @@ from steering_lab import shut, texts_of
 from torch import Tensor
 
 from companion.base.display import NotDefined
-from companion.generation import hooks
+from companion.generation import forward, hooks
 from companion.generation.hooks import Edit, Prompt, Steering
+from companion.model import activations
 from companion.steering import budget, methods
 from companion.steering.extraction import Fit
 
@@ -34,14 +35,22 @@ def steering(part: hooks.Part, size: float, strength: float, layer: int, opening
     return Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("part", ["resid_post", "mlp_out", "neurons"])
 @torch.no_grad()
-def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> None:
+def test_norms_of_a_batch_are_those_of_each_steering_alone(
+    part: hooks.Part, family: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They differ in what they add, in strength, in what their gates read, and in whom they open for.
 
-    The MLP of the last layer, which all of them push, counts at the last token alone.
+    What the attention masks above let nobody read does not count, whether the plain run is kept or not.
     """
-    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    subject, ids = tiny_subject(family), tokens(4, 9)
+    live = torch.from_numpy(activations.live_positions(activations.clean_run(subject, ids[:1])))
+    assert live[3].sum() == 1 and live[2].sum() == 9
+    if not kept:
+        monkeypatch.setattr(forward, "BATCH_BYTES", 0)
     rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
             (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
     many = [steering(part, *row) for row in rows]
@@ -50,7 +59,8 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part: hooks.Part) -> 
         with hooks.applied(subject, one) as record:
             subject.model.base_model(ids, use_cache=False)
         added, stood = (
-            x[0][2].sum(1) + x[0][3][:, -1] if x else torch.zeros(4).double() for x in (record.added, record.stood)
+            sum((x[0][i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
+            for x in (record.added, record.stood)
         )
         torch.testing.assert_close(squares, added, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(share, torch.nan_to_num(added / stood), rtol=1e-5, atol=1e-9)

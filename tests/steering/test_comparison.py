@@ -112,6 +112,9 @@ def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, expe
     assert (oracle["fires_harmful"], oracle["fires_harmless"]) == (1.0, 0.0)
     assert 0 < shuffled["fires_harmful"] < 0.9 and shuffled["fires_harmless"] > 0
     assert gate_firing(on, chosen["open"], table) == {}
+    own, other = comparison.AS_PUBLISHED[0], "another"
+    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)}, (0.5, 2.0))
+    assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
     chosen, curves = comparison.tuned(on, {})
     assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
