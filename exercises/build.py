@@ -1,9 +1,9 @@
 """Make what students see from the sources: `python -m exercises.build`.
 
 Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the
-companion its section *Exercises* and the links to the glossary. The latter two are Markdown, found by tags and links: a
-second run changes nothing, no code changes, and nothing has to be run again. With `--check` it writes nothing and says
-what is out of date.
+companion its exercises, the links to the glossary, and the numbers of its prose. These are Markdown, found by tags, links
+and comments: a second run changes nothing, no code changes, and nothing has to be run again. With `--check` it writes
+nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from companion.run import notebooks
 from exercises import guide
 from exercises.glossary import linked
 from exercises.judging import LEVELS, NUMBERS, Exercise, of_notebook
+from exercises.numbers import filled
 from exercises.questions import QUESTIONS, Question
 
 FOLDER = ROOT / "exercises"
@@ -103,35 +104,40 @@ def students_notebook(number: str, path: Path) -> notebooks.Notebook:
     return {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
 
 
-def section(number: str, path: Path) -> list[notebooks.Cell]:
-    """The Markdown cells *Exercises* of a notebook of the companion."""
-    file = f"[exercises/{path.name}](../exercises/{path.name})"
-    text = (
-        f"## Exercises\n\nStubs with checks that name the likely mistake: {file}. Hints and solutions are folded here."
-    )
-    cells = [cell("markdown", text, f"{number}-exercises", (TAG,))]
+def exercise_cells(number: str, path: Path) -> list[notebooks.Cell]:
+    """The Markdown cells of a notebook's exercises: task, where its stub and check are, hint and solution."""
+    file = f"Stub and check: [exercises/{path.name}](../exercises/{path.name})."
+    cells = []
     for one in of_notebook(number):
         solution = f"```python\n{inspect.getsource(one.solution).strip()}\n```"
         parts = (
             heading(one, LEVELS[one.level], "###"),
-            one.task,
+            f"{one.task} {file}",
             folded("Hint", one.hint),
             folded("Solution", solution),
         )
         cells.append(cell("markdown", "\n\n".join(parts), f"exercise-{one.number}", (f"{TAG}-{one.number}",)))
     last = QUESTIONS[number]
-    asked = "\n\n".join((heading(last, "open question", "###"), last.task, folded("Hint", last.hint)))
+    asked = "\n\n".join((heading(last, "open question", "###"), f"{last.task} {file}", folded("Hint", last.hint)))
     return [*cells, cell("markdown", asked, f"exercise-{last.number}", (f"{TAG}-{last.number}",))]
 
 
-def with_section(notebook: notebooks.Notebook, number: str, path: Path) -> notebooks.Notebook:
-    """The notebook with its section *Exercises* before the line that leads on, and its terms linked."""
-    kept = [one for one in notebook["cells"] if not any(tag.split("-")[0] == TAG for tag in notebooks.tags(one))]
-    place = max(i for i, one in enumerate(kept) if one["cell_type"] == "markdown" and NEXT in notebooks.source(one))
-    before, _, after = notebooks.source(kept[place]).partition(NEXT)
-    ends = [{**kept[place], "source": before.rstrip().splitlines(keepends=True)}] if before.strip() else []
-    last = cell("markdown", NEXT + after, f"{number}-next") if before.strip() else kept[place]
-    cells = [*kept[:place], *ends, *section(number, path), last, *kept[place + 1 :]]
+def with_exercises(notebook: notebooks.Notebook, number: str, path: Path) -> notebooks.Notebook:
+    """The notebook with its exercises, its terms linked, and its numbers as the tables have them.
+
+    An exercise stands where its tag stands; one whose tag is nowhere stands before the line that leads on.
+    """
+    made = {notebooks.tags(one)[0]: one for one in exercise_cells(number, path)}
+    cells, placed = [], set[str]()
+    for one in notebook["cells"]:
+        tag = next((tag for tag in notebooks.tags(one) if tag.split("-")[0] == TAG), "")
+        placed.add(tag)
+        cells += [made[tag]] if tag in made else [] if tag else [one]
+    end = max(i for i, one in enumerate(cells) if notebooks.source(one).startswith(NEXT))
+    cells[end:end] = [one for tag, one in made.items() if tag not in placed]
+    prose = [one for one in cells if one["cell_type"] == "markdown"]
+    for one in prose:
+        one["source"] = filled(notebooks.source(one)).splitlines(keepends=True)
     return {**notebook, "cells": linked(cells)}
 
 
@@ -141,7 +147,7 @@ def made() -> dict[Path, str]:
     for number in NUMBERS:
         (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
         files[FOLDER / path.name] = notebooks.notebook_text(students_notebook(number, path))
-        files[path] = notebooks.notebook_text(with_section(notebooks.read_notebook(path), number, path))
+        files[path] = notebooks.notebook_text(with_exercises(notebooks.read_notebook(path), number, path))
     return files
 
 

@@ -1,28 +1,33 @@
-"""The model and one pair of prompts, ready for a first patch.
+"""The model and one pair of prompts, and the two hooks with which everything by hand is done.
 
-`begin` loads a model with a prompt set, `bridge` opens the same weights in TransformerLens, `describe_precision` says in
-what precision effects are computed.
+`begin` loads a model with a prompt set; `record_outputs` keeps what modules put out, `edit_output` changes it on the way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.base.display import check
+from companion.mediation.estimands import prompt_tokens
 from companion.mediation.study import Study, begin, describe_precision, tolerance
-from companion.model.load import bridge
 from companion.prompts.tokens import Openers, TokenPair
 
 __all__ = [
     "Study",
     "begin",
-    "bridge",
     "check",
     "describe_precision",
+    "edit_output",
     "example_pair",
     "log_odds_of_logits",
     "main_treatment",
+    "record_outputs",
+    "token_ids",
     "tolerance",
 ]
 
@@ -59,3 +64,66 @@ def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -
     """
     last = logits[0, -1].double()
     return float(last[list(openers.comply)].logsumexp(0) - last[list(openers.refuse)].logsumexp(0))
+
+
+def token_ids(study: Study, pair: TokenPair) -> tuple[Tensor, Tensor]:
+    """Token ids of the control and of the treated prompt, each of shape (1, pos), where the model computes.
+
+    >>> study = begin("embedded", "embedded", "embedded", profile="smoke")
+    >>> control, treated = token_ids(study, example_pair(study))
+    >>> control.shape == treated.shape
+    True
+    """
+    control, treated = prompt_tokens(study.subject, [pair])
+    return control, treated
+
+
+@contextmanager
+def record_outputs(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
+    """Keep what each module puts out, by its name, while the model runs inside the `with` block.
+
+    Each entry has shape (prompt, pos, width). A block's output is the residual stream behind that layer.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 3)
+    >>> with record_outputs({"layer": layer}) as seen:
+    ...     _ = layer(torch.zeros(1, 4, 2))
+    >>> tuple(seen["layer"].shape)
+    (1, 4, 3)
+    """
+    seen: dict[Any, Tensor] = {}
+
+    def kept_as(name: Any) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            seen[name] = output
+            return output
+
+        return keep
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(edit_output(module, kept_as(name)))
+        yield seen
+
+
+@contextmanager
+def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the `with` block the module puts out `edit(output)` in place of its output, shape (prompt, pos, width).
+
+    `edit` returns a new tensor: an output that is changed in place is changed in every run that shares it.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 3)
+    >>> with edit_output(layer, torch.zeros_like):
+    ...     print(layer(torch.ones(1, 2)).abs().sum().item())
+    0.0
+    """
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -105,7 +105,7 @@ def test_an_answer_that_is_right_and_changes_its_input_is_told() -> None:
 def test_what_is_made_from_the_sources_is_up_to_date(number: str) -> None:
     path = notebook_of(number)
     made = {build.FOLDER / path.name: build.students_notebook(number, path)}
-    made[path] = build.with_section(notebooks.read_notebook(path), number, path)
+    made[path] = build.with_exercises(notebooks.read_notebook(path), number, path)
     for file, notebook in made.items():
         assert file.read_text(encoding="utf-8") == notebooks.notebook_text(notebook), "run python -m exercises.build"
 

@@ -1,4 +1,4 @@
-"""What every notebook must hold to: executed, short cells, mostly prose, few compared outputs, no place of one machine."""
+"""What every notebook must hold to: executed, short, built on the face alone, few compared outputs, no place of one machine."""
 
 import ast
 import os
@@ -44,21 +44,58 @@ def is_checked(cell: dict[str, Any]) -> bool:
 @book
 def test_a_notebook_was_executed_with_the_runners_parameters_and_fixed_ids(path: Path) -> None:
     notebook = notebooks.read_notebook(path)
-    assert notebooks.is_executed(notebook), f"run ./run_all.sh --only {path.name[:2]}"
+    assert notebooks.is_executed(notebook), f"run ./run_all.sh --only {path.stem}"
     assert notebooks.notebook_parameters(notebook, path) == runner.DEFAULTS
     ids = [cell.get("id") for cell in notebook["cells"]]
     assert None not in ids and len(set(ids)) == len(ids)
 
 
+def prose(path: Path) -> tuple[int, int]:
+    """Words of the running text, and of what is folded or an exercise (code left out)."""
+    text = folded = 0
+    for cell in notebooks.read_notebook(path)["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = re.sub(r"(?s)```.*?```|<!--.*?-->", "", notebooks.source(cell))
+            inside = " ".join(re.findall(r"(?s)<details>.*?</details>", source))
+            is_exercise = any(tag.startswith("exercise") for tag in notebooks.tags(cell))
+            folded += len((source if is_exercise else inside).split())
+            text += 0 if is_exercise else len(source.split()) - len(inside.split())
+    return text, folded
+
+
 @book
-def test_a_notebook_is_mostly_prose_in_short_cells(path: Path) -> None:
+def test_a_lesson_is_short_and_its_method_can_be_read(path: Path) -> None:
     sources = [notebooks.source(cell) for cell in code(path)]
-    for source in sources:
-        assert sum(bool(line.strip()) for line in source.splitlines()) <= 25, source
-    cells = notebooks.read_notebook(path)["cells"]
-    words = sum(len(notebooks.source(cell).split()) for cell in cells if cell["cell_type"] == "markdown")
-    assert words / sum(len(source.splitlines()) for source in sources) >= 5
+    lengths = sorted(sum(bool(line.strip()) for line in source.splitlines()) for source in sources)
+    assert lengths[-1] <= 25 and lengths[len(lengths) // 2] <= 6, lengths
+    text, folded = prose(path)
+    assert text <= (3_000 if path.name[:2] in ("04", "05", "06", "07") else 2_000), text
+    assert folded <= 600, folded
+    assert not re.search(r"(?m)^\s*if (ready|whole)|not computed", "\n".join(sources))
     assert path.stat().st_size < 1_000_000
+
+
+@book
+def test_a_lesson_imports_the_face_alone_and_few_names_of_it(path: Path) -> None:
+    tree = ast.parse("\n".join(notebooks.source(cell) for cell in code(path)))
+    own = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module is not None]
+    houses = {node.module.partition(".")[0] for node in own if node.module is not None}
+    assert not houses & {"companion", "organisms", "exercises"}, "compose it in helpers/"
+    names = [alias.name for node in own if str(node.module).startswith("helpers") for alias in node.names]
+    assert len(names) <= 8, names
+
+
+@book
+def test_every_section_of_a_lesson_ends_with_its_answer(path: Path) -> None:
+    """In bold, above the next heading: what the section found."""
+    whole = "\n\n".join(
+        notebooks.source(cell)
+        for cell in notebooks.read_notebook(path)["cells"]
+        if cell["cell_type"] == "markdown" and not any(tag.startswith("exercise") for tag in notebooks.tags(cell))
+    )
+    sections = re.split(r"(?m)^## ", re.sub(r"(?s)<details>.*?</details>", "", whole))[1:]
+    ends = [part.partition("**Next →**")[0].strip().rsplit("\n\n", 1)[-1] for part in sections]
+    assert not [end[:80] for end in ends if "**" not in end]
 
 
 @book
@@ -84,7 +121,9 @@ def test_a_notebook_names_no_place_of_one_machine(path: Path) -> None:
     assert not re.findall(r"(?<![\w.:/-])/(?:home|Users|tmp|mnt|private|var)/\S*", whole)
 
 
-@pytest.mark.parametrize("path", [path for path in BOOKS if path.name[:2] in ONLY_PLOT], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in BOOKS if path.name.partition("_")[0] in ONLY_PLOT], ids=lambda path: path.stem
+)
 def test_a_notebook_that_only_plots_imports_no_model_stack(path: Path) -> None:
     tree = ast.parse("\n".join(re.sub(r"(?m)^\s*[%!].*$", "", notebooks.source(cell)) for cell in code(path)))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -112,7 +151,7 @@ def test_plain_papermill_runs_a_notebook_after_the_one_that_it_needs(tmp_path: P
 
 
 def test_every_notebook_has_its_place() -> None:
-    assert {path.name[:2] for path in BOOKS} == set(runner.NEEDS)
+    assert {path.name.partition("_")[0] for path in BOOKS} == set(runner.NEEDS)
     order = list(runner.find_notebooks(NOTEBOOKS, runner.NEEDS))
     assert all(order.index(need) < order.index(number) for number in order for need in runner.NEEDS[number])
     assert order[-1] == "00"

@@ -212,7 +212,7 @@ def _existing(path: Path | str) -> Path:
 
 def _remedy(path: Path) -> str:
     """How to make a result file again: its number is its notebook's."""
-    number = "08" if path.name == "claims.csv" else (re.match(r"(\d\d)_", path.name) or ("", ""))[1]
+    number = "08" if path.name == "claims.csv" else (re.match(r"(\d\db?)_", path.name) or ("", ""))[1]
     if not number or not path.resolve().is_relative_to(RESULTS):
         return "Restore the file or make it again."
     made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None)

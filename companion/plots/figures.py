@@ -24,7 +24,7 @@ from companion.plots import calibration, layers, neurons, steering, style, token
 from companion.plots.style import ESTIMATE, FigureSpec
 
 PARTS = (layers, neurons, tokens, steering, calibration)
-SPECS = tuple(sorted((one for part in PARTS for one in part.SPECS), key=lambda one: one.name[:2]))
+SPECS = tuple(sorted((one for part in PARTS for one in part.SPECS), key=lambda one: one.name.partition("_")[0]))
 
 
 def spec_of(name: str) -> FigureSpec:

@@ -101,7 +101,7 @@ def run_evidence(slug: str) -> pd.DataFrame:
 
     from companion.claims.ledger import KEYS
 
-    found = sorted((RESULTS / slug).glob("0[2-6]_evidence.csv"))
+    found = sorted((RESULTS / slug).glob("0[2-6]*_evidence.csv"))
     if not found:
         raise InputError(f"{relative(RESULTS / slug)} holds no evidence: run ./run_all.sh first")
     tables = [files.read_table(path, files.EVIDENCE) for path in found]

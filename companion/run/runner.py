@@ -35,10 +35,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "02": ("01",),
     "03": ("02",),
     "04": ("01",),
+    "04b": ("04",),
     "05": ("01",),
     "06": ("01",),
     "07": (),
-    "08": ("02", "03", "04", "05", "06", "07"),
+    "08": ("02", "03", "04", "04b", "05", "06", "07"),
     "00": ("08",),
 }
 JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
@@ -85,8 +86,8 @@ def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str
     `InputError` for one that nobody gave a place.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        number = path.name[:2]
+    for path in sorted(folder.glob("[0-9][0-9]*_*.ipynb")):
+        number = path.name.partition("_")[0]
         if number in found:
             raise InputError(f"{relative(path)} and {relative(found[number])} have the same number: rename one")
         if number not in needs:
