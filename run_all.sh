@@ -13,7 +13,7 @@ fail() {
 
 # The Python that made the results here comes first.
 supported="3.11 3.12 3.13 3.14"
-made_with="$(sed -n 's/^ "python": "\(.*\)".*/\1/p' results/embedded/manifest.json 2>/dev/null || true)"
+made_with="$(sed -n 's/^ "python": "\(.*\)".*/\1/p' results/smollm2-refuser/manifest.json 2>/dev/null || true)"
 
 is_python() { # of these versions, or of any supported one; a shim may be there and not start, so ask the interpreter itself
   "$1" -I -S -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv[1].split())' "${2:-$supported}" >/dev/null 2>&1
@@ -73,6 +73,6 @@ if ! is_python "$python" "$supported" || ! stamp check; then
 fi
 
 if [ -n "$made_with" ] && ! is_python "$python" "$made_with"; then
-  echo "results/embedded was made with Python $made_with; this is $("$python" -V)" >&2
+  echo "results/smollm2-refuser was made with Python $made_with; this is $("$python" -V)" >&2
 fi
 exec "$python" -m companion.run.cli "$@"

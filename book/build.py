@@ -26,7 +26,7 @@ ASKED = ROOT / "requirements-book.in"
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "models.example.yml", "docs/*.md", "notebooks/*.ipynb",
     "exercises/README.md", "exercises/[0-9]*.ipynb", "exercises/*.py", "data/**/README.md", "figures/INDEX.md",
-    "figures/embedded/*", "figures/benchmarks/*", "results/claims.md", "results/benchmarks/*.csv",
+    "figures/smollm2-refuser/*", "figures/benchmarks/*", "results/claims.md", "results/benchmarks/*.csv",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The parts of the instructor guide that follow from the exercises: minutes, the key, and the expected wrong answers."""
+"""The parts of the instructor guide that follow from the exercises: minutes and the key."""
 
 from __future__ import annotations
 
@@ -30,16 +30,7 @@ def key(code: int = 1) -> str:
     return "\n".join(lines)
 
 
-def wrong_answers() -> str:
-    """Every message that a check can give, by exercise."""
-    lines = []
-    for number in NUMBERS:
-        for one in of_notebook(number):
-            lines += [f"**{one.number}, {one.title}**", "", *(f"- {mistake.says}" for mistake in one.mistakes), ""]
-    return "\n".join(lines).rstrip()
-
-
-PARTS = {"minutes": minutes, "key": key, "wrong answers": wrong_answers}
+PARTS = {"minutes": minutes, "key": key}
 
 
 def filled(text: str) -> str:

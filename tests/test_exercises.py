@@ -142,10 +142,9 @@ def test_every_glossary_link_has_its_entry() -> None:
     assert len(glossary.terms()) == text.count("*also: ") >= 40
 
 
-def test_the_instructor_guide_has_the_key_and_every_message() -> None:
+def test_the_instructor_guide_has_the_key() -> None:
     text = guide.GUIDE.read_text(encoding="utf-8")
     assert text == guide.filled(text), "run python -m exercises.build"
-    assert all(f"- {mistake.says}\n" in text for one in EXERCISES for mistake in one.mistakes)
     for number, found in mystery.keys(1).items():
         assert f"| {number} | {' | '.join(found.values())} |" in text
     with pytest.raises(ValueError, match="made: key"):

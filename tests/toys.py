@@ -14,6 +14,7 @@ from companion.base.paths import ROOT
 
 NEEDS = '{"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03"), "00": ("08",)}'
 
+DEFAULTS = '{"MODEL": "embedded", "PROMPTS": "embedded", "SLUG": "embedded"}'  # nothing is fetched for a toy
 PARAMETERS = """MODEL = "embedded"
 PROMPTS = "embedded"
 SLUG = "embedded"
@@ -114,7 +115,9 @@ def copy_repository(root: Path) -> Toy:
         (prompts / name).write_text("{}\n", encoding="utf-8")
     runner = root / "companion" / "run" / "runner.py"  # needs of its own, so that a new notebook changes no test
     code = runner.read_text(encoding="utf-8")
-    runner.write_text(re.sub(r"(?s)(NEEDS: [^=]*= ){.*?\n}", r"\g<1>" + NEEDS, code), encoding="utf-8")
+    code = re.sub(r"(?s)(NEEDS: [^=]*= ){.*?\n}", r"\g<1>" + NEEDS, code)
+    code = re.sub(r"(DEFAULTS: [^=]*= ){.*}", r"\g<1>" + DEFAULTS, code)
+    runner.write_text(code, encoding="utf-8")
     toy = Toy(root)
     for number in ("00", "01", "02", "03"):
         toy.write(number)

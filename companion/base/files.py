@@ -218,7 +218,7 @@ def _remedy(path: Path) -> str:
     made_by = next(iter(sorted(NOTEBOOKS.glob(f"{number}_*.ipynb"))), None)
     name = f"notebooks/{made_by.name}" if made_by else f"notebook {number}"
     slug = path.resolve().relative_to(RESULTS).parts[0]
-    same = "" if slug in ("embedded", path.name) else f" with the flags that made {slug!r}"
+    same = "" if slug in ("smollm2-refuser", path.name) else f" with the flags that made {slug!r}"
     return f"It is made by {name}: ./run_all.sh --only {number} --force{same}"
 
 

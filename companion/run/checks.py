@@ -6,7 +6,6 @@ unless uv is told otherwise, as in `python -m companion.run.checks --upgrade-pac
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -14,14 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 from packaging.markers import Marker
 
+from companion.base import smollm2
 from companion.base.display import STRICT
+from companion.base.errors import InputError
 from companion.base.files import read_json, write_text
 from companion.base.paths import NOTEBOOKS, RESULTS, ROOT, relative
 from companion.run import notebooks, runner
@@ -30,6 +31,7 @@ from companion.run.freshness import processor
 RTOL, ATOL = 1e-3, 1e-4  # of committed numbers: other processors round differently in the fifth digit
 STYLE = {"ruff check": ["ruff", "check", "."], "ruff format": ["ruff", "format", "--check", "."], "mypy": ["mypy"]}
 ON_A_DEVICE = "tests/test_standin_notebooks.py"
+DEVICE = ("notebooks, stand-in GPU", ["pytest", "--quiet", ON_A_DEVICE])
 UNIT = ("unit tests and doctests", ["pytest", "--quiet", f"--ignore={ON_A_DEVICE}"])
 NBVAL = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with=tests/nbval_sanitize.cfg", "--quiet"]
 LOCK = ROOT / "requirements.lock"
@@ -50,44 +52,75 @@ Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
-    """Exit status: 1 if any check failed."""
+    """Exit status: 1 if any check failed. Notebooks are those of the default run, or of `embedded` where its model is out of reach."""
     # One thread: unit tests are many small products, and threads that wait for each other cost more than they help.
     unseen = notebooks.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    why, asked = _unreachable(), runner.DEFAULTS
+    if why:
+        print(f"{why}: the notebooks are checked on the embedded model, and {asked['SLUG']} is not", flush=True)
+        asked = asked | dict.fromkeys(("MODEL", "PROMPTS", "SLUG"), "embedded")
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         scratch = Path(folder).resolve()
-        # Unit tests use one core, and take as long as all else.
-        units = pool.submit(_step, *UNIT, unseen, scratch / "unit.log")
-        outcomes = [_step(name, command, unseen) for name, command in STYLE.items()]
         results, figures = scratch / "results", scratch / "figures"
-        variables = notebooks.environment(results, figures, scratch) | notebooks.threads("embedded") | {STRICT: "1"}
-        for path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).values():
-            outcomes.append(_step(f"nbval {path.stem}", ["pytest", *NBVAL, str(path)], variables))
-        outcomes.append(compare(results))
-        outcomes.append(_step("notebooks, stand-in GPU", ["pytest", "--quiet", ON_A_DEVICE], unseen))
-        outcomes.append(units.result())
-        print(f"\n== {UNIT[0]}\n{(scratch / 'unit.log').read_text(encoding='utf-8')}", flush=True)
+        variables = notebooks.environment(results, figures, scratch) | notebooks.threads(asked["MODEL"]) | {STRICT: "1"}
+        steps = [pool.submit(_step, name, command, unseen) for name, command in (UNIT, *STYLE.items(), DEVICE)]
+        read: dict[str, Future[Outcome]] = {}
+        for number, path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).items():
+            needed = [read[need] for need in runner.NEEDS[number]]
+            name, command = (f"nbval {path.stem}", ["pytest", *NBVAL, str(path)])
+            if why:
+                name, command = f"run {path.stem}", _papermill(path, scratch, asked)
+            read[number] = pool.submit(_after, needed, name, command, variables)
+        outcomes = [step.result() for step in (*steps, *read.values())]
+        outcomes.append(compare(results, asked["SLUG"]))
+    if why and os.environ.get("CI"):
+        outcomes.append((f"{smollm2.NAME} can be fetched", False, 0.0))
     print("\n== times")
     for name, passed, seconds in outcomes:
         print(f"{name:<28}{seconds:7.0f} s  {'passed' if passed else 'FAILED'}")
     print(f"{'together':<28}{sum(seconds for *_, seconds in outcomes):7.0f} s")
     failed = [name for name, passed, _ in outcomes if not passed]
     print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
+    if why:
+        print(f"not checked: the notebooks and results of {runner.DEFAULTS['SLUG']} ({why})")
     return int(bool(failed))
 
 
-def _step(name: str, module: Sequence[str], variables: Mapping[str, str], log: Path | None = None) -> Outcome:
-    """Run a module; with `log`, beside other steps, so what it says goes into that file."""
+def _unreachable() -> str:
+    """Why the default run's model cannot be had, or an empty text."""
+    try:
+        smollm2.fetch_smollm2()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _papermill(path: Path, scratch: Path, asked: Mapping[str, object]) -> list[str]:
+    """The command that runs a notebook with these parameters, for its tables alone."""
+    given = [word for name, value in asked.items() for word in ("-p", name, str(value))]
+    return ["papermill", str(path), str(scratch / path.name), "--cwd", str(NOTEBOOKS), "-k", "python3", *given]
+
+
+def _after(needed: Sequence[Future[Outcome]], name: str, module: Sequence[str], variables: Mapping[str, str]) -> Outcome:
+    """A step that begins when others have ended; whether they passed or not, it says by itself what is missing."""
+    for one in needed:
+        one.result()
+    return _step(name, module, variables)
+
+
+def _step(name: str, module: Sequence[str], variables: Mapping[str, str]) -> Outcome:
+    """Run a module, and print what it said in one piece when it has ended."""
     start = time.monotonic()
-    with contextlib.nullcontext() if log is None else log.open("w", encoding="utf-8") as file:
-        if file is None:
-            print(f"\n== {name}", flush=True)
-        command = [sys.executable, "-m", *module]
-        done = subprocess.run(command, cwd=ROOT, env=variables, check=False, stdout=file, stderr=file)
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(
+        command, cwd=ROOT, env=variables, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(f"\n== {name}\n{done.stdout}", flush=True)
     return name, done.returncode == 0, time.monotonic() - start
 
 
-def compare(fresh: Path) -> Outcome:
+def compare(fresh: Path, slug: str) -> Outcome:
     """Whether the committed tables say what the notebooks just found.
 
     On another kind of processor than that of the committed results, last bits turn ties and the t-values of cells that
@@ -96,15 +129,15 @@ def compare(fresh: Path) -> Outcome:
     print("\n== committed results against those just made", flush=True)
     start = time.monotonic()
     found = {
-        path: _difference(path, fresh / path.relative_to(RESULTS)) for path in sorted(RESULTS.glob("embedded/*.csv"))
+        path: _difference(path, fresh / path.relative_to(RESULTS)) for path in sorted(RESULTS.glob(f"{slug}/*.csv"))
     }
     differences = [f"{relative(path)}: {line}" for path, line in found.items() if line]
     print("\n".join(differences) or "the same")
-    made_on, here = read_json(RESULTS / "embedded" / "manifest.json").get("processor"), processor()
+    made_on, here = read_json(RESULTS / slug / "manifest.json").get("processor"), processor()
     passed = not differences
     if differences and made_on != here:
         print(f"committed results are from another processor ({made_on}; here {here}): only verdicts are compared")
-        paths = [folder / "embedded" / "claims.csv" for folder in (RESULTS, fresh)]
+        paths = [folder / slug / "claims.csv" for folder in (RESULTS, fresh)]
         verdicts = [pd.read_csv(path)[["model", "claim", "verdict"]] for path in paths if path.is_file()]
         passed = len(verdicts) == 2 and verdicts[0].equals(verdicts[1])
     return "committed results", passed, time.monotonic() - start

@@ -28,7 +28,7 @@ from companion.run.overview import claims_table
 FIRST = "notebooks/00_start_here.ipynb"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 ALONE = {
-    "test": "it always checks the embedded model",
+    "test": "it always checks the default run",
     "book": "it shows the outputs that are stored",
     "lab": "parameters are set in the notebook",
 }
@@ -52,16 +52,16 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The flags of `./run_all.sh`."""
-    what = "Run every notebook that is not up to date. With no flag: the embedded model, on the CPU."
+    what = "Run every notebook that is not up to date. With no flag: smollm2-refuser, on the CPU."
     new = Parser(prog="./run_all.sh", description=what, allow_abbrev=False)
     add = new.add_argument
     # fmt: off
-    add("--model", metavar="NAME|DIR|FILE|ID", default="embedded",
-        help="a shipped model, a model's folder, a GGUF file, or ORG/MODEL[@REV] of the hub")
+    add("--model", metavar="NAME|DIR|FILE|ID",
+        help="smollm2-refuser (default), embedded (a quick look), a model's folder, a GGUF file, or ORG/MODEL[@REV] of the hub")
     add("--adapter", metavar="DIR", help="a LoRA adapter (peft, safetensors) that is merged into the model")
     add("--tokenizer", metavar="DIR", help="the folder of the tokenizer and chat template of a GGUF file that has none")
     add("--prompts", metavar="NAME|DIR",
-        help="a shipped or public prompt set, or a folder (default: embedded; for a model of the hub the open public sets)")
+        help="a shipped or public prompt set, or a folder (default: what goes with the model; for one of the hub the open public sets)")
     add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
     add("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -114,6 +114,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if flags.all and flags.models is not None:
         raise InputError("--all and --models each name a list of runs: give one of them")
     flags.models = str(COMMITTED) if flags.all else flags.models
+    named = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
+    flags.may_fall_back = named == (None,) * len(named)
+    flags.model = runner.DEFAULTS["MODEL"] if flags.model is None else flags.model
     flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
     settings.check_wrappers(flags.prompts, flags.wrappers)
     for name, reason in ALONE.items():
@@ -140,7 +143,7 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
     judge = None if flags.judge is None else named(flags.judge, ORGANISM)
     if judge is not None:
         folders.check_judge(judge)
-    found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "embedded", "DEVICE": device, "DTYPE": flags.dtype}
+    found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
     return {**found, "SLUG": settings.slug(found, flags.name, judge, flags.wrappers)}
 
@@ -316,6 +319,21 @@ def run_command(flags: argparse.Namespace) -> int:
     return 0
 
 
+def run_default(flags: argparse.Namespace) -> int:
+    """The run in which nobody named a model: the default one, or `embedded` where that cannot be fetched, and says so twice."""
+    try:
+        if folders.split_adapter(flags.model)[0] == smollm2.NAME:
+            smollm2.fetch_smollm2()
+    except InputError as error:
+        kept = f"so this is a run of the embedded model; the results of {flags.model} stay as they are"
+        print(f"{error}: {kept}\n", file=sys.stderr, flush=True)
+        embedded = argparse.Namespace(**vars(flags) | {"model": "embedded", "prompts": "embedded"})
+        status = run_command(embedded)
+        print(f"\n{flags.model} was not run ({error}): {kept}", file=sys.stderr)
+        return status
+    return run_command(flags)
+
+
 def list_command(flags: argparse.Namespace) -> int:
     """Print the notebooks in reading order: number, last wall time, whether it is up to date, title."""
     plan = runner.make_plan(resolved(flags))
@@ -344,7 +362,8 @@ def figures_command(flags: argparse.Namespace) -> int:
 def one_command(asked: argparse.Namespace) -> int:
     """Do for one run what the flags ask for, once they are in force."""
     flags = in_force(asked)
-    return (list_command if flags.list else figures_command if flags.figures else run_command)(flags)
+    run = run_default if flags.may_fall_back else run_command
+    return (list_command if flags.list else figures_command if flags.figures else run)(flags)
 
 
 def models_command(flags: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from companion.base.errors import InputError
 from companion.base.files import read_json, write_json, write_text
 from companion.base.folders import is_small
 from companion.base.paths import NOTEBOOKS, ROOT, relative
+from companion.base.smollm2 import REFUSES
 
 Notebook = dict[str, Any]
 Cell = dict[str, Any]
@@ -223,7 +224,7 @@ def start_notebook(
     scratch = tempfile.TemporaryDirectory()
     place = Path(scratch.name)
     write_text(notebook_text(prepared(notebook)), place / "source.ipynb")
-    variables = environment(results, figures, place) | threads(str(parameters.get("MODEL", "embedded")))
+    variables = environment(results, figures, place) | threads(str(parameters.get("MODEL", REFUSES)))
     reading, writing = os.pipe()
     words = [str(place / "source.ipynb"), str(place / "target.ipynb"), str(NOTEBOOKS), json.dumps(dict(parameters))]
     with log.open("w", encoding="utf-8") as file, os.fdopen(writing, "wb"):  # our end is closed, so the pipe has an end

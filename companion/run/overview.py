@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from companion.base import files
 from companion.base.errors import InputError
 from companion.base.paths import RESULTS, relative, results_dir
+from companion.base.smollm2 import REFUSES
 from companion.run.freshness import run_times
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ SAYS = {
     "not testable": "not measured",
 }
 SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")  # columns of a table for the terminal
-DEFAULT = "embedded"  # the run whose page the joined one is
+DEFAULT = REFUSES  # the run whose page the joined one is
 
 
 def pipeline_steps() -> pd.DataFrame:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from companion.base import files, hub
+from companion.base import files, hub, smollm2
 from companion.base.display import FAILED_CHECK
 from companion.base.errors import InputError
 from companion.base.folders import is_small, model_folder, prompts_folder, split_adapter
@@ -44,7 +44,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
-DEFAULTS: dict[str, Any] = dict.fromkeys(("MODEL", "PROMPTS", "SLUG"), "embedded")
+DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
 DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
 
 
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def is_default(self) -> bool:
-        """Whether this is the run whose results are committed."""
+        """Whether this is the run with no flags, whose executed notebooks are those of the repository."""
         return dict(self.parameters) == DEFAULTS
 
     @property
@@ -314,7 +314,7 @@ class _Work:
 
     def __init__(self, plan: Plan, numbers: Sequence[str], jobs: int) -> None:
         self.plan, self.numbers, self.jobs = plan, list(numbers), jobs
-        self.times = {**run_times(RESULTS / "embedded"), **run_times(plan.results)}
+        self.times = {**run_times(RESULTS / DEFAULTS["SLUG"]), **run_times(plan.results)}
         self.waiting = [number for number in numbers if number in plan.stale]
         self.stages: list[Stage] = []
         self.done: list[str] = []

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from companion.prompts.pairs import Pair
     from companion.prompts.public import Request, Wrapper
 
+RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
 LONGEST = 90  # characters of a name that nobody chose
 
 
@@ -42,8 +43,8 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
     Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
     """
     chosen = check_slug(default_slug(found, judge, given) if name is None else name)
-    if chosen == "embedded" and (judge or found != runner.DEFAULTS):
-        raise InputError("--name embedded is the run with no flags, whose results are kept: choose another name")
+    if chosen in RESERVED and chosen != default_slug(found, judge, given):
+        raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
     before = freshness.recall(paths.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
         then = before.get(kind, now)
@@ -58,11 +59,11 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
     """The run's name if none is given: what differs from the default, and a hash in place of the end of a long one.
 
     >>> default_slug(runner.DEFAULTS)
-    'embedded'
-    >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PAIRS": 50})
+    'smollm2-refuser'
+    >>> default_slug({**runner.DEFAULTS, "MODEL": "window-1", "PROMPTS": "embedded", "PAIRS": 50})
     'window-1-pairs50'
     >>> default_slug({**runner.DEFAULTS, "PROMPTS": "xstest"}, given="my/own.jsonl")
-    'embedded-xstest-wrappers-own'
+    'smollm2-refuser-xstest-wrappers-own'
     """
     base, adapter = folders.split_adapter(found["MODEL"])
     is_named = smollm2.refuser_adapter(found["MODEL"]) is not None

@@ -151,7 +151,7 @@ def test_the_wrong_python_is_one_clear_line(toy_done: Toy, tmp_path: Path) -> No
 
 def test_the_python_that_made_the_results_is_preferred(toy: Toy, tmp_path: Path) -> None:
     for there, made, taken in [("3.12", "3.11", "3.12"), ("3.11 3.13", "3.13", "3.13"), ("3.13 3.14", "", "3.13")]:
-        write_json({"python": made} if made else {}, toy.root / "results" / "embedded" / "manifest.json")
+        write_json({"python": made} if made else {}, toy.root / "results" / "smollm2-refuser" / "manifest.json")
         done = toy.shell("--list", **fake_pythons(tmp_path, there), COMPANION_VENV=str(tmp_path / "venv"))
         assert (done.returncode, done.stdout.split("\n")[0]) == (0, f"found python{taken}")
 
@@ -162,9 +162,9 @@ def test_an_environment_of_another_python_is_used_and_one_line_says_so(toy: Toy,
     (tmp_path / "bin" / "python").write_text('#!/bin/sh\nexec "${0}3.12" "$@"\n')
     stamp = hashlib.sha256((toy.root / "requirements.lock").read_bytes()).hexdigest()
     (tmp_path / "companion-lock.sha256").write_text(stamp)
-    said = "results/embedded was made with Python 3.11; this is Python 3.12\n"
+    said = "results/smollm2-refuser was made with Python 3.11; this is Python 3.12\n"
     for made, name in product(("3.11", "3.12"), ("VIRTUAL_ENV", "COMPANION_VENV")):
-        write_json({"python": made}, toy.root / "results" / "embedded" / "manifest.json")
+        write_json({"python": made}, toy.root / "results" / "smollm2-refuser" / "manifest.json")
         done = toy.shell("--list", **{name: str(tmp_path)})
         assert (done.stdout.split("\n")[0], done.stderr) == ("found python3.12", said if made == "3.11" else "")
 
@@ -250,6 +250,20 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
     assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
 
 
+@pytest.mark.parametrize(("flags", "asked"), [((), True), (("--only", "02"), True), (("--name", "x"), False), (("--model", "smollm2"), False)])
+def test_without_its_model_the_default_command_runs_the_embedded_one_and_says_so_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], asked: bool
+) -> None:
+    ran = []
+    monkeypatch.setattr(cli.smollm2, "fetch_smollm2", Mock(side_effect=InputError("no network")))
+    monkeypatch.setattr(cli, "run_command", lambda flags: ran.append((flags.model, flags.prompts, flags.only)) or 0)
+    assert cli.one_command(cli.parse(flags)) == 0
+    only = flags[1] if flags[:1] == ("--only",) else None
+    assert ran == ([("embedded", "embedded", only)] if asked else [(cli.parse(flags).model, "english", None)])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "no network" in line] == said[:1] + said[-1:] if asked else not said
+
+
 WRONG = {
     "models:\n- {modle: a}": "entry 1: unknown key 'modle': known are model, adapter, prompts",
     "models:\n- {name: 2024}": "'name' must be text (quote it if it looks like a number or a date), not 2024",
@@ -257,7 +271,7 @@ WRONG = {
     "models:\n- {pairs: 5}": "entry 1: --pairs 5: expected at least 10",
     "models:\n- {pairs: 20, name: a}\n- {name: A, pairs: 30}": "entries 1 and 2 are both named 'A'",
     "models:\n- {name: ../x, pairs: 20}": "entry 1: '../x' cannot name a run",
-    "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run with no flags",
+    "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run of that model",
     "models:\n- {model: nowhere}": "entry 1: no model 'nowhere'",
     "models:\n- {judge: ''}": "entry 1: 'judge' names nothing; leave the key out",
     "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",

@@ -61,16 +61,16 @@ def test_every_model_is_judged_by_its_own_run(tmp_path: Path) -> None:
 
 
 def test_the_page_is_the_default_runs_with_a_line_for_every_other_model(tmp_path: Path) -> None:
-    judged(tmp_path / "embedded", embedded="supported", other="cannot tell")
+    judged(tmp_path / "smollm2-refuser", smollm2_refuser="supported", other="cannot tell")
     for name, answer in (("a", "supported"), ("b", "not testable"), ("other", "cannot tell")):
         judged(tmp_path / name, **{name: answer, "relative": "supported"})
     overview.join_claims(tmp_path)
     above, lines = (tmp_path / "claims.md").read_text().split("**Other models with a run.**\n\n")
-    assert above == PAGE.format(run="embedded").removesuffix("the files\n")
+    assert above == PAGE.format(run="smollm2-refuser").removesuffix("the files\n")
     assert lines.splitlines() == [
-        "- `a`: holds: C1. Same answer as `embedded` in 1 of 1.",
-        "- `b`: not measured: C1. Same answer as `embedded` in 0 of 1.",
-        "- `other`: cannot tell: C1. Same answer as `embedded` in 0 of 1.",
+        "- `a`: holds: C1. Same answer as `smollm2-refuser` in 1 of 1.",
+        "- `b`: not measured: C1. Same answer as `smollm2-refuser` in 0 of 1.",
+        "- `other`: cannot tell: C1. Same answer as `smollm2-refuser` in 0 of 1.",
         "", "the files",
     ]  # fmt: skip
 
@@ -111,12 +111,12 @@ def test_the_shape_of_a_model_is_read_from_its_facts(
 
 
 def test_the_shipped_verdicts_are_those_of_the_shipped_run(tmp_path: Path) -> None:
-    judged(tmp_path / "embedded")
+    judged(tmp_path / overview.DEFAULT)
     for name in ("claims.csv", "claims.json", "claims.md"):
-        (tmp_path / "embedded" / name).write_bytes((RESULTS / "embedded" / name).read_bytes())
+        (tmp_path / overview.DEFAULT / name).write_bytes((RESULTS / overview.DEFAULT / name).read_bytes())
     overview.join_claims(tmp_path)
     for name in ("claims.csv", "claims.json", "claims.md"):
-        assert (tmp_path / name).read_bytes() == (RESULTS / "embedded" / name).read_bytes(), name
+        assert (tmp_path / name).read_bytes() == (RESULTS / overview.DEFAULT / name).read_bytes(), name
 
 
 def test_the_evidence_of_a_run_is_that_of_its_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

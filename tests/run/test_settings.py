@@ -63,9 +63,9 @@ def test_wrappers_are_in_the_name(places: tuple[Path, Path]) -> None:
     words = ("--prompts", "xstest")
     with pytest.raises(InputError, match="--wrappers goes with a public prompt set"):
         named("--wrappers", str(file))
-    assert named(*words) == "embedded-xstest"
-    assert named(*words, "--wrappers", str(file)) == "embedded-xstest-wrappers-own"
-    assert named(*words, "--wrappers", str(places[0])) == "embedded-xstest-wrappers-one"
+    assert named(*words) == "smollm2-refuser-xstest"
+    assert named(*words, "--wrappers", str(file)) == "smollm2-refuser-xstest-wrappers-own"
+    assert named(*words, "--wrappers", str(places[0])) == "smollm2-refuser-xstest-wrappers-one"
 
 
 FLAGS = {
