@@ -145,7 +145,7 @@ QUESTIONS: dict[str, Question] = {
         "Three evidence tables for C1. Two were tampered with. What does the rule say of each: supported, "
         "contradicted, inconclusive? Write your verdicts and reasons "
         "down first; only then ask `mystery.verdict(table)`.",
-        "The rule stands in the table of registered rules of notebook 08. For C1 it reads two rows, `late share` and `centroid "
+        "The rule stands in the table of registered rules, docs/changes.md. For C1 it reads two rows, `late share` and `centroid "
         "difference`, both `main`; then come the controls, among them the final norm frozen: each must stay on its side of the "
         "threshold.",
         f"from exercises import mystery\n\n{_CODE}\ntables = mystery.evidence(CODE)\n"

@@ -31,27 +31,23 @@ RULES: dict[str, Callable[[Rows], Verdict]] = {
     "C4": registered.rule_c4, "C5a": registered.rule_c5a, "C5b": registered.rule_c5b, "C5c": registered.rule_c5c,
     "C6": registered.rule_c6, "C7": registered.rule_c7,
 }  # fmt: skip
-# By claim: the opposite, and the analysis that would show it.
+# By claim: the opposite, and what would show it, in which notebook.
 OPPOSITE = {
     "C1": ("It arises early or in the middle, or no later than any other choice of the model.",
-           "02, Components, Later than what? and Where is it computed?: an upper limit of the late share at 0.40 or less"),
-    "C2": ("Attention blocks write it.",
-           "03, Direct effects and Passing through is not writing: an MLP share of at most one half"),
+           "an upper limit of the late share at 0.40 or less (02)"),
+    "C2": ("Attention blocks write it.", "an MLP share of direct effects of at most one half (03)"),
     "C3": ("Early layers do not understand it, or nothing uses what they understand.",
-           "02, Early context: psi0 near 0 on tokens that do not differ"),
-    "C4": ("Attention, or nothing but the skip path, carries it on.",
-           "05, What carries it on, for all pairs: MLPs carry at most 0.40"),
+           "psi0 near 0 on tokens that do not differ (02)"),
+    "C4": ("Attention, or nothing but the skip path, carries it on.", "MLPs carry at most 0.40 (05)"),
     "C5a": ("Many neurons share the work, or the last layer has none of it.",
-            "04, Sets: k90 of a tenth of the neurons or more, or psi1 of the last MLP at most 0.15"),
+            "k90 of a tenth of the neurons or more, or psi1 of the last MLP at most 0.15 (04)"),
     "C5b": ("They add what was decided before, and switch nothing.",
-            "04, Gate or contributor: an index near 0 in every form that could show a gate"),
-    "C5c": ("Every answer token decides anew.", "05, When must it be closed?: the first token keeps at most 0.40 of the effect"),
-    "C6a": ("Answers stay as harmful as they were, or any direction does as well.",
-            "06, The trial and Random directions: a fall of less than 2 points"),
-    "C6b": ("Harmless answers suffer.", "06, The trial: a cost surely above its margin"),
-    "C6c": ("Other layers defend as well.", "06, Early, middle or late, with the same budget: a rival that does as well"),
-    "C7": ("The order of neurons says nothing.",
-           "04, Are related neurons adjacent?: Moran's I at most 0.05, as after a permutation"),
+            "an index near 0 in every form that could show a gate (04b)"),
+    "C5c": ("Every answer token decides anew.", "the first token keeps at most 0.40 of the effect (05)"),
+    "C6a": ("Answers stay as harmful as they were, or any direction does as well.", "a fall of less than 2 points (06)"),
+    "C6b": ("Harmless answers suffer.", "a cost surely above its margin (06)"),
+    "C6c": ("Other layers defend as well.", "a rival with the same budget that does as well (06)"),
+    "C7": ("The order of neurons says nothing.", "Moran's I at most 0.05, as after a permutation (04)"),
 }  # fmt: skip
 
 

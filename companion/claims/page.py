@@ -36,7 +36,7 @@ CHANGES = {
     "C3": "30 % or more in every family: yes; 10 % or less in every family: no (02)",
     "C4": "a share of 60 % or more: yes; of 40 % or less: no (05)",
     "C5a": "8 neurons or 1 % of the layer at most: yes; 10 % or more: no (04)",
-    "C5b": f"a specific index of {thresholds.GATE_LOW:g} or more: yes; {thresholds.GATE_HIGH:g} or less in every form: no (04)",
+    "C5b": f"a specific index of {thresholds.GATE_LOW:g} or more: yes; {thresholds.GATE_HIGH:g} or less in every form: no (04b)",
     "C5c": "80 % or more kept: yes; 40 % or less: no (05)",
     "C6a": f"a fall of {POINTS:g} points and {registered.PHI:.0%} undone: yes; surely a smaller fall: no (06)",
     "C6b": "all four costs surely within their limits: yes; one surely above: no (06)",

@@ -52,7 +52,10 @@ Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
-    """Exit status: 1 if any check failed. Notebooks are those of the default run, or of `embedded` where its model is out of reach."""
+    """Exit status: 1 if any check failed.
+
+    The notebooks are checked on the default run, or on `embedded` where the default model is out of reach.
+    """
     # One thread: unit tests are many small products, and threads that wait for each other cost more than they help.
     unseen = notebooks.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     why, asked = _unreachable(), runner.DEFAULTS
@@ -102,7 +105,9 @@ def _papermill(path: Path, scratch: Path, asked: Mapping[str, object]) -> list[s
     return ["papermill", str(path), str(scratch / path.name), "--cwd", str(NOTEBOOKS), "-k", "python3", *given]
 
 
-def _after(needed: Sequence[Future[Outcome]], name: str, module: Sequence[str], variables: Mapping[str, str]) -> Outcome:
+def _after(
+    needed: Sequence[Future[Outcome]], name: str, module: Sequence[str], variables: Mapping[str, str]
+) -> Outcome:
     """A step that begins when others have ended; whether they passed or not, it says by itself what is missing."""
     for one in needed:
         one.result()

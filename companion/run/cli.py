@@ -57,11 +57,11 @@ def parser() -> Parser:
     add = new.add_argument
     # fmt: off
     add("--model", metavar="NAME|DIR|FILE|ID",
-        help="smollm2-refuser (default), embedded (a quick look), a model's folder, a GGUF file, or ORG/MODEL[@REV] of the hub")
+        help="smollm2-refuser (default), embedded (quick), a folder, a GGUF file, or ORG/MODEL[@REV] of the hub")
     add("--adapter", metavar="DIR", help="a LoRA adapter (peft, safetensors) that is merged into the model")
     add("--tokenizer", metavar="DIR", help="the folder of the tokenizer and chat template of a GGUF file that has none")
     add("--prompts", metavar="NAME|DIR",
-        help="a shipped or public prompt set, or a folder (default: what goes with the model; for one of the hub the open public sets)")
+        help="a shipped or public prompt set, or a folder (default: the one that goes with the model)")
     add("--wrappers", metavar="FILE", help="jailbreak wrappers of your own, for a public prompt set")
     add("--judge", metavar="DIR|ID", help="a model that labels generated answers (else refusal phrases)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")

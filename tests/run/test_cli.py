@@ -250,7 +250,10 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
     assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
 
 
-@pytest.mark.parametrize(("flags", "asked"), [((), True), (("--only", "02"), True), (("--name", "x"), False), (("--model", "smollm2"), False)])
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [((), True), (("--only", "02"), True), (("--name", "x"), False), (("--model", "smollm2"), False)],
+)
 def test_without_its_model_the_default_command_runs_the_embedded_one_and_says_so_twice(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], asked: bool
 ) -> None:

@@ -1,0 +1,105 @@
+"""What the evidence says: the rules asked of a run's evidence, claim by claim.
+
+`judge_run` reads the evidence and judges it, `write_claims` keeps the answers, and the others show them as tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from IPython.display import Markdown
+
+from companion.base.files import write_json, write_table, write_text
+from companion.base.paths import results_dir
+from companion.calibration.campaign import read_shipped
+from companion.calibration.rates import claim_rates, draws_like, main_draws
+from companion.claims import ledger, page
+from companion.run.overview import run_evidence, shape_of
+
+__all__ = [
+    "Judged",
+    "controls",
+    "error_counts",
+    "evidence_of",
+    "judge_run",
+    "opposites",
+    "page_of",
+    "picture",
+    "write_claims",
+]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run's evidence, the answers to all claims, and the error rates of the rules that gave them."""
+
+    slug: str
+    evidence: pd.DataFrame
+    answers: Sequence[ledger.Answer]
+    rates: ledger.Rates
+    built: str
+
+    @property
+    def own(self) -> list[ledger.Answer]:
+        """The answers for the run's own model, in the order of the claims."""
+        return [one for one in self.answers if one.verdict.model == self.slug]
+
+
+def judge_run(slug: str) -> Judged:
+    """Ask every rule of the evidence that a run's notebooks left.
+
+    Error rates come from built models like this one, or from all of them. Raises InputError where there is no evidence.
+    """
+    evidence = run_evidence(slug)
+    draws, built = draws_like(main_draws(), shape_of(slug))
+    rates = claim_rates(draws)
+    verdicts, corrected = ledger.ledger(evidence, [slug]), ledger.corrected_ledger(evidence, [slug])
+    return Judged(slug, evidence, ledger.answers(verdicts, corrected, rates), rates, built)
+
+
+def page_of(judged: Judged, *, invented: bool) -> Markdown:
+    """The run's page, one line a claim: `results/SLUG/claims.md`. `invented` says that prompts are of the invented language."""
+    text = page.to_markdown(judged.slug, judged.answers, judged.evidence, judged.built, invented=invented)
+    write_text(text, results_dir(judged.slug) / "claims.md")
+    return Markdown(text)
+
+
+def evidence_of(judged: Judged, claim: str) -> pd.DataFrame:
+    """The evidence rows of one claim for the run's own model; a control or robustness check has another variant than main."""
+    rows = judged.evidence[(judged.evidence.model == judged.slug) & (judged.evidence.claim == claim)]
+    return rows[["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]].reset_index(drop=True)
+
+
+def error_counts(judged: Judged, claim: str) -> Mapping[str, str]:
+    """How often the rule of a claim was right and wrong on built models, as "hits of n" by kind of answer."""
+    found = judged.rates.get(claim + ledger.CORRECTED) or judged.rates.get(claim) or {}
+    return {kind: f"{row['hits']} of {row['n']}" for kind, row in found.items()}
+
+
+def controls(judged: Judged) -> pd.DataFrame:
+    """The controls of each claim (columns): passed, failed, not run; blank where a control does not belong to the claim."""
+    return pd.DataFrame({one.verdict.claim: one.verdict.controls for one in judged.own if one.verdict.controls}).fillna(
+        ""
+    )
+
+
+def picture(judged: Judged) -> pd.DataFrame:
+    """Models by claims for a drawing: the number in the cell, the answer as its colour."""
+    return page.picture_table(judged.slug, judged.answers)
+
+
+def opposites(judged: Judged) -> pd.DataFrame:
+    """For each claim its opposite, what would show it, and in how many built models it was shown."""
+    return ledger.opposite_table(judged.own, judged.rates)
+
+
+def write_claims(judged: Judged) -> pd.DataFrame:
+    """Write every verdict of both kinds of rules, plants included, to `claims.csv` and `claims.json`; returns the own model's."""
+    whole = pd.concat([judged.evidence, read_shipped("plant_evidence", or_empty=True)], ignore_index=True)
+    said = ledger.ledger(whole, [judged.slug]), ledger.corrected_ledger(whole, [judged.slug]), judged.rates
+    table = ledger.to_table(*said)
+    write_table(table, results_dir(judged.slug) / "claims.csv")
+    write_json(ledger.to_records(*said), results_dir(judged.slug) / "claims.json")
+    return table[table.model == judged.slug].drop(columns=["model", "reason"]).astype(object).fillna("")
