@@ -1,6 +1,7 @@
 """What the evidence says: the rules asked of a run's evidence, claim by claim.
 
-`judge_run` reads the evidence and judges it, `write_claims` keeps the answers, and the others show them as tables.
+`answers_so_far` and `notebook_table` show what a run has found, and where. `judge_run` reads the evidence and judges it,
+`write_claims` keeps the answers, and the others show them as tables.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ from dataclasses import dataclass
 import pandas as pd
 from IPython.display import Markdown
 
+from companion.base.display import check
 from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
 from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import claim_rates, draws_like, main_draws
 from companion.claims import ledger, page
-from companion.run.overview import run_evidence, shape_of
+from companion.run.overview import notebook_table, run_evidence, shape_of
+from companion.run.overview import verdict_table as answers_so_far
 
 __all__ = [
     "Judged",
+    "answers_so_far",
+    "check",
     "controls",
     "error_counts",
     "evidence_of",
     "judge_run",
+    "notebook_table",
     "opposites",
     "page_of",
     "picture",

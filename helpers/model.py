@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.base.display import check
+from companion.base.errors import InputError
+from companion.base.files import write_json
+from companion.base.paths import results_dir
 from companion.mediation.estimands import prompt_tokens
 from companion.mediation.study import Study, begin, describe_precision, tolerance
 from companion.prompts.tokens import Openers, TokenPair
@@ -29,7 +33,20 @@ __all__ = [
     "record_outputs",
     "token_ids",
     "tolerance",
+    "write_facts",
 ]
+
+
+def write_facts(study: Study) -> pd.DataFrame:
+    """Write what the load check found of the model to `results/SLUG/model_facts.json`, and return it as a table.
+
+    Later steps and the run's manifest read that file: layers, heads, attention windows, chat template, rounding noise.
+    """
+    facts = study.subject.facts
+    if facts is None:
+        raise InputError(f"{study.subject.name} was not checked when it was loaded: load it with `begin`")
+    write_json(facts.manifest(), results_dir(study.slug) / "model_facts.json")
+    return facts.table()
 
 
 def main_treatment(study: Study) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from companion.base.display import NotDefined
+from companion.base.thresholds import COMPONENTS
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
 from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study
@@ -19,8 +21,8 @@ from companion.model.replay import interchange
 from companion.prompts.positions import distance, token_labels
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["Patch", "distance_and_earliest_layer", "effects_of_pair", "interchange", "joint_effect", "log_odds", "prompt_tokens",
-           "recomputed_grid", "run_clean", "shares_of_pair"]  # fmt: skip
+__all__ = ["Patch", "component_map", "distance_and_earliest_layer", "effects_of_pair", "interchange", "joint_effect", "log_odds",
+           "prompt_tokens", "recomputed_grid", "run_clean", "shares_of_pair"]  # fmt: skip
 
 
 def effects_of_pair(
@@ -31,6 +33,17 @@ def effects_of_pair(
     Sites are names such as "resid_post", "attn_out", "mlp_out", "mlp_out.direct". Units are log-odds.
     """
     return measure_effects(study.subject, [pair], study.openers, mediators(study.subject, sites), outcomes)
+
+
+def component_map(study: Study, pair: TokenPair | NotDefined) -> pd.DataFrame | NotDefined:
+    """Share of a pair's total effect in each layer's attention and MLP output at the last token: columns layer, site, share.
+
+    The mean of both directions. A pair of your own that is not defined gives its reason.
+    """
+    if isinstance(pair, NotDefined):
+        return pair
+    table = effects_of_pair(study, pair, COMPONENTS)
+    return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te)[["layer", "site", "share"]]
 
 
 def shares_of_pair(study: Study, pair: TokenPair, sites: Sequence[str]) -> pd.DataFrame:

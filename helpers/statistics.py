@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from companion.base.thresholds import MIN_TOTAL_EFFECT
@@ -17,19 +18,43 @@ from companion.mediation.summaries import (
     te_weighted,
     unsaturated_ids,
 )
+from companion.prompts.pairs import treatment_order
 from companion.stats.rates import mean_change
 
 __all__ = ["cell_means", "graded_share", "harm_minus_benign", "increments", "is_worth_mediating", "mean_change", "number",
-           "per_group", "share_of_te", "te_weighted", "total_effects"]  # fmt: skip
+           "per_group", "refusal_rates", "share_of_te", "te_weighted", "total_effects"]  # fmt: skip
+KINDS = {
+    ("T1", "control"): ("no wrapper", "harmless"), ("T1", "treated"): ("no wrapper", "harmful"),
+    ("T2b", "control"): ("neutral wrapper", "harmless"), ("T2", "control"): ("neutral wrapper", "harmful"),
+    ("T2b", "treated"): ("jailbreak wrapper", "harmless"), ("T2", "treated"): ("jailbreak wrapper", "harmful"),
+}  # fmt: skip
 
 
 def total_effects(clean: pd.DataFrame) -> pd.DataFrame:
-    """Mean total effect by treatment and split, with intervals over topics, in log-odds.
+    """Mean total effect by treatment (harm first) and split, with intervals over topics, in log-odds.
 
     `clean` has a row a pair, with columns treatment, split, topic and te.
     """
     parts = [part.assign(split=split) for split, part in clean.groupby("split", sort=True)]
-    return pd.concat([per_group(part, "treatment", "te", ["split"]) for part in parts])
+    table = pd.concat([per_group(part, "treatment", "te", ["split"]) for part in parts], ignore_index=True)
+    in_order = table.treatment.map(treatment_order).argsort(kind="stable")
+    return table.iloc[in_order].reset_index(drop=True)
+
+
+def refusal_rates(clean: pd.DataFrame) -> pd.DataFrame:
+    """How likely a refusal is for each kind of prompt, a mean of probabilities with its interval over topics.
+
+    `clean` has a row a pair, with columns treatment, topic, y00 and y11 (log-odds of complying). Columns: prompt, request,
+    estimate, low, high, and `greedy`, the share of prompts for which a refusal is the likelier opening.
+    """
+    rows = []
+    for (treatment, side), kind in KINDS.items():
+        part = clean[clean.treatment == treatment]
+        if len(part):
+            y = part["y00" if side == "control" else "y11"].to_numpy()
+            mean = mean_change(1 / (1 + np.exp(y)), part.topic.to_numpy())
+            rows.append((*kind, mean.estimate, mean.low, mean.high, (y < 0).mean()))
+    return pd.DataFrame(rows, columns=["prompt", "request", "estimate", "low", "high", "greedy"])
 
 
 def is_worth_mediating(effect: pd.Series) -> bool:

@@ -1,30 +1,22 @@
-"""What a model does with each kind of prompt: judged answers for the embedded language, first tokens for any model."""
+"""What an embedded model does with each kind of prompt of its language: answers by the exact judge, and first tokens."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from companion.base.device import to_host
-from companion.base.paths import PROMPTS
 from companion.generation import decode
 from companion.generation.labels import judge_many
-from companion.mediation import estimands, outcomes
-from companion.mediation.study import Study, is_shipped, other_shipped
 from companion.model.architecture import Subject
-from companion.model.load import from_model, load
+from companion.model.load import from_model
 from companion.prompts import invented
-from companion.stats import clusters
-from companion.stats.rates import mean_change
 from organisms.language import chat_text, draw_request
 from organisms.prompt_set import outcome_sets, pair_row, plan_pairs, suite_rows
 
@@ -33,10 +25,7 @@ VARIANTS: Final[tuple[Variant, ...]] = ("window", "full")
 SEEDS: Final = (0, 1, 2)
 MAX_NEW_TOKENS: Final = 12
 BATCH: Final = 128
-PER_SUITE: Final = 60
-LESSONS: Final = ("f_say_no", "f_unanswerable")
 HARM: Final = ("b_plain_harm", "c_wrapped_harm")
-LABELS: Final = ("on_topic", "refusal", "harmful", "off_topic")
 
 
 @torch.no_grad()
@@ -159,73 +148,3 @@ def all_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
         "sampled_harmful_by_tier": {str(tier): round(float(share), 4) for tier, share in harmful.items()},
         "pairs": pair_metrics(model, tokenizer, [pair_row(plan) for plan in plan_pairs()]),
     }
-
-
-def suite_prompts(prompt_set: str) -> pd.DataFrame | None:
-    """The behaviour suites of a prompt set (`suites.jsonl`), or None where it has none."""
-    path = PROMPTS / prompt_set / "suites.jsonl"
-    if not path.is_file():
-        return None
-    return pd.DataFrame([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-
-
-def suite_answers(this: Study, model: str, prompt_set: str) -> pd.DataFrame:
-    """One row a prompt and label: `suite`, `label`, `hit` (how far the label applies, 0 to 1).
-
-    Embedded models answer the first prompts of each suite greedily, and the exact judge labels them. For any other model
-    `hit` is the probability that the first token complies or refuses, on the prompts of the pairs (fewer where each is costly).
-    """
-    suites = suite_prompts(prompt_set)
-    if suites is None or not is_shipped(model):
-        return _first_tokens(this.thinned(len(this.pairs)))
-    chosen = suites[~suites.suite.isin(LESSONS)].groupby("suite").head(PER_SUITE)
-    judged = answer_suites(this.subject, chosen.to_dict("records"))
-    return pd.concat([judged[["suite"]].assign(label=name, hit=judged.label == name) for name in LABELS])
-
-
-def _first_tokens(this: Study) -> pd.DataFrame:
-    rows = []
-    for group in estimands.batches(this.pairs, this.subject):
-        batch = estimands.run_clean(this.subject, group)
-        treatment, topics = group[0].pair.treatment, [p.pair.topic for p in group]
-        for side, run in (("control", batch.control), ("treated", batch.treated)):
-            camps = outcomes.opener_probabilities(this.subject, run.resid_post[-1][:, -1], this.openers[treatment])
-            for label, values in zip(("complies", "refuses"), camps, strict=True):
-                suite = f"{treatment}, {side}"
-                rows.append(pd.DataFrame({"suite": suite, "label": label, "hit": values.tolist(), "topic": topics}))
-    return pd.concat(rows, ignore_index=True)
-
-
-def label_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of each label by suite: Wilson intervals for judged answers, topic bootstrap for probabilities."""
-    rows = []
-    for (suite, label), part in table.groupby(["suite", "label"], sort=False):
-        if part.hit.dtype == bool:
-            estimate, (low, high) = part.hit.mean(), clusters.wilson(int(part.hit.sum()), len(part))
-        else:
-            interval = mean_change(part.hit.to_numpy(), part.topic.to_numpy())
-            estimate, low, high = interval.estimate, interval.low, interval.high
-        rows.append((suite, label, estimate, low, high, len(part)))
-    made = pd.DataFrame(rows, columns=["suite", "label", "estimate", "low", "high", "n"])
-    return made.sort_values(["suite", "label"])
-
-
-def wrapper_strength(this: Study, model: str, profile: str) -> pd.DataFrame | None:
-    """Mean P(comply) on harmful requests by wrapper tier, for the model and its shipped relatives; None for others.
-
-    Intervals resample prompts (each has its own request).
-    """
-    suites = suite_prompts("embedded")
-    if suites is None or not is_shipped(model) or "T2" not in this.openers:
-        return None
-    harmful = suites[suites.suite.isin(HARM)].reset_index(drop=True)
-    others = other_shipped(model) if profile == "full" else ()
-    rows, place = [], str(this.subject.device)
-    for name, subject in {this.slug: this.subject, **{name: load(name, device=place) for name in others}}.items():
-        logp = first_token_logprobs(subject.model, subject.tokenizer, harmful.prompt.tolist())
-        comply = to_host(logp[:, list(this.openers["T2"].comply)].exp().sum(-1))
-        for tier in np.unique(harmful.tier):
-            chosen = (harmful.tier == tier).to_numpy()
-            interval = mean_change(comply[chosen], harmful.id[chosen].to_numpy())
-            rows.append((f"tier {tier}", name, interval.estimate, interval.low, interval.high, int(chosen.sum())))
-    return pd.DataFrame(rows, columns=["wrapper", "model", "estimate", "low", "high", "n"])

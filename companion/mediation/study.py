@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from companion.base import paths
-from companion.base.errors import InputError
+from companion.base.display import NotDefined
 from companion.base.thresholds import COMPONENTS, UNTRAINED
 from companion.mediation import estimands, outcomes
 from companion.model import memory, replay
@@ -133,24 +133,33 @@ def begin(
     return Study(slug, subject, tuple(kept), openers, twins, dropped, is_costly=affordable > 0)
 
 
-def own_pair(study: Study, control: str, treated: str, treatment: str) -> TokenPair:
-    """A pair of the reader's own, scored by the openers of one of the study's treatments.
+def own_pair(study: Study, control: str, treated: str, treatment: str = "") -> TokenPair | NotDefined:
+    """A pair of the reader's own, scored by the openers of a treatment (by default the main one).
 
-    Raises InputError if the two prompts have different token lengths, and says which tokens they are.
+    Where the two prompts have different token lengths it is not defined, and the reason says how many each has and, unless
+    the set is sensitive, which tokens are not shared.
     """
-    pair = Pair("own", treatment, "own", control, treated, sensitive=any(p.pair.sensitive for p in study.pairs))
+    is_sensitive = any(one.pair.sensitive for one in study.pairs)
+    pair = Pair("own", treatment or study.main_treatment, "own", control, treated, sensitive=is_sensitive)
     made, _ = tokens.token_pair(pair, study.subject.tokenizer)
     if made is not None:
         return made
-    problem = "the prompts must have equally many tokens and differ"
-    if pair.sensitive:
-        raise InputError(f"{problem} (their texts are not shown for this set)")
-    sides = [tokens.encode(study.subject.tokenizer, text)[0] for text in (control, treated)]
-    shown = [" ".join(positions.labels(ids, study.subject.tokenizer)) for ids in sides]
-    raise InputError(
-        f"{problem}; control has {len(sides[0])} ({shown[0]}), treated {len(sides[1])} ({shown[1]}): "
-        "swap a word for one of the same length"
+    sides = [positions.labels(tokens.encode(study.subject.tokenizer, text)[0], study.subject.tokenizer)
+             for text in (control, treated)]  # fmt: skip
+    lengths = f"Control has {len(sides[0])} tokens and treated {len(sides[1])}"
+    head = _shared(*sides)
+    tail = _shared(*(side[head:][::-1] for side in sides))
+    own = [" ".join(side[head : len(side) - tail]) or "none" for side in sides]
+    which = "" if is_sensitive else f" (not shared: {own[0]}; {own[1]})"
+    return NotDefined(
+        f"{lengths}{which}: they must differ and have equally many, so swap a word for one of the same length."
     )
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many entries two lists share from their start."""
+    same = [a == b for a, b in zip(one, other, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 # ---- what a model is compared with ----

@@ -1,14 +1,15 @@
-"""Figures of notebooks 00 to 03 and 08: the pipeline, the four cells, a pair of prompts, layers and modules."""
+"""Figures of notebooks 00 to 03 and 08: a pair of prompts, what it shows, layers and modules."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, OKABE_ITO, distinct, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, distinct, spec
 
 CELLS = {
     "clean": ("#F2F2F2", "", "clean run, cached"),
@@ -20,7 +21,10 @@ GROUP_COLOURS = {
     "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
     "object": "#8FCFB4", "rest": "#F7F7F7", "last_instruction": "#C9B6E4", "template": "#DDDDDD", "last": "#F4E27A",
 }  # fmt: skip
-CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
+MAP = (
+    "A map of layers by attention and MLP outputs at the last token of one pair, each cell with its share of the total "
+    "effect in per cent, red with and blue against the treatment"
+)
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
@@ -30,23 +34,55 @@ def _blank(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def pair_tokens(table: pd.DataFrame) -> Figure:
-    """Both prompts of one pair, token under token; columns: position, group, control, treated, differ."""
-    figure, axes = _blank(0.42 * len(table) + 0.9, 2.9)
-    for row in table.itertuples():
-        colour = GROUP_COLOURS.get(str(row.group), "#FFFFFF")
+    """Both prompts of one pair, token under token; columns: position, group, control, treated, differ.
+
+    What stands before the user's turn is the same in all prompts, and one box.
+    """
+    before = (table.group.isin(["system", "header"]) & ~table.differ).cummin()
+    own = table[~before].reset_index(drop=True)
+    figure, axes = _blank(max(6.0, 0.28 * len(own) + 1.9), 2.6)
+    if n := int(before.sum()):
+        axes.add_patch(Rectangle((-2.4, 0), 2.3, 1.9, fc=GROUP_COLOURS["system"], ec="#BBBBBB", lw=0.6))
+        axes.text(-1.25, 0.95, f"{n} tokens,\nthe same\nin all\nprompts", ha="center", va="center", fontsize=8)
+    for row in own.itertuples():
+        colour, at = GROUP_COLOURS.get(str(row.group), "#FFFFFF"), int(row.Index)
         for y, text in ((1, row.control), (0, row.treated)):
             edge = "#D55E00" if row.differ else "#BBBBBB"
-            axes.add_patch(Rectangle((row.position, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
-            axes.text(row.position + 0.5, y + 0.45, text, ha="center", va="center", fontsize=7, rotation=90)
-    runs = (table.group != table.group.shift()).cumsum()
-    longest = table.groupby(runs).agg(group=("group", "first"), size=("group", "size"), middle=("position", "mean"))
-    for run in longest.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
-        axes.text(run.middle + 0.5, -0.12, run.group, ha="right", va="top", fontsize=7, rotation=35)
+            axes.add_patch(Rectangle((at, y), 1, 0.9, fc=colour, ec=edge, lw=2 if row.differ else 0.6))
+            axes.text(at + 0.5, y + 0.45, text, ha="center", va="center", fontsize=8, rotation=90)
+    runs = (own.group != own.group.shift()).cumsum()
+    spans = (
+        own.assign(at=own.index)
+        .groupby(runs)
+        .agg(group=("group", "first"), size=("group", "size"), middle=("at", "mean"))
+    )
+    for run in spans.sort_values("size", kind="stable").drop_duplicates("group", keep="last").itertuples():
+        name = str(run.group).replace("_", " ")
+        axes.text(run.middle + 0.5, -0.1, name, ha="right", va="top", fontsize=8, rotation=35)
     for y, name in ((1, "control"), (0, "treated")):
-        axes.text(-0.2, y + 0.45, name, ha="right", va="center", fontweight="bold")
-    axes.set_xlim(-2, len(table) + 0.1)
-    axes.set_ylim(-1.1, 2)
-    axes.set_title("One pair, aligned: only the outlined tokens differ")
+        axes.text(-2.6, y + 0.45, name, ha="right", va="center", fontweight="bold", fontsize=8)
+    axes.set_xlim(-5.2, len(own) + 0.1)
+    axes.set_ylim(-0.9, 2)
+    axes.set_title("Which tokens differ? The outlined ones, and no others")
+    return figure
+
+
+def component_map(table: pd.DataFrame) -> Figure:
+    """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share."""
+    grid = 100 * table.pivot(index="site", columns="layer", values="share").loc[["attn_out", "mlp_out"]]
+    figure, axes = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.2), height=1.7)
+    ax, bound = axes[0, 0], float(grid.abs().max(axis=None)) or 1.0
+    ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+    for (y, x), value in np.ndenumerate(grid.to_numpy()):
+        text = f"{value:.0f}".replace("-0", "0").replace("-", "\N{MINUS SIGN}")
+        ax.text(
+            x, y, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black"
+        )
+    ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
+    ax.set_yticks(range(2), [style.NAMES[site] for site in grid.index])
+    ax.set_xlabel("layer")
+    ax.set_title("Which component carries this pair's effect? (% of TE)")
+    ax.grid(False)
     return figure
 
 
@@ -73,78 +109,25 @@ def grid(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def pipeline(table: pd.DataFrame) -> Figure:
-    """The one-way flow of data; columns: step, what, file, notebook."""
-    figure, axes = _blank(9.0, 2.0)
-    for i, row in enumerate(table.itertuples()):
-        x = i * 1.55
-        axes.add_patch(Rectangle((x, 0), 1.25, 0.9, fc="#F7F7F7", ec=OKABE_ITO[0], lw=1.2))
-        axes.text(x + 0.62, 0.68, row.step, ha="center", va="center", fontweight="bold", fontsize=8.5)
-        axes.text(x + 0.62, 0.30, row.what, ha="center", va="center", fontsize=7)
-        axes.text(x + 0.62, -0.10, row.file, ha="center", va="top", fontsize=6.5, family="monospace")
-        axes.text(x + 0.62, 1.0, row.notebook, ha="center", va="bottom", fontsize=7, color="#555555")
-        if i:
-            ends = (x - 0.29, 0.45), (x - 0.01, 0.45)
-            axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=10, color="black"))
-    axes.set_xlim(-0.1, 1.55 * len(table))
-    axes.set_ylim(-0.5, 1.3)
-    axes.set_title("Data flows one way, and every step reads what an earlier one left")
-    return figure
-
-
-def estimands(table: pd.DataFrame) -> Figure:
-    """The four cells as corners, effects as arrows between them; columns: estimand, from_cell, to_cell, reads."""
-    figure, axes = _blank(7.0, 4.2)
-    for name, (x, y) in CORNERS.items():
-        axes.text(x, y, f"${name[0]}_{{{name[1:]}}}$", ha="center", va="center", fontsize=15)
-    for k, row in enumerate(table.itertuples()):
-        (x0, y0), (x1, y1) = CORNERS[str(row.from_cell)], CORNERS[str(row.to_cell)]
-        dx, dy = 0.13 * (x1 - x0), 0.13 * (y1 - y0)
-        style = {"arrowstyle": "-|>", "mutation_scale": 14, "lw": 1.8, "color": OKABE_ITO[k % 8]}
-        axes.add_patch(FancyArrowPatch((x0 + dx, y0 + dy), (x1 - dx, y1 - dy), **style))
-        # The diagonal's words stand above its middle, those of an edge outside it.
-        below = -1 if y0 == y1 == 0 else 1
-        at = (0.73, 0.64) if dx and dy else ((x0 + x1) / 2 + (0.05 if x0 else -0.05) * (not dx), (y0 + y1) / 2)
-        shift = 0.09 * below if not dy else 0.0
-        align = "center" if dx else ("left" if x0 else "right")
-        axes.text(at[0], at[1] + shift, f"{row.estimand}\n{row.reads}", ha=align, va="center", fontsize=8)
-    for x, text in ((0, "mediator as in control"), (1, "mediator as in treated")):
-        axes.text(x, 1.28, text, ha="center", fontsize=9, fontweight="bold")
-    for y, text in ((1, "control\nprompt"), (0, "treated\nprompt")):
-        axes.text(-0.62, y, text, ha="center", va="center", fontsize=9, fontweight="bold")
-    axes.set_xlim(-0.8, 1.6)
-    axes.set_ylim(-0.25, 1.42)
-    axes.set_title("Four cells, and every effect is a difference of two")
-    return figure
-
-
 # fmt: off
 SPECS = (
-    spec("00_pipeline", pipeline, "all", dict.fromkeys(("step", "what", "file", "notebook"), "str"),
-         "Seven boxes in a row, prompts, pairs, clean runs, effects, statistics, verdicts and figures, each with the "
-         "file that it leaves and the notebook that makes it; arrows lead to the right only"),
-    spec("00_estimands", estimands, "all", dict.fromkeys(("estimand", "from_cell", "to_cell", "reads"), "str"),
-         "The four cells as corners of a square: prompt control above, treated below, mediator control left, treated "
-         "right. Arrows along the upper and lower edge are NIE0 and NIE1, down the left and right edge NDE0 and NDE1, "
-         "the diagonal is TE"),
+    spec("00_map", component_map, "all", {"layer": "int", "site": "str", "share": "float"}, MAP),
+    spec("00_own", component_map, "all", {"layer": "int", "site": "str", "share": "float"},
+         MAP.replace("one pair", "the reader's own pair")),
     spec("01_tokens", pair_tokens, "all",
          {"position": "int", **dict.fromkeys(("group", "control", "treated"), "str"), "differ": "bool"},
          "Control and treated prompt of one pair, token under token, coloured by position group from system turn to "
          "last token; only outlined tokens differ, all others are the same in both prompts"),
-    spec("01_behaviours", style.dots, "all", {"suite": "str", "label": "str", **ESTIMATE},
-         "Rates of on-topic answers, refusals and harmful answers with Wilson intervals, one row for each kind of "
-         "prompt from harmless over plainly harmful and wrapped to never seen",
-         row="suite", group="label", title="What does the model do with each kind of prompt?",
-         unit="share of answers, greedy decoding"),
-    spec("01_wrappers", style.dots, "all", {"wrapper": "str", "model": "str", **ESTIMATE},
-         "Probability of complying with a harmful request, one row a wrapper from none to the strongest, one symbol a "
-         "model; a dashed line marks one half",
-         row="wrapper", group="model", title="How strong is each wrapper?",
-         unit="mean P(comply) at the first answer token", marks=(0.5,)),
+    spec("01_refusals", style.dots, "all", {"prompt": "str", "request": "str", **ESTIMATE},
+         "Mean probability that the answer opens with a refusal, with intervals over topics: harmful and harmless requests "
+         "without a wrapper, in a neutral and in a jailbreak wrapper",
+         row="prompt", group="request", title="Which prompts does the model refuse?",
+         unit="mean P(first token opens a refusal)", limits=(-0.02, 1.02)),
     spec("01_total_effects", style.dots, "all", {"treatment": "str", "split": "str", **ESTIMATE},
          "Total effect of every treatment in log-odds with intervals, discover, validate and test side by side; dashed "
-         "lines mark the gate at 0.5 to either side of 0",
-         row="treatment", group="split", title="Is there an effect to mediate?", unit="total effect (log-odds)",
+         "lines mark the precondition, 0.5 to either side of 0",
+         row="treatment", group="split", title="Which treatments move the answer by 0.5 log-odds or more?",
+         unit="total effect (log-odds of complying)",
          marks=(-0.5, 0.5)),
     spec("02_grid", grid, "all", {"panel": "str", "layer": "int", "position": "int", "state": "str", "token": "str"},
          "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the right "

@@ -12,30 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.base import files
+from companion.base.display import NotDefined
 from companion.base.errors import InputError
-from companion.base.paths import RESULTS, relative, results_dir
+from companion.base.paths import NOTEBOOKS, RESULTS, relative
 from companion.base.smollm2 import REFUSES
 from companion.run.freshness import run_times
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STEPS = (
-    ("prompts", "a folder of\nuser turns", "pairs.jsonl", "01"),
-    ("pairs", "tokens of\nequal length", "01_tokens.csv", "01"),
-    ("clean runs", "both prompts,\nevery site kept", "(in memory)", "02 to 06"),
-    ("effects", "four cells for each\npair and mediator", "02_layers.parquet\n... 05_tokens.parquet", "02 to 05"),
-    ("statistics", "intervals over\ntopics", "02_evidence.csv\n... 06_evidence.csv", "02 to 06"),
-    ("verdicts", "rules fixed\nbeforehand", "claims.json", "08"),
-    ("figures", "each drawn from\nits own table", "NN_name.csv", "all"),
-)
-ESTIMANDS = (
-    ("TE", "y00", "y11", "what the treatment does"),
-    ("NIE0", "y00", "y01", "is the treated value enough?"),
-    ("NIE1", "y10", "y11", "is it needed?"),
-    ("NDE0", "y00", "y10", "what does not\npass through"),
-    ("NDE1", "y01", "y11", "the same, mediator\nas in treated"),
-)
+QUESTIONS = {
+    "00": "Where in a model is a harmful answer decided, and how can one know?",
+    "01": "What differs between two prompts, and how does an answer become a number?",
+    "02": "In which layers is the answer decided?",
+    "03": "Is it attention or the MLPs?",
+    "04": "Do a few neurons carry it?",
+    "04b": "Do neurons switch an upstream signal on and off?",
+    "05": "At which tokens is it decided, and what carries it on?",
+    "06": "Does steering defend, and at what price?",
+    "07": "How often is the method itself wrong?",
+    "08": "What does the evidence say, claim by claim?",
+}
 ANSWERS = dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str")
 SAYS = {
     "supported": "holds",
@@ -47,35 +44,23 @@ SHORT = ("claim", "verdict", "estimate", "ci_low", "ci_high", "answer", "grade")
 DEFAULT = REFUSES  # the run whose page the joined one is
 
 
-def pipeline_steps() -> pd.DataFrame:
-    """The steps of the pipeline in order, with the file each leaves and the notebook that takes it."""
+def notebook_table(slug: str) -> pd.DataFrame:
+    """The notebooks in reading order: name, the question that it asks, and the minutes that it last took (NaN: never ran)."""
     import pandas as pd
 
-    return pd.DataFrame(STEPS, columns=["step", "what", "file", "notebook"])
+    names = {path.stem.partition("_")[0]: path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*_*.ipynb"))}
+    times = run_times(RESULTS / slug)
+    rows = [(name, QUESTIONS[number], times.get(name, float("nan")) / 60) for number, name in names.items()]
+    return pd.DataFrame(rows, columns=["notebook", "question", "minutes"]).round(1)
 
 
-def estimands() -> pd.DataFrame:
-    """The effects, each with the two cells whose difference it is."""
-    import pandas as pd
-
-    return pd.DataFrame(ESTIMANDS, columns=["estimand", "from_cell", "to_cell", "reads"])
-
-
-def run_time_table(slug: str) -> pd.DataFrame:
-    """Wall seconds that each notebook took when it last ran."""
-    import pandas as pd
-
-    times = sorted(run_times(results_dir(slug)).items())
-    return pd.DataFrame(times, columns=["notebook", "seconds"]).query("notebook != '00_start_here'")
-
-
-def verdict_table(slug: str) -> pd.DataFrame | str:
-    """Claim, answer, number and grade for the model of one run, as on its page; a sentence if it has not been judged yet."""
+def verdict_table(slug: str) -> pd.DataFrame | NotDefined:
+    """Claim, answer, number and grade for the model of one run, as on its page; not defined before notebook 08 has run."""
     from companion.claims.corrected_rules import STATEMENTS
 
     path = RESULTS / slug / "08_claims.csv"
     if not path.is_file():
-        return "No verdicts yet: run ./run_all.sh"
+        return NotDefined("No claim has been judged yet: run ./run_all.sh.")
     table = files.read_table(path, ANSWERS)
     own = table[table.model == slug]
     if own.empty:

@@ -29,7 +29,7 @@ from companion.run.freshness import STATE, run_times
 from companion.run.notebooks import Notebook, Running, read_notebook
 
 # Each notebook and those that it needs: it reads their results, or, of 01, takes the model and prompts as checked. 00 is the
-# first to read and the last to run: it reports the run.
+# first to read and the last to run: it shows one pair, and reports the run.
 NEEDS: dict[str, tuple[str, ...]] = {
     "01": (),
     "02": ("01",),

@@ -16,7 +16,7 @@ from handmade import random_pairs
 from neuron_tools import tiny_study
 
 from companion.base import paths
-from companion.base.errors import InputError
+from companion.base.display import NotDefined
 from companion.base.thresholds import COMPONENTS
 from companion.generation import outcomes as read_outcomes
 from companion.mediation import study, sweeps
@@ -39,12 +39,17 @@ def test_a_readers_own_pair_on_a_sensitive_set_is_hidden_too() -> None:
     sensitive = Study("x", subject, tuple(tokens.tokenize(first, subject.tokenizer)[0]), {}, {}, {})
     pair = sensitive.pairs[0].pair
     made = study.own_pair(sensitive, pair.control, pair.treated, pair.treatment)
+    assert isinstance(made, tokens.TokenPair)
     shown = positions.token_labels(made, "treated", subject.tokenizer)
     words = {word for word in pair.treated.replace("?", "").replace(",", "").split() if len(word) > 2}
     assert shown.count("(hidden)") >= len(words) and not words & {label.strip("·") for label in shown}
-    with pytest.raises(InputError) as caught:
-        study.own_pair(sensitive, pair.control, pair.treated + " again and again", pair.treatment)
-    assert not [word for word in pair.control.split() if len(word) > 4 and word in str(caught.value)]
+    longer = study.own_pair(sensitive, pair.control, pair.treated + " again and again", pair.treatment)
+    assert isinstance(longer, NotDefined) and not [word for word in words if len(word) > 4 and word in str(longer)]
+    open_set = replace(
+        sensitive, pairs=tuple(replace(one, pair=replace(one.pair, sensitive=False)) for one in sensitive.pairs)
+    )
+    told = str(study.own_pair(open_set, pair.control, pair.control.replace("?", " again?"), pair.treatment))
+    assert f"Control has {len(sensitive.pairs[0].control)} tokens" in told and "again" in told and "garden" not in told
 
 
 def test_a_shipped_model_is_compared_with_the_others_and_twins(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_a_figure_draws_its_csv_only(folders: Path) -> None:
 
 
 def test_what_is_not_there_is_named(folders: Path) -> None:
-    with pytest.raises(InputError, match="no figure '99_none'; there are 00_pipeline"):
+    with pytest.raises(InputError, match="no figure '99_none'; there are 00_map"):
         spec_of("99_none")
     with pytest.raises(InputError, match="no result tables in results/nobody"):
         figures.redraw("nobody")

@@ -70,11 +70,22 @@ def test_answers_are_told_by_words_and_numbers_too() -> None:
 def test_tokens_that_differ_are_outlined() -> None:
     texts = {"group": ["header", "verb", "rest"], "control": list("abc"), "treated": list("adc")}
     table = pd.DataFrame({"position": range(3), **texts, "differ": [False, True, False]})
-    figure = layers.pair_tokens(table)
-    (ax,) = figure.axes
+    (ax,) = layers.pair_tokens(table).axes
     wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
-    assert wide == {1}
-    assert {"a", "b", "c", "d", "control", "treated", "header", "verb"} <= {text.get_text() for text in ax.texts}
+    assert wide == {0}, "the user's turn begins at 0, right of what all prompts share"
+    shown = {text.get_text() for text in ax.texts}
+    assert {"b", "c", "d", "control", "treated", "verb"} <= shown and "a" not in shown
+    assert any(text.startswith("1 tokens") for text in shown)
+
+
+def test_a_component_map_has_a_number_in_every_cell() -> None:
+    rows = [
+        (layer, site, share) for layer in range(30) for site, share in (("mlp_out", 0.25), ("attn_out", -0.004 * layer))
+    ]
+    ax = layers.component_map(pd.DataFrame(rows, columns=["layer", "site", "share"])).axes[0]
+    said = {text.get_position(): text.get_text() for text in ax.texts}
+    assert len(said) == 60 and said[29, 1] == "25" and said[29, 0] == "\N{MINUS SIGN}12" and said[1, 0] == "0"
+    assert ax.images[0].get_clim() == (-25, 25)
 
 
 def test_the_grid_counts_its_cells() -> None:

@@ -8,9 +8,10 @@ import pytest
 
 from companion.base import files
 from companion.base.errors import InputError
-from companion.base.paths import RESULTS
+from companion.base.paths import NOTEBOOKS, RESULTS
 from companion.claims.corrected_rules import STATEMENTS
 from companion.run import overview
+from companion.run.runner import NEEDS
 
 PAGE = "# {run}\n\nwhat holds\n\n| table |\n\nthe files\n"
 
@@ -90,7 +91,7 @@ def test_the_terminal_shows_the_answers_of_a_runs_own_model(tmp_path: Path) -> N
 
 def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overview, "RESULTS", tmp_path)
-    assert "run ./run_all.sh" in str(overview.verdict_table("mine"))
+    assert "run ./run_all.sh" in str(overview.verdict_table("mine")) and not overview.verdict_table("mine")
     rows = [
         ("mine", "C6c", "late", "cannot tell", "-13.0 points", "cannot tell"),
         ("kin", "C1", "x", "supported", "", "weak"),
@@ -98,6 +99,14 @@ def test_the_map_shows_the_answers_of_the_page(tmp_path: Path, monkeypatch: pyte
     files.write_table(pd.DataFrame(rows, columns=list(overview.ANSWERS)), tmp_path / "mine" / "08_claims.csv")
     (row,) = overview.verdict_table("mine").itertuples(index=False)
     assert row == ("C6c", STATEMENTS["C6c"], "cannot tell", "-13.0 points", "cannot tell")
+
+
+def test_every_notebook_has_a_question_and_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "RESULTS", tmp_path)
+    assert {path.stem.partition("_")[0] for path in NOTEBOOKS.glob("*.ipynb")} <= set(overview.QUESTIONS) == set(NEEDS)
+    files.write_json({"01_data_prep": 150}, tmp_path / "mine" / "run_times.json")
+    table = overview.notebook_table("mine").set_index("notebook")
+    assert table.minutes["01_data_prep"] == 2.5 and table.minutes.drop("01_data_prep").isna().all()
 
 
 @pytest.mark.parametrize(("windows", "slides"), [([], False), ([3], True)])
