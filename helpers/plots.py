@@ -11,7 +11,7 @@ from companion.base.paths import figures_dir, results_dir
 from companion.plots.figures import show, write_index
 from companion.plots.view import framed, interactive_map
 
-__all__ = ["draw", "show", "view", "write_index"]
+__all__ = ["draw", "shade", "show", "view", "write_index"]
 
 
 def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:
@@ -36,3 +36,12 @@ def view(table: pd.DataFrame | NotDefined, name: str, slug: str) -> HTML | NotDe
     page = interactive_map(table)
     write_text(page, figures_dir(slug) / f"{name}.html")
     return HTML(framed(page, table.layer.nunique()))
+
+
+def shade(table: pd.DataFrame) -> HTML:
+    """A table of shares with numbers on colours: red with the treatment, blue against it, white at 0.
+
+    Its ids are fixed, so that a rerun changes no byte.
+    """
+    styler = table.style.background_gradient(cmap="RdBu_r", vmin=-1, vmax=1, axis=None)
+    return HTML(styler.format("{:.2f}").set_uuid("shares").to_html())

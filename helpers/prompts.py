@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from companion.mediation.study import Study, own_pair
 from companion.prompts.pairs import PromptSet, load_set, shown
 from companion.prompts.positions import groups, present, token_labels, user_header
-from companion.prompts.tokens import TokenPair
+from companion.prompts.tokens import TokenPair, encode
 
-__all__ = ["align_tokens", "count_pairs", "load_set", "own_pair", "shown", "tokens_that_differ"]
+__all__ = ["align_tokens", "chat_tokens", "count_pairs", "load_set", "own_pair", "shown", "tokens_that_differ"]
 
 
 def count_pairs(prompt_set: PromptSet) -> pd.DataFrame:
@@ -47,3 +48,15 @@ def tokens_that_differ(study: Study, pair: TokenPair) -> list[list[str]]:
     places = np.flatnonzero(pair.control != pair.treated)
     words = [token_labels(pair, side, study.subject.tokenizer) for side in ("control", "treated")]
     return [[side[i] for i in places] for side in words]
+
+
+def chat_tokens(study: Study, text: str) -> Tensor:
+    """Token ids of a user's message inside the model's chat template, shape (1, pos).
+
+    >>> from helpers import model
+    >>> study = model.begin("embedded", "embedded", "embedded", profile="smoke")
+    >>> pair = model.example_pair(study)
+    >>> bool((chat_tokens(study, pair.pair.control) == model.token_ids(study, pair)[0]).all())
+    True
+    """
+    return study.subject.tensor(encode(study.subject.tokenizer, text)[0])[None]
