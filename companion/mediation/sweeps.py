@@ -157,8 +157,8 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
 def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables:
     """Attention and MLP outputs at the last token, and but for benign behaviours the residual stream.
 
-    T1 has the residual stream also at shared tokens, after `Study.thinned_layers` and the deepest early one. With the final
-    norm frozen, where reading out costs as much again, only components of T2 and T2b; so with their direct effects.
+    T1 has the residual stream also at shared tokens, after `Study.thinned_layers` and the deepest early one. Reading out costs
+    most: with the final norm frozen only components of T2 and T2b are, and direct effects only in the linear contrast.
     """
     subject, treatment = study.subject, group[0].pair.treatment
     batch, openers = estimands.run_clean(subject, group), study.openers[treatment]
@@ -167,9 +167,9 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
     if treatment == "T1":
         layers = sorted({*study.thinned_layers, deepest_early_layer(subject.n_layers)})
         wanted += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
-    is_generation = treatment in ("T2", "T2b")
-    written = estimands.mediators(subject, DIRECT_SITES) if direct and is_generation else []
-    asked = {"Y1": wanted, "Y1.frozen": parts if is_generation else [], "contrast.frozen": written}
+    written = estimands.mediators(subject, DIRECT_SITES) if direct else []
+    frozen = parts if treatment in ("T2", "T2b") else []
+    asked = {"Y1": wanted, "Y1.frozen": frozen, "contrast.frozen": written}
     patched, tables = estimands.final_residuals(subject, batch, wanted + written), []
     place = {one: i for i, one in enumerate(wanted + written)}
     for outcome, some in asked.items():
