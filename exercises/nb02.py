@@ -113,8 +113,8 @@ EXERCISES = (
         "An interchange without a library",
         2,
         15,
-        "Write `patched_nie0` with a plain loop over blocks: run the control prompt, replace one cell of the residual stream "
-        "after one block by its value in the treated run, go on, and compare with the clean control run.",
+        "Write `patched_nie0` with a plain loop over blocks: run the control prompt, replace the residual stream after one block "
+        "at one position by its value in the treated run, go on, and compare with the clean control run.",
         "Two loops: one through the treated run up to and including `layer`, to get the cell; one through the control run. "
         "Replace *after* the block has added its part.",
         patched_nie0,

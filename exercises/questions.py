@@ -62,14 +62,11 @@ QUESTIONS: dict[str, Question] = {
         "02-open",
         "Early, middle or late?",
         25,
-        "Three models whose weights were written by hand. In one the decision is written in an early layer, in "
-        "one in a middle layer, in one in a "
-        "late layer. Which is which? Say which picture you used, and why the cumulative curve of the residual "
-        "stream would not do.",
+        "Three models whose weights were written by hand. One writes the decision in an early layer, one in a middle layer, one "
+        "in a late layer. Which is which? Why would the cumulative curve not do?",
         '`estimands.measure_effects(study.subject, study.of("T2"), study.openers, estimands.mediators(study.subject, '
         '["attn_out", "mlp_out"]))`, then the means of `nie0` and `nie1` by site and layer. An MLP may only pass on what one '
-        'below it has found: the last large one writes the decision (`"mlp_out.direct"` leaves passing on out; it is '
-        "explained in notebook 03). Each model also has a smaller side route.",
+        "below it has found: the last large one writes the decision. Each model also has a smaller side route.",
         _models("02"),
     ),
     "03": Question(

@@ -1,4 +1,4 @@
-"""Patches on one pair: which cells they recompute, and what single and joint patches do.
+"""Patches on one pair: what single and joint patches do.
 
 `interchange` and `Patch` are the exact replay itself: what an intervention costs is the cells above it and to its right.
 """
@@ -15,14 +15,12 @@ from companion.base.thresholds import COMPONENTS
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
 from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study
-from companion.mediation.tokens import earliest_layers, recomputed_cells
 from companion.model.interventions import Patch
 from companion.model.replay import interchange
-from companion.prompts.positions import distance, token_labels
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["Patch", "component_map", "distance_and_earliest_layer", "effects_of_pair", "interchange", "joint_effect", "log_odds",
-           "prompt_tokens", "recomputed_grid", "run_clean", "shares_of_pair"]  # fmt: skip
+__all__ = ["Patch", "component_map", "effects_of_pair", "interchange", "joint_effect", "log_odds", "prompt_tokens", "run_clean",
+           "shares_of_pair"]  # fmt: skip
 
 
 def effects_of_pair(
@@ -70,21 +68,3 @@ def joint_effect(study: Study, pair: TokenPair, site: str) -> float:
     openers = study.openers[pair.pair.treatment]
     clean = log_odds(study.subject, batch.control.resid_post[-1][:, -1], openers)
     return float(log_odds(study.subject, patched[:, 0, 0], openers) - clean)
-
-
-def recomputed_grid(study: Study, pair: TokenPair, layer: int) -> pd.DataFrame:
-    """Which cells two patches recompute, for a drawing: one at the first token that differs, one at the last token.
-
-    Columns: panel, layer, position, state, token. `layer` is that of the patch at the last token.
-    """
-    first = int((pair.control != pair.treated).nonzero()[0][0])
-    corners = {"a wrapper token, layer 1": (1, first), "last token, middle layer": (layer, len(pair.control) - 1)}
-    return recomputed_cells(study.subject.n_layers, token_labels(pair, "treated", study.subject.tokenizer), corners)
-
-
-def distance_and_earliest_layer(study: Study, pair: TokenPair) -> tuple[int, int | None]:
-    """How many tokens before the last one the prompts differ, and the first layer in which that can have arrived.
-
-    The layer follows from the attention masks alone: where it is late, "late" is a fact about the architecture.
-    """
-    return distance(pair), earliest_layers(run_clean(study.subject, [pair]).control, [pair])[0]

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from companion.generation.decode import answer_texts, answers
 from companion.generation.labels import label_answers
@@ -17,10 +18,10 @@ from companion.mediation.study import Study, own_pair
 from companion.mediation.sweeps import clean_outcomes
 from companion.prompts.pairs import PromptSet, load_set, shown
 from companion.prompts.positions import groups, present, token_labels, user_header
-from companion.prompts.tokens import TokenPair
+from companion.prompts.tokens import TokenPair, encode
 
-__all__ = ["align_tokens", "clean_runs", "clearest_flip", "count_pairs", "harmless_twin", "load_set", "own_pair", "shown",
-           "shown_answer", "tokens_that_differ"]  # fmt: skip
+__all__ = ["align_tokens", "chat_tokens", "clean_runs", "clearest_flip", "count_pairs", "harmless_twin", "load_set", "own_pair",
+           "shown", "shown_answer", "tokens_that_differ"]  # fmt: skip
 SAID = {"refusal": "refused", "harmful": "answered", "on_topic": "answered", "off_topic": "off topic"}
 
 
@@ -97,3 +98,15 @@ def shown_answer(study: Study, pair: TokenPair, side: str, steps: int = 40) -> s
     if is_harmful and label != "refusal":
         return f"{SAID[label]}, first word: {said.split()[0] if said else ''}"
     return f"{SAID[label]}: {said}"
+
+
+def chat_tokens(study: Study, text: str) -> Tensor:
+    """Token ids of a user's message inside the model's chat template, shape (1, pos).
+
+    >>> from helpers import model
+    >>> study = model.begin("embedded", "embedded", "embedded", profile="smoke")
+    >>> pair = model.example_pair(study)
+    >>> bool((chat_tokens(study, pair.pair.control) == model.token_ids(study, pair)[0]).all())
+    True
+    """
+    return study.subject.tensor(encode(study.subject.tokenizer, text)[0])[None]

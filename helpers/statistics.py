@@ -1,6 +1,6 @@
 """Numbers with their intervals: whole topics are drawn, as pairs of one topic share their wording.
 
-`cell_means`, `per_group`, `share_of_te` and `increments` give one row a cell with estimate, low and high.
+`cell_means`, `per_group` and `share_of_te` give one row a cell with estimate, low and high.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import pandas as pd
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.mediation.summaries import (
     cell_means,
-    harm_minus_benign,
-    increments,
     per_group,
     share_of_te,
-    te_weighted,
     unsaturated_ids,
 )
 from companion.prompts.pairs import treatment_order
 from companion.stats.rates import mean_change
 
-__all__ = ["cell_means", "graded_share", "harm_minus_benign", "increments", "is_worth_mediating", "mean_change", "number",
-           "per_group", "refusal_rates", "share_of_te", "te_weighted", "total_effects"]  # fmt: skip
+__all__ = ["cell_means", "graded_share", "is_worth_mediating", "mean_change", "number", "per_group", "refusal_rates",
+           "share_of_te", "total_effects"]  # fmt: skip
 KINDS = {
     ("T1", "control"): ("no wrapper", "harmless"), ("T1", "treated"): ("no wrapper", "harmful"),
     ("T2b", "control"): ("neutral wrapper", "harmless"), ("T2", "control"): ("neutral wrapper", "harmful"),

@@ -12,7 +12,7 @@ NAMES = [entry.name for entry in SPECS]
 CHOICES = {
     "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
     "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "estimand": ["NIE0", "NIE1", "INT"],
-    "from_cell": ["y00", "y10"], "to_cell": ["y01", "y11"], "state": list(layers.CELLS),
+    "from_cell": ["y00", "y10"], "to_cell": ["y01", "y11"],
     "verdict": ["supported", "contradicted", "inconclusive", "not testable"],
     "answer": [*style.ANSWERS, "not testable"],
     "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),
@@ -31,8 +31,6 @@ def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
     crossed = [name for name in entry.columns if name in CHOICES]
     if {"position", "group"} <= set(crossed):
         crossed = ["position"]  # the token drawing: one row a position
-    if {"state", "position"} <= set(crossed):
-        crossed = ["panel", "layer", "position"]
     if {"answer", "model"} <= set(crossed):
         crossed = ["model", "claim"]
     values = [CHOICES[name] for name in crossed] or [range(5)]

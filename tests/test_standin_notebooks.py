@@ -25,7 +25,6 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[1:]]
 CLOSE = (
     "01_total_effects",
     "02_treatments",
-    "02_components",
     "02_benign",
     "03_heads",
     "03_directions",

@@ -50,13 +50,13 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
     """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
 
     Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
-    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, the most
-    expensive outcome; `direct` adds the direct effects of attention and MLP outputs.
+    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, unless each pair is
+    costly; `direct` adds the direct effects of attention and MLP outputs.
     """
     found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
     clean, effects = found["clean"], found["effects"]
-    if full_response and study.of("T2", "T2b"):
-        whole = sweeps.run_sweep(study.thinned(len(study.pairs)), "whole answers")["effects"]
+    if full_response and study.of("T2", "T2b") and not study.is_costly:
+        whole = sweeps.run_sweep(study, "whole answers")["effects"]
         effects = pd.concat([effects, whole], ignore_index=True)
     clean, effects = (estimands.with_difference(table, study.twins) for table in (clean, effects))
     rows = precondition_rows(clean, label, study.subject.n_layers)

@@ -7,7 +7,7 @@ y01 = Y(x0, M set to its value under x1) and y10 = Y(x1, M set to its value unde
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,15 +182,10 @@ def measure_effects(
 
 def batch_effects(
     subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
-    names: Sequence[str] = ("Y1",), *, watch: Callable[[Batch], object] | None = None,
+    names: Sequence[str] = ("Y1",),
 ) -> pd.DataFrame:  # fmt: skip
-    """The rows of `measure_effects` for one batch: pairs of one treatment and one length.
-
-    `watch` is shown the batch of clean runs, for what else is to be read off them.
-    """
+    """The rows of `measure_effects` for one batch: pairs of one treatment and one length."""
     batch = run_clean(subject, group)
-    if watch:
-        watch(batch)
     patched, used = final_residuals(subject, batch, wanted), openers[group[0].pair.treatment]
     tables = [tidy(group, wanted, name, score_cells(subject, batch, patched, used, name)) for name in names]
     return with_estimands(pd.concat(tables, ignore_index=True))

@@ -1,4 +1,4 @@
-"""Summaries of effect tables: signed effects, shares, centroids, increments and means per cell, with intervals over topics.
+"""Summaries of effect tables: signed effects, shares, centroids and means per cell, with intervals over topics.
 
 Choices such as which components count as positive are fixed on discover; numbers that verdicts rest on are from test.
 """
@@ -195,41 +195,3 @@ def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
     as in an untrained network; a ratio of means would there divide noise by noise.
     """
     return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)
-
-
-def increments(table: pd.DataFrame) -> pd.DataFrame:
-    """What each layer adds to the cumulative curve: psi(layer) - psi(layer - 1), with psi(-1) = 0, as shares of TE."""
-    sums = clusters.cluster_sums(table, ["nie", "te"], by=["layer"])
-    layers = np.sort(table.layer.unique())
-    none = np.zeros((len(layers), len(layers)))
-    # The sums' columns are the effect of every layer, then TE beside every layer.
-    steps = np.hstack([np.eye(len(layers)) - np.eye(len(layers), k=-1), none])
-    total = np.hstack([none, np.eye(len(layers))])
-    return interval(sums, clusters.ratio(steps, total)).to_frame(pd.DataFrame({"layer": layers}))
-
-
-def harm_minus_benign(harm: pd.DataFrame, benign: pd.DataFrame) -> pd.DataFrame:
-    """Each component's share of TE in the harm contrast, in the mean benign behaviour, and their difference.
-
-    Topics are drawn within harm and within each benign behaviour. `contrast` is "harm", "benign" or "difference".
-    """
-    table = signed(pd.concat([harm, benign], ignore_index=True))
-    sums = clusters.cluster_sums(
-        stratified(table[table.split == "test"]), ["nie", "te"], by=["treatment", "site", "layer"], strata="stratum"
-    )
-    columns = sums.columns
-    cells = columns.loc[columns.treatment == harm.treatment.iloc[0], ["site", "layer"]].drop_duplicates()
-    names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
-    order = pd.MultiIndex.from_frame(columns[["value", "treatment", "site", "layer"]])
-
-    def index(value: str, name: str) -> np.ndarray:
-        wanted = [(value, name, cell.site, cell.layer) for cell in cells.itertuples()]
-        return order.get_indexer(pd.MultiIndex.from_tuples(wanted))
-
-    def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-        psi = [total[:, index("nie", name)] / total[:, index("te", name)] for name in names]
-        benign_mean = np.mean(psi[1:], axis=0)
-        return np.concatenate([psi[0], benign_mean, psi[0] - benign_mean], axis=1)
-
-    labels = pd.concat([cells.assign(contrast=name) for name in ("harm", "benign", "difference")])
-    return interval(sums, statistic).to_frame(labels)

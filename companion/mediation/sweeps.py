@@ -22,7 +22,7 @@ import pandas as pd
 from companion.base import files, paths
 from companion.base.device import to_host
 from companion.base.display import progress
-from companion.base.thresholds import COMPONENTS
+from companion.base.thresholds import COMPONENTS, deepest_early_layer
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.mediation.tokens import earliest_layers
@@ -155,22 +155,35 @@ def clean_outcomes(study: Study) -> pd.DataFrame:
 
 
 def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables:
-    """Residual stream, attention and MLP outputs at the last token; for T1 the residual stream also at shared tokens."""
-    subject, clean = study.subject, []
-    wanted = estimands.mediators(subject, (*LAYER_SITES, *(DIRECT_SITES if direct else ())))
-    if group[0].pair.treatment == "T1":
-        wanted += estimands.mediators(subject, ["resid_post"], ["shared"])
-    names = ("Y1", "Y1.frozen", *(("contrast.frozen",) if direct else ()))
-    effects = estimands.batch_effects(
-        subject, group, study.openers, wanted, names, watch=lambda batch: clean.append(clean_rows(study, batch))
-    )
-    return {"effects": effects, "clean": clean[0]}
+    """Attention and MLP outputs at the last token, and but for benign behaviours the residual stream.
+
+    T1 has the residual stream also at shared tokens, after `Study.thinned_layers` and the deepest early one. Reading out costs
+    most: with the final norm frozen only components of T2 and T2b are, and direct effects only in the linear contrast.
+    """
+    subject, treatment = study.subject, group[0].pair.treatment
+    batch, openers = estimands.run_clean(subject, group), study.openers[treatment]
+    parts = estimands.mediators(subject, COMPONENTS)
+    wanted = ([] if treatment[0] == "B" else estimands.mediators(subject, ["resid_post"])) + parts
+    if treatment == "T1":
+        layers = sorted({*study.thinned_layers, deepest_early_layer(subject.n_layers)})
+        wanted += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
+    written = estimands.mediators(subject, DIRECT_SITES) if direct else []
+    frozen = parts if treatment in ("T2", "T2b") else []
+    asked = {"Y1": wanted, "Y1.frozen": frozen, "contrast.frozen": written}
+    patched, tables = estimands.final_residuals(subject, batch, wanted + written), []
+    place = {one: i for i, one in enumerate(wanted + written)}
+    for outcome, some in asked.items():
+        if some:
+            into, out = (cell[:, [place[one] for one in some]] for cell in patched)
+            scores = estimands.score_cells(subject, batch, (into, out), openers, outcome)
+            tables.append(estimands.tidy(group, some, outcome, scores))
+    effects = estimands.with_estimands(pd.concat(tables, ignore_index=True))
+    return {"effects": effects, "clean": clean_rows(study, batch)}
 
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
-    """Y2 of attention and MLP outputs at the last token of the prompt, at every other of `Study.thinned_layers`."""
-    layers = study.thinned_layers[::-2][::-1] if study.is_costly else study.thinned_layers
-    wanted = estimands.mediators(study.subject, COMPONENTS, layers=layers)
+    """Y2 of attention and MLP outputs at the last token of the prompt."""
+    wanted = estimands.mediators(study.subject, COMPONENTS)
     return {"effects": estimands.whole_answer_effects(study.subject, group, study.openers, wanted)}
 
 

@@ -9,7 +9,7 @@ with sliding windows it needs several layers to reach the last token, whatever w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,22 +91,6 @@ def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair]) -> list[int]:
     """
     last = [(pair.control[-1] != pair.treated[-1], int(arrival_layers(run, pair)[-1])) for pair in pairs]
     return [-1 if differs else layer for differs, layer in last]
-
-
-def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str, tuple[int, int]]) -> pd.DataFrame:
-    """The grid of cells for some interventions, for a drawing: panel, layer, position, state, token.
-
-    `corners` maps a panel's title to the patched (layer, position). Cells above and to the right are recomputed, the
-    last one is read, all others stay as the clean run left them.
-    """
-    rows = []
-    for panel, (layer, position) in corners.items():
-        for at_layer, at_position in np.ndindex(n_layers, len(tokens)):
-            state = "recomputed" if at_layer > layer and at_position >= position else "clean"
-            state = "patched" if (at_layer, at_position) == (layer, position) else state
-            state = "read" if (at_layer, at_position) == (n_layers - 1, len(tokens) - 1) else state
-            rows.append((panel, at_layer, at_position, state, tokens[at_position]))
-    return pd.DataFrame(rows, columns=["panel", "layer", "position", "state", "token"])
 
 
 # ---- effects of groups ----

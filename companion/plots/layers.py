@@ -6,17 +6,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, distinct, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, distinct, spec
 
-CELLS = {
-    "clean": ("#F2F2F2", "", "clean run, cached"),
-    "patched": ("#D55E00", "", "patched with the other run's activation"),
-    "recomputed": ("#56B4E9", "//", "recomputed: above and to the right"),
-    "read": ("#0072B2", "xx", "read out"),
-}
 GROUP_COLOURS = {
     "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
     "object": "#8FCFB4", "rest": "#F7F7F7", "last_instruction": "#C9B6E4", "template": "#DDDDDD", "last": "#F4E27A",
@@ -25,6 +19,12 @@ MAP = (
     "A map of layers by attention and MLP outputs at the last token of one pair, each cell with its share of the total "
     "effect in per cent, red with and blue against the treatment"
 )
+PANELS = {
+    "T1": "T1, a harmful request in place of its harmless twin", "T2": "T2, a jailbreak wrapper around a harmful request",
+    "T2b": "T2b, the same wrapper around the harmless twin", "T2-T2b": "T2 − T2b, what the wrapper does to harm alone",
+}  # fmt: skip
+CENTROID_MARGIN = 0.05  # by which harm must be later for C1
+CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
 
 
 def _blank(width: float, height: float) -> tuple[Figure, Axes]:
@@ -86,26 +86,62 @@ def component_map(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def grid(table: pd.DataFrame) -> Figure:
-    """Which cells (layer, position) an intervention recomputes; columns: panel, layer, position, state, token."""
-    panels = distinct(table.panel)
-    figure, axes = style.new_figure(1, len(panels), 3.9 * len(panels), 3.1)
-    for ax, panel in zip(axes[0], panels, strict=True):
-        part = table[table.panel == panel]
-        for row in part.itertuples():
-            colour, hatch, _ = CELLS[str(row.state)]
-            square = Rectangle((row.position - 0.45, row.layer - 0.45), 0.9, 0.9, fc=colour, ec="white", hatch=hatch)
-            ax.add_patch(square)
+def layer_map(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
+    """Attention and MLP (rows) by layer, one map for each value of `panel`, on one scale; numbers are percent of TE.
+
+    A bold number has an interval that excludes 0; what rounds to 0 has none.
+    """
+    names, bound = distinct(table[panel]), float(table.estimate.abs().max()) or 1.0
+    figure, axes = style.new_figure(len(names), 1, 7.4, 0.9 + 0.72 * len(names), sharex=True)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        part = table[table[panel] == name]
+        cells = part.pivot(index="site", columns="layer", values="estimate")
+        image = ax.imshow(cells, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
+        for one in part[(100 * part.estimate).round() != 0].itertuples():
+            at = cells.columns.get_loc(one.layer), cells.index.get_loc(one.site)
+            dark, sure = abs(one.estimate) > 0.6 * bound, one.low > 0 or one.high < 0
+            looks = {"color": "white" if dark else "black", "fontweight": "bold" if sure else "normal", "fontsize": 7}
+            ax.text(*at, f"{100 * one.estimate:.0f}", ha="center", va="center", **looks)
+        ax.set_yticks(range(len(cells)), [NAMES.get(str(site), str(site)) for site in cells.index])
+        ax.set_title(PANELS.get(str(name), str(name)), fontsize=9, fontweight="normal")
         ax.grid(False)
-        first = part[part.layer == part.layer.min()]
-        ax.set_xlim(-0.6, part.position.max() + 0.6)
-        ax.set_ylim(-0.6, part.layer.max() + 0.6)
-        ax.set_xticks(first.position, first.token, rotation=90, fontsize=6)
-        ax.set_ylabel("layer")
-        share = (part.state != "clean").mean()
-        ax.set_title(f"{panel}\n{share:.0%} of the cells of a full forward pass", fontsize=9)
-    handles = [Patch(fc=colour, hatch=hatch, ec="white", label=label) for colour, hatch, label in CELLS.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes[-1, 0].set_xticks(range(cells.shape[1]), cells.columns, fontsize=7)
+    axes[-1, 0].set_xlabel("layer")
+    figure.colorbar(image, ax=axes[:, 0], label=style.TOTAL, pad=0.01)
+    style.heading(figure, title)
+    return figure
+
+
+def centroids(table: pd.DataFrame) -> Figure:
+    """Depth of harm and of each benign behaviour, and beside it their difference; columns: quantity, contrast, estimate."""
+    figure, axes = style.new_figure(1, 2, 7.2, 2.9, width_ratios=[3, 2])
+    difference = table[table.contrast == "difference"]
+    own = table[table.contrast != "difference"]
+    contrasts = [("harm", "benign"), ("difference",)]
+    for ax, part, groups in zip(axes[0], (own, difference), contrasts, strict=True):
+        style.draw_dots(ax, part, "quantity", "contrast", distinct(part.quantity), groups)
+    benign = own[own.contrast == "benign"].estimate.mean()
+    axes[0, 0].axvline(benign, color="black", lw=0.9, ls="--", label="mean of benign")
+    axes[0, 0].set_xlabel("mean depth, as share of all layers")
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].axvline(0, color="black", lw=0.8)
+    axes[0, 1].axvline(CENTROID_MARGIN, color="black", lw=0.9, ls="--")
+    axes[0, 1].set_ylim(1.6, -0.6)
+    axes[0, 1].set_xlabel("harm − benign (depth, share)")
+    style.heading(figure, "Is harm decided later than other choices?")
+    return figure
+
+
+def read_and_carried(table: pd.DataFrame) -> Figure:
+    """By layer, what a probe reads and what is carried on; columns: what, layer, estimate, low, high."""
+    figure = style.by_layer(
+        table, group="what", title="What early layers know is not yet what decides", unit="AUROC or share"
+    )
+    ax = figure.axes[0]
+    n_layers = int(table.layer.max()) + 1
+    ax.axvspan(-0.5, n_layers / 3 - 0.5, facecolor="none", edgecolor="#BBBBBB", hatch="///", lw=0, label="early layers")
+    ax.get_legend().remove()
+    style.legend_below(figure, [ax], 3)
     return figure
 
 
@@ -129,37 +165,23 @@ SPECS = (
          row="treatment", group="split", title="Which treatments move the answer by 0.5 log-odds or more?",
          unit="total effect (log-odds of complying)",
          marks=(-0.5, 0.5)),
-    spec("02_grid", grid, "all", {"panel": "str", "layer": "int", "position": "int", "state": "str", "token": "str"},
-         "Two grids of cells, layer by position: a patch at a wrapper token changes all cells above and to the right "
-         "of it, a patch at the last token only the column above it; the rest is kept from the clean run"),
     spec("02_cumulative", style.cumulative, "C1", {"model": "str", "earliest": "float", **BY_LAYER},
          "Share of the total effect in the last-token residual stream after each layer, one panel a model, trained "
          "network beside its untrained twin: all end at 1, and where each rises is compared"),
-    spec("02_increments", style.by_layer, "C1", {"model": "str", **BY_LAYER},
-         "What each layer adds to the cumulative share of the total effect, trained model beside its untrained twin, "
-         "with intervals that tell whether the two differ in any layer",
-         group="model", title="Which layer adds what to the curve?", unit="increment (share of total effect)"),
-    spec("02_components", style.by_layer, "C1", {"site": "str", **BY_LAYER, "band_low": "float", "band_high": "float"},
-         "Indirect effect of attention and MLP outputs at the last token by layer, in log-odds; bars are pointwise "
-         "intervals, the shaded band holds for all cells at once",
-         group="site", title="Where does the effect pass at the last token?", unit=LOG_ODDS),
-    spec("02_treatments", style.panels, "C1", {"treatment": "str", "site": "str", **BY_LAYER},
-         "Indirect effects of attention and MLP outputs by layer, one panel for recognition (T1), generation (T2), the "
-         "wrapper on a harmless request (T2b) and the contrast T2 - T2b; up is towards complying",
-         panel="treatment", group="site",
-         title="Recognition (T1), generation (T2), wrapper alone (T2b), and the contrast", unit=LOG_ODDS),
-    spec("02_benign", style.panels, "C1", {"contrast": "str", "site": "str", **BY_LAYER},
-         "Shares of the total effect by layer for attention and MLP outputs in three panels: harm, the mean benign "
-         "behaviour, and harm minus benign, which is flat at 0 where harm is decided like anything else",
-         panel="contrast", group="site", title="Is harm later than any other first-token decision?"),
-    spec("02_models", style.panels, "C1", {"model": "str", "site": "str", **BY_LAYER},
-         "Shares of the total effect by layer for attention and MLP outputs, one panel a model: seeds of the windowed "
-         "model, then of the same model with full attention",
-         panel="model", group="site", title="Does the picture hold over seeds, and without the sliding window?"),
-    spec("02_computed", style.panels, "C1", {"panel": "str", "site": "str", **BY_LAYER},
-         "Attention and MLP outputs by layer, for each model what passes through them beside what they compute from "
-         "wrapper and request together, which few components do",
-         panel="panel", group="site", title="What is passed on, and what is computed?"),
+    spec("02_treatments", layer_map, "C1", {"treatment": "str", "site": "str", **BY_LAYER},
+         "Share of the total effect that passes through attention and MLP outputs by layer, a map for recognition (T1), "
+         "generation (T2), the wrapper on a harmless request (T2b) and the contrast T2 - T2b; numbers are percent",
+         panel="treatment", title="Through which layers does the effect pass? (percent of the total effect)"),
+    spec("02_benign", centroids, "C1", {"quantity": "str", "contrast": "str", **ESTIMATE},
+         "Effect-weighted mean depth of harm and of each benign behaviour as dots with intervals, and beside them harm "
+         "minus benign with an interval over topics and a wider one that resamples behaviours, too"),
+    spec("02_computed", layer_map, "C1", {"panel": "str", "site": "str", **BY_LAYER},
+         "Attention and MLP outputs by layer, above what passes through them, below what they compute from wrapper and "
+         "request together, both as percent of the total effect",
+         panel="panel", title="What only passes through, and what is computed? (percent of the total effect)"),
+    spec("02_early", read_and_carried, "C3", {"what": "str", **BY_LAYER},
+         "By layer, how well a probe on shared tokens tells harmful from harmless requests, the same for the words "
+         "alone, and the share of the total effect that these tokens carry, with early layers hatched"),
     spec("03_total_direct", style.panels, "C2", {"effect": "str", "site": "str", **BY_LAYER},
          "Attention and MLP outputs by layer in two panels, left what passes through them (indirect effects), right "
          "what they write themselves (direct effects), both as shares of the total effect",

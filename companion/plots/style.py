@@ -159,7 +159,7 @@ def cumulative(table: pd.DataFrame) -> Figure:
         if earliest > 0:
             ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
             ax.text(
-                -0.4, 0.62, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="top", color="#444444"
+                -0.4, 0.04, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="bottom", color="#444444"
             )
         ax.axhline(1, color="black", lw=0.8, ls=":")
         layer_axis(ax, n_layers)

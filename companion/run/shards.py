@@ -118,7 +118,7 @@ def measure_share(
     options = {name: parameters[name.upper()] for name in ("device", "dtype", "profile", "pairs")}
     this = study.begin(parameters["MODEL"], parameters["PROMPTS"], parameters["SLUG"], **options)
     asked = [(this, "layers")] if "02" in wanted else []
-    asked += [(this, "whole answers")] if "02" in wanted and this.of("T2", "T2b") else []
+    asked += [(this, "whole answers")] if "02" in wanted and this.of("T2", "T2b") and not this.is_costly else []
     asked += [(this, "modules")] if "03" in wanted else []
     counts = [sweeps.run_shard(one, name, shard, n_shards) for one, name in asked]
     if "02" in wanted:

@@ -1,8 +1,9 @@
 """The face: each helper gives what the library calls behind it give, on the shipped model."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
-import ledger_rows
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,13 +11,13 @@ import torch
 
 from companion.base import paths
 from companion.base.display import NotDefined
-from companion.claims import corrected_rules
-from companion.claims.verdict import Rows
 from companion.mediation import summaries
+from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
+from companion.mediation.sweeps import clean_outcomes
 from companion.plots import figures
 from companion.stats import clusters
-from helpers import mediation, model, patching, plots, prompts, statistics
+from helpers import layers, model, patching, plots, prompts, statistics
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,19 @@ def study() -> Study:
 
 
 @pytest.fixture(scope="module")
-def layers(study: Study) -> pd.DataFrame:
-    return mediation.measure_layers(study, "embedded").effects
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Results and figures of this module's runs."""
+    folder = tmp_path_factory.mktemp("face")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (paths, figures):
+            patch.setattr(module, "RESULTS", folder / "results")
+            patch.setattr(module, "FIGURES", folder / "figures")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def sweep(study: Study, folders: Path) -> layers.Layers:
+    return layers.measure_layers(study)
 
 
 def test_the_log_odds_of_a_plain_forward_pass_are_those_of_the_clean_run(study: Study) -> None:
@@ -66,51 +78,60 @@ def test_joint_attention_is_the_total_effect_and_the_last_layer_carries_all(stud
     assert shares.resid_post.iloc[-1] == pytest.approx(1, abs=1e-4)
 
 
-def test_the_grid_marks_what_two_patches_recompute(study: Study) -> None:
-    pair = model.example_pair(study)
-    table = patching.recomputed_grid(study, pair, 3)
-    early, late = (table[table.panel == panel] for panel in table.panel.unique())
-    assert len(early) == len(late) == study.subject.n_layers * len(pair.control)
-    assert (early.state == "recomputed").sum() > (late.state == "recomputed").sum() > 0
-    distance, layer = patching.distance_and_earliest_layer(study, pair)
-    assert pair.control[-1 - distance] != pair.treated[-1 - distance] and layer is not None and layer > 0
-
-
-def test_a_contrast_is_signed_on_discover_and_shown_on_test(layers: pd.DataFrame) -> None:
-    made = mediation.contrast(layers, "T2-T2b")
+def test_a_contrast_is_signed_on_discover_and_shown_on_test(sweep: layers.Layers) -> None:
+    made = layers.contrast(sweep.effects, "T2-T2b")
     assert set(made.split) == {"test"} and set(made.site) == {"attn_out", "mlp_out"}
     assert made.te.mean() > 0 and np.allclose(made.nie, (made.nie0 + made.nie1) / 2)
-    whole = mediation.contrast(layers, "T2-T2b", split=None)
+    whole = layers.contrast(sweep.effects, "T2-T2b", split=None)
     assert set(whole.split) == {"discover", "validate", "test"}
-    turned = layers.assign(te=-layers.te, nie0=-layers.nie0, nie1=-layers.nie1)
-    assert np.allclose(mediation.contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
-    averaged = mediation.averaged_by_treatment(layers, ["T1", "T2", "T9"])  # what is missing is left out
-    assert set(averaged.treatment) == {"T1", "T2"} and set(averaged.split) == {"test"}
+    turned = sweep.effects.assign(te=-sweep.effects.te, nie0=-sweep.effects.nie0, nie1=-sweep.effects.nie1)
+    assert np.allclose(layers.contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
+    shares = layers.shares_by_treatment(sweep.effects)
+    assert list(shares.treatment.unique()) == ["T1", "T2", "T2-T2b"], "T2b has no effect to be a share of"
+    assert (
+        str(layers.shares_by_treatment(sweep.effects.assign(te=0.1)))
+        == "No treatment has a total effect of at least 0.5 log-odds."
+    )
 
 
-def test_the_centroid_table_has_both_intervals_of_every_model_that_has_the_difference() -> None:
-    fine = ledger_rows.table(ledger_rows.FINE)
-    found = mediation.centroid_table(pd.concat([fine, fine.assign(model="n", claim="C2")]), ["m", "n"])
-    assert list(found.index) == ["m"] and found.loc["m", ["difference", "low", "high"]].tolist() == [0.2, 0.1, 0.3]
-    wide = corrected_rules.centroid_over_behaviours(Rows("m", fine))
-    assert wide is not None and found.loc["m"].tolist()[3:] == [wide.ci_low, wide.ci_high]
+def test_centroids_have_each_behaviour_and_both_intervals_of_the_difference(sweep: layers.Layers) -> None:
+    table = layers.centroids(sweep).set_index("quantity")
+    own = table[table.contrast == "benign"].estimate
+    narrow, wide = (table.loc[name] for name in ("topics drawn", "topics and behaviours drawn"))
+    assert narrow.estimate == wide.estimate == pytest.approx(table.estimate["T2-T2b"] - own.mean(), abs=1e-6)
+    assert wide.low < narrow.low and narrow.high < wide.high and len(own) == 6
+    assert "no benign behaviour" in str(layers.centroids(replace(sweep, evidence=sweep.evidence[:3])))
 
 
-def test_clean_runs_and_modules_end_with_the_difference_in_differences(study: Study) -> None:
-    thin = replace(study, pairs=tuple(study.of("T2", "T2b")))
-    clean = mediation.clean_runs(thin)
-    by_id = clean[clean.treatment != "T2-T2b"].set_index("pair_id").te
-    difference = clean[clean.treatment == "T2-T2b"].set_index("pair_id").te
-    for harmful, twin in study.twins.items():
-        if harmful in difference.index:
-            assert difference[harmful] == by_id[harmful] - by_id[twin]
-    assert len(difference) > 0
-    modules = mediation.measure_modules(thin)
-    assert {"attn_out.direct", "mlp_out.direct", "head"} <= set(modules.site) and "T2-T2b" in set(modules.treatment)
+def test_what_is_read_and_what_is_carried_stand_on_one_axis(sweep: layers.Layers) -> None:
+    pairs = [one for one in sweep.study.of("T1") if one.pair.split == "test"]
+    perfect = np.tile([0.0, 1.0], (len(pairs), 1))
+    table = layers.read_and_carried(sweep, {1: perfect, 4: 1 - perfect}, [one.pair.topic for one in pairs])
+    assert table[table.what.str.contains("activations")].estimate.tolist() == [1.0, 0.0]
+    carried = table[table.what.str.startswith("carried")].set_index("layer").estimate
+    assert carried[sweep.study.subject.n_layers - 1] == pytest.approx(1, abs=1e-4)
+    (psi,) = [
+        one["estimate"] for one in sweep.evidence if one["quantity"].startswith("psi0") and one["variant"] == "main"
+    ]
+    assert carried[layers.deepest_early_layer(6)] == pytest.approx(psi, abs=1e-6)
+
+
+def test_the_evidence_is_that_of_the_model_and_of_its_twin(sweep: layers.Layers, folders: Path) -> None:
+    relatives = layers.measure_relatives(sweep.study, "embedded", "smoke")
+    curves = layers.cumulative(sweep, relatives)
+    assert set(curves.model) == {"embedded", "embedded (untrained)"}
+    assert curves[curves.layer == 5].estimate.round(4).tolist() == [1, 1]
+    computed = layers.computed_effects(sweep.study)
+    assert set(layers.passed_and_computed(sweep.effects, computed).panel) == {"passes through", "computed here"}
+    rows = layers.write_evidence(sweep, relatives, computed, "embedded", "smoke")
+    whole = pd.read_csv(folders / "results/embedded/02_evidence.csv")
+    assert set(rows.model) == {"embedded"} and set(whole.model) == {"embedded", "embedded (untrained)"}
+    assert "late share of what is computed" in set(rows.quantity)
+    assert (folders / "results/embedded/02_relatives.parquet").is_file()
 
 
 def test_total_effects_are_means_with_intervals_over_topics(study: Study) -> None:
-    clean = mediation.clean_runs(study)
+    clean = with_difference(clean_outcomes(study), study.twins)
     table = statistics.total_effects(clean).set_index(["treatment", "split"])
     part = clean[(clean.treatment == "T2") & (clean.split == "test")]
     row = table.loc[("T2", "test")]

@@ -10,7 +10,6 @@ from companion.base.errors import InputError
 from companion.base.thresholds import deepest_early_layer, depth
 from companion.mediation import summaries
 from companion.mediation.summaries import averaged, signed
-from companion.stats import bootstrap, clusters
 
 LIMITS = ["estimate", "low", "high"]
 
@@ -128,23 +127,6 @@ def test_the_centroid_difference_has_an_interval() -> None:
     assert found.se[0] == pytest.approx(own, rel=0.5)
 
 
-def test_harm_minus_benign_by_hand() -> None:
-    harm = effect_table({("mlp_out", 5): 3.0, ("attn_out", 1): 1.0})
-    first = benign_tables(1, {("mlp_out", 5): 1.0}, te=2.0)
-    second = benign_tables(2, {("mlp_out", 5): -3.0, ("attn_out", 2): -1.0}, te=-3.0)
-    second = second[(second.treatment == "B2") & (second.topic != "benign 49")]  # a topic without one behaviour
-    frame = summaries.harm_minus_benign(harm, pd.concat([first, second], ignore_index=True))
-    frame = frame.set_index(["contrast", "site", "layer"])
-    assert len(frame) == 3 * 2 * N_LAYERS
-    moved = harm.assign(nie0=np.where(harm.split == "validate", 9.0, harm.nie0))  # the test split alone counts
-    again = summaries.harm_minus_benign(moved, pd.concat([first, second], ignore_index=True))
-    np.testing.assert_allclose(frame[LIMITS], again[LIMITS])
-    known = {("mlp_out", 5): (3 / 4, (1 / 2 + 3 / 3) / 2), ("attn_out", 2): (0, 1 / 6), ("attn_out", 1): (1 / 4, 0)}
-    for cell, (own, other) in known.items():
-        for contrast, value in (("harm", own), ("benign", other), ("difference", own - other)):
-            assert frame.loc[(contrast, *cell), LIMITS].tolist() == pytest.approx([value] * 3, abs=1e-9)
-
-
 def test_cell_means_are_means_over_all_pairs_given() -> None:
     table = averaged(effect_table(noise=0.5))
     frame = by_cell(summaries.cell_means(table))
@@ -159,15 +141,3 @@ def test_cell_means_are_means_over_all_pairs_given() -> None:
 
 
 CURVE = {("resid_post", layer): value for layer, value in enumerate((0.0, 1.0, 1.0, 0.5, 3.0, 4.0))}
-
-
-def test_increments_are_paired_and_add_up_to_the_last_point() -> None:
-    """Neighbouring layers share their pairs: the interval is that of the difference, not of two curves."""
-    exact = summaries.increments(averaged(effect_table(CURVE, sites=("resid_post",))))
-    np.testing.assert_allclose(exact.estimate, [0, 0.25, 0, -0.125, 0.625, 0.25], atol=1e-12)
-    table = averaged(effect_table(CURVE, sites=("resid_post",), noise=0.2, seed=1))
-    wide = table.pivot(index=["topic", "pair_id", "te"], columns="layer", values="nie").reset_index()
-    sums = clusters.cluster_sums(wide.assign(step=wide[4] - wide[3]), ["step", "te"])
-    wanted = bootstrap.bootstrap(sums, clusters.ratio([1, 0], [0, 1]))
-    frame = summaries.increments(table).set_index("layer").loc[4]
-    np.testing.assert_allclose(frame[LIMITS].tolist(), [getattr(wanted, name)[0] for name in LIMITS], rtol=1e-6)

@@ -13,9 +13,8 @@ from neuron_tools import cue_study
 from companion.base.errors import InputError
 from companion.mediation import study, tokens
 from companion.mediation.study import Study
-from companion.model import activations, replay
+from companion.model import activations
 from companion.model.architecture import Subject
-from companion.model.interventions import Patch
 from companion.plots.tokens import groups
 from companion.prompts import positions
 from companion.prompts.pairs import Pair
@@ -167,18 +166,3 @@ def test_earliest_layers_of_pairs() -> None:
     assert found == [1, 1, 0, -1, 0]
     differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
     assert [int(row.long().argmax()) for row in differ.T[:3]] == found[:3]
-
-
-def test_recomputed_cells_are_those_above_and_to_the_right() -> None:
-    subject = tiny_subject("llama")
-    ids = torch.randint(3, 61, (2, 5), generator=torch.Generator().manual_seed(2))
-    base, source = activations.clean_run(subject, ids[:1]), activations.clean_run(subject, ids[1:])
-    table = tokens.recomputed_cells(4, list("abcde"), {"one": (1, 2), "two": (3, 0)})
-    assert table.panel.value_counts().to_dict() == {"one": 20, "two": 20}
-    states = table[table.panel == "one"].pivot(index="layer", columns="position", values="state")
-    patch = Patch("resid_post", 1, torch.arange(5)[None] == 2)
-    after = replay.interchange(subject, base, source, [patch], read=range(5))[0, 0]
-    moved = (after != base.resid_post[-1][0]).any(-1)
-    assert [state != "clean" for state in states.loc[3]] == moved.tolist()
-    assert (states.loc[1, 2], states.loc[3, 4]) == ("patched", "read") and (states.loc[0] == "clean").all()
-    assert states.loc[2].tolist() == ["clean"] * 2 + ["recomputed"] * 3

@@ -23,7 +23,16 @@ from companion.plots.style import FigureSpec
 
 ESTIMATES = [name for name in NAMES if "estimate" in spec_of(name).columns]
 # In these, numbers are colours.
-MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
+MAPS = (
+    "02_treatments",
+    "02_computed",
+    "03_heads",
+    "05_groups",
+    "05_components",
+    "07_confusion",
+    "07_severity",
+    "07_plants",
+)
 
 
 @pytest.fixture
@@ -88,16 +97,16 @@ def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folde
 
 
 def test_alternative_text_is_in_both_files(folders: Path) -> None:
-    shown = figures.show("02_components", "made")
-    table = files.read_table(folders / "results" / "made" / "02_components.csv", spec_of("02_components").columns)
-    alt = describe(spec_of("02_components"), table)
+    shown = figures.show("02_cumulative", "made")
+    table = files.read_table(folders / "results" / "made" / "02_cumulative.csv", spec_of("02_cumulative").columns)
+    alt = describe(spec_of("02_cumulative"), table)
     assert shown.alt == alt
-    with Image.open(folders / "figures" / "made" / "02_components.png") as image:
+    with Image.open(folders / "figures" / "made" / "02_cumulative.png") as image:
         assert image.text["Description"] == alt and "Creation Time" not in image.text
         assert image.mode == "P"  # few colours: small files
         assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    svg = (folders / "figures" / "made" / "02_components.svg").read_text(encoding="utf-8")
-    assert alt in svg and "attention" in svg and "<dc:date>" not in svg  # text stays text
+    svg = (folders / "figures" / "made" / "02_cumulative.svg").read_text(encoding="utf-8")
+    assert alt in svg and "untrained twin" in svg and "<dc:date>" not in svg  # text stays text
 
 
 @pytest.mark.parametrize("entry", SPECS, ids=lambda entry: entry.name)
@@ -124,12 +133,12 @@ def test_alternative_text_has_a_number_for_each_line() -> None:
 
 
 def test_a_figure_draws_its_csv_only(folders: Path) -> None:
-    path = folders / "results" / "made" / "02_components.csv"
+    path = folders / "results" / "made" / "02_cumulative.csv"
     files.write_table(files.read_table(path, {}).assign(note="more"), path)
-    figures.show("02_components", "made")
-    files.write_table(files.read_table(path, {}).drop(columns="band_low"), path)
-    with pytest.raises(InputError, match="has no column 'band_low'"):
-        figures.show("02_components", "made")
+    figures.show("02_cumulative", "made")
+    files.write_table(files.read_table(path, {}).drop(columns="earliest"), path)
+    with pytest.raises(InputError, match="has no column 'earliest'"):
+        figures.show("02_cumulative", "made")
 
 
 def test_what_is_not_there_is_named(folders: Path) -> None:
@@ -160,9 +169,9 @@ def test_the_index_lists_every_figure(folders: Path) -> None:
 
 
 def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = (["# Title"], ["figures.show(", "'02_grid', slug)"], 'figures.show("02_grid_other")')
+    sources = (["# Title"], ["figures.show(", "'02_cumulative', slug)"], 'figures.show("02_cumulative_other")')
     files.write_json({"cells": [{"source": source} for source in sources]}, tmp_path / "02_made.ipynb")
     monkeypatch.setattr(figures, "NOTEBOOKS", tmp_path)
     lines = {line.split("`")[1]: line for line in index().splitlines() if "`results/" in line}
-    assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_grid"].split(" | ")[3])
-    assert "not shown" in lines["02_components"]
+    assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_cumulative"].split(" | ")[3])
+    assert "not shown" in lines["02_treatments"]

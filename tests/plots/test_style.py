@@ -88,14 +88,6 @@ def test_a_component_map_has_a_number_in_every_cell() -> None:
     assert ax.images[0].get_clim() == (-25, 25)
 
 
-def test_the_grid_counts_its_cells() -> None:
-    states = ["clean"] * 6 + ["patched", "recomputed", "clean", "read"]
-    cells = {"layer": [0] * 5 + [1] * 5, "position": [*range(5), *range(5)], "state": states}
-    table = pd.DataFrame({"panel": "p", **cells, "token": list("abcde") * 2})
-    ax = layers.grid(table).axes[0]
-    assert "30%" in ax.get_title() + ax.get_title(loc="left") and len(ax.patches) == 10
-
-
 def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
     rows = [("both", "a", 1.0), ("both", "b", 2.0), ("one", "b", 3.0)]
     table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(low=0.0, high=4.0)

@@ -1,0 +1,182 @@
+"""Lesson 02: in which layers the decision arises, for all pairs, with intervals, and as evidence for C1 and C3.
+
+`measure_layers` and `measure_relatives` measure; `late_share`, `centroids` and `read_and_carried` are the numbers that the
+lesson makes by hand; `write_evidence` keeps what verdicts read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from companion.base.display import NotDefined
+from companion.base.files import write_json, write_table
+from companion.base.paths import results_dir
+from companion.base.thresholds import COMPONENTS, MIN_TOTAL_EFFECT, UNTRAINED, deepest_early_layer
+from companion.claims.corrected_rules import centroid_over_behaviours
+from companion.claims.verdict import Rows
+from companion.evidence import layers as evidence
+from companion.evidence.layers import Layers
+from companion.mediation import mechanisms, sweeps
+from companion.mediation.study import Study, control_studies, control_study, other_shipped
+from companion.mediation.summaries import VARIANTS, Variant, averaged, primary, select, share_of_te, signed, te_weighted
+
+__all__ = ["Layers", "centroids", "computed_effects", "contrast", "cumulative", "deepest_early_layer", "evidence_rows",
+           "measure_layers", "measure_relatives", "passed_and_computed", "primary", "read_and_carried",
+           "shares_by_treatment", "write_evidence"]  # fmt: skip
+
+
+def measure_layers(study: Study) -> Layers:
+    """Effects of residual stream, attention and MLP outputs of every layer at the last token, for all pairs.
+
+    Both directions and both clean runs, in log-odds, T2 - T2b behind the others; kept as `02_layers.parquet`.
+    """
+    found = evidence.measure_layers(study, study.slug, full_response=True)
+    write_table(found.effects, results_dir(study.slug) / "02_layers.parquet")
+    write_json(sweeps.memory_plan(study), results_dir(study.slug) / "chunks.json")
+    return found
+
+
+def measure_relatives(study: Study, model: str, profile: str) -> dict[str, Layers]:
+    """The same for the untrained twin, and for a shipped model's other seeds; kept as `02_relatives.parquet`."""
+    found = {
+        label: evidence.measure_layers(one, label, direct=True) for label, one in control_studies(study, model, profile)
+    }
+    table = pd.concat([one.effects.assign(model=label) for label, one in found.items()])
+    write_table(table, results_dir(study.slug) / "02_relatives.parquet")
+    return found
+
+
+def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
+    """Share of TE in the last token's residual stream after each layer, of the model and of its untrained twin.
+
+    Each pair is weighted by its own TE, since the twin's TE has either sign. A shipped relative with full attention comes
+    with its twin. Columns model, layer, estimate, low, high, earliest (the first layer that masks allow), te (its mean).
+    """
+    family = {main.study.slug: main, **relatives}
+    full = [label for label in relatives if label.startswith("full") and not label.endswith(UNTRAINED)]
+    tables = []
+    for label in [name for own in (main.study.slug, *full[:1]) for name in (own, own + UNTRAINED)]:
+        first = main.study.main_treatment
+        rows = averaged(select(family[label].effects, first, VARIANTS[0], ["resid_post"])).query("split == 'test'")
+        clean = family[label].clean.query("treatment == @first")
+        curve = share_of_te(te_weighted(rows), by=["layer"])
+        tables.append(curve.assign(model=label, earliest=clean.earliest.median(), te=rows.te.mean()))
+    return pd.concat(tables)
+
+
+def contrast(
+    effects: pd.DataFrame, treatment: str, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1",
+    split: str | None = "test",
+) -> pd.DataFrame:  # fmt: skip
+    """Effects of one treatment at the last token, signed by its TE on discover, with `nie`, the mean of both directions.
+
+    `split` keeps one split's pairs (None: all). What is chosen by these rows must be chosen on discover and shown on test.
+    """
+    chosen = signed(select(effects, treatment, Variant("main", outcome=outcome), sites))
+    return chosen if split is None else chosen[chosen.split == split]
+
+
+def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
+    """Share of TE that passes through each attention and MLP output, for those of T1, T2, T2b and T2 - T2b that have an effect.
+
+    A share of a TE below 0.5 log-odds would be a share of next to nothing.
+    """
+    te = effects[(effects.outcome == "Y1") & (effects.split == "test")].groupby("treatment").te.mean().abs()
+    names = [name for name in ("T1", "T2", "T2b", "T2-T2b") if te.get(name, 0.0) >= MIN_TOTAL_EFFECT]
+    if not names:
+        return NotDefined("No treatment has a total effect of at least 0.5 log-odds.")
+    return pd.concat([share_of_te(contrast(effects, name)).assign(treatment=name) for name in names])
+
+
+def evidence_rows(main: Layers) -> pd.DataFrame:
+    """The evidence that the sweep of the run's own model gives, a row a quantity and variant, with intervals."""
+    return pd.DataFrame(main.evidence)
+
+
+def centroids(main: Layers) -> pd.DataFrame | NotDefined:
+    """Effect-weighted mean depth of harm and of each benign behaviour, and twice their difference, with intervals.
+
+    The first interval of the difference draws topics and takes the behaviours as given; the second takes the behaviours as
+    a sample, too. Columns quantity, contrast, estimate, low, high; units are the network's depth.
+    """
+    rows = Rows(main.study.slug, evidence_rows(main))
+    found, wide = rows.find("C1", "centroid difference"), centroid_over_behaviours(rows)
+    if found is None or wide is None:
+        return NotDefined(
+            "This prompt set has no benign behaviour (treatments B1, B2, ...) with an effect to compare with."
+        )
+    own = rows.table[rows.table.quantity.str.match("centroid (B|T)")]
+    harm = own.quantity.str.startswith("centroid T")
+    table = own.assign(quantity=own.quantity.str.removeprefix("centroid "), contrast=np.where(harm, "harm", "benign"))
+    both = pd.DataFrame([found, wide]).assign(
+        contrast="difference", quantity=["topics drawn", "topics and behaviours drawn"]
+    )
+    columns = ["quantity", "contrast", "estimate", "ci_low", "ci_high"]
+    return pd.concat([table, both], ignore_index=True)[columns].set_axis(
+        ["quantity", "contrast", "estimate", "low", "high"], axis=1
+    )
+
+
+def computed_effects(study: Study) -> pd.DataFrame | NotDefined:
+    """Effects of what each attention and MLP output makes of wrapper and request together, in log-odds.
+
+    Rows as those of the sweep, for T2 - T2b; not defined without twins of one token length.
+    """
+    table = mechanisms.interaction_effects(study)
+    return table if len(table) else NotDefined("No pair of T2 has a twin in T2b with as many tokens.")
+
+
+def passed_and_computed(effects: pd.DataFrame, computed: pd.DataFrame | NotDefined) -> pd.DataFrame | NotDefined:
+    """Share of the TE of T2 - T2b that passes through each component, and that it computes; columns panel, site, layer, ..."""
+    if isinstance(computed, NotDefined):
+        return computed
+    tables = {
+        "passes through": contrast(effects, "T2-T2b"),
+        "computed here": contrast(computed.assign(position="last"), "T2-T2b"),
+    }
+    return pd.concat([share_of_te(table).assign(panel=panel) for panel, table in tables.items()])
+
+
+def read_and_carried(
+    main: Layers, scores: Mapping[int, np.ndarray], topics: Sequence[str]
+) -> pd.DataFrame | NotDefined:
+    """By layer, AUROC of a probe on shared tokens and the share of TE that those tokens carry (psi0), with intervals.
+
+    `scores` holds, for each layer, the probe's scores of test pairs, shape (pair, side). T1 only.
+    """
+    effects, rows = main.effects, evidence_rows(main)
+    shared = effects[(effects.treatment == "T1") & (effects.position == "shared") & (effects.outcome == "Y1")]
+    words = rows[(rows.quantity == "AUROC bag of tokens")]
+    if shared.empty or words.empty:
+        return NotDefined("This prompt set has too few pairs of T1, which turn a harmless request into a harmful one.")
+    areas, _ = evidence.auroc({str(layer): values for layer, values in scores.items()}, topics)
+    read = areas.to_frame(pd.DataFrame({"layer": [*scores, -1]})).iloc[:-1].assign(what="probe on activations (AUROC)")
+    carried = share_of_te(shared[shared.split == "test"], "nie0", by=["layer"]).assign(
+        what="carried (share of total effect)"
+    )
+    limits = dict(zip(["estimate", "low", "high"], words.iloc[0][["estimate", "ci_low", "ci_high"]], strict=True))
+    bag = pd.DataFrame({"layer": list(scores), **limits, "what": "probe on words alone (AUROC)"})
+    return pd.concat([read, bag, carried])
+
+
+def write_evidence(
+    main: Layers, relatives: Mapping[str, Layers], computed: pd.DataFrame | NotDefined, model: str, profile: str
+) -> pd.DataFrame:
+    """Write `02_evidence.csv`, all that verdicts on C1 and C3 read: the model, its relatives, and what each computes.
+
+    Returns the rows of the run's own model.
+    """
+    study, family = main.study, {main.study.slug: main, **relatives}
+    tables = {} if isinstance(computed, NotDefined) else {study.slug: computed}
+    for name in other_shipped(model, profile):
+        tables[name] = mechanisms.interaction_effects(control_study(study, model, name))
+    rows = []
+    for label, one in family.items():
+        more = evidence.evidence_c1_computed(tables.get(label, pd.DataFrame()), label, study.subject.n_layers)
+        rows += [*one.evidence, *more]
+    table = pd.DataFrame(rows)
+    write_table(table, results_dir(study.slug) / "02_evidence.csv")
+    return table[table.model == study.slug]
