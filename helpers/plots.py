@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pandas as pd
-from IPython.display import Image
+from IPython.display import HTML, Image
 
 from companion.base.display import NotDefined
-from companion.base.files import write_table
-from companion.base.paths import results_dir
+from companion.base.files import write_table, write_text
+from companion.base.paths import figures_dir, results_dir
 from companion.plots.figures import show, write_index
+from companion.plots.view import framed, interactive_map
 
-__all__ = ["draw", "show", "write_index"]
+__all__ = ["draw", "show", "view", "write_index"]
 
 
 def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:
@@ -22,3 +23,16 @@ def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:
     """
     write_table(table, results_dir(slug) / f"{name}.csv")
     return show(name, slug, table if isinstance(table, NotDefined) else None)
+
+
+def view(table: pd.DataFrame | NotDefined, name: str, slug: str) -> HTML | NotDefined:
+    """The interactive map of one pair, layer by token for each site; also kept as `figures/SLUG/NAME.html`.
+
+    `table` has columns site, layer, position, token and share, and where known low and high; a table that is
+    `NotDefined` is returned, and shows its reason.
+    """
+    if isinstance(table, NotDefined):
+        return table
+    page = interactive_map(table)
+    write_text(page, figures_dir(slug) / f"{name}.html")
+    return HTML(framed(page, table.layer.nunique()))
