@@ -28,15 +28,15 @@ from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, position
 from companion.prompts.tokens import TokenPair
 
 __all__ = ["STEPS", "answer_ends", "hand_over", "label", "label_by_schedule", "map_of_pair", "measure_clamps", "measure_groups",
-           "measure_paths", "path_effects_of_pair", "rates", "share_by_group", "share_by_path", "test_pairs",
+           "measure_paths", "path_effects_of_pair", "rates", "share_by_group", "share_by_path", "tested_pairs",
            "write_evidence"]  # fmt: skip
 
 STEPS = outcomes.STEPS  # tokens of an answer
 
 
-def test_pairs(study: Study, n: int | None = None) -> list[TokenPair]:
+def tested_pairs(study: Study, n: int | None = None) -> list[TokenPair]:
     """The first `n` (by default all) test pairs of the main treatment, among those that `measure_groups` measures."""
-    return [pair for pair in study.subsample(PAIRS).of(study.main_treatment) if pair.pair.split == "test"][:n]
+    return [pair for pair in study.thinned(PAIRS).of(study.main_treatment) if pair.pair.split == "test"][:n]
 
 
 def map_of_pair(study: Study, pair: TokenPair) -> pd.DataFrame:

@@ -94,10 +94,10 @@ def recomputed_cells(n_layers: int, tokens: Sequence[str], corners: Mapping[str,
 def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.DataFrame:
     """Effects (Y1) of every group's residual stream in both directions, with T2 - T2b behind them, on test pairs.
 
-    At most 80 pairs a treatment, and fewer layers where each is costly. A pair of another split, which only gives TE its
-    sign, has one row.
+    At most 80 pairs a treatment, and fewer pairs and layers where each is costly. A pair of another split, which only gives
+    TE its sign, has one row.
     """
-    study, tables = study.subsample(PAIRS).judged, []
+    study, tables = study.thinned(PAIRS), []
     groups = estimands.mediators(study.subject, SITES[:1], position_groups(study), _mapped_layers(study))
     for treatment in treatments:
         pairs = study.of(treatment)
