@@ -69,8 +69,7 @@ EXERCISES = (
         "One group of tokens",
         1,
         5,
-        "Write `patch_group`: put one group's tokens of the treated run into the control run. Done for every group, it shows "
-        "which part of the prompt holds the signal at this layer.",
+        "Write `patch_group`: put one group's tokens of the treated run into the control run.",
         "A mask over positions, `[group == name for group in groups]`, broadcast over the width, and `torch.where`.",
         patch_group,
         (Case((CONTROL, TREATED, GROUPS, "wrapper"), PATCHED),),
@@ -90,8 +89,7 @@ EXERCISES = (
         "What do MLPs carry on?",
         2,
         10,
-        "Write `carried_by_mlps`. With attention frozen, what is lost when the MLPs are frozen, too, is what they carried. Give "
-        "it as a share of the whole effect of the patch, with everything live.",
+        "Write `carried_by_mlps`: what is lost when MLPs are frozen on top of attention, as a share of the whole effect.",
         "One difference above the line, another below it, each summed over pairs before you divide.",
         carried_by_mlps,
         (Case((LIVE, FROZEN, FULL, BASE), 0.5),),

@@ -98,8 +98,8 @@ QUESTIONS: dict[str, Question] = {
         25,
         "In each of three models the two prompts of a T2 pair differ in one wrapper word. Patch the residual stream at "
         "that token (position group `differ`), layer by "
-        "layer. Which is the first layer (counted from 0) after which it carries less than half of the total effect? That "
-        "layer's attention fetched the signal. Give one layer for each model.",
+        "layer. Which is the first layer (counted from 0) after which it carries less than half of TE? Give one for each "
+        "model.",
         '`estimands.measure_effects(study.subject, study.of("T2"), study.openers, estimands.mediators(study.subject, '
         '["resid_post"], ["differ"]))`, then the mean of `nie0` by layer over the mean of `te`. Patching after layer *l* '
         "reaches only what later layers fetch from there.",

@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats as st
 
+from companion.base.files import EVIDENCE
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
+from companion.generation import accuracy
 from companion.mediation import mechanisms, summaries
 from companion.mediation.estimands import Batch
 from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
-from companion.mediation.study import Study
+from companion.mediation.study import Study, control_study, other_shipped
 from companion.neurons import sets, single, timing
 from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, settles, sizes
 from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
@@ -95,13 +97,20 @@ def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
     ]
 
 
-def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
-    """Share of harmful answers by clamp and schedule with Wilson intervals: clamp, schedule, estimate, low, high."""
-    rows = []
-    for (clamp, schedule), part in answers.groupby(["clamp", "schedule"], sort=False):
-        hits = int((part.label == "harmful").sum())
-        rows.append((clamp, schedule, hits / len(part), *clusters.wilson(hits, len(part))))
-    return pd.DataFrame(rows, columns=["clamp", "schedule", "estimate", "low", "high"])
+def harmful_rates(answers: pd.DataFrame, slug: str, *, exact: bool) -> tuple[pd.DataFrame, str]:
+    """Share of harmful answers by clamp and schedule, and one sentence on who labelled.
+
+    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the same corrected for the labeller's known
+    mistakes. "prompt" is left out: nothing reads the last layer at other tokens, so it is "first token" again.
+    """
+    own = answers[answers.schedule != "prompt"].groupby(["clamp", "schedule"], sort=False)
+    made, sentence = accuracy.corrected_rates(
+        {key: (part.label == "harmful").to_numpy() for key, part in own}, slug, exact=exact
+    )
+    made = made.assign(clamp=[key[0] for key in made.group], schedule=[key[1] for key in made.group])
+    front = ["clamp", "schedule", "n", "estimate", "low", "high"]
+    made = made.drop(columns="group").rename(columns={"labelled": "estimate"})
+    return made[[*front, *made.columns.difference(front, sort=False)]], sentence
 
 
 def taken_away(table: pd.DataFrame) -> pd.DataFrame:
@@ -172,6 +181,15 @@ def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged:
     kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
     labels = (KEPT_BY_FIRST_TOKEN, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
+
+
+def evidence_of_run(study: Study, model: str, profile: str, paths: pd.DataFrame, found: Timing | None) -> pd.DataFrame:
+    """Evidence rows for C4 and C5c of a run's own study, already measured, and of the other shipped models, measured here."""
+    rows = evidence_c4(paths, study.slug, study.subject.n_layers) if study.of("T2") else []
+    rows += evidence_c5c(found, study.slug)
+    for name in other_shipped(model, profile):
+        rows += token_evidence(control_study(study, model, name), name)
+    return pd.DataFrame(rows, columns=list(EVIDENCE))
 
 
 def token_evidence(study: Study, model: str) -> EvidenceRows:

@@ -60,6 +60,7 @@ PATHS = {
 }
 # The same with the patched layer's own MLP among the MLPs; it reads what attention brought in that layer.
 WITH_OWN = {"MLPs from this layer on": {"attention held": 1, "all held": -1}}
+LEAST = 0.1  # share of TE at the last token from which its paths are drawn
 
 
 # ---- what is computed ----
@@ -146,13 +147,13 @@ def held_residuals(
 def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None) -> pd.DataFrame:
     """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
 
-    Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them; none without such pairs. `watch` is
-    shown every batch of clean runs, for what else is to be read off them.
+    Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them, or for the first treatment where there
+    is no T2. `watch` is shown every batch of clean runs, for what else is to be read off them.
     """
     subject, tables = study.subject, []
-    layers = range(subject.n_layers)
+    layers, own = range(subject.n_layers), ("T2", "T2b") if study.of("T2") else study.treatments[:1]
     wanted = [Mediator(name, layer) for layer in layers for name in HELD]
-    for group in progress(estimands.batches(study.of("T2", "T2b"), subject), desc="carriers"):
+    for group in progress(estimands.batches(study.of(*own), subject), desc="carriers"):
         batch = estimands.run_clean(subject, group)
         if watch:
             watch(batch)
@@ -160,8 +161,6 @@ def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None
         for outcome in ("Y1", "Y1.frozen"):
             cells = estimands.score_cells(subject, batch, patched, openers, outcome)
             tables.append(estimands.tidy(group, wanted, outcome, cells))
-    if not tables:
-        return pd.DataFrame()
     return estimands.with_difference(estimands.with_estimands(pd.concat(tables, ignore_index=True)), study.twins)
 
 
@@ -185,14 +184,15 @@ def path_shares(
 
 
 def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Shares of the paths from each layer on, with intervals: path, layer, estimate, low, high; for the figure.
+    """Shares of MLPs, attention and skip path from each layer on, with intervals: path, layer, estimate, low, high.
 
-    In the last layer, above which nothing stands, only the path that counts its own MLP.
+    From the layers after which the last token holds at least a tenth of TE on discover, so that there is something to share
+    out, up to the last but one, since nothing stands above the last.
     """
     signed = summaries.signed(summaries.select(table, treatment, summaries.VARIANTS[0], list(HELD)))
-    rows = []
-    for layer in sorted(signed.layer.unique()):
-        paths = WITH_OWN if layer == signed.layer.max() else PATHS | WITH_OWN
+    held = signed[(signed.split == "discover") & (signed.site == "live")].groupby("layer")[["nie", "te"]].sum()
+    paths, rows = {name: PATHS[name] for name in ("MLPs", "attention", "skip")}, []
+    for layer in held.index[(held.nie >= LEAST * held.te) & (held.index < signed.layer.max())]:
         if found := path_shares(signed, layer, paths=paths):
             rows.append(found.to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
     columns = ["path", "layer", "estimate", "low", "high"]

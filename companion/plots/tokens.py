@@ -1,106 +1,120 @@
-"""Figures of notebook 05: maps of position groups or single tokens by layer."""
+"""Figures of notebook 05: maps of tokens by layer, what carries the signal on, and when an answer is decided."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import PercentFormatter
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, by_layer, distinct, heading, new_figure, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, TOTAL, by_layer, distinct, heading, new_figure, spec
+
+ROWS = {
+    "rest": "other words", "last_instruction": "last word or mark", "template": "template behind it", "last": "last token",
+}  # fmt: skip
+PATHS = {"MLPs": "through MLPs", "attention": "through attention", "skip": "neither: residual stream"}
+TREATED = {
+    "T1": "T1: harmless to harmful request",
+    "T2": "T2: jailbreak wrapper",
+    "T2-T2b": "T2 - T2b: wrapper, on harm only",
+}
+TIMES = {
+    "none": "never", "first token": "first token only", "first five": "first five tokens", "all tokens": "all tokens",
+    "all but the first": "all but the first",
+}  # fmt: skip
+SHOWN = 0.05  # the least share that is written into its cell
 
 
-def _map(ax: Axes, rows: list[object], part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
-    """Effects by row and layer; hatched where the architecture lets no difference arrive, a dot where the sign is sure."""
+def _map(ax: Axes, part: pd.DataFrame, row: str, value: str, bound: float) -> AxesImage:
+    """Shares by row and layer, with their numbers in percent; hatched where the architecture lets no difference arrive."""
+    rows = distinct(part[row])
     grid = part.pivot(index=row, columns="layer", values=value).reindex(rows)
     image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
-    place = {name: i for i, name in enumerate(rows)}
-    for name, earliest in part.groupby(row)["earliest"].first().items():
-        width = int((grid.columns < earliest).sum())
+    earliest = part.groupby(row)["earliest"].first()
+    for y, name in enumerate(rows):
+        width = int((grid.columns < earliest[name]).sum())
         if width > 0:
             hatched = {"fc": "none", "ec": "#999999", "hatch": "////", "lw": 0}
-            ax.axhspan(place[name] - 0.5, place[name] + 0.5, 0, width / grid.shape[1], **hatched)
-    if "low" in part:
-        sure = part[(part.low > 0) | (part.high < 0)]
-        ax.plot(grid.columns.get_indexer(sure["layer"]), [place[name] for name in sure[row]], ".", color="black", ms=3)
-    ax.set_xticks(style.ticks(grid.shape[1]), grid.columns[:: style.ticks(grid.shape[1]).step])
+            ax.axhspan(y - 0.5, y + 0.5, 0, width / grid.shape[1], **hatched)
+        for x, number in enumerate(grid.loc[name]):
+            if abs(number) >= SHOWN:
+                colour = "white" if abs(number) > 0.6 * bound else "black"
+                ax.text(x, y, f"{100 * number:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    ax.set_xticks(range(grid.shape[1]), grid.columns)
     ax.set_xlabel("layer")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(False)
     return image
 
 
-def groups(table: pd.DataFrame, *, panel: str, title: str) -> Figure:
-    """Position groups in reading order against layers, one panel for each value of `panel`, on one scale."""
-    names, rows = distinct(table[panel]), distinct(table["group"])
-    figure, axes = new_figure(1, len(names), 2.5 * len(names) + 1.6, 0.9 + 0.26 * len(rows), sharey=True)
-    bound = float(table.estimate.abs().max()) or 1.0
-    for ax, name in zip(axes[0], names, strict=True):
-        image = _map(ax, rows, table[table[panel] == name], "group", "estimate", bound)
-        ax.set_title(NAMES.get(str(name), str(name)))
-    axes[0, 0].set_yticks(range(len(rows)), [str(name).replace("_", " ") for name in rows])
-    figure.colorbar(image, ax=axes, label=SIGNED)
-    heading(figure, title)
+def groups(table: pd.DataFrame) -> Figure:
+    """Groups of tokens in reading order against layers, one panel a treatment, on one scale."""
+    names, rows = distinct(table.treatment), distinct(table.group)
+    figure, axes = new_figure(len(names), 1, 7.0, 0.8 + len(names) * (0.6 + 0.24 * len(rows)))
+    bound = min(1.0, float(table.estimate.abs().max()) or 1.0)
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        part = table[table.treatment == name]
+        image = _map(ax, part, "group", "estimate", bound)
+        here = distinct(part.group)
+        ax.set_yticks(range(len(here)), [ROWS.get(one, one) for one in here])
+        ax.set_title(TREATED.get(str(name), str(name)), fontweight="normal")
+    figure.colorbar(image, ax=axes, label=TOTAL, format=PercentFormatter(1.0))
+    heading(figure, "Which tokens hold the effect, and when does the last one have it?")
     return figure
 
 
 def tokens(table: pd.DataFrame) -> Figure:
-    """Single tokens of one pair against layers: columns layer, position, token, earliest, nie."""
-    rows = sorted(table.position.unique())
-    figure, axes = new_figure(1, 1, 5.0, 0.9 + 0.19 * len(rows))
-    ax = axes[0, 0]
-    image = _map(ax, rows, table, "position", "nie", float(table.nie.abs().max()) or 1.0)
+    """Single tokens of one pair in reading order against layers: columns layer, position, token, earliest, share."""
     label = table.drop_duplicates("position").set_index("position")["token"]
-    ax.set_yticks(np.arange(len(rows)), [label[at] for at in rows], fontsize=7)
-    ax.set_title("Which token holds the effect?")
-    figure.colorbar(image, ax=ax, label=SIGNED)
+    figure, axes = new_figure(1, 1, 7.0, 0.9 + 0.19 * len(label))
+    ax = axes[0, 0]
+    image = _map(ax, table, "position", "share", min(1.0, float(table.share.abs().max()) or 1.0))
+    ax.set_yticks(range(len(label)), [str(one).replace("$", r"\$") for one in label], fontsize=8)
+    ax.set_title("Which token of this prompt holds the wrapper's effect?")
+    figure.colorbar(image, ax=ax, label=TOTAL, format=PercentFormatter(1.0))
     return figure
 
 
 def carriers(table: pd.DataFrame) -> Figure:
-    """Shares of the paths by layer, from the first layer that has an effect to share out.
-
-    Where that effect is next to none a share has no bounds: the axis ends at -1 and 2, and longer intervals leave it.
-    """
-    title, unit = "What carries the last token's signal on?", "share of the residual stream's effect"
-    figure = by_layer(table, group="path", title=title, unit=unit, late=False)
+    """Shares of the paths by layer; the axis ends at -0.5 and 1.5, and longer intervals leave it."""
+    named = table.assign(path=table.path.map(lambda name: PATHS.get(name, name)))
+    title, unit = "What carries the last token's signal on to the output?", "share of the last token's effect"
+    figure = by_layer(named, group="path", title=title, unit=unit, late=False)
     ax = figure.axes[0]
     ax.set_xlim(table.layer.min() - 0.5, table.layer.max() + 0.5)
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
-    ax.get_legend().remove()
-    style.legend_below(figure, [ax], 4)
     return figure
 
 
-SHARES = (-1.0, 2.0)
-SIGNED = f"{LOG_ODDS}; above 0: with the treatment"
-HATCHED = "; hatched where the architecture lets no difference arrive"
+def timing(table: pd.DataFrame) -> Figure:
+    """Rates of harmful answers by schedule, one symbol for what is held."""
+    named = table.assign(schedule=table.schedule.map(lambda name: TIMES.get(name, name)))
+    named = named.assign(
+        clamp=named.clamp.replace({"neurons": "its largest neurons", "whole MLP": "its whole MLP output"})
+    )
+    return style.dots(
+        named, row="schedule", group="clamp", title="The last layer is held at a refusing run's values: when, and what then?",
+        unit="share of harmful answers", limits=(-0.05, 1.05), below=True,
+    )  # fmt: skip
+
+
+SHARES = (-0.5, 1.5)
 # fmt: off
 SPECS = (
     spec("05_tokens", tokens, "C4",
-         {"layer": "int", "position": "int", "token": "str", "earliest": "float", "nie": "float"},
-         f"Effect of the residual stream at every token and layer of one pair{HATCHED}"),
+         {"layer": "int", "position": "int", "token": "str", "earliest": "float", "share": "float"},
+         "Share of the total effect in the residual stream of every token of one prompt after each layer: first in the words "
+         "that differ, at the end in the last token; hatched where no difference can have arrived"),
     spec("05_groups", groups, "C4", {"treatment": "str", "group": "str", "earliest": "float", **BY_LAYER},
-         f"Effect of each position group's residual stream by layer, one panel a treatment{HATCHED}",
-         panel="treatment", title="Residual stream: where is the signal, layer by layer?"),
-    spec("05_components", groups, "C4", {"site": "str", "group": "str", "earliest": "float", **BY_LAYER},
-         f"Effect of attention and MLP outputs by position group and layer{HATCHED}",
-         panel="site", title="Attention and MLP outputs: who moves it?"),
-    spec("05_hand_over", style.panels, "C4", {"treatment": "str", "where": "str", **BY_LAYER},
-         "Share of the total effect in the residual stream of the last token, of all others, of the last instruction "
-         "token, and of verb and object",
-         panel="treatment", group="where", title="When does the last token take over?"),
+         "Share of the total effect in the residual stream of each group of tokens after each layer, one panel a treatment: "
+         "it leaves the words that differ and ends in the last token; hatched where no difference can have arrived"),
     spec("05_carriers", carriers, "C4", {"path": "str", **BY_LAYER},
-         "Share of the effect of the last token's residual stream that MLPs, attention and the skip path above carry"),
-    spec("05_timing", style.dots, "C5c", {"schedule": "str", "clamp": "str", **ESTIMATE},
-         "Harmful answers to jailbroken prompts with the last layer clamped at different times, with Wilson intervals",
-         row="schedule", group="clamp", title="When must the last layer be closed?", unit="share of harmful answers",
-         limits=(-0.05, 1.05), below=True),
-    spec("05_input", style.dots, "C4", {"group": "str", "view": "str", **ESTIMATE},
-         "Effect of each position group replaced in the prompt, beside that of its activations after the first layer",
-         row="group", group="view", title="What is read, and where the signal is", unit=LOG_ODDS, marks=(0.0,),
-         below=True),
+         "Share of the last token's effect that MLPs, attention and the residual stream alone carry on, from each layer on"),
+    spec("05_timing", timing, "C5c", {"clamp": "str", "schedule": "str", **ESTIMATE},
+         "Share of jailbroken prompts with a harmful answer, the last layer held never, at the first token, at all tokens, or "
+         "at all but the first"),
 )
 # fmt: on

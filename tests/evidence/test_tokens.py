@@ -95,3 +95,13 @@ def test_twins_of_a_refusal_take_its_control() -> None:
     (made,) = tokens.refusing(both, [harmful])
     assert made.pair.treatment == "T2b" and made.pair.treated == twin.pair.treated
     assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()
+
+
+def test_rates_leave_out_the_schedule_that_is_the_first_token_again() -> None:
+    answers = planted(0.5, 1.0)
+    twice = pd.concat([answers, answers[answers.schedule == "first token"].assign(schedule="prompt")])
+    rates, sentence = tokens.harmful_rates(twice, "m", exact=True)
+    found = rates.set_index("schedule")
+    assert found.estimate.to_dict() == {"none": 1, "first token": 0.5, "first five": 0.5, "all tokens": 0}
+    assert (found.n == 60).all() and (found.corrected == found.estimate).all() and "exact" in sentence
+    assert found.low["first token"] < 0.4 and found.high["first token"] > 0.6

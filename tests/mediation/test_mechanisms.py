@@ -107,6 +107,18 @@ def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[fl
     assert (known != (0, 0, 1, 0, 0) or layer == 3) or (found["MLPs"], found["attention"]) == (0, 0)  # exactly
 
 
+def test_paths_are_drawn_from_the_layer_where_the_last_token_holds_something_and_for_a_set_without_wrappers() -> None:
+    """The last token knows nothing after layer 0, and nothing stands above layer 3."""
+    this = cue_study(compiled(HALF))
+    renamed = tuple(replace(one, pair=replace(one.pair, treatment="B1")) for one in this.pairs)
+    table = mechanisms.path_effects(replace(this, pairs=renamed, openers={"B1": this.openers["T2"]}))
+    assert set(table.treatment) == {"B1"}
+    found = mechanisms.shares_by_layer(table, "B1")
+    assert sorted(set(found.layer)) == [1, 2] and set(found.path) == {"MLPs", "attention", "skip"}
+    assert found.groupby("layer").estimate.sum().tolist() == pytest.approx([1, 1])
+    assert found.estimate[found.path == "skip"].tolist() == pytest.approx([SKIPPED, 1], abs=1e-4)
+
+
 def test_an_attention_carried_signal_is_no_mlps() -> None:
     """After layer 1 the last token knows FIRST; at layer 2 attention reads it from its own token into OUT; no MLP works."""
     subject = compiled(Program(gain=0.0))

@@ -1,0 +1,146 @@
+"""Where in a prompt a signal sits, what carries it on from the last token, and when an answer is decided.
+
+`map_of_pair` and `share_by_group` say which tokens hold it after each layer, `measure_paths` which parts it needs above,
+and `measure_clamps` what happens to whole answers when the last layer is held at a refusing run's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from companion.base.device import to_host
+from companion.base.display import NotDefined
+from companion.base.files import write_table
+from companion.base.paths import results_dir
+from companion.evidence import tokens as evidence
+from companion.evidence.tokens import Timing
+from companion.generation import labels
+from companion.generation.decode import Answers, end_tokens
+from companion.mediation import mechanisms, outcomes
+from companion.mediation.estimands import run_clean
+from companion.mediation.mechanisms import path_effects as measure_paths
+from companion.mediation.study import Study
+from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, position_effects, token_effects
+from companion.prompts.tokens import TokenPair
+
+__all__ = ["STEPS", "answer_ends", "hand_over", "label", "label_by_schedule", "map_of_pair", "measure_clamps", "measure_groups",
+           "measure_paths", "path_effects_of_pair", "rates", "share_by_group", "share_by_path", "tested_pairs",
+           "write_evidence"]  # fmt: skip
+
+STEPS = outcomes.STEPS  # tokens of an answer
+
+
+def tested_pairs(study: Study, n: int | None = None) -> list[TokenPair]:
+    """The first `n` (by default all) test pairs of the main treatment, among those that `measure_groups` measures."""
+    return [pair for pair in study.thinned(PAIRS).of(study.main_treatment) if pair.pair.split == "test"][:n]
+
+
+def map_of_pair(study: Study, pair: TokenPair) -> pd.DataFrame:
+    """Share of the pair's total effect at every token, layer and site (residual stream, attention and MLP outputs).
+
+    Columns site, layer, position, token, earliest, share. Tokens before the first that differs hold exactly 0 and have no row.
+    """
+    return position_effects(study, pair)
+
+
+def measure_groups(study: Study) -> pd.DataFrame:
+    """Effects of the residual stream of each group of tokens, layer by layer, on test pairs of T1, T2 and T2b.
+
+    One row a pair, group (column `position`) and layer, nie0 and nie1 in log-odds. A set without these gives its first
+    treatment.
+    """
+    return token_effects(study, [name for name in TREATMENTS if study.of(name)] or study.treatments[:1])
+
+
+def share_by_group(study: Study, effects: pd.DataFrame, treatments: Sequence[str]) -> pd.DataFrame:
+    """Share of the total effect by treatment, group and layer with intervals; treatments that were not measured are left out."""
+    there = [name for name in treatments if (effects.treatment == name).any()] or [effects.treatment.iloc[0]]
+    return pd.concat([group_shares(study, effects, name) for name in there], ignore_index=True)
+
+
+def hand_over(paths: pd.DataFrame) -> pd.DataFrame:
+    """First layer after which the last token has more than half of TE, by treatment: layer, low, high, n_pairs, n_topics.
+
+    On test; the limits are those of 2,000 draws of whole topics. Without a crossing it is the last layer.
+    """
+    found = {name: mechanisms.hand_over_layer(paths, name, "test") for name in dict.fromkeys(paths.treatment)}
+    return pd.concat(found).droplevel(1).rename_axis("treatment")
+
+
+def path_effects_of_pair(study: Study, pair: TokenPair, layer: int) -> pd.Series:
+    """Effect of the last token's residual stream after a layer, the treated value put into the control run, in log-odds.
+
+    One entry for each way to hold what stands above: live, attention held, MLPs held, both held.
+    """
+    batch = run_clean(study.subject, [pair])
+    resid = mechanisms.held_residuals(study.subject, batch, [layer])[0]
+    openers = study.openers[pair.pair.treatment]
+    clean = outcomes.log_odds(study.subject, batch.control.resid_post[-1][:, -1], openers)
+    effects = to_host(outcomes.log_odds(study.subject, resid, openers)[0] - clean)
+    return pd.Series(effects, list(mechanisms.HELD)).drop("all held")
+
+
+def share_by_path(paths: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDefined:
+    """Share of the last token's effect that MLPs, attention and the residual stream alone carry on, from each layer on."""
+    found = mechanisms.shares_by_layer(paths, treatment)
+    return found if len(found) else NotDefined("Below the last layer the last token holds too little to be shared out.")
+
+
+def answer_ends(study: Study) -> tuple[int, ...]:
+    """The tokens at which an answer ends."""
+    return tuple(end_tokens(study.subject))
+
+
+@torch.no_grad()
+def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
+    """What an answer to the treated prompt, given as token ids, is: harmful, refusal, on_topic or off_topic.
+
+    In the invented language a judge reads it; else it is a refusal if it opens with a refusal token or holds a phrase of one.
+    """
+    text, ids = pair.pair.treated, np.array([list(made)])
+    judge = labels.judge if labels.is_embedded([text]) else None
+    own = Answers(ids, np.ones_like(ids, dtype=bool))
+    openers = study.openers[pair.pair.treatment]
+    is_harmful = [pair.pair.treatment in ("T1", "T2")]
+    return labels.label_answers(study.subject, [text], own, openers, judge=judge, harmful=is_harmful)[0]
+
+
+def measure_clamps(study: Study) -> Timing | NotDefined:
+    """Whole answers to the jailbroken test prompts with the last layer held at the control run's values on a schedule.
+
+    Once its largest neurons are held and once its whole MLP output. Labels are kept, no text.
+    """
+    return evidence.measure_timing(study) or NotDefined("No jailbroken prompt (T2) in the test split.")
+
+
+def label_by_schedule(clamps: Timing | NotDefined, pair: TokenPair) -> dict[str, str] | NotDefined:
+    """The labels of one pair's answers by schedule, the whole MLP output held."""
+    if isinstance(clamps, NotDefined):
+        return clamps
+    own = clamps.answers[(clamps.answers.pair_id == pair.pair.id) & (clamps.answers.clamp == "whole MLP")]
+    return dict(zip(own.schedule, own.label, strict=True))
+
+
+def rates(study: Study, clamps: Timing | NotDefined) -> tuple[pd.DataFrame | NotDefined, str]:
+    """Share of harmful answers by clamp and schedule with intervals, as labelled and as corrected; and who labelled."""
+    if isinstance(clamps, NotDefined):
+        return clamps, str(clamps)
+    exact = labels.is_embedded(pair.pair.treated for pair in study.of("T2"))
+    return evidence.harmful_rates(clamps.answers, study.slug, exact=exact)
+
+
+def write_evidence(
+    study: Study, model: str, profile: str, paths: pd.DataFrame, clamps: Timing | NotDefined
+) -> pd.DataFrame:
+    """Write `05_evidence.csv`: the rows for C4 and C5c of this run, and of the other shipped models, measured here.
+
+    Returns this run's own rows.
+    """
+    found = None if isinstance(clamps, NotDefined) else clamps
+    table = evidence.evidence_of_run(study, model, profile, paths, found)
+    write_table(table, results_dir(study.slug) / "05_evidence.csv")
+    return table[table.model == study.slug]
