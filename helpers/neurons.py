@@ -246,12 +246,13 @@ def gate_cells(gates: Gates | NotDefined) -> pd.DataFrame | NotDefined:
 
 
 def indices(rows: pd.DataFrame) -> pd.DataFrame | NotDefined:
-    """The signed gate index by form; of benign behaviours those alone that are defined: form, state, estimate, low, high."""
+    """The signed gate index by form; of benign behaviours the defined ones inside neurons: form, state, estimate, ..."""
     found = rows[rows.quantity == "gate index, form, signed"]
     found = found[~found.variant.str.contains("frozen|read-out|whole layer")]
     defined = ~found.note.str.startswith("not defined")
     found = found.assign(state=np.where(defined, "enough at stake", "too little at stake"), form=found.variant)
-    found = found[defined | ~found.variant.str.contains(r" B\d+$")]
+    benign = found.variant.str.contains(r" B\d+$")
+    found = found[~benign | (defined & found.variant.str.startswith("b:"))]
     table = found.assign(low=found.ci_low, high=found.ci_high)[["form", "state", "estimate", "low", "high"]]
     return table if len(table) else NotDefined("No form of the gate index was measured.")
 

@@ -105,7 +105,7 @@ def permutations(table: pd.DataFrame) -> Figure:
 def cells(table: pd.DataFrame) -> Figure:
     """The four outcomes of each factorial against both switches off: one line for each state of the second switch."""
     forms = distinct(table.form)
-    figure, axes = new_figure(1, len(forms), max(6.0, 2.1 * len(forms) + 0.6), 3.0, sharey=True)
+    figure, axes = new_figure(1, len(forms), max(5.0, 1.45 * len(forms) + 0.4), 3.0, sharey=True)
     names = {0: "second switch off", 1: "second switch on"}
     for ax, form in zip(axes[0], forms, strict=True):
         for k, (state, line) in enumerate(table[table.form == form].groupby("second")):
