@@ -106,8 +106,8 @@ EXERCISES = (
         "When has a curve arrived?",
         2,
         10,
-        "Write `k90`. The curve of the *signed* order overshoots and comes back: the first crossing is not the answer. The "
-        "band binds all *larger* k; at k itself only 0.9 is asked, so [0.5, 1.2, 1.0] has arrived at 2.",
+        "Write `k90`. A curve may overshoot and come back, so the first crossing is not the answer. The band binds all *larger* "
+        "k. At k itself only 0.9 is asked: [0.5, 1.2, 1.0] has arrived at 2.",
         "Look from the right: the last k that is outside the band decides. Below the band it is one too early, above the "
         "band it is the answer itself.",
         k90,
@@ -189,7 +189,7 @@ EXERCISES = (
         "The same function in another order",
         1,
         8,
-        "Write `shuffle_neurons`. The outputs of the MLP must not change; a picture of windows over neuron indices does.",
+        "Write `shuffle_neurons`. The MLP's output must not change; a picture of windows over neuron numbers does.",
         "A neuron owns one row of `gate`, the same row of `up`, and the same *column* of `down`.",
         shuffle_neurons,
         (Case((GATE, UP, DOWN, ORDER), (GATE[[2, 0, 1]], UP[[2, 0, 1]], DOWN[:, [2, 0, 1]])),),

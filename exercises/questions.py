@@ -84,13 +84,10 @@ QUESTIONS: dict[str, Question] = {
         "04-open",
         "Side by side?",
         25,
-        "Three models. In one the decision is made by many last-layer neurons that lie side by side, in one by "
-        "many that are scattered, in one by at most 8. "
-        "Which is which? Decide without a window.",
-        '`single.measure_chosen(study, "T2", single.all_neurons(study.subject, [last]))` and '
-        "`single.neuron_table` of its first part (or `neurons.measure_neurons(study).table`, as in the notebook, which "
-        "measures more); sort by |effect|, then look at the indices.",
-        _models("04").replace("import mediation", "import neuron_effects, neurons"),
+        "Three models. In one, many last-layer neurons that lie side by side decide. In one, many scattered neurons decide. In "
+        "one, at most 8 decide. Which is which? Decide without a window.",
+        "`neurons.measure_neurons(study).table` holds every last-layer neuron; sort by |effect|, then look at the indices.",
+        _models("04").replace("from companion.mediation import estimands", "from helpers import neurons"),
     ),
     "05": Question(
         "05-open",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,9 +14,9 @@ from companion.base import thresholds
 from companion.base.errors import InputError
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.evidence.layers import EvidenceRows
-from companion.mediation.estimands import Batch, with_difference
-from companion.mediation.study import CONTROL_PAIRS, Study, control_study
-from companion.neurons import adjacency, clamping, gating, screening, sets, single, timing
+from companion.mediation.estimands import with_difference
+from companion.mediation.study import CONTROL_PAIRS, Study
+from companion.neurons import adjacency, gating, screening, sets, single, timing
 from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells
 from companion.neurons.gating import FORMS, LAST, WHOLE, GateForm
 from companion.neurons.sets import Measured, cumulative, measure_all, on_contrast, sizes, whole_layer
@@ -32,12 +32,11 @@ DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 @dataclass(frozen=True)
 class Neurons:
-    """What the neuron sweep gives for one model; `caches` is what `gating_evidence` needs of the last layer, by treatment."""
+    """What the neuron sweep gives for one model."""
 
     measured: Measured
     table: pd.DataFrame
     screen: screening.ScreenTrust | None
-    caches: Mapping[str, LastLayerCache] | None = None
 
     @property
     def primary(self) -> str:
@@ -54,15 +53,13 @@ class Neurons:
 
 
 def measure_neurons(
-    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS,
-    watch: Callable[[Batch], None] | None = None,
-) -> Neurons:  # fmt: skip
+    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS
+) -> Neurons:
     """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
 
     `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
     screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
     comparison, use at most `benign` pairs each; T1, which no claim needs, and validate are left out where each pair is costly.
-    `watch` sees every batch.
     """
     study = study.judged
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
@@ -78,12 +75,15 @@ def measure_neurons(
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
     if study.is_costly and generation:
         columns.pop("T1", None)
-    kept = {pair.pair.id for pair in study.thinned(benign).pairs}
-    pairs = tuple(one for one in study.pairs if one.pair.treatment[0] != "B" or one.pair.id in kept)
-    measured = measure_all(replace(study, pairs=pairs), columns, watch)
+    measured = measure_all(_with_few_benign(study, benign), columns)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
     made = Neurons(measured, table, None)
     return made if below is None or chosen is None else _with_screen(made, below, chosen)
+
+
+def _with_few_benign(study: Study, n: int) -> Study:
+    kept = {pair.pair.id for pair in study.thinned(n).pairs}
+    return replace(study, pairs=tuple(p for p in study.pairs if p.pair.treatment[0] != "B" or p.pair.id in kept))
 
 
 def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Neurons:
@@ -114,24 +114,22 @@ def enough(found: Neurons, treatment: str) -> bool:
 
 
 def all_curves(found: Neurons) -> dict[str, PairEffects]:
-    """The curve of the primary treatment ("main"), of the same ranked by sign, of random orders (their mean), and of each
-    benign behaviour by its name; none where nothing has an effect.
+    """The curve of the primary treatment ("main"), of random orders (their mean), and of each benign behaviour by its name;
+    none where nothing has an effect.
     """
     name = found.primary
     if not enough(found, name):
         return {}
-    by_sign = ranking(found.table, name, found.measured.last, by_sign=True)
     benign = {other: curve(found, other) for other in found.benign if enough(found, other)}
-    made = {"main": curve(found, name), "ranked by sign": curve(found, name, by_sign)}
     rng, study = np.random.default_rng(0), found.measured.study
     orders = [rng.permutation(study.subject.d_mlp) for _ in range(N_RANDOM_ORDERS[study.is_costly])]
     drawn = [curve(found, name, order) for order in orders]
     means = {value: np.mean([one.values[value] for one in drawn], axis=0) for value in drawn[0].values}
-    return {**made, "random order": replace(drawn[0], values=means), **benign}
+    return {"main": curve(found, name), "random order": replace(drawn[0], values=means), **benign}
 
 
 def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> EvidenceRows:
-    """C5a, a sparse last layer: psi1 of its MLP; k50, k90 and the areas of `all_curves`; concentration of single effects."""
+    """C5a, a sparse last layer: psi1 of its MLP; k50 and k90 of `all_curves`; how many neurons pass."""
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
     if name not in ("T2", "T2-T2b") or not made:
         return []
@@ -142,10 +140,6 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) ->
     for other in (one for one in made if one != "main"):
         variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
         rows += _curve_rows(model, sets.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
-    test = in_split(signed(found.measured.effects[name]), "test")
-    is_last = (test.columns.layer == found.measured.last).to_numpy()
-    spread = sets.concentration(in_columns(test, is_last))
-    rows += [row(model, "C5a", label, "main", spread, n, i) for i, label in enumerate(("Gini", "participation ratio"))]
     passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
     passed = passed[passed.layer == found.measured.last]
     counts = {"neurons in the layer": d_mlp, "neurons that pass": int(single.passing(passed).sum())}
@@ -213,21 +207,20 @@ def evidence_c7(
     return rows
 
 
-def measure_last_layer(study: Study) -> Neurons | None:
-    """The sweep for a model's relatives: the last layer only, no validate pairs, at most 48 pairs a benign behaviour.
-
-    Without recognition (T1), which no claim about neurons reads. None where there is nothing to measure: no T2.
+def quick_study(study: Study) -> Study:
+    """What a model's relative is measured on: no validate pairs, no recognition (T1), which no claim about neurons reads, and
+    at most 48 pairs a benign behaviour.
     """
+    pairs = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
+    return _with_few_benign(replace(study, pairs=pairs), BENIGN_PAIRS_QUICK)
+
+
+def measure_last_layer(study: Study) -> Neurons | None:
+    """The sweep for a model's relatives: the last layer only, on `quick_study`. None without T2: nothing to measure."""
     if not study.of("T2"):
         return None
-    pairs = tuple(p for p in study.pairs if p.pair.split != "validate" and p.pair.treatment != "T1")
-    study, last, kept = replace(study, pairs=pairs), [study.subject.n_layers - 1], list[LastLayerCache]()
-
-    def watch(batch: Batch) -> None:
-        kept.append(clamping.last_layer_cache(study.subject, batch))
-
-    found = measure_neurons(study, every=True, layers=last, benign=BENIGN_PAIRS_QUICK, watch=watch)
-    return replace(found, caches=clamping.joined_by_treatment(kept))
+    last = [study.subject.n_layers - 1]
+    return measure_neurons(quick_study(study), every=True, layers=last, benign=BENIGN_PAIRS_QUICK)
 
 
 def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
@@ -267,10 +260,8 @@ class Gates:
         return list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
 
 
-def measure_gates(study: Study, table: pd.DataFrame, caches: Mapping[str, LastLayerCache] | None = None) -> Gates:
+def measure_gates(study: Study, table: pd.DataFrame) -> Gates:
     """The four tests on the sparse sets of a neuron table (`single.NEURONS`); validate pairs are not used.
-
-    `caches` of the study's own pairs (`neurons.measure_last_layer`) save the runs where every set is of the last layer.
 
     Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
@@ -281,7 +272,7 @@ def measure_gates(study: Study, table: pd.DataFrame, caches: Mapping[str, LastLa
     sets = gating.sets_of(study, table, primary)
     if LAST not in sets:
         raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
-    known, every, harm = dict(caches or {}), list(sets.values()), study.of("T2", "T2b")
+    known, every, harm = dict[str, LastLayerCache](), list(sets.values()), study.of("T2", "T2b")
     cells = four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), known)
     cells = with_difference(cells, study.twins)
     cells = pd.concat([cells, _twin_cells(study, sets, cells, known), *_benign_cells(study, table, sets, known)])
@@ -331,12 +322,10 @@ def _with_answers(found: Gates) -> Gates:
     return replace(found, timing=timed, cost=cost)
 
 
-def gating_evidence(
-    study: Study, table: pd.DataFrame, model: str, caches: Mapping[str, LastLayerCache] | None = None
-) -> EvidenceRows:
+def gating_evidence(study: Study, table: pd.DataFrame, model: str) -> EvidenceRows:
     """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
     try:
-        return evidence_c5b(measure_gates(study, table, caches), model)
+        return evidence_c5b(measure_gates(study, table), model)
     except NothingToTest:
         return []
 
@@ -385,10 +374,3 @@ def _other_rows(found: Gates, model: str, name: str, variant: str) -> EvidenceRo
         measured.append(("timing share", share, int(n.sum())))
     note = {"note": f"{len(benign)} benign behaviours; {name}"}
     return [row(model, "C5b", quantity, variant, one, n) | note for quantity, one, n in measured if one is not None]
-
-
-def relative_neurons(study: Study, model: str, label: str) -> tuple[EvidenceRows, EvidenceRows]:
-    """Evidence rows on C5a and C7, and on C5b. One sweep serves both."""
-    swept = measure_last_layer(control_study(study, model, label))
-    gates = [] if swept is None else gating_evidence(swept.measured.study, swept.table, label, swept.caches)
-    return neuron_evidence(swept, label), gates

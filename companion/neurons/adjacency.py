@@ -7,20 +7,15 @@ before the data speak, every order of them is equally likely. A window is then a
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from scipy import stats as st
-from torch import nn
 
 from companion.base.errors import InputError
-from companion.model.architecture import Subject, find_parts, stored
-from companion.model.interventions import projection
 from companion.neurons.sets import Measured, joint, on_contrast, topic_sums
 from companion.neurons.single import PairEffects, in_columns, in_split, signed
 from companion.stats import bootstrap
@@ -176,51 +171,3 @@ def window_contest(
     means = test.nie.mean(0)
     p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS)
     return WindowContest(np.stack(best), shares, p)
-
-
-def windows_and_singles(
-    measured: Measured, treatment: str, names: Int[np.ndarray, "neuron"], label: str
-) -> pd.DataFrame:
-    """Share of TE on test of every last-layer neuron alone and of the window around it (NaN where it would not fit).
-
-    `names` are the neurons' original indices, `label` says which order this is.
-    """
-    subject, n = measured.study.subject, measured.study.subject.d_mlp
-    shares = []
-    for members in (np.arange(n)[:, None], windows(np.arange(n))):
-        made = on_contrast(measured, treatment, "test", partial(joint, subject, members=members))
-        shares.append(made.nie.mean(0) / made.pairs.te.mean())
-    single, around = shares
-    window = np.pad(around, HALF_WIDTH, constant_values=np.nan)
-    return pd.DataFrame({"order": label, "place": np.arange(n), "name": names, "single": single, "window": window})
-
-
-def permute_neurons(subject: Subject, seed: int = 0) -> tuple[Subject, tuple[Int[np.ndarray, "neuron"], ...]]:
-    """The same function with the neurons of every MLP in another, random order; and the order of each layer.
-
-    Entry i of an order is the old number of the neuron that is now number i.
-    """
-    model, rng = copy.deepcopy(subject.model), np.random.default_rng(seed)
-    moved = find_parts(model, subject.tokenizer, f"{subject.name}, permuted")
-    orders = []
-    with torch.no_grad():
-        for parts in moved.layers:
-            down, order = projection(parts, "neuron"), rng.permutation(subject.d_mlp)
-            for module in parts.mlp.modules():
-                _permute(module, torch.tensor(order), is_down=module is down)
-            orders.append(order)
-    return moved, tuple(orders)
-
-
-def _permute(module: nn.Module, order: torch.Tensor, *, is_down: bool) -> None:
-    """Move the entries of a projection that belong to neurons; GPT-2 stores its matrices the other way round."""
-    weight, bias = stored(module), stored(module, "bias")
-    if weight is None or weight.ndim != 2:
-        return
-    outputs = 0 if isinstance(module, nn.Linear) else 1
-    axis = 1 - outputs if is_down else outputs
-    n_times = weight.shape[axis] // len(order)  # fused gate and up projections hold the neurons twice
-    entries = torch.cat([order + i * len(order) for i in range(n_times)]).to(weight.device)
-    weight.copy_(weight.index_select(axis, entries))
-    if not is_down and bias is not None:
-        bias.copy_(bias[entries])

@@ -78,11 +78,6 @@ class LastLayerCache:
         return LastLayerCache(Batch(tuple(self.batch.pairs[i] for i in at), *sides), factors)
 
 
-def last_layer_cache(subject: Subject, batch: Batch) -> LastLayerCache:
-    """What last-layer sets need of a batch, its factors among it."""
-    return LastLayerCache(last_column(batch), product(subject, batch, subject.n_layers - 1))
-
-
 def product(subject: Subject, batch: Batch, layer: int) -> tuple[Product, Product] | None:
     """Gate and up pre-activations of the control and the treated run; None for an MLP whose neurons are no product.
 

@@ -16,14 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion.base.device import running_sum
-from companion.mediation import outcomes
-from companion.mediation.estimands import Batch
 from companion.model import replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, written_vectors
@@ -36,7 +33,6 @@ from companion.model.readout import (
     logits,
     norm_gain,
     rest_against,
-    weighted_rows,
 )
 from companion.prompts.tokens import Openers
 
@@ -216,35 +212,3 @@ def opener_readout(subject: Subject, openers: Openers) -> OpenerReadout | None:
     centred, unembed = is_centred(subject.final_norm), chosen * gain.double()
     vectors = vectors - vectors.mean(-1, keepdim=True) if centred else vectors
     return OpenerReadout(vectors, vectors @ unembed.T, unembed, bias, eps, len(openers.comply), centred)
-
-
-def geometry(subject: Subject, batch: Batch, neuron: int, openers: Openers) -> pd.DataFrame:
-    """Arrows and points in the plane of the control run's final residual stream and one neuron's write (first pair).
-
-    The unit, and the sphere's radius, is the length of the control run's residual stream. The read-out direction is the
-    gain times the difference of the camps' unembedding vectors, weighted as the two runs weigh the openers.
-    """
-    control, treated = (run.resid_post[-1][0, -1].double() for run in (batch.control, batch.treated))
-    vector = written_vectors(projection(subject.layers[-1], "neuron"))[neuron].double()
-    change = (batch.treated.neurons[-1] - batch.control.neurons[-1])[0, -1, neuron].double()
-    gain = norm_gain(subject.final_norm)[0].double()
-    camps = outcomes.opener_weights(subject, control.to(subject.dtype), treated.to(subject.dtype), openers)
-    tokens = (openers.comply, openers.refuse)
-    comply, refuse = (weighted_rows(subject, ids, weights) for ids, weights in zip(tokens, camps, strict=True))
-    base, write = (x - x.mean() if is_centred(subject.final_norm) else x for x in (control, change * vector))
-    along = base / base.norm()
-    across = write - (write @ along) * along
-    plane = torch.stack([along, across / across.norm().clamp(min=1e-30)])
-    here, step, reads = (plane @ x / base.norm() for x in (base, write, gain * (comply - refuse)))
-    moved, reads = here + step, here + 0.25 * reads / reads.norm()
-    rows = [
-        ("sphere", 0, 0, 1, 0),
-        ("residual stream", 0, 0, *here.tolist()),
-        ("neuron's write", *here.tolist(), *moved.tolist()),
-        ("after the write", 0, 0, *moved.tolist()),
-        ("read-out direction", *here.tolist(), *reads.tolist()),
-        ("normed, control", *here.tolist(), *here.tolist()),
-        ("normed, after", *(moved / moved.norm()).tolist(), *(moved / moved.norm()).tolist()),
-    ]
-    ends = ["x", "y", "to_x", "to_y"]
-    return pd.DataFrame(rows, columns=["item", *ends]).astype(dict.fromkeys(ends, float))

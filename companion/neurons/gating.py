@@ -306,36 +306,3 @@ def gate_tests(rows: pd.DataFrame) -> pd.DataFrame:
             made.append((f"{test}: {quantity}", SETS[str(one.variant)], *numbers, rule, state, can, cannot, one.note))
     names = ["test", "set", "estimate", "low", "high", "rule", "state", "can show", "cannot show", "note"]
     return pd.DataFrame(made, columns=names)
-
-
-def index_forms(rows: pd.DataFrame) -> pd.DataFrame:
-    """The signed index of every form that is defined, by what the outcome is: log-odds, norm frozen, linear read-out."""
-    found = rows[(rows.quantity == "gate index, form, signed") & ~rows.note.str.startswith("not defined")]
-    outcome = found.variant.str.extract(", (norm frozen|linear read-out)$")[0].fillna("log-odds")
-    form = found.variant.str.replace(", (norm frozen|linear read-out)$", "", regex=True)
-    table = found.assign(form=form, outcome=outcome, low=found.ci_low, high=found.ci_high)
-    table = table.assign(is_benign=form.str.contains(r" B\d+$")).sort_values(["is_benign", "form"], kind="stable")
-    return table[["form", "outcome", "estimate", "low", "high", "note"]].reset_index(drop=True)
-
-
-def undefined_forms(rows: pd.DataFrame) -> list[str]:
-    """Forms of which too little is at stake on discover (less than 0.2 of TE), or whose set takes no part."""
-    found = rows[(rows.quantity == "gate index, form") & rows.note.str.startswith("not defined")]
-    plain = found[~found.variant.str.contains("frozen|read-out")]
-    return [f"{name} (less than {LEAST} of TE)" for name in plain.variant]
-
-
-def gate_drawing() -> pd.DataFrame:
-    """Where a network can multiply: boxes and arrows of two panels; columns: panel, kind, x, y, to_x, to_y, text, colour."""
-    last, inside = "Between last-layer neurons: only +", "Inside one neuron: gate x up"
-    boxes = [
-        (last, 0.0, 1.0, "everything\nupstream", "grey"), (last, 0.0, 0.0, "the set\na_j w_j", "orange"),
-        (last, 1.6, 0.5, "+", "blue"), (last, 2.6, 0.5, "norm", "grey"), (last, 3.6, 0.5, "logits", "grey"),
-        (inside, 0.0, 1.0, "gate\nprojection", "orange"), (inside, 0.0, 0.0, "up\nprojection", "grey"),
-        (inside, 1.6, 0.5, "x", "blue"), (inside, 2.6, 0.5, "w_j", "grey"), (inside, 3.6, 0.5, "+", "grey"),
-    ]  # fmt: skip
-    made = [(panel, "box", x, y, x, y, text, colour) for panel, x, y, text, colour in boxes]
-    for panel in (last, inside):
-        for x, y, to_x, to_y in ((0, 1, 1.6, 0.5), (0, 0, 1.6, 0.5), (1.6, 0.5, 2.6, 0.5), (2.6, 0.5, 3.6, 0.5)):
-            made.append((panel, "arrow", float(x), float(y), to_x, to_y, "", "grey"))
-    return pd.DataFrame(made, columns=["panel", "kind", "x", "y", "to_x", "to_y", "text", "colour"])

@@ -93,14 +93,14 @@ def _mean_estimate(study: Study, pairs: list[TokenPair]) -> Float[np.ndarray, "l
     total = np.zeros((subject.n_layers, subject.d_mlp))
     for group in progress(estimands.batches(pairs, subject), desc="gradient screen"):
         batch = estimands.run_clean(subject, group)
-        y1 = partial(_log_odds, subject, study.openers[group[0].pair.treatment])
+        y1 = partial(log_odds, subject, study.openers[group[0].pair.treatment])
         for base, source, sign in ((batch.control, batch.treated, 1), (batch.treated, batch.control, -1)):
             found = attribution(subject, base, source, y1)
             total += sign * to_host(found.double().sum(0)) / 2
     return total / len(pairs)
 
 
-def _log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
+def log_odds(subject: Subject, openers: Openers, resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
     """Y1 as `outcomes.log_odds` computes it, but with gradients."""
     weight, bias = subject.unembedding
     rows = slice(None) if openers.rest else torch.tensor(openers.comply + openers.refuse, device=resid.device)

@@ -19,7 +19,6 @@ from torch import Tensor
 from companion.base.device import running_sum, to_host
 from companion.base.errors import InputError
 from companion.mediation import outcomes
-from companion.mediation.estimands import Batch
 from companion.mediation.study import Study
 from companion.model.architecture import Subject, written_vectors
 from companion.model.interventions import projection
@@ -34,7 +33,7 @@ PAIRS = 16  # pairs at once: few enough for what is made of them to stay in a ca
 # Up to here the vectors' products with each other cost less than a vector for each set: members of a set, neurons of a layer.
 FEW, SMALL = 32, 1024
 EVERY, EVERY_COSTLY = 512, 64  # up to here every set size is measured
-SUMMARY = ("psi", "k50", "k90", "area", "distance")  # what `curve_summary` gives
+SUMMARY = ("psi", "k50", "k90")  # what `curve_summary` gives
 # Takes the change of every neuron, (pair, neuron); gives which columns, and the change of the MLP's output for each.
 Writes = Callable[[Tensor], Iterator[tuple[np.ndarray, Tensor]]]
 # Takes residual streams, neurons and their change; gives which columns, and the change of Y1 for each.
@@ -55,12 +54,10 @@ class Measured:
         return self.study.subject.n_layers - 1
 
 
-def measure_all(
-    study: Study, columns: Mapping[str, pd.DataFrame], watch: Callable[[Batch], None] | None = None
-) -> Measured:
+def measure_all(study: Study, columns: Mapping[str, pd.DataFrame]) -> Measured:
     """`measure_chosen` for each treatment that `columns` names and the study has, and T2 - T2b where it can be."""
     names = [name for name in columns if name in study.treatments]
-    return collected(study, {name: single.measure_chosen(study, name, columns[name], watch) for name in names})
+    return collected(study, {name: single.measure_chosen(study, name, columns[name]) for name in names})
 
 
 def collected(study: Study, found: Mapping[str, tuple[PairEffects, FinalStates]]) -> Measured:
@@ -226,37 +223,8 @@ def settles(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"], l
     return np.where(arrived.any(-1), np.asarray(ks, float)[arrived.argmax(-1)], np.nan)
 
 
-def areas(share: Float[np.ndarray, "... size"], ks: Int[np.ndarray, "size"]) -> Float[np.ndarray, "... 2"]:
-    """Area under a curve, and between it and 1, over the share of neurons swapped: both from the empty set to all.
-
-    The first is large if few neurons do much, also beyond the whole (as MIB's integrated circuit performance ratio);
-    the second is small if few neurons do *as much as* the whole (as its circuit-model distance). Mueller et al. 2025,
-    arXiv 2504.13151. A random order of equal additive neurons gives one half in both.
-    """
-    x = np.concatenate([[0], ks]) / ks[-1]
-    y = np.concatenate([np.zeros_like(share[..., :1]), share], axis=-1)
-    # Trapezoids of |1 - y| are exact where the curve does not cross 1 within a step.
-    return np.stack([np.trapezoid(y, x, axis=-1), np.trapezoid(abs(1 - y), x, axis=-1)], axis=-1)
-
-
-def gini(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
-    """Gini coefficient of sizes >= 0: 0 if all are equal, 1 - 1/n if one has everything.
-
-    >>> gini(np.array([0.0, 0.0, 0.0, 5.0])).item()
-    0.75
-    """
-    n = size.shape[-1]
-    ordered, place = np.sort(size, axis=-1), 2 * np.arange(1, n + 1) - n - 1
-    return (ordered * place).sum(-1) / (n * ordered.sum(-1))
-
-
-def participation(size: Float[np.ndarray, "... neuron"]) -> Float[np.ndarray, ...]:
-    """Effective number of neurons, (sum of sizes)^2 / sum of squares: n if all are equal, 1 if one has everything."""
-    return size.sum(-1) ** 2 / (size**2).sum(-1)
-
-
 def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates:
-    """psi of the whole layer, k50, k90 and both areas of a curve, with intervals by topic, in the order of `SUMMARY`.
+    """psi of the whole layer, k50 and k90 of a curve, with intervals by topic, in the order of `SUMMARY`.
 
     psi is a share of TE, the others are of the curve as a share of the whole layer's joint effect. Where no k settles,
     k counts as one more than there are neurons.
@@ -269,53 +237,20 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
         whole = np.where(mean[:, -2] > 0, mean[:, -2], np.nan)  # against the treatment's sign nothing can settle
         share = mean[:, :-1] / whole[:, None]
         settled = [np.nan_to_num(settles(share, ks, level), nan=ks[-1] + 1) for level in (0.5, 0.9)]
-        return np.column_stack([mean[:, -2] / mean[:, -1], *settled, np.nan_to_num(areas(share, ks))])
+        return np.column_stack([mean[:, -2] / mean[:, -1], *settled])
 
     return interval(sums, statistic)
 
 
-def curve_shares(curve: PairEffects, value: str, ks: Int[np.ndarray, "size"]) -> pd.DataFrame:
-    """The curve at some k as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect)."""
-    effect = curve.effect(value)
-    at = np.searchsorted(curve.columns["k"].to_numpy(), ks)
+def curve_shares(curve: PairEffects, value: str = "nie") -> pd.DataFrame:
+    """The curve as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect).
+
+    Some set sizes, evenly spaced on a logarithmic axis, are enough to draw it.
+    """
+    effect, every = curve.effect(value), curve.columns["k"].to_numpy()
+    at = np.unique(np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1))
     sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
     if effect[:, -1].mean() <= 0:
         return pd.DataFrame(columns=["k", "estimate", "low", "high"])
     estimates = interval(sums, lambda total, count: total[:, :-1] / total[:, -1:])
-    return estimates.to_frame(pd.DataFrame({"k": ks})).drop(columns="n_clusters")
-
-
-def concentration(effects: PairEffects) -> bootstrap.Estimates:
-    """Gini coefficient and participation ratio of |mean NIE| over neurons, with intervals by topic.
-
-    Sampling noise makes every |mean| larger than 0, and so both look less concentrated than they are.
-    """
-    if not np.any(effects.nie):
-        raise InputError("no neuron has any effect: nothing can be concentrated")
-
-    def statistic(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-        size = abs(total / count)
-        return np.column_stack([gini(size), participation(size)])
-
-    return interval(topic_sums(effects.pairs, effects.nie), statistic)
-
-
-def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame:
-    """Curves to draw: harm in both directions against a random order, and against the benign behaviours."""
-    every = next(iter(made.values())).columns["k"].to_numpy()
-    # Some set sizes, evenly spaced on a logarithmic axis, are enough to draw a curve.
-    ks = np.unique(every[np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1)])
-    wanted = [
-        ("both directions", "sufficiency (NIE0)", "main", "nie0"),
-        ("both directions", "necessity (NIE1)", "main", "nie1"),
-        ("both directions", "random order, mean", "random order", "nie"),
-        ("both directions", "ranked by sign, mean", "ranked by sign", "nie"),
-        ("against benign behaviours", "harm, mean", "main", "nie"),
-        *(("against benign behaviours", name, name, "nie") for name in made if name.startswith("B")),
-    ]
-    parts = [
-        curve_shares(made[name], value, ks).assign(panel=panel, series=series)
-        for panel, series, name, value in wanted[:12]
-        if name in made
-    ]
-    return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    return estimates.to_frame(pd.DataFrame({"k": every[at]})).drop(columns="n_clusters")

@@ -6,7 +6,7 @@ that no difference can have reached are exact zeros that cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -170,17 +170,16 @@ def passing(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
     return ((rows.q_value <= LEVEL) & (middle.abs() >= FLOOR * rows.te.abs()) & rows.exact).to_numpy()
 
 
-def ranking(rows: pd.DataFrame, treatment: str, layer: int, *, by_sign: bool = False) -> Int[np.ndarray, "neuron"]:
+def ranking(rows: pd.DataFrame, treatment: str, layer: int) -> Int[np.ndarray, "neuron"]:
     """Neurons of a layer from a neuron table, the largest |mean NIE| on discover first.
 
-    With `by_sign` those that push with the treatment come first and those against it last. By size is what sets are
-    built from: by sign, hundreds of tiny positive means would be added up before the first negative one.
+    By size and not by sign: by sign, hundreds of tiny positive means would be added up before the first negative one.
     """
     chosen = rows[(rows.treatment == treatment) & (rows.split == "discover") & (rows.layer == layer)]
     if chosen.empty:
         raise InputError(f"the neuron table has no rows of {treatment}, layer {layer}, on discover: run notebook 04")
     size = ((chosen.nie0 + chosen.nie1) / 2).to_numpy()
-    return chosen.neuron.to_numpy()[np.argsort(-(size if by_sign else abs(size)), kind="stable")]
+    return chosen.neuron.to_numpy()[np.argsort(-abs(size), kind="stable")]
 
 
 def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.DataFrame:
@@ -190,13 +189,11 @@ def all_neurons(subject: Subject, layers: Sequence[int] | None = None) -> pd.Dat
     return index.to_frame(index=False)
 
 
-def measure_chosen(
-    study: Study, treatment: str, columns: pd.DataFrame, watch: Callable[[Batch], None] | None = None
-) -> tuple[PairEffects, FinalStates]:
+def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple[PairEffects, FinalStates]:
     """NIE0, NIE1 and direct effect of the neurons in `columns` (layer, neuron) on every pair of a treatment, on Y1.
 
     The direct effect is the neuron's own write into the final residual stream, everything above it held and the final
-    norm's scale frozen at the base run's, as the mean of both directions. `watch` is shown every batch of clean runs.
+    norm's scale frozen at the base run's, as the mean of both directions.
     """
     groups = estimands.batches(study.of(treatment), study.subject)
     if not groups:
@@ -205,8 +202,6 @@ def measure_chosen(
     for group in progress(groups, desc=f"neurons, {treatment}"):
         batch = estimands.run_clean(study.subject, group)
         parts.append(measure_batch(study, batch, columns))
-        if watch:
-            watch(batch)
     return joined_batches(parts)
 
 

@@ -1,140 +1,86 @@
-"""Figures of notebook 04: single neurons, growing sets, adjacency, and the tests of gating."""
+"""Figures of notebooks 04 and 04b: single neurons, growing sets, adjacency, and the tests of gating."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
 from companion.plots import style
 from companion.plots.style import ESTIMATE, MARKERS, OKABE_ITO, distinct, heading, legend_below, new_figure, spec
 
-ARROWS = {
-    "neuron's write": "#D55E00",
-    "read-out direction": "#009E73",
-    "residual stream": "#0072B2",
-    "after the write": "#000000",
-}
 
-
-def geometry(table: pd.DataFrame) -> Figure:
-    """One neuron's write in the plane that it spans with the residual stream, the norm's sphere, and the read-out."""
-    figure, axes = new_figure(width=7.0, height=3.6)
-    ax = axes[0, 0]
-    for row in table.itertuples():
-        item = str(row.item)
-        if item == "sphere":
-            ax.add_patch(plt.Circle((row.x, row.y), row.to_x, fill=False, ec="#999999", ls="--", lw=1))
-        elif item.startswith("normed"):
-            k = 0 if item.endswith("control") else 6
-            ax.plot([row.x], [row.y], MARKERS[k % 8], color=OKABE_ITO[k], ms=7, label=f"{item}: what is read out")
-        else:
-            colour = ARROWS.get(item, "#666666")
-            arrow = {"arrowstyle": "->", "color": colour, "lw": 1.8}
-            ax.annotate("", (row.to_x, row.to_y), (row.x, row.y), arrowprops=arrow)
-            ax.plot([row.x, row.to_x], [row.y, row.to_y], "-", color=colour, lw=1.5, label=item)
-    reach = 1.3 * max(0.2, float(table[["y", "to_y"]].abs().max().max()))
-    ends = min(0, table.to_x.min()) - 0.05, max(1, table.x.max(), table.to_x.max()) + reach
-    ax.set_aspect("equal", adjustable="box")
-    ax.set_xlim(*ends)
-    ax.set_ylim(-reach, reach)
-    height = np.clip(4.2 * 2 * reach / (ends[1] - ends[0]) + 0.9, 2.4, 5.0)  # no empty margins
-    figure.set_size_inches(7.0, float(height))
-    ax.axhline(0, color="black", lw=0.5)
-    ax.set_xlabel("along the control run's residual stream (its length = 1)")
-    ax.set_ylabel("across it")
-    ax.set_title("A neuron moves one point; the norm pulls it back to a sphere")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def strongest(table: pd.DataFrame) -> Figure:
+    """One row a neuron: both directions, and their mean with its interval, as shares of the total effect."""
+    figure, axes = new_figure(width=7.0, height=1.1 + 0.24 * len(table))
+    ax, y = axes[0, 0], np.arange(len(table))
+    ax.errorbar(
+        table.estimate, y, xerr=style.interval_lengths(table), ms=5, label="mean, 95 % interval", **style.mark(0)
+    )
+    for k, (column, label) in enumerate(
+        (("nie0", "switched on alone (NIE0)"), ("nie1", "switched off alone (NIE1)")), 1
+    ):
+        ax.plot(table[column], y, MARKERS[k], color=OKABE_ITO[k], ms=4, ls="none", label=label)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(y, [f"neuron {one}" for one in table.neuron])
+    ax.invert_yaxis()
+    ax.set_xlabel("share of total effect (right: with the treatment)")
+    ax.set_title("How much of the effect does one neuron carry?")
+    legend_below(figure, [ax], 3)
     return figure
 
 
-def by_index(table: pd.DataFrame) -> Figure:
-    """Every neuron's effect at its index, one panel a layer on one y-axis; squares pass the test and the floor."""
-    layers = sorted(table.layer.unique())
-    figure, axes = new_figure(len(layers), 1, 7.0, 1.5 * len(layers) + 0.8, sharey=True)
-    for ax, layer in zip(axes[:, 0], layers, strict=True):
-        part = table[table.layer == layer]
-        for k, (name, is_in) in enumerate((("not counted", False), ("passes test and floor", True))):
-            chosen = part[part.passes == is_in]
-            if len(chosen):
-                style.points(ax, chosen.neuron.to_numpy(), chosen, k, name, line=False)
-        ax.axhline(0, color="black", lw=0.8)
-        ax.set_title(f"layer {layer}")
-        ax.set_ylabel(style.TOTAL)
-    axes[-1, 0].set_xlabel("index of the neuron")
-    legend_below(figure, axes[:, 0], ncols=2)
-    heading(figure, "Which single neurons carry the effect at the last token?")
+def fires_on(table: pd.DataFrame) -> Figure:
+    """One panel a neuron: its value at the last token of every prompt (a dot each), a row for each kind of prompt."""
+    neurons, kinds = distinct(table.neuron), distinct(table.kind)
+    figure, axes = new_figure(1, len(neurons), 1.6 * len(neurons) + 2.0, 0.9 + 0.4 * len(kinds), sharey=True)
+    for ax, neuron in zip(axes[0], neurons, strict=True):
+        for k, kind in enumerate(kinds):
+            values = table[(table.neuron == neuron) & (table.kind == kind)].value.to_numpy()
+            spread = k + 0.5 * (np.arange(len(values)) * 0.618 % 1 - 0.5)  # the same places at every run
+            ax.plot(values, spread, MARKERS[k % 8], color=OKABE_ITO[k % 8], ms=3, alpha=0.5, ls="none")
+            ax.plot([np.median(values)] * 2, [k - 0.35, k + 0.35], "-", color="black", lw=2) if len(values) else None
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_yticks(range(len(kinds)), kinds)
+        ax.set_title(f"neuron {neuron}", fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel("neuron's value at the last token (bar: median)", fontsize=9)
+    heading(figure, "What do the strongest neurons fire on: harm, or the wrapper?")
     return figure
 
 
 def set_curves(table: pd.DataFrame) -> Figure:
     """Joint effect of growing sets as a share of the whole layer's, k on a logarithmic axis; the band of k90 shaded."""
-    names = distinct(table.panel)
-    figure, axes = new_figure(1, len(names), 4.0 * len(names), 3.7, sharey=True)
-    for ax, name in zip(axes[0], names, strict=True):
-        part = table[table.panel == name]
-        for k, (label, line) in enumerate(part.groupby("series", sort=False)):
-            colour, marker = OKABE_ITO[k % 8], MARKERS[k % 8]
-            ax.plot(line.k, line.estimate, marker=marker, color=colour, ms=3, lw=1.2, label=str(label))
-            ax.fill_between(line.k, line.low, line.high, color=colour, alpha=0.2, lw=0)
-        ax.axhspan(0.9, 1.1, color="#999999", alpha=0.2, lw=0)
-        ax.set_xscale("log")
-        ax.axhline(0, color="black", lw=0.8)
-        ax.set_xlabel("neurons swapped together")
-        ax.set_title(name)
-        # Under the axis: every corner of the frame may hold a curve.
-        n_columns = 2 if part.series.nunique() < 5 else 4
-        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=n_columns)
-    axes[0, 0].set_ylabel("share of the whole layer's effect")
-    heading(figure, "How many neurons does it take? Top neurons of discover, swapped together, on test")
+    figure, axes = new_figure(width=7.0, height=3.4)
+    ax = axes[0, 0]
+    for k, (label, line) in enumerate(table.groupby("series", sort=False)):
+        colour, marker = OKABE_ITO[k % 8], MARKERS[k % 8]
+        ax.plot(line.k, line.estimate, marker=marker, color=colour, ms=3, lw=1.2, label=str(label))
+        ax.fill_between(line.k, line.low, line.high, color=colour, alpha=0.2, lw=0)
+    ax.axhspan(0.9, 1.1, color="#999999", alpha=0.25, lw=0, label="within 10 % of the whole layer")
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xscale("log")
+    ax.set_xlabel("neurons changed together")
+    ax.set_ylabel("share of the whole layer's effect")
+    ax.set_title("How many neurons does it take? (ranked on discover, measured on test)")
     bounded = table[np.isfinite(table.estimate)]
     if len(bounded):
-        axes[0, 0].set_ylim(min(-0.2, bounded.estimate.min() - 0.1), min(2.2, max(1.3, bounded.estimate.max() + 0.1)))
+        ax.set_ylim(min(-0.2, bounded.estimate.min() - 0.1), max(1.3, bounded.estimate.max() + 0.1))
+    ax.legend(fontsize=8, loc="upper left")
     return figure
 
 
 def sparsity(table: pd.DataFrame) -> Figure:
-    """k50 and k90 with intervals, one row a behaviour, on an axis of whole numbers."""
-    figure = style.dots(
-        table,
-        row="behaviour",
-        group="quantity",
-        title="Does harm need fewer neurons than any other behaviour?",
-        unit="neurons until 0.5 (k50) or 0.9 (k90) of the whole layer's share is reached for good",
-        below=True,
+    """k90 with intervals, one row a behaviour, on an axis of whole numbers."""
+    title, unit = (
+        "Does harm need fewer neurons than harmless choices?",
+        "neurons that hold 90 % of the last MLP's share (k90)",
     )
+    figure = style.dots(table, row="behaviour", group="quantity", title=title, unit=unit)
     figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].set_xlim(left=0)
-    return figure
-
-
-def adjacency(table: pd.DataFrame) -> Figure:
-    """Single neurons (stems) and windows of neighbours (line) at their index, in one panel for each order of the neurons.
-
-    The neurons with the largest effects keep their number and marker in every panel, so that one can follow them.
-    """
-    names = distinct(table.order)
-    figure, axes = new_figure(len(names), 1, 7.4, 2.3 * len(names) + 0.5, sharey=True)
-    top = table.loc[table.order == names[0]].sort_values("single", key=abs, ascending=False).name.head(5).tolist()
-    for ax, name in zip(axes[:, 0], names, strict=True):
-        part = table[table.order == name].sort_values("place")
-        ax.vlines(part.place, 0, part.single, color="#666666", lw=0.8, label="each neuron alone (exact)")
-        label = "window of neighbours around it (joint)"
-        ax.plot(part.place, part.window, "-", color=OKABE_ITO[1], lw=1.4, label=label)
-        for k, one in enumerate(top):
-            row = part[part.name == one]
-            ax.plot(row.place, row.single, MARKERS[k % 8], color=OKABE_ITO[0], ms=6, ls="none")
-            for x, y in zip(row.place, row.single, strict=True):
-                ax.annotate(f"{one}", (x, y), textcoords="offset points", xytext=(5, 2), fontsize=7, color=OKABE_ITO[0])
-        ax.axhline(0, color="black", lw=0.6)
-        ax.set_title(str(name))
-        ax.set_ylabel(style.TOTAL)
-    axes[-1, 0].set_xlabel("place in this order (labels: the neuron's original index)")
-    legend_below(figure, axes[:1, 0], ncols=2)
-    heading(figure, "Same function, other order: single neurons only move, windows are redrawn")
     return figure
 
 
@@ -156,72 +102,45 @@ def permutations(table: pd.DataFrame) -> Figure:
     return figure
 
 
-COLOURS = {"grey": "#F0F0F0", "orange": "#F0C27B", "blue": "#B7E0F2"}
-
-
-def gate_drawing(table: pd.DataFrame) -> Figure:
-    """Boxes and arrows, one panel a case; columns: panel, kind, x, y, to_x, to_y, text, colour."""
-    panels = distinct(table.panel)
-    figure, axes = new_figure(1, len(panels), 4.6 * len(panels), 2.3)
-    for ax, panel in zip(axes[0], panels, strict=True):
-        ax.axis("off")
-        part = table[table.panel == panel]
-        for row in part[part.kind == "arrow"].itertuples():
-            ends = (row.x, row.y), (row.to_x, row.to_y)
-            look = {"arrowstyle": "-|>", "mutation_scale": 11, "shrinkA": 0, "shrinkB": 16, "color": "black"}
-            ax.add_patch(FancyArrowPatch(*ends, **look))
-        for row in part[part.kind == "box"].itertuples():
-            box = {"boxstyle": "round,pad=0.35", "fc": COLOURS.get(str(row.colour), "#FFFFFF"), "ec": "black"}
-            ax.text(row.x, row.y, row.text, ha="center", va="center", fontsize=9, bbox=box)
-        ax.set_xlim(part.x.min() - 0.6, part.x.max() + 0.6)
-        ax.set_ylim(part.y.min() - 0.5, part.y.max() + 0.5)
-        ax.set_title(panel, fontsize=10)
-    heading(figure, "Where can one signal decide about another?")
-    return figure
-
-
-def indices(table: pd.DataFrame) -> Figure:
-    """Signed gate index by form (rows) and outcome; dashed lines: 0, and the thresholds of contributor and gate."""
-    rows, groups = distinct(table.form), distinct(table.outcome)
-    figure, axes = new_figure(width=8.4, height=1.3 + 0.27 * len(rows))
-    ax = axes[0, 0]
-    for k, name in enumerate(groups):
-        part = table[table.outcome == name]
-        y = [rows.index(form) + 0.22 * (k - (len(groups) - 1) / 2) for form in part.form]
-        ax.errorbar(part.estimate, y, xerr=style.interval_lengths(part), ms=4, label=str(name), **style.mark(k))
-    for at, dashes in ((0.0, "-"), (-0.2, ":"), (0.2, ":"), (-0.6, "--"), (0.6, "--")):
-        ax.axvline(at, color="black", lw=0.8, ls=dashes)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.invert_yaxis()
-    ax.set_xlabel("signed gate index (interaction as a share of the whole effect)")
-    heading(figure, "Gate or contributor: only together (1), added (0), either one (-1)?")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def cells(table: pd.DataFrame) -> Figure:
+    """The four outcomes of each factorial against both switches off: one line for each state of the second switch."""
+    forms = distinct(table.form)
+    figure, axes = new_figure(1, len(forms), max(5.0, 1.45 * len(forms) + 0.4), 3.0, sharey=True)
+    names = {0: "second switch off", 1: "second switch on"}
+    for ax, form in zip(axes[0], forms, strict=True):
+        for k, (state, line) in enumerate(table[table.form == form].groupby("second")):
+            style.points(ax, line["first"].to_numpy() + 0.04 * k, line, k, names.get(int(str(state)), str(state)))
+        ax.axhline(0, color="black", lw=0.6)
+        ax.set_xticks([0, 1], ["off", "on"])
+        ax.set_xlim(-0.3, 1.35)
+        ax.set_xlabel("first switch")
+        letter, _, rest = str(form).partition(": ")
+        ax.set_title(
+            f"{letter}: " + rest.replace(", ", ",\n").replace(" x ", "\nx ", 1) if rest else letter, fontsize=8
+        )
+    axes[0, 0].set_ylabel(style.LOG_ODDS)
+    legend_below(figure, axes[0, :1], 2)
+    heading(figure, "Parallel lines add, fanning lines gate: what do both switches do?")
     return figure
 
 
 # fmt: off
 SPECS = (
-    spec("04_geometry", geometry, "C5a", {"item": "str", **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
-         "One last-layer neuron's write added to the residual stream, both pulled back to a sphere by the final norm, "
-         "and the read-out direction, in the plane of residual stream and write"),
-    spec("04_neurons", by_index, "C5a", {"layer": "int", "neuron": "int", "passes": "bool", **ESTIMATE},
-         "Exact indirect effect of every single neuron at the last token by layer and index, with intervals"),
-    spec("04_curves", set_curves, "C5a", {"panel": "str", "series": "str", "k": "int", **ESTIMATE},
-         "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order and "
-         "benign behaviours"),
+    spec("04_strongest", strongest, "C5a", {"neuron": "int", "nie0": "float", "nie1": "float", **ESTIMATE},
+         "Exact effects of the strongest last-layer neurons, alone, in both directions, as shares of the total effect"),
+    spec("04_fires_on", fires_on, "C5a", {"neuron": "int", "kind": "str", "value": "float", "prompt": "str"},
+         "Values of the strongest last-layer neurons at the last token of harmful and harmless requests in both wrappers"),
+    spec("04_curves", set_curves, "C5a", {"series": "str", "k": "int", **ESTIMATE},
+         "Joint effect of the top k last-layer neurons as a share of the whole layer's, against random order"),
     spec("04_sparsity", sparsity, "C5a", {"behaviour": "str", "quantity": "str", **ESTIMATE},
-         "k50 and k90 of the last layer for harm and for each benign behaviour"),
-    spec("04_adjacency", adjacency, "C7",
-         {"order": "str", "place": "int", "name": "int", "single": "float", "window": "float"},
-         "Effects of single last-layer neurons and of windows of neighbours, in training order and after a permutation "
-         "of the neurons that leaves the model's function as it was"),
+         "Number of last-layer neurons that hold nine tenths of the layer's effect, for harm and for each benign behaviour"),
     spec("04_moran", permutations, "C7", dict.fromkeys(("start", "end", "count", "observed", "least", "most"), "float"),
          "Moran's I of rank |effect| along the neuron index, against its values under permuted indices"),
-    spec("04_gate_drawing", gate_drawing, "C5b",
-         {**dict.fromkeys(("panel", "kind", "text", "colour"), "str"), **dict.fromkeys(("x", "y", "to_x", "to_y"), "float")},
-         "Last-layer neurons only add to the residual stream; inside one neuron the gate multiplies the up-projection"),
-    spec("04_gate_forms", indices, "C5b", {"form": "str", "outcome": "str", **ESTIMATE},
-         "Signed gate index of every form that is defined, for the harm contrast and for benign behaviours, by "
-         "read-out"),
+    spec("04b_cells", cells, "C5b", {"form": "str", "first": "int", "second": "int", **ESTIMATE},
+         "Mean outcome of the four cells of each factorial, as changes from the cell with both switches off"),
+    spec("04b_indices", style.dots, "C5b", {"form": "str", "state": "str", **ESTIMATE},
+         "Signed gate index of every form, and whether enough is at stake for it to be defined",
+         row="form", group="state", title="Gate (1), contributor (0), or either one (-1)?",
+         unit="signed gate index (share of the whole effect)", marks=(-0.6, -0.2, 0.2, 0.6), limits=(-1.6, 1.6), below=True),
 )
 # fmt: on

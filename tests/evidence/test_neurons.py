@@ -62,7 +62,6 @@ def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: 
     last = measure_last_layer(study)
     assert set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
     assert set(last.table.layer) == {3} and set(last.table.split) == {"discover", "test", "all"}
-    assert set(last.caches) == {"T2", "T2b", "B1", "B2"}
     same = "treatment == 'T2-T2b' and split == 'test' and layer == 3"
     few, whole = (table.query(same).set_index("neuron").nie1 for table in (last.table, swept.table))
     assert (few - whole).abs().max() < 1e-5
@@ -129,9 +128,9 @@ def test_the_gate_is_found_inside_a_neuron_as_a_readout_and_below_the_last_layer
 
 def test_the_quick_sweep_tests_the_last_layer_alone_and_finds_its_gate(gate: Study) -> None:
     swept = measure_last_layer(gate)
-    this = swept.measured.study
-    rows = neurons.gating_evidence(this, swept.table, "m", swept.caches)
-    assert rows == neurons.gating_evidence(this, swept.table, "m")  # the runs of the sweep are those that it would make
+    this = neurons.quick_study(gate)
+    assert this.pairs == swept.measured.study.pairs
+    rows = neurons.gating_evidence(this, swept.table, "m")
     table = pd.DataFrame(rows)
     assert set(table[table.quantity == "gate index, form"].variant.str[:2]) == {"a:", "b:"}
     index = table[(table.quantity == "gate index") & (table.variant == "main")]

@@ -21,7 +21,6 @@ from companion.model import architecture, memory, replay
 from companion.model.architecture import Subject, find_parts, hash_tensors, written_vectors
 from companion.model.interventions import Patch
 from companion.model.verify import verify
-from companion.neurons import adjacency
 
 PATCHES = [Patch("neuron", 1, mask([8]), 3), Patch("head", 1, mask([8]), 3), Patch("mlp_out", 1, mask([8]))]
 
@@ -72,20 +71,14 @@ def effects(subject: Subject) -> torch.Tensor:
 
 @pytest.mark.parametrize("where", ["cuda:1", "waiting"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2"])
-def test_no_number_changes_and_neurons_can_be_put_into_another_order(family: str, where: str) -> None:
+def test_no_number_changes_where_layers_lie_elsewhere(family: str, where: str) -> None:
     subject, here = apart(family, where), tiny_subject(family)
     assert all(p.is_meta or p.dtype == torch.float64 for p in subject.layers[0].block.parameters())
     verify(subject)
-    before = effects(subject)
-    torch.testing.assert_close(before, effects(here), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(effects(subject), effects(here), rtol=1e-4, atol=1e-4)
     if where == "waiting":  # what waits is hashed where it waits
         assert hash_tensors(subject.model) == hash_tensors(here.model)
-    vectors = written_vectors(subject.layers[0].down_proj)
-    torch.testing.assert_close(vectors, written_vectors(here.layers[0].down_proj))
-    moved, orders = adjacency.permute_neurons(subject)  # changes a copy where its weights are kept; the original stays
-    torch.testing.assert_close(moved.model(tokens()).logits, subject.model(tokens()).logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(written_vectors(moved.layers[0].down_proj), vectors[orders[0]])
-    assert torch.equal(effects(subject), before)
+    torch.testing.assert_close(*(written_vectors(one.layers[0].down_proj) for one in (subject, here)))
     here.layers[0].o_proj.double()
     with pytest.raises(RuntimeError):  # what the stand-in rests on: numbers of two places do not mix unnoticed
         here.model(tokens())

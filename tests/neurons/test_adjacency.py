@@ -1,18 +1,14 @@
-"""Moran's I on known patterns, adjacency.windows against random groups, and a permutation that changes no function."""
+"""Moran's I on known patterns, and adjacency.windows against random groups."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
-from neuron_tools import additive, made_effects, tiny_study
-from true_float64 import true_float64
+from neuron_tools import additive, made_effects
 
 from companion.base.errors import InputError
 from companion.neurons import adjacency
-from companion.neurons.sets import joint, measure_all
-from companion.neurons.single import all_neurons
 
 
 def dense(values: np.ndarray, layer: np.ndarray, half_width: int) -> float:
@@ -99,29 +95,3 @@ def test_groups_are_chosen_on_discover_alone() -> None:
     made = adjacency.window_contest(measured, "T2", np.arange(60), half_width=2)
     assert made.members[0].tolist() == [10, 11, 12, 13, 14]
     assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_permutation_of_neurons_changes_no_logit(family: str) -> None:
-    subject = tiny_subject(family, torch.float64)
-    ids = tokens(seed=1)
-    moved, orders = adjacency.permute_neurons(subject, seed=1)
-    with torch.no_grad(), true_float64(subject.model), true_float64(moved.model):
-        assert float((subject.model(ids).logits - moved.model(ids).logits).abs().max()) < 1e-10
-    assert all(sorted(order.tolist()) == list(range(48)) != order.tolist() for order in orders)
-    assert not torch.equal(moved.layers[0].down_proj.weight, subject.layers[0].down_proj.weight)
-
-
-def test_single_effects_move_and_windows_change() -> None:
-    study = tiny_study(n=6)
-    moved, orders = adjacency.permute_neurons(study.subject, seed=1)
-    columns = {"T2": all_neurons(study.subject, [1, 3])}
-    before, after = (measure_all(one, columns) for one in (study, replace(study, subject=moved)))
-    for layer in (1, 3):
-        at = (before.effects["T2"].columns.layer == layer).to_numpy()
-        old, new = (one.effects["T2"].nie[:, at] for one in (before, after))
-        np.testing.assert_allclose(new, old[:, orders[layer]], atol=1e-6)
-        assert abs(new - old).max() > 1e-3
-    groups = adjacency.windows(np.arange(48))
-    old, new = (joint(one.study.subject, one.states["T2"], groups).nie for one in (before, after))
-    assert abs(np.sort(new, axis=1) - np.sort(old, axis=1)).max() > 1e-3

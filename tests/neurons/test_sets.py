@@ -1,4 +1,4 @@
-"""Joint effects of sets of last-layer neurons against the replay, curves of growing sets, and sets.concentration."""
+"""Joint effects of sets of last-layer neurons against the replay, and curves of growing sets."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from effect_tools import YES_NO
 from families import FAMILIES
-from neuron_tools import additive, clean_batch, made_effects, patched, tiny_study
+from neuron_tools import additive, clean_batch, patched, tiny_study
 from true_float64 import true_float64
 
 from companion.base.errors import InputError
@@ -128,29 +128,17 @@ def test_a_layer_of_known_neurons() -> None:
     curve = curve_of(measured, np.array([0, 1]))
     made = dict(zip(sets.SUMMARY, sets.curve_summary(curve).estimate, strict=True))
     assert (made["k50"], made["k90"]) == (3, 3)  # one more than there are
-    assert made["psi"] == pytest.approx(-0.4, rel=1e-4) and sets.curve_shares(curve, "nie", np.array([1, 2])).empty
+    assert made["psi"] == pytest.approx(-0.4, rel=1e-4) and sets.curve_shares(curve).empty
 
 
-def test_set_sizes_and_areas() -> None:
+def test_set_sizes() -> None:
     large = sets.sizes(14336)
     assert (sets.sizes(1).tolist(), sets.sizes(384).tolist()) == ([1], list(range(1, 385)))
     assert large[:512].tolist() == list(range(1, 513)) and large[-1] == 14336
     assert (np.diff(large) > 0).all() and (large[1:] / large[:-1])[512:].max() < 1.03
-    ks = np.arange(1, 101)
-    np.testing.assert_allclose(sets.areas(ks / 100, ks), [0.5, 0.5])
-    np.testing.assert_allclose(sets.areas(np.ones(100), ks), [0.995, 0.005])
-    above, apart = sets.areas(np.where(ks < 100, 1.5, 1.0), ks)
-    assert above > 1.4 and apart == pytest.approx(0.5, abs=0.01)
 
 
-def test_concentration_and_what_is_no_set() -> None:
-    size = np.random.default_rng(0).exponential(size=50)
-    dense = abs(size[:, None] - size).sum() / (2 * 50**2 * size.mean())
-    assert sets.gini(size) == pytest.approx(dense) and sets.participation(np.array([3.0, 3.0, 0.0, 0.0])) == 2
-    made = sets.concentration(made_effects(np.tile([4.0, -4.0, 0.0, 0.0], (12, 1))))
-    assert made.estimate.tolist() == [0.5, 2.0]
-    with pytest.raises(InputError, match="nothing can be concentrated"):
-        sets.concentration(made_effects(np.zeros((12, 40))))
+def test_what_is_no_set() -> None:
     subject, measured = additive(np.ones(6))
     for members in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
         with pytest.raises(InputError, match="different neurons of 0 to 5"):

@@ -1,0 +1,270 @@
+"""Single neurons and sets of them: what each does to the answer, how few carry an effect, what an index means, what gates.
+
+`edit_input` is the hook with which a neuron is set by hand; `measure_neurons` and `measure_gates` measure all pairs;
+`write_evidence` and `write_gate_evidence` write what the verdicts on C5a, C5b and C7 rest on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from companion.base.display import NotDefined
+from companion.base.files import EVIDENCE, read_table, write_table
+from companion.base.paths import results_dir
+from companion.evidence import neurons as evidence
+from companion.evidence.neurons import Gates, Neurons, NothingToTest, measure_neurons
+from companion.mediation.estimands import CELLS, run_clean
+from companion.mediation.study import Study, control_study, other_shipped
+from companion.mediation.summaries import cell_means
+from companion.model.activations import on_input
+from companion.model.architecture import written_vectors
+from companion.model.readout import norm_gain
+from companion.neurons import adjacency, clamping, gating, screening, sets, single
+from companion.neurons.adjacency import morans_i
+from companion.neurons.gating import gate_tests
+from companion.neurons.single import PairEffects
+from companion.prompts.pairs import shown
+from companion.prompts.tokens import TokenPair
+
+__all__ = ["common_words", "curve_table", "curves", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
+           "gate_tests", "gradient_estimates", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
+           "morans_i", "norm_gain", "read_neurons", "screen_quality", "settled", "strongest", "write_evidence",
+           "write_gate_evidence", "written_vectors"]  # fmt: skip
+
+KINDS = {("T2b", 0): "harmless, neutral wrapper", ("T2b", 1): "harmless, jailbreak wrapper",
+         ("T2", 0): "harmful, neutral wrapper", ("T2", 1): "harmful, jailbreak wrapper"}  # fmt: skip
+COMMON = 20_000  # tokens that a vocabulary of merges made first are common words
+NOTHING = "No neuron of the last layer has an effect, or a split has too few topics."
+
+
+@contextmanager
+def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Inside the `with` block the module reads `edit(input)` in place of its input (as it is, where that is None).
+
+    A down projection's input holds the neurons, shape (prompt, pos, neuron). Return a new tensor, change none in place.
+
+    >>>     >>> layer = nn.Linear(2, 1, bias=False)
+    >>> with edit_input(layer, torch.zeros_like):
+    ...     print(layer(torch.ones(1, 2)).abs().item())
+    0.0
+    """
+    with on_input(module, edit):
+        yield
+
+
+def common_words(study: Study) -> Int[np.ndarray, "word"]:
+    """Tokens that are common whole words: letters only, three or more, behind a space where the vocabulary has spaces."""
+    tokenizer, n = study.subject.tokenizer, min(COMMON, len(study.subject.unembedding[0]))
+    assert tokenizer is not None
+    texts = [tokenizer.decode([token]) for token in range(n)]
+    is_word = np.array([text.strip().isascii() and text.strip().isalpha() and len(text.strip()) > 2 for text in texts])
+    behind_space = np.array([text.startswith(" ") for text in texts])
+    return np.flatnonzero(is_word & (behind_space | (not behind_space[is_word].any())))
+
+
+def strongest(found: Neurons, n: int = 12) -> pd.DataFrame:
+    """The `n` last-layer neurons of the largest |effect| on discover, as shares of TE on test.
+
+    Columns: neuron, nie0, nie1, their mean (`estimate`) with its interval, q_value, and whether the neuron passes the test.
+    """
+    rows = found.table[(found.table.treatment == found.primary) & (found.table.split == "test")]
+    ranked = single.ranking(found.table, found.primary, found.measured.last)
+    rows = rows[rows.layer == found.measured.last].set_index("neuron").loc[ranked[:n]].reset_index()
+    unit = rows.te.iloc[0] or 1.0
+    middle = (rows.nie0 + rows.nie1) / 2
+    shares = {"nie0": rows.nie0, "nie1": rows.nie1, "estimate": middle, "low": rows.ci_low, "high": rows.ci_high}
+    made = pd.DataFrame({name: values / unit for name, values in shares.items()})
+    return made.assign(neuron=rows.neuron, q_value=rows.q_value, passes=single.passing(rows))
+
+
+def fires_on(found: Neurons, members: Int[np.ndarray, "neuron"]) -> pd.DataFrame:
+    """Each neuron's value at the last token of every T2 and T2b prompt of test: columns neuron, kind, value, prompt."""
+    parts, study = [], found.measured.study
+    pairs = {one.pair.id: one.pair for one in study.pairs}
+    for name, whole in found.measured.states.items():
+        states = whole.only((whole.pairs.split == "test").to_numpy())
+        for side, label in enumerate(("control", "treated")):
+            texts = [shown(pairs[i], label) for i in states.pairs.pair_id]
+            kind = KINDS.get((name, side), f"{name}, {label}")
+            for neuron in members if name in ("T2", "T2b") or not study.of("T2") else ():
+                values = states.neurons[side][:, int(neuron)].tolist()
+                parts.append(pd.DataFrame({"neuron": neuron, "kind": kind, "value": values, "prompt": texts}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def gradient_estimates(study: Study, pair: TokenPair) -> Float[Tensor, "layer neuron"]:
+    """The gradient's estimate of every neuron's NIE0 at the last token of one pair, in log-odds."""
+    batch = run_clean(study.subject, [pair])
+    y1 = partial(screening.log_odds, study.subject, study.openers[pair.pair.treatment])
+    return screening.attribution(study.subject, batch.control, batch.treated, y1)[0]
+
+
+def screen_quality(study: Study, found: Neurons) -> pd.DataFrame | NotDefined:
+    """How far gradients found what exact patches find, on discover: rank correlation of sizes, and recall of the largest.
+
+    By layer where every neuron was measured exactly; else of all lower layers together, on the neurons that were rechecked.
+    """
+    if found.screen is not None:
+        return pd.DataFrame(
+            {"layers": ["below the last"], "rank correlation": found.screen.correlation, "recall": found.screen.recall}
+        )
+    exact = single.in_split(found.measured.effects[found.primary], "discover")
+    few = study.subsample(60)
+    used = exact.pairs.pair_id.isin({one.pair.id for one in few.pairs}).to_numpy()
+    both = exact.columns.assign(exact=exact.nie[used].mean(0)).merge(screening.estimates(few, found.primary))
+    rows = []
+    for layer, part in both[both.exact != 0].groupby("layer"):
+        best = [set(part[name].abs().nlargest(20).index) for name in ("exact", "estimate")]
+        correlation = part[["exact", "estimate"]].abs().corr("spearman").iloc[0, 1]
+        rows.append({"layers": layer, "rank correlation": correlation, "recall": len(best[0] & best[1]) / len(best[0])})
+    return pd.DataFrame(rows) if rows else NotDefined(NOTHING)
+
+
+def joint_effects(
+    found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"], sizes: Int[np.ndarray, "size"]
+) -> Float[np.ndarray, "pair size"]:
+    """NIE0 of the first k last-layer neurons of an order together, on test pairs, for some k (increasing), in log-odds."""
+    apply = partial(sets.cumulative, found.measured.study.subject, order=order, ks=sizes)
+    return sets.on_contrast(found.measured, treatment, "test", apply).values["nie0"]
+
+
+def curves(found: Neurons) -> dict[str, PairEffects] | NotDefined:
+    """Joint effects of growing sets on test: of the primary contrast ("main"), of random orders, of benign behaviours."""
+    return evidence.all_curves(found) or NotDefined(NOTHING)
+
+
+def curve_table(made: Mapping[str, PairEffects] | NotDefined) -> pd.DataFrame | NotDefined:
+    """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ..."""
+    if isinstance(made, NotDefined):
+        return made
+    names = {"main": "largest first", "random order": "random order"}
+    table = pd.concat([sets.curve_shares(made[name]).assign(series=label) for name, label in names.items()])
+    return (
+        table
+        if len(table)
+        else NotDefined("The last MLP as a whole works against the treatment: no share of it is defined.")
+    )
+
+
+def settled(made: Mapping[str, PairEffects] | NotDefined) -> pd.DataFrame | NotDefined:
+    """k90 of harm and of each benign behaviour with intervals over topics; without those where no k settles."""
+    if isinstance(made, NotDefined):
+        return made
+    rows, at = [], sets.SUMMARY.index("k90")
+    for name, curve in made.items():
+        found = sets.curve_summary(curve)
+        if name != "random order" and found.estimate[at] <= curve.columns["k"].max():
+            row = {"estimate": found.estimate[at], "low": found.low[at], "high": found.high[at]}
+            rows.append({"behaviour": "harm" if name == "main" else name, "quantity": "k90", **row})
+    return pd.DataFrame(rows) if rows else NotDefined("No curve settles: every layer works against its behaviour.")
+
+
+def moran(found: Neurons) -> pd.DataFrame | NotDefined:
+    """Moran's I of 9,999 random orders as a histogram, with the model's own (`observed`) and its interval in every row.
+
+    The values are the neurons' ranks by |effect| on test, pooled over the layers that were measured completely.
+    """
+    if not evidence.enough(found, found.primary):
+        return NotDefined(NOTHING)
+    return adjacency.moran_histogram(evidence.moran(found))
+
+
+def write_evidence(
+    study: Study, found: Neurons, made: Mapping[str, PairEffects] | NotDefined, model: str, profile: str
+) -> pd.DataFrame:
+    """The rows that C5a and C7 rest on, of this model and of its shipped relatives: `04_evidence.csv`.
+
+    `04_neurons.parquet` holds the neurons of all these models, which notebook 04b reads.
+    """
+    known = {} if isinstance(made, NotDefined) else made
+    rows, tables = evidence.evidence_c5a(found, study.slug, known), [found.table.assign(model=study.slug)]
+    if evidence.enough(found, found.primary):
+        rows += evidence.evidence_c7(found, study.slug, evidence.moran(found), evidence.groups(found))
+    for name in other_shipped(model, profile):
+        swept = evidence.measure_last_layer(control_study(study, model, name))
+        rows += evidence.neuron_evidence(swept, name)
+        tables += [] if swept is None else [swept.table.assign(model=name)]
+    write_table(pd.concat(tables, ignore_index=True), results_dir(study.slug) / "04_neurons.parquet")
+    table = pd.DataFrame(rows, columns=list(EVIDENCE))
+    write_table(table, results_dir(study.slug) / "04_evidence.csv")
+    return table
+
+
+# ---- gates ----
+
+
+def read_neurons(study: Study) -> pd.DataFrame:
+    """What notebook 04 wrote: a row for each model, treatment, split, layer and neuron."""
+    return read_table(results_dir(study.slug) / "04_neurons.parquet", {"model": "str"})
+
+
+def four_cells(study: Study, pair: TokenPair, members: list[int], outcome: str = "Y1") -> list[float]:
+    """y00, y01, y10, y11 of one pair: the first digit is the prompt, the second the neurons' values; in log-odds."""
+    one = clamping.NeuronSet("set", study.subject.n_layers - 1, tuple(members))
+    table = clamping.four_cells(study.subject, [pair], study.openers, [one])
+    cells = gating.select(table, pair.pair.treatment, "set", "upstream", outcome)
+    return [float(value) for value in cells[list(CELLS)].to_numpy()[0]]
+
+
+def gate_and_up(study: Study, pair: TokenPair, neuron: int) -> pd.DataFrame | NotDefined:
+    """A last-layer neuron's value with its gate from either run (rows) and its up from either run (columns)."""
+    factors = clamping.product(study.subject, run_clean(study.subject, [pair]), study.subject.n_layers - 1)
+    if factors is None:
+        return NotDefined("The neurons of this family are no product of a gate and an up projection.")
+    values = [[float(g.act(g.gate[0, neuron]) * u.up[0, neuron]) for u in factors] for g in factors]
+    return pd.DataFrame(values, ["gate: control", "gate: treated"], ["up: control", "up: treated"])
+
+
+def measure_gates(study: Study, neurons: pd.DataFrame) -> Gates | NotDefined:
+    """All four tests of every sparse set, on all pairs; what they rest on was ranked on discover by notebook 04."""
+    try:
+        return evidence.measure_gates(study, neurons[neurons.model == study.slug])
+    except NothingToTest as reason:
+        return NotDefined(str(reason))
+
+
+def gate_cells(gates: Gates | NotDefined) -> pd.DataFrame | NotDefined:
+    """Mean outcome of the four cells against both switches off, on test: a panel a form; log-odds with intervals."""
+    if isinstance(gates, NotDefined):
+        return gates
+    parts, mine = [], [one for one in gates.forms if one.treatment == gates.primary and one.set_name != gating.WHOLE]
+    for one in mine:
+        experiment = "upstream" if one.experiment == "below" else one.experiment
+        cells = gating.select(gates.cells, gates.primary, one.set_name, experiment, "Y1", "test")
+        for name in CELLS:
+            change = cells.assign(nie=cells[name] - cells[CELLS[0]], first=name[1], second=name[2])
+            mean = cell_means(change, by=["first", "second"])
+            parts.append(mean.assign(form=gating.FORMS[one.experiment]).astype({"first": int, "second": int}))
+    return pd.concat(parts)[["form", "first", "second", "estimate", "low", "high"]]
+
+
+def indices(rows: pd.DataFrame) -> pd.DataFrame | NotDefined:
+    """The signed gate index by form; of benign behaviours the defined ones inside neurons: form, state, estimate, ..."""
+    found = rows[rows.quantity == "gate index, form, signed"]
+    found = found[~found.variant.str.contains("frozen|read-out|whole layer")]
+    defined = ~found.note.str.startswith("not defined")
+    found = found.assign(state=np.where(defined, "enough at stake", "too little at stake"), form=found.variant)
+    benign = found.variant.str.contains(r" B\d+$")
+    found = found[~benign | (defined & found.variant.str.startswith("b:"))]
+    table = found.assign(low=found.ci_low, high=found.ci_high)[["form", "state", "estimate", "low", "high"]]
+    return table if len(table) else NotDefined("No form of the gate index was measured.")
+
+
+def write_gate_evidence(
+    study: Study, neurons: pd.DataFrame, gates: Gates | NotDefined, model: str, profile: str
+) -> pd.DataFrame:
+    """The rows that C5b rests on, of this model and of its shipped relatives (last layer alone): `04b_evidence.csv`."""
+    rows = [] if isinstance(gates, NotDefined) else evidence.evidence_c5b(gates, study.slug)
+    for name in other_shipped(model, profile):
+        quick = evidence.quick_study(control_study(study, model, name))
+        rows += evidence.gating_evidence(quick, neurons[neurons.model == name], name)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE))
+    write_table(table, results_dir(study.slug) / "04b_evidence.csv")
+    return table
