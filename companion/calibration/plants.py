@@ -23,11 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import files, folders, paths, smollm2, thresholds
 from companion.base.device import to_host
-from companion.base.thresholds import UNTRAINED
 from companion.calibration import draws, localise
 from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.rates import ranking_quality
-from companion.claims.ledger import CORRECTED
 from companion.evidence.neurons import Neurons
 from companion.mediation import estimands, study, summaries, sweeps
 from companion.mediation.study import Study
@@ -129,46 +127,14 @@ def rank_learned_neurons(plant: Plant, found: Neurons, this: Study) -> list[Scor
     return rows
 
 
-def shares_by_kind(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """For the figure: mean share and range over seeds, a row a kind (in the plan's order), effect and component ("attn 4")."""
-    part = _with_component(table[table.treatment == treatment])
-    keys = ["kind", "effect", "site", "layer", "component", "learned"]
-    mean = part.groupby(keys, sort=False).share.agg(estimate="mean", low="min", high="max").reset_index()
-    mean = mean.assign(place=mean.kind.map(KINDS.index), first=mean.effect != "total")
-    mean = mean.sort_values(["first", "place", "site", "layer"]).assign(effect=mean.effect.map(MEANING))
-    return mean[["kind", "effect", "component", "learned", "estimate", "low", "high"]]
-
-
-def largest_shares(table: pd.DataFrame) -> pd.DataFrame:
-    """For each plant, treatment and effect: the component with the largest share, and whether the plant learned there."""
-    top = table.groupby(["kind", "seed", "treatment", "effect"]).share.idxmax()
-    return _with_component(table.loc[top])
-
-
-def _with_component(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(component=table.site.str.removesuffix("_out") + " " + table.layer.astype(str))
-
-
-def tally_verdicts(evidence: pd.DataFrame) -> pd.DataFrame:
-    """Verdicts of the registered rules and of the corrected C1, a row a kind: seeds "supported / contradicted / neither"."""
-    said: dict[tuple[str, str], list[str]] = {}
-    owner = evidence.model.str.removesuffix(UNTRAINED)
-    for plant in plan_plants():
-        own = evidence[owner == plant.name]
-        for rule, one in draws.judged(own, plant.name):
-            if one.claim in set(own.claim) and (rule == "registered" or one.claim == "C1"):
-                name = one.claim + (CORRECTED if rule == "corrected" else "")
-                said.setdefault((plant.kind, name), []).append(one.verdict)
-    counts = {key: (v.count("supported"), v.count("contradicted"), len(v)) for key, v in said.items()}
-    text = {key: f"{yes} / {no} / {n - yes - no}" for key, (yes, no, n) in counts.items()}
-    return pd.Series(text).unstack().loc[[kind for kind in KINDS if (kind, "C1") in text]]
-
-
 # ---- in a real model ----
 
 REAL_PROMPTS, REAL_PAIRS = "english", 40  # pairs a treatment, each of another topic; the training saw none of them
 THIRDS = ("early", "middle", "late")
 TRAINED, ELSE = "all that was trained", "all else"
+TRAINED_IN = {  # how the figure calls the parts
+    "all": "everything", "attention": "attention", "mlp": "MLPs", "early": "first third", "late": "last third",
+}  # fmt: skip
 PART = {"attn_out": "attention", "mlp_out": "mlp"}  # what the part is called that holds the parameters of a site
 
 
@@ -254,6 +220,22 @@ def trained_shares(table: pd.DataFrame) -> pd.DataFrame:
         )
     names = ["kind", "treatment", "effect", "share", "low", "high", "in_refuser", "size"]
     return pd.DataFrame(rows, columns=names)
+
+
+def trained_places(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """For the figure: of what training added, the share in each place and in all that was trained, a row a plant, effect, place.
+
+    Columns kind, effect, place, learned, estimate, low, high. Where everything was trained that share is 1 by definition.
+    """
+    change = table[(table.of == "change") & (table.treatment == treatment) & (table["where"] != ELSE)]
+    whole = change[change.kind == "all"].drop_duplicates("effect")
+    change = pd.concat([change, whole.assign(where=TRAINED, share=1.0, low=1.0, high=1.0)])
+    places = [f"{site.removesuffix('_out')} {third}" for site in PART for third in THIRDS]
+    order = {name: k for k, name in enumerate([*TRAINED_IN, *MEANING, *places, TRAINED])}
+    change = change.sort_values(["effect", "kind", "where"], key=lambda names: names.map(order), kind="stable")
+    named = {"kind": TRAINED_IN, "effect": MEANING, "where": {TRAINED: "framed, together"}}
+    made = change.replace(named).rename(columns={"where": "place", "share": "estimate"})
+    return made[["kind", "effect", "place", "learned", "estimate", "low", "high"]].reset_index(drop=True)
 
 
 def measure_real_plant(model: str) -> dict[str, pd.DataFrame]:
