@@ -95,6 +95,26 @@ def test_sampling_and_construct_errors_are_told_apart() -> None:
     assert counts == {"sampling": (1, 10), "construct": (2, 10), "silent": (1, 10)}
 
 
+def test_support_is_counted_by_true_value_on_either_side_of_the_threshold() -> None:
+    near = [
+        (0.46, "inconclusive"),
+        (0.499, "supported"),
+        (0.5, "supported"),
+        (0.54, "inconclusive"),
+        (0.56, "supported"),
+    ]
+    table = pd.concat([draws((1, {"claim": "C1*", "value": value, "verdict": said})) for value, said in near])
+    found = rates.support_curve(pd.concat([table, draws((1, {"claim": "C7", "value": 0.5}))]))
+    assert found[["claim", "value", "n", "hits", "threshold"]].to_numpy().tolist() == [
+        ["C1*", 0.475, 2, 1, 0.5],
+        ["C1*", 0.525, 2, 1, 0.5],
+        ["C1*", 0.575, 1, 1, 0.5],
+    ]
+    assert found.low.between(0, found.estimate).all() and found.high.between(found.estimate, 1).all()
+    assert set(rates.support_curve(table, "contradicted").threshold) == {0.4}
+    assert list(rates.support_curve(table.iloc[:0])) == list(found)
+
+
 def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
     rng = np.random.default_rng(1)
     truth = {i: i < 30 for i in range(130)}
