@@ -29,6 +29,11 @@ FRESH = 11  # the first seed: smaller ones were seen while the corrected rules w
 # The first seeds of models that were planned after the correction of C1, and after that of C4.
 FRESH_LATER, FRESH_LAST = 200, 300
 FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
+FRESH_NEAR = 500  # the first seed of models whose true value lies near a rule's threshold
+# What the true value of a claim must be so that its rule may say supported, or contradicted.
+SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
+CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}
+BIN = 0.05  # of the true value, in `support_curve`
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the correction of C1, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
@@ -143,6 +148,35 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     table = read_shipped("verdicts", folder)
     table = table[table.purpose.isin(("effect", "topics", "pairs"))]
     return _named(table.assign(effect=table.effect.round(3)))
+
+
+def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts of the corrected rules on models whose true value lies near a threshold, with that `value`.
+
+    Only the claims that a model was built for are there. Empty where no such draws are shipped.
+    """
+    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
+    known = read_shipped("population", folder, or_empty=True).rename(columns={"population": "value"})
+    return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
+
+
+def support_curve(draws: pd.DataFrame, verdict: str = "supported") -> pd.DataFrame:
+    """How often a rule says "supported" (or another verdict), by the true value: what its threshold does to errors.
+
+    `draws` as from `threshold_draws`. Columns claim, value (the centre of a bin of width `BIN`, whose edges meet the
+    threshold), n, hits, estimate, low, high (Wilson, 95 %), threshold: that of supported, of contradicted for this verdict. A
+    verdict in a bin on the wrong side is an error of the first kind.
+    """
+    limits = CONTRADICTED_TO if verdict == "contradicted" else SUPPORTED_FROM
+    known = draws[draws.claim.isin(limits)]
+    threshold = known.claim.map(limits).astype(float)
+    step = np.floor((known.value - threshold) / BIN + 1e-9)
+    table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
+    made = (table.verdict == verdict).groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
+    made = made.reset_index().rename(columns={"bin": "value"})
+    limits_of = [wilson(int(row.hits), int(row.n)) for row in made.itertuples()]
+    made = made.assign(estimate=made.hits / made.n).join(pd.DataFrame(limits_of, columns=["low", "high"], dtype=float))
+    return made[["claim", "value", "n", "hits", "estimate", "low", "high", "threshold"]]
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:

@@ -52,6 +52,26 @@ def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
     assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rates.rate(0, 0)[0])
 
 
+def test_support_is_counted_by_true_value_on_either_side_of_the_threshold() -> None:
+    near = [
+        (0.46, "inconclusive"),
+        (0.499, "supported"),
+        (0.5, "supported"),
+        (0.54, "inconclusive"),
+        (0.56, "supported"),
+    ]
+    table = pd.concat([draws((1, {"claim": "C1*", "value": value, "verdict": said})) for value, said in near])
+    found = rates.support_curve(pd.concat([table, draws((1, {"claim": "C7", "value": 0.5}))]))
+    assert found[["claim", "value", "n", "hits", "threshold"]].to_numpy().tolist() == [
+        ["C1*", 0.475, 2, 1, 0.5],
+        ["C1*", 0.525, 2, 1, 0.5],
+        ["C1*", 0.575, 1, 1, 0.5],
+    ]
+    assert found.low.between(0, found.estimate).all() and found.high.between(found.estimate, 1).all()
+    assert set(rates.support_curve(table, "contradicted").threshold) == {0.4}
+    assert list(rates.support_curve(table.iloc[:0])) == list(found)
+
+
 def test_coverage_counts_finite_intervals_and_power_right_verdicts() -> None:
     grows = draws((4, {"topics": 20, "verdict": "inconclusive"}), (4, {"topics": 70}))
     assert rates.power_curve(grows, "topics").set_index("topics").estimate.to_dict() == {20: 0, 70: 1}
