@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from companion.base.display import NotDefined
 from companion.calibration import plants, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.localise import Built, built
@@ -15,7 +16,7 @@ from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
 __all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "measured_parts", "power",
-           "stored_late_share", "trained_parts", "training_shares"]  # fmt: skip
+           "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
 
 
 def built_model(kind: str, seed: int) -> Built:
@@ -78,8 +79,13 @@ def error_rates(table: pd.DataFrame) -> pd.DataFrame:
     `upper` is the exact one-sided 95 % bound, which a target is held against. Rates of no draw are left out.
     """
     found = rates.error_rates(table).query("n > 0 and error != 'power to contradict'")
-    names = [f"{claim} {NAMES.get(claim, '')}".strip() for claim in found.claim]
-    return found.assign(claim=names).drop(columns="lower")
+    return found.assign(claim=[_in_words(claim) for claim in found.claim]).drop(columns="lower")
+
+
+def _in_words(claim: str) -> str:
+    """A claim's name with a few words behind it."""
+    plain = claim.removesuffix(ledger.CORRECTED)
+    return f"{plain} {NAMES.get(plain, '')}".strip()
 
 
 def grades(table: pd.DataFrame) -> pd.DataFrame:
@@ -112,6 +118,18 @@ def power(by: str) -> pd.DataFrame:
     found = rates.power_curve(table[alike], by)
     found["right"] = found.hits.astype(str) + " of " + found.n.astype(str)
     return found.pivot(index=["claim", "truth"], columns=by, values="right")
+
+
+def support_curve() -> pd.DataFrame | NotDefined:
+    """How often each rule says "supported", by the value that is true of a model, near the rule's threshold.
+
+    A row is a claim and a bin of true values; `value` is the bin's centre. `NotDefined` as long as no such draw is stored.
+    """
+    near = rates.threshold_draws()
+    if near.empty:
+        return NotDefined("No draw near a threshold is stored yet: `./run_all.sh --recalibrate` measures them.")
+    found = rates.support_curve(near)
+    return found.assign(claim=[_in_words(claim) for claim in found.claim])
 
 
 def trained_parts(treatment: str = "T1") -> pd.DataFrame:

@@ -52,6 +52,31 @@ def built(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def threshold(table: pd.DataFrame) -> Figure:
+    """One panel a claim: how often "supported" was said (points with intervals) by the true value; dashed at the threshold."""
+    claims = distinct(table.claim)
+    n_columns = min(4, len(claims))
+    n_rows = -(-len(claims) // n_columns)
+    size = 1.9 * n_columns + 0.6, 1.8 * n_rows + 0.5
+    figure, axes = style.new_figure(n_rows, n_columns, *size, sharey=True)
+    for ax, claim in zip(axes.flat, claims, strict=False):
+        part = table[table.claim == claim].sort_values("value")
+        at = float(part.threshold.iloc[0])
+        style.points(ax, part.value.to_numpy(), part, 0, "draws", line=False)
+        ax.axvline(at, color="black", lw=0.9, ls="--")
+        ax.axhline(0.05, color="black", lw=0.6, ls=":")
+        ax.set_ylim(-0.05, 1.05)
+        ax.set_title(claim, fontsize=8)
+    for ax in axes.flat[len(claims) :]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(claims) - n_columns) : len(claims)]:
+        ax.set_xlabel("true value")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share supported")
+    heading(figure, "What does a rule say when the true value lies near its threshold (dashed)?")
+    return figure
+
+
 def plants(table: pd.DataFrame) -> Figure:
     """Trained parts by places, one panel an effect: shares as colours and numbers, framed where the part was trained."""
     kinds, effects, places = (distinct(table[name]) for name in ("kind", "effect", "place"))
@@ -91,6 +116,10 @@ SPECS = (
          "and lines at 0.05, 0.2 and 0.8: most errors lie at 0, and power lies anywhere from 0 to 1",
          row="claim", group="error", title="How often does a rule err, and how often does it see what is true?",
          unit="share of built models, with Wilson interval", marks=(0.05, 0.2, 0.8), limits=(-0.02, 1.02), below=True),
+    spec("07_threshold", threshold, "all",
+         {"claim": "str", **dict.fromkeys(("value", "threshold"), "float"), **COUNTS},
+         "Share of built models in which a rule says supported against the value that is true of them, a panel a claim, with "
+         "Wilson intervals and a dashed line at the threshold"),
     spec("07_plants", plants, "all",
          {**dict.fromkeys(("kind", "effect", "place"), "str"), "learned": "bool", **ESTIMATE},
          "Parts of a real model that were trained by places where the trained effect is found, left what passes through, "
