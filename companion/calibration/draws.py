@@ -23,7 +23,7 @@ import pandas as pd
 from companion.base import paths
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
-from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
+from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import (
@@ -191,7 +191,9 @@ def measure_study(
         rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
         rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
-    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS["plant_evidence"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(
+        ["model", "claim", "quantity", "variant"], ignore_index=True
+    )
     return Measured(table, swept, neurons, computed)
 
 
