@@ -110,7 +110,7 @@ COUNTS = {"hits": "int", "n": "int", **ESTIMATE}
 SPECS = (
     spec("07_built", built, "all", {**dict.fromkeys(("model", "site", "role"), "str"), "layer": "int", "share": "float"},
          "Two built models as layers by attention and MLP, the role of each part in words and its measured share of the "
-         "effect as a number; in the second the effect lies in a late copy, two thirds of the network above the decision"),
+         "effect as a number; in the second the effect lies in a late copy, three layers above the decision"),
     spec("07_errors", style.dots, "all", {**dict.fromkeys(("claim", "error"), "str"), **COUNTS},
          "False support, false contradiction and power of the rules of eleven claims, a row a claim, with Wilson intervals "
          "and lines at 0.05, 0.2 and 0.8: most errors lie at 0, and power lies anywhere from 0 to 1",
