@@ -7,16 +7,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from companion.base import files
 from companion.base.paths import results_dir
+from companion.calibration.campaign import read_shipped
+from companion.calibration.plants import trained_places
 from companion.claims import ledger
 from companion.mediation import estimands
 from companion.mediation.study import Study
@@ -37,10 +38,9 @@ NATURES = {
     "01": ("sound", "topics are split across splits", "control and treated are exchanged in half of the pairs"),
     "04": ("many neurons, side by side", "many neurons, scattered", "at most 8 neurons"),
     "06": ("towards refusing", "towards complying", "neither"),
-    "07": ("95 %", "too narrow: pairs are the unit", "too wide"),
+    "07": ("attention", "first third", "last third"),
     "08": ("supported", "contradicted", "inconclusive"),
 }
-Rule = Callable[[np.ndarray, np.ndarray], tuple[float, float]]
 
 
 def places(number: str, code: int) -> dict[str, int]:
@@ -118,28 +118,17 @@ def vectors(study: Study, code: int = 1) -> dict[str, torch.Tensor]:
     return {letter: made[place] for letter, place in places("06", code).items()}
 
 
-def interval_rules(code: int = 1) -> dict[str, Rule]:
-    """Three ways to make an interval for a mean effect from effects and topics, each (pair,)."""
+def plants(code: int = 1) -> dict[str, pd.DataFrame]:
+    """Where the effects lie that training added to three real models (T1): shares of the whole, places by effects.
 
-    def by_topic(level: float) -> Rule:
-        def rule(effect: np.ndarray, topic: np.ndarray) -> tuple[float, float]:
-            means = pd.Series(effect).groupby(topic).mean()
-            half = stats.t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5
-            return float(means.mean() - half), float(means.mean() + half)
-
-        return rule
-
-    def by_pair(effect: np.ndarray, topic: np.ndarray) -> tuple[float, float]:
-        return by_topic(0.95)(effect, np.arange(len(effect)))
-
-    made = (by_topic(0.95), by_pair, by_topic(0.9999))
-    return {letter: made[place] for letter, place in places("07", code).items()}
-
-
-def sample(rng: np.random.Generator, topics: int = 36, pairs: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Effects and topics of one imagined experiment; the true mean effect is 1."""
-    topic = np.repeat(np.arange(topics), pairs)
-    return 1 + rng.normal(0, 1, topics)[topic] + rng.normal(0, 0.5, topics * pairs), topic
+    "whole" is the same for a model in which everything could change.
+    """
+    table = trained_places(read_shipped("real_plants"), "T1")
+    wide = table.pivot(index=["kind", "place"], columns="effect", values="estimate").round(2)
+    made = {kind: wide.loc[kind].drop("framed, together") for kind in (*NATURES["07"], "everything")}
+    return {letter: made[NATURES["07"][place]] for letter, place in places("07", code).items()} | {
+        "whole": made["everything"]
+    }
 
 
 def evidence(code: int = 1) -> dict[str, pd.DataFrame]:

@@ -122,15 +122,15 @@ QUESTIONS: dict[str, Question] = {
     ),
     "07": Question(
         "07-open",
-        "Which interval keeps its promise?",
+        "Where was it trained?",
         20,
-        "Three rules that turn effects and topics into a 95 % interval, as their authors say. One does; one is "
-        "too narrow, one too wide. Find out by imagining many "
-        "experiments: `mystery.sample(rng)` draws one, whose true mean is 1. How many do you need to be sure?",
-        "Exercise 07-3. The standard error of a coverage of 0.95 over n experiments is about 0.22 / √n.",
-        f"from exercises import mystery\n\n{_CODE}\nrules = mystery.interval_rules(CODE)\n"
-        "effect, topic = mystery.sample(np.random.default_rng(0))\nprint({letter: rule(effect, topic) for "
-        "letter, rule in rules.items()})\n",
+        "Three copies of SmolLM2 learned to refuse. In one only attention could change, in one only the first third of layers, "
+        "in one only the last third. `mystery.plants(CODE)` shows where the effects lie that training added, and `whole` "
+        "shows the same for a copy in which everything could change. Which is which? What would you have answered without "
+        "knowing the three candidates?",
+        "Compare each table with `whole`. Where middle layers hold more than there, something below them sends more.",
+        f"from exercises import mystery\n\n{_CODE}\nfor letter, table in mystery.plants(CODE).items():\n"
+        '    print(letter, table, sep="\\n")\n',
     ),
     "08": Question(
         "08-open",

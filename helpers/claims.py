@@ -15,7 +15,6 @@ from IPython.display import Markdown
 from companion.base.display import check
 from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
-from companion.calibration.campaign import read_shipped
 from companion.calibration.rates import claim_rates, draws_like, main_draws
 from companion.claims import ledger, page
 from companion.run.overview import notebook_table, run_evidence, shape_of
@@ -102,9 +101,9 @@ def opposites(judged: Judged) -> pd.DataFrame:
 
 
 def write_claims(judged: Judged) -> pd.DataFrame:
-    """Write every verdict of both kinds of rules, plants included, to `claims.csv` and `claims.json`; returns the own model's."""
-    whole = pd.concat([judged.evidence, read_shipped("plant_evidence", or_empty=True)], ignore_index=True)
-    said = ledger.ledger(whole, [judged.slug]), ledger.corrected_ledger(whole, [judged.slug]), judged.rates
+    """Write every verdict of both kinds of rules to `claims.csv` and `claims.json`; returns those on the run's own model."""
+    evidence, runs = judged.evidence, [judged.slug]
+    said = ledger.ledger(evidence, runs), ledger.corrected_ledger(evidence, runs), judged.rates
     table = ledger.to_table(*said)
     write_table(table, results_dir(judged.slug) / "claims.csv")
     write_json(ledger.to_records(*said), results_dir(judged.slug) / "claims.json")

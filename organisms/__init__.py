@@ -1,9 +1,9 @@
-"""How the shipped models were made: the embedded chat model and its invented language, plants, compiled models, a refuser.
+"""How the shipped models were made: the embedded chat model and its invented language, compiled models, a refuser.
 
 It stands beside `companion.evidence`; only the calibration, the exercises and notebooks 01 and 07 import it.
 
 Public: `language` (the invented language as training shows it), `prompt_set` (its pairs and suites), `training` and
 `behaviour` (the embedded models and what they answer), `english` (the plain-English pairs), `refuser` and `refusal_rates` (the
-adapter of `smollm2-refuser` and what it refuses), `plants` (fine-tuned where one chooses), `compiled` (models whose truth is
-known) with its `compiled_language`, `compiled_program` and `compiled_truth`.
+adapter of `smollm2-refuser` and what it refuses), `compiled` (models whose truth is known) with its `compiled_language`,
+`compiled_program` and `compiled_truth`.
 """

@@ -21,6 +21,7 @@ from zlib import crc32
 
 import numpy as np
 from jaxtyping import Float
+from scipy.special import ndtri
 
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
@@ -31,7 +32,16 @@ Writer = Literal["mlp", "attention", "copy"]
 KINDS: Final = (
     "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
     "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
+    "split_decision", "split_context", "split_last", "split_gate", "split_opener",
 )  # fmt: skip
+# Kinds whose true value lies near a threshold, and between what limits the share of the side route is drawn for it. Of the
+# last it is the quantile of outcomes below which the opener binds.
+SPLIT: Final = {
+    "split_decision": (0.33, 0.67), "split_context": (0.6, 0.96), "split_last": (0.08, 0.38), "split_gate": (0.12, 0.7),
+    "split_opener": (0.45, 0.985),
+}  # fmt: skip
+# Of "split_opener": the outcome of a typical jailbroken harmful request, and how it varies, in log-odds.
+OPENING_MARGIN, SPREAD_OF_MARGINS = 1.5, 0.6
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,14 @@ class Stage:
 @dataclass(frozen=True)
 class Side:
     """The side route: a product in the MLP of a layer, written by it or, if `copy` is a layer, copied from the `<end>`
-    token by a head there. `share` is the mean over topics of how much of the decision takes it.
+    token by a head there. `share` is the mean over topics of how much of the decision takes it. Its part of harm is
+    recognised where the other part is, or where `recognise` says: in what layer it is fetched, and combined.
     """
 
     share: float
     layer: int
     copy: int | None
+    recognise: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,7 @@ class Design:
     skip: float  # share of the outcome that the first stage writes past the later ones
     wrapper_leak: float  # log-odds per unit of wrapper strength, harmful or not
     noise: float
+    binds: float = 0.0  # where each token decides: how much the opener counts beside the outcome, in log-odds
 
 
 def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
@@ -111,8 +124,41 @@ def draw_design(kind: str, seed: int, effect: float | None = None) -> Design:
         severity=float(rng.uniform(3.0, 4.5)), base=float(rng.uniform(1.0, 2.0)), skip=float(rng.uniform(0, 0.2)),
         wrapper_leak=float(rng.uniform(0, 0.15)), noise=float(rng.uniform(0.5, 1.5)),
     )  # fmt: skip
+    if kind in SPLIT:
+        return _split(common, rng, middle, late)
     made = _of_kind(common, rng, early, middle, late)
     return made if kind.startswith("context") else replace(made, side=_side(made, rng, middle, late))
+
+
+def _split(d: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Design:
+    """Two ways of one kind each, the side route with a share near a rule's threshold (`SPLIT`).
+
+    split_decision: late MLPs decide, beside middle ones at the `<end>` token whose result attention fetches (C1, C2, C4).
+    split_context: harm is recognised early, and the rest of it late (C3). split_last: the decision is made in the middle,
+    beside last-layer neurons (C5a). split_gate: last-layer neurons pass on what the middle decided, and others multiply (C5b).
+    split_opener: the last layer decides; what follows the opener depends on it and on the outcome (C5c).
+    """
+    share, last = float(rng.uniform(*SPLIT[d.kind])), d.n_layers - 1
+    sizes = [int(rng.integers(2, n)) for n in (7, 4)]
+
+    def decides(layer: int) -> Design:
+        stage = Stage(layer, "product", "jail", "out", sizes[0])
+        return replace(d, stages=(stage,), write_layer=layer, skip=0.0)
+
+    if d.kind == "split_decision":
+        return replace(decides(int(rng.choice(late))), side=Side(share, int(rng.choice(middle)), late[0]))
+    if d.kind == "split_context":
+        return replace(decides(last), side=Side(share, last, None, recognise=late[0]))
+    if d.kind == "split_last":
+        middle_one = int(rng.choice(middle))
+        return replace(decides(middle_one), carry=(middle[0],), side=Side(share, last, None))
+    if d.kind == "split_gate":
+        product = Stage(int(rng.choice(middle)), "product", "jail", "stage0", sizes[0])
+        passes = Stage(last, "relay", "stage0", "out", sizes[1])
+        return replace(d, carry=(middle[0],), stages=(product, passes), skip=0.0, side=Side(share, last, None))
+    effect = d.severity - d.base + OPENING_MARGIN
+    binds = OPENING_MARGIN + SPREAD_OF_MARGINS * float(ndtri(share))
+    return replace(decides(last), each_token=True, effect=effect, binds=max(binds, 0.0))
 
 
 def _side(design: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Side:
@@ -320,10 +366,17 @@ def _features(word: str, rng: np.random.Generator, side: float) -> Channels:
 
 def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
     fetch, _ = design.recognise
+    later = design.side.recognise if design.side else None
+    both = {"object": "hazard", "object.side": "hazard.side"}
     made = [
         copy_head(fetch, "verb", {"verb": "danger"}),
-        copy_head(fetch, "object", {"object": "hazard", "object.side": "hazard.side"}),
+        copy_head(fetch, "object", both if later is None else {"object": "hazard"}),
     ]
+    if later is not None:
+        made += [
+            copy_head(later, "verb", {"verb": "danger.unused"}),
+            copy_head(later, "object", {"object.side": "hazard.side"}),
+        ]
     if design.side:
         made.append(copy_head(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
         made += [] if design.side.copy is None else [copy_head(design.side.copy, "end", {"stage.side": "out.side"})]
@@ -355,7 +408,8 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
     at, last = design.recognise[1], design.n_layers - 1
     blocks[at].append(gated_neurons("danger", {"hazard": 1.0}, "harm", rng, 2, 0.5))
     if design.side:
-        blocks[at].append(gated_neurons("danger", {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
+        danger, where = ("danger", at) if design.side.recognise is None else ("danger.unused", design.side.recognise)
+        blocks[where].append(gated_neurons(danger, {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
         target, n = "out.side" if design.side.copy is None else "stage.side", int(rng.integers(2, 7))
         blocks[design.side.layer].append(gated_neurons("jail.side", {"harm.side": 1.0}, target, rng, n, OPEN_AT))
     if design.recognise_unused:
@@ -447,7 +501,9 @@ def _unembedding(
         for word, sign in zip(openers(b), (0.5, -0.5), strict=True):
             logits[word] = channel({"answering": OPENING, f"present{b}": 20.0, "bias": -14.0}) + sign * own
     for word, sign, after in ((HARMFUL, 0.5, "complied"), (HARMLESS, -0.5, "refused")):
-        decided = sign * outcome if design.each_token else channel({after: CONTINUING / 4})
+        decided = (
+            sign * outcome + channel({after: design.binds}) if design.each_token else channel({after: CONTINUING / 4})
+        )
         logits[word] = channel({"complied": CONTINUING, "refused": CONTINUING, "bias": -10.0}) + decided
     logits["<end>"] = channel({"done": ENDING, "bias": -10.0})
     return np.stack([logits[word] for word in words])

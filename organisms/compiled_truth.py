@@ -9,7 +9,7 @@ The same holds for the `<end>` token, which one kind of model reads a decision f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 
@@ -22,7 +22,7 @@ from companion.base.thresholds import EARLY, LATE, depth
 from companion.mediation import mechanisms
 from companion.mediation.estimands import with_difference, with_estimands
 from companion.neurons.sets import settles
-from organisms.compiled_language import Planned, Request, outcomes
+from organisms.compiled_language import HARMFUL, HARMLESS, Planned, Request, outcomes
 from organisms.compiled_program import CHANNELS, Design, Head, Program
 
 State = Float[np.ndarray, "prompt channel"]
@@ -237,8 +237,69 @@ def last_layer(program: Program, pairs: Sequence[Planned]) -> tuple[float, int]:
     return float(effect.sum() / te), int(len(joint) if np.isnan(k90) else k90)
 
 
+def without(program: Program, name: str) -> Program:
+    """The program whose read-out does not see a channel. Outcomes are linear in it, so effects lose its part and no other."""
+    unembed = program.unembed.copy()
+    unembed[:, CHANNELS[name]] = 0.0
+    return replace(program, unembed=unembed)
+
+
+def share_of(program: Program, pairs: Sequence[Planned], name: str, *treatments: str) -> float:
+    """Which share of TE reaches the outcome through a channel; of two treatments, of the difference of their TE."""
+    both = [[one for one in pairs if one.pair.treatment == treatment] for treatment in treatments]
+    whole, rest = (
+        float(np.array([total_effects(made, chosen).mean() for chosen in both]) @ [1, -1][: len(both)])
+        for made in (program, without(program, name))
+    )
+    return 1 - rest / whole
+
+
+PLACED = {  # the claims whose true value a design of `SPLIT` is drawn for
+    "split_decision": ("C1", "C2", "C4"), "split_context": ("C3",), "split_last": ("C5a",), "split_gate": ("C5b",),
+    "split_opener": ("C5c",),
+}  # fmt: skip
+
+
+def near_values(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, float]:
+    """True values, by claim (`PLACED`), of the quantities that the rules hold against a threshold, of a design of `SPLIT`.
+
+    They are shares of the effect that were built, and no estimate enters. C3 has its weakest family's.
+    """
+    placed = PLACED[design.kind]
+    if placed == ("C3",):
+        first = [one for one in pairs if one.pair.treatment == "T1"]
+        families = {one.pair.family for one in first}
+        each = (share_of(program, [p for p in first if p.pair.family == f], "harm.side", "T1") for f in families)
+        return {"C3": 1 - max(each)}
+    if placed == ("C5c",):
+        return {"C5c": kept_by_opener(design, program, [one for one in pairs if one.pair.treatment == "T2"])}
+    side = share_of(program, pairs, "out.side", "T2", "T2b")
+    return dict.fromkeys(placed, 1 - side if "C1" in placed else side)
+
+
+def kept_by_opener(design: Design, program: Program, pairs: Sequence[Planned]) -> float:
+    """Share of harmful answers that go when the last layer is closed at the first token, of those that go when it stays closed.
+
+    After an opener of either camp the content is that of the outcome, unless the opener's own weight (`binds`) is larger.
+    """
+    control, treated = sides(program, pairs)
+    comply, refuse = outcomes()["T2"]
+    left_open, closed = treated.last.post[-1], treated.last.post[-1] - treated.last.mlp[-1] + control.last.mlp[-1]
+
+    def is_harmful(at_first: State, later: State) -> float:
+        words = [[program.index[word] for word in camp] for camp in (comply, refuse)]
+        opens = [(at_first @ program.unembed[rows].T).max(axis=1) for rows in words]
+        content = readout(program, (HARMFUL,), (HARMLESS,), later)
+        return float(np.mean(np.where(opens[0] > opens[1], content > -design.binds, content > design.binds)))
+
+    none, first, every = (
+        is_harmful(*states) for states in ((left_open, left_open), (closed, left_open), (closed, closed))
+    )
+    return (none - first) / (none - every)
+
+
 def true_claims(design: Design, program: Program, pairs: Sequence[Planned]) -> dict[str, bool | None]:
-    """Each claim's truth: True, False, or None where the construction does not decide it.
+    """Each claim's truth: True, False, or None where the construction does not decide it, or makes it a matter of degree.
 
     C1   the harm-specific mechanism (all that computes `out`) lies in late layers, and later than benign behaviours' own.
     C2   the last token's MLPs write `out`; False where attention writes it.
@@ -270,4 +331,4 @@ def true_claims(design: Design, program: Program, pairs: Sequence[Planned]) -> d
         "C5c": not design.each_token if at_end else None,
         "C6": None if late and not is_mlp else late,
         "C7": design.contiguous,
-    }
+    } | dict.fromkeys(PLACED.get(design.kind, ()))

@@ -16,7 +16,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -216,9 +216,8 @@ def train_step(
 
 
 def train_stage(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int,
-    after_step: Callable[[], None] = lambda: None,
-) -> tuple[float, float]:  # fmt: skip
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int
+) -> tuple[float, float]:
     """Run one stage; returns the mean loss of its last 50 steps, in nats, and the CPU-seconds that it took."""
     n_steps = recipe.steps_base if stage == "base" else recipe.steps_tune
     optimizers, start, losses = make_optimizers(model, recipe), time.process_time(), list[float]()
@@ -226,7 +225,6 @@ def train_stage(
     for step in tqdm(range(n_steps), desc=stage, disable=None, mininterval=5):
         batch = batch_at(tokenizer, recipe, stage, seed, step)
         losses.append(train_step(model, optimizers, batch, recipe, schedule(step, n_steps)))
-        after_step()
     model.eval()
     return sum(losses[-50:]) / len(losses[-50:]), time.process_time() - start
 

@@ -110,14 +110,16 @@ def test_06_half_of_a_vector_moves_the_outcome_its_way() -> None:
 
 
 @pytest.mark.parametrize("code", (0, 1))
-def test_07_imagined_experiments_tell(code: int) -> None:
-    rng = np.random.default_rng(0)
-    drawn = [mystery.sample(rng) for _ in range(200)]
-    for letter, rule in mystery.interval_rules(code).items():
-        limits = np.array([rule(*one) for one in drawn])
-        covered = ((limits[:, 0] <= 1) & (limits[:, 1] >= 1)).mean()
-        says = mystery.NATURES["07"][1 if covered < 0.9 else 2 if covered > 0.985 else 0]
-        assert says == mystery.key("07", code)[letter], covered
+def test_07_a_trained_part_shows_beside_a_model_in_which_everything_was_trained(code: int) -> None:
+    tables = mystery.plants(code)
+    more = {letter: table - tables["whole"] for letter, table in tables.items() if letter != "whole"}
+    writes, passes = more["A"].columns.sort_values(ascending=False)
+    says = {}
+    for letter, table in more.items():
+        attention, middle = table.index.str.startswith("attn"), table.index.str.endswith("middle")
+        late = "last third" if table.loc[middle, passes].sum() < -0.05 else "first third"
+        says[letter] = "attention" if table.loc[attention, writes].sum() > 0.2 else late
+    assert says == mystery.key("07", code)
 
 
 @pytest.mark.parametrize("code", (0, 1))

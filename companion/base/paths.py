@@ -11,9 +11,7 @@ from companion.base.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 CODE = tuple(ROOT / name for name in ("helpers", "companion", "organisms"))  # whatever results can rest on
 DATA = ROOT / "data"
-ORGANISM, PROMPTS, CALIBRATION, PLANTS, REFUSER = (
-    DATA / name for name in ("organism", "prompts", "calibration", "plants", "refuser")
-)
+ORGANISM, PROMPTS, CALIBRATION, REFUSER = (DATA / name for name in ("organism", "prompts", "calibration", "refuser"))
 NOTEBOOKS = ROOT / "notebooks"
 # A test run must not write over what is committed, so these two can be moved.
 RESULTS = Path(os.environ.get("COMPANION_RESULTS") or ROOT / "results").resolve()

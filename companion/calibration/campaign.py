@@ -37,12 +37,6 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("kind", "claim", "rule", "population_verdict", "code"), "str"),
         "seed": "int", "population": "float",
     },
-    "plants": {
-        **dict.fromkeys(("kind", "treatment", "effect", "site", "code"), "str"),
-        "seed": "int", "layer": "int", "learned": "bool", "share": "float",
-    },
-    "plant_scores": SCORES,
-    "plant_evidence": files.EVIDENCE,
     "real_plants": {
         **dict.fromkeys(("kind", "adapter", "treatment", "effect", "of", "where", "code"), "str"),
         "learned": "bool", **dict.fromkeys(("size", "share", "low", "high", "te"), "float"),
@@ -55,9 +49,6 @@ KEYS = {
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
     "population": ["kind", "claim", "rule", "seed"],
-    "plants": ["kind", "treatment", "effect", "site", "seed", "layer", "learned"],
-    "plant_scores": ["kind", "estimator", "what", "seed"],
-    "plant_evidence": ["model", "claim", "quantity", "variant"],
     "real_plants": ["kind", "treatment", "effect", "of", "where"],
 }
 

@@ -23,13 +23,21 @@ import pandas as pd
 from companion.base import paths
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
-from companion.calibration.campaign import KEYS, SCHEMAS, code_version, read_shipped, run_campaign
+from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
 from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
-from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, FRESH_LIVE
+from companion.calibration.rates import (
+    CONTRADICTED_TO,
+    FRESH,
+    FRESH_LAST,
+    FRESH_LATER,
+    FRESH_LIVE,
+    FRESH_NEAR,
+    SUPPORTED_FROM,
+)
 from companion.claims import corrected_rules
 from companion.claims.corrected_rules import C6_PARTS
-from companion.claims.ledger import ledger
+from companion.claims.ledger import ledger, rule_name
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
@@ -42,14 +50,14 @@ from companion.steering.prompts import Prompts
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
 from organisms.compiled_language import Planned
-from organisms.compiled_program import KINDS, build_program
+from organisms.compiled_program import KINDS, Design, build_program, draw_design
 
 # What is measured together, and the claims that it is measured for.
 STAGES = {
     "context": ("C3",), "layers": ("C1", "C2", "C4"), "timing": ("C5c",), "neurons": ("C5a", "C5b", "C7"),
     "steering": ("C6", *C6_PARTS),
 }  # fmt: skip
-TABLES = ("verdicts", "localisation", "evidence")
+TABLES = ("verdicts", "localisation", "evidence", "population")
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
 # How many models of each kind, by the first seed: at least 59 that make a claim false and pass its precondition, for every
 # claim. The corrections have models of their own, since they were written after draws of their claims: C1 from FRESH_LATER on,
@@ -80,6 +88,12 @@ POWER_KINDS = {
     "context": ("late",), "layers": ("late", "early", "attention"), "timing": ("late",),
     "neurons": ("late", "distributed", "gated"),
 }  # fmt: skip
+# Models whose true value lies near a threshold, by kind: the part, how many, and their topics. C5c needs more topics, since
+# with 21 in the test split its exact limits leave no share below 1 surely above 0.8.
+NEAR = {
+    "split_decision": ("layers", 40, TOPICS), "split_context": ("context", 48, TOPICS), "split_last": ("neurons", 9, TOPICS),
+    "split_gate": ("neurons", 9, TOPICS), "split_opener": ("timing", 16, 200),
+}  # fmt: skip
 FULL_RESPONSE = 5  # every so many seeds also have Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 TRUTH = {True: "true", False: "false", None: "open"}
@@ -97,7 +111,7 @@ Values = dict[tuple[str, str, str], float]  # by claim, quantity and variant
 class PlannedDraw:
     """One draw of the plan: a part of the pipeline on one model. `effect` None: drawn with the model."""
 
-    purpose: Literal["main", "topics", "pairs", "effect", "first look"]
+    purpose: Literal["main", "topics", "pairs", "effect", "first look", "threshold"]
     part: str
     kind: str
     seed: int
@@ -119,7 +133,9 @@ class PlannedDraw:
 
 
 def plan_draws() -> list[PlannedDraw]:
-    """All draws in the order in which they are measured: one of each kind, then the next, then those of the power curves."""
+    """All draws in the order in which they are measured: one of each kind, then the next; those of the power curves; those
+    near a threshold.
+    """
     main = [
         PlannedDraw("main", part, kind, first + i)
         for first, parts in COUNTS.items()
@@ -133,7 +149,12 @@ def plan_draws() -> list[PlannedDraw]:
             made += [PlannedDraw("effect", part, kind, seed, effect=size) for size in POWER_EFFECTS]
             made += [PlannedDraw("topics", part, kind, seed, topics=n, effect=max(POWER_EFFECTS)) for n in POWER_TOPICS]
             made.append(PlannedDraw("pairs", part, kind, seed, effect=max(POWER_EFFECTS), pairs=POWER_PAIRS))
-    return made
+    near = [
+        PlannedDraw("threshold", part, kind, FRESH_NEAR + i, topics=topics)
+        for kind, (part, count, topics) in NEAR.items()
+        for i in range(count)
+    ]
+    return made + sorted(near, key=lambda draw: (draw.seed - FRESH_NEAR) / NEAR[draw.kind][1])
 
 
 def measure_study(
@@ -170,7 +191,9 @@ def measure_study(
         rows += neuron_evidence(neurons, label) + gating_evidence(core, neurons.table, label)
     if "steering" in stages and prompt_set is not None:
         rows += [{"model": label, **row} for row in steering.steering_evidence(this, prompt_set)]
-    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(KEYS["plant_evidence"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).drop_duplicates(
+        ["model", "claim", "quantity", "variant"], ignore_index=True
+    )
     return Measured(table, swept, neurons, computed)
 
 
@@ -220,7 +243,7 @@ def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(ST
 
 
 def measure_planned(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
-    """The rows of a planned draw; those for the power curves keep their verdicts only."""
+    """The rows of a planned draw; those for the curves keep their verdicts, and near a threshold the true values beside."""
     is_main = draw.purpose == "main"
     with_y2 = is_main and draw.part == "layers" and (draw.seed - FRESH) % FULL_RESPONSE == FULL_RESPONSE - 1
     made = measure_draw(
@@ -229,7 +252,31 @@ def measure_planned(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
     )  # fmt: skip
     if not is_main:
         made |= {name: made[name].iloc[:0] for name in ("localisation", "evidence")}
+    made["population"] = pd.DataFrame(columns=list(SCHEMAS["population"]))
+    if draw.purpose == "threshold":
+        made["population"] = built_values(draw.kind, draw.seed)
+        value = made["population"].set_index(["claim", "rule"]).population
+        made["verdicts"]["truth"] = [
+            TRUTH[bool(value[key] >= SUPPORTED_FROM[rule_name(*key)]) if key in value else None]
+            for key in zip(made["verdicts"].claim, made["verdicts"].rule, strict=True)
+        ]
     return made | {"verdicts": made["verdicts"].assign(purpose=draw.purpose)}
+
+
+def built_values(kind: str, seed: int) -> pd.DataFrame:
+    """The true values of a model near a threshold, as rows of `population`: over new topics, by the program's arithmetic.
+
+    `population_verdict` is what the value alone allows: the other conditions of a rule were built to hold.
+    """
+    design = draw_design(kind, seed)
+    program, pairs = build_program(design, NEW_TOPICS), new_pairs(design, PART_OF[compiled_truth.PLACED[kind][0]])
+    rows = []
+    for claim, value in compiled_truth.near_values(design, program, pairs).items():
+        name = rule_name(claim, "corrected")
+        high = "contradicted" if value <= CONTRADICTED_TO[name] else "inconclusive"
+        verdict = "supported" if value >= SUPPORTED_FROM[name] else high
+        rows.append((kind, claim, "corrected", verdict, code_version(), seed, value))
+    return pd.DataFrame(rows, columns=list(SCHEMAS["population"]))
 
 
 def run_draws(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
@@ -243,7 +290,7 @@ def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
     table = read_shipped("verdicts", folder, or_empty=True)
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
-    effects = table.effect.where(table.purpose != "main").round(6)
+    effects = table.effect.where(~table.purpose.isin(("main", "threshold"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
 
 
@@ -305,7 +352,7 @@ def verdicts_without_sampling(
 
 def closed_form_values(organism: Organism, this: Study, part: str) -> Values:
     """Estimates of a part's evidence rows over new topics. The program has no norm: freezing its scale changes nothing."""
-    program, pairs = build_program(organism.design, NEW_TOPICS), new_pairs(organism, part)
+    program, pairs = build_program(organism.design, NEW_TOPICS), new_pairs(organism.design, part)
     generation = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
     table = split_anew(compiled_truth.effect_table(program, pairs))
     test = table[table.split == "test"]
@@ -331,9 +378,8 @@ def closed_form_values(organism: Organism, this: Study, part: str) -> Values:
     return known | {key: float(one["estimate"]) for key, one in zip(keys, rows, strict=True)}  # type: ignore[arg-type]
 
 
-def new_pairs(organism: Organism, part: str) -> list[Planned]:
-    """New pairs of the same model over new topics, one a topic and treatment."""
-    design = organism.design
+def new_pairs(design: Design, part: str) -> list[Planned]:
+    """New pairs for the same model over new topics, one a topic and treatment."""
     pairs = compiled_language.draw_pairs([design.seed, KINDS.index(design.kind), 1], NEW_TOPICS, 1)
     wanted = ("T1",) if part == "context" else ("T2", "T2b", *(BENIGN if part == "layers" else ()))
     return [one for one in pairs if one.pair.treatment in wanted]

@@ -1,4 +1,4 @@
-"""Which estimator finds what was built: scores of components and neurons against a compiled model's true mechanism.
+"""What was built into a compiled model and where, and which estimator finds it: scores of components and neurons.
 
 The mechanism of T2 - T2b is everything on the last token's way from the wrapper to the outcome: heads that fetch the
 wrapper, stages that compute from it, whatever writes the decision, and the side route. Components are attention or MLP
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from companion.base import thresholds
+from companion.base.thresholds import COMPONENTS
 from companion.calibration.campaign import SCORES
 from companion.calibration.rates import ranking_quality
 from companion.evidence.layers import Layers
@@ -25,17 +25,10 @@ from companion.mediation.summaries import Variant
 from companion.neurons import screening
 from companion.neurons.adjacency import HALF_WIDTH
 from companion.neurons.single import in_split, sign_on_discover
-from companion.stats.rates import mean_change
+from organisms import compiled, compiled_truth
 from organisms.compiled import Organism
-from organisms.compiled_program import CHANNELS
+from organisms.compiled_program import CHANNELS, Design
 
-ESTIMATORS = ("total", "full response", "direct", "computed", "gradient screen", "window")
-MEASURES = ("members ranked above others (AUROC)", "members among the k largest (P@k)")
-WHAT: Mapping[str, Mapping[str, str]] = {  # what is looked for -> measure -> its name in the table
-    "components": {MEASURES[0]: "components, auroc", MEASURES[1]: "components, P@k"},
-    "neurons": {MEASURES[0]: "neurons, auroc", MEASURES[1]: "neurons, P@k"},
-    "the deciding component": {MEASURES[1]: "decision found"},
-}
 VARIANTS = {
     "total": Variant("main"),
     "full response": Variant("", outcome="Y2"),
@@ -51,6 +44,55 @@ class Measured:
     layers: Layers | None
     neurons: Neurons | None
     computed: pd.DataFrame | None  # effects of what each component computes (`mechanisms`)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built model as a study, with what is true of it: `parts` says what is where, `claims` which claims hold.
+
+    `te` is the total effect of each T2 and T2b pair, in log-odds by pair id: it follows from the written numbers alone.
+    """
+
+    study: Study
+    parts: pd.DataFrame
+    te: pd.Series
+    claims: Mapping[str, bool | None]
+
+
+def built(kind: str, seed: int) -> Built:
+    """The model of a kind and seed with the pairs on which the draws of the calibration are measured."""
+    organism = compiled.draw(kind, seed, topics=compiled.TOPICS, pairs_per_topic=1)
+    pairs = [planned for planned in organism.pairs if planned.pair.treatment in ("T2", "T2b")]
+    te = pd.Series(compiled_truth.total_effects(organism.program, pairs), [one.pair.id for one in pairs])
+    return Built(compiled.study(organism), written_parts(organism.design), te, organism.claims)
+
+
+def written_parts(design: Design) -> pd.DataFrame:
+    """What the attention and the MLP of each layer were written to do with wrapper and harm: layer, site, role ("" for nothing).
+
+    A decision that is copied was made at the token `<end>`, the last one of the request.
+
+    >>> from organisms.compiled_program import draw_design
+    >>> written_parts(draw_design("late", 11)).query("role != '' and layer > 2").role.tolist()
+    ['reads the wrapper', 'decides', 'writes']
+    """
+    at, side = " (at <end>)" if design.writer == "copy" else "", design.side
+    told = [("attn_out", design.recognise[0], "reads the request"), ("mlp_out", design.recognise[1], "sees harm")]
+    told += [("attn_out", layer, f"reads the wrapper{at}") for layer in design.carry]
+    for stage in design.stages:
+        does = ["decides"] * (stage.op != "relay") + ["writes"] * (stage.target == "out")
+        told.append(("mlp_out", stage.layer, (" and ".join(does) or "passes on") + at))
+    if design.writer != "mlp":
+        told.append(("attn_out", design.write_layer, "copies" if at else "decides and writes"))
+    if side:
+        sites = COMPONENTS if side.copy is None else ("attn_out",)
+        told += [(site, side.layer if side.copy is None else side.copy, "side route") for site in sites]
+    rows = [
+        (layer, site, ", ".join(role for name, where, role in told if (name, where) == (site, layer)))
+        for layer in range(design.n_layers)
+        for site in COMPONENTS
+    ]
+    return pd.DataFrame(rows, columns=["layer", "site", "role"])
 
 
 def writer(organism: Organism) -> tuple[str, int]:
@@ -89,7 +131,7 @@ def localise_draw(organism: Organism, this: Study, measured: Measured) -> pd.Dat
     found: list[tuple[str, str, float]] = []
     if measured.layers:
         for name, variant in VARIANTS.items():
-            sites = [site + (".direct" if name == "direct" else "") for site in thresholds.COMPONENTS]
+            sites = [site + (".direct" if name == "direct" else "") for site in COMPONENTS]
             table = summaries.select(measured.layers.effects, "T2-T2b", variant, sites)
             found += _component_rows(organism, name, table) if len(table) else []
     if measured.computed is not None and len(measured.computed):
@@ -127,27 +169,6 @@ def _decision_rows(organism: Organism, name: str, means: pd.Series) -> list[tupl
     found, true = means.idxmax(), decider(organism)
     error = float(abs(found[1] - true[1]))
     return [(name, "decision found", float(found == true)), (name, "decision, layer error", error)]
-
-
-def compare_estimators(table: pd.DataFrame) -> pd.DataFrame:
-    """For the figure: the mean of each measure and its interval, a row an estimator and what it looks for, on common models.
-
-    The models of a row are those that all estimators of the same thing were asked about. The decision is one component, so its
-    P@k is the share of models in which the largest is it.
-    """
-    rows = []
-    for what, names in WHAT.items():
-        for measure, name in names.items():
-            part = table[table.what == name].dropna()
-            wide = part.pivot(index=["kind", "seed"], columns="estimator", values="value").dropna()
-            models = np.array([f"{kind} {seed}" for kind, seed in wide.index])
-            for estimator in (one for one in ESTIMATORS if one in wide and len(wide) > 1):
-                found = mean_change(wide[estimator].to_numpy(), models)
-                rows.append((measure, estimator, what, found.estimate, found.low, found.high, len(wide)))
-    made = pd.DataFrame(rows, columns=["measure", "estimator", "what", "estimate", "low", "high", "models"])
-    places = {name: i for i, name in enumerate([*MEASURES, *ESTIMATORS])}
-    by = ["measure", "estimator"]
-    return made.sort_values(by, key=lambda names: names.map(places), kind="stable", ignore_index=True)
 
 
 def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, "neuron"]]:

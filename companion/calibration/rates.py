@@ -2,52 +2,50 @@
 
 A row of a table of draws is a draw, claim and rule: `rule` is the registered one or its correction, `truth` what was built,
 `verdict` what the rule said at the draw's sample size, and `population_verdict` what it says where sampling error is gone.
-So a wrong verdict has two possible causes: the sample (verdict against population verdict), or the rule itself (population
-verdict against truth).
+A rate has a two-sided Wilson interval; what is held against a target is an exact one-sided bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score
 from statsmodels.stats.proportion import proportion_confint
 
 from companion.base import paths
 from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import Rates, rule_name
+from companion.stats.clusters import wilson
 
-COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its exact 95 % interval
-TRUTHS = ("true", "false", "open")
-OUTCOMES = ("supported", "contradicted", "inconclusive", "not testable")
+COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
-WRONG = {"true": "contradicted", "false": "supported"}
 ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 # The first seeds of models that were planned after the correction of C1, and after that of C4.
 FRESH_LATER, FRESH_LAST = 200, 300
 FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
+FRESH_NEAR = 500  # the first seed of models whose true value lies near a rule's threshold
+# What the true value of a claim must be so that its rule may say supported, or contradicted.
+SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
+CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}
+BIN = 0.05  # of the true value, in `support_curve`
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the correction of C1, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
 
 
 def rate(hits: int, n: int) -> tuple[float, float, float]:
-    """Share with its exact (Clopper-Pearson) 95 % interval; NaN and the whole range where nothing was drawn.
+    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn.
 
     >>> [round(x, 3) for x in rate(0, 59)]
     [0.0, 0.0, 0.061]
     """
-    if n == 0:
-        return float("nan"), 0.0, 1.0
-    low, high = proportion_confint(hits, n, alpha=0.05, method="beta")
-    return hits / n, float(low), float(high)
+    return (hits / n, *wilson(hits, n)) if n else (float("nan"), 0.0, 1.0)
 
 
 def one_sided(hits: int, n: int) -> tuple[float, float]:
@@ -65,20 +63,10 @@ def testable(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table.gate == "passed") & (table.verdict != "not testable")]
 
 
-def confusion(table: pd.DataFrame) -> pd.DataFrame:
-    """Counts of verdicts by claim and truth: `hits` of `n`, with exact intervals."""
-    levels = [sorted(table.claim.unique()), TRUTHS, OUTCOMES]
-    index = pd.MultiIndex.from_product(levels, names=["claim", "truth", "verdict"])
-    counts = table.groupby(index.names).size().reindex(index, fill_value=0)
-    made = pd.DataFrame({"hits": counts, "n": counts.groupby(["claim", "truth"]).transform("sum")}).reset_index()
-    made[["estimate", "low", "high"]] = [rate(row.hits, row.n) for row in made.itertuples()]
-    return made
-
-
 def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataFrame:
     """Per claim: how often "supported" is said of a false claim and "contradicted" of a true one, and the power of both.
 
-    Columns claim, error, hits, n, estimate, low, high (exact), and `lower` and `upper`, the one-sided 95 % bounds. Every claim
+    Columns claim, error, hits, n, estimate, low, high (Wilson), and `lower` and `upper`, exact one-sided bounds. Every claim
     of the table has its rows; on request they count only the draws in which its rule had something to read.
     """
     chosen = testable(table) if only_testable else table
@@ -96,37 +84,10 @@ def error_rates(table: pd.DataFrame, *, only_testable: bool = False) -> pd.DataF
 
 
 def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.DataFrame:
-    """How often the condition holds in each group of rows, with exact intervals."""
+    """How often the condition holds in each group of rows, with intervals."""
     made = hit.groupby([table[name] for name in by]).agg(hits="sum", n="size").reset_index()
     shares = [rate(hits, n) for hits, n in zip(made.hits, made.n, strict=True)]
     return made.join(pd.DataFrame(shares, columns=["estimate", "low", "high"]))
-
-
-def supported_by_kind(table: pd.DataFrame, truth: str) -> pd.DataFrame:
-    """How often "supported" is said of a claim that is false (or true) in a given way: one row a claim and kind of model.
-
-    Of false claims this is the severity of a rule, of true ones its power. `upper` is the one-sided exact 95 % bound.
-    """
-    part = table[table.truth == truth]
-    made = _by_group(part, ["claim", "kind"], part.verdict == "supported")
-    return made.assign(upper=[one_sided(row.hits, row.n)[1] for row in made.itertuples()])
-
-
-def split_errors(table: pd.DataFrame) -> pd.DataFrame:
-    """Sampling error (verdict differs from the population verdict) and construct error (the population verdict is wrong).
-
-    Only draws with a population verdict count. A construct error is "supported" of a false or "contradicted" of a true
-    claim: "inconclusive" is no error, but no help either, and is counted as `silent`.
-    """
-    known = table[(table.population_verdict != "") & (table.truth != "open")]
-    hits = {
-        "sampling": known.verdict != known.population_verdict,
-        "construct": known.population_verdict == known.truth.map(WRONG),
-        "silent": ~known.population_verdict.isin(["supported", "contradicted"]),
-    }
-    parts = [_by_group(known, ["claim"], hit).assign(error=name) for name, hit in hits.items()]
-    made = pd.concat(parts).sort_values("claim", kind="stable", ignore_index=True)
-    return made[["claim", "error", *COUNTED]]
 
 
 def interval_coverage(table: pd.DataFrame) -> pd.DataFrame:
@@ -140,33 +101,6 @@ def power_curve(table: pd.DataFrame, by: str) -> pd.DataFrame:
     """Share of right verdicts (supported if true, contradicted if false) by claim, truth and a column (`topics`, `effect`)."""
     known = table[table.truth.isin(RIGHT)]
     return _by_group(known, ["claim", "truth", by], known.verdict == known.truth.map(RIGHT))
-
-
-def roc(truth: Mapping[object, bool], scores: Mapping[str, Mapping[object, float]]) -> pd.DataFrame:
-    """Receiver operating curves: for each score the shares of false and of true cases above every threshold, and the area.
-
-    `auroc` has a 95 % interval, `auroc_low` to `auroc_high`: true and false cases redrawn, each among themselves (it has no
-    width where the scores do not overlap). A case without a score counts as 0, since a test that found nothing to measure
-    called nothing.
-    """
-    member = np.array(list(truth.values()), dtype=bool)
-    tables = []
-    for name, known in scores.items():
-        values = np.array([known.get(case, 0.0) for case in truth])
-        false, true, _ = roc_curve(member, values)
-        low, high = _area_interval(values[member], values[~member])
-        area = {"auroc": float(roc_auc_score(member, values)), "auroc_low": low, "auroc_high": high}
-        tables.append(pd.DataFrame({"score": name, "false_rate": false, "true_rate": true, **area}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _area_interval(true: Float[np.ndarray, "case"], false: Float[np.ndarray, "other"]) -> tuple[float, float]:
-    """The area is the share of (true, false) couples that are ranked rightly, so redrawing cases only weights the couples."""
-    right = (true[:, None] > false) + 0.5 * (true[:, None] == false)
-    rng = np.random.default_rng(0)
-    times = [rng.multinomial(n, np.full(n, 1 / n), size=2000) for n in right.shape]
-    low, high = np.quantile(((times[0] @ right) * times[1]).sum(1) / right.size, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def ranking_quality(is_part: Sequence[bool], score: Sequence[float]) -> dict[str, float]:
@@ -216,6 +150,35 @@ def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     return _named(table.assign(effect=table.effect.round(3)))
 
 
+def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts of the corrected rules on models whose true value lies near a threshold, with that `value`.
+
+    Only the claims that a model was built for are there. Empty where no such draws are shipped.
+    """
+    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
+    known = read_shipped("population", folder, or_empty=True).rename(columns={"population": "value"})
+    return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
+
+
+def support_curve(draws: pd.DataFrame, verdict: str = "supported") -> pd.DataFrame:
+    """How often a rule says "supported" (or another verdict), by the true value: what its threshold does to errors.
+
+    `draws` as from `threshold_draws`. Columns claim, value (the centre of a bin of width `BIN`, whose edges meet the
+    threshold), n, hits, estimate, low, high (Wilson, 95 %), threshold: that of supported, of contradicted for this verdict. A
+    verdict in a bin on the wrong side is an error of the first kind.
+    """
+    limits = CONTRADICTED_TO if verdict == "contradicted" else SUPPORTED_FROM
+    known = draws[draws.claim.isin(limits)]
+    threshold = known.claim.map(limits).astype(float)
+    step = np.floor((known.value - threshold) / BIN + 1e-9)
+    table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
+    made = (table.verdict == verdict).groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
+    made = made.reset_index().rename(columns={"bin": "value"})
+    limits_of = [wilson(int(row.hits), int(row.n)) for row in made.itertuples()]
+    made = made.assign(estimate=made.hits / made.n).join(pd.DataFrame(limits_of, columns=["low", "high"], dtype=float))
+    return made[["claim", "value", "n", "hits", "estimate", "low", "high", "threshold"]]
+
+
 def _named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(claim=[rule_name(one.claim, one.rule) for one in table.itertuples()])
 
@@ -258,25 +221,3 @@ def layers_of(kind: str, seed: int) -> int:
     from organisms.compiled_program import draw_design  # brings torch along, which most pages need not load
 
     return draw_design(kind, seed).n_layers
-
-
-def support_state(row: pd.Series) -> str:
-    """Whether a rate of false support shows the 5 % target: its one-sided 95 % bounds against it.
-
-    >>> support_state(pd.Series({"n": 20, "upper": 0.14, "lower": 0.0}))
-    'not enough draws'
-    """
-    if row.upper <= 0.05:
-        return "target shown"
-    if row.lower > 0.05:
-        return "target missed"
-    return "not enough draws" if row.n < ENOUGH_NULLS else "target not shown"
-
-
-def power_state(row: pd.Series) -> str:
-    """The same of the power to support, whose target is 80 %; a rule that supports nothing cannot err by supporting."""
-    if not row.hits:
-        return "never says supported, so that its bound on false support is no evidence"
-    if row.lower >= 0.8:
-        return "80 % shown"
-    return "80 % missed" if row.upper < 0.8 else "80 % neither shown nor missed"

@@ -294,7 +294,7 @@ def _notes(built: str) -> list[str]:
         f"(*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or more contradicted. *Not "
         f"calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
         "**Agree.** Of the models of this run that were asked (this one and those trained like it), so many have this answer.",
-        "Every verdict with its reason, controls and error rates, also of the registered rules and on plants: `claims.csv` and "
+        "Every verdict with its reason, controls and error rates, also of the registered rules: `claims.csv` and "
         "`claims.json` in this folder.",
     ]
 

@@ -282,7 +282,6 @@ def run_alone(flags: argparse.Namespace) -> int | None:
 
         draws.run_draws(flags.recalibrate)
         draws.run_population(flags.recalibrate)
-        plants.run_plants(flags.recalibrate)
         plants.run_real_plants(flags.recalibrate)
         return 0
     return None

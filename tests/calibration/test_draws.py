@@ -218,3 +218,26 @@ def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, clai
     by_rule = [table.sort_values("rule", ignore_index=True) for table in (made, shipped)]
     pd.testing.assert_frame_equal(by_rule[0][names], by_rule[1][names], check_dtype=False)
     assert by_rule[0].population.to_list() == pytest.approx(by_rule[1].population.to_list(), rel=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "seed"),
+    [
+        ("context_unused", "context", FRESH),
+        pytest.param("late", "layers", FRESH_LAST, marks=pytest.mark.slow),
+        pytest.param("each_token", "timing", FRESH, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: int) -> None:
+    """Up to what other processors do to ties of ranks, and with them to the end of an interval."""
+    stored = read_shipped("verdicts").query("kind == @kind and seed == @seed and purpose == 'main'")
+    drawn = draws.measure_draw(kind, seed, part)["verdicts"]
+    stored = stored.set_index(["claim", "rule"]).loc[list(zip(drawn.claim, drawn.rule, strict=True))]
+    assert len(drawn) and stored.verdict.to_list() == drawn.verdict.to_list()
+    numbers = ["estimate", "ci_low", "ci_high"]
+    np.testing.assert_allclose(drawn[numbers], stored[numbers], atol=5e-3)
+
+
+def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
+    asked = draws.judged_again(every=20)
+    assert len(asked) > 50 and asked.verdict.to_list() == asked.stored.to_list()

@@ -1,14 +1,15 @@
 """Scores of estimators against the mechanism that was built."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
-import pandas as pd
 import pytest
 from measured_organism import few_pairs, gated_organism, measured_organism
 
 from companion.calibration import localise
+from companion.mediation import estimands
 from organisms import compiled
-from organisms.compiled_program import draw_design
+from organisms.compiled_program import KINDS, draw_design
 
 
 def test_the_writer_has_the_largest_direct_effect() -> None:
@@ -30,13 +31,20 @@ def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
     assert draw_design("skip_only", 0).stages[0].target == "stage0"
 
 
-def test_estimators_are_compared_on_the_same_models() -> None:
-    made = [("components, auroc", "total", seed, 1.0) for seed in range(4)]
-    made += [("components, auroc", "direct", seed, 0.5) for seed in range(2)]
-    made += [("decision found", "total", seed, 0.0) for seed in (8, 9)]
-    table = pd.DataFrame(made, columns=["what", "estimator", "seed", "value"]).assign(kind="late")
-    found = localise.compare_estimators(table).set_index(["what", "estimator"])
-    assert found.models.to_dict() == {
-        ("components", "total"): 2, ("components", "direct"): 2, ("the deciding component", "total"): 2,
-    }  # fmt: skip
-    assert found.loc[("components", "direct"), "estimate"] == pytest.approx(0.5)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_where_names_the_one_that_decides_and_the_one_that_writes(kind: str) -> None:
+    design = draw_design(kind, 11)
+    roles = localise.written_parts(design).set_index(["site", "layer"]).role
+    organism = Mock(design=design)
+    assert "decides" in roles[localise.decider(organism)]
+    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(organism)]
+    assert roles.str.contains("decides").sum() == 1 and len(roles) == 2 * design.n_layers
+
+
+def test_a_built_model_comes_with_the_effect_of_each_pair() -> None:
+    one = localise.built("skip_only", 11)
+    pair = one.study.of("T2")[0]
+    found = estimands.measure_effects(
+        one.study.subject, [pair], one.study.openers, estimands.mediators(one.study.subject, ["mlp_out"]), ("Y1",)
+    )
+    assert one.te[pair.pair.id] == pytest.approx(found.te[0], abs=compiled.TOLERANCE) and one.claims["C1"] is False

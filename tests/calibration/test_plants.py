@@ -1,5 +1,4 @@
-"""Tables of the plants: each is there once, its shares add up, and the figure's table averages them; and shares of what
-training added to a real model."""
+"""Shares of what training added to a real model, in the part that was trained and elsewhere."""
 
 from pathlib import Path
 
@@ -14,34 +13,6 @@ from companion.calibration import plants
 from companion.calibration.campaign import read_shipped
 from companion.mediation.estimands import with_estimands
 from organisms import refuser
-
-
-def test_shipped_tables_have_every_plant_once() -> None:
-    table = read_shipped("plants")
-    wanted = {(plant.kind, plant.seed) for plant in plants.plan_plants()}
-    assert {(row.kind, row.seed) for row in table.itertuples()} == wanted
-    direct = table[table.effect == "direct"].groupby(["kind", "seed", "treatment"]).share.sum()
-    assert direct.between(0.9, 1.1).all(), "shares of the linear contrast add up"
-
-
-def test_the_figures_table_averages_over_seeds() -> None:
-    table = read_shipped("plants")
-    made = plants.shares_by_kind(table, "T1").set_index(["kind", "effect", "component"])
-    own = table.query(
-        "kind == 'attention' and treatment == 'T1' and effect == 'total' and site == 'attn_out' and layer == 4"
-    )
-    row = made.loc[("attention", plants.MEANING["total"], "attn 4")]
-    assert row.learned and [row.low, row.high] == [own.share.min(), own.share.max()]
-    assert row.estimate == pytest.approx(own.share.mean()) and len(own) == len(plants.SEEDS)
-    top = plants.largest_shares(table)
-    assert len(top) == len(plants.plan_plants()) * 4 and (top.share > 0).all()
-
-
-def test_verdicts_are_tallied_over_the_seeds_of_a_kind() -> None:
-    tally = plants.tally_verdicts(read_shipped("plant_evidence"))
-    assert list(tally.index) == list(plants.KINDS) and "C1*" in tally
-    assert {sum(map(int, cell.split(" / "))) for cell in tally.C1} == {len(plants.SEEDS)}
-    assert {sum(map(int, cell.split(" / "))) for cell in tally.C6} == {1}, "one seed of a kind is asked for answers"
 
 
 def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
@@ -145,6 +116,11 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(
     told = plants.trained_shares(table)
     assert set(told.kind) == {"mlp"} and set(told["size"]) == {0.5} and len(told) == 4
     assert told.share.to_numpy() == pytest.approx(1) and told.in_refuser.to_numpy() == pytest.approx(1)
+    drawn = plants.trained_places(table, "T1")
+    assert drawn.groupby(["kind", "effect"]).size().eq(7).all() and list(drawn.kind.unique()) == ["everything", "MLPs"]
+    framed = drawn[drawn.learned & (drawn.place != "framed, together")].groupby(["kind", "effect"]).estimate.sum()
+    stored = drawn[drawn.place == "framed, together"].set_index(["kind", "effect"]).estimate
+    assert framed.to_dict() == pytest.approx(stored.to_dict())
 
 
 def test_shipped_rows_are_of_the_adapters_that_are_shipped() -> None:

@@ -36,14 +36,6 @@ TABLE = draws(
 )  # fmt: skip
 
 
-def test_shares_of_verdicts_add_up_within_each_truth() -> None:
-    table = rates.confusion(TABLE)
-    assert one(table, truth="true", verdict="supported").estimate == 0.8
-    assert one(table, truth="false", verdict="supported").hits == 1
-    assert table.groupby(["claim", "truth"]).estimate.sum().round(9).eq(1).all()
-    assert one(rates.confusion(rates.testable(TABLE)), truth="false", verdict="inconclusive").hits == 0
-
-
 def test_false_support_has_an_exact_bound() -> None:
     found = one(rates.error_rates(TABLE), error="false supported")
     assert (found.hits, found.n) == (1, 65)
@@ -60,52 +52,24 @@ def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
     assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rates.rate(0, 0)[0])
 
 
-def test_a_target_is_held_against_one_sided_bounds() -> None:
-    """7 of 64: the two-sided limits reach below 5 %, the one-sided one does not."""
-    found = rates.error_rates(draws((57, NULL), (7, {**NULL, "verdict": "supported"})))
-    missed = one(found, error="false supported")
-    assert missed.low < 0.05 < missed.lower and rates.support_state(missed) == "target missed"
-    for n, said in ((0, "80 % shown"), (5, "80 % neither shown nor missed"), (30, "80 % missed")):
-        powers = rates.error_rates(draws((30, {}), (n, {"verdict": "inconclusive"})))
-        assert rates.power_state(one(powers, error="power to support")) == said
-    silent = rates.error_rates(draws((30, {"verdict": "inconclusive"})))
-    assert "never says supported" in rates.power_state(one(silent, error="power to support"))
-
-
-def test_severity_tells_kinds_of_alternatives_apart() -> None:
-    table = rates.supported_by_kind(TABLE, "false")
-    assert one(table, kind="middle").estimate == 1 and one(table, kind="early").estimate == 0
-    assert set(table.kind) == {"early", "middle"}
-    assert one(table, kind="early").upper == rates.one_sided(0, 64)[1]
-    able = one(rates.supported_by_kind(TABLE, "true"), kind="late")
-    power = one(rates.error_rates(TABLE), error="power to support")
-    assert (able.hits, able.n) == (power.hits, power.n) == (8, 10), "open truths count neither way"
-
-
-def test_sampling_and_construct_errors_are_told_apart() -> None:
-    table = draws(
-        (6, {}),
-        (1, {"verdict": "inconclusive"}),  # the sample was too small
-        (2, {**NULL, "verdict": "supported", "population_verdict": "supported"}),  # the rule itself errs
-        (1, {"verdict": "inconclusive", "population_verdict": "inconclusive"}),  # the rule cannot say
-        (9, {"population_verdict": ""}),  # no population was drawn
-    )
-    found = rates.split_errors(table)
-    counts = {row.error: (row.hits, row.n) for row in found.itertuples()}
-    assert counts == {"sampling": (1, 10), "construct": (2, 10), "silent": (1, 10)}
-
-
-def test_the_area_under_a_curve_has_an_interval_as_wide_as_chance_makes_it() -> None:
-    rng = np.random.default_rng(1)
-    truth = {i: i < 30 for i in range(130)}
-    noise = {i: float(rng.random()) for i in truth}
-    table = rates.roc(truth, {"noise": noise, "perfect": {i: float(is_true) for i, is_true in truth.items()}})
-    areas = table.groupby("score")[["auroc", "auroc_low", "auroc_high"]].first()
-    assert areas.loc["perfect"].tolist() == [1.0, 1.0, 1.0]
-    chance = areas.loc["noise"]
-    assert chance.auroc_low < min(chance.auroc, 0.5) and max(chance.auroc, 0.5) < chance.auroc_high
-    # Hanley and McNeil's standard error at an area of one half, for 30 and 100 cases
-    assert (chance.auroc_high - chance.auroc_low) / (2 * 1.96) == pytest.approx((131 / (12 * 30 * 100)) ** 0.5, rel=0.2)
+def test_support_is_counted_by_true_value_on_either_side_of_the_threshold() -> None:
+    near = [
+        (0.46, "inconclusive"),
+        (0.499, "supported"),
+        (0.5, "supported"),
+        (0.54, "inconclusive"),
+        (0.56, "supported"),
+    ]
+    table = pd.concat([draws((1, {"claim": "C1*", "value": value, "verdict": said})) for value, said in near])
+    found = rates.support_curve(pd.concat([table, draws((1, {"claim": "C7", "value": 0.5}))]))
+    assert found[["claim", "value", "n", "hits", "threshold"]].to_numpy().tolist() == [
+        ["C1*", 0.475, 2, 1, 0.5],
+        ["C1*", 0.525, 2, 1, 0.5],
+        ["C1*", 0.575, 1, 1, 0.5],
+    ]
+    assert found.low.between(0, found.estimate).all() and found.high.between(found.estimate, 1).all()
+    assert set(rates.support_curve(table, "contradicted").threshold) == {0.4}
+    assert list(rates.support_curve(table.iloc[:0])) == list(found)
 
 
 def test_coverage_counts_finite_intervals_and_power_right_verdicts() -> None:

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
+from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, deepest_early_layer
+from companion.evidence import tokens
 from companion.mediation import mechanisms
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
 from organisms.compiled_program import KINDS, build_program, draw_design
@@ -154,3 +156,40 @@ def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
         table = compiled_truth.effect_table(build_program(design, 10), pairs)
         early = table[(table.position == "shared") & (table.layer == (design.n_layers - 1) // 3)]
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
+
+
+def near(kind: str, seed: int) -> tuple[compiled_program.Design, compiled_program.Program, list]:
+    design, pairs = draw_design(kind, seed), compiled_language.draw_pairs([seed], 40, 1)
+    return design, build_program(design, 40), pairs
+
+
+@pytest.mark.parametrize("seed", [500, 501])
+def test_near_a_threshold_the_value_that_was_built_is_the_one_that_effects_have(seed: int) -> None:
+    """Attention writes what the side route decides, and what is recognised late is not at an early layer's shared tokens."""
+    design, program, pairs = near("split_decision", seed)
+    (value,) = set(compiled_truth.near_values(design, program, pairs).values())
+    table = compiled_truth.effect_table(program, [p for p in pairs if p.pair.treatment in ("T2", "T2b")])
+    means = table[table.treatment == "T2-T2b"].groupby(["site", "layer"])[["nie0", "te"]].mean()
+    assert means.nie0["mlp_out.direct", design.write_layer] / means.te.iloc[0] == pytest.approx(value, abs=5e-3)
+    assert means.nie0["attn_out.direct", design.carry[0]] / means.te.iloc[0] == pytest.approx(1 - value, abs=5e-3)
+    design, program, pairs = near("split_context", seed)
+    first = [p for p in pairs if p.pair.treatment == "T1"]
+    table = compiled_truth.effect_table(program, first)
+    table = table[(table.position == "shared") & (table.layer == deepest_early_layer(design.n_layers))]
+    sums = table.groupby(table.pair_id.map({p.pair.id: p.pair.family for p in first}))[["nie0", "te"]].sum()
+    least = (sums.nie0 / sums.te).min()
+    assert compiled_truth.near_values(design, program, pairs)["C3"] == pytest.approx(least, abs=0.02)
+
+
+def test_what_the_opener_binds_is_what_answers_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise, which differs a little from one token to the next."""
+    monkeypatch.setattr(compiled, "draw_design", lambda *args: replace(draw_design(*args), noise=0.0, binds=2.0))
+    organism = compiled.draw("split_opener", 501, topics=20, pairs_per_topic=1)
+    test = [p for p in organism.pairs if p.pair.treatment == "T2" and p.pair.split == "test"]
+    value = compiled_truth.near_values(organism.design, organism.program, test)["C5c"]
+    (row,) = (
+        row
+        for row in tokens.evidence_c5c(tokens.measure_timing(compiled.study(organism)), "m")
+        if (row["quantity"], row["variant"]) == (KEPT_BY_FIRST_TOKEN, CONTENT_JUDGE)
+    )
+    assert 0 < value < 1 and row["estimate"] == pytest.approx(value)

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from figure_tables import numbers, table_for
 
+from companion.base.thresholds import COMPONENTS
 from companion.plots import calibration, layers, steering, style
 from companion.plots.figures import spec_of
 
@@ -119,16 +121,9 @@ def test_rows_of_panels_have_one_axis_and_a_legend_each() -> None:
     assert [one.legends[0].get_title().get_text() for one in figure.subfigs] == ["a", "b"]
 
 
-def test_a_truth_of_which_nothing_was_drawn_is_no_row() -> None:
-    rows = [(truth, said, n) for truth, n in (("true", 4), ("open", 0)) for said in ("supported", "inconclusive")]
-    table = pd.DataFrame(rows, columns=["truth", "verdict", "n"])
-    table = table.assign(claim="C1", hits=table.n // 2, estimate=0.5, low=0.0, high=1.0)
-    ax = calibration.confusion(table).axes[0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["true"]
-
-
-def test_the_two_truths_at_one_number_stand_apart() -> None:
-    table = pd.DataFrame({"claim": "C1", "truth": ["false", "true"], "topics": 70, "estimate": 0.5})
-    ax = calibration.rates(table.assign(low=0.4, high=0.6), x="topics", unit="topics", title="").axes[0]
-    at = [line.get_xdata()[0] for line in ax.get_lines() if line.get_marker() in style.MARKERS]
-    assert at[0] < 70 < at[1] and [label.get_text() for label in ax.get_xticklabels()] == ["70"]
+def test_what_decides_is_framed() -> None:
+    rows = [(layer, site, "", 0.5) for layer in range(3) for site in COMPONENTS]
+    table = pd.DataFrame(rows, columns=["layer", "site", "role", "share"]).assign(model="A")
+    table.loc[3, "role"] = "decides"
+    (frame,) = calibration.built(table).axes[0].patches
+    assert (frame.get_x(), frame.get_y()) == pytest.approx((0.53, 0.55))

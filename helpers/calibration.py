@@ -1,0 +1,148 @@
+"""Built models, whose weights were written by hand, and how often the method is wrong about them.
+
+`built_model` gives one with what is true of it; the others read stored draws: many such models, measured and judged.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from companion.base.display import NotDefined
+from companion.calibration import plants, rates
+from companion.calibration.campaign import read_shipped
+from companion.calibration.localise import Built, built
+from companion.claims import ledger
+from companion.claims.corrected_rules import STATEMENTS
+from companion.claims.page import NAMES
+
+__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "measured_parts", "power",
+           "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
+
+
+def built_model(kind: str, seed: int) -> Built:
+    """A built model: its `study`, its `parts` (what was written where), the `te` of each pair by arithmetic, its `claims`.
+
+    Kinds are ways of being built, such as "late" or "skip_only"; the seed draws layers, strengths, noise and words.
+
+    >>> model = built_model("late", 11)
+    >>> model.claims["C1"], model.study.subject.n_layers, len(model.te)
+    (True, 6, 140)
+    """
+    return built(kind, seed)
+
+
+def measured_parts(title: str, model: Built, shares: pd.Series) -> pd.DataFrame:
+    """For the drawing: what was written into each component, beside its measured share of the total effect.
+
+    `shares` has one entry a component, by (layer, site), in the order of `model.parts`.
+    """
+    return model.parts.assign(model=title, share=shares.to_numpy())[["model", "layer", "site", "role", "share"]]
+
+
+def stored_late_share(kind: str, seed: int) -> pd.Series:
+    """The late share that the whole pipeline measured on a built model: estimate, ci_low, ci_high.
+
+    It is a share of the positive component effects, on the topics of the test split.
+    """
+    rows = read_shipped("evidence").query("kind == @kind and seed == @seed and quantity == 'late share'")
+    own = rows[(rows.variant == "main") & (rows.model == f"compiled-{kind}-{seed}")]
+    return own[["estimate", "ci_low", "ci_high"]].iloc[0].round(2)
+
+
+def found_deciders() -> pd.DataFrame:
+    """In how many built models the component with the largest effect is the one that decides, by kind of effect.
+
+    `computed` is what a component's output holds beyond the sum of its inputs (notebook 02); `n` counts models.
+    """
+    found = read_shipped("localisation").query("what == 'decision found'").groupby("estimator").value
+    return found.agg(hits="sum", n="size").astype(int).loc[["direct", "total", "computed"]]
+
+
+def draws(rules: str = "answering") -> pd.DataFrame:
+    """Stored draws in which a rule could be asked: one row a built model and claim, with its truth and the verdict.
+
+    "answering": each claim by the rule that answers today, the corrected one where there is one. "registered": by the first.
+
+    >>> len(draws()[["kind", "seed"]].drop_duplicates()) > 500
+    True
+    """
+    table = rates.testable(rates.main_draws())
+    plain = table.claim.str.removesuffix(ledger.CORRECTED)
+    corrected = set(plain[table.rule == "corrected"])
+    answers = (table.rule == "corrected") | ~plain.isin(corrected) & plain.isin(STATEMENTS)
+    return table.assign(claim=plain)[(table.rule == "registered") if rules == "registered" else answers]
+
+
+def error_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """False support, false contradiction and power to support of every claim, with Wilson intervals: one row a rate.
+
+    `upper` is the exact one-sided 95 % bound, which a target is held against. Rates of no draw are left out.
+    """
+    found = rates.error_rates(table).query("n > 0 and error != 'power to contradict'")
+    return found.assign(claim=[_in_words(claim) for claim in found.claim]).drop(columns="lower")
+
+
+def _in_words(claim: str) -> str:
+    """A claim's name with a few words behind it."""
+    plain = claim.removesuffix(ledger.CORRECTED)
+    return f"{plain} {NAMES.get(plain, '')}".strip()
+
+
+def grades(table: pd.DataFrame) -> pd.DataFrame:
+    """What "supported" and "contradicted" of each claim are worth, by the rule of the library.
+
+    A row is a claim; an entry is "strong", "weak", "cannot tell" or "not calibrated".
+    """
+    own = rates.claim_rates(table)
+    said = {one: [ledger.grade(one, rates_of)[0] for rates_of in own.values()] for one in ("supported", "contradicted")}
+    return pd.DataFrame(said, index=pd.Index(own, name="claim"))
+
+
+def coverage(table: pd.DataFrame) -> pd.DataFrame:
+    """How often a 95 % interval holds the value that a large sample has, by quantity, with Wilson intervals.
+
+    The large sample's value is arithmetic over 500 new topics; only draws that have one count.
+    """
+    return rates.interval_coverage(table).drop(columns="claim").set_index("quantity")
+
+
+def power(by: str) -> pd.DataFrame:
+    """Right verdicts of all, as text, against the number of "topics" or the "effect": a row a claim and truth.
+
+    Each model is there with every number, so what differs along a row is that number alone. A star marks a corrected rule.
+    """
+    table = rates.power_draws()
+    replaced = table.claim.isin(table.claim[table.rule == "corrected"].str.removesuffix(ledger.CORRECTED))
+    table = table[(table.pairs == 1) & ~replaced]
+    alike = table.effect == table.effect.max() if by == "topics" else table.topics == table.topics.min()
+    found = rates.power_curve(table[alike], by)
+    found["right"] = found.hits.astype(str) + " of " + found.n.astype(str)
+    return found.pivot(index=["claim", "truth"], columns=by, values="right")
+
+
+def support_curve() -> pd.DataFrame | NotDefined:
+    """How often each rule says "supported", by the value that is true of a model, near the rule's threshold.
+
+    A row is a claim and a bin of true values; `value` is the bin's centre. `NotDefined` as long as no such draw is stored.
+    """
+    near = rates.threshold_draws()
+    if near.empty:
+        return NotDefined("No draw near a threshold is stored yet: `./run_all.sh --recalibrate` measures them.")
+    found = rates.support_curve(near)
+    return found.assign(claim=[_in_words(claim) for claim in found.claim])
+
+
+def trained_parts(treatment: str = "T1") -> pd.DataFrame:
+    """Where training added effects to SmolLM2, by the part that was trained: a row a plant, effect and place.
+
+    Shares are of the whole that training added, with intervals over 40 topics.
+    """
+    return plants.trained_places(read_shipped("real_plants"), treatment)
+
+
+def training_shares() -> pd.DataFrame:
+    """Of what training added, the share in the trained part, beside that part's share where everything was trained.
+
+    `size` is the share of all components that the part has. Only a share above both shows that the method sees the training.
+    """
+    return plants.trained_shares(read_shipped("real_plants"))
