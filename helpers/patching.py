@@ -1,6 +1,6 @@
-"""Patches on one pair: which cells they recompute, and what single and joint patches do.
+"""Patches on one pair: which cells they recompute, and what they do.
 
-`interchange` and `Patch` are the exact replay itself: what an intervention costs is the cells above it and to its right.
+What an intervention costs is the cells above it and to its right.
 """
 
 from __future__ import annotations
@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
 from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study
 from companion.mediation.tokens import earliest_layers, recomputed_cells
-from companion.model.interventions import Patch
-from companion.model.replay import interchange
 from companion.prompts.positions import distance, token_labels
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["Patch", "distance_and_earliest_layer", "effects_of_pair", "interchange", "joint_effect", "log_odds", "prompt_tokens",
-           "recomputed_grid", "run_clean", "shares_of_pair"]  # fmt: skip
+__all__ = ["distance_and_earliest_layer", "effects_of_pair", "log_odds", "prompt_tokens", "recomputed_grid", "run_clean",
+           "shares_of_pair"]  # fmt: skip
 
 
 def effects_of_pair(
@@ -42,21 +39,6 @@ def shares_of_pair(study: Study, pair: TokenPair, sites: Sequence[str]) -> pd.Da
     return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te).pivot(
         index="layer", columns="site", values="share"
     )
-
-
-def joint_effect(study: Study, pair: TokenPair, site: str) -> float:
-    """NIE0 of all layers' outputs of one kind, patched together at the last token, in log-odds.
-
-    All attention outputs together carry exactly TE where the prompts differ only before the last token.
-    """
-    batch = run_clean(study.subject, [pair])
-    last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    together = [Patch(site, layer, last) for layer in range(study.subject.n_layers)]
-    patched = interchange(study.subject, batch.control, batch.treated, [together])
-    openers = study.openers[pair.pair.treatment]
-    clean = log_odds(study.subject, batch.control.resid_post[-1][:, -1], openers)
-    return float(log_odds(study.subject, patched[:, 0, 0], openers) - clean)
 
 
 def recomputed_grid(study: Study, pair: TokenPair, layer: int) -> pd.DataFrame:

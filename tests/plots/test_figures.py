@@ -23,7 +23,7 @@ from companion.plots.style import FigureSpec
 
 ESTIMATES = [name for name in NAMES if "estimate" in spec_of(name).columns]
 # In these, numbers are colours.
-MAPS = ("03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
+MAPS = ("03_total_direct", "03_heads", "05_groups", "05_components", "07_confusion", "07_severity", "07_plants")
 
 
 @pytest.fixture
