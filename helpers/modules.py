@@ -107,9 +107,15 @@ def carrying_heads(modules: pd.DataFrame, n: int = 3) -> list[tuple[int, int]]:
 
 
 def head_effects(modules: pd.DataFrame) -> pd.DataFrame:
-    """Mean indirect and direct effect of every head on test, in log-odds, with intervals; `carries`: a carrying head."""
-    sites = {"indirect": "head", "direct": "head.direct"}
-    rows = [cell_means(contrast(modules, [s]), by=["layer", "head"]).assign(effect=e) for e, s in sites.items()]
+    """Mean indirect and direct effect of every head on test, in log-odds, with intervals; `carries`: a carrying head.
+
+    Direct effects are those of the linear contrast: a layer's heads add up to its attention output.
+    """
+    kinds = {
+        "indirect": contrast(modules, ["head"]),
+        "direct": contrast(modules, ["head.direct"], outcome="contrast.frozen"),
+    }
+    rows = [cell_means(part, by=["layer", "head"]).assign(effect=name) for name, part in kinds.items()]
     table, chosen = pd.concat(rows, ignore_index=True), carrying_heads(modules)
     return table.assign(carries=[cell in chosen for cell in zip(table.layer, table["head"], strict=True)])
 
