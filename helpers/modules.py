@@ -1,6 +1,6 @@
 """Attention against MLPs: what passes through a module, what it writes, which heads carry, and where those look.
 
-`measure_modules` measures all pairs, `indirect_effects` reads what notebook 02 measured, and `write_evidence` writes what
+`measure_modules` measures all pairs, `indirect_effects` reads what notebook 02 measured, and `write_module_evidence` writes what
 the verdict on C2 rests on. Effects are those of the primary contrast (T2 - T2b where there are twins), signed by its TE.
 """
 
@@ -25,9 +25,9 @@ from companion.prompts.positions import groups, token_labels
 from companion.prompts.tokens import TokenPair
 
 __all__ = [
-    "attention_by_group", "attention_of_heads", "carrying_heads", "contrast", "eager_attention", "enough_or_needed",
-    "head_effects", "indirect_effects", "measure_modules", "mlp_shares", "normalised", "passing_and_writing",
-    "write_evidence",
+    "attention_by_group", "attention_of_heads", "carrying_heads", "eager_attention", "enough_or_needed",
+    "head_effects", "indirect_effects", "measure_modules", "mlp_shares", "normalised", "passing_and_writing", "primary_effects",
+    "write_module_evidence",
 ]  # fmt: skip
 
 Heads = Sequence[tuple[int, int]]
@@ -50,7 +50,7 @@ def measure_modules(study: Study) -> pd.DataFrame:
     return effects
 
 
-def contrast(
+def primary_effects(
     effects: pd.DataFrame, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1", split: str = "test"
 ) -> pd.DataFrame:
     """Effects of the primary contrast on one split, with `nie`, the mean of both directions; direct sites named as plain ones."""
@@ -63,7 +63,10 @@ def passing_and_writing(totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataF
 
     Direct effects are read out linearly with the final norm frozen, so that they add up to 1.
     """
-    parts = {"indirect": contrast(totals), "direct": contrast(modules, DIRECT_SITES, outcome="contrast.frozen")}
+    parts = {
+        "indirect": primary_effects(totals),
+        "direct": primary_effects(modules, DIRECT_SITES, outcome="contrast.frozen"),
+    }
     return pd.concat([share_of_te(part).assign(effect=name) for name, part in parts.items()])
 
 
@@ -88,7 +91,7 @@ def normalised(shares: pd.DataFrame | NotDefined) -> pd.DataFrame | NotDefined:
 
 def enough_or_needed(totals: pd.DataFrame) -> pd.DataFrame:
     """NIE0, NIE1 and their difference, summed over the layers of attention and of the MLPs, in log-odds, with intervals."""
-    effects = contrast(totals)
+    effects = primary_effects(totals)
     whole = effects.groupby(["pair_id", "topic", "site"], sort=False)[["nie0", "nie1"]].sum().reset_index()
     whole["difference"] = whole.nie1 - whole.nie0
     names = {"nie0": "enough (NIE0)", "nie1": "needed (NIE1)", "difference": "NIE1 - NIE0"}
@@ -102,7 +105,7 @@ def enough_or_needed(totals: pd.DataFrame) -> pd.DataFrame:
 
 def carrying_heads(modules: pd.DataFrame, n: int = 3) -> list[tuple[int, int]]:
     """Layer and head of the `n` heads with the largest mean indirect effect on discover."""
-    means = contrast(modules, ["head"], split="discover").groupby(["layer", "head"]).nie.mean()
+    means = primary_effects(modules, ["head"], split="discover").groupby(["layer", "head"]).nie.mean()
     return [(int(layer), int(head)) for layer, head in means.sort_values(ascending=False, kind="stable").index[:n]]
 
 
@@ -112,8 +115,8 @@ def head_effects(modules: pd.DataFrame) -> pd.DataFrame:
     Direct effects are those of the linear contrast: a layer's heads add up to its attention output.
     """
     kinds = {
-        "indirect": contrast(modules, ["head"]),
-        "direct": contrast(modules, ["head.direct"], outcome="contrast.frozen"),
+        "indirect": primary_effects(modules, ["head"]),
+        "direct": primary_effects(modules, ["head.direct"], outcome="contrast.frozen"),
     }
     rows = [cell_means(part, by=["layer", "head"]).assign(effect=name) for name, part in kinds.items()]
     table, chosen = pd.concat(rows, ignore_index=True), carrying_heads(modules)
@@ -159,7 +162,7 @@ def _looks(study: Study, pair: TokenPair, heads: Heads) -> list[list[torch.Tenso
     return [[side.attentions[layer][0, head, -1].float().cpu() for layer, head in heads] for side in sides]
 
 
-def write_evidence(study: Study, own: pd.DataFrame | NotDefined, model: str, profile: str) -> pd.DataFrame:
+def write_module_evidence(study: Study, own: pd.DataFrame | NotDefined, model: str, profile: str) -> pd.DataFrame:
     """Write `03_evidence.csv`: the study's own rows (`mlp_shares`), then those of the shipped models that it is compared with.
 
     Effects of the relatives, direct ones included, were measured by notebook 02.
