@@ -147,7 +147,7 @@ def attention_by_group(study: Study, pairs: Sequence[TokenPair], heads: Heads) -
         masks = groups(pair, user_header(study.subject))
         request = masks["request"] | masks["rest"]
         named = {"before": masks["system"] | masks["header"], "request": request, "wrapper": masks["wrapper"]}
-        named["template"] = masks["last_instruction"] | masks["template"] | masks["last"]
+        named |= {"end of the instruction": masks["last_instruction"], "template": masks["template"] | masks["last"]}
         for side, weights in zip(("control", "treated"), _looks(study, pair, heads), strict=True):
             for (layer, head), row in zip(heads, weights, strict=True):
                 sums = {name: float(row[torch.from_numpy(mask)].sum()) for name, mask in named.items()}
