@@ -1,6 +1,6 @@
-"""Patches on one pair: what single and joint patches do.
+"""Patches on one pair, and what they do.
 
-`interchange` and `Patch` are the exact replay itself: what an intervention costs is the cells above it and to its right.
+What an intervention costs are the cells above it and to its right.
 """
 
 from __future__ import annotations
@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-import torch
 
 from companion.base.display import NotDefined
 from companion.base.thresholds import COMPONENTS
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
 from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study
-from companion.model.interventions import Patch
-from companion.model.replay import interchange
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["Patch", "component_map", "effects_of_pair", "interchange", "joint_effect", "log_odds", "prompt_tokens", "run_clean",
+__all__ = ["component_map", "effects_of_pair", "log_odds", "prompt_tokens", "run_clean",
            "shares_of_pair"]  # fmt: skip
 
 
@@ -53,18 +50,3 @@ def shares_of_pair(study: Study, pair: TokenPair, sites: Sequence[str]) -> pd.Da
     return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te).pivot(
         index="layer", columns="site", values="share"
     )
-
-
-def joint_effect(study: Study, pair: TokenPair, site: str) -> float:
-    """NIE0 of all layers' outputs of one kind, patched together at the last token, in log-odds.
-
-    All attention outputs together carry exactly TE where the prompts differ only before the last token.
-    """
-    batch = run_clean(study.subject, [pair])
-    last = torch.zeros_like(batch.control.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    together = [Patch(site, layer, last) for layer in range(study.subject.n_layers)]
-    patched = interchange(study.subject, batch.control, batch.treated, [together])
-    openers = study.openers[pair.pair.treatment]
-    clean = log_odds(study.subject, batch.control.resid_post[-1][:, -1], openers)
-    return float(log_odds(study.subject, patched[:, 0, 0], openers) - clean)

@@ -27,7 +27,6 @@ CLOSE = (
     "02_treatments",
     "02_benign",
     "03_heads",
-    "03_directions",
     "03_total_direct",
 )
 EFFECTS = dict.fromkeys(CLOSE, 1e-4) | {"02_cumulative": 1e-3}

@@ -188,10 +188,18 @@ def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
 
 
 def module_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
-    """Direct effects of attention and MLP outputs, total and direct effects of heads, at the last token."""
-    wanted = estimands.mediators(study.subject, [*DIRECT_SITES, "head", "head.direct"])
-    names = ("Y1", "contrast.frozen")
-    return {"effects": estimands.batch_effects(study.subject, group, study.openers, wanted, names)}
+    """Direct effects of attention and MLP outputs, total and direct effects of heads, at the last token.
+
+    Reading Y1 out costs most, so heads have it for total effects alone; their direct ones are in the linear contrast.
+    """
+    subject, linear = study.subject, "contrast.frozen"
+    batch, openers, tables = estimands.run_clean(subject, group), study.openers[group[0].pair.treatment], []
+    for sites, names in ((DIRECT_SITES, ("Y1", linear)), (("head",), ("Y1",)), (("head.direct",), (linear,))):
+        wanted = estimands.mediators(subject, sites)
+        patched = estimands.final_residuals(subject, batch, wanted)
+        cells = [(name, estimands.score_cells(subject, batch, patched, openers, name)) for name in names]
+        tables += [estimands.tidy(group, wanted, name, found) for name, found in cells]
+    return {"effects": estimands.with_estimands(pd.concat(tables, ignore_index=True))}
 
 
 SWEEPS: Mapping[str, Sweep] = {

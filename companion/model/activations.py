@@ -132,6 +132,20 @@ def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
     return shown
 
 
+@contextmanager
+def eager_attention(subject: Subject) -> Iterator[None]:
+    """For a while the library computes attention in plain steps and can hand out its weights (`output_attentions=True`).
+
+    The loaded implementation, which never holds the whole matrix, gives the same outputs up to rounding.
+    """
+    before = subject.model.config._attn_implementation
+    subject.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        subject.model.set_attn_implementation(before)
+
+
 def live_positions(run: CleanRun) -> Bool[np.ndarray, "layer pos"]:
     """Where a change of the residual stream after each layer can still reach the last token, or an answer behind it.
 

@@ -1,4 +1,4 @@
-"""Figures of notebooks 00 to 03 and 08: a pair of prompts, what it shows, layers and modules."""
+"""Figures of notebooks 00 to 02 and 08: a pair of prompts, what it shows, and layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
-from companion.plots.style import BY_LAYER, ESTIMATE, LOG_ODDS, NAMES, distinct, spec
+from companion.plots.style import BY_LAYER, ESTIMATE, NAMES, distinct, spec
 
 GROUP_COLOURS = {
     "system": "#EEEEEE", "header": "#DDDDDD", "wrapper": "#F0C27B", "distractor": "#B7E0F2", "verb": "#E8A27C",
@@ -182,24 +182,6 @@ SPECS = (
     spec("02_early", read_and_carried, "C3", {"what": "str", **BY_LAYER},
          "By layer, how well a probe on shared tokens tells harmful from harmless requests, the same for the words "
          "alone, and the share of the total effect that these tokens carry, with early layers hatched"),
-    spec("03_total_direct", style.panels, "C2", {"effect": "str", "site": "str", **BY_LAYER},
-         "Attention and MLP outputs by layer in two panels, left what passes through them (indirect effects), right "
-         "what they write themselves (direct effects), both as shares of the total effect",
-         panel="effect", group="site", title="Passing through is not writing: indirect against direct effects"),
-    spec("03_normalised", style.dots, "C2", {"normalisation": "str", "effect": "str", **ESTIMATE},
-         "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and robustness "
-         "checks",
-         row="normalisation", group="effect", title="Does MLP beat attention under every normalisation?",
-         unit="MLP share of positive component effects", marks=(0.5, 0.6), limits=(-0.3, 1.3)),
-    spec("03_directions", style.panels, "C2", {"site": "str", "estimand": "str", **BY_LAYER},
-         "By layer, one panel for attention and one for MLP outputs: NIE0 (sufficient), NIE1 (necessary), and NIE1 - "
-         "NIE0, the interaction, above 0 where a component needs others and below where others would do",
-         panel="site", group="estimand", title="Sufficient, necessary, or only together?", unit=LOG_ODDS),
-    spec("03_heads", style.heatmap, "C2", {"layer": "int", "head": "int", "effect": "str", **ESTIMATE},
-         "Two maps of attention heads, layer by head, indirect and direct effect on one scale from against to with the "
-         "treatment; a dot marks an interval that excludes 0",
-         row="layer", column="head", panel="effect", title="Which heads carry the effect, and which write it?",
-         unit=LOG_ODDS),
     spec("08_claims", style.answers, "all", dict.fromkeys(("model", "claim", "name", "answer", "number", "grade"), "str"),
          "Answers, a row for each model and a column for each claim: the number that decides, and by colour and sign "
          "supported, contradicted or inconclusive; hatched where the rule cannot tell"),

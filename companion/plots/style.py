@@ -216,31 +216,6 @@ def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str
     return figure
 
 
-def heatmap(table: pd.DataFrame, *, row: str, column: str, panel: str, title: str, unit: str) -> Figure:
-    """Estimates as a diverging map centred at 0, one panel for each value of `panel`, on one scale.
-
-    A dot marks cells whose interval excludes 0.
-    """
-    names = distinct(table[panel])
-    figure, axes = new_figure(1, len(names), 3.2 * len(names) + 0.8, 3.0, sharey=True)
-    bound = float(table.estimate.abs().max()) or 1.0
-    for ax, name in zip(axes[0], names, strict=True):
-        part = table[table[panel] == name]
-        grid = part.pivot(index=row, columns=column, values="estimate")
-        image = ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, origin="lower", aspect="auto")
-        sure = part[(part.low > 0) | (part.high < 0)]
-        ax.plot(sure[column], sure[row], ".", color="black", ms=3)
-        ax.set_xticks(ticks(grid.shape[1]), grid.columns[:: ticks(grid.shape[1]).step])
-        ax.set_yticks(ticks(grid.shape[0]), grid.index[:: ticks(grid.shape[0]).step])
-        ax.set_xlabel(column)
-        ax.set_ylabel(row)
-        ax.set_title(NAMES.get(str(name), str(name)))
-        ax.grid(False)
-    figure.colorbar(image, ax=axes, label=unit)
-    heading(figure, title)
-    return figure
-
-
 def dots(
     table: pd.DataFrame, *, row: str, group: str, title: str, unit: str, marks: Sequence[float] = (),
     limits: tuple[float, float] | None = None, below: bool = False,

@@ -68,11 +68,8 @@ def test_pairs_are_counted_with_their_topics() -> None:
     assert counts.loc["T2", ("topics", "test")] == len(test)
 
 
-def test_joint_attention_is_the_total_effect_and_the_last_layer_carries_all(study: Study) -> None:
+def test_the_last_layer_carries_all(study: Study) -> None:
     pair = model.example_pair(study)
-    effects = patching.effects_of_pair(study, pair, ["resid_post"])
-    assert patching.joint_effect(study, pair, "attn_out") == pytest.approx(effects.te[0], rel=1e-4)
-    assert abs(patching.joint_effect(study, pair, "mlp_out") - effects.te[0]) > 0.01 * abs(effects.te[0])
     shares = patching.shares_of_pair(study, pair, ["resid_post", "mlp_out"])
     assert shares.shape == (study.subject.n_layers, 2)
     assert shares.resid_post.iloc[-1] == pytest.approx(1, abs=1e-4)

@@ -56,6 +56,19 @@ def test_interventions_on_such_runs_are_exact(family: str, attention: str | None
         assert worst(subject, pair, [*every_patch((0, 2)), *groups], read=(-1, 4)) < 1e-10
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
+def test_attention_weights_times_values_are_what_the_output_projection_reads(family: str) -> None:
+    """The weights that the plain implementation hands out are those of the loaded one (which skips Gemma 2's cap on scores)."""
+    subject = tiny_subject(family, torch.float64)
+    run, before = activations.clean_run(subject, tokens(), shared=0), subject.model.config._attn_implementation
+    with torch.no_grad(), activations.eager_attention(subject):
+        weights = subject.model(tokens(), output_attentions=True).attentions
+    assert subject.model.config._attn_implementation == before != "eager"
+    for z, values, own in zip(run.z, run.values, weights, strict=True):
+        of_heads = own @ values.repeat_interleave(subject.n_heads // values.shape[1], dim=1)
+        torch.testing.assert_close(of_heads.transpose(1, 2).flatten(2), z, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_sides_of_pairs_are_what_each_is_alone_with_equal_bits_where_tokens_are_equal(family, monkeypatch) -> None:
     share_always(monkeypatch)

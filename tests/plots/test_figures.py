@@ -23,7 +23,7 @@ from companion.plots.style import FigureSpec
 
 ESTIMATES = [name for name in NAMES if "estimate" in spec_of(name).columns]
 # In these, numbers are colours.
-MAPS = ("02_treatments", "02_computed", "03_heads", "05_groups", "07_plants")
+MAPS = ("02_treatments", "02_computed", "03_total_direct", "03_heads", "05_groups", "07_plants")
 
 
 @pytest.fixture
