@@ -15,7 +15,7 @@ LINE = "fitted law"  # the group of a table of laws that is drawn as a line with
 
 def laws(table: pd.DataFrame) -> Figure:
     """Coefficients over positions, one panel a law: fifths of each kind of prompts, and the fitted law with its band."""
-    panels = distinct(table.panel)
+    panels = sorted(distinct(table.panel))
     figure, axes = new_figure(1, len(panels), 7.0, 3.0, sharey=True)
     groups = [name for name in distinct(table.group) if name != LINE]
     for ax, panel in zip(axes[0], panels, strict=True):
@@ -75,9 +75,9 @@ def places(table: pd.DataFrame) -> Figure:
         )
     ax.axvline(0, color=OKABE_ITO[6], lw=0.8)
     ax.set_yticks(range(len(rows)), [str(row) for row in rows])
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("fall of the log-odds of complying on jailbroken requests (log-odds)")
-    ax.set_title("Does the same budget do as much in other layers, or in a random direction?")
+    heading(figure, "Does the same budget do as much in other layers, or in a random direction?")
     return figure
 
 
@@ -88,7 +88,7 @@ SPECS = (
     spec("06_methods", style.dots, "C6", {"method": "str", "measure": "str", **ESTIMATE},
          "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by "
          "method",
-         row="method", group="measure", title="Who pays? Changes against the unsteered model, on the same prompts",
+         row="method", group="measure", title="Who pays? Paired changes against the unsteered model",
          unit="change in share of prompts (percentage points)", below=True, marks=(-2.0, 2.0)),
     spec("06_cost", equal_price, "C6",
          {"method": "str", "price": "str", **ESTIMATE, "more": "float", "more_low": "float", "more_high": "float"},
