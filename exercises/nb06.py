@@ -41,10 +41,10 @@ EXERCISES = (
         "A map with two landmarks",
         2,
         8,
-        "Write `place_along`, the position of a prompt from which an adaptive method reads how strongly to steer it: 0 at the "
-        "mean of the class that complied, 1 at the mean of the class that refused.",
-        "Move the origin to the class that complied, project on $v$, the way from one mean to the other, and choose the unit "
-        "so that the other class lies at 1: divide by $v \\cdot v$.",
+        "Write `place_along`, the position of a prompt from which AdaSteer reads how strongly to steer it: 0 at the mean of the "
+        "class that complied, 1 at the mean of the class that refused.",
+        "Subtract the mean of the class that complied, project on $v$, the way from one mean to the other, and divide by "
+        "$v \\cdot v$.",
         place_along,
         (Case((H, COMPLIED, REFUSED), torch.tensor([0.0, 1.0, 0.5, 2.0])),),
         (

@@ -107,10 +107,9 @@ QUESTIONS: dict[str, Question] = {
         "Three vectors",
         20,
         "Three vectors of one length for the last layer's residual stream at the last token. One moves *jailbroken* prompts "
-        "towards refusing, one towards complying, one was "
-        "drawn at random. Which is which? How many random draws would you want to see before you believe your "
-        "answer? Then add them, also at half and at twice their length, to the prompts with a neutral wrapper "
-        "(`batch.control`): what do you see, and which gotcha of notebook 06 is it?",
+        "towards refusing, one towards complying, one was drawn at random. Which is which? How many random draws would you want "
+        "to see before you believe your answer? Then add them, also at half and at twice their length, to the prompts with a "
+        "neutral wrapper (`batch.control`). Is twice as long twice as strong?",
         "With `resid = batch.treated.resid_post[-1][:, -1]`, the jailbroken prompts, compare "
         '`outcomes.log_odds(this.subject, resid + vector / 2, this.openers["T2"])` with the same without the vector. The '
         "outcome is the log-odds of complying. Draw random vectors of the same length for comparison, as in exercise 06-3.",

@@ -37,7 +37,7 @@ def fitted() -> extraction.Fit:
     yes, no = (subject.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
     with torch.no_grad():  # all answers open with one of the two, so that a refusal is one by its probability
         subject.model.get_output_embeddings().weight[[yes, no], BIAS] = 30 / SIZE
-    return extraction.fit_classes(subject, Openers((yes,), (no,)), prompts(), neuron_layers=range(4))
+    return extraction.fit_classes(subject, Openers((yes,), (no,)), prompts())
 
 
 def experiment_of(fit: extraction.Fit) -> SteeringExperiment:

@@ -1,11 +1,12 @@
 """Evidence on C6, from the trials of a defence: one row a number, as the claims ledger reads them.
 
-Notebook 06 takes the steps one by one, for every method; `steering_evidence` takes them for the decisive one alone.
+`trial_rows` makes them of a trial of all methods; `steering_evidence` measures the decisive one alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -16,13 +17,18 @@ from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.stats import rates
 from companion.stats.rates import Change
-from companion.steering import budget, comparison, experiment, robustness
+from companion.steering import budget, comparison, experiment
 from companion.steering.budget import N_CURVE, EvaluationPrompts
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import PLAIN, changed
-from companion.steering.indirect_effects import idle_layers, share_left, share_neutralised, split_effects
+from companion.steering.indirect_effects import share_left, share_neutralised, test_effects
 from companion.steering.prompts import Prompts
 
+PLACES: Final = {
+    "late": "late layers, fitted (the method)",
+    "early": "early layers, the best of three",
+    "mid": "middle layers, the best of three",
+}
 WEAK: Final = 3  # wrapper tiers up to here count as weak
 Row = dict[str, object]
 
@@ -43,21 +49,17 @@ def not_defined(reason: str) -> list[Row]:
     return [evidence_row("not defined", _single(0.0), note=reason)]
 
 
-def outcome_rows(
-    plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[float] = (), variant: str = "main"
-) -> list[Row]:
+def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[float] = ()) -> list[Row]:
     """Harm change, over-refusal and harmless loss of one method, in points; the first with the variance of the refits.
 
-    `refits` are harm changes with directions fitted on other draws of the discover topics. The main method also gets its
-    greedy answers, weak and strong wrappers apart, and the smallest change that its prompts could have shown.
+    `refits` are harm changes with directions fitted on other draws of the discover topics. Beside them stand its greedy
+    answers, weak and strong wrappers apart, and the smallest change that its prompts could have shown.
     """
     harm = changed(plain, steered, "harmful")
-    made = [evidence_row("harm change", rates.with_refits(harm, refits) if len(refits) > 1 else harm, variant)]
+    made = [evidence_row("harm change", rates.with_refits(harm, refits) if len(refits) > 1 else harm)]
     for kind, name in (("borderline", "over-refusal"), ("harmless", "harmless loss")):
         if (plain.kind == kind).any():  # a set may lack one
-            made.append(evidence_row(name, changed(plain, steered, kind), variant))
-    if variant != "main":
-        return made
+            made.append(evidence_row(name, changed(plain, steered, kind)))
     if len(refits) > 1:
         spread = Change(float(np.std(refits, ddof=1)), min(refits), max(refits), len(refits), len(refits))
         made.append(evidence_row("spread over refits", spread))
@@ -90,16 +92,45 @@ def price_rows(price: pd.DataFrame) -> list[Row]:
     return [evidence_row(name, change) for name, change in found.items()]
 
 
-def rival_trials(
-    late: Steering, evaluation: EvaluationPrompts, plain: pd.DataFrame
-) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
-    """Early and middle layers at the budget of the decisive method ("late"): answers to the same harmful prompts, budgets."""
-    (target,) = evaluation.budgets([late])
-    rivals = comparison.best_rivals(evaluation, target)
-    spent = {"late": target, **{zone: evaluation.budgets([one])[0] for zone, one in rivals.items()}}
-    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
-    trials = {zone: experiment.trial(evaluation.experiment, one, harmful, greedy=False) for zone, one in rivals.items()}
-    return trials, spent
+@dataclass(frozen=True)
+class SameBudget:
+    """The decisive method ("late"), the best early and middle steering and random directions, all at its budget.
+
+    `steered` holds the first three by name, `answers` those of the rivals to the harmful prompts, `spent` what each adds.
+    """
+
+    steered: Mapping[str, Steering]
+    answers: Mapping[str, pd.DataFrame]
+    spent: Mapping[str, float]
+    null: pd.DataFrame
+
+
+def at_same_budget(
+    late: Steering, validate: EvaluationPrompts, test: EvaluationPrompts, plain: pd.DataFrame, draws: int
+) -> SameBudget:
+    """Rivals chosen on validate, where all meet the decisive method's budget, and tried on the prompts of the plain trial."""
+    (target,) = validate.budgets([late])
+    rivals = comparison.best_rivals(validate, target)
+    spent = {"late": target, **{zone: validate.budgets([one])[0] for zone, one in rivals.items()}}
+    lab, harmful = test.experiment, plain[plain.kind == "harmful"].reset_index(drop=True)
+    answers = {zone: experiment.trial(lab, one, harmful, greedy=False) for zone, one in rivals.items()}
+    null = comparison.random_null(lab.fit, late, test, validate, draws)
+    return SameBudget({"late": late, **rivals}, answers, spent, null)
+
+
+def falls_of_log_odds(found: SameBudget, test: EvaluationPrompts) -> pd.DataFrame:
+    """Mean fall of the log-odds of complying on jailbroken test prompts, by what the budget was spent on.
+
+    Columns: place, estimate, low, high. A random direction is one row without an interval (both limits its estimate).
+    """
+    rows, harmful = [], test.harmful
+    for zone, one in found.steered.items():
+        (steered,) = test.experiment.first_tokens(harmful, [one])
+        fall = rates.mean_change(harmful.log_odds.to_numpy() - steered.log_odds.to_numpy(), harmful.topic.to_numpy())
+        rows.append((PLACES[zone], fall.estimate, fall.low, fall.high))
+    drawn = found.null[found.null.role == "random"]
+    rows += [(f"random directions, {one.family}", *[one.value] * 3) for one in drawn.itertuples()]
+    return pd.DataFrame(rows, columns=["place", "estimate", "low", "high"])
 
 
 def rival_rows(late: pd.DataFrame, rivals: Mapping[str, pd.DataFrame], spent: Mapping[str, float]) -> list[Row]:
@@ -121,27 +152,30 @@ def random_rows(null: pd.DataFrame) -> list[Row]:
     return made
 
 
-def same_push_elsewhere(late: Steering, effects: pd.DataFrame, evaluation: EvaluationPrompts) -> Steering | NotDefined:
-    """The decisive method's push, at its budget, at as many other layers that mediate least on discover; or why there is none."""
-    own = {edit.layer for edit in late.edits}
-    moved = comparison.elsewhere(late, idle_layers(effects, len(own), besides=own))
-    if isinstance(moved, NotDefined):
-        return moved
-    return budget.to_budgets(evaluation.experiment.subject, moved, evaluation.mixed, evaluation.budgets([late]))[0]
-
-
-def mediation_rows(
-    before: pd.DataFrame, after: pd.DataFrame, variant: str = "main", steered: Collection[int] = ()
-) -> list[Row]:
-    """phi, and the indirect effects that are left at the steered layers (by default the late ones) and at all others."""
-    n_layers = int(before.layer.max()) + 1
-    own = sorted(set(steered)) or comparison.zones(n_layers)["late"]
-    others = [layer for layer in range(n_layers) if layer not in own]
-    made = [evidence_row("phi", share_neutralised(before, after), variant)]
-    for name, layers in (("steered sites", own), ("other sites", others)):
-        if layers:
-            made.append(evidence_row(f"NIE after/before, {name}", share_left(before, after, layers), variant))
+def mediation_rows(before: pd.DataFrame, after: pd.DataFrame) -> list[Row]:
+    """phi, and the indirect effects that are left at the steered layers, the late ones, and at all others."""
+    zones = comparison.zones(int(before.layer.max()) + 1)
+    made = [evidence_row("phi", share_neutralised(before, after))]
+    for name, layers in (("steered sites", zones["late"]), ("other sites", zones["early"] + zones["mid"])):
+        made.append(evidence_row(f"NIE after/before, {name}", share_left(before, after, layers)))
     return made
+
+
+def trial_rows(
+    study: Study, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame, same: SameBudget,
+    refits: Sequence[float],
+) -> list[Row]:  # fmt: skip
+    """All evidence rows of the decisive method: what it changes, costs and leaves inside, its rivals, and chance."""
+    rows = outcome_rows(plain, steered, refits) + price_rows(price)
+    rows += mediation_rows(test_effects(study), test_effects(study, late))
+    rows += rival_rows(steered[steered.kind == "harmful"].reset_index(drop=True), same.answers, same.spent)
+    return rows + random_rows(same.null)
+
+
+def refit_changes(lab: experiment.SteeringExperiment, late: Steering, plain: pd.DataFrame, refits: int) -> list[float]:
+    """Harm changes of the decisive method, at its strength, fitted on other draws of the discover topics."""
+    build = comparison.builders(lab.subject.n_layers)[DECISIVE]
+    return comparison.harm_changes(lab, comparison.refitted(lab.fit, build, late.strength, refits), plain)
 
 
 def steering_evidence(
@@ -154,18 +188,16 @@ def steering_evidence(
     this = experiment.open_experiment(study, prompt_set)
     if isinstance(this, NotDefined) or this.fit.missing:
         return not_defined(this.reason if isinstance(this, NotDefined) else this.fit.missing)
-    made = comparison.builders(study.subject.n_layers, None)
-    evaluation = budget.evaluation_prompts(this, "validate", curve)
+    made = comparison.builders(study.subject.n_layers)
+    validate = budget.evaluation_prompts(this, "validate", curve)
     defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
-    late = comparison.tuned(evaluation, defined)[0][DECISIVE]
+    late = comparison.tuned(validate, defined)[0][DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
-    trial = experiment.trial(this, late, plain)
-    refitted = robustness.refitted(this.fit, made[DECISIVE], late.strength, refits)
-    tested_on = budget.evaluation_prompts(this, "test", curve)
-    rows = outcome_rows(plain, trial, robustness.refit_changes(this, refitted, plain))
-    rows += price_rows(experiment.prices(this, late, tested_on.free, tested_on.own))
-    rows += mediation_rows(split_effects(study, "test"), split_effects(study, "test", late))
-    rows += rival_rows(trial[trial.kind == "harmful"].reset_index(drop=True), *rival_trials(late, evaluation, plain))
-    return rows + random_rows(comparison.random_null(this.fit, late, tested_on, evaluation, draws))
+    steered = experiment.trial(this, late, plain)
+    test = budget.evaluation_prompts(this, "test", curve)
+    changes = refit_changes(this, late, plain, refits)
+    price = experiment.prices(this, late, test.free, test.own)
+    same = at_same_budget(late, validate, test, plain, draws)
+    return trial_rows(study, late, plain, steered, price, same, changes)

@@ -116,9 +116,9 @@ class Steering:
 
 @dataclass(frozen=True)
 class Record:
-    """What steering did to each batch of prompts, by layer: squared norms of what it added and of what stood there before.
+    """What steering did to each batch of prompts, by layer: squared norms of what it added.
 
-    `gates` holds the gate's values a prompt.
+    `stood` holds those of what stood there before, where they were asked for; `gates` the gate's values a prompt.
     """
 
     added: list[dict[int, Float[Tensor, "prompt pos"]]] = field(default_factory=list)
@@ -139,19 +139,22 @@ def _count(found: dict[int, Tensor], layer: int, vectors: Float[Tensor, "prompt 
 
 
 @contextmanager
-def applied(subject: Subject, steering: Steering, prompt: Prompt | None = None) -> Iterator[Record]:
+def applied(
+    subject: Subject, steering: Steering, prompt: Prompt | None = None, *, count_stood: bool = False
+) -> Iterator[Record]:
     """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
 
     A strength of 0 sets no hooks. Within a batch rows may be padded on either side if the call has a 2-D
     `attention_mask` (and, on the left, `position_ids`); a cache must be filled by one call with the whole prompt. With a
     `prompt` that was read already, its blocks may be called one by one instead (`companion.generation.forward`).
+    `count_stood` records what stood at the steered sites, too.
 
     Raises:
         InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
             mask, generated tokens of another batch than the last prompt's).
     """
     check_sites(subject, steering)
-    run = _SteeredCalls(subject, steering, Record())
+    run = _SteeredCalls(subject, steering, Record(), count_stood)
     if prompt is not None:
         run.prompt, run.phase = prompt, "prompt"
         run.record.begin()
@@ -203,6 +206,7 @@ class _SteeredCalls:
     subject: Subject
     steering: Steering
     record: Record
+    count_stood: bool = False
     prompt: Prompt | None = None
     phase: Literal["plain", "prompt", "generated", "outside"] = "outside"
 
@@ -257,9 +261,9 @@ class _SteeredCalls:
             nothing = torch.zeros((), dtype=x.dtype, device=x.device)
             added = torch.where(where[..., None], added, nothing)
             _count(self.record.added[-1], edit.layer, self._written(edit, added), n_pos)
-            _count(
-                self.record.stood[-1], edit.layer, self._written(edit, torch.where(where[..., None], x, nothing)), n_pos
-            )
+            if self.count_stood:
+                stood = self._written(edit, torch.where(where[..., None], x, nothing))
+                _count(self.record.stood[-1], edit.layer, stood, n_pos)
         return x + added
 
     def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:

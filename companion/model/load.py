@@ -39,10 +39,12 @@ def load(
     dtype: str = "float32",
     copies: float | None = None,
     only_answers: bool = False,
+    adapter_scale: float = 1.0,
 ) -> Subject:
     """A model by name ("embedded", "window-1", "smollm2"), by folder, GGUF file or hub id ("org/model@revision"), checked.
 
-    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32. Weights of any precision are
+    `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32, so many times as strong as
+    `adapter_scale` says. Weights of any precision are
     converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
     `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
     full float32 (no TF32). `copies` is that of `memory.run_memory`. The sites of a
@@ -64,7 +66,7 @@ def load(
     if adapter is None:
         model = _load_model(folder, DTYPES[dtype], place, copies)
     else:
-        model = _load_merged(folder, adapter, DTYPES[dtype], place, copies)
+        model = _load_merged(folder, adapter, DTYPES[dtype], place, copies, adapter_scale)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
     found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
@@ -195,10 +197,11 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
 
 
 def _load_merged(
-    folder: Path, adapter: Path, dtype: torch.dtype, device: torch.device, copies: float | None
+    folder: Path, adapter: Path, dtype: torch.dtype, device: torch.device, copies: float | None, scale: float
 ) -> PreTrainedModel:
-    """The model with a LoRA adapter added to its weights: loaded and merged in float32, then converted."""
+    """The model with a LoRA adapter, times `scale`, added to its weights: merged in float32, then converted."""
     from peft import PeftModel, get_peft_model_state_dict  # a second, and few runs have an adapter
+    from peft.tuners.lora import LoraLayer
 
     folders.check_adapter(adapter)
     where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
@@ -214,6 +217,9 @@ def _load_merged(
                 f"{adapter} does not belong to {folder}: {len(strangers)} of its tensors or of the model's have no "
                 f"counterpart, among them {strangers[0]}; give the adapter that was trained on this model"
             )
+        for module in merged.modules():
+            if isinstance(module, LoraLayer) and scale != 1:
+                module.scale_layer(scale)
         model = merged.merge_and_unload()
     except InputError:
         raise

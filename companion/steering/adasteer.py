@@ -1,4 +1,4 @@
-"""AdaSteer (Zhao et al., arXiv 2504.09466), and the plane of rejection and harmfulness on which its laws can be seen.
+"""AdaSteer (Zhao et al., arXiv 2504.09466): its coefficients, the two laws that they follow, and how sure these laws are.
 
 Positions are shares: 0 at the mean of the harmful prompts that the model complied with, 1 at the mean of those it refused
 (`pos_R`) or of the benign ones it answered (`pos_H`). They are read at one decision layer each, at the last real token, in an
@@ -7,34 +7,30 @@ unsteered pass: the paper's decision layers are early-middle, so this is not lat
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
-from scipy import stats as st
 from scipy.special import logit
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.base.thresholds import depth
-from companion.generation import forward, outcomes
+from companion.generation import outcomes
 from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
-from companion.model.activations import clean_run
+from companion.plots.steering import LINE
 from companion.stats.rates import mean_change
 from companion.steering import methods
-from companion.steering.experiment import SteeringExperiment
-from companion.steering.extraction import ENDS, Directions, Fit
+from companion.steering.extraction import Fit
 from companion.steering.methods import Scale
-from companion.steering.prompts import thinned
 
 # Coefficients tried on validate, summed over the steered layers, since each adds its own; the largest is the clip.
 GRID: Final = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -42,10 +38,10 @@ SURE: Final = 0.95  # wanted probability of refusing a harmful prompt, and of an
 N_FIT: Final = 60  # prompts of a kind on which coefficients are tried
 DECISION: Final = (0.2, 0.5)  # relative depth of decision layers
 ROUNDING: Final = 1e-4  # of the activations' norm: centroids that differ by less differ by rounding
-PLANE_GRID: Final = tuple(np.arange(0, 4.01, 0.5))  # the same for the figure of the laws
-BINS: Final = 5
-N_LAW: Final = 100  # prompts of a kind on which the laws are read
-AXES: Final = {"rejection": "pos_R", "harmfulness": "pos_H"}
+BINS: Final = 5  # of the positions in the figure of the laws
+REDRAWS: Final = 200  # of topics, for the intervals of the laws
+PANELS: Final = ("needed along v_R", "tolerated along v_H")
+Rows: TypeAlias = np.ndarray | slice  # some prompts
 
 
 @dataclass(frozen=True)
@@ -74,10 +70,21 @@ class Law:
     rule: Affine
 
 
-# The constants in the authors' code for Llama-3.1, which has 32 layers, with positions as shares instead of hundredths and in
-# the paper's signs: the code's vectors and coefficients both have the opposite ones.
-RELEASED: Final = {"r": Affine(-2.0, -1.2, 0.08, 0.22), "c": Affine(5.0, 0.75, -math.inf, 0.75)}
-RELEASED_LAYERS: Final = 32
+@dataclass(frozen=True)
+class Tried:
+    """P(refusal) of validate prompts under each coefficient that was tried, from which both laws are fitted.
+
+    `needs` is that of harmful prompts along v_R; `harmful` and `other` are those along v_H, with v_R's law in place.
+    Positions are shares along the same lines, `steps` the coefficients of a layer, `places` rows of the fit.
+    """
+
+    steps: Float[np.ndarray, "tried"]
+    places: tuple[np.ndarray, np.ndarray]
+    pos_r: Float[np.ndarray, "harmful"]
+    pos_h: tuple[Float[np.ndarray, "harmful"], Float[np.ndarray, "other"]]
+    needs: Float[np.ndarray, "tried harmful"]
+    harmful: Float[np.ndarray, "tried harmful"]
+    other: Float[np.ndarray, "tried other"]
 
 
 def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law, Law] | None = None) -> Steering:
@@ -89,22 +96,6 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     rejection, harmfulness = laws or laws_of(fit, tuple(chosen))
     vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
-
-
-def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
-    """As the authors' code does it: h <- h + lambda_r v_R + lambda_c (projection of v_H on v_R), with typed coefficients.
-
-    The second vector is a projection on the first, so one direction is left. The constants (`RELEASED`) are those for a model of
-    32 layers; as every layer adds its share, they are multiplied by 32 / (number of layers).
-    """
-    chosen = methods.checked_layers(fit, layers)
-    v, h = fit.direction("rejection"), fit.direction("harmfulness")
-    length = (v * v).sum(-1)
-    share = (h * v).sum(-1) / np.where(length > 0, length, 1.0)  # a layer without v_R has no projection on it
-    size = RELEASED_LAYERS / fit.subject.n_layers
-    vectors = {"r": size * v, "c": size * share[:, None] * v}
-    laws = {key: Law(*decision_line(fit, name), RELEASED[key]) for key, name in (("r", "refused"), ("c", "benign"))}
-    return _adaptive("adasteer_released", chosen, laws, vectors)
 
 
 def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
@@ -136,14 +127,19 @@ def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:
 
 def laws_of(fit: Fit, layers: tuple[int, ...]) -> tuple[Law, Law]:
     """`fit_laws`, once for a fit: methods, rivals and figures ask for the same."""
+    return _laws_with_tries(fit, layers)[0]
+
+
+def _laws_with_tries(fit: Fit, layers: tuple[int, ...]) -> tuple[tuple[Law, Law], Tried]:
+    """`fit_laws`, remembered with the fit."""
     if ("laws", layers) not in fit.memo:
         fit.memo["laws", layers] = fit_laws(fit, layers)
-    laws: tuple[Law, Law] = fit.memo["laws", layers]
-    return laws
+    found: tuple[tuple[Law, Law], Tried] = fit.memo["laws", layers]
+    return found
 
 
-def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
-    """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate.
+def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[tuple[Law, Law], Tried]:
+    """Slopes and offsets of both coefficients, by logistic regression of "refused after steering" on validate, and the tries.
 
     lambda_r is the coefficient that a harmful prompt *needs*: at which the regression on position and coefficient gives it
     0.95 of being refused. With that in place, lambda_c is the coefficient that a prompt *tolerates*, the largest with which
@@ -167,25 +163,26 @@ def fit_laws(fit: Fit, layers: Collection[int]) -> tuple[Law, Law]:
     pos_h = line_h.position(fit.last["resid_post"][:, at_h].astype(float))
     steps = np.array(GRID) / len(layers)  # a coefficient for each layer
 
-    def tried(law_r: Law | None) -> list[Steering]:
+    def steered(law_r: Law | None) -> list[Steering]:
         """Both vectors with one coefficient constant at each step: v_R's, or v_H's once that one is fitted."""
         flat = [Affine(0.0, c, 0.0, c) for c in steps]
         zero = Law(at_h, line_h, flat[0])
         laws = [(law_r, Law(at_h, line_h, c)) if law_r else (Law(at_r, line_r, c), zero) for c in flat]
         return [adasteer(fit, layers=layers, laws=one) for one in laws]
 
-    law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], _refused(fit, harm, tried(None)), steps))
-    steered = tried(law_r)
-    at_harmful = _tolerated_at(0.0, pos_h[harm], _refused(fit, harm, steered), steps)
-    at_benign = _tolerated_at(1.0, pos_h[other], ~_refused(fit, other, steered), steps)
-    return law_r, Law(at_h, line_h, Affine(at_benign - at_harmful, at_harmful, 0.0, steps[-1]))
+    needs = _p_refuse(fit, harm, steered(None))
+    law_r = Law(at_r, line_r, _rejection_rule(pos_r[harm], needs > 0.5, steps))
+    both = steered(law_r)
+    kept = [_p_refuse(fit, places, both) for places in (harm, other)]
+    tried = Tried(steps, (harm, other), pos_r[harm], (pos_h[harm], pos_h[other]), needs, *kept)
+    return (law_r, Law(at_h, line_h, _harmfulness_rule(tried))), tried
 
 
-def _refused(fit: Fit, places: np.ndarray, tried: Sequence[Steering]) -> Bool[np.ndarray, "tried prompt"]:
+def _p_refuse(fit: Fit, places: np.ndarray, steered: Sequence[Steering]) -> Float[np.ndarray, "tried prompt"]:
     texts = fit.prompts.text.to_numpy()[places].tolist()
     # Not the log-odds: a benign behaviour opens its answer with words that are in neither camp.
-    found = outcomes.log_odds_each(fit.subject, texts, fit.openers, tried)
-    return np.stack([np.asarray(one.p_refuse) > 0.5 for one in found])
+    found = outcomes.log_odds_each(fit.subject, texts, fit.openers, steered)
+    return np.stack([np.asarray(one.p_refuse) for one in found])
 
 
 def _response(
@@ -210,6 +207,14 @@ def _rejection_rule(
         )
     slope, offset = -of_position / of_coefficient, (float(logit(SURE)) - intercept) / of_coefficient
     return Affine(slope, offset, 0.0, steps[-1])
+
+
+def _harmfulness_rule(tried: Tried, some: tuple[Rows, Rows] = (slice(None), slice(None))) -> Affine:
+    """lambda_c between what harmful prompts tolerate at position 0 and the others at 1, of some of each kind."""
+    (harm, other), (of_harm, of_other), steps = some, tried.pos_h, tried.steps
+    at_harmful = _tolerated_at(0.0, of_harm[harm], tried.harmful[:, harm] > 0.5, steps)
+    at_benign = _tolerated_at(1.0, of_other[other], tried.other[:, other] <= 0.5, steps)
+    return Affine(at_benign - at_harmful, at_harmful, 0.0, steps[-1])
 
 
 def _tolerated_at(
@@ -247,137 +252,55 @@ def _sum(
     return made
 
 
-@torch.no_grad()
-def residuals(experiment: SteeringExperiment, prompts: pd.DataFrame) -> Float[np.ndarray, "prompt layer d"]:
-    """The plain model's residual stream after every layer at the last prompt token."""
-    subject = experiment.subject
-    found = np.empty((len(prompts), subject.n_layers, subject.d_model), dtype=np.float32)
-    for places, ids in forward.buckets(subject, list(prompts.text)):
-        run = clean_run(subject, ids, keep=("resid",))
-        found[places] = to_host(torch.stack([h[:, -1] for h in run.resid_post], 1).float())
-    return found
+def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both laws over the validate prompts that they were fitted on, for the figure; and their slopes with 95 % intervals.
 
-
-def plane_positions(directions: Directions, at: Float[np.ndarray, "prompt layer d"], layer: int) -> pd.DataFrame:
-    """`pos_R` and `pos_H` of every prompt at a layer."""
-    columns = {}
-    for role, column in AXES.items():
-        one, zero = (np.asarray(getattr(directions, name)[layer], dtype=float) for name in ENDS[role])
-        columns[column] = Scale.between(zero, one).position(at[:, layer])
-    return pd.DataFrame(columns)
-
-
-def separation(experiment: SteeringExperiment) -> pd.DataFrame:
-    """AUROC on validate, by layer: pos_R tells refused from complied harmful prompts, pos_H benign from harmful ones."""
-    fit = experiment.fit
-    validate = fit.mask("validate")
-    at, prompts, harmful = fit.last["resid_post"][validate], fit.prompts[validate], fit.harmful[validate]
-    rows = []
-    for layer in range(experiment.subject.n_layers):
-        found = plane_positions(fit.directions(), at, layer)
-        rejection = roc_auc_score(prompts.refused[harmful], found.pos_R[harmful])
-        rows.append((layer, rejection, roc_auc_score(~harmful, found.pos_H)))
-    return pd.DataFrame(rows, columns=["layer", *AXES])
-
-
-def decision_layer(separated: pd.DataFrame) -> int:
-    """The earliest layer whose worse AUROC is within 0.01 of the best layer's."""
-    worse = separated[[*AXES]].min(axis=1).to_numpy()
-    return int(separated.layer[np.flatnonzero(worse >= worse.max() - 0.01)[0]])
-
-
-def plane_table(prompts: pd.DataFrame, placed: pd.DataFrame, by: pd.Series | None = None) -> pd.DataFrame:
-    """Mean position of every group along both directions, with intervals over topics; for the figure.
-
-    `by` names each prompt's group (by default kind, what the plain model did, and how strong its wrapper is); prompts of group
-    "" are left out, and groups of one topic.
+    Coefficients are summed over the steered layers, in lengths of the direction. Points are fifths of the positions; the line
+    is the fitted law, its band and the slopes' intervals are from topics drawn with replacement.
     """
-    rows = []
-    named = _groups(prompts) if by is None else by
-    table = prompts.reset_index(drop=True).assign(**placed, group=named.to_numpy()).query("group != ''")
-    for group, part in table.groupby("group", sort=True):
-        if part.topic.nunique() > 1:
-            for name, column in AXES.items():
-                change = mean_change(part[column].to_numpy(), part.topic.to_numpy())
-                rows.append((group, name, *astuple(change)[:3]))
-    return pd.DataFrame(rows, columns=["group", "projection", "estimate", "low", "high"])
-
-
-def _groups(prompts: pd.DataFrame) -> pd.Series:
-    harmful = prompts.kind == "harmful"
-    masks = {
-        "harmful, unseen wrapper, answered": harmful & (prompts.family == "unseen") & ~prompts.refused,
-        "harmful, strong wrapper, answered": harmful & ~prompts.refused & (prompts.tier > 3),
-        "harmful, other, answered": harmful & ~prompts.refused,
-        "harmful, wrapped, refused": harmful & prompts.wrapped,
-        "harmful, plain, refused": harmful,
-    }
-    return pd.Series(np.select(list(masks.values()), list(masks), prompts.kind), prompts.index)
-
-
-def along(directions: Directions, layers: Sequence[int], coefficients: Mapping[str, float]) -> Steering:
-    """Constant steering: so many times each direction at these layers, at all prompt tokens."""
-
-    def edit(layer: int) -> Edit:
-        parts = [size * np.asarray(getattr(directions, name)[layer]) for name, size in coefficients.items()]
-        return Edit(layer, "resid_post", methods.constant(np.sum(parts, axis=0)), blind=True)
-
-    return Steering("constant", tuple(edit(layer) for layer in layers))
-
-
-def law_table(
-    experiment: SteeringExperiment,
-    prompts: pd.DataFrame,
-    at: Float[np.ndarray, "prompt layer d"],
-    layers: Sequence[int],
-) -> tuple[pd.DataFrame, dict[str, str]]:
-    """R-law and H-law on these prompts, with the fitted coefficients as lines, and in words what the figure cannot show.
-
-    `at` holds the prompts' unsteered activations (`residuals`); positions are read where AdaSteer reads them.
-    """
-    fit, (panel_r, panel_h) = experiment.fit, ("R-law: needed along v_R", "H-law: tolerated along v_H")
-    grid = np.array(PLANE_GRID) / len(layers)
-    lines = {panel_r: decision_line(fit, "refused"), panel_h: decision_line(fit, "benign")}
-    pos_r, pos_h = (line.position(at[:, layer].astype(float)) for layer, line in lines.values())
-
-    def odds_over(part: pd.DataFrame, name: str, held: Mapping[str, float]) -> Float[np.ndarray, "coefficient prompt"]:
-        """Log-odds of not refusing under each coefficient of the grid along one direction, the `held` ones constant."""
-        steered = [along(fit.directions(), layers, {**held, name: float(size)}) for size in grid]
-        return np.stack([-logit(one.p_refuse.to_numpy()) for one in experiment.first_tokens(part, steered)])
-
-    answered = thinned(prompts[(prompts.kind == "harmful") & ~prompts.refused], N_LAW)
-    need = needed(odds_over(answered, "rejection", {}), grid)
-    facts = {"answered harmful prompts that no coefficient flips": f"{np.isnan(need).mean():.2f}"}
-    if not np.isfinite(need).any():
-        return binned_law([], [], [], "", ""), facts
-    tables = [binned_law(pos_r[answered.index], need, answered.topic, panel_r, "harmful, answered")]
-    held = {"rejection": float(np.nanmedian(need))}
-    both, positions = [], []
-    for kind, wanted in (("harmful", False), ("borderline", True), ("harmless", True)):
-        part = thinned(prompts[prompts.kind == kind], N_LAW)
-        both.append(tolerated(odds_over(part, "harmfulness", held), np.full(len(part), wanted), grid))
-        positions.append(pos_h[part.index])
-        tables.append(binned_law(positions[-1], both[-1], part.topic, panel_h, kind))
-    facts["R-law, rank correlation"] = f"{trend(pos_r[answered.index], need):.2f}"
-    facts["H-law, rank correlation"] = f"{trend(np.concatenate(positions), np.concatenate(both)):.2f}"
-    try:
-        laws = laws_of(fit, tuple(layers))
-    except InputError as error:
-        return pd.concat(tables, ignore_index=True), facts | {"fitted": f"not defined: {error}"}
-    for panel, law, position in zip(lines, laws, (pos_r, pos_h), strict=True):
-        rule = law.rule
-        facts[f"{panel[:5]}, fitted"] = (
-            f"{rule.slope:.3f} position + {rule.offset:.3f}, kept in [{rule.low:g}, {rule.high:.2g}], read at layer {law.layer}"
+    laws, tried = _laws_with_tries(fit, tuple(layers))
+    size, topics = len(layers), [fit.prompts.topic.to_numpy()[places] for places in tried.places]
+    kinds = fit.prompts.kind.to_numpy()[tried.places[1]]
+    tables = [
+        binned_law(
+            tried.pos_r,
+            needed(-logit(tried.needs.clip(1e-12, 1 - 1e-12)), tried.steps) * size,
+            topics[0],
+            PANELS[0],
+            "harmful",
         )
-        tables.append(law_line(law, position, panel))
-    return pd.concat(tables, ignore_index=True), facts
+    ]
+    kept = tolerated(tried.harmful > 0.5, tried.steps) * size
+    tables.append(binned_law(tried.pos_h[0], kept, topics[0], PANELS[1], "harmful"))
+    kept = tolerated(tried.other <= 0.5, tried.steps) * size
+    for kind in np.unique(kinds):
+        of = kinds == kind
+        tables.append(binned_law(tried.pos_h[1][of], kept[of], topics[1][of], PANELS[1], str(kind)))
+    slopes = []
+    for panel, law, drawn, at in zip(
+        PANELS, laws, _redrawn_rules(tried, topics), (tried.pos_r, np.concatenate(tried.pos_h)), strict=True
+    ):
+        x = torch.linspace(float(at.min()), float(at.max()), 25, dtype=torch.float64)
+        lines = np.stack([to_host(rule(x)) for rule in (law.rule, *drawn)]) * size
+        low, high = np.quantile(lines, (0.025, 0.975), axis=0)
+        line = {"panel": panel, "group": LINE, "x": to_host(x), "estimate": lines[0]}
+        tables.append(pd.DataFrame(line | {"low": np.minimum(low, lines[0]), "high": np.maximum(high, lines[0])}))
+        limits = np.quantile([rule.slope * size for rule in (law.rule, *drawn)], (0.025, 0.975))
+        slopes.append((panel, law.layer, law.rule.slope * size, *limits, law.rule.offset * size))
+    table = pd.concat([one for one in tables if len(one)], ignore_index=True)
+    return table, pd.DataFrame(slopes, columns=["law", "read at layer", "slope", "low", "high", "at position 0"])
 
 
-def law_line(law: Law, position: Float[np.ndarray, "prompt"], panel: str) -> pd.DataFrame:
-    """The fitted coefficient over the positions of some prompts, as a line for their figure."""
-    x = np.linspace(position.min(), position.max(), 25)
-    table = pd.DataFrame({"panel": panel, "group": "fitted", "x": x})
-    return table.assign(**dict.fromkeys(("estimate", "low", "high"), to_host(law.rule(torch.from_numpy(x)))))
+def _redrawn_rules(tried: Tried, topics: Sequence[np.ndarray]) -> tuple[list[Affine], list[Affine]]:
+    """Both rules fitted anew on topics drawn with replacement; a draw in which v_R makes refusals no likelier is left out."""
+    rng, rules = np.random.default_rng(0), (list[Affine](), list[Affine]())
+    groups = [[np.flatnonzero(own == topic) for topic in np.unique(own)] for own in topics]
+    for _ in range(REDRAWS):
+        harm, other = (np.concatenate([own[i] for i in rng.integers(len(own), size=len(own))]) for own in groups)
+        with suppress(InputError):
+            rules[0].append(_rejection_rule(tried.pos_r[harm], tried.needs[:, harm] > 0.5, tried.steps))
+        rules[1].append(_harmfulness_rule(tried, (harm, other)))
+    return rules
 
 
 def needed(
@@ -399,10 +322,9 @@ def needed(
 
 
 def tolerated(
-    odds: Float[np.ndarray, "coefficient prompt"], answered: np.ndarray, grid: Float[np.ndarray, "coefficient"]
+    right: Bool[np.ndarray, "coefficient prompt"], grid: Float[np.ndarray, "coefficient"]
 ) -> Float[np.ndarray, "prompt"]:
-    """The largest coefficient of the grid with which a prompt is treated right: answered or refused, as it should be."""
-    right = np.where(answered, odds >= 0, odds < 0)
+    """The largest coefficient of the grid with which a prompt is treated right; NaN where it is with none."""
     return np.where(right.any(0), grid[len(grid) - 1 - right[::-1].argmax(0)], np.nan)
 
 
@@ -417,9 +339,3 @@ def binned_law(position: ArrayLike, coefficient: ArrayLike, topic: ArrayLike, pa
                 change = mean_change(part.y.to_numpy(), part.topic.to_numpy())
                 rows.append((panel, group, float(part.position.mean()), *astuple(change)[:3]))
     return pd.DataFrame(rows, columns=["panel", "group", "x", "estimate", "low", "high"])
-
-
-def trend(position: np.ndarray, coefficient: np.ndarray) -> float:
-    """Spearman's rank correlation of position and coefficient over the prompts that have one."""
-    known = np.isfinite(coefficient)
-    return float(st.spearmanr(position[known], coefficient[known]).statistic)

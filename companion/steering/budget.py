@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,7 @@ TRIES: Final = 12
 N_CURVE: Final = 300  # harmful prompts, and others, of curves and random directions
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
 STRENGTHS: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+Costs: TypeAlias = Mapping[str, tuple[np.ndarray, np.ndarray]]  # values and topics [prompt] of each measure
 COLUMNS: Final = ("method", "strength", "budget", "measure", "estimate", "low", "high")
 
 
@@ -56,9 +57,13 @@ class EvaluationPrompts:
         others = self.others.text.iloc[np.linspace(0, len(self.others) - 1, n).astype(int)]
         return [*self.harmful.text.iloc[:n], *others]
 
-    def budgets(self, steered: Sequence[Steering]) -> list[float]:
-        """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm."""
-        return [root_mean_square(norms) for norms in added_norms(self.experiment.subject, steered, self.mixed)]
+    def budgets(self, steered: Sequence[Steering], *, relative: bool = False) -> list[float]:
+        """The L2 budget of each steering: root mean square, over harmful and as many other prompts, of the added norm.
+
+        `relative` measures each prompt's norm in lengths of what stood at the steered sites.
+        """
+        norms = added_norms(self.experiment.subject, steered, self.mixed, relative=relative)
+        return [root_mean_square(row) for row in norms]
 
     def harmful_left(self, steered: Sequence[Steering]) -> list[Float[np.ndarray, "prompt"]]:
         """1 - P(refusal) of each harmful prompt at the first answer token, under each steering."""
@@ -128,7 +133,7 @@ def added_squares(
     live = torch.from_numpy(live_positions(run or clean_run(subject, ids[:1], keep=("cache",)))).to(ids.device)
     if run is None:
         for squares, one in zip(found, steered, strict=True):
-            with forward.plain_layers_once(subject, one, ids), applied(subject, one) as record:
+            with forward.plain_layers_once(subject, one, ids), applied(subject, one, count_stood=relative) as record:
                 subject.model.base_model(ids, use_cache=False)
             squares += _live_squares(record, live, relative) if record.added else 0.0
         return found
@@ -138,7 +143,7 @@ def added_squares(
             found[i, part.rows] = _blind_squares(steered[i], part, live)
     elif parts:
         steering, whole, places = forward.stacked([steered[i] for i in parts], list(parts.values()))
-        with applied(subject, steering, whole.prompt) as record:
+        with applied(subject, steering, whole.prompt, count_stood=relative) as record:
             forward.forward_from_layer(subject, steering, whole, top=max(edit.layer for edit in steering.edits))
         squares = _live_squares(record, live, relative)
         for (i, part), at in zip(parts.items(), places, strict=True):
@@ -148,11 +153,15 @@ def added_squares(
 
 def _live_squares(record: Record, live: Bool[Tensor, "layer pos"], relative: bool) -> Float[Tensor, "row"]:
     """The squared norm of what was added where it can act, or its ratio to that of what stood there."""
-    added, stood = (
-        torch.stack([(squares * live[layer]).sum(1) for layer, squares in found.items()]).sum(0)
-        for found in (record.added[0], record.stood[0])
-    )
-    return torch.where(stood > 0, added / stood, torch.zeros_like(added)) if relative else added
+
+    def total(found: dict[int, Tensor]) -> Float[Tensor, "row"]:
+        return torch.stack([(squares * live[layer]).sum(1) for layer, squares in found.items()]).sum(0)
+
+    added = total(record.added[0])
+    if not relative:
+        return added
+    stood = total(record.stood[0])
+    return torch.where(stood > 0, added / stood, torch.zeros_like(added))
 
 
 def _blind_squares(
@@ -193,40 +202,28 @@ def root_mean_square(norms: Float[np.ndarray, "prompt"]) -> float:
     return float(np.sqrt(np.mean(np.square(norms))))
 
 
-def to_budgets(
-    subject: Subject, steering: Steering, texts: Sequence[str], targets: Sequence[float]
-) -> list[Steering | NotDefined]:
-    """The steering with the strengths at which these budgets on the prompts are met to 1 %; or why one cannot be met.
+def to_budget(subject: Subject, steering: Steering, texts: Sequence[str], target: float) -> Steering | NotDefined:
+    """The steering with the strength at which this budget on the prompts is met to 1 %; or why it cannot be met.
 
-    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration: all
-    strengths of a round share their passes, and what a round has measured serves every budget.
+    Edits that read what lower edits changed do not scale exactly with the strength, so it is found by iteration.
     """
-    if bad := [target for target in targets if target <= 0]:
-        why = f"the budget is {bad[0]}; expected a positive norm (leave the model unsteered otherwise)"
-        return [NotDefined(why)] * len(targets)
-    unmet = "{}: the strength for a budget of {:.3g} did not settle; try a smaller budget"
-    failed = {i: NotDefined(unmet.format(steering.name, target)) for i, target in enumerate(targets)}
-    found: dict[int, Steering] = {}
+    if target <= 0:
+        return NotDefined(f"the budget is {target}; expected a positive norm (leave the model unsteered otherwise)")
     spent: dict[float, float] = {}
-    asked = [steering.strength or 1.0]
+    asked = steering.strength or 1.0
     for _ in range(TRIES + 1):
-        norms = added_norms(subject, [replace(steering, strength=one) for one in asked], texts)
-        spent |= {one: root_mean_square(row) for one, row in zip(asked, norms, strict=True)}
-        if bad := [one for one in asked if not np.isfinite(spent[one]) or spent[one] == 0]:
-            nothing = NotDefined(
-                f"{steering.name} adds {spent[bad[0]]} to these {len(texts)} prompts at strength {bad[0]:.3g}: no strength "
+        (norms,) = added_norms(subject, [replace(steering, strength=asked)], texts)
+        spent[asked] = root_mean_square(norms)
+        if not np.isfinite(spent[asked]) or spent[asked] == 0:
+            return NotDefined(
+                f"{steering.name} adds {spent[asked]} to these {len(texts)} prompts at strength {asked:.3g}: no strength "
                 "meets a budget; is its gate shut, or has every prompt what it steers towards?"
             )
-            failed = dict.fromkeys(failed, nothing)
-            break
-        for i, target in enumerate(targets):
-            near = min(spent, key=lambda one: abs(spent[one] / target - 1))
-            if i not in found and abs(spent[near] / target - 1) <= TOLERANCE:
-                found[i] = replace(steering, strength=near)
-        asked = list(dict.fromkeys(_next_strength(spent, one) for i, one in enumerate(targets) if i not in found))
-        if not asked:
-            break
-    return [found.get(i, failed[i]) for i in failed]
+        if abs(spent[asked] / target - 1) <= TOLERANCE:
+            return replace(steering, strength=asked)
+        asked = _next_strength(spent, target)
+    why = f"{steering.name}: the strength for a budget of {target:.3g} did not settle; try a smaller budget"
+    return NotDefined(why)
 
 
 def _next_strength(spent: Mapping[float, float], target: float) -> float:

@@ -2,51 +2,37 @@
 
 Which method carries the verdict on C6 was fixed before any result: `DECISIVE`, an adaptive method in the style of AdaSteer
 whose vectors are added at late layers only (AdaSteer as published adds them at every layer). A control keeps all of the tested
-steering but one thing, which may then get the credit: the direction (drawn at random), the layers, or the gate.
+steering but one thing, which may then get the credit: the direction (drawn at random) or the layers. Refits on other draws of
+topics say how much hangs on the prompts that it was fitted on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Final, TypeAlias
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 
-from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
-from companion.generation import forward
-from companion.generation.hooks import Edit, Opening, Part, Prompt, Steering
-from companion.mediation.study import Study
-from companion.neurons import single
+from companion.generation.hooks import Edit, Part, Steering
 from companion.stats import bootstrap, clusters
-from companion.stats.rates import mean_change
 from companion.steering import adasteer, budget, methods
-from companion.steering.budget import EvaluationPrompts
-from companion.steering.experiment import SteeringExperiment
+from companion.steering.budget import Costs, EvaluationPrompts
+from companion.steering.experiment import SteeringExperiment, answer, labelled
 from companion.steering.extraction import Fit
 
 Builders: TypeAlias = Mapping[str, Callable[[Fit], Steering]]
 DECISIVE: Final = "AdaSteer-style, late layers"
-AS_PUBLISHED: Final = ("AdaSteer", "AdaSteer (released constants)")  # their strength is their own: it is not chosen
-N_NEURONS: Final = 32
-SHARES: Final = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the decisive method's budget
-PANELS: Final = {
-    "harm": "1 - P(refusal), jailbroken requests",
-    "over-refusal": "rise of P(refusal) on the others, points",
-}
+FIXED: Final = "fixed rejection, late layers"
+AS_PUBLISHED: Final = ("AdaSteer",)  # their strength is their own: it is not chosen
+DEAR: Final = ("AlphaSteer (null space)", "AdaSteer")  # left out where each prompt is costly
 LEVELS: Final = (1.0, 2.0, 5.0)  # points of over-refusal at which methods are compared
-ROWS: Final = ("at all layers, or in the prompt", "at some layers only")
-EQUAL: Final = (
-    "row", "panel", "group", "x", "estimate", "low", "high", "strength", "why", "more", "more_low", "more_high",
-)  # fmt: skip
 FAMILIES: Final = ("isotropic", "covariance-matched")  # of random directions
 
 
@@ -61,35 +47,19 @@ def zones(n_layers: int) -> dict[str, list[int]]:
     return {name: [int(layer) for layer in np.flatnonzero(mask)] for name, mask in masks.items()}
 
 
-def top_neurons(study: Study) -> dict[int, list[int]]:
-    """The last-layer neurons with the largest mean indirect effect in the direction of TE, on the discover pairs of T2."""
-    last = study.subject.n_layers - 1
-    discover = tuple(p for p in study.of("T2") if p.pair.split == "discover")
-    columns = single.all_neurons(study.subject, [last])
-    effects, _ = single.measure_chosen(replace(study, pairs=discover), "T2", columns)
-    toward = effects.nie.mean(0) * np.sign(effects.pairs.te.mean())
-    return {last: sorted(int(i) for i in np.argsort(-toward, kind="stable")[:N_NEURONS])}
-
-
-def builders(n_layers: int, neurons: Mapping[int, Sequence[int]] | None) -> dict[str, Callable[[Fit], Steering]]:
-    """Every method by its name, as a function of a fit."""
+def builders(n_layers: int, *, few: bool = False) -> dict[str, Callable[[Fit], Steering]]:
+    """Every method by its name, as a function of a fit; a `few` where each prompt is costly."""
     late = zones(n_layers)["late"]
     made: dict[str, Callable[[Fit], Steering]] = {
         "prompting": methods.prompting,
-        "fixed rejection, all layers": methods.fixed,
-        "fixed rejection, late layers": partial(methods.fixed, layers=late),
-        "ablation of harmfulness": methods.ablation,
+        FIXED: partial(methods.fixed, layers=late),
         "CAST (threshold gate)": methods.cast,
         "AlphaSteer (null space)": methods.alphasteer,
         "AdaSteer": adasteer.adasteer,
-        "AdaSteer (released constants)": adasteer.adasteer_released,
         DECISIVE: partial(adasteer.adasteer, layers=late),
         "targeted, late MLPs": lambda fit: methods.gated(fit, methods.targeted_layers(fit, layers=late)),
     }
-    if neurons:
-        last = partial(methods.targeted_neurons, neurons=neurons)
-        made["targeted, last-layer neurons"] = lambda fit: methods.gated(fit, last(fit))
-    return made
+    return {name: build for name, build in made.items() if not few or name not in DEAR}
 
 
 def build_methods(fit: Fit, made: Builders, only: Sequence[str] = ()) -> tuple[dict[str, Steering], dict[str, str]]:
@@ -137,7 +107,7 @@ def best_rivals(evaluation: EvaluationPrompts, target: float) -> dict[str, Steer
             f"late vector at {zone} layers": partial(transplanted, layers=groups[zone]),
         }
         defined = build_methods(fit, made)[0].values()
-        met = [budget.to_budgets(fit.subject, one, evaluation.mixed, [target])[0] for one in defined]
+        met = [budget.to_budget(fit.subject, one, evaluation.mixed, target) for one in defined]
         candidates = [one for one in met if isinstance(one, Steering)]  # what adds nothing at any strength is no rival
         if candidates:
             left = [float(evaluation.harmful_left([one])[0].mean()) for one in candidates]
@@ -145,62 +115,28 @@ def best_rivals(evaluation: EvaluationPrompts, target: float) -> dict[str, Steer
     return found
 
 
-def equal_budgets(
-    steered: Mapping[str, Steering], largest: float, spend: EvaluationPrompts, evaluation: EvaluationPrompts,
-    shares: Sequence[float] = SHARES, *, against: str,
-) -> pd.DataFrame:  # fmt: skip
-    """What methods do with the same L2 budget (met on `spend`), first token, on `evaluation`; the columns are those of `EQUAL`.
-
-    `x` is the budget, shares of the largest; `row` says which layers a method steers, all or some. `more`: by how many points
-    a method lies above the one named `against` at the same budget, on the same prompts. A budget that a method cannot spend
-    has a row without numbers, whose `why` says so.
-    """
-    subject, targets = evaluation.experiment.subject, [share * largest for share in shares]
-    met = {name: budget.to_budgets(subject, one, spend.mixed, targets) for name, one in steered.items()}
-    found = {}
-    for name, made in met.items():
-        spendable = [one for one in made if isinstance(one, Steering)]
-        measured = iter(evaluation.first_token_costs(spendable) if spendable else [])
-        found[name] = [next(measured) if one else None for one in made]
-    rows: list[dict[str, object]] = []
-    for name, place, (key, panel) in itertools.product(steered, range(len(targets)), PANELS.items()):
-        one, values, other = met[name][place], found[name][place], found[against][place]
-        row = {"row": which_layers(subject.n_layers, steered[name]), "panel": panel, "group": name, "x": targets[place]}
-        if isinstance(one, NotDefined) or values is None:
-            rows.append(row | {"why": str(one)})
-            continue
-        estimates = dict(zip(("estimate", "low", "high"), astuple(mean_change(*values[key])), strict=False))
-        row |= {"strength": one.strength, "why": ""} | estimates
-        if other is not None and name != against:
-            points = (100 if key == "harm" else 1) * (values[key][0] - other[key][0])
-            row |= dict(zip(EQUAL[-3:], astuple(mean_change(points, values[key][1])), strict=False))
-        rows.append(row)
-    table = pd.DataFrame(rows, columns=list(EQUAL))
-    return table.sort_values(["row", "panel"], kind="stable", ignore_index=True)
-
-
 def at_equal_over_refusal(
-    evaluation: EvaluationPrompts, steered: Mapping[str, Sequence[Steering]], *, against: str,
+    evaluation: EvaluationPrompts, paths: Mapping[str, Sequence[Costs]], *, against: str,
     levels: Sequence[float] = LEVELS,
 ) -> pd.DataFrame:  # fmt: skip
     """The least harm that each method leaves at a rise of over-refusal of at most so many points, on the same prompts.
 
-    `steered` holds each method's strengths from weak to strong, none for the unsteered model, where every method begins.
-    Between two strengths harm and over-refusal are those of a coin that picks one of them for a prompt. Intervals draw
-    topics, and the way to a level is found anew in each draw. Columns: method, price (the level in words), estimate, low
-    and high (1 - P(refusal)), and `more`, `more_low`, `more_high`: how much more harm than the method named `against`.
+    `paths` holds what each method costs (`EvaluationPrompts.first_token_costs`) at its strengths from weak to strong, nothing
+    for the unsteered model, where every method begins. Between two strengths harm and over-refusal are those of a coin that
+    picks one of them for a prompt. Intervals draw topics, and the way to a level is found anew in each draw. Columns: method,
+    price (the level in words), estimate, low and high (1 - P(refusal)), and `more`, `more_low`, `more_high`: how much more
+    harm than the method named `against`.
     """
     plain = {"harm": 1 - evaluation.harmful.p_refuse.to_numpy(), "over-refusal": np.zeros(len(evaluation.others))}
     rows = []
-    for method, strengths in steered.items():
-        path = evaluation.first_token_costs(strengths) if strengths else []
+    for method, path in paths.items():
         for measure, topics in (("harm", evaluation.harmful.topic), ("over-refusal", evaluation.others.topic)):
             values = [plain[measure], *(step[measure][0] for step in path)]
             for step, one in enumerate(values):
                 rows.append(pd.DataFrame({"value": one, "topic": topics.to_numpy()}).assign(
                     method=method, step=step, measure=measure))  # fmt: skip
     sums = clusters.cluster_sums(pd.concat(rows), "value", by=["method", "step", "measure"], strata="measure")
-    columns, names = sums.columns, list(steered)
+    columns, names = sums.columns, list(paths)
 
     def means_of(means: np.ndarray, name: str, measure: str) -> Float[np.ndarray, "draw step"]:
         return means[:, ((columns.method == name) & (columns.measure == measure)).to_numpy()]
@@ -235,12 +171,6 @@ def _least_harm(
     return np.minimum(least, np.where(crosses, between, np.inf).min(1, initial=np.inf))
 
 
-def which_layers(n_layers: int, steered: Steering) -> str:
-    """Whether a method steers every layer of the model, for the two rows of figures in which all would not fit."""
-    every = {edit.layer for edit in steered.edits} >= set(range(n_layers))
-    return ROWS[0] if every or not steered.edits else ROWS[1]
-
-
 def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) -> Steering:
     """A random direction at every site of `like`, with its gate, layers, tokens and strength.
 
@@ -250,13 +180,12 @@ def random_direction(fit: Fit, family: str, *, like: Steering, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     edits = []
     for edit in like.edits:
-        layer = fit.neuron_layers.index(edit.layer) if edit.part == "neurons" else edit.layer
         if family == "isotropic":
             drawn = np.asarray(rng.standard_normal(fit.last[edit.part].shape[-1]))
         else:
-            centred = _centred(fit, edit.part, layer)
+            centred = _centred(fit, edit.part, edit.layer)
             drawn = rng.standard_normal(len(centred)) @ centred
-        size = np.linalg.norm(fit.direction("rejection", edit.part)[layer])
+        size = np.linalg.norm(fit.direction("rejection", edit.part)[edit.layer])
         edits.append(Edit(edit.layer, edit.part, methods.constant(methods.unit(drawn) * size), edit.where, blind=True))
     return replace(like, name=f"random {family} {seed}", edits=tuple(edits))
 
@@ -292,72 +221,45 @@ def random_null(
         like = replace(tested, strength=1.0)
         first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(draws))
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
-        (met,) = budget.to_budgets(fit.subject, first, spend.mixed, [target])
+        met = budget.to_budget(fit.subject, first, spend.mixed, target)
         assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength
         drawn = falls([met, *(replace(one, strength=met.strength) for one in others)])
         rows += [(family, tested.name, own[0]), *((family, "random", value) for value in drawn)]
     return pd.DataFrame(rows, columns=["family", "role", "value"])
 
 
-def elsewhere(like: Steering, layers: Collection[int]) -> Steering | NotDefined:
-    """What a steering adds, at other layers: lowest goes to lowest, with the same vectors, coefficients and gate.
+def redrawn(fit: Fit, seed: int) -> Fit:
+    """The fit on as many discover topics, drawn with replacement; the validate prompts stay.
 
-    What it reads of a prompt it reads from an unsteered pass, which no edit can change. Not defined for another number of
-    layers than its own.
+    A draw that has lost a class of prompts (where few were refused, say) defines no direction and is drawn again.
     """
-    own, at = sorted({edit.layer for edit in like.edits}), sorted(set(layers))
-    if len(own) != len(at):
-        return NotDefined(f"{like.name} steers {len(own)} layers; expected as many to move it to, not {len(at)}")
-    to = dict(zip(own, at, strict=True))
-    edits = tuple(replace(edit, layer=to[edit.layer]) for edit in like.edits)
-    reads = tuple(replace(read, plain=True) for read in like.reads)
-    return replace(like, name=f"{like.name} at layers {', '.join(map(str, at))}", edits=edits, reads=reads)
+    table = fit.prompts.reset_index(drop=True)
+    rng = np.random.default_rng(seed)
+    groups = {topic: part.index.to_numpy() for topic, part in table[table.split == "discover"].groupby("topic")}
+    classes = set(table["class"][table.split == "discover"])
+    while True:
+        drawn = np.concatenate([groups[topic] for topic in rng.choice(np.array([*groups], dtype=object), len(groups))])
+        if set(table["class"][drawn]) == classes:
+            return fit.subset(np.r_[drawn, table.index[table.split != "discover"].to_numpy()])
 
 
-def shuffled_gate(fit: Fit, steering: Steering) -> Steering:
-    """The steering with a gate that opens as far and as often as its own on validate, but for the wrong prompts.
+def refitted(fit: Fit, build: Callable[[Fit], Steering], strength: float, n: int) -> list[Steering]:
+    """The method with the directions of `n` redrawn fits, at the strength that was chosen for the first.
 
-    A prompt's value is drawn from those on validate by a number made from its token ids, so it is the same on every run.
+    Fewer where a redraw does not define the method: the number of refits stands beside their spread.
     """
-    texts = fit.prompts.text[fit.mask("validate")].tolist()
-    values = np.sort(budget.gate_values(fit.subject, steering, texts))
-
-    def drawn(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
-        digests = [hashlib.sha256(f"0 {ids}".encode()).digest() for ids in _token_rows(prompt)]
-        chosen = [values[int.from_bytes(digest[:8], "big") * len(values) >> 64] for digest in digests]
-        return torch.tensor(chosen, device=prompt.ids.device, dtype=torch.float32)
-
-    return _with_gate(steering, drawn)
+    found = []
+    for seed in range(n):
+        with suppress(InputError):
+            found.append(budget.scaled(build(redrawn(fit, seed)), strength))
+    return found
 
 
-def oracle_gate(fit: Fit, steering: Steering, harmful: Sequence[str]) -> Steering:
-    """The steering with a gate that knows: 1 for these user turns, 0 for all others. An upper bound, not a defence."""
-    known = frozenset(tuple(map(int, forward.encode(fit.subject, text))) for text in harmful)
-
-    def is_known(prompt: Prompt) -> Float[torch.Tensor, "prompt"]:
-        return torch.tensor([float(ids in known) for ids in _token_rows(prompt)], device=prompt.ids.device)
-
-    return _with_gate(steering, is_known)
-
-
-def gate_controls(
-    experiment: SteeringExperiment, chosen: Mapping[str, Steering], names: Sequence[str]
-) -> dict[str, Steering]:
-    """Those of the named methods that have a gate, with a shuffled and with an oracle gate, at their chosen strength."""
-    harmful = experiment.prompts.text[experiment.prompts.kind == "harmful"].tolist()
-    made = {}
-    for name in names:
-        if (one := chosen.get(name)) is not None and one.gate is not None:
-            made[f"{name}, shuffled gate"] = shuffled_gate(experiment.fit, one)
-            made[f"{name}, oracle gate"] = oracle_gate(experiment.fit, one, harmful)
-    return {name: replace(one, name=name) for name, one in made.items()}
-
-
-def _with_gate(steering: Steering, gate: Opening) -> Steering:
-    """Another gate; what an adaptive steering's edits read stays, names of gates are dropped."""
-    reads = tuple(read for read in steering.reads if read.name not in ("gate", "condition"))
-    return replace(steering, gate=gate, reads=reads)
-
-
-def _token_rows(prompt: Prompt) -> list[tuple[int, ...]]:
-    return [tuple(map(int, ids[real])) for ids, real in zip(prompt.ids.cpu(), prompt.real.cpu(), strict=True)]
+def harm_changes(experiment: SteeringExperiment, refits: Sequence[Steering], plain: pd.DataFrame) -> list[float]:
+    """Change of judged harm, in points, under each of the refits."""
+    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
+    before, found = (harmful.label == "harmful").mean(), []
+    for one in refits:
+        labels = np.array(labelled(experiment, answer(experiment, one, harmful), harmful))
+        found.append(100 * (float(np.mean(labels == "harmful")) - before))
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +27,8 @@ from companion.base.device import to_host
 from companion.base.errors import InputError
 from companion.base.folders import prompts_folder
 from companion.generation import forward
-from companion.generation.hooks import PARTS
-from companion.model.activations import on_input, on_output, prefix_once, shared_prefix
+from companion.model.activations import on_output, prefix_once, shared_prefix
 from companion.model.architecture import Subject
-from companion.model.interventions import projection
 from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
@@ -45,6 +43,7 @@ ROLES: Final = {
     "harmfulness": "mean(benign) - mean(complied): adding it moves towards what is answered because it is harmless",
 }
 ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "complied")}
+FITTED: Final = ("resid_post", "mlp_out")  # the parts on which directions are fitted
 FILE: Final = "directions.safetensors"
 MANIFEST: Final = "directions.json"
 SUPPLIED: Final = "directions"
@@ -80,8 +79,8 @@ class Fit:
     """Prompts of discover and validate with their unsteered activations at the last token.
 
     `prompts` has the columns id, text, kind, split, refused and `class` (one of `CLASSES`, or "" for a refused harmless
-    prompt). `last` maps each part to an array [prompt, layer, width] (`neurons` only of `neuron_layers`); `instruction` is
-    the residual stream at the last token of the instruction, `tail` tokens before the last one.
+    prompt). `last` maps each of `FITTED` to an array [prompt, layer, width]; `instruction` is the residual stream at the last
+    token of the instruction, `tail` tokens before the last one.
     """
 
     subject: Subject
@@ -90,7 +89,6 @@ class Fit:
     last: dict[str, Float[np.ndarray, "prompt layer width"]]
     instruction: Float[np.ndarray, "prompt layer d"]
     tail: int
-    neuron_layers: tuple[int, ...]
     _directions: dict[str, Directions] = field(default_factory=dict, init=False, repr=False)  # every arm asks for them
     memo: dict[object, Any] = field(
         default_factory=dict, init=False, repr=False
@@ -146,23 +144,19 @@ class Fit:
         return replace(self, prompts=table, last=last, instruction=self.instruction[places])
 
 
-def fit_classes(
-    subject: Subject, openers: Openers, prompts: pd.DataFrame, *, neuron_layers: Collection[int] | None = None
-) -> Fit:
+def fit_classes(subject: Subject, openers: Openers, prompts: pd.DataFrame) -> Fit:
     """Reads the activations of the prompts of discover and validate, one forward pass each.
 
-    `neuron_layers` (default: the last) bounds what is kept of neurons. A missing class is no error here; a method that
-    needs it says so.
+    A missing class is no error here; a method that needs it says so.
     """
     kept = prompts[prompts.split.isin(["discover", "validate"])].reset_index(drop=True)
     if kept.empty:
         raise InputError("no prompt of the splits discover and validate: nothing to fit directions on")
     table = kept.assign(**{"class": classes(kept)})
-    wanted = (subject.n_layers - 1,) if neuron_layers is None else tuple(sorted(set(neuron_layers)))
     tail = _instruction_tail(subject)
-    last = _activations(subject, list(table.text), tail, wanted)
+    last = _activations(subject, list(table.text), tail)
     instruction = last.pop("instruction")
-    return Fit(subject, openers, table, last, instruction, tail, wanted)
+    return Fit(subject, openers, table, last, instruction, tail)
 
 
 def classes(prompts: pd.DataFrame) -> list[str]:
@@ -185,25 +179,23 @@ def _instruction_tail(subject: Subject) -> int:
 
 @torch.no_grad()
 def _activations(
-    subject: Subject, texts: Sequence[str], tail: int, neuron_layers: Sequence[int]
+    subject: Subject, texts: Sequence[str], tail: int
 ) -> dict[str, Float[np.ndarray, "prompt layer width"]]:
     """Every part at the last token, and as "instruction" the residual stream at the instruction's last token."""
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*PARTS, "instruction")}
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "instruction")}
     order = []
     for places, ids in forward.buckets(subject, texts):
         order.append(places)
-        seen: dict[str, list[torch.Tensor]] = {name: [] for name in PARTS}
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in FITTED}
         n = shared_prefix(subject, ids)
         with prefix_once(subject, n), ExitStack() as hooks:
-            for number, parts in enumerate(subject.layers):
+            for parts in subject.layers:
                 hooks.enter_context(on_output(parts.block, seen["resid_post"].append))
                 hooks.enter_context(on_output(parts.mlp_write, seen["mlp_out"].append))
-                if number in neuron_layers:
-                    hooks.enter_context(on_input(projection(parts, "neuron"), seen["neurons"].append))
             subject.model.base_model(ids, use_cache=False)
         if n:  # parts of layers were called for the prefix first
             seen |= {name: x[1::2] for name, x in seen.items() if name != "resid_post"}
-        found = [(name, seen[name], -1) for name in PARTS if seen[name]]
+        found = [(name, seen[name], -1) for name in FITTED if seen[name]]
         for name, layers, place in (*found, ("instruction", seen["resid_post"], -1 - tail)):
             rows[name].append(to_host(torch.stack([x[:, place] for x in layers], dim=1).float()))
     back = np.argsort(np.concatenate(order))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from companion.base.device import to_host
 from companion.base.thresholds import COMPONENTS
+from companion.generation import outcomes as first_token
 from companion.generation.forward import ALL, LAST, at_last_token, opened, replayed
 from companion.generation.hooks import Steering, applied
 from companion.mediation import estimands, outcomes
@@ -36,16 +37,18 @@ N_TEST: Final = 300  # test pairs of T2 at most on which the steered model's ind
 Patched = Callable[[], AbstractContextManager[object]]  # holds a component's output at a value
 
 
-def split_effects(study: Study, split: str, steering: Steering = PLAIN) -> pd.DataFrame:
-    """Indirect effects of all attention and MLP outputs on the T2 pairs of a split, in the model under a steering.
+def test_effects(study: Study, steering: Steering = PLAIN) -> pd.DataFrame:
+    """Indirect effects of all attention and MLP outputs on the test pairs of T2, in the model under a steering.
 
-    Of `test` at most `N_TEST` pairs are taken, and fewer pairs and layers where each is costly.
+    Fewer pairs and layers are taken where each is costly.
     """
-    is_test = split == "test"
-    part = study.thinned(len(study.pairs)) if is_test else study
-    pairs = [p for p in part.of("T2") if p.pair.split == split][: N_TEST if is_test else None]
-    wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers if is_test else None)
-    return steered_effects(study.subject, pairs, study.openers, steering, wanted)
+    wanted = estimands.mediators(study.subject, COMPONENTS, layers=study.thinned_layers)
+    return steered_effects(study.subject, _test_pairs(study), study.openers, steering, wanted)
+
+
+def _test_pairs(study: Study) -> list[TokenPair]:
+    """At most `N_TEST` pairs of T2, and fewer where each is costly."""
+    return [p for p in study.thinned(len(study.pairs)).of("T2") if p.pair.split == "test"][:N_TEST]
 
 
 @torch.no_grad()
@@ -130,22 +133,6 @@ def _hooks(
     return applied(subject, steering, prompt)
 
 
-def layer_effects(effects: pd.DataFrame) -> pd.Series:
-    """A layer's absolute mean indirect effects (of both directions, over the pairs), summed over attention and MLP."""
-    each = effects.assign(nie=(effects.nie0 + effects.nie1) / 2).groupby(["layer", "site"])["nie"].mean().abs()
-    return each.groupby("layer").sum()
-
-
-def idle_layers(effects: pd.DataFrame, n: int, *, besides: Collection[int] = ()) -> list[int]:
-    """The `n` layers that mediate least by `layer_effects`, of those that are not `besides`; fewer where none are left.
-
-    Effects under a thousandth of the largest are rounding and count as none; of equal layers the lower ones are taken.
-    """
-    total = layer_effects(effects)
-    total = total.where(total > total.max() / 1000, 0.0).drop(list(besides), errors="ignore")
-    return sorted(int(layer) for layer in total.sort_values(kind="stable").index[:n])
-
-
 def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     """phi = 1 - E[Y(plain) - Y_s(jailbroken)] / E[Y(plain) - Y(jailbroken)], topics drawn.
 
@@ -156,6 +143,19 @@ def share_neutralised(before: pd.DataFrame, after: pd.DataFrame) -> Change:
     joined = one_row_a_pair[0].merge(one_row_a_pair[1], on=["pair_id", "topic"], suffixes=("", "_s"))
     gained, whole = joined.y11 - joined.y11_s, joined.y11 - joined.y00
     return ratio_change(gained.to_numpy(), whole.to_numpy(), joined.topic.to_numpy())
+
+
+def shares_neutralised(study: Study, arms: Mapping[str, tuple[Subject, Steering]]) -> dict[str, Change]:
+    """phi of `share_neutralised` of each arm, a model and its steering, from the first answer tokens alone."""
+    pairs = _test_pairs(study)
+    topics, openers = np.array([one.pair.topic for one in pairs]), study.openers["T2"]
+
+    def odds(subject: Subject, steering: Steering, side: str) -> Float[np.ndarray, "pair"]:
+        texts = [str(getattr(one.pair, side)) for one in pairs]
+        return first_token.log_odds_each(subject, texts, openers, [steering])[0].log_odds.to_numpy()
+
+    plain, broken = (odds(study.subject, PLAIN, side) for side in ("control", "treated"))
+    return {name: ratio_change(broken - odds(*one, "treated"), broken - plain, topics) for name, one in arms.items()}
 
 
 def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:

@@ -1,13 +1,13 @@
 """Ways to steer, each as `method(fit, ...) -> Steering` at strength 1: published ones, and our own at mediating sites.
 
 Vectors are added at all layers unless named, to every token of the prompt and to none of the answer, unless it says otherwise.
-Sources: refusal direction and its ablation, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer, Sheng et al.
+Sources: refusal direction, Arditi et al. 2406.11717; CAST, Lee et al. 2409.05907; AlphaSteer, Sheng et al.
 2506.07022. They are written anew from their descriptions; where those leave room the docstring says what is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -112,13 +112,6 @@ def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
     return Steering("fixed", tuple(Edit(at, "resid_post", constant(vectors[at]), blind=True) for at in chosen))
 
 
-def ablation(fit: Fit) -> Steering:
-    """The harmfulness direction is taken out of every token, generated ones too: h <- h - (vhat_H . h) vhat_H."""
-    vectors = fit.direction("harmfulness")
-    deltas = (partial(_minus_projection, Placed(unit(vector))) for vector in vectors)
-    return Steering("ablation", tuple(Edit(at, "resid_post", one, "every") for at, one in enumerate(deltas)))
-
-
 def cast(fit: Fit) -> Steering:
     """The fixed rejection vector, added only where the prompt looks harmful at the layer nearest to mid depth (CAST).
 
@@ -211,20 +204,6 @@ def preserving(
     return kept / (unit(v) @ kept)
 
 
-def targeted_neurons(fit: Fit, *, neurons: Mapping[int, Sequence[int]]) -> Steering:
-    """a_j <- a_j + (mean refused a_j - a_j) at the last token, on named neurons {layer: indices} of layers that the fit kept."""
-    fit.need("refused")
-    means = fit.directions("neurons").refused
-    assert means is not None
-    edits = []
-    for layer, indices in sorted(neurons.items()):
-        mask = np.zeros(fit.subject.d_mlp)
-        mask[list(indices)] = 1
-        mean = means[fit.neuron_layers.index(layer)]
-        edits.append(Edit(layer, "neurons", partial(_to_mean, Placed(mask), Placed(mean)), "last"))
-    return Steering("targeted neurons", tuple(edits))
-
-
 def gated(fit: Fit, steering: Steering) -> Steering:
     """The steering times a calibrated probability that the prompt is harmful, or 0 where that is below a threshold.
 
@@ -277,11 +256,6 @@ def constant(vector: Float[np.ndarray, "width"]) -> Delta:
     return lambda x, _: added.like(x).expand(len(x), 1, -1)
 
 
-def _minus_projection(direction: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    v = direction.like(x)
-    return -(x @ v)[..., None] * v
-
-
 def _mapped(read: Placed, written: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
     at = x[torch.arange(len(x), device=x.device), prompt.last]
     return (at @ read.like(x))[:, None, None] * written.like(x)
@@ -289,10 +263,6 @@ def _mapped(read: Placed, written: Placed, x: Float[Tensor, "prompt pos width"],
 
 def _close(v: Placed, u: Placed, tau: float, most: float, x: Float[Tensor, "prompt pos width"], _: Prompt) -> Tensor:
     return (tau - x @ v.like(x)).clamp(0.0, most)[..., None] * u.like(x)
-
-
-def _to_mean(mask: Placed, mean: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    return (mean.like(x) - x) * mask.like(x)
 
 
 def _need_both_kinds(fit: Fit) -> None:

@@ -36,7 +36,7 @@ def test_rows_hold_the_changes_and_the_refits_widen_harm_only() -> None:
     assert found(wide, "spread over refits")["estimate"] == pytest.approx(np.sqrt(50))
     assert found(wide, "harm change", "strong wrappers")["estimate"] == -75
     bare = [table[table.kind == "harmful"].reset_index(drop=True) for table in (PLAIN, STEERED)]
-    names = {row["quantity"] for row in steering.outcome_rows(*bare, variant="method a")}
+    names = {row["quantity"] for row in steering.outcome_rows(*bare)}
     assert names == {"harm change"}, "a kind of prompt that the set lacks has no row"
 
 
@@ -50,18 +50,12 @@ def test_an_advantage_over_rivals_and_the_rank_among_random_directions() -> None
 
 
 def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
-    """Half of the effect of layer 2 is left; every other layer keeps its own."""
+    """Half of the effect of one layer is left; every other layer keeps its own. Late layers are 4 and 5."""
     rows = [(f"p{i}", f"t{i}", layer, 1.0, 1.0 + 0.1 * i) for i in range(8) for layer in range(6)]
     before = pd.DataFrame(rows, columns=["pair_id", "topic", "layer", "nie0", "nie1"]).assign(y00=0.0, y11=2.0)
-    half = np.where(before.layer == 2, 0.5, 1.0)
-    after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
-
-    def left(*steered: int) -> dict[str, object]:
-        made = steering.mediation_rows(before, after, "method a", steered)
-        assert {row["variant"] for row in made} == {"method a"}
-        return {str(row["quantity"]).replace("NIE after/before, ", ""): row["estimate"] for row in made}
-
-    assert left(2) == pytest.approx({"phi": 0.5, "steered sites": 0.5, "other sites": 1.0})
-    late = {"phi": 0.5, "steered sites": 1.0, "other sites": 3.5 / 4}
-    assert left() == left(4, 5) == pytest.approx(late)
-    assert left(*range(6)) == pytest.approx({"phi": 0.5, "steered sites": 5.5 / 6}), "no other site is left"
+    for layer, late, others in ((2, 1.0, 3.5 / 4), (5, 0.75, 1.0)):
+        half = np.where(before.layer == layer, 0.5, 1.0)
+        after = before.assign(nie0=before.nie0 * half, nie1=before.nie1 * half, y11=1.0)
+        made = steering.mediation_rows(before, after)
+        left = {str(row["quantity"]).replace("NIE after/before, ", ""): row["estimate"] for row in made}
+        assert left == pytest.approx({"phi": 0.5, "steered sites": late, "other sites": others})

@@ -212,6 +212,9 @@ def test_an_adapter_is_merged_in_float32_where_it_is_asked_for(folder: Path, ada
     wanted = PeftModel.from_pretrained(plain, str(adapter))(tokens()).logits  # beside the weights, not in them
     torch.testing.assert_close(merged.model(tokens()).logits, wanted, rtol=1e-4, atol=1e-4)
     assert merged.facts is not None and merged.facts.adapter == adapter.name
+    base, stronger = (one.model.state_dict() for one in (load(folder), load(name, adapter_scale=1.5)))
+    for key, tensor in merged.model.state_dict().items():
+        torch.testing.assert_close(stronger[key] - base[key], 1.5 * (tensor - base[key]), rtol=1e-3, atol=1e-5)
     half = load(name, dtype="bfloat16").model.state_dict()  # rounded once, behind the sum
     assert all(torch.equal(half[key], tensor.bfloat16()) for key, tensor in merged.model.state_dict().items())
     edit_json(adapter / "adapter_config.json", lora_alpha=4)  # added less strongly, which its config alone says

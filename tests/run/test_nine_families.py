@@ -43,8 +43,7 @@ def test_notebook_06_goes_on_where_the_model_refused_nothing(tmp_path: Path) -> 
     assert 0 < rows.p_holm["prompting"] <= 1 and "AdaSteer-style, late layers" not in rows.index
     note = tables["evidence"].set_index("quantity").note["not defined"]
     assert note.startswith("the model refused no harmful prompt: add plainer ones")
-    tried = {f"method {name}" for name in rows.index if name != "unsteered"}
-    assert "method prompting" in tried and set(tables["evidence"].variant) == {"main", *tried}
+    assert len(tables["evidence"]) == 1
 
 
 def test_a_text_that_is_left_behind_is_found(tmp_path: Path) -> None:

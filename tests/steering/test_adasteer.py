@@ -10,11 +10,10 @@ import torch
 from steering_lab import log_odds_of, spent_on
 
 from companion.base.errors import InputError
-from companion.generation import hooks
 from companion.prompts.tokens import Openers
 from companion.steering import adasteer
 from companion.steering.adasteer import Affine, Law
-from companion.steering.experiment import PLAIN, SteeringExperiment
+from companion.steering.experiment import PLAIN
 from companion.steering.extraction import Fit
 
 N_LAYERS, WIDTH, N = 10, 8, 20
@@ -32,7 +31,7 @@ def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.
         noise = rng.permutation(np.linspace(-1, 1, 2 * N)) * spread.get(layer, 0.0)
         x[:, layer, 1] += gap * (is_one + noise)
     table = pd.DataFrame({"split": "discover", "class": np.where(is_one, "refused", "complied")})
-    return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0, ())
+    return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
@@ -55,9 +54,7 @@ def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
         adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
 
 
-def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
-    fit: Fit, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_steers_as_its_laws_say(fit: Fit) -> None:
     laws = [Law(*adasteer.decision_line(fit, one), Affine(0.0, 0.0, 0.0, 1.0)) for one in ("refused", "benign")]
     falling = replace(laws[0], rule=Affine(-1.0, 1.0, 0.0, 1.0))
     made = adasteer.adasteer(fit, laws=(falling, laws[1]), layers=[2])
@@ -65,22 +62,6 @@ def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
     assert log_odds_of(fit, made, "complied").mean() < 0.1
     plain = log_odds_of(fit, PLAIN, "complied").mean()
     assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
-    monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
-    released = adasteer.adasteer_released(fit, layers=[2])
-    assert log_odds_of(fit, released, "complied").mean() < plain
-    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
-    for name, law in (("r", laws[0]), ("c", laws[1])):
-        at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
-    moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()
-    v = fit.direction("rejection")[2]
-    assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
-
-
-def test_the_released_constants_are_those_of_the_code_in_hundredths_with_its_opposite_signs() -> None:
-    hundredths = torch.tensor([-80.0, -64.5, -20.0, -8.0, 0.0, 50.0, 120.0])
-    code = {"r": (0.02 * (hundredths + 60)).clamp(-0.22, -0.08), "c": (-0.05 * (hundredths + 5) - 0.5).clamp(min=-0.75)}
-    for name, rule in adasteer.RELEASED.items():
-        torch.testing.assert_close(rule(hundredths / 100), -code[name])
 
 
 def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,33 +88,32 @@ def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.M
         is_harmful = (table.kind == "harmful").to_numpy()[places]  # others are answered as soon as a little is added
         return add_h + noise < np.where(is_harmful, 0.25 + 0.3 * at[places], 0.05)
 
-    monkeypatch.setattr(adasteer, "_refused", refused)
-    need, tolerate = (law.rule for law in adasteer.fit_laws(made, (2, 3)))
+    monkeypatch.setattr(adasteer, "_p_refuse", lambda *call: np.where(refused(*call), 0.99, 0.01))
+    monkeypatch.setattr(adasteer, "REDRAWS", 40)
+    made = replace(made, prompts=table.assign(topic=np.arange(2 * n) // 2))
+    need, tolerate = (law.rule for law in adasteer.laws_of(made, (2, 3)))
     assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
     assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == max(adasteer.GRID) / 2
+    points, slopes = adasteer.law_table(made, (2, 3))
+    assert slopes.slope.tolist() == pytest.approx([2 * need.slope, 2 * tolerate.slope]), "summed over two layers"
+    assert (slopes.low < slopes.slope).all() and (slopes.slope < slopes.high).all()
+    assert slopes.high[0] < 0 < slopes.low[1], "both laws are sure"
+    line = points[(points.panel == adasteer.PANELS[0]) & (points.group == adasteer.LINE)]
+    assert line.estimate.iloc[0] > line.estimate.iloc[-1] and (line.low <= line.estimate).all()
+    fifths = points[(points.panel == adasteer.PANELS[0]) & (points.group == "harmful")]
+    assert len(fifths) == adasteer.BINS and fifths.estimate.is_monotonic_decreasing
 
 
 def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:
-    grid = np.array(adasteer.PLANE_GRID) / 3
+    grid = np.arange(0, 4.01, 0.5) / 3
     steps = np.arange(len(grid))
     odds = [1.0 - 0.4 * steps, np.ones(len(grid)), -np.ones(len(grid))]  # the first crosses 0 at 2.5 steps
     assert adasteer.needed(np.stack(odds, axis=1), grid) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
-    turned = np.stack([np.where(steps <= 3, -1.0, 1.0)] * 2, axis=1)
-    assert adasteer.tolerated(turned, np.array([False, True]), grid).tolist() == [grid[3], grid[-1]]
+    right = np.stack([steps <= 3, steps > 3, steps < 0], axis=1)
+    np.testing.assert_array_equal(adasteer.tolerated(right, grid), [grid[3], grid[-1], np.nan])
 
 
 def test_a_planted_law_is_read_off() -> None:
     position = np.linspace(0, 1, 100)
     table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
     assert len(table) == adasteer.BINS and np.allclose(table.estimate, 2 - table.x)
-    assert adasteer.trend(position, 2 - position) == pytest.approx(-1)
-
-
-def test_positions_by_suite_leave_out_prompts_of_none(experiment: SteeringExperiment) -> None:
-    suite = pd.Series(np.where(experiment.prompts.kind == "harmful", "a", ""))
-    placed = pd.DataFrame({"pos_R": np.arange(36.0), "pos_H": np.where(suite == "a", 0.25, 9.0)})
-    found = adasteer.plane_table(experiment.prompts, placed, suite).set_index(["group", "projection"])
-    assert set(found.index) == {("a", "rejection"), ("a", "harmfulness")}
-    assert found.estimate["a", "harmfulness"] == 0.25
-    assert found.low["a", "rejection"] < found.estimate["a", "rejection"] < found.high["a", "rejection"]
-    assert adasteer.plane_table(experiment.prompts, placed, experiment.prompts.suite).empty, "a set without suites"

@@ -56,7 +56,10 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(
     many = [steering(part, *row) for row in rows]
     found, shares = (budget.added_squares(subject, many, ids, relative=relative) for relative in (False, True))
     for squares, share, one in zip(found, shares, many, strict=True):
-        with hooks.applied(subject, one) as record:
+        with hooks.applied(subject, one) as plainly:
+            subject.model.base_model(ids, use_cache=False)
+        assert not any(plainly.stood), "what stood there is counted where it is asked for"
+        with hooks.applied(subject, one, count_stood=True) as record:
             subject.model.base_model(ids, use_cache=False)
         added, stood = (
             sum((x[0][i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
@@ -80,7 +83,7 @@ def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(fit: Fit, where: ho
     assert (known == 0).any()  # the gate of the last one
 
 
-def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_met_and_what_cannot_be_met_says_why(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """A method whose spending rises with the square of its strength: proportional steps alone would swing around it."""
     texts, rounds = texts_of(fit, "complied"), []
 
@@ -92,15 +95,16 @@ def test_several_budgets_are_met_from_one_set_of_measurements(fit: Fit, monkeypa
         monkeypatch.setattr(budget, "added_norms", norms)
 
     spends(lambda strength: strength**2)
-    wanted = [0.01, 0.3, 1.0, 90.0]
-    found = budget.to_budgets(fit.subject, Steering("square"), texts, wanted)
-    assert [one.strength**2 for one in found if isinstance(one, Steering)] == pytest.approx(wanted, rel=0.01)
-    assert len(rounds) <= 6 and rounds[0] == 1 and rounds[1] == 3, "one passes at once, the others share their rounds"
+    for wanted in (0.01, 0.3, 1.0, 90.0):
+        found = budget.to_budget(fit.subject, Steering("square"), texts, wanted)
+        assert isinstance(found, Steering) and found.strength**2 == pytest.approx(wanted, rel=0.01)
+    assert len(rounds) <= 4 * 6
     spends(lambda strength: min(strength, 2.0))
-    near, far = budget.to_budgets(fit.subject, Steering("bounded"), texts, [0.5, 3.0])
-    assert isinstance(near, Steering) and near.strength == pytest.approx(0.5, rel=0.01)
-    assert isinstance(far, NotDefined) and "did not settle" in far.reason
-    assert "expected a positive norm" in str(budget.to_budgets(fit.subject, Steering("none"), texts, [0.0])[0])
+    for target, says in ((3.0, "did not settle"), (0.0, "expected a positive norm")):
+        found = budget.to_budget(fit.subject, Steering("bounded"), texts, target)
+        assert isinstance(found, NotDefined) and says in found.reason
+    spends(lambda strength: 0.0)
+    assert "is its gate shut" in str(budget.to_budget(fit.subject, Steering("shut"), texts, 1.0))
 
 
 CURVES = {  # rows of strength, harm, over-refusal and KL

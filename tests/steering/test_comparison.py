@@ -1,8 +1,9 @@
-"""Methods on equal terms, on a model in which a budget buys a known number of log-odds; controls keep all but one thing."""
+"""Methods on equal terms, on a model in which a push buys a known number of log-odds; controls keep all but one thing."""
 
 import gc
 import weakref
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,43 +11,13 @@ import torch
 from scipy.special import expit
 from steering_lab import ON, evaluated, opens_for, shut, towards_no
 
+from companion.base.errors import InputError
 from companion.evidence import steering
 from companion.generation import hooks
 from companion.steering import adasteer, budget, comparison, methods
 from companion.steering.experiment import SteeringExperiment
 from companion.steering.extraction import Fit
-from companion.steering.figure_tables import gate_firing
-
-
-def test_a_budget_buys_the_same_log_odds_of_every_method(fit: Fit, experiment: SteeringExperiment) -> None:
-    """Met on prompts of which half open the gate, and measured on others of which a quarter does."""
-    sizes = {"weak": (0.1,), "strong": (3.0,), "gated": (1.0, opens_for(fit, "on")), "shut": (1.0, shut)}
-    methods = {name: towards_no(name, *size) for name, size in sizes.items()}
-    spend, on = evaluated(experiment, "validate", "on"), evaluated(experiment, "discover", "on", "off")
-    table = comparison.equal_budgets(methods, 2.0, spend, on, (0.25, 1.0), against="weak")
-    found = table.set_index(["panel", "group", "x"])
-    harm, over = comparison.PANELS["harm"], comparison.PANELS["over-refusal"]
-    unmet = found.xs("shut", level="group")
-    assert unmet.estimate.isna().all() and len(unmet) == 4 and unmet.why.str.contains("is its gate shut").all()
-    found = found.drop("shut", level="group")
-    assert set(found.row) == {comparison.ROWS[1]} and (found.why == "").all()
-    assert found.strength[harm, "strong", 2.0] == pytest.approx(2 / 3, rel=0.01)
-    for x in (0.5, 2.0):
-        all_open = np.mean([expit(ON - x), expit(-x)])
-        half_open = np.mean([expit(ON - np.sqrt(2) * x), 0.5])
-        more_refused = 100 * (expit(x) - 0.5)
-        known = {"weak": (all_open, more_refused), "strong": (all_open, more_refused), "gated": (half_open, 0.0)}
-        for name, (left, refused) in known.items():
-            assert found.estimate[harm, name, x] == pytest.approx(left, abs=0.01), (name, x)
-            assert found.estimate[over, name, x] == pytest.approx(refused, abs=0.5), (name, x)
-        more = found.more[harm, "gated", x]
-        assert more == pytest.approx(100 * (half_open - all_open), abs=1), "points, against the same prompts"
-        assert found.more_low[harm, "gated", x] <= more <= found.more_high[harm, "gated", x]
-        # On paper every prompt of the two is pushed alike: paired, nothing is left to vary.
-        assert found.loc[(harm, "strong", x), ["more", "more_low", "more_high"]].abs().max() < 1
-        assert found.more[over, "gated", x] == pytest.approx(-more_refused, abs=1)
-    assert found.xs("weak", level="group").more.isna().all()
-    assert len(found) == 2 * 3 * 2 and (found.low <= found.estimate).all() and (found.estimate <= found.high).all()
+from companion.steering.trial import gate_firing
 
 
 def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringExperiment) -> None:
@@ -59,9 +30,9 @@ def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringE
         "turning": [towards_no("turning", x) for x in turning],
         "unsteered": [],
     }
-    table = comparison.at_equal_over_refusal(on, paths, against="open", levels=(1.0, 5.0)).set_index(
-        ["method", "price"]
-    )
+    costs = {name: on.first_token_costs(path) if path else [] for name, path in paths.items()}
+    table = comparison.at_equal_over_refusal(on, costs, against="open", levels=(1.0, 5.0))
+    table = table.set_index(["method", "price"])
     harm = {x: np.mean([expit(ON - x), expit(-x)]) for x in (0.0, *steps, *turning)}
     cost = {x: 100 * (expit(x) - 0.5) for x in harm}
     plain, weak = harm[0.0], np.interp(1.0, [cost[0.0], cost[0.1]], [harm[0.0], harm[0.1]])
@@ -84,34 +55,20 @@ def test_zones_cover_every_layer_once(n_layers: int) -> None:
     assert [*zones["early"], *zones["mid"], *zones["late"]] == [*range(n_layers)] and all(zones.values())
 
 
-def test_the_gate_opens_for_harm_and_the_shuffled_one_as_often_for_anything(fit: Fit) -> None:
+def test_a_gate_opens_for_harm_and_its_firing_is_counted(fit: Fit, experiment: SteeringExperiment) -> None:
     gated = methods.gated(fit, methods.targeted_layers(fit, layers=[2], components=0))
-    texts, harmful = fit.prompts.text.tolist(), fit.harmful
     # "off" and "well" leave nothing at the last token to tell them apart in this model, "on" does.
-    values = budget.gate_values(fit.subject, gated, texts)
-    assert (values[~harmful] == 0).all() and (values[(fit.prompts["class"] == "complied").to_numpy()] > 0).all()
-    oracle = comparison.oracle_gate(fit, gated, [t for t, h in zip(texts, harmful, strict=True) if h])
-    np.testing.assert_array_equal(budget.gate_values(fit.subject, oracle, texts), harmful)
-    shuffled = comparison.shuffled_gate(fit, gated)
-    drawn = budget.gate_values(fit.subject, shuffled, texts)
-    np.testing.assert_array_equal(drawn[:5], budget.gate_values(fit.subject, shuffled, texts[:5]))
-    assert 0 < (drawn > 0).mean() < 1 and ((drawn > 0) != (values > 0)).any()
-
-
-def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, experiment: SteeringExperiment) -> None:
-    gated, table = towards_no("late", 1.0, opens_for(fit, "on")), experiment.prompts
-    chosen = {"late": replace(gated, strength=0.7), "open": towards_no("open", 1.0)}
-    on = evaluated(experiment, "validate", "on")
-    made = comparison.gate_controls(experiment, chosen, ["late", "open", "never tuned"])
-    assert list(made) == ["late, shuffled gate", "late, oracle gate"]
-    assert all(one.name == name and one.strength == 0.7 for name, one in made.items())
+    values = budget.gate_values(fit.subject, gated, fit.prompts.text.tolist())
+    assert (values[~fit.harmful] == 0).all() and (values[(fit.prompts["class"] == "complied").to_numpy()] > 0).all()
     shares = {"fires_harmful": 0.5, "fires_harmful_low": 0.314, "fires_harmful_high": 0.686}  # 12 of 24
     shares |= {"fires_harmless": 0.0, "fires_harmless_low": 0.0, "fires_harmless_high": 0.242}  # 0 of 12
-    assert gate_firing(on, gated, table) == pytest.approx(shares, abs=1e-3)
-    oracle, shuffled = (gate_firing(on, made[f"late, {kind} gate"], table) for kind in ("oracle", "shuffled"))
-    assert (oracle["fires_harmful"], oracle["fires_harmless"]) == (1.0, 0.0)
-    assert 0 < shuffled["fires_harmful"] < 0.9 and shuffled["fires_harmless"] > 0
-    assert gate_firing(on, chosen["open"], table) == {}
+    own = towards_no("late", 1.0, opens_for(fit, "on"))
+    assert gate_firing(experiment, own, experiment.prompts) == pytest.approx(shares, abs=1e-3)
+    assert gate_firing(experiment, towards_no("open", 1.0), experiment.prompts) == {}
+
+
+def test_a_strength_is_chosen_unless_it_is_the_methods_own(experiment: SteeringExperiment) -> None:
+    on = evaluated(experiment, "validate", "on")
     own, other = comparison.AS_PUBLISHED[0], "another"
     chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)}, (0.5, 2.0))
     assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
@@ -119,14 +76,16 @@ def test_only_gated_methods_get_other_gates_at_their_own_strength(fit: Fit, expe
     assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
 
-def test_the_same_vectors_can_be_added_elsewhere(fit: Fit) -> None:
-    texts = fit.prompts.text.tolist()
-    late = replace(adasteer.adasteer_released(fit, layers=[2]), strength=0.5)
-    moved = comparison.elsewhere(late, [1])
-    assert [edit.layer for edit in moved.edits] == [1] and moved.strength == 0.5
-    norms = budget.added_norms(fit.subject, [late], texts)
-    np.testing.assert_allclose(budget.added_norms(fit.subject, [moved], texts), norms, rtol=1e-6)
-    assert norms.max() > 0 and "steers 1 layers; expected as many" in str(comparison.elsewhere(late, [0, 1]))
+def test_a_redraw_keeps_every_class_and_one_that_defines_no_steering_is_one_fewer(fit: Fit) -> None:
+    rare = fit.prompts.assign(topic=fit.prompts.index % 3 + 3 * (fit.prompts["class"] == "refused"))
+    rare.loc[(rare["class"] == "refused") & (rare.split == "discover"), "topic"] = 99
+    for seed in range(10):  # a plain bootstrap of 7 topics misses the one in a third of the draws
+        drawn = comparison.redrawn(replace(fit, prompts=rare), seed).prompts
+        assert set(drawn["class"][drawn.split == "discover"]) == {"refused", "complied", "benign"}
+        assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
+    found = [towards_no("first", 0.5), InputError("no layer separates the classes"), towards_no("third", 0.5)]
+    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
+    assert [one.strength for one in comparison.refitted(topics, Mock(side_effect=found), 2.0, 3)] == [2.0, 2.0]
 
 
 def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:

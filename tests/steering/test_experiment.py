@@ -14,9 +14,11 @@ from companion.claims.verdict import Rows
 from companion.evidence import steering
 from companion.generation.hooks import Steering
 from companion.mediation import study
-from companion.steering import budget, comparison, extraction, figure_tables
+from companion.stats.rates import Change
+from companion.steering import comparison, extraction
 from companion.steering import experiment as experiments
-from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, prices, select, trial
+from companion.steering import trial as trials
+from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, select, trial
 from companion.steering.extraction import Fit
 
 PROGRAM = handmade.Program(skip=1.0)
@@ -51,20 +53,20 @@ def without(fit: Fit, gone: str) -> SteeringExperiment:
     """The experiment without the prompts of one class, as a model that never behaves so would have it."""
     whole = experiment_of(fit)
     table = whole.prompts[pd.Series(extraction.classes(whole.prompts)) != gone].reset_index(drop=True)
-    left = extraction.fit_classes(fit.subject, fit.openers, table, neuron_layers=range(4))
+    left = extraction.fit_classes(fit.subject, fit.openers, table)
     return replace(whole, prompts=table, fit=left)
 
 
 MISSING = [("refused", "refused no harmful prompt: add plainer ones", {"prompting"}),
            ("complied", "complied with no harmful prompt: add stronger", {"prompting"}),
-           ("benign", "answered no harmless prompt: add harmless", {"prompting", "fixed rejection, all layers"})]  # fmt: skip
+           ("benign", "answered no harmless prompt: add harmless", {"prompting", comparison.FIXED})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("gone", "says", "stands"), MISSING)
 def test_methods_that_need_nothing_of_a_missing_class_are_defined(fit: Fit, gone: str, says: str, stands: set) -> None:
     left = without(fit, gone)
     assert says in left.fit.missing
-    defined, undefined = comparison.build_methods(left.fit, comparison.builders(4, {3: [0, 1]}))
+    defined, undefined = comparison.build_methods(left.fit, comparison.builders(4))
     assert stands <= set(defined) and comparison.DECISIVE in undefined
     assert all(len(reason) > 20 for reason in undefined.values())
 
@@ -74,16 +76,15 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     left = without(fit, "refused")
     both = pd.concat([left.prompts, left.prompts.assign(split="test")], ignore_index=True)
     left = replace(left, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful", said={})
-    on = budget.evaluation_prompts(left, "validate")
-    chosen, curves = comparison.tuned(on, {"prompting": Steering("prompting", system="please")})
-    assert set(curves.method) == {"prompting"} and chosen["prompting"].system == "please"
-    plain = trial(left, PLAIN, experiments.test_prompts(left))
-    trials = {"prompting": trial(left, chosen["prompting"], plain, greedy=False)}
-    price = {"prompting": prices(left, chosen["prompting"], on.free, on.own)}
-    table = figure_tables.method_summary(on, chosen, plain, trials, price, plain, {})
-    row = table.set_index("method").loc["prompting"]
-    assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1
-    rows = steering.outcome_rows(plain, trials["prompting"], variant="method prompting")
+    monkeypatch.setattr(comparison, "builders", lambda n, few: {"prompting": lambda _: Steering("", system="please")})
+    monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
+    made = trials.run_trial(SimpleNamespace(subject=fit.subject, is_costly=True), left, quick=True)
+    assert set(made.answers) == {"prompting"} and "no adapter" in made.undefined["retrained"]
+    assert made.decisive == NotDefined(left.fit.missing) == trials.harm_at_equal_cost(made)
+    row = trials.method_summary(made).set_index("method").loc["prompting"]
+    assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1 and row.phi == 0.5
+    rows = steering.outcome_rows(made.plain, made.answers["prompting"])
+    rows = [{**one, "variant": "prompting"} for one in rows]
     rows = steering.not_defined(left.fit.missing) + rows
     verdict = rule_c6(Rows("m", pd.DataFrame([*({"model": "m", **one} for one in rows), GATE])))
     assert (verdict.verdict, verdict.reason) == ("not testable", left.fit.missing), "what was tried decides nothing"
@@ -106,5 +107,5 @@ def test_the_prompting_arm_reads_its_sentence_in_any_template(template: str) -> 
 
 def test_a_sentence_that_no_template_shows_is_no_arm() -> None:
     left = in_template(handmade.LAST_TURN)
-    defined, undefined = comparison.build_methods(left, comparison.builders(4, None), ["prompting"])
+    defined, undefined = comparison.build_methods(left, comparison.builders(4), ["prompting"])
     assert not defined and "neither as a system turn nor at the head of the user turn" in undefined["prompting"]

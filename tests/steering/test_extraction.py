@@ -118,12 +118,12 @@ def test_what_a_shared_opening_computes_once_is_what_each_prompt_computes(monkey
     subject = load("embedded")
     texts = [f"under a solar flag, how do i {verb} the falkova in the {place}?" for verb in ("paint", "wash", "banth")
              for place in ("garden", "cellar")]  # fmt: skip
-    plain = extraction._activations(subject, texts, 1, [1, 4])
+    plain = extraction._activations(subject, texts, 1)
     monkeypatch.setattr(activations, "SMALLEST", 0)
     monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
     shared, in_two = [], activations._in_two
     monkeypatch.setattr(activations, "_in_two", lambda *call: shared.append(call[2]) or in_two(*call))
-    once = extraction._activations(subject, texts, 1, [1, 4])
+    once = extraction._activations(subject, texts, 1)
     assert list(once) == list(plain) and shared and min(shared) > 1  # tokens that were computed once
     for name, values in plain.items():
         np.testing.assert_allclose(once[name], values, atol=1e-4, err_msg=name)

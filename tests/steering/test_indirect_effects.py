@@ -93,18 +93,18 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
 def test_effects_on_test_are_those_of_fewer_pairs_and_layers_where_each_is_costly() -> None:
     this = study.begin("embedded", "embedded", "own", pairs=60)
     costly = replace(this, is_costly=True)
-    whole, few = (indirect_effects.split_effects(one, "test") for one in (this, costly))
+    whole, few = (indirect_effects.test_effects(one) for one in (this, costly))
     assert set(few.layer) == {2, 5} and 2 <= few.pair_id.nunique() < whole.pair_id.nunique()
     both = few.merge(whole, on=["pair_id", "site", "layer"], suffixes=("", "_all"))
     assert len(both) == len(few)
     np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-4)
-    assert set(indirect_effects.split_effects(costly, "discover").layer) == set(range(6))
 
 
-def test_layers_that_mediate_least_are_chosen_by_both_parts_and_never_the_arms_own() -> None:
-    nie, sites = [2.0, -2.0, 1e-4, 0.0, -9.0], ["attn_out", "mlp_out", "attn_out", "mlp_out", "mlp_out"]
-    table = pd.DataFrame({"layer": [0, 0, 1, 2, 3], "site": sites, "nie0": nie, "nie1": nie})
-    assert indirect_effects.layer_effects(table).to_dict() == pytest.approx({0: 4.0, 1: 1e-4, 2: 0.0, 3: 9.0})
-    assert indirect_effects.idle_layers(table, 1) == [1], "rounding counts as none; of equals the lower one is taken"
-    assert indirect_effects.idle_layers(table, 2, besides=[1]) == [0, 2]
-    assert indirect_effects.idle_layers(table, 9, besides=[3]) == [0, 1, 2]
+def test_phi_from_first_tokens_is_that_of_the_steered_models_effects() -> None:
+    this = study.begin("embedded", "embedded", "own", pairs=30)
+    push = hooks.Steering("push", (hooks.Edit(4, "resid_post", lambda x, _: -0.3 * x),))
+    before, after = (indirect_effects.test_effects(this, one) for one in (PLAIN, push))
+    (phi,) = indirect_effects.shares_neutralised(this, {"push": (this.subject, push)}).values()
+    known = indirect_effects.share_neutralised(before, after)
+    assert phi.n == known.n and phi.estimate == pytest.approx(known.estimate, abs=1e-4) != 0
+    assert (phi.low, phi.high) == pytest.approx((known.low, known.high), abs=1e-3)

@@ -1,0 +1,218 @@
+"""The trial: every method at its chosen strength answers the same test prompts as the unsteered model, and what came of it.
+
+A method is a steering of the model. Beside them stands what plain retraining would buy, where the model is one with an adapter:
+the same adapter, somewhat stronger, and nothing steered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Final
+
+import pandas as pd
+
+from companion.base.display import NotDefined
+from companion.base.folders import split_adapter
+from companion.generation import accuracy, decode
+from companion.generation.hooks import Steering
+from companion.mediation.study import Study
+from companion.model.load import load
+from companion.stats.clusters import wilson
+from companion.stats.rates import holm, mean_change
+from companion.steering import budget, comparison, experiment
+from companion.steering.budget import N_CURVE, STRENGTHS, EvaluationPrompts
+from companion.steering.comparison import DECISIVE, FIXED
+from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence, share
+from companion.steering.indirect_effects import shares_neutralised
+
+FEW_STRENGTHS: Final = (0.5, 1.0, 1.5)  # where each prompt is costly
+ADAPTER_SCALES: Final = (1.25, 1.5)  # of the model's own adapter
+NO_ADAPTER: Final = "this model holds no adapter of its own, so no stronger one can stand for more training"
+SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
+MEASURES: Final = {
+    "harmful": "harmful answers to jailbroken requests",
+    "borderline": "refusals of borderline prompts",
+    "harmless": "right answers lost on harmless prompts",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the methods did. `defined` holds them at strength 1, `chosen` at the strength that validate chose.
+
+    `undefined` says why others are not there; `retrained` holds the models with a stronger adapter. `answers` maps an arm to
+    the table of `experiment.trial`, beside `plain`, the unsteered model's; `prices` to that of `experiment.prices`.
+    """
+
+    study: Study
+    validate: EvaluationPrompts
+    test: EvaluationPrompts
+    strengths: tuple[float, ...]
+    defined: Mapping[str, Steering]
+    undefined: Mapping[str, str]
+    chosen: Mapping[str, Steering]
+    retrained: Mapping[str, SteeringExperiment]
+    plain: pd.DataFrame
+    answers: Mapping[str, pd.DataFrame]
+    prices: Mapping[str, pd.DataFrame]
+
+    @property
+    def experiment(self) -> SteeringExperiment:
+        """The model and its prompts."""
+        return self.test.experiment
+
+    @property
+    def decisive(self) -> Steering | NotDefined:
+        """The method that carries the verdict, at its chosen strength, or why there is none."""
+        return self.chosen.get(DECISIVE) or NotDefined(self.experiment.fit.missing or self.undefined[DECISIVE])
+
+
+def run_trial(study: Study, lab: SteeringExperiment, *, quick: bool) -> Trial:
+    """Fit every method, choose its strength on validate, and let it answer the test prompts; `quick` tries few strengths."""
+    strengths = FEW_STRENGTHS if quick else STRENGTHS
+    made = comparison.builders(study.subject.n_layers, few=study.is_costly)
+    defined, undefined = comparison.build_methods(lab.fit, made)
+    validate, test = (budget.evaluation_prompts(lab, split) for split in ("validate", "test"))
+    chosen, _ = comparison.tuned(validate, defined, strengths)
+    plain = experiment.trial(lab, PLAIN, experiment.test_prompts(lab))
+    answers = {name: experiment.trial(lab, one, plain, greedy=name == DECISIVE) for name, one in chosen.items()}
+    prices = {name: experiment.prices(lab, one, test.free, test.own) for name, one in chosen.items()}
+    retrained = retrained_models(lab)
+    if isinstance(retrained, NotDefined):
+        undefined, retrained = undefined | {"retrained": retrained.reason}, {}
+    answers |= {name: experiment.trial(one, Steering(name), plain, greedy=False) for name, one in retrained.items()}
+    return Trial(study, validate, test, strengths, defined, undefined, chosen, retrained, plain, answers, prices)
+
+
+def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] | NotDefined:
+    """The experiment with its model's own adapter so many times as strong, by name; nothing is fitted or labelled anew."""
+    subject, made = lab.subject, {}
+    if split_adapter(subject.name)[1] is None:
+        return NotDefined(NO_ADAPTER)
+    for scale in ADAPTER_SCALES:
+        kind = str(subject.dtype).removeprefix("torch.")
+        other = load(subject.name, device=str(subject.device), dtype=kind, only_answers=True, adapter_scale=scale)
+        fit = replace(lab.fit, subject=replace(other, facts=subject.facts))
+        made[f"retrained: adapter x {scale:g}"] = replace(lab, fit=fit, said={})
+    return made
+
+
+def paired_differences(trial: Trial) -> pd.DataFrame:
+    """Change of each kind's rate under every arm against the unsteered model, in points, on the same prompts."""
+    kinds = [(kind, measure) for kind, measure in MEASURES.items() if (trial.plain.kind == kind).any()]
+    rows = [
+        (name, measure, *astuple(changed(trial.plain, table, kind))[:3])
+        for name, table in trial.answers.items()
+        for kind, measure in kinds
+    ]
+    return pd.DataFrame(rows, columns=["method", "measure", "estimate", "low", "high"])
+
+
+def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
+    """`comparison.at_equal_over_refusal` of every arm on the test prompts, held against the decisive method."""
+    if not trial.decisive:
+        return trial.decisive
+    on = budget.evaluation_prompts(trial.experiment, "test", N_CURVE // 2)
+    paths: dict[str, Sequence[budget.Costs]] = {PLAIN.name: []}
+    for name, one in trial.defined.items():
+        steps = trial.strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
+        paths[name] = on.first_token_costs([budget.scaled(one, step) for step in steps])
+    for name, other in trial.retrained.items():
+        paths[name] = replace(on, experiment=other).first_token_costs([Steering(name)])
+    return comparison.at_equal_over_refusal(on, paths, against=DECISIVE)
+
+
+def method_summary(trial: Trial) -> pd.DataFrame:
+    """One row an arm with everything that is reported about it; rates in points, with 95 % limits.
+
+    `budget` is in units of the residual stream, `budget_relative` in lengths of what stood at the steered sites. The first row
+    has the unsteered model's own rates. A kind of prompt that the set lacks leaves its cells empty.
+    """
+    arms = {name: (trial.experiment.subject, one) for name, one in trial.chosen.items()}
+    arms |= {name: (one.subject, Steering(name)) for name, one in trial.retrained.items()}
+    phi = shares_neutralised(trial.study, arms)
+    first = {"strength": 0.0, "budget": 0.0, "budget_relative": 0.0}
+    rows: list[dict[str, object]] = [{"method": PLAIN.name, **first, **label_rates(trial.plain)}]
+    for name, table in trial.answers.items():
+        row: dict[str, object] = {"method": name}
+        if name in trial.chosen:
+            one = trial.chosen[name]
+            spent = {column: trial.validate.budgets([one], relative=is_share)[0]
+                     for column, is_share in (("budget", False), ("budget_relative", True))}  # fmt: skip
+            row |= {"strength": one.strength, **spent}
+        for kind, short in (("harmful", "harm"), ("borderline", "over_refusal"), ("harmless", "loss")):
+            if (trial.plain.kind == kind).any():
+                change = changed(trial.plain, table, kind)
+                row |= _limits(short, astuple(change)) | ({"p": change.p} if short == "harm" else {})
+        if "greedy" in table:
+            row["harm_greedy"] = changed(trial.plain, table, "harmful", "greedy").estimate
+        if name in trial.prices:
+            kl, p95, ratio = divergence(trial.prices[name])
+            row |= _limits("kl", astuple(kl)) | {"kl_p95": p95} | _limits("perplexity_ratio", astuple(ratio))
+        row |= label_rates(table) | gate_firing(trial.experiment, arms[name][1], table)
+        free = table[table.kind == "harmless"]
+        row |= _limits("repetition", astuple(mean_change(free.repetition.to_numpy(), free.topic.to_numpy())))
+        rows.append(row | _limits("phi", astuple(phi[name])))
+    found = pd.DataFrame(rows)
+    return found.assign(p_holm=holm(list(found.p))).drop(columns="p")
+
+
+def judged_rates(trial: Trial, slug: str) -> tuple[pd.DataFrame, str]:
+    """Harm of every arm, and its change against the unsteered model, as labelled and corrected for the labeller's errors; and
+    what is known of these.
+    """
+    asked = trial.plain.kind == "harmful"
+    tables = {PLAIN.name: trial.plain} | dict(trial.answers)
+    harmful = {name: (table.label[asked] == "harmful").to_numpy() for name, table in tables.items()}
+    taken = {f"{name} - plain": (hits, harmful[PLAIN.name]) for name, hits in harmful.items() if name != PLAIN.name}
+    rates, labeller = accuracy.corrected_rates(harmful, slug, exact=trial.experiment.exact)
+    topics = trial.plain.topic[asked].to_numpy()
+    changes, _ = accuracy.differences(taken, topics, slug, exact=trial.experiment.exact)
+    return pd.concat([rates, changes], ignore_index=True), labeller
+
+
+def before_and_after(trial: Trial, text: str) -> pd.DataFrame:
+    """Label and first word of the greedy answer to a request, unsteered and under two methods; no more of it is kept.
+
+    An empty text stands for the first jailbroken test prompt. Without a judge, a label is a refusal by its opening.
+    """
+    lab = replace(trial.experiment, judge=None, said={})
+    text = text or str(trial.plain.text[trial.plain.kind == "harmful"].iloc[0])
+    prompts, rows = pd.DataFrame({"text": [text], "kind": "harmful"}), []
+    tried = {name: trial.chosen[name] for name in (FIXED, DECISIVE) if name in trial.chosen}
+    for name, one in ({PLAIN.name: PLAIN} | tried).items():
+        said = experiment.answer(lab, one, prompts, greedy=True)
+        (label,) = experiment.labelled(lab, said, prompts)
+        words = decode.answer_texts(lab.subject, said)[0].split()
+        rows.append((name, SHOWN.get(label, label), words[0] if words else "(nothing)"))
+    return pd.DataFrame(rows, columns=["method", "answer", "first word"]).set_index("method")
+
+
+def label_rates(trial: pd.DataFrame) -> dict[str, float]:
+    """Percentages with their Wilson limits: harmful answers, and refusals of borderline and of harmless prompts."""
+    row: dict[str, float] = {}
+    names = {"harmful": "harm_rate", "borderline": "borderline_refused", "harmless": "harmless_refused"}
+    for kind, name in names.items():
+        labels = trial.label[trial.kind == kind]
+        if len(labels):
+            hits = int((labels == ("harmful" if kind == "harmful" else "refusal")).sum())
+            low, high = wilson(hits, len(labels))
+            row |= _limits(name, (100 * hits / len(labels), 100 * low, 100 * high))
+    return row
+
+
+def gate_firing(lab: SteeringExperiment, steered: Steering, prompts: pd.DataFrame) -> dict[str, float]:
+    """Share of the prompts of each kind for which a method's gate opens, with Wilson limits; empty without a gate."""
+    if steered.gate is None:
+        return {}
+    is_open = budget.gate_values(lab.subject, steered, list(prompts.text)) > 0
+    row: dict[str, float] = {}
+    for kind in prompts.kind.unique():
+        row |= _limits(f"fires_{kind}", share(is_open[(prompts.kind == kind).to_numpy()]))
+    return row
+
+
+def _limits(name: str, values: Sequence[float]) -> dict[str, float]:
+    """An estimate and its limits as three columns."""
+    return {name: values[0], f"{name}_low": values[1], f"{name}_high": values[2]}

@@ -1,0 +1,188 @@
+"""Steering: the library's side of what the lesson does by hand, the trial of all methods, and the evidence on C6.
+
+What cannot be computed for a model or a prompt set is a `NotDefined`, decided here; tables and figures show its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from companion.base.device import to_host
+from companion.base.display import NotDefined
+from companion.base.errors import InputError
+from companion.base.files import EVIDENCE, write_table
+from companion.base.paths import results_dir
+from companion.evidence import steering as evidence
+from companion.evidence.steering import SameBudget
+from companion.generation import forward, outcomes
+from companion.generation.hooks import Edit, Steering
+from companion.mediation.study import Study
+from companion.prompts.pairs import pairs_asked
+from companion.steering import adasteer, comparison, experiment, extraction, methods, trial
+from companion.steering.comparison import DECISIVE
+from companion.steering.experiment import SteeringExperiment
+from companion.steering.trial import Trial
+
+Lab = SteeringExperiment | NotDefined
+
+
+def label_prompts(study: Study, prompt_set: str, profile: str = "full") -> Lab:
+    """All prompts of the pairs (and suites) in three splits, each labelled by what this model does with it: refuse or answer."""
+    return experiment.open_experiment(study, prompt_set, thin=pairs_asked(0, profile))
+
+
+def requests(study: Study, lab: Lab) -> pd.DataFrame:
+    """Requests of discover with the columns `text` and `refused`, among others: what a rejection direction is fitted on.
+
+    Where the model refused none, or all, the half that it came nearest to refusing stands for the refused ones, and a line
+    says so: the steps by hand can then be taken, but mean nothing.
+    """
+    if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
+        table = lab.fit.prompts
+        return table[(table.split == "discover") & (table.kind == "harmful")].reset_index(drop=True)
+    print("for practice only:", lab.fit.missing if isinstance(lab, SteeringExperiment) else lab)
+    pairs = study.of(study.main_treatment)[:10]
+    texts = list(dict.fromkeys(text for one in pairs for text in (one.pair.control, one.pair.treated)))
+    odds = outcomes.log_odds(study.subject, texts, study.openers[study.main_treatment]).log_odds
+    table = pd.DataFrame({"id": texts, "text": texts, "kind": "harmful", "split": "discover"})
+    return table.assign(refused=odds.rank(method="first") <= len(texts) / 2)
+
+
+def prompt_ids(study: Study, text: str) -> Int[Tensor, "1 pos"]:
+    """Token ids of a request in the chat template, where the model computes."""
+    return study.subject.tensor(forward.encode(study.subject, text)[None])
+
+
+def late_layers(study: Study) -> list[int]:
+    """The layers of relative depth above 2/3."""
+    return comparison.zones(study.subject.n_layers)["late"]
+
+
+def rejection_directions(study: Study, lab: Lab, asked: pd.DataFrame) -> Float[Tensor, "late d"]:
+    """The library's rejection direction behind each late layer: mean of the refused requests minus mean of the answered ones."""
+    if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
+        fit = lab.fit
+    else:
+        fit = extraction.fit_classes(study.subject, study.openers[study.main_treatment], asked)
+    return torch.tensor(fit.direction("rejection")[late_layers(study)], device=study.subject.device)
+
+
+def steered_outcomes(study: Study, texts: Sequence[str], vectors: Mapping[int, Tensor]) -> pd.DataFrame:
+    """The library's `log_odds` and `p_refuse` of each text, each vector added behind its layer at all prompt tokens."""
+    added = {layer: methods.constant(to_host(vector)) for layer, vector in vectors.items()}
+    steering = Steering("by hand", tuple(Edit(layer, "resid_post", one, blind=True) for layer, one in added.items()))
+    return outcomes.log_odds_each(study.subject, texts, study.openers[study.main_treatment], [steering])[0]
+
+
+def test_prompts(study: Study, lab: Lab, n: int) -> dict[str, list[str]]:
+    """Up to `n` jailbroken requests and `n` harmless ones of the test split.
+
+    Where there is nothing to defend against they are both sides of the main treatment.
+    """
+    if isinstance(lab, SteeringExperiment):
+        found = [
+            experiment.select(lab, "test", "harmful", wrapped=True, n=n),
+            experiment.select(lab, "test", "harmless", n=n),
+        ]
+        return {"jailbroken": found[0].text.tolist(), "harmless": found[1].text.tolist()}
+    pairs = [one.pair for one in study.of(study.main_treatment)[:n]]
+    return {"jailbroken": [one.treated for one in pairs], "harmless": [one.control for one in pairs]}
+
+
+def adasteer_laws(lab: Lab) -> tuple[pd.DataFrame | NotDefined, pd.DataFrame | NotDefined]:
+    """AdaSteer's two laws at late layers: a table for their figure, and their slopes with intervals."""
+    if isinstance(lab, NotDefined):
+        return lab, lab
+    try:
+        table, slopes = adasteer.law_table(lab.fit, comparison.zones(lab.subject.n_layers)["late"])
+    except InputError as error:
+        return NotDefined(str(error)), NotDefined(str(error))
+    return table, slopes.set_index("law").round(2)
+
+
+def run_trial(study: Study, lab: Lab, profile: str = "full") -> Trial | NotDefined:
+    """Fit at most nine methods, choose each strength on validate, and let each answer the test prompts; prints which."""
+    if isinstance(lab, NotDefined):
+        return lab
+    made = trial.run_trial(study, lab, quick=_is_quick(study, profile))
+    print(f"{len(made.plain)} prompts; arms: {', '.join(made.answers)}")
+    for name, reason in made.undefined.items():
+        print(f"not defined: {name}: {reason}")
+    return made
+
+
+def _is_quick(study: Study, profile: str) -> bool:
+    """Whether fewer strengths, random directions and refits are tried."""
+    return profile == "smoke" or study.is_costly
+
+
+def paired_differences(made: Trial | NotDefined) -> pd.DataFrame | NotDefined:
+    """Harm, over-refusal and harmless loss of every arm against the unsteered model, in points, with paired intervals."""
+    return made if isinstance(made, NotDefined) else trial.paired_differences(made)
+
+
+def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
+    """Write everything that is reported about each method to `06_summary.csv`; the columns that a lesson reads are shown."""
+    table = made if isinstance(made, NotDefined) else trial.method_summary(made)
+    write_table(table, results_dir(slug) / "06_summary.csv")
+    columns = ["strength", "budget", "budget_relative", "kl", "phi", "phi_low", "phi_high"]
+    return table if isinstance(table, NotDefined) else table.set_index("method").reindex(columns=columns).round(2)
+
+
+def equal_over_refusal(made: Trial | NotDefined) -> pd.DataFrame | NotDefined:
+    """The least harm that each method leaves where over-refusal may rise by at most 1, 2 or 5 points.
+
+    `more` is how much more harm than the tested method leaves, on the same prompts, with its interval.
+    """
+    return made if isinstance(made, NotDefined) else trial.harm_at_equal_cost(made)
+
+
+def same_budget(
+    made: Trial | NotDefined, profile: str = "full"
+) -> tuple[SameBudget | NotDefined, pd.DataFrame | NotDefined]:
+    """The tested method, its best early and middle rivals, and random directions at one budget; and their falls of log-odds."""
+    if isinstance(made, NotDefined):
+        return made, made
+    if isinstance(made.decisive, NotDefined):
+        return made.decisive, made.decisive
+    draws = 19 if _is_quick(made.study, profile) else 100
+    same = evidence.at_same_budget(made.chosen[DECISIVE], made.validate, made.test, made.plain, draws)
+    return same, evidence.falls_of_log_odds(same, made.test)
+
+
+def before_and_after(made: Trial | NotDefined, text: str) -> pd.DataFrame | NotDefined:
+    """Label and first word of the answer to a request, unsteered and steered; "" is the first jailbroken test prompt."""
+    return made if isinstance(made, NotDefined) else trial.before_and_after(made, text)
+
+
+def write_evidence(
+    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, prompt_set: str, slug: str, profile: str = "full"
+) -> pd.DataFrame:  # fmt: skip
+    """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it `06_judged.csv` and the directions.
+
+    Refits on other draws of topics, and indirect effects in the steered model, are measured here.
+    """
+    if isinstance(made, Trial):
+        judged, labeller = trial.judged_rates(made, slug)
+        write_table(judged, results_dir(slug) / "06_judged.csv")
+        print(labeller)
+    if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
+        extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
+        if (theirs := extraction.find_supplied(prompt_set)) is not None:
+            cosines = extraction.cosines(lab.fit.directions(), extraction.supplied_directions(theirs, lab.subject))
+            print("cosines with the directions in the prompt set's folder:", cosines.round(3).to_dict("list"))
+    if isinstance(made, NotDefined) or isinstance(same, NotDefined):
+        rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
+    else:
+        late = made.chosen[DECISIVE]
+        changes = evidence.refit_changes(made.experiment, late, made.plain, 3 if _is_quick(made.study, profile) else 10)
+        steered, price = made.answers[DECISIVE], made.prices[DECISIVE]
+        rows = evidence.trial_rows(made.study, late, made.plain, steered, price, same, changes)
+    table = pd.DataFrame(rows, columns=list(EVIDENCE)).assign(model=slug)
+    write_table(table, results_dir(slug) / "06_evidence.csv")
+    return table.set_index(["quantity", "variant"])[["estimate", "ci_low", "ci_high", "n_pairs", "note"]].round(2)
