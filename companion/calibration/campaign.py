@@ -41,6 +41,10 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("kind", "treatment", "effect", "site", "code"), "str"),
         "seed": "int", "layer": "int", "learned": "bool", "share": "float",
     },
+    "knock_outs": {
+        **dict.fromkeys(("kind", "site"), "str"), "seed": "int", **dict.fromkeys(("decider", "bystander"), "float"),
+        **dict.fromkeys(("late", "is_mlp", "is_late"), "bool"),
+    },
     "plant_scores": SCORES,
     "plant_evidence": files.EVIDENCE,
     "real_plants": {
@@ -55,6 +59,7 @@ KEYS = {
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
     "population": ["kind", "claim", "rule", "seed"],
+    "knock_outs": ["kind", "seed"],
     "plants": ["kind", "treatment", "effect", "site", "seed", "layer", "learned"],
     "plant_scores": ["kind", "estimator", "what", "seed"],
     "plant_evidence": ["model", "claim", "quantity", "variant"],
