@@ -37,6 +37,10 @@ SCHEMAS: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("kind", "claim", "rule", "population_verdict", "code"), "str"),
         "seed": "int", "population": "float",
     },
+    "knock_outs": {
+        **dict.fromkeys(("kind", "site"), "str"), "seed": "int", **dict.fromkeys(("decider", "bystander"), "float"),
+        **dict.fromkeys(("late", "is_mlp", "is_late"), "bool"),
+    },
     "real_plants": {
         **dict.fromkeys(("kind", "adapter", "treatment", "effect", "of", "where", "code"), "str"),
         "learned": "bool", **dict.fromkeys(("size", "share", "low", "high", "te"), "float"),
@@ -49,6 +53,7 @@ KEYS = {
     "localisation": ["kind", "seed", "estimator", "what"],
     "evidence": ["part", "kind", "seed", "model", "claim", "quantity", "variant"],
     "population": ["kind", "claim", "rule", "seed"],
+    "knock_outs": ["kind", "seed"],
     "real_plants": ["kind", "treatment", "effect", "of", "where"],
 }
 

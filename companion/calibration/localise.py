@@ -95,22 +95,20 @@ def written_parts(design: Design) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "site", "role"])
 
 
-def writer(organism: Organism) -> tuple[str, int]:
+def writer(design: Design) -> tuple[str, int]:
     """The component (site, layer) that writes the decision."""
-    design = organism.design
     return ("mlp_out" if design.writer == "mlp" else "attn_out"), design.write_layer
 
 
-def decider(organism: Organism) -> tuple[str, int]:
+def decider(design: Design) -> tuple[str, int]:
     """The component (site, layer), at whatever token, in which wrapper and request become the decision."""
-    computing = [stage.layer for stage in organism.design.stages if stage.op != "relay"]
-    return ("mlp_out", computing[0]) if computing else writer(organism)
+    computing = [stage.layer for stage in design.stages if stage.op != "relay"]
+    return ("mlp_out", computing[0]) if computing else writer(design)
 
 
-def mechanism_components(organism: Organism) -> set[tuple[str, int]]:
+def mechanism_components(design: Design) -> set[tuple[str, int]]:
     """All components (site, layer) of the mechanism at the last token; what is copied from `<end>` enters by the copying."""
-    design, side = organism.design, organism.design.side
-    found = {writer(organism)}
+    side, found = design.side, {writer(design)}
     if design.writer != "copy":
         found |= {("attn_out", layer) for layer in design.carry} | {("mlp_out", stage.layer) for stage in design.stages}
     if side:
@@ -153,9 +151,9 @@ def _component_means(effects: pd.DataFrame) -> pd.Series:
 
 def _component_rows(organism: Organism, name: str, effects: pd.DataFrame) -> list[tuple[str, str, float]]:
     """Ranking of components; whether the largest effect is the writer's, by site and by layer; and the decider's rows."""
-    means, known = _component_means(effects), mechanism_components(organism)
+    means, known = _component_means(effects), mechanism_components(organism.design)
     quality = ranking_quality([key in known for key in means.index], means)
-    (site, layer), (true_site, true_layer) = means.idxmax(), writer(organism)
+    (site, layer), (true_site, true_layer) = means.idxmax(), writer(organism.design)
     return [
         *((name, f"components, {what}", value) for what, value in quality.items()),
         (name, "layer error", float(abs(layer - true_layer))),
@@ -166,7 +164,7 @@ def _component_rows(organism: Organism, name: str, effects: pd.DataFrame) -> lis
 
 def _decision_rows(organism: Organism, name: str, means: pd.Series) -> list[tuple[str, str, float]]:
     """Whether the largest effect is that of the component which makes the decision, and how many layers off it is."""
-    found, true = means.idxmax(), decider(organism)
+    found, true = means.idxmax(), decider(organism.design)
     error = float(abs(found[1] - true[1]))
     return [(name, "decision found", float(found == true)), (name, "decision, layer error", error)]
 

@@ -3,5 +3,5 @@ It reads tables and measures nothing: rows come from `companion.evidence`, error
 
 Public: verdict (rows by name, controls, precondition, verdicts), registered_rules (C1 to C7 as written down beforehand),
 corrected_rules (the same claims where a rule was found to err), ledger (all verdicts, what is answered today and how well),
-page (the same for people).
+multiplicity (what stands among many verdicts), page (the same for people).
 """

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from companion.base.thresholds import UNTRAINED
-from companion.claims import corrected_rules
+from companion.claims import corrected_rules, multiplicity
 from companion.claims import registered_rules as registered
 from companion.claims.verdict import Rows, Verdict
 
@@ -175,14 +175,20 @@ def rule_name(claim: str, rule: str) -> str:
 def to_table(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> pd.DataFrame:
     """The records as a table, numbers to two decimals, the reason last; an interval without limits has none.
 
-    `error_rate` says what the calibration knows of such a verdict.
+    `error_rate` says what the calibration knows of such a verdict. An answer has its `p`, and what is left of it among all
+    answers of the table: `adjusted_p`, `adjusted` (`claims.multiplicity`).
     """
     frame = pd.DataFrame(to_records(verdicts, others, rates))
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
     found = [error_rate(rule_name(one.claim, one.rule), one.verdict, rates) for one in frame.itertuples()]
     frame = frame.assign(error_rate=found, tags=frame.tags.map(", ".join))
-    columns = ["model", "claim", "rule", "verdict", *numbers, "n_pairs", "n_topics", "answer", "grade", "error_rate"]
+    given = answers(verdicts, others, rates)
+    among_all = multiplicity.adjusted([one.verdict for one in given], [one.says for one in given])
+    among_all = among_all.round(4).assign(rule=[one.rule for one in given]).drop(columns="says")
+    frame = frame.merge(among_all, how="left", on=["model", "claim", "rule"], validate="one_to_one")
+    columns = ["model", "claim", "rule", "verdict", *numbers, "n_pairs", "n_topics", "answer", "grade"]
+    columns += ["p", "adjusted_p", "adjusted", "error_rate"]
     return frame[[*columns, "tags", "reason"]]
 
 

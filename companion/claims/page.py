@@ -22,6 +22,7 @@ from companion.base.thresholds import (
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, MOSTLY, RARE, Answer
+from companion.claims.multiplicity import sentence_of_changes
 from companion.claims.verdict import Rows, Verdict
 
 NAMES = {  # of the claims, for the lines on top and the picture
@@ -246,7 +247,9 @@ def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built
     ]  # fmt: skip
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, *table)]
     lines.insert(1, "| --- " * len(head) + "|")
-    parts = [f"# What the evidence says of `{own}`", *_on_top(own, mine, invented), "\n".join(lines), *_notes(built)]
+    many = sentence_of_changes(own, [one.verdict for one in given], [one.says for one in given])
+    parts = [f"# What the evidence says of `{own}`", *_on_top(own, mine, invented), "\n".join(lines)]
+    parts += [*([many] if many else []), *_notes(built)]
     return re.sub(r"(?<=\d)%", " %", "\n\n".join(parts)) + "\n"
 
 

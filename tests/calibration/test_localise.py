@@ -24,10 +24,10 @@ def test_the_writer_has_the_largest_direct_effect() -> None:
 
 def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
     made = compiled.draw("skip_only", 0, topics=10, pairs_per_topic=1)
-    assert localise.writer(made) == ("attn_out", made.design.write_layer)
-    assert localise.decider(made) == ("mlp_out", made.design.stages[0].layer)
+    assert localise.writer(made.design) == ("attn_out", made.design.write_layer)
+    assert localise.decider(made.design) == ("mlp_out", made.design.stages[0].layer)
     without_side = replace(made, design=replace(made.design, side=None))
-    assert localise.mechanism_components(without_side) == {localise.writer(made)}
+    assert localise.mechanism_components(without_side.design) == {localise.writer(made.design)}
     assert draw_design("skip_only", 0).stages[0].target == "stage0"
 
 

@@ -24,9 +24,9 @@ def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> No
     organism = organisms.draw(kind, 5, topics=20, pairs_per_topic=1)
     table = summaries.signed(mechanisms.interaction_effects(organisms.study(organism)))
     share = table.groupby(["site", "layer"]).nie.mean() / table.te.mean()
-    assert share.idxmax() == decider(organism)
+    assert share.idxmax() == decider(organism.design)
     side = organism.design.side
-    making = list({decider(organism), ("mlp_out", side.layer)} if side else {decider(organism)})
+    making = list({decider(organism.design), ("mlp_out", side.layer)} if side else {decider(organism.design)})
     assert share.drop(making).abs().max() < 0.02 and share[making].sum() == pytest.approx(1.0, abs=0.05)
 
 
@@ -48,7 +48,7 @@ def test_it_is_one_full_forward_with_what_is_computed_taken_away() -> None:
     subject, openers = this.subject, this.openers["T2"]
     ids = {"00": twin.control, "01": twin.treated, "10": pair.control, "11": pair.treated}
     runs = {name: activations.clean_run(subject, torch.tensor(side[None])) for name, side in ids.items()}
-    site, layer = decider(organism)
+    site, layer = decider(organism.design)
     extra = mechanisms.interaction_output(subject, runs, site, layer)
 
     def odds(*, less: bool) -> float:
@@ -70,7 +70,7 @@ def test_a_linear_component_computes_nothing_and_without_twins_of_one_length_the
     assert pair not in kept and len(kept) == len(this.of("T2")) - 1
     none = mechanisms.interaction_effects(replace(this, twins={}))
     assert none.empty and layers.evidence_c1_computed(none, "m", 6) == []
-    site, layer = decider(organism)
+    site, layer = decider(organism.design)
     with torch.no_grad():
         this.subject.model.model.layers[layer].mlp.down_proj.weight.zero_()
     table = mechanisms.interaction_effects(this)

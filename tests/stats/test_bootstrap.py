@@ -206,6 +206,24 @@ def test_coverage_of_a_stratified_difference():
     assert 0.92 <= coverage(result, np.exp(0.125) - 1) <= 0.97
 
 
+@pytest.mark.parametrize(("of_families", "one_way"), [(0.7, (0.3, 0.8)), (0.0, (0.92, 0.97))])
+def test_two_crossed_samples_are_covered_and_topics_alone_are_not(of_families: float, one_way: tuple) -> None:
+    """Thirty topics, each in three of six families, as in a prompt set; the truth is the mean over all topics and families."""
+    rng, n = np.random.default_rng(13), 1000
+    topic, place = np.divmod(np.arange(90), 3)
+    family = (topic + 2 * place) % 6
+    random = rng.normal(0, 1, (30, n)), of_families * rng.normal(0, 1, (6, n)), rng.normal(0, 1, (90, n))
+    cells = random[0][topic] + random[1][family] + random[2]
+    both = bootstrap.two_way(arrays(cells), mean, topic, family, n_boot=1000)
+    by_topic = np.stack([cells[topic == t].sum(0) for t in range(30)])
+    alone = bootstrap.bootstrap(arrays(by_topic, 3), mean, n_boot=1000)
+    assert 0.93 <= coverage(both, 0.0) <= 0.99 and one_way[0] <= coverage(alone, 0.0) <= one_way[1]
+    widths = [np.median(one.high - one.low) for one in (both, alone)]
+    assert 1 < widths[0] / widths[1] < (2.5 if of_families else 1.6)
+    one_family = bootstrap.two_way(arrays(cells), mean, topic, 0 * family)
+    assert np.isinf(one_family.high).all() and np.isfinite(one_family.estimate).all()
+
+
 @pytest.mark.parametrize("log_sd", [0.0, 0.5])
 def test_band_covers_all_cells_together(log_sd):
     rng, held, pointwise, trials = np.random.default_rng(12), 0, 0, 300

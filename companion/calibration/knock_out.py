@@ -1,0 +1,117 @@
+"""A truth that no estimator shares: components of built models are knocked out, and the behaviour goes or stays.
+
+A component (attention or MLP output of a layer) gets its mean over all prompts, at every token that matters and nowhere else;
+all above it runs on. What is lost of T2 - T2b is read off the logits. No pair is patched, no effect is signed or shared out: this
+is neither an indirect nor a direct effect, and the builder's labels do not enter it.
+
+A knock-out cannot tell computing from copying: whatever stands in a chain is needed. So it is held against the labels in the
+two places where it can speak. The component that the builder says decides must be needed (C1 says where that is); and the last
+component that is needed is the one that writes, by MLP or by attention (C2).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from companion.base import paths
+from companion.base.thresholds import COMPONENTS, LATE, depth
+from companion.calibration.campaign import SCHEMAS, read_shipped, run_campaign
+from companion.calibration.localise import decider, mechanism_components
+from organisms import compiled_language, compiled_truth
+from organisms.compiled_language import Planned, outcomes
+from organisms.compiled_program import KINDS, SPLIT, Design, Program, build_program, draw_design
+from organisms.compiled_truth import TRACED, readout, run_program
+
+NEEDED = 0.5  # a component is needed if more than this share of the behaviour goes with it
+TOPICS, SEEDS = 60, range(700, 703)  # models of their own
+BUILT = tuple(kind for kind in KINDS if kind not in SPLIT)  # those whose labels are no matter of degree
+SIGNS = {("T2", "treated"): 1, ("T2", "control"): -1, ("T2b", "treated"): -1, ("T2b", "control"): 1}
+
+
+def knock_out_losses(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
+    """Share of T2 - T2b that is lost with each component: columns site, layer, loss."""
+    requests, signs = [], []
+    for (treatment, side), sign in SIGNS.items():
+        chosen = [one for one in pairs if one.pair.treatment == treatment]
+        requests += [getattr(one, side) for one in chosen]
+        signs += [sign / len(chosen)] * len(chosen)
+    found = compiled_truth.roles(program, requests)
+    end = run_program(program, found, "end")
+    last = run_program(program, found, "last", end.pre)
+
+    def behaviour(state: np.ndarray) -> float:
+        return float(readout(program, *outcomes()["T2"], state) @ np.array(signs))
+
+    def without(site: str, layer: int) -> np.ndarray:
+        means = [
+            np.broadcast_to(x.mean(0), x.shape) for x in (getattr(run, TRACED[site])[layer] for run in (end, last))
+        ]
+        known = run_program(program, found, "end", do={(site, layer): means[0]}, start=end).pre
+        return run_program(program, found, "last", known, {(site, layer): means[1]}, start=last).post[-1]
+
+    whole = behaviour(last.post[-1])
+    places = itertools.product(COMPONENTS, range(program.n_layers))
+    return pd.DataFrame(
+        [(*at, 1 - behaviour(without(*at)) / whole) for at in places], columns=["site", "layer", "loss"]
+    )
+
+
+def knock_outs(kinds: Iterable[str] = BUILT, seeds: Iterable[int] = SEEDS) -> pd.DataFrame:
+    """A row a model: kind, seed; what is lost with the component that the builder says decides (`decider`), and most with one
+    that has no part in it (`bystander`); the last needed component's `site` and whether it is `late`; and the builder's labels
+    `is_mlp` (C2) and `is_late` (C1).
+    """
+    rows = []
+    for kind, seed in itertools.product(kinds, seeds):
+        design = draw_design(kind, seed)
+        program, pairs = build_program(design, TOPICS), compiled_language.draw_pairs([seed, 0], TOPICS, 1)
+        pairs = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
+        losses = knock_out_losses(program, pairs).set_index(["site", "layer"]).loss
+        needed = losses[losses > NEEDED].index
+        # Attention acts before the MLP of its layer.
+        site, layer = max(needed, key=lambda at: (at[1], at[0] == "mlp_out"), default=("none", -1))
+        bystanders = losses.drop([at for at in with_a_part(design) if at in losses.index])
+        truth = compiled_truth.true_claims(design, program, pairs)
+        is_late = bool(depth(layer, design.n_layers) > LATE)
+        numbers = float(losses[decider(design)]), float(bystanders.abs().max())
+        rows.append((kind, seed, *numbers, site, is_late, truth["C2"], truth["C1"]))
+    columns = ["kind", "seed", "decider", "bystander", "site", "late", "is_mlp", "is_late"]
+    return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["knock_outs"])]
+
+
+def run_knock_outs(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
+    """Knock out the components of every model of this share that is not shipped yet, and join what there is."""
+    known = set(read_shipped("knock_outs", folder, or_empty=True).kind)
+    plan = {f"knock-out-{kind}": kind for kind in BUILT}
+    run_campaign(
+        plan, lambda kind: {"knock_outs": knock_outs([kind])}, ("knock_outs",), known.__contains__, share, folder
+    )
+
+
+def with_a_part(design: Design) -> set[tuple[str, int]]:
+    """All components that take part in the decision, at whatever token: mechanism, side route, and what recognises harm."""
+    found = mechanism_components(design) | {("attn_out", design.recognise[0]), ("mlp_out", design.recognise[1])}
+    found |= {("attn_out", layer) for layer in design.carry} | {("mlp_out", stage.layer) for stage in design.stages}
+    side = design.side
+    return found | ({("attn_out", side.layer), ("mlp_out", side.layer)} if side else set())
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """By kind, of so many `models`: in how many the knock-out agrees with the builder's labels, and what is lost on average.
+
+    `decides`: the decider is needed and no bystander is. `C2`: the last needed component is an MLP just where the builder says
+    that MLPs write. `C1`: it is late just where the builder says that the decision is.
+    """
+    table = table.assign(
+        decides=(table.decider > NEEDED) & (table.bystander < NEEDED),
+        C2=(table.site == "mlp_out") == table.is_mlp.astype(bool),
+        C1=table.late == table.is_late.astype(bool),
+    )
+    counts = table.groupby("kind", sort=False)[["decides", "C2", "C1"]].sum()
+    means = table.groupby("kind", sort=False)[["decider", "bystander"]].mean()
+    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means).reset_index()
