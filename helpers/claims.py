@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import pandas as pd
 from IPython.display import Markdown
 
-from companion.base.display import check
+from companion.base.display import NotDefined, check
 from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
 from companion.calibration.rates import claim_rates, draws_like, main_draws
 from companion.claims import ledger, page
+from companion.prompts.pairs import load_set
 from companion.run.overview import notebook_table, run_evidence, shape_of
 from companion.run.overview import verdict_table as answers_so_far
 
@@ -32,6 +33,7 @@ __all__ = [
     "opposites",
     "page_of",
     "picture",
+    "two_way_intervals",
     "write_claims",
 ]
 
@@ -98,6 +100,21 @@ def picture(judged: Judged) -> pd.DataFrame:
 def opposites(judged: Judged) -> pd.DataFrame:
     """For each claim its opposite, what would show it, and in how many built models it was shown."""
     return ledger.opposite_table(judged.own, judged.rates)
+
+
+def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined:
+    """Key numbers of C1 to C4 with two intervals: over topics, and over topics and wrapper families (or verbs) together.
+
+    `wider` is the ratio of their widths; kept as `08_two_way.csv`. Not defined where a set has one family.
+    """
+    from companion.evidence.two_way import two_way_table  # only here: it imports torch
+
+    names = {"layers": "02_layers", "computed": "02_computed", "modules": "03_modules", "carried": "05_paths"}
+    paths = {part: results_dir(judged.slug) / f"{name}.parquet" for part, name in names.items()}
+    tables = {part: pd.read_parquet(path) for part, path in paths.items() if path.is_file()}
+    found = two_way_table(tables, load_set(prompts).pairs)
+    write_table(found, results_dir(judged.slug) / "08_two_way.csv")
+    return found if isinstance(found, NotDefined) else found.round(2)
 
 
 def write_claims(judged: Judged) -> pd.DataFrame:

@@ -123,10 +123,12 @@ def centroids(main: Layers) -> pd.DataFrame | NotDefined:
 def computed_effects(study: Study) -> pd.DataFrame | NotDefined:
     """Effects of what each attention and MLP output makes of wrapper and request together, in log-odds.
 
-    Rows as those of the sweep, for T2 - T2b; not defined without twins of one token length.
+    Rows as those of the sweep, for T2 - T2b, kept as `02_computed.parquet`; not defined without twins of one token length.
     """
-    table = mechanisms.interaction_effects(study)
-    return table if len(table) else NotDefined("No pair of T2 has a twin in T2b with as many tokens.")
+    found = mechanisms.interaction_effects(study)
+    table = found if len(found) else NotDefined("No pair of T2 has a twin in T2b with as many tokens.")
+    write_table(table, results_dir(study.slug) / "02_computed.parquet")
+    return table
 
 
 def passed_and_computed(effects: pd.DataFrame, computed: pd.DataFrame | NotDefined) -> pd.DataFrame | NotDefined:

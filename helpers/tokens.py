@@ -22,7 +22,6 @@ from companion.generation import labels
 from companion.generation.decode import Answers, end_tokens
 from companion.mediation import mechanisms, outcomes
 from companion.mediation.estimands import run_clean
-from companion.mediation.mechanisms import path_effects as measure_paths
 from companion.mediation.study import Study
 from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, position_effects, token_effects
 from companion.prompts.tokens import TokenPair
@@ -60,6 +59,16 @@ def share_by_group(study: Study, effects: pd.DataFrame, treatments: Sequence[str
     """Share of the total effect by treatment, group and layer with intervals; treatments that were not measured are left out."""
     there = [name for name in treatments if (effects.treatment == name).any()] or [effects.treatment.iloc[0]]
     return pd.concat([group_shares(study, effects, name) for name in there], ignore_index=True)
+
+
+def measure_paths(study: Study) -> pd.DataFrame:
+    """Effects of the last token's residual stream after each layer, all parts above live, or attention or MLPs held.
+
+    One row a pair, layer and what is held, in log-odds; kept as `05_paths.parquet`.
+    """
+    found = mechanisms.path_effects(study)
+    write_table(found, results_dir(study.slug) / "05_paths.parquet")
+    return found
 
 
 def hand_over(paths: pd.DataFrame) -> pd.DataFrame:
