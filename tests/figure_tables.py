@@ -12,7 +12,6 @@ NAMES = [entry.name for entry in SPECS]
 CHOICES = {
     "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
     "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "estimand": ["NIE0", "NIE1", "INT"],
-    "from_cell": ["y00", "y10"], "to_cell": ["y01", "y11"],
     "verdict": ["supported", "contradicted", "inconclusive", "not testable"],
     "answer": [*style.ANSWERS, "not testable"],
     "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),

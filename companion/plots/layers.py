@@ -69,7 +69,7 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
 
 def component_map(table: pd.DataFrame) -> Figure:
     """Layers by attention and MLP outputs of one pair, in per cent of its total effect; columns: layer, site, share."""
-    grid = 100 * table.pivot(index="site", columns="layer", values="share").loc[["attn_out", "mlp_out"]]
+    grid = 100 * table.pivot(index="site", columns="layer", values="share").sort_index()  # attention above MLP
     figure, axes = style.new_figure(width=max(5.2, 0.25 * grid.shape[1] + 1.2), height=1.7)
     ax, bound = axes[0, 0], float(grid.abs().max(axis=None)) or 1.0
     ax.imshow(grid, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto")
@@ -79,7 +79,7 @@ def component_map(table: pd.DataFrame) -> Figure:
             x, y, text, ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black"
         )
     ax.set_xticks(range(grid.shape[1]), grid.columns, fontsize=8)
-    ax.set_yticks(range(2), [style.NAMES[site] for site in grid.index])
+    ax.set_yticks(range(len(grid)), [style.NAMES[site] for site in grid.index])
     ax.set_xlabel("layer")
     ax.set_title("Which component carries this pair's effect? (% of TE)")
     ax.grid(False)
