@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -114,10 +116,7 @@ def cells(table: pd.DataFrame) -> Figure:
         ax.set_xticks([0, 1], ["off", "on"])
         ax.set_xlim(-0.3, 1.35)
         ax.set_xlabel("first switch")
-        letter, _, rest = str(form).partition(": ")
-        ax.set_title(
-            f"{letter}: " + rest.replace(", ", ",\n").replace(" x ", "\nx ", 1) if rest else letter, fontsize=8
-        )
+        ax.set_title(textwrap.fill(str(form), 18), fontsize=8)
     axes[0, 0].set_ylabel(style.LOG_ODDS)
     legend_below(figure, axes[0, :1], 2)
     heading(figure, "Parallel lines add, fanning lines gate: what do both switches do?")
