@@ -29,19 +29,18 @@ def built(table: pd.DataFrame) -> Figure:
     figure, axes = style.new_figure(1, len(models), 4.0 * len(models), 1.0 + 0.44 * n_layers, sharey=True)
     for ax, model in zip(axes[0], models, strict=True):
         part = table[table.model == model].fillna({"role": ""})
-        grid = part.pivot(index="layer", columns="site", values="share")[sites].to_numpy()
+        grid = part.pivot_table(index="layer", columns="site", values="share", aggfunc="first")
+        grid = grid.reindex(index=range(n_layers), columns=sites)
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         for row in part.itertuples():
-            x, y, ink = sites.index(str(row.site)), int(row.layer), "white" if row.share > 0.6 else "black"
+            x, y, ink = sites.index(row.site), int(row.layer), "white" if row.share > 0.6 else "black"
             ax.text(x - 0.44, y, textwrap.fill(str(row.role), 20), ha="left", va="center", fontsize=8, color=ink)
             ax.text(x + 0.44, y, f"{abs(row.share):.2f}", ha="right", va="center", fontsize=8, color=ink)
             if "decides" in str(row.role):
                 _frame(ax, x, y)
-        first_late = float(np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)[0])
-        ax.axhline(first_late - 0.5, color="black", lw=0.9, ls="--")
-        ax.text(
-            -0.47, first_late - 0.54, "late layers above this line", ha="left", va="top", fontsize=7, style="italic"
-        )
+        for edge in np.flatnonzero(depth(np.arange(n_layers), n_layers) > LATE)[:1] - 0.5:
+            ax.axhline(edge, color="black", lw=0.9, ls="--")
+            ax.text(-0.47, edge - 0.04, "late layers above this line", va="top", fontsize=7, style="italic")
         ax.set_xticks(range(len(sites)), [NAMES.get(site, site) for site in sites])
         ax.set_yticks(range(n_layers))
         ax.grid(False)
@@ -86,7 +85,7 @@ def plants(table: pd.DataFrame) -> Figure:
         grid = part.pivot(index="kind", columns="place", values="estimate").loc[kinds, places].to_numpy()
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for row in part.itertuples():
-            x, y = places.index(str(row.place)), kinds.index(str(row.kind))
+            x, y = places.index(row.place), kinds.index(row.kind)
             ink = "white" if abs(row.estimate) > 0.6 else "black"
             ax.text(
                 x, y, f"{row.estimate:.2f}".replace("-0.00", "0.00"), ha="center", va="center", fontsize=8, color=ink
@@ -94,7 +93,7 @@ def plants(table: pd.DataFrame) -> Figure:
             if row.learned and x < len(places) - 1:
                 _frame(ax, x, y)
         ax.axvline(len(places) - 1.5, color="white", lw=5)
-        ax.set_xticks(range(len(places)), [place.replace("attn", "attention").replace("mlp", "MLP") for place in places],
+        ax.set_xticks(range(len(places)), [str(place).replace("attn", "attention").replace("mlp", "MLP") for place in places],
                       rotation=40, ha="right")  # fmt: skip
         ax.set_yticks(range(len(kinds)), kinds)
         ax.grid(False)
