@@ -8,11 +8,13 @@ C4. No rule reads it: it says how far a verdict is one on these wrappers alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from companion.base.display import NotDefined
+from companion.base.files import EFFECTS, read_table
 from companion.base.thresholds import COMPONENTS, COMPUTED, LATE, MLP_SHARE_WITH_OWN, deepest_early_layer, depth
 from companion.mediation import mechanisms, summaries
 from companion.mediation.mechanisms import HELD, WITH_OWN
@@ -21,6 +23,10 @@ from companion.prompts.pairs import Pair
 from companion.stats import bootstrap, clusters
 from companion.stats.clusters import Statistic
 
+FILES = {  # in a run's folder
+    "layers": "02_layers.parquet", "computed": "02_computed.parquet", "modules": "03_modules.parquet",
+    "carried": "05_carried.parquet",
+}  # fmt: skip
 PSI = "psi0 early, shared tokens"
 COLUMNS = ("claim", "quantity", "drawn with topics", "topics", "levels", "estimate", "low", "high", "low both", "high both",
            "wider")  # fmt: skip
@@ -45,13 +51,18 @@ def second_level(pairs: Iterable[Pair]) -> dict[str, str]:
     return {name: level for name, level in found.items() if level}
 
 
+def read_effects(folder: Path) -> dict[str, pd.DataFrame]:
+    """The pair-level tables of a run that `two_way_table` can use, as far as the run left them (`FILES`)."""
+    found = {name: folder / file for name, file in FILES.items()}
+    return {name: read_table(path, EFFECTS) for name, path in found.items() if path.is_file()}
+
+
 def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> pd.DataFrame | NotDefined:
     """Key numbers of C1 to C4 with their interval over topics, and that over topics and wrapper families, or verbs.
 
-    `tables` are pair-level effects by name, whichever a run has: "layers" (`02_layers.parquet`), "modules"
-    (`03_modules.parquet`), "computed" (`mechanisms.interaction_effects`) and "carried" (`mechanisms.path_effects`). Columns
-    `COLUMNS`; `wider` is the ratio of the widths. A number whose pairs share one family or verb has no row; NotDefined where
-    none has a row.
+    `tables` are pair-level effects by name, whichever a run has: those of `FILES`, of which "computed" is made by
+    `mechanisms.interaction_effects` and "carried" by `mechanisms.path_effects`. Columns `COLUMNS`; `wider` is the ratio of the
+    widths. A number whose pairs share one family or verb has no row; NotDefined where none has a row.
     """
     level, rows = second_level(pairs), []
     for claim, quantity, name, asked in KEY_NUMBERS:

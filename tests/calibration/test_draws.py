@@ -14,13 +14,13 @@ from companion.base.thresholds import POINTS, UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.ideal_push import PUSH, truth_of
-from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
+from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, FRESH_NEAR, JUDGED_FROM, UNSEEN
 from companion.claims.registered_rules import PSI, STATEMENTS
 from companion.claims.verdict import Rows
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
-from organisms import compiled
+from organisms import compiled, compiled_truth
 from organisms.compiled_program import draw_design
 
 PLAN = draws.plan_draws()
@@ -74,6 +74,23 @@ def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_pat
     anew.to_parquet(tmp_path / "verdicts.parquet")
     again, names = rates.main_draws(tmp_path).query(youngest), ["claim", "kind", "seed"]
     assert len(anew) > len(table) and again[names].value_counts().to_dict() == starred[names].value_counts().to_dict()
+
+
+def test_draws_near_a_threshold_have_the_value_that_was_built_and_enter_no_rate() -> None:
+    table = rates.threshold_draws()
+    for kind, (_, count, topics) in draws.NEAR.items():
+        own = table[table.kind == kind]
+        assert set(own.claim) == {f"{claim}*" for claim in compiled_truth.PLACED[kind]} and set(own.topics) == {topics}
+        assert (own.groupby("claim").size() == count).all()
+    assert not set(table.seed) & {draw.seed for draw in MAIN} and not set(rates.main_draws().kind) & set(draws.NEAR)
+    limits = [table.claim.map(side) for side in (rates.SUPPORTED_FROM, rates.CONTRADICTED_TO)]
+    assert ((table.truth == "true") == (table.value >= limits[0])).all()
+    near = np.minimum(*(abs(table.value - limit) for limit in limits))
+    assert (near.groupby(table.claim).median() < 0.1).all(), "drawn around the thresholds"
+    gap = (table.estimate - table.value)[table.quantity != "k90"].groupby(table.claim)
+    assert (abs(gap.mean()) < 2.5 * gap.std() / gap.size() ** 0.5).all(), "rules measure what was built, on average"
+    again = draws.built_values("split_context", FRESH_NEAR).population.iloc[0]
+    assert table.query("kind == 'split_context' and seed == @FRESH_NEAR").value.iloc[0] == pytest.approx(again)
 
 
 def test_the_pipeline_gives_the_rows_of_the_notebooks() -> None:

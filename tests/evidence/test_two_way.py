@@ -1,12 +1,14 @@
 """Topics and wrapper families, or verbs, drawn together: the key numbers of the evidence, with wider intervals."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from companion.base import files
 from companion.base.display import NotDefined
-from companion.evidence import layers, tokens
+from companion.evidence import layers, tokens, two_way
 from companion.evidence.two_way import second_level, two_way_table
 from companion.prompts.pairs import Pair
 from organisms import compiled_language, compiled_truth
@@ -54,10 +56,14 @@ def test_key_numbers_are_those_of_the_evidence_and_both_samples_widen_them(effec
     assert width.to_list() == pytest.approx(found.wider.to_list()) and (found.wider > 1).all()
 
 
-def test_one_family_is_no_sample_of_families(effects: tuple) -> None:
+def test_one_family_is_no_sample_of_families(effects: tuple, tmp_path: Path) -> None:
     tables, pairs = effects
     one = two_way_table({"modules": tables["modules"]}, [with_words(p, 1) for p in pairs])
     assert isinstance(one, NotDefined) and "families" in str(one)
+    assert two_way.read_effects(tmp_path) == {}
+    files.write_table(tables["carried"], tmp_path / two_way.FILES["carried"])
+    (read,) = two_way.read_effects(tmp_path).values()
+    pd.testing.assert_frame_equal(read, tables["carried"], check_like=True)
     pair = with_words(pairs[1], 3)
     assert second_level([replace(pair, treatment="T2", family="tale-4"), replace(pair, id="x", treatment="B1")]) == {
         pair.id: "tale"
