@@ -47,9 +47,9 @@ OPPOSITE = {
             "04, Gate or contributor: an index near 0 in every form that could show a gate"),
     "C5c": ("Every answer token decides anew.", "05, When must it be closed?: the first token keeps at most 0.40 of the effect"),
     "C6a": ("Answers stay as harmful as they were, or any direction does as well.",
-            "06, The trial and Random directions: a fall of less than 2 points"),
-    "C6b": ("Harmless answers suffer.", "06, The trial: a cost surely above its margin"),
-    "C6c": ("Other layers defend as well.", "06, Early, middle or late, with the same budget: a rival that does as well"),
+            "06, Who pays, and the same budget elsewhere: a fall of less than 2 points"),
+    "C6b": ("Harmless answers suffer.", "06, Who pays: a cost surely above its margin"),
+    "C6c": ("Other layers defend as well.", "06, Does the same budget do as much elsewhere: a rival that does as well"),
     "C7": ("The order of neurons says nothing.",
            "04, Are related neurons adjacent?: Moran's I at most 0.05, as after a permutation"),
 }  # fmt: skip
