@@ -25,10 +25,11 @@ from companion.mediation.estimands import run_clean
 from companion.mediation.study import Study
 from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, position_effects, token_effects
 from companion.prompts.tokens import TokenPair
+from helpers.layers import contrast, primary
 
-__all__ = ["STEPS", "answer_ends", "hand_over", "label", "label_by_schedule", "map_of_pair", "measure_clamps", "measure_groups",
-           "measure_paths", "path_effects_of_pair", "rates", "share_by_group", "share_by_path", "tested_pairs",
-           "write_evidence"]  # fmt: skip
+__all__ = ["STEPS", "answer_ends", "contrast", "hand_over", "label", "label_by_schedule", "map_of_pair", "measure_clamps",
+           "measure_groups", "measure_paths", "path_effects_of_pair", "primary", "rates", "share_by_group", "share_by_path",
+           "tested_pairs", "write_evidence"]  # fmt: skip
 
 STEPS = outcomes.STEPS  # tokens of an answer
 
