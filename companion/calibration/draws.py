@@ -91,8 +91,8 @@ POWER_KINDS = {
 # Models whose true value lies near a threshold, by kind: the part, how many, and their topics. C5c needs more topics, since
 # with 21 in the test split its exact limits leave no share below 1 surely above 0.8.
 NEAR = {
-    "split_decision": ("layers", 36, TOPICS), "split_context": ("context", 48, TOPICS), "split_last": ("neurons", 5, TOPICS),
-    "split_gate": ("neurons", 5, TOPICS), "split_opener": ("timing", 12, 200),
+    "split_decision": ("layers", 33, TOPICS), "split_context": ("context", 48, TOPICS), "split_last": ("neurons", 2, TOPICS),
+    "split_gate": ("neurons", 2, TOPICS), "split_opener": ("timing", 10, 200),
 }  # fmt: skip
 FULL_RESPONSE = 5  # every so many seeds also have Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}

@@ -62,7 +62,7 @@ def test_the_youngest_corrections_are_not_judged_on_draws_that_were_seen(tmp_pat
     table = read_shipped("verdicts").query("purpose == 'main'")
     youngest = "claim in ['C1*', 'C4*']"
     starred = rates.main_draws().query(youngest)
-    planned = Counter((draw.part, draw.seed >= FRESH_LAST) for draw in PLAN if draw.seed >= FRESH_LATER)
+    planned = Counter((draw.part, draw.seed >= FRESH_LAST) for draw in MAIN if draw.seed >= FRESH_LATER)
     n_last = planned["layers", True]
     assert starred.groupby("claim").size().to_dict() == {
         "C1*": planned["layers", False] + len(UNSEEN) + n_last,
@@ -88,7 +88,7 @@ def test_draws_near_a_threshold_have_the_value_that_was_built_and_enter_no_rate(
     near = np.minimum(*(abs(table.value - limit) for limit in limits))
     assert (near.groupby(table.claim).median() < 0.1).all(), "drawn around the thresholds"
     gap = (table.estimate - table.value)[table.quantity != "k90"].groupby(table.claim)
-    assert (abs(gap.mean()) < 2.5 * gap.std() / gap.size() ** 0.5).all(), "rules measure what was built, on average"
+    assert (abs(gap.mean()) < 0.04).all(), "on average rules measure what was built"
     again = draws.built_values("split_context", FRESH_NEAR).population.iloc[0]
     assert table.query("kind == 'split_context' and seed == @FRESH_NEAR").value.iloc[0] == pytest.approx(again)
 
