@@ -107,12 +107,9 @@ def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined
 
     `wider` is the ratio of their widths; kept as `08_two_way.csv`. Not defined where a set has one family.
     """
-    from companion.evidence.two_way import two_way_table  # only here: it imports torch
+    from companion.evidence.two_way import read_effects, two_way_table  # only here: it imports torch
 
-    names = {"layers": "02_layers", "computed": "02_computed", "modules": "03_modules", "carried": "05_paths"}
-    paths = {part: results_dir(judged.slug) / f"{name}.parquet" for part, name in names.items()}
-    tables = {part: pd.read_parquet(path) for part, path in paths.items() if path.is_file()}
-    found = two_way_table(tables, load_set(prompts).pairs)
+    found = two_way_table(read_effects(results_dir(judged.slug)), load_set(prompts).pairs)
     write_table(found, results_dir(judged.slug) / "08_two_way.csv")
     return found if isinstance(found, NotDefined) else found.round(2)
 

@@ -65,10 +65,10 @@ def share_by_group(study: Study, effects: pd.DataFrame, treatments: Sequence[str
 def measure_paths(study: Study) -> pd.DataFrame:
     """Effects of the last token's residual stream after each layer, all parts above live, or attention or MLPs held.
 
-    One row a pair, layer and what is held, in log-odds; kept as `05_paths.parquet`.
+    One row a pair, layer and what is held, in log-odds; kept as `05_carried.parquet`.
     """
     found = mechanisms.path_effects(study)
-    write_table(found, results_dir(study.slug) / "05_paths.parquet")
+    write_table(found, results_dir(study.slug) / "05_carried.parquet")
     return found
 
 
