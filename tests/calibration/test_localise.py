@@ -1,7 +1,6 @@
 """Scores of estimators against the mechanism that was built."""
 
 from dataclasses import replace
-from unittest.mock import Mock
 
 import pytest
 from measured_organism import few_pairs, gated_organism, measured_organism
@@ -35,9 +34,8 @@ def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
 def test_what_is_written_where_names_the_one_that_decides_and_the_one_that_writes(kind: str) -> None:
     design = draw_design(kind, 11)
     roles = localise.written_parts(design).set_index(["site", "layer"]).role
-    organism = Mock(design=design)
-    assert "decides" in roles[localise.decider(organism)]
-    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(organism)]
+    assert "decides" in roles[localise.decider(design)]
+    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(design)]
     assert roles.str.contains("decides").sum() == 1 and len(roles) == 2 * design.n_layers
 
 
