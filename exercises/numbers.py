@@ -13,7 +13,7 @@ from functools import cache
 import pandas as pd
 
 from companion.base.errors import InputError
-from companion.base.paths import RESULTS
+from companion.base.paths import RESULTS, relative
 from companion.run.overview import DEFAULT
 
 MARK = re.compile(r'<!--=(?P<table>\w+)(?P<where>(?: \w+=(?:"[^"]*"|[^\s:]+))*): (?P<column>\w+)(?P<percent>\*100)?-->'
@@ -23,7 +23,10 @@ _WHERE = re.compile(r'(\w+)=(?:"([^"]*)"|([^\s:]+))')
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    return pd.read_csv(RESULTS / DEFAULT / f"{name}.csv", dtype=str, keep_default_na=False)
+    path = RESULTS / DEFAULT / f"{name}.csv"
+    if not path.is_file():
+        raise InputError(f"a number in prose: {relative(path)} is not there: ./run_all.sh makes it")
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def cell(name: str, where: str, column: str) -> float:

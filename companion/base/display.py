@@ -51,18 +51,6 @@ class NotDefined:
         return f"*{self.reason}*"
 
 
-def first_undefined(*values: object) -> NotDefined | None:
-    """The first `NotDefined` among the values, or None where all are defined.
-
-    Compare the answer with None, since a `NotDefined` is falsy:
-    `if (missing := first_undefined(effects, shares)) is not None: return missing`.
-
-    >>> first_undefined(1.0, NotDefined("No wrapper."), NotDefined("No topic."))
-    NotDefined(reason='No wrapper.')
-    """
-    return next((value for value in values if isinstance(value, NotDefined)), None)
-
-
 def check(holds: bool, what: str) -> bool:
     """Shows beside a result that something which must hold does not, and goes on; returns whether it holds.
 

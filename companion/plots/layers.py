@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -27,12 +26,6 @@ CENTROID_MARGIN = 0.05  # by which harm must be later for C1
 CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
 
 
-def _blank(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, axes = style.new_figure(width=width, height=height)
-    axes[0, 0].axis("off")
-    return figure, axes[0, 0]
-
-
 def pair_tokens(table: pd.DataFrame) -> Figure:
     """Both prompts of one pair, token under token; columns: position, group, control, treated, differ.
 
@@ -40,7 +33,8 @@ def pair_tokens(table: pd.DataFrame) -> Figure:
     """
     before = (table.group.isin(["system", "header"]) & ~table.differ).cummin()
     own = table[~before].reset_index(drop=True)
-    figure, axes = _blank(max(6.0, 0.28 * len(own) + 1.9), 2.6)
+    figure, ((axes,),) = style.new_figure(width=max(6.0, 0.28 * len(own) + 1.9), height=2.6)
+    axes.axis("off")
     if n := int(before.sum()):
         axes.add_patch(Rectangle((-2.4, 0), 2.3, 1.9, fc=GROUP_COLOURS["system"], ec="#BBBBBB", lw=0.6))
         axes.text(-1.25, 0.95, f"{n} tokens,\nthe same\nin all\nprompts", ha="center", va="center", fontsize=8)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from companion.base import files, paths
-from companion.base.display import NotDefined, first_undefined
+from companion.base.display import NotDefined
 from companion.base.errors import InputError
 
 COLUMNS = {"site": "str", "layer": "int", "te": "float", "ok": "bool"}
@@ -38,8 +38,6 @@ def test_a_table_that_is_not_defined_leaves_no_file_and_shows_why(tmp_path: Path
         assert files.write_table(missing, path) is missing
         assert not list(tmp_path.iterdir())
     assert not missing and str(missing) in missing._repr_markdown_()
-    assert first_undefined(0.0, None, missing, NotDefined("Other.")) is missing
-    assert first_undefined(0.0, None, table()) is None
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
