@@ -14,9 +14,10 @@ import torch
 from scipy.stats import beta
 
 import exercises
+from companion.base.errors import InputError
 from companion.base.paths import NOTEBOOKS
 from companion.run import notebooks
-from exercises import build, glossary, guide, mystery
+from exercises import build, glossary, guide, mystery, numbers
 from exercises.judging import NUMBERS, Exercise, find, judge, of_notebook
 from exercises.questions import QUESTIONS
 
@@ -149,3 +150,16 @@ def test_the_instructor_guide_has_the_key() -> None:
         assert f"| {number} | {' | '.join(found.values())} |" in text
     with pytest.raises(ValueError, match="made: key"):
         guide.filled(text.replace("<!-- end: key -->", ""))
+
+
+def test_a_number_in_prose_is_that_of_one_row_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "RESULTS", tmp_path)
+    (tmp_path / numbers.DEFAULT).mkdir()
+    (tmp_path / numbers.DEFAULT / "t.csv").write_text("name,part,x\na b,1,0.678\na b,2,-0.5\n")
+    marked = '<!--=t name="a b" part=1: x*100-->12 and <!--=t part=2: x-->−1.00 of 3.5'
+    assert re.sub("<!--.*?-->", "", numbers.filled(marked)) == "68 and −0.50 of 3.5"
+    for wrong, said in (("part=3: x", "0 rows"), ('name="a b": x', "2 rows")):
+        with pytest.raises(InputError, match=said):
+            numbers.filled(f"<!--=t {wrong}-->1")
+    with pytest.raises(InputError, match=r"u.csv is not there"):
+        numbers.filled("<!--=u part=1: x-->1")
