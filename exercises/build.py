@@ -1,9 +1,9 @@
 """Make what students see from the sources: `python -m exercises.build`.
 
 Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the
-companion its exercises, the links to the glossary, and the numbers of its prose. These are Markdown, found by tags, links
-and comments: a second run changes nothing, no code changes, and nothing has to be run again. With `--check` it writes
-nothing and says what is out of date.
+companion its exercises, the links to the glossary, and the numbers of its prose (of two documents, too). These are
+Markdown, found by tags, links and comments: a second run changes nothing, no code changes, and nothing has to be run again.
+With `--check` it writes nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from exercises.numbers import filled
 from exercises.questions import QUESTIONS, Question
 
 FOLDER = ROOT / "exercises"
+WITH_NUMBERS = (ROOT / "README.md", ROOT / "docs" / "real_models.md")  # beside the notebooks
 NEXT = "**Next →**"
 TAG = "exercise"
 EMPTY = "    return None  # your answer\n"
@@ -144,6 +145,7 @@ def with_exercises(notebook: notebooks.Notebook, number: str, path: Path) -> not
 def made() -> dict[Path, str]:
     """Every file that is made here, with its content."""
     files = {guide.GUIDE: guide.filled(guide.GUIDE.read_text(encoding="utf-8"))}
+    files |= {path: filled(path.read_text(encoding="utf-8")) for path in WITH_NUMBERS}
     for number in NUMBERS:
         (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
         files[FOLDER / path.name] = notebooks.notebook_text(students_notebook(number, path))
