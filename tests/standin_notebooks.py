@@ -72,7 +72,7 @@ def main(device: str, model: str, dtype: str, folder: str, *numbers: str) -> Non
     if model == "grouped-query":
         made = place / model
         model = str(made if made.is_dir() else grouped_query(made))
-    own = {"MODEL": model, "SLUG": "run", "DEVICE": device, "DTYPE": dtype, "PROFILE": PROFILE}
+    own = {"MODEL": model, "PROMPTS": "embedded", "SLUG": "run", "DEVICE": device, "DTYPE": dtype, "PROFILE": PROFILE}
     is_on = contextlib.nullcontext()
     if device == "standin":
         import standin

@@ -141,7 +141,8 @@ def test_plain_papermill_runs_a_notebook_after_the_one_that_it_needs(tmp_path: P
     """As a user would type it, from the repository's root, without this project's own runner."""
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
     variables = os.environ | places | {"OMP_NUM_THREADS": "1"}
-    asked = ["-p", "DEVICE", "cpu", "-p", "PROFILE", "smoke", "-k", "python3", "--no-progress-bar"]
+    asked = ["-p", "PROFILE", "smoke", "-k", "python3", "--no-progress-bar"]
+    asked += [word for name in ("MODEL", "PROMPTS", "SLUG") for word in ("-p", name, "embedded")]
     for name in ("01_data_prep", "02_layers"):
         files = [f"notebooks/{name}.ipynb", str(tmp_path / f"{name}.ipynb")]
         command = [sys.executable, "-m", "papermill", *files, *asked]
