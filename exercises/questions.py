@@ -87,7 +87,10 @@ QUESTIONS: dict[str, Question] = {
         "Three models. In one, many last-layer neurons that lie side by side decide. In one, many scattered neurons decide. In "
         "one, at most 8 decide. Which is which? Decide without a window.",
         "`neurons.measure_neurons(study).table` holds every last-layer neuron; sort by |effect|, then look at the indices.",
-        _models("04").replace("from companion.mediation import estimands", "from helpers import neurons"),
+        _models("04").replace(
+            "from companion.mediation import estimands\nfrom exercises import mystery",
+            "from exercises import mystery\nfrom helpers import neurons",
+        ),
     ),
     "05": Question(
         "05-open",
