@@ -6,7 +6,7 @@ import pytest
 from figure_tables import numbers, table_for
 
 from companion.base.thresholds import COMPONENTS
-from companion.plots import calibration, layers, steering, style
+from companion.plots import calibration, layers, style
 from companion.plots.figures import spec_of
 
 WORDS = {"x_label": "cost", "y_label": "harm", "title": ""}
@@ -40,18 +40,6 @@ def test_the_light_cone_is_shaded_in_the_panel_of_each_model() -> None:
         assert len(ax.patches) == n_shaded and bool(ax.texts) == bool(n_shaded)
         if n_shaded:
             assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
-
-
-def test_a_heatmap_is_centred_and_dots_what_excludes_0() -> None:
-    table = pd.DataFrame(
-        [(0, 0, "a", 3, 2, 4), (0, 1, "a", 0.1, -1, 1), (1, 0, "a", -1, -2, -0.5), (1, 1, "a", 0, 0, 0)],
-        columns=["layer", "head", "effect", "estimate", "low", "high"],
-    )
-    ax = style.heatmap(table, row="layer", column="head", panel="effect", title="", unit="").axes[0]
-    assert ax.images[0].get_clim() == (-3, 3)
-    assert ax.images[0].get_array().tolist() == [[3.0, 0.1], [-1.0, 0.0]]
-    assert list(zip(*ax.get_lines()[0].get_data(), strict=True)) == [(0, 0), (0, 1)]  # x: head, y: layer
-    assert ax.get_ylim()[0] < ax.get_ylim()[1]  # layer 0 at the bottom
 
 
 def test_answers_are_told_by_words_and_numbers_too() -> None:
@@ -96,29 +84,6 @@ def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
     ax = style.dots(table, row="row", group="group", title="", unit="").axes[0]
     at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
     assert at[3.0] == 1.0 and at[1.0] < 0.0 < at[2.0]
-
-
-def test_costs_are_linear_up_to_the_margin_and_read_as_numbers() -> None:
-    limits = {"estimate": 0.5, "low": 0.4, "high": 0.6}
-    table = pd.DataFrame({"panel": "cost", "group": "g", "x": [0.0, 1.0, 9.0], **limits})
-    (ax,) = steering.strength_curves(table, margins={"cost": 2.0}, **WORDS).axes
-    assert ax.get_xscale() == "symlog" and ax.get_xlabel() == "cost"
-    assert [label.get_text() for label in ax.get_xticklabels()][:4] == ["0", "1", "2", "4"]
-    three = pd.concat([table.assign(panel=name) for name in "abc"])
-    axes = steering.strength_curves(three, **WORDS).axes
-    assert [ax.get_xlabel() for ax in axes] == ["", "cost", ""], "three panels share one label"
-
-
-def test_rows_of_panels_have_one_axis_and_a_legend_each() -> None:
-    rows = [("a", "one", 0.9), ("a", "two", 0.5), ("b", "three", 0.1), ("b", "none", float("nan"))]
-    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(panel="p", x=1.0)
-    table = table.assign(low=table.estimate - 0.05, high=table.estimate + 0.05)
-    figure = steering.strength_curves(table, **WORDS)
-    above, below = figure.axes
-    assert above.get_ylim() == below.get_ylim() and above.get_ylim()[0] < 0.1 < 0.9 < above.get_ylim()[1]
-    legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in figure.subfigs]
-    assert legends == [["one", "two"], ["three"]], "what was not measured is not drawn"
-    assert [one.legends[0].get_title().get_text() for one in figure.subfigs] == ["a", "b"]
 
 
 def test_what_decides_is_framed() -> None:
