@@ -139,6 +139,12 @@ class OnDevice(Tensor):
     def tolist(self) -> Any:
         return self.held.tolist()
 
+    def __format__(self, form: str) -> str:
+        return format(self.held, form)
+
+    def __deepcopy__(self, known: Any) -> OnDevice:
+        return OnDevice(self.held.clone())
+
     def numpy(self, **_: Any) -> Any:
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
 
