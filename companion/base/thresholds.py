@@ -52,9 +52,9 @@ def depth(layer: ArrayLike, n_layers: int) -> np.ndarray:
 
 
 def deepest_early_layer(n_layers: int) -> int:
-    """The last layer of depth < 1/3.
+    """The last layer of depth < 1/3; the first one where a model has too few layers for that.
 
     >>> deepest_early_layer(6), deepest_early_layer(32)
     (1, 10)
     """
-    return int(np.flatnonzero(depth(np.arange(n_layers), n_layers) < EARLY)[-1])
+    return max(0, int((depth(np.arange(n_layers), n_layers) < EARLY).sum()) - 1)
