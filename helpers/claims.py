@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from IPython.display import Markdown
 
-from companion.base.display import NotDefined, check
+from companion.base.display import NotDefined
 from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
 from companion.calibration.rates import claim_rates, draws_like, main_draws
@@ -24,7 +24,6 @@ from companion.run.overview import verdict_table as answers_so_far
 __all__ = [
     "Judged",
     "answers_so_far",
-    "check",
     "controls",
     "error_counts",
     "evidence_of",

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from toys import CLAIMS, Toy, environment
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.run import checks, notebooks, runner
+from companion.run.runner import NEEDS
 
 EVERYTHING = ("00", "01", "02", "03", "08")
 
@@ -70,19 +70,38 @@ def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
     assert strict.returncode == 1 and "AssertionError: two routes differ" in strict.stderr
 
 
-def test_the_projects_own_tests_end_a_notebook_at_such_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+@pytest.mark.parametrize(
+    ("why", "ci", "kind", "slug", "status"),
+    [
+        ("", "", "nbval", "smollm2-refuser", 0), ("no network", "", "run", "embedded", 0),
+        ("no network", "true", "run", "embedded", 1),
+    ],
+)  # fmt: skip
+def test_the_projects_own_tests_check_every_notebook_strictly(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    why: str,
+    ci: str,
+    kind: str,
+    slug: str,
+    status: int,
+) -> None:
+    """Those of the default run; where its model is out of reach those of `embedded`, which with CI=true is a failure."""
+    seen, compared = {}, []
 
-    def step(name: str, module: object, variables: dict, log: Path = Path(os.devnull)) -> tuple[str, bool, float]:
-        seen[name] = variables
-        log.write_text("")
+    def step(name: str, module: list[str], variables: dict) -> tuple[str, bool, float]:
+        seen[name] = module, variables
         return name, True, 0.0
 
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(checks, "_unreachable", lambda: why)
     monkeypatch.setattr(checks, "_step", step)
-    monkeypatch.setattr(checks, "compare", lambda results: ("committed results", True, 0.0))
-    assert checks.run_all() == 0
-    books = [variables for name, variables in seen.items() if name.startswith("nbval")]
-    assert len(books) == 9 and all(variables["COMPANION_STRICT"] == "1" for variables in books)
+    monkeypatch.setattr(checks, "compare", lambda results, slug: compared.append(slug) or ("results", True, 0.0))
+    assert checks.run_all() == status and compared == [slug]
+    books = [(module, variables) for name, (module, variables) in seen.items() if name.startswith(f"{kind} ")]
+    assert len(books) == len(NEEDS) and all(variables["COMPANION_STRICT"] == "1" for _, variables in books)
+    assert all(("embedded" in module) is bool(why) for module, _ in books)
+    assert ("smollm2-refuser (no network)" in capsys.readouterr().out) is bool(why)
 
 
 def test_a_kernel_and_a_profile_of_the_users_own_are_left_alone(toy: Toy, tmp_path: Path) -> None:
