@@ -13,7 +13,7 @@ from companion.run import checks, freshness
 
 def write(folder: Path, number: float, verdict: str, processor: str = "") -> None:
     (folder / "embedded").mkdir(parents=True, exist_ok=True)
-    (folder / "embedded" / "claims.csv").write_text(f"model,claim,verdict\nembedded,C1,{verdict}\n")
+    (folder / "embedded" / "claims.csv").write_text(f"model,claim,rule,answer\nembedded,C1,corrected,{verdict}\n")
     (folder / "embedded" / "manifest.json").write_text(json.dumps({"processor": processor or freshness.processor()}))
     (folder / "embedded" / "02_layers.csv").write_text(f"site,te\nhead,{number}\n")
 
