@@ -143,7 +143,9 @@ def compare(fresh: Path, slug: str) -> Outcome:
     if differences and made_on != here:
         print(f"committed results are from another processor ({made_on}; here {here}): only answers are compared")
         paths = [folder / slug / "claims.csv" for folder in (RESULTS, fresh)]
-        verdicts = [pd.read_csv(path)[["model", "claim", "rule", "answer"]].fillna("") for path in paths if path.is_file()]
+        verdicts = [
+            pd.read_csv(path)[["model", "claim", "rule", "answer"]].fillna("") for path in paths if path.is_file()
+        ]
         passed = len(verdicts) == 2 and verdicts[0].equals(verdicts[1])
     return "committed results", passed, time.monotonic() - start
 
