@@ -10,25 +10,14 @@ import pandas as pd
 from companion.base.display import NotDefined
 from companion.calibration import plants, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.localise import Built, built
+from companion.calibration.localise import Built
+from companion.calibration.localise import built as built_model
 from companion.claims import ledger
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
 __all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "measured_parts", "power",
            "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
-
-
-def built_model(kind: str, seed: int) -> Built:
-    """A built model: its `study`, its `parts` (what was written where), the `te` of each pair by arithmetic, its `claims`.
-
-    Kinds are ways of being built, such as "late" or "skip_only"; the seed draws layers, strengths, noise and words.
-
-    >>> model = built_model("late", 11)
-    >>> model.claims["C1"], model.study.subject.n_layers, len(model.te)
-    (True, 6, 140)
-    """
-    return built(kind, seed)
 
 
 def measured_parts(title: str, model: Built, shares: pd.Series) -> pd.DataFrame:

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from companion.base.display import NotDefined
 from companion.base.files import EVIDENCE, read_table, write_table
@@ -23,7 +22,7 @@ from companion.evidence.neurons import Gates, Neurons, NothingToTest, measure_ne
 from companion.mediation.estimands import CELLS, run_clean
 from companion.mediation.study import Study, control_study, other_shipped
 from companion.mediation.summaries import cell_means
-from companion.model.activations import on_input
+from companion.model.activations import on_input as edit_input
 from companion.model.architecture import written_vectors
 from companion.model.readout import norm_gain
 from companion.neurons import adjacency, clamping, gating, screening, sets, single
@@ -42,21 +41,6 @@ KINDS = {("T2b", 0): "harmless, neutral wrapper", ("T2b", 1): "harmless, jailbre
          ("T2", 0): "harmful, neutral wrapper", ("T2", 1): "harmful, jailbreak wrapper"}  # fmt: skip
 COMMON = 20_000  # tokens that a vocabulary of merges made first are common words
 NOTHING = "No neuron of the last layer has an effect, or a split has too few topics."
-
-
-@contextmanager
-def edit_input(module: nn.Module, edit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Inside the `with` block the module reads `edit(input)` in place of its input (as it is, where that is None).
-
-    A down projection's input holds the neurons, shape (prompt, pos, neuron). Return a new tensor, change none in place.
-
-    >>>     >>> layer = nn.Linear(2, 1, bias=False)
-    >>> with edit_input(layer, torch.zeros_like):
-    ...     print(layer(torch.ones(1, 2)).abs().item())
-    0.0
-    """
-    with on_input(module, edit):
-        yield
 
 
 def common_words(study: Study) -> Int[np.ndarray, "word"]:

@@ -11,13 +11,12 @@ import pandas as pd
 
 from companion.base.display import NotDefined
 from companion.base.thresholds import COMPONENTS
-from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
+from companion.mediation.estimands import measure_effects, mediators, run_clean
 from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["component_map", "effects_of_pair", "log_odds", "prompt_tokens", "run_clean",
-           "shares_of_pair"]  # fmt: skip
+__all__ = ["component_map", "effects_of_pair", "log_odds", "run_clean"]
 
 
 def effects_of_pair(
@@ -39,14 +38,3 @@ def component_map(study: Study, pair: TokenPair | NotDefined) -> pd.DataFrame | 
         return pair
     table = effects_of_pair(study, pair, COMPONENTS)
     return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te)[["layer", "site", "share"]]
-
-
-def shares_of_pair(study: Study, pair: TokenPair, sites: Sequence[str]) -> pd.DataFrame:
-    """Share of the pair's total effect, the mean of both directions: layers (rows) by sites (columns).
-
-    A share of 1 in the last layer's residual stream is true of any network.
-    """
-    table = effects_of_pair(study, pair, sites)
-    return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te).pivot(
-        index="layer", columns="site", values="share"
-    )

@@ -23,7 +23,8 @@ from companion.generation.decode import Answers, end_tokens
 from companion.mediation import mechanisms, outcomes
 from companion.mediation.estimands import run_clean
 from companion.mediation.study import Study
-from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, position_effects, token_effects
+from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, token_effects
+from companion.mediation.tokens import position_effects as map_of_pair
 from companion.prompts.tokens import TokenPair
 from helpers.layers import contrast, primary
 
@@ -37,14 +38,6 @@ STEPS = outcomes.STEPS  # tokens of an answer
 def tested_pairs(study: Study, n: int | None = None) -> list[TokenPair]:
     """The first `n` (by default all) test pairs of the main treatment, among those that `measure_groups` measures."""
     return [pair for pair in study.thinned(PAIRS).of(study.main_treatment) if pair.pair.split == "test"][:n]
-
-
-def map_of_pair(study: Study, pair: TokenPair) -> pd.DataFrame:
-    """Share of the pair's total effect at every token, layer and site (residual stream, attention and MLP outputs).
-
-    Columns site, layer, position, token, earliest, share. Tokens before the first that differs hold exactly 0 and have no row.
-    """
-    return position_effects(study, pair)
 
 
 def measure_groups(study: Study) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """How the shipped models were made: the embedded chat model and its invented language, compiled models, a refuser.
 
-It stands beside `companion.evidence`; only the calibration, the exercises and notebooks 01 and 07 import it.
+It stands beside `companion.evidence`; only the calibration and the exercises import it.
 
 Public: `language` (the invented language as training shows it), `prompt_set` (its pairs and suites), `training` and
 `behaviour` (the embedded models and what they answer), `english` (the plain-English pairs), `refuser` and `refusal_rates` (the

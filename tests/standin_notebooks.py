@@ -65,6 +65,7 @@ def main(device: str, model: str, dtype: str, folder: str, *numbers: str) -> Non
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import matplotlib.pyplot as plt
     import pandas as pd
+    import torch
 
     from companion.base.files import write_table
     from companion.run import runner
@@ -85,7 +86,8 @@ def main(device: str, model: str, dtype: str, folder: str, *numbers: str) -> Non
             if numbers and number not in numbers:
                 continue
             start = time.monotonic()
-            n_cells = run_notebook(path, {**runner.DEFAULTS, **own})
+            with torch.enable_grad():  # as in a kernel of its own: a lesson may switch gradients off
+                n_cells = run_notebook(path, {**runner.DEFAULTS, **own})
             plt.close("all")
             rows.append((path.stem, n_cells, round(time.monotonic() - start, 1)))
             print(f"done: {path.stem}, {n_cells} code cells, {rows[-1][-1]} s", flush=True)

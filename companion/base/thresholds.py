@@ -40,6 +40,7 @@ NO_WRAPPERS = (  # what every claim on generation reads without T2, wherever it 
     "not testable: no jailbreak wrapper; supply pairs of treatment T2 in the prompt set's folder, or for a public prompt "
     "set templates of your own with --wrappers FILE"
 )
+LINE = "fitted law"  # the group of a table of AdaSteer's laws that is drawn as a line with a band
 
 
 def depth(layer: ArrayLike, n_layers: int) -> np.ndarray:

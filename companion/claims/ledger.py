@@ -87,7 +87,7 @@ def registered_claim(claim: str) -> str:
 class Answer:
     """What is answered today to a claim on a model: by its corrected rule where there is one, else by the registered one.
 
-    `grade` says what the verdict is worth, "" where nothing was testable; `numbers` are the rates that it rests on.
+    `grade` says what a yes or a no is worth, "" for a verdict that is neither; `numbers` are the rates that it rests on.
     """
 
     verdict: Verdict
@@ -120,7 +120,8 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
 
     A rule cannot tell if it supports fewer than a fifth of the true claims, or contradicts more. It is not calibrated where
     fewer than 20 models were built in which the claim is true. Strong: of false claims surely at most 5 % are supported and of
-    true ones at least 80 % (a verdict supported), or of true ones surely at most 5 % are contradicted (contradicted).
+    true ones at least 80 % (a verdict supported), or of true ones surely at most 5 % are contradicted (contradicted). A verdict
+    that is neither has the numbers and no grade.
 
     >>> none = {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.05}
     >>> grade("contradicted", {"power_to_support": none, "false_contradicted": none})
@@ -138,8 +139,8 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
     if verdict == "supported":
         is_strong = false is not None and false["upper"] <= RARE and power["rate"] >= MOSTLY
     else:
-        is_strong = verdict == "contradicted" and wrong["upper"] <= RARE
-    return "strong" if is_strong else "weak", of_true + of_false
+        is_strong = wrong["upper"] <= RARE
+    return "" if verdict == "inconclusive" else "strong" if is_strong else "weak", of_true + of_false
 
 
 def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 A rule holds an interval against a threshold. Its p-value is that of this comparison: how far the number that the verdict shows
 lies beyond the threshold, in units of the half of its interval that points there, as a normal deviate and two-sided. So p is at
 most 0.05 exactly where the interval clears the threshold, whatever made the interval (bootstrap or t). The other conditions and
-controls of a rule are not tested again: they can only have taken a verdict away. An interval without width has no p.
+controls of a rule are not tested again. A verdict that rests on one of them, and an interval without width, have no p.
 """
 
 from __future__ import annotations
@@ -57,7 +57,12 @@ def p_value(verdict: Verdict) -> float:
 
     below, above = beyond(supported, sign), beyond(contradicted, -sign)
     sides = {"supported": below, "contradicted": above}
-    z = sides.get(verdict.verdict, max(below, above)) * st.norm.ppf(0.975)
+    side = sides.get(verdict.verdict, max(below, above))
+    if verdict.verdict in sides and side < 1 - 1e-9:
+        return (
+            math.nan
+        )  # another condition of the rule decided, and the number that is shown does not clear its threshold
+    z = side * st.norm.ppf(0.975)
     return float(min(1.0, 2 * st.norm.sf(z)))
 
 

@@ -30,7 +30,7 @@ STATEMENTS = {
     "C7": "Related neurons are adjacent.",
 }
 NO_EFFECT = "no component has a positive effect on the discover split"
-NO_NEURONS = "single neurons were not measured: run notebook 04 (a mixture of experts has no such neurons)"
+NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"
 NO_BENIGN = "no benign behaviour to compare with"
 PROBE, ORDER = "probe above chance on held-out topics", "random order"  # controls
 
@@ -132,7 +132,8 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
     """Supported: psi0 low >= 0.30 and AUROC gain >= 0.05 (its interval above 0). Contradicted: psi0 high <= 0.10.
 
     Controls named in `for_support` belong to the verdict supported only. With `by_family` every named family of pairs must
-    pass the threshold of psi0, and the verdict shows the weakest one.
+    pass the threshold of psi0. The verdict shows the weakest one; where all of them are surely below the threshold, the strongest
+    one, which alone can keep the claim from being contradicted.
     """
     if stop := precondition(rows, "C3"):
         return stop
@@ -155,8 +156,9 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
         f"; {name} {interval(row)}{_is_early(row) if by_family else ''}" for name, row in families.items()
     )
     tags = ("families differ",) if len({row.estimate >= 0.30 for row in families.values()}) > 1 else ()
-    weakest = min(asked, key=lambda row: row.ci_low)
-    return conclude(rows, weakest, decision, checks, reason, for_support=for_support, tags=tags)
+    strongest, weakest = max(asked, key=lambda row: row.ci_high), min(asked, key=lambda row: row.ci_low)
+    shown = strongest if strongest.ci_high < 0.30 else weakest
+    return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=tags)
 
 
 def _is_early(row: pd.Series) -> str:
@@ -248,10 +250,10 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
         return stop
     index = rows.find("C5b", "gate index") if index is None else index
     if index is None:
-        for row in rows.variants("C5b", "gate index, form", "a").values():
+        if rows.variants("C5b", "gate index, form", "a"):
             why = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
-            return conclude(rows, row, "inconclusive", {}, why)
-        reason = "sets of neurons were not tested: run notebook 04 (a mixture of experts has no such neurons)"
+            return Verdict(rows.model, "C5b", "inconclusive", why)
+        reason = "sets of neurons were not tested: run notebook 04b (a mixture of experts has no such neurons)"
         return Verdict(rows.model, "C5b", "not testable", reason)
     signed = rows.find("C5b", f"{index.quantity}, signed", index.variant)
     names = ("readout share", "benign share", "perplexity ratio", "timing share")

@@ -81,7 +81,7 @@ def two_way_table(tables: Mapping[str, pd.DataFrame], pairs: Iterable[Pair]) -> 
         first, second = (np.array([cell[i] for cell in cells.clusters]) for i in (0, 1))
         both = bootstrap.two_way(cells, make(cells.columns), first, second)
         ends = [float(x[0]) for x in (one.estimate, one.low, one.high, both.low, both.high)]
-        factor = "verbs" if claim == "C3" else "wrapper families"
+        factor = "verbs" if table.treatment.iloc[0] == "T1" else "wrapper families"
         wider = (ends[4] - ends[3]) / (ends[2] - ends[1]) if ends[2] > ends[1] else np.nan
         rows.append((claim, quantity, factor, table.topic.nunique(), table.level.nunique(), *ends, wider))
     if not rows:

@@ -30,7 +30,6 @@ from companion.model import memory
 from companion.prompts import positions
 from companion.prompts.tokens import TokenPair
 
-LAYER_SITES = ("resid_post", *COMPONENTS)
 DIRECT_SITES = tuple(f"{site}.direct" for site in COMPONENTS)
 Tables = Mapping[str, pd.DataFrame]
 
@@ -163,12 +162,13 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
     subject, treatment = study.subject, group[0].pair.treatment
     batch, openers = estimands.run_clean(subject, group), study.openers[treatment]
     parts = estimands.mediators(subject, COMPONENTS)
-    wanted = ([] if treatment[0] == "B" else estimands.mediators(subject, ["resid_post"])) + parts
+    is_benign = treatment[0] == "B" and treatment != study.main_treatment
+    wanted = ([] if is_benign else estimands.mediators(subject, ["resid_post"])) + parts
     if treatment == "T1":
         layers = sorted({*study.thinned_layers, deepest_early_layer(subject.n_layers)})
         wanted += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
     written = estimands.mediators(subject, DIRECT_SITES) if direct else []
-    frozen = parts if treatment in ("T2", "T2b") else []
+    frozen = parts if treatment in ("T2", "T2b", study.main_treatment) else []
     asked = {"Y1": wanted, "Y1.frozen": frozen, "contrast.frozen": written}
     patched, tables = estimands.final_residuals(subject, batch, wanted + written), []
     place = {one: i for i, one in enumerate(wanted + written)}

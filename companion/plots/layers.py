@@ -23,7 +23,6 @@ PANELS = {
     "T2b": "T2b, the same wrapper around the harmless twin", "T2-T2b": "T2 − T2b, what the wrapper does to harm alone",
 }  # fmt: skip
 CENTROID_MARGIN = 0.05  # by which harm must be later for C1
-CORNERS = {"y00": (0.0, 1.0), "y01": (1.0, 1.0), "y10": (0.0, 0.0), "y11": (1.0, 0.0)}
 
 
 def pair_tokens(table: pd.DataFrame) -> Figure:

@@ -7,10 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from companion.base.thresholds import LINE
 from companion.plots import style
 from companion.plots.style import ESTIMATE, OKABE_ITO, distinct, heading, new_figure, spec
-
-LINE = "fitted law"  # the group of a table of laws that is drawn as a line with a band
 
 
 def laws(table: pd.DataFrame) -> Figure:

@@ -189,33 +189,6 @@ def by_layer(table: pd.DataFrame, *, group: str, title: str, unit: str, late: bo
     return figure
 
 
-def panels(table: pd.DataFrame, *, panel: str, group: str, title: str, unit: str = TOTAL) -> Figure:
-    """`by_layer` in one panel for each value of `panel`, with one shared y-axis."""
-    names = distinct(table[panel])
-    n_cols = min(4 if len(names) == 4 else 3, len(names))
-    n_rows = -(-len(names) // n_cols)
-    figure, axes = new_figure(n_rows, n_cols, max(2.4 * n_cols + 0.8, 6.0), 2.3 * n_rows + 0.5, sharey=True)
-    n_layers = int(table.layer.max()) + 1
-    for ax, name in zip(axes.flat, names, strict=False):
-        part = table[table[panel] == name]
-        for k, (label, line) in enumerate(part.groupby(group, sort=True)):
-            points(ax, line.layer.to_numpy() + 0.1 * (k - 0.5), line, k, NAMES.get(str(label), str(label)))
-        layer_axis(ax, n_layers)
-        shade_late(ax, n_layers)
-        ax.set_title(NAMES.get(str(name), str(name)))
-    for ax in axes.flat[len(names) :]:
-        ax.set_visible(False)
-    for ax in axes[:, 0]:
-        ax.set_ylabel(unit)
-    n_entries = len(axes[0, 0].get_legend_handles_labels()[0])
-    if n_entries > 4:  # too many to stand beside the lines
-        legend_below(figure, [axes[0, 0]], min(5, n_entries))
-    else:
-        axes[0, 0].legend(fontsize=8)
-    heading(figure, title)
-    return figure
-
-
 def dots(
     table: pd.DataFrame, *, row: str, group: str, title: str, unit: str, marks: Sequence[float] = (),
     limits: tuple[float, float] | None = None, below: bool = False,

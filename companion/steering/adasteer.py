@@ -7,6 +7,7 @@ unsteered pass: the paper's decision layers are early-middle, so this is not lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -23,10 +24,9 @@ from torch import Tensor
 
 from companion.base.device import to_host
 from companion.base.errors import InputError
-from companion.base.thresholds import depth
+from companion.base.thresholds import LINE, depth
 from companion.generation import outcomes
 from companion.generation.hooks import Delta, Edit, Prompt, Read, Steering
-from companion.plots.steering import LINE
 from companion.stats.rates import mean_change
 from companion.steering import methods
 from companion.steering.extraction import Fit
@@ -70,6 +70,12 @@ class Law:
     rule: Affine
 
 
+# The constants in the authors' code for Llama-3.1, which has 32 layers, with positions as shares instead of hundredths and in
+# the paper's signs: the code's vectors and coefficients both have the opposite ones.
+RELEASED: Final = {"r": Affine(-2.0, -1.2, 0.08, 0.22), "c": Affine(5.0, 0.75, -math.inf, 0.75)}
+RELEASED_LAYERS: Final = 32
+
+
 @dataclass(frozen=True)
 class Tried:
     """P(refusal) of validate prompts under each coefficient that was tried, from which both laws are fitted.
@@ -96,6 +102,22 @@ def adasteer(fit: Fit, *, layers: Collection[int] | None = None, laws: tuple[Law
     rejection, harmfulness = laws or laws_of(fit, tuple(chosen))
     vectors = {"r": fit.direction("rejection"), "c": fit.direction("harmfulness")}
     return _adaptive("adasteer", chosen, {"r": rejection, "c": harmfulness}, vectors)
+
+
+def adasteer_released(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
+    """As the authors' code does it: h <- h + lambda_r v_R + lambda_c (projection of v_H on v_R), with typed coefficients.
+
+    The second vector is a projection on the first, so one direction is left. The constants (`RELEASED`) are those for a model of
+    32 layers; as every layer adds its share, they are multiplied by 32 / (number of layers).
+    """
+    chosen = methods.checked_layers(fit, layers)
+    v, h = fit.direction("rejection"), fit.direction("harmfulness")
+    length = (v * v).sum(-1)
+    share = (h * v).sum(-1) / np.where(length > 0, length, 1.0)  # a layer without v_R has no projection on it
+    size = RELEASED_LAYERS / fit.subject.n_layers
+    vectors = {"r": size * v, "c": size * share[:, None] * v}
+    laws = {key: Law(*decision_line(fit, name), RELEASED[key]) for key, name in (("r", "refused"), ("c", "benign"))}
+    return _adaptive("adasteer_released", chosen, laws, vectors)
 
 
 def decision_line(fit: Fit, one: str) -> tuple[int, Scale]:

@@ -30,8 +30,8 @@ from companion.steering.extraction import Fit
 Builders: TypeAlias = Mapping[str, Callable[[Fit], Steering]]
 DECISIVE: Final = "AdaSteer-style, late layers"
 FIXED: Final = "fixed rejection, late layers"
-AS_PUBLISHED: Final = ("AdaSteer",)  # their strength is their own: it is not chosen
-DEAR: Final = ("AlphaSteer (null space)", "AdaSteer")  # left out where each prompt is costly
+AS_PUBLISHED: Final = ("AdaSteer", "AdaSteer (released constants)")  # their strength is their own: it is not chosen
+DEAR: Final = ("AlphaSteer (null space)", *AS_PUBLISHED)  # left out where each prompt is costly
 LEVELS: Final = (1.0, 2.0, 5.0)  # points of over-refusal at which methods are compared
 FAMILIES: Final = ("isotropic", "covariance-matched")  # of random directions
 
@@ -56,6 +56,7 @@ def builders(n_layers: int, *, few: bool = False) -> dict[str, Callable[[Fit], S
         "CAST (threshold gate)": methods.cast,
         "AlphaSteer (null space)": methods.alphasteer,
         "AdaSteer": adasteer.adasteer,
+        "AdaSteer (released constants)": adasteer.adasteer_released,
         DECISIVE: partial(adasteer.adasteer, layers=late),
         "targeted, late MLPs": lambda fit: methods.gated(fit, methods.targeted_layers(fit, layers=late)),
     }

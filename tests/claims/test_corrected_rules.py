@@ -118,6 +118,8 @@ def test_c3_names_every_family_and_shows_the_weakest() -> None:
     assert (made.estimate, made.ci_low, made.ci_high) == NONE
     said = ["a 1.00 [0.99, 1.01] early", "b 0.00 [-0.01, 0.01] not early", "c 0.40 [0.20, 0.60] undecided"]
     assert made.reason.endswith("; ".join(f"family {one}" for one in said)) and made.tags == ("families differ",)
+    few = (0.06, 0.01, 0.18)  # surely not early, and not surely next to nothing: what keeps the claim from contradicted
+    assert correct("C3", families(NONE, few)).ci_high == 0.18
     assert not {" early", " undecided"} & set(judge("C3", families(ALL, NONE, HALF)).reason.split("]"))
 
 

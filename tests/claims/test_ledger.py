@@ -77,7 +77,7 @@ GRADES = [  # verdict, rates, grade
     ("supported", of(TRUE, NEVER, (3, 60), 0.051), "weak"),  # says it of false claims
     ("contradicted", of((12, 60), NEVER, FALSE), "strong"),
     ("contradicted", of(TRUE, (3, 60), FALSE, 0.051), "weak"),
-    ("inconclusive", of(TRUE, NEVER, FALSE), "weak"),
+    ("inconclusive", of(TRUE, NEVER, FALSE), ""),
     *(
         (verdict, of((11, 60), NEVER, FALSE), "cannot tell")
         for verdict in ("supported", "contradicted", "inconclusive")

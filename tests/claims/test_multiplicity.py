@@ -57,4 +57,10 @@ def test_a_bare_verdict_falls_among_many_and_stands_alone() -> None:
     assert sentence_of_changes("other", verdicts, [v.verdict for v in verdicts]) == ""
     frame = ledger.to_table(verdicts, {("m", "C2"): clear}, {}).set_index(["model", "claim", "rule"])
     assert frame.adjusted["m", "C2", "corrected"] == "contradicted" and np.isnan(frame.p["m", "C2", "registered"])
-    assert multiplicity.LEVEL == 0.05
+
+
+def test_a_verdict_that_rests_on_another_condition_is_not_tested_and_stays() -> None:
+    """Few neurons: contradicted by k90, while psi1, which is shown, lies between its thresholds."""
+    made = Verdict("m", "C5a", "contradicted", "", "psi1", 0.22, 0.16, 0.28)
+    table = multiplicity.adjusted([made], ["contradicted"])
+    assert table.p.isna().all() and table.adjusted.tolist() == ["contradicted"]

@@ -211,7 +211,7 @@ SAYS = [  # claim, evidence, verdict, the quantity that it shows, a part of its 
       for said in ("normalisation-dependent", f"the side changes {name}")),
     ("C5a", NO_K90, "inconclusive", "psi1", "k90 none"),
     ("C5a", NO_K90 | LOW_PSI, "contradicted", "psi1", "k90 none"),
-    ("C5b", every("gate index", "C5b"), "inconclusive", "gate index, form", "nothing of which"),
+    ("C5b", every("gate index", "C5b"), "inconclusive", "", "nothing of which"),
     ("C5c", HARD, "supported", KEPT_BY_FIRST_TOKEN, "closes harmless answers too"),
     ("C6", row("C6", "KL", (3.0, 2.5, 3.5)) | EQUAL, "contradicted", "harm change", ""),  # a margin caps support only
     ("C3", row("C3", PSI, None), "not testable", "", ""), ("C3", row("C3", "AUROC gain", None), "not testable", "", ""),

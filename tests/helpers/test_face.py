@@ -70,9 +70,9 @@ def test_pairs_are_counted_with_their_topics() -> None:
 
 def test_the_last_layer_carries_all(study: Study) -> None:
     pair = model.example_pair(study)
-    shares = patching.shares_of_pair(study, pair, ["resid_post", "mlp_out"])
-    assert shares.shape == (study.subject.n_layers, 2)
-    assert shares.resid_post.iloc[-1] == pytest.approx(1, abs=1e-4)
+    effects = patching.effects_of_pair(study, pair, ["resid_post"])
+    assert len(effects) == study.subject.n_layers
+    assert effects.nie0.iloc[-1] == pytest.approx(effects.te.iloc[-1], rel=1e-4)
 
 
 def test_a_contrast_is_signed_on_discover_and_shown_on_test(sweep: layers.Layers) -> None:

@@ -42,9 +42,9 @@ def test_a_pair_of_a_set_without_wrappers_flips_towards_refusal(study: Study) ->
 def test_the_map_of_a_pair_holds_the_mean_of_both_directions(study: Study) -> None:
     pair = model.example_pair(study)
     table = patching.component_map(study, pair)
-    shares = patching.shares_of_pair(study, pair, ["attn_out", "mlp_out"])
+    effects = patching.effects_of_pair(study, pair, ["attn_out", "mlp_out"])
     assert isinstance(table, pd.DataFrame) and len(table) == 2 * study.subject.n_layers
-    assert table.pivot(index="layer", columns="site", values="share").equals(shares)
+    np.testing.assert_allclose(table.share, (effects.nie0 + effects.nie1) / 2 / effects.te)
     assert patching.component_map(study, NotDefined("too long")) == NotDefined("too long")
 
 

@@ -141,3 +141,7 @@ def test_the_evidence_of_a_run_is_that_of_its_notebooks(tmp_path: Path, monkeypa
     (tmp_path / "mine" / "03_evidence.csv").write_text("model,cl")
     with pytest.raises(InputError, match=r"03_evidence\.csv"):
         overview.run_evidence("mine")
+
+
+def test_every_notebook_has_its_question() -> None:
+    assert overview.QUESTIONS.keys() == NEEDS.keys()

@@ -10,6 +10,7 @@ import torch
 from steering_lab import log_odds_of, spent_on
 
 from companion.base.errors import InputError
+from companion.generation import hooks
 from companion.prompts.tokens import Openers
 from companion.steering import adasteer
 from companion.steering.adasteer import Affine, Law
@@ -54,7 +55,9 @@ def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
         adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
 
 
-def test_it_steers_as_its_laws_say(fit: Fit) -> None:
+def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     laws = [Law(*adasteer.decision_line(fit, one), Affine(0.0, 0.0, 0.0, 1.0)) for one in ("refused", "benign")]
     falling = replace(laws[0], rule=Affine(-1.0, 1.0, 0.0, 1.0))
     made = adasteer.adasteer(fit, laws=(falling, laws[1]), layers=[2])
@@ -62,6 +65,22 @@ def test_it_steers_as_its_laws_say(fit: Fit) -> None:
     assert log_odds_of(fit, made, "complied").mean() < 0.1
     plain = log_odds_of(fit, PLAIN, "complied").mean()
     assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
+    monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
+    released = adasteer.adasteer_released(fit, layers=[2])
+    assert log_odds_of(fit, released, "complied").mean() < plain
+    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
+    for name, law in (("r", laws[0]), ("c", laws[1])):
+        at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
+    moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()
+    v = fit.direction("rejection")[2]
+    assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
+
+
+def test_the_released_constants_are_those_of_the_code_in_hundredths_with_its_opposite_signs() -> None:
+    hundredths = torch.tensor([-80.0, -64.5, -20.0, -8.0, 0.0, 50.0, 120.0])
+    code = {"r": (0.02 * (hundredths + 60)).clamp(-0.22, -0.08), "c": (-0.05 * (hundredths + 5) - 0.5).clamp(min=-0.75)}
+    for name, rule in adasteer.RELEASED.items():
+        torch.testing.assert_close(rule(hundredths / 100), -code[name])
 
 
 def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.MonkeyPatch) -> None:
