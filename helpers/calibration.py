@@ -8,7 +8,7 @@ from __future__ import annotations
 import pandas as pd
 
 from companion.base.display import NotDefined
-from companion.calibration import plants, rates
+from companion.calibration import knock_out, plants, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.localise import Built
 from companion.calibration.localise import built as built_model
@@ -16,8 +16,8 @@ from companion.claims import ledger
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
-__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "measured_parts", "power",
-           "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
+__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "knock_outs",
+           "measured_parts", "power", "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
 
 
 def measured_parts(title: str, model: Built, shares: pd.Series) -> pd.DataFrame:
@@ -60,6 +60,16 @@ def draws(rules: str = "answering") -> pd.DataFrame:
     corrected = set(plain[table.rule == "corrected"])
     answers = (table.rule == "corrected") | ~plain.isin(corrected) & plain.isin(STATEMENTS)
     return table.assign(claim=plain)[(table.rule == "registered") if rules == "registered" else answers]
+
+
+def knock_outs() -> pd.DataFrame:
+    """What goes when one component of a built model is set to its mean over prompts: a row a kind of model.
+
+    `decider` and `bystander` are the shares of T2 - T2b that are lost with the component that the builder says decides, and at
+    most with one that has no part in it. `decides`, `C2` and `C1` count the models, of `models`, in which that agrees with what
+    the builder says.
+    """
+    return knock_out.agreement(read_shipped("knock_outs")).set_index("kind")
 
 
 def error_rates(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What the evidence says: the rules asked of a run's evidence, claim by claim.
 
-`answers_so_far` and `notebook_table` show what a run has found, and where. `judge_run` reads the evidence and judges it,
-`write_claims` keeps the answers, and the others show them as tables.
+`answers_so_far` and `notebook_table` show what a run has found, and where. `judge_run` reads the evidence and judges it; what it
+returns shows the answers in several ways, and `write_claims` keeps them.
 """
 
 from __future__ import annotations
@@ -21,25 +21,15 @@ from companion.prompts.pairs import load_set
 from companion.run.overview import notebook_table, run_evidence, shape_of
 from companion.run.overview import verdict_table as answers_so_far
 
-__all__ = [
-    "Judged",
-    "answers_so_far",
-    "controls",
-    "error_counts",
-    "evidence_of",
-    "judge_run",
-    "notebook_table",
-    "opposites",
-    "page_of",
-    "picture",
-    "two_way_intervals",
-    "write_claims",
-]
+__all__ = ["Judged", "answers_so_far", "judge_run", "notebook_table", "two_way_intervals", "write_claims"]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A run's evidence, the answers to all claims, and the error rates of the rules that gave them."""
+    """A run's evidence, the answers to all claims, and the error rates of the rules that gave them.
+
+    `answers` has those on the models that the run is compared with, too; `built` says which built models the rates are of.
+    """
 
     slug: str
     evidence: pd.DataFrame
@@ -52,6 +42,36 @@ class Judged:
         """The answers for the run's own model, in the order of the claims."""
         return [one for one in self.answers if one.verdict.model == self.slug]
 
+    def page(self, *, invented: bool) -> Markdown:
+        """The page, one line a claim: `results/SLUG/claims.md`. `invented` says that prompts are of the invented language."""
+        text = page.to_markdown(self.slug, self.answers, self.evidence, self.built, invented=invented)
+        write_text(text, results_dir(self.slug) / "claims.md")
+        return Markdown(text)
+
+    def evidence_of(self, claim: str) -> pd.DataFrame:
+        """The evidence rows of one claim for the run's own model; a control or robustness check has another variant than main."""
+        rows = self.evidence[(self.evidence.model == self.slug) & (self.evidence.claim == claim)]
+        return rows[["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]].reset_index(
+            drop=True
+        )
+
+    def error_counts(self, claim: str) -> Mapping[str, str]:
+        """How often the rule of a claim was right and wrong on built models, as "hits of n" by kind of answer."""
+        found = self.rates.get(claim + ledger.CORRECTED) or self.rates.get(claim) or {}
+        return {kind: f"{row['hits']} of {row['n']}" for kind, row in found.items()}
+
+    def controls(self) -> pd.DataFrame:
+        """The controls of each claim (columns): passed, failed, not run; blank where one does not belong to the claim."""
+        return pd.DataFrame({v.claim: v.controls for one in self.own if (v := one.verdict).controls}).fillna("")
+
+    def picture(self) -> pd.DataFrame:
+        """Models by claims for a drawing: the number in the cell, the answer as its colour."""
+        return page.picture_table(self.slug, self.answers)
+
+    def opposites(self) -> pd.DataFrame:
+        """For each claim its opposite, what would show it, and in how many built models it was shown."""
+        return ledger.opposite_table(self.own, self.rates)
+
 
 def judge_run(slug: str) -> Judged:
     """Ask every rule of the evidence that a run's notebooks left.
@@ -63,42 +83,6 @@ def judge_run(slug: str) -> Judged:
     rates = claim_rates(draws)
     verdicts, corrected = ledger.ledger(evidence, [slug]), ledger.corrected_ledger(evidence, [slug])
     return Judged(slug, evidence, ledger.answers(verdicts, corrected, rates), rates, built)
-
-
-def page_of(judged: Judged, *, invented: bool) -> Markdown:
-    """The run's page, one line a claim: `results/SLUG/claims.md`. `invented` says that prompts are of the invented language."""
-    text = page.to_markdown(judged.slug, judged.answers, judged.evidence, judged.built, invented=invented)
-    write_text(text, results_dir(judged.slug) / "claims.md")
-    return Markdown(text)
-
-
-def evidence_of(judged: Judged, claim: str) -> pd.DataFrame:
-    """The evidence rows of one claim for the run's own model; a control or robustness check has another variant than main."""
-    rows = judged.evidence[(judged.evidence.model == judged.slug) & (judged.evidence.claim == claim)]
-    return rows[["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]].reset_index(drop=True)
-
-
-def error_counts(judged: Judged, claim: str) -> Mapping[str, str]:
-    """How often the rule of a claim was right and wrong on built models, as "hits of n" by kind of answer."""
-    found = judged.rates.get(claim + ledger.CORRECTED) or judged.rates.get(claim) or {}
-    return {kind: f"{row['hits']} of {row['n']}" for kind, row in found.items()}
-
-
-def controls(judged: Judged) -> pd.DataFrame:
-    """The controls of each claim (columns): passed, failed, not run; blank where a control does not belong to the claim."""
-    return pd.DataFrame({one.verdict.claim: one.verdict.controls for one in judged.own if one.verdict.controls}).fillna(
-        ""
-    )
-
-
-def picture(judged: Judged) -> pd.DataFrame:
-    """Models by claims for a drawing: the number in the cell, the answer as its colour."""
-    return page.picture_table(judged.slug, judged.answers)
-
-
-def opposites(judged: Judged) -> pd.DataFrame:
-    """For each claim its opposite, what would show it, and in how many built models it was shown."""
-    return ledger.opposite_table(judged.own, judged.rates)
 
 
 def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined:

@@ -68,14 +68,13 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
 
 
 def contrast(
-    effects: pd.DataFrame, treatment: str, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1",
-    split: str | None = "test",
-) -> pd.DataFrame:  # fmt: skip
+    effects: pd.DataFrame, treatment: str, sites: Sequence[str] = COMPONENTS, *, split: str | None = "test"
+) -> pd.DataFrame:
     """Effects of one treatment at the last token, signed by its TE on discover, with `nie`, the mean of both directions.
 
     `split` keeps one split's pairs (None: all). What is chosen by these rows must be chosen on discover and shown on test.
     """
-    chosen = signed(select(effects, treatment, Variant("main", outcome=outcome), sites))
+    chosen = signed(select(effects, treatment, Variant("main"), sites))
     return chosen if split is None else chosen[chosen.split == split]
 
 

@@ -58,8 +58,8 @@ def main_treatment(study: Study) -> str:
     return "T2" if "T2" in study.treatments else study.treatments[0]
 
 
-def example_pair(study: Study, treatment: str | None = None) -> TokenPair:
-    """The first pair of a treatment (by default `main_treatment`), for work by hand.
+def example_pair(study: Study) -> TokenPair:
+    """The first pair of `main_treatment`, for work by hand.
 
     Its `control` and `treated` are token ids of one length [pos].
 
@@ -67,7 +67,7 @@ def example_pair(study: Study, treatment: str | None = None) -> TokenPair:
     >>> pair.pair.treatment, len(pair.control) == len(pair.treated)
     ('T2', True)
     """
-    return study.of(treatment or main_treatment(study))[0]
+    return study.of(main_treatment(study))[0]
 
 
 def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -> float:

@@ -11,7 +11,7 @@ from companion.base.paths import figures_dir, results_dir
 from companion.plots.figures import show, write_index
 from companion.plots.view import framed, interactive_map
 
-__all__ = ["draw", "shade", "show", "view", "write_index"]
+__all__ = ["draw", "shade", "view", "write_index"]
 
 
 def draw(name: str, table: pd.DataFrame | NotDefined, slug: str) -> Image:

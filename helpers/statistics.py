@@ -1,7 +1,4 @@
-"""Numbers with their intervals: whole topics are drawn, as pairs of one topic share their wording.
-
-`cell_means`, `per_group` and `share_of_te` give one row a cell with estimate, low and high.
-"""
+"""Numbers with their intervals: whole topics are drawn, as pairs of one topic share their wording."""
 
 from __future__ import annotations
 
@@ -9,17 +6,11 @@ import numpy as np
 import pandas as pd
 
 from companion.base.thresholds import MIN_TOTAL_EFFECT
-from companion.mediation.summaries import (
-    cell_means,
-    per_group,
-    share_of_te,
-    unsaturated_ids,
-)
+from companion.mediation.summaries import per_group, unsaturated_ids
 from companion.prompts.pairs import treatment_order
 from companion.stats.rates import mean_change
 
-__all__ = ["cell_means", "graded_share", "is_worth_mediating", "mean_change", "number", "per_group", "refusal_rates",
-           "share_of_te", "total_effects"]  # fmt: skip
+__all__ = ["graded_share", "is_worth_mediating", "number", "refusal_rates", "total_effects"]
 KINDS = {
     ("T1", "control"): ("no wrapper", "harmless"), ("T1", "treated"): ("no wrapper", "harmful"),
     ("T2b", "control"): ("neutral wrapper", "harmless"), ("T2", "control"): ("neutral wrapper", "harmful"),

@@ -11,16 +11,11 @@ from companion.plots.style import FigureSpec
 NAMES = [entry.name for entry in SPECS]
 CHOICES = {
     "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
-    "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "estimand": ["NIE0", "NIE1", "INT"],
-    "verdict": ["supported", "contradicted", "inconclusive", "not testable"],
-    "answer": [*style.ANSWERS, "not testable"],
-    "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS),
-    "layer": range(6), "head": range(4), "position": range(10), "place": range(12), "k": [1, 2, 5], "topics": [30, 70],
-    "panel": ["one", "two"], "series": ["one", "two"], "split": ["discover", "validate", "test"], "differ": [False, True],
-    "order": ["training order", "permuted"], "passes": [False, True], "quantity": ["k50", "k90"], "log_odds": [0.5, 2.0],
-    "projection": ["harmfulness", "rejection"], "role": ["random", "fitted"], "truth": ["true", "false"],
-    "error": ["false supported", "false contradicted"], "kind": ["early", "middle"], "estimator": ["total", "direct"],
-    "what": ["components", "neurons"], "component": ["attn 0", "mlp 5"],
+    "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "answer": [*style.ANSWERS, "not testable"],
+    "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS), "layer": range(6), "head": range(4),
+    "position": range(10), "place": range(12), "k": [1, 2, 5], "panel": ["one", "two"], "series": ["one", "two"],
+    "split": ["discover", "validate", "test"], "differ": [False, True], "quantity": ["k50", "k90"], "role": ["random", "fitted"],
+    "error": ["false supported", "false contradicted"], "kind": ["early", "middle"], "what": ["components", "neurons"],
 }  # fmt: skip
 
 

@@ -22,13 +22,7 @@ RUNS = {"grouped queries": ("grouped-query", "float32"), "windows": ("embedded",
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in list(RUNS)[1:]]
 # Tables of effects, and how far theirs may lie from the processor's, as a share of the largest: rounding, as
 # `ModelFacts.tolerance` measures it, and more where a share is divided by a total effect.
-CLOSE = (
-    "01_total_effects",
-    "02_treatments",
-    "02_benign",
-    "03_heads",
-    "03_total_direct",
-)
+CLOSE = ("01_total_effects", "02_treatments", "02_benign", "03_heads", "03_total_direct")
 EFFECTS = dict.fromkeys(CLOSE, 1e-4) | {"02_cumulative": 1e-3}
 COMPARED = ("01", "02", "03")
 

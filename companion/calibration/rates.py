@@ -160,19 +160,17 @@ def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
 
 
-def support_curve(draws: pd.DataFrame, verdict: str = "supported") -> pd.DataFrame:
-    """How often a rule says "supported" (or another verdict), by the true value: what its threshold does to errors.
+def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
+    """How often a rule says "supported", by the true value: what its threshold does to errors.
 
     `draws` as from `threshold_draws`. Columns claim, value (the centre of a bin of width `BIN`, whose edges meet the
-    threshold), n, hits, estimate, low, high (Wilson, 95 %), threshold: that of supported, of contradicted for this verdict. A
-    verdict in a bin on the wrong side is an error of the first kind.
+    threshold), n, hits, estimate, low, high (Wilson, 95 %), threshold. A verdict in a bin below it is an error of the first kind.
     """
-    limits = CONTRADICTED_TO if verdict == "contradicted" else SUPPORTED_FROM
-    known = draws[draws.claim.isin(limits)]
-    threshold = known.claim.map(limits).astype(float)
+    known = draws[draws.claim.isin(SUPPORTED_FROM)]
+    threshold = known.claim.map(SUPPORTED_FROM).astype(float)
     step = np.floor((known.value - threshold) / BIN + 1e-9)
     table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
-    made = (table.verdict == verdict).groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
+    made = (table.verdict == "supported").groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
     made = made.reset_index().rename(columns={"bin": "value"})
     limits_of = [wilson(int(row.hits), int(row.n)) for row in made.itertuples()]
     made = made.assign(estimate=made.hits / made.n).join(pd.DataFrame(limits_of, columns=["low", "high"], dtype=float))

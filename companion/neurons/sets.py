@@ -242,12 +242,12 @@ def curve_summary(curve: PairEffects, value: str = "nie") -> bootstrap.Estimates
     return interval(sums, statistic)
 
 
-def curve_shares(curve: PairEffects, value: str = "nie") -> pd.DataFrame:
+def curve_shares(curve: PairEffects) -> pd.DataFrame:
     """The curve as a share of the whole layer's joint effect: k, estimate, low, high (no rows without an effect).
 
     Some set sizes, evenly spaced on a logarithmic axis, are enough to draw it.
     """
-    effect, every = curve.effect(value), curve.columns["k"].to_numpy()
+    effect, every = curve.nie, curve.columns["k"].to_numpy()
     at = np.unique(np.searchsorted(every, np.geomspace(1, every[-1], 40)).clip(max=len(every) - 1))
     sums = topic_sums(curve.pairs, effect[:, [*at, -1]])
     if effect[:, -1].mean() <= 0:

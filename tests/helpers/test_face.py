@@ -21,11 +21,6 @@ from helpers import layers, model, patching, plots, prompts, statistics
 
 
 @pytest.fixture(scope="module")
-def study() -> Study:
-    return model.begin("embedded", "embedded", "embedded", profile="smoke")
-
-
-@pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Results and figures of this module's runs."""
     folder = tmp_path_factory.mktemp("face")

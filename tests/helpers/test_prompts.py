@@ -14,11 +14,6 @@ from companion.mediation.study import Study
 from helpers import model, patching, prompts, statistics
 
 
-@pytest.fixture(scope="module")
-def study() -> Study:
-    return model.begin("embedded", "embedded", "embedded", profile="smoke")
-
-
 def test_the_pair_that_flips_is_refused_in_one_wrapper_and_answered_in_the_other(study: Study) -> None:
     pair = prompts.clearest_flip(study)
     clean = prompts.clean_runs(replace(study, pairs=(pair,)))

@@ -8,11 +8,6 @@ from companion.mediation.study import Study
 from helpers import model, tokens
 
 
-@pytest.fixture(scope="module")
-def study() -> Study:
-    return model.begin("embedded", "embedded", "embedded", profile="smoke")
-
-
 def test_the_map_of_a_pair_has_its_effects_as_shares(study: Study) -> None:
     pair = model.example_pair(study)
     found = tokens.map_of_pair(study, pair).set_index(["site", "layer", "position"]).share

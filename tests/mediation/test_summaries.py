@@ -138,6 +138,3 @@ def test_cell_means_are_means_over_all_pairs_given() -> None:
     assert ((frame.band_high - frame.band_low) > (frame.high - frame.low)).all()
     wide = summaries.cell_means(table, "te", by=["split"])
     np.testing.assert_allclose(wide.estimate, table.groupby("split").te.mean()[wide.split])
-
-
-CURVE = {("resid_post", layer): value for layer, value in enumerate((0.0, 1.0, 1.0, 0.5, 3.0, 4.0))}

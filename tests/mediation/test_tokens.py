@@ -16,7 +16,6 @@ from companion.model.architecture import Subject
 from companion.plots.tokens import groups
 
 PROGRAM = Program(always=1.0, both=0.5, skip=0.4)
-TOTAL = PROGRAM.log_odds(1, 0) - PROGRAM.log_odds(0, 0)
 
 
 @pytest.fixture(scope="module")
