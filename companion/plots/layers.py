@@ -120,7 +120,7 @@ def centroids(table: pd.DataFrame) -> Figure:
     axes[0, 1].axvline(0, color="black", lw=0.8)
     axes[0, 1].axvline(CENTROID_MARGIN, color="black", lw=0.9, ls="--")
     axes[0, 1].set_ylim(1.6, -0.6)
-    axes[0, 1].set_xlabel("harm − benign (depth, share)")
+    axes[0, 1].set_xlabel("harm − benign (depth, share)\ndashed: asked by C1")
     style.heading(figure, "Is harm decided later than other choices?")
     return figure
 

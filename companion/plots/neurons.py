@@ -67,9 +67,10 @@ def set_curves(table: pd.DataFrame) -> Figure:
     ax.set_xlabel("neurons changed together")
     ax.set_ylabel("share of the whole layer's effect")
     ax.set_title("How many neurons does it take? (ranked on discover, measured on test)")
-    bounded = table[np.isfinite(table.estimate)]
-    if len(bounded):
-        ax.set_ylim(min(-0.2, bounded.estimate.min() - 0.1), max(1.3, bounded.estimate.max() + 0.1))
+    if len(bounded := table[np.isfinite(table.estimate)]):  # the bands whole, unless they would flatten the curves
+        inside = bounded.estimate.min() - 1.0, bounded.estimate.max() + 1.0
+        ends = max(bounded.low.min(), inside[0]), min(bounded.high.max(), inside[1])
+        ax.set_ylim(min(-0.2, ends[0] - 0.1), max(1.3, ends[1] + 0.1))
     ax.legend(fontsize=8, loc="upper left")
     return figure
 
