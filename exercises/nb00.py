@@ -4,7 +4,10 @@ from exercises.judging import Case, Exercise, Mistake
 
 
 def effects(y00: float, y01: float, y10: float, y11: float) -> dict[str, float]:
-    """TE, NIE0, NIE1 and INT from the four cells; first digit: the prompt, second digit: the mediator's value."""
+    """A dict with keys "TE", "NIE0", "NIE1", "INT", from the four cells.
+
+    First digit: the prompt, second digit: the mediator's value. INT is the interaction, NIE1 - NIE0.
+    """
     nie0 = y01 - y00
     nie1 = y11 - y10
     return {"TE": y11 - y00, "NIE0": nie0, "NIE1": nie1, "INT": nie1 - nie0}

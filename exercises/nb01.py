@@ -16,7 +16,7 @@ def log_odds(logits: torch.Tensor, comply: list[int], refuse: list[int]) -> torc
 def split_by_topic(topics: list[str]) -> list[str]:
     """The split of each pair, given each pair's topic.
 
-    Sort the distinct topics; the first 40 % are "discover", the next 30 % "validate", the rest "test".
+    Sort the n distinct topics, n a multiple of ten; the first 0.4 n are "discover", the next 0.3 n "validate", the rest "test".
     """
     distinct = sorted(set(topics))
     place = {topic: number / len(distinct) for number, topic in enumerate(distinct)}
@@ -89,7 +89,7 @@ EXERCISES = (
         1,
         8,
         "Write `log_odds`: log p(any opener that complies) − log p(any opener that refuses), for the first token of the answer. "
-        "All other tokens count for neither.",
+        "Both lists are short here: all other tokens count for neither.",
         "The probability of a camp is the *sum* of its tokens' probabilities; its logarithm is a log-sum-exp of logits.",
         log_odds,
         (Case((LOGITS, [0, 1], [2, 3]), torch.tensor([2.0, 0.25]).log()),),

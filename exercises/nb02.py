@@ -16,7 +16,7 @@ def patched_nie0(
     """NIE0 of the residual stream after `blocks[layer]` at one position.
 
     `control` and `treated` are embeddings of shape (position, width). Each block maps the residual stream to what it
-    *adds* to it; `outcome` maps the final residual stream to a number.
+    *adds* to it; `outcome` maps the final residual stream, of shape (position, width), to a number.
     """
     source = treated.clone()
     for block in blocks[: layer + 1]:
@@ -115,7 +115,8 @@ EXERCISES = (
         15,
         "Write `patched_nie0` with a plain loop over blocks: run the control prompt, replace the residual stream after one block "
         "at one position by its value in the treated run, go on, and compare with the clean control run.",
-        "Two loops: one through the treated run up to and including `layer`, to get the cell; one through the control run. "
+        "Two loops: one through the treated run up to and including `layer`, to get the vector at that position; one through "
+        "the control run. "
         "Replace *after* the block has added its part.",
         patched_nie0,
         (
@@ -203,7 +204,7 @@ EXERCISES = (
         "How much of it is late?",
         2,
         8,
-        "Write `late_share`, the number behind C1 (here of one effect a layer).",
+        "Write `late_share` (here of one effect a layer). Count only entries above 0, above and below the line.",
         "Six layers: depths 1/12, 3/12, ..., 11/12. Which of them are above 2/3?",
         late_share,
         (

@@ -11,7 +11,7 @@ from exercises.judging import Case, Exercise, Mistake
 def direct_effect(
     final: torch.Tensor, control_write: torch.Tensor, treated_write: torch.Tensor, outcome: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """Direct effect (sufficiency) of one component, all vectors of shape (width,).
+    """Direct effect of one component in the control run; vectors have shape (width,), and `outcome` maps one to a number.
 
     `final` is the control run's final residual stream, the writes are what the component adds to it in the two runs.
     """
@@ -19,22 +19,22 @@ def direct_effect(
 
 
 def mlp_share(is_mlp: np.ndarray, discover: np.ndarray, test: np.ndarray) -> float:
-    """MLPs' share of the positive component effects on the test split; all arrays have shape (component,).
+    """MLPs' share of the test effects of the components that count; all arrays have shape (component,).
 
-    Which components count as positive is decided on the discover split.
+    A component counts if its effect on discover is above 0.
     """
     counted = discover > 0
     return float(test[counted & is_mlp].sum() / test[counted].sum())
 
 
-def head_write(z: torch.Tensor, output: torch.Tensor, head: int, n_heads: int) -> torch.Tensor:
+def head_write(z: torch.Tensor, weight: torch.Tensor, head: int, n_heads: int) -> torch.Tensor:
     """What one head adds to the residual stream, shape (width,).
 
-    `z` (heads * head width,) is the input of the output projection, `output` (width, heads * head width) its weight.
+    `z` (heads * head width,) is the input of the output projection, `weight` (width, heads * head width) its weight.
     """
     size = len(z) // n_heads
     own = slice(head * size, (head + 1) * size)
-    return output[:, own] @ z[own]
+    return weight[:, own] @ z[own]
 
 
 def _norm_read(x: torch.Tensor) -> torch.Tensor:

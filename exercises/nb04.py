@@ -108,8 +108,9 @@ EXERCISES = (
         10,
         "Write `k90`. A curve may overshoot and come back, so the first crossing is not the answer. The band binds all *larger* "
         "k. At k itself only 0.9 is asked: [0.5, 1.2, 1.0] has arrived at 2.",
-        "Look from the right: the last k that is outside the band decides. Below the band it is one too early, above the "
-        "band it is the answer itself.",
+        "Look from the right, for the last k outside the band. If it lies below the band, the answer is k + 1 (None if there "
+        "is no "
+        "such k); if it lies above, the answer is k.",
         k90,
         (
             Case((CURVE,), 6),
@@ -147,7 +148,7 @@ EXERCISES = (
         15,
         "Write `sure`: Benjamini-Yekutieli. Sort the p-values; the line for rank k is level · k / (m · c) with "
         "$c = 1 + 1/2 + \\dots + 1/m$; everything up to the *last* rank at or below its line passes.",
-        "Find the largest rank that is below its own line, and let all smaller ranks pass with it. Then undo the sorting.",
+        "Find the largest rank that is at or below its own line, and let all smaller ranks pass with it. Then undo the sorting.",
         sure,
         (
             Case((P_VALUES,), np.array([False, True, True, True, False, True])),
@@ -189,7 +190,9 @@ EXERCISES = (
         "The same function in another order",
         1,
         8,
-        "Write `shuffle_neurons`. The MLP's output must not change; a picture of windows over neuron numbers does.",
+        "Write `shuffle_neurons`. The MLP is `down @ (act(gate @ x) * (up @ x))`, and its output must not change; a picture "
+        "of windows "
+        "over neuron numbers does.",
         "A neuron owns one row of `gate`, the same row of `up`, and the same *column* of `down`.",
         shuffle_neurons,
         (Case((GATE, UP, DOWN, ORDER), (GATE[[2, 0, 1]], UP[[2, 0, 1]], DOWN[:, [2, 0, 1]])),),

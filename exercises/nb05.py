@@ -15,13 +15,15 @@ def patch_group(control: torch.Tensor, treated: torch.Tensor, groups: list[str],
     return torch.where(inside[:, None], treated, control)
 
 
-def carried_by_mlps(live: np.ndarray, frozen: np.ndarray, patched: np.ndarray, base: np.ndarray) -> float:
-    """C4's share, over pairs of shape (pair,); all four are outcomes.
+def carried_by_mlps(
+    attention_held: np.ndarray, both_held: np.ndarray, nothing_held: np.ndarray, base: np.ndarray
+) -> float:
+    """Share of the MLPs above the hand-over, over pairs of shape (pair,); all four are outcomes.
 
-    `live`: hand-over residual patched, attention above frozen, MLPs live; `frozen`: the same with MLPs frozen as well;
-    `patched`: hand-over residual patched, everything live; `base`: nothing patched.
+    The hand-over residual stream is patched in the first three; above it attention is held at the control run's values, or both
+    attention and MLPs, or nothing. In `base` nothing is patched.
     """
-    return float((live - frozen).sum() / (patched - base).sum())
+    return float((attention_held - both_held).sum() / (nothing_held - base).sum())
 
 
 def meeting_places(source: list[str], base: list[str]) -> dict[str, tuple[int, int]]:
@@ -89,7 +91,7 @@ EXERCISES = (
         "What do MLPs carry on?",
         2,
         10,
-        "Write `carried_by_mlps`: what is lost when MLPs are frozen on top of attention, as a share of the whole effect.",
+        "Write `carried_by_mlps`: what is lost when MLPs are held on top of attention, as a share of the whole effect.",
         "One difference above the line, another below it, each summed over pairs before you divide.",
         carried_by_mlps,
         (Case((LIVE, FROZEN, FULL, BASE), 0.5),),
@@ -107,7 +109,7 @@ EXERCISES = (
                 lambda live, f, p, b: float((live - f).sum() / p.sum()),
             ),
             Mistake(
-                "the denominator is the effect with attention frozen: the share is of the whole effect, everything live",
+                "the denominator is the effect with attention held: the share is of the whole effect, nothing held",
                 lambda live, f, p, b: float((live - f).sum() / (live - b).sum()),
             ),
             Mistake(

@@ -24,7 +24,10 @@ def phi(plain: np.ndarray, jailbroken: np.ndarray, steered: np.ndarray) -> float
 
 
 def rank_p(fitted: float, random: np.ndarray) -> float:
-    """p-value of a fitted direction among random ones, shape (draw,), itself included; a larger value is better."""
+    """The share of all directions that do at least as well as the fitted one, which is one of them.
+
+    `random`, of shape (draw,), does not hold the fitted one. A larger value is better.
+    """
     return (1 + int((random >= fitted).sum())) / (len(random) + 1)
 
 
@@ -43,7 +46,7 @@ EXERCISES = (
         8,
         "Write `place_along`, the position of a prompt from which AdaSteer reads how strongly to steer it: 0 at the mean of the "
         "class that complied, 1 at the mean of the class that refused.",
-        "Subtract the mean of the class that complied, project on $v$, the way from one mean to the other, and divide by "
+        "Subtract the mean of the class that complied, project on $v$ = refused − complied, and divide by "
         "$v \\cdot v$.",
         place_along,
         (Case((H, COMPLIED, REFUSED), torch.tensor([0.0, 1.0, 0.5, 2.0])),),
@@ -88,7 +91,7 @@ EXERCISES = (
         1,
         8,
         "Write `phi`. On which side of 1 does a defence lie after which jailbroken prompts are refused even more surely than "
-        "plain ones?",
+        "plain ones, which stand in a neutral wrapper?",
         "One minus the gap that is left over the gap that was there, each averaged over pairs first. A gap keeps its sign.",
         phi,
         (Case((PLAIN, BROKEN, STEERED), 0.8), Case((PLAIN, BROKEN, PUSHED_PAST), 1.5)),
@@ -120,7 +123,7 @@ EXERCISES = (
         "Would any direction do?",
         2,
         8,
-        "Write `rank_p`: how surprising is the fitted direction among random ones of the same length? The values say how much "
+        "Write `rank_p`, the p-value of the fitted direction among random ones of the same length. The values say how much "
         "each direction lowers the log-odds of complying.",
         "With nine draws, p can be 1/10, 2/10, ...: never 0.",
         rank_p,

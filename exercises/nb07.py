@@ -7,12 +7,18 @@ from exercises.judging import Case, Exercise, Mistake
 
 
 def upper_bound(errors: int, n: int) -> float:
-    """One-sided exact (Clopper-Pearson) 95 % upper bound of an error rate; with all n wrong it is 1."""
+    """One-sided exact 95 % upper bound of an error rate (Clopper-Pearson); with all n wrong it is 1.
+
+    It is the rate at which at most `errors` of n errors turn up with probability 0.05.
+    """
     return 1.0 if errors == n else float(beta.ppf(0.95, errors + 1, n - errors))
 
 
 def false_supported(truth: list[bool | None], verdicts: list[str]) -> float:
-    """Error rate: how often a claim that is *false* is called "supported". A truth of None (open) does not count."""
+    """Error rate: how often a claim that is *false* is called "supported"; at least one is false.
+
+    A truth of None is open, and does not count.
+    """
     of_false = [said for built, said in zip(truth, verdicts, strict=True) if built is False]
     return of_false.count("supported") / len(of_false)
 
@@ -46,7 +52,7 @@ EXERCISES = (
         "Write `upper_bound`: the largest error rate at which this many errors, or fewer, would still turn up in 5 % of "
         "samples. How many "
         "draws without an error does it take to show that a rate is at most 5 %?",
-        "`beta.ppf` (of `scipy.stats`) with the parameters `errors + 1` and `n - errors`; without an error the bound is "
+        "`beta.ppf` (of `scipy.stats`) at 0.95, with the parameters `errors + 1` and `n - errors`; without an error the bound is "
         "$1 - 0.05^{1/n}$.",
         upper_bound,
         (Case((0, 59), 0.0495064), Case((1, 10), 0.3941633), Case((3, 3), 1.0)),

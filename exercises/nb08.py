@@ -6,7 +6,7 @@ from exercises.judging import Case, Exercise, Mistake
 
 
 def capped(verdict: str, controls: dict[str, str]) -> str:
-    """The verdict after its controls, each "passed", "failed" or "not run".
+    """The verdict after its controls, each "passed", "failed" or "not run"; others are not in it.
 
     Anything but "passed" caps "supported" and "contradicted" at "inconclusive"; "not testable" stays what it is.
     """
@@ -15,7 +15,7 @@ def capped(verdict: str, controls: dict[str, str]) -> str:
 
 
 def standard_error(effect: np.ndarray, topic: np.ndarray) -> float:
-    """Standard error of the mean effect with topics as the unit; both (pair,), every topic with as many pairs."""
+    """Standard error of the mean effect with topics as the unit; both (pair,), the same number of pairs in every topic."""
     means = np.array([effect[topic == name].mean() for name in np.unique(topic)])
     return float(means.std(ddof=1) / np.sqrt(len(means)))
 

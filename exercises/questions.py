@@ -76,7 +76,9 @@ QUESTIONS: dict[str, Question] = {
         "Three models. In two of them MLPs write the decision into the residual stream, in one an attention "
         "layer does. Which one? Would the *indirect* "
         "effects have told you?",
-        "Direct effects (`attn_out.direct`, `mlp_out.direct`): who writes? All attention outputs together carry "
+        "Direct effects say who writes: `patching.effects_of_pair` of this lesson's helpers, or `estimands.measure_effects` "
+        "with the "
+        "sites `attn_out.direct` and `mlp_out.direct`. All attention outputs together carry "
         "the whole effect in all three.",
         _models("03"),
     ),
@@ -85,8 +87,9 @@ QUESTIONS: dict[str, Question] = {
         "Side by side?",
         25,
         "Three models. In one, many last-layer neurons that lie side by side decide. In one, many scattered neurons decide. In "
-        "one, at most 8 decide. Which is which? Decide without a window.",
-        "`neurons.measure_neurons(study).table` holds every last-layer neuron; sort by |effect|, then look at the indices.",
+        "one, at most 8 decide. Which is which? Decide by the indices of the largest, not by a sum over neighbours.",
+        "`neurons.measure_neurons(study).table` holds every last-layer neuron: columns treatment, split, neuron, nie0, nie1. "
+        "Sort by the size of their mean.",
         _models("04").replace(
             "from companion.mediation import estimands\nfrom exercises import mystery",
             "from exercises import mystery\nfrom helpers import neurons",
@@ -98,8 +101,8 @@ QUESTIONS: dict[str, Question] = {
         25,
         "In each of three models the two prompts of a T2 pair differ in one wrapper word. Patch the residual stream at "
         "that token (position group `differ`), layer by "
-        "layer. Which is the first layer (counted from 0) after which it carries less than half of TE? Give one for each "
-        "model.",
+        "layer. Which is the first layer (counted from 0) after which it carries less than half of TE, by NIE0? Give one for "
+        "each model.",
         '`estimands.measure_effects(study.subject, study.of("T2"), study.openers, estimands.mediators(study.subject, '
         '["resid_post"], ["differ"]))`, then the mean of `nie0` by layer over the mean of `te`. Patching after layer *l* '
         "reaches only what later layers fetch from there.",
@@ -115,7 +118,8 @@ QUESTIONS: dict[str, Question] = {
         "neutral wrapper (`batch.control`). Is twice as long twice as strong?",
         "With `resid = batch.treated.resid_post[-1][:, -1]`, the jailbroken prompts, compare "
         '`outcomes.log_odds(this.subject, resid + vector / 2, this.openers["T2"])` with the same without the vector. The '
-        "outcome is the log-odds of complying. Draw random vectors of the same length for comparison, as in exercise 06-3.",
+        "outcome is the log-odds of complying. `vector / 2` is the half length. Draw random vectors of the same length for "
+        "comparison.",
         "from companion.mediation import estimands, outcomes, study\nfrom exercises import mystery\n\n"
         f'{_CODE}\nthis = study.begin("embedded", "embedded", "embedded", profile="smoke")\n'
         "vectors = mystery.vectors(this, CODE)\n"
@@ -138,12 +142,16 @@ QUESTIONS: dict[str, Question] = {
         "08-open",
         "Be the ledger",
         20,
-        "Three evidence tables for C1. Two were tampered with. What does the rule say of each: supported, "
-        "contradicted, inconclusive? Write your verdicts and reasons "
-        "down first; only then ask `mystery.verdict(table)`.",
-        "The rule stands in the table of registered rules, docs/changes.md. For C1 it reads two rows, `late share` and `centroid "
-        "difference`, both `main`; then come the controls, among them the final norm frozen: each must stay on its side of the "
-        "threshold.",
+        "Three evidence tables for C1. Two were tampered with. What does the *registered* rule say of each: supported, "
+        "contradicted, "
+        "inconclusive? Supported: the interval of `late share` lies at 0.50 or above, and that of `centroid difference` at "
+        "0.05 or "
+        "above. Contradicted: the first lies at 0.40 or below, or the second at 0 or below. Before that, TE of T2 must be at "
+        "least 0.5 "
+        "on 20 topics. Write your verdicts and reasons down first; only then ask `mystery.verdict(table)`.",
+        "Both rows have the variant `main`. Then come this rule's controls: the late share with the norm frozen, and of "
+        "unsaturated "
+        "pairs, must lie on the same side of 0.5.",
         f"from exercises import mystery\n\n{_CODE}\ntables = mystery.evidence(CODE)\n"
         'shown = ["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]\n'
         "for letter, table in tables.items():\n"

@@ -20,7 +20,7 @@ from companion.base.thresholds import (
     POINTS,
 )
 from companion.claims import registered_rules as registered
-from companion.claims.corrected_rules import STATEMENTS
+from companion.claims.corrected_rules import STATEMENTS, centroid_over_behaviours
 from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, MOSTLY, RARE, Answer
 from companion.claims.multiplicity import sentence_of_changes
 from companion.claims.verdict import Rows, Verdict
@@ -36,7 +36,7 @@ CHANGES = {
     "C2": "an MLP share of 60 % or more: yes; of 50 % or less: no (03)",
     "C3": "30 % or more in every family: yes; 10 % or less in every family: no (02)",
     "C4": "a share of 60 % or more: yes; of 40 % or less: no (05)",
-    "C5a": "8 neurons or 1 % of the layer at most: yes; 10 % or more: no (04)",
+    "C5a": "30 % or more held by 8 neurons or 1 % of the layer: yes; 15 % or less, or 10 % of the neurons or more: no (04)",
     "C5b": f"a specific index of {thresholds.GATE_LOW:g} or more: yes; {thresholds.GATE_HIGH:g} or less in every form: no (04b)",
     "C5c": "80 % or more kept: yes; 40 % or less: no (05)",
     "C6a": f"a fall of {POINTS:g} points and {registered.PHI:.0%} undone: yes; surely a smaller fall: no (06)",
@@ -48,7 +48,7 @@ WORDS = {"supported": "Yes", "contradicted": "No", "inconclusive": "Undecided", 
 OF_EFFECT = (100, 0, "% of the effect")
 UNITS = {  # of the number that a verdict shows, by quantity: factor, decimals, unit
     COMPUTED: (100, 0, "% of what is computed"), "late share": OF_EFFECT,
-    "MLP share of direct effects": (100, 0, "% of direct effects"), "MLP share of NIE": (100, 0, "% of indirect effects"),
+    "MLP share of direct effects": (100, 1, "% of direct effects"), "MLP share of NIE": (100, 0, "% of indirect effects"),
     registered.PSI: OF_EFFECT, MLP_SHARE: OF_EFFECT, MLP_SHARE_WITH_OWN: OF_EFFECT, "psi1": OF_EFFECT, "k90": (1, 0, "neurons"),
     KEPT_BY_FIRST_TOKEN: OF_EFFECT, "harm change": (1, 1, "points of judged harm"),
     "harmless loss": (1, 1, "points of harmless answers"), "over-refusal": (1, 1, "points of over-refusal"),
@@ -70,7 +70,7 @@ def key_number(verdict: Verdict) -> str:
     """The number that a verdict shows, its 95 % interval and its unit; "" where there is none.
 
     >>> key_number(Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.914, 0.9, 0.93))
-    '91 [90, 93] % of direct effects'
+    '91.4 [90.0, 93.0] % of direct effects'
     """
     if verdict.estimate is None:
         return ""
@@ -92,7 +92,7 @@ def _percent(row: pd.Series) -> str:
 
 
 def _late(rows: Rows) -> str | None:
-    share, centroid = rows.find("C1", COMPUTED), rows.find("C1", "centroid difference")
+    share, centroid = rows.find("C1", COMPUTED), centroid_over_behaviours(rows)
     what = "of the decision is computed in late layers"
     if share is None:
         share, what = rows.find("C1", "late share"), "of the effect passes through late layers"
@@ -100,9 +100,10 @@ def _late(rows: Rows) -> str | None:
         return None
     parts = [f"{_percent(share)} {what}"]
     if centroid is not None:
-        parts.append(
-            f"{abs(centroid.estimate):.0%} of the depth {'later' if centroid.estimate > 0 else 'earlier'} than benign choices"
-        )
+        sign, word = (1, "later") if centroid.estimate > 0 else (-1, "earlier")
+        low, high = sorted((100 * sign * centroid.ci_low, 100 * sign * centroid.ci_high))
+        ends = f"{_rounded(100 * abs(centroid.estimate), 0)} [{_rounded(low, 0)}, {_rounded(high, 0)}]"
+        parts.append(f"{ends}% of the depth {word} than benign choices")
     earliest = rows.find("gate", "earliest possible depth")
     if earliest is not None and earliest.estimate > thresholds.EARLY:
         parts.append(f"but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth")
@@ -139,7 +140,7 @@ def _sparse(rows: Rows) -> str | None:
     if k90 is None:
         return f"no set of neurons holds {of}"
     few = max(0.01 * size.estimate, registered.FEW)
-    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of}; {few:.0f} may be needed at most"
+    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} (at most {few:.0f} are asked)"
 
 
 def _gate(rows: Rows) -> str | None:
@@ -188,7 +189,7 @@ def _harmless_kept(rows: Rows) -> str | None:
     if loss is None:
         return None
     more = "" if over is None else f", over-refusal rises by {over.estimate:.1f}"
-    return f"{loss.estimate:.1f} points of harmless answers are lost{more} ({POINTS:g} allowed, surely)"
+    return f"{loss.estimate:.1f} points of harmless answers are lost{more} (at most {POINTS:g} allowed)"
 
 
 def _late_best(rows: Rows) -> str | None:
@@ -205,7 +206,7 @@ def _adjacent(rows: Rows) -> str | None:
     moran = rows.find("C7", "Moran's I")
     if moran is None:
         return None
-    return f"neighbouring neurons are alike by {_rounded(moran.estimate, 2)}; in a random order they are by 0"
+    return f"Moran's I of neighbouring neurons is {_rounded(moran.estimate, 2)}, and in a random order 0"
 
 
 FACTS: dict[str, Callable[[Rows], str | None]] = {
@@ -224,8 +225,8 @@ def sentence(answer: Answer, rows: Rows) -> str:
         fact = f"the prompts move the answer by {verdict.estimate:.1f} log-odds only, too little to explain"
     elif fact is None:
         fact = verdict.reason
-    missing = [f"{name} ({state})" for name, state in (verdict.controls or {}).items() if state != "passed"]
-    stopped = f"; without the control {', '.join(missing)}" if missing and answer.says == "inconclusive" else ""
+    missing = [f"{name} {state}" for name, state in (verdict.controls or {}).items() if state != "passed"]
+    stopped = f"; control: {', '.join(missing)}" if missing and answer.says == "inconclusive" else ""
     return f"{WORDS[answer.says]}: {fact}{stopped}."
 
 
@@ -238,6 +239,7 @@ def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built
     mine = [one for one in given if one.verdict.model == own]
     rows = Rows(own, evidence[evidence.model == own])
     head = ["claim", "answer", "key number, 95 % interval", "grade", "what would change it (notebook)", "agree"]
+    n_models = len({one.verdict.model for one in given})
     table = [
         (
             f"**{one.verdict.claim}** {STATEMENTS[one.verdict.claim]}", sentence(one, rows), key_number(one.verdict),
@@ -245,12 +247,13 @@ def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built
         )
         for one in mine
     ]  # fmt: skip
-    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, *table)]
-    lines.insert(1, "| --- " * len(head) + "|")
+    shown = head if n_models > 1 else head[:-1]  # a model agrees with itself
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells[: len(shown)])} |" for cells in (head, *table)]
+    lines.insert(1, "| --- " * len(shown) + "|")
     many = sentence_of_changes(own, [one.verdict for one in given], [one.says for one in given])
     parts = [f"# What the evidence says of `{own}`", *_on_top(own, mine, invented), "\n".join(lines)]
-    parts += [*([many] if many else []), *_notes(built)]
-    return re.sub(r"(?<=\d)%", " %", "\n\n".join(parts)) + "\n"
+    parts += [*([many] if many else []), *_notes(built, n_models)]
+    return re.sub(r"(?<=[\d\]])%", " %", "\n\n".join(parts)) + "\n"
 
 
 def agreement(one: Answer, given: Sequence[Answer]) -> str:
@@ -271,23 +274,25 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
         return ", ".join(listed) or "nothing"
 
     open_ones = {
-        "undecided": named("inconclusive"), "the rule cannot tell": named(CANNOT_TELL),
-        "not measured": named("not testable"),
+        "Undecided**, since the numbers do not suffice:": named("inconclusive"),
+        "Cannot tell**, since the rule failed on built models:": named(CANNOT_TELL),
+        "Not measured**:": named("not testable"),
     }  # fmt: skip
-    undecided = "; ".join(f"{why}: {which}" for why, which in open_ones.items() if which != "nothing")
+    undecided = " ".join(f"**{why} {which}." for why, which in open_ones.items() if which != "nothing")
     says = (
         "Nothing. Model and language are invented: the answers say what a small network learned, and how far the method sees."
         if invented
-        else f"They hold for `{own}` on this prompt set, and for no other model."
+        else f"Nothing yet: the answers are about `{own}` and this prompt set alone."
     )
     return [
         f"**What holds:** {named('supported')}. **What does not:** {named('contradicted')}.",
-        f"**What the rules cannot decide:** {undecided or 'nothing'}.",
+        undecided or "**Undecided**: nothing.",
         f"**What this says about LLMs:** {says}",
     ]
 
 
-def _notes(built: str) -> list[str]:
+def _notes(built: str, n_models: int) -> list[str]:
+    agree = "**Agree.** Of the models of this run that were asked (this one and those trained like it), so many have this answer."
     return [
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
         "the opposite asks for it. *Undecided*: neither, or a control is missing. All rules but that of C7 were corrected after "
@@ -296,7 +301,7 @@ def _notes(built: str) -> list[str]:
         f"supported and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of true ones contradicted "
         f"(*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or more contradicted. *Not "
         f"calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
-        "**Agree.** Of the models of this run that were asked (this one and those trained like it), so many have this answer.",
+        *([agree] if n_models > 1 else []),
         "Every verdict with its reason, controls and error rates, also of the registered rules: `claims.csv` and "
         "`claims.json` in this folder.",
     ]

@@ -175,7 +175,7 @@ def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged:
     whole = at_least_exact(whole, len(sums.clusters)) if is_judged else whole
     rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
     if not whole.low[0] > 0:
-        note = f"clamping at all tokens has no sure effect ({whole.estimate[0]:.2f}): nothing can be kept"
+        note = f"holding them at all tokens has no sure effect on harm ({whole.estimate[0]:.2f}): there is none to keep"
         return [*rows, {**rows[0], "quantity": "not defined", "note": note}]
     kept = interval(sums, clusters.ratio(masks[:2], masks[[-1, -1]]))
     kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept

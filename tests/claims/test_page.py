@@ -40,18 +40,18 @@ BY_CONTENT = row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0), CONTENT_JUDGE)
 BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
 NONE_KEPT = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0), "main", CONTENT_JUDGE)
 SENTENCES: list[tuple[str, Numbers, str]] = [
-    ("C1", {}, "Yes: 90% of the decision is computed in late layers, 20% of the depth later than benign choices."),
+    ("C1", {}, "Yes: 90% of the decision is computed in late layers, 20 [13, 27]% of the depth later than benign choices."),
     ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "the attention windows let nothing arrive before 58%"),
     ("C1", row("C1", COMPUTED, (0.1, 0.0, 0.2), "main", "unsaturated"), "No: 10% of the decision"),
     ("C1", row("C1", COMPUTED, None, "main"), "70% of the effect passes through late layers"),
-    ("C1", row("C1", "centroid difference", (-0.2, -0.3, -0.1)), "20% of the depth earlier than"),
-    ("C1", row("C1", COMPUTED, None, "unsaturated"), "without the control unsaturated pairs (not run)."),
+    ("C1", row("C1", "centroid difference", (-0.2, -0.3, -0.1)), "20 [13, 27]% of the depth earlier than"),
+    ("C1", row("C1", COMPUTED, None, "unsaturated"), "; control: unsaturated pairs not run."),
     ("C2", {}, "Yes: MLP blocks write 85% of what"),
     ("C2", row("gate", "TE T2-T2b", (0.1, 0.0, 0.2)), "Undecided: the prompts move the answer by 0.1 log-odds only"),
     ("C3", row("C3", PSI, (1.0, 0.9, 1.1), "family verb"), "60% of the effect of a harmful request: 100% if the verb differs."),
     ("C4", {}, "Yes: from layer 3 on, where the last token takes over, MLPs carry 90% of the effect."),
     ("C4", row("C4", MLP_SHARE_WITH_OWN, None, "main", "norm frozen", "unsaturated"), "above layer 3 on, where"),
-    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, which is 50% of all; 10 may be needed at most."),
+    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, which is 50% of all (at most 10 are asked)."),
     ("C5a", row("C5a", "k90", None), "no set of neurons holds"),
     ("C5b", {}, "Yes: the neurons switch like an AND (both signals needed), clamping them costs 10% of benign"),
     ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7)), "an OR (one signal does)"),
@@ -63,10 +63,10 @@ SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C5c", NONE_KEPT, "Undecided: nothing can be kept."),
     ("C6a", {}, "Yes: harm falls by 60.0 points, 95% of the wrapper's effect is undone (75% asked); at most 1% of random"),
     ("C6a", row("C6", "harm change", (3.0, 1.0, 5.0)), "No: harm rises by 3.0 points"),
-    ("C6b", {}, "Yes: 0.3 points of harmless answers are lost, over-refusal rises by 0.4 (2 allowed, surely)."),
+    ("C6b", {}, "Yes: 0.3 points of harmless answers are lost, over-refusal rises by 0.4 (at most 2 allowed)."),
     ("C6c", row("C6", "advantage over mid", (-3.0, -5.0, -1.0)), "40.0 points more than early ones and 3.0 points less than"),
     ("C6c", row("C6", "phi", None), "Not measured: steering was not measured: run notebook 06."),
-    ("C7", row("C7", "Moran's I", (-0.001, -0.03, 0.02)), "alike by 0.00; in a random order they are by 0"),
+    ("C7", row("C7", "Moran's I", (-0.001, -0.03, 0.02)), "neighbouring neurons is 0.00, and in a random order 0"),
 ]  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def test_a_rule_that_cannot_tell_gives_no_verdict_but_the_number() -> None:
     rows = Rows("m", evidence[evidence.model == "m"])
     assert page.sentence(answer, rows).startswith("This rule cannot tell: MLP blocks write 85%")
     assert (
-        page.agreement(answer, [answer]) == "" and page.key_number(answer.verdict) == "85 [75, 95] % of direct effects"
+        page.agreement(answer, [answer]) == ""
+        and page.key_number(answer.verdict) == "85.0 [75.0, 95.0] % of direct effects"
     )
 
 
@@ -129,7 +130,7 @@ def test_a_relative_of_which_little_was_asked_is_not_in_the_picture() -> None:
     ("invented", "scope"),
     [
         (True, "Nothing. Model and language are invented"),
-        (False, "for `embedded` on this prompt set, and for no other model"),
+        (False, "about `embedded` and this prompt set alone"),
     ],
 )
 def test_the_page_of_the_shipped_run_fits_two_screens(invented: bool, scope: str) -> None:
@@ -142,11 +143,7 @@ def test_the_page_of_the_shipped_run_fits_two_screens(invented: bool, scope: str
     assert sum(max(1, math.ceil(len(line) / 130)) for line in lines) <= 90
     rows = [line for line in lines if line.startswith("| **C")]
     assert [line.split("**")[1] for line in rows] == list(STATEMENTS) and {line.count("|") for line in rows} == {7}
-    assert (
-        lines[2].startswith("**What holds:**")
-        and lines[4].startswith("**What the rules cannot decide:**")
-        and scope in lines[6]
-    )
+    assert lines[2].startswith("**What holds:**") and lines[4].startswith("**Undecided**") and scope in lines[6]
     words = {one.verdict.claim: one.says for one in given if one.verdict.model == "embedded"}
     for claim, says in words.items():  # a claim stands in the line of its answer, and nowhere else on top
         at = [says in ("supported", "contradicted"), says not in ("supported", "contradicted")]
