@@ -161,6 +161,12 @@ def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
 
 
+def held_out_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts of held-out kinds on claims whose truth their construction decides, named as in `main_draws`."""
+    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'held-out' and truth != 'open'")
+    return _named(table)
+
+
 def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
     """How often a rule says "supported", by the true value: what its threshold does to errors.
 
