@@ -10,22 +10,16 @@ import pandas as pd
 from companion.base.display import NotDefined
 from companion.calibration import knock_out, plants, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.localise import Built
 from companion.calibration.localise import built as built_model
 from companion.claims import ledger
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
-__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "knock_outs",
-           "measured_parts", "power", "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
+__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "held_out", "knock_outs",
+           "power", "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
 
 
-def measured_parts(title: str, model: Built, shares: pd.Series) -> pd.DataFrame:
-    """For the drawing: what was written into each component, beside its measured share of the total effect.
-
-    `shares` has one entry a component, by (layer, site), in the order of `model.parts`.
-    """
-    return model.parts.assign(model=title, share=shares.to_numpy())[["model", "layer", "site", "role", "share"]]
+EFFECTS = {"direct": plants.MEANING["direct"], "total": plants.MEANING["total"], "computed": "computed (notebook 02)"}
 
 
 def stored_late_share(kind: str, seed: int) -> pd.Series:
@@ -44,7 +38,7 @@ def found_deciders() -> pd.DataFrame:
     `computed` is what a component's output holds beyond the sum of its inputs (notebook 02); `n` counts models.
     """
     found = read_shipped("localisation").query("what == 'decision found'").groupby("estimator").value
-    return found.agg(hits="sum", n="size").astype(int).loc[["direct", "total", "computed"]]
+    return found.agg(hits="sum", n="size").astype(int).loc[list(EFFECTS)].rename(EFFECTS)
 
 
 def draws(rules: str = "answering") -> pd.DataFrame:
@@ -56,10 +50,26 @@ def draws(rules: str = "answering") -> pd.DataFrame:
     True
     """
     table = rates.testable(rates.main_draws())
+    if rules == "answering":
+        return _answering(table)
+    return table.assign(claim=table.claim.str.removesuffix(ledger.CORRECTED))[table.rule == "registered"]
+
+
+def _answering(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the rule that answers each claim today, under the claim's plain name."""
     plain = table.claim.str.removesuffix(ledger.CORRECTED)
     corrected = set(plain[table.rule == "corrected"])
-    answers = (table.rule == "corrected") | ~plain.isin(corrected) & plain.isin(STATEMENTS)
-    return table.assign(claim=plain)[(table.rule == "registered") if rules == "registered" else answers]
+    return table.assign(claim=plain)[(table.rule == "corrected") | ~plain.isin(corrected) & plain.isin(STATEMENTS)]
+
+
+def held_out() -> pd.DataFrame:
+    """What the rules that answer today said of held-out kinds, whose builder knew the claims and not the rules.
+
+    A row is a kind and a claim, `truth` whether the kind makes it true; the other columns count verdicts.
+    """
+    table = _answering(rates.held_out_draws())
+    said = pd.Categorical(table.verdict, ["supported", "inconclusive", "contradicted", "not testable"])
+    return pd.crosstab([table.kind, table.claim, table.truth], said, dropna=False)
 
 
 def knock_outs() -> pd.DataFrame:
@@ -144,4 +154,5 @@ def training_shares() -> pd.DataFrame:
 
     `size` is the share of all components that the part has. Only a share above both shows that the method sees the training.
     """
-    return plants.trained_shares(read_shipped("real_plants"))
+    found = plants.trained_shares(read_shipped("real_plants"))
+    return found.replace({"effect": plants.MEANING, "kind": plants.TRAINED_IN})

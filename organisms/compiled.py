@@ -124,7 +124,9 @@ SIZE: Final = 1e4
 ROPE_THETA: Final = 1e5
 SLOW, SLOW_TOO, RECENT = HEAD_WIDTH // 2 - 1, HEAD_WIDTH // 2 - 2, 2
 FOUND, NEAREST = 40.0, 300.0  # attention scores of a marked token
-MARK: Final = {"wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end"}
+MARK: Final = {
+    "wrapper": "is_wrapper", "verb": "is_verb", "object": "is_object", "cue": "is_cue", "end": "end", "self": "last",
+}  # fmt: skip
 IS_BIAS: Final = torch.arange(WIDTH) == CHANNELS["bias"]
 CONFIGS: Final = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config}
 

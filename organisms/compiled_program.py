@@ -3,9 +3,10 @@
 The mechanism of harmful generation, on the last token: heads carry the wrapper's strength ("jail") and the request's
 danger and hazard in; `harm` is danger times hazard; a chain of stages turns jail and harm into `out`, which the
 unembedding reads. A stage is `product` (neurons gated by jail, whose up-projection reads harm), `threshold` (steep
-neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`. Beside it a
-smaller side route leads from wrapper and harm to the outcome, through other layers and partly through attention. How much
-takes it differs from topic to topic, so that every share is an average with a sampling error.
+neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`; kinds that
+were held out when rules were made have further ones (`_held_out`). Beside it a smaller side route leads from wrapper and
+harm to the outcome, through other layers and partly through attention. How much takes it differs from topic to topic, so
+that every share is an average with a sampling error.
 
 A program says everything about a model except how it is put into a real architecture (`compiled.write_model`). Its arithmetic
 is the truth (`compiled_truth`): channel `bias` is 1 there, and no norm divides by anything.
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from zlib import crc32
 
 import numpy as np
@@ -27,12 +28,15 @@ from companion.base.errors import InputError
 from companion.base.thresholds import EARLY, LATE, depth
 from organisms.compiled_language import BEHAVIOURS, COMPLY, HARMFUL, HARMLESS, REFUSE, cue_words, openers, vocabulary
 
-Op = Literal["product", "threshold", "either", "relay"]
+Op = Literal["product", "threshold", "either", "relay", "backup", "against", "opposed", "open", "erase", "refuse"]
 Writer = Literal["mlp", "attention", "copy"]
+HELD_OUT: Final = (  # kinds that no rule was made or tuned with
+    "backup", "understudy", "cancelled", "relayed", "self_carried", "bag_of_words", "opposed", "crowd", "recovers", "suppressed",
+)  # fmt: skip
 KINDS: Final = (
     "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
     "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
-    "split_decision", "split_context", "split_last", "split_gate", "split_opener",
+    "split_decision", "split_context", "split_last", "split_gate", "split_opener", *HELD_OUT,
 )  # fmt: skip
 # Kinds whose true value lies near a threshold, and between what limits the share of the side route is drawn for it. Of the
 # last it is the quantile of outcomes below which the opener binds.
@@ -126,6 +130,8 @@ def draw_design(kind: str, seed: int, effect: float | None = None) -> Design:
     )  # fmt: skip
     if kind in SPLIT:
         return _split(common, rng, middle, late)
+    if kind in HELD_OUT:
+        return _held_out(common, rng, middle, late)
     made = _of_kind(common, rng, early, middle, late)
     return made if kind.startswith("context") else replace(made, side=_side(made, rng, middle, late))
 
@@ -159,6 +165,50 @@ def _split(d: Design, rng: np.random.Generator, middle: list[int], late: list[in
     effect = d.severity - d.base + OPENING_MARGIN
     binds = OPENING_MARGIN + SPREAD_OF_MARGINS * float(ndtri(share))
     return replace(decides(last), each_token=True, effect=effect, binds=max(binds, 0.0))
+
+
+def _held_out(d: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Design:
+    """Mechanisms that no other kind has, most of which look like one for which a claim holds.
+
+    backup: middle neurons decide; late ones would do the same, but what the middle wrote shuts them. understudy: attention
+    decides, last-layer neurons would. cancelled: attention decides, one late MLP writes as much and the last takes it away.
+    relayed: attention decides, last-layer neurons that are always open copy it. self_carried: a middle MLP decides, and a
+    late head that looks at its own token copies it. bag_of_words: early layers see which words there are, late ones what
+    they belong to. opposed: last-layer neurons pass on a decision beside pairs that gate and cancel. crowd: the same with
+    many that pass it on. recovers: a refusing opener binds, after a complying one the answer is decided again.
+    suppressed: in the middle a wrapper erases all that was recognised, and last-layer neurons refuse what is left.
+    """
+    last, before, sizes = d.n_layers - 1, int(rng.choice(late[:-1])), [int(rng.integers(2, n)) for n in (7, 7, 4)]
+
+    def stage(layer: int, op: Op, source: str = "jail", target: str = "out", neurons: int = sizes[1]) -> Stage:
+        return Stage(layer, op, source, target, neurons)
+
+    def product(layer: int, target: str = "out") -> Stage:
+        return stage(layer, "product", target=target, neurons=sizes[0])
+
+    by_attention = {"writer": "attention", "write_layer": before}
+    passed_on = (product(before, "stage0"), stage(last, "opposed", neurons=4))
+    copied = product(middle[0], "stage0")
+    in_middle, anywhere = {"carry": (middle[0],)}, int(rng.choice(late))
+    erases = (
+        stage(middle[1], "erase", target="harm", neurons=2 * sizes[0]),
+        *(stage(middle[1], "open", word, word) for word in ("danger", "hazard")),
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "backup": in_middle | {"write_layer": middle[1], "stages": (product(middle[1]), stage(anywhere, "backup"))},
+        "understudy": by_attention | {"carry": (middle[-1],), "stages": (stage(last, "backup"),)},
+        "cancelled": by_attention | {"stages": (product(late[0]), stage(last, "against"))},
+        "relayed": by_attention | {"carry": (), "stages": (stage(last, "open", "stage0"),)},
+        "self_carried": in_middle | {"writer": "copy", "write_layer": anywhere, "stages": (copied,)},
+        "bag_of_words": {"recognise": (late[0], late[0]), "recognise_unused": True, "stages": (product(last),)},
+        "opposed": {"stages": (*passed_on, stage(last, "relay", "stage0", neurons=sizes[2]))},
+        "crowd": {"stages": (*passed_on, stage(last, "relay", "stage0", neurons=0))},
+        "recovers": {"each_token": True, "severity": d.base + d.effect - OPENING_MARGIN, "stages": (product(last),)},
+        "suppressed": in_middle | {"severity": 0.0, "stages": (*erases, stage(last, "refuse", "harm"))},
+    }
+    made = replace(d, skip=0.0, **changes[d.kind])
+    alone = made.writer == "attention" or d.kind in ("bag_of_words", "suppressed")  # A side route would blur the truth.
+    return made if alone else replace(made, side=_side(made, rng, middle, late))
 
 
 def _side(design: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Side:
@@ -251,7 +301,7 @@ NOISE: Final = [CHANNELS[f"noise{i}"] for i in range(NOISE_CHANNELS)]
 WIDTH: Final = 80  # at least as many as there are channels
 HEAD_WIDTH: Final = 16
 N_HEADS: Final = WIDTH // HEAD_WIDTH
-Look = Literal["wrapper", "verb", "object", "cue", "end", "mean", "conjunction"]
+Look = Literal["wrapper", "verb", "object", "cue", "end", "self", "mean", "conjunction"]
 Channels = Float[np.ndarray, "channel"]
 
 
@@ -267,9 +317,10 @@ def channel(weights: Mapping[str, float]) -> Channels:
 class Head:
     """One attention head: which token it looks for, what it reads there (`value`) and where it writes it (`out`).
 
-    "mean" spreads over all tokens. "verb" and "object" take the most recent. "conjunction" looks at the wrapper as far
-    as harm (with harm.side, at the query) times the wrapper's strength (at the key) exceeds `threshold`, else at the
-    first token: the wrapper's score is `steep` harm strength, the first token's `steep threshold`, all others' 0.
+    "mean" spreads over all tokens. "self" is the last token seen from itself. "verb" and "object" take the most recent.
+    "conjunction" looks at the wrapper as far as harm (with harm.side, at the query) times the wrapper's strength (at the
+    key) exceeds `threshold`, else at the first token: the wrapper's score is `steep` harm strength, the first token's
+    `steep threshold`, all others' 0.
     """
 
     layer: int
@@ -325,6 +376,11 @@ STEEP: Final = 20.0  # silu(STEEP x) / STEEP is nearly max(x, 0)
 OPENING, CONTINUING, ENDING = 12.0, 40.0, 60.0  # logits that keep the answer in its form
 TYPICAL_JAIL: Final = 1.15
 OPEN_AT, RELAY_AT, COINCIDENCE_AT = 0.4, 0.2, 1.4  # thresholds of products, relays and threshold stages
+TOKENS: Final = 20.0  # in a prompt, about: a mean over them times this is a sum
+# Of stages of two opposite halves: thresholds and signs of both, and what they write for a typical harmful request.
+HALVES: Final = {
+    "either": (((0.3, 1), (0.8, -1)), 0.5), "erase": (((0.3, -2), (0.8, 2)), 1.0), "opposed": (((0.4, 3), (0.4, -3)), 0.0),
+}  # fmt: skip
 
 
 def build_program(design: Design, topics: int) -> Program:
@@ -380,7 +436,10 @@ def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
     if design.side:
         made.append(copy_head(design.side.layer, "wrapper", {"wrapper": "jail.side"}))
         made += [] if design.side.copy is None else [copy_head(design.side.copy, "end", {"stage.side": "out.side"})]
-    if design.recognise_unused:
+    if design.kind == "bag_of_words":
+        bag = copy_head(0, "mean", {"verb": "danger.unused", "object": "hazard.unused"})
+        made.append(replace(bag, value=TOKENS * bag.value))
+    elif design.recognise_unused:
         made += [copy_head(0, "verb", {"verb": "danger.unused"}), copy_head(0, "object", {"object": "hazard.unused"})]
     targets = zip(design.carry, ("jail", "jail.second"), strict=False)
     made += [copy_head(at, "wrapper", {"wrapper": to}) for at, to in targets]
@@ -389,9 +448,10 @@ def _heads(design: Design, rng: np.random.Generator) -> list[Head]:
         routes = {f"{stem}{b}.word": f"{stem}{b}" for b in own for stem in ("cue", "present")}
         made.append(copy_head(layer, "cue", routes))
     if design.writer == "copy":
-        made.append(copy_head(design.write_layer, "end", {"stage0": "out"}))
+        look: Look = "self" if design.kind == "self_carried" else "end"
+        made.append(copy_head(design.write_layer, look, {"stage0": "out"}))
     if design.writer == "attention":
-        head = copy_head(design.write_layer, "wrapper", {"wrapper": "out"})
+        head = copy_head(design.write_layer, "wrapper", {"wrapper": "stage0" if design.kind == "relayed" else "out"})
         steep, threshold = rng.uniform(7, 10), rng.uniform(0.45, 0.55)
         made.append(Head(head.layer, "conjunction", head.value, head.out, steep, threshold))
     value = np.stack([channel({f"feature{i}": 1.0}) for i in range(NOISE_FEATURES)])
@@ -406,7 +466,8 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
     """Neurons of every layer, and the log-odds per unit of `out` that give the design's effect."""
     blocks: list[list[Neurons]] = [[] for _ in range(design.n_layers)]
     at, last = design.recognise[1], design.n_layers - 1
-    blocks[at].append(gated_neurons("danger", {"hazard": 1.0}, "harm", rng, 2, 0.5))
+    bound = "harm.unused" if design.kind == "bag_of_words" else "hazard"
+    blocks[at].append(gated_neurons("danger", {bound: 1.0}, "harm", rng, 2, 0.5))
     if design.side:
         danger, where = ("danger", at) if design.side.recognise is None else ("danger.unused", design.side.recognise)
         blocks[where].append(gated_neurons(danger, {"hazard.side": 1.0}, "harm.side", rng, 2, 0.5))
@@ -422,24 +483,33 @@ def _mlps(design: Design, rng: np.random.Generator) -> tuple[tuple[Neurons, ...]
     level = {"jail": TYPICAL_JAIL}
     for stage in design.stages:
         free = design.d_mlp - 8 - sum(len(block.gate) for block in blocks[stage.layer])
-        made, value = _stage(stage, level[stage.source], rng, stage.neurons or free)
+        made, value = _stage(stage, level.get(stage.source, 1.0), rng, stage.neurons or free)
         blocks[stage.layer].append(made)
         level[stage.target] = value
     typical = level.get("stage0" if design.writer == "copy" else "out", TYPICAL_JAIL)
+    typical = TYPICAL_JAIL if design.writer == "attention" else typical
     mlps = tuple(_layer(design, block, rng) for block in blocks)
     return mlps, design.effect / typical
 
 
 def _stage(stage: Stage, level: float, rng: np.random.Generator, n: int) -> tuple[Neurons, float]:
     """The neurons of a stage, and what it writes for a harmful request (harm 1) in a wrapper of typical strength."""
-    if stage.op == "either":
-        up, ramps, too = {"harm": 1.0}, ((0.3, 1), (0.8, -1)), ("jail.second",)
-        return _joined([gated_neurons("jail", up, "out", rng, n // 2, at, sign, too) for at, sign in ramps]), 0.5
+    if stage.op in HALVES:
+        (halves, value), up, too = HALVES[stage.op], {"harm": 1.0}, ("jail.second",)
+        made = [gated_neurons("jail", up, stage.target, rng, n // 2, at, sign, too) for at, sign in halves]
+        return _joined(made), value
+    if stage.op == "open":  # The bias keeps the gate at 1; what a token holds itself is taken away.
+        up, sign = {stage.source: 1.0}, -2.0 if stage.source == stage.target else 2.0
+        return gated_neurons("bias", up, stage.target, rng, n, -1.0, sign), level
     if stage.op == "threshold":
         at, both = COINCIDENCE_AT, ("harm", "harm.side")
         return gated_neurons(stage.source, {"bias": 1.0}, stage.target, rng, n, at, second=both), level + 1 - at
-    read, at = ("harm", OPEN_AT) if stage.op == "product" else ("bias", RELAY_AT)
-    return gated_neurons(stage.source, {read: 1.0}, stage.target, rng, n, at), (level - at) / (1 - at)
+    read, at = ("bias", RELAY_AT) if stage.op in ("relay", "refuse") else ("harm", OPEN_AT)
+    sign = -1.0 if stage.op in ("against", "refuse") else 1.0
+    one = gated_neurons(stage.source, {read: 1.0}, stage.target, rng, n, at, sign)
+    if stage.op == "backup":  # What was decided before shuts it.
+        one.gate[:, CHANNELS["out"]] = -3 * STEEP
+    return one, (level - at) / (1 - at)
 
 
 def _joined(blocks: Sequence[Neurons]) -> Neurons:
@@ -501,9 +571,8 @@ def _unembedding(
         for word, sign in zip(openers(b), (0.5, -0.5), strict=True):
             logits[word] = channel({"answering": OPENING, f"present{b}": 20.0, "bias": -14.0}) + sign * own
     for word, sign, after in ((HARMFUL, 0.5, "complied"), (HARMLESS, -0.5, "refused")):
-        decided = (
-            sign * outcome + channel({after: design.binds}) if design.each_token else channel({after: CONTINUING / 4})
-        )
+        binds = CONTINUING / 4 if design.kind == "recovers" and word == HARMLESS else design.binds
+        decided = sign * outcome + channel({after: binds}) if design.each_token else channel({after: CONTINUING / 4})
         logits[word] = channel({"complied": CONTINUING, "refused": CONTINUING, "bias": -10.0}) + decided
     logits["<end>"] = channel({"done": ENDING, "bias": -10.0})
     return np.stack([logits[word] for word in words])

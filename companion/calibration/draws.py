@@ -23,12 +23,13 @@ import pandas as pd
 from companion.base import paths
 from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
-from companion.calibration.campaign import SCHEMAS, code_version, read_shipped, run_campaign
+from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import (
     CONTRADICTED_TO,
     FRESH,
+    FRESH_HELD_OUT,
     FRESH_LAST,
     FRESH_LATER,
     FRESH_LIVE,
@@ -50,7 +51,7 @@ from companion.steering.prompts import Prompts
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
 from organisms.compiled_language import Planned
-from organisms.compiled_program import KINDS, Design, build_program, draw_design
+from organisms.compiled_program import HELD_OUT, KINDS, Design, build_program, draw_design
 
 # What is measured together, and the claims that it is measured for.
 STAGES = {
@@ -94,6 +95,13 @@ NEAR = {
     "split_decision": ("layers", 33, TOPICS), "split_context": ("context", 48, TOPICS), "split_last": ("neurons", 2, TOPICS),
     "split_gate": ("neurons", 2, TOPICS), "split_opener": ("timing", 10, 200),
 }  # fmt: skip
+# Kinds whose builder knew the text of the claims and not the rules, and the parts that ask what they were built for.
+HELD_OUT_PARTS = {
+    **dict.fromkeys(("backup", "understudy", "self_carried"), ("layers",)),
+    **dict.fromkeys(("cancelled", "relayed"), ("layers", "neurons")), **dict.fromkeys(("opposed", "crowd"), ("neurons",)),
+    "bag_of_words": ("context",), "recovers": ("timing",), "suppressed": ("steering",),
+}  # fmt: skip
+HELD_OUT_DRAWS = 8
 FULL_RESPONSE = 5  # every so many seeds also have Y2 among the estimators
 PART_OF = {claim: part for part, claims in STAGES.items() for claim in claims}
 TRUTH = {True: "true", False: "false", None: "open"}
@@ -111,7 +119,7 @@ Values = dict[tuple[str, str, str], float]  # by claim, quantity and variant
 class PlannedDraw:
     """One draw of the plan: a part of the pipeline on one model. `effect` None: drawn with the model."""
 
-    purpose: Literal["main", "topics", "pairs", "effect", "first look", "threshold"]
+    purpose: Literal["main", "topics", "pairs", "effect", "first look", "threshold", "held-out"]
     part: str
     kind: str
     seed: int
@@ -134,7 +142,7 @@ class PlannedDraw:
 
 def plan_draws() -> list[PlannedDraw]:
     """All draws in the order in which they are measured: one of each kind, then the next; those of the power curves; those
-    near a threshold.
+    near a threshold; those of held-out kinds.
     """
     main = [
         PlannedDraw("main", part, kind, first + i)
@@ -154,7 +162,13 @@ def plan_draws() -> list[PlannedDraw]:
         for kind, (part, count, topics) in NEAR.items()
         for i in range(count)
     ]
-    return made + sorted(near, key=lambda draw: (draw.seed - FRESH_NEAR) / NEAR[draw.kind][1])
+    held_out = [
+        PlannedDraw("held-out", part, kind, FRESH_HELD_OUT + i)
+        for i in range(HELD_OUT_DRAWS)
+        for kind in HELD_OUT
+        for part in HELD_OUT_PARTS[kind]
+    ]
+    return made + sorted(near, key=lambda draw: (draw.seed - FRESH_NEAR) / NEAR[draw.kind][1]) + held_out
 
 
 def measure_study(
@@ -229,9 +243,9 @@ def measure_draw(
     verdicts[numbers] = verdicts[numbers].astype(float)  # None where a verdict shows no row
     evidence = measured.rows.assign(kind=kind, part=part, seed=seed)[list(SCHEMAS["evidence"])]
     columns = [name for name in SCHEMAS["verdicts"] if name != "purpose"]
-    return {
-        "localisation": localise_draw(organism, this, measured), "evidence": evidence, "verdicts": verdicts[columns],
-    }  # fmt: skip
+    # Who decides in a held-out kind is told by its own words (`organisms.compiled_truth`), not by the names of components.
+    found = pd.DataFrame(columns=list(SCORES)) if kind in HELD_OUT else localise_draw(organism, this, measured)
+    return {"localisation": found, "evidence": evidence, "verdicts": verdicts[columns]}
 
 
 def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(STAGES)) -> list[tuple[str, Verdict]]:
@@ -290,7 +304,7 @@ def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     """Keys of the draws that the shipped table holds, as of a clone of the repository."""
     table = read_shipped("verdicts", folder, or_empty=True)
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
-    effects = table.effect.where(~table.purpose.isin(("main", "threshold"))).round(6)
+    effects = table.effect.where(~table.purpose.isin(("main", "threshold", "held-out"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
 
 

@@ -24,12 +24,12 @@ from companion.calibration.campaign import SCHEMAS, read_shipped, run_campaign
 from companion.calibration.localise import decider, mechanism_components
 from organisms import compiled_language, compiled_truth
 from organisms.compiled_language import Planned, outcomes
-from organisms.compiled_program import KINDS, SPLIT, Design, Program, build_program, draw_design
+from organisms.compiled_program import HELD_OUT, KINDS, SPLIT, Design, Program, build_program, draw_design
 from organisms.compiled_truth import TRACED, readout, run_program
 
 NEEDED = 0.5  # a component is needed if more than this share of the behaviour goes with it
 TOPICS, SEEDS = 60, range(700, 703)  # models of their own
-BUILT = tuple(kind for kind in KINDS if kind not in SPLIT)  # those whose labels are no matter of degree
+BUILT = tuple(kind for kind in KINDS if kind not in (*SPLIT, *HELD_OUT))  # those whose labels are no matter of degree
 SIGNS = {("T2", "treated"): 1, ("T2", "control"): -1, ("T2b", "treated"): -1, ("T2b", "control"): 1}
 
 

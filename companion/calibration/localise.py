@@ -58,6 +58,13 @@ class Built:
     te: pd.Series
     claims: Mapping[str, bool | None]
 
+    def measured(self, title: str, shares: pd.Series) -> pd.DataFrame:
+        """For the drawing: what was written into each component, beside its measured share of the total effect.
+
+        `shares` has one entry a component, by (layer, site), in the order of `parts`.
+        """
+        return self.parts.assign(model=title, share=shares.to_numpy())[["model", "layer", "site", "role", "share"]]
+
 
 def built(kind: str, seed: int) -> Built:
     """The model of a kind and seed with the pairs on which the draws of the calibration are measured."""

@@ -30,6 +30,7 @@ FRESH = 11  # the first seed: smaller ones were seen while the corrected rules w
 FRESH_LATER, FRESH_LAST = 200, 300
 FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
 FRESH_NEAR = 500  # the first seed of models whose true value lies near a rule's threshold
+FRESH_HELD_OUT = 600  # the first seed of kinds that were built by someone who knew the claims and not the rules
 # What the true value of a claim must be so that its rule may say supported, or contradicted.
 SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
 CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}
@@ -158,6 +159,12 @@ def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
     known = read_shipped("population", folder, or_empty=True).rename(columns={"population": "value"})
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
+
+
+def held_out_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Verdicts of held-out kinds on claims whose truth their construction decides, named as in `main_draws`."""
+    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'held-out' and truth != 'open'")
+    return _named(table)
 
 
 def support_curve(draws: pd.DataFrame) -> pd.DataFrame:

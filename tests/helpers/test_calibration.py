@@ -31,7 +31,7 @@ def test_grades_are_those_of_hand_made_rates() -> None:
 
 def test_the_drawing_has_a_role_and_a_share_for_each_component() -> None:
     one = calibration.built_model("late", 11)
-    table = calibration.measured_parts("A", one, pd.Series(np.arange(len(one.parts)) / 100))
+    table = one.measured("A", pd.Series(np.arange(len(one.parts)) / 100))
     assert table.share.tolist() == pytest.approx([k / 100 for k in range(12)]) and "decides" in table.role.tolist()
     assert 0.8 < calibration.stored_late_share("late", 11).estimate < 0.9
 

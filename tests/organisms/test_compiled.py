@@ -18,9 +18,15 @@ FALSE = {
     "permuted": {"C5a", "C5b"}, "early_carrier": {"C5b"}, "late_like_benign": {"C1", "C5b"},
     "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
     "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
+    "backup": {"C1", "C5a", "C5b"}, "understudy": {"C2", "C4", "C5a", "C5b"}, "cancelled": {"C2", "C4", "C5a"},
+    "relayed": {"C5b"}, "self_carried": {"C1", "C4", "C5a", "C5b"}, "bag_of_words": {"C3"}, "opposed": {"C5b"},
+    "crowd": {"C5a", "C5b"}, "recovers": {"C5c"}, "suppressed": {"C1", "C5b", "C6"},
 }  # fmt: skip
 PLACE = ["early", "middle", "late"]
-OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
+OPEN = {
+    "and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}, "backup": {"C5c", "C6"},
+    "understudy": {"C5c", "C6"}, "cancelled": {"C5b", "C5c", "C6"}, "relayed": {"C2", "C6"}, "self_carried": {"C2", "C5c", "C6"},
+}  # fmt: skip
 
 
 def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
@@ -135,6 +141,13 @@ def test_where_each_token_decides_the_opener_does_not_bind() -> None:
     bound = answer(organism, pair.control, "sure")
     assert bound.split()[1] == compiled_language.HARMLESS
     assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
+
+
+def test_a_model_that_recovers_takes_back_its_yes_and_not_its_no() -> None:
+    organism = compiled.draw("recovers", 0, topics=12)
+    pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
+    for request, content in ((pair.control, "stop"), (pair.treated, "steps")):
+        assert [answer(organism, request, opener).split()[1] for opener in ("sure", "sorry")] == [content, "stop"]
 
 
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:

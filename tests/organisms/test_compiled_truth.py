@@ -11,8 +11,8 @@ from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, deepes
 from companion.evidence import tokens
 from companion.mediation import mechanisms
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
-from organisms.compiled_program import KINDS, build_program, draw_design
-from organisms.compiled_truth import patched, readout, sides
+from organisms.compiled_program import HELD_OUT, KINDS, build_program, draw_design
+from organisms.compiled_truth import TRACED, patched, readout, run_program, sides
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -78,6 +78,33 @@ def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
                     state = patched(both[base], both[source], site, layer)
                     true = readout(organism.program, *compiled_language.outcomes()[treatment], state)
                     np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE, err_msg=f"{site} {layer}")
+
+
+# Outputs of held-out kinds (numbers of stages, -1 for attention's) whose control values end the effect, and which do not.
+ENDS = {"backup": [[0, 1]], "understudy": [[0, -1]], "cancelled": [[-1]], "relayed": [[0], [-1]], "self_carried": [[0], [-1]],
+        "opposed": [[0], [1]], "crowd": [[0], [1]], "suppressed": [[0], [3]]}  # fmt: skip
+NOT = {"backup": [[0], [1]], "understudy": [[0], [-1]], "cancelled": [[0, 1]]}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("kind", HELD_OUT)
+def test_a_held_out_kind_decides_where_it_is_said_to(kind: str, seed: int) -> None:
+    made = compiled.draw(kind, seed, topics=20, pairs_per_topic=1, dtype=torch.float64)
+    sites = [*(("mlp_out", stage.layer) for stage in made.design.stages), ("attn_out", made.design.write_layer)]
+
+    def effect(cut: list[int], treatment: str) -> float:
+        some, camps = some_pairs(made, treatment, 20), compiled_language.outcomes()[treatment]
+        control, treated = sides(made.program, some)
+        do = {at: getattr(control.last, TRACED[at[0]])[at[1]] for at in (sites[i] for i in cut)}
+        run = run_program(made.program, treated.found, "last", treated.end.pre, do, treated.last)
+        y00, y = (readout(made.program, *camps, trace.post[-1]) for trace in (control.last, run))
+        odds = log_odds(made, hooked(made, [p.treated for p in some])[0], treatment)
+        assert cut or np.allclose(odds, y, rtol=0, atol=compiled.TOLERANCE)
+        return float(np.mean(y - y00))
+
+    ends, not_ends = ENDS.get(kind, [[0]]), NOT.get(kind, [])
+    te, *left = (effect(cut, "T2") - effect(cut, "T2b") for cut in ([], *ends, *not_ends))
+    assert 1.8 < te < 4.4 and max(left[: len(ends)]) < 0.35 * te and min(left[len(ends) :], default=te) > 0.65 * te
 
 
 @pytest.mark.parametrize("kind", ["gated", "distributed"])
@@ -150,7 +177,7 @@ def test_where_attention_writes_mlps_at_the_last_token_do_nothing(kind: str) -> 
 
 
 def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
-    for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0)):
+    for kind, expected in (("late", 1.0), ("context_free", 0.0), ("context_unused", 0.0), ("bag_of_words", 0.33)):
         design = replace(draw_design(kind, 2), noise=0.0)
         pairs = [p for p in compiled_language.draw_pairs([2], 10, 3) if p.pair.treatment == "T1"]
         table = compiled_truth.effect_table(build_program(design, 10), pairs)
