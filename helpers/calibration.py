@@ -68,8 +68,8 @@ def held_out() -> pd.DataFrame:
     A row is a kind and a claim, `truth` whether the kind makes it true; the other columns count verdicts.
     """
     table = _answering(rates.held_out_draws())
-    said = pd.Categorical(table.verdict, ["supported", "inconclusive", "contradicted", "not testable"])
-    return pd.crosstab([table.kind, table.claim, table.truth], said, dropna=False)
+    counts = table.groupby(["kind", "claim", "truth"], sort=False).verdict.value_counts().unstack(fill_value=0)
+    return counts.reindex(columns=["supported", "inconclusive", "contradicted"], fill_value=0)
 
 
 def knock_outs() -> pd.DataFrame:
@@ -102,7 +102,7 @@ def grades(table: pd.DataFrame) -> pd.DataFrame:
 
     A row is a claim; an entry is "strong", "weak", "cannot tell" or "not calibrated".
     """
-    own = rates.claim_rates(table)
+    own = rates.with_held_out(rates.claim_rates(table), _answering(rates.held_out_draws()))
     said = {one: [ledger.grade(one, rates_of)[0] for rates_of in own.values()] for one in ("supported", "contradicted")}
     return pd.DataFrame(said, index=pd.Index(own, name="claim"))
 

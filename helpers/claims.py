@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from companion.base.display import NotDefined
 from companion.base.files import write_json, write_table, write_text
 from companion.base.paths import results_dir
-from companion.calibration.rates import claim_rates, draws_like, main_draws
+from companion.calibration.rates import claim_rates, draws_like, held_out_draws, main_draws, with_held_out
 from companion.claims import ledger, page
 from companion.prompts.pairs import load_set
 from companion.run.overview import notebook_table, run_evidence, shape_of
@@ -80,7 +80,7 @@ def judge_run(slug: str) -> Judged:
     """
     evidence = run_evidence(slug)
     draws, built = draws_like(main_draws(), shape_of(slug))
-    rates = claim_rates(draws)
+    rates = with_held_out(claim_rates(draws), held_out_draws())
     verdicts, corrected = ledger.ledger(evidence, [slug]), ledger.corrected_ledger(evidence, [slug])
     return Judged(slug, evidence, ledger.answers(verdicts, corrected, rates), rates, built)
 

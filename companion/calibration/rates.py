@@ -200,6 +200,16 @@ def claim_rates(draws: pd.DataFrame) -> Rates:
     return found
 
 
+def with_held_out(rates: Rates, draws: pd.DataFrame) -> Rates:
+    """The rates, and for each rule that supported a false claim of a held-out kind (`held_out_draws`) how often it did."""
+    false = draws[draws.truth == "false"]
+    counts = (false.verdict == "supported").groupby(false.claim).agg(hits="sum", n="size").query("hits > 0")
+    new = {
+        str(row.Index): {"held_out_supported": {"hits": int(row.hits), "n": int(row.n)}} for row in counts.itertuples()
+    }
+    return {claim: {**own, **new.get(claim, {})} for claim, own in rates.items()}
+
+
 def draws_like(draws: pd.DataFrame, shape: tuple[int, bool] | None) -> tuple[pd.DataFrame, str]:
     """The draws whose models have half to twice as many layers and the same kind of attention, all where there are none.
 

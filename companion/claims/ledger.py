@@ -121,7 +121,7 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
     A rule cannot tell if it supports fewer than a fifth of the true claims, or contradicts more. It is not calibrated where
     fewer than 20 models were built in which the claim is true. Strong: of false claims surely at most 5 % are supported and of
     true ones at least 80 % (a verdict supported), or of true ones surely at most 5 % are contradicted (contradicted). A verdict
-    that is neither has the numbers and no grade.
+    that is neither has the numbers and no grade. A rule that supported a false claim of a held-out kind is weak there.
 
     >>> none = {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.05}
     >>> grade("contradicted", {"power_to_support": none, "false_contradicted": none})
@@ -136,8 +136,10 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
     if power["rate"] < CANNOT or wrong["rate"] > CANNOT:
         return CANNOT_TELL, of_true
     of_false = "" if false is None else f"; {false['hits']} of {false['n']} false ones supported"
+    if fooled := own.get("held_out_supported"):
+        of_false += f", and {fooled['hits']} of {fooled['n']} of held-out kinds"
     if verdict == "supported":
-        is_strong = false is not None and false["upper"] <= RARE and power["rate"] >= MOSTLY
+        is_strong = false is not None and false["upper"] <= RARE and power["rate"] >= MOSTLY and not fooled
     else:
         is_strong = wrong["upper"] <= RARE
     return "" if verdict == "inconclusive" else "strong" if is_strong else "weak", of_true + of_false

@@ -21,6 +21,8 @@ MAP = (
 PANELS = {
     "T1": "T1, a harmful request in place of its harmless twin", "T2": "T2, a jailbreak wrapper around a harmful request",
     "T2b": "T2b, the same wrapper around the harmless twin", "T2-T2b": "T2 − T2b, what the wrapper does to harm alone",
+    "indirect": "passes through it: patch the output, let everything above react",
+    "direct": "it writes itself: swap its write in the final sum, nothing reacts",
 }  # fmt: skip
 CENTROID_MARGIN = 0.05  # by which harm must be later for C1
 

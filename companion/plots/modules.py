@@ -11,12 +11,8 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from companion.plots import style
+from companion.plots.layers import PANELS, layer_map
 from companion.plots.style import ESTIMATE, LOG_ODDS, NAMES, distinct, spec
-
-PANELS = {
-    "indirect": "passes through it: patch the output, let everything above react",
-    "direct": "it writes itself: swap its write in the final sum, nothing reacts",
-}
 
 
 def _map(ax: Axes, grid: pd.DataFrame, bound: float, *, low: float | None = None, colours: str = "RdBu_r") -> AxesImage:
@@ -26,36 +22,6 @@ def _map(ax: Axes, grid: pd.DataFrame, bound: float, *, low: float | None = None
     ax.set_yticks(range(len(grid)), [NAMES.get(str(name), str(name)) for name in grid.index], fontsize=8)
     ax.grid(False)
     return image
-
-
-def _number(ax: Axes, x: int, y: int, text: str, strength: float, *, bold: bool = False) -> None:
-    """A number in its cell: white where the colour is dark."""
-    weight, colour = "bold" if bold else "normal", "white" if strength > 0.6 else "black"
-    ax.text(x, y, text, ha="center", va="center", fontsize=7, fontweight=weight, color=colour)
-
-
-def passing_and_writing(table: pd.DataFrame) -> Figure:
-    """Attention and MLP by layer, what passes through above and what they write below; numbers are percent of TE.
-
-    A bold number has an interval that excludes 0; what rounds to 0 has none.
-    """
-    effects, bound = distinct(table.effect), float(table.estimate.abs().max()) or 1.0
-    figure, axes = style.new_figure(len(effects), 1, 7.4, 0.5 + 1.15 * len(effects), sharex=True)
-    for ax, effect in zip(axes[:, 0], effects, strict=True):
-        part = table[table.effect == effect]
-        grid = part.pivot(index="site", columns="layer", values="estimate")
-        image = _map(ax, grid, bound)
-        for one in part.itertuples():
-            percent = round(100 * one.estimate)
-            if percent:
-                place = list(grid.columns).index(one.layer), list(grid.index).index(one.site)
-                _number(ax, *place, f"{percent}", abs(one.estimate) / bound, bold=one.low > 0 or one.high < 0)
-        ax.set_title(PANELS.get(effect, effect), fontsize=9, fontweight="normal")
-    axes[-1, 0].set_xticks(range(grid.shape[1]), grid.columns, fontsize=7)
-    axes[-1, 0].set_xlabel("layer")
-    figure.colorbar(image, ax=axes[:, 0], label=style.TOTAL, pad=0.01)
-    style.heading(figure, "Through which modules does the decision pass, and which write it? (percent of TE)")
-    return figure
 
 
 def heads(table: pd.DataFrame) -> Figure:
@@ -97,7 +63,11 @@ def patterns(table: pd.DataFrame) -> Figure:
         image = _map(ax, grid, bound, low=0.0, colours="Blues")
         for (y, x), weight in np.ndenumerate(grid.to_numpy()):
             if weight >= 0.05:
-                _number(ax, x, y, f"{weight:.2f}"[1:] if weight < 0.995 else "1", weight / bound)
+                text, colour = (
+                    f"{weight:.2f}"[1:] if weight < 0.995 else "1",
+                    "white" if weight > 0.6 * bound else "black",
+                )
+                ax.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
         tokens = part.drop_duplicates("position").sort_values("position").token
         ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         ax.set_title(name, fontsize=9)
@@ -109,9 +79,10 @@ def patterns(table: pd.DataFrame) -> Figure:
 
 # fmt: off
 SPECS = (
-    spec("03_total_direct", passing_and_writing, "C2", {"effect": "str", "site": "str", "layer": "int", **ESTIMATE},
+    spec("03_total_direct", layer_map, "C2", {"effect": "str", "site": "str", "layer": "int", **ESTIMATE},
          "Two maps of attention and MLP by layer, above what passes through each (indirect effects), below what each "
-         "writes itself (direct effects), as percent of the total effect; bold numbers have an interval that excludes 0"),
+         "writes itself (direct effects), as percent of the total effect; bold numbers have an interval that excludes 0",
+         panel="effect", title="Through which modules does the decision pass, and which write it? (percent of TE)"),
     spec("03_normalised", style.dots, "C2", {"normalisation": "str", "effect": "str", **ESTIMATE},
          "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and of the indirect "
          "ones by sufficiency and by necessity; dashed lines mark one half and 0.60",
