@@ -299,8 +299,8 @@ def _notes(built: str, n_models: int) -> list[str]:
         "results had been seen; `docs/changes.md` has the dates.",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported, none of a held-out kind, and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of "
-        f"true ones contradicted (*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or more "
-        f"contradicted. *Not calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
+        f"true ones contradicted (*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or "
+        f"more contradicted. *Not calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
         *([agree] if n_models > 1 else []),
         "Every verdict with its reason, controls and error rates, also of the registered rules: `claims.csv` and "
         "`claims.json` in this folder.",
