@@ -85,6 +85,34 @@ NAMES = {"d": "discover", "v": "validate", "t": "test"}
 EXERCISES = (
     Exercise(
         "01-1",
+        "A topic belongs to one split",
+        1,
+        8,
+        "Write `split_by_topic`: choices made on *discover* must not have seen the topics that *test* reports.",
+        "Make a dictionary from topic to split first, and look every pair up in it.",
+        split_by_topic,
+        (Case((TOPICS,), [NAMES[letter] for letter in SPLITS]),),
+        (
+            Mistake(
+                "a topic is split across folds: pairs were dealt out, not topics, so test has seen discover's words",
+                lambda topics: [_split(place / len(topics)) for place in range(len(topics))],
+            ),
+            Mistake(
+                "a topic is split across folds: the pairs were sorted by topic and then cut at 40 % and 70 % of the pairs",
+                _cut_sorted_pairs,
+            ),
+            Mistake(
+                "topics are in order of appearance: sort them first, or the split changes with the order of the file",
+                lambda topics: [_split(list(dict.fromkeys(topics)).index(t) / len(set(topics))) for t in topics],
+            ),
+            Mistake(
+                "validate and test are exchanged: first 40 % discover, then 30 % validate, the rest test",
+                lambda topics: [EXCHANGED.get(one, one) for one in split_by_topic(topics)],
+            ),
+        ),
+    ),
+    Exercise(
+        "01-2",
         "From logits to log-odds",
         1,
         8,
@@ -127,34 +155,6 @@ EXERCISES = (
                 lambda z, c, r: _camps(z[:, 0], c, r),
             ),
             Mistake("the sign: complying is up, so comply minus refuse", lambda z, c, r: _camps(z[:, -1], r, c)),
-        ),
-    ),
-    Exercise(
-        "01-2",
-        "A topic belongs to one split",
-        1,
-        8,
-        "Write `split_by_topic`: choices made on *discover* must not have seen the topics that *test* reports.",
-        "Make a dictionary from topic to split first, and look every pair up in it.",
-        split_by_topic,
-        (Case((TOPICS,), [NAMES[letter] for letter in SPLITS]),),
-        (
-            Mistake(
-                "a topic is split across folds: pairs were dealt out, not topics, so test has seen discover's words",
-                lambda topics: [_split(place / len(topics)) for place in range(len(topics))],
-            ),
-            Mistake(
-                "a topic is split across folds: the pairs were sorted by topic and then cut at 40 % and 70 % of the pairs",
-                _cut_sorted_pairs,
-            ),
-            Mistake(
-                "topics are in order of appearance: sort them first, or the split changes with the order of the file",
-                lambda topics: [_split(list(dict.fromkeys(topics)).index(t) / len(set(topics))) for t in topics],
-            ),
-            Mistake(
-                "validate and test are exchanged: first 40 % discover, then 30 % validate, the rest test",
-                lambda topics: [EXCHANGED.get(one, one) for one in split_by_topic(topics)],
-            ),
         ),
     ),
     Exercise(

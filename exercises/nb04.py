@@ -103,46 +103,6 @@ UP, DOWN, ORDER = GATE + 10, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), t
 EXERCISES = (
     Exercise(
         "04-1",
-        "When has a curve arrived?",
-        2,
-        10,
-        "Write `k90`. A curve may overshoot and come back, so the first crossing is not the answer. The band binds all *larger* "
-        "k. At k itself only 0.9 is asked: [0.5, 1.2, 1.0] has arrived at 2.",
-        "Look from the right, for the last k outside the band. If it lies below the band, the answer is k + 1 (None if there "
-        "is no "
-        "such k); if it lies above, the answer is k.",
-        k90,
-        (
-            Case((CURVE,), 6),
-            Case((OVERSHOOTS,), 3),
-            Case((WRONG_WAY,), None),
-            Case((np.array([1.0, 1.0]),), 1),
-            Case((EDGES,), 2),
-        ),
-        (
-            Mistake(
-                "the first crossing: the curve leaves the band again later, so it had not arrived", _first_crossing
-            ),
-            Mistake(
-                "off by one: `share[0]` belongs to k = 1, so an index is one less than a number of neurons", _index
-            ),
-            Mistake(
-                "no ceiling: a curve that still goes above 1.1 after k has not arrived; what is added must keep below, too",
-                _no_ceiling,
-            ),
-            Mistake(
-                "the band was asked of k itself: there at least 0.9 is enough, and [0.9, 1.1] holds for all larger k",
-                _ceiling_at_k,
-            ),
-            Mistake("the ends of the band belong to it: 0.9 has arrived, and 1.1 has not left", _open_band),
-            Mistake(
-                "where the curve never arrives the answer is None, not the number of neurons",
-                lambda share: k90(share) or len(share),
-            ),
-        ),
-    ),
-    Exercise(
-        "04-2",
         "Thousands of tests that depend on each other",
         3,
         15,
@@ -183,6 +143,46 @@ EXERCISES = (
             ),
             Mistake("ranks start at 1: with 0 the smallest p-value is held against a line of 0", _from_zero),
             Mistake("`level` is not used", lambda p, level=0.05: sure(p)),
+        ),
+    ),
+    Exercise(
+        "04-2",
+        "When has a curve arrived?",
+        2,
+        10,
+        "Write `k90`. A curve may overshoot and come back, so the first crossing is not the answer. The band binds all *larger* "
+        "k. At k itself only 0.9 is asked: [0.5, 1.2, 1.0] has arrived at 2.",
+        "Look from the right, for the last k outside the band. If it lies below the band, the answer is k + 1 (None if there "
+        "is no "
+        "such k); if it lies above, the answer is k.",
+        k90,
+        (
+            Case((CURVE,), 6),
+            Case((OVERSHOOTS,), 3),
+            Case((WRONG_WAY,), None),
+            Case((np.array([1.0, 1.0]),), 1),
+            Case((EDGES,), 2),
+        ),
+        (
+            Mistake(
+                "the first crossing: the curve leaves the band again later, so it had not arrived", _first_crossing
+            ),
+            Mistake(
+                "off by one: `share[0]` belongs to k = 1, so an index is one less than a number of neurons", _index
+            ),
+            Mistake(
+                "no ceiling: a curve that still goes above 1.1 after k has not arrived; what is added must keep below, too",
+                _no_ceiling,
+            ),
+            Mistake(
+                "the band was asked of k itself: there at least 0.9 is enough, and [0.9, 1.1] holds for all larger k",
+                _ceiling_at_k,
+            ),
+            Mistake("the ends of the band belong to it: 0.9 has arrived, and 1.1 has not left", _open_band),
+            Mistake(
+                "where the curve never arrives the answer is None, not the number of neurons",
+                lambda share: k90(share) or len(share),
+            ),
         ),
     ),
     Exercise(

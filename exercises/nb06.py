@@ -87,6 +87,38 @@ EXERCISES = (
     ),
     Exercise(
         "06-2",
+        "Would any direction do?",
+        2,
+        8,
+        "Write `rank_p`, the p-value of the fitted direction among random ones of the same length. The values say how much "
+        "each direction lowers the log-odds of complying.",
+        "With nine draws, p can be 1/10, 2/10, ...: never 0.",
+        rank_p,
+        (Case((0.9, RANDOM), 0.2), Case((2.0, RANDOM), 0.1), Case((-0.7, RANDOM), 0.9)),
+        (
+            Mistake(
+                "off by one: the fitted direction is itself one of the draws, (1 + number) / (n + 1), so p is never 0",
+                lambda f, r: float((r >= f).mean()),
+            ),
+            Mistake(
+                "off by one: the fitted direction counts in the denominator as well, n + 1",
+                lambda f, r: (1 + int((r >= f).sum())) / len(r),
+            ),
+            Mistake(
+                "two-sided: a random direction that is as strong the *other* way is no rival of a defence",
+                lambda f, r: (1 + int((np.abs(r) >= abs(f)).sum())) / (len(r) + 1),
+            ),
+            Mistake(
+                "ties count against the method: >= and not >", lambda f, r: (1 + int((r > f).sum())) / (len(r) + 1)
+            ),
+            Mistake(
+                "the wrong tail: count the random directions that do at least as *well*",
+                lambda f, r: (1 + int((r <= f).sum())) / (len(r) + 1),
+            ),
+        ),
+    ),
+    Exercise(
+        "06-3",
         "How much of the jailbreak is undone?",
         1,
         8,
@@ -115,38 +147,6 @@ EXERCISES = (
             Mistake(
                 "what was gained is measured against the plain outcome itself: divide by the gap plain minus jailbroken",
                 lambda p, j, s: float((s - j).mean() / p.mean()),
-            ),
-        ),
-    ),
-    Exercise(
-        "06-3",
-        "Would any direction do?",
-        2,
-        8,
-        "Write `rank_p`, the p-value of the fitted direction among random ones of the same length. The values say how much "
-        "each direction lowers the log-odds of complying.",
-        "With nine draws, p can be 1/10, 2/10, ...: never 0.",
-        rank_p,
-        (Case((0.9, RANDOM), 0.2), Case((2.0, RANDOM), 0.1), Case((-0.7, RANDOM), 0.9)),
-        (
-            Mistake(
-                "off by one: the fitted direction is itself one of the draws, (1 + number) / (n + 1), so p is never 0",
-                lambda f, r: float((r >= f).mean()),
-            ),
-            Mistake(
-                "off by one: the fitted direction counts in the denominator as well, n + 1",
-                lambda f, r: (1 + int((r >= f).sum())) / len(r),
-            ),
-            Mistake(
-                "two-sided: a random direction that is as strong the *other* way is no rival of a defence",
-                lambda f, r: (1 + int((np.abs(r) >= abs(f)).sum())) / (len(r) + 1),
-            ),
-            Mistake(
-                "ties count against the method: >= and not >", lambda f, r: (1 + int((r > f).sum())) / (len(r) + 1)
-            ),
-            Mistake(
-                "the wrong tail: count the random directions that do at least as *well*",
-                lambda f, r: (1 + int((r <= f).sum())) / (len(r) + 1),
             ),
         ),
     ),

@@ -46,6 +46,39 @@ def _rate(truth: list[bool | None], verdicts: list[str], kept: tuple[bool | None
 EXERCISES = (
     Exercise(
         "07-1",
+        "Error rate of what?",
+        1,
+        8,
+        "Write `false_supported`. Which draws are its denominator?",
+        "The condition comes first: among the draws in which the claim is false.",
+        false_supported,
+        (Case((TRUTH, SAID), 0.2),),
+        (
+            Mistake(
+                "over all draws: the more true claims are drawn, the better any rule looks. Divide by the false ones",
+                lambda t, v: sum(b is False and s == "supported" for b, s in zip(t, v, strict=True)) / len(t),
+            ),
+            Mistake(
+                "that is the share of wrong among the *supported*: another question, and it depends on how often claims are true",
+                lambda t, v: (
+                    sum(b is False and s == "supported" for b, s in zip(t, v, strict=True)) / v.count("supported")
+                ),
+            ),
+            Mistake(
+                "open truths were counted as false: `not None` is True; ask `is False`",
+                lambda t, v: _rate(t, v, (False, None)),
+            ),
+            Mistake(
+                "'inconclusive' was counted as an error: it is no answer, and only 'supported' is wrong of a false claim",
+                lambda t, v: (
+                    sum(b is False and s != "contradicted" for b, s in zip(t, v, strict=True)) / t.count(False)
+                ),
+            ),
+            Mistake("that is the power, among the *true* claims", lambda t, v: _rate(t, v, (True,))),
+        ),
+    ),
+    Exercise(
+        "07-2",
         "No error seen: how sure is that?",
         2,
         10,
@@ -78,39 +111,6 @@ EXERCISES = (
                 "with all n wrong Beta(n + 1, 0) is not defined: the bound is 1",
                 lambda k, n: float(beta.ppf(0.95, k + 1, n - k)),
             ),
-        ),
-    ),
-    Exercise(
-        "07-2",
-        "Error rate of what?",
-        1,
-        8,
-        "Write `false_supported`. Which draws are its denominator?",
-        "The condition comes first: among the draws in which the claim is false.",
-        false_supported,
-        (Case((TRUTH, SAID), 0.2),),
-        (
-            Mistake(
-                "over all draws: the more true claims are drawn, the better any rule looks. Divide by the false ones",
-                lambda t, v: sum(b is False and s == "supported" for b, s in zip(t, v, strict=True)) / len(t),
-            ),
-            Mistake(
-                "that is the share of wrong among the *supported*: another question, and it depends on how often claims are true",
-                lambda t, v: (
-                    sum(b is False and s == "supported" for b, s in zip(t, v, strict=True)) / v.count("supported")
-                ),
-            ),
-            Mistake(
-                "open truths were counted as false: `not None` is True; ask `is False`",
-                lambda t, v: _rate(t, v, (False, None)),
-            ),
-            Mistake(
-                "'inconclusive' was counted as an error: it is no answer, and only 'supported' is wrong of a false claim",
-                lambda t, v: (
-                    sum(b is False and s != "contradicted" for b, s in zip(t, v, strict=True)) / t.count(False)
-                ),
-            ),
-            Mistake("that is the power, among the *true* claims", lambda t, v: _rate(t, v, (True,))),
         ),
     ),
     Exercise(

@@ -45,6 +45,38 @@ def _always(verdict: str, controls: dict[str, str]) -> str:
 EXERCISES = (
     Exercise(
         "08-1",
+        "The unit is the topic",
+        2,
+        8,
+        "Write `standard_error`. Nine pairs over three topics: how many independent observations are there?",
+        "Average within topics first; then it is the ordinary standard error of a mean over topics.",
+        standard_error,
+        (Case((EFFECT, TOPIC), 1.1547005),),
+        (
+            Mistake(
+                "pairs were the unit: pairs of one topic share their words, and the interval comes out too narrow",
+                lambda e, t: float(e.std(ddof=1) / np.sqrt(len(e))),
+            ),
+            Mistake(
+                "the spread is that of pairs: average within topics first, and take the spread of those averages",
+                lambda e, t: float(e.std(ddof=1) / np.sqrt(len(np.unique(t)))),
+            ),
+            Mistake(
+                "a standard deviation, not a standard error: divide by the square root of the number of topics",
+                lambda e, t: standard_error(e, t) * float(np.sqrt(len(np.unique(t)))),
+            ),
+            Mistake(
+                "ddof=0: with few topics that is too small; the mean was estimated from them, so divide by T - 1",
+                lambda e, t: standard_error(e, t) * float(np.sqrt(1 - 1 / len(np.unique(t)))),
+            ),
+            Mistake(
+                "divided by the square root of the number of *pairs*: there are only as many observations as topics",
+                lambda e, t: standard_error(e, t) * float(np.sqrt(len(np.unique(t)) / len(e))),
+            ),
+        ),
+    ),
+    Exercise(
+        "08-2",
         "What a control may do",
         1,
         5,
@@ -76,38 +108,6 @@ EXERCISES = (
             Mistake(
                 "only 'supported' was capped: 'contradicted' rests on the same controls",
                 lambda v, c: v if v == "contradicted" else capped(v, c),
-            ),
-        ),
-    ),
-    Exercise(
-        "08-2",
-        "The unit is the topic",
-        2,
-        8,
-        "Write `standard_error`. Nine pairs over three topics: how many independent observations are there?",
-        "Average within topics first; then it is the ordinary standard error of a mean over topics.",
-        standard_error,
-        (Case((EFFECT, TOPIC), 1.1547005),),
-        (
-            Mistake(
-                "pairs were the unit: pairs of one topic share their words, and the interval comes out too narrow",
-                lambda e, t: float(e.std(ddof=1) / np.sqrt(len(e))),
-            ),
-            Mistake(
-                "the spread is that of pairs: average within topics first, and take the spread of those averages",
-                lambda e, t: float(e.std(ddof=1) / np.sqrt(len(np.unique(t)))),
-            ),
-            Mistake(
-                "a standard deviation, not a standard error: divide by the square root of the number of topics",
-                lambda e, t: standard_error(e, t) * float(np.sqrt(len(np.unique(t)))),
-            ),
-            Mistake(
-                "ddof=0: with few topics that is too small; the mean was estimated from them, so divide by T - 1",
-                lambda e, t: standard_error(e, t) * float(np.sqrt(1 - 1 / len(np.unique(t)))),
-            ),
-            Mistake(
-                "divided by the square root of the number of *pairs*: there are only as many observations as topics",
-                lambda e, t: standard_error(e, t) * float(np.sqrt(len(np.unique(t)) / len(e))),
             ),
         ),
     ),

@@ -55,20 +55,20 @@ def test_typical_mistakes_are_named_and_told_from_an_empty_answer(one: Exercise)
 
 
 INDEPENDENT: list[tuple[str, Callable[..., Any], str]] = [
-    ("01-1", lambda z, c, r: torch.log_softmax(z, -1)[:, -2, c].exp().sum(1).log()
+    ("01-2", lambda z, c, r: torch.log_softmax(z, -1)[:, -2, c].exp().sum(1).log()
         - torch.log_softmax(z, -1)[:, -2, r].exp().sum(1).log(), "position is off by one"),
-    ("01-1", lambda z, c, r: torch.logit(z.softmax(-1)[:, -1, c].sum(-1)), "against *refusing*"),
+    ("01-2", lambda z, c, r: torch.logit(z.softmax(-1)[:, -1, c].sum(-1)), "against *refusing*"),
     ("02-2", lambda nie, te: abs(nie).mean() / abs(te).mean(), "absolute values"),
     ("03-2", lambda m, d, t: np.mean(m[d > 0]), "components were counted"),
     ("03-3", lambda z, o, h, n: o.reshape(len(o), -1, n)[:, h] @ z.reshape(-1, n)[h], "as wide as there are heads"),
-    ("04-1", lambda s: next((k + 1 for k in range(len(s)) if (abs(s[k:] - 1) < 0.1 + 1e-9).all()), None), "of k itself"),
+    ("04-2", lambda s: next((k + 1 for k in range(len(s)) if (abs(s[k:] - 1) < 0.1 + 1e-9).all()), None), "of k itself"),
     ("04-3", lambda g, u, d, o: (g[o], u[o], torch.stack([d[:, i] for i in range(3)], 1)), "indices permuted"),
     ("05-1", lambda c, t, g, n: torch.where(torch.tensor([x == n for x in g]), t, c), "the input was"),
-    ("06-2", lambda p, j, s: 1 - abs((p - s).mean() / (p - j).mean()), "sign of the gap"),
-    ("06-3", lambda f, r: (np.sum(abs(r) >= abs(f)) + 1) / (r.size + 1), "two-sided"),
-    ("07-2", lambda t, v: np.mean([s != "contradicted" for b, s in zip(t, v, strict=True) if b is False]), "no answer"),
-    ("08-1", lambda v, c: "inconclusive" if "failed" in c.values() else v, "two things"),
-    ("08-2", lambda e, t: np.std(e, ddof=1) / 3, "pairs were the unit"),
+    ("06-3", lambda p, j, s: 1 - abs((p - s).mean() / (p - j).mean()), "sign of the gap"),
+    ("06-2", lambda f, r: (np.sum(abs(r) >= abs(f)) + 1) / (r.size + 1), "two-sided"),
+    ("07-1", lambda t, v: np.mean([s != "contradicted" for b, s in zip(t, v, strict=True) if b is False]), "no answer"),
+    ("08-2", lambda v, c: "inconclusive" if "failed" in c.values() else v, "two things"),
+    ("08-1", lambda e, t: np.std(e, ddof=1) / 3, "pairs were the unit"),
 ]  # fmt: skip
 
 
@@ -78,9 +78,9 @@ def test_the_same_mistake_in_other_words_is_named_too(number: str, answer: Calla
 
 
 def test_what_is_no_typical_mistake_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "expected a result of shape (2,), got a result of shape (2, 3, 5)" in judge(find("01-1"), lambda z, c, r: z)
+    assert "expected a result of shape (2,), got a result of shape (2, 3, 5)" in judge(find("01-2"), lambda z, c, r: z)
     assert "keys TE, NIE0, NIE1, INT, got a tuple of 4" in judge(find("00-1"), lambda *four: four)
-    k90 = find("04-1")
+    k90 = find("04-2")
     assert "the answer is None, yours is 7" in judge(k90, lambda s: 7 if s[-1] < 0 else k90.solution(s))
     shown = judge(find("02-1"), lambda *rest: torch.tensor(7.0))
     assert "blocks = 3 functions" in shown and "layer = 0, position = 2 the answer is" in shown
