@@ -103,7 +103,7 @@ def _late(rows: Rows) -> str | None:
         sign, word = (1, "later") if centroid.estimate > 0 else (-1, "earlier")
         low, high = sorted((100 * sign * centroid.ci_low, 100 * sign * centroid.ci_high))
         ends = f"{_rounded(100 * abs(centroid.estimate), 0)} [{_rounded(low, 0)}, {_rounded(high, 0)}]"
-        parts.append(f"{ends}% of the depth {word} than benign choices")
+        parts.append(f"what passes has its centre {ends}% of the depth {word} than benign choices")
     earliest = rows.find("gate", "earliest possible depth")
     if earliest is not None and earliest.estimate > thresholds.EARLY:
         parts.append(f"but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth")
@@ -140,7 +140,7 @@ def _sparse(rows: Rows) -> str | None:
     if k90 is None:
         return f"no set of neurons holds {of}"
     few = max(0.01 * size.estimate, registered.FEW)
-    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} (at most {few:.0f} are asked)"
+    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few:.0f} neurons are allowed)"
 
 
 def _gate(rows: Rows) -> str | None:
@@ -274,7 +274,7 @@ def _on_top(own: str, mine: Sequence[Answer], invented: bool) -> list[str]:
         return ", ".join(listed) or "nothing"
 
     open_ones = {
-        "Undecided**, since the numbers do not suffice:": named("inconclusive"),
+        "Undecided**, for the reason in its row:": named("inconclusive"),
         "Cannot tell**, since the rule failed on built models:": named(CANNOT_TELL),
         "Not measured**:": named("not testable"),
     }  # fmt: skip
@@ -295,12 +295,12 @@ def _notes(built: str, n_models: int) -> list[str]:
     agree = "**Agree.** Of the models of this run that were asked (this one and those trained like it), so many have this answer."
     return [
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
-        "the opposite asks for it. *Undecided*: neither, or a control is missing. All rules but that of C7 were corrected after "
+        "the opposite asks for it. *Undecided*: neither, or a control failed. All rules but that of C7 were corrected after "
         "results had been seen; `docs/changes.md` has the dates.",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported, none of a held-out kind, and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of "
         f"true ones contradicted (*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or "
-        f"more contradicted. *Not calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
+        f"over {CANNOT:.0%} contradicted. *Not calibrated*: fewer than {ENOUGH} built models in which the claim is true.",
         *([agree] if n_models > 1 else []),
         "Every verdict with its reason, controls and error rates, also of the registered rules: `claims.csv` and "
         "`claims.json` in this folder.",

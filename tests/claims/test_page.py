@@ -40,7 +40,7 @@ BY_CONTENT = row("C5c", KEPT_BY_FIRST_TOKEN, (0.9, 0.8, 1.0), CONTENT_JUDGE)
 BY_CONTENT |= row("C5c", "effect of all tokens", (0.8, 0.7, 0.9), CONTENT_JUDGE)
 NONE_KEPT = row("C5c", KEPT_BY_FIRST_TOKEN, None) | row("C5c", "not defined", (0.0, 0.0, 0.0), "main", CONTENT_JUDGE)
 SENTENCES: list[tuple[str, Numbers, str]] = [
-    ("C1", {}, "Yes: 90% of the decision is computed in late layers, 20 [13, 27]% of the depth later than benign choices."),
+    ("C1", {}, "late layers, what passes has its centre 20 [13, 27]% of the depth later than benign choices."),
     ("C1", row("gate", "earliest possible depth", (0.58, 0.58, 0.58)), "the attention windows let nothing arrive before 58%"),
     ("C1", row("C1", COMPUTED, (0.1, 0.0, 0.2), "main", "unsaturated"), "No: 10% of the decision"),
     ("C1", row("C1", COMPUTED, None, "main"), "70% of the effect passes through late layers"),
@@ -51,7 +51,7 @@ SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C3", row("C3", PSI, (1.0, 0.9, 1.1), "family verb"), "60% of the effect of a harmful request: 100% if the verb differs."),
     ("C4", {}, "Yes: from layer 3 on, where the last token takes over, MLPs carry 90% of the effect."),
     ("C4", row("C4", MLP_SHARE_WITH_OWN, None, "main", "norm frozen", "unsaturated"), "above layer 3 on, where"),
-    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, which is 50% of all (at most 10 are asked)."),
+    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, which is 50% of all (10 neurons are allowed)."),
     ("C5a", row("C5a", "k90", None), "no set of neurons holds"),
     ("C5b", {}, "Yes: the neurons switch like an AND (both signals needed), clamping them costs 10% of benign"),
     ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7)), "an OR (one signal does)"),
