@@ -24,7 +24,7 @@ from companion.mediation.study import Study
 from companion.prompts.pairs import Pair, load_set
 from exercises.judging import NUMBERS
 from organisms import compiled
-from organisms.compiled_program import draw_design
+from organisms.compiled_design import draw_design
 
 LETTERS = ("A", "B", "C")
 KINDS = {

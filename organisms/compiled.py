@@ -31,20 +31,9 @@ from companion.model.load import from_model
 from companion.prompts import tokens
 from companion.prompts.pairs import PromptSet
 from organisms import compiled_language, compiled_truth
+from organisms.compiled_design import KINDS, Design, draw_design
 from organisms.compiled_language import Planned
-from organisms.compiled_program import (
-    CHANNELS,
-    HEAD_WIDTH,
-    KINDS,
-    N_HEADS,
-    WIDTH,
-    Design,
-    Head,
-    Program,
-    build_program,
-    channel,
-    draw_design,
-)
+from organisms.compiled_program import CHANNELS, HEAD_WIDTH, N_HEADS, WIDTH, Head, Program, build_program, channel
 
 TOPICS, PAIRS_PER_TOPIC = 70, 2
 TOLERANCE = 2e-4  # log-odds: how far the model (float32, with its norms) may lie from the program's arithmetic

@@ -23,8 +23,9 @@ from companion.base.thresholds import EARLY, LATE, depth
 from companion.mediation import mechanisms
 from companion.mediation.estimands import with_difference, with_estimands
 from companion.neurons.sets import settles
+from organisms.compiled_design import Design
 from organisms.compiled_language import HARMFUL, HARMLESS, Planned, Request, outcomes
-from organisms.compiled_program import CHANNELS, Design, Head, Program
+from organisms.compiled_program import CHANNELS, Head, Program
 
 State = Float[np.ndarray, "prompt channel"]
 TRACED = {"resid_post": "post", "attn_out": "attn", "mlp_out": "mlp"}  # site -> what a run's trace calls it

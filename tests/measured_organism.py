@@ -6,7 +6,7 @@ from functools import cache
 from companion.calibration import draws, localise
 from companion.mediation.study import Study
 from organisms import compiled
-from organisms.compiled_program import draw_design
+from organisms.compiled_design import draw_design
 
 KEYS = ["model", "claim", "quantity", "variant"]
 NUMBERS = ["estimate", "ci_low", "ci_high"]

@@ -50,8 +50,9 @@ from companion.model.load import untrained_twin
 from companion.steering.prompts import Prompts
 from organisms import compiled, compiled_language, compiled_truth
 from organisms.compiled import Organism
+from organisms.compiled_design import HELD_OUT, KINDS, Design, draw_design
 from organisms.compiled_language import Planned
-from organisms.compiled_program import HELD_OUT, KINDS, Design, build_program, draw_design
+from organisms.compiled_program import build_program
 
 # What is measured together, and the claims that it is measured for.
 STAGES = {

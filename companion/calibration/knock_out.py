@@ -23,8 +23,9 @@ from companion.base.thresholds import COMPONENTS, LATE, depth
 from companion.calibration.campaign import SCHEMAS, read_shipped, run_campaign
 from companion.calibration.localise import decider, mechanism_components
 from organisms import compiled_language, compiled_truth
+from organisms.compiled_design import HELD_OUT, KINDS, SPLIT, Design, draw_design
 from organisms.compiled_language import Planned, outcomes
-from organisms.compiled_program import HELD_OUT, KINDS, SPLIT, Design, Program, build_program, draw_design
+from organisms.compiled_program import Program, build_program
 from organisms.compiled_truth import TRACED, readout, run_program
 
 NEEDED = 0.5  # a component is needed if more than this share of the behaviour goes with it

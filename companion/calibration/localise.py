@@ -27,7 +27,8 @@ from companion.neurons.adjacency import HALF_WIDTH
 from companion.neurons.single import in_split, sign_on_discover
 from organisms import compiled, compiled_truth
 from organisms.compiled import Organism
-from organisms.compiled_program import CHANNELS, Design
+from organisms.compiled_design import Design
+from organisms.compiled_program import CHANNELS
 
 VARIANTS = {
     "total": Variant("main"),
@@ -79,7 +80,7 @@ def written_parts(design: Design) -> pd.DataFrame:
 
     A decision that is copied was made at the token `<end>`, the last one of the request.
 
-    >>> from organisms.compiled_program import draw_design
+    >>> from organisms.compiled_design import draw_design
     >>> written_parts(draw_design("late", 11)).query("role != '' and layer > 2").role.tolist()
     ['reads the wrapper', 'decides', 'writes']
     """

@@ -233,6 +233,6 @@ def draws_like(draws: pd.DataFrame, shape: tuple[int, bool] | None) -> tuple[pd.
 @cache
 def layers_of(kind: str, seed: int) -> int:
     """The number of layers of a built model, from its design: no weight is drawn."""
-    from organisms.compiled_program import draw_design  # brings torch along, which most pages need not load
+    from organisms.compiled_design import draw_design  # brings torch along, which most pages need not load
 
     return draw_design(kind, seed).n_layers

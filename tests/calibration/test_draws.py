@@ -21,7 +21,7 @@ from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
 from organisms import compiled, compiled_truth
-from organisms.compiled_program import draw_design
+from organisms.compiled_design import draw_design
 
 PLAN = draws.plan_draws()
 MAIN = [draw for draw in PLAN if draw.purpose == "main"]

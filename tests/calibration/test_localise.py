@@ -8,7 +8,7 @@ from measured_organism import few_pairs, gated_organism, measured_organism
 from companion.calibration import localise
 from companion.mediation import estimands
 from organisms import compiled
-from organisms.compiled_program import HELD_OUT, KINDS, draw_design
+from organisms.compiled_design import HELD_OUT, KINDS, draw_design
 
 
 def test_the_writer_has_the_largest_direct_effect() -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from companion.calibration import rates
-from organisms.compiled_program import draw_design
+from organisms.compiled_design import draw_design
 
 
 def draws(*groups: tuple[int, dict[str, object]]) -> pd.DataFrame:

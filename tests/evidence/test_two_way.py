@@ -12,7 +12,8 @@ from companion.evidence import layers, tokens, two_way
 from companion.evidence.two_way import second_level, two_way_table
 from companion.prompts.pairs import Pair
 from organisms import compiled_language, compiled_truth
-from organisms.compiled_program import build_program, draw_design
+from organisms.compiled_design import draw_design
+from organisms.compiled_program import build_program
 
 DESIGN, TOPICS = draw_design("split_decision", 600), 40
 

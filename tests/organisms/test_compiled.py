@@ -9,8 +9,9 @@ import torch
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
 from organisms import compiled, compiled_language, compiled_program
+from organisms.compiled_design import KINDS, Design, draw_design, thirds
 from organisms.compiled_language import Planned, draw_pairs
-from organisms.compiled_program import KINDS, Program, build_program, draw_design, thirds
+from organisms.compiled_program import Program, build_program
 from organisms.compiled_truth import last_layer, total_effects, true_claims
 
 FALSE = {
@@ -29,7 +30,7 @@ OPEN = {
 }  # fmt: skip
 
 
-def made(kind: str, seed: int, topics: int = 20) -> tuple[compiled_program.Design, Program, list[Planned]]:
+def made(kind: str, seed: int, topics: int = 20) -> tuple[Design, Program, list[Planned]]:
     design = draw_design(kind, seed)
     return design, build_program(design, topics), draw_pairs([seed], topics, 1)
 

@@ -11,7 +11,8 @@ from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, deepes
 from companion.evidence import tokens
 from companion.mediation import mechanisms
 from organisms import compiled, compiled_language, compiled_program, compiled_truth
-from organisms.compiled_program import HELD_OUT, KINDS, build_program, draw_design
+from organisms.compiled_design import HELD_OUT, KINDS, Design, draw_design
+from organisms.compiled_program import build_program
 from organisms.compiled_truth import TRACED, patched, readout, run_program, sides
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +138,7 @@ def test_held_outputs_give_the_cells_that_the_model_gives() -> None:
         assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE
 
 
-def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, compiled_program.Design]:
+def bare(kind: str, seed: int = 3, **changes: object) -> tuple[pd.DataFrame, Design]:
     """Mean effects of T2 - T2b of a design without noise, side route, skip or leak."""
     design = replace(draw_design(kind, seed), side=None, skip=0.0, wrapper_leak=0.0, noise=0.0, **changes)
     pairs = [p for p in compiled_language.draw_pairs([seed], 10, 1) if p.pair.treatment in ("T2", "T2b")]
@@ -185,7 +186,7 @@ def test_the_shared_tokens_hold_what_recognition_depends_on() -> None:
         assert early.nie0.sum() / early.te.sum() == pytest.approx(expected, abs=0.02), kind
 
 
-def near(kind: str, seed: int) -> tuple[compiled_program.Design, compiled_program.Program, list]:
+def near(kind: str, seed: int) -> tuple[Design, compiled_program.Program, list]:
     design, pairs = draw_design(kind, seed), compiled_language.draw_pairs([seed], 40, 1)
     return design, build_program(design, 40), pairs
 

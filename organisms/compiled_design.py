@@ -1,0 +1,274 @@
+"""Designs of compiled models, drawn by kind and seed: which component does what, and where.
+
+The mechanism of harmful generation, on the last token: heads carry the wrapper's strength ("jail") and the request's
+danger and hazard in; `harm` is danger times hazard; a chain of stages turns jail and harm into `out`, which the
+unembedding reads. A stage is `product` (neurons gated by jail, whose up-projection reads harm), `threshold` (steep
+neurons that fire where jail + harm is large), `either` (jail from either of two heads, times harm), or `relay`; kinds that
+were held out when rules were made have further ones (`_held_out`). Beside it a smaller side route leads from wrapper and
+harm to the outcome, through other layers and partly through attention. How much takes it differs from topic to topic, so
+that every share is an average with a sampling error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+from scipy.special import ndtri
+
+from companion.base.errors import InputError
+from companion.base.thresholds import EARLY, LATE, depth
+
+Op = Literal["product", "threshold", "either", "relay", "backup", "against", "opposed", "open", "erase", "refuse"]
+Writer = Literal["mlp", "attention", "copy"]
+HELD_OUT: Final = (  # kinds that no rule was made or tuned with
+    "backup", "understudy", "cancelled", "relayed", "self_carried", "bag_of_words", "opposed", "crowd", "recovers", "suppressed",
+)  # fmt: skip
+KINDS: Final = (
+    "late", "gated", "and", "or", "distributed", "adjacent", "permuted", "early_carrier", "late_like_benign", "early",
+    "middle", "attention", "skip_only", "context_free", "context_unused", "each_token",
+    "split_decision", "split_context", "split_last", "split_gate", "split_opener", *HELD_OUT,
+)  # fmt: skip
+# Kinds whose true value lies near a threshold, and between what limits the share of the side route is drawn for it. Of the
+# last it is the quantile of outcomes below which the opener binds.
+SPLIT: Final = {
+    "split_decision": (0.33, 0.67), "split_context": (0.6, 0.96), "split_last": (0.08, 0.38), "split_gate": (0.12, 0.7),
+    "split_opener": (0.45, 0.985),
+}  # fmt: skip
+# Of "split_opener": the outcome of a typical jailbroken harmful request, and how it varies, in log-odds.
+OPENING_MARGIN, SPREAD_OF_MARGINS = 1.5, 0.6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Neurons of one layer that compute `op` of the source channel into the target channel."""
+
+    layer: int
+    op: Op
+    source: str
+    target: str
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """The side route: a product in the MLP of a layer, written by it or, if `copy` is a layer, copied from the `<end>`
+    token by a head there. `share` is the mean over topics of how much of the decision takes it. Its part of harm is
+    recognised where the other part is, or where `recognise` says: in what layer it is fetched, and combined.
+    """
+
+    share: float
+    layer: int
+    copy: int | None
+    recognise: int | None = None
+
+
+@dataclass(frozen=True)
+class Design:
+    """One drawn model. Layers are indices; `effect` is the TE of T2 - T2b that was aimed at, in log-odds."""
+
+    kind: str
+    seed: int
+    family: str
+    n_layers: int
+    d_mlp: int
+    recognise: tuple[int, int]  # layer of the heads that fetch danger and hazard; of the neurons that combine them
+    recognise_unused: bool  # an early copy of the same, which nothing reads
+    carry: tuple[int, ...]  # layers of the heads that fetch the wrapper's strength
+    stages: tuple[Stage, ...]
+    side: Side | None
+    writer: Writer
+    write_layer: int
+    benign_carry: tuple[int, int]
+    benign_decide: int
+    contiguous: bool
+    each_token: bool
+    effect: float
+    severity: float
+    base: float
+    skip: float  # share of the outcome that the first stage writes past the later ones
+    wrapper_leak: float  # log-odds per unit of wrapper strength, harmful or not
+    noise: float
+    binds: float = 0.0  # where each token decides: how much the opener counts beside the outcome, in log-odds
+
+
+def thirds(n_layers: int) -> tuple[list[int], list[int], list[int]]:
+    """Early, middle and late layers."""
+    at = depth(np.arange(n_layers), n_layers)
+    middle = (at >= EARLY) & (at <= LATE)
+    return tuple(np.flatnonzero(part).tolist() for part in (at < EARLY, middle, at > LATE))  # type: ignore[return-value]
+
+
+def draw_design(kind: str, seed: int, effect: float | None = None) -> Design:
+    """A random design of a kind; equal arguments give equal designs.
+
+    Raises InputError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"unknown kind {kind!r} of compiled model; expected one of {', '.join(KINDS)}")
+    rng = np.random.default_rng([seed, 0, KINDS.index(kind)])
+    n_layers = int(rng.integers(6, 10))
+    early, middle, late = thirds(n_layers)
+    benign = sorted(int(layer) for layer in rng.choice(middle, 3))
+    common = Design(
+        kind, seed, str(rng.choice(["llama", "qwen2"])), n_layers, 128,
+        recognise=(0, int(rng.integers(0, early[-1] + 1))), recognise_unused=False, carry=(late[0],), stages=(), side=None,
+        writer="mlp", write_layer=n_layers - 1, benign_carry=(benign[0], benign[1]), benign_decide=benign[2],
+        contiguous=bool(rng.random() < 0.5), each_token=kind == "each_token",
+        effect=float(rng.uniform(2.0, 4.0)) if effect is None else effect,
+        severity=float(rng.uniform(3.0, 4.5)), base=float(rng.uniform(1.0, 2.0)), skip=float(rng.uniform(0, 0.2)),
+        wrapper_leak=float(rng.uniform(0, 0.15)), noise=float(rng.uniform(0.5, 1.5)),
+    )  # fmt: skip
+    if kind in SPLIT:
+        return _split(common, rng, middle, late)
+    if kind in HELD_OUT:
+        return _held_out(common, rng, middle, late)
+    made = _of_kind(common, rng, early, middle, late)
+    return made if kind.startswith("context") else replace(made, side=_side(made, rng, middle, late))
+
+
+def _split(d: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Design:
+    """Two ways of one kind each, the side route with a share near a rule's threshold (`SPLIT`).
+
+    split_decision: late MLPs decide, beside middle ones at the `<end>` token whose result attention fetches (C1, C2, C4).
+    split_context: harm is recognised early, and the rest of it late (C3). split_last: the decision is made in the middle,
+    beside last-layer neurons (C5a). split_gate: last-layer neurons pass on what the middle decided, and others multiply (C5b).
+    split_opener: the last layer decides; what follows the opener depends on it and on the outcome (C5c).
+    """
+    share, last = float(rng.uniform(*SPLIT[d.kind])), d.n_layers - 1
+    sizes = [int(rng.integers(2, n)) for n in (7, 4)]
+
+    def decides(layer: int) -> Design:
+        stage = Stage(layer, "product", "jail", "out", sizes[0])
+        return replace(d, stages=(stage,), write_layer=layer, skip=0.0)
+
+    if d.kind == "split_decision":
+        return replace(decides(int(rng.choice(late))), side=Side(share, int(rng.choice(middle)), late[0]))
+    if d.kind == "split_context":
+        return replace(decides(last), side=Side(share, last, None, recognise=late[0]))
+    if d.kind == "split_last":
+        middle_one = int(rng.choice(middle))
+        return replace(decides(middle_one), carry=(middle[0],), side=Side(share, last, None))
+    if d.kind == "split_gate":
+        product = Stage(int(rng.choice(middle)), "product", "jail", "stage0", sizes[0])
+        passes = Stage(last, "relay", "stage0", "out", sizes[1])
+        return replace(d, carry=(middle[0],), stages=(product, passes), skip=0.0, side=Side(share, last, None))
+    effect = d.severity - d.base + OPENING_MARGIN
+    binds = OPENING_MARGIN + SPREAD_OF_MARGINS * float(ndtri(share))
+    return replace(decides(last), each_token=True, effect=effect, binds=max(binds, 0.0))
+
+
+def _held_out(d: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Design:
+    """Mechanisms that no other kind has, most of which look like one for which a claim holds.
+
+    backup: middle neurons decide; late ones would do the same, but what the middle wrote shuts them. understudy: attention
+    decides, last-layer neurons would. cancelled: attention decides, one late MLP writes as much and the last takes it away.
+    relayed: attention decides, last-layer neurons that are always open copy it. self_carried: a middle MLP decides, and a
+    late head that looks at its own token copies it. bag_of_words: early layers see which words there are, late ones what
+    they belong to. opposed: last-layer neurons pass on a decision beside pairs that gate and cancel. crowd: the same with
+    many that pass it on. recovers: a refusing opener binds, after a complying one the answer is decided again.
+    suppressed: in the middle a wrapper erases all that was recognised, and last-layer neurons refuse what is left.
+    """
+    last, before, sizes = d.n_layers - 1, int(rng.choice(late[:-1])), [int(rng.integers(2, n)) for n in (7, 7, 4)]
+
+    def stage(layer: int, op: Op, source: str = "jail", target: str = "out", neurons: int = sizes[1]) -> Stage:
+        return Stage(layer, op, source, target, neurons)
+
+    def product(layer: int, target: str = "out") -> Stage:
+        return stage(layer, "product", target=target, neurons=sizes[0])
+
+    by_attention = {"writer": "attention", "write_layer": before}
+    passed_on = (product(before, "stage0"), stage(last, "opposed", neurons=4))
+    copied = product(middle[0], "stage0")
+    in_middle, anywhere = {"carry": (middle[0],)}, int(rng.choice(late))
+    erases = (
+        stage(middle[1], "erase", target="harm", neurons=2 * sizes[0]),
+        *(stage(middle[1], "open", word, word) for word in ("danger", "hazard")),
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "backup": in_middle | {"write_layer": middle[1], "stages": (product(middle[1]), stage(anywhere, "backup"))},
+        "understudy": by_attention | {"carry": (middle[-1],), "stages": (stage(last, "backup"),)},
+        "cancelled": by_attention | {"stages": (product(late[0]), stage(last, "against"))},
+        "relayed": by_attention | {"carry": (), "stages": (stage(last, "open", "stage0"),)},
+        "self_carried": in_middle | {"writer": "copy", "write_layer": anywhere, "stages": (copied,)},
+        "bag_of_words": {"recognise": (late[0], late[0]), "recognise_unused": True, "stages": (product(last),)},
+        "opposed": {"stages": (*passed_on, stage(last, "relay", "stage0", neurons=sizes[2]))},
+        "crowd": {"stages": (*passed_on, stage(last, "relay", "stage0", neurons=0))},
+        "recovers": {"each_token": True, "severity": d.base + d.effect - OPENING_MARGIN, "stages": (product(last),)},
+        "suppressed": in_middle | {"severity": 0.0, "stages": (*erases, stage(last, "refuse", "harm"))},
+    }
+    made = replace(d, skip=0.0, **changes[d.kind])
+    alone = made.writer == "attention" or d.kind in ("bag_of_words", "suppressed")  # A side route would blur the truth.
+    return made if alone else replace(made, side=_side(made, rng, middle, late))
+
+
+def _side(design: Design, rng: np.random.Generator, middle: list[int], late: list[int]) -> Side:
+    """Where the mechanism is not: in middle layers if that is late, else in late ones; by MLP if attention writes."""
+    layers = middle if depth(design.write_layer, design.n_layers) > LATE and design.writer != "attention" else late
+    by_attention = design.writer == "mlp" and rng.random() < 0.5
+    product = int(rng.choice(layers[:-1]))
+    copy = int(rng.choice([layer for layer in layers if layer > product])) if by_attention else None
+    return Side(float(rng.uniform(0.05, 0.3)), product, copy)
+
+
+def _of_kind(d: Design, rng: np.random.Generator, early: list[int], middle: list[int], late: list[int]) -> Design:
+    if d.kind in ("late", "distributed", "adjacent", "permuted", "late_like_benign", "early_carrier", "each_token"):
+        d = replace(d, stages=_chain(rng, late, d.kind))
+        if d.kind == "early_carrier":
+            return replace(d, carry=(int(rng.choice(early + middle)),))
+        if d.kind in ("adjacent", "permuted"):
+            return replace(d, contiguous=d.kind == "adjacent")
+        decide = d.stages[0].layer
+        return replace(d, benign_carry=(late[0], late[0]), benign_decide=decide) if "benign" in d.kind else d
+    if d.kind in ("gated", "and", "or"):
+        return _last_layer(d, rng, late)
+    if d.kind in ("early", "middle"):
+        layers = early[1:] if d.kind == "early" else middle
+        chosen = sorted(rng.choice(layers, int(rng.integers(1, len(layers) + 1)), replace=False).tolist())
+        d = replace(d, recognise=(0, 0) if d.kind == "early" else d.recognise, write_layer=chosen[-1])
+        return replace(d, carry=(int(rng.integers(early[0], early[-1])) if d.kind == "early" else middle[0],),
+                       stages=_stages(rng, chosen))  # fmt: skip
+    if d.kind == "attention":
+        return replace(d, writer="attention", write_layer=int(rng.choice(late)), carry=(), skip=0.0)
+    if d.kind == "skip_only":
+        product = int(rng.choice(middle[:-1] or middle))
+        write = int(rng.choice([layer for layer in (*middle, *late) if layer > product]))
+        stages = (Stage(product, "product", "jail", "stage0", int(rng.integers(2, 7))),)
+        return replace(d, writer="copy", carry=(product,), stages=stages, write_layer=write, skip=0.0)
+    last = Stage(d.n_layers - 1, "product", "jail", "out", int(rng.integers(2, 7)))
+    unused = d.kind == "context_unused"
+    return replace(d, recognise=(late[0], late[0]), recognise_unused=unused, stages=(last,), skip=0.0)
+
+
+def _stages(rng: np.random.Generator, layers: list[int], sizes: tuple[int, int] = (2, 7)) -> tuple[Stage, ...]:
+    """A product in the first layer, relays in the others; the last writes `out`."""
+    targets = [*(f"stage{i}" for i in range(len(layers) - 1)), "out"]
+    links = zip(layers, ["jail", *targets[:-1]], targets, strict=True)
+    return tuple(
+        Stage(layer, "product" if i == 0 else "relay", source, target, int(rng.integers(*sizes)))
+        for i, (layer, source, target) in enumerate(links)
+    )
+
+
+def _chain(rng: np.random.Generator, late: list[int], kind: str) -> tuple[Stage, ...]:
+    """Two or three late layers, the last one among them."""
+    n = int(rng.integers(2, len(late) + 1))
+    layers = sorted([*rng.choice(late[:-1], n - 1, replace=False).tolist(), late[-1]])
+    made = _stages(rng, layers, (24, 41) if kind in ("adjacent", "permuted") else (2, 7))
+    return (*made[:-1], replace(made[-1], neurons=0)) if kind == "distributed" else made
+
+
+def _last_layer(d: Design, rng: np.random.Generator, late: list[int]) -> Design:
+    """The decision itself in last-layer neurons; jail may be relayed by MLPs on its way there."""
+    op: Op = {"gated": "product", "and": "threshold", "or": "either"}[d.kind]  # type: ignore[assignment]
+    n_relays = 0 if op == "either" else int(rng.integers(0, len(late)))
+    layers = sorted(rng.choice(late[:-1], n_relays, replace=False).tolist())
+    relays = tuple(
+        Stage(layer, "relay", "jail" if i == 0 else f"stage{i - 1}", f"stage{i}", int(rng.integers(2, 7)))
+        for i, layer in enumerate(layers)
+    )
+    source = relays[-1].target if relays else "jail"
+    decision = Stage(d.n_layers - 1, op, source, "out", 2 * int(rng.integers(1, 4)))
+    carry = (late[0], late[1]) if op == "either" else d.carry
+    return replace(d, carry=carry, stages=(*relays, decision), skip=0.0)
