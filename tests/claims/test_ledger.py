@@ -74,6 +74,8 @@ GRADES = [  # verdict, rates, grade
     ("supported", of(TRUE, NEVER, FALSE), "strong"),
     ("supported", of((48, 60), NEVER, FALSE), "strong"),
     ("supported", of((47, 60), NEVER, FALSE), "weak"),  # little power
+    ("supported", of(TRUE, NEVER, FALSE) | {"held_out_supported": rate(1, 8)}, "weak"),  # fooled by a held-out kind
+    ("contradicted", of(TRUE, NEVER, FALSE) | {"held_out_supported": rate(1, 8)}, "strong"),
     ("supported", of(TRUE, NEVER, (3, 60), 0.051), "weak"),  # says it of false claims
     ("contradicted", of((12, 60), NEVER, FALSE), "strong"),
     ("contradicted", of(TRUE, (3, 60), FALSE, 0.051), "weak"),

@@ -42,3 +42,20 @@ def test_along_a_row_of_power_the_number_of_models_stays() -> None:
         counts = table.map(lambda text: int(text.split(" of ")[1]))
         assert len(table.columns) > 2 and (counts.nunique(axis=1) == 1).all()
         assert not {"C2", "C5c"} & set(table.index.get_level_values("claim")), "the corrected rule answers"
+
+
+def test_held_out_kinds_fool_the_rules_that_the_lesson_names_and_no_other() -> None:
+    table = calibration.held_out().reset_index()
+    wrong = table[(table.truth == "false") & (table.supported > 0) | (table.truth == "true") & (table.contradicted > 0)]
+    assert wrong[["kind", "claim", "supported"]].to_numpy().tolist() == [
+        ["recovers", "C5c", 4],
+        ["understudy", "C4", 8],
+    ]
+    draws = rates.held_out_draws()
+    own = rates.with_held_out({name: {} for name in ("C1*", "C4*", "C5c*")}, draws)
+    assert own["C1*"] == {} and own["C4*"]["held_out_supported"] == {"hits": 8, "n": 24}
+    assert calibration.grades(calibration.draws()).loc[["C2", "C4", "C5c"], "supported"].tolist() == [
+        "strong",
+        "weak",
+        "weak",
+    ]
