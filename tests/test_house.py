@@ -172,8 +172,8 @@ def test_what_only_reads_tables_needs_no_torch(package: str) -> None:
 
 def test_the_house_is_small() -> None:
     source, tests = list(FILES), [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")]
-    assert sum(map(lines, source)) < 26_395 and len(source) <= 137  # the aim: 18,000 lines in 110 files
-    assert sum(map(lines, tests)) < 17_060  # the aim: 12,000
+    assert sum(map(lines, source)) < 26_360 and len(source) <= 137  # the aim: 18,000 lines in 110 files
+    assert sum(map(lines, tests)) < 17_015  # the aim: 12,000
 
 
 def test_what_is_required_is_imported() -> None:

@@ -227,10 +227,6 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
         edits = [
             Steering("fixed", (Edit(2, "resid_post", methods.constant(vector)),)),
             Steering(
-                "every token",
-                (Edit(3, "resid_post", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "every"),),
-            ),
-            Steering(
                 "map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)
             ),
         ]

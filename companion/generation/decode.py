@@ -126,8 +126,7 @@ def answers(
     said = partial(decode, subject, steps=steps, ends=ends, choose=partial(_choose, draws))
     ids, waiting = np.zeros((len(texts), steps), dtype=int), list[Begun]()
     # Where answer tokens are the plain model's, they can be computed when the switch is off again.
-    edits = steer.steering.edits if isinstance(steer, Switch) else ()
-    is_plain = steer is nullcontext or (isinstance(steer, Switch) and all(edit.where != "every" for edit in edits))
+    is_plain = steer is nullcontext or isinstance(steer, Switch)
 
     def go_on(places: np.ndarray, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
         """The answers [row, step], or zeros for those that wait. A cache of windows cannot be padded."""

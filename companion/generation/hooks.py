@@ -2,7 +2,7 @@
 
 A `Steering` is data: edits of named sites, a strength, and a gate. `applied` turns it into forward hooks on the plain
 library model for the length of a `with` block. The prompt is the call that finds an empty cache; calls that come after it
-read generated tokens, and only edits that ask for them act there. How much was added is recorded, so that methods can be
+read generated tokens, and no edit acts there. How much was added is recorded, so that methods can be
 compared at one L2 budget (`companion.steering.budget`).
 """
 
@@ -20,9 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from companion.base.errors import InputError
-from companion.model.activations import on_input, on_output
-from companion.model.architecture import Subject, written_vectors
-from companion.model.interventions import projection
+from companion.model.activations import on_output
+from companion.model.architecture import Subject
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,10 @@ def tail(prompt: Prompt, n: int) -> Prompt:
     return replace(prompt, ids=prompt.ids[:, cut:], real=prompt.real[:, cut:], last=prompt.last - cut)
 
 
-Part = Literal["resid_post", "mlp_out", "neurons"]
-Where = Literal["prompt", "last", "every"]
-PARTS: Final = ("resid_post", "mlp_out", "neurons")
-WHERES: Final = ("prompt", "last", "every")
+Part = Literal["resid_post", "mlp_out"]
+Where = Literal["prompt", "last"]
+PARTS: Final = ("resid_post", "mlp_out")
+WHERES: Final = ("prompt", "last")
 Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
 Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 
@@ -73,10 +72,9 @@ Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 class Edit:
     """What is added to one site at strength 1, computed from the site's own activation.
 
-    `part` is the residual stream after the block, what the MLP writes into it (behind a post-norm where there is one),
-    or the MLP's neurons (the down projection's input). `where`: all tokens of the prompt, its last one, or all of the
-    prompt and the generated ones. `blind` says that the delta looks at the prompt alone and is the same at all positions:
-    what it adds is then known without a forward pass.
+    `part` is the residual stream after the block, or what the MLP writes into it (behind a post-norm where there is one).
+    `where`: all tokens of the prompt, or its last one. `blind` says that the delta looks at the prompt alone and is the same
+    at all positions: what it adds is then known without a forward pass.
     """
 
     layer: int
@@ -151,10 +149,10 @@ def applied(
 
     Raises:
         InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
-            mask, generated tokens of another batch than the last prompt's).
+            mask, an answer that began without it).
     """
     check_sites(subject, steering)
-    run = _SteeredCalls(subject, steering, Record(), count_stood)
+    run = _SteeredCalls(steering, Record(), count_stood)
     if prompt is not None:
         run.prompt, run.phase = prompt, "prompt"
         run.record.begin()
@@ -167,11 +165,8 @@ def applied(
                 hooks.enter_context(on_output(subject.layers[read.layer].block, partial(run.note, read)))
             for edit in steering.edits:
                 parts = subject.layers[edit.layer]
-                if edit.part == "neurons":
-                    hooks.enter_context(on_input(projection(parts, "neuron"), partial(run.add, edit)))
-                else:
-                    module = parts.block if edit.part == "resid_post" else parts.mlp_write
-                    hooks.enter_context(on_output(module, partial(run.add, edit)))
+                module = parts.block if edit.part == "resid_post" else parts.mlp_write
+                hooks.enter_context(on_output(module, partial(run.add, edit)))
         yield run.record
 
 
@@ -203,12 +198,11 @@ def _prompt_of(ids: Any, mask: Any) -> Prompt:
 class _SteeredCalls:
     """Where in the calls of a steered model its hooks are; their outputs are what the model goes on with."""
 
-    subject: Subject
     steering: Steering
     record: Record
     count_stood: bool = False
     prompt: Prompt | None = None
-    phase: Literal["plain", "prompt", "generated", "outside"] = "outside"
+    phase: Literal["plain", "prompt", "outside"] = "outside"
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Is it a prompt or generated tokens, and where are its real tokens?"""
@@ -220,7 +214,7 @@ class _SteeredCalls:
         if cache is not None and int(cache.get_seq_length()):
             if self.prompt is None:
                 raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
-            self.phase = "generated"
+            self.phase = "outside"
             return
         self.prompt = _prompt_of(call.get("input_ids"), call.get("attention_mask"))
         self.record.begin()
@@ -243,27 +237,21 @@ class _SteeredCalls:
 
     def add(self, edit: Edit, x: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos width"] | None:
         """The site's activation with the edit, whose norm is recorded; None where it does not act."""
-        if self.phase not in ("prompt", "generated") or (self.phase == "generated" and edit.where != "every"):
+        if self.phase != "prompt":
             return None
-        prompt = self.prompt
-        assert prompt is not None
-        if len(x) != len(prompt.ids):
-            raise InputError(f"{len(x)} rows are generated for {len(prompt.ids)} prompts: steer without beams")
-        n_pos = prompt.ids.shape[1]
-        if self.phase == "prompt":  # `companion.generation.forward` leaves out positions on which nothing hangs
-            prompt = tail(prompt, x.shape[1])
+        assert self.prompt is not None
+        n_pos = self.prompt.ids.shape[1]
+        # `companion.generation.forward` leaves out positions on which nothing hangs.
+        prompt = tail(self.prompt, x.shape[1])
         scale = self.steering.strength * self._opened(prompt).to(x)[:, None, None]
-        added = scale * edit.delta(x, prompt).to(x)
-        if self.phase == "prompt":
-            where = prompt.real
-            if edit.where == "last":
-                where = torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
-            nothing = torch.zeros((), dtype=x.dtype, device=x.device)
-            added = torch.where(where[..., None], added, nothing)
-            _count(self.record.added[-1], edit.layer, self._written(edit, added), n_pos)
-            if self.count_stood:
-                stood = self._written(edit, torch.where(where[..., None], x, nothing))
-                _count(self.record.stood[-1], edit.layer, stood, n_pos)
+        where = prompt.real
+        if edit.where == "last":
+            where = torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
+        nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+        added = torch.where(where[..., None], scale * edit.delta(x, prompt).to(x), nothing)
+        _count(self.record.added[-1], edit.layer, added, n_pos)
+        if self.count_stood:
+            _count(self.record.stood[-1], edit.layer, torch.where(where[..., None], x, nothing), n_pos)
         return x + added
 
     def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
@@ -275,9 +263,3 @@ class _SteeredCalls:
             )
             self.record.gates.append(prompt.opened[0])
         return prompt.opened[0]
-
-    def _written(self, edit: Edit, added: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos d"]:
-        """What stands at the edit's site, in units of the residual stream; of neurons, before a post-norm where there is one."""
-        if edit.part != "neurons":
-            return added
-        return added @ written_vectors(projection(self.subject.layers[edit.layer], "neuron"))

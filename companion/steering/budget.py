@@ -138,7 +138,7 @@ def added_squares(
             squares += _live_squares(record, live, relative) if record.added else 0.0
         return found
     parts = {i: part for i, one in enumerate(steered) if (part := forward.steered_part(one, run)) is not None}
-    if parts and not relative and all(edit.blind and edit.part != "neurons" for edit in steered[0].edits):
+    if parts and not relative and all(edit.blind for edit in steered[0].edits):
         for i, part in parts.items():
             found[i, part.rows] = _blind_squares(steered[i], part, live)
     elif parts:

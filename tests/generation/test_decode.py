@@ -44,8 +44,8 @@ def test_answers_are_the_same_alone_and_together(embedded: Subject, texts: list[
     """Together and one by one: plain, and steered below the last layer, so that caches differ."""
     draws, push = decode.uniforms(5, 12, seed=4), torch.randn(128, generator=torch.Generator().manual_seed(0))
     plain = decode.answers(embedded, texts, 12, draws=draws)
-    for where, size in (("prompt", 0.0), ("prompt", 60.0), ("every", 30.0)):
-        edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1), where),)
+    for size in (0.0, 60.0):
+        edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1)),)
         switch = Switch(embedded, Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float()))
         made = decode.answers(embedded, texts, 12, switch, draws)
         assert (made.ids[:, 0] != plain.ids[:, 0]).any() if size else np.array_equal(made.ids, plain.ids)

@@ -32,8 +32,6 @@ READ = (Read("g", 1, back=1, plain=True),)
 STEERINGS = {
     "late, all tokens": Steering("a", (Edit(2, "resid_post", following_last), Edit(3, "mlp_out", following_last))),
     "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
-    "neurons": Steering("c", (Edit(3, "neurons", lambda x, _: 1 - x, "last"),), gate=half_shut, reads=READ),
-    "every token": Steering("d", (Edit(1, "resid_post", lambda x, _: -0.5 * x, "every"),)),
 }  # fmt: skip
 
 
@@ -118,11 +116,6 @@ def following_what_was_read(size: float, x: Tensor, prompt: Prompt) -> Tensor:
     return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
 
 
-def own_state(size: float, x: Tensor, prompt: Prompt) -> Tensor:
-    """The same for every token by itself, generated ones too."""
-    return size * x.tanh() * prompt.read["g"].mean(-1)[:, None, None].exp()
-
-
 def gate(shut: int, prompt: Prompt) -> Tensor:
     """Shut for one prompt (or none), open for the others as far as what was read says."""
     return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
@@ -132,7 +125,7 @@ def steerings(part: Part, where: Where) -> list[Steering]:
     """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
 
     def one(size: float, strength: float, layer: int, opening: Opening | None) -> Steering:
-        delta = partial(own_state if where == "every" else following_what_was_read, size)
+        delta = partial(following_what_was_read, size)
         edits = (Edit(2, part, delta, where), Edit(3, "mlp_out", delta, where))
         return Steering(f"{size}", edits, strength, opening, (Read("g", layer, plain=True),))
 
@@ -142,7 +135,7 @@ def steerings(part: Part, where: Where) -> list[Steering]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("where", ["prompt", "last", "every"])
+@pytest.mark.parametrize("where", ["prompt", "last"])
 @torch.no_grad()
 def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
     subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
@@ -175,5 +168,5 @@ def test_a_prefix_read_once_below_the_steering_changes_nothing(
     monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
     monkeypatch.setattr(activations, "_in_two", lambda block, layer, n: seen.append(layer) or real(block, layer, n))
     once = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
-    assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2, "neurons": 3, "every token": 1}[name]
+    assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2}[name]
     torch.testing.assert_close(once, plain, atol=2e-4, rtol=1e-4)

@@ -39,7 +39,6 @@ STEERINGS = {
         ("last token", (hooks.Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), GATE),
         ("blind", (hooks.Edit(2, "resid_post", ramp, blind=True),), GATE),
         ("gated, all tokens", (hooks.Edit(2, "resid_post", following_last),), GATE),
-        ("neurons", (hooks.Edit(3, "neurons", lambda x, _: 1 - x, "last"),), GATE),
     )
 }
 
