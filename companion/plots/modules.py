@@ -87,7 +87,7 @@ SPECS = (
          "MLP share of direct and of indirect effects: raw, per unit of patch norm, per parameter, and of the indirect "
          "ones by sufficiency and by necessity; dashed lines mark one half and 0.60",
          row="normalisation", group="effect", title="Do MLPs hold more than attention, however one counts?",
-         unit="MLP share of positive component effects (dashed: C2 is denied below 0.5 and holds above 0.6)",
+         unit="MLP share of positive component effects\n(dashed: C2 is denied below 0.5 and holds above 0.6)",
          marks=(0.5, 0.6), limits=(0.0, 1.0)),
     spec("03_heads", heads, "C2", {"layer": "int", "head": "int", "effect": "str", "carries": "bool", **ESTIMATE},
          "Two maps of attention heads by layer, indirect effects above direct ones on one scale from against to with "
