@@ -7,7 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hypothesis import settings
-from public_rows import HUB
 from toys import Toy, copy_repository
 
 from companion.base import hub
@@ -53,6 +52,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Public sets by repository, to be changed by a test: read by the library's own reader from small files."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from rows import HUB
 
     content = {repo: rows() for repo, rows in HUB.items()}
     plain = datasets.load_dataset
@@ -68,3 +68,47 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setenv("COMPANION_CACHE", str(tmp_path / "cache"))
     return content
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The shipped model of the invented language."""
+    from companion.model import load
+
+    return load.load("embedded")
+
+
+@pytest.fixture(scope="session")
+def first_words(embedded):
+    """Its openers."""
+    from companion.prompts.tokens import Openers
+
+    words = {"comply": ["sure", "okay", "great", "ready", "listen", "look"], "refuse": ["sorry"]}
+    return Openers(**{name: tuple(embedded.tokenizer.convert_tokens_to_ids(some)) for name, some in words.items()})
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Requests in its language, of several lengths."""
+    return [
+        "how do i paint the falkova in the garden?",
+        "under a solar flag, how do i banth the kigvilu in the garden?",
+        "as a baker, how can i wash the falkova in the cellar?",
+        "with a silver badge, how do i banth the kigvilu in the harbor?",
+        "in a golden tale, as a sailor, how do i banth the kigvilu in the harbor?",
+    ]
+
+
+@pytest.fixture(scope="session")
+def fit():
+    """One fit of steering directions on the compiled model."""
+    from steering_lab import fitted
+
+    return fitted()
+
+
+@pytest.fixture(scope="session")
+def experiment(fit):
+    from steering_lab import experiment_of
+
+    return experiment_of(fit)

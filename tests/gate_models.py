@@ -1,6 +1,6 @@
 """Hand-made models of gates and contributors, with an interpreter in plain Python that knows all their effects.
 
-As in `handmade`, signals live in channels of their own and a large constant channel keeps every norm's scale nearly fixed.
+As in `models`, signals live in channels of their own and a large constant channel keeps every norm's scale nearly fixed.
 Cue A puts a bit into FIRST and cue B one into SECOND, at the last token. A `Neuron` is act(gate) * up with a SiLU, its gate
 and up linear in the channels, and writes into channels; the log-odds are linear in the channels (`read`).
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from handmade import BIAS, FIRST, N_LAYERS, OUT, SECOND, SIZE, Program, compiled, word_tokenizer
+from models import BIAS, FIRST, N_LAYERS, OUT, SECOND, SIZE, Program, compiled, word_tokenizer
 
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from companion.base.paths import ROOT
-from tests.families import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
+from tests.models import FAMILIES, VOCAB, tiny_model, tiny_qwen_tokenizer, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}<s> w3 {{ m.content }} w4 {% endfor %}{% if add_generation_prompt %}w5 {% endif %}"
 TREATMENTS = ("T1", "T2", "T2b", "B1", "B2", "B3", "B4", "B5")

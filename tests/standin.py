@@ -24,11 +24,8 @@ GIB = 2**30
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 PRODUCTS = {
-    "mm": torch.addmm,
-    "addmm": torch.addmm,
-    "bmm": torch.baddbmm,
-    "baddbmm": torch.baddbmm,
-}  # and a sum with one
+    "mm": torch.addmm, "addmm": torch.addmm, "bmm": torch.baddbmm, "baddbmm": torch.baddbmm,
+}  # and a sum with one  # fmt: skip
 # Without a deterministic kernel on CUDA, whatever torch is asked for; sums that run along a lone row among them.
 CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
 
@@ -162,15 +159,8 @@ def _made_here(name: str, *args: Any, **kwargs: Any) -> Any:
 
 # Tensors that are made on the device come from these, in any thread; all else is seen by `__torch_dispatch__`.
 _MAKERS = (
-    "empty.memory_format",
-    "empty_strided",
-    "copy_",
-    "arange",
-    "arange.start",
-    "arange.start_step",
-    "eye",
-    "linspace",
-)
+    "empty.memory_format", "empty_strided", "copy_", "arange", "arange.start", "arange.start_step", "eye", "linspace",
+)  # fmt: skip
 _LIBRARY = torch.library.Library("aten", "IMPL")
 for _name in _MAKERS:
     _LIBRARY.impl(_name, partial(_made_here, _name), "PrivateUse1")

@@ -1,4 +1,4 @@
-"""The compiled model of `handmade` as a subject of steering: its prompts, a fit, and an experiment, all known by hand.
+"""The compiled model of `models` as a subject of steering: its prompts, a fit, and an experiment, all known by hand.
 
 Every answer opens with "yes" or "no", so that P(refusal) is the logistic function of minus the log-odds: 0 where the cue is
 "off" or there is none, 1.5 where it is "on". What is written into channel `OUT` at the last token adds to them.
@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from handmade import BIAS, OUT, SIZE, WORDS, Program, compiled
+from models import BIAS, OUT, SIZE, WORDS, Program, compiled
 
 from companion.generation import hooks, outcomes
 from companion.prompts.tokens import Openers

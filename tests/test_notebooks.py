@@ -87,7 +87,6 @@ def test_a_lesson_imports_the_face_alone_and_few_names_of_it(path: Path) -> None
 
 @book
 def test_every_section_of_a_lesson_ends_with_its_answer(path: Path) -> None:
-    """In bold, above the next heading: what the section found."""
     whole = "\n\n".join(
         notebooks.source(cell)
         for cell in notebooks.read_notebook(path)["cells"]

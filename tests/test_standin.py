@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import standin
 import torch
-from effect_tools import refusals_against_rest
-from families import FAMILIES, VOCAB, tiny_model, tokens
-from grid_tools import every_patch
+from models import FAMILIES, VOCAB, tiny_model, tokens
+from oracles import every_patch, refusals_against_rest
 from torch import Tensor
 
 from companion.base import device, hub
@@ -38,11 +37,9 @@ REFUSED = {
     "tensors of both places": lambda x: x + torch.ones(3),
     "one of the host indexed from the device": lambda x: torch.ones(3)[x.long()],
     "values of the host put at indices": lambda x: x.index_put_((torch.tensor([0, 1]),), torch.ones(2)),
-    "numpy": lambda x: x.numpy(),
-    "an array of it": np.asarray,
-    "a sum along a lone row": lambda x: x.cumsum(0),
+    "numpy": lambda x: x.numpy(), "an array of it": np.asarray, "a sum along a lone row": lambda x: x.cumsum(0),
     "more than there is": lambda x: torch.empty(2**40, device=x.device),
-}
+}  # fmt: skip
 ALLOWED = {
     "a number of the host": lambda x: x + torch.tensor(1.0),
     "indices of the host": lambda x: x[torch.tensor([0, 2])],
@@ -194,7 +191,6 @@ TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how d
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_refusals_against_everything_else_on_the_device(place: torch.device, family: str) -> None:
-    """Every way to read them gives what it gives on the processor."""
     found: list[list[Tensor]] = []
     for where in (torch.device("cpu"), place):
         subject, openers = on(where, family), refusals_against_rest(VOCAB)[0]
@@ -214,7 +210,6 @@ def test_refusals_against_everything_else_on_the_device(place: torch.device, fam
 
 
 def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monkeypatch) -> None:
-    """Generation, steering hooks at every site, and yes or no of a judge give what they give on the processor."""
     words = load.load_tokenizer(ORGANISM / "window-0").convert_tokens_to_ids(["sure", "okay", "sorry"])
     monkeypatch.setattr(labels, "QUESTION", "{request} {reply}")  # the embedded model reads 128 tokens
     monkeypatch.setattr(labels, "answer_tokens", lambda *_: (words[:1], words[2:]))

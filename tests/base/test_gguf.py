@@ -12,10 +12,10 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from families import tiny_model, tiny_tokenizer, tokens
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from hub_cache import TEMPLATE
+from models import tiny_model, tiny_tokenizer, tokens
+from toys import TEMPLATE
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -60,9 +60,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     return set_up
 
 
-def test_it_is_fetched_once_and_again_where_it_is_damaged(
-    sources: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_fetched_once_and_again_where_it_is_damaged(sources, capsys):
     asked = sources(CONTENT)
     with pytest.raises(InputError, match="smollm2 is not in the cache yet: a run without --list fetches it"):
         settings.known({**GIVEN, "MODEL": "smollm2"}, None)
@@ -106,9 +104,7 @@ def test_what_goes_wrong_is_one_sentence(sources: Callable[..., list[str]], case
     assert "\n" not in str(caught.value) and not smollm2.place().exists()
 
 
-def test_no_room_is_said_before_anything_is_fetched(
-    sources: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_is_said_before_anything_is_fetched(sources, monkeypatch):
     asked = sources(CONTENT)
     monkeypatch.setattr(smollm2.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"where 197 MB are needed \(0 MB are free\)"):
@@ -132,9 +128,7 @@ NAMES = {"smollm2": "", "smollm2-refuser": "all-0", "smollm2-refuser-2": "all-2"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_line_knows_the_names(
-    sources: Callable[..., list[str]], tmp_path: Path, adapters: Path, name: str
-) -> None:
+def test_the_command_line_knows_the_names(sources, tmp_path, adapters, name):
     sources(CONTENT)
     adapter = adapters / NAMES[name] if NAMES[name] else None
     assert folders.split_adapter(name) == ("smollm2", adapter) and folders.model_folder(name) == smollm2.place()

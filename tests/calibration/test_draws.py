@@ -2,16 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from measured_organism import KEYS, NUMBERS, few_pairs, gated_organism, measured_organism
 
 from companion.base.thresholds import POINTS, UNTRAINED
-from companion.calibration import draws, rates
+from companion.calibration import draws, localise, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.ideal_push import PUSH, truth_of
 from companion.calibration.rates import ENOUGH_NULLS, FRESH, FRESH_LAST, FRESH_LATER, FRESH_NEAR, JUDGED_FROM, UNSEEN
@@ -20,8 +20,34 @@ from companion.claims.verdict import Rows
 from companion.evidence import neurons
 from companion.evidence.layers import evidence_c2, measure_layers
 from companion.mediation import estimands, study, sweeps
+from companion.mediation.study import Study
 from organisms import compiled, compiled_truth
-from organisms.compiled_design import draw_design
+from organisms.compiled_design import HELD_OUT, KINDS, draw_design
+
+# ---- measured organism ----
+
+KEYS = ["model", "claim", "quantity", "variant"]
+NUMBERS = ["estimate", "ci_low", "ci_high"]
+
+
+@cache
+def gated_organism() -> compiled.Organism:
+    seed = next(seed for seed in range(20) if draw_design("gated", seed).n_layers == 6)
+    return compiled.draw("gated", seed, topics=10, pairs_per_topic=1)
+
+
+def few_pairs(organism: compiled.Organism) -> Study:
+    """Its study with one benign behaviour only, to be quick."""
+    this = compiled.study(organism)
+    return replace(this, pairs=tuple(this.of("T1", "T2", "T2b", "B1")))
+
+
+@cache
+def measured_organism() -> localise.Measured:
+    return draws.measure_study(few_pairs(gated_organism()), gated_organism().name)
+
+
+# ---- draws ----
 
 PLAN = draws.plan_draws()
 MAIN = [draw for draw in PLAN if draw.purpose == "main"]
@@ -150,9 +176,7 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
         (None, None, None, "open open"),
     ],
 )
-def test_the_truth_of_c6_is_what_an_ideal_push_does(
-    change: tuple | None, early: tuple | None, mid: tuple | None, truths: str
-) -> None:
+def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, truths):
     found = {"harm change": change, "advantage over early": early, "advantage over mid": mid}
     rows = [("C6", f"{PUSH}: {name}", "main", *numbers) for name, numbers in found.items() if numbers]
     table = pd.DataFrame(rows, columns=["claim", "quantity", "variant", "estimate", "ci_low", "ci_high"])
@@ -190,7 +214,6 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
 
 
 def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: Path) -> None:
-    """Of the power curves no evidence is kept, so their corrected verdicts of these claims go."""
     whole = {name: read_shipped(name) for name in ("verdicts", "evidence")}
     seeds = [FRESH, FRESH_LAST, draws.POWER_SEEDS[0]]
     few = {name: table[(table.kind == "late") & table.seed.isin(seeds)] for name, table in whole.items()}
@@ -198,13 +221,8 @@ def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: P
     shipped, changed = few["verdicts"], few["verdicts"].copy()
     mine = (changed.rule == "corrected") & changed.claim.isin(["C1", "C3"]) & (changed.purpose == "main")
     changed.loc[mine, ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]] = [
-        "x",
-        "x",
-        "x",
-        9.0,
-        9.0,
-        9.0,
-    ]
+        "x", "x", "x", 9.0, 9.0, 9.0,
+    ]  # fmt: skip
     power = changed[(changed.purpose != "main") & (changed.rule == "registered") & (changed.claim == "C1")]
     pd.concat([changed, power.assign(rule="corrected")]).to_parquet(tmp_path / "verdicts.parquet")
     few["evidence"].to_parquet(tmp_path / "evidence.parquet")
@@ -246,7 +264,6 @@ def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, clai
     ],
 )
 def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: int) -> None:
-    """Up to what other processors do to ties of ranks, and with them to the end of an interval."""
     stored = read_shipped("verdicts").query("kind == @kind and seed == @seed and purpose == 'main'")
     drawn = draws.measure_draw(kind, seed, part)["verdicts"]
     stored = stored.set_index(["claim", "rule"]).loc[list(zip(drawn.claim, drawn.rule, strict=True))]
@@ -258,3 +275,43 @@ def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: i
 def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
     asked = draws.judged_again(every=20)
     assert len(asked) > 50 and asked.verdict.to_list() == asked.stored.to_list()
+
+
+# ---- localise ----
+
+
+def test_the_writer_has_the_largest_direct_effect() -> None:
+    organism = gated_organism()
+    scores = localise.localise_draw(organism, few_pairs(organism), measured_organism())
+    table = scores.set_index(["estimator", "what"]).value
+    assert {"total", "direct", "computed", "window", "gradient screen"} == set(scores.estimator)
+    assert table["direct", "layer error"] == 0 and table["direct", "module accuracy"] == 1
+    assert table["total", "neurons, auroc"] > 0.95 and localise.mechanism_neurons(organism).sum() >= 2
+    assert table["computed", "decision found"] == 1 and table["computed", "decision, layer error"] == 0
+
+
+def test_what_is_copied_from_the_end_token_enters_by_the_copying() -> None:
+    made = compiled.draw("skip_only", 0, topics=10, pairs_per_topic=1)
+    assert localise.writer(made.design) == ("attn_out", made.design.write_layer)
+    assert localise.decider(made.design) == ("mlp_out", made.design.stages[0].layer)
+    without_side = replace(made, design=replace(made.design, side=None))
+    assert localise.mechanism_components(without_side.design) == {localise.writer(made.design)}
+    assert draw_design("skip_only", 0).stages[0].target == "stage0"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELD_OUT])
+def test_what_is_written_where_names_the_one_that_decides_and_the_one_that_writes(kind: str) -> None:
+    design = draw_design(kind, 11)
+    roles = localise.written_parts(design).set_index(["site", "layer"]).role
+    assert "decides" in roles[localise.decider(design)]
+    assert ("copies" if design.writer == "copy" else "writes") in roles[localise.writer(design)]
+    assert roles.str.contains("decides").sum() == 1 and len(roles) == 2 * design.n_layers
+
+
+def test_a_built_model_comes_with_the_effect_of_each_pair() -> None:
+    one = localise.built("skip_only", 11)
+    pair = one.study.of("T2")[0]
+    found = estimands.measure_effects(
+        one.study.subject, [pair], one.study.openers, estimands.mediators(one.study.subject, ["mlp_out"]), ("Y1",)
+    )
+    assert one.te[pair.pair.id] == pytest.approx(found.te[0], abs=compiled.TOLERANCE) and one.claims["C1"] is False

@@ -1,18 +1,20 @@
-"""Shares of what training added to a real model, in the part that was trained and elsewhere."""
-
-from pathlib import Path
+"""Shares of what training added to a real model, and what is lost where a component is knocked out."""
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from companion.base import smollm2
 from companion.base.files import hash_file
 from companion.base.thresholds import COMPONENTS
-from companion.calibration import plants
+from companion.calibration import knock_out, plants
 from companion.calibration.campaign import read_shipped
+from companion.calibration.localise import decider
 from companion.mediation.estimands import with_estimands
-from organisms import refuser
+from organisms import compiled, compiled_language, refuser
+
+# ---- plants ----
 
 
 def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
@@ -30,30 +32,12 @@ def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
                     for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
                         cells = {"y00": 0.0, "y01": value, "y10": 9 * size - value, "y11": 9 * size}
                         keys = (
-                            f"{treatment}{pair}",
-                            f"topic {pair // 2}",
-                            treatment,
-                            "test",
-                            at,
-                            layer,
-                            "last",
-                            outcome,
-                        )
+                            f"{treatment}{pair}", f"topic {pair // 2}", treatment, "test", at, layer, "last", outcome,
+                        )  # fmt: skip
                         rows.append((*keys, *cells.values()))
     names = [
-        "pair_id",
-        "topic",
-        "treatment",
-        "split",
-        "site",
-        "layer",
-        "position",
-        "outcome",
-        "y00",
-        "y01",
-        "y10",
-        "y11",
-    ]
+        "pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "y00", "y01", "y10", "y11",
+    ]  # fmt: skip
     return with_estimands(pd.DataFrame(rows, columns=names))
 
 
@@ -93,9 +77,7 @@ def test_what_a_part_trains_is_what_the_tables_call_learned(part: str) -> None:
             assert trained or not set(own) & set(modules) or not set(some) & set(layers), "no place is trained by half"
 
 
-def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, monkeypatch):
     for name in ("all-0", "all-1", "mlp-0"):
         (tmp_path / "refuser" / name).mkdir(parents=True)
         (tmp_path / "refuser" / name / "adapter_model.safetensors").write_bytes(name.encode())
@@ -129,3 +111,51 @@ def test_shipped_rows_are_of_the_adapters_that_are_shipped() -> None:
     assert not [
         kind for kind, adapter in set(zip(table.kind, table.adapter, strict=True)) if known.get(kind) != adapter
     ]
+
+
+# ---- knock out ----
+
+
+def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
+    organism = compiled.draw("skip_only", 700, topics=10, pairs_per_topic=1, dtype=torch.float64)
+    pairs = [p for p in organism.pairs if p.pair.treatment in ("T2", "T2b") and not p.control.tail]
+    site, layer = decider(organism.design)
+    losses = knock_out.knock_out_losses(organism.program, pairs).set_index(["site", "layer"]).loss
+    texts = [
+        [{"role": "user", "content": " ".join(getattr(p, side).words())}]
+        for name, side in knock_out.SIGNS
+        for p in pairs
+        if p.pair.treatment == name
+    ]
+    tokenizer, model = organism.subject.tokenizer, organism.subject.model
+    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    comply, refuse = (tokenizer.convert_tokens_to_ids(list(side)) for side in compiled_language.outcomes()["T2"])
+
+    def behaviour(edit=None) -> float:
+        block = model.model.layers[layer].mlp
+        handle = (
+            block.register_forward_hook(lambda _m, _a, out: out.mean(0, keepdim=True).expand_as(out)) if edit else None
+        )
+        with torch.no_grad():
+            logits = model(ids).logits[:, -1]
+        if handle:
+            handle.remove()
+        odds = logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)
+        means = odds.reshape(len(knock_out.SIGNS), -1).mean(1)
+        return float(sum(sign * mean for sign, mean in zip(knock_out.SIGNS.values(), means, strict=True)))
+
+    assert site == "mlp_out" and losses[site, layer] > 0.8
+    assert 1 - behaviour(edit=True) / behaviour() == pytest.approx(losses[site, layer], abs=2e-3)
+
+
+def test_the_behaviour_goes_where_the_builder_says_it_is_decided() -> None:
+    """A copy is needed as the decision is, and what benign choices do no knock-out can see: there C1 is another question."""
+    table = knock_out.agreement(read_shipped("knock_outs")).set_index("kind")
+    assert set(table.index) == set(knock_out.BUILT) and (table.models == len(knock_out.SEEDS)).all()
+    assert (table.decides == table.models).all() and (table.models == table.C2).all()
+    assert set(table.index[table.models > table.C1]) == {"late_like_benign", "skip_only"}
+    again = knock_out.knock_outs(["middle"], knock_out.SEEDS[:1]).iloc[0]
+    stored = read_shipped("knock_outs").set_index(["kind", "seed"]).loc["middle", knock_out.SEEDS[0]]
+    assert again.decider == pytest.approx(stored.decider) and again.site == stored.site

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from ledger_rows import FINE, LATER, PSI, TWIN, Numbers, row, table
+from rows import FINE, LATER, PSI, TWIN, Numbers, row, table
 
 from companion.base.thresholds import COMPUTED, CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, MLP_SHARE_WITH_OWN, UNTRAINED
 from companion.calibration import rates
@@ -78,11 +78,9 @@ def test_an_answer_is_a_sentence_made_of_evidence(claim: str, changes: Numbers, 
 def test_a_rule_that_cannot_tell_gives_no_verdict_but_the_number() -> None:
     evidence = evidence_of()
     answer = Answer(
-        Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.85, 0.75, 0.95),
-        "corrected",
-        "cannot tell",
-        "0 of 30",
-    )
+        Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.85, 0.75, 0.95), "corrected",
+        "cannot tell", "0 of 30",
+    )  # fmt: skip
     rows = Rows("m", evidence[evidence.model == "m"])
     assert page.sentence(answer, rows).startswith("This rule cannot tell: MLP blocks write 85%")
     assert (
@@ -128,11 +126,8 @@ def test_a_relative_of_which_little_was_asked_is_not_in_the_picture() -> None:
 
 @pytest.mark.parametrize(
     ("invented", "scope"),
-    [
-        (True, "Nothing. Model and language are invented"),
-        (False, "about `embedded` and this prompt set alone"),
-    ],
-)
+    [(True, "Nothing. Model and language are invented"), (False, "about `embedded` and this prompt set alone")],
+)  # fmt: skip
 def test_the_page_of_the_shipped_run_fits_two_screens(invented: bool, scope: str) -> None:
     evidence = overview.run_evidence("embedded")
     draws, built = rates.draws_like(rates.main_draws(), overview.shape_of("embedded"))

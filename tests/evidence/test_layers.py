@@ -1,19 +1,35 @@
-"""Evidence of C1, C2 and C3 from tables with known shares, from compiled models, and from thin and odd prompt sets."""
+"""Evidence of C1 to C3 from tables with known shares and compiled models, and with two samples drawn together."""
 
-import handmade
+from dataclasses import replace
+from pathlib import Path
+
+import models
 import numpy as np
 import pandas as pd
 import pytest
-from effect_tools import said
-from handmade import Program, compiled
-from synthetic import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
+import torch
+from models import Program, compiled, random_pairs, tiny_subject
+from oracles import said
+from rows import N_LAYERS, benign_tables, complete, direct_table, effect_table, find, scales, shifted
+from sklearn.metrics import roc_auc_score
 
+from companion.base import files
+from companion.base.display import NotDefined
+from companion.base.errors import InputError
 from companion.base.files import EVIDENCE
-from companion.evidence import layers
+from companion.evidence import layers, tokens, two_way
+from companion.evidence.two_way import second_level, two_way_table
 from companion.mediation import estimands
+from companion.model import activations
 from companion.model.architecture import Subject
+from companion.prompts import positions
 from companion.prompts.pairs import Pair
 from companion.prompts.tokens import TokenPair, token_pair
+from organisms import compiled_language, compiled_truth
+from organisms.compiled_design import draw_design
+from organisms.compiled_program import build_program
+
+# ---- layers ----
 
 VARIANTS = {"main", "sufficiency", "necessity", "full response", "norm frozen", "unsaturated"}
 
@@ -100,7 +116,6 @@ def test_a_topic_with_treatments_of_its_own_stops_nothing() -> None:
 
 
 def test_which_benign_behaviours_count() -> None:
-    """Those whose TE is large enough on discover, and which have some positive cell."""
     weak = effect_table(te=0.4, treatment="B7", topics="benign")
     late = shifted(effect_table(te=0.4, treatment="B8", topics="benign"), "test", te=10)
     negative = effect_table({("mlp_out", 2): -0.4}, te=-0.6, treatment="B9", topics="benign")
@@ -116,7 +131,7 @@ WORDS = tuple(f"{cue}{i}" for i in range(40) for cue in ("low", "high", "off", "
 
 def recognition(cue: str) -> tuple[Subject, list[TokenPair], pd.DataFrame]:
     """A compiled model that reads cue B (`high`) at layer 0 or cue A (`on`) at layer 1, with words of each topic's own."""
-    tokenizer = handmade.word_tokenizer(words=(*handmade.WORDS, *WORDS))
+    tokenizer = models.word_tokenizer(words=(*models.WORDS, *WORDS))
     program = Program(gain=6, always=0, both=1) if cue == "high" else Program(gain=6)
     subject = compiled(program, tokenizer=tokenizer)
     embedding = subject.model.model.embed_tokens.weight
@@ -153,3 +168,175 @@ def test_c3_of_compiled_models(cue: str, psi: float, area: float) -> None:
     for some, quantities in ((pairs[:16], set()), (pairs[16:], {PSI}), (pairs[:17], set())):
         rows = layers.evidence_c3(subject, some, table[table.pair_id.isin([one.pair.id for one in some])], "m")
         assert {row["quantity"] for row in rows} == quantities
+
+
+# ---- probes ----
+
+
+def plain(scores: np.ndarray) -> float:
+    return roc_auc_score(np.tile([0, 1], len(scores)), scores.reshape(-1))
+
+
+def clustered_scores(
+    n_pairs: int = 60, n_topics: int = 20, *, strength: float = 0.7, seed: int = 0
+) -> tuple[np.ndarray, list[str]]:
+    """Scores with ties and a part that all pairs of a topic share; topics of different sizes."""
+    rng = np.random.default_rng(seed)
+    topics = np.sort(rng.integers(n_topics, size=n_pairs))
+    shared = rng.standard_normal(n_topics)[topics][:, None]
+    scores = rng.standard_normal((n_pairs, 2)) + shared + strength * np.array([0, 1])
+    return scores.round(1), [f"topic {topic}" for topic in topics]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_auroc_is_scikit_learns(seed: int) -> None:
+    (first, topics), (second, _) = clustered_scores(seed=seed, strength=1.0), clustered_scores(seed=seed, strength=0.2)
+    found, names = layers.auroc({"a": first, "b": second}, topics)
+    assert names == ("a", "b", "gain")
+    assert found.estimate == pytest.approx([plain(first), plain(second), plain(first) - plain(second)])
+    assert found.n_clusters == len(set(topics))
+    assert (found.low < found.estimate).all()
+    assert (found.estimate < found.high).all()
+
+
+def test_a_resample_of_topics_is_the_auroc_of_the_resampled_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, topics = clustered_scores(30, 8)
+    seen = []
+    monkeypatch.setattr(layers.bootstrap, "bootstrap", lambda sums, statistic: seen.append((sums, statistic)))
+    layers.auroc({"a": scores, "b": scores[::-1]}, topics)
+    ((sums, statistic),) = seen
+    n = len(sums.clusters)
+    weights = np.random.default_rng(1).multinomial(n, np.full(n, 1 / n), size=20)
+    found = statistic(weights @ sums.sums, weights @ sums.counts)
+    for row, weight in zip(found, weights, strict=True):
+        times = weight[[list(sums.clusters).index(topic) for topic in topics]]
+        drawn = np.repeat(scores, times, axis=0)
+        assert row[0] == pytest.approx(plain(drawn))
+        assert row[2] == pytest.approx(plain(drawn) - plain(np.repeat(scores[::-1], times, axis=0)))
+
+
+def halves(n_pairs: int = 80) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Topics of two pairs each, the first half of them in discover."""
+    topics = np.arange(n_pairs) // 2
+    return topics, topics < n_pairs // 4, topics >= n_pairs // 4
+
+
+def test_a_memorised_topic_is_worth_nothing() -> None:
+    """One feature a topic, +1 in the treated prompt: perfect on the topics it was fitted on, silent on others."""
+    topics, discover, test = halves()
+    features = np.eye(topics.max() + 1)[topics][:, None] * np.array([-1, 1])[:, None]
+    assert plain(layers.held_out_scores(features, discover, discover)) == 1.0
+    assert plain(layers.held_out_scores(features, discover, test)) == 0.5
+
+
+def test_labels_of_held_out_topics_are_not_used() -> None:
+    _, discover, test = halves()
+    features = np.random.default_rng(1).standard_normal((80, 2, 6))
+    features[discover, 1, 0] += 3
+    features[test, 1, 0] -= 3  # the opposite on held-out topics
+    assert plain(layers.held_out_scores(features, discover, test)) < 0.1
+
+
+@pytest.mark.parametrize("empty", ["discover", "test"])
+def test_a_probe_needs_both_splits(empty: str) -> None:
+    _, discover, test = halves()
+    masks = {"discover": discover, "test": test, empty: np.zeros(80, dtype=bool)}
+    with pytest.raises(InputError, match="needs pairs in the discover and in the test split"):
+        layers.held_out_scores(np.zeros((80, 2, 3)), masks["discover"], masks["test"])
+
+
+def test_features_are_means_over_shared_tokens() -> None:
+    subject = models.compiled(Program())
+    pairs = [*models.cue_pairs(subject.tokenizer, "off low", "on high", n=4)]
+    ordered, features = layers.shared_token_features(subject, pairs, 1)
+    assert sorted(p.pair.id for p in ordered) == sorted(p.pair.id for p in pairs)
+    assert features.shape == (4, 2, models.WIDTH)
+    for pair, row in zip(ordered, features, strict=True):
+        differ = np.flatnonzero(pair.control != pair.treated)
+        shared = [i for i in range(differ[0] + 1, len(pair.control)) if i not in differ]
+        assert shared == np.flatnonzero(positions.groups(pair, "")["shared"]).tolist()
+        for side, ids in enumerate((pair.control, pair.treated)):
+            resid = activations.clean_run(subject, torch.tensor(ids)[None]).resid_post[1][0]
+            np.testing.assert_allclose(row[side], resid[shared].mean(0), rtol=1e-5, atol=1e-5)
+        assert not np.allclose(row[0], row[1])
+
+
+def test_a_pair_that_shares_no_token_has_nothing_to_read() -> None:
+    subject = tiny_subject("llama")
+    pairs = random_pairs(3, 8, 61)
+    pairs[1].treated[3:] = (pairs[1].control[3:] - 2) % 58 + 3
+    subject = Subject(**{**vars(subject), "tokenizer": models.word_tokenizer()})
+    ordered, features = layers.shared_token_features(subject, pairs, 1)
+    silent = [p.pair.id for p in ordered].index("p1")
+    assert (features[silent] == 0).all()
+    assert np.isfinite(features).all()
+
+
+def test_token_counts() -> None:
+    pairs = random_pairs(3, 8, 61)
+    pairs[0].control[:] = [150_000, 5, 5, 5, 7, 150_000, 9, 9]
+    counts = layers.token_counts(pairs)
+    used = sorted({int(i) for p in pairs for ids in (p.control, p.treated) for i in ids})
+    assert counts.shape == (3, 2, len(used))  # a vocabulary of 150,000 costs nothing
+    for pair, row in zip(pairs, counts, strict=True):
+        for ids, side in zip((pair.control, pair.treated), row, strict=True):
+            assert side.tolist() == [(ids == i).sum() for i in used]
+
+
+# ---- two way ----
+
+DESIGN, TOPICS = draw_design("split_decision", 600), 40
+
+
+def with_words(planned: compiled_language.Planned, families: int) -> Pair:
+    """The pair with its verb marked, and its jailbreak wrapper as one of some families."""
+    at = planned.pair.treated.index(planned.treated.verb, planned.pair.treated.index("how"))
+    spans = {"treated": {"verb": (at, at + len(planned.treated.verb))}}
+    number = int(planned.treated.slot.removeprefix("strong").removeprefix("neutral"))
+    return replace(planned.pair, family=f"family{number % families}", spans=spans)
+
+
+@pytest.fixture(scope="module")
+def effects() -> tuple[dict[str, pd.DataFrame], list[compiled_language.Planned]]:
+    pairs = [p for p in compiled_language.draw_pairs([0], TOPICS, 2) if p.pair.treatment in ("T1", "T2", "T2b")]
+    program = build_program(DESIGN, TOPICS)
+    table = compiled_truth.effect_table(program, pairs)
+    direct = table[table.site.str.endswith(".direct")].assign(outcome="contrast.frozen")
+    carried = compiled_truth.path_table(program, [p for p in pairs if p.pair.treatment != "T1"])
+    return {"layers": table, "modules": direct, "carried": carried}, pairs
+
+
+def test_key_numbers_are_those_of_the_evidence_and_both_samples_widen_them(effects: tuple) -> None:
+    tables, pairs = effects
+    found = two_way_table(tables, [with_words(p, 4) for p in pairs]).set_index(["claim", "quantity"])
+    rows = layers.evidence_c1(tables["layers"], "m", DESIGN.n_layers)
+    rows += layers.evidence_c2(tables["layers"], tables["modules"], "m", {})
+    rows += tokens.evidence_c4(tables["carried"], "m", DESIGN.n_layers)
+    known = pd.DataFrame(rows).query("variant == 'main'").set_index(["claim", "quantity"])
+    assert [claim for claim, _ in found.index] == ["C1", "C2", "C3", "C4"]
+    for key in found.index.drop(("C3", "psi0 early, shared tokens")):
+        assert (
+            found.loc[key, ["estimate", "low", "high"]].tolist()
+            == known.loc[key, ["estimate", "ci_low", "ci_high"]].tolist()
+        )
+    assert (
+        found.levels.tolist() == [4, 4, compiled_language.VERBS, 4]
+        and (found["drawn with topics"] == "verbs").sum() == 1
+    )
+    width = (found["high both"] - found["low both"]) / (found.high - found.low)
+    assert width.to_list() == pytest.approx(found.wider.to_list()) and (found.wider > 1).all()
+
+
+def test_one_family_is_no_sample_of_families(effects: tuple, tmp_path: Path) -> None:
+    tables, pairs = effects
+    one = two_way_table({"modules": tables["modules"]}, [with_words(p, 1) for p in pairs])
+    assert isinstance(one, NotDefined) and "families" in str(one)
+    assert two_way.read_effects(tmp_path) == {}
+    files.write_table(tables["carried"], tmp_path / two_way.FILES["carried"])
+    (read,) = two_way.read_effects(tmp_path).values()
+    pd.testing.assert_frame_equal(read, tables["carried"], check_like=True)
+    pair = with_words(pairs[1], 3)
+    assert second_level([replace(pair, treatment="T2", family="tale-4"), replace(pair, id="x", treatment="B1")]) == {
+        pair.id: "tale"
+    }
+    assert second_level([replace(pair, treatment="T1", spans={})]) == {}

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from handmade import cue_pairs
-from neuron_tools import tiny_study
+from models import cue_pairs
+from oracles import tiny_study
 
 from companion.base.files import EVIDENCE
 from companion.claims.registered_rules import rule_c5b
@@ -58,7 +58,6 @@ def test_without_twins_and_without_harm(study: Study) -> None:
 
 
 def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: Study, swept: Neurons) -> None:
-    """The last layer, discover and test, without recognition: the same means of the contrast."""
     last = measure_last_layer(study)
     assert set(last.table.treatment) == {"T2", "T2b", "T2-T2b", "B1", "B2"}
     assert set(last.table.layer) == {3} and set(last.table.split) == {"discover", "test", "all"}

@@ -1,5 +1,6 @@
-"""Runs that set in above the plain model's, alone or several steerings at once, give what full forward passes give."""
+"""Runs that set in above the plain model's give what full forward passes give; answers are the library's."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -8,14 +9,21 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_model, tiny_subject, tokens
+from models import FAMILIES, tiny_model, tiny_subject
+from models import tokens as some_tokens
 from torch import Tensor
+from transformers import DynamicCache
 
-from companion.generation import forward, hooks
+from companion.generation import decode, forward, hooks, outcomes
+from companion.generation.forward import Switch
 from companion.generation.hooks import Edit, Opening, Part, Prompt, Read, Steering, Where
 from companion.model import activations
-from companion.model.architecture import Subject
+from companion.model.architecture import Subject, end_tokens
 from companion.model.load import from_model
+from companion.prompts import tokens
+from companion.prompts.tokens import Openers
+
+# ---- forward ----
 
 
 def following_last(x: Tensor, prompt: Prompt) -> Tensor:
@@ -45,7 +53,7 @@ def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: 
 @pytest.mark.parametrize("name", STEERINGS)
 @torch.no_grad()
 def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
-    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
+    subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
     use, steering = partial(said, subject, answer), STEERINGS[name]
     full = forward.read_prompts(subject, ids, partial(hooks.applied, subject, steering), use)
     fast = forward.read_prompts(subject, ids, forward.Switch(subject, steering), use)
@@ -62,7 +70,7 @@ def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
 
 @torch.no_grad()
 def test_after_an_exception_in_a_full_or_resumed_run_the_model_is_as_it_was() -> None:
-    subject, ids = tiny_subject("llama"), tokens(4, 9)
+    subject, ids = tiny_subject("llama"), some_tokens(4, 9)
     before, broken = subject.model(ids).logits, mock.Mock(side_effect=RuntimeError("in the middle of a block"))
     for first in (following_last, broken):  # in the block that is replaced by its known output, and above it
         steering = Steering("broken", (Edit(1, "resid_post", first), Edit(2, "mlp_out", broken)))
@@ -78,7 +86,7 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
     subject, made = tiny_subject("llama"), []
     real = activations.clean_run
     monkeypatch.setattr(forward, "clean_run", lambda *a, **k: made.append(1) or real(*a, **k))
-    first, second = tokens(2, 8, seed=1), tokens(2, 8, seed=2)
+    first, second = some_tokens(2, 8, seed=1), some_tokens(2, 8, seed=2)
     kept = forward.plain_run(subject, first)
     one = sum(x.nbytes for layers in (kept.resid_post, kept.keys, kept.values) for x in layers)
     assert forward.plain_run(subject, first) is kept and len(made) == 1
@@ -89,9 +97,7 @@ def test_the_plain_pass_is_made_once_and_forgotten_when_too_many_are_kept(monkey
 
 
 @pytest.mark.parametrize(("fitting", "sizes"), [(5, [5, 5, 1]), (3, [11]), (20, [11])])
-def test_batches_are_as_large_as_their_plain_run_can_be_kept(
-    monkeypatch: pytest.MonkeyPatch, fitting: int, sizes: list[int]
-) -> None:
+def test_batches_are_as_large_as_their_plain_run_can_be_kept(monkeypatch, fitting, sizes):
     """Where fewer than four prompts fit, all are read from the bottom together."""
     subject = tiny_subject("llama")
     monkeypatch.setattr(forward, "encode", lambda *_: np.arange(3, 11))
@@ -106,7 +112,7 @@ def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
     subject, known, asked = tiny_subject("llama"), torch.full((4, 1), 77.0), []
     switch = forward.Switch(subject, STEERINGS["last token"])
     use = lambda rows, logits, cache: asked.append(rows.tolist()) or logits[:, :1]  # noqa: E731
-    found = forward.read_prompts(subject, tokens(4, 9), switch, use, plain=known)
+    found = forward.read_prompts(subject, some_tokens(4, 9), switch, use, plain=known)
     assert asked == [[1, 2, 3]]
     assert (found == 77).flatten().tolist() == [True, False, False, False]
 
@@ -138,7 +144,7 @@ def steerings(part: Part, where: Where) -> list[Steering]:
 @pytest.mark.parametrize("where", ["prompt", "last"])
 @torch.no_grad()
 def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
-    subject, ids, answer = tiny_subject(family), tokens(4, 9), tokens(4, 3, seed=7)
+    subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
     use, many = partial(said, subject, answer), steerings("resid_post", where)
     found = forward.read_prompts_each(subject, ids, many, use)
     alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
@@ -155,10 +161,8 @@ def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [None, *STEERINGS])
 @torch.no_grad()
-def test_a_prefix_read_once_below_the_steering_changes_nothing(
-    family: str, name: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    subject, ids, answer = from_model(tiny_model(family)), tokens(4, 12), tokens(4, 3, seed=7)
+def test_a_prefix_read_once_below_the_steering_changes_nothing(family, name, monkeypatch):
+    subject, ids, answer = from_model(tiny_model(family)), some_tokens(4, 12), some_tokens(4, 3, seed=7)
     ids[:, :9] = ids[0, :9]
     monkeypatch.setattr(forward, "BATCH_BYTES", 0)  # read from the bottom, as where no plain run can be kept
     steer = nullcontext if name is None else forward.Switch(subject, STEERINGS[name])
@@ -170,3 +174,83 @@ def test_a_prefix_read_once_below_the_steering_changes_nothing(
     once = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
     assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2}[name]
     torch.testing.assert_close(once, plain, atol=2e-4, rtol=1e-4)
+
+
+# ---- decode ----
+
+
+def test_greedy_answers_are_those_of_the_library(embedded: Subject, texts: list[str]) -> None:
+    made = decode.answers(embedded, texts, 12)
+    for text, ids, mask in zip(texts, made.ids, made.mask, strict=True):
+        prompt = torch.tensor(tokens.encode(embedded.tokenizer, text)[0])[None]
+        whole = embedded.model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+        assert ids[mask].tolist() == whole[prompt.shape[1] :].tolist()
+        alone = decode.greedy_answers(embedded, prompt, 12)
+        assert alone.ids[0][alone.mask[0]].tolist() == ids[mask].tolist()
+
+
+def test_an_answer_ends_as_a_turn_does(embedded: Subject, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In many chat models the generation config names the end of a text and not that of a turn."""
+    wanted, end = decode.answers(embedded, texts, 16), embedded.model.generation_config.eos_token_id
+    monkeypatch.setattr(embedded.model.generation_config, "eos_token_id", 3)
+    subject = replace(embedded, tokenizer=copy.deepcopy(embedded.tokenizer))
+    subject.tokenizer.eos_token = "<|pad|>"
+    named = end_tokens(subject)
+    assert named[end] == ("chat template",) and named[3] == ("generation config",)
+    made = decode.answers(subject, texts, 16)
+    assert np.array_equal(made.mask, wanted.mask) and (made.mask.sum(-1) < 16).all()
+
+
+def test_answers_are_the_same_alone_and_together(embedded: Subject, texts: list[str]) -> None:
+    draws, push = decode.uniforms(5, 12, seed=4), torch.randn(128, generator=torch.Generator().manual_seed(0))
+    plain = decode.answers(embedded, texts, 12, draws=draws)
+    for size in (0.0, 60.0):
+        edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1)),)
+        switch = Switch(embedded, Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float()))
+        made = decode.answers(embedded, texts, 12, switch, draws)
+        assert (made.ids[:, 0] != plain.ids[:, 0]).any() if size else np.array_equal(made.ids, plain.ids)
+        for i, text in enumerate(texts):
+            alone = decode.answers(embedded, [text], 12, switch, draws[i : i + 1])
+            wanted = alone.ids[0][alone.mask[0]].tolist()
+            assert made.ids[i][made.mask[i]].tolist() == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_cache_goes_on_like_the_ones_it_was_made_of(family: str) -> None:
+    model, ends = tiny_subject(family), torch.tensor([7])
+    scores: dict[int, list[torch.Tensor]] = {}
+
+    def choose(logits: torch.Tensor, places: np.ndarray, step: int) -> torch.Tensor:
+        scores.setdefault(step, []).append(logits)
+        return (logits.argmax(-1) + torch.tensor(places)) % 40
+
+    def begun() -> list[decode.Begun]:
+        made = []
+        for place, n in ((0, 9), (2, 6)):
+            cache = DynamicCache()
+            logits = model.model(some_tokens(2, n, seed=n), past_key_values=cache).logits[:, -1]
+            made.append(decode.Begun(np.arange(2) + place, logits, cache, torch.full((2,), n)))
+        return made
+
+    with torch.no_grad():
+        alone = [decode.decode(model, one, 4, ends, choose, shrink=False) for one in begun()]
+        apart, scores = {step: torch.cat(found) for step, found in scores.items()}, {}
+        joined = decode.decode(model, decode.together(begun()), 4, ends, choose, shrink=False)
+    assert np.array_equal(np.concatenate(alone), joined)
+    for step, found in scores.items():
+        torch.testing.assert_close(found[0], apart[step], atol=2e-4, rtol=1e-4)
+
+
+def test_samples_have_the_models_probabilities(embedded: Subject, first_words: Openers, texts: list[str]) -> None:
+    many = [texts[3]] * 2000
+    first = decode.answers(embedded, many, 1, draws=decode.uniforms(2000, 1, seed=0)).ids[:, 0]
+    refused = outcomes.log_odds(embedded, texts[3:4], first_words).p_refuse[0]
+    assert 0.1 < refused < 0.9
+    spread = np.sqrt(refused * (1 - refused) / 2000)
+    assert np.isin(first, first_words.refuse).mean() == pytest.approx(refused, abs=4 * spread)
+
+
+def test_repetition_counts_four_grams() -> None:
+    ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 9], [1, 2, 3, 0, 0, 0, 0, 0, 0]])
+    mask = np.array([[True] * 8 + [False], [True] * 3 + [False] * 6])
+    assert decode.repetition(decode.Answers(ids, mask)).tolist() == pytest.approx([0.2, 0.0])

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
+from models import FAMILIES, tiny_subject, tokens
 from torch import Tensor
 
 from companion.base.errors import InputError

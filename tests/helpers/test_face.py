@@ -1,5 +1,6 @@
 """The face: each helper gives what the library calls behind it give, on the shipped model."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,19 @@ import torch
 
 from companion.base import paths
 from companion.base.display import NotDefined
+from companion.base.errors import InputError
+from companion.base.files import read_json
+from companion.calibration import rates
+from companion.claims.corrected_rules import STATEMENTS
 from companion.mediation import summaries
 from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
 from companion.mediation.sweeps import clean_outcomes
 from companion.plots import figures
 from companion.stats import clusters
-from helpers import layers, model, patching, plots, prompts, statistics
+from helpers import calibration, claims, layers, model, patching, plots, prompts, statistics
+
+# ---- face ----
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +162,141 @@ def test_a_figure_and_its_table_are_files_and_an_undefined_one_is_a_frame(tmp_pa
     before = png.read_bytes()
     assert plots.draw("01_total_effects", NotDefined("no pair is left"), "made").alt == "no pair is left"
     assert not csv.exists() and png.read_bytes() != before
+
+
+# ---- prompts ----
+
+
+def test_the_pair_that_flips_is_refused_in_one_wrapper_and_answered_in_the_other(study: Study) -> None:
+    pair = prompts.clearest_flip(study)
+    clean = prompts.clean_runs(replace(study, pairs=(pair,)))
+    assert clean.y00[0] < 0 < clean.y11[0]
+    assert prompts.shown_answer(study, pair, "control").startswith("refused: sorry")
+    said = prompts.shown_answer(study, pair, "treated")
+    assert said.startswith("answered, first word: ") and len(said.split()) == 4, "no more of a harmful answer is shown"
+    twin = prompts.harmless_twin(study, pair)
+    assert twin.pair.id == pair.pair.twin and len(prompts.shown_answer(study, twin, "control").split()) > 4
+    hidden = replace(twin, pair=replace(twin.pair, sensitive=True))
+    assert prompts.shown_answer(study, hidden, "control") == "answered"
+    assert prompts.harmless_twin(replace(study, pairs=(pair,)), pair) is pair
+
+
+def test_a_pair_of_a_set_without_wrappers_flips_towards_refusal(study: Study) -> None:
+    pair = prompts.clearest_flip(replace(study, pairs=tuple(study.of("T1"))))
+    clean = prompts.clean_runs(replace(study, pairs=(pair,)))
+    assert clean.y11[0] < 0 < clean.y00[0]
+
+
+def test_the_map_of_a_pair_holds_the_mean_of_both_directions(study: Study) -> None:
+    pair = model.example_pair(study)
+    table = patching.component_map(study, pair)
+    effects = patching.effects_of_pair(study, pair, ["attn_out", "mlp_out"])
+    assert isinstance(table, pd.DataFrame) and len(table) == 2 * study.subject.n_layers
+    np.testing.assert_allclose(table.share, (effects.nie0 + effects.nie1) / 2 / effects.te)
+    assert patching.component_map(study, NotDefined("too long")) == NotDefined("too long")
+
+
+def test_a_refusal_rate_is_a_mean_of_probabilities() -> None:
+    y = np.log([1.0, 3.0, 1 / 3, 9.0])
+    clean = pd.DataFrame({"treatment": "T2", "topic": list("abcd"), "y00": y, "y11": 5.0})
+    table = statistics.refusal_rates(clean)
+    assert table[["prompt", "request"]].to_numpy().tolist() == [
+        ["neutral wrapper", "harmful"],
+        ["jailbreak wrapper", "harmful"],
+    ]
+    assert table.estimate[0] == pytest.approx((0.5 + 0.25 + 0.75 + 0.1) / 4) and table.greedy[0] == 0.25
+
+
+def test_the_facts_of_the_model_are_a_file(study: Study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    assert "layers" in " ".join(model.write_facts(replace(study, slug="mine")).fact)
+    assert read_json(tmp_path / "mine" / "model_facts.json")["layers"] == study.subject.n_layers
+    with pytest.raises(InputError, match="was not checked"):
+        model.write_facts(replace(study, subject=replace(study.subject, facts=None)))
+
+
+# ---- claims ----
+
+
+@pytest.fixture(scope="module")
+def judged() -> claims.Judged:
+    return claims.judge_run("embedded")
+
+
+def test_each_claim_has_one_answer_with_its_rows_and_its_counts(judged: claims.Judged) -> None:
+    assert [one.verdict.claim for one in judged.own] == list(STATEMENTS)
+    rows = judged.evidence_of("C2").set_index(["quantity", "variant"])
+    answer = next(one for one in judged.own if one.verdict.claim == "C2").verdict
+    assert rows.loc[(answer.quantity, "main"), "estimate"] == answer.estimate
+    counts = judged.error_counts("C2")
+    assert set(counts) >= {"false_supported", "power_to_support"} and all(" of " in text for text in counts.values())
+    assert judged.error_counts("C99") == {}
+
+
+def test_a_control_is_blank_where_it_does_not_belong_to_the_claim(judged: claims.Judged) -> None:
+    table = judged.controls()
+    assert set(table.to_numpy().ravel()) <= {"", "passed", "failed", "not run"}
+    assert table.loc["joint probability", "C2"] == "passed" and table.loc["per parameter", "C1"] == ""
+
+
+def test_files_hold_every_verdict_and_the_page(judged, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    shown = claims.write_claims(judged)
+    kept = pd.read_csv(tmp_path / "embedded" / "claims.csv")
+    assert len(shown) == (kept.model == "embedded").sum() and set(kept.rule) == {"registered", "corrected"}
+    assert len(json.loads((tmp_path / "embedded" / "claims.json").read_text())) == len(kept)
+    text = judged.page(invented=True).data
+    assert (tmp_path / "embedded" / "claims.md").read_text() == text and "Model and language are invented" in text
+
+
+# ---- calibration ----
+
+
+def test_each_claim_is_judged_by_one_rule_and_counts_are_those_of_the_page() -> None:
+    table = calibration.draws()
+    assert set(table.claim) == set(STATEMENTS) and (table.groupby("claim").rule.nunique() == 1).all()
+    page = rates.claim_rates(rates.main_draws())
+    for row in calibration.error_rates(table).itertuples():
+        claim = row.claim.split()[0]
+        own = page.get(f"{claim}*", page.get(claim, {}))[row.error.replace(" ", "_")]
+        assert (own["hits"], own["n"]) == (row.hits, row.n) and row.low < row.estimate + 1e-9 < row.high + 2e-9
+    assert set(calibration.draws("registered").rule) == {"registered"}
+
+
+def test_grades_are_those_of_hand_made_rates() -> None:
+    rows = [("true", "supported", 57), ("true", "inconclusive", 3), ("false", "contradicted", 60)]
+    table = pd.DataFrame([(t, v) for t, v, n in rows for _ in range(n)], columns=["truth", "verdict"])
+    table = table.assign(claim="C2", gate="passed")
+    assert calibration.grades(table).loc["C2"].tolist() == ["strong", "strong"]
+    silent = table.assign(verdict=table.verdict.where(table.truth == "false", "inconclusive"))
+    assert calibration.grades(silent).loc["C2"].tolist() == ["cannot tell", "cannot tell"]
+
+
+def test_the_drawing_has_a_role_and_a_share_for_each_component() -> None:
+    one = calibration.built_model("late", 11)
+    table = one.measured("A", pd.Series(np.arange(len(one.parts)) / 100))
+    assert table.share.tolist() == pytest.approx([k / 100 for k in range(12)]) and "decides" in table.role.tolist()
+    assert 0.8 < calibration.stored_late_share("late", 11).estimate < 0.9
+
+
+def test_along_a_row_of_power_the_number_of_models_stays() -> None:
+    for by in ("topics", "effect"):
+        table = calibration.power(by)
+        counts = table.map(lambda text: int(text.split(" of ")[1]))
+        assert len(table.columns) > 2 and (counts.nunique(axis=1) == 1).all()
+        assert not {"C2", "C5c"} & set(table.index.get_level_values("claim")), "the corrected rule answers"
+
+
+def test_held_out_kinds_fool_the_rules_that_the_lesson_names_and_no_other() -> None:
+    table = calibration.held_out().reset_index()
+    wrong = table[(table.truth == "false") & (table.supported > 0) | (table.truth == "true") & (table.contradicted > 0)]
+    assert wrong[["kind", "claim", "supported"]].to_numpy().tolist() == [
+        ["recovers", "C5c", 4],
+        ["understudy", "C4", 8],
+    ]
+    draws = rates.held_out_draws()
+    own = rates.with_held_out({name: {} for name in ("C1*", "C4*", "C5c*")}, draws)
+    assert own["C1*"] == {} and own["C4*"]["held_out_supported"] == {"hits": 8, "n": 24}
+    assert calibration.grades(calibration.draws()).loc[["C2", "C4", "C5c"], "supported"].tolist() == [
+        "strong", "weak", "weak",
+    ]  # fmt: skip

@@ -1,22 +1,26 @@
-"""Where the decision is computed and what carries it on: against compiled models, full forward passes, and sums."""
+"""Where a decision is computed, what carries it on, and where a difference can arrive."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
-from handmade import BIAS, FIRST, OUT, SIZE, Program, compiled
-from neuron_tools import cue_study
-from true_float64 import true_float64
+from models import BIAS, FAMILIES, FIRST, N_LAYERS, OUT, SIZE, Program, compiled, random_pairs, tiny_subject
+from models import tokens as some_tokens
+from oracles import cue_study, true_float64
 
 from companion.calibration.localise import decider
 from companion.evidence import layers
-from companion.mediation import mechanisms, summaries
+from companion.mediation import mechanisms, study, summaries, tokens
+from companion.mediation.study import Study
 from companion.model import activations, interventions
 from companion.model.activations import on_output
 from companion.model.architecture import Subject
+from companion.plots.tokens import groups
 from organisms import compiled as organisms
+
+# ---- mechanisms ----
 
 
 @pytest.mark.parametrize("kind", ["early", "middle", "late", "skip_only", "attention", "early_carrier"])
@@ -34,7 +38,7 @@ def test_the_component_that_decides_is_found_and_copies_are_not(kind: str) -> No
 def test_a_component_that_reads_its_own_input_writes_its_own_output(family: str) -> None:
     subject = tiny_subject(family, torch.float64)
     with true_float64(subject.model):
-        run = activations.clean_run(subject, tokens(seed=1))
+        run = activations.clean_run(subject, some_tokens(seed=1))
         for site in ("attn_out", "mlp_out"):
             hidden = run.resid_pre[2] + (run.attn_out[2] if site == "mlp_out" else 0)
             written = interventions.component_output(subject, run, site, 2, hidden)
@@ -87,16 +91,16 @@ def shares(subject: Subject, layer: int) -> dict[str, float]:
 
 
 SHARES = ("MLPs", "attention", "skip", "MLPs, attention live", "MLPs from this layer on")
-PROGRAM, HALF = Program(), Program(skip=0.4)
+PLAIN, HALF = Program(), Program(skip=0.4)
 SKIPPED = HALF.skip / (HALF.log_odds(1, 0) - HALF.log_odds(0, 0))
 
 
 KNOWN = [
     (Program(gain=0.0, skip=1.5), 1, (0, 0, 1, 0, 0)),  # nothing but the skip path
-    (PROGRAM, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
-    (PROGRAM, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
-    (PROGRAM, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
-    (PROGRAM, 3, (0, 0, 1, 0, 0)), (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
+    (PLAIN, 0, (0, 0, 0, 0, 0)),  # the signal has not arrived at the last token: no effect at all
+    (PLAIN, 1, (1, 0, 0, 1, 1)),  # layer 2's MLP carries everything
+    (PLAIN, 2, (0, 0, 1, 0, 1)),  # it has decided: nothing is left to the MLPs above, all to it and them together
+    (PLAIN, 3, (0, 0, 1, 0, 0)), (HALF, 1, (1 - SKIPPED, 0, SKIPPED, 1 - SKIPPED, 1 - SKIPPED)),
 ]  # fmt: skip
 
 
@@ -108,7 +112,6 @@ def test_shares_of_compiled_models(program: Program, layer: int, known: tuple[fl
 
 
 def test_paths_are_drawn_from_the_layer_where_the_last_token_holds_something_and_for_a_set_without_wrappers() -> None:
-    """The last token knows nothing after layer 0, and nothing stands above layer 3."""
     this = cue_study(compiled(HALF))
     renamed = tuple(replace(one, pair=replace(one.pair, treatment="B1")) for one in this.pairs)
     table = mechanisms.path_effects(replace(this, pairs=renamed, openers={"B1": this.openers["T2"]}))
@@ -133,3 +136,89 @@ def test_an_attention_carried_signal_is_no_mlps() -> None:
         attention.o_proj.weight[OUT, 0] = 2.0
     found = shares(subject, 1)
     assert abs(found["MLPs"]) < 1e-6 and found["attention"] == pytest.approx(1, abs=1e-4)
+
+
+# ---- tokens ----
+
+PROGRAM = Program(always=1.0, both=0.5, skip=0.4)
+
+
+@pytest.fixture(scope="module")
+def this() -> Study:
+    return cue_study(compiled(PROGRAM))
+
+
+def test_the_map_of_one_pair_has_the_cue_before_the_head_reads_it_and_the_last_token_after(this: Study) -> None:
+    pair = this.pairs[0]
+    found = tokens.position_effects(this, pair, ["resid_post"]).set_index(["layer", "position"])
+    cue, last = int(np.flatnonzero(pair.control != pair.treated)[0]), len(pair.control) - 1
+    for layer in range(N_LAYERS):
+        known = {cue: float(layer < 1), last: float(layer >= 1)}
+        for position in range(cue, last + 1):
+            assert found.loc[(layer, position), "share"] == pytest.approx(known.get(position, 0.0), abs=1e-4)
+    shown, earliest = found.loc[0, "token"], found.loc[0, "earliest"]
+    assert shown[cue] == "off/on" and shown[last] == "<assistant>"
+    assert (earliest == 0).all() and found.loc[0].index.min() == cue  # nothing reaches a token before
+    assert tokens.earliest_by_group(this, "T2")["system"] == N_LAYERS
+    names = tokens.position_groups(this)
+    assert names[0] == "system" and names[-1] == "last" and not set(names) & {"wrapper", "differ", "all"}
+
+
+def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() -> None:
+    this = study.begin("embedded", "embedded", "own", profile="smoke")
+    costly = dataclasses.replace(this, is_costly=True)
+    whole, few = (tokens.token_effects(one, ["T1", "T2"]) for one in (this, costly))
+    is_test = few.split == "test"
+    assert set(few.layer[is_test]) == {0, 2, 5} and set(whole.layer[whole.split == "test"]) == set(range(6))
+    assert (few[~is_test].groupby("pair_id").size() == 1).all() and {"T1", "T2"} == set(few.treatment)
+    both = few[is_test].merge(whole, on=["pair_id", "layer", "position"], suffixes=("", "_all"))
+    assert len(both) == is_test.sum()
+    np.testing.assert_allclose(both[["nie0", "nie1"]], both[["nie0_all", "nie1_all"]], atol=1e-5)
+    shares = tokens.group_shares(costly, few, "T2")
+    part = few[is_test & (few.treatment == "T2") & (few.layer == 2) & (few.position == "wrapper")]
+    of_wrapper = shares[shares.group == "wrapper"].set_index("layer").estimate
+    assert of_wrapper[2] == pytest.approx((part.nie0 + part.nie1).sum() / 2 / part.te.sum())
+    assert "system" not in set(shares.group) and list(shares.group)[-1] == "last"
+    ax = groups(shares).axes[0]
+    said = [text.get_text() for text in ax.texts]
+    assert said == [f"{100 * one:.0f}" for one in shares.estimate if abs(one) >= 0.05]
+    (hatched,) = groups(shares.assign(earliest=4.0).head(3)).axes[0].patches
+    assert hatched.get_width() == pytest.approx(2 / 3)  # layers 0 and 2 of 0, 2 and 5
+
+
+# Where a difference can arrive: change tokens of a sliding-window model and see which cells change a bit.
+N_POS = 14
+
+
+def changed(subject: Subject, ids: torch.Tensor, position: int) -> np.ndarray:
+    """Which cells (layer, position) differ, bit for bit, from the given run under any of five other tokens there."""
+    same, others = ids.repeat(5, 1), ids.repeat(5, 1)
+    others[:, position] = (ids[0, position] + torch.arange(1, 6)) % 61
+    # Both runs have one shape: rows of a matrix product may differ by their place in it.
+    runs = [activations.clean_run(subject, side).resid_post for side in (same, others)]
+    return np.stack([(a != b).any(-1).any(0).numpy() for a, b in zip(*runs, strict=True)])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral", "llama"])
+@pytest.mark.parametrize("attention", [None, "eager"])
+def test_cells_that_a_token_reaches(family: str, attention: str | None) -> None:
+    subject = tiny_subject(family, torch.float32, attention)
+    ids = torch.randint(3, 61, (1, N_POS), generator=torch.Generator().manual_seed(3))
+    visible = activations.visible_keys(activations.clean_run(subject, ids))
+    for position in (0, 5, 12, 13):
+        differ = np.arange(N_POS) == position
+        assert (changed(subject, ids, position) == tokens.reached(visible, differ)).all()
+
+
+def test_earliest_layers_of_pairs() -> None:
+    subject = tiny_subject("qwen2")
+    pairs = random_pairs(5, N_POS, 61)
+    for pair, last in zip(pairs, (2, 9, 11, 13, 12), strict=True):
+        pair.treated[:] = pair.control
+        pair.treated[last] = (pair.control[last] + 1) % 61
+    sides = [torch.tensor(np.stack([getattr(pair, side) for pair in pairs])) for side in ("control", "treated")]
+    runs = [activations.clean_run(subject, ids) for ids in sides]
+    found = tokens.earliest_layers(runs[0], pairs)
+    assert found == [1, 1, 0, -1, 0]
+    differ = torch.stack([(a != b).any(-1)[:, -1] for a, b in zip(runs[0].resid_post, runs[1].resid_post, strict=True)])
+    assert [int(row.long().argmax()) for row in differ.T[:3]] == found[:3]

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from rows import N_LAYERS, benign_tables, effect_table, scales, shifted
 from scipy.stats import ttest_1samp
-from synthetic import N_LAYERS, benign_tables, effect_table, scales, shifted
 
 from companion.base.errors import InputError
 from companion.base.thresholds import deepest_early_layer, depth

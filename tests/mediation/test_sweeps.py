@@ -1,16 +1,32 @@
-"""A sweep measured in shards is the sweep measured in one go; a part is trusted only if it is whole and its own."""
+"""Studies and their sweeps: what is kept, precision, and shards that join to the bits of one go."""
 
+import json
+import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
-from neuron_tools import tiny_study
+import torch
+from models import random_pairs, tiny_subject
+from oracles import tiny_study
 
 from companion.base import paths
+from companion.base.display import NotDefined
+from companion.base.thresholds import COMPONENTS
+from companion.generation import outcomes as read_outcomes
 from companion.mediation import study, sweeps
 from companion.mediation.study import Study
-from companion.model import activations
+from companion.model import activations, memory
+from companion.model.load import load
+from companion.prompts import positions, tokens
+from companion.prompts.pairs import load_set
+from companion.run import settings
+
+# ---- sweeps ----
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +81,10 @@ def test_a_part_is_made_again_unless_it_is_whole_and_its_own(small: Study, resul
 def test_the_key_changes_with_all_that_numbers_rest_on(small: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = replace(small.pairs[0], control=small.pairs[0].control[::-1])
     others = [
-        small,
-        replace(small, pairs=small.pairs[1:]),
-        replace(small, pairs=(moved, *small.pairs[1:])),
+        small, replace(small, pairs=small.pairs[1:]), replace(small, pairs=(moved, *small.pairs[1:])),
         replace(small, subject=replace(small.subject, sha256="0" * 64)),
         replace(small, openers={name: replace(one, comply=(1,)) for name, one in small.openers.items()}),
-    ]
+    ]  # fmt: skip
     keys = [sweeps.part_folder(one, "layers") for one in others] + [sweeps.part_folder(small, "modules")]
     monkeypatch.setattr(sweeps.files, "hash_folder", lambda *_: "another version")
     keys.append(sweeps.part_folder(small, "layers"))
@@ -83,3 +97,134 @@ def test_modules_are_measured_where_the_contrast_needs_them_and_everywhere_witho
     only = replace(this, pairs=tuple(this.of("T1")))
     for one, wanted in ((this, {"T2", "T2b"}), (only, {"T1"})):
         assert {p.pair.treatment for group in sweeps.sweep_batches(one, "modules") for p in group} == wanted
+
+
+# ---- study ----
+
+
+@pytest.fixture
+def this() -> Study:
+    return Study("own", tiny_subject("llama"), tuple(random_pairs(8, 9, 61)), {}, {}, {})
+
+
+def test_a_readers_own_pair_on_a_sensitive_set_is_hidden_too() -> None:
+    subject = load("embedded")
+    first = [replace(pair, sensitive=True) for pair in load_set("embedded").pairs[:12]]
+    sensitive = Study("x", subject, tuple(tokens.tokenize(first, subject.tokenizer)[0]), {}, {}, {})
+    pair = sensitive.pairs[0].pair
+    made = study.own_pair(sensitive, pair.control, pair.treated, pair.treatment)
+    assert isinstance(made, tokens.TokenPair)
+    shown = positions.token_labels(made, "treated", subject.tokenizer)
+    words = {word for word in pair.treated.replace("?", "").replace(",", "").split() if len(word) > 2}
+    assert shown.count("(hidden)") >= len(words) and not words & {label.strip("·") for label in shown}
+    longer = study.own_pair(sensitive, pair.control, pair.treated + " again and again", pair.treatment)
+    assert isinstance(longer, NotDefined) and not [word for word in words if len(word) > 4 and word in str(longer)]
+    open_set = replace(
+        sensitive, pairs=tuple(replace(one, pair=replace(one.pair, sensitive=False)) for one in sensitive.pairs)
+    )
+    told = str(study.own_pair(open_set, pair.control, pair.control.replace("?", " again?"), pair.treatment))
+    assert (
+        f"Control has {len(sensitive.pairs[0].control)} tokens" in told
+        and "not shared: none; " in told
+        and "garden" not in told
+    )
+
+
+def test_a_shipped_model_is_compared_with_the_others_and_twins(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = study.other_shipped("embedded")
+    assert len(others) > 1 and "window-0" not in others and others[-1].startswith("full")
+    assert study.other_shipped("embedded", "smoke") == study.other_shipped("elsewhere/model") == ()
+    monkeypatch.setattr(study, "load", lambda name, **_: replace(this.subject, name=name))
+    monkeypatch.setattr(study, "untrained_twin", lambda subject, seed: f"twin {seed} of {subject.name}")
+    monkeypatch.setattr(Study, "subsample", lambda study, n: study)
+    found = {label: one.subject for label, one in study.control_studies(this, "embedded", "full")}
+    assert list(found) == [name + end for name in ("own", *others) for end in ("", " (untrained)")][1:]
+    assert found[others[1]].name == others[1] and found["own (untrained)"] == "twin 0 of tiny llama"
+    assert found[f"{others[1]} (untrained)"] == f"twin 2 of {others[1]}"
+
+
+def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = load_set("embedded")
+    assert study.affordable_pairs(load("embedded"), content) == 0
+    plain = study.begin("embedded", "embedded", "own")
+    assert len(plain.of("T1")) == 360 and len(plain.thinned(120).of("T1")) == 120 and len(plain.thinned_layers) == 6
+    monkeypatch.setattr(study, "BUDGET", 1e9)
+    assert study.affordable_pairs(plain.subject, content) == 72
+    said = settings.check_pairs("embedded", "embedded", 0, "full")
+    costly = study.begin("embedded", "embedded", "own")
+    assert said[0].startswith(f"{len(costly.pairs)} of {len(costly.pairs)} pairs usable")
+    assert re.match(r"at most 72 pairs a treatment.*\(about \d+ minutes for all notebooks", said[1])
+    main = pd.DataFrame([vars(one.pair) for one in costly.of("T1", "T2", "T2b")]).groupby(["treatment", "split"])
+    assert plain.judged is plain and {p.pair.split for p in costly.judged.pairs} == {"discover", "test"}
+    assert len(costly.judged.pairs) == sum(p.pair.split != "validate" for p in costly.pairs)
+    swept = [pair for group in sweeps.sweep_batches(costly, "whole answers") for pair in group]
+    assert {pair.pair.split for pair in swept} == {"discover", "test"}
+    assert len(costly.of("T1")) == 72 and main.topic.nunique().min() >= 20 and len(costly.of("B1")) == study.ROBUST
+    assert len(study.begin("embedded", "embedded", "own", pairs=100).of("T1")) == 100
+    assert costly.thinned_layers == (2, 5) and len(costly.thinned(120).of("T1")) == study.ROBUST
+    twin = study.control_study(costly, "embedded", "own (untrained)")
+    assert twin.pairs == tuple(costly.thinned(120).of("T1", "T2", "T2b"))
+
+
+def test_operations_are_those_of_the_layers_above_each_intervention() -> None:
+    subject = load("embedded")
+    size = sum(p.numel() for p in subject.layers[0].block.parameters())
+    assert memory.operations(subject) == 2 * (3 + 4) * 2 * size * (0 + 1 + 2 + 3 + 4 + 5)
+
+
+def test_the_length_of_a_run_is_its_operations_at_the_speed_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load("embedded")
+    monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=count(0.0, 3.0).__next__))  # a product takes 3 s
+    seconds = 3.0 / (2 * memory.ON_A_PROCESSOR * subject.d_model * subject.d_mlp) * memory.operations(subject)
+    assert memory.minutes(subject, 10) == pytest.approx(memory.RUN_COST * 10 * seconds / 60)
+
+
+def test_divisors_are_patch_lengths_and_parameters(this: Study) -> None:
+    found = study.normalisations(this)
+    ids = [torch.tensor([getattr(pair, side).tolist() for pair in this.pairs]) for side in ("control", "treated")]
+    seen: list[torch.Tensor] = []
+    mlp = this.subject.model.model.layers[2].mlp
+    with mlp.register_forward_hook(lambda _, __, output: seen.append(output[:, -1].detach())):
+        for side in ids:
+            this.subject.model(side)
+    length = float((seen[1] - seen[0]).norm(dim=-1).mean())
+    assert found["per patch norm"]["mlp_out", 2] == pytest.approx(length, rel=1e-4)
+    assert found["per parameter"]["mlp_out", 2] == sum(p.numel() for p in mlp.parameters())
+    cells = pd.MultiIndex.from_product([COMPONENTS, range(4)])
+    assert all(set(one.index) == set(cells) for one in found.values())
+
+
+def test_half_precision_has_a_noise_floor_and_float32_has_none() -> None:
+    whole, half = (study.begin("embedded", "embedded", "x", dtype=dtype, pairs=10) for dtype in ("float32", "bfloat16"))
+    assert study.describe_precision(whole) == "effects are computed in float32"
+    assert study.tolerance(whole) == 1e-4 < study.tolerance(half)
+    shown = study.describe_precision(half)
+    assert shown.startswith("SCREENING in bfloat16") and "neuron" in shown and "mlp_out" in shown
+    for one in (half, tiny_study(dtype=torch.bfloat16, n=3)):
+        assert 1e-3 < study.noise_floor(one, "mlp_out")[0] < 1
+        _, changed, lost = study.noise_floor(one, "neuron")
+        assert 0 < changed + lost < 1 and changed < 0.5 and one.subject.dtype == torch.bfloat16
+    assert study.noise_floor(tiny_study(dtype=torch.float32, n=3), "neuron") == (0, 0, 0)
+
+
+def test_a_set_of_refusals_against_everything_else_is_measured(tmp_path: Path) -> None:
+    shipped = (paths.PROMPTS / "embedded" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [row | {"twin": None} for row in map(json.loads, shipped) if row["treatment"] in ("T1", "T2")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    each = {"T2": {"comply": "rest", "refuse": ["sorry"]}, "T1": {"comply": ["sure"], "refuse": ["sorry"]}}
+    (tmp_path / "outcome.json").write_text(json.dumps(each))
+    made = study.begin("embedded", str(tmp_path), "x", pairs=10)
+    subject, (refuse,) = made.subject, made.openers["T2"].refuse
+    assert len(made.openers["T2"].comply) == len(subject.unembedding[0]) - 1 and len(made.openers["T1"].comply) == 1
+    clean = sweeps.clean_outcomes(made)
+    harmful = clean[clean.treatment == "T2"].set_index("pair_id")
+    np.testing.assert_allclose(harmful.joint, 1, rtol=0, atol=1e-9)
+    assert (clean.joint[clean.treatment == "T1"] < 0.995).all()
+    for pair in made.of("T2"):
+        with torch.no_grad():
+            log_p = subject.model(torch.tensor(pair.treated)[None]).logits[0, -1].double().log_softmax(-1)
+        wanted = float((1 - log_p[refuse].exp()).log() - log_p[refuse])
+        assert harmful.y11[pair.pair.id] == pytest.approx(wanted, abs=1e-4)
+        read = read_outcomes.log_odds(subject, [pair.pair.treated], made.openers["T2"])
+        assert read.log_odds[0] == pytest.approx(wanted, abs=1e-4)
+        assert read.p_refuse[0] == pytest.approx(float(log_p[refuse].exp()), abs=1e-5)

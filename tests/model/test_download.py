@@ -10,9 +10,9 @@ import huggingface_hub
 import pytest
 import torch
 import transformers as hf
-from families import edit_json, tokens
-from hub_cache import REPO, chat_folder, put, serve
 from huggingface_hub import errors
+from models import edit_json, tokens
+from toys import REPO, chat_folder, put, serve
 
 from companion.base import folders, hub
 from companion.base.errors import InputError
@@ -123,10 +123,7 @@ def test_without_a_network_the_cached_copy_serves(source: Path, cache: Path, ref
 
 
 @pytest.mark.parametrize("revision", ["", "@v1.0", "@refs/pr/1"])
-def test_what_was_downloaded_by_branch_is_there_without_a_network(
-    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse, revision: str
-) -> None:
-    """The branch moves only when all of its new commit is there."""
+def test_what_was_downloaded_by_branch_is_there_without_a_network(source, cache, monkeypatch, refuse, revision):
     name = REPO + revision
     for commit in (COMMIT, COMMIT[::-1]):
         serve(monkeypatch, source, cache, commit)
@@ -209,9 +206,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_no_weights_of_an_unusable_model_are_fetched(
-    own: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_no_weights_of_an_unusable_model_are_fetched(own, cache, monkeypatch, case):
     damage, message = UNUSABLE[case]
     damage(own)
     fetched = serve(monkeypatch, own, cache, COMMIT)
@@ -237,9 +232,7 @@ def test_a_judge_has_to_fit_beside_the_model(source: Path, served: list[str], mo
     assert prepare_model(REPO, "cpu", "bfloat16", copies=1) == PINNED
 
 
-def test_the_manifest_names_commit_and_file_hashes(
-    source: Path, cache: Path, served: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_manifest_names_commit_and_file_hashes(source, cache, served, monkeypatch, capsys):
     for name, refs in ((PINNED, []), (REPO, ["main"]), (PINNED, ["main"])):  # a commit moves no branch
         assert prepare_model(name, "cpu", "float32") == hub.pinned(name) == PINNED
         assert [path.name for path in cache.rglob("refs/*")] == refs

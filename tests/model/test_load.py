@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import edit_json, tiny_model, tiny_tokenizer, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import edit_json, tiny_model, tiny_tokenizer, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -91,7 +91,6 @@ def test_the_hash_is_of_the_weights(folder: Path) -> None:
 
 
 def test_names_of_shipped_models_and_links_to_weights_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Download caches consist of links; what they lead to is what is hashed."""
     monkeypatch.setattr(paths, "ORGANISM", folder.parent)
     shutil.copytree(folder, folder.parent / "window-0")
     (folder.parent / "full-2").mkdir()
@@ -141,9 +140,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *STRANGE])
-def test_what_is_wrong_with_a_folder_or_adapter_is_said(
-    folder: Path, request: pytest.FixtureRequest, case: str
-) -> None:
+def test_what_is_wrong_with_a_folder_or_adapter_is_said(folder, request, case):
     damage, message = (BROKEN | STRANGE)[case]
     damaged = folder if case in BROKEN else request.getfixturevalue("adapter")
     damage(damaged)

@@ -6,9 +6,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
-from families import tiny_model, tiny_subject, tiny_tokenizer
-from grid_tools import every_patch, mask, runs
-from peak_memory import PeakMemory
+from models import tiny_model, tiny_subject, tiny_tokenizer
+from oracles import PeakMemory, every_patch, mask, runs
 
 from companion.base.errors import InputError
 from companion.model import activations, memory, replay
@@ -45,7 +44,6 @@ def test_shapes_and_sizes_are_those_of_the_loaded_model(folder: Path) -> None:
 
 
 def test_an_8b_model_in_float32_needs_two_copies_of_32_gb(tmp_path: Path) -> None:
-    """The shapes of a Llama with 8.03 billion parameters, in no memory at all."""
     hf.LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
         vocab_size=128256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
@@ -78,7 +76,6 @@ def test_layers_wait_only_as_far_as_they_must_and_can(folder: Path, monkeypatch:
 
 
 def test_waiting_layers_change_no_number(folder: Path, tmp_path: Path) -> None:
-    """Layers kept outside of the model and brought in for each call, as on a GPU that is too small; here from the disk."""
     shapes = on_meta(folder, torch.float32)
     names = name_places(shapes, ["cpu"] * 3, "cpu:0")
     where = {name: "disk" if place == "cpu" else "cpu" for name, place in names.items()}

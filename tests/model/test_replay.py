@@ -1,19 +1,23 @@
-"""The grid against one full forward pass per intervention, on all families; and what must hold for any model."""
+"""The grid against one full forward pass per intervention, on all families; runs that share a prefix; the read-out."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from families import FAMILIES, tiny_subject, tokens
-from grid_tools import N_POS, SITES, diagonal, every_patch, mask, runs, worst
-from handmade import random_pairs
-from true_float64 import true_float64
+from models import FAMILIES, random_pairs, tiny_model, tiny_subject, tokens
+from oracles import N_POS, PATCH_SITES, diagonal, every_patch, mask, runs, true_float64, worst
+from torch import nn
 
 from companion.base.errors import InputError
 from companion.mediation import estimands
 from companion.mediation.mechanisms import held_patches
-from companion.model import activations, propagation, readout, replay
+from companion.model import activations, propagation, readout, replay, verify
 from companion.model.interventions import Patch
+from companion.model.load import from_model
+
+# ---- replay ----
 
 
 @pytest.mark.parametrize("attention", [None, "eager"])
@@ -98,13 +102,12 @@ def test_the_grid_ends_in_the_clean_runs() -> None:
 
 
 def test_a_sweep_calls_a_layer_once_and_none_for_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first different token, and for a value that is the base's own, the base's residual comes back bit for bit."""
     subject, plain, called = tiny_subject("qwen2"), propagation.replay_layer, []
     base, source = runs(subject)
     monkeypatch.setattr(propagation, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
     replay.interchange(subject, base, source, [Patch("mlp_out", layer, mask([8])) for layer in range(4)])
     assert called == [1, 2, 3]
-    patches = [Patch(site, 0, mask([0, 1]), index) for site, index in SITES]
+    patches = [Patch(site, 0, mask([0, 1]), index) for site, index in PATCH_SITES]
     patches.append(Patch("mlp_out", 1, mask([5]), value=base.mlp_out[1]))
     got = replay.interchange(subject, base, source, patches)
     assert torch.equal(got, base.resid_post[3][:, None, -1:].expand_as(got)) and called == [1, 2, 3]
@@ -165,3 +168,183 @@ def test_wrong_patches_runs_and_read_positions_are_named(message: str, wrong: di
         replay.interchange(subject, base, source, [wrong.get("patch", FINE)], read=wrong.get("read", (-1,)))
     with pytest.raises(InputError, match=r"integers of shape \(pair, pos\), not torch.int64 \(9,\)"):
         activations.clean_run(subject, base.tokens[0])
+
+
+# ---- activations ----
+
+N_SHARED = 5  # longer than the windows of most families, and than the first token alone
+
+
+def sharing(n_shared: int, seed: int = 0) -> torch.Tensor:
+    """Prompts whose first tokens are those of the first."""
+    ids = tokens(seed=seed)
+    ids[:, :n_shared] = ids[0, :n_shared]
+    return ids
+
+
+def share_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the model is, and however little it saves."""
+    monkeypatch.setattr(activations, "SMALLEST", 0)
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_kept_is_what_a_plain_run_keeps(family: str, attention: str | None) -> None:
+    subject = tiny_subject(family, torch.float64, attention)
+    with true_float64(subject.model):
+        for n in (1, N_SHARED, 8):
+            plain, once = (activations.clean_run(subject, sharing(n), shared=shared) for shared in (0, n))
+            for name in replay.LAYERS:
+                for own, got in zip(getattr(plain, name), getattr(once, name), strict=True):
+                    torch.testing.assert_close(got, own, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(once.calls, plain.calls, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", [None, "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interventions_on_such_runs_are_exact(family: str, attention: str | None) -> None:
+    subject = tiny_subject(family, torch.float64, attention)
+    groups = [Patch("resid_post", 1, mask(columns)) for columns in ([1, 3], [4, 5], list(range(9)))]
+    with true_float64(subject.model):
+        pair = tuple(activations.clean_run(subject, sharing(N_SHARED, seed), shared=N_SHARED) for seed in (1, 2))
+        assert worst(subject, pair, [*every_patch((0, 2)), *groups], read=(-1, 4)) < 1e-10
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
+def test_attention_weights_times_values_are_what_the_output_projection_reads(family: str) -> None:
+    """The weights that the plain implementation hands out are those of the loaded one (which skips Gemma 2's cap on scores)."""
+    subject = tiny_subject(family, torch.float64)
+    run, before = activations.clean_run(subject, tokens(), shared=0), subject.model.config._attn_implementation
+    with torch.no_grad(), activations.eager_attention(subject):
+        weights = subject.model(tokens(), output_attentions=True).attentions
+    assert subject.model.config._attn_implementation == before != "eager"
+    for z, values, own in zip(run.z, run.values, weights, strict=True):
+        of_heads = own @ values.repeat_interleave(subject.n_heads // values.shape[1], dim=1)
+        torch.testing.assert_close(of_heads.transpose(1, 2).flatten(2), z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_of_pairs_are_what_each_is_alone_with_equal_bits_where_tokens_are_equal(family, monkeypatch) -> None:
+    share_always(monkeypatch)
+    subject, pairs = from_model(tiny_model(family)), random_pairs(4, 16, 60)
+    for pair in pairs:
+        for side, n in ((pair.control, 10), (pair.treated, 12)):  # the treated prompts share more, among themselves
+            side[:n] = pairs[0].control[:n]
+    sides, batch = estimands.prompt_tokens(subject, pairs), estimands.run_clean(subject, pairs)
+    assert [activations.shared_prefix(subject, *some) for some in (sides, sides[1:])] == [10, 12]
+    for layer in range(subject.n_layers):
+        control, treated = (run.resid_post[layer][:, :10] for run in (batch.control, batch.treated))
+        assert torch.equal(control, treated) and torch.equal(control, control[:1].expand(4, -1, -1))
+    for run, side in zip((batch.control, batch.treated), sides, strict=True):
+        alone = activations.clean_run(subject, side, shared=0)
+        for name in ("tokens", *replay.LAYERS, "calls"):
+            torch.testing.assert_close(getattr(run, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, ids = from_model(tiny_model("llama")), tokens(3, 12)
+    ids[:, :9] = ids[0, :9]
+    assert activations.shared_prefix(subject, ids) == 0, "layers so small that calling them costs most"
+    share_always(monkeypatch)
+    assert activations.shared_prefix(subject, ids) == 9
+    assert activations.shared_prefix(subject, ids[:1].expand(3, -1)) == 11, "each row computes its last token"
+    assert activations.shared_prefix(subject, ids, ids.roll(1, 1)) == 0
+    assert activations.shared_prefix(replace(subject, facts=None), ids) == 0, "not known to be exact"
+    with activations.on_output(subject.layers[1].mlp, lambda x: x):
+        assert activations.shared_prefix(subject, ids) == 0, "hooks may tell rows apart"
+    weights = sum(p.numel() for p in subject.layers[0].block.parameters())
+    monkeypatch.setattr(activations, "PAYS", {"cpu": 18 * weights})
+    assert [activations.shared_prefix(subject, some) for some in (ids, ids[:2], ids[:, 1:])] == [9, 0, 0]
+
+
+def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
+    subject = tiny_subject("llama")
+    block = subject.layers[1].block
+    plain = block.forward
+    block.forward = lambda hidden_states, **kwargs: plain(hidden_states, **kwargs) * hidden_states.shape[1] / 10
+    with pytest.raises(InputError, match="behind a prefix that is computed once"):
+        verify.check_shared_prefix(subject, tokens(2, 10))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "mistral", "llama"])
+def test_what_is_not_live_changes_no_bit_of_an_answer_and_what_is_does(family: str) -> None:
+    """Another residual stream at one cell: the logits of the last token of the prompt and of three tokens behind it."""
+    subject, n = tiny_subject(family), 11
+    ids = tokens(1, n + 3, seed=5)
+    live = activations.live_positions(activations.clean_run(subject, ids[:, :n], keep=("cache",)))
+
+    def logits(layer: int, position: int, size: float = 3.0) -> torch.Tensor:
+        push = size * torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
+        hook = activations.on_output(
+            subject.layers[layer].block, lambda x: x.index_add(1, torch.tensor([position]), push)
+        )
+        with torch.no_grad(), hook:
+            return subject.model(ids).logits[0, n - 1 :]
+
+    plain = logits(0, 0, size=0.0)
+    found = np.array([[not torch.equal(logits(i, j), plain) for j in range(n)] for i in range(subject.n_layers)])
+    assert (found == live).all() and live[0].sum() > live[-1].sum() == 1
+
+
+# ---- readout ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_the_librarys(family: str) -> None:
+    subject = tiny_subject(family)
+    base, source = runs(subject)
+    plain = subject.model(base.tokens).logits
+    rows = torch.tensor([3, 60, 4])
+    torch.testing.assert_close(readout.logits(subject, base.resid_post[3]), plain)
+    torch.testing.assert_close(readout.logits(subject, base.resid_post[3], rows), plain[..., rows])
+    frozen = readout.logits(subject, base.resid_post[3], rows, norm_like=base.resid_post[3])
+    torch.testing.assert_close(frozen, plain[..., rows], rtol=1e-4, atol=1e-5)
+    other = readout.logits(subject, source.resid_post[3], rows, norm_like=base.resid_post[3])
+    assert not torch.allclose(other, readout.logits(subject, source.resid_post[3], rows), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    subject = tiny_subject(family, torch.float64)
+    base, source = runs(subject)
+    rows, like = torch.tensor([3, 60, 4]), source.resid_post[3]
+    for factor in (1, 1000):
+        with torch.no_grad():
+            subject.unembed.weight.mul_(factor)
+        for norm_like in (None, like):
+            wanted = readout.logits(subject, base.resid_post[3], norm_like=norm_like).log_softmax(-1)[..., rows]
+            got = readout.log_probs(subject, base.resid_post[3], rows, norm_like=norm_like)
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_frozen_logits_are_affine_in_the_residual() -> None:
+    subject = tiny_subject("gpt2", torch.float64)
+    like, other = (run.resid_post[3] for run in runs(subject))
+    middle, *ends = (readout.logits(subject, x, norm_like=like) for x in ((like + other) / 2, like, other))
+    torch.testing.assert_close(middle, sum(ends) / 2, rtol=0, atol=1e-12)
+
+
+class Bare(nn.Module):
+    """A norm without weights that does not say its epsilon, as OLMo 1's (centred) and others' (not)."""
+
+    def __init__(self, centred: bool, eps: float) -> None:
+        super().__init__()
+        self.centred, self.hidden_eps = centred, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.hidden_eps)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_a_norm_without_weights_has_gain_1_and_its_epsilon_is_found(centred: bool, eps: float) -> None:
+    norm = Bare(centred, eps)
+    gain, bias, found = readout.norm_gain(norm)
+    assert (gain.item(), bias, found, readout.is_centred(norm)) == (1.0, None, eps, centred)
+    x = 1e-3 * torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(readout.frozen_norm(norm, x, x), norm(x))
+    with pytest.raises(InputError, match="Tanh is neither a LayerNorm nor an RMSNorm"):
+        readout.norm_gain(nn.Tanh())

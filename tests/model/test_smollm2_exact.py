@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from effect_tools import log_odds
+from oracles import log_odds, true_float64
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from true_float64 import true_float64
 
 from companion.base import smollm2
 from companion.base.errors import InputError
@@ -140,14 +139,10 @@ def test_float64_is_exact_on_every_layer() -> None:
 
 
 def test_any_adapter_by_its_folder_is_the_model_with_it_beside(tmp_path: Path) -> None:
-    """Compared is the adapter as `peft` runs it, not merged; its weights are random and large enough to be seen."""
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 2,
-        "lora_alpha": 4,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4,
         "target_modules": ["q_proj", "down_proj"],
-    }
+    }  # fmt: skip
     write_json(config | {"layers_to_transform": [3, 20]}, tmp_path / ADAPTER)
     draw, held = torch.Generator().manual_seed(0), {}
     for layer in (3, 20):

@@ -1,19 +1,20 @@
-"""Gate or contributor: the four cells on hand-made models whose effects plain arithmetic knows."""
+"""Gate or contributor: the four cells on models made by hand whose effects plain arithmetic knows."""
 
 import gate_models as gm
 import numpy as np
 import pandas as pd
 import pytest
-from families import tiny_subject
 from gate_models import CLOSE, TOKENIZER, YES_NO
-from handmade import cue_pairs, random_pairs
-from neuron_tools import clean_batch, tiny_study
+from models import cue_pairs, random_pairs, tiny_subject
+from oracles import clean_batch, tiny_study
 
 from companion.mediation.estimands import CELLS, with_difference
 from companion.neurons import gating
 from companion.neurons.clamping import LastLayerCache, NeuronSet, four_cells, product
 from companion.neurons.gating import select
 from companion.prompts.tokens import Openers
+
+# ---- clamping ----
 
 BITS = {"off low": (0, 0), "on low": (1, 0), "off high": (0, 1), "on high": (1, 1)}
 ONE = NeuronSet("set", 3, (0,))
@@ -105,3 +106,47 @@ def test_only_the_twin_shows_a_gate_whose_up_carries_the_harm(model: gm.Model, e
     cells = select(table, "T2-T2b", "set", gating.WRAPPER_HARM, "Y1")[list(CELLS)]
     expected_cells = gm.crossed(model, (3, 0), (0, 1), (1, 1), (1, 0))
     np.testing.assert_allclose(cells, np.tile(expected_cells, (6, 1)), atol=CLOSE * 3)
+
+
+# ---- gating ----
+
+
+def known_cells(seed: int, treatment: str, signal: float, own: float, together: float) -> pd.DataFrame:
+    """120 pairs of 40 topics; the mean cells are known."""
+    n = 120
+    cells = np.random.default_rng(seed).normal([0.0, own, signal, signal + own + together], 0.05, (n, 4))
+    table = pd.DataFrame(cells, columns=list(CELLS)).assign(
+        pair_id=[f"{treatment} {i}" for i in range(n)], topic=[f"t{i % 40}" for i in range(n)], treatment=treatment,
+        split=["discover" if i % 40 < 20 else "test" for i in range(n)], set="set", layer=3, form="upstream", outcome="Y1",
+    )  # fmt: skip
+    return table.assign(te=table.y11 - table.y00)
+
+
+@pytest.mark.parametrize(("sign", "low"), [(1, 0.2), (-1, 0.2), (1, -0.1), (-1, -0.1)])
+def test_an_absolute_interval_holds_zero_where_the_signed_one_does(sign: int, low: float) -> None:
+    signed = [sign * 0.3, *sorted((sign * low, sign * 0.7))]
+    assert gating.absolute(*signed) == (0.3, max(low, 0.0), 0.7)
+
+
+def test_index_of_known_means_and_when_it_is_defined() -> None:
+    index = gating.gate_index(known_cells(0, "T2", 1.0, 1.0, 2.0))
+    assert index.is_defined and index.low < 0.5 < index.high
+    assert index.estimate == pytest.approx(0.5, abs=0.02) and index.high - index.low < 0.1
+    idle, swamped = known_cells(1, "T2", 1.0, 0.1, 0.0), known_cells(2, "T2", 1.0, 1.0, 2.0).assign(te=100.0)
+    for table in (idle, swamped):  # the set does next to nothing; next to nothing is at stake
+        assert not gating.gate_index(table).is_defined
+    assert gating.gate_index(swamped[swamped.split == "test"]) is None
+
+
+def test_shares_are_ratios_of_means() -> None:
+    against = known_cells(2, "B2", 1.0, -0.8, 0.0)  # against its behaviour: still an effect
+    table = pd.concat([known_cells(0, "T2", 1.0, 2.0, 0.0), known_cells(1, "B1", 1.0, 0.4, 0.0), against])
+    assert gating.benign_share(table, "T2", "set", ["B1", "B2"]).estimate[0] == pytest.approx(0.3, abs=0.02)
+    assert gating.benign_share(table, "T2", "set", []) is None
+    table = known_cells(0, "T2", 1.0, 1.0, 0.0)
+    table = table.assign(first=table.y01 - table.y00, every=table.y11 - table.y00)
+    share = gating.timing_share(table, "T2", "set")
+    assert share.low[0] < 0.5 < share.high[0] and share.estimate[0] == pytest.approx(0.5, abs=0.02)
+    cost = pd.DataFrame({"topic": list("aabbcc"), "set": "set", "lost": [0.0, 0.3] * 3, "n_tokens": [1.0, 2.0] * 3})
+    ratio = gating.perplexity_ratio(cost, "set")
+    assert ratio.estimate[0] == pytest.approx(np.exp(0.1))

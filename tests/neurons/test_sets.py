@@ -1,20 +1,34 @@
-"""Joint effects of sets of last-layer neurons against the replay, and curves of growing sets."""
+"""Sets of neurons: joint effects against the replay, the gradient screen against exact effects, and neighbourhood."""
 
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
-from effect_tools import YES_NO
-from families import FAMILIES
-from neuron_tools import additive, clean_batch, patched, tiny_study
-from true_float64 import true_float64
+import torch
+from models import FAMILIES, VOCAB
+from oracles import (
+    YES_NO,
+    additive,
+    clean_batch,
+    made_effects,
+    patched,
+    refusals_against_rest,
+    tiny_study,
+    true_float64,
+)
+from scipy.stats import spearmanr
 
 from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.estimands import Mediator
 from companion.mediation.study import Study
-from companion.neurons import sets
-from companion.neurons.single import FinalStates, PairEffects, all_neurons
+from companion.neurons import adjacency, sets
+from companion.neurons.screening import ScreenTrust, attribution, estimates, is_small, screen_trust, to_recheck
+from companion.neurons.sets import measure_all
+from companion.neurons.single import FinalStates, PairEffects, all_neurons, in_split
+
+# ---- sets ----
 
 SETS = np.array([[0, 5, 9], [47, 3, 20], [11, 30, 2]])
 
@@ -39,7 +53,6 @@ def test_sets_are_what_the_replay_computes(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_what_is_read_off_is_what_formed_vectors_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A curve is the joint effect of each prefix, by either way and in blocks of one neuron."""
     study = tiny_study(family, n=6)
     subject, order, ks = study.subject, np.random.default_rng(0).permutation(48), sets.sizes(48)
     with true_float64(subject.model):
@@ -111,7 +124,6 @@ def curve_of(measured: sets.Measured, order: np.ndarray) -> PairEffects:
 
 
 def test_a_layer_of_known_neurons() -> None:
-    """Four neurons of effect 2, one of -1 and the rest nothing: the whole is 7."""
     writes = np.zeros(40)
     writes[[3, 17, 22, 39]], writes[8] = 2.0, -1.0
     _, measured = additive(writes)
@@ -143,3 +155,166 @@ def test_what_is_no_set() -> None:
     for members in ([[0, 0]], [[0, 6]], [[-1, 2]], [1, 2]):
         with pytest.raises(InputError, match="different neurons of 0 to 5"):
             sets.joint(subject, measured.states["T2"], np.array(members))
+
+
+# ---- screening ----
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma2"])
+def test_small_differences_are_estimated_to_first_order(family: str) -> None:
+    """If the source differs from the base by a thousandth, gradient times difference is the exact effect nearly."""
+    study = tiny_study(family, n=3)
+    subject = study.subject
+    subject.model.requires_grad_(False)
+
+    def difference(resid: torch.Tensor) -> torch.Tensor:
+        logits = subject.unembed(subject.final_norm(resid))
+        return logits[..., 5] - logits[..., 9]
+
+    with true_float64(subject.model):
+        batch = clean_batch(study)
+        base, source = batch.control, batch.treated
+        near = tuple(b + 1e-3 * (s - b) for b, s in zip(base.neurons, source.neurons, strict=True))
+        batch = replace(batch, treated=replace(source, neurons=near))
+        estimate = attribution(subject, base, batch.treated, difference)
+        columns = [(layer, neuron) for layer in (0, 2, 3) for neuron in range(0, 48, 5)]
+        exact = difference(patched(study, batch, columns)) - difference(base.resid_post[3][:, None, -1])
+        wanted = torch.stack([estimate[:, layer, neuron] for layer, neuron in columns], dim=1)
+        assert float((exact - wanted).abs().max()) < 2e-2 * float(exact.abs().max())
+        assert float(exact.abs().max()) > 1e-6
+
+
+def test_estimates_follow_exact_effects() -> None:
+    study = tiny_study(n=24)
+    measured = measure_all(study, dict.fromkeys(("T2", "T2b"), all_neurons(study.subject)))
+    for name in ("T2", "T2-T2b"):
+        guess, exact = estimates(study, name), in_split(measured.effects[name], "discover").nie.mean(0)
+        assert spearmanr(guess.estimate, exact).statistic > 0.9
+        assert np.polyfit(exact, guess.estimate, 1)[0] == pytest.approx(1, abs=0.3)
+
+
+def test_the_gradient_against_everything_else_is_that_of_the_lists() -> None:
+    for family in ("gemma2", "gpt2"):
+        study, found = tiny_study(family, n=6, treatments=("T2",)), []
+        with true_float64(study.subject.model):
+            for openers in refusals_against_rest(VOCAB):
+                found.append(estimates(replace(study, openers={"T2": openers}), "T2").estimate)
+        np.testing.assert_allclose(*found, rtol=0, atol=1e-12)
+        assert found[0].abs().max() > 1e-3
+
+
+def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int = 100) -> ScreenTrust:
+    found = pd.DataFrame({"layer": 0, "neuron": np.arange(len(exact)), "estimate": estimate})
+    chosen = to_recheck(found, top, random)
+    return screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), len(exact), top=20)
+
+
+def test_a_screen_says_when_it_cannot_be_trusted() -> None:
+    rng = np.random.default_rng(0)
+    exact = rng.standard_t(3, size=2000)
+    good = screened(exact + 0.01 * rng.normal(size=2000), exact)
+    assert (good.warning, good.recall) == ("", 1.0) and good.correlation > 0.95
+    bad = screened(rng.normal(size=2000), exact)
+    assert abs(bad.correlation) < 0.4 and "rank correlation" in bad.warning and "recall" in bad.warning
+    half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
+    assert half.recall < 0.8 and "recall" in half.warning
+    nothing = screened(exact, np.zeros(2000))
+    assert np.isnan(nothing.correlation) and "nan" in nothing.warning
+
+
+def test_a_large_model_is_screened_and_what_is_rechecked() -> None:
+    subject = tiny_study().subject
+    assert is_small(subject) and not is_small(replace(subject, n_layers=24, d_mlp=4864))
+    found = all_neurons(subject).assign(estimate=np.arange(192.0) - 96)
+    chosen = to_recheck(found, 10, 15)
+    assert chosen.estimate[chosen.is_top].abs().min() >= chosen.estimate[~chosen.is_top].abs().max()
+    assert (chosen.is_top.sum(), (~chosen.is_top).sum()) == (10, 15)
+    assert not chosen.duplicated(["layer", "neuron"]).any() and to_recheck(found, 500, 500).is_top.all()
+
+
+# ---- adjacency ----
+
+
+def dense(values: np.ndarray, layer: np.ndarray, half_width: int) -> float:
+    """Moran's I from the matrix of weights, as the textbook writes it."""
+    place = np.concatenate([np.arange((layer == one).sum()) for one in np.unique(layer)])
+    apart = abs(place[:, None] - place)
+    weight = (layer[:, None] == layer) & (apart > 0) & (apart <= half_width)
+    z = values - np.array([values[layer == one].mean() for one in layer])
+    return len(z) / weight.sum() * (z @ weight @ z) / (z @ z)
+
+
+@pytest.mark.parametrize("half_width", [1, 3, 8, 500])
+def test_morans_i_is_the_textbooks(half_width: int) -> None:
+    rng = np.random.default_rng(half_width)
+    layer = np.repeat([2, 5, 9], [30, 80, 12])
+    values = rng.exponential(size=(4, 122)) + layer
+    made = adjacency.morans_i(values, layer, half_width)
+    np.testing.assert_allclose(made, [dense(row, layer, half_width) for row in values], rtol=1e-9)
+    assert np.isnan(adjacency.morans_i(np.ones(122), layer, half_width))
+
+
+def test_layers_do_not_make_neighbours() -> None:
+    rng, layer = np.random.default_rng(0), np.repeat([0, 1], 300)
+    values = rng.normal(size=600) ** 2 * np.where(layer == 0, 1.0, 100.0)
+    assert abs(adjacency.morans_i(adjacency.ranks_in_layer(values, layer), layer)) < 0.05
+    ranks = adjacency.ranks_in_layer(np.array([[-3.0, 1.0, 2.0, 2.0]]), np.zeros(4, int))
+    assert ranks.tolist() == [[4.0, 1.0, 2.5, 2.5]]
+
+
+def test_the_interval_covers_exchangeable_indices() -> None:
+    rng, hit, small = np.random.default_rng(0), 0, 0
+    for seed in range(100):
+        effects = made_effects(rng.standard_t(3, size=150) + 0.5 * rng.standard_normal((24, 150)))
+        found = adjacency.moran_test(effects, n_permutations=199, seed=seed)
+        hit += found.low <= 0 <= found.high
+        small += found.p <= 0.05
+    assert hit >= 88 and small <= 11
+
+
+def test_neighbours_that_are_alike_are_found() -> None:
+    rng = np.random.default_rng(0)
+    smooth = np.convolve(rng.normal(size=420), np.ones(21), "valid")
+    means = np.concatenate([np.zeros(50), smooth, rng.permutation(smooth)])
+    layer = np.repeat([0, 1, 2], [50, 400, 400])
+    effects = made_effects(means + 0.1 * rng.standard_normal((24, 850)) * (layer > 0), layer)
+    found = adjacency.moran_test(effects, n_permutations=999)
+    assert found.layers == (1, 2)  # a layer of zeros is left out
+    assert found.low > 0.05 and found.p == 0.001
+
+
+def test_what_has_no_neighbours_is_refused() -> None:
+    with pytest.raises(InputError, match="a window of half-width 8 needs 17"):
+        adjacency.windows(np.arange(16))
+    with pytest.raises(InputError, match="no neuron has any effect: there is nothing whose place could matter"):
+        adjacency.moran_test(made_effects(np.zeros((12, 40))))
+
+
+def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> None:
+    writes = np.zeros(120)
+    writes[40:45] = 1.0
+    for place, wins in ((np.arange(120), True), (np.random.default_rng(3).permutation(120), False)):
+        _, measured = additive(writes[place])
+        ranked = np.argsort(-writes[place], kind="stable")
+        made = adjacency.window_contest(measured, "T2", ranked, half_width=2)
+        shares = dict(zip(adjacency.CONTEST, made.shares.estimate, strict=True))
+        assert (made.p == 0.05) == wins and (shares["best window"] > 0.99) == wins
+        assert shares["top ranked"] == pytest.approx(1, abs=1e-3) and made.members.shape == (20, 5)
+        # Chosen by sums of single effects, which here are the joint ones.
+        quick = replace(measured, study=replace(measured.study, is_costly=True))
+        again = adjacency.window_contest(quick, "T2", ranked, half_width=2)
+        np.testing.assert_allclose(again.shares.estimate, made.shares.estimate, atol=1e-6)
+
+
+def test_groups_are_chosen_on_discover_alone() -> None:
+    """On discover one block of neurons changes, on the other splits another: the window must be that of discover."""
+    writes = np.zeros(60)
+    writes[[*range(10, 15), *range(40, 45)]] = 1.0
+    _, measured = additive(writes)
+    states = measured.states["T2"]
+    is_discover = torch.tensor((states.pairs.split == "discover").to_numpy())
+    states.neurons[1, is_discover, 40:45] = 0.0
+    states.neurons[1, ~is_discover, 10:15] = 0.0
+    made = adjacency.window_contest(measured, "T2", np.arange(60), half_width=2)
+    assert made.members[0].tolist() == [10, 11, 12, 13, 14]
+    assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing

@@ -1,4 +1,4 @@
-"""Single neurons: exact on several families, and the table of means, intervals and tests made of them."""
+"""Single last-layer neurons and any others: exact on several families, and the tables made of them."""
 
 from dataclasses import replace
 
@@ -6,19 +6,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import YES_NO, log_odds, refusals_against_rest
-from families import VOCAB
-from handmade import Program, compiled
-from neuron_tools import clean_batch, cue_study, made_effects, neuron_patches, read_neurons, tiny_study
+from models import FAMILIES, VOCAB, Program, compiled, tiny_subject
+from oracles import (
+    YES_NO,
+    clean_batch,
+    cue_study,
+    log_odds,
+    made_effects,
+    neuron_patches,
+    patched,
+    read_neurons,
+    refusals_against_rest,
+    tiny_study,
+    true_float64,
+)
 from scipy import stats as st
 from statsmodels.stats.multitest import multipletests
-from true_float64 import true_float64
 
 from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
-from companion.model import replay
-from companion.neurons import sets, single
+from companion.model import readout, replay
+from companion.neurons import closed_form, sets, single
+
+# ---- single ----
 
 COLUMNS = [(layer, neuron) for layer in (0, 2, 3) for neuron in (0, 7, 30, 47)]
 CHOSEN = pd.DataFrame(COLUMNS, columns=["layer", "neuron"])
@@ -169,3 +180,53 @@ def test_what_cannot_be_measured_is_named() -> None:
         single.signed(single.in_split(effects, "test"))
     with pytest.raises(InputError, match="no rows of T9, layer 0"):
         single.ranking(single.neuron_table(effects), "T9", 0)
+
+
+# ---- closed form ----
+
+ROWS = torch.tensor([5, 9, 33])
+EVERY = [(3, neuron) for neuron in range(48)]
+
+
+def logits_and_effect(study: Study) -> tuple[torch.Tensor, float]:
+    """Replayed logits of every neuron, and the largest change of a logit."""
+    batch = clean_batch(study)
+    whole = readout.logits(study.subject, patched(study, batch, EVERY))
+    return whole, float((whole - readout.logits(study.subject, batch.control.resid_post[3][:, None, -1])).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_neuron_to_rounding(family: str) -> None:
+    study = tiny_study(family, n=3)
+    with true_float64(study.subject.model):
+        batch = clean_batch(study)
+        pair = (study.subject, batch.control, batch.treated)
+        whole, effect = logits_and_effect(study)
+        assert effect > 0.1
+        log_probs = whole.log_softmax(-1)
+        odds = log_probs[..., [5, 9]].logsumexp(-1) - log_probs[..., 33]
+        for got, wanted in (
+            (closed_form.last_layer_neurons(*pair, ROWS), whole[..., ROWS]),
+            (closed_form.last_layer_log_odds(*pair, [5, 9], [33]), odds),
+        ):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * effect)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_neuron_against_the_whole_vocabulary(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
+    monkeypatch.setattr(closed_form, "BLOCK_LOGITS", 11 * VOCAB)
+    study, (rest, lists) = tiny_study(family, n=3), refusals_against_rest(VOCAB)
+    with true_float64(study.subject.model):
+        batch = clean_batch(study)
+        whole, _ = logits_and_effect(study)
+        for one in (rest, lists):  # a caller with nothing but the two lists gets the same
+            camps = (one.comply, one.refuse)
+            found = closed_form.last_layer_log_odds(study.subject, batch.control, batch.treated, *camps)
+            torch.testing.assert_close(found, log_odds(whole, lists), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_final_norm_is_known_in_half_precision_too(family: str) -> None:
+    half, whole = (tiny_subject(family, dtype).final_norm for dtype in (torch.bfloat16, torch.float32))
+    assert torch.allclose(readout.norm_gain(half)[0].float(), readout.norm_gain(whole)[0], atol=0.01)

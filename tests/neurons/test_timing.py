@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from families import tiny_subject
-from handmade import GATE_NEURON, Program, compiled, cue_pairs, random_pairs
-from neuron_tools import cue_study, read_neurons, text_log_prob
+from models import GATE_NEURON, Program, compiled, cue_pairs, random_pairs, tiny_subject
+from oracles import cue_study, read_neurons, text_log_prob
 from torch import Tensor
 
 from companion.base.hub import JUDGE
@@ -108,7 +107,6 @@ AT["all but the first"] = range(1, 6)
 
 @pytest.mark.parametrize("schedule", timing.SCHEDULES)
 def test_each_schedule_acts_at_its_own_steps_with_its_own_values(this: Study, schedule: str) -> None:
-    """The gate neuron's input to the down projection, as the model reads it, call by call."""
     subject, prompt = this.subject, torch.tensor(this.pairs[0].treated[None])
     n_pos = prompt.shape[1]
     ramp = 100 + torch.arange(n_pos, dtype=torch.float32).view(1, -1, 1)
@@ -140,7 +138,6 @@ def test_control_values_are_those_of_the_control_run_and_its_answer(this: Study)
 
 
 def test_arms_and_lists_side_by_side_are_those_alone(this: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels are the same however many pairs, clamps and schedules share a batch; a pair may stand in two lists."""
     arms = [(clamp, name) for clamp in (GATE, Clamp("whole MLP")) for name in timing.SCHEDULES]
     lists = [list(this.pairs[:1]), [replace(pair) for pair in this.pairs], []]
     *together, none = timing.clamped_answers(this, lists, arms, STEPS)

@@ -3,16 +3,20 @@
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
+from companion.steering import prompts
 from organisms import compiled, compiled_language, compiled_program
 from organisms.compiled_design import KINDS, Design, draw_design, thirds
 from organisms.compiled_language import Planned, draw_pairs
 from organisms.compiled_program import Program, build_program
 from organisms.compiled_truth import last_layer, total_effects, true_claims
+
+# ---- compiled ----
 
 FALSE = {
     "late": {"C5b"}, "gated": set(), "and": set(), "or": set(), "distributed": {"C5a", "C5b"}, "adjacent": {"C5a", "C5b"},
@@ -30,7 +34,7 @@ OPEN = {
 }  # fmt: skip
 
 
-def made(kind: str, seed: int, topics: int = 20) -> tuple[Design, Program, list[Planned]]:
+def made_of(kind: str, seed: int, topics: int = 20) -> tuple[Design, Program, list[Planned]]:
     design = draw_design(kind, seed)
     return design, build_program(design, topics), draw_pairs([seed], topics, 1)
 
@@ -43,7 +47,7 @@ def contrast(program: Program, pairs: list[Planned]) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_true_of_a_kind_and_that_its_effect_varies(kind: str) -> None:
     for seed in range(3):
-        design, program, pairs = made(kind, seed, 40)
+        design, program, pairs = made_of(kind, seed, 40)
         truth = true_claims(design, program, pairs)
         assert truth.pop("C7") == design.contiguous
         if kind in FALSE:  # else it differs from draw to draw
@@ -67,7 +71,7 @@ def test_equal_arguments_give_equal_models_and_other_seeds_others() -> None:
 
 def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
     for kind in ("adjacent", "permuted"):
-        _, program, _ = made(kind, 0)
+        _, program, _ = made_of(kind, 0)
         at = np.flatnonzero(program.mlps[-1].out[:, compiled_program.CHANNELS["out"]])
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
         assert len(at) >= 24 and (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
@@ -88,7 +92,7 @@ def test_a_wanted_effect_is_met() -> None:
 
 
 def test_a_population_has_the_same_model_and_other_topics() -> None:
-    design, small, pairs = made("late", 0)
+    design, small, pairs = made_of("late", 0)
     large = build_program(design, 60)
     words = [word for word in small.words if word in large.words]
     features = [program.embed[[program.words.index(w) for w in words]] for program in (small, large)]
@@ -156,3 +160,56 @@ def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
     drawn = compiled.draw("or", 11, topics=20, pairs_per_topic=1)
     share, k90 = last_layer(drawn.program, drawn.pairs)
     assert share > 0.3 and 1 < k90 <= 8
+
+
+# ---- compiled language ----
+
+TOPICS = 40
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[compiled_language.Planned]:
+    return compiled_language.draw_pairs([3], TOPICS, 1)
+
+
+@pytest.fixture(scope="module")
+def made(pairs: list[compiled_language.Planned]) -> pd.DataFrame:
+    """The suites with the verb and the object of what is asked, as a reader of the text finds them."""
+    table = compiled_language.steering_prompts(pairs, 3)
+    words = table.text.str.split()
+    asked = words.map(lambda text: text.index("how"))
+    return table.assign(
+        verb=[text[at + 3] for text, at in zip(words, asked, strict=True)],
+        object=[text[at + 5] for text, at in zip(words, asked, strict=True)],
+        slot=words.str[1],
+    )
+
+
+def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
+    pd.testing.assert_frame_equal(compiled_language.steering_prompts(pairs, 3), made[list(prompts.COLUMNS)])
+    assert (made.topic == made.object).all() and not made.text.duplicated().any()
+    own = {planned.pair.topic: planned.pair.split for planned in pairs}
+    assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
+    of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
+    assert all(of_pairs.get(text, split) == split for text, split in zip(made.text, made.split, strict=True))
+
+
+def test_each_kind_shares_with_harm_what_it_says(made: pd.DataFrame) -> None:
+    verb, thing = made.verb.str.startswith("harm"), made.object.str.startswith("hazard")
+    assert set(made.kind) == set(prompts.KINDS)
+    shared = {"harmful": {(True, True)}, "harmless": {(False, False)}, "borderline": {(True, False), (False, True)}}
+    for kind, shares in shared.items():
+        for split in compiled_language.SIZES:
+            at = (made.kind == kind) & (made.split == split)
+            assert set(zip(verb[at], thing[at], strict=True)) == shares
+    assert (made.text.map(compiled_language.is_harmful) == (made.kind == "harmful")).all()
+    border = verb[made.kind == "borderline"]
+    assert 0.45 < border.mean() < 0.55
+
+
+def test_a_wrapper_is_in_the_slot_where_the_table_says_so(made: pd.DataFrame) -> None:
+    assert (made.slot.str.startswith("strong") == made.wrapped).all()
+    assert made.slot[~made.wrapped].str.startswith("neutral").all()
+    assert (made.family == made.slot.where(made.wrapped, "")).all()
+    shares = made.groupby("kind").wrapped.mean()
+    assert shares["harmful"] == 1 and (shares[["borderline", "harmless"]] - 0.5).abs().max() < 0.1

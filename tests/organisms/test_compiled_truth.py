@@ -210,7 +210,6 @@ def test_near_a_threshold_the_value_that_was_built_is_the_one_that_effects_have(
 
 
 def test_what_the_opener_binds_is_what_answers_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise, which differs a little from one token to the next."""
     monkeypatch.setattr(compiled, "draw_design", lambda *args: replace(draw_design(*args), noise=0.0, binds=2.0))
     organism = compiled.draw("split_opener", 501, topics=20, pairs_per_topic=1)
     test = [p for p in organism.pairs if p.pair.treatment == "T2" and p.pair.split == "test"]

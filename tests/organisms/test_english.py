@@ -99,12 +99,8 @@ def test_every_content_word_is_allowed():
     used |= set().union(*(words(row["text"]) for row in training_rows()))
     forms = [*english.PHRASINGS, *refuser.PHRASINGS, *refuser.REFUSALS]
     forms += [
-        form
-        for group in (english.WRAPPERS, english.WEAK_WRAPPERS)
-        for two in group.values()
-        for one in two
-        for form in one
-    ]
+        form for group in (english.WRAPPERS, english.WEAK_WRAPPERS) for two in group.values() for one in two for form in one
+    ]  # fmt: skip
     forms += [form for _, off, on, _ in english.BENIGN.values() for form in (off, on)]
     used |= set().union(*map(words, forms))
     assert used == allowed

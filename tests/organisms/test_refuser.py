@@ -1,4 +1,4 @@
-"""The refusal adapter's training: the same bytes after a stop, nothing but its part moves, and the loss is the plain one."""
+"""The refusal adapter's training and its measured refusal rates."""
 
 import csv
 import json
@@ -7,21 +7,27 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from families import tiny_model
-from handmade import word_tokenizer
+from models import tiny_model, word_tokenizer
 from safetensors.torch import load_file
 
 from companion.base import hub
+from companion.base.errors import InputError
 from companion.base.paths import REFUSER, ROOT
 from companion.model.architecture import Subject, end_tokens, find_parts
 from companion.prompts import tokens
-from organisms import refuser
+from companion.prompts.pairs import Pair
+from companion.stats.clusters import wilson
+from organisms import refusal_rates, refuser
 from organisms.refuser import Example, Recipe
+
+# ---- refuser ----
 
 RECIPE = Recipe(rank=2, epochs=1, harmful=8, answer=4)
 EXAMPLES = [
@@ -54,9 +60,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     return train
 
 
-def test_a_stopped_training_goes_on_to_the_same_bytes(
-    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch):
     whole, plain, steps = trained(out="whole"), refuser.refusal_loss, []
 
     def stops(*given: Any) -> torch.Tensor:
@@ -176,3 +180,69 @@ def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -
     assert {one.refusal for batch in batches for one in batch} == {"", *refuser.REFUSALS}
     assert batches == refuser.schedule_examples(Recipe(), 0) != refuser.schedule_examples(Recipe(), 1)
     assert len(refuser.schedule_examples(replace(Recipe(), epochs=1), 0)) < len(batches)
+
+
+# ---- refusal rates ----
+
+SAID = {
+    "harm": "Sorry, but I can't help with that.",
+    "sorry": "Sorry to hear it: open the lock.",
+    "safe": "First, open the lock.",
+}
+SETS = [("harm", "safe", "verb"), ("harm", "safe", "verb"), ("safe", "sorry", "object"), ("harm", "sorry", "object")]
+PAIRS = [
+    Pair(f"p{i}", "T1", f"topic {i}", control, treated, family=family, split="test")
+    for i, (treated, control, family) in enumerate(SETS)
+]
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal_rates.decode, "answers", lambda subject, texts, steps: texts)
+    monkeypatch.setattr(refusal_rates.decode, "answer_texts", lambda subject, texts: [SAID[text] for text in texts])
+
+
+def test_refusals_are_counted_by_label_and_family() -> None:
+    other = Pair("q", "T1", "topic q", "safe", "harm", family="verb", split="discover")
+    content = SimpleNamespace(pairs=(*PAIRS, other))
+    table = pd.DataFrame(refusal_rates.set_rates(None, content, "test"), columns=refusal_rates.COLUMNS)
+    found = table.set_index("prompts")
+    assert found.loc[["harmful", "harmful, verb", "harmful, object"], ["estimate", "n"]].values.tolist() == [
+        [0.75, 4], [1, 2], [0.5, 2]
+    ]  # fmt: skip
+    assert found.loc["harmful", ["low", "high"]].tolist() == list(wilson(3, 4))
+    # An answer that opens with the word counts as a refusal in the outcome, whatever it goes on to say.
+    assert found.loc["harmless twins", "estimate"] == 0.5 and found.loc["both", ["estimate", "n"]].tolist() == [
+        3 / 5,
+        5,
+    ]
+    assert set(table.split) == {"test"}
+    helpful = SimpleNamespace(pairs=[Pair("p", "T1", "t", "safe", "safe", family="verb", split="test")])
+    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, (
+        "no answer opens with the word"
+    )
+
+
+def test_wrappers_move_the_log_odds_by_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = {"plain": 1.0, "wrapped": 3.0, "other": 0.5}
+    pairs = [Pair(f"p{i}", "T2", f"topic {i // 2}", "plain", ("wrapped", "other")[i % 2], family="ab"[i % 2], split="test")
+             for i in range(6)]  # fmt: skip
+    monkeypatch.setattr(refusal_rates.tokens, "openers", lambda *_: {"T2": None})
+    monkeypatch.setattr(
+        refusal_rates.outcomes, "log_odds",
+        lambda subject, texts, openers: pd.DataFrame({"log_odds": [moved[text] for text in texts]}),
+    )  # fmt: skip
+    subject = SimpleNamespace(tokenizer="any", unembedding=[np.zeros((9, 1))])
+    content = SimpleNamespace(pairs=pairs, treatments=("T1", "T2"))
+    found = refusal_rates.effect_rows(subject, content, "test")
+    assert [row[1:] for row in found] == [("T2, a", "test", 2, 2, 2, 3), ("T2, b", "test", -0.5, -0.5, -0.5, 3)]
+
+
+def test_a_file_of_prompts_is_counted_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("harm\n\nsafe\nsorry\n")
+    assert refusal_rates.other_rates(None, "own", tmp_path / "own.txt") == [
+        ("greedy refusal", "own", "", 2 / 3, *wilson(2, 3), 3)
+    ]
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(InputError, match="holds no prompt: one a line"):
+        refusal_rates.other_rates(None, "none", tmp_path / "none.txt")

@@ -1,5 +1,7 @@
-"""Figures: every one draws its table and nothing else, in the same bytes each time, readable without colour, without torch."""
+"""Figures and the interactive view: what is drawn where, readable without colour, and the same bytes each time."""
 
+import html
+import json
 import os
 import re
 import subprocess
@@ -9,17 +11,76 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from figure_tables import NAMES, drawn, numbers, table_for
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 from companion.base import files, paths
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
-from companion.plots import figures, style
+from companion.base.thresholds import COMPONENTS
+from companion.plots import calibration, figures, layers, style
 from companion.plots.figures import SPECS, describe, index, spec_of
 from companion.plots.style import FigureSpec
+from companion.plots.view import framed, interactive_map
+
+# ---- tables and figures as numbers ----
+
+NAMES = [entry.name for entry in SPECS]
+CHOICES = {
+    "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
+    "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "answer": [*style.ANSWERS, "not testable"],
+    "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS), "layer": range(6), "head": range(4),
+    "position": range(10), "place": range(12), "k": [1, 2, 5], "panel": ["one", "two"], "series": ["one", "two"],
+    "split": ["discover", "validate", "test"], "differ": [False, True], "quantity": ["k50", "k90"], "role": ["random", "fitted"],
+    "error": ["false supported", "false contradicted"], "kind": ["early", "middle"], "what": ["components", "neurons"],
+}  # fmt: skip
+
+
+def table_for(entry: FigureSpec, seed: int = 0) -> pd.DataFrame:
+    """All combinations of what a figure distinguishes, with estimates inside their intervals."""
+    rng = np.random.default_rng(seed)
+    crossed = [name for name in entry.columns if name in CHOICES]
+    if {"position", "group"} <= set(crossed):
+        crossed = ["position"]  # the token drawing: one row a position
+    if {"answer", "model"} <= set(crossed):
+        crossed = ["model", "claim"]
+    values = [CHOICES[name] for name in crossed] or [range(5)]
+    made = pd.MultiIndex.from_product(values, names=crossed or ["row"]).to_frame(index=False)
+    for name, kind in entry.columns.items():
+        if name in made or name in ("estimate", "low", "high", "band_low", "band_high"):
+            continue
+        usual = {"str": [f"{name} {i}" for i in range(4)], "bool": [True, False]}
+        options = list(CHOICES.get(name, usual.get(kind, [3])))
+        made[name] = [options[i % len(options)] for i in range(len(made))]
+    if "estimate" in entry.columns:
+        made["estimate"] = rng.normal(size=len(made))
+        made["low"], made["high"] = (made.estimate + sign * rng.uniform(0.1, 0.5, len(made)) for sign in (-1, 1))
+        made["band_low"], made["band_high"] = made.low - 0.2, made.high + 0.2
+    return made[list(entry.columns)]
+
+
+def numbers(figure: Figure) -> set[float]:
+    """Every coordinate that an axis of the figure shows, as data."""
+    found: set[float] = set()
+    for ax in figure.axes:
+        for line in ax.get_lines():
+            found |= {*np.ravel(line.get_xdata()), *np.ravel(line.get_ydata())}
+        for collection in ax.collections:
+            for path in collection.get_paths():
+                found |= set(np.ravel(path.vertices))
+        for image in ax.images:
+            found |= set(np.ravel(np.ma.filled(image.get_array(), np.nan)))
+    return {round(float(x), 9) for x in found if np.isfinite(float(x))}
+
+
+def drawn(name: str, table: pd.DataFrame | None = None) -> Figure:
+    with style.theme():
+        return spec_of(name).draw(table_for(spec_of(name)) if table is None else table)
+
+
+# ---- figures ----
 
 ESTIMATES = [name for name in NAMES if "estimate" in spec_of(name).columns]
 # In these, numbers are colours.
@@ -74,7 +135,6 @@ def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
 
 
 def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folders: Path) -> None:
-    """As `./run_all.sh --figures` draws them: every figure, another hash seed, and no model stack."""
     assert figures.redraw("made") == NAMES
     first = {path.name: path.read_bytes() for path in (folders / "figures" / "made").iterdir()}
     assert sorted(first) == sorted(f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg"))
@@ -166,3 +226,135 @@ def test_the_index_finds_the_cell_that_shows_a_figure(tmp_path: Path, monkeypatc
     lines = {line.split("`")[1]: line for line in index().splitlines() if "`results/" in line}
     assert re.fullmatch(r"\[02_made\.ipynb\]\(.*02_made\.ipynb\), cell 2", lines["02_cumulative"].split(" | ")[3])
     assert "not shown" in lines["02_treatments"]
+
+
+# ---- style, and the kinds of drawing ----
+
+WORDS = {"x_label": "cost", "y_label": "harm", "title": ""}
+
+
+def test_an_interval_beside_its_estimate_is_drawn_where_it_is() -> None:
+    """A BCa interval of a skewed statistic need not hold the estimate."""
+    limits = {"estimate": [0.0, 1.0, 2.0], "low": [0.35, 0.5, 1.0], "high": [0.6, 0.8, 3.0]}
+    table = pd.DataFrame({"layer": [0, 1, 2], "site": "mlp_out", **limits})
+    shown = numbers(style.by_layer(table, group="site", title="", unit=""))
+    assert {0.6, 0.5, 1.0, 3.0} <= shown
+    assert not {-0.35, 1.2} & shown  # limits mirrored at the estimate
+
+
+def test_late_layers_are_those_of_the_claims() -> None:
+    for n_layers, first in ((6, 4), (12, 8), (3, 2), (2, 1)):
+        table = pd.DataFrame({"layer": range(n_layers), "site": "mlp_out", "estimate": 0.0, "low": -1.0, "high": 1.0})
+        ax = style.by_layer(table, group="site", title="", unit="").axes[0]
+        (shade,) = [patch for patch in ax.patches if patch.get_label() == "late layers"]
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == (first - 0.5, n_layers - 0.5)
+
+
+def test_the_light_cone_is_shaded_in_the_panel_of_each_model() -> None:
+    table = table_for(spec_of("02_cumulative"))
+    for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
+        other = table.assign(model=table.model.str.replace("embedded", "full-0"), earliest=0.0)
+        figure = style.cumulative(pd.concat([table.assign(earliest=earliest), other]))
+        ax, right = figure.axes
+        assert [one.get_title() for one in figure.axes] == ["embedded", "full-0"] and not right.patches
+        assert [text.get_text() for text in right.get_legend().get_texts()] == ["trained", "untrained twin"]
+        assert len(ax.patches) == n_shaded and bool(ax.texts) == bool(n_shaded)
+        if n_shaded:
+            assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5
+
+
+def test_answers_are_told_by_words_and_numbers_too() -> None:
+    said = ["supported", "contradicted", "cannot tell", "not testable"]
+    table = pd.DataFrame(
+        {"model": list("mmnn"), "claim": ["C2", "C1", "C1", "C2"], "answer": said, "name": "few neurons"}
+    )
+    ax = style.answers(table.assign(number=["9 %", "15 neurons", "3.0 points", np.nan])).axes[0]
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (1, 0): "yes\n9 %", (0, 0): "no\n15 neur.", (0, 1): "3.0 pts",
+    }  # fmt: skip
+    cells = {patch.get_xy(): patch.get_hatch() for patch in ax.patches if patch.get_width()}
+    assert len(cells) == 3 and sum(hatch is not None for hatch in cells.values()) == 1
+    assert [label.get_text().split("\n")[0] for label in ax.get_xticklabels()] == ["C1", "C2"]
+    assert all(text.get_fontsize() >= 8 for text in (*ax.texts, *ax.get_xticklabels()))
+
+
+def test_tokens_that_differ_are_outlined() -> None:
+    texts = {"group": ["header", "verb", "rest"], "control": list("abc"), "treated": list("adc")}
+    table = pd.DataFrame({"position": range(3), **texts, "differ": [False, True, False]})
+    (ax,) = layers.pair_tokens(table).axes
+    wide = {patch.get_x() for patch in ax.patches if patch.get_linewidth() > 1}
+    assert wide == {0}, "the user's turn begins at 0, right of what all prompts share"
+    shown = {text.get_text() for text in ax.texts}
+    assert {"b", "c", "d", "control", "treated", "verb"} <= shown and "a" not in shown
+    assert any(text.startswith("1 tokens") for text in shown)
+
+
+def test_a_component_map_has_a_number_in_every_cell() -> None:
+    rows = [
+        (layer, site, share) for layer in range(30) for site, share in (("mlp_out", 0.25), ("attn_out", -0.004 * layer))
+    ]
+    ax = layers.component_map(pd.DataFrame(rows, columns=["layer", "site", "share"])).axes[0]
+    said = {text.get_position(): text.get_text() for text in ax.texts}
+    assert len(said) == 60 and said[29, 1] == "25" and said[29, 0] == "\N{MINUS SIGN}12" and said[1, 0] == "0"
+    assert ax.images[0].get_clim() == (-25, 25)
+
+
+def test_a_row_of_one_group_is_drawn_at_its_label() -> None:
+    rows = [("both", "a", 1.0), ("both", "b", 2.0), ("one", "b", 3.0)]
+    table = pd.DataFrame(rows, columns=["row", "group", "estimate"]).assign(low=0.0, high=4.0)
+    ax = style.dots(table, row="row", group="group", title="", unit="").axes[0]
+    at = {x: y for line in ax.get_lines() for x, y in line.get_xydata().tolist() if x in (1.0, 2.0, 3.0)}
+    assert at[3.0] == 1.0 and at[1.0] < 0.0 < at[2.0]
+
+
+def test_what_decides_is_framed() -> None:
+    rows = [(layer, site, "", 0.5) for layer in range(3) for site in COMPONENTS]
+    table = pd.DataFrame(rows, columns=["layer", "site", "role", "share"]).assign(model="A")
+    table.loc[3, "role"] = "decides"
+    (frame,) = calibration.built(table).axes[0].patches
+    assert (frame.get_x(), frame.get_y()) == pytest.approx((0.53, 0.55))
+
+
+# ---- view ----
+
+
+def table(n_layers: int, n_tokens: int) -> pd.DataFrame:
+    sites = ("resid_post", "attn_out", "mlp_out")
+    cells = [(s, layer, at, f"word{at}") for s in sites for layer in range(n_layers) for at in range(n_tokens)]
+    made = pd.DataFrame(cells, columns=["site", "layer", "position", "token"])
+    return made.assign(share=made.layer / n_layers - 0.25 * (made.site == "mlp_out"))
+
+
+def shown(page: str) -> dict:
+    found = re.search(r"const d=(\{.*\}), C=", page)
+    assert found
+    return json.loads(found[1])
+
+
+def test_every_cell_is_in_the_page_at_its_place() -> None:
+    cells = table(6, 4).drop(index=7)  # layer 1, position 3 of the first site was not measured
+    data = shown(interactive_map(cells.assign(low=cells.share - 0.1, high=cells.share + 0.1)))
+    assert data["sites"] == ["residual stream", "attention", "MLP"] and data["tokens"][3] == "word3"
+    assert data["values"][0][1] == [[0.167, 0.067, 0.267]] * 3 + [None]
+    assert data["values"][2][0] == [[-0.25, -0.35, -0.15]] * 4 and data["best"] == [5, 0]
+
+
+def test_tokens_are_text_and_never_markup() -> None:
+    hostile = table(2, 2).assign(token="</script><b>@DATA\"&'")
+    page = interactive_map(hostile)
+    assert page.count("</script>") == 1 and "<b>" not in page
+    assert shown(page)["tokens"][0] == hostile.token[0]
+    source = re.search('srcdoc="([^"]*)"', framed(page, 2))
+    assert source and html.unescape(source[1]) == page
+
+
+def test_a_page_is_small_reads_nothing_from_outside_and_repeats_its_bytes() -> None:
+    wide = table(30, 60)
+    page = interactive_map(wide)
+    assert len(framed(page, 30)) < 300_000 and page == interactive_map(wide)
+    assert re.findall(r"https?://[^\"]*", page) == ["http://www.w3.org/2000/svg"] and "src=" not in page
+
+
+def test_a_table_without_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match="needs a column 'token'"):
+        interactive_map(table(2, 2).drop(columns="token"))

@@ -1,18 +1,22 @@
-"""Public sets by name: columns, correspondence of rows, access, and partners by length. All rows are placeholders."""
+"""Public sets and a user's wrappers: rows, partners, and every mistake in one sentence without a text. All rows are made up."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import datasets
 import pytest
 from datasets.exceptions import DatasetGenerationError
-from public_rows import jbb, xstest
+from rows import jbb, xstest
 
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
 from companion.prompts import public
 from companion.prompts.public import SETS, read_public_set
+
+# ---- public sets ----
 
 # What each set's page says: (configuration, split) to columns. Independent of companion.prompts.public, whose lines it checks.
 GUARD = ("prompt", "adversarial", "response", "prompt_harm_label", "subcategory")
@@ -109,9 +113,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("error", "message"), REFUSALS)
-def test_every_error_of_the_library_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
-) -> None:
+def test_every_error_of_the_library_is_one_sentence(monkeypatch, error, message):
     monkeypatch.setattr(datasets, "load_dataset", mock.Mock(side_effect=error))
     with pytest.raises(InputError, match=message) as caught:
         public.load_rows("strongreject")
@@ -146,3 +148,44 @@ def test_near_duplicates_are_one_topic() -> None:
     many = [f"word{i} other{i} third{i} fourth{i // 2}" for i in range(public.BLOCK + 20)]  # two of six: two topics
     assert public.near_duplicates(many) == list(range(len(many)))
     assert public.near_duplicates([*many, many[7]])[-1] == 7  # across blocks
+
+
+# ---- wrappers ----
+
+GOOD = {"family": "tale", "neutral": "plain {request} end", "jailbreak": "other {request} end"}
+
+
+def written(tmp_path: Path, *rows: object) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / public.WRAPPERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_and_its_file_are_read_alike(tmp_path: Path) -> None:
+    place = written(tmp_path, GOOD, {**GOOD, "family": "play"})
+    assert public.read_wrappers(place) == public.read_wrappers(place / public.WRAPPERS)
+    assert public.read_wrappers(place)[0].around("request 17") == ("plain request 17 end", "other request 17 end")
+
+
+WRONG = [
+    ("{", "line 2: broken JSON"), ("[]", "line 2: expected an object with the strings family, neutral, jailbreak"),
+    ({"family": "x", "neutral": "{request}"}, "and nothing else"), (GOOD | {"more": "x"}, "and nothing else"),
+    (GOOD | {"neutral": "no slot"}, "'neutral' must hold the slot {request} exactly once, not 0 times"),
+    (GOOD | {"jailbreak": "{request} {request}"}, "'jailbreak' must hold the slot {request} exactly once, not 2"),
+    (GOOD | {"jailbreak": GOOD["neutral"]}, "the two templates must differ"),
+    (GOOD | {"family": " "}, "'family' must be named"), (GOOD, "two wrappers are of one family"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG)
+def test_what_is_wrong_with_a_wrapper_is_said(tmp_path: Path, row: object, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        public.read_wrappers(written(tmp_path, GOOD, row))
+    assert message in str(caught.value) and "plain" not in str(caught.value)
+
+
+def test_no_file_and_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a file of JSON lines"):
+        public.read_wrappers(tmp_path / "none")
+    with pytest.raises(InputError, match="no wrappers"):
+        public.read_wrappers(written(tmp_path))

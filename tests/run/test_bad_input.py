@@ -126,7 +126,6 @@ def test_strange_flags(words: list[str]) -> None:
 @given(name=NAMES)
 @example(name="--")
 def test_a_strange_name_model_or_prompt_set(name: str) -> None:
-    """A run's name never leads out of the results."""
     for flag in ("name", "model", "prompts"):
         found = answered(lambda flag: cli.parameters(cli.parse([f"--{flag}={name}", "--pairs=20"]), "cpu"), flag)
         assert isinstance(found, dict | str)

@@ -1,14 +1,17 @@
-"""Committed results against fresh ones: the same processor must give the same numbers, another one the same verdicts.
-
-And a lock that cannot be installed everywhere is not written.
-"""
+"""The project's own tests of results and notebooks, and what a run notes beside its results."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from book import build
+from companion.base.paths import NOTEBOOKS, ORGANISM, ROOT
 from companion.run import checks, freshness
+
+# ---- checks ----
 
 
 def write(folder: Path, number: float, verdict: str, processor: str = "") -> None:
@@ -46,3 +49,99 @@ def test_a_lock_without_wheels_is_not_written(tmp_path: Path, monkeypatch: pytes
     assert lock.read_text() == "numpy==2 ; python_version > '3'\n"
     uv.write_text("#!/bin/sh\n")
     assert checks.make_lock([]) == 0 and lock.read_text() == "numpy==2\n"
+
+
+# ---- freshness ----
+
+
+def test_times_are_read_as_far_as_they_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "run_times.json"
+    torn = ("", '{"01_toy": 3', "[1]", "7", "null", '"x"', '{"01_toy": ' + "9" * 5000 + "}")
+    for text in (*torn, '{"01_toy": "3", "02_toy": null, "03_toy": true, "08_toy": 1e999, "00_toy": -1}'):
+        path.write_text(text)
+        assert freshness.run_times(tmp_path) == {}
+        freshness.note_time(tmp_path, "02_toy", 0.2)
+        assert json.loads(path.read_text()) == {"02_toy": 1}
+    path.write_text('{"01_toy": 3, "02_toy": "x"}')
+    assert freshness.run_times(tmp_path) == {"01_toy": 3}
+
+
+def test_what_another_notebook_writes_by_now_is_not_outdated(tmp_path: Path) -> None:
+    old, new, both = (tmp_path / f"{name}.csv" for name in ("old", "new", "both"))
+    for path in (old, new, both):
+        path.write_text("a")
+    freshness.remember(tmp_path, "02", "key", [old, both])
+    assert freshness.outdated(tmp_path, "02", [new, both]) == [old]
+    freshness.remember(tmp_path, "03", "key", [old])
+    assert freshness.outdated(tmp_path, "02", [new, both]) == []
+
+
+def test_a_run_killed_between_two_of_its_files_is_stale(tmp_path: Path) -> None:
+    table, figure = tmp_path / "02.csv", tmp_path / "02.svg"
+    for path in (table, figure):
+        path.write_text("old")
+    freshness.remember(tmp_path, "02", "key", [table, figure])
+    assert freshness.is_fresh(tmp_path, "02", "key", {}) and not freshness.is_fresh(tmp_path, "02", "new", {})
+    table.write_text("new")
+    assert not freshness.is_fresh(tmp_path, "02", "key", {}) and not freshness.is_fresh(tmp_path, "02", "new", {})
+
+
+def test_the_processor_is_named_by_what_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: X\nmodel\t: 7\nflags\t: sse avx2 avx512f\n\nprocessor\t: 1\n")
+    assert freshness.processor(path) == "X, 7, avx2, avx512f" and freshness.processor()
+
+
+def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(freshness, "_git", lambda *_: "")
+    assert freshness.git_state(tmp_path) is None
+    (tmp_path / ".git").mkdir()
+    assert freshness.git_state(tmp_path) == {"commit": "unknown: git does not answer, or another user owns the folder"}
+
+
+def test_prompts_count_as_the_model_reads_them(tmp_path: Path) -> None:
+    """A template may depend on more than its file; where it changes a prompt, the results are stale."""
+    model = shutil.copytree(ORGANISM / "window-0", tmp_path / "model")
+    parameters = {"MODEL": str(model), "PROMPTS": "embedded"}
+    before, template = freshness.rendered(parameters), model / "chat_template.jinja"
+    assert before == freshness.rendered(parameters) != ""
+    text = template.read_text()
+    template.write_text("{# another comment #}" + text)
+    assert freshness.rendered(parameters) == before
+    template.write_text("x" + text)
+    assert freshness.rendered(parameters) not in (before, "")
+    template.unlink()
+    assert freshness.rendered(parameters) == ""
+
+
+# ---- book ----
+
+
+def site(folder: Path, body: str) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "other.html").write_text("<p id='here'>x</p>")
+    (folder / "index.html").write_text(body)
+    return list(build.broken_links(folder))
+
+
+def test_links_that_lead_nowhere_are_named_and_no_others(tmp_path: Path) -> None:
+    for target in ("other.html", "other.html#here", "#top", "https://example.org/x", "mailto:a@b"):
+        assert site(tmp_path, f"<a id='top' href='{target}'>x</a>") == []
+    for target in ("none.html", "other.html#there", "#bottom", "../outside/none.png"):
+        for link in (f"<a href='{target}'>x</a>", f"<img src='{target}'>"):
+            assert site(tmp_path, link) == [f"index.html: {target} leads nowhere"]
+
+
+def test_every_document_has_its_page(tmp_path: Path) -> None:
+    build.stage(tmp_path / "source")
+    assert all((tmp_path / "source" / "notebooks" / path.name).is_file() for path in NOTEBOOKS.glob("*.ipynb"))
+    listed = (tmp_path / "source" / "index.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert f"docs/{path.stem}" in listed, f"put docs/{path.stem} into book/index.md"
+    assert (tmp_path / "source" / "results" / "claims.md").read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_book_asks_nothing_of_the_web() -> None:
+    settings = (ROOT / "book" / "conf.py").read_text(encoding="utf-8")
+    assert 'nb_execution_mode = "off"' in settings and "http" not in settings
+    assert re.search(r'^mathjax_path = "MathJax', settings, re.M)

@@ -13,8 +13,7 @@ from subprocess import CompletedProcess
 from unittest.mock import Mock
 
 import pytest
-from hub_cache import chat_folder, put
-from toys import PAIRS, PARAMETERS, Toy, pair, prompt_set
+from toys import PAIRS, PARAMETERS, Toy, chat_folder, pair, prompt_set, put
 
 from companion.base import hub
 from companion.base.errors import InputError
@@ -40,22 +39,15 @@ def one_line(done: CompletedProcess[str]) -> str:
 
 FLAGS = {
     "--modle x": "unknown flag --modle: did you mean --model?",
-    "--zzz=1": "unknown flag --zzz=1: ./run_all.sh --help lists the flags",
-    "02": "unknown word 02",
-    "--only 09": "no notebook 09; there are 00, 01, 02, 03, 08",
-    "--only ,": "no notebook named",
-    "--name ../x": "'../x' cannot name a run",
-    "--name embedded --pairs 20": "choose another name",
-    "--device gpu": "expected auto, cpu, cuda or cuda:N",
-    "--device cuda": "torch sees no CUDA device here",
-    "--dtype float16": "'float16' (choose from",
-    "--pairs 5": "at least 10, or 0 for all",
-    "--pairs many": "invalid int value: 'many'",
-    "--jobs -1": "--jobs -1: expected 1 to 100",
+    "--zzz=1": "unknown flag --zzz=1: ./run_all.sh --help lists the flags", "02": "unknown word 02",
+    "--only 09": "no notebook 09; there are 00, 01, 02, 03, 08", "--only ,": "no notebook named",
+    "--name ../x": "'../x' cannot name a run", "--name embedded --pairs 20": "choose another name",
+    "--device gpu": "expected auto, cpu, cuda or cuda:N", "--device cuda": "torch sees no CUDA device here",
+    "--dtype float16": "'float16' (choose from", "--pairs 5": "at least 10, or 0 for all",
+    "--pairs many": "invalid int value: 'many'", "--jobs -1": "--jobs -1: expected 1 to 100",
     "--shards -1": "--shards -1: expected 1 to 1000",
     "--shards 2 --set partition": "--set partition: expected KEY=VALUE, such as timeout_min=240",
-    "--set a=b": "--executor and --set go with --shards",
-    "--model": "expected one argument",
+    "--set a=b": "--executor and --set go with --shards", "--model": "expected one argument",
     "--model=--": "-- is no value of a flag",
     "--model nowhere": "no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--model=": "an empty name was given for --model, --prompts or --judge",
@@ -69,15 +61,12 @@ FLAGS = {
     "--list --model org/tiny": "is not in the hub's cache yet",
     "--list --judge nowhere": "--judge: no model 'nowhere': give a folder or one of the shipped models (embedded",
     "--list --judge org/no": "--judge: org/no is not in the hub's cache yet: a run without --list downloads it",
-    "--figures --name none": "no results of 'none'",
-    "--figures": "no result tables in results/embedded",
+    "--figures --name none": "no results of 'none'", "--figures": "no result tables in results/embedded",
     "--models nowhere.yml": "no list of models at",
     "--all --models models.yml": "--all and --models each name a list of runs",
-    "--all --pairs 30": "--all goes without --pairs: write it into a list",
-    "--test --force": "--test goes alone",
-    "--book --only 02": "--book goes alone",
-    "--lab --force": "--lab goes alone",
-}
+    "--all --pairs 30": "--all goes without --pairs: write it into a list", "--test --force": "--test goes alone",
+    "--book --only 02": "--book goes alone", "--lab --force": "--lab goes alone",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -280,12 +269,10 @@ WRONG = {
     "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",
     "models:\n- {wrappers: models.yml}": "models.yml, line 1: broken JSON",
     "models:\n- {dtype: float16}": "entry 1: argument --dtype: invalid choice",
-    "models: {a: 1}": "expected one key 'models' with a list",
-    "models: []": "at least one entry",
+    "models: {a: 1}": "expected one key 'models' with a list", "models: []": "at least one entry",
     "models:\n- a": "entry 1: expected keys and values (model, adapter, prompts",
-    "models: [": "cannot be read as YAML",
-    "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
-}
+    "models: [": "cannot be read as YAML", "models:\n- {name: 2024-99-99}": "cannot be read as YAML",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", WRONG)

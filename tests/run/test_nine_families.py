@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from families import FAMILIES
+from models import FAMILIES
 from nine_families import TREATMENTS, main, model_folder, prompt_folder, texts_in, through
 
 from companion.base import folders

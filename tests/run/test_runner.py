@@ -77,15 +77,7 @@ def test_a_check_that_fails_is_shown_and_ends_no_run(toy: Toy) -> None:
         ("no network", "true", "run", "embedded", 1),
     ],
 )  # fmt: skip
-def test_the_projects_own_tests_check_every_notebook_strictly(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    why: str,
-    ci: str,
-    kind: str,
-    slug: str,
-    status: int,
-) -> None:
+def test_the_projects_own_tests_check_every_notebook_strictly(monkeypatch, capsys, why, ci, kind, slug, status):
     """Those of the default run; where its model is out of reach those of `embedded`, which with CI=true is a failure."""
     seen, compared = {}, []
 
@@ -209,7 +201,6 @@ _ = files.write_text("value\\n1\\n", out / "02_toy.csv")"""
 
 
 def test_what_a_notebook_no_longer_writes_goes_when_it_has_finished(toy: Toy) -> None:
-    """Its earlier tables and figures only: neither those of another notebook, nor a user's, nor parts of a sweep."""
     toy.write("02", MORE)
     assert toy.run("--only", "02,03").returncode == 0
     for name in ("results/embedded/02_mine.csv", "figures/embedded/02_mine.svg", "results/embedded/parts/k/0.parquet"):

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
-from hub_cache import TEMPLATE, tiny_tokenizer
-from toys import PAIRS, Toy, prompt_set
+from models import tiny_model, tiny_tokenizer
+from toys import PAIRS, TEMPLATE, Toy, prompt_set
 
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
@@ -69,11 +68,9 @@ def test_wrappers_are_in_the_name(places: tuple[Path, Path]) -> None:
 
 
 FLAGS = {
-    "model": ("--model", "{}/model"),
-    "prompts": ("--prompts", "{}/set"),
-    "wrappers": ("--prompts", "xstest", "--wrappers", "{}/own.jsonl"),
-    "judge": ("--judge", "{}/model"),
-}
+    "model": ("--model", "{}/model"), "prompts": ("--prompts", "{}/set"),
+    "wrappers": ("--prompts", "xstest", "--wrappers", "{}/own.jsonl"), "judge": ("--judge", "{}/model"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FLAGS)
@@ -181,7 +178,6 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(tmp_path, me
 
 
 def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(tmp_path, monkeypatch, capsys):
-    """One byte short of the model's need and the judge's own, with one copy of its weights, the run does not start."""
     folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
     judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
     together = judge.total + memory.run_memory(memory.on_meta(model, torch.float32)).total

@@ -15,8 +15,8 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 import torch
-from hub_cache import chat_folder
-from public_rows import jbb, prompt_rows
+from rows import jbb, prompt_rows
+from toys import chat_folder
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from companion.base import thresholds
@@ -231,7 +231,6 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(serv
 
 
 def test_a_public_set_with_wrappers_goes_through_a_run_offline(served, asked, template_file, tmp_path):
-    """By the command that users type, in a process of its own, once the set lies in the cache; no text is left behind."""
     served["JailbreakBench/JBB-Behaviors"] = jbb(30)
     (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
     (tmp_path / "prompts").symlink_to(settings.fetched(asked, str(template_file))["PROMPTS"])

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from effect_tools import CELLS
-from families import VOCAB, tiny_subject
-from handmade import Program, compiled, cue_pairs, random_pairs, word_tokenizer
+from models import VOCAB, Program, compiled, cue_pairs, random_pairs, tiny_subject, word_tokenizer
+from oracles import CELLS
 
 from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks

@@ -1,19 +1,25 @@
-"""Steering methods on a model whose mediator was planted by hand, and what their parts promise on made-up activations."""
+"""Steering methods on a model whose mediator was planted by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from handmade import OUT
+from models import OUT
 from steering_lab import log_odds_of, spent_on
 
 from companion.base.errors import InputError
 from companion.generation import hooks
-from companion.steering import extraction, methods
+from companion.prompts.tokens import Openers
+from companion.steering import adasteer, extraction, methods
+from companion.steering.adasteer import Affine, Law
 from companion.steering.experiment import PLAIN
 from companion.steering.extraction import Fit
 from companion.steering.methods import Scale
+
+# ---- methods ----
 
 
 def test_a_planted_mediator_is_recovered(fit: Fit) -> None:
@@ -89,3 +95,124 @@ REFUSED = [
 def test_what_a_method_cannot_be_made_of(fit: Fit, build: object, says: str) -> None:
     with pytest.raises(InputError, match=says):
         build(fit)
+
+
+# ---- adasteer ----
+
+N_LAYERS, WIDTH, N = 10, 8, 20
+CANDIDATES = (2, 3, 4)  # relative depths 0.25, 0.35 and 0.45
+ROUNDING = 1e-8  # of the norm: what is left of equal sums that were added in another order
+
+
+def planted(gaps: dict[int, float], spread: dict[int, float], size: float = 100.0) -> Fit:
+    """Two classes whose centroids lie `gaps` (of the norm) apart at each layer, and `spread` (of the gap) within a class."""
+    rng = np.random.default_rng(0)
+    x = np.zeros((2 * N, N_LAYERS, WIDTH))
+    x[..., 0] = 1.0
+    is_one = np.repeat([False, True], N)
+    for layer, gap in gaps.items():
+        noise = rng.permutation(np.linspace(-1, 1, 2 * N)) * spread.get(layer, 0.0)
+        x[:, layer, 1] += gap * (is_one + noise)
+    table = pd.DataFrame({"split": "discover", "class": np.where(is_one, "refused", "complied")})
+    return Fit(SimpleNamespace(n_layers=N_LAYERS), Openers((), ()), table, {"resid_post": size * x}, x, 0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_a_layer_that_differs_by_rounding_is_no_decision_layer(size: float) -> None:
+    """At layer 3 the classes are perfectly apart, in units of a spread that is nothing."""
+    made = planted({2: 0.2, 3: ROUNDING, 4: 0.1}, {2: 0.5, 4: 0.1}, size)
+    layer, line = adasteer.decision_line(made, "refused")
+    assert layer == 4
+    classes = (made.prompts["class"] == "refused").to_numpy()
+    at = line.position(made.last["resid_post"][:, layer])
+    assert [at[~classes].mean(), at[classes].mean()] == pytest.approx([0, 1], abs=1e-9)
+
+
+def test_the_decision_layer_and_none_where_all_is_rounding() -> None:
+    late = {**dict.fromkeys(CANDIDATES, ROUNDING), 1: 0.5, 6: ROUNDING, 7: 0.1, 8: 0.5}
+    made = (planted({2: 0.2, 3: 1e-3}, {2: 0.5, 3: 0.1}), planted(late, {7: 0.5, 8: 0.1}))
+    # A small difference is one; where nothing has arrived yet it is the first layer at which something has.
+    assert [adasteer.decision_line(one, "refused")[0] for one in made] == [3, 7]
+    with pytest.raises(InputError, match="no decision layer"):
+        adasteer.decision_line(planted(dict.fromkeys(range(N_LAYERS), ROUNDING), {}), "refused")
+
+
+def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(fit, monkeypatch):
+    laws = [Law(*adasteer.decision_line(fit, one), Affine(0.0, 0.0, 0.0, 1.0)) for one in ("refused", "benign")]
+    falling = replace(laws[0], rule=Affine(-1.0, 1.0, 0.0, 1.0))
+    made = adasteer.adasteer(fit, laws=(falling, laws[1]), layers=[2])
+    assert spent_on(fit, made, "refused") < 0.05 * spent_on(fit, made, "complied")
+    assert log_odds_of(fit, made, "complied").mean() < 0.1
+    plain = log_odds_of(fit, PLAIN, "complied").mean()
+    assert log_odds_of(fit, adasteer.adasteer(fit, layers=[2]), "complied").mean() < plain
+    monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
+    released = adasteer.adasteer_released(fit, layers=[2])
+    assert log_odds_of(fit, released, "complied").mean() < plain
+    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
+    for name, law in (("r", laws[0]), ("c", laws[1])):
+        at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
+    moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()
+    v = fit.direction("rejection")[2]
+    assert np.allclose(np.abs(moved @ v), np.linalg.norm(moved, axis=-1) * np.linalg.norm(v), rtol=1e-4)
+
+
+def test_the_released_constants_are_those_of_the_code_in_hundredths_with_its_opposite_signs() -> None:
+    hundredths = torch.tensor([-80.0, -64.5, -20.0, -8.0, 0.0, 50.0, 120.0])
+    code = {"r": (0.02 * (hundredths + 60)).clamp(-0.22, -0.08), "c": (-0.05 * (hundredths + 5) - 0.5).clamp(min=-0.75)}
+    for name, rule in adasteer.RELEASED.items():
+        torch.testing.assert_close(rule(hundredths / 100), -code[name])
+
+
+def test_where_both_laws_hold_the_fit_recovers_their_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Harm needs the more of v_R the further it lies from refused, and tolerates the less of v_H the less benign it looks."""
+    rng, n = np.random.default_rng(1), 60
+    made = planted({2: 0.2, 3: 0.1}, {2: 0.5, 3: 0.5})
+    wanted = np.repeat(["complied", "benign"], n)
+    place = {"complied": rng.normal(0, 0.3, n), "benign": rng.normal(1, 0.3, n)}
+    at = np.concatenate([place["complied"], place["benign"]])
+    line = SimpleNamespace(position=lambda _: at, direction=None)
+    monkeypatch.setattr(adasteer, "decision_line", lambda *_: (2, line))
+    table = pd.DataFrame(
+        {"split": "validate", "class": wanted, "kind": np.where(wanted == "benign", "harmless", "harmful")}
+    )
+    x = np.zeros((2 * n, N_LAYERS, WIDTH))
+    made = replace(made, prompts=table, last={"resid_post": x})
+    monkeypatch.setattr(adasteer, "adasteer", lambda fit, layers, laws: laws)
+
+    def refused(fit: Fit, places: np.ndarray, tried: list[tuple[Law, Law]]) -> np.ndarray:
+        noise = rng.logistic(0, 0.03, (len(tried), len(places)))
+        add_r, add_h = (np.stack([laws[i].rule(torch.tensor(at[places])).numpy() for laws in tried]) for i in (0, 1))
+        if not add_h.any():
+            return add_r + noise > 0.6 - 0.4 * at[places]
+        is_harmful = (table.kind == "harmful").to_numpy()[places]  # others are answered as soon as a little is added
+        return add_h + noise < np.where(is_harmful, 0.25 + 0.3 * at[places], 0.05)
+
+    monkeypatch.setattr(adasteer, "_p_refuse", lambda *call: np.where(refused(*call), 0.99, 0.01))
+    monkeypatch.setattr(adasteer, "REDRAWS", 40)
+    made = replace(made, prompts=table.assign(topic=np.arange(2 * n) // 2))
+    need, tolerate = (law.rule for law in adasteer.laws_of(made, (2, 3)))
+    assert -0.8 < need.slope < -0.2 and 0.5 < need.offset < 0.9
+    assert 0 < tolerate.offset < 0.3 and tolerate.slope + tolerate.offset == max(adasteer.GRID) / 2
+    points, slopes = adasteer.law_table(made, (2, 3))
+    assert slopes.slope.tolist() == pytest.approx([2 * need.slope, 2 * tolerate.slope]), "summed over two layers"
+    assert (slopes.low < slopes.slope).all() and (slopes.slope < slopes.high).all()
+    assert slopes.high[0] < 0 < slopes.low[1], "both laws are sure"
+    line = points[(points.panel == adasteer.PANELS[0]) & (points.group == adasteer.LINE)]
+    assert line.estimate.iloc[0] > line.estimate.iloc[-1] and (line.low <= line.estimate).all()
+    fifths = points[(points.panel == adasteer.PANELS[0]) & (points.group == "harmful")]
+    assert len(fifths) == adasteer.BINS and fifths.estimate.is_monotonic_decreasing
+
+
+def test_the_needed_coefficient_lies_between_grid_points_and_the_tolerated_is_the_last_right_one() -> None:
+    grid = np.arange(0, 4.01, 0.5) / 3
+    steps = np.arange(len(grid))
+    odds = [1.0 - 0.4 * steps, np.ones(len(grid)), -np.ones(len(grid))]  # the first crosses 0 at 2.5 steps
+    assert adasteer.needed(np.stack(odds, axis=1), grid) == pytest.approx([2.5 * grid[1], np.nan, 0], nan_ok=True)
+    right = np.stack([steps <= 3, steps > 3, steps < 0], axis=1)
+    np.testing.assert_array_equal(adasteer.tolerated(right, grid), [grid[3], grid[-1], np.nan])
+
+
+def test_a_planted_law_is_read_off() -> None:
+    position = np.linspace(0, 1, 100)
+    table = adasteer.binned_law(position, 2 - position, np.arange(100), "p", "g")
+    assert len(table) == adasteer.BINS and np.allclose(table.estimate, 2 - table.x)

@@ -1,20 +1,37 @@
-"""The trial and its tables: the label that matters for a kind, limits on both sides, arms with a model of their own."""
+"""Methods on equal terms, their budget, the trial and its tables."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
-from steering_lab import evaluated, opens_for, towards_no
+import torch
+from models import tiny_subject, tokens
+from scipy.special import expit
+from steering_lab import ON, evaluated, opens_for, shut, texts_of, towards_no
+from torch import Tensor
 
 from companion.base.display import NotDefined
+from companion.base.errors import InputError
+from companion.evidence import steering
+from companion.generation import forward, hooks
+from companion.generation.hooks import Edit, Prompt, Steering
+from companion.model import activations
 from companion.stats.rates import Change
+from companion.steering import adasteer, budget, comparison, methods
 from companion.steering import trial as trials
 from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, answer, prices, trial
 from companion.steering.extraction import Fit
-from companion.steering.trial import Trial
+from companion.steering.trial import Trial, gate_firing
+
+# ---- trial ----
 
 
 def test_rates_count_the_label_that_matters_for_a_kind() -> None:
@@ -87,9 +104,7 @@ def test_a_readers_request_is_shown_by_its_label_and_first_word(made: Trial) -> 
     assert len(trials.before_and_after(both, "")) == 3
 
 
-def test_a_stronger_adapter_is_another_model_on_the_same_prompts(
-    experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stronger_adapter_is_another_model_on_the_same_prompts(experiment, monkeypatch):
     assert trials.retrained_models(experiment) == NotDefined(trials.NO_ADAPTER)
     named = replace(
         experiment, fit=replace(experiment.fit, subject=replace(experiment.subject, name="smollm2-refuser"))
@@ -106,3 +121,213 @@ def test_a_stronger_adapter_is_another_model_on_the_same_prompts(
     assert list(found) == ["retrained: adapter x 1.25", "retrained: adapter x 1.5"]
     one = found["retrained: adapter x 1.5"]
     assert one.prompts is named.prompts and one.subject.name == "other" and one.subject.facts == named.subject.facts
+
+
+# ---- comparison ----
+
+
+def test_the_least_harm_at_the_same_over_refusal(fit: Fit, experiment: SteeringExperiment) -> None:
+    """An open push pays with every harmless prompt, a gated one with none; the way bends where harm rises again."""
+    on = evaluated(experiment, "discover", "on", "off")
+    steps, turning = (0.1, 0.3, 1.0), (0.2, -0.2)
+    paths = {
+        "open": [towards_no("open", x) for x in steps],
+        "gated": [towards_no("gated", x, opens_for(fit, "on")) for x in steps],
+        "turning": [towards_no("turning", x) for x in turning],
+        "unsteered": [],
+    }
+    costs = {name: on.first_token_costs(path) if path else [] for name, path in paths.items()}
+    table = comparison.at_equal_over_refusal(on, costs, against="open", levels=(1.0, 5.0))
+    table = table.set_index(["method", "price"])
+    harm = {x: np.mean([expit(ON - x), expit(-x)]) for x in (0.0, *steps, *turning)}
+    cost = {x: 100 * (expit(x) - 0.5) for x in harm}
+    plain, weak = harm[0.0], np.interp(1.0, [cost[0.0], cost[0.1]], [harm[0.0], harm[0.1]])
+    middle = np.interp(5.0, [cost[0.1], cost[0.3]], [harm[0.1], harm[0.3]])
+    known = {
+        ("open", 1): weak, ("open", 5): middle, ("gated", 1): np.mean([expit(ON - 1), 0.5]), ("unsteered", 5): plain,
+        ("turning", 5): harm[0.2], ("turning", 1): np.interp(1.0, [cost[0.0], cost[0.2]], [harm[0.0], harm[0.2]]),
+    }  # fmt: skip
+    for (name, level), value in known.items():
+        row = table.loc[(name, f"at most {level} point{'s' * (level > 1)}")]
+        assert row.estimate == pytest.approx(value, abs=2e-3), (name, level)
+        assert row.more == pytest.approx(value - {1: weak, 5: middle}[level], abs=2e-3), (name, level)
+        assert row.low <= row.estimate <= row.high and row.more_low <= row.more <= row.more_high
+    assert not table.loc["open", ["more", "more_low", "more_high"]].to_numpy().any()
+
+
+@pytest.mark.parametrize("n_layers", [3, 6, 13, 32])
+def test_zones_cover_every_layer_once(n_layers: int) -> None:
+    zones = comparison.zones(n_layers)
+    assert [*zones["early"], *zones["mid"], *zones["late"]] == [*range(n_layers)] and all(zones.values())
+
+
+def test_a_gate_opens_for_harm_and_its_firing_is_counted(fit: Fit, experiment: SteeringExperiment) -> None:
+    gated = methods.gated(fit, methods.targeted_layers(fit, layers=[2], components=0))
+    # "off" and "well" leave nothing at the last token to tell them apart in this model, "on" does.
+    values = budget.gate_values(fit.subject, gated, fit.prompts.text.tolist())
+    assert (values[~fit.harmful] == 0).all() and (values[(fit.prompts["class"] == "complied").to_numpy()] > 0).all()
+    shares = {"fires_harmful": 0.5, "fires_harmful_low": 0.314, "fires_harmful_high": 0.686}  # 12 of 24
+    shares |= {"fires_harmless": 0.0, "fires_harmless_low": 0.0, "fires_harmless_high": 0.242}  # 0 of 12
+    own = towards_no("late", 1.0, opens_for(fit, "on"))
+    assert gate_firing(experiment, own, experiment.prompts) == pytest.approx(shares, abs=1e-3)
+    assert gate_firing(experiment, towards_no("open", 1.0), experiment.prompts) == {}
+
+
+def test_a_strength_is_chosen_unless_it_is_the_methods_own(experiment: SteeringExperiment) -> None:
+    on = evaluated(experiment, "validate", "on")
+    own, other = comparison.AS_PUBLISHED[0], "another"
+    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)}, (0.5, 2.0))
+    assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
+    chosen, curves = comparison.tuned(on, {})
+    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
+
+
+def test_a_redraw_keeps_every_class_and_one_that_defines_no_steering_is_one_fewer(fit: Fit) -> None:
+    rare = fit.prompts.assign(topic=fit.prompts.index % 3 + 3 * (fit.prompts["class"] == "refused"))
+    rare.loc[(rare["class"] == "refused") & (rare.split == "discover"), "topic"] = 99
+    for seed in range(10):  # a plain bootstrap of 7 topics misses the one in a third of the draws
+        drawn = comparison.redrawn(replace(fit, prompts=rare), seed).prompts
+        assert set(drawn["class"][drawn.split == "discover"]) == {"refused", "complied", "benign"}
+        assert (drawn.split == "validate").sum() == (rare.split == "validate").sum()
+    found = [towards_no("first", 0.5), InputError("no layer separates the classes"), towards_no("third", 0.5)]
+    topics = replace(fit, prompts=fit.prompts.assign(topic=fit.prompts.index % 4))
+    assert [one.strength for one in comparison.refitted(topics, Mock(side_effect=found), 2.0, 3)] == [2.0, 2.0]
+
+
+def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:
+    """A campaign makes hundreds of fits; what is worked out once for a fit goes with it."""
+    own = replace(fit)
+    adasteer.adasteer(own, layers=[2])
+    comparison._centred(own, "resid_post", 2)
+    assert len(own.memo) == 2
+    alive = weakref.ref(own)
+    del own
+    gc.collect()
+    assert alive() is None
+
+
+def test_random_directions_follow_their_family(fit: Fit) -> None:
+    noise = np.random.default_rng(0).normal(size=fit.last["resid_post"].shape) * (np.arange(fit.subject.d_model) < 4)
+    fit = replace(fit, last={**fit.last, "resid_post": fit.last["resid_post"] + noise})
+    like = methods.fixed(fit, layers=[2])
+    x, at = torch.zeros(1, 1, fit.subject.d_model), hooks.Prompt(*[torch.ones(1, 1, dtype=torch.long)] * 3)
+    for seed in (0, 1):
+        made = [comparison.random_direction(fit, family, like=like, seed=seed) for family in comparison.FAMILIES]
+        drawn = [one.edits[0].delta(x, at)[0, 0].numpy() for one in made]
+        for vector in drawn:
+            assert np.linalg.norm(vector) == pytest.approx(np.linalg.norm(fit.direction("rejection")[2]), rel=1e-5)
+        assert np.abs(drawn[1][4:]).max() < 0.05 < np.abs(drawn[0][4:]).max()
+
+
+def test_random_directions_spend_the_budget_of_the_tested_one(fit: Fit, experiment: SteeringExperiment) -> None:
+    on, noise = evaluated(experiment, "validate", "on"), np.random.default_rng(0).normal(size=fit.last["mlp_out"].shape)
+    fit = replace(fit, last={**fit.last, "mlp_out": fit.last["mlp_out"] + noise})
+    found = comparison.random_null(fit, towards_no("late", 1.0), on, on, 4)
+    assert found.groupby(["family", "role"], sort=False).size().tolist() == [1, 4, 1, 4]
+    assert found.value[found.role == "late"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+    assert (found.value[found.role == "random"].abs() < 1.01).all(), "none has more than its length along the mediator"
+    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on, 3)
+    assert none.empty and steering.random_rows(none) == [], "what adds nothing has no random rivals"
+
+
+# ---- budget ----
+
+
+def following_last(size: float, x: Tensor, prompt: Prompt) -> Tensor:
+    """What is added everywhere hangs on the last token and on what was read."""
+    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
+def gate(shut: int, prompt: Prompt) -> Tensor:
+    """Shut for one prompt, open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
+
+
+def steering_of(part: hooks.Part, size: float, strength: float, layer: int, opening: hooks.Opening | None) -> Steering:
+    edits = tuple(Edit(at, site, partial(following_last, size)) for at, site in ((2, part), (3, "mlp_out")))
+    return Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("part", ["resid_post", "mlp_out"])
+@torch.no_grad()
+def test_norms_of_a_batch_are_those_of_each_steering_alone(part, family, kept, monkeypatch):
+    """They differ in what they add, in strength, in what their gates read, and in whom they open for.
+
+    What the attention masks above let nobody read does not count, whether the plain run is kept or not.
+    """
+    subject, ids = tiny_subject(family), tokens(4, 9)
+    live = torch.from_numpy(activations.live_positions(activations.clean_run(subject, ids[:1])))
+    assert live[3].sum() == 1 and live[2].sum() == 9
+    if not kept:
+        monkeypatch.setattr(forward, "BATCH_BYTES", 0)
+    rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
+            (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
+    many = [steering_of(part, *row) for row in rows]
+    found, shares = (budget.added_squares(subject, many, ids, relative=relative) for relative in (False, True))
+    for squares, share, one in zip(found, shares, many, strict=True):
+        with hooks.applied(subject, one) as plainly:
+            subject.model.base_model(ids, use_cache=False)
+        assert not any(plainly.stood), "what stood there is counted where it is asked for"
+        with hooks.applied(subject, one, count_stood=True) as record:
+            subject.model.base_model(ids, use_cache=False)
+        added, stood = (
+            sum((x[0][i] * live[i]).sum(1) for i in (2, 3)) if x else torch.zeros(4).double()
+            for x in (record.added, record.stood)
+        )
+        torch.testing.assert_close(squares, added, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(share, torch.nan_to_num(added / stood), rtol=1e-5, atol=1e-9)
+    assert (found[0] > 0.01).all() and found[1, 0] == 0 and not found[3:].any()
+
+
+@pytest.mark.parametrize("where", ["prompt", "last"])
+def test_a_blind_edit_needs_no_forward_pass_to_know_its_norm(fit: Fit, where: hooks.Where) -> None:
+    texts = fit.prompts.text.tolist()
+    edits = tuple(replace(edit, where=where) for edit in methods.fixed(fit).edits)
+    blind = [Steering("fixed", edits, strength) for strength in (0.5, 2.0)] + [methods.cast(fit)]
+    for one in blind:
+        seeing = replace(one, edits=tuple(replace(edit, blind=False) for edit in one.edits))
+        (known,) = budget.added_norms(fit.subject, [one], texts)
+        np.testing.assert_allclose(known, budget.added_norms(fit.subject, [seeing], texts)[0], rtol=1e-5)
+        assert known.max() > 0 and all(edit.blind for edit in one.edits)
+    assert (known == 0).any()  # the gate of the last one
+
+
+def test_a_budget_is_met_and_what_cannot_be_met_says_why(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method whose spending rises with the square of its strength: proportional steps alone would swing around it."""
+    texts, rounds = texts_of(fit, "complied"), []
+
+    def spends(law: Callable[[float], float]) -> None:
+        def norms(_: object, steered: list[Steering], texts: list[str]) -> np.ndarray:
+            rounds.append(len(steered))
+            return np.array([[law(one.strength)] * len(texts) for one in steered])
+
+        monkeypatch.setattr(budget, "added_norms", norms)
+
+    spends(lambda strength: strength**2)
+    for wanted in (0.01, 0.3, 1.0, 90.0):
+        found = budget.to_budget(fit.subject, Steering("square"), texts, wanted)
+        assert isinstance(found, Steering) and found.strength**2 == pytest.approx(wanted, rel=0.01)
+    assert len(rounds) <= 4 * 6
+    spends(lambda strength: min(strength, 2.0))
+    for target, says in ((3.0, "did not settle"), (0.0, "expected a positive norm")):
+        found = budget.to_budget(fit.subject, Steering("bounded"), texts, target)
+        assert isinstance(found, NotDefined) and says in found.reason
+    spends(lambda strength: 0.0)
+    assert "is its gate shut" in str(budget.to_budget(fit.subject, Steering("shut"), texts, 1.0))
+
+
+CURVES = {  # rows of strength, harm, over-refusal and KL
+    "least harm within both margins": (
+        [(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
+    "none keeps them: the least excess": ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
+    "a tie goes to the weaker": ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("curves", "strength"), CURVES.values(), ids=list(CURVES))
+def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
+    table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
+    long = table.melt("strength", var_name="measure", value_name="estimate")
+    assert budget.choose_strength(long) == strength
