@@ -89,3 +89,30 @@ def log_odds_of(fit: extraction.Fit, made: hooks.Steering, wanted: str) -> np.nd
     """Log-odds of complying with the prompts of one class, in full passes under the steering's hooks."""
     steer = partial(hooks.applied, fit.subject, made)
     return outcomes.log_odds(fit.subject, texts_of(fit, wanted), fit.openers, steer)["log_odds"].to_numpy()
+
+
+def following_last(x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
+    """What is added everywhere hangs on the last token."""
+    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
+
+
+def following_what_was_read(size: float, x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
+    """What is added everywhere hangs on the last token and on what was read."""
+    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
+
+
+def half_open(shut: int, prompt: hooks.Prompt) -> torch.Tensor:
+    """Shut for one prompt (or none), open for the others as far as what was read says."""
+    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
+
+
+def varied_steerings(part: hooks.Part, where: hooks.Where) -> list[hooks.Steering]:
+    """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
+
+    def one(size: float, strength: float, layer: int, opening: hooks.Opening | None) -> hooks.Steering:
+        delta = partial(following_what_was_read, size)
+        edits = (hooks.Edit(2, part, delta, where), hooks.Edit(3, "mlp_out", delta, where))
+        return hooks.Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
+
+    return [one(0.5, 1.0, 1, None), one(-0.7, 2.0, 0, partial(half_open, 0)), one(1.0, 0.5, 1, partial(half_open, 2)),
+            one(1.0, 1.0, 0, shut), one(1.0, 0.0, 0, None)]  # fmt: skip

@@ -11,12 +11,13 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model, tiny_subject
 from models import tokens as some_tokens
+from steering_lab import following_last, varied_steerings
 from torch import Tensor
 from transformers import DynamicCache
 
 from companion.generation import decode, forward, hooks, outcomes
 from companion.generation.forward import Switch
-from companion.generation.hooks import Edit, Opening, Part, Prompt, Read, Steering, Where
+from companion.generation.hooks import Edit, Prompt, Read, Steering, Where
 from companion.model import activations
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import from_model
@@ -24,11 +25,6 @@ from companion.prompts import tokens
 from companion.prompts.tokens import Openers
 
 # ---- forward ----
-
-
-def following_last(x: Tensor, prompt: Prompt) -> Tensor:
-    """What is added everywhere hangs on the last token."""
-    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
 
 
 def half_shut(prompt: Prompt) -> Tensor:
@@ -117,35 +113,12 @@ def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
     assert (found == 77).flatten().tolist() == [True, False, False, False]
 
 
-def following_what_was_read(size: float, x: Tensor, prompt: Prompt) -> Tensor:
-    """What is added everywhere hangs on the last token and on what was read."""
-    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
-
-
-def gate(shut: int, prompt: Prompt) -> Tensor:
-    """Shut for one prompt (or none), open for the others as far as what was read says."""
-    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
-
-
-def steerings(part: Part, where: Where) -> list[Steering]:
-    """Four that differ in what they add, in strength, in what their gates read, and in whom they open for."""
-
-    def one(size: float, strength: float, layer: int, opening: Opening | None) -> Steering:
-        delta = partial(following_what_was_read, size)
-        edits = (Edit(2, part, delta, where), Edit(3, "mlp_out", delta, where))
-        return Steering(f"{size}", edits, strength, opening, (Read("g", layer, plain=True),))
-
-    shut = lambda prompt: torch.zeros(len(prompt.ids))  # noqa: E731
-    return [one(0.5, 1.0, 1, None), one(-0.7, 2.0, 0, partial(gate, 0)), one(1.0, 0.5, 1, partial(gate, 2)),
-            one(1.0, 1.0, 0, shut), one(1.0, 0.0, 0, None)]  # fmt: skip
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", ["prompt", "last"])
 @torch.no_grad()
 def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
     subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
-    use, many = partial(said, subject, answer), steerings("resid_post", where)
+    use, many = partial(said, subject, answer), varied_steerings("resid_post", where)
     found = forward.read_prompts_each(subject, ids, many, use)
     alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
     torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
@@ -153,7 +126,7 @@ def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -
 
 
 def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None:
-    same, other = steerings("resid_post", "prompt")[:3], steerings("mlp_out", "prompt")[0]
+    same, other = varied_steerings("resid_post", "prompt")[:3], varied_steerings("mlp_out", "prompt")[0]
     assert list(map(len, forward.fitting([*same, other, same[0]], 5, 10))) == [2, 1, 1, 1]
     assert list(map(len, forward.fitting(same, 100, 10))) == [1, 1, 1]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import VOCAB, Program, compiled, cue_pairs, random_pairs, tiny_subject, word_tokenizer
 from oracles import CELLS
+from steering_lab import following_last
 
 from companion.base.thresholds import COMPONENTS
 from companion.generation import hooks
@@ -21,11 +22,6 @@ from companion.steering.experiment import PLAIN
 OPENERS = {"T2": Openers((5, 6), (7,))}
 WORDS = word_tokenizer()
 YES_NO = {"T2": Openers(*((WORDS.convert_tokens_to_ids(word),) for word in ("yes", "no")))}
-
-
-def following_last(x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
-    """What is added everywhere hangs on the last token."""
-    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
 
 
 # Read at the last token, so an intervention at layer 0 or 1 moves the gate.

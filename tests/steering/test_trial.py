@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -14,14 +13,13 @@ import pytest
 import torch
 from models import tiny_subject, tokens
 from scipy.special import expit
-from steering_lab import ON, evaluated, opens_for, shut, texts_of, towards_no
-from torch import Tensor
+from steering_lab import ON, evaluated, opens_for, shut, texts_of, towards_no, varied_steerings
 
 from companion.base.display import NotDefined
 from companion.base.errors import InputError
 from companion.evidence import steering
 from companion.generation import forward, hooks
-from companion.generation.hooks import Edit, Prompt, Steering
+from companion.generation.hooks import Steering
 from companion.model import activations
 from companion.stats.rates import Change
 from companion.steering import adasteer, budget, comparison, methods
@@ -233,21 +231,6 @@ def test_random_directions_spend_the_budget_of_the_tested_one(fit: Fit, experime
 # ---- budget ----
 
 
-def following_last(size: float, x: Tensor, prompt: Prompt) -> Tensor:
-    """What is added everywhere hangs on the last token and on what was read."""
-    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
-
-
-def gate(shut: int, prompt: Prompt) -> Tensor:
-    """Shut for one prompt, open for the others as far as what was read says."""
-    return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) != shut)
-
-
-def steering_of(part: hooks.Part, size: float, strength: float, layer: int, opening: hooks.Opening | None) -> Steering:
-    edits = tuple(Edit(at, site, partial(following_last, size)) for at, site in ((2, part), (3, "mlp_out")))
-    return Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
-
-
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("part", ["resid_post", "mlp_out"])
@@ -262,9 +245,7 @@ def test_norms_of_a_batch_are_those_of_each_steering_alone(part, family, kept, m
     assert live[3].sum() == 1 and live[2].sum() == 9
     if not kept:
         monkeypatch.setattr(forward, "BATCH_BYTES", 0)
-    rows = [(0.5, 1.0, 1, None), (-0.7, 2.0, 0, partial(gate, 0)), (1.0, 0.5, 1, partial(gate, 2)),
-            (1.0, 1.0, 0, shut), (1.0, 0.0, 0, None)]  # fmt: skip
-    many = [steering_of(part, *row) for row in rows]
+    many = varied_steerings(part, "prompt")
     found, shares = (budget.added_squares(subject, many, ids, relative=relative) for relative in (False, True))
     for squares, share, one in zip(found, shares, many, strict=True):
         with hooks.applied(subject, one) as plainly:
