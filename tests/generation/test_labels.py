@@ -277,14 +277,6 @@ def test_the_corrected_difference_covers_the_true_one() -> None:
     assert 0.91 <= covered / 150 <= 0.995
 
 
-def test_a_perfect_labeller_leaves_a_difference_and_chance_cannot_be_corrected() -> None:
-    change = Change(0.3, 0.2, 0.45, 100, 50)
-    found = accuracy.corrected_difference(change, Accuracy(10**6, 10**6, 10**6, 10**6))
-    assert found == pytest.approx((0.3, 0.2, 0.45), abs=0.01)
-    with pytest.raises(InputError, match="no better than chance"):
-        accuracy.corrected_difference(change, Accuracy(50, 25, 50, 25))
-
-
 def labelled(rate: float, n: int, sensitivity: float, specificity: float, rng: np.random.Generator) -> tuple:
     truth = rng.random(n) < rate
     right = rng.random(n) < np.where(truth, sensitivity, specificity)
@@ -310,12 +302,15 @@ def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None
 
 
 def test_a_perfect_labeller_is_not_corrected_and_chance_cannot_be() -> None:
-    labels = np.arange(100) < 30
+    labels, change = np.arange(100) < 30, Change(0.3, 0.2, 0.45, 100, 50)
     rate, low, high = rogan_gladen(labels, Accuracy(500, 500, 500, 500))
     assert rate == pytest.approx(0.3) and low < 0.3 < high
+    found = accuracy.corrected_difference(change, Accuracy(10**6, 10**6, 10**6, 10**6))
+    assert found == pytest.approx((0.3, 0.2, 0.45), abs=0.01)
     assert rogan_gladen(np.zeros(100, dtype=bool), Accuracy(50, 40, 50, 40))[0] == 0.0
-    with pytest.raises(InputError, match="no better than chance"):
-        rogan_gladen(labels, Accuracy(50, 25, 50, 25))
+    for correct, measured in ((rogan_gladen, labels), (accuracy.corrected_difference, change)):
+        with pytest.raises(InputError, match="no better than chance"):
+            correct(measured, Accuracy(50, 25, 50, 25))
 
 
 def test_fewer_known_labels_give_a_wider_interval() -> None:
