@@ -94,26 +94,34 @@ def log_odds(logits: Tensor, openers: Openers = YES_NO) -> Tensor:
     return log_p[..., list(openers.comply)].logsumexp(-1) - log_p[..., list(openers.refuse)].logsumexp(-1)
 
 
-def swapped(subject: Subject, mediator: Mediator, base: Tensor, source: Tensor, where: Tensor, **inputs: Tensor) -> Any:
-    """The model's output on `base`, one module's output `where` taken from a pass over `source`, by the library's hooks."""
-    block = subject.model.model.layers[mediator.layer]
-    module = {"resid_post": block, "attn_out": block.self_attn, "mlp_out": block.mlp}[mediator.site]
+def passed(
+    model: nn.Module, ids: Tensor, module: nn.Module, edit: Callable[[Tensor], Tensor] = lambda x: x, *,
+    before: bool = False, **inputs: Tensor,
+) -> tuple[Any, Tensor]:  # fmt: skip
+    """One plain forward pass, by the library's hooks: the model's output, and what one module gave (or was given), edited."""
     seen: list[Tensor] = []
 
-    def swap(_: nn.Module, __: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        own = output[0] if isinstance(output, tuple) else output
-        seen.append(own)
-        if len(seen) == 1:
-            return None
-        mixed = torch.where(where[..., None], seen[0], own)
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+    def act(value: Tensor | tuple) -> Tensor | tuple:
+        seen.append(edit(value[0] if isinstance(value, tuple) else value))
+        return (seen[0], *value[1:]) if isinstance(value, tuple) else seen[0]
 
-    handle = module.register_forward_hook(swap)
+    if before:
+        handle = module.register_forward_pre_hook(lambda _, args: act(args))
+    else:
+        handle = module.register_forward_hook(lambda _, __, output: act(output))
     try:
-        subject.model(source)
-        return subject.model(base, **inputs)
+        with torch.no_grad():
+            return model(ids, **inputs), seen[0]
     finally:
         handle.remove()
+
+
+def swapped(subject: Subject, mediator: Mediator, base: Tensor, source: Tensor, where: Tensor, **inputs: Tensor) -> Any:
+    """The model's output on `base`, one module's output `where` taken from a pass over `source`."""
+    block = subject.model.model.layers[mediator.layer]
+    module = {"resid_post": block, "attn_out": block.self_attn, "mlp_out": block.mlp}[mediator.site]
+    value = passed(subject.model, source, module)[1]
+    return passed(subject.model, base, module, lambda own: torch.where(where[..., None], value, own), **inputs)[0]
 
 
 # ---- neurons ----
@@ -163,18 +171,14 @@ def read_neurons(
     subject: Subject, ids: Tensor, layer: int, edit: Callable[[Tensor], None] = lambda inputs: None
 ) -> tuple[Tensor, Tensor]:
     """Logits of a plain forward pass, and what one down projection was given, (pair, pos, neuron); `edit` changes it in place."""
-    seen: list[Tensor] = []
 
-    def hook(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        seen.append(args[0].clone())
-        edit(seen[0])
-        return (seen[0], *args[1:])
+    def changed(inputs: Tensor) -> Tensor:
+        inputs = inputs.clone()
+        edit(inputs)
+        return inputs
 
-    handle = subject.layers[layer].down_proj.register_forward_pre_hook(hook)
-    with torch.no_grad():
-        logits = subject.model(ids).logits
-    handle.remove()
-    return logits, seen[0]
+    output, seen = passed(subject.model, ids, subject.layers[layer].down_proj, changed, before=True)
+    return output.logits, seen
 
 
 def text_log_prob(logits: Tensor, text: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oracles import passed
 
 from companion.base import smollm2
 from companion.base.files import hash_file
@@ -133,21 +134,15 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
     ]
     comply, refuse = (tokenizer.convert_tokens_to_ids(list(side)) for side in compiled_language.outcomes()["T2"])
 
-    def behaviour(edit=None) -> float:
-        block = model.model.layers[layer].mlp
-        handle = (
-            block.register_forward_hook(lambda _m, _a, out: out.mean(0, keepdim=True).expand_as(out)) if edit else None
-        )
-        with torch.no_grad():
-            logits = model(ids).logits[:, -1]
-        if handle:
-            handle.remove()
+    def behaviour(edit=lambda out: out) -> float:
+        logits = passed(model, ids, model.model.layers[layer].mlp, edit)[0].logits[:, -1]
         odds = logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)
         means = odds.reshape(len(knock_out.SIGNS), -1).mean(1)
         return float(sum(sign * mean for sign, mean in zip(knock_out.SIGNS.values(), means, strict=True)))
 
     assert site == "mlp_out" and losses[site, layer] > 0.8
-    assert 1 - behaviour(edit=True) / behaviour() == pytest.approx(losses[site, layer], abs=2e-3)
+    knocked_out = behaviour(lambda out: out.mean(0, keepdim=True).expand_as(out))
+    assert 1 - knocked_out / behaviour() == pytest.approx(losses[site, layer], abs=2e-3)
 
 
 def test_the_behaviour_goes_where_the_builder_says_it_is_decided() -> None:

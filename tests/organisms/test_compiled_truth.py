@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from oracles import passed
 
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN, deepest_early_layer
 from companion.evidence import tokens
@@ -29,28 +30,14 @@ def hooked(organism: compiled.Organism, requests: list[compiled_language.Request
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
     texts = [[{"role": "user", "content": " ".join(r.words())}] for r in requests]
     ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    seen = torch.empty(0)
 
-    def edit(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen = tensor[:, -1].clone()
+    def put(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.clone()
-        tensor[:, -1] = seen if value is None else value
+        tensor[:, -1] = tensor[:, -1] if value is None else value
         return tensor
 
-    def output(_module, _args, out):
-        return (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
-
-    handles = []
-    if module is not None and before:
-        handles.append(module.register_forward_pre_hook(lambda _m, args: (edit(args[0]),)))
-    elif module is not None:
-        handles.append(module.register_forward_hook(output))
-    with torch.no_grad():
-        logits = model(ids["input_ids"]).logits[:, -1]
-    for handle in handles:
-        handle.remove()
-    return logits, seen
+    output, seen = passed(model, ids["input_ids"], module or model.model.norm, put, before=before)
+    return output.logits[:, -1], seen[:, -1]
 
 
 def log_odds(organism: compiled.Organism, logits: torch.Tensor, treatment: str) -> np.ndarray:
@@ -62,23 +49,26 @@ def log_odds(organism: compiled.Organism, logits: torch.Tensor, treatment: str) 
 @each_kind
 def test_effects_are_those_of_full_forward_passes(kind: str) -> None:
     organism = compiled.draw(kind, 5, topics=10, dtype=torch.float64)
-    blocks = organism.subject.model.model.layers
+    blocks, outcomes = organism.subject.model.model.layers, compiled_language.outcomes()
     for treatment in ("T1", "T2", "T2b", "B2"):
         pairs = some_pairs(organism, treatment, 3)
         both = sides(organism.program, pairs)
-        requests = [[getattr(p, name) for p in pairs] for name in ("control", "treated")]
-        for i, side in enumerate(both):
-            true = readout(organism.program, *compiled_language.outcomes()[treatment], side.last.post[-1])
-            made = log_odds(organism, hooked(organism, requests[i])[0], treatment)
-            np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE)
+        rows, n, camps = (
+            [getattr(p, name) for name in ("control", "treated") for p in pairs],
+            len(pairs),
+            outcomes[treatment],
+        )
+        true = np.concatenate([readout(organism.program, *camps, side.last.post[-1]) for side in both])
+        np.testing.assert_allclose(
+            log_odds(organism, hooked(organism, rows)[0], treatment), true, atol=compiled.TOLERANCE
+        )
         for layer in range(treatment == "B2", len(blocks), 1 if treatment == "T2" else 3):
             for site, module in (("attn_out", blocks[layer].self_attn), ("mlp_out", blocks[layer].mlp)):
-                for base, source in ((0, 1), (1, 0)):
-                    value = hooked(organism, requests[source], module)[1]
-                    made = log_odds(organism, hooked(organism, requests[base], module, value)[0], treatment)
-                    state = patched(both[base], both[source], site, layer)
-                    true = readout(organism.program, *compiled_language.outcomes()[treatment], state)
-                    np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE, err_msg=f"{site} {layer}")
+                value = hooked(organism, rows, module)[1].roll(n, 0)  # each side is given the other's
+                made = log_odds(organism, hooked(organism, rows, module, value)[0], treatment)
+                states = [patched(base, source, site, layer) for base, source in (both, both[::-1])]
+                true = np.concatenate([readout(organism.program, *camps, state) for state in states])
+                np.testing.assert_allclose(made, true, atol=compiled.TOLERANCE, err_msg=f"{site} {layer}")
 
 
 # Outputs of held-out kinds (numbers of stages, -1 for attention's) whose control values end the effect, and which do not.
