@@ -22,6 +22,8 @@ from companion.base.paths import ROOT
 
 NEEDS = '{"01": (), "02": ("01",), "03": ("01",), "08": ("02", "03"), "00": ("08",)}'
 
+EMBEDDED = {"MODEL": "embedded", "PROMPTS": "embedded", "SLUG": "embedded", "DEVICE": "cpu", "DTYPE": "float32"}
+EMBEDDED |= {"PROFILE": "full", "PAIRS": 0}
 DEFAULTS = '{"MODEL": "embedded", "PROMPTS": "embedded", "SLUG": "embedded"}'  # nothing is fetched for a toy
 PARAMETERS = """MODEL = "embedded"
 PROMPTS = "embedded"

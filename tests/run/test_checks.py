@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toys import PAIRS, prompt_set
 
 from book import build
 from companion.base.paths import NOTEBOOKS, ORGANISM, ROOT
@@ -102,7 +103,7 @@ def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without
 def test_prompts_count_as_the_model_reads_them(tmp_path: Path) -> None:
     """A template may depend on more than its file; where it changes a prompt, the results are stale."""
     model = shutil.copytree(ORGANISM / "window-0", tmp_path / "model")
-    parameters = {"MODEL": str(model), "PROMPTS": "embedded"}
+    parameters = {"MODEL": str(model), "PROMPTS": str(prompt_set(tmp_path / "set", PAIRS))}
     before, template = freshness.rendered(parameters), model / "chat_template.jinja"
     assert before == freshness.rendered(parameters) != ""
     text = template.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from toys import CLAIMS, Toy, environment
+from toys import CLAIMS, EMBEDDED, Toy, environment
 
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
@@ -110,7 +110,7 @@ def test_a_kernel_and_a_profile_of_the_users_own_are_left_alone(toy: Toy, tmp_pa
 def test_a_folder_of_another_user_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forbidden = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(runner.freshness, "note", forbidden)
-    assert runner.make_plan(runner.DEFAULTS).paths  # what --list asks for
+    assert runner.make_plan(EMBEDDED).paths  # what --list asks for
     monkeypatch.setattr(Path, "touch", forbidden)
     with pytest.raises(InputError, match=r"name folders of your own in COMPANION_RESULTS"), runner.only_run(tmp_path):
         pass
@@ -218,7 +218,7 @@ def test_another_run_has_its_own_folders_and_its_verdicts_join_the_others(toy: T
     toy.write("01", 'print(SLUG, PAIRS)\n_ = files.write_text("x", out / "01_toy.csv")')
     toy.write("08", CLAIMS.replace('"embedded,C1,supported"', 'f"{SLUG},C1,supported"'))
     before = toy.contents()
-    assert toy.run("--pairs", "20", "--name", "mine").returncode == 0
+    assert toy.run("--pairs", "20", "--name", "mine", "--only", "08").returncode == 0
     after = toy.contents()
     shared = "results/claims.csv"
     assert {name for name in before if after[name] != before[name]} == {shared}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
-from toys import PAIRS, TEMPLATE, Toy, prompt_set
+from toys import EMBEDDED, PAIRS, TEMPLATE, Toy, prompt_set
 
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
@@ -124,9 +124,9 @@ def test_another_judge_makes_everything_stale(tmp_path: Path, monkeypatch: pytes
     keys = []
     for judge in ("", "window-1", "window-0", f"org/judge@{'0' * 40}", f"org/judge@{'1' * 40}", str(judge_folder)):
         monkeypatch.setenv(hub.JUDGE, judge)
-        keys.append(runner.make_plan(runner.DEFAULTS).keys)
+        keys.append(runner.make_plan(EMBEDDED).keys)
     (judge_folder / "config.json").write_text("{ }")
-    keys.append(runner.make_plan(runner.DEFAULTS).keys)
+    keys.append(runner.make_plan(EMBEDDED).keys)
     assert all(len({one[number] for one in keys}) == len(keys) for number in keys[0])
 
 
