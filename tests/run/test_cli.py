@@ -79,16 +79,12 @@ def test_a_proxy_that_does_not_answer_is_one_clear_line(toy_done: Toy, tmp_path:
     assert "cannot be reached" in refused(toy_done, "--model", "org/tiny", **dead, HF_HUB_CACHE=str(tmp_path))
 
 
-DAMAGES: dict[str, tuple[str, str | None, str]] = {  # file of a model or prompt set, its content (None: it goes), what is said
-    "no config": ("config.json", None, "has no config.json"),
-    "no weights": ("model.safetensors", None, "it has no weights"),
+# What `load` and `check_pairs` say of files is tested with them (test_load.py); here, that it is said before a run, and how.
+# File of a model or prompt set, its content (None: it goes), what is said.
+DAMAGES: dict[str, tuple[str, str | None, str]] = {
     "no tokenizer": ("tokenizer*.json", None, "has no tokenizer files"),
     "no template": ("chat_template.jinja", None, "has no chat template"),
-    "own code": ("config.json", '{"auto_map": {"AutoModel": "m.M"}}', "asks to run code of its own"),
-    "broken config": ("config.json", '{"model', "config.json is not valid JSON"),
-    "broken tokenizer": ("tokenizer.json", "{", "its tokenizer cannot be loaded"),
     "broken pair": ("pairs.jsonl", "\n".join([*PAIRS, "{"]), "line 13: broken JSON"),
-    "unequal lengths": ("pairs.jsonl", "\n".join(pair(n, "say b b b b b") for n in range(12)), "0 usable pairs of 12 (12 with"),
     "equal openers": ("outcome.json", '{"comply": ["a"], "refuse": ["a b"]}', "comply and refuse share the first token"),
 }  # fmt: skip
 
