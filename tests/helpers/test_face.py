@@ -70,13 +70,6 @@ def test_pairs_are_counted_with_their_topics() -> None:
     assert counts.loc["T2", ("topics", "test")] == len(test)
 
 
-def test_the_last_layer_carries_all(study: Study) -> None:
-    pair = model.example_pair(study)
-    effects = patching.effects_of_pair(study, pair, ["resid_post"])
-    assert len(effects) == study.subject.n_layers
-    assert effects.nie0.iloc[-1] == pytest.approx(effects.te.iloc[-1], rel=1e-4)
-
-
 def test_a_contrast_is_signed_on_discover_and_shown_on_test(sweep: layers.Layers) -> None:
     made = layers.contrast(sweep.effects, "T2-T2b")
     assert set(made.split) == {"test"} and set(made.site) == {"attn_out", "mlp_out"}
