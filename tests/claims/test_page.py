@@ -124,23 +124,21 @@ def test_a_relative_of_which_little_was_asked_is_not_in_the_picture() -> None:
     assert set(page.picture_table("kin", answered(evidence)).model) == {"m", "kin"}
 
 
-@pytest.mark.parametrize(
-    ("invented", "scope"),
-    [(True, "Nothing. Model and language are invented"), (False, "about `embedded` and this prompt set alone")],
-)  # fmt: skip
-def test_the_page_of_the_shipped_run_fits_two_screens(invented: bool, scope: str) -> None:
+def test_the_page_of_the_shipped_run_fits_two_screens() -> None:
     evidence = overview.run_evidence("embedded")
     draws, built = rates.draws_like(rates.main_draws(), overview.shape_of("embedded"))
     made, others = ledger.ledger(evidence, ("embedded",)), ledger.corrected_ledger(evidence, ("embedded",))
     given = ledger.answers(made, others, rates.claim_rates(draws))
-    text = page.to_markdown("embedded", given, evidence, built, invented=invented)
-    lines = text.splitlines()
-    assert sum(max(1, math.ceil(len(line) / 130)) for line in lines) <= 90
-    rows = [line for line in lines if line.startswith("| **C")]
-    assert [line.split("**")[1] for line in rows] == list(STATEMENTS) and {line.count("|") for line in rows} == {7}
-    assert lines[2].startswith("**What holds:**") and lines[4].startswith("**Undecided**") and scope in lines[6]
-    words = {one.verdict.claim: one.says for one in given if one.verdict.model == "embedded"}
-    for claim, says in words.items():  # a claim stands in the line of its answer, and nowhere else on top
-        at = [says in ("supported", "contradicted"), says not in ("supported", "contradicted")]
-        assert [f"({claim}" in lines[2], f"({claim})" in lines[4]] == at
-    assert "not testable" not in text and "`claims.json`" in lines[-1] and "sliding windows" in text
+    scopes = {True: "Nothing. Model and language are invented", False: "about `embedded` and this prompt set alone"}
+    for invented, scope in scopes.items():
+        text = page.to_markdown("embedded", given, evidence, built, invented=invented)
+        lines = text.splitlines()
+        assert sum(max(1, math.ceil(len(line) / 130)) for line in lines) <= 90
+        rows = [line for line in lines if line.startswith("| **C")]
+        assert [line.split("**")[1] for line in rows] == list(STATEMENTS) and {line.count("|") for line in rows} == {7}
+        assert lines[2].startswith("**What holds:**") and lines[4].startswith("**Undecided**") and scope in lines[6]
+        words = {one.verdict.claim: one.says for one in given if one.verdict.model == "embedded"}
+        for claim, says in words.items():  # a claim stands in the line of its answer, and nowhere else on top
+            at = [says in ("supported", "contradicted"), says not in ("supported", "contradicted")]
+            assert [f"({claim}" in lines[2], f"({claim})" in lines[4]] == at
+        assert "not testable" not in text and "`claims.json`" in lines[-1] and "sliding windows" in text

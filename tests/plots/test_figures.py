@@ -88,14 +88,20 @@ MAPS = ("02_treatments", "02_computed", "03_total_direct", "03_heads", "05_group
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Results and figures of a run "made" that has the table of every figure."""
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where results and figures go."""
     for module in (paths, figures):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "FIGURES", tmp_path / "figures")
-    for entry in SPECS:
-        files.write_table(table_for(entry), tmp_path / "results" / "made" / f"{entry.name}.csv")
     return tmp_path
+
+
+@pytest.fixture
+def folders(places: Path) -> Path:
+    """A run "made" that has the table of every figure."""
+    for entry in SPECS:
+        files.write_table(table_for(entry), places / "results" / "made" / f"{entry.name}.csv")
+    return places
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,20 +130,24 @@ def test_colour_is_never_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
-def test_intervals_without_limits_draw(name: str, folders: Path) -> None:
+def test_intervals_without_limits_draw(name: str, places: Path) -> None:
     table = table_for(spec_of(name))
     for column in table.columns.intersection(["low", "high", "band_low", "band_high"]):
         table.loc[table.index[::3], column] = -np.inf if column.endswith("low") else np.inf
-    files.write_table(table, folders / "results" / "made" / f"{name}.csv")
+    files.write_table(table, places / "results" / "made" / f"{name}.csv")
     figures.show(name, "made")
     axes = drawn(name, table).axes
     assert all(np.isfinite([*ax.get_xlim(), *ax.get_ylim()]).all() for ax in axes)
 
 
 def test_files_are_the_same_bytes_in_a_fresh_process_that_never_sees_torch(folders: Path) -> None:
-    assert figures.redraw("made") == NAMES
+    of_a_kind = {getattr(entry.draw, "func", entry.draw): entry.name for entry in SPECS}  # a figure of each kind
+    kept = [name for name in NAMES if name in of_a_kind.values()]
+    for name in {*NAMES} - {*kept}:
+        (folders / "results" / "made" / f"{name}.csv").unlink()
+    assert figures.redraw("made") == kept and len(kept) > 20
     first = {path.name: path.read_bytes() for path in (folders / "figures" / "made").iterdir()}
-    assert sorted(first) == sorted(f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg"))
+    assert sorted(first) == sorted(f"{name}.{suffix}" for name in kept for suffix in ("png", "svg"))
     code = "import sys; from companion.plots import figures; figures.redraw('made'); print({'torch', 'sklearn'} & {*sys.modules})"
     places = {"COMPANION_RESULTS": str(folders / "results"), "COMPANION_FIGURES": str(folders / "again")}
     variables = {**os.environ, **places, "PYTHONHASHSEED": "7", "MPLBACKEND": "Agg", "PYTHONPATH": str(paths.ROOT)}
