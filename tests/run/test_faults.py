@@ -23,7 +23,7 @@ from companion.mediation import sweeps
 from companion.run import runner
 
 TIMES = "results/embedded/run_times.json"
-SLOW = "import os, time\n_ = files.write_text(str(os.getpid()), {!r})\ntime.sleep(60)"
+SLOW = "import os, time\n_ = files.write_text(str(os.getpid()), {!r})\ntime.sleep(180)"  # longer than anybody waits for its end
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
@@ -61,7 +61,7 @@ def test_a_stopped_or_killed_run_tears_nothing_and_leaves_nothing_running(toy: T
     if sent != signal.SIGKILL:
         assert (running.returncode, "stopped; what finished is kept" in errors) == (130, True)
         assert "Traceback" not in errors and not list(toy.root.rglob("stage*"))
-    until(lambda: all(map(gone, kernels)), "a kernel goes on without its runner")
+    until(lambda: all(map(gone, kernels)), "a kernel goes on without its runner", seconds=45)
     now = toy.contents()
     assert {name for name in expected if now[name] != expected[name]} == {f"notebooks/0{n}_toy.ipynb" for n in (2, 3)}
     for number in ("02", "03"):
