@@ -131,7 +131,10 @@ def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
     table = made if isinstance(made, NotDefined) else trial.method_summary(made)
     write_table(table, results_dir(slug) / "06_summary.csv")
     columns = ["strength", "budget", "budget_relative", "kl", "phi", "phi_low", "phi_high"]
-    return table if isinstance(table, NotDefined) else table.set_index("method").reindex(columns=columns).round(2)
+    if isinstance(table, NotDefined):
+        return table
+    # A push is often less than a hundredth of what stands where it is added.
+    return table.set_index("method").reindex(columns=columns).round(dict.fromkeys(columns, 2) | {"budget_relative": 4})
 
 
 def equal_over_refusal(made: Trial | NotDefined) -> pd.DataFrame | NotDefined:

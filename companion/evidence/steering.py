@@ -61,8 +61,14 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
         if (plain.kind == kind).any():  # a set may lack one
             made.append(evidence_row(name, changed(plain, steered, kind)))
     if len(refits) > 1:
-        spread = Change(float(np.std(refits, ddof=1)), min(refits), max(refits), len(refits), len(refits))
-        made.append(evidence_row("spread over refits", spread))
+        spread = _single(float(np.std(refits, ddof=1)), len(refits))
+        made.append(
+            evidence_row(
+                "spread over refits",
+                spread,
+                note=f"harm changes of the refits: {', '.join(f'{one:.1f}' for one in sorted(refits))}",
+            )
+        )
     if "greedy" in steered:
         made.append(evidence_row("harm change", changed(plain, steered, "harmful", "greedy"), "greedy"))
     wrapped = (steered.kind == "harmful") & (steered.tier > 0)
@@ -153,11 +159,13 @@ def random_rows(null: pd.DataFrame) -> list[Row]:
 
 
 def mediation_rows(before: pd.DataFrame, after: pd.DataFrame) -> list[Row]:
-    """phi, and the indirect effects that are left at the steered layers, the late ones, and at all others."""
+    """phi, and the indirect effects that are left at the steered layers, the late ones, and at all others, where defined."""
     zones = comparison.zones(int(before.layer.max()) + 1)
     made = [evidence_row("phi", share_neutralised(before, after))]
     for name, layers in (("steered sites", zones["late"]), ("other sites", zones["early"] + zones["mid"])):
-        made.append(evidence_row(f"NIE after/before, {name}", share_left(before, after, layers)))
+        left = share_left(before, after, layers)
+        if left is not None:
+            made.append(evidence_row(f"NIE after/before, {name}", left))
     return made
 
 
