@@ -101,6 +101,7 @@ def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     monkeypatch.setattr(activations, "PAYS", {"cpu": 18 * weights})
     assert [activations.shared_prefix(subject, some) for some in (ids, ids[:2], ids[:, 1:])] == [9, 0, 0]
+    assert activations.shared_prefix(subject, ids[:2], ids[1:2]) == 9, "both sides are made in one call"
 
 
 def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
