@@ -44,7 +44,7 @@ from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows
 from companion.evidence.neurons import gating_evidence, measure_neurons, neuron_evidence
-from companion.mediation import estimands, mechanisms, sweeps
+from companion.mediation import mechanisms, sweeps
 from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
 from companion.model.load import untrained_twin
 from companion.steering.prompts import Prompts
@@ -195,7 +195,7 @@ def measure_study(
         rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
         rows += tokens.measure_c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
-        clean = estimands.with_difference(sweeps.clean_outcomes(harm), core.twins)
+        clean = sweeps.clean_outcomes(harm)
         rows += layers.precondition_rows(clean, label, core.subject.n_layers)
     if "context" in stages and core.of("T1"):
         rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence

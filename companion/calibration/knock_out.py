@@ -105,8 +105,9 @@ def with_a_part(design: Design) -> set[tuple[str, int]]:
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
     """By kind, of so many `models`: in how many the knock-out agrees with the builder's labels, and what is lost on average.
 
-    `decides`: the decider is needed and no bystander is. `C2`: the last needed component is an MLP just where the builder says
-    that MLPs write. `C1`: it is late just where the builder says that the decision is.
+    `decider` and `bystander` are the shares of T2 - T2b that are lost with the component that the builder says decides, and at
+    most with one that has no part in it. `decides`: the first is needed and no such other is. `C2`: the last needed component
+    is an MLP just where the builder says that MLPs write. `C1`: it is late just where the builder says that the decision is.
     """
     table = table.assign(
         decides=(table.decider > NEEDED) & (table.bystander < NEEDED),
@@ -115,4 +116,4 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     )
     counts = table.groupby("kind", sort=False)[["decides", "C2", "C1"]].sum()
     means = table.groupby("kind", sort=False)[["decider", "bystander"]].mean()
-    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means).reset_index()
+    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means)

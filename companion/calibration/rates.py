@@ -92,10 +92,13 @@ def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.Data
 
 
 def interval_coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of intervals that hold the population value up to `ROUNDING`, by claim and quantity; both ends finite."""
+    """Share of intervals that hold the population value up to `ROUNDING`, by quantity; of those whose both ends are finite.
+
+    The population value is arithmetic over 500 new topics; only draws that have one count.
+    """
     known = table[np.isfinite(table[["estimate", "ci_low", "ci_high", "population"]]).all(axis=1)]
     room = np.minimum(known.population - known.ci_low, known.ci_high - known.population)
-    return _by_group(known, ["claim", "quantity"], room >= -ROUNDING)
+    return _by_group(known, ["claim", "quantity"], room >= -ROUNDING).drop(columns="claim").set_index("quantity")
 
 
 def power_curve(table: pd.DataFrame, by: str) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
 
 def test_the_behaviour_goes_where_the_builder_says_it_is_decided() -> None:
     """A copy is needed as the decision is, and what benign choices do no knock-out can see: there C1 is another question."""
-    table = knock_out.agreement(read_shipped("knock_outs")).set_index("kind")
+    table = knock_out.agreement(read_shipped("knock_outs"))
     assert set(table.index) == set(knock_out.BUILT) and (table.models == len(knock_out.SEEDS)).all()
     assert (table.decides == table.models).all() and (table.models == table.C2).all()
     assert set(table.index[table.models > table.C1]) == {"late_like_benign", "skip_only"}

@@ -78,7 +78,7 @@ def test_coverage_counts_finite_intervals_and_power_right_verdicts() -> None:
     table = draws(
         (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
     )
-    found = one(rates.interval_coverage(table), quantity="share")
+    found = rates.interval_coverage(table).loc["share"]
     assert (found.hits, found.n) == (19, 20)
 
 
