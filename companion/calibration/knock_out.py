@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from companion.base import paths
 from companion.base.thresholds import COMPONENTS, LATE, depth
 from companion.calibration.campaign import SCHEMAS, read_shipped, run_campaign
 from companion.calibration.localise import decider, mechanism_components
@@ -85,13 +83,11 @@ def knock_outs(kinds: Iterable[str] = BUILT, seeds: Iterable[int] = SEEDS) -> pd
     return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["knock_outs"])]
 
 
-def run_knock_outs(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
+def run_knock_outs(share: str = "1/1") -> None:
     """Knock out the components of every model of this share that is not shipped yet, and join what there is."""
-    known = set(read_shipped("knock_outs", folder, or_empty=True).kind)
+    known = set(read_shipped("knock_outs", or_empty=True).kind)
     plan = {f"knock-out-{kind}": kind for kind in BUILT}
-    run_campaign(
-        plan, lambda kind: {"knock_outs": knock_outs([kind])}, ("knock_outs",), known.__contains__, share, folder
-    )
+    run_campaign(plan, lambda kind: {"knock_outs": knock_outs([kind])}, ("knock_outs",), known.__contains__, share)
 
 
 def with_a_part(design: Design) -> set[tuple[str, int]]:

@@ -23,7 +23,6 @@ from companion.stats.clusters import wilson
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
-ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 # The first seeds of models that were planned after the correction of C1, and after that of C4.
@@ -144,29 +143,29 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     return _named(table.assign(population_verdict=table.population_verdict.fillna("")))
 
 
-def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def power_draws() -> pd.DataFrame:
     """Verdicts, named as in `main_draws`, of the models that were measured with several effects, topics and pairs a topic.
 
     Every model is there with each of them, so what differs along a curve is that number alone.
     """
-    table = read_shipped("verdicts", folder)
+    table = read_shipped("verdicts")
     table = table[table.purpose.isin(("effect", "topics", "pairs"))]
     return _named(table.assign(effect=table.effect.round(3)))
 
 
-def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def threshold_draws() -> pd.DataFrame:
     """Verdicts of the corrected rules on models whose true value lies near a threshold, with that `value`.
 
     Only the claims that a model was built for are there. Empty where no such draws are shipped.
     """
-    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
-    known = read_shipped("population", folder, or_empty=True).rename(columns={"population": "value"})
+    table = read_shipped("verdicts", or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
+    known = read_shipped("population", or_empty=True).rename(columns={"population": "value"})
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
 
 
-def held_out_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def held_out_draws() -> pd.DataFrame:
     """Verdicts of held-out kinds on claims whose truth their construction decides, named as in `main_draws`."""
-    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'held-out' and truth != 'open'")
+    table = read_shipped("verdicts", or_empty=True).query("purpose == 'held-out' and truth != 'open'")
     return _named(table)
 
 
