@@ -142,7 +142,7 @@ def same_budget(
 
 
 def write_evidence(
-    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, prompt_set: str, slug: str, profile: str = "full"
+    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str, profile: str = "full"
 ) -> pd.DataFrame:  # fmt: skip
     """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it `06_judged.csv` and the directions.
 
@@ -154,9 +154,6 @@ def write_evidence(
         print(labeller)
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
-        if (theirs := extraction.find_supplied(prompt_set)) is not None:
-            cosines = extraction.cosines(lab.fit.directions(), extraction.supplied_directions(theirs, lab.subject))
-            print("cosines with the directions in the prompt set's folder:", cosines.round(3).to_dict("list"))
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:

@@ -19,7 +19,7 @@ from statsmodels.stats.proportion import proportion_confint
 from companion.base import paths
 from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import Rates, rule_name
-from companion.stats.clusters import wilson
+from companion.stats.clusters import rate
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
@@ -37,15 +37,6 @@ BIN = 0.05  # of the true value, in `support_curve`
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the correction of C1, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
-
-
-def rate(hits: int, n: int) -> tuple[float, float, float]:
-    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn.
-
-    >>> [round(x, 3) for x in rate(0, 59)]
-    [0.0, 0.0, 0.061]
-    """
-    return (hits / n, *wilson(hits, n)) if n else (float("nan"), 0.0, 1.0)
 
 
 def one_sided(hits: int, n: int) -> tuple[float, float]:
@@ -181,8 +172,8 @@ def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
     table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
     made = (table.verdict == "supported").groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
     made = made.reset_index().rename(columns={"bin": "value"})
-    limits_of = [wilson(int(row.hits), int(row.n)) for row in made.itertuples()]
-    made = made.assign(estimate=made.hits / made.n).join(pd.DataFrame(limits_of, columns=["low", "high"], dtype=float))
+    shares = [rate(int(row.hits), int(row.n)) for row in made.itertuples()]
+    made = made.join(pd.DataFrame(shares, columns=["estimate", "low", "high"], dtype=float))
     return made[["claim", "value", "n", "hits", "estimate", "low", "high", "threshold"]]
 
 

@@ -183,7 +183,7 @@ def corrected_rates(
     for name, labels in groups.items():
         if len(labels):
             hits = np.asarray(labels, dtype=bool)
-            labelled = (float(hits.mean()), *clusters.wilson(int(hits.sum()), len(hits)))
+            labelled = clusters.rate(int(hits.sum()), len(hits))
             known = UNKNOWN if measured is None else rogan_gladen(hits, measured.accuracy)
             rows.append((name, len(hits), *labelled, *(labelled if exact else known)))
     return pd.DataFrame(rows, columns=COLUMNS), labeller(measured, exact=exact)

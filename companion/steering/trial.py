@@ -18,12 +18,12 @@ from companion.generation import accuracy, decode
 from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.model.load import load
-from companion.stats.clusters import wilson
+from companion.stats.clusters import rate
 from companion.stats.rates import holm, mean_change
 from companion.steering import budget, comparison, experiment
 from companion.steering.budget import N_CURVE, STRENGTHS, EvaluationPrompts
 from companion.steering.comparison import DECISIVE, FIXED
-from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence, share
+from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
 FEW_STRENGTHS: Final = (0.5, 1.0, 1.5)  # where each prompt is costly
@@ -201,8 +201,7 @@ def label_rates(trial: pd.DataFrame) -> dict[str, float]:
         labels = trial.label[trial.kind == kind]
         if len(labels):
             hits = int((labels == ("harmful" if kind == "harmful" else "refusal")).sum())
-            low, high = wilson(hits, len(labels))
-            row |= _limits(name, (100 * hits / len(labels), 100 * low, 100 * high))
+            row |= _limits(name, [100 * value for value in rate(hits, len(labels))])
     return row
 
 
@@ -213,7 +212,8 @@ def gate_firing(lab: SteeringExperiment, steered: Steering, prompts: pd.DataFram
     is_open = budget.gate_values(lab.subject, steered, list(prompts.text)) > 0
     row: dict[str, float] = {}
     for kind in prompts.kind.unique():
-        row |= _limits(f"fires_{kind}", share(is_open[(prompts.kind == kind).to_numpy()]))
+        own = is_open[(prompts.kind == kind).to_numpy()]
+        row |= _limits(f"fires_{kind}", rate(int(own.sum()), len(own)))
     return row
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from companion.calibration import rates
+from companion.stats.clusters import rate
 from organisms.compiled_design import draw_design
 
 
@@ -49,7 +50,7 @@ def test_false_support_has_an_exact_bound() -> None:
 
 def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
     assert rates.one_sided(0, 59)[1] < 0.05 < rates.one_sided(0, 58)[1]
-    assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rates.rate(0, 0)[0])
+    assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rate(0, 0)[0])
 
 
 def test_support_is_counted_by_true_value_on_either_side_of_the_threshold() -> None:

@@ -71,7 +71,7 @@ def test_what_is_not_defined_goes_through_with_its_reason(
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
     found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]
     assert all(one == WHY for one in found)
-    steering.write_evidence(made, same, WHY, "embedded", "m")
+    steering.write_evidence(made, same, WHY, "m")
     (row,) = pd.read_csv(tmp_path / "m" / "06_evidence.csv").itertuples()
     assert (row.quantity, row.note) == ("not defined", WHY.reason)
     assert not (tmp_path / "m" / "06_summary.csv").exists()
