@@ -24,7 +24,6 @@ from companion.base import paths
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
-from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import (
     CONTRADICTED_TO,
@@ -36,6 +35,7 @@ from companion.calibration.rates import (
     FRESH_NEAR,
     SUPPORTED_FROM,
 )
+from companion.calibration.truths import ideal_push_rows, truth_of
 from companion.claims import corrected_rules
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import ledger, rule_name

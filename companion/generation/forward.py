@@ -32,8 +32,8 @@ from companion.model.activations import CleanRun, clean_run, first, prefix_once,
 from companion.model.architecture import Subject
 from companion.model.interventions import returning
 from companion.model.memory import resumable_per_token
-from companion.model.propagation import Prefix
 from companion.model.readout import logits
+from companion.model.replay import Prefix
 from companion.prompts import tokens
 
 KEPT_BYTES: Final = 2**30  # of the plain runs of one model that are kept

@@ -14,8 +14,8 @@ from measured_organism import KEYS, NUMBERS, few_pairs, gated_organism, measured
 from companion.base.thresholds import POINTS, UNTRAINED
 from companion.calibration import draws, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.ideal_push import PUSH, truth_of
 from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, FRESH_NEAR, JUDGED_FROM, UNSEEN
+from companion.calibration.truths import PUSH, truth_of
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows
 from companion.evidence import neurons
