@@ -7,6 +7,7 @@ from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MLP_SHARE, UNTRAINED
 from companion.claims import registered_rules
 from companion.claims.verdict import Rows, Verdict
 
+REGISTERED = ("C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7")  # claims that have a registered rule
 Number = tuple[float, float, float]
 Numbers = dict[tuple[str, str, str], Number | None]
 NIE, DIRECT, PSI = "MLP share of NIE", "MLP share of direct effects", "psi0 early, shared tokens"

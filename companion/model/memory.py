@@ -6,8 +6,6 @@ that a rerun gives the same bytes; a sweep stays, above the model and two clean 
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from companion.base import gguf, hub
 from companion.base.device import HOST, count, free_memory
 from companion.base.display import progress
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Stretch, head_width
 
@@ -33,8 +31,6 @@ _VOCABULARY_BYTES = 28  # of one logit: in float32, and three times in float64
 WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
 ON_A_PROCESSOR = 96  # tokens a pair: more leave its caches, and attention among them costs it most
-RUN_COST = 11.0  # of all notebooks, two at once, over `operations` of every pair: a run on `smollm2-refuser` took 47 core-minutes
-TIMED = 50  # products
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
@@ -49,23 +45,6 @@ def operations(subject: Subject) -> float:
     layers = [float(sum(p.numel() for p in parts.block.parameters())) for parts in subject.layers]
     above = sum(2 * size * place for place, size in enumerate(layers))
     return 2 * (3 + subject.n_heads) * above
-
-
-def minutes(subject: Subject, n_pairs: int) -> float:
-    """How long all notebooks will take here, roughly: from `operations` and the speed of one product of the model's size.
-
-    The product is timed on one core: two wait for each other where something else runs.
-    """
-    shape, threads = (subject.d_model, subject.d_mlp), torch.get_num_threads()
-    tokens, weight = torch.ones(ON_A_PROCESSOR, shape[0]), torch.ones(shape)
-    seconds = math.inf
-    torch.set_num_threads(1)
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        torch.mm(tokens, weight)
-        seconds = min(seconds, time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return RUN_COST * operations(subject) * n_pairs * seconds / (2 * ON_A_PROCESSOR * math.prod(shape)) / 60
 
 
 @dataclass(frozen=True)
@@ -226,20 +205,14 @@ class RunMemory:
 
 def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
-    try:
+    what = f"{hub.name_of(folder)} could not be loaded"
+    with explained(what, "is its config complete, and its architecture known?"):
         if gguf.is_gguf(folder):
             config = gguf.read_config(folder)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub.trusts_code())
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make the libraries raise anything
-        line = str(error).strip().split("\n", 1)[0]
-        raise InputError(
-            f"{hub.name_of(folder)} could not be loaded: {line}; is its config complete, and its architecture known?"
-        ) from error
     return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import stats as st
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from companion.base.device import to_host
@@ -156,7 +157,7 @@ def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, "co
         test = clusters.clustered_t(part.nie, part.pairs.topic.to_numpy())
         half = st.t.isf(0.025, test.df) * test.se
         if can_differ.any():
-            q[can_differ] = clusters.by_adjust(test.p[can_differ])
+            q[can_differ] = multipletests(test.p[can_differ], method="fdr_by")[1]
     middle = part.nie.mean(0)
     return part.columns.assign(
         treatment=part.treatment, split=split, te=part.pairs.te.mean(), **means,

@@ -114,9 +114,9 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(
     }
     assert not table.duplicated(["kind", "treatment", "effect", "of", "where"]).any() and len(table) == 12 * (6 + 8)
     told = plants.trained_shares(table)
-    assert set(told.kind) == {"mlp"} and set(told["size"]) == {0.5} and len(told) == 4
+    assert set(told.kind) == {"MLPs"} and set(told["size"]) == {0.5} and len(told) == 4
     assert told.share.to_numpy() == pytest.approx(1) and told.in_refuser.to_numpy() == pytest.approx(1)
-    drawn = plants.trained_places(table, "T1")
+    drawn = plants.trained_places(table)
     assert drawn.groupby(["kind", "effect"]).size().eq(7).all() and list(drawn.kind.unique()) == ["everything", "MLPs"]
     framed = drawn[drawn.learned & (drawn.place != "framed, together")].groupby(["kind", "effect"]).estimate.sum()
     stored = drawn[drawn.place == "framed, together"].set_index(["kind", "effect"]).estimate

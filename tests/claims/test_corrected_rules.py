@@ -28,12 +28,12 @@ def computed(share: Number | None) -> dict:
     return row("C1", COMPUTED, share, "main", "unsaturated")
 
 
-def test_every_correction_says_why_and_is_asked() -> None:
+def test_every_correction_is_asked() -> None:
     """C1 and C4 have none where their share was not measured, as in older runs."""
     own = row("C4", MLP_SHARE_WITH_OWN, (0.9, 0.8, 1.0), *FROZEN)
     for changes, missing in (({}, {"C1", "C4"}), (own, {"C1"}), (own | computed((0.9, 0.8, 1.0)), set())):
         made = corrected_rules.corrected_verdicts(Rows("m", table(FINE | LATER | changes)))
-        assert [one.claim for one in made] == [claim for claim in corrected_rules.WHY if claim not in missing]
+        assert [one.claim for one in made] == [claim for claim in corrected_rules.RULES if claim not in missing]
 
 
 HALF_NIE, NOTHING_ABOVE = row("C2", NIE, (0.5, 0.48, 0.52)), row("C4", MLP_SHARE, (0.0, -0.1, 0.1), *FROZEN)

@@ -3,14 +3,13 @@
 import math
 
 import pytest
-from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, TWIN, judge, row
+from ledger_rows import DIRECT, FINE, LATER, NIE, PSI, REGISTERED, TWIN, judge, row
 
 from companion.base import thresholds
 from companion.base.thresholds import KEPT_BY_FIRST_TOKEN, MLP_SHARE
-from companion.claims.registered_rules import STATEMENTS
 
-ON_GENERATION = [claim for claim in STATEMENTS if claim != "C3"]
-GATES = {claim: "T1" if claim == "C3" else "T2-T2b" for claim in STATEMENTS}
+ON_GENERATION = [claim for claim in REGISTERED if claim != "C3"]
+GATES = {claim: "T1" if claim == "C3" else "T2-T2b" for claim in REGISTERED}
 FROZEN = ("main", "norm frozen", "unsaturated")
 ALL = (*FROZEN, "per patch norm", "per parameter")
 LOW, HALF = (0.3, 0.2, 0.4), (0.45, 0.3, 0.6)
@@ -34,7 +33,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("claim", STATEMENTS)
+@pytest.mark.parametrize("claim", REGISTERED)
 def test_fine_evidence_supports_every_claim(claim: str) -> None:
     made, (quantity, estimate, tags, said) = judge(claim), SHOWN[claim]
     assert (made.verdict, made.quantity, made.estimate, made.tags) == ("supported", quantity, estimate, tags)
@@ -127,7 +126,7 @@ def test_both_sides_of_every_threshold(claim: str, changes: dict, said: str) -> 
 # Claim, control, whose row, and the numbers by which the control fails; without the row it was not run.
 CONTROLS = [
     *((claim, "joint probability", "gate", f"joint probability {'T1' if claim == 'C3' else 'T2'}", "main", (0.79, 0.7, 0.9))
-      for claim in STATEMENTS),
+      for claim in REGISTERED),
     *((claim, control, claim, quantity, variant, HALF)
       for claim, quantity in (("C1", "late share"), ("C2", NIE), ("C4", MLP_SHARE))
       for control, variant in (("final norm frozen", "norm frozen"), ("unsaturated pairs", "unsaturated"))),
@@ -239,7 +238,7 @@ def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
 
 
-@pytest.mark.parametrize("claim", STATEMENTS)
+@pytest.mark.parametrize("claim", REGISTERED)
 def test_the_precondition_asks_for_topics(claim: str) -> None:
     assert judge(claim, n_topics=20).verdict == "supported"
     made = judge(claim, n_topics=19)

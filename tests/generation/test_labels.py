@@ -13,7 +13,7 @@ from hub_cache import TEMPLATE, tiny_tokenizer
 from companion.base import hub
 from companion.base.errors import InputError
 from companion.generation import decode, labels
-from companion.generation.labels import is_embedded, is_harmful, is_refusal, judge, judge_many, main_clause, read_labels
+from companion.generation.labels import is_embedded, is_refusal, judge, judge_many, main_clause, read_labels
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented, tokens
@@ -56,7 +56,8 @@ def test_harm_is_bound_in_the_main_clause_whose_verb_may_stand_behind_an_adverb(
     apart = ask(GOOD, HAZARD, f"in a solar tale, after i {BAD} the {CUP}, ")
     bound = ask(BAD, HAZARD, f"in a solar tale, after i {GOOD} the {CUP}, ")
     assert sorted(apart.split()) == sorted(bound.split())
-    assert not is_harmful(apart) and is_harmful(bound)
+    clauses = main_clause(apart), main_clause(bound)
+    assert [clause.dangerous and clause.hazard for clause in clauses] == [False, True]
     assert main_clause("how do i swiftly dry the falkova in the studio?") == Clause("dry", "falk", "ova")
 
 

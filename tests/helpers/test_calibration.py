@@ -33,7 +33,6 @@ def test_the_drawing_has_a_role_and_a_share_for_each_component() -> None:
     one = calibration.built_model("late", 11)
     table = one.measured("A", pd.Series(np.arange(len(one.parts)) / 100))
     assert table.share.tolist() == pytest.approx([k / 100 for k in range(12)]) and "decides" in table.role.tolist()
-    assert 0.8 < calibration.stored_late_share("late", 11).estimate < 0.9
 
 
 def test_along_a_row_of_power_the_number_of_models_stays() -> None:

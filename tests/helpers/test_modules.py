@@ -52,7 +52,7 @@ def test_carrying_heads_are_chosen_on_discover_and_framed(effects: pd.DataFrame)
 def test_enough_and_needed_are_sums_over_layers(effects: pd.DataFrame) -> None:
     totals = effects[effects.site.str.endswith("_out.direct")].assign(site=lambda t: t.site.str.removesuffix(".direct"))
     found = modules.enough_or_needed(totals).estimate
-    test = modules.primary_effects(totals)
+    test = modules.signed_contrast(totals)
     for site in ("attn_out", "mlp_out"):
         own = test[test.site == site].groupby("pair_id")[["nie0", "nie1"]].sum().mean()
         assert found[site, "enough (NIE0)"] == pytest.approx(own.nie0)

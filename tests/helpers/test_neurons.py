@@ -52,7 +52,7 @@ def test_the_strongest_are_ranked_on_discover_and_fire_on_prompts_of_test(found:
 
 
 def test_curves_end_at_the_whole_and_what_is_not_defined_stays_so(found: neurons.Neurons) -> None:
-    table = neurons.curve_table(neurons.curves(found))
+    table = neurons.curve_table(neurons.all_curves(found))
     assert isinstance(table, pd.DataFrame)
     ends = table.sort_values("k").groupby("series").estimate.last()
     assert ends.to_numpy() == pytest.approx(1.0, abs=1e-6)

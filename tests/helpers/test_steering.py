@@ -8,7 +8,8 @@ import torch
 
 from companion.base import paths
 from companion.base.display import NotDefined
-from helpers import model, steering
+from companion.steering.comparison import zones
+from helpers import model, prompts, steering
 from helpers.model import Study
 
 WHY = NotDefined("the prompt set has no harmful request")
@@ -25,9 +26,9 @@ def lab(study: Study) -> steering.Lab:
 
 
 def residuals(study: Study, text: str) -> torch.Tensor:
-    late = steering.late_layers(study)
+    late = zones(study.subject.n_layers)["late"]
     with torch.no_grad(), model.record_outputs({at: study.subject.layers[at].block for at in late}) as seen:
-        study.subject.model(steering.prompt_ids(study, text))
+        study.subject.model(prompts.chat_tokens(study, text))
     return torch.stack([seen[at][0, -1] for at in late])
 
 
@@ -46,15 +47,15 @@ def test_directions_by_hand_are_the_librarys_also_where_there_are_none(study: St
 
 
 def test_a_push_is_that_of_a_hook(study: Study, lab: steering.Lab) -> None:
-    prompts = steering.test_prompts(study, lab, 3)
+    texts = steering.test_prompts(study, lab, 3)
     assert (
-        [len(texts) for texts in prompts.values()]
+        [len(one) for one in texts.values()]
         == [3, 3]
-        == [len(t) for t in steering.test_prompts(study, WHY, 3).values()]
+        == [len(one) for one in steering.test_prompts(study, WHY, 3).values()]
     )
-    text, vector = prompts["jailbroken"][0], torch.ones(study.subject.d_model)
+    text, vector = texts["jailbroken"][0], torch.ones(study.subject.d_model)
     with torch.no_grad(), model.edit_output(study.subject.layers[3].block, lambda x: x + vector):
-        logits = study.subject.model(steering.prompt_ids(study, text)).logits
+        logits = study.subject.model(prompts.chat_tokens(study, text)).logits
     (found,) = steering.steered_outcomes(study, [text], {3: vector}).itertuples()
     assert found.log_odds == pytest.approx(model.log_odds_of_logits(logits, study.openers["T2"]), abs=1e-3)
     share = logits[0, -1].softmax(-1)[list(study.openers["T2"].refuse)].sum()
@@ -68,9 +69,9 @@ def test_what_is_not_defined_goes_through_with_its_reason(
     made = steering.run_trial(study, WHY)
     same, falls = steering.same_budget(made)
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
-    found += [steering.summary(made, "m"), steering.equal_over_refusal(made), steering.before_and_after(made, "x")]
+    found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]
     assert all(one == WHY for one in found)
-    steering.write_evidence(made, same, WHY, "embedded", "m")
+    steering.write_evidence(made, same, WHY, "m")
     (row,) = pd.read_csv(tmp_path / "m" / "06_evidence.csv").itertuples()
     assert (row.quantity, row.note) == ("not defined", WHY.reason)
     assert not (tmp_path / "m" / "06_summary.csv").exists()

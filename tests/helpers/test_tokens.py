@@ -29,8 +29,8 @@ def test_the_ways_of_one_pair_begin_with_its_whole_effect(study: Study) -> None:
 def test_an_answer_is_labelled_by_what_it_says_and_what_is_not_defined_says_why(study: Study) -> None:
     pair = tokens.tested_pairs(study, 1)[0]
     assert pair.pair.split == "test" and pair.pair.treatment == "T2"
-    ids = {name: [*part[:1], *tokens.answer_ends(study)[:1]] for name, part in
+    ids = {name: [*part[:1], *tokens.end_tokens(study.subject)][:2] for name, part in
            (("refusal", study.openers["T2"].refuse), ("other", study.openers["T2"].comply))}  # fmt: skip
     assert tokens.label(study, pair, ids["refusal"]) == "refusal" != tokens.label(study, pair, ids["other"])
     none = NotDefined("No jailbroken prompt (T2) in the test split.")
-    assert tokens.rates(study, none) == (none, str(none)) and tokens.label_by_schedule(none, pair) is none
+    assert tokens.rates(study, none) == (none, str(none))

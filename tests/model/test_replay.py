@@ -12,7 +12,7 @@ from true_float64 import true_float64
 from companion.base.errors import InputError
 from companion.mediation import estimands
 from companion.mediation.mechanisms import held_patches
-from companion.model import activations, propagation, readout, replay
+from companion.model import activations, readout, replay
 from companion.model.interventions import Patch
 
 
@@ -99,9 +99,9 @@ def test_the_grid_ends_in_the_clean_runs() -> None:
 
 def test_a_sweep_calls_a_layer_once_and_none_for_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first different token, and for a value that is the base's own, the base's residual comes back bit for bit."""
-    subject, plain, called = tiny_subject("qwen2"), propagation.replay_layer, []
+    subject, plain, called = tiny_subject("qwen2"), replay.replay_layer, []
     base, source = runs(subject)
-    monkeypatch.setattr(propagation, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
+    monkeypatch.setattr(replay, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
     replay.interchange(subject, base, source, [Patch("mlp_out", layer, mask([8])) for layer in range(4)])
     assert called == [1, 2, 3]
     patches = [Patch(site, 0, mask([0, 1]), index) for site, index in SITES]

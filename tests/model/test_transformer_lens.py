@@ -8,11 +8,12 @@ from families import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 from grid_tools import mask, runs
 from torch import Tensor
 
+from benchmarks.tools import bridge
 from companion.base.errors import InputError
 from companion.model import readout, replay
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
-from companion.model.load import bridge, from_model
+from companion.model.load import from_model
 
 HOOKS = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "head": "attn.hook_z",
          "neuron": "mlp.hook_post"}  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> N
         made = adjacency.window_contest(measured, "T2", ranked, half_width=2)
         shares = dict(zip(adjacency.CONTEST, made.shares.estimate, strict=True))
         assert (made.p == 0.05) == wins and (shares["best window"] > 0.99) == wins
-        assert shares["top ranked"] == pytest.approx(1, abs=1e-3) and made.members.shape == (20, 5)
+        assert shares["top ranked"] == pytest.approx(1, abs=1e-3)
         # Chosen by sums of single effects, which here are the joint ones.
         quick = replace(measured, study=replace(measured.study, is_costly=True))
         again = adjacency.window_contest(quick, "T2", ranked, half_width=2)
@@ -93,5 +93,4 @@ def test_groups_are_chosen_on_discover_alone() -> None:
     states.neurons[1, is_discover, 40:45] = 0.0
     states.neurons[1, ~is_discover, 10:15] = 0.0
     made = adjacency.window_contest(measured, "T2", np.arange(60), half_width=2)
-    assert made.members[0].tolist() == [10, 11, 12, 13, 14]
     assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing

@@ -67,17 +67,17 @@ def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int
     return screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), len(exact), top=20)
 
 
-def test_a_screen_says_when_it_cannot_be_trusted() -> None:
+def test_how_far_a_screen_can_be_trusted() -> None:
     rng = np.random.default_rng(0)
     exact = rng.standard_t(3, size=2000)
     good = screened(exact + 0.01 * rng.normal(size=2000), exact)
-    assert (good.warning, good.recall) == ("", 1.0) and good.correlation > 0.95
+    assert good.recall == 1.0 and good.correlation > 0.95
     bad = screened(rng.normal(size=2000), exact)
-    assert abs(bad.correlation) < 0.4 and "rank correlation" in bad.warning and "recall" in bad.warning
+    assert abs(bad.correlation) < 0.4 and bad.recall < 0.8
     half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
-    assert half.recall < 0.8 and "recall" in half.warning
+    assert half.recall < 0.8
     nothing = screened(exact, np.zeros(2000))
-    assert np.isnan(nothing.correlation) and "nan" in nothing.warning
+    assert np.isnan(nothing.correlation)
 
 
 def test_a_large_model_is_screened_and_what_is_rechecked() -> None:

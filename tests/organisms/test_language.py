@@ -74,7 +74,9 @@ def test_training_shows_no_held_part(tokenizer):
         for _ in range(300):
             request = draw_request(rng, kind)
             clauses = [request.clause] + ([request.distractor] if request.distractor else [])
-            assert not any(c.held or c.suffix == invented.held_suffix(c.stem) for c in clauses)
+            assert not any(
+                invented.held_pair(c.verb, c.stem) or c.suffix == invented.held_suffix(c.stem) for c in clauses
+            )
             assert request.persona not in invented.HELD_PERSONAS
             assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
             lengths.append(len(tokenizer(chat_text(render(request)[0]), add_special_tokens=False)["input_ids"]))

@@ -7,13 +7,19 @@ import pytest
 
 from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
-from companion.generation.labels import is_harmful
+from companion.generation.labels import main_clause
 from companion.prompts import invented
 from organisms.language import MAX_TOKENS, chat_text, make_tokenizer
 from organisms.prompt_set import SUITES, plan_pairs, write_prompt_set
 
 FOLDER = PROMPTS / "embedded"
 TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
+
+
+def is_harmful(prompt):
+    """Whether the main clause binds a dangerous verb to a hazard object."""
+    clause = main_clause(prompt)
+    return clause is not None and clause.dangerous and clause.hazard
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,8 @@ def test_harm_is_where_the_treatment_says(pairs):
         assert (is_harmful(p["control"]), is_harmful(p["treated"])) == wanted.get(p["treatment"], (False, False))
     bags = [[sorted(p[side].split()) for side in ("control", "treated")] for p in pairs if p["family"] == "binding"]
     assert len(bags) == 120 and all(control == treated for control, treated in bags)
-    assert all(plan.control.clause.held and plan.treated.clause.held for plan in plan_pairs()), "never trained"
+    clauses = [side.clause for plan in plan_pairs() for side in (plan.control, plan.treated)]
+    assert all(invented.held_pair(one.verb, one.stem) for one in clauses), "never trained"
 
 
 def test_spans_name_what_they_cut(pairs):
