@@ -6,6 +6,8 @@ that a rerun gives the same bytes; a sweep stays, above the model and two clean 
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +33,8 @@ _VOCABULARY_BYTES = 28  # of one logit: in float32, and three times in float64
 WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
 ON_A_PROCESSOR = 96  # tokens a pair: more leave its caches, and attention among them costs it most
+RUN_COST = 11.0  # of all notebooks, two at once, over `operations` of every pair: a run on `smollm2-refuser` took 47 core-minutes
+TIMED = 50  # products
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
@@ -45,6 +49,23 @@ def operations(subject: Subject) -> float:
     layers = [float(sum(p.numel() for p in parts.block.parameters())) for parts in subject.layers]
     above = sum(2 * size * place for place, size in enumerate(layers))
     return 2 * (3 + subject.n_heads) * above
+
+
+def minutes(subject: Subject, n_pairs: int) -> float:
+    """How long all notebooks will take here, roughly: from `operations` and the speed of one product of the model's size.
+
+    The product is timed on one core: two wait for each other where something else runs.
+    """
+    shape, threads = (subject.d_model, subject.d_mlp), torch.get_num_threads()
+    tokens, weight = torch.ones(ON_A_PROCESSOR, shape[0]), torch.ones(shape)
+    seconds = math.inf
+    torch.set_num_threads(1)
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        torch.mm(tokens, weight)
+        seconds = min(seconds, time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return RUN_COST * operations(subject) * n_pairs * seconds / (2 * ON_A_PROCESSOR * math.prod(shape)) / 60
 
 
 @dataclass(frozen=True)

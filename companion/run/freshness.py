@@ -46,6 +46,23 @@ def keys(
     return found
 
 
+def rendered(parameters: Mapping[str, Any]) -> str:
+    """sha256 of the prompt set as the model reads it: a template may depend on more than its file.
+
+    Empty for a model or prompts that cannot be read; the run says what is wrong with them.
+    """
+    from companion.base.chat import render_prompt
+    from companion.model.load import load_tokenizer
+    from companion.prompts.pairs import load_set
+
+    try:
+        tokenizer = load_tokenizer(model_folder(parameters["MODEL"]))
+        pairs = load_set(prompts_folder(parameters["PROMPTS"])).pairs
+        return digest([render_prompt(tokenizer, text) for pair in pairs for text in (pair.control, pair.treated)])
+    except InputError:
+        return ""
+
+
 def recall(results: Path, name: str) -> dict[str, Any]:
     """A note of the run whose results are in `results`; a missing or torn one is empty, it only costs time."""
     try:

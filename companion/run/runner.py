@@ -136,6 +136,7 @@ def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[
     folders = [DATA, *foreign]
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
+    rendered = freshness.rendered(parameters) if foreign else ""  # what ships is text of fixed templates
     judge: list[Any] = []
     own: dict[str, Any] = {}
     results = RESULTS / parameters["SLUG"]
@@ -143,7 +144,7 @@ def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[
         from companion.generation import accuracy  # only then: it imports pandas
 
         judge, own = accuracy.judge_files(known), accuracy.own_accuracy(results, parameters, known)
-    return files.digest(parts, files.hash_file(ROOT / "requirements.lock", known), *judge), own
+    return files.digest(parts, rendered, files.hash_file(ROOT / "requirements.lock", known), *judge), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:

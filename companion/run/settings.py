@@ -280,9 +280,10 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
     if affordable and not pairs and profile == "full":
+        about = f"about {memory.minutes(shapes, len(usable)):.0f} minutes for all notebooks on this processor"
         notes.add(
             f"at most {affordable} pairs a treatment, as each pair costs {memory.operations(shapes):.1g} "
-            "operations; --pairs gives another number"
+            f"operations ({about}); --pairs gives another number"
         )
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]
 

@@ -1,8 +1,11 @@
 """What a model is compared with, how precise a study is, and a reader's own pair."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -76,7 +79,7 @@ def test_a_costly_model_takes_few_pairs_and_fewer_where_no_verdict_rests(monkeyp
     said = settings.check_pairs("embedded", "embedded", 0, "full")
     costly = study.begin("embedded", "embedded", "own")
     assert said[0].startswith(f"{len(costly.pairs)} of {len(costly.pairs)} pairs usable")
-    assert said[1].startswith("at most 72 pairs a treatment, as each pair costs")
+    assert re.match(r"at most 72 pairs a treatment.*\(about \d+ minutes for all notebooks", said[1])
     main = pd.DataFrame([vars(one.pair) for one in costly.of("T1", "T2", "T2b")]).groupby(["treatment", "split"])
     assert plain.judged is plain and {p.pair.split for p in costly.judged.pairs} == {"discover", "test"}
     assert len(costly.judged.pairs) == sum(p.pair.split != "validate" for p in costly.pairs)
@@ -93,6 +96,13 @@ def test_operations_are_those_of_the_layers_above_each_intervention() -> None:
     subject = load("embedded")
     size = sum(p.numel() for p in subject.layers[0].block.parameters())
     assert memory.operations(subject) == 2 * (3 + 4) * 2 * size * (0 + 1 + 2 + 3 + 4 + 5)
+
+
+def test_the_length_of_a_run_is_its_operations_at_the_speed_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load("embedded")
+    monkeypatch.setattr(memory, "time", SimpleNamespace(perf_counter=count(0.0, 3.0).__next__))  # a product takes 3 s
+    seconds = 3.0 / (2 * memory.ON_A_PROCESSOR * subject.d_model * subject.d_mlp) * memory.operations(subject)
+    assert memory.minutes(subject, 10) == pytest.approx(memory.RUN_COST * 10 * seconds / 60)
 
 
 def test_divisors_are_patch_lengths_and_parameters(this: Study) -> None:

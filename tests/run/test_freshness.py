@@ -1,8 +1,10 @@
 """What a run notes beside its results: damaged times are only forgotten, and files that are no longer written are known."""
 
 import json
+import shutil
 from pathlib import Path
 
+from companion.base.paths import ORGANISM
 from companion.run import freshness
 
 
@@ -50,3 +52,18 @@ def test_a_repository_for_which_git_does_not_answer_is_not_taken_for_one_without
     assert freshness.git_state(tmp_path) is None
     (tmp_path / ".git").mkdir()
     assert freshness.git_state(tmp_path) == {"commit": "unknown: git does not answer, or another user owns the folder"}
+
+
+def test_prompts_count_as_the_model_reads_them(tmp_path: Path) -> None:
+    """A template may depend on more than its file; where it changes a prompt, the results are stale."""
+    model = shutil.copytree(ORGANISM / "window-0", tmp_path / "model")
+    parameters = {"MODEL": str(model), "PROMPTS": "embedded"}
+    before, template = freshness.rendered(parameters), model / "chat_template.jinja"
+    assert before == freshness.rendered(parameters) != ""
+    text = template.read_text()
+    template.write_text("{# another comment #}" + text)
+    assert freshness.rendered(parameters) == before
+    template.write_text("x" + text)
+    assert freshness.rendered(parameters) not in (before, "")
+    template.unlink()
+    assert freshness.rendered(parameters) == ""
