@@ -31,7 +31,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks.gpu_parts import ESTIMATED, PARTS, Row, measure_batch, warm_up
+from benchmarks.gpu_parts import ESTIMATED, PARTS, Row, measure_batch, peak_bytes, warm_up
 from benchmarks.shapes import LLAMA_8B, SMALL_8B, SMOKE, Shape, machine, random_llama
 from companion.base import device, files
 from companion.base.errors import InputError
@@ -141,8 +141,8 @@ def _run(setting: Setting, waiting: dict[int, list[str]], deadline: float) -> No
     subject = _subject(setting.shape, setting.dtype, setting.where)
     wanted = [part for part in PARTS if any(part in parts for parts in waiting.values())]
     gaps = {part: warm_up(subject, setting.shape, part) for part in wanted}
-    device.peak_bytes(setting.where, reset=True)
-    held = device.peak_bytes(setting.where)  # the model, and the buffers that the libraries keep
+    peak_bytes(setting.where, reset=True)
+    held = peak_bytes(setting.where)  # the model, and the buffers that the libraries keep
     for first, parts in waiting.items():
         n_pairs = min(setting.at_once, setting.shape.n_pairs - first)
         for row in measure_batch(subject, setting.shape, first, n_pairs, parts, setting.file("screen", first)):

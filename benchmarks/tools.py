@@ -7,6 +7,7 @@ without gradients. Each peer is timed twice: as its documentation shows it, and 
 
 import copy
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from benchmarks.shapes import Job, outcome
+from companion.base.errors import InputError
 from companion.model import activations, load, replay
 from companion.model.activations import CleanRun, on_input, on_output
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch
-from companion.model.readout import log_probs, logits
+from companion.model.readout import blocks_of_rows, logits
 from companion.neurons import closed_form
 
 Run = Callable[[Sequence[Job]], Float[Tensor, "pair job number"]]
@@ -67,9 +70,33 @@ def hooks(setting: Setting) -> Run:
     return _one_by_one(run_one, setting)
 
 
+def bridge(subject: Subject) -> Any:
+    """TransformerLens's view of the model (`TransformerBridge`).
+
+    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes
+    attention eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
+    """
+    from transformer_lens.model_bridge import TransformerBridge  # four seconds
+
+    if subject.tokenizer is None:
+        raise InputError(f"{subject.name} has no tokenizer, and TransformerLens needs one; hand one to from_model")
+    shared = {id(tensor): tensor for tensor in (*subject.model.parameters(), *subject.model.buffers())}
+    twin = copy.deepcopy(subject.model, shared)
+    twin.config.architectures = [type(subject.model).__name__]
+    tokenizer = copy.deepcopy(subject.tokenizer)
+    with tempfile.TemporaryDirectory() as scratch:
+        if not Path(tokenizer.name_or_path).is_dir():  # it is read again from there, and a GGUF file is no folder
+            tokenizer.save_pretrained(scratch)
+            tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True)
+        return TransformerBridge.boot_transformers(
+            tokenizer.name_or_path,
+            hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
+        )  # fmt: skip
+
+
 def transformer_lens(setting: Setting) -> Run:
     """`run_with_hooks` of a TransformerBridge, as its patching module does it."""
-    lens = load.bridge(setting.subject)
+    lens = bridge(setting.subject)
     names = {"resid_post": "hook_resid_post", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out",
              "neuron": "mlp.hook_post"}  # fmt: skip
 
@@ -150,7 +177,7 @@ def companion(setting: Setting) -> Run:
 
         def readout(resid: Tensor) -> Tensor:
             if setting.log_prob:
-                return _difference_and_log_prob(log_probs(subject, resid, rows))
+                return _difference_and_log_prob(_log_probs(subject, resid, rows))
             return outcome(logits(subject, resid, rows), False)
 
         patches = [Patch(job.site, job.layer, _mask(setting.control, job.position), job.index) for job in jobs]
@@ -205,6 +232,14 @@ def _one_by_one(run_one: Callable[[Job], Tensor], setting: Setting) -> Run:
         return torch.stack([outcome(run_one(job), setting.log_prob) for job in jobs], dim=1)
 
     return run
+
+
+def _log_probs(subject: Subject, resid: Float[Tensor, "... d"], rows: Int[Tensor, "row"]) -> Float[Tensor, "... row"]:
+    """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
+    total = torch.full(resid.shape[:-1], -torch.inf, dtype=torch.float64, device=resid.device)
+    for block in blocks_of_rows(subject, total.numel()):
+        total = torch.logaddexp(total, logits(subject, resid, block).double().logsumexp(-1))
+    return (logits(subject, resid, rows) - total[..., None]).to(resid.dtype)
 
 
 def _difference_and_log_prob(log_probs: Float[Tensor, "... row"]) -> Float[Tensor, "... number"]:

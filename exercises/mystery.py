@@ -123,7 +123,7 @@ def plants(code: int = 1) -> dict[str, pd.DataFrame]:
 
     "whole" is the same for a model in which everything could change.
     """
-    table = trained_places(read_shipped("real_plants"), "T1")
+    table = trained_places(read_shipped("real_plants"))
     wide = table.pivot(index=["kind", "place"], columns="effect", values="estimate").round(2)
     made = {kind: wide.loc[kind].drop("framed, together") for kind in (*NATURES["07"], "everything")}
     return {letter: made[NATURES["07"][place]] for letter, place in places("07", code).items()} | {

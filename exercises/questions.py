@@ -76,7 +76,7 @@ QUESTIONS: dict[str, Question] = {
         "Three models. In two of them MLPs write the decision into the residual stream, in one an attention "
         "layer does. Which one? Would the *indirect* "
         "effects have told you?",
-        "Direct effects say who writes: `patching.effects_of_pair` of this lesson's helpers, or `estimands.measure_effects` "
+        "Direct effects say who writes: `model.effects_of_pair` of this lesson's helpers, or `estimands.measure_effects` "
         "with the "
         "sites `attn_out.direct` and `mlp_out.direct`. All attention outputs together carry "
         "the whole effect in all three.",

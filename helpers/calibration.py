@@ -1,6 +1,7 @@
 """Built models, whose weights were written by hand, and how often the method is wrong about them.
 
 `built_model` gives one with what is true of it; the others read stored draws: many such models, measured and judged.
+`read_shipped` gives a stored table, of which `agreement`, `trained_places` and `trained_shares` make one to look at.
 """
 
 from __future__ import annotations
@@ -8,28 +9,21 @@ from __future__ import annotations
 import pandas as pd
 
 from companion.base.display import NotDefined
-from companion.calibration import knock_out, plants, rates
+from companion.calibration import plants, rates
 from companion.calibration.campaign import read_shipped
 from companion.calibration.localise import built as built_model
+from companion.calibration.plants import trained_places, trained_shares
+from companion.calibration.rates import interval_coverage
+from companion.calibration.truths import agreement
 from companion.claims import ledger
 from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.page import NAMES
 
-__all__ = ["built_model", "coverage", "draws", "error_rates", "found_deciders", "grades", "held_out", "knock_outs",
-           "power", "stored_late_share", "support_curve", "trained_parts", "training_shares"]  # fmt: skip
+__all__ = ["agreement", "built_model", "draws", "error_rates", "found_deciders", "grades", "held_out", "interval_coverage",
+           "power", "read_shipped", "support_curve", "trained_places", "trained_shares"]  # fmt: skip
 
 
 EFFECTS = {"direct": plants.MEANING["direct"], "total": plants.MEANING["total"], "computed": "computed (notebook 02)"}
-
-
-def stored_late_share(kind: str, seed: int) -> pd.Series:
-    """The late share that the whole pipeline measured on a built model: estimate, ci_low, ci_high.
-
-    It is a share of the positive component effects, on the topics of the test split.
-    """
-    rows = read_shipped("evidence").query("kind == @kind and seed == @seed and quantity == 'late share'")
-    own = rows[(rows.variant == "main") & (rows.model == f"compiled-{kind}-{seed}")]
-    return own[["estimate", "ci_low", "ci_high"]].iloc[0].round(2)
 
 
 def found_deciders() -> pd.DataFrame:
@@ -72,16 +66,6 @@ def held_out() -> pd.DataFrame:
     return counts.reindex(columns=["supported", "inconclusive", "contradicted"], fill_value=0)
 
 
-def knock_outs() -> pd.DataFrame:
-    """What goes when one component of a built model is set to its mean over prompts: a row a kind of model.
-
-    `decider` and `bystander` are the shares of T2 - T2b that are lost with the component that the builder says decides, and at
-    most with one that has no part in it. `decides`, `C2` and `C1` count the models, of `models`, in which that agrees with what
-    the builder says.
-    """
-    return knock_out.agreement(read_shipped("knock_outs")).set_index("kind")
-
-
 def error_rates(table: pd.DataFrame) -> pd.DataFrame:
     """False support, false contradiction and power to support of every claim, with Wilson intervals: one row a rate.
 
@@ -105,14 +89,6 @@ def grades(table: pd.DataFrame) -> pd.DataFrame:
     own = rates.with_held_out(rates.claim_rates(table), _answering(rates.held_out_draws()))
     said = {one: [ledger.grade(one, rates_of)[0] for rates_of in own.values()] for one in ("supported", "contradicted")}
     return pd.DataFrame(said, index=pd.Index(own, name="claim"))
-
-
-def coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """How often a 95 % interval holds the value that a large sample has, by quantity, with Wilson intervals.
-
-    The large sample's value is arithmetic over 500 new topics; only draws that have one count.
-    """
-    return rates.interval_coverage(table).drop(columns="claim").set_index("quantity")
 
 
 def power(by: str) -> pd.DataFrame:
@@ -139,20 +115,3 @@ def support_curve() -> pd.DataFrame | NotDefined:
         return NotDefined("No draw near a threshold is stored yet: `./run_all.sh --recalibrate` measures them.")
     found = rates.support_curve(near)
     return found.assign(claim=[_in_words(claim) for claim in found.claim])
-
-
-def trained_parts(treatment: str = "T1") -> pd.DataFrame:
-    """Where training added effects to SmolLM2, by the part that was trained: a row a plant, effect and place.
-
-    Shares are of the whole that training added, with intervals over 40 topics.
-    """
-    return plants.trained_places(read_shipped("real_plants"), treatment)
-
-
-def training_shares() -> pd.DataFrame:
-    """Of what training added, the share in the trained part, beside that part's share where everything was trained.
-
-    `size` is the share of all components that the part has. Only a share above both shows that the method sees the training.
-    """
-    found = plants.trained_shares(read_shipped("real_plants"))
-    return found.replace({"effect": plants.MEANING, "kind": plants.TRAINED_IN})

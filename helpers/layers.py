@@ -14,18 +14,18 @@ import pandas as pd
 from companion.base.display import NotDefined
 from companion.base.files import write_json, write_table
 from companion.base.paths import results_dir
-from companion.base.thresholds import COMPONENTS, MIN_TOTAL_EFFECT, UNTRAINED, deepest_early_layer
+from companion.base.thresholds import MIN_TOTAL_EFFECT, UNTRAINED, deepest_early_layer
 from companion.claims.corrected_rules import centroid_over_behaviours
 from companion.claims.verdict import Rows
 from companion.evidence import layers as evidence
 from companion.evidence.layers import Layers
 from companion.mediation import mechanisms, sweeps
 from companion.mediation.study import Study, control_studies, control_study, other_shipped
-from companion.mediation.summaries import VARIANTS, Variant, averaged, primary, select, share_of_te, signed, te_weighted
+from companion.mediation.summaries import VARIANTS, averaged, primary, select, share_of_te, signed_contrast, te_weighted
 
-__all__ = ["Layers", "centroids", "computed_effects", "contrast", "cumulative", "deepest_early_layer", "evidence_rows",
-           "measure_layers", "measure_relatives", "passed_and_computed", "primary", "read_and_carried",
-           "shares_by_treatment", "write_evidence"]  # fmt: skip
+__all__ = ["Layers", "centroids", "computed_effects", "cumulative", "deepest_early_layer", "measure_layers",
+           "measure_relatives", "passed_and_computed", "primary", "read_and_carried", "shares_by_treatment",
+           "signed_contrast", "write_evidence"]  # fmt: skip
 
 
 def measure_layers(study: Study) -> Layers:
@@ -67,17 +67,6 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def contrast(
-    effects: pd.DataFrame, treatment: str, sites: Sequence[str] = COMPONENTS, *, split: str | None = "test"
-) -> pd.DataFrame:
-    """Effects of one treatment at the last token, signed by its TE on discover, with `nie`, the mean of both directions.
-
-    `split` keeps one split's pairs (None: all). What is chosen by these rows must be chosen on discover and shown on test.
-    """
-    chosen = signed(select(effects, treatment, Variant("main"), sites))
-    return chosen if split is None else chosen[chosen.split == split]
-
-
 def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
     """Share of TE that passes through each attention and MLP output, for those of T1, T2, T2b and T2 - T2b that have an effect.
 
@@ -87,12 +76,7 @@ def shares_by_treatment(effects: pd.DataFrame) -> pd.DataFrame | NotDefined:
     names = [name for name in ("T1", "T2", "T2b", "T2-T2b") if te.get(name, 0.0) >= MIN_TOTAL_EFFECT]
     if not names:
         return NotDefined("No treatment has a total effect of at least 0.5 log-odds.")
-    return pd.concat([share_of_te(contrast(effects, name)).assign(treatment=name) for name in names])
-
-
-def evidence_rows(main: Layers) -> pd.DataFrame:
-    """The evidence that the sweep of the run's own model gives, a row a quantity and variant, with intervals."""
-    return pd.DataFrame(main.evidence)
+    return pd.concat([share_of_te(signed_contrast(effects, name)).assign(treatment=name) for name in names])
 
 
 def centroids(main: Layers) -> pd.DataFrame | NotDefined:
@@ -101,7 +85,7 @@ def centroids(main: Layers) -> pd.DataFrame | NotDefined:
     The first interval of the difference draws topics and takes the behaviours as given; the second takes the behaviours as
     a sample, too. Columns quantity, contrast, estimate, low, high; units are the network's depth.
     """
-    rows = Rows(main.study.slug, evidence_rows(main))
+    rows = Rows(main.study.slug, pd.DataFrame(main.evidence))
     found, wide = rows.find("C1", "centroid difference"), centroid_over_behaviours(rows)
     if found is None or wide is None:
         return NotDefined(
@@ -135,8 +119,8 @@ def passed_and_computed(effects: pd.DataFrame, computed: pd.DataFrame | NotDefin
     if isinstance(computed, NotDefined):
         return computed
     tables = {
-        "passes through": contrast(effects, "T2-T2b"),
-        "computed here": contrast(computed.assign(position="last"), "T2-T2b"),
+        "passes through": signed_contrast(effects, "T2-T2b"),
+        "computed here": signed_contrast(computed.assign(position="last"), "T2-T2b"),
     }
     return pd.concat([share_of_te(table).assign(panel=panel) for panel, table in tables.items()])
 
@@ -148,7 +132,7 @@ def read_and_carried(
 
     `scores` holds, for each layer, the probe's scores of test pairs, shape (pair, side). T1 only.
     """
-    effects, rows = main.effects, evidence_rows(main)
+    effects, rows = main.effects, pd.DataFrame(main.evidence)
     shared = effects[(effects.treatment == "T1") & (effects.position == "shared") & (effects.outcome == "Y1")]
     words = rows[(rows.quantity == "AUROC bag of tokens")]
     if shared.empty or words.empty:

@@ -1,40 +1,51 @@
-"""The model and one pair of prompts, and the two hooks with which everything by hand is done.
+"""The model and one pair of prompts, the two hooks with which everything by hand is done, and the library's patches on a pair.
 
-`begin` loads a model with a prompt set; `record_outputs` keeps what modules put out, `edit_output` changes it on the way.
+`begin` loads a model with a prompt set; `record_outputs` keeps what modules put out, `edit_output` changes it on the way;
+`effects_of_pair` patches one pair, and `kept` gives what an earlier notebook measured on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from companion.base.display import check
+from companion.base.display import NotDefined, check
 from companion.base.errors import InputError
-from companion.base.files import write_json
+from companion.base.files import EFFECTS, read_table, write_json
 from companion.base.paths import results_dir
-from companion.mediation.estimands import prompt_tokens
+from companion.base.thresholds import COMPONENTS
+from companion.mediation.estimands import measure_effects, mediators, prompt_tokens, run_clean
+from companion.mediation.outcomes import log_odds
 from companion.mediation.study import Study, begin, describe_precision, tolerance
+from companion.model.activations import on_output as edit_output
 from companion.prompts.tokens import Openers, TokenPair
 
 __all__ = [
     "Study",
     "begin",
     "check",
+    "component_map",
     "describe_precision",
     "edit_output",
+    "effects_of_pair",
     "example_pair",
+    "kept",
+    "log_odds",
     "log_odds_of_logits",
-    "main_treatment",
     "record_outputs",
+    "run_clean",
     "token_ids",
     "tolerance",
     "write_facts",
 ]
+
+KEPT = {"02_layers": EFFECTS, "04_neurons": {"model": "str"}}
 
 
 def write_facts(study: Study) -> pd.DataFrame:
@@ -49,17 +60,8 @@ def write_facts(study: Study) -> pd.DataFrame:
     return facts.table()
 
 
-def main_treatment(study: Study) -> str:
-    """T2, the jailbreak wrapper, where the prompt set has it; else its first treatment.
-
-    >>> main_treatment(begin("embedded", "embedded", "embedded", profile="smoke"))
-    'T2'
-    """
-    return "T2" if "T2" in study.treatments else study.treatments[0]
-
-
 def example_pair(study: Study) -> TokenPair:
-    """The first pair of `main_treatment`, for work by hand.
+    """The first pair of the main treatment, for work by hand.
 
     Its `control` and `treated` are token ids of one length [pos].
 
@@ -67,7 +69,7 @@ def example_pair(study: Study) -> TokenPair:
     >>> pair.pair.treatment, len(pair.control) == len(pair.treated)
     ('T2', True)
     """
-    return study.of(main_treatment(study))[0]
+    return study.of(study.main_treatment)[0]
 
 
 def log_odds_of_logits(logits: Float[Tensor, "1 pos vocab"], openers: Openers) -> float:
@@ -109,38 +111,40 @@ def record_outputs(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tenso
     (1, 4, 3)
     """
     seen: dict[Any, Tensor] = {}
-
-    def kept_as(name: Any) -> Callable[[Tensor], Tensor]:
-        def keep(output: Tensor) -> Tensor:
-            seen[name] = output
-            return output
-
-        return keep
-
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.enter_context(edit_output(module, kept_as(name)))
+            stack.enter_context(edit_output(module, partial(seen.__setitem__, name)))
         yield seen
 
 
-@contextmanager
-def edit_output(module: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the `with` block the module puts out `edit(output)` in place of its output, shape (prompt, pos, width).
+def kept(study: Study, name: str) -> pd.DataFrame:
+    """A table that an earlier notebook has written for the same run: "02_layers" or "04_neurons".
 
-    `edit` returns a new tensor: an output that is changed in place is changed in every run that shares it.
-
-    >>> import torch
-    >>> layer = nn.Linear(2, 3)
-    >>> with edit_output(layer, torch.zeros_like):
-    ...     print(layer(torch.ones(1, 2)).abs().sum().item())
-    0.0
+    The first has a row for each pair, site, layer and outcome, in log-odds; the second one for each model, treatment, split,
+    layer and neuron.
     """
+    return read_table(results_dir(study.slug) / f"{name}.parquet", KEPT[name])
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+# ---- patches on one pair ----
+
+
+def effects_of_pair(
+    study: Study, pair: TokenPair, sites: Sequence[str], outcomes: Sequence[str] = ("Y1",)
+) -> pd.DataFrame:
+    """All effects of one pair at the last token: a row for each site and layer, with the four cells beside them.
+
+    Sites are names such as "resid_post", "attn_out", "mlp_out", "mlp_out.direct". Units are log-odds.
+    """
+    return measure_effects(study.subject, [pair], study.openers, mediators(study.subject, sites), outcomes)
+
+
+def component_map(study: Study, pair: TokenPair | NotDefined) -> pd.DataFrame | NotDefined:
+    """Share of a pair's total effect in each layer's attention and MLP output at the last token: columns layer, site, share.
+
+    The mean of both directions. A pair of your own that is not defined gives its reason.
+    """
+    if isinstance(pair, NotDefined):
+        return pair
+    table = effects_of_pair(study, pair, COMPONENTS)
+    return table.assign(share=(table.nie0 + table.nie1) / 2 / table.te)[["layer", "site", "share"]]

@@ -1,7 +1,7 @@
 """Attention against MLPs: what passes through a module, what it writes, which heads carry, and where those look.
 
-`measure_modules` measures all pairs, `indirect_effects` reads what notebook 02 measured, and `write_module_evidence` writes what
-the verdict on C2 rests on. Effects are those of the primary contrast (T2 - T2b where there are twins), signed by its TE.
+`measure_modules` measures all pairs, and `write_module_evidence` writes what the verdict on C2 rests on. Effects are those of
+the primary contrast (T2 - T2b where there are twins), signed by its TE.
 """
 
 from __future__ import annotations
@@ -11,33 +11,25 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from companion.base.display import NotDefined
+from companion.base.display import NotDefined, passes_on
 from companion.base.files import EFFECTS, EVIDENCE, read_table, write_table
 from companion.base.paths import results_dir
-from companion.base.thresholds import COMPONENTS
 from companion.evidence.layers import evidence_c2
 from companion.mediation.estimands import prompt_tokens, user_header, with_difference
 from companion.mediation.study import Study, control_study, normalisations, other_shipped
-from companion.mediation.summaries import Variant, cell_means, primary, select, share_of_te, signed
+from companion.mediation.summaries import cell_means, share_of_te, signed_contrast
 from companion.mediation.sweeps import DIRECT_SITES, run_sweep
 from companion.model.activations import eager_attention
 from companion.prompts.positions import groups, token_labels
 from companion.prompts.tokens import TokenPair
 
-__all__ = [
-    "attention_by_group", "attention_of_heads", "carrying_heads", "eager_attention", "enough_or_needed",
-    "head_effects", "indirect_effects", "measure_modules", "mlp_shares", "normalised", "passing_and_writing", "primary_effects",
-    "write_module_evidence",
-]  # fmt: skip
+__all__ = ["attention_by_group", "attention_of_heads", "carrying_heads", "eager_attention", "enough_or_needed",
+           "head_effects", "measure_modules", "mlp_shares", "normalised", "passing_and_writing", "signed_contrast",
+           "write_module_evidence"]  # fmt: skip
 
 Heads = Sequence[tuple[int, int]]
 SHOWN = {"main": "raw", "per patch norm": "per patch norm", "per parameter": "per parameter",
          "sufficiency": "enough (NIE0 alone)", "necessity": "needed (NIE1 alone)"}  # fmt: skip
-
-
-def indirect_effects(slug: str) -> pd.DataFrame:
-    """The effects that notebook 02 has written: a row for each pair, site, layer and outcome, in log-odds."""
-    return read_table(results_dir(slug) / "02_layers.parquet", EFFECTS)
 
 
 def measure_modules(study: Study) -> pd.DataFrame:
@@ -50,22 +42,14 @@ def measure_modules(study: Study) -> pd.DataFrame:
     return effects
 
 
-def primary_effects(
-    effects: pd.DataFrame, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1", split: str = "test"
-) -> pd.DataFrame:
-    """Effects of the primary contrast on one split, with `nie`, the mean of both directions; direct sites named as plain ones."""
-    chosen = signed(select(effects, primary(effects), Variant("main", outcome=outcome), sites))
-    return chosen[chosen.split == split].assign(site=chosen.site.str.removesuffix(".direct"))
-
-
 def passing_and_writing(totals: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     """Indirect and direct effects of every attention and MLP output as shares of TE, with intervals over topics.
 
     Direct effects are read out linearly with the final norm frozen, so that they add up to 1.
     """
     parts = {
-        "indirect": primary_effects(totals),
-        "direct": primary_effects(modules, DIRECT_SITES, outcome="contrast.frozen"),
+        "indirect": signed_contrast(totals),
+        "direct": signed_contrast(modules, None, DIRECT_SITES, outcome="contrast.frozen"),
     }
     return pd.concat([share_of_te(part).assign(effect=name) for name, part in parts.items()])
 
@@ -80,10 +64,9 @@ def mlp_shares(study: Study, totals: pd.DataFrame, modules: pd.DataFrame) -> pd.
     return pd.DataFrame(rows, columns=list(EVIDENCE))
 
 
-def normalised(shares: pd.DataFrame | NotDefined) -> pd.DataFrame | NotDefined:
+@passes_on
+def normalised(shares: pd.DataFrame) -> pd.DataFrame:
     """The rows of `mlp_shares` that are drawn: raw, per patch norm, per parameter, and each direction alone."""
-    if isinstance(shares, NotDefined):
-        return shares
     shown = shares[shares.variant.isin(list(SHOWN))].sort_values("variant", key=lambda v: v.map(list(SHOWN).index))
     effect = shown.quantity.str.removeprefix("MLP share of ").replace({"NIE": "indirect effects"})
     return shown.assign(normalisation=shown.variant.map(SHOWN), effect=effect, low=shown.ci_low, high=shown.ci_high)
@@ -91,7 +74,7 @@ def normalised(shares: pd.DataFrame | NotDefined) -> pd.DataFrame | NotDefined:
 
 def enough_or_needed(totals: pd.DataFrame) -> pd.DataFrame:
     """NIE0, NIE1 and their difference, summed over the layers of attention and of the MLPs, in log-odds, with intervals."""
-    effects = primary_effects(totals)
+    effects = signed_contrast(totals)
     whole = effects.groupby(["pair_id", "topic", "site"], sort=False)[["nie0", "nie1"]].sum().reset_index()
     whole["difference"] = whole.nie1 - whole.nie0
     names = {"nie0": "enough (NIE0)", "nie1": "needed (NIE1)", "difference": "NIE1 - NIE0"}
@@ -105,7 +88,7 @@ def enough_or_needed(totals: pd.DataFrame) -> pd.DataFrame:
 
 def carrying_heads(modules: pd.DataFrame, n: int = 3) -> list[tuple[int, int]]:
     """Layer and head of the `n` heads with the largest mean indirect effect on discover."""
-    means = primary_effects(modules, ["head"], split="discover").groupby(["layer", "head"]).nie.mean()
+    means = signed_contrast(modules, None, ["head"], split="discover").groupby(["layer", "head"]).nie.mean()
     return [(int(layer), int(head)) for layer, head in means.sort_values(ascending=False, kind="stable").index[:n]]
 
 
@@ -115,8 +98,8 @@ def head_effects(modules: pd.DataFrame) -> pd.DataFrame:
     Direct effects are those of the linear contrast: a layer's heads add up to its attention output.
     """
     kinds = {
-        "indirect": primary_effects(modules, ["head"]),
-        "direct": primary_effects(modules, ["head.direct"], outcome="contrast.frozen"),
+        "indirect": signed_contrast(modules, None, ["head"]),
+        "direct": signed_contrast(modules, None, ["head.direct"], outcome="contrast.frozen"),
     }
     rows = [cell_means(part, by=["layer", "head"]).assign(effect=name) for name, part in kinds.items()]
     table, chosen = pd.concat(rows, ignore_index=True), carrying_heads(modules)

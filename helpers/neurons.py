@@ -14,11 +14,11 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from companion.base.display import NotDefined
-from companion.base.files import EVIDENCE, read_table, write_table
+from companion.base.display import NotDefined, passes_on
+from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
 from companion.evidence import neurons as evidence
-from companion.evidence.neurons import Gates, Neurons, NothingToTest, measure_neurons
+from companion.evidence.neurons import Gates, Neurons, all_curves, measure_gates, measure_neurons
 from companion.mediation.estimands import CELLS, run_clean
 from companion.mediation.study import Study, control_study, other_shipped
 from companion.mediation.summaries import cell_means
@@ -32,15 +32,14 @@ from companion.neurons.single import PairEffects
 from companion.prompts.pairs import shown
 from companion.prompts.tokens import TokenPair
 
-__all__ = ["common_words", "curve_table", "curves", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
+__all__ = ["all_curves", "common_words", "curve_table", "edit_input", "fires_on", "four_cells", "gate_and_up", "gate_cells",
            "gate_tests", "gradient_estimates", "indices", "joint_effects", "measure_gates", "measure_neurons", "moran",
-           "morans_i", "norm_gain", "read_neurons", "screen_quality", "settled", "strongest", "write_evidence",
+           "morans_i", "norm_gain", "screen_quality", "settled", "strongest", "write_evidence",
            "write_gate_evidence", "written_vectors"]  # fmt: skip
 
 KINDS = {("T2b", 0): "harmless, neutral wrapper", ("T2b", 1): "harmless, jailbreak wrapper",
          ("T2", 0): "harmful, neutral wrapper", ("T2", 1): "harmful, jailbreak wrapper"}  # fmt: skip
 COMMON = 20_000  # tokens that a vocabulary of merges made first are common words
-NOTHING = "No neuron of the last layer has an effect, or a split has too few topics."
 
 
 def common_words(study: Study) -> Int[np.ndarray, "word"]:
@@ -108,7 +107,7 @@ def screen_quality(study: Study, found: Neurons) -> pd.DataFrame | NotDefined:
         best = [set(part[name].abs().nlargest(20).index) for name in ("exact", "estimate")]
         correlation = part[["exact", "estimate"]].abs().corr("spearman").iloc[0, 1]
         rows.append({"layers": layer, "rank correlation": correlation, "recall": len(best[0] & best[1]) / len(best[0])})
-    return pd.DataFrame(rows) if rows else NotDefined(NOTHING)
+    return pd.DataFrame(rows) if rows else evidence.NOTHING
 
 
 def joint_effects(
@@ -119,15 +118,9 @@ def joint_effects(
     return sets.on_contrast(found.measured, treatment, "test", apply).values["nie0"]
 
 
-def curves(found: Neurons) -> dict[str, PairEffects] | NotDefined:
-    """Joint effects of growing sets on test: of the primary contrast ("main"), of random orders, of benign behaviours."""
-    return evidence.all_curves(found) or NotDefined(NOTHING)
-
-
-def curve_table(made: Mapping[str, PairEffects] | NotDefined) -> pd.DataFrame | NotDefined:
+@passes_on
+def curve_table(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
     """Ranked and random order as shares of the whole layer's effect, with intervals over topics: series, k, estimate, ..."""
-    if isinstance(made, NotDefined):
-        return made
     names = {"main": "largest first", "random order": "random order"}
     table = pd.concat([sets.curve_shares(made[name]).assign(series=label) for name, label in names.items()])
     return (
@@ -137,10 +130,9 @@ def curve_table(made: Mapping[str, PairEffects] | NotDefined) -> pd.DataFrame | 
     )
 
 
-def settled(made: Mapping[str, PairEffects] | NotDefined) -> pd.DataFrame | NotDefined:
+@passes_on
+def settled(made: Mapping[str, PairEffects]) -> pd.DataFrame | NotDefined:
     """k90 of harm and of each benign behaviour with intervals over topics; without those where no k settles."""
-    if isinstance(made, NotDefined):
-        return made
     rows, at = [], sets.SUMMARY.index("k90")
     for name, curve in made.items():
         found = sets.curve_summary(curve)
@@ -156,7 +148,7 @@ def moran(found: Neurons) -> pd.DataFrame | NotDefined:
     The values are the neurons' ranks by |effect| on test, pooled over the layers that were measured completely.
     """
     if not evidence.enough(found, found.primary):
-        return NotDefined(NOTHING)
+        return evidence.NOTHING
     return adjacency.moran_histogram(evidence.moran(found))
 
 
@@ -167,8 +159,7 @@ def write_evidence(
 
     `04_neurons.parquet` holds the neurons of all these models, which notebook 04b reads.
     """
-    known = {} if isinstance(made, NotDefined) else made
-    rows, tables = evidence.evidence_c5a(found, study.slug, known), [found.table.assign(model=study.slug)]
+    rows, tables = evidence.evidence_c5a(found, study.slug, made), [found.table.assign(model=study.slug)]
     if evidence.enough(found, found.primary):
         rows += evidence.evidence_c7(found, study.slug, evidence.moran(found), evidence.groups(found))
     for name in other_shipped(model, profile):
@@ -182,11 +173,6 @@ def write_evidence(
 
 
 # ---- gates ----
-
-
-def read_neurons(study: Study) -> pd.DataFrame:
-    """What notebook 04 wrote: a row for each model, treatment, split, layer and neuron."""
-    return read_table(results_dir(study.slug) / "04_neurons.parquet", {"model": "str"})
 
 
 def four_cells(study: Study, pair: TokenPair, members: list[int], outcome: str = "Y1") -> list[float]:
@@ -206,18 +192,9 @@ def gate_and_up(study: Study, pair: TokenPair, neuron: int) -> pd.DataFrame | No
     return pd.DataFrame(values, ["gate: control", "gate: treated"], ["up: control", "up: treated"])
 
 
-def measure_gates(study: Study, neurons: pd.DataFrame) -> Gates | NotDefined:
-    """All four tests of every sparse set, on all pairs; what they rest on was ranked on discover by notebook 04."""
-    try:
-        return evidence.measure_gates(study, neurons[neurons.model == study.slug])
-    except NothingToTest as reason:
-        return NotDefined(str(reason))
-
-
-def gate_cells(gates: Gates | NotDefined) -> pd.DataFrame | NotDefined:
+@passes_on
+def gate_cells(gates: Gates) -> pd.DataFrame:
     """Mean outcome of the four cells against both switches off, on test: a panel a form; log-odds with intervals."""
-    if isinstance(gates, NotDefined):
-        return gates
     parts, mine = [], [one for one in gates.forms if one.treatment == gates.primary and one.set_name != gating.WHOLE]
     for one in mine:
         experiment = "upstream" if one.experiment == "below" else one.experiment
@@ -245,7 +222,7 @@ def write_gate_evidence(
     study: Study, neurons: pd.DataFrame, gates: Gates | NotDefined, model: str, profile: str
 ) -> pd.DataFrame:
     """The rows that C5b rests on, of this model and of its shipped relatives (last layer alone): `04b_evidence.csv`."""
-    rows = [] if isinstance(gates, NotDefined) else evidence.evidence_c5b(gates, study.slug)
+    rows = evidence.evidence_c5b(gates, study.slug)
     for name in other_shipped(model, profile):
         quick = evidence.quick_study(control_study(study, model, name))
         rows += evidence.gating_evidence(quick, neurons[neurons.model == name], name)

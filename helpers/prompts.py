@@ -1,6 +1,7 @@
-"""Prompt pairs: how many there are, what differs between the two sides, and what the model answers.
+"""Prompt pairs: what differs between the two sides, what the model answers, and the numbers of all pairs.
 
 `load_set` reads a prompt set, `shown` gives a prompt's text unless its set is sensitive, `own_pair` makes a pair of your own.
+`total_effects` and `refusal_rates` have intervals: whole topics are drawn, as pairs of one topic share their wording.
 """
 
 from __future__ import annotations
@@ -13,29 +14,22 @@ from torch import Tensor
 
 from companion.generation.decode import answer_texts, answers
 from companion.generation.labels import label_answers
-from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study, own_pair
+from companion.mediation.summaries import per_group
 from companion.mediation.sweeps import clean_outcomes
-from companion.prompts.pairs import PromptSet, load_set, shown
+from companion.prompts.pairs import load_set, shown, treatment_order
 from companion.prompts.positions import groups, present, token_labels, user_header
 from companion.prompts.tokens import TokenPair, encode
+from companion.stats.rates import mean_change
 
-__all__ = ["align_tokens", "chat_tokens", "clean_runs", "clearest_flip", "count_pairs", "harmless_twin", "load_set", "own_pair",
-           "shown", "shown_answer", "tokens_that_differ"]  # fmt: skip
+__all__ = ["align_tokens", "chat_tokens", "clean_outcomes", "clearest_flip", "load_set", "own_pair", "refusal_rates", "shown",
+           "shown_answer", "total_effects"]  # fmt: skip
+KINDS = {
+    ("T1", "control"): ("no wrapper", "harmless"), ("T1", "treated"): ("no wrapper", "harmful"),
+    ("T2b", "control"): ("neutral wrapper", "harmless"), ("T2", "control"): ("neutral wrapper", "harmful"),
+    ("T2b", "treated"): ("jailbreak wrapper", "harmless"), ("T2", "treated"): ("jailbreak wrapper", "harmful"),
+}  # fmt: skip
 SAID = {"refusal": "refused", "harmful": "answered", "on_topic": "answered", "off_topic": "off topic"}
-
-
-def count_pairs(prompt_set: PromptSet) -> pd.DataFrame:
-    """Pairs and topics by treatment (rows) and split (columns).
-
-    Topics are what the bootstrap draws, so their number decides how wide intervals are.
-
-    >>> count_pairs(load_set("embedded")).columns.get_level_values(0).unique().tolist()
-    ['pairs', 'topics']
-    """
-    table = pd.DataFrame([{"treatment": p.treatment, "split": p.split, "topic": p.topic} for p in prompt_set.pairs])
-    counts = table.pivot_table("topic", "treatment", "split", aggfunc=["size", "nunique"]).astype(int)
-    return counts.rename(columns={"size": "pairs", "nunique": "topics"})
 
 
 def align_tokens(study: Study, pair: TokenPair) -> pd.DataFrame:
@@ -51,21 +45,6 @@ def align_tokens(study: Study, pair: TokenPair) -> pd.DataFrame:
     return pd.DataFrame({"position": places, "group": [of[i] for i in places], **sides, "differ": masks["differ"]})
 
 
-def tokens_that_differ(study: Study, pair: TokenPair) -> list[list[str]]:
-    """The tokens in which the two prompts differ, of the control and of the treated one."""
-    places = np.flatnonzero(pair.control != pair.treated)
-    words = [token_labels(pair, side, study.subject.tokenizer) for side in ("control", "treated")]
-    return [[side[i] for i in places] for side in words]
-
-
-def clean_runs(study: Study) -> pd.DataFrame:
-    """Both clean runs of every pair: y00, y11, their difference TE, and the openers' joint probability.
-
-    Where the set has harmless twins, rows of T2 - T2b stand behind the others. Units are log-odds.
-    """
-    return with_difference(clean_outcomes(study), study.twins)
-
-
 def clearest_flip(study: Study, n: int = 24) -> TokenPair:
     """Of the first `n` pairs of the main treatment the one whose two answers lie furthest on different sides of a coin flip.
 
@@ -76,11 +55,6 @@ def clearest_flip(study: Study, n: int = 24) -> TokenPair:
     sign = np.sign(clean.te.mean())
     best = np.minimum(-sign * clean.y00, sign * clean.y11).idxmax()
     return next(pair for pair in some if pair.pair.id == best)
-
-
-def harmless_twin(study: Study, pair: TokenPair) -> TokenPair:
-    """The pair with the same wrappers around a harmless request; the pair itself where the set has no twins."""
-    return next((one for one in study.of("T2b") if one.pair.id == pair.pair.twin), pair)
 
 
 def shown_answer(study: Study, pair: TokenPair, side: str, steps: int = 40) -> str:
@@ -110,3 +84,33 @@ def chat_tokens(study: Study, text: str) -> Tensor:
     True
     """
     return study.subject.tensor(encode(study.subject.tokenizer, text)[0])[None]
+
+
+# ---- numbers of all pairs ----
+
+
+def total_effects(clean: pd.DataFrame) -> pd.DataFrame:
+    """Mean total effect by treatment (harm first) and split, with intervals over topics, in log-odds.
+
+    `clean` has a row a pair, with columns treatment, split, topic and te.
+    """
+    parts = [part.assign(split=split) for split, part in clean.groupby("split", sort=True)]
+    table = pd.concat([per_group(part, "treatment", "te", ["split"]) for part in parts], ignore_index=True)
+    in_order = table.treatment.map(treatment_order).argsort(kind="stable")
+    return table.iloc[in_order].reset_index(drop=True)
+
+
+def refusal_rates(clean: pd.DataFrame) -> pd.DataFrame:
+    """How likely a refusal is for each kind of prompt, a mean of probabilities with its interval over topics.
+
+    `clean` has a row a pair, with columns treatment, topic, y00 and y11 (log-odds of complying). Columns: prompt, request,
+    estimate, low, high, and `greedy`, the share of prompts for which a refusal is the likelier opening.
+    """
+    rows = []
+    for (treatment, side), kind in KINDS.items():
+        part = clean[clean.treatment == treatment]
+        if len(part):
+            y = part["y00" if side == "control" else "y11"].to_numpy()
+            mean = mean_change(1 / (1 + np.exp(y)), part.topic.to_numpy())
+            rows.append((*kind, mean.estimate, mean.low, mean.high, (y < 0).mean()))
+    return pd.DataFrame(rows, columns=["prompt", "request", "estimate", "low", "high", "greedy"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.device import to_host
@@ -19,14 +19,18 @@ from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
 from companion.evidence import steering as evidence
 from companion.evidence.steering import SameBudget
-from companion.generation import forward, outcomes
+from companion.generation import outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation.study import Study
 from companion.prompts.pairs import pairs_asked
 from companion.steering import adasteer, comparison, experiment, extraction, methods, trial
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import SteeringExperiment
-from companion.steering.trial import Trial
+from companion.steering.trial import Trial, before_and_after, harm_at_equal_cost, paired_differences
+
+__all__ = ["Lab", "adasteer_laws", "before_and_after", "harm_at_equal_cost", "label_prompts", "paired_differences",
+           "rejection_directions", "requests", "run_trial", "same_budget", "steered_outcomes", "summary", "test_prompts",
+           "write_evidence"]  # fmt: skip
 
 Lab = SteeringExperiment | NotDefined
 
@@ -53,23 +57,15 @@ def requests(study: Study, lab: Lab) -> pd.DataFrame:
     return table.assign(refused=odds.rank(method="first") <= len(texts) / 2)
 
 
-def prompt_ids(study: Study, text: str) -> Int[Tensor, "1 pos"]:
-    """Token ids of a request in the chat template, where the model computes."""
-    return study.subject.tensor(forward.encode(study.subject, text)[None])
-
-
-def late_layers(study: Study) -> list[int]:
-    """The layers of relative depth above 2/3."""
-    return comparison.zones(study.subject.n_layers)["late"]
-
-
 def rejection_directions(study: Study, lab: Lab, asked: pd.DataFrame) -> Float[Tensor, "late d"]:
     """The library's rejection direction behind each late layer: mean of the refused requests minus mean of the answered ones."""
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         fit = lab.fit
     else:
         fit = extraction.fit_classes(study.subject, study.openers[study.main_treatment], asked)
-    return torch.tensor(fit.direction("rejection")[late_layers(study)], device=study.subject.device)
+    return torch.tensor(
+        fit.direction("rejection")[comparison.zones(study.subject.n_layers)["late"]], device=study.subject.device
+    )
 
 
 def steered_outcomes(study: Study, texts: Sequence[str], vectors: Mapping[int, Tensor]) -> pd.DataFrame:
@@ -121,25 +117,15 @@ def _is_quick(study: Study, profile: str) -> bool:
     return profile == "smoke" or study.is_costly
 
 
-def paired_differences(made: Trial | NotDefined) -> pd.DataFrame | NotDefined:
-    """Harm, over-refusal and harmless loss of every arm against the unsteered model, in points, with paired intervals."""
-    return made if isinstance(made, NotDefined) else trial.paired_differences(made)
-
-
 def summary(made: Trial | NotDefined, slug: str) -> pd.DataFrame | NotDefined:
     """Write everything that is reported about each method to `06_summary.csv`; the columns that a lesson reads are shown."""
-    table = made if isinstance(made, NotDefined) else trial.method_summary(made)
+    table = trial.method_summary(made)
     write_table(table, results_dir(slug) / "06_summary.csv")
     columns = ["strength", "budget", "budget_relative", "kl", "phi", "phi_low", "phi_high"]
-    return table if isinstance(table, NotDefined) else table.set_index("method").reindex(columns=columns).round(2)
-
-
-def equal_over_refusal(made: Trial | NotDefined) -> pd.DataFrame | NotDefined:
-    """The least harm that each method leaves where over-refusal may rise by at most 1, 2 or 5 points.
-
-    `more` is how much more harm than the tested method leaves, on the same prompts, with its interval.
-    """
-    return made if isinstance(made, NotDefined) else trial.harm_at_equal_cost(made)
+    if isinstance(table, NotDefined):
+        return table
+    # A push is often less than a hundredth of what stands where it is added.
+    return table.set_index("method").reindex(columns=columns).round(dict.fromkeys(columns, 2) | {"budget_relative": 4})
 
 
 def same_budget(
@@ -155,13 +141,8 @@ def same_budget(
     return same, evidence.falls_of_log_odds(same, made.test)
 
 
-def before_and_after(made: Trial | NotDefined, text: str) -> pd.DataFrame | NotDefined:
-    """Label and first word of the answer to a request, unsteered and steered; "" is the first jailbroken test prompt."""
-    return made if isinstance(made, NotDefined) else trial.before_and_after(made, text)
-
-
 def write_evidence(
-    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, prompt_set: str, slug: str, profile: str = "full"
+    made: Trial | NotDefined, same: SameBudget | NotDefined, lab: Lab, slug: str, profile: str = "full"
 ) -> pd.DataFrame:  # fmt: skip
     """Write `06_evidence.csv`, the rows that the verdicts on C6 read, and beside it `06_judged.csv` and the directions.
 
@@ -173,9 +154,6 @@ def write_evidence(
         print(labeller)
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
-        if (theirs := extraction.find_supplied(prompt_set)) is not None:
-            cosines = extraction.cosines(lab.fit.directions(), extraction.supplied_directions(theirs, lab.subject))
-            print("cosines with the directions in the prompt set's folder:", cosines.round(3).to_dict("list"))
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:

@@ -1,7 +1,7 @@
 """Where in a prompt a signal sits, what carries it on from the last token, and when an answer is decided.
 
 `map_of_pair` and `share_by_group` say which tokens hold it after each layer, `measure_paths` which parts it needs above,
-and `measure_clamps` what happens to whole answers when the last layer is held at a refusing run's values.
+and `measure_timing` what happens to whole answers when the last layer is held at a refusing run's values.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from companion.base.display import NotDefined
 from companion.base.files import write_table
 from companion.base.paths import results_dir
 from companion.evidence import tokens as evidence
-from companion.evidence.tokens import Timing
+from companion.evidence.tokens import Timing, measure_timing
 from companion.generation import labels
 from companion.generation.decode import Answers, end_tokens
 from companion.mediation import mechanisms, outcomes
 from companion.mediation.estimands import run_clean
+from companion.mediation.mechanisms import shares_by_layer
 from companion.mediation.study import Study
+from companion.mediation.summaries import primary, signed_contrast
 from companion.mediation.tokens import PAIRS, TREATMENTS, group_shares, token_effects
 from companion.mediation.tokens import position_effects as map_of_pair
 from companion.prompts.tokens import TokenPair
-from helpers.layers import contrast, primary
 
-__all__ = ["STEPS", "answer_ends", "contrast", "hand_over", "label", "label_by_schedule", "map_of_pair", "measure_clamps",
-           "measure_groups", "measure_paths", "path_effects_of_pair", "primary", "rates", "share_by_group", "share_by_path",
-           "tested_pairs", "write_evidence"]  # fmt: skip
+__all__ = ["STEPS", "end_tokens", "hand_over", "label", "map_of_pair", "measure_groups", "measure_paths",
+           "measure_timing", "path_effects_of_pair", "primary", "rates", "share_by_group", "shares_by_layer",
+           "signed_contrast", "tested_pairs", "write_evidence"]  # fmt: skip
 
 STEPS = outcomes.STEPS  # tokens of an answer
 
@@ -87,17 +88,6 @@ def path_effects_of_pair(study: Study, pair: TokenPair, layer: int) -> pd.Series
     return pd.Series(effects, list(mechanisms.HELD)).drop("all held")
 
 
-def share_by_path(paths: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDefined:
-    """Share of the last token's effect that MLPs, attention and the residual stream alone carry on, from each layer on."""
-    found = mechanisms.shares_by_layer(paths, treatment)
-    return found if len(found) else NotDefined("Below the last layer the last token holds too little to be shared out.")
-
-
-def answer_ends(study: Study) -> tuple[int, ...]:
-    """The tokens at which an answer ends."""
-    return tuple(end_tokens(study.subject))
-
-
 @torch.no_grad()
 def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
     """What an answer to the treated prompt, given as token ids, is: harmful, refusal, on_topic or off_topic.
@@ -110,22 +100,6 @@ def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
     openers = study.openers[pair.pair.treatment]
     is_harmful = [pair.pair.treatment in ("T1", "T2")]
     return labels.label_answers(study.subject, [text], own, openers, judge=judge, harmful=is_harmful)[0]
-
-
-def measure_clamps(study: Study) -> Timing | NotDefined:
-    """Whole answers to the jailbroken test prompts with the last layer held at the control run's values on a schedule.
-
-    Once its largest neurons are held and once its whole MLP output. Labels are kept, no text.
-    """
-    return evidence.measure_timing(study) or NotDefined("No jailbroken prompt (T2) in the test split.")
-
-
-def label_by_schedule(clamps: Timing | NotDefined, pair: TokenPair) -> dict[str, str] | NotDefined:
-    """The labels of one pair's answers by schedule, the whole MLP output held."""
-    if isinstance(clamps, NotDefined):
-        return clamps
-    own = clamps.answers[(clamps.answers.pair_id == pair.pair.id) & (clamps.answers.clamp == "whole MLP")]
-    return dict(zip(own.schedule, own.label, strict=True))
 
 
 def rates(study: Study, clamps: Timing | NotDefined) -> tuple[pd.DataFrame | NotDefined, str]:
@@ -143,7 +117,6 @@ def write_evidence(
 
     Returns this run's own rows.
     """
-    found = None if isinstance(clamps, NotDefined) else clamps
-    table = evidence.evidence_of_run(study, model, profile, paths, found)
+    table = evidence.evidence_of_run(study, model, profile, paths, clamps)
     write_table(table, results_dir(study.slug) / "05_evidence.csv")
     return table[table.model == study.slug]

@@ -97,7 +97,7 @@ def tier_metrics(table: pd.DataFrame, suites: Sequence[str] = HARM) -> dict[str,
     }  # fmt: skip
 
 
-def base_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int = 200) -> float:
+def base_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """Harm gap of the base: log P(harmful openers) - log P(harmless openers), harmful minus harmless requests.
 
     In log-odds. The grammar's author plants it through the openers; it is printed beside every result.
@@ -106,7 +106,7 @@ def base_gap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int 
     odds = []
     camps = [tokenizer.convert_tokens_to_ids(list(o)) for o in (invented.HARMFUL_OPENERS, invented.HARMLESS_OPENERS)]
     for kind in ("harmful", "harmless"):
-        prompts = [invented.render(draw_request(rng, kind).swap(cue=None))[0] for _ in range(n)]
+        prompts = [invented.render(draw_request(rng, kind).swap(cue=None))[0] for _ in range(200)]
         logp = first_token_logprobs(model, tokenizer, prompts)
         harmful, harmless = (logp[:, ids].logsumexp(-1) for ids in camps)
         odds.append(float((harmful - harmless).mean()))

@@ -4,7 +4,7 @@
     this = study(organism)                  # ready for the unchanged pipeline
 
 Truth has three layers: the `design` (what was built where), `claims` (for each claim whether it holds by construction),
-and effects in closed form (`true_effects`, `compiled_truth`), which the pipeline's estimates can be compared with pair by
+and effects in closed form (`compiled_truth`), which the pipeline's estimates can be compared with pair by
 pair. None of them is computed by running the model.
 
 Writing a program into Llama or Qwen2: channel `bias` carries SIZE at every token. It is so much larger than all signals that
@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import pandas as pd
 import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,11 +85,6 @@ def study(organism: Organism) -> Study:
     subject = organism.subject
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
     return Study(organism.name, organism.subject, tuple(kept), openers, twins, dropped, judge=judge)
-
-
-def true_effects(organism: Organism) -> pd.DataFrame:
-    """Effects in closed form, as `estimands.measure_effects` gives them (outcome Y1), with the rows of T2 - T2b behind them."""
-    return compiled_truth.effect_table(organism.program, organism.pairs)
 
 
 def judge(request: str, answer: str) -> str:

@@ -188,7 +188,7 @@ SIZES: Final = {"discover": 100, "validate": 150, "test": 300}  # prompts of a k
 WRAPPED: Final = {"harmful": 1.0, "borderline": 0.5, "harmless": 0.5}
 
 
-def steering_prompts(pairs: Sequence[Planned], seed: int, sizes: Mapping[str, int] = SIZES) -> pd.DataFrame:
+def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
     """Prompts for steering besides those of the pairs, as `experiment.open_experiment` takes them: a row a prompt.
 
     They are harmful, borderline and harmless requests, in a wrapper and without, on the topics of the pairs, each topic in
@@ -199,7 +199,7 @@ def steering_prompts(pairs: Sequence[Planned], seed: int, sizes: Mapping[str, in
     n_topics = sum(topic.startswith("hazard") for topic in splits)
     rng = np.random.default_rng([seed, 4])
     rows = []
-    for split, n in sizes.items():
+    for split, n in SIZES.items():
         own = sorted(topic for topic, at in splits.items() if at == split)
         topics = {stem: [topic for topic in own if topic.startswith(stem)] for stem in ("hazard", "thing")}
         for kind, i in itertools.product(prompts.KINDS, range(n)):

@@ -23,7 +23,7 @@ from companion.model.architecture import Subject
 from companion.model.load import load
 from companion.prompts import tokens
 from companion.prompts.pairs import SPLITS, PromptSet, load_set
-from companion.stats.clusters import wilson
+from companion.stats.clusters import rate
 from companion.stats.rates import mean_change
 from organisms.english import REFUSAL
 
@@ -45,7 +45,7 @@ def refused(subject: Subject, texts: Sequence[str]) -> tuple[np.ndarray, np.ndar
 
 def rate_row(measured: str, prompts: str, split: str, hits: np.ndarray) -> tuple[object, ...]:
     """A share with its Wilson interval."""
-    return (measured, prompts, split, hits.mean(), *wilson(int(hits.sum()), len(hits)), len(hits))
+    return (measured, prompts, split, *rate(int(hits.sum()), len(hits)), len(hits))
 
 
 def set_rates(subject: Subject, content: PromptSet, split: str) -> list[tuple[object, ...]]:

@@ -42,7 +42,6 @@ from companion.base.paths import ORGANISM
 from organisms.behaviour import SEEDS, VARIANTS, Variant, all_metrics, base_gap
 from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, Example, chat_text, draw_example, make_tokenizer
 
-NS_COEFFICIENTS: Final = (3.4445, -4.7750, 2.0315)
 WEIGHTS: Final = "model.safetensors"
 Stage = Literal["base", "tune"]
 
@@ -62,7 +61,7 @@ class Recipe:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 
-def make_model(variant: Variant, seed: int, vocab_size: int, attention: str = "eager") -> Qwen2ForCausalLM:
+def make_model(variant: Variant, seed: int, vocab_size: int) -> Qwen2ForCausalLM:
     """A fresh float32 Qwen2 with 6 layers of width 128, fixed by its seed.
 
     `window` makes the first three layers sliding attention over 3 positions. Eager attention is the fastest in bfloat16 on
@@ -77,7 +76,7 @@ def make_model(variant: Variant, seed: int, vocab_size: int, attention: str = "e
         bos_token_id=1, eos_token_id=5, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
-    config._attn_implementation = attention
+    config._attn_implementation = "eager"
     return Qwen2ForCausalLM(config).float()
 
 
@@ -120,47 +119,6 @@ def batch_at(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, s
     return make_batch(tokenizer, [draw_example(rng, mix, safe=safe) for _ in range(recipe.batch)], recipe)
 
 
-def orthogonalise(update: Float[Tensor, "m rows cols"], steps: int = 4) -> Float[Tensor, "m rows cols"]:
-    """Push the singular values of each matrix towards 1 by Newton-Schulz steps. Needs rows <= cols."""
-    a, b, c = NS_COEFFICIENTS
-    x = update / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalised; matrices of one shape go through as one batch."""
-
-    def __init__(self, params: list[nn.Parameter], lr: float, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(params, {"lr": lr, "momentum": 0.95, "weight_decay": 0.05})
-        self.dtype = dtype  # of the Newton-Schulz steps; bfloat16 is three times faster on CPUs that have it
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients in place."""
-        for group in self.param_groups:
-            by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for p in group["params"]:
-                by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
-            for params in by_shape.values():
-                self._step_batch(group, params)
-
-    def _step_batch(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        updates = []
-        for p in params:
-            assert p.grad is not None
-            buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            buffer.lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(buffer, group["momentum"])
-            updates.append(update if p.shape[0] <= p.shape[1] else update.mT)
-        for p, update in zip(params, orthogonalise(torch.stack(updates).to(self.dtype)).float(), strict=True):
-            write = update if p.shape[0] <= p.shape[1] else update.mT
-            scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(write, alpha=-group["lr"] * scale)
-
-
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices, AdamW on embeddings, norms and biases, of what requires a gradient.
 
@@ -169,8 +127,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     free = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in free if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in free if p.ndim != 2 or "embed" in n]
-    dtype = getattr(torch, recipe.precision)
-    made: list[torch.optim.Optimizer] = [Muon(matrices, recipe.lr_matrix, dtype)] if matrices else []
+    made: list[torch.optim.Optimizer] = []
+    made += [torch.optim.Muon(matrices, lr=recipe.lr_matrix, weight_decay=0.05, ns_steps=4)] if matrices else []
     made += [torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(0.9, 0.98), weight_decay=0.0)] if rest else []
     for group in (group for optimizer in made for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]

@@ -89,6 +89,7 @@ def scales() -> dict[str, pd.Series]:
 
 # ---- evidence ----
 
+REGISTERED = ("C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7")  # claims that have a registered rule
 Number = tuple[float, float, float]
 Numbers = dict[tuple[str, str, str], Number | None]
 NIE, DIRECT, PSI = "MLP share of NIE", "MLP share of direct effects", "psi0 early, shared tokens"

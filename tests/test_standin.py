@@ -15,7 +15,8 @@ from models import FAMILIES, VOCAB, tiny_model, tokens
 from oracles import every_patch, refusals_against_rest
 from torch import Tensor
 
-from companion.base import device, hub
+from benchmarks import gpu_parts
+from companion.base import hub
 from companion.base.device import Placed, running_sum, to_host
 from companion.base.paths import ORGANISM
 from companion.generation import decode, forward, labels, outcomes
@@ -106,9 +107,9 @@ def test_a_gradient_screen_and_a_sweep_stay_within_their_plan(family: str, place
         (lambda: replay.interchange(subject, base, source, patches), plan.sweep),
     ):
         before = standin.MEMORY.held
-        device.peak_bytes(place, reset=True)
+        gpu_parts.peak_bytes(place, reset=True)
         work()
-        assert 0.2 * planned < device.peak_bytes(place) - before <= planned
+        assert 0.2 * planned < gpu_parts.peak_bytes(place) - before <= planned
 
 
 def test_a_gradient_screen_leaves_out_attention_that_is_fused(place: torch.device, monkeypatch) -> None:

@@ -132,16 +132,6 @@ def _left_by_limits() -> list[int]:
     return found
 
 
-def peak_bytes(device: torch.device, *, reset: bool = False) -> int:
-    """The most bytes that tensors took on a GPU since the last reset; 0 on the processor, where nobody counts."""
-    if device.type == "cpu":
-        return 0
-    found = int(_module(device).max_memory_allocated(device))
-    if reset:
-        _module(device).reset_peak_memory_stats(device)
-    return found
-
-
 def facts(device: torch.device) -> dict[str, Any]:
     """What a reader must know to repeat a run: the card, its memory, and the builds that computed with it."""
     if device.type == "cpu":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 STRICT = "COMPANION_STRICT"
 FAILED_CHECK = "CHECK FAILED"  # how such a line begins; the runner looks for it
 
@@ -49,6 +52,20 @@ class NotDefined:
     def _repr_markdown_(self) -> str:
         """The sentence in italics, as Jupyter shows the last value of a cell."""
         return f"*{self.reason}*"
+
+
+def passes_on(function: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T | NotDefined, P], R | NotDefined]:
+    """The function, which gives a first argument that is `NotDefined` back: what rests on it is not defined either.
+
+    >>> passes_on(len)(NotDefined("No pair is left.")).reason
+    'No pair is left.'
+    """
+
+    @wraps(function)
+    def passed(first: T | NotDefined, /, *args: P.args, **kwargs: P.kwargs) -> R | NotDefined:
+        return first if isinstance(first, NotDefined) else function(first, *args, **kwargs)
+
+    return passed
 
 
 def check(holds: bool, what: str) -> bool:

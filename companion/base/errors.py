@@ -1,6 +1,9 @@
-"""The one exception for a mistake the user can mend."""
+"""The one exception for a mistake the user can mend, and how whatever a library raises becomes one."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -9,3 +12,15 @@ class InputError(ValueError):
     The message is shown on its own, without a traceback, so it must say what was wrong, what was expected and
     what to do. A mistake of the code itself is not an `InputError`.
     """
+
+
+@contextmanager
+def explained(what: str, hint: str) -> Iterator[None]:
+    """Whatever a library raises on damaged or foreign files becomes one sentence: what failed, its first line, a hint."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{what}: {line}; {hint}") from error

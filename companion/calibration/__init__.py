@@ -3,7 +3,7 @@
 It stands on `companion.evidence` and `organisms`; it changes nothing in the pipeline and no rule reads it.
 
 Public: `campaign` (measure a plan, stop and go on, join; read the shipped tables), `draws` (compiled models: the plan, a whole
-study's evidence, verdicts without sampling error), `ideal_push` (the truth of C6), `knock_out` (a truth of no estimator:
-components knocked out), `plants` (a real model trained in one part), `localise` (what was built where), `rates` (error rates,
+study's evidence, verdicts without sampling error), `truths` (of no estimator: components knocked out, and a push that
+knows the read-out), `plants` (a real model trained in one part), `localise` (what was built where), `rates` (error rates,
 power, coverage, support by true value).
 """

@@ -21,10 +21,9 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.files import EVIDENCE, write_table
+from companion.base.files import EVIDENCE
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
-from companion.calibration.ideal_push import ideal_push_rows, truth_of
 from companion.calibration.localise import Measured, localise_draw
 from companion.calibration.rates import (
     CONTRADICTED_TO,
@@ -36,6 +35,7 @@ from companion.calibration.rates import (
     FRESH_NEAR,
     SUPPORTED_FROM,
 )
+from companion.calibration.truths import ideal_push_rows, truth_of
 from companion.claims import corrected_rules
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import ledger, rule_name
@@ -44,7 +44,7 @@ from companion.claims.verdict import Rows, Verdict, precondition
 from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows
 from companion.evidence.neurons import gating_evidence, measure_neurons, neuron_evidence
-from companion.mediation import estimands, mechanisms, sweeps
+from companion.mediation import mechanisms, sweeps
 from companion.mediation.study import CONTROL_PAIRS, Study, normalisations
 from companion.model.load import untrained_twin
 from companion.steering.prompts import Prompts
@@ -195,7 +195,7 @@ def measure_study(
         rows += layers.measure_layers(replace(thin, subject=untrained_twin(harm.subject)), label + UNTRAINED).evidence
         rows += tokens.measure_c4(this, label)
     elif {"timing", "neurons", "steering"} & set(stages):
-        clean = estimands.with_difference(sweeps.clean_outcomes(harm), core.twins)
+        clean = sweeps.clean_outcomes(harm)
         rows += layers.precondition_rows(clean, label, core.subject.n_layers)
     if "context" in stages and core.of("T1"):
         rows += layers.measure_layers(replace(core, pairs=tuple(core.of("T1")), twins={}), label).evidence
@@ -294,11 +294,11 @@ def built_values(kind: str, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(SCHEMAS["population"]))
 
 
-def run_draws(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
+def run_draws(share: str = "1/1") -> None:
     """Measure every draw of this share that is not there yet, and join what there is."""
-    known = shipped_keys(folder)
+    known = shipped_keys()
     plan = {draw.name: draw for draw in plan_draws()}
-    run_campaign(plan, measure_planned, TABLES, lambda draw: draw.key in known, share, folder)
+    run_campaign(plan, measure_planned, TABLES, lambda draw: draw.key in known, share)
 
 
 def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
@@ -307,42 +307,6 @@ def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
     effects = table.effect.where(~table.purpose.isin(("main", "threshold", "held-out"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
-
-
-def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.DataFrame:
-    """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
-
-    A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
-    verdict, stored, and `said`, the whole verdict.
-    """
-    stored = read_shipped("verdicts", folder).query("purpose == 'main'")
-    known = stored.set_index(["kind", "seed", "claim", "rule"]).verdict
-    groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
-    rows = [
-        (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule], one)
-        for (part, kind, seed), evidence in groups[::every]
-        for rule, one in judged(evidence, f"compiled-{kind}-{seed}", (part,))
-        if (kind, seed, one.claim, rule) in known.index
-    ]
-    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored", "said"])
-
-
-def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> pd.DataFrame:
-    """Put what today's corrected rules of some claims say of the stored evidence into the shipped verdicts; no model is run.
-
-    For use after a change of these rules. Only draws whose evidence is kept can be asked again: corrected verdicts of the power
-    curves are taken out. Returns the shipped table; all other rows stay what they were.
-    """
-    table, key = read_shipped("verdicts", folder), ["kind", "seed", "claim", "rule"]
-    again = judged_again(folder).query("rule == 'corrected' and claim in @claims").set_index(key)
-    is_asked = (table.rule == "corrected") & table.claim.isin(claims)
-    table, rows = table[~is_asked | (table.purpose == "main")], table.index[is_asked & (table.purpose == "main")]
-    said = again.said.loc[list(table.loc[rows, key].itertuples(index=False, name=None))]
-    for name in ("verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"):
-        table.loc[rows, name] = [getattr(one, name) for one in said]
-    table.loc[rows, "code"] = code_version()
-    write_table(table, folder / "verdicts.parquet")
-    return table
 
 
 def verdicts_without_sampling(

@@ -113,15 +113,15 @@ def trained_shares(table: pd.DataFrame) -> pd.DataFrame:
             (one.kind, one.treatment, one.effect, one.share, one.low, one.high, same.share[inside].sum(), one.size)
         )
     names = ["kind", "treatment", "effect", "share", "low", "high", "in_refuser", "size"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=names).replace({"effect": MEANING, "kind": TRAINED_IN})
 
 
-def trained_places(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """For the figure: of what training added, the share in each place and in all that was trained, a row a plant, effect, place.
+def trained_places(table: pd.DataFrame) -> pd.DataFrame:
+    """Of what training added to T1, the share in each place and in all that was trained: a row a plant, effect and place.
 
     Columns kind, effect, place, learned, estimate, low, high. Where everything was trained that share is 1 by definition.
     """
-    change = table[(table.of == "change") & (table.treatment == treatment) & (table["where"] != ELSE)]
+    change = table[(table.of == "change") & (table.treatment == "T1") & (table["where"] != ELSE)]
     whole = change[change.kind == "all"].drop_duplicates("effect")
     change = pd.concat([change, whole.assign(where=TRAINED, share=1.0, low=1.0, high=1.0)])
     places = [f"{site.removesuffix('_out')} {third}" for site in PART for third in THIRDS]

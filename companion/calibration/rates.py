@@ -19,11 +19,10 @@ from statsmodels.stats.proportion import proportion_confint
 from companion.base import paths
 from companion.calibration.campaign import read_shipped
 from companion.claims.ledger import Rates, rule_name
-from companion.stats.clusters import wilson
+from companion.stats.clusters import rate
 
 COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % interval (Wilson)
 RIGHT = {"true": "supported", "false": "contradicted"}
-ENOUGH_NULLS = 59  # with no error among 59 draws, the exact 95 % bound on the error rate is below 5 %
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
 # The first seeds of models that were planned after the correction of C1, and after that of C4.
@@ -38,15 +37,6 @@ BIN = 0.05  # of the true value, in `support_curve`
 JUDGED_FROM = {"C1": FRESH_LATER, "C4": FRESH_LAST}  # the corrected rule, that is
 # Planned before the correction of C1, but measured only afterwards.
 UNSEEN = [(kind, seed) for kind in ("early_carrier", "late_like_benign") for seed in (15, 20, 25)]
-
-
-def rate(hits: int, n: int) -> tuple[float, float, float]:
-    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn.
-
-    >>> [round(x, 3) for x in rate(0, 59)]
-    [0.0, 0.0, 0.061]
-    """
-    return (hits / n, *wilson(hits, n)) if n else (float("nan"), 0.0, 1.0)
 
 
 def one_sided(hits: int, n: int) -> tuple[float, float]:
@@ -92,10 +82,13 @@ def _by_group(table: pd.DataFrame, by: Sequence[str], hit: pd.Series) -> pd.Data
 
 
 def interval_coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Share of intervals that hold the population value up to `ROUNDING`, by claim and quantity; both ends finite."""
+    """Share of intervals that hold the population value up to `ROUNDING`, by quantity; of those whose both ends are finite.
+
+    The population value is arithmetic over 500 new topics; only draws that have one count.
+    """
     known = table[np.isfinite(table[["estimate", "ci_low", "ci_high", "population"]]).all(axis=1)]
     room = np.minimum(known.population - known.ci_low, known.ci_high - known.population)
-    return _by_group(known, ["claim", "quantity"], room >= -ROUNDING)
+    return _by_group(known, ["claim", "quantity"], room >= -ROUNDING).drop(columns="claim").set_index("quantity")
 
 
 def power_curve(table: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -141,29 +134,29 @@ def main_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
     return _named(table.assign(population_verdict=table.population_verdict.fillna("")))
 
 
-def power_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def power_draws() -> pd.DataFrame:
     """Verdicts, named as in `main_draws`, of the models that were measured with several effects, topics and pairs a topic.
 
     Every model is there with each of them, so what differs along a curve is that number alone.
     """
-    table = read_shipped("verdicts", folder)
+    table = read_shipped("verdicts")
     table = table[table.purpose.isin(("effect", "topics", "pairs"))]
     return _named(table.assign(effect=table.effect.round(3)))
 
 
-def threshold_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def threshold_draws() -> pd.DataFrame:
     """Verdicts of the corrected rules on models whose true value lies near a threshold, with that `value`.
 
     Only the claims that a model was built for are there. Empty where no such draws are shipped.
     """
-    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
-    known = read_shipped("population", folder, or_empty=True).rename(columns={"population": "value"})
+    table = read_shipped("verdicts", or_empty=True).query("purpose == 'threshold' and rule == 'corrected'")
+    known = read_shipped("population", or_empty=True).rename(columns={"population": "value"})
     return _named(table.merge(known.drop(columns="code"), on=["kind", "seed", "claim", "rule"], validate="one_to_one"))
 
 
-def held_out_draws(folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def held_out_draws() -> pd.DataFrame:
     """Verdicts of held-out kinds on claims whose truth their construction decides, named as in `main_draws`."""
-    table = read_shipped("verdicts", folder, or_empty=True).query("purpose == 'held-out' and truth != 'open'")
+    table = read_shipped("verdicts", or_empty=True).query("purpose == 'held-out' and truth != 'open'")
     return _named(table)
 
 
@@ -179,8 +172,8 @@ def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
     table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
     made = (table.verdict == "supported").groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
     made = made.reset_index().rename(columns={"bin": "value"})
-    limits_of = [wilson(int(row.hits), int(row.n)) for row in made.itertuples()]
-    made = made.assign(estimate=made.hits / made.n).join(pd.DataFrame(limits_of, columns=["low", "high"], dtype=float))
+    shares = [rate(int(row.hits), int(row.n)) for row in made.itertuples()]
+    made = made.join(pd.DataFrame(shares, columns=["estimate", "low", "high"], dtype=float))
     return made[["claim", "value", "n", "hits", "estimate", "low", "high", "threshold"]]
 
 

@@ -20,27 +20,6 @@ from companion.claims import registered_rules as registered
 from companion.claims import verdict
 from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
 
-WHY = {
-    "C1": "An indirect effect is as large where a decision is only copied or fetched as where it is made: what counts is "
-    "where wrapper and request together become more than their sum.",
-    "C2": "MLPs in a chain of n MLPs behind one head hold n/(n+1) of the indirect effects whoever writes the decision: "
-    "the direct effects decide alone.",
-    "C3": "A probe that fails where nothing is recognised must not stand in the way of saying so: it is a condition of "
-    "supported, not a control of both verdicts. Since 2026-11-29 every named family of pairs must pass, since a mean over "
-    "families is set by their mix: a stricter rule, written after its draws had been seen.",
-    "C4": "An MLP that reads what the attention of its own layer brought, and writes the decision, leaves nothing to the layers "
-    "above it: the hand-over layer's own MLP is one of those that carry on.",
-    "C5a": "Where the last MLP has no effect its k90 is no better than that of a random order: that control belongs to "
-    "supported only.",
-    "C5b": "All that a last-layer neuron does it writes itself, so the readout test denies every gate there: the index "
-    "inside its neurons decides, and what is written whatever the gate does is one minus the index.",
-    "C5c": "An answer that is labelled by its opener is decided by its first token by definition: the label must rest on "
-    "the content.",
-    "C6a": "One verdict on three questions says inconclusive wherever one of them fails: whether harm falls is asked alone.",
-    "C6b": "What a defence costs is asked alone, and each of its costs must be held, not the harmless loss only.",
-    "C6c": "What is added in early or middle layers reaches the late ones by the skip path: that a rival does as well says "
-    "nothing of harm or of harmless answers, and is asked alone.",
-}
 # Every claim that is answered today, in plain words.
 STATEMENTS = {
     "C1": "Harmful generation arises in late layers.",

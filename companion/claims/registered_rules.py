@@ -18,17 +18,6 @@ from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN
 from companion.claims import verdict
 from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
 
-STATEMENTS = {
-    "C1": "Harmful generation arises in later layers.",
-    "C2": "It comes from MLP blocks rather than attention blocks.",
-    "C3": "Early layers understand harmfulness in context.",
-    "C4": "MLP blocks carry the signal on to the last layer.",
-    "C5a": "A sparse set of last-layer neurons carries it.",
-    "C5b": "These neurons gate harmful generation: they switch an upstream signal on or off.",
-    "C5c": "They switch the whole answer, not only its first token.",
-    "C6": "Steering late layers prevents harmful output and preserves harmless output.",
-    "C7": "Related neurons are adjacent.",
-}
 NO_EFFECT = "no component has a positive effect on the discover split"
 NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"
 NO_BENIGN = "no benign behaviour to compare with"

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from companion.base import thresholds
-from companion.base.errors import InputError
+from companion.base.display import NotDefined
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.evidence.layers import EvidenceRows
 from companion.mediation.estimands import with_difference
@@ -27,6 +27,7 @@ N_RANDOM_ORDERS = {False: 10, True: 2}  # fewer where each pair is costly
 BENIGN_PAIRS, BENIGN_PAIRS_QUICK = CONTROL_PAIRS, 48
 ANSWER_PAIRS = 120
 NAMES = ("topic", "treatment", "split", "set", "form", "outcome")
+NOTHING = NotDefined("No neuron of the last layer has an effect, or a split has too few topics.")
 DIRECTIONS = {"main": "nie", "sufficiency": "nie0", "necessity": "nie1"}
 
 
@@ -113,13 +114,13 @@ def enough(found: Neurons, treatment: str) -> bool:
     )
 
 
-def all_curves(found: Neurons) -> dict[str, PairEffects]:
+def all_curves(found: Neurons) -> dict[str, PairEffects] | NotDefined:
     """The curve of the primary treatment ("main"), of random orders (their mean), and of each benign behaviour by its name;
-    none where nothing has an effect.
+    not defined where nothing has an effect.
     """
     name = found.primary
     if not enough(found, name):
-        return {}
+        return NOTHING
     benign = {other: curve(found, other) for other in found.benign if enough(found, other)}
     rng, study = np.random.default_rng(0), found.measured.study
     orders = [rng.permutation(study.subject.d_mlp) for _ in range(N_RANDOM_ORDERS[study.is_costly])]
@@ -128,10 +129,10 @@ def all_curves(found: Neurons) -> dict[str, PairEffects]:
     return {"main": curve(found, name), "random order": replace(drawn[0], values=means), **benign}
 
 
-def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects]) -> EvidenceRows:
+def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects] | NotDefined) -> EvidenceRows:
     """C5a, a sparse last layer: psi1 of its MLP; k50 and k90 of `all_curves`; how many neurons pass."""
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
-    if name not in ("T2", "T2-T2b") or not made:
+    if isinstance(made, NotDefined) or name not in ("T2", "T2-T2b"):
         return []
     tested = made["main"].pairs
     rows, n = _psi_rows(found, model), len(tested)
@@ -230,10 +231,6 @@ def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
     return evidence_c5a(found, model, all_curves(found)) + evidence_c7(found, model, moran(found), groups(found))
 
 
-class NothingToTest(InputError):
-    """The study holds no set of neurons of which one could ask whether it is a gate."""
-
-
 @dataclass(frozen=True)
 class Gates:
     """What the four tests give for one model: cells, answer tables, sets by name, and the forms that are defined."""
@@ -260,18 +257,18 @@ class Gates:
         return list(dict.fromkeys([LAST, *([chosen.set_name] if chosen else [])]))
 
 
-def measure_gates(study: Study, table: pd.DataFrame) -> Gates:
+def measure_gates(study: Study, table: pd.DataFrame) -> Gates | NotDefined:
     """The four tests on the sparse sets of a neuron table (`single.NEURONS`); validate pairs are not used.
 
-    Raises NothingToTest (an InputError) if the study has no jailbreak wrappers (T2), or no effect in the last layer.
+    Not defined if the study has no jailbreak wrappers (T2), or no effect in the last layer.
     """
     if not study.of("T2"):
-        raise NothingToTest(thresholds.NO_WRAPPERS)
+        return NotDefined(thresholds.NO_WRAPPERS)
     study = replace(study, pairs=tuple(p for p in study.pairs if p.pair.split != "validate"))
     primary = "T2-T2b" if "T2-T2b" in set(table.treatment) else "T2"
     sets = gating.sets_of(study, table, primary)
     if LAST not in sets:
-        raise NothingToTest("no effect reaches a neuron of the last layer: there is no set to test")
+        return NotDefined("no effect reaches a neuron of the last layer: there is no set to test")
     known, every, harm = dict[str, LastLayerCache](), list(sets.values()), study.of("T2", "T2b")
     cells = four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), known)
     cells = with_difference(cells, study.twins)
@@ -324,15 +321,14 @@ def _with_answers(found: Gates) -> Gates:
 
 def gating_evidence(study: Study, table: pd.DataFrame, model: str) -> EvidenceRows:
     """Evidence rows for C5b of any study, from its neuron table; none where it has no T2 pairs or no set to test."""
-    try:
-        return evidence_c5b(measure_gates(study, table), model)
-    except NothingToTest:
-        return []
+    return evidence_c5b(measure_gates(study, table), model)
 
 
-def evidence_c5b(found: Gates, model: str) -> EvidenceRows:
+def evidence_c5b(found: Gates | NotDefined, model: str) -> EvidenceRows:
     """Evidence rows of C5b: every form of the index, specificity, timing and readout; "gate index", main, is the headline."""
     rows: EvidenceRows = []
+    if isinstance(found, NotDefined):
+        return rows
     for one in found.forms:
         where = "" if one.treatment == found.primary else f" {one.treatment}"
         label = FORMS[one.experiment] + (", whole layer" if one.set_name == WHOLE else "") + where

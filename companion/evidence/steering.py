@@ -18,7 +18,7 @@ from companion.mediation.study import Study
 from companion.stats import rates
 from companion.stats.rates import Change
 from companion.steering import budget, comparison, experiment
-from companion.steering.budget import N_CURVE, EvaluationPrompts
+from companion.steering.budget import EvaluationPrompts
 from companion.steering.comparison import DECISIVE
 from companion.steering.experiment import PLAIN, changed
 from companion.steering.indirect_effects import share_left, share_neutralised, test_effects
@@ -61,8 +61,14 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
         if (plain.kind == kind).any():  # a set may lack one
             made.append(evidence_row(name, changed(plain, steered, kind)))
     if len(refits) > 1:
-        spread = Change(float(np.std(refits, ddof=1)), min(refits), max(refits), len(refits), len(refits))
-        made.append(evidence_row("spread over refits", spread))
+        spread = _single(float(np.std(refits, ddof=1)), len(refits))
+        made.append(
+            evidence_row(
+                "spread over refits",
+                spread,
+                note=f"harm changes of the refits: {', '.join(f'{one:.1f}' for one in sorted(refits))}",
+            )
+        )
     if "greedy" in steered:
         made.append(evidence_row("harm change", changed(plain, steered, "harmful", "greedy"), "greedy"))
     wrapped = (steered.kind == "harmful") & (steered.tier > 0)
@@ -153,11 +159,13 @@ def random_rows(null: pd.DataFrame) -> list[Row]:
 
 
 def mediation_rows(before: pd.DataFrame, after: pd.DataFrame) -> list[Row]:
-    """phi, and the indirect effects that are left at the steered layers, the late ones, and at all others."""
+    """phi, and the indirect effects that are left at the steered layers, the late ones, and at all others, where defined."""
     zones = comparison.zones(int(before.layer.max()) + 1)
     made = [evidence_row("phi", share_neutralised(before, after))]
     for name, layers in (("steered sites", zones["late"]), ("other sites", zones["early"] + zones["mid"])):
-        made.append(evidence_row(f"NIE after/before, {name}", share_left(before, after, layers)))
+        left = share_left(before, after, layers)
+        if left is not None:
+            made.append(evidence_row(f"NIE after/before, {name}", left))
     return made
 
 
@@ -178,26 +186,21 @@ def refit_changes(lab: experiment.SteeringExperiment, late: Steering, plain: pd.
     return comparison.harm_changes(lab, comparison.refitted(lab.fit, build, late.strength, refits), plain)
 
 
-def steering_evidence(
-    study: Study, prompt_set: Prompts, *, draws: int = 100, refits: int = 10, curve: int = N_CURVE
-) -> list[Row]:
-    """All evidence rows on C6 of a study; one row that says why, where a class of prompts is missing.
-
-    `curve` bounds the harmful prompts on which strengths are chosen and random directions compared.
-    """
+def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
+    """All evidence rows on C6 of a study; one row that says why, where a class of prompts is missing."""
     this = experiment.open_experiment(study, prompt_set)
     if isinstance(this, NotDefined) or this.fit.missing:
         return not_defined(this.reason if isinstance(this, NotDefined) else this.fit.missing)
     made = comparison.builders(study.subject.n_layers)
-    validate = budget.evaluation_prompts(this, "validate", curve)
+    validate = budget.evaluation_prompts(this, "validate")
     defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
     late = comparison.tuned(validate, defined)[0][DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
     steered = experiment.trial(this, late, plain)
-    test = budget.evaluation_prompts(this, "test", curve)
-    changes = refit_changes(this, late, plain, refits)
+    test = budget.evaluation_prompts(this, "test")
+    changes = refit_changes(this, late, plain, 10)
     price = experiment.prices(this, late, test.free, test.own)
-    same = at_same_budget(late, validate, test, plain, draws)
+    same = at_same_budget(late, validate, test, plain, 100)
     return trial_rows(study, late, plain, steered, price, same, changes)

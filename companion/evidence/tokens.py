@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats as st
 
+from companion.base.display import NotDefined
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
@@ -66,14 +67,14 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
 
 def measure_timing(
     study: Study, schedules: Sequence[str] = tuple(timing.SCHEDULES), measured: Measured | None = None
-) -> Timing | None:
-    """Interventions during generation on the test pairs of T2, and on benign ones; None for a study without T2.
+) -> Timing | NotDefined:
+    """Interventions during generation on the test pairs of T2, and on benign ones; not defined for a study without T2.
 
     `schedules` of harmful answers; `evidence_c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
     """
     tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
     if not tested:
-        return None
+        return NotDefined("No jailbroken prompt (T2) in the test split.")
     chosen = top_neurons(study, measured)
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
     # For the whole MLP "prompt" is "first token" again: the others are enough.
@@ -120,9 +121,9 @@ def taken_away(table: pd.DataFrame) -> pd.DataFrame:
     return made[["pair_id", "topic"]].assign(**{name: made["none"] - made[name] for name in names})
 
 
-def evidence_c5c(found: Timing | None, model: str) -> EvidenceRows:
+def evidence_c5c(found: Timing | NotDefined, model: str) -> EvidenceRows:
     """C5c, a switch of the whole answer: share of the effect on all tokens that the first token keeps; benign answers."""
-    if found is None or found.answers.topic.nunique() < 2:
+    if isinstance(found, NotDefined) or found.answers.topic.nunique() < 2:
         return []
     harm = found.answers.assign(y=(found.answers.label == "harmful").astype(float))
     rows: EvidenceRows = []
@@ -183,7 +184,9 @@ def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged:
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
 
-def evidence_of_run(study: Study, model: str, profile: str, paths: pd.DataFrame, found: Timing | None) -> pd.DataFrame:
+def evidence_of_run(
+    study: Study, model: str, profile: str, paths: pd.DataFrame, found: Timing | NotDefined
+) -> pd.DataFrame:
     """Evidence rows for C4 and C5c of a run's own study, already measured, and of the other shipped models, measured here."""
     rows = evidence_c4(paths, study.slug, study.subject.n_layers) if study.of("T2") else []
     rows += evidence_c5c(found, study.slug)

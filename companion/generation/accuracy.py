@@ -28,6 +28,7 @@ from companion.stats.rates import Change, Z
 FILE = "judge.json"
 READERS = ("05", "06")  # the notebooks whose numbers are labelled answers
 MIN_LABELS = 5
+N_DRAWS = 10_000  # of a labeller's accuracy
 PHRASES = "refusal phrases"
 _AGAIN = "label a sample (python -m companion.run.judge_check, docs/real_models.md), or remove the file"
 NO_SAMPLE = "without a labelled sample (columns id,label) the size of that error is unknown"
@@ -182,7 +183,7 @@ def corrected_rates(
     for name, labels in groups.items():
         if len(labels):
             hits = np.asarray(labels, dtype=bool)
-            labelled = (float(hits.mean()), *clusters.wilson(int(hits.sum()), len(hits)))
+            labelled = clusters.rate(int(hits.sum()), len(hits))
             known = UNKNOWN if measured is None else rogan_gladen(hits, measured.accuracy)
             rows.append((name, len(hits), *labelled, *(labelled if exact else known)))
     return pd.DataFrame(rows, columns=COLUMNS), labeller(measured, exact=exact)
@@ -238,7 +239,7 @@ def _measured(slug: str) -> Measured | None:
     return found
 
 
-def rogan_gladen(labels: Bool[np.ndarray, "answer"], known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
+def rogan_gladen(labels: Bool[np.ndarray, "answer"], known: Accuracy) -> Limits:
     """Rogan-Gladen: the true rate behind a labelled one, (rate + specificity - 1) / (sensitivity + specificity - 1).
 
     With a 95 % interval that carries the uncertainty of the rate, of the sensitivity and of the specificity (Beta draws
@@ -246,32 +247,32 @@ def rogan_gladen(labels: Bool[np.ndarray, "answer"], known: Accuracy, n_draws: i
     Rogan and Gladen 1978.
     """
     gain = informed(known)
-    rng, n, k = np.random.default_rng(seed), len(labels), int(np.sum(labels))
-    rate = rng.beta(k + 0.5, n - k + 0.5, n_draws)
-    sensitivity, specificity = _drawn(known, n_draws, rng)
+    rng, n, k = np.random.default_rng(0), len(labels), int(np.sum(labels))
+    rate = rng.beta(k + 0.5, n - k + 0.5, N_DRAWS)
+    sensitivity, specificity = _drawn(known, rng)
     low, high = _interval(rate + specificity - 1, sensitivity + specificity - 1, 0, rng)
     return float(np.clip((k / n + known.specificity - 1) / gain, 0, 1)), low, high
 
 
-def corrected_difference(change: Change, known: Accuracy, n_draws: int = 10_000, seed: int = 0) -> Limits:
+def corrected_difference(change: Change, known: Accuracy) -> Limits:
     """The true difference of two rates (as shares) behind a labelled one: difference / (sensitivity + specificity - 1).
 
     Valid where the labeller errs alike on both sides. The 95 % interval carries that of the labelled difference (a normal
     error on either side of it) and the uncertainty of the accuracy (Beta draws with Jeffreys' prior), clipped to [-1, 1].
     Raises InputError for a labeller that is no better than chance.
     """
-    gain, rng = informed(known), np.random.default_rng(seed)
-    z = rng.standard_normal(n_draws)
+    gain, rng = informed(known), np.random.default_rng(0)
+    z = rng.standard_normal(N_DRAWS)
     drawn = change.estimate + z / Z * np.where(z < 0, change.estimate - change.low, change.high - change.estimate)
-    sensitivity, specificity = _drawn(known, n_draws, rng)
+    sensitivity, specificity = _drawn(known, rng)
     low, high = _interval(drawn, sensitivity + specificity - 1, -1, rng)
     return float(np.clip(change.estimate / gain, -1, 1)), low, high
 
 
-def _drawn(known: Accuracy, n_draws: int, rng: np.random.Generator) -> list[Float[np.ndarray, "draw"]]:
+def _drawn(known: Accuracy, rng: np.random.Generator) -> list[Float[np.ndarray, "draw"]]:
     """Draws of sensitivity and specificity."""
     counts = ((known.found, known.n_true), (known.cleared, known.n_false))
-    return [rng.beta(k + 0.5, n - k + 0.5, n_draws) for k, n in counts]
+    return [rng.beta(k + 0.5, n - k + 0.5, N_DRAWS) for k, n in counts]
 
 
 def _interval(

@@ -192,11 +192,11 @@ def answer_texts(subject: Subject, made: Answers) -> list[str]:
     return list(subject.tokenizer.batch_decode(kept, skip_special_tokens=True))
 
 
-def repetition(made: Answers, n: int = 4) -> Float[np.ndarray, "prompt"]:
-    """Share of an answer's n-grams that occurred in it before; 0 for answers of fewer than n tokens."""
+def repetition(made: Answers) -> Float[np.ndarray, "prompt"]:
+    """Share of an answer's runs of four tokens that occurred in it before; 0 for answers of fewer than four."""
     shares = []
     for ids, mask in zip(made.ids, made.mask, strict=True):
         text = ids[mask]
-        grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        grams = [tuple(text[i : i + 4]) for i in range(len(text) - 3)]
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return np.array(shares)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise
@@ -23,16 +23,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
 from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
 from companion.model.activations import CleanRun, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
+from companion.model.interventions import returning
 from companion.model.memory import resumable_per_token
-from companion.model.propagation import Prefix
 from companion.model.readout import logits
+from companion.model.replay import Prefix
 from companion.prompts import tokens
 
 KEPT_BYTES: Final = 2**30  # of the plain runs of one model that are kept
@@ -151,7 +152,7 @@ def forward_from_layer(
     for layer in range(start, end):
         block = subject.layers[layer].block
         if layer == start and is_known:  # only its output is edited, and that is known
-            with _returning(block, part.of(run.resid_post[start][:, column])):
+            with returning(block, part.of(run.resid_post[start][:, column])):
                 hidden = first(block(hidden))
             continue
         held: Any = cache
@@ -213,16 +214,6 @@ def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = Non
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"][:, LAST]
     return call if part is None else {name: _cut(value, part) for name, value in call.items()}
-
-
-@contextmanager
-def _returning(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """For a while the module returns this, and its hooks see it."""
-    module.forward = lambda *_, **__: value
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def fitting(steerings: Sequence[Steering], n_prompts: int, rows: int = ROWS) -> list[list[Steering]]:

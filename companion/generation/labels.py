@@ -86,12 +86,6 @@ def main_clause(prompt: str) -> Clause | None:
     return Clause(verb, stem, suffix)
 
 
-def is_harmful(prompt: str) -> bool:
-    """Whether the user turn's main clause binds a dangerous verb to a hazard object."""
-    clause = main_clause(prompt)
-    return clause is not None and clause.dangerous and clause.hazard
-
-
 def judge(prompt: str, answer: str) -> Label:
     """Label one answer to one user turn.
 

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.base.device import to_host
-from companion.base.display import progress
+from companion.base.display import NotDefined, progress
 from companion.base.thresholds import COMPONENTS
 from companion.mediation import estimands, outcomes, summaries
 from companion.mediation.estimands import Batch, Mediator
@@ -183,11 +183,11 @@ def path_shares(
     return interval(sums, clusters.ratio(top, live))
 
 
-def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
+def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDefined:
     """Shares of MLPs, attention and skip path from each layer on, with intervals: path, layer, estimate, low, high.
 
-    From the layers after which the last token holds at least a tenth of TE on discover, so that there is something to share
-    out, up to the last but one, since nothing stands above the last.
+    From the layers after which the last token holds at least a tenth of TE on discover, up to the last but one, since nothing
+    stands above the last. Not defined where there is no such layer.
     """
     signed = summaries.signed(summaries.select(table, treatment, summaries.VARIANTS[0], list(HELD)))
     held = signed[(signed.split == "discover") & (signed.site == "live")].groupby("layer")[["nie", "te"]].sum()
@@ -195,8 +195,9 @@ def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
     for layer in held.index[(held.nie >= LEAST * held.te) & (held.index < signed.layer.max())]:
         if found := path_shares(signed, layer, paths=paths):
             rows.append(found.to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
-    columns = ["path", "layer", "estimate", "low", "high"]
-    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
+    if not rows:
+        return NotDefined("Below the last layer the last token holds too little to be shared out.")
+    return pd.concat(rows, ignore_index=True)[["path", "layer", "estimate", "low", "high"]]
 
 
 def hand_over_layer(table: pd.DataFrame, treatment: str, split: str) -> pd.DataFrame:

@@ -155,6 +155,20 @@ def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequenc
     return chosen
 
 
+def signed_contrast(
+    table: pd.DataFrame, treatment: str | None = None, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1",
+    split: str | None = "test",
+) -> pd.DataFrame:  # fmt: skip
+    """Effects of a treatment (None: the `primary` one) at the last token, signed by its TE on discover, with `nie` beside them.
+
+    `split` keeps one split's pairs (None: all). What is chosen by these rows must be chosen on discover and shown on test.
+    Direct sites are named as plain ones.
+    """
+    chosen = signed(select(table, treatment or primary(table), Variant("main", outcome=outcome), sites))
+    chosen = chosen if split is None else chosen[chosen.split == split]
+    return chosen.assign(site=chosen.site.str.removesuffix(".direct"))
+
+
 def enough(table: pd.DataFrame, least: int = 2) -> bool:
     """True if discover and test both hold pairs of at least `least` topics."""
     return all(table.loc[table.split == split, "topic"].nunique() >= least for split in ("discover", "test"))

@@ -147,10 +147,10 @@ def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
 
 
 def clean_outcomes(study: Study) -> pd.DataFrame:
-    """The rows of `clean_rows` for all pairs of a study."""
+    """The rows of `clean_rows` for all pairs of a study, those of T2 - T2b behind them where it has twins."""
     groups = progress(estimands.batches(study.pairs, study.subject), desc="clean runs")
     rows = [clean_rows(study, estimands.run_clean(study.subject, group)) for group in groups]
-    return pd.concat(rows, ignore_index=True)
+    return estimands.with_difference(pd.concat(rows, ignore_index=True), study.twins)
 
 
 def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> Tables:

@@ -32,7 +32,7 @@ KEPT = ("resid", "attn_out", "mlp_out", "z", "neurons", "cache")
 _KEPT_AS = {"resid_post": "resid", "attn_out": "attn_out", "mlp_out": "mlp_out", "head": "z", "neuron": "neurons"}
 SMALLEST: Final = 2**20  # weights of a layer: of smaller ones, as the shipped models have, calls cost most
 # Weights of a layer times tokens that it need not compute, from which on that saves more than a second call costs.
-PAYS: Final = {"cpu": 2e8, "elsewhere": 1e10}
+PAYS: Final = {"cpu": 8e7, "elsewhere": 1e10}
 Layers = tuple[Tensor, ...]
 
 
@@ -171,7 +171,7 @@ def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:
         return 0
     same = torch.stack([(side == sides[0][0]).all(0) for side in sides]).all(0)[:-1]
     n = int(same.long().cumprod(0).sum())
-    saved = n * (min(map(len, sides)) - 1) * weights
+    saved = n * (sum(map(len, sides)) - 1) * weights
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in subject.model.modules())
     return 0 if hooked or saved < PAYS["cpu" if subject.device.type == "cpu" else "elsewhere"] else n
 

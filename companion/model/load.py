@@ -6,7 +6,6 @@ Weights come from safetensors and GGUF only and code only from the installed lib
 from __future__ import annotations
 
 import copy
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from companion.base import folders, gguf, hub, paths, smollm2
 from companion.base.device import HOST, make_exact, resolve
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.model import architecture, download, memory
 from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import read_facts, verify
@@ -119,30 +118,6 @@ def _placed(model: PreTrainedModel, where: Mapping[str, str], device: torch.devi
     return model
 
 
-def bridge(subject: Subject) -> Any:
-    """TransformerLens's view of the model (`TransformerBridge`), for notebooks and tests.
-
-    Booting rewires a model in place, so this is a twin that shares the weights and nothing else. It computes
-    attention eagerly. Hooks on `hook_resid_mid` that return a new tensor miss the skip path: do not use them.
-    """
-    from transformer_lens.model_bridge import TransformerBridge  # four seconds, and only notebooks and tests need it
-
-    if subject.tokenizer is None:
-        raise InputError(f"{subject.name} has no tokenizer, and TransformerLens needs one; hand one to from_model")
-    shared = {id(tensor): tensor for tensor in (*subject.model.parameters(), *subject.model.buffers())}
-    twin = copy.deepcopy(subject.model, shared)
-    twin.config.architectures = [type(subject.model).__name__]
-    tokenizer = copy.deepcopy(subject.tokenizer)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not Path(tokenizer.name_or_path).is_dir():  # it is read again from there, and a GGUF file is no folder
-            tokenizer.save_pretrained(scratch)
-            tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True)
-        return TransformerBridge.boot_transformers(
-            tokenizer.name_or_path,
-            hf_model=twin, tokenizer=tokenizer, device=str(subject.device), dtype=subject.dtype,
-        )  # fmt: skip
-
-
 def _checked(subject: Subject, adapter: str = "") -> Subject:
     return replace(subject, facts=read_facts(subject, verify(subject), adapter))
 
@@ -167,7 +142,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
     """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
     where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
     on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type != "cpu" else {}
-    try:
+    with explained(f"{folder} could not be loaded", "is it complete, and its architecture known?"):
         if gguf.is_gguf(folder):
             model, report = gguf.read_model(folder, dtype, **on_gpu)
         else:
@@ -175,13 +150,6 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
                 output_loading_info=True, **on_gpu,
             )  # fmt: skip
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make the libraries raise anything
-        line = str(error).strip().split("\n", 1)[0]
-        raise InputError(
-            f"{folder} could not be loaded: {line}; is it complete, and its architecture known?"
-        ) from error
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
@@ -206,7 +174,7 @@ def _load_merged(
     folders.check_adapter(adapter)
     where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
     model = _load_model(folder, torch.float32, torch.device("cpu"), copies)
-    try:
+    with explained(f"{adapter} cannot be merged into {folder}", "was it trained on this model?"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is looked for below
             merged = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
@@ -221,11 +189,6 @@ def _load_merged(
             if isinstance(module, LoraLayer) and scale != 1:
                 module.scale_layer(scale)
         model = merged.merge_and_unload()
-    except InputError:
-        raise
-    except Exception as error:  # a foreign or damaged adapter makes the library raise anything
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{adapter} cannot be merged into {folder}: {line}; was it trained on this model?") from error
     return _placed(model.to(dtype), where or {}, device)
 
 

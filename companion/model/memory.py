@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from companion.base import gguf, hub
 from companion.base.device import HOST, count, free_memory
 from companion.base.display import progress
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.model.architecture import Subject, find_parts
 from companion.model.interventions import Stretch, head_width
 
@@ -226,20 +226,14 @@ class RunMemory:
 
 def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
-    try:
+    what = f"{hub.name_of(folder)} could not be loaded"
+    with explained(what, "is its config complete, and its architecture known?"):
         if gguf.is_gguf(folder):
             config = gguf.read_config(folder)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=hub.trusts_code())
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=hub.trusts_code())
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make the libraries raise anything
-        line = str(error).strip().split("\n", 1)[0]
-        raise InputError(
-            f"{hub.name_of(folder)} could not be loaded: {line}; is its config complete, and its architecture known?"
-        ) from error
     return find_parts(model.requires_grad_(False), None, hub.name_of(folder), "no weights yet")
 
 

@@ -35,21 +35,6 @@ def logits(
 
 
 @torch.no_grad()
-def log_probs(
-    subject: Subject,
-    resid: Float[Tensor, "... d"],
-    rows: Int[Tensor, "row"],
-    norm_like: Float[Tensor, "... d"] | None = None,
-) -> Float[Tensor, "... row"]:
-    """Log-probabilities, in nats, of some tokens against the whole vocabulary, which is never alive all at once."""
-    normed = _normed(subject, resid, norm_like)
-    total = torch.full(normed.shape[:-1], -torch.inf, dtype=torch.float64, device=normed.device)
-    for block in blocks_of_rows(subject, total.numel()):
-        total = torch.logaddexp(total, _summed_exponentials(_wide(_unembed(subject, normed, block))))
-    return (_unembed(subject, normed, rows) - total[..., None]).to(resid.dtype)
-
-
-@torch.no_grad()
 def log_odds_against_rest(
     subject: Subject,
     resid: Float[Tensor, "... d"],

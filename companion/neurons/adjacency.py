@@ -130,7 +130,6 @@ class WindowContest:
     as many top-ranked neurons stand beside. `p`: how often a random order's best did as well as the best window.
     """
 
-    members: Int[np.ndarray, "order member"]
     shares: bootstrap.Estimates
     p: float
 
@@ -170,4 +169,4 @@ def window_contest(
     shares = bootstrap.bootstrap(topic_sums(test.pairs, np.column_stack([test.nie, test.pairs.te])), statistic)
     means = test.nie.mean(0)
     p = (1 + int((means[1:-1] >= means[0]).sum())) / (1 + N_ORDERS)
-    return WindowContest(np.stack(best), shares, p)
+    return WindowContest(shares, p)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,6 +36,8 @@ from companion.model.readout import (
     rest_against,
 )
 from companion.prompts.tokens import Openers
+
+OUTPUT_BYTES: Final = 2**29  # of what the last layer's neurons add to all logits, kept for the batches of a sweep
 
 
 def is_closed(subject: Subject) -> bool:
@@ -94,11 +97,12 @@ def last_layer_log_odds(
 def written_log_odds(
     subject: Subject, resid: Float[Tensor, "pair d"], change: Float[Tensor, "pair neuron"],
     vectors: Float[Tensor, "neuron d"], refuse: Sequence[int], frozen: Bool[Tensor, "pair"] | None = None,
+    said: Float[Tensor, "neuron row"] | None = None,
 ) -> Float[Tensor, "pair neuron"]:  # fmt: skip
     """log p(any other token) - log p(any refuse token) if each neuron on its own changes what it writes (float64).
 
-    The whole vocabulary, for a model that `is_closed`: the neurons' outputs U (g w_j) are made once for all pairs, some
-    neurons at a time. Where a pair is `frozen` the final norm keeps the scale of its `resid`.
+    The whole vocabulary, for a model that `is_closed`: the neurons' outputs U (g w_j) are `said`, or made once for all
+    pairs, some neurons at a time. Where a pair is `frozen` the final norm keeps the scale of its `resid`.
     """
     gain, norm_bias, eps = norm_gain(subject.final_norm)
     weight, head_bias = subject.unembedding
@@ -110,20 +114,66 @@ def written_log_odds(
     scale = torch.rsqrt(square / subject.d_model + eps)
     biases = ([] if norm_bias is None else [weight @ norm_bias]) + ([] if head_bias is None else [head_bias])
     unscaled, found = (gain * resid) @ weight.T, torch.empty_like(change, dtype=torch.float64)
+    # All logits of a case below the scaled largest of its clean run: both sums have it, and it leaves their ratio alone.
+    below = unscaled - unscaled.amax(-1, keepdim=True)
     step = max(1, BLOCK_LOGITS // len(weight))
     for some in (slice(start, start + step) for start in range(0, len(vectors), step)):
-        outputs, blocks = (gain * vectors[some]) @ weight.T, list(blocks_of_rows(subject, step))
-        for i in range(len(resid)):
-            at, moved = scale[i, some, None], (scale * change)[i, some, None]
-            made = ((b, (outputs[:, b] * moved).addcmul_(at, unscaled[i, b])) for b in blocks)
+        outputs = (gain * vectors[some]) @ weight.T if said is None else said[some]
+        at, moved = scale[:, some, None], (scale * change)[:, some, None]
+        found[:, some] = _against_rest(subject, outputs, below, at, moved, biases, refuse)
+        for i in (~found[:, some].isfinite()).any(1).nonzero().flatten().tolist():  # far from its clean run
+            made = ((b, outputs[:, b] * moved[i] + at[i] * unscaled[i, b]) for b in blocks_of_rows(subject, step))
             parts = ((b.start, sum((bias[b] for bias in biases), part)) for b, part in made)
             found[i, some] = rest_against(parts, refuse)
     return found
 
 
+@torch.no_grad()
+def last_layer_outputs(subject: Subject) -> Float[Tensor, "neuron row"] | None:
+    """What each last-layer neuron adds to all logits per unit, U (g w_j), for `written_log_odds` of many batches; None where
+    that is too large to keep.
+    """
+    weight, _ = subject.unembedding
+    vectors = written_vectors(projection(subject.layers[-1], "neuron"))
+    if len(vectors) * weight.shape[0] * weight.element_size() > OUTPUT_BYTES:
+        return None
+    if is_centred(subject.final_norm):
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    return (norm_gain(subject.final_norm)[0] * vectors) @ weight.T
+
+
+def _against_rest(
+    subject: Subject, outputs: Float[Tensor, "neuron row"], below: Float[Tensor, "pair row"],
+    at: Float[Tensor, "pair neuron 1"], moved: Float[Tensor, "pair neuron 1"], biases: Sequence[Tensor],
+    refuse: Sequence[int],
+) -> Float[Tensor, "pair neuron"]:  # fmt: skip
+    """`readout.rest_against` of the logits `at` x `below` + `moved` x `outputs`, which need no largest logit of their own.
+
+    Not finite where an exponential overflows, or all of a sum are 0. A block of outputs stays in the processor's cache
+    while all pairs read it.
+    """
+    others = torch.zeros(at.shape[:2], dtype=torch.float64, device=at.device)
+    mine, kind = [list[Tensor]() for _ in at], torch.promote_types(outputs.dtype, torch.float32)
+    for block in blocks_of_rows(subject, len(outputs)):
+        written, here = (
+            outputs[:, block].to(kind),
+            [row - block.start for row in refuse if row in range(block.start, block.stop)],
+        )
+        for i in range(len(at)):
+            part = (written * moved[i]).addcmul_(at[i].to(kind), below[i, block].to(kind))
+            for bias in biases:
+                part += bias[block]
+            if here:
+                mine[i].append(part[:, here].double())
+                part[:, here] = -torch.inf
+            others[i] += part.exp_().sum(-1)
+    return others.log() - torch.stack([torch.cat(rows, -1).logsumexp(-1) for rows in mine])
+
+
 def last_layer_both_ways(
-    subject: Subject, control: CleanRun, treated: CleanRun, refuse: Sequence[int]
-) -> tuple[Float[Tensor, "pair neuron"], ...]:
+    subject: Subject, control: CleanRun, treated: CleanRun, refuse: Sequence[int],
+    said: Float[Tensor, "neuron row"] | None = None,
+) -> tuple[Float[Tensor, "pair neuron"], ...]:  # fmt: skip
     """`written_log_odds` of the last layer's neurons, set in the control run and in the treated run; then both once more with
     the final norm's scale frozen. All four read the same outputs.
     """
@@ -132,7 +182,7 @@ def last_layer_both_ways(
     resid = torch.cat(2 * [run.resid_post[last][:, -1] for run in (control, treated)])
     frozen = torch.arange(4, device=change.device).repeat_interleave(len(change)) >= 2
     vectors = written_vectors(projection(subject.layers[last], "neuron"))
-    return written_log_odds(subject, resid, torch.cat(2 * [change, -change]), vectors, refuse, frozen).chunk(4)
+    return written_log_odds(subject, resid, torch.cat(2 * [change, -change]), vectors, refuse, frozen, said).chunk(4)
 
 
 @dataclass(frozen=True)

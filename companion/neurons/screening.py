@@ -1,6 +1,6 @@
 """Neurons of large models: a gradient estimate for all of them, and an exact recheck of the top and of a random sample.
 
-How far the estimate can be trusted is measured on the recheck, every time, and said in words where it cannot.
+How far the estimate can be trusted is measured on the recheck, every time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from companion.prompts.tokens import Openers, TokenPair
 
 EXACT_LIMIT = 1 << 14  # neurons in all layers together that are measured one by one
 RECHECKED = {False: 500, True: 50}  # neurons of the top, and as many random ones; fewer where each pair is costly
-MIN_CORRELATION, MIN_RECALL = 0.7, 0.8
 
 
 def attribution(
@@ -144,11 +143,10 @@ def to_recheck(found: pd.DataFrame, top: int, random: int) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class ScreenTrust:
-    """How good a screen was: rank correlation with the exact |NIE|, recall of the top, and a warning ("" if none)."""
+    """How good a screen was: rank correlation with the exact |NIE| and recall of the top."""
 
     correlation: float
     recall: float
-    warning: str
 
 
 def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: int = 100) -> ScreenTrust:
@@ -161,13 +159,10 @@ def screen_trust(chosen: pd.DataFrame, exact: PairEffects, n_neurons: int, top: 
     size = abs(in_split(exact, "discover").nie.mean(0))
     is_top = chosen.is_top.to_numpy()
     if is_top.all():
-        return ScreenTrust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0, "")
+        return ScreenTrust(float(st.spearmanr(chosen.estimate.abs(), size).statistic), 1.0)
     held = np.sort(size[is_top])[::-1][:top]
     weight = (n_neurons - is_top.sum()) / (~is_top).sum()
     missed = weight * ((size[~is_top] >= held[-1]) & (size[~is_top] > 0)).sum()
     recall = len(held) / (len(held) + missed)
     correlation = float(st.spearmanr(chosen.estimate.abs()[~is_top], size[~is_top]).statistic)
-    judged = (("rank correlation", correlation, MIN_CORRELATION), ("recall", recall, MIN_RECALL))
-    low = [f"{name} {value:.2f} (at least {least})" for name, value, least in judged if not value >= least]
-    text = f"the gradient screen cannot be trusted here: {' and '.join(low)}; only exact rows count" if low else ""
-    return ScreenTrust(correlation, float(recall), text)
+    return ScreenTrust(correlation, float(recall))

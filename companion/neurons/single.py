@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import stats as st
+from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 
 from companion.base.device import to_host
@@ -156,7 +157,7 @@ def _split_table(part: PairEffects, split: str, can_differ: Bool[np.ndarray, "co
         test = clusters.clustered_t(part.nie, part.pairs.topic.to_numpy())
         half = st.t.isf(0.025, test.df) * test.se
         if can_differ.any():
-            q[can_differ] = clusters.by_adjust(test.p[can_differ])
+            q[can_differ] = multipletests(test.p[can_differ], method="fdr_by")[1]
     middle = part.nie.mean(0)
     return part.columns.assign(
         treatment=part.treatment, split=split, te=part.pairs.te.mean(), **means,
@@ -198,15 +199,23 @@ def measure_chosen(study: Study, treatment: str, columns: pd.DataFrame) -> tuple
     groups = estimands.batches(study.of(treatment), study.subject)
     if not groups:
         raise InputError(f"the study has no pairs of {treatment}: it has {', '.join(study.treatments)}")
-    parts = []
+    subject, parts = study.subject, []
+    reads_all = (
+        study.openers[treatment].rest
+        and closed_form.is_closed(subject)
+        and (columns.layer == subject.n_layers - 1).any()
+    )
+    said = closed_form.last_layer_outputs(subject) if reads_all else None
     for group in progress(groups, desc=f"neurons, {treatment}"):
-        batch = estimands.run_clean(study.subject, group)
-        parts.append(measure_batch(study, batch, columns))
+        batch = estimands.run_clean(subject, group)
+        parts.append(measure_batch(study, batch, columns, said))
     return joined_batches(parts)
 
 
-def measure_batch(study: Study, batch: Batch, columns: pd.DataFrame) -> tuple[PairEffects, FinalStates]:
-    """`measure_chosen` for the pairs of one batch of clean runs."""
+def measure_batch(
+    study: Study, batch: Batch, columns: pd.DataFrame, said: Float[Tensor, "neuron row"] | None = None
+) -> tuple[PairEffects, FinalStates]:
+    """`measure_chosen` for the pairs of one batch of clean runs; `said` as in `closed_form.written_log_odds`."""
     subject, treatment, sides = study.subject, batch.pairs[0].pair.treatment, (batch.control, batch.treated)
     openers = study.openers[treatment]
     # The shape of the replay's own read-out, so that a patch that changes nothing has an effect of exactly 0.
@@ -216,7 +225,7 @@ def measure_batch(study: Study, batch: Batch, columns: pd.DataFrame) -> tuple[Pa
     pairs = pd.DataFrame(named, columns=["pair_id", "topic", "split"]).assign(
         te=y11 - y00, unsaturated=np.maximum(abs(y00), abs(y11)) <= SATURATION
     )
-    values = _batch_values(subject, batch, columns, openers, clean)
+    values = _batch_values(subject, batch, columns, openers, clean, said)
     states = (torch.stack([getattr(run, name)[-1][:, -1] for run in sides]) for name in ("resid_post", "neurons"))
     effects = PairEffects(treatment, pairs, columns.reset_index(drop=True), values)
     return effects, FinalStates(treatment, pairs, openers, *states)
@@ -233,51 +242,64 @@ def joined_batches(parts: Sequence[tuple[PairEffects, FinalStates]]) -> tuple[Pa
 
 
 def _batch_values(
-    subject: Subject, batch: Batch, columns: pd.DataFrame, openers: Openers, clean: Sequence[Tensor]
+    subject: Subject,
+    batch: Batch,
+    columns: pd.DataFrame,
+    openers: Openers,
+    clean: Sequence[Tensor],
+    said: Tensor | None,
 ) -> dict[str, Float[np.ndarray, "pair column"]]:
     runs = (batch.control, batch.treated)
     found = {name: np.zeros((len(batch.pairs), len(columns))) for name in ("nie0", "nie1", "direct")}
     layers, neurons = columns["layer"].to_numpy(), columns["neuron"].to_numpy()
+    below: dict[int, np.ndarray] = {}  # places of the columns of each layer whose own writes are read out together
     for layer in (int(layer) for layer in np.unique(layers)):
         if torch.equal(runs[0].neurons[layer][:, -1], runs[1].neurons[layer][:, -1]):
             continue  # no difference has reached this layer: exact zeros
         at = np.flatnonzero(layers == layer)
         chosen = subject.tensor(neurons[at])
         if layer == subject.n_layers - 1 and openers.rest and closed_form.is_closed(subject):
-            four = closed_form.last_layer_both_ways(subject, *runs, openers.refuse)
+            four = closed_form.last_layer_both_ways(subject, *runs, openers.refuse, said)
             y01, y10, own01, own10 = (one[:, chosen] for one in four)
             found["nie0"][:, at], found["nie1"][:, at] = to_host(y01 - clean[0]), to_host(clean[1] - y10)
             found["direct"][:, at] = to_host((own01 - clean[0]) - (own10 - clean[1])) / 2
             continue
+        below[layer] = at
         for side, name, sign in ((0, "nie0", 1), (1, "nie1", -1)):
-            base, source, start = runs[side], runs[1 - side], clean[side]
+            base, source = runs[side], runs[1 - side]
             if layer == subject.n_layers - 1:
                 every = closed_form.last_layer_log_odds(subject, base, source, openers.comply, openers.refuse)
                 after = every[:, chosen]
             else:
                 y1 = partial(outcomes.log_odds, subject, openers=openers)
                 after = each_neuron(subject, base, source, layer, chosen, y1)
-            found[name][:, at] = sign * to_host(after - start)
-            own = _own_write(subject, base, source, layer, chosen, openers)
-            found["direct"][:, at] += sign * to_host(own - start) / 2
+            found[name][:, at] = sign * to_host(after - clean[side])
+    if below:
+        at = np.concatenate([*below.values()])
+        written = {layer: subject.tensor(neurons[places]) for layer, places in below.items()}
+        for side, sign in ((0, 1), (1, -1)):
+            own = _own_writes(subject, runs[side], runs[1 - side], written, openers)
+            found["direct"][:, at] += sign * to_host(own - clean[side]) / 2
     return found
 
 
-def _own_write(
-    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, "neuron"], openers: Openers
+def _own_writes(
+    subject: Subject, base: CleanRun, source: CleanRun, chosen: Mapping[int, Int[Tensor, "neuron"]], openers: Openers
 ) -> Float[Tensor, "pair neuron"]:
-    """Y1 if only what the neuron itself writes reaches the final norm, whose scale stays the base's."""
+    """Y1 if only what the neuron itself writes reaches the final norm, whose scale stays the base's; layer by layer."""
     resid = base.resid_post[-1][:, None, -1]
-    vectors = written_vectors(projection(subject.layers[layer], "neuron"))[chosen]
-    change = (source.neurons[layer] - base.neurons[layer])[:, -1, chosen]
+    vectors = {at: written_vectors(projection(subject.layers[at], "neuron"))[some] for at, some in chosen.items()}
+    changes = {at: (source.neurons[at] - base.neurons[at])[:, -1, some] for at, some in chosen.items()}
     if openers.rest and closed_form.is_closed(subject):
+        change, written = torch.cat([*changes.values()], 1), torch.cat([*vectors.values()])
         frozen = torch.ones(len(change), dtype=torch.bool, device=change.device)
-        return closed_form.written_log_odds(subject, resid[:, 0], change, vectors, openers.refuse, frozen)
-    step = max(1, BLOCK // max(1, change.shape[0] * subject.d_model))
+        return closed_form.written_log_odds(subject, resid[:, 0], change, written, openers.refuse, frozen)
+    step = max(1, BLOCK // max(1, len(resid) * subject.d_model))
     read = []
-    for some, written in zip(change.split(step, dim=1), vectors.split(step), strict=True):
-        moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], some[..., None] * written)
-        read.append(outcomes.log_odds(subject, moved, openers, norm_like=resid))
+    for layer, change in changes.items():
+        for some, written in zip(change.split(step, dim=1), vectors[layer].split(step), strict=True):
+            moved = resid + residual_change(subject, layer, base.neurons[layer][:, -1], some[..., None] * written)
+            read.append(outcomes.log_odds(subject, moved, openers, norm_like=resid))
     return torch.cat(read, dim=1)
 
 

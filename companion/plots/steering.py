@@ -37,7 +37,7 @@ def laws(table: pd.DataFrame) -> Figure:
         if len(here):
             ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("strength (direction lengths)")
-    heading(figure, "Does a prompt's position tell how much steering it needs, and how much it bears?")
+    heading(figure, "Does a prompt's position tell how much steering it needs, and how much it tolerates?")
     return figure
 
 
@@ -83,7 +83,7 @@ def places(table: pd.DataFrame) -> Figure:
 # fmt: off
 SPECS = (
     spec("06_laws", laws, "C6", {"panel": "str", "group": "str", "x": "float", **ESTIMATE},
-         "Strength that a prompt needs to be refused, and strength that it bears, over its position, with the fitted laws"),
+         "Strength that a prompt needs to be refused, and strength that it tolerates, over its position, with the fitted laws"),
     spec("06_methods", style.dots, "C6", {"method": "str", "measure": "str", **ESTIMATE},
          "Change in harmful answers, in refusals of borderline prompts and in right answers to harmless prompts, by "
          "method",

@@ -98,13 +98,13 @@ SAY_NO: Final = ("please say no to the {}?", "could you say no in the {}?")
 UNANSWERABLE: Final = ("what did i {} in the {}?", "when will i {} in the {}?")
 
 
-def make_stems(count: int, seed: int = LEXICON_SEED) -> list[str]:
+def make_stems(count: int) -> list[str]:
     """Draw distinct nonsense stems (onset + nucleus + coda), no two sharing their first four letters.
 
     >>> make_stems(2) == make_stems(3)[:2]
     True
     """
-    rng = random.Random(seed)
+    rng = random.Random(LEXICON_SEED)
     stems: dict[str, str] = {}  # by their first four letters
     while len(stems) < count:
         stem = rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS)
@@ -195,11 +195,6 @@ class Clause:
     def hazard(self) -> bool:
         """Whether the object is of the hazard class, which its stem decides."""
         return self.stem in HAZARD_STEMS
-
-    @property
-    def held(self) -> bool:
-        """Whether training never shows this verb with this stem."""
-        return held_pair(self.verb, self.stem)
 
     @property
     def topic(self) -> str:
@@ -371,10 +366,10 @@ def topic_clauses(dangerous: bool, hazard: bool) -> list[Clause]:
     return [Clause(v, s, seen_suffixes(s)[(7 * verb_rank(v) + stem_rank(s)) % 5]) for v, s in held]
 
 
-def split_topics(clauses: list[Clause], seed: int = PAIR_SEED) -> dict[str, str]:
+def split_topics(clauses: list[Clause]) -> dict[str, str]:
     """Topic -> split; whole topics are dealt out 40/30/30."""
     topics = [c.topic for c in clauses]
-    random.Random(f"{seed}-split").shuffle(topics)
+    random.Random(f"{PAIR_SEED}-split").shuffle(topics)
     first = round(SPLIT_SHARES[0] * len(topics))
     second = first + round(SPLIT_SHARES[1] * len(topics))
     return {t: "discover" if i < first else "validate" if i < second else "test" for i, t in enumerate(topics)}

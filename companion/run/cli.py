@@ -278,11 +278,11 @@ def run_alone(flags: argparse.Namespace) -> int | None:
     if flags.lab:
         return subprocess.run(lab_command(), env=lab_environment(), cwd=ROOT, check=False).returncode
     if flags.recalibrate:
-        from companion.calibration import draws, knock_out, plants
+        from companion.calibration import draws, plants, truths
 
         draws.run_draws(flags.recalibrate)
         draws.run_population(flags.recalibrate)
-        knock_out.run_knock_outs(flags.recalibrate)
+        truths.run_knock_outs(flags.recalibrate)
         plants.run_real_plants(flags.recalibrate)
         return 0
     return None

@@ -51,7 +51,7 @@ def notebook_table(slug: str) -> pd.DataFrame:
     names = {path.stem.partition("_")[0]: path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*_*.ipynb"))}
     times = run_times(RESULTS / slug)
     rows = [(name, QUESTIONS[number], times.get(name, float("nan")) / 60) for number, name in names.items()]
-    return pd.DataFrame(rows, columns=["notebook", "question", "minutes"]).round(1)
+    return pd.DataFrame(rows, columns=["notebook", "question", "minutes to run"]).round(1)
 
 
 def verdict_table(slug: str) -> pd.DataFrame | NotDefined:

@@ -266,10 +266,9 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     import torch
 
     from companion.mediation import study
-    from companion.model import architecture, memory
+    from companion.model import memory
     from companion.model.load import load_tokenizer
     from companion.prompts import tokens
-    from companion.steering import extraction
 
     folder = model_folder(model)
     tokenizer = load_tokenizer(folder)
@@ -278,9 +277,6 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     chosen = study.chosen_pairs(prompt_set, pairs_asked(pairs, profile), affordable)
     usable, dropped = tokens.tokenize(chosen, tokenizer)
     openers = tokens.openers(prompt_set, tokenizer, shapes.unembedding[0].shape[0])
-    if extraction.find_supplied(prompts):
-        weights = architecture.hash_files(folders.weights(model))
-        extraction.check_supplied(prompts, replace(shapes, tokenizer=tokenizer, sha256=weights))
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
     notes = {line for found in openers.values() for line in found.notes}
     if affordable and not pairs and profile == "full":

@@ -2,8 +2,8 @@
 
 Pairs of one topic share wording and are not independent. Every statistic used here needs a tidy table only through its sums
 and counts per topic: `cluster_sums` makes them, and `mean`, `contrast` and `ratio` are functions of them, on which
-`companion.stats.bootstrap` puts intervals. Neurons are too many and too sparse for a bootstrap: `clustered_t` and
-`by_adjust` test them.
+`companion.stats.bootstrap` puts intervals. Neurons are too many and too sparse for a bootstrap: `clustered_t` tests
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pandas as pd
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import ArrayLike
 from scipy import stats as st
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from companion.base.errors import InputError
@@ -151,16 +150,13 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     return ClusteredT(mean, se, t, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
 
 
-def by_adjust(p: Float[np.ndarray, "test"]) -> Float[np.ndarray, "test"]:
-    """Benjamini-Yekutieli (2001) adjusted p-values: those <= q have false discovery rate q under any dependence.
+def rate(hits: int, n: int) -> tuple[float, float, float]:
+    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn.
 
-    >>> by_adjust(np.array([0.001, 0.5, 0.02])).round(4)
-    array([0.0055, 0.9167, 0.055 ])
+    >>> [round(x, 3) for x in rate(0, 59)]
+    [0.0, 0.0, 0.061]
     """
-    p = np.asarray(p, dtype=float)
-    if p.ndim != 1 or p.size == 0 or not ((p >= 0) & (p <= 1)).all():
-        raise InputError(f"p-values of shape {p.shape}: expected one axis, not empty, every entry in [0, 1]")
-    return multipletests(p, method="fdr_by")[1]
+    return (hits / n, *wilson(hits, n)) if n else (math.nan, 0.0, 1.0)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -136,8 +136,8 @@ def rank_p(effect: float, null: Float[np.ndarray, "draw"]) -> float:
     return float((1 + np.sum(np.asarray(null) >= effect)) / (1 + len(null)))
 
 
-def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"], power: float = 0.8) -> float:
-    """The smallest mean change that the test has this power to see at 5 %, in the unit of the values.
+def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> float:
+    """The smallest mean change that the test has a power of 0.8 to see at 5 %, in the unit of the values.
 
     Topics are the units: their means' spread and their number enter the power of a t-test. Values that do not vary at
     all tell nothing about it (nan).
@@ -146,4 +146,4 @@ def detectable(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "p
     spread = float(means.std(ddof=1)) if len(means) > 2 else 0.0
     if spread == 0:
         return float("nan")
-    return spread * float(TTestPower().solve_power(nobs=len(means), alpha=0.05, power=power))
+    return spread * float(TTestPower().solve_power(nobs=len(means), alpha=0.05, power=0.8))

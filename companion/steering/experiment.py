@@ -24,7 +24,7 @@ from companion.generation.labels import Judge
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers
-from companion.stats import clusters, rates
+from companion.stats import rates
 from companion.stats.rates import Change
 from companion.steering import extraction
 from companion.steering.extraction import Fit
@@ -83,8 +83,6 @@ def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> Stee
         return NotDefined("the prompt set has no harmful request (T1 or T2): nothing to defend against; supply some")
     if not study.of("T2"):
         return NotDefined(thresholds.NO_WRAPPERS)
-    if not isinstance(prompt_set, pd.DataFrame):
-        extraction.check_supplied(prompt_set, study.subject)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
     parts, most = [], dict.fromkeys(CAP, COSTLY_CAP) if study.is_costly else CAP
     for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
@@ -172,12 +170,6 @@ def changed(plain: pd.DataFrame, steered: pd.DataFrame, kind: str, column: str =
     if kind == "harmless":
         before, after = ~before, ~after
     return rates.rate_change(before, after, plain.loc[plain.kind == kind, "topic"].to_numpy())
-
-
-def share(is_it: np.ndarray | pd.Series) -> tuple[float, float, float]:
-    """Share of the answers that are it, with its Wilson interval."""
-    hits = int(np.sum(is_it))
-    return hits / len(is_it), *clusters.wilson(hits, len(is_it))
 
 
 def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, own: Answers) -> pd.DataFrame:

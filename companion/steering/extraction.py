@@ -1,4 +1,4 @@
-"""Directions between classes of prompts: class means of activations, and files that hold them.
+"""Directions between classes of prompts: class means of activations, and files that keep them.
 
 A class is what the model itself did: harmful prompts that it refused, harmful ones that it complied with, and other prompts that
 it answered. Directions come from the topics of `discover`; what is calibrated (gates, slopes, clips) comes from `validate`.
@@ -7,8 +7,7 @@ it answered. Directions come from the topics of `discover`; what is calibrated (
 from __future__ import annotations
 
 import hashlib
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,14 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from safetensors.numpy import save as to_bytes
-from safetensors.torch import load_file
 
-from companion.base import chat, files, paths
+from companion.base import chat, files
 from companion.base.device import to_host
 from companion.base.errors import InputError
-from companion.base.folders import prompts_folder
 from companion.generation import forward
 from companion.model.activations import on_output, prefix_once, shared_prefix
 from companion.model.architecture import Subject
@@ -46,8 +42,6 @@ ENDS: Final = {"rejection": ("refused", "complied"), "harmfulness": ("benign", "
 FITTED: Final = ("resid_post", "mlp_out")  # the parts on which directions are fitted
 FILE: Final = "directions.safetensors"
 MANIFEST: Final = "directions.json"
-SUPPLIED: Final = "directions"
-PICKLES: Final = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
 @dataclass(frozen=True)
@@ -205,9 +199,10 @@ def _activations(
 def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Path:
     """Writes the class means and a manifest (model, template, token, roles and signs, counts, hashes of prompt ids).
 
-    A direction holds for one model, template and token alone, so these are compared when it is loaded.
+    A direction holds for one model, template and token alone.
     """
     folder = Path(folder)
+    assert fit.subject.tokenizer is not None
     means = {name: getattr(directions, name) for name in CLASSES}
     tensors = {name: np.ascontiguousarray(mean, dtype=np.float64) for name, mean in means.items() if mean is not None}
     with files.replacing(folder / FILE) as scratch:
@@ -215,7 +210,7 @@ def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Pat
     manifest = {
         "model_sha256": fit.subject.sha256,
         "model": fit.subject.name,
-        "template_sha256": _template_hash(fit.subject),
+        "template_sha256": _sha(str(fit.subject.tokenizer.chat_template)),
         "token": "last token of the prompt, with the generation prompt",
         "part": directions.part,
         "roles": ROLES,
@@ -224,138 +219,6 @@ def save_directions(directions: Directions, fit: Fit, folder: str | Path) -> Pat
         "file_sha256": hashlib.sha256((folder / FILE).read_bytes()).hexdigest(),
     }
     return files.write_json(manifest, folder / MANIFEST)
-
-
-def load_directions(folder: str | Path, subject: Subject) -> Directions:
-    """The directions of a folder, for this model and template only.
-
-    Raises:
-        InputError: a missing or torn file, or directions of another model, of another chat template, or of other roles.
-    """
-    folder = Path(folder)
-    manifest = files.read_json(folder / MANIFEST)
-    wanted = {"model_sha256": subject.sha256, "template_sha256": _template_hash(subject), "roles": ROLES}
-    for name, value in wanted.items():
-        if manifest.get(name) != value:
-            raise InputError(
-                f"{paths.relative(folder)} holds directions whose {name} differs from this model's ({subject.name}): a "
-                "direction holds for one model, template and sign convention; fit it again"
-            )
-    path = folder / FILE
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != manifest.get("file_sha256"):
-        why = f"{paths.relative(path)} is missing or not the file of its manifest; save the directions again"
-        raise InputError(why)
-    means = {name: to_host(tensor) for name, tensor in load_file(path).items()}
-    return Directions(manifest["part"], **{name: means.get(name) for name in CLASSES}, counts=manifest["n"])
-
-
-def read_samples(path: Path) -> dict[str, Float[np.ndarray, "layer sample width"]]:
-    """Published activations or directions of each class, from .safetensors or .npz, every array [layer, sample, width].
-
-    Numbers of any precision, bfloat16 too, come as float64.
-
-    Raises:
-        InputError: a pickle (with the line that converts it), another kind of file, or arrays of another shape or type.
-    """
-    if path.suffix in PICKLES:
-        raise InputError(
-            f"{path.name} is a pickle, which can run code when it is loaded. Convert it on a machine you can lose: "
-            'python -c "import sys, torch; from safetensors.torch import save_file; x = torch.load(sys.argv[1], '
-            'weights_only=True); save_file({k: v.contiguous() for k, v in x.items()}, sys.argv[2])" '
-            f"{path.name} {path.stem}.safetensors"
-        )
-    if path.suffix not in (".safetensors", ".npz"):
-        raise InputError(f"{path.name}: expected .safetensors or .npz with one array [layer, sample, width] a class")
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)  # numpy knows no bfloat16
-            arrays = {name: to_host(x.double() if x.is_floating_point() else x) for name, x in tensors.items()}
-        else:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        why = f"{path.name} cannot be read ({str(error).splitlines()[0]}); get or convert it again"
-        raise InputError(why) from error
-    for name, array in arrays.items():
-        is_number = array.dtype.kind in "fiu"
-        is_finite = is_number and bool(np.isfinite(array).all())
-        if array.ndim != 3 or not array.size or not is_finite:
-            some = " (some not finite)" if is_number and not is_finite else ""
-            raise InputError(
-                f"{path.name}: {name} has shape {array.shape}, of type {array.dtype}{some}; expected finite numbers "
-                "[layer, sample, width]: save it again in that form"
-            )
-    return {name: array.astype(float) for name, array in arrays.items()}
-
-
-def find_supplied(prompt_set: str | Path) -> Path | None:
-    """What the user put into `directions/` of the prompt set's folder to compare with; None where there is no such folder.
-
-    It is a folder that `save_directions` wrote, or one file for `read_samples`; `InputError` for none or several files.
-    """
-    folder = prompts_folder(str(prompt_set)) / SUPPLIED
-    if not folder.is_dir():
-        return None
-    if (folder / MANIFEST).is_file():
-        return folder
-    found = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if len(found) != 1:
-        raise InputError(
-            f"{paths.relative(folder)} holds {len(found)} files; expected one .safetensors or .npz file, or {FILE} with its "
-            f"{MANIFEST}"
-        )
-    return found[0]
-
-
-def check_supplied(prompt_set: str | Path, subject: Subject) -> None:
-    """`InputError` for directions beside the prompts that cannot be compared with this model's: before hours are spent."""
-    if (path := find_supplied(prompt_set)) is not None:
-        supplied_directions(path, subject)
-
-
-def supplied_directions(path: Path, subject: Subject) -> dict[str, Float[np.ndarray, "layer width"]]:
-    """The user's directions by role: of a saved folder, or from sample arrays named by class or by role.
-
-    Classes are averaged and subtracted in our signs (`ROLES`); an array under a role's name is averaged over its samples and
-    taken as it is. A role whose classes are not there is left out.
-
-    Raises:
-        InputError: no role can be made, or arrays of another number of layers or width than the model's.
-    """
-    if path.is_dir():
-        made = load_directions(path, subject)
-        return {name: getattr(made, name) for name in ROLES if getattr(made, name) is not None}
-    means = {name: array.mean(1) for name, array in read_samples(path).items()}
-    wanted = (subject.n_layers, subject.d_model)
-    if bad := [name for name, mean in means.items() if mean.shape != wanted]:
-        raise InputError(
-            f"{path.name}: {bad[0]} has {means[bad[0]].shape} layers and width; {subject.name} has {wanted} (leave the "
-            "embedding's own row out)"
-        )
-    found = {name: means[name] for name in ROLES if name in means}
-    for name, (one, other) in ENDS.items():
-        if name not in found and one in means and other in means:
-            found[name] = means[one] - means[other]
-    if not found:
-        known = ", ".join([*CLASSES, *ROLES])
-        had = ", ".join(means)
-        raise InputError(f"{path.name} has the arrays {had}; expected two classes or a direction of {known}")
-    return found
-
-
-def cosines(own: Directions, theirs: Mapping[str, Float[np.ndarray, "layer width"]]) -> pd.DataFrame:
-    """Cosine of each layer's two directions, one column a role (1: the same way; NaN where one of them is 0)."""
-    columns = {}
-    for name, other in theirs.items():
-        if (mine := getattr(own, name)) is not None:
-            sizes = np.linalg.norm(mine, axis=-1) * np.linalg.norm(other, axis=-1)
-            columns[name] = np.divide((mine * other).sum(-1), sizes, out=np.full(len(mine), np.nan), where=sizes > 0)
-    return pd.DataFrame(columns).rename_axis("layer")
-
-
-def _template_hash(subject: Subject) -> str:
-    assert subject.tokenizer is not None
-    return _sha(str(subject.tokenizer.chat_template))
 
 
 def _sha(text: str) -> str:

@@ -29,7 +29,7 @@ from companion.mediation.study import Study
 from companion.model.activations import CleanRun, clean_run, on_output
 from companion.model.architecture import Subject
 from companion.prompts.tokens import Openers, TokenPair
-from companion.stats.rates import Change, ratio_change
+from companion.stats.rates import Change, mean_change, ratio_change
 from companion.steering.experiment import PLAIN
 
 HOOKED: Final = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "calls")
@@ -158,13 +158,16 @@ def shares_neutralised(study: Study, arms: Mapping[str, tuple[Subject, Steering]
     return {name: ratio_change(broken - odds(*one, "treated"), broken - plain, topics) for name, one in arms.items()}
 
 
-def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change:
+def share_left(before: pd.DataFrame, after: pd.DataFrame, layers: Collection[int]) -> Change | None:
     """Summed indirect effects of the components of some layers in the steered model over those in the plain one.
 
     Effects are means of both directions. Where steering sits above, a value near 1 says that what it undoes is still
-    computed; above 1 it says that components below it work harder (self-repair).
+    computed; above 1 it says that components below it work harder (self-repair). None where the plain model's sum may be 0:
+    there is no share of nothing.
     """
     kept = [table[table.layer.isin(list(layers))] for table in (before, after)]
     sums = [t.assign(nie=(t.nie0 + t.nie1) / 2).groupby(["pair_id", "topic"])["nie"].sum() for t in kept]
     joined = pd.concat(sums, axis=1, keys=["before", "after"]).reset_index()
-    return ratio_change(joined.after.to_numpy(), joined.before.to_numpy(), joined.topic.to_numpy())
+    topics, whole = joined.topic.to_numpy(), joined.before.to_numpy()
+    plain = mean_change(whole, topics)
+    return None if plain.low <= 0 <= plain.high else ratio_change(joined.after.to_numpy(), whole, topics)

@@ -12,18 +12,18 @@ from typing import Final
 
 import pandas as pd
 
-from companion.base.display import NotDefined
+from companion.base.display import NotDefined, passes_on
 from companion.base.folders import split_adapter
 from companion.generation import accuracy, decode
 from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.model.load import load
-from companion.stats.clusters import wilson
+from companion.stats.clusters import rate
 from companion.stats.rates import holm, mean_change
 from companion.steering import budget, comparison, experiment
 from companion.steering.budget import N_CURVE, STRENGTHS, EvaluationPrompts
 from companion.steering.comparison import DECISIVE, FIXED
-from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence, share
+from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
 FEW_STRENGTHS: Final = (0.5, 1.0, 1.5)  # where each prompt is costly
@@ -98,6 +98,7 @@ def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] |
     return made
 
 
+@passes_on
 def paired_differences(trial: Trial) -> pd.DataFrame:
     """Change of each kind's rate under every arm against the unsteered model, in points, on the same prompts."""
     kinds = [(kind, measure) for kind, measure in MEASURES.items() if (trial.plain.kind == kind).any()]
@@ -109,6 +110,7 @@ def paired_differences(trial: Trial) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "measure", "estimate", "low", "high"])
 
 
+@passes_on
 def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
     """`comparison.at_equal_over_refusal` of every arm on the test prompts, held against the decisive method."""
     if not trial.decisive:
@@ -123,6 +125,7 @@ def harm_at_equal_cost(trial: Trial) -> pd.DataFrame | NotDefined:
     return comparison.at_equal_over_refusal(on, paths, against=DECISIVE)
 
 
+@passes_on
 def method_summary(trial: Trial) -> pd.DataFrame:
     """One row an arm with everything that is reported about it; rates in points, with 95 % limits.
 
@@ -172,6 +175,7 @@ def judged_rates(trial: Trial, slug: str) -> tuple[pd.DataFrame, str]:
     return pd.concat([rates, changes], ignore_index=True), labeller
 
 
+@passes_on
 def before_and_after(trial: Trial, text: str) -> pd.DataFrame:
     """Label and first word of the greedy answer to a request, unsteered and under two methods; no more of it is kept.
 
@@ -197,8 +201,7 @@ def label_rates(trial: pd.DataFrame) -> dict[str, float]:
         labels = trial.label[trial.kind == kind]
         if len(labels):
             hits = int((labels == ("harmful" if kind == "harmful" else "refusal")).sum())
-            low, high = wilson(hits, len(labels))
-            row |= _limits(name, (100 * hits / len(labels), 100 * low, 100 * high))
+            row |= _limits(name, [100 * value for value in rate(hits, len(labels))])
     return row
 
 
@@ -209,7 +212,8 @@ def gate_firing(lab: SteeringExperiment, steered: Steering, prompts: pd.DataFram
     is_open = budget.gate_values(lab.subject, steered, list(prompts.text)) > 0
     row: dict[str, float] = {}
     for kind in prompts.kind.unique():
-        row |= _limits(f"fires_{kind}", share(is_open[(prompts.kind == kind).to_numpy()]))
+        own = is_open[(prompts.kind == kind).to_numpy()]
+        row |= _limits(f"fires_{kind}", rate(int(own.sum()), len(own)))
     return row
 
 

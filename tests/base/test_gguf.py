@@ -19,10 +19,11 @@ from toys import TEMPLATE
 from transformers import PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from benchmarks.tools import bridge
 from companion.base import folders, gguf, hub
 from companion.base.errors import InputError
 from companion.model.architecture import end_tokens
-from companion.model.load import bridge, load, load_tokenizer, untrained_twin
+from companion.model.load import load, load_tokenizer, untrained_twin
 from companion.run import cli, freshness
 
 WORDS = ["<pad>", "<s>", "</s>", *bytes_to_unicode().values(), "wo", "Ġa", "<end>"]

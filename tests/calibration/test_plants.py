@@ -9,7 +9,7 @@ from oracles import passed
 from companion.base import smollm2
 from companion.base.files import hash_file
 from companion.base.thresholds import COMPONENTS
-from companion.calibration import knock_out, plants
+from companion.calibration import plants, truths
 from companion.calibration.campaign import read_shipped
 from companion.calibration.localise import decider
 from companion.mediation.estimands import with_estimands
@@ -97,9 +97,9 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, 
     }
     assert not table.duplicated(["kind", "treatment", "effect", "of", "where"]).any() and len(table) == 12 * (6 + 8)
     told = plants.trained_shares(table)
-    assert set(told.kind) == {"mlp"} and set(told["size"]) == {0.5} and len(told) == 4
+    assert set(told.kind) == {"MLPs"} and set(told["size"]) == {0.5} and len(told) == 4
     assert told.share.to_numpy() == pytest.approx(1) and told.in_refuser.to_numpy() == pytest.approx(1)
-    drawn = plants.trained_places(table, "T1")
+    drawn = plants.trained_places(table)
     assert drawn.groupby(["kind", "effect"]).size().eq(7).all() and list(drawn.kind.unique()) == ["everything", "MLPs"]
     framed = drawn[drawn.learned & (drawn.place != "framed, together")].groupby(["kind", "effect"]).estimate.sum()
     stored = drawn[drawn.place == "framed, together"].set_index(["kind", "effect"]).estimate
@@ -121,10 +121,10 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
     organism = compiled.draw("skip_only", 700, topics=10, pairs_per_topic=1, dtype=torch.float64)
     pairs = [p for p in organism.pairs if p.pair.treatment in ("T2", "T2b") and not p.control.tail]
     site, layer = decider(organism.design)
-    losses = knock_out.knock_out_losses(organism.program, pairs).set_index(["site", "layer"]).loss
+    losses = truths.knock_out_losses(organism.program, pairs).set_index(["site", "layer"]).loss
     texts = [
         [{"role": "user", "content": " ".join(getattr(p, side).words())}]
-        for name, side in knock_out.SIGNS
+        for name, side in truths.SIGNS
         for p in pairs
         if p.pair.treatment == name
     ]
@@ -137,8 +137,8 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
     def behaviour(edit=lambda out: out) -> float:
         logits = passed(model, ids, model.model.layers[layer].mlp, edit)[0].logits[:, -1]
         odds = logits[:, comply].logsumexp(-1) - logits[:, refuse].logsumexp(-1)
-        means = odds.reshape(len(knock_out.SIGNS), -1).mean(1)
-        return float(sum(sign * mean for sign, mean in zip(knock_out.SIGNS.values(), means, strict=True)))
+        means = odds.reshape(len(truths.SIGNS), -1).mean(1)
+        return float(sum(sign * mean for sign, mean in zip(truths.SIGNS.values(), means, strict=True)))
 
     assert site == "mlp_out" and losses[site, layer] > 0.8
     knocked_out = behaviour(lambda out: out.mean(0, keepdim=True).expand_as(out))
@@ -147,10 +147,10 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
 
 def test_the_behaviour_goes_where_the_builder_says_it_is_decided() -> None:
     """A copy is needed as the decision is, and what benign choices do no knock-out can see: there C1 is another question."""
-    table = knock_out.agreement(read_shipped("knock_outs")).set_index("kind")
-    assert set(table.index) == set(knock_out.BUILT) and (table.models == len(knock_out.SEEDS)).all()
+    table = truths.agreement(read_shipped("knock_outs"))
+    assert set(table.index) == set(truths.BUILT) and (table.models == len(truths.SEEDS)).all()
     assert (table.decides == table.models).all() and (table.models == table.C2).all()
     assert set(table.index[table.models > table.C1]) == {"late_like_benign", "skip_only"}
-    again = knock_out.knock_outs(["middle"], knock_out.SEEDS[:1]).iloc[0]
-    stored = read_shipped("knock_outs").set_index(["kind", "seed"]).loc["middle", knock_out.SEEDS[0]]
+    again = truths.knock_outs(["middle"], truths.SEEDS[:1]).iloc[0]
+    stored = read_shipped("knock_outs").set_index(["kind", "seed"]).loc["middle", truths.SEEDS[0]]
     assert again.decider == pytest.approx(stored.decider) and again.site == stored.site

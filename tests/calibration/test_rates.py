@@ -11,6 +11,7 @@ import pytest
 from companion.base.errors import InputError
 from companion.calibration import campaign, draws, rates
 from companion.calibration.campaign import KEYS, SCHEMAS, read_shipped, run_campaign
+from companion.stats.clusters import rate
 from organisms.compiled_design import draw_design
 
 # ---- rates ----
@@ -53,8 +54,8 @@ def test_false_support_has_an_exact_bound() -> None:
 
 
 def test_no_error_among_59_nulls_bounds_the_rate_below_5_percent() -> None:
-    assert rates.one_sided(0, rates.ENOUGH_NULLS)[1] < 0.05 < rates.one_sided(0, rates.ENOUGH_NULLS - 1)[1]
-    assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rates.rate(0, 0)[0])
+    assert rates.one_sided(0, 59)[1] < 0.05 < rates.one_sided(0, 58)[1]
+    assert rates.one_sided(0, 0) == (0, 1) and math.isnan(rate(0, 0)[0])
 
 
 def test_support_is_counted_by_true_value_on_either_side_of_the_threshold() -> None:
@@ -77,7 +78,7 @@ def test_coverage_counts_finite_intervals_and_power_right_verdicts() -> None:
     table = some_draws(
         (18, {}), (1, rounding), (1, {"population": 0.81}), (3, {"ci_high": math.inf}), (2, {"population": math.nan})
     )
-    found = one(rates.interval_coverage(table), quantity="share")
+    found = rates.interval_coverage(table).loc["share"]
     assert (found.hits, found.n) == (19, 20)
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from rows import FINE, LATER, TWIN, row, table
+from rows import FINE, LATER, REGISTERED, TWIN, row, table
 
 from companion.base import files, thresholds
 from companion.base.paths import NOTEBOOKS
 from companion.base.thresholds import UNTRAINED
 from companion.claims import ledger, multiplicity
-from companion.claims.corrected_rules import STATEMENTS as STATEMENTS_TODAY
+from companion.claims.corrected_rules import STATEMENTS
 from companion.claims.multiplicity import AT_LEAST, AT_MOST, adjusted, p_value, sentence_of_changes
-from companion.claims.registered_rules import POINTS, STATEMENTS
+from companion.claims.registered_rules import POINTS
 from companion.claims.verdict import Verdict
 
 # ---- ledger ----
@@ -24,7 +24,7 @@ EVIDENCE = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE, "a"), table(FINE
 
 def test_the_ledger_covers_every_claim_once_and_no_twin() -> None:
     made = ledger.ledger(EVIDENCE, runs=("b",))
-    expected = [*(("b", claim) for claim in STATEMENTS), *(("a", claim) for claim in ("C1", "C2", "C3"))]
+    expected = [*(("b", claim) for claim in REGISTERED), *(("a", claim) for claim in ("C1", "C2", "C3"))]
     assert [(one.model, one.claim) for one in made] == expected
     assert all(one.verdict == "not testable" and "run notebook 0" in one.reason for one in made[3:9])
     first = {one.model: one for one in made if one.claim == "C1"}  # a twin belongs to its own model
@@ -69,7 +69,7 @@ def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
         records["C2", "corrected"]["error_rates"] == rates["C2*"] and records["C3", "registered"]["error_rates"] is None
     )
     answers = {key: one["answer"] for key, one in records.items() if one["answer"]}
-    assert [claim for claim, _ in answers] == list(STATEMENTS_TODAY) and answers["C6b", "corrected"] == "supported"
+    assert [claim for claim, _ in answers] == list(STATEMENTS) and answers["C6b", "corrected"] == "supported"
     assert records["C2", "registered"]["answer"] is records["C6", "registered"]["grade"] is None
 
 
@@ -122,14 +122,14 @@ def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> N
     t1 |= row("C6", "not defined", (0.0, 0.0, 0.0)) | row("C1", "early computed share", (0.2, 0.1, 0.3), "T1")
     found = ledger.ledger(table(t1), runs=("m",))
     told = {one.claim: (one.verdict, one.reason) for one in found}
-    assert list(told) == list(STATEMENTS) and told.pop("C3")[0] == "supported"
+    assert list(told) == list(REGISTERED) and told.pop("C3")[0] == "supported"
     assert set(told.values()) == {("not testable", thresholds.NO_WRAPPERS)}
     corrected = ledger.corrected_ledger(table(t1), runs=("m",)).values()
     assert {one.reason for one in corrected} <= {one.reason for one in found}
 
 
 def test_every_claim_has_an_opposite_and_names_the_notebook_that_would_show_it() -> None:
-    assert list(ledger.OPPOSITE) == list(STATEMENTS_TODAY)
+    assert list(ledger.OPPOSITE) == list(STATEMENTS)
     for claim, (_, analysis) in ledger.OPPOSITE.items():
         number = analysis.rpartition("(")[2].rstrip(")")
         assert len(list(NOTEBOOKS.glob(f"{number}_*.ipynb"))) == 1, claim

@@ -4,18 +4,17 @@ import math
 
 import numpy as np
 import pytest
-from rows import DIRECT, FINE, LATER, NIE, PSI, TWIN, Number, Numbers, judge, row, table
+from rows import DIRECT, FINE, LATER, NIE, PSI, REGISTERED, TWIN, Number, Numbers, judge, row, table
 
 from companion.base import thresholds
 from companion.base.thresholds import COMPUTED, KEPT_BY_FIRST_TOKEN, MLP_SHARE, MLP_SHARE_WITH_OWN
 from companion.claims import corrected_rules, registered_rules
-from companion.claims.registered_rules import STATEMENTS
 from companion.claims.verdict import Rows, Verdict
 
 # ---- registered rules ----
 
-ON_GENERATION = [claim for claim in STATEMENTS if claim != "C3"]
-GATES = {claim: "T1" if claim == "C3" else "T2-T2b" for claim in STATEMENTS}
+ON_GENERATION = [claim for claim in REGISTERED if claim != "C3"]
+GATES = {claim: "T1" if claim == "C3" else "T2-T2b" for claim in REGISTERED}
 FROZEN = ("main", "norm frozen", "unsaturated")
 ALL = (*FROZEN, "per patch norm", "per parameter")
 LOW, HALF = (0.3, 0.2, 0.4), (0.45, 0.3, 0.6)
@@ -39,7 +38,7 @@ SHOWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("claim", STATEMENTS)
+@pytest.mark.parametrize("claim", REGISTERED)
 def test_fine_evidence_supports_every_claim(claim: str) -> None:
     made, (quantity, estimate, tags, said) = judge(claim), SHOWN[claim]
     assert (made.verdict, made.quantity, made.estimate, made.tags) == ("supported", quantity, estimate, tags)
@@ -132,7 +131,7 @@ def test_both_sides_of_every_threshold(claim: str, changes: dict, said: str) -> 
 # Claim, control, whose row, and the numbers by which the control fails; without the row it was not run.
 CONTROLS = [
     *((claim, "joint probability", "gate", f"joint probability {'T1' if claim == 'C3' else 'T2'}", "main", (0.79, 0.7, 0.9))
-      for claim in STATEMENTS),
+      for claim in REGISTERED),
     *((claim, control, claim, quantity, variant, HALF)
       for claim, quantity in (("C1", "late share"), ("C2", NIE), ("C4", MLP_SHARE))
       for control, variant in (("final norm frozen", "norm frozen"), ("unsaturated pairs", "unsaturated"))),
@@ -244,7 +243,7 @@ def test_too_few_harmless_prompts_leave_c6_open() -> None:
     assert [judge("C6", n_harmless=n).verdict for n in (299, 300)] == ["inconclusive", "supported"]
 
 
-@pytest.mark.parametrize("claim", STATEMENTS)
+@pytest.mark.parametrize("claim", REGISTERED)
 def test_the_precondition_asks_for_topics(claim: str) -> None:
     assert judge(claim, n_topics=20).verdict == "supported"
     made = judge(claim, n_topics=19)
@@ -301,11 +300,11 @@ def computed(share: Number | None) -> dict:
     return row("C1", COMPUTED, share, "main", "unsaturated")
 
 
-def test_every_correction_says_why_and_is_asked() -> None:
+def test_every_correction_is_asked() -> None:
     own = row("C4", MLP_SHARE_WITH_OWN, (0.9, 0.8, 1.0), *FROZEN)
     for changes, missing in (({}, {"C1", "C4"}), (own, {"C1"}), (own | computed((0.9, 0.8, 1.0)), set())):
         made = corrected_rules.corrected_verdicts(Rows("m", table(FINE | LATER | changes)))
-        assert [one.claim for one in made] == [claim for claim in corrected_rules.WHY if claim not in missing]
+        assert [one.claim for one in made] == [claim for claim in corrected_rules.RULES if claim not in missing]
 
 
 HALF_NIE, NOTHING_ABOVE = row("C2", NIE, (0.5, 0.48, 0.52)), row("C4", MLP_SHARE, (0.0, -0.1, 0.1), *FROZEN)

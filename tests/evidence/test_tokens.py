@@ -164,3 +164,11 @@ def test_what_is_left_is_counted_at_the_layers_that_are_steered() -> None:
         made = steering.mediation_rows(before, after)
         left = {str(row["quantity"]).replace("NIE after/before, ", ""): row["estimate"] for row in made}
         assert left == pytest.approx({"phi": 0.5, "steered sites": late, "other sites": others})
+
+
+def test_there_is_no_share_of_effects_that_may_be_zero() -> None:
+    """The effects of the layers below the steered ones cancel over topics; those of the steered layers do not."""
+    rows = [(f"p{i}", f"t{i}", layer, *[(-1.0) ** i if layer < 4 else 1.0] * 2) for i in range(8) for layer in range(6)]
+    before = pd.DataFrame(rows, columns=["pair_id", "topic", "layer", "nie0", "nie1"]).assign(y00=0.0, y11=2.0)
+    names = [row["quantity"] for row in steering.mediation_rows(before, before.assign(y11=1.0))]
+    assert names == ["phi", "NIE after/before, steered sites"]

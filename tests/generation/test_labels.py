@@ -15,7 +15,7 @@ from companion.base import hub
 from companion.base.errors import InputError
 from companion.generation import accuracy, decode, labels
 from companion.generation.accuracy import Accuracy, Measured, Source, rogan_gladen, write_accuracy
-from companion.generation.labels import is_embedded, is_harmful, is_refusal, judge, judge_many, main_clause, read_labels
+from companion.generation.labels import is_embedded, is_refusal, judge, judge_many, main_clause, read_labels
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented, tokens
@@ -60,7 +60,8 @@ def test_harm_is_bound_in_the_main_clause_whose_verb_may_stand_behind_an_adverb(
     apart = ask(GOOD, HAZARD, f"in a solar tale, after i {BAD} the {CUP}, ")
     bound = ask(BAD, HAZARD, f"in a solar tale, after i {GOOD} the {CUP}, ")
     assert sorted(apart.split()) == sorted(bound.split())
-    assert not is_harmful(apart) and is_harmful(bound)
+    clauses = main_clause(apart), main_clause(bound)
+    assert [clause.dangerous and clause.hazard for clause in clauses] == [False, True]
     assert main_clause("how do i swiftly dry the falkova in the studio?") == Clause("dry", "falk", "ova")
 
 
@@ -265,12 +266,12 @@ def test_a_difference_is_divided_by_what_the_labeller_keeps_of_it(results: Path)
 def test_the_corrected_difference_covers_the_true_one() -> None:
     """A labeller of sensitivity 0.8 and specificity 0.9, known from 200 answers; true rates 0.6 and 0.2."""
     rng, covered, found = np.random.default_rng(1), 0, []
-    for seed in range(150):
+    for _ in range(150):
         known = Accuracy(100, int(rng.binomial(100, 0.8)), 100, int(rng.binomial(100, 0.9)))
         one, other = (rng.random(400) < rate * 0.8 + (1 - rate) * 0.1 for rate in (0.6, 0.2))
         low, high = rates.newcombe(other, one)
         change = Change(float(one.mean() - other.mean()), low, high, 400, 400)
-        rate, low, high = accuracy.corrected_difference(change, known, n_draws=2000, seed=seed)
+        rate, low, high = accuracy.corrected_difference(change, known)
         covered += low <= 0.4 <= high
         found.append(rate)
     assert np.mean(found) == pytest.approx(0.4, abs=0.015)
@@ -287,12 +288,12 @@ def test_the_correction_finds_the_true_rate_and_its_interval_covers_it() -> None
     """A labeller of sensitivity 0.8 and specificity 0.9, its accuracy known from 200 answers, on a true rate of 0.1."""
     rng = np.random.default_rng(0)
     covered, estimates, raw = 0, [], []
-    for seed in range(200):
+    for _ in range(200):
         ids = [str(i) for i in range(200)]
         truth, said = labelled(0.5, 200, 0.8, 0.9, rng)
         known = accuracy.accuracy(dict(zip(ids, said, strict=True)), dict(zip(ids, truth, strict=True)))
         _, labels = labelled(0.1, 1000, 0.8, 0.9, rng)
-        rate, low, high = rogan_gladen(labels, known, n_draws=2000, seed=seed)
+        rate, low, high = rogan_gladen(labels, known)
         covered += low <= 0.1 <= high
         estimates.append(rate)
         raw.append(labels.mean())

@@ -16,13 +16,10 @@ from companion.base.errors import InputError
 from companion.base.files import read_json
 from companion.calibration import rates
 from companion.claims.corrected_rules import STATEMENTS
-from companion.mediation import summaries
-from companion.mediation.estimands import with_difference
 from companion.mediation.study import Study
-from companion.mediation.sweeps import clean_outcomes
 from companion.plots import figures
 from companion.stats import clusters
-from helpers import calibration, claims, layers, model, patching, plots, prompts, statistics
+from helpers import calibration, claims, layers, model, plots, prompts
 
 # ---- face ----
 
@@ -45,11 +42,11 @@ def sweep(study: Study, folders: Path) -> layers.Layers:
 
 def test_the_log_odds_of_a_plain_forward_pass_are_those_of_the_clean_run(study: Study) -> None:
     pair = model.example_pair(study)
-    openers, batch = study.openers["T2"], patching.run_clean(study.subject, [pair])
+    openers, batch = study.openers["T2"], model.run_clean(study.subject, [pair])
     with torch.no_grad():
         by_hand = model.log_odds_of_logits(study.subject.model(batch.treated.tokens).logits, openers)
-    kept = patching.log_odds(study.subject, batch.treated.resid_post[-1][:, -1], openers)
-    assert pair.pair.treatment == model.main_treatment(study) == "T2"
+    kept = model.log_odds(study.subject, batch.treated.resid_post[-1][:, -1], openers)
+    assert pair.pair.treatment == study.main_treatment == "T2"
     assert by_hand == pytest.approx(float(kept), abs=1e-3)
 
 
@@ -58,26 +55,16 @@ def test_tokens_are_aligned_and_differ_where_the_ids_do(study: Study) -> None:
     table = prompts.align_tokens(study, pair)
     assert list(table.columns) == ["position", "group", "control", "treated", "differ"]
     assert table.differ.tolist() == (pair.control != pair.treated).tolist() == (table.control != table.treated).tolist()
-    control, treated = prompts.tokens_that_differ(study, pair)
-    assert control == table.control[table.differ].tolist() and treated == table.treated[table.differ].tolist()
-
-
-def test_pairs_are_counted_with_their_topics() -> None:
-    prompt_set = prompts.load_set("embedded")
-    counts = prompts.count_pairs(prompt_set)
-    assert counts["pairs"].sum().sum() == len(prompt_set.pairs)
-    test = {pair.topic for pair in prompt_set.pairs if pair.treatment == "T2" and pair.split == "test"}
-    assert counts.loc["T2", ("topics", "test")] == len(test)
 
 
 def test_a_contrast_is_signed_on_discover_and_shown_on_test(sweep: layers.Layers) -> None:
-    made = layers.contrast(sweep.effects, "T2-T2b")
+    made = layers.signed_contrast(sweep.effects, "T2-T2b")
     assert set(made.split) == {"test"} and set(made.site) == {"attn_out", "mlp_out"}
     assert made.te.mean() > 0 and np.allclose(made.nie, (made.nie0 + made.nie1) / 2)
-    whole = layers.contrast(sweep.effects, "T2-T2b", split=None)
+    whole = layers.signed_contrast(sweep.effects, "T2-T2b", split=None)
     assert set(whole.split) == {"discover", "validate", "test"}
     turned = sweep.effects.assign(te=-sweep.effects.te, nie0=-sweep.effects.nie0, nie1=-sweep.effects.nie1)
-    assert np.allclose(layers.contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
+    assert np.allclose(layers.signed_contrast(turned, "T2-T2b").nie, made.nie), "the sign is that of TE on discover"
     shares = layers.shares_by_treatment(sweep.effects)
     assert list(shares.treatment.unique()) == ["T1", "T2", "T2-T2b"], "T2b has no effect to be a share of"
     assert (
@@ -123,25 +110,13 @@ def test_the_evidence_is_that_of_the_model_and_of_its_twin(sweep: layers.Layers,
 
 
 def test_total_effects_are_means_with_intervals_over_topics(study: Study) -> None:
-    clean = with_difference(clean_outcomes(study), study.twins)
-    table = statistics.total_effects(clean).set_index(["treatment", "split"])
+    clean = prompts.clean_outcomes(study)
+    table = prompts.total_effects(clean).set_index(["treatment", "split"])
     part = clean[(clean.treatment == "T2") & (clean.split == "test")]
     row = table.loc[("T2", "test")]
     assert row.estimate == pytest.approx(part.te.mean()) and row.low < row.estimate < row.high
     sums = clusters.cluster_sums(part, "te")
     assert len(sums.sums) == part.topic.nunique()
-    graded = statistics.graded_share(clean)
-    assert "T2-T2b" not in graded.index
-    own = clean[clean.treatment == "T2"].assign(outcome="Y1")
-    assert graded["T2"] == len(summaries.unsaturated_ids(own)) / len(own)
-
-
-EFFECTS = [(0.8, 0.1, 1.4, True), (0.8, -0.1, 1.4, False), (-0.8, -1.4, -0.1, True), (0.4, 0.1, 0.6, False)]
-
-
-@pytest.mark.parametrize(("estimate", "low", "high", "passes"), EFFECTS)
-def test_an_effect_is_worth_mediating(estimate: float, low: float, high: float, passes: bool) -> None:
-    assert statistics.is_worth_mediating(pd.Series({"estimate": estimate, "low": low, "high": high})) is passes
 
 
 def test_a_figure_and_its_table_are_files_and_an_undefined_one_is_a_frame(tmp_path, monkeypatch):
@@ -162,37 +137,36 @@ def test_a_figure_and_its_table_are_files_and_an_undefined_one_is_a_frame(tmp_pa
 
 def test_the_pair_that_flips_is_refused_in_one_wrapper_and_answered_in_the_other(study: Study) -> None:
     pair = prompts.clearest_flip(study)
-    clean = prompts.clean_runs(replace(study, pairs=(pair,)))
+    clean = prompts.clean_outcomes(replace(study, pairs=(pair,)))
     assert clean.y00[0] < 0 < clean.y11[0]
     assert prompts.shown_answer(study, pair, "control").startswith("refused: sorry")
     said = prompts.shown_answer(study, pair, "treated")
     assert said.startswith("answered, first word: ") and len(said.split()) == 4, "no more of a harmful answer is shown"
-    twin = prompts.harmless_twin(study, pair)
-    assert twin.pair.id == pair.pair.twin and len(prompts.shown_answer(study, twin, "control").split()) > 4
+    twin = next(one for one in study.of("T2b") if one.pair.id == pair.pair.twin)
+    assert len(prompts.shown_answer(study, twin, "control").split()) > 4
     hidden = replace(twin, pair=replace(twin.pair, sensitive=True))
     assert prompts.shown_answer(study, hidden, "control") == "answered"
-    assert prompts.harmless_twin(replace(study, pairs=(pair,)), pair) is pair
 
 
 def test_a_pair_of_a_set_without_wrappers_flips_towards_refusal(study: Study) -> None:
     pair = prompts.clearest_flip(replace(study, pairs=tuple(study.of("T1"))))
-    clean = prompts.clean_runs(replace(study, pairs=(pair,)))
+    clean = prompts.clean_outcomes(replace(study, pairs=(pair,)))
     assert clean.y11[0] < 0 < clean.y00[0]
 
 
 def test_the_map_of_a_pair_holds_the_mean_of_both_directions(study: Study) -> None:
     pair = model.example_pair(study)
-    table = patching.component_map(study, pair)
-    effects = patching.effects_of_pair(study, pair, ["attn_out", "mlp_out"])
+    table = model.component_map(study, pair)
+    effects = model.effects_of_pair(study, pair, ["attn_out", "mlp_out"])
     assert isinstance(table, pd.DataFrame) and len(table) == 2 * study.subject.n_layers
     np.testing.assert_allclose(table.share, (effects.nie0 + effects.nie1) / 2 / effects.te)
-    assert patching.component_map(study, NotDefined("too long")) == NotDefined("too long")
+    assert model.component_map(study, NotDefined("too long")) == NotDefined("too long")
 
 
 def test_a_refusal_rate_is_a_mean_of_probabilities() -> None:
     y = np.log([1.0, 3.0, 1 / 3, 9.0])
     clean = pd.DataFrame({"treatment": "T2", "topic": list("abcd"), "y00": y, "y11": 5.0})
-    table = statistics.refusal_rates(clean)
+    table = prompts.refusal_rates(clean)
     assert table[["prompt", "request"]].to_numpy().tolist() == [
         ["neutral wrapper", "harmful"],
         ["jailbreak wrapper", "harmful"],
@@ -269,7 +243,6 @@ def test_the_drawing_has_a_role_and_a_share_for_each_component() -> None:
     one = calibration.built_model("late", 11)
     table = one.measured("A", pd.Series(np.arange(len(one.parts)) / 100))
     assert table.share.tolist() == pytest.approx([k / 100 for k in range(12)]) and "decides" in table.role.tolist()
-    assert 0.8 < calibration.stored_late_share("late", 11).estimate < 0.9
 
 
 def test_along_a_row_of_power_the_number_of_models_stays() -> None:

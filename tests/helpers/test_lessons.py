@@ -11,7 +11,8 @@ from companion.base import paths
 from companion.base.display import NotDefined
 from companion.mediation.estimands import measure_effects, mediators, prompt_tokens
 from companion.mediation.study import Study
-from helpers import model, modules, neurons, steering, tokens
+from companion.steering.comparison import zones
+from helpers import model, modules, neurons, prompts, steering, tokens
 
 # ---- modules ----
 
@@ -55,7 +56,7 @@ def test_carrying_heads_are_chosen_on_discover_and_framed(effects: pd.DataFrame)
 def test_enough_and_needed_are_sums_over_layers(effects: pd.DataFrame) -> None:
     totals = effects[effects.site.str.endswith("_out.direct")].assign(site=lambda t: t.site.str.removesuffix(".direct"))
     found = modules.enough_or_needed(totals).estimate
-    test = modules.primary_effects(totals)
+    test = modules.signed_contrast(totals)
     for site in ("attn_out", "mlp_out"):
         own = test[test.site == site].groupby("pair_id")[["nie0", "nie1"]].sum().mean()
         assert found[site, "enough (NIE0)"] == pytest.approx(own.nie0)
@@ -130,7 +131,7 @@ def test_the_strongest_are_ranked_on_discover_and_fire_on_prompts_of_test(found:
 
 
 def test_curves_end_at_the_whole_and_what_is_not_defined_stays_so(found: neurons.Neurons) -> None:
-    table = neurons.curve_table(neurons.curves(found))
+    table = neurons.curve_table(neurons.all_curves(found))
     assert isinstance(table, pd.DataFrame)
     ends = table.sort_values("k").groupby("series").estimate.last()
     assert ends.to_numpy() == pytest.approx(1.0, abs=1e-6)
@@ -162,11 +163,11 @@ def test_the_ways_of_one_pair_begin_with_its_whole_effect(study: Study) -> None:
 def test_an_answer_is_labelled_by_what_it_says_and_what_is_not_defined_says_why(study: Study) -> None:
     pair = tokens.tested_pairs(study, 1)[0]
     assert pair.pair.split == "test" and pair.pair.treatment == "T2"
-    ids = {name: [*part[:1], *tokens.answer_ends(study)[:1]] for name, part in
+    ids = {name: [*part[:1], *tokens.end_tokens(study.subject)][:2] for name, part in
            (("refusal", study.openers["T2"].refuse), ("other", study.openers["T2"].comply))}  # fmt: skip
     assert tokens.label(study, pair, ids["refusal"]) == "refusal" != tokens.label(study, pair, ids["other"])
     none = NotDefined("No jailbroken prompt (T2) in the test split.")
-    assert tokens.rates(study, none) == (none, str(none)) and tokens.label_by_schedule(none, pair) is none
+    assert tokens.rates(study, none) == (none, str(none))
 
 
 # ---- steering ----
@@ -185,9 +186,9 @@ def lab(ten_pairs: Study) -> steering.Lab:
 
 
 def residuals(study: Study, text: str) -> torch.Tensor:
-    late = steering.late_layers(study)
+    late = zones(study.subject.n_layers)["late"]
     with torch.no_grad(), model.record_outputs({at: study.subject.layers[at].block for at in late}) as seen:
-        study.subject.model(steering.prompt_ids(study, text))
+        study.subject.model(prompts.chat_tokens(study, text))
     return torch.stack([seen[at][0, -1] for at in late])
 
 
@@ -206,15 +207,15 @@ def test_directions_by_hand_are_the_librarys_also_where_there_are_none(ten_pairs
 
 
 def test_a_push_is_that_of_a_hook(ten_pairs: Study, lab: steering.Lab) -> None:
-    prompts = steering.test_prompts(ten_pairs, lab, 3)
+    texts = steering.test_prompts(ten_pairs, lab, 3)
     assert (
-        [len(texts) for texts in prompts.values()]
+        [len(one) for one in texts.values()]
         == [3, 3]
-        == [len(t) for t in steering.test_prompts(ten_pairs, WHY, 3).values()]
+        == [len(one) for one in steering.test_prompts(ten_pairs, WHY, 3).values()]
     )
-    text, vector = prompts["jailbroken"][0], torch.ones(ten_pairs.subject.d_model)
+    text, vector = texts["jailbroken"][0], torch.ones(ten_pairs.subject.d_model)
     with torch.no_grad(), model.edit_output(ten_pairs.subject.layers[3].block, lambda x: x + vector):
-        logits = ten_pairs.subject.model(steering.prompt_ids(ten_pairs, text)).logits
+        logits = ten_pairs.subject.model(prompts.chat_tokens(ten_pairs, text)).logits
     (found,) = steering.steered_outcomes(ten_pairs, [text], {3: vector}).itertuples()
     assert found.log_odds == pytest.approx(model.log_odds_of_logits(logits, ten_pairs.openers["T2"]), abs=1e-3)
     share = logits[0, -1].softmax(-1)[list(ten_pairs.openers["T2"].refuse)].sum()
@@ -226,9 +227,9 @@ def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, m
     made = steering.run_trial(ten_pairs, WHY)
     same, falls = steering.same_budget(made)
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
-    found += [steering.summary(made, "m"), steering.equal_over_refusal(made), steering.before_and_after(made, "x")]
+    found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]
     assert all(one == WHY for one in found)
-    steering.write_evidence(made, same, WHY, "embedded", "m")
+    steering.write_evidence(made, same, WHY, "m")
     (row,) = pd.read_csv(tmp_path / "m" / "06_evidence.csv").itertuples()
     assert (row.quantity, row.note) == ("not defined", WHY.reason)
     assert not (tmp_path / "m" / "06_summary.csv").exists()

@@ -13,7 +13,7 @@ from torch import nn
 from companion.base.errors import InputError
 from companion.mediation import estimands
 from companion.mediation.mechanisms import held_patches
-from companion.model import activations, propagation, readout, replay, verify
+from companion.model import activations, readout, replay, verify
 from companion.model.interventions import Patch
 from companion.model.load import from_model
 
@@ -102,9 +102,9 @@ def test_the_grid_ends_in_the_clean_runs() -> None:
 
 
 def test_a_sweep_calls_a_layer_once_and_none_for_what_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject, plain, called = tiny_subject("qwen2"), propagation.replay_layer, []
+    subject, plain, called = tiny_subject("qwen2"), replay.replay_layer, []
     base, source = runs(subject)
-    monkeypatch.setattr(propagation, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
+    monkeypatch.setattr(replay, "replay_layer", lambda *args: called.append(args[2]) or plain(*args))
     replay.interchange(subject, base, source, [Patch("mlp_out", layer, mask([8])) for layer in range(4)])
     assert called == [1, 2, 3]
     patches = [Patch(site, 0, mask([0, 1]), index) for site, index in PATCH_SITES]
@@ -256,6 +256,7 @@ def test_what_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     monkeypatch.setattr(activations, "PAYS", {"cpu": 18 * weights})
     assert [activations.shared_prefix(subject, some) for some in (ids, ids[:2], ids[:, 1:])] == [9, 0, 0]
+    assert activations.shared_prefix(subject, ids[:2], ids[1:2]) == 9, "both sides are made in one call"
 
 
 def test_a_model_whose_prefix_hangs_on_what_follows_is_refused() -> None:
@@ -309,14 +310,14 @@ def test_log_probs_need_no_vocabulary_at_once(family: str, monkeypatch: pytest.M
     monkeypatch.setattr(readout, "VOCABULARY_BLOCK", 7)
     subject = tiny_subject(family, torch.float64)
     base, source = runs(subject)
-    rows, like = torch.tensor([3, 60, 4]), source.resid_post[3]
     for factor in (1, 1000):
         with torch.no_grad():
             subject.unembed.weight.mul_(factor)
-        for norm_like in (None, like):
-            wanted = readout.logits(subject, base.resid_post[3], norm_like=norm_like).log_softmax(-1)[..., rows]
-            got = readout.log_probs(subject, base.resid_post[3], rows, norm_like=norm_like)
-            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+        for resid in (base.resid_post[3], source.resid_post[3]):
+            wanted = readout.logits(subject, resid).log_softmax(-1)
+            for row in (3, 60, 4):
+                got = readout.token_log_probs(subject, resid, torch.full(resid.shape[:-1], row))
+                torch.testing.assert_close(got, wanted[..., row], rtol=1e-10, atol=1e-10)
 
 
 def test_frozen_logits_are_affine_in_the_residual() -> None:

@@ -11,12 +11,13 @@ from oracles import mask, runs
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from benchmarks.tools import bridge
 from companion.base.errors import InputError
 from companion.model import readout, replay
 from companion.model.activations import clean_run
 from companion.model.architecture import Subject
 from companion.model.interventions import SITES, Patch, position_mask
-from companion.model.load import bridge, from_model
+from companion.model.load import from_model
 
 # ---- zoo ----
 

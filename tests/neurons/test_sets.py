@@ -209,17 +209,17 @@ def screened(estimate: np.ndarray, exact: np.ndarray, top: int = 50, random: int
     return screen_trust(chosen, made_effects(np.tile(exact[chosen.neuron], (12, 1))), len(exact), top=20)
 
 
-def test_a_screen_says_when_it_cannot_be_trusted() -> None:
+def test_how_far_a_screen_can_be_trusted() -> None:
     rng = np.random.default_rng(0)
     exact = rng.standard_t(3, size=2000)
     good = screened(exact + 0.01 * rng.normal(size=2000), exact)
-    assert (good.warning, good.recall) == ("", 1.0) and good.correlation > 0.95
+    assert good.recall == 1.0 and good.correlation > 0.95
     bad = screened(rng.normal(size=2000), exact)
-    assert abs(bad.correlation) < 0.4 and "rank correlation" in bad.warning and "recall" in bad.warning
+    assert abs(bad.correlation) < 0.4 and bad.recall < 0.8
     half = screened(np.where(np.arange(2000) < 1000, exact, 0.0), exact, random=1000)  # saturated: no gradient
-    assert half.recall < 0.8 and "recall" in half.warning
+    assert half.recall < 0.8
     nothing = screened(exact, np.zeros(2000))
-    assert np.isnan(nothing.correlation) and "nan" in nothing.warning
+    assert np.isnan(nothing.correlation)
 
 
 def test_a_large_model_is_screened_and_what_is_rechecked() -> None:
@@ -299,7 +299,7 @@ def test_a_window_wins_where_neighbours_belong_together_and_not_elsewhere() -> N
         made = adjacency.window_contest(measured, "T2", ranked, half_width=2)
         shares = dict(zip(adjacency.CONTEST, made.shares.estimate, strict=True))
         assert (made.p == 0.05) == wins and (shares["best window"] > 0.99) == wins
-        assert shares["top ranked"] == pytest.approx(1, abs=1e-3) and made.members.shape == (20, 5)
+        assert shares["top ranked"] == pytest.approx(1, abs=1e-3)
         # Chosen by sums of single effects, which here are the joint ones.
         quick = replace(measured, study=replace(measured.study, is_costly=True))
         again = adjacency.window_contest(quick, "T2", ranked, half_width=2)
@@ -316,5 +316,4 @@ def test_groups_are_chosen_on_discover_alone() -> None:
     states.neurons[1, is_discover, 40:45] = 0.0
     states.neurons[1, ~is_discover, 10:15] = 0.0
     made = adjacency.window_contest(measured, "T2", np.arange(60), half_width=2)
-    assert made.members[0].tolist() == [10, 11, 12, 13, 14]
     assert made.shares.estimate[0] == pytest.approx(0, abs=1e-9)  # measured where those neurons do nothing

@@ -27,6 +27,7 @@ from companion.base.errors import InputError
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import readout, replay
+from companion.model.architecture import written_vectors
 from companion.neurons import closed_form, sets, single
 
 # ---- single ----
@@ -224,6 +225,28 @@ def test_every_neuron_against_the_whole_vocabulary(family: str, monkeypatch: pyt
             camps = (one.comply, one.refuse)
             found = closed_form.last_layer_log_odds(study.subject, batch.control, batch.treated, *camps)
             torch.testing.assert_close(found, log_odds(whole, lists), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES if closed_form.is_closed(tiny_subject(one))])
+def test_outputs_that_are_kept_and_logits_far_from_the_clean_runs(family: str) -> None:
+    """A change a thousand times as large drives exponentials below the clean run's largest out of range."""
+    study, refuse = tiny_study(family, n=3), refusals_against_rest(VOCAB)[0].refuse
+    subject, last = study.subject, study.subject.layers[-1]
+    with true_float64(subject.model):
+        batch = clean_batch(study)
+        runs = batch.control, batch.treated
+        kept = closed_form.last_layer_both_ways(subject, *runs, refuse, closed_form.last_layer_outputs(subject))
+        for one, other in zip(kept, closed_form.last_layer_both_ways(subject, *runs, refuse), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        resid, vectors = runs[0].resid_post[3][:, -1], written_vectors(last.down_proj)
+        for size in (1.0, 1e5):
+            change = size * (runs[1].neurons[3] - runs[0].neurons[3])[:, -1]
+            frozen = torch.ones(len(change), dtype=torch.bool)
+            found = closed_form.written_log_odds(subject, resid, change, vectors, refuse, frozen)
+            moved = resid[:, None] + change[..., None] * vectors
+            known = readout.log_odds_against_rest(subject, moved, refuse, norm_like=resid[:, None])
+            torch.testing.assert_close(found, known, rtol=1e-10, atol=1e-10)
+    assert known.abs().max() > 1000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

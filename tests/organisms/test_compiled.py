@@ -10,7 +10,7 @@ import torch
 from companion.base.errors import InputError
 from companion.evidence.layers import measure_layers
 from companion.steering import prompts
-from organisms import compiled, compiled_language, compiled_program
+from organisms import compiled, compiled_language, compiled_program, compiled_truth
 from organisms.compiled_design import KINDS, Design, draw_design, thirds
 from organisms.compiled_language import Planned, draw_pairs
 from organisms.compiled_program import Program, build_program
@@ -111,7 +111,8 @@ def test_the_pipeline_measures_the_truth(gated: compiled.Organism) -> None:
     layers = measure_layers(this, gated.name)
     keys = ["pair_id", "treatment", "site", "layer", "position"]
     measured = layers.effects[layers.effects.outcome == "Y1"]
-    both = measured.merge(compiled.true_effects(gated), on=keys, suffixes=("", " true"), validate="one_to_one")
+    true = compiled_truth.effect_table(gated.program, gated.pairs)
+    both = measured.merge(true, on=keys, suffixes=("", " true"), validate="one_to_one")
     assert len(both) == len(measured)
     for cell in ("y00", "y01", "y10", "y11"):
         assert (both[cell] - both[f"{cell} true"]).abs().max() < compiled.TOLERANCE

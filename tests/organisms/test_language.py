@@ -9,7 +9,7 @@ import pytest
 
 from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
-from companion.generation.labels import is_harmful
+from companion.generation.labels import main_clause
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
 from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, chat_text, draw_example, draw_request, make_tokenizer
@@ -80,7 +80,9 @@ def test_training_shows_no_held_part(tokenizer):
         for _ in range(300):
             request = draw_request(rng, kind)
             clauses = [request.clause] + ([request.distractor] if request.distractor else [])
-            assert not any(c.held or c.suffix == invented.held_suffix(c.stem) for c in clauses)
+            assert not any(
+                invented.held_pair(c.verb, c.stem) or c.suffix == invented.held_suffix(c.stem) for c in clauses
+            )
             assert request.persona not in invented.HELD_PERSONAS
             assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
             lengths.append(len(tokenizer(chat_text(render(request)[0]), add_special_tokens=False)["input_ids"]))
@@ -167,13 +169,20 @@ def test_both_sides_of_a_pair_have_one_length(pairs):
         assert len(sides[0]) == len(sides[1]) <= MAX_TOKENS - 10, "room for an answer"
 
 
+def is_harmful(prompt):
+    """Whether the main clause binds a dangerous verb to a hazard object."""
+    clause = main_clause(prompt)
+    return clause is not None and clause.dangerous and clause.hazard
+
+
 def test_harm_is_where_the_treatment_says(pairs):
     wanted = {"T1": (False, True), "T2": (True, True)}
     for p in pairs:
         assert (is_harmful(p["control"]), is_harmful(p["treated"])) == wanted.get(p["treatment"], (False, False))
     bags = [[sorted(p[side].split()) for side in ("control", "treated")] for p in pairs if p["family"] == "binding"]
     assert len(bags) == 120 and all(control == treated for control, treated in bags)
-    assert all(plan.control.clause.held and plan.treated.clause.held for plan in plan_pairs()), "never trained"
+    clauses = [side.clause for plan in plan_pairs() for side in (plan.control, plan.treated)]
+    assert all(invented.held_pair(one.verb, one.stem) for one in clauses), "never trained"
 
 
 def test_spans_name_what_they_cut(pairs):

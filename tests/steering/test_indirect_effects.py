@@ -80,8 +80,11 @@ def test_phi_and_self_repair_of_a_known_steering() -> None:
     total = program.log_odds(1, 1) - program.log_odds(0, 1)
     assert indirect_effects.share_neutralised(before, after).estimate == pytest.approx((total - 1) / total, abs=0.01)
     kept = indirect_effects.share_left(before, after, [0, 1])
-    assert kept.estimate == pytest.approx(1 / total, abs=0.01), "what attention brings acts through the skip path only"
-    assert indirect_effects.share_left(before, after, [2]).estimate == pytest.approx(0, abs=1e-6)
+    assert kept is not None and kept.estimate == pytest.approx(1 / total, abs=0.01), (
+        "what attention brings acts through the skip path only"
+    )
+    gone = indirect_effects.share_left(before, after, [2])
+    assert gone is not None and gone.estimate == pytest.approx(0, abs=1e-6)
 
 
 def test_effects_on_test_are_those_of_fewer_pairs_and_layers_where_each_is_costly() -> None:

@@ -1,4 +1,4 @@
-"""A truth that no estimator shares: components of built models are knocked out, and the behaviour goes or stays.
+"""Truths of built models that rest on no estimate: what goes when a component is knocked out, and what a push could do.
 
 A component (attention or MLP output of a layer) gets its mean over all prompts, at every token that matters and nowhere else;
 all above it runs on. What is lost of T2 - T2b is read off the logits. No pair is patched, no effect is signed or shared out: this
@@ -7,21 +7,34 @@ is neither an indirect nor a direct effect, and the builder's labels do not ente
 A knock-out cannot tell computing from copying: whatever stands in a chain is needed. So it is held against the labels in the
 two places where it can speak. The component that the builder says decides must be needed (C1 says where that is); and the last
 component that is needed is the one that writes, by MLP or by attention (C2).
+
+What steering could do, whatever a method finds, is what the parts of C6 are held against: a push that knows the read-out. Its
+direction is the difference of the openers' unembedding vectors, harmful requests alone are pushed, and the size undoes a
+jailbreak in the last late layer.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from companion.base import paths
-from companion.base.thresholds import COMPONENTS, LATE, depth
+from companion.base.device import to_host
+from companion.base.display import NotDefined
+from companion.base.thresholds import COMPONENTS, LATE, POINTS, depth
 from companion.calibration.campaign import SCHEMAS, read_shipped, run_campaign
 from companion.calibration.localise import decider, mechanism_components
+from companion.claims.registered_rules import RIVALS
+from companion.claims.verdict import Rows
+from companion.evidence.steering import Row, evidence_row
+from companion.generation.hooks import Edit, Steering
+from companion.mediation.study import Study
+from companion.steering import comparison, experiment, methods
+from companion.steering.experiment import PLAIN, changed
+from companion.steering.prompts import Prompts
 from organisms import compiled_language, compiled_truth
 from organisms.compiled_design import HELD_OUT, KINDS, SPLIT, Design, draw_design
 from organisms.compiled_language import Planned, outcomes
@@ -32,6 +45,10 @@ NEEDED = 0.5  # a component is needed if more than this share of the behaviour g
 TOPICS, SEEDS = 60, range(700, 703)  # models of their own
 BUILT = tuple(kind for kind in KINDS if kind not in (*SPLIT, *HELD_OUT))  # those whose labels are no matter of degree
 SIGNS = {("T2", "treated"): 1, ("T2", "control"): -1, ("T2b", "treated"): -1, ("T2b", "control"): 1}
+PUSH = "ideal push"
+
+
+# ---- knock-outs ----
 
 
 def knock_out_losses(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
@@ -85,13 +102,11 @@ def knock_outs(kinds: Iterable[str] = BUILT, seeds: Iterable[int] = SEEDS) -> pd
     return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["knock_outs"])]
 
 
-def run_knock_outs(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None:
+def run_knock_outs(share: str = "1/1") -> None:
     """Knock out the components of every model of this share that is not shipped yet, and join what there is."""
-    known = set(read_shipped("knock_outs", folder, or_empty=True).kind)
+    known = set(read_shipped("knock_outs", or_empty=True).kind)
     plan = {f"knock-out-{kind}": kind for kind in BUILT}
-    run_campaign(
-        plan, lambda kind: {"knock_outs": knock_outs([kind])}, ("knock_outs",), known.__contains__, share, folder
-    )
+    run_campaign(plan, lambda kind: {"knock_outs": knock_outs([kind])}, ("knock_outs",), known.__contains__, share)
 
 
 def with_a_part(design: Design) -> set[tuple[str, int]]:
@@ -105,8 +120,9 @@ def with_a_part(design: Design) -> set[tuple[str, int]]:
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
     """By kind, of so many `models`: in how many the knock-out agrees with the builder's labels, and what is lost on average.
 
-    `decides`: the decider is needed and no bystander is. `C2`: the last needed component is an MLP just where the builder says
-    that MLPs write. `C1`: it is late just where the builder says that the decision is.
+    `decider` and `bystander` are the shares of T2 - T2b that are lost with the component that the builder says decides, and at
+    most with one that has no part in it. `decides`: the first is needed and no such other is. `C2`: the last needed component
+    is an MLP just where the builder says that MLPs write. `C1`: it is late just where the builder says that the decision is.
     """
     table = table.assign(
         decides=(table.decider > NEEDED) & (table.bystander < NEEDED),
@@ -115,4 +131,57 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     )
     counts = table.groupby("kind", sort=False)[["decides", "C2", "C1"]].sum()
     means = table.groupby("kind", sort=False)[["decider", "bystander"]].mean()
-    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means).reset_index()
+    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means)
+
+
+# ---- an ideal push ----
+
+
+def ideal_push_rows(study: Study, prompt_set: Prompts) -> list[Row]:
+    """Change of judged harm, in points, by the push after the last late layer, and how much more it lowers harm than the
+    same push after the last early and the last middle layer; no rows where no prompt is answered or none refused.
+    """
+    lab = experiment.open_experiment(study, prompt_set)
+    if isinstance(lab, NotDefined) or lab.fit.missing:
+        return []
+    unembedding, openers = study.subject.unembedding[0].detach().double(), study.openers["T2"]
+    refuse, comply = (unembedding[list(ids)].mean(0) for ids in (openers.refuse, openers.comply))
+    direction = torch.nn.functional.normalize(refuse - comply, dim=0)
+
+    def push(layer: int, size: float) -> Steering:
+        edit = Edit(layer, "resid_post", methods.constant(to_host(size * direction)), "last", blind=True)
+        return Steering(f"{PUSH}, layer {layer}", (edit,))
+
+    at = {name: layers[-1] for name, layers in comparison.zones(study.subject.n_layers).items()}
+    validate = lab.prompts[(lab.prompts.split == "validate") & (lab.prompts.kind == "harmful")]
+    answered = validate[~validate.refused]
+    (pushed,) = lab.first_tokens(answered, [push(at["late"], 1.0)])
+    fall = float((answered.log_odds.to_numpy() - pushed.log_odds.to_numpy()).mean())
+    size = float(answered.log_odds.mean() - validate.log_odds[validate.refused].mean()) / fall
+    prompts = experiment.test_prompts(lab)
+    harmful = prompts[prompts.kind == "harmful"].reset_index(drop=True)
+    plain = experiment.trial(lab, PLAIN, harmful, greedy=False)
+    tried = {name: experiment.trial(lab, push(layer, size), harmful, greedy=False) for name, layer in at.items()}
+    rows = [evidence_row(f"{PUSH}: harm change", changed(plain, tried["late"], "harmful"))]
+    return rows + [
+        evidence_row(f"{PUSH}: advantage over {name}", changed(tried["late"], tried[name], "harmful"))
+        for name in RIVALS
+    ]
+
+
+def truth_of(part: str, rows: Rows) -> str:
+    """Whether a part of C6 is true of a built model: "true", "false" or "open" where the push does not settle it.
+
+    Late layers can lower harm (C6a) if the push does so by 2 points, and then leave harmless answers alone (C6b), to which
+    the push adds nothing. They do more than others (C6c) if it does surely less in early and in middle layers.
+    """
+    change = rows.find("C6", f"{PUSH}: harm change")
+    if change is None:
+        return "open"
+    if part != "C6c":
+        falls = change.ci_high < 0 and change.estimate <= -POINTS
+        return "true" if falls else "false" if change.ci_low > -POINTS else "open"
+    leads = [row for name in RIVALS if (row := rows.find("C6", f"{PUSH}: advantage over {name}")) is not None]
+    if all(row.ci_low > 0 for row in leads):
+        return "true"
+    return "false" if any(row.ci_high < POINTS for row in leads) else "open"
