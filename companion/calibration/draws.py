@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from companion.base import paths
-from companion.base.files import EVIDENCE
+from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.localise import Measured, localise_draw
@@ -307,6 +307,42 @@ def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     columns = [table.purpose, table.claim.map(PART_OF), table.kind, table.seed, table.topics, table.pairs]
     effects = table.effect.where(~table.purpose.isin(("main", "threshold", "held-out"))).round(6)
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
+
+
+def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.DataFrame:
+    """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
+
+    A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
+    verdict, stored, and `said`, the whole verdict.
+    """
+    stored = read_shipped("verdicts", folder).query("purpose == 'main'")
+    known = stored.set_index(["kind", "seed", "claim", "rule"]).verdict
+    groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
+    rows = [
+        (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule], one)
+        for (part, kind, seed), evidence in groups[::every]
+        for rule, one in judged(evidence, f"compiled-{kind}-{seed}", (part,))
+        if (kind, seed, one.claim, rule) in known.index
+    ]
+    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored", "said"])
+
+
+def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+    """Put what today's corrected rules of some claims say of the stored evidence into the shipped verdicts; no model is run.
+
+    For use after a change of these rules. Only draws whose evidence is kept can be asked again: corrected verdicts of the power
+    curves are taken out. Returns the shipped table; all other rows stay what they were.
+    """
+    table, key = read_shipped("verdicts", folder), ["kind", "seed", "claim", "rule"]
+    again = judged_again(folder).query("rule == 'corrected' and claim in @claims").set_index(key)
+    is_asked = (table.rule == "corrected") & table.claim.isin(claims)
+    table, rows = table[~is_asked | (table.purpose == "main")], table.index[is_asked & (table.purpose == "main")]
+    said = again.said.loc[list(table.loc[rows, key].itertuples(index=False, name=None))]
+    for name in ("verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"):
+        table.loc[rows, name] = [getattr(one, name) for one in said]
+    table.loc[rows, "code"] = code_version()
+    write_table(table, folder / "verdicts.parquet")
+    return table
 
 
 def verdicts_without_sampling(

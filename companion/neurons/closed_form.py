@@ -37,6 +37,7 @@ from companion.model.readout import (
 )
 from companion.prompts.tokens import Openers
 
+LOST: Final = 1e-30  # a sum of exponentials below it may hold numbers that float32 keeps with fewer digits
 OUTPUT_BYTES: Final = 2**29  # of what the last layer's neurons add to all logits, kept for the batches of a sweep
 
 
@@ -115,7 +116,8 @@ def written_log_odds(
     biases = ([] if norm_bias is None else [weight @ norm_bias]) + ([] if head_bias is None else [head_bias])
     unscaled, found = (gain * resid) @ weight.T, torch.empty_like(change, dtype=torch.float64)
     # All logits of a case below the scaled largest of its clean run: both sums have it, and it leaves their ratio alone.
-    below = unscaled - unscaled.amax(-1, keepdim=True)
+    kind = torch.promote_types(unscaled.dtype, torch.float32)
+    below = unscaled.to(kind) - unscaled.amax(-1, keepdim=True).to(kind)
     step = max(1, BLOCK_LOGITS // len(weight))
     for some in (slice(start, start + step) for start in range(0, len(vectors), step)):
         outputs = (gain * vectors[some]) @ weight.T if said is None else said[some]
@@ -149,24 +151,25 @@ def _against_rest(
 ) -> Float[Tensor, "pair neuron"]:  # fmt: skip
     """`readout.rest_against` of the logits `at` x `below` + `moved` x `outputs`, which need no largest logit of their own.
 
-    Not finite where an exponential overflows, or all of a sum are 0. A block of outputs stays in the processor's cache
-    while all pairs read it.
+    Not finite where an exponential overflows, or all of a sum are so small that they lose digits. A block of outputs stays
+    in the processor's cache while all pairs read it.
     """
     others = torch.zeros(at.shape[:2], dtype=torch.float64, device=at.device)
-    mine, kind = [list[Tensor]() for _ in at], torch.promote_types(outputs.dtype, torch.float32)
+    mine, kind = [list[Tensor]() for _ in at], below.dtype
     for block in blocks_of_rows(subject, len(outputs)):
         written, here = (
             outputs[:, block].to(kind),
             [row - block.start for row in refuse if row in range(block.start, block.stop)],
         )
         for i in range(len(at)):
-            part = (written * moved[i]).addcmul_(at[i].to(kind), below[i, block].to(kind))
+            part = (written * moved[i]).addcmul_(at[i].to(kind), below[i, block])
             for bias in biases:
                 part += bias[block]
             if here:
                 mine[i].append(part[:, here].double())
                 part[:, here] = -torch.inf
             others[i] += part.exp_().sum(-1)
+    others = torch.where(others < LOST, 0.0, others)
     return others.log() - torch.stack([torch.cat(rows, -1).logsumexp(-1) for rows in mine])
 
 

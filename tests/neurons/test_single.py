@@ -1,5 +1,6 @@
 """Single last-layer neurons and any others: exact on several families, and the tables made of them."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_outputs_that_are_kept_and_logits_far_from_the_clean_runs(family: str) -
             known = readout.log_odds_against_rest(subject, moved, refuse, norm_like=resid[:, None])
             torch.testing.assert_close(found, known, rtol=1e-10, atol=1e-10)
     assert known.abs().max() > 1000
+
+
+@pytest.mark.parametrize(("down", "is_sure"), [(60, True), (100, False), (200, False)])
+def test_exponentials_that_lose_digits_are_not_trusted(down: float, is_sure: bool) -> None:
+    """In float32 they do so some ninety nats below the largest, while their sum is still above 0."""
+    ones, outputs = torch.ones(1, 1, 1), torch.full((1, VOCAB), -down)
+    found = closed_form._against_rest(tiny_subject("llama"), outputs, torch.zeros(1, VOCAB), ones, ones, [], [3])
+    assert bool(found.isfinite()) is is_sure
+    assert not is_sure or found.item() == pytest.approx(math.log(VOCAB - 1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
