@@ -1,8 +1,8 @@
 """Numbers in prose come from result tables: each stands behind a comment that says from which cell of which table.
 
 `<!--=03_evidence quantity="MLP share of NIE" variant=main: estimate-->0.67` is the column `estimate` of the one row of
-`results/SLUG/03_evidence.csv` (of the default run) with those values; `estimate*100` is for percent. Digits behind the point
-are kept as they stand. Readers see the number alone.
+`results/SLUG/03_evidence.csv` with those values, of the default run or, as in `SLUG/03_evidence`, of another; `estimate*100`
+is for percent. Digits behind the point are kept as they stand. Readers see the number alone.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from companion.base.errors import InputError
 from companion.base.paths import RESULTS, relative
 from companion.run.overview import DEFAULT
 
-MARK = re.compile(r'<!--=(?P<table>\w+)(?P<where>(?: \w+=(?:"[^"]*"|[^\s:]+))*): (?P<column>\w+)(?P<percent>\*100)?-->'
+MARK = re.compile(r'<!--=(?P<table>(?:[\w-]+/)?\w+)(?P<where>(?: \w+=(?:"[^"]*"|[^\s:]+))*): (?P<column>\w+)(?P<percent>\*100)?-->'
                   r"(?P<number>[+−-]?[\d,]*\.?\d+)")  # fmt: skip
 _WHERE = re.compile(r'(\w+)=(?:"([^"]*)"|([^\s:]+))')
 
 
 @cache
 def _table(name: str) -> pd.DataFrame:
-    path = RESULTS / DEFAULT / f"{name}.csv"
+    slug, _, table = name.rpartition("/")
+    path = RESULTS / (slug or DEFAULT) / f"{table}.csv"
     if not path.is_file():
         raise InputError(f"a number in prose: {relative(path)} is not there: ./run_all.sh makes it")
     return pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -166,6 +166,9 @@ def test_a_number_in_prose_is_that_of_one_row_of_a_table(tmp_path: Path, monkeyp
     monkeypatch.setattr(numbers, "RESULTS", tmp_path)
     (tmp_path / numbers.DEFAULT).mkdir()
     (tmp_path / numbers.DEFAULT / "t.csv").write_text("name,part,x\na b,1,0.678\na b,2,-0.5\n")
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1" / "t.csv").write_text("part,x\n1,7\n")
+    assert numbers.filled("<!--=run-1/t part=1: x-->6.0").endswith("-->7.0"), "of another run"
     marked = '<!--=t name="a b" part=1: x*100-->12 and <!--=t part=2: x-->−1.00 of 3.5'
     assert re.sub("<!--.*?-->", "", numbers.filled(marked)) == "68 and −0.50 of 3.5"
     for wrong, said in (("part=3: x", "0 rows"), ('name="a b": x', "2 rows")):
