@@ -157,10 +157,8 @@ def _against_rest(
     others = torch.zeros(at.shape[:2], dtype=torch.float64, device=at.device)
     mine, kind = [list[Tensor]() for _ in at], below.dtype
     for block in blocks_of_rows(subject, len(outputs)):
-        written, here = (
-            outputs[:, block].to(kind),
-            [row - block.start for row in refuse if row in range(block.start, block.stop)],
-        )
+        written = outputs[:, block].to(kind)
+        here = [row - block.start for row in refuse if block.start <= row < block.stop]
         for i in range(len(at)):
             part = (written * moved[i]).addcmul_(at[i].to(kind), below[i, block])
             for bias in biases:
