@@ -16,7 +16,8 @@ from companion.base.errors import InputError
 from companion.base.paths import RESULTS, relative
 from companion.run.overview import DEFAULT
 
-MARK = re.compile(r'<!--=(?P<table>(?:[\w-]+/)?\w+)(?P<where>(?: \w+=(?:"[^"]*"|[^\s:]+))*): (?P<column>\w+)(?P<percent>\*100)?-->'
+MARK = re.compile(r"<!--=(?P<table>(?:[\w-]+/)?\w+)"
+                  r'(?P<where>(?: \w+=(?:"[^"]*"|[^\s:]+))*): (?P<column>\w+)(?P<percent>\*100)?-->'
                   r"(?P<number>[+−-]?[\d,]*\.?\d+)")  # fmt: skip
 _WHERE = re.compile(r'(\w+)=(?:"([^"]*)"|([^\s:]+))')
 
