@@ -33,6 +33,7 @@ from companion.calibration.rates import (
     FRESH_LATER,
     FRESH_LIVE,
     FRESH_NEAR,
+    FRESH_POWER,
     SUPPORTED_FROM,
 )
 from companion.calibration.truths import ideal_push_rows, truth_of
@@ -83,7 +84,8 @@ COUNTS = {
     },
     FRESH_LIVE: {"steering": {"late": 30, "early": 30, "middle": 30}},
 }  # fmt: skip
-POWER_SEEDS = range(100, 105)  # models of their own for the power curves
+# Models of their own for the power curves; for what the corrections of C1, C3 and C4 read, models planned after these.
+POWER_FIRST, POWER_MODELS = {"context": FRESH_POWER, "layers": FRESH_POWER, "timing": 100, "neurons": 100}, 5
 # Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
 POWER_TOPICS, POWER_PAIRS, POWER_EFFECTS = (120, 200), 3, (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {
@@ -153,7 +155,8 @@ def plan_draws() -> list[PlannedDraw]:
         for i in range(count)
     ]
     made = sorted(main, key=lambda draw: draw.seed)
-    for seed, (part, kinds_of_part) in itertools.product(POWER_SEEDS, POWER_KINDS.items()):
+    for i, (part, kinds_of_part) in itertools.product(range(POWER_MODELS), POWER_KINDS.items()):
+        seed = POWER_FIRST[part] + i
         for kind in kinds_of_part:
             made += [PlannedDraw("effect", part, kind, seed, effect=size) for size in POWER_EFFECTS]
             made += [PlannedDraw("topics", part, kind, seed, topics=n, effect=max(POWER_EFFECTS)) for n in POWER_TOPICS]
