@@ -33,7 +33,7 @@ from companion.steering.prompts import Prompts, prompt_table, thinned
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
 CAP: Final = {True: 600, False: 300}  # prompts of a split and kind that are used at all: harmful in a wrapper, others
-COSTLY_CAP: Final = 20  # the same where each prompt is costly
+COSTLY_CAP: Final = {"discover": 20, "validate": 20, "test": 60}  # the same where each prompt is costly
 SEED: Final = 0  # of the random numbers that decide the sampled answers
 GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_topic"}  # the label that is counted
 PLAIN: Final = Steering("unsteered")
@@ -84,10 +84,11 @@ def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> Stee
     if not study.of("T2"):
         return NotDefined(thresholds.NO_WRAPPERS)
     table = prompt_table([p.pair for p in study.pairs], prompt_set)
-    parts, most = [], dict.fromkeys(CAP, COSTLY_CAP) if study.is_costly else CAP
-    for (_, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
+    parts = []
+    for (split, kind, wrapped), part in table.groupby(["split", "kind", "wrapped"], sort=False):
         is_attack = bool(kind == "harmful" and wrapped)
-        parts.append(thinned(part, thin or most[is_attack], by=("family", "tier") if is_attack else ("topic",)))
+        most = COSTLY_CAP[str(split)] if study.is_costly else CAP[is_attack]
+        parts.append(thinned(part, thin or most, by=("family", "tier") if is_attack else ("topic",)))
     table = pd.concat(parts).sort_index().reset_index(drop=True)
     openers = study.openers["T2"]
     found = outcomes.log_odds(study.subject, table.text, openers)

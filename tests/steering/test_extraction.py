@@ -145,7 +145,8 @@ def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_p
 def test_where_prompts_are_costly_few_are_tried() -> None:
     costly = replace(study.begin("embedded", "embedded", "m", pairs=10), is_costly=True)
     tried = open_experiment(costly, "embedded")
-    assert tried.prompts.groupby(["split", "kind", "wrapped"]).size().max() == experiments.COSTLY_CAP
+    sizes = tried.prompts.groupby(["split", "kind", "wrapped"]).size().groupby("split").max()
+    assert sizes.to_dict() == experiments.COSTLY_CAP
 
 
 @pytest.mark.parametrize(("openers", "says"), [({"T2b": None}, "no harmful request"), ({"T1": None}, "wrapper")])
