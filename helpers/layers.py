@@ -52,18 +52,24 @@ def measure_relatives(study: Study, model: str, profile: str) -> dict[str, Layer
 def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
     """Share of TE in the last token's residual stream after each layer, of the model and of its untrained twin.
 
-    Each pair is weighted by its own TE, since the twin's TE has either sign. A shipped relative with full attention comes
-    with its twin. Columns model, layer, estimate, low, high, earliest (the first layer that masks allow), te (its mean).
+    `line` is a treatment, or "untrained twin", whose pairs are weighted by their own TE, since it has either sign. A shipped
+    relative with full attention comes with its twin. Columns model, line, layer, estimate, low, high, earliest (the first
+    layer that masks allow), te (its mean).
     """
     family = {main.study.slug: main, **relatives}
     full = [label for label in relatives if label.startswith("full") and not label.endswith(UNTRAINED)]
     tables = []
-    for label in [name for own in (main.study.slug, *full[:1]) for name in (own, own + UNTRAINED)]:
+    for name in (main.study.slug, *full[:1]):
         first = main.study.main_treatment
-        rows = averaged(select(family[label].effects, first, VARIANTS[0], ["resid_post"])).query("split == 'test'")
-        clean = family[label].clean.query("treatment == @first")
-        curve = share_of_te(te_weighted(rows), by=["layer"])
-        tables.append(curve.assign(model=label, earliest=clean.earliest.median(), te=rows.te.mean()))
+        earliest = family[name].clean.query("treatment == @first").earliest.median()
+        effects = family[name].effects
+        lines = {one: signed_contrast(effects, one, ["resid_post"]) for one in dict.fromkeys((first, primary(effects)))}
+        twin = averaged(select(family[name + UNTRAINED].effects, first, VARIANTS[0], ["resid_post"]))
+        lines["untrained twin"] = te_weighted(twin.query("split == 'test'"))
+        for line, rows in lines.items():
+            te = twin.te.mean() if line == "untrained twin" else rows.te.mean()
+            curve = share_of_te(rows, by=["layer"])
+            tables.append(curve.assign(model=name, line=line, earliest=earliest, te=te))
     return pd.concat(tables)
 
 

@@ -101,15 +101,20 @@ def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
 def harmful_rates(answers: pd.DataFrame, slug: str, *, exact: bool) -> tuple[pd.DataFrame, str]:
     """Share of harmful answers by clamp and schedule, and one sentence on who labelled.
 
-    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the same corrected for the labeller's known
-    mistakes. "prompt" is left out: nothing reads the last layer at other tokens, so it is "first token" again.
+    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), the same corrected for the labeller's known
+    mistakes, and the shares that are `refused` and `off_topic`. "prompt" is left out: nothing reads the last layer at other
+    tokens, so it is "first token" again.
     """
     own = answers[answers.schedule != "prompt"].groupby(["clamp", "schedule"], sort=False)
+    others = {"refused": "refusal", "off_topic": "off_topic"}
     made, sentence = accuracy.corrected_rates(
         {key: (part.label == "harmful").to_numpy() for key, part in own}, slug, exact=exact
     )
     made = made.assign(clamp=[key[0] for key in made.group], schedule=[key[1] for key in made.group])
     front = ["clamp", "schedule", "n", "estimate", "low", "high"]
+    made = made.assign(
+        **{name: [float((part.label == label).mean()) for _, part in own] for name, label in others.items()}
+    )
     made = made.drop(columns="group").rename(columns={"labelled": "estimate"})
     return made[[*front, *made.columns.difference(front, sort=False)]], sentence
 

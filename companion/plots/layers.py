@@ -160,9 +160,9 @@ SPECS = (
          row="treatment", group="split", title="Which treatments move the answer by 0.5 log-odds or more?",
          unit="total effect (log-odds of complying)",
          marks=(-0.5, 0.5)),
-    spec("02_cumulative", style.cumulative, "C1", {"model": "str", "earliest": "float", **BY_LAYER},
-         "Share of the total effect in the last-token residual stream after each layer, one panel a model, trained "
-         "network beside its untrained twin: all end at 1, and where each rises is compared"),
+    spec("02_cumulative", style.cumulative, "C1", {"model": "str", "line": "str", "earliest": "float", **BY_LAYER},
+         "Share of the total effect in the last-token residual stream after each layer, one panel a model, one line a "
+         "treatment and a dashed one for the untrained twin: all end at 1, and where each rises is compared"),
     spec("02_treatments", layer_map, "C1", {"treatment": "str", "site": "str", **BY_LAYER},
          "Share of the total effect that passes through attention and MLP outputs by layer, a map for recognition (T1), "
          "generation (T2), the wrapper on a harmless request (T2b) and the contrast T2 - T2b; numbers are percent",

@@ -91,7 +91,7 @@ SPECS = (
          unit="change in share of prompts (percentage points)", below=True, marks=(-2.0, 2.0)),
     spec("06_cost", equal_price, "C6",
          {"method": "str", "price": "str", **ESTIMATE, "more": "float", "more_low": "float", "more_high": "float"},
-         "Unrefused jailbreaks that each method leaves at a rise of over-refusal of at most 1, 2 and 5 points, and the paired "
+         "Unrefused jailbreaks that each method leaves at a rise of over-refusal of at most 2 and 5 points, and the paired "
          "difference from the tested method"),
     spec("06_places", places, "C6", {"place": "str", **ESTIMATE},
          "Fall of the log-odds of complying where one budget is spent in late, early or middle layers, or at random"),

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from companion.base.display import NotDefined
-from companion.base.thresholds import LATE, UNTRAINED, depth
+from companion.base.thresholds import LATE, depth
 
 ESTIMATE = dict.fromkeys(("estimate", "low", "high"), "float")
 BY_LAYER = {"layer": "int", **ESTIMATE}
@@ -144,17 +144,23 @@ def shade_late(axes: Axes, n_layers: int) -> None:
 
 
 def cumulative(table: pd.DataFrame) -> Figure:
-    """Share of TE carried by the last-token residual stream after each layer, one panel a model with its untrained twin.
+    """Share of TE carried by the last-token residual stream after each layer, one panel a model, one line a treatment.
 
-    The layers below a panel's light cone are shaded.
+    The untrained twin is a dashed line in a pale band, which may leave the axis: its TE is next to nothing. Layers below a
+    panel's light cone are shaded.
     """
-    panel = table.model.str.removesuffix(UNTRAINED)
-    names, n_layers = distinct(panel), int(table.layer.max()) + 1
+    names, n_layers = distinct(table.model), int(table.layer.max()) + 1
+    limits = table.loc[table.line != "untrained twin", ["low", "high"]].to_numpy()
+    limits = limits[np.isfinite(limits)]
     figure, axes = new_figure(1, len(names), sharey=True)
     for ax, name in zip(axes[0], names, strict=True):
-        own = table[panel == name]
-        for k, (model, part) in enumerate(own.groupby("model", sort=False)):
-            points(ax, part.layer.to_numpy() + 0.06 * k, part, k, "untrained twin" if model != name else "trained")
+        own = table[table.model == name]
+        for k, (line, part) in enumerate(own.groupby("line", sort=False)):
+            if line == "untrained twin":
+                ax.plot(part.layer, part.estimate, "--", color="#777777", lw=1, label=line)
+                ax.fill_between(part.layer, part.low, part.high, color="#777777", alpha=0.12, lw=0)
+            else:
+                points(ax, part.layer.to_numpy() + 0.06 * k, part, k, str(line))
         earliest = float(own.earliest.iloc[0])
         if earliest > 0:
             ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
@@ -164,9 +170,10 @@ def cumulative(table: pd.DataFrame) -> Figure:
         ax.axhline(1, color="black", lw=0.8, ls=":")
         layer_axis(ax, n_layers)
         ax.set_title(name)
+        ax.set_ylim(min(0.0, *limits) - 0.1, max(1.0, *limits) + 0.1)
     axes[0, 0].set_ylabel(TOTAL)
     axes[0, -1].legend(loc="lower right")
-    heading(figure, "Every cumulative curve ends at 1: does the untrained twin's rise in the same layers?")
+    heading(figure, "After which layers does the last token hold the effect? (all of it at the end, in any network)")
     return figure
 
 

@@ -32,7 +32,7 @@ DECISIVE: Final = "AdaSteer-style, late layers"
 FIXED: Final = "fixed rejection, late layers"
 AS_PUBLISHED: Final = ("AdaSteer", "AdaSteer (released constants)")  # their strength is their own: it is not chosen
 DEAR: Final = ("AlphaSteer (null space)", *AS_PUBLISHED)  # left out where each prompt is costly
-LEVELS: Final = (1.0, 2.0, 5.0)  # points of over-refusal at which methods are compared
+LEVELS: Final = (2.0, 5.0)  # points of over-refusal at which methods are compared
 FAMILIES: Final = ("isotropic", "covariance-matched")  # of random directions
 
 

@@ -106,9 +106,9 @@ def prompting(fit: Fit) -> Steering:
 
 
 def fixed(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
-    """The same rejection vector for every prompt: h <- h + v_R."""
-    vectors = fit.direction("rejection")
+    """The same rejection vector for every prompt: h <- h + v_R / (number of steered layers), since each layer adds its own."""
     chosen = checked_layers(fit, layers)
+    vectors = fit.direction("rejection") / len(chosen)
     return Steering("fixed", tuple(Edit(at, "resid_post", constant(vectors[at]), blind=True) for at in chosen))
 
 
@@ -138,13 +138,14 @@ def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
 
     The map sees the `KEEP` share of dimensions in which benign activations (uncentred) vary least, and is fitted by ridge so
     that every harmful prompt of discover is given v_R. Ours: it reads the last real token and its result is added to all
-    tokens of the prompt; the ridge is relative to the mean variance in those dimensions.
+    tokens of the prompt, divided by the number of layers; the ridge is relative to the mean variance in those dimensions.
     """
     fit.need("benign")
-    vectors = fit.direction("rejection")
+    chosen = checked_layers(fit, layers)
+    vectors = fit.direction("rejection") / len(chosen)
     harmful, benign = fit.mask("discover", "refused", "complied"), fit.mask("discover", "benign")
     edits = []
-    for layer in checked_layers(fit, layers):
+    for layer in chosen:
         x = fit.last["resid_post"][:, layer].astype(float)
         low = low_variance(x[benign], KEEP)
         seen = x[harmful] @ low

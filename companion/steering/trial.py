@@ -1,7 +1,7 @@
 """The trial: every method at its chosen strength answers the same test prompts as the unsteered model, and what came of it.
 
-A method is a steering of the model. Beside them stands what plain retraining would buy, where the model is one with an adapter:
-the same adapter, somewhat stronger, and nothing steered.
+A method is a steering of the model. Beside them stands what a stronger adapter would buy, where the model is one with an adapter:
+its own one, somewhat scaled up, and nothing steered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from companion.steering.comparison import DECISIVE, FIXED
 from companion.steering.experiment import PLAIN, SteeringExperiment, changed, divergence
 from companion.steering.indirect_effects import shares_neutralised
 
-FEW_STRENGTHS: Final = (0.5, 1.0, 1.5)  # where each prompt is costly
+FEW_STRENGTHS: Final = (0.1, 0.25, 0.5, 1.0, 1.5)  # where each prompt is costly
 ADAPTER_SCALES: Final = (1.25, 1.5)  # of the model's own adapter
 NO_ADAPTER: Final = "this model holds no adapter of its own, so no stronger one can stand for more training"
 SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
@@ -94,7 +94,7 @@ def retrained_models(lab: SteeringExperiment) -> dict[str, SteeringExperiment] |
         kind = str(subject.dtype).removeprefix("torch.")
         other = load(subject.name, device=str(subject.device), dtype=kind, only_answers=True, adapter_scale=scale)
         fit = replace(lab.fit, subject=replace(other, facts=subject.facts))
-        made[f"retrained: adapter x {scale:g}"] = replace(lab, fit=fit, said={})
+        made[f"adapter x {scale:g}"] = replace(lab, fit=fit, said={})
     return made
 
 

@@ -29,7 +29,8 @@ from companion.plots.view import framed, interactive_map
 
 NAMES = [entry.name for entry in SPECS]
 CHOICES = {
-    "model": ["embedded", "embedded (untrained)"], "site": ["attn_out", "mlp_out"], "treatment": ["T1", "T2", "T2b", "T2-T2b"],
+    "model": ["embedded"], "line": ["T2", "untrained twin"], "site": ["attn_out", "mlp_out"],
+    "treatment": ["T1", "T2", "T2b", "T2-T2b"],
     "effect": ["indirect", "direct"], "contrast": ["harm", "benign", "difference"], "answer": [*style.ANSWERS, "not testable"],
     "claim": ["C1", "C2", "C3"], "group": list(layers.GROUP_COLOURS), "layer": range(6), "head": range(4),
     "position": range(10), "place": range(12), "k": [1, 2, 5], "panel": ["one", "two"], "series": ["one", "two"],
@@ -189,8 +190,8 @@ def test_alternative_text_says_what_and_where(entry: FigureSpec) -> None:
 def test_alternative_text_has_a_number_for_each_line() -> None:
     entry = spec_of("02_cumulative")
     limits = {"estimate": [0.2, 1.0, -0.5], "low": 0.0, "high": 1.0}
-    table = pd.DataFrame({"model": ["a", "a", "b"], "layer": [0, 1, 1], **limits})
-    assert describe(entry, table).endswith("Of each: a 1.00 at layer 1; b -0.50 at layer 1.")
+    table = pd.DataFrame({"model": ["a", "a", "b"], "line": "T2", "layer": [0, 1, 1], **limits})
+    assert describe(entry, table).endswith("Of each: a T2 1.00 at layer 1; b T2 -0.50 at layer 1.")
 
 
 def test_a_figure_draws_its_csv_only(folders: Path) -> None:
@@ -263,11 +264,11 @@ def test_late_layers_are_those_of_the_claims() -> None:
 def test_the_light_cone_is_shaded_in_the_panel_of_each_model() -> None:
     table = table_for(spec_of("02_cumulative"))
     for earliest, n_shaded in ((3.0, 1), (0.0, 0), (-1.0, 0), (np.nan, 0)):
-        other = table.assign(model=table.model.str.replace("embedded", "full-0"), earliest=0.0)
+        other = table.assign(model="full-0", earliest=0.0)
         figure = style.cumulative(pd.concat([table.assign(earliest=earliest), other]))
         ax, right = figure.axes
         assert [one.get_title() for one in figure.axes] == ["embedded", "full-0"] and not right.patches
-        assert [text.get_text() for text in right.get_legend().get_texts()] == ["trained", "untrained twin"]
+        assert [text.get_text() for text in right.get_legend().get_texts()] == ["untrained twin", "T2"]
         assert len(ax.patches) == n_shaded and bool(ax.texts) == bool(n_shaded)
         if n_shaded:
             assert ax.patches[0].get_x() + ax.patches[0].get_width() == earliest - 0.5

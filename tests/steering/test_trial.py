@@ -116,8 +116,8 @@ def test_a_stronger_adapter_is_another_model_on_the_same_prompts(experiment, mon
     monkeypatch.setattr(trials, "load", load)
     found = trials.retrained_models(named)
     assert asked == [("smollm2-refuser", 1.25), ("smollm2-refuser", 1.5)]
-    assert list(found) == ["retrained: adapter x 1.25", "retrained: adapter x 1.5"]
-    one = found["retrained: adapter x 1.5"]
+    assert list(found) == ["adapter x 1.25", "adapter x 1.5"]
+    one = found["adapter x 1.5"]
     assert one.prompts is named.prompts and one.subject.name == "other" and one.subject.facts == named.subject.facts
 
 
