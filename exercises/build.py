@@ -93,8 +93,8 @@ def students_notebook(number: str, path: Path) -> notebooks.Notebook:
     """The notebook of this folder that goes with the companion's notebook at `path`."""
     top = (
         f"# Exercises of [{path.stem}](../notebooks/{path.name})\n\nWrite the body of each function, run its cell, then the "
-        "check below it. The check tries tiny inputs and says what is probably wrong. Hints and solutions are folded at the "
-        "end of the notebook itself. This file is made from `exercises/*.py`: work on a copy in the "
+        "check below it. The check tries tiny inputs and says what is probably wrong. Hints and solutions are folded under the "
+        "exercise in the notebook itself. This file is made from `exercises/*.py`: work on a copy in the "
         "same folder."
     )
     cells = [cell("markdown", top, f"{number}-top"), cell("code", SETUP, f"{number}-setup")]

@@ -88,7 +88,8 @@ EXERCISES = (
         "A topic belongs to one split",
         1,
         8,
-        "Write `split_by_topic`: choices made on *discover* must not have seen the topics that *test* reports.",
+        "Write `split_by_topic`: choices made on *discover* must not have seen the topics that *test* reports. "
+        "Sort the topics; the first 40 % are *discover*, the next 30 % *validate*, the rest *test*.",
         "Make a dictionary from topic to split first, and look every pair up in it.",
         split_by_topic,
         (Case((TOPICS,), [NAMES[letter] for letter in SPLITS]),),

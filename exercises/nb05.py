@@ -91,7 +91,8 @@ EXERCISES = (
         "What do MLPs carry on?",
         2,
         10,
-        "Write `carried_by_mlps`: what is lost when MLPs are held on top of attention, as a share of the whole effect.",
+        "Write `carried_by_mlps`: what is lost when MLPs are held on top of attention, as a share of the whole effect. "
+        "Given are the outcomes of four runs, for one direction: attention held, both held, nothing held, nothing patched.",
         "One difference above the line, another below it, each summed over pairs before you divide.",
         carried_by_mlps,
         (Case((LIVE, FROZEN, FULL, BASE), 0.5),),

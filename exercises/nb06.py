@@ -90,8 +90,8 @@ EXERCISES = (
         "Would any direction do?",
         2,
         8,
-        "Write `rank_p`, the p-value of the fitted direction among random ones of the same length. The values say how much "
-        "each direction lowers the log-odds of complying.",
+        "Write `rank_p`, the p-value of the fitted direction among random ones of the same length: the share of all directions, "
+        "the fitted one among them, that do at least as well. The values say how much each lowers the log-odds of complying.",
         "With nine draws, p can be 1/10, 2/10, ...: never 0.",
         rank_p,
         (Case((0.9, RANDOM), 0.2), Case((2.0, RANDOM), 0.1), Case((-0.7, RANDOM), 0.9)),

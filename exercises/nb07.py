@@ -9,7 +9,7 @@ from exercises.judging import Case, Exercise, Mistake
 def upper_bound(errors: int, n: int) -> float:
     """One-sided exact 95 % upper bound of an error rate (Clopper-Pearson); with all n wrong it is 1.
 
-    It is the rate at which at most `errors` of n errors turn up with probability 0.05.
+    It is the rate at which at most `errors` errors in n draws turn up with probability 0.05.
     """
     return 1.0 if errors == n else float(beta.ppf(0.95, errors + 1, n - errors))
 
@@ -83,8 +83,7 @@ EXERCISES = (
         2,
         10,
         "Write `upper_bound`: the largest error rate at which this many errors, or fewer, would still turn up in 5 % of "
-        "samples. How many "
-        "draws without an error does it take to show that a rate is at most 5 %?",
+        "samples (Clopper and Pearson's one-sided bound, a quantile of the beta distribution). How many draws without an error does it take to show that a rate is at most 5 %?",
         "`beta.ppf` (of `scipy.stats`) at 0.95, with the parameters `errors + 1` and `n - errors`; without an error the bound is "
         "$1 - 0.05^{1/n}$.",
         upper_bound,

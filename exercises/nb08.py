@@ -80,7 +80,7 @@ EXERCISES = (
         "What a control may do",
         1,
         5,
-        "Write `capped`. A control can take a verdict away; it can never give one.",
+        "Write `capped`. A control that failed, or that was not run, takes a verdict away; none can give one.",
         'Ask for `!= "passed"`, not for `== "failed"`.',
         capped,
         (

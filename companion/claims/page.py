@@ -42,7 +42,7 @@ CHANGES = {
     "C6a": f"a fall of {POINTS:g} points and {registered.PHI:.0%} undone: yes; surely a smaller fall: no (06)",
     "C6b": "all four costs surely within their limits: yes; one surely above: no (06)",
     "C6c": f"a sure lead over both: yes; one surely within {POINTS:g} points: no (06)",
-    "C7": "Moran's I of 0.05 or more: yes; of 0.05 or less: no (04)",
+    "C7": "Moran's I above 0.05: yes; below 0.05: no (04)",
 }
 WORDS = {"supported": "Yes", "contradicted": "No", "inconclusive": "Undecided", CANNOT_TELL: "This rule cannot tell"}
 OF_EFFECT = (100, 0, "% of the effect")
@@ -119,7 +119,7 @@ def _early(rows: Rows) -> str | None:
     psi = rows.find("C3", registered.PSI)
     families = rows.variants("C3", registered.PSI, "family ")
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
-    whole = "" if psi is None else f"early layers carry {_percent(psi)} of the effect of a harmful request"
+    whole = "" if psi is None else f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
     return (whole + (f": {each}" if each else "")) or None
 
 
@@ -129,14 +129,16 @@ def _carried(rows: Rows) -> str | None:
     share, where = (above, "above") if own is None else (own, "from")
     if share is None or layer is None:
         return None
-    return f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
+    found = f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
+    live = rows.find("C4", "share of MLPs, attention live")
+    return found if live is None else f"{found} with attention held; with attention free, holding them loses {_percent(live)}"
 
 
 def _sparse(rows: Rows) -> str | None:
     psi, k90, size = (rows.find("C5a", name) for name in ("psi1", "k90", "neurons in the layer"))
     if psi is None or size is None:
         return None
-    of = f"the last MLP's effect, which is {_percent(psi)} of all"
+    of = f"the last MLP's effect, and {_percent(psi)} of all needs that MLP"
     if k90 is None:
         return f"no set of neurons holds {of}"
     few = max(0.01 * size.estimate, registered.FEW)
@@ -296,7 +298,8 @@ def _notes(built: str, n_models: int) -> list[str]:
     return [
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
         "the opposite asks for it. *Undecided*: neither, or a control failed. All rules but that of C7 were corrected after "
-        "results had been seen; `docs/changes.md` has the dates.",
+        "results had been seen; `docs/changes.md` has the dates. *Interval*: topics are drawn again and wrappers are not; with "
+        "these drawn, too, intervals are about twice as wide (08).",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported, none of a held-out kind, and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of "
         f"true ones contradicted (*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or "
