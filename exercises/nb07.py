@@ -83,7 +83,8 @@ EXERCISES = (
         2,
         10,
         "Write `upper_bound`: the largest error rate at which this many errors, or fewer, would still turn up in 5 % of "
-        "samples (Clopper and Pearson's one-sided bound, a quantile of the beta distribution). How many draws without an error does it take to show that a rate is at most 5 %?",
+        "samples (Clopper and Pearson's one-sided bound, a quantile of the beta distribution). How many "
+        "draws without an error does it take to show that a rate is at most 5 %?",
         "`beta.ppf` (of `scipy.stats`) at 0.95, with the parameters `errors + 1` and `n - errors`; without an error the bound is "
         "$1 - 0.05^{1/n}$.",
         upper_bound,

@@ -148,7 +148,8 @@ QUESTIONS: dict[str, Question] = {
         "0.05 or "
         "above. Contradicted: the first lies at 0.40 or below, or the second at 0 or below. Before that, TE of T2 must be at "
         "least 0.5 on 20 topics, and two controls must lie on the same side of 0.5 as the first: the late share with the norm "
-        "frozen, and that of unsaturated pairs. Write your verdicts and reasons down first; only then ask `mystery.verdict(table)`.",
+        "frozen, and that of unsaturated pairs. Write your verdicts and reasons down first; only then ask "
+        "`mystery.verdict(table)`.",
         "Both rows have the variant `main`. The controls are rows of `late share` with other variants.",
         f"from exercises import mystery\n\n{_CODE}\ntables = mystery.evidence(CODE)\n"
         'shown = ["quantity", "variant", "estimate", "ci_low", "ci_high", "n_pairs", "n_topics"]\n'

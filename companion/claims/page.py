@@ -119,7 +119,11 @@ def _early(rows: Rows) -> str | None:
     psi = rows.find("C3", registered.PSI)
     families = rows.variants("C3", registered.PSI, "family ")
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
-    whole = "" if psi is None else f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
+    whole = (
+        ""
+        if psi is None
+        else f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
+    )
     return (whole + (f": {each}" if each else "")) or None
 
 
@@ -131,7 +135,11 @@ def _carried(rows: Rows) -> str | None:
         return None
     found = f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
     live = rows.find("C4", "share of MLPs, attention live")
-    return found if live is None else f"{found} with attention held; with attention free, holding them loses {_percent(live)}"
+    return (
+        found
+        if live is None
+        else f"{found} with attention held; with attention free, holding them loses {_percent(live)}"
+    )
 
 
 def _sparse(rows: Rows) -> str | None:
