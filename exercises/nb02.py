@@ -205,7 +205,7 @@ EXERCISES = (
         2,
         8,
         "Write `late_share` (here of one effect a layer). Count only entries above 0, in numerator and denominator. "
-        "(The lesson chooses its components on *discover* instead, and keeps the sign of what they do on *test*.)",
+        "(The lesson chooses components on *discover* instead.)",
         "Six layers: depths 1/12, 3/12, ..., 11/12. Which of them are above 2/3?",
         late_share,
         (
