@@ -137,14 +137,15 @@ def _tried(
 
 def _steered(case: Case) -> Iterator[Row]:
     """Tokens per second of steered decoding; `times_plain` is the time as a multiple of that of the plain batch."""
-    ids = torch.cat(next(iter(case.pairs.values())))
+    ids = next(iter(case.pairs.values()))[1]
     common = {"workload": STEERED, "pairs": len(ids), "tokens": ids.shape[1], "interventions": steered.STEPS}
     found: list[tuple[Row, Tensor]] = []
     for tool, how, run in steered.decoders(case):
-        if how != "prompts read before":
-            run(ids.flip(0))  # warm, with a batch of other prompts
-        said, seconds, peak = _measured(run, ids)
-        found.append(({"tool": tool, "setting": how, "seconds": seconds, "peak_mb": peak}, said))
+        run(ids.flip(0))  # warm; another order of the prompts is another batch
+        tries = [(*_measured(run, ids.roll(shift, 0)), shift) for shift in (1, 2)]
+        said, seconds, peak, shift = min(tries, key=lambda one: one[1])
+        row = {"tool": tool, "setting": how, "seconds": seconds, "peak_mb": peak}
+        found.append((row, said.roll(-shift, 0)))
     hooked, plain = found[-1][1], next(row["seconds"] for row, _ in found if row["tool"] == steered.PLAIN)
     for row, said in found:
         own: Row = {"unit": "tokens", "times_plain": row["seconds"] / plain}

@@ -5,7 +5,6 @@ where this repository's steering acts. All prompts of a batch have one length; n
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def decoders(case: Case) -> Iterator[tuple[str, str, Decode]]:
     means = [clean_run(subject, side, keep=("resid",)).resid_post[layer][:, -1].mean(0) for side in (control, treated)]
     vector = means[1] - means[0]
     steering = Steering("mean difference", (Edit(layer, "resid_post", constant(to_host(vector)), blind=True),))
-    greedy = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    greedy = GenerationConfig(max_new_tokens=STEPS, do_sample=False, pad_token_id=0, eos_token_id=case.shape.vocabulary)
 
     def ours(ids: Tensor) -> Tensor:
         def go_on(rows: Tensor, logits: Tensor, cache: Any) -> Tensor:
@@ -58,4 +57,4 @@ def decoders(case: Case) -> Iterator[tuple[str, str, Decode]]:
     yield "this repository", "new prompts", ours
     yield "this repository", "prompts read before", ours
     yield PLAIN, "", generate
-    yield "generate with a hook", "", partial(hooked)
+    yield "generate with a hook", "", hooked
