@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from benchmarks.shapes import Job, Shape, Workload
+from benchmarks.shapes import STEPS, Job, Shape, Workload
 from companion.base.device import HOST, synchronize
 
 
@@ -26,30 +26,32 @@ def product_rate(
 
 
 def minimal_operations(shape: Shape, workload: Workload) -> float:
-    """Floating-point operations of the cells that change, of what is read, and nothing else; attention scores not counted."""
-    first = shape.n_pos // 2 if workload.pairs == "minimal" else 0
-    jobs = [job for job in workload.jobs if job.position >= first]
+    """Floating-point operations of the cells that change, of what is read, and nothing else; attention scores not counted.
+
+    What lies before a patch, such as the prefix that real pairs share, cannot change and is not counted.
+    """
     rows = shape.vocabulary if workload.log_prob else 2
-    if workload.name.startswith("all neurons"):  # the table of neurons by rows serves every pair
+    if workload.name.startswith("all neurons of the last"):  # the table of neurons by rows serves every pair
         return 2.0 * shape.d_model * rows * (shape.d_mlp + shape.n_pairs)
-    read = 2.0 * shape.d_model * rows
-    return shape.n_pairs * sum(_own_layer(shape, job) + _above(shape, job) + read for job in jobs)
+    reads = STEPS if workload.answer else 1
+    read = 2.0 * shape.d_model * rows * reads
+    return shape.n_pairs * sum(_own_layer(shape, job) + _above(shape, job, reads) + read for job in workload.jobs)
 
 
 def _own_layer(shape: Shape, job: Job) -> float:
-    """The MLP behind an edited attention output, at one position."""
-    return _mlp(shape) if job.site in ("attn_out", "head") else 0.0
+    """The MLP behind an edited attention output, at the patched positions."""
+    return len(job.positions) * _mlp(shape) if job.site in ("attn_out", "head") else 0.0
 
 
-def _above(shape: Shape, job: Job) -> float:
-    """Full layers on all later positions; at the top all positions give keys and values, one is read."""
-    tokens, layers = shape.n_pos - job.position, shape.n_layers - 1 - job.layer
+def _above(shape: Shape, job: Job, reads: int) -> float:
+    """Full layers on all later positions; at the top all positions give keys and values, those that are read go on."""
+    tokens, layers = shape.n_pos + reads - 1 - job.positions[0], shape.n_layers - 1 - job.layer
     if layers == 0:
         return 0.0
     attention = 2.0 * shape.d_model**2 * 2  # queries and output
     keys = 2.0 * shape.d_model * _key_width(shape) * 2
     whole = tokens * (attention + keys + _mlp(shape))
-    return (layers - 1) * whole + tokens * keys + attention + _mlp(shape)
+    return (layers - 1) * whole + tokens * keys + reads * (attention + _mlp(shape))
 
 
 def _mlp(shape: Shape) -> float:

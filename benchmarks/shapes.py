@@ -1,21 +1,25 @@
-"""The models, prompts and interventions that are timed: random weights, since time does not depend on them."""
+"""The models, prompts and interventions that are timed: a real model on chat prompts, and random weights of other sizes."""
 
 import argparse
 import os
 import platform
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from companion.base import device
+from companion.model import load
+from companion.model.architecture import Subject
+from companion.prompts import pairs, tokens
 
 
 @dataclass(frozen=True)
@@ -40,41 +44,117 @@ SMALL_8B = Shape(4, 256, 896, 8, 2, 2_000, 4, 64)  # the same proportions where 
 
 @dataclass(frozen=True)
 class Job:
-    """One intervention: a site at one layer and one position; `index` is the neuron or head."""
+    """One intervention: a site at one layer and one position, or several at once; `index` is the neuron or head."""
 
     site: str
     layer: int
-    position: int
+    position: int | tuple[int, ...]
     index: int | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions, in rising order."""
+        return [self.position] if isinstance(self.position, int) else sorted(self.position)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: interventions, on which kind of pairs, and whether the log-probability is wanted as well."""
+    """What is timed: interventions, on which kind of pairs, and what is read.
+
+    That is a difference of two logits, with `log_prob` a log-probability as well, or with `answer` a whole answer's.
+    """
 
     name: str
     jobs: tuple[Job, ...]
     pairs: str = "random"
     log_prob: bool = True
+    answer: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with pairs by their kind, an answer to each of them, and the two tokens whose logits are compared."""
+
+    subject: Subject
+    shape: Shape
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    answer: Int[Tensor, "pair step"]
+    rows: tuple[int, int]
+
+    @property
+    def differing(self) -> dict[str, list[int]]:
+        """For each kind of pairs the positions at which any of them differ."""
+        return {kind: (a != b).any(0).nonzero().flatten().tolist() for kind, (a, b) in self.pairs.items()}
 
 
 SITES = ("resid_post", "attn_out", "mlp_out")
+STEPS = 8  # tokens of an answer
 
 
-def workloads(shape: Shape) -> list[Workload]:
-    """The questions of a mediation study, one of them on pairs that differ in one token as well."""
-    last, top, middle = shape.n_pos - 1, shape.n_layers - 1, shape.n_layers // 2
-    at_last = tuple(Job(site, layer, last) for layer in range(shape.n_layers) for site in SITES)
-    everywhere = tuple(replace(job, position=position) for position in range(shape.n_pos) for job in at_last)
-    at_top = tuple(Job("neuron", top, last, neuron) for neuron in range(shape.d_mlp))
-    at_middle = tuple(Job("neuron", middle, last, neuron) for neuron in range(min(256, shape.d_mlp)))
-    return [
-        Workload("layers and modules, last token", at_last),
-        Workload("layers and modules, every token", everywhere),
-        Workload("layers and modules, every token, minimal pairs", everywhere, "minimal"),
-        Workload("all neurons of the last layer, log-odds only", at_top, log_prob=False),
-        Workload(f"{len(at_middle)} neurons of a middle layer", at_middle),
+def workloads(shape: Shape, differing: Mapping[str, Sequence[int]] | None = None) -> list[Workload]:
+    """The questions of a mediation study. A patch before the first token that differs would change nothing: there is none."""
+    last, top, layers = shape.n_pos - 1, shape.n_layers - 1, range(shape.n_layers)
+    differing = differing or {"random": range(shape.n_pos), "minimal": [shape.n_pos // 2]}
+    kind = next(iter(differing))
+    at_last = tuple(Job(site, layer, last) for layer in layers for site in SITES)
+    heads = tuple(Job("head", layer, last, head) for layer in layers for head in range(shape.n_heads))
+    few = len(differing[kind]) < shape.n_pos // 2
+    group = tuple(differing[kind]) if few else tuple(range(shape.n_pos // 2 - 2, shape.n_pos // 2 + 2))
+    residual = tuple(job for job in at_last if job.site == "resid_post")
+
+    def neurons(layer: int) -> tuple[Job, ...]:
+        return tuple(Job("neuron", layer, last, neuron) for neuron in range(shape.d_mlp))
+
+    everywhere = [
+        Workload(
+            f"layers and modules, every token, {name} pairs",
+            tuple(replace(job, position=p) for p in range(positions[0], shape.n_pos) for job in at_last),
+            name,
+        )
+        for name, positions in differing.items()
     ]
+    return [
+        Workload("layers, last token", residual, kind),
+        Workload("attention and MLP outputs, last token", tuple(job for job in at_last if job not in residual), kind),
+        Workload("heads, last token", heads, kind),
+        *everywhere,
+        Workload("token groups, layers and modules", tuple(replace(job, position=group) for job in at_last), kind),
+        Workload("all neurons of the first layer", neurons(0), kind),
+        Workload("all neurons of a middle layer", neurons(shape.n_layers // 2), kind),
+        Workload("all neurons of the last layer", neurons(top), kind),
+        Workload("all neurons of the last layer, log-odds only", neurons(top), kind, log_prob=False),
+        Workload(f"whole answer of {STEPS} tokens, layers", residual, kind, answer=True),
+    ]
+
+
+def random_case(shape: Shape, folder: Path) -> Case:
+    """A random Llama, checked, on random tokens; `folder` is for its tokenizer, which some tools cannot do without."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder, shape.vocabulary))
+    subject = load.from_model(random_llama(shape), tokenizer, str(folder))
+    generator = torch.Generator().manual_seed(2)
+    answer = torch.randint(3, shape.vocabulary, (shape.n_pairs, STEPS), generator=generator)
+    return Case(subject, shape, {kind: prompts(shape, kind) for kind in ("random", "minimal")}, answer, (0, 1))
+
+
+def real_case(n_pairs: int = 16) -> Case:
+    """SmolLM2 on T2 pairs, the first of those with the commonest length and the commonest place of the first difference."""
+    subject, groups = load.load("smollm2"), defaultdict(list)
+    assert subject.tokenizer is not None
+    wanted = [pair for pair in pairs.load_set("english").pairs if pair.treatment == "T2"]
+    for made in tokens.tokenize(wanted, subject.tokenizer)[0]:
+        groups[len(made.control), int((made.control != made.treated).argmax())].append(made)
+    chosen = max(groups.values(), key=len)[:n_pairs]
+    control, treated = (
+        torch.stack([torch.tensor(getattr(one, side)) for one in chosen]) for side in ("control", "treated")
+    )
+    refusal = subject.tokenizer("I'm sorry, but I can't help with that.")["input_ids"][:STEPS]
+    rows = (subject.tokenizer("Sure")["input_ids"][0], refusal[0])
+    config = subject.model.config
+    shape = Shape(
+        subject.n_layers, subject.d_model, subject.d_mlp, subject.n_heads, config.num_key_value_heads, config.vocab_size,
+        *control.shape,
+    )  # fmt: skip
+    return Case(subject, shape, {"real": (control, treated)}, torch.tensor(refusal).expand(len(chosen), -1), rows)
 
 
 def asked(prog: str, description: str, arguments: Sequence[str] | None) -> tuple[Shape, str]:
@@ -117,14 +197,6 @@ def prompts(shape: Shape, kind: str) -> tuple[Int[Tensor, "pair pos"], Int[Tenso
         treated = control.clone()
         treated[:, shape.n_pos // 2] = middle
     return control, treated
-
-
-def outcome(logits: Float[Tensor, "... row"], log_prob: bool) -> Float[Tensor, "... number"]:
-    """The logit difference of the first two rows and, if wanted, the log-probability of the first."""
-    difference = logits[..., 0] - logits[..., 1]
-    if not log_prob:
-        return difference[..., None]
-    return torch.stack([difference, logits[..., 0] - logits.logsumexp(-1)], dim=-1)
 
 
 def tokenizer_folder(folder: Path, vocabulary: int) -> Path:
