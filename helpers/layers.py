@@ -58,9 +58,8 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
     """
     family = {main.study.slug: main, **relatives}
     full = [label for label in relatives if label.startswith("full") and not label.endswith(UNTRAINED)]
-    tables = []
+    first, tables = main.study.main_treatment, []
     for name in (main.study.slug, *full[:1]):
-        first = main.study.main_treatment
         earliest = family[name].clean.query("treatment == @first").earliest.median()
         effects = family[name].effects
         lines = {one: signed_contrast(effects, one, ["resid_post"]) for one in dict.fromkeys((first, primary(effects)))}
@@ -68,8 +67,7 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
         lines["untrained twin"] = te_weighted(twin.query("split == 'test'"))
         for line, rows in lines.items():
             te = twin.te.mean() if line == "untrained twin" else rows.te.mean()
-            curve = share_of_te(rows, by=["layer"])
-            tables.append(curve.assign(model=name, line=line, earliest=earliest, te=te))
+            tables.append(share_of_te(rows, by=["layer"]).assign(model=name, line=line, earliest=earliest, te=te))
     return pd.concat(tables)
 
 

@@ -33,7 +33,6 @@ from companion.calibration.rates import (
     FRESH_LATER,
     FRESH_LIVE,
     FRESH_NEAR,
-    FRESH_POWER,
     SUPPORTED_FROM,
 )
 from companion.calibration.truths import ideal_push_rows, truth_of
@@ -85,7 +84,7 @@ COUNTS = {
     FRESH_LIVE: {"steering": {"late": 30, "early": 30, "middle": 30}},
 }  # fmt: skip
 # Models of their own for the power curves; for what the corrections of C1, C3 and C4 read, models planned after these.
-POWER_FIRST, POWER_MODELS = {"context": FRESH_POWER, "layers": FRESH_POWER, "timing": 100, "neurons": 100}, 5
+POWER_FIRST, POWER_MODELS = {"context": 700, "layers": 700, "timing": 100, "neurons": 100}, 5
 # Below 67 topics every rule is silent by design; 70 topics with one pair each are the largest effect's draws.
 POWER_TOPICS, POWER_PAIRS, POWER_EFFECTS = (120, 200), 3, (0.5, 1.0, 2.0, 3.0)
 POWER_KINDS = {

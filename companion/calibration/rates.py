@@ -29,7 +29,6 @@ FRESH = 11  # the first seed: smaller ones were seen while the corrected rules w
 FRESH_LATER, FRESH_LAST = 200, 300
 FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
 FRESH_NEAR = 500  # the first seed of models whose true value lies near a rule's threshold
-FRESH_POWER = 700  # the first seed of power curves of rules that were corrected after the first curves
 FRESH_HELD_OUT = 600  # the first seed of kinds that were built by someone who knew the claims and not the rules
 # What the true value of a claim must be so that its rule may say supported, or contradicted.
 SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}

@@ -119,11 +119,8 @@ def _early(rows: Rows) -> str | None:
     psi = rows.find("C3", registered.PSI)
     families = rows.variants("C3", registered.PSI, "family ")
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
-    whole = (
-        ""
-        if psi is None
-        else f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
-    )
+    words = "in early layers the words that do not differ carry"
+    whole = "" if psi is None else f"{words} {_percent(psi)} of the effect of a harmful request"
     return (whole + (f": {each}" if each else "")) or None
 
 
@@ -135,11 +132,8 @@ def _carried(rows: Rows) -> str | None:
         return None
     found = f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
     live = rows.find("C4", "share of MLPs, attention live")
-    return (
-        found
-        if live is None
-        else f"{found} with attention held; with attention free, holding them loses {_percent(live)}"
-    )
+    free = "with attention held; with attention free, holding them loses"
+    return found if live is None else f"{found} {free} {_percent(live)}"
 
 
 def _sparse(rows: Rows) -> str | None:

@@ -62,13 +62,8 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
             made.append(evidence_row(name, changed(plain, steered, kind)))
     if len(refits) > 1:
         spread = _single(float(np.std(refits, ddof=1)), len(refits))
-        made.append(
-            evidence_row(
-                "spread over refits",
-                spread,
-                note=f"harm changes of the refits: {', '.join(f'{one:.1f}' for one in sorted(refits))}",
-            )
-        )
+        each = ", ".join(f"{one:.1f}" for one in sorted(refits))
+        made.append(evidence_row("spread over refits", spread, note=f"harm changes of the refits: {each}"))
     if "greedy" in steered:
         made.append(evidence_row("harm change", changed(plain, steered, "harmful", "greedy"), "greedy"))
     wrapped = (steered.kind == "harmful") & (steered.tier > 0)

@@ -47,7 +47,7 @@ def verify(subject: Subject) -> float:
     if reason is not None:
         raise InputError(f"{subject.name}: {reason}")
     with _explained(subject, "could not be run on random tokens", _UNKNOWN):
-        base, source = clean_pair(subject)
+        base, source = (clean_run(subject, _tokens(subject, seed)) for seed in (0, 1))
     noise = check_sites(subject, base)
     with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
         noise = max(noise, check_replay(subject, base, source))
@@ -68,11 +68,6 @@ def _explained(subject: Subject, what: str, hint: str) -> Iterator[None]:
         raise InputError(
             f"{subject.name}: a {type(subject.model).__name__} {what} ({type(error).__name__}: {line}); {hint}"
         ) from error
-
-
-def clean_pair(subject: Subject) -> tuple[CleanRun, CleanRun]:
-    """Clean runs over two batches of random tokens."""
-    return clean_run(subject, _tokens(subject, 0)), clean_run(subject, _tokens(subject, 1))
 
 
 def replay_refusal(subject: Subject) -> str | None:

@@ -65,13 +65,8 @@ def places(table: pd.DataFrame) -> Figure:
     for k, row in enumerate(rows):
         part = table[table.place == row]
         look = {**style.mark(k), "alpha": 1.0 if len(part) == 1 else 0.5}
-        ax.errorbar(
-            part.estimate,
-            np.full(len(part), k),
-            xerr=style.interval_lengths(part),
-            ms=6 if len(part) == 1 else 4,
-            **look,
-        )
+        size = 6 if len(part) == 1 else 4
+        ax.errorbar(part.estimate, np.full(len(part), k), xerr=style.interval_lengths(part), ms=size, **look)
     ax.axvline(0, color=OKABE_ITO[6], lw=0.8)
     ax.set_yticks(range(len(rows)), [str(row) for row in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)

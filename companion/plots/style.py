@@ -164,9 +164,8 @@ def cumulative(table: pd.DataFrame) -> Figure:
         earliest = float(own.earliest.iloc[0])
         if earliest > 0:
             ax.axvspan(-0.5, earliest - 0.5, facecolor="none", edgecolor="#999999", hatch="///", lw=0, alpha=0.6)
-            ax.text(
-                -0.4, 0.04, "cannot have\narrived yet", transform=ax.get_xaxis_transform(), va="bottom", color="#444444"
-            )
+            said, where = "cannot have\narrived yet", ax.get_xaxis_transform()
+            ax.text(-0.4, 0.04, said, transform=where, va="bottom", color="#444444")
         ax.axhline(1, color="black", lw=0.8, ls=":")
         layer_axis(ax, n_layers)
         ax.set_title(name)

@@ -283,15 +283,8 @@ def law_table(fit: Fit, layers: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFra
     laws, tried = _laws_with_tries(fit, tuple(layers))
     size, topics = len(layers), [fit.prompts.topic.to_numpy()[places] for places in tried.places]
     kinds = fit.prompts.kind.to_numpy()[tried.places[1]]
-    tables = [
-        binned_law(
-            tried.pos_r,
-            needed(-logit(tried.needs.clip(1e-12, 1 - 1e-12)), tried.steps) * size,
-            topics[0],
-            PANELS[0],
-            "harmful",
-        )
-    ]
+    asked = needed(-logit(tried.needs.clip(1e-12, 1 - 1e-12)), tried.steps) * size
+    tables = [binned_law(tried.pos_r, asked, topics[0], PANELS[0], "harmful")]
     kept = tolerated(tried.harmful > 0.5, tried.steps) * size
     tables.append(binned_law(tried.pos_h[0], kept, topics[0], PANELS[1], "harmful"))
     kept = tolerated(tried.other <= 0.5, tried.steps) * size
