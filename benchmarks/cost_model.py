@@ -20,7 +20,7 @@ from companion.base.thresholds import deepest_early_layer
 from companion.mediation.study import CONTROL_PAIRS, FEWEST, ROBUST, chosen_pairs
 from companion.model import memory
 from companion.model.architecture import find_parts
-from companion.prompts.pairs import load_set, subsample
+from companion.prompts.pairs import Pair, load_set, subsample
 
 TABLES = ROOT / "results" / "benchmarks"
 GPU_RATE = 10e12  # operations a second in float32 without TF32: an assumption, about half of an A100's data sheet
@@ -102,7 +102,7 @@ def pair_operations(sweep: str, kind: str, shape: Shape, is_costly: bool = True)
 
 @dataclass(frozen=True)
 class Design:
-    """Pairs by kind, those of the untrained twin, and T2 pairs with a twin."""
+    """Pairs by kind, and those on which the untrained twin is measured; half of T2 are twins of the other half."""
 
     pairs: Mapping[str, int]
     twin: Mapping[str, int]
@@ -113,15 +113,12 @@ def design(is_costly: bool) -> Design:
     """The shipped English set as a run chooses from it: what a costly model takes unasked, or all there is."""
     chosen = chosen_pairs(load_set("english"), 0, FEWEST if is_costly else 0)
     few = subsample(chosen, ROBUST if is_costly else CONTROL_PAIRS)
-    counts = [
-        Counter(
-            p.treatment[:2] if p.treatment[0] == "T" else "B" for p in some if not is_costly or p.split != "validate"
-        )
-        for some in (chosen, few)
-    ]
-    if is_costly:
-        del counts[1]["B"]
-    return Design(*counts, is_costly)
+    used, twin = (Counter(_kind(p) for p in some if not is_costly or p.split != "validate") for some in (chosen, few))
+    return Design(used, {kind: n for kind, n in twin.items() if kind != "B" or not is_costly}, is_costly)
+
+
+def _kind(pair: Pair) -> str:
+    return "B" if pair.treatment[0] == "B" else pair.treatment[:2]
 
 
 def sweeps(shape: Shape, asked: Design) -> dict[str, float]:

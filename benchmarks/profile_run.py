@@ -1,7 +1,7 @@
 """Where the minutes of a whole run go, by notebook and by kind of work.
 
-    python -m benchmarks.profile_run                                      # the default run: about an hour on one core
-    python -m benchmarks.profile_run --model embedded --profile smoke     # any flags of ./run_all.sh that say what is run
+    python -m benchmarks.profile_run                                    # the default run: about an hour on one core
+    python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --pairs
 
 Each notebook's cells run in a process of their own, one notebook at a time, while a thread looks at the main thread's stack
 every 10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -38,7 +38,8 @@ KINDS = {
     "cells by hand": (),
     "other": (),
 }
-OF = {f"companion.{name}": kind for kind, names in KINDS.items() for name in names} | {"cell": "cells by hand"}
+OF = {f"companion.{name}": kind for kind, names in KINDS.items() for name in names}
+OF |= {"importlib": "loading", "__main__": "cells by hand"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds = _profiled(paths[number], found, Path(scratch))
             rows += [{"notebook": number, "kind": kind, "seconds": seconds.get(kind, 0.0)} for kind in KINDS]
     table = pd.DataFrame(rows)
-    is_default = found == runner.DEFAULTS and flags.only is None
-    name = "profile" if is_default else f"profile_{found['SLUG']}"
+    name = "profile" if found == runner.DEFAULTS and flags.only is None else f"profile_{found['SLUG']}"
     print(draw.save_profile(table.assign(share=table.seconds / table.seconds.sum()), name).round(1).to_string())
 
 
@@ -69,47 +69,38 @@ def _profiled(path: Path, found: Mapping[str, Any], scratch: Path) -> dict[str, 
     words = [str(path), json.dumps(dict(found)), str(scratch / "seconds.json")]
     code = "import sys; from benchmarks import profile_run; profile_run.sample(*sys.argv[1:])"
     subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, check=True)
-    seconds: dict[str, float] = json.loads((scratch / "seconds.json").read_text())
-    return seconds
+    return dict(json.loads((scratch / "seconds.json").read_text()))
 
 
 def sample(path: str, parameters: str, target: str) -> None:
     """Run a notebook's code cells in this process and write the seconds of each kind of work."""
-    seconds, over, main_thread = Counter[str](), threading.Event(), threading.main_thread().ident
-    assert main_thread is not None
+    seconds, over, own = defaultdict[str, float](float), threading.Event(), threading.get_ident()
 
     def look() -> None:
         before = time.perf_counter()
         while not over.wait(EVERY):
-            kind, now = kind_of(sys._current_frames()[main_thread]), time.perf_counter()
+            kind, now = kind_of(sys._current_frames()[own]), time.perf_counter()
             seconds[kind] += now - before
             before = now
 
-    looking = threading.Thread(target=look, daemon=True)
-    looking.start()
+    threading.Thread(target=look, daemon=True).start()
     os.chdir(NOTEBOOKS)
     names: dict[str, Any] = {"__name__": "__main__", "display": lambda *shown: None}
     for cell in notebooks.code_cells(notebooks.read_notebook(Path(path))):
-        exec(compile(notebooks.source(cell), "cell", "exec"), names)
+        exec(notebooks.source(cell), names)
         names |= json.loads(parameters) if "parameters" in notebooks.tags(cell) else {}
     over.set()
-    looking.join()
-    Path(target).write_text(json.dumps(seconds))
+    Path(target).write_text(json.dumps(dict(seconds)))
 
 
 def kind_of(frame: FrameType | None) -> str:
     """The kind of the innermost frame that has one; what is imported counts as loading."""
     while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith("<frozen importlib"):
-            return "loading"
-        parts = [
-            *("cell" if code.co_filename == "cell" else frame.f_globals.get("__name__", "")).split("."),
-            code.co_name,
-        ]
-        for n in range(len(parts), 0, -1):
-            if kind := OF.get(".".join(parts[:n])):
+        name = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
+        while name:
+            if kind := OF.get(name):
                 return kind
+            name = name.rpartition(".")[0]
         frame = frame.f_back
     return "other"
 

@@ -91,8 +91,8 @@ def study(subject: Subject, shape: Shape, kind: str, *, with_twins: bool = False
         for side in sides:
             side[:, shape.n_shared + 1] = 1 if name == "T2b" else 2
         made += [
-            TokenPair(Pair(f"{name}{i}", name, f"t{i}", "a", "b", "test"), *rows, nowhere, nowhere, 0, 0)
-            for i, rows in enumerate(zip(*(side.numpy() for side in sides), strict=True))
+            TokenPair(Pair(f"{name}{i}", name, f"t{i}", "a", "b", "test"), one, other, nowhere, nowhere, 0, 0)
+            for i, (one, other) in enumerate(zip(*(side.numpy() for side in sides), strict=True))
         ]
     twins = {f"T2{i}": f"T2b{i}" for i in range(shape.n_pairs)} if with_twins else {}
     return Study("sweeps", subject, tuple(made), {"T2": rest, "T2b": rest, treatment: rest}, twins, {}, is_costly=True)
