@@ -88,9 +88,10 @@ def _scaling(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def save_profile(table: pd.DataFrame, name: str) -> pd.DataFrame:
+def save_profile(rows: list[dict[str, object]], name: str) -> pd.DataFrame:
     """Seconds by notebook and kind of work as CSV and as stacked bars; returns minutes, with sums and shares in percent."""
-    files.write_table(table, results_dir(SLUG) / f"{name}.csv")
+    table = pd.DataFrame(rows)
+    files.write_table(table.assign(share=table.seconds / table.seconds.sum()), results_dir(SLUG) / f"{name}.csv")
     minutes = table.pivot_table(index="notebook", columns="kind", values="seconds", sort=False) / 60
     total = minutes.sum().sum()
     share = 100 * minutes.sum() / total

@@ -3,8 +3,8 @@
     python -m benchmarks.profile_run                                    # the default run: about an hour on one core
     python -m benchmarks.profile_run --model embedded --profile smoke   # flags as those of ./run_all.sh: --only, --pairs
 
-Each notebook's cells run in a process of their own, one notebook at a time, while a thread looks at the main thread's stack
-every 10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
+Each notebook's cells run in a process of their own, one at a time, while a thread looks at the main thread's stack every
+10 ms. Results: results/benchmarks/profile.csv and a figure; of any other run under its own name.
 """
 
 import json
@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from companion.base.paths import NOTEBOOKS, ROOT
@@ -39,14 +38,12 @@ KINDS = {
     "other": (),
 }
 OF = {f"companion.{name}": kind for kind, names in KINDS.items() for name in names}
-OF |= {"importlib": "loading", "__main__": "cells by hand"}
+OF["importlib"] = "loading"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profiles the notebooks that the flags ask for, with those that they need, and writes the table."""
-    import pandas as pd  # here: a notebook's process must find nothing imported
-
-    from benchmarks import draw
+    from benchmarks import draw  # here: a notebook's process must find nothing imported
     from companion.run import cli, settings
 
     flags = cli.parse(list(sys.argv[1:] if arguments is None else arguments))
@@ -57,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in runner.with_needs(cli.chosen_notebooks(flags.only), paths):
             seconds = _profiled(paths[number], found, Path(scratch))
             rows += [{"notebook": number, "kind": kind, "seconds": seconds.get(kind, 0.0)} for kind in KINDS]
-    table = pd.DataFrame(rows)
     name = "profile" if found == runner.DEFAULTS and flags.only is None else f"profile_{found['SLUG']}"
-    print(draw.save_profile(table.assign(share=table.seconds / table.seconds.sum()), name).round(1).to_string())
+    print(draw.save_profile(rows, name).round(1).to_string())
 
 
 def _profiled(path: Path, found: Mapping[str, Any], scratch: Path) -> dict[str, float]:
@@ -93,14 +89,19 @@ def sample(path: str, parameters: str, target: str) -> None:
     Path(target).write_text(json.dumps(dict(seconds)))
 
 
-def kind_of(frame: FrameType | None) -> str:
+def kind_of(frame: Any) -> str:
     """The kind of the innermost frame that has one; what is imported counts as loading."""
+    is_ours = False
     while frame is not None:
         name = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
-        while name:
-            if kind := OF.get(name):
-                return kind
+        package = name.partition(".")[0]
+        if package == "__main__":
+            return "other" if is_ours else "cells by hand"
+        is_ours |= package in ("companion", "helpers")
+        while name and name not in OF:
             name = name.rpartition(".")[0]
+        if name:
+            return OF[name]
         frame = frame.f_back
     return "other"
 

@@ -21,7 +21,8 @@ from companion.mediation.study import Study
 from companion.model import replay
 from companion.model.interventions import Patch, position_mask
 
-Point = tuple[str, int, Shape, Callable[[Study], object], float]  # what is timed, and the operations that are counted
+# What varies and its size; what is timed, made ready from a batch; and the operations that are counted.
+Point = tuple[str, int, Shape, Callable[[Study], Callable[[], object]], float]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,40 +49,39 @@ def _points(shape: Shape) -> Iterator[Point]:
         yield _neurons(n_neurons, shape)
     for behind in (shape.n_pos // 4, shape.n_pos // 2, shape.n_pos):
         one = replace(shape, n_shared=shape.n_pos - behind)
-        yield (
-            "tokens behind the shared prefix",
-            behind,
-            one,
-            sweeps.MEASURED["layers"],
-            sweeps.counted("layers", "T1", one),
-        )
+        yield "tokens behind the prefix", behind, one, _whole_sweep, sweeps.counted("layers", "T1", one)
+
+
+def _whole_sweep(made: Study) -> Callable[[], object]:
+    """The sweep of layers on recognition pairs, with both clean runs and with patches at all tokens that two prompts share."""
+    return lambda: sweeps.MEASURED["layers"](made)
 
 
 def _at(factor: str, size: int, shape: Shape, n_positions: int = 1) -> Point:
-    """Every layer's block, attention and MLP at evenly spread positions, the last among them; one direction."""
+    """Every layer's block, attention and MLP at evenly spread positions, the last among them; clean runs are given."""
     positions = [shape.n_pos - 1 - i * shape.n_pos // n_positions for i in range(n_positions)]
     costs = [cost_model.at_each_layer(shape, len(SITES), 1, shape.n_pos - position) for position in positions]
 
-    def patched(made: Study) -> object:
+    def patched(made: Study) -> Callable[[], object]:
         batch = estimands.run_clean(made.subject, made.pairs)
         masks = [position_mask(batch.control.tokens, position) for position in positions]
         patches = [Patch(site, layer, one) for one in masks for site in SITES for layer in range(shape.n_layers)]
-        return replay.interchange(made.subject, batch.control, batch.treated, patches, readout=_log_odds(made))
+        return lambda: replay.interchange(made.subject, batch.control, batch.treated, patches, readout=_log_odds(made))
 
-    return factor, size, shape, patched, shape.n_pairs * (sum(costs) + cost_model.clean(shape))
+    return factor, size, shape, patched, shape.n_pairs * sum(costs)
 
 
 def _neurons(n_neurons: int, shape: Shape) -> Point:
-    """Single neurons of a middle layer at the last token; one direction."""
+    """Single neurons of a middle layer at the last token; clean runs are given."""
     layer = shape.n_layers // 2
     cost = n_neurons * (cost_model.climb(shape, [layer]) + cost_model.read_out(shape))
 
-    def patched(made: Study) -> object:
+    def patched(made: Study) -> Callable[[], object]:
         batch = estimands.run_clean(made.subject, made.pairs)
         chosen = torch.arange(n_neurons)
-        return replay.each_neuron(made.subject, batch.control, batch.treated, layer, chosen, _log_odds(made))
+        return lambda: replay.each_neuron(made.subject, batch.control, batch.treated, layer, chosen, _log_odds(made))
 
-    return "neurons of a middle layer", n_neurons, shape, patched, shape.n_pairs * (cost + cost_model.clean(shape))
+    return "neurons of a middle layer", n_neurons, shape, patched, shape.n_pairs * cost
 
 
 def _log_odds(made: Study) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -89,10 +89,10 @@ def _log_odds(made: Study) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _measured(
-    factor: str, size: int, shape: Shape, work: Callable[[Study], object], operations: float
+    factor: str, size: int, shape: Shape, ready: Callable[[Study], Callable[[], object]], operations: float
 ) -> dict[str, object]:
     made = sweeps.study(sweeps.checked_llama(shape), shape, "T1")
-    return {"factor": factor, "size": size, "seconds": sweeps.timed(lambda: work(made)), "operations": operations}
+    return {"factor": factor, "size": size, "seconds": sweeps.timed(ready(made)), "operations": operations}
 
 
 if __name__ == "__main__":
