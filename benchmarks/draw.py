@@ -28,13 +28,16 @@ def save_peers(table: pd.DataFrame, name: str) -> None:
         save_figure(_peers(table, title), name, SLUG, alt=alt)
 
 
-def save_scaling(table: pd.DataFrame, name: str) -> None:
-    """Cost against size as CSV and as a figure."""
+def save_scaling(table: pd.DataFrame, name: str, overhead: float) -> None:
+    """Cost against size as CSV and as a figure, with the cost model's line."""
     files.write_table(table, results_dir(SLUG) / f"{name}.csv")
-    worst = (table.seconds / table.bound).max()
-    alt = f"Seconds against pairs, layers, positions, neurons and tokens, with the arithmetic bound; at most {worst:.1f} times it"
+    off = (table.times_formula / overhead).agg(["min", "max"])
+    alt = (
+        f"Seconds against {', '.join(dict.fromkeys(table.factor))}; measured points are {off['min']:.1f} to {off['max']:.1f} "
+        "times what the cost model gives"
+    )
     with rc_context(style.STYLE):
-        save_figure(_scaling(table), name, SLUG, alt=alt)
+        save_figure(_scaling(table.assign(line=overhead * table.operations / table.rate)), name, SLUG, alt=alt)
 
 
 def _peers(table: pd.DataFrame, title: str) -> Figure:
@@ -63,16 +66,38 @@ def _peers(table: pd.DataFrame, title: str) -> Figure:
 
 def _scaling(table: pd.DataFrame) -> Figure:
     factors = list(dict.fromkeys(table.factor))
-    figure = Figure(figsize=(2.3 * len(factors), 3.0), layout="constrained")
-    for axes, factor in zip(figure.subplots(1, len(factors), sharey=True), factors, strict=True):
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    for axes, factor in zip(figure.subplots(2, 3, sharey=True).flat, factors, strict=True):
         part = table[table.factor == factor]
-        axes.plot(part["size"], part.seconds, "o-", color=style.OKABE_ITO[0], ms=4, label="measured")
-        axes.plot(part["size"], part.bound, "s--", color=style.OKABE_ITO[1], ms=4, label="arithmetic bound")
+        axes.plot(part["size"], part.line, "--", color=style.OKABE_ITO[1], label="cost model")
+        axes.plot(part["size"], part.seconds, "o", color=style.OKABE_ITO[0], ms=5, label="measured")
+        axes.plot(part["size"], part.operations / part.rate, ":", color="black", label="arithmetic alone")
         axes.set(xscale="log", yscale="log", xlabel=factor, xticks=part["size"], xticklabels=part["size"])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.axes[0].set_ylabel("seconds")
+    for row in (0, 3):
+        figure.axes[row].set_ylabel("seconds")
     figure.axes[0].legend(fontsize=7)
     facts = table.iloc[0]
-    figure.suptitle("Cost of exact interventions against size", fontsize=10, fontweight="bold")
+    title = "Cost follows the operations that are counted, whichever size grows"
+    figure.suptitle(title, fontsize=10, fontweight="bold")
     figure.supxlabel(f"{facts.processor}, {facts.threads} thread(s), torch {facts.torch}", fontsize=7)
     return figure
+
+
+def save_profile(rows: list[dict[str, object]], name: str) -> pd.DataFrame:
+    """Seconds by notebook and kind of work as CSV and as stacked bars; returns minutes, with sums and shares in percent."""
+    table = pd.DataFrame(rows)
+    files.write_table(table.assign(share=table.seconds / table.seconds.sum()), results_dir(SLUG) / f"{name}.csv")
+    minutes = table.pivot_table(index="notebook", columns="kind", values="seconds", sort=False) / 60
+    total = minutes.sum().sum()
+    share = 100 * minutes.sum() / total
+    title = f"Most of the time of a run: {share.idxmax()}, {share.max():.0f} %"
+    with rc_context(style.STYLE):
+        figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+        colours = [*style.OKABE_ITO, "#999999", "#44AA99", "#DDDDDD"]
+        axes = figure.subplots()
+        minutes.plot.bar(stacked=True, ax=axes, color=colours, rot=0, xlabel="notebook", ylabel="minutes", title=title)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        save_figure(figure, name, SLUG, alt=f"Minutes of each notebook by kind of work, {total:.0f} in all. {title}")
+    shown = pd.concat([minutes, minutes.sum().to_frame("all").T]).T
+    return pd.concat([shown, shown.sum().to_frame("all").T]).assign(percent=[*share, 100.0])

@@ -34,6 +34,7 @@ class Shape:
     vocabulary: int = 32_000
     n_pairs: int = 16
     n_pos: int = 48
+    n_shared: int = 0  # first tokens that all prompts have in common
 
 
 QUOTED = Shape()
@@ -231,3 +232,15 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+REAL = Shape(30, 576, 1536, 9, 3, 49_152, 4, 37, 25)  # of SmolLM2-135M, with a batch of the shipped pairs of T1
+
+
+def sharing(shape: Shape) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
+    """Control and treated tokens: all rows share the first `n_shared`, and a pair differs in the token behind them only."""
+    control, other = prompts(shape, "random")
+    control[:, : shape.n_shared] = control[0, : shape.n_shared].clone()
+    treated, at = control.clone(), shape.n_shared
+    treated[:, at] = torch.where(other[:, at] == control[:, at], 1, other[:, at])
+    return control, treated

@@ -1,90 +1,126 @@
 """The sweeps of notebooks 02 and 03, as a run makes them, against the operations that the cost model counts for them.
 
-    python -m benchmarks.sweeps                  # around the quoted shape; some minutes on one core
+    python -m benchmarks.sweeps                  # at two shapes, that of the default run and the quoted one; minutes
     python -m benchmarks.sweeps --shape smoke    # seconds
 
 Results: results/benchmarks/sweeps.csv. `operations / rate` is the time that the formula gives before its factor.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
 from benchmarks import bound, cost_model, draw
-from benchmarks.cost_model import Design
-from benchmarks.shapes import Shape, asked, machine, prompts, random_llama
+from benchmarks.shapes import QUOTED, REAL, Shape, asked, machine, random_llama, sharing
 from companion.base.display import progress
 from companion.base.files import write_table
 from companion.base.paths import results_dir
+from companion.mediation.mechanisms import interaction_effects
 from companion.mediation.study import Study
 from companion.mediation.sweeps import SWEEPS
-from companion.model.architecture import find_parts
+from companion.model.architecture import Subject, find_parts
+from companion.model.verify import read_facts, verify
 from companion.prompts.pairs import Pair
 from companion.prompts.tokens import Openers, TokenPair
 
-ANSWER = 24  # tokens that a random model's answers have: it does not end them
-OPENERS = Openers((3, 4), (5, 6))
+SHAPES = {"real": REAL, "quoted": QUOTED}
+MEASURED = {
+    "layers": lambda made: SWEEPS["layers"].measure(made, made.pairs),
+    "untrained twin": lambda made: SWEEPS["layers with direct effects"].measure(made, made.pairs),
+    "what is computed": interaction_effects,
+    "modules and heads": lambda made: SWEEPS["modules"].measure(made, made.pairs),
+    "whole answers": lambda made: SWEEPS["whole answers"].measure(made, made.pairs),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every sweep and writes the table."""
     shape, ending = asked("benchmarks.sweeps", "Time of whole sweeps against the formula.", arguments)
-    rate = bound.product_rate(shape)
-    rows = [_measure(*point) for point in progress(list(_points(shape)), "sweeps")]
-    table = pd.DataFrame(rows).assign(rate=rate, **machine(), shape=ending.strip("_") or "quoted")
-    table["times_formula"] = table.seconds * rate / table.operations
-    print(table[["sweep", "treatment", "layers", "pairs", "seconds", "times_formula"]].to_string(index=False))
+    shapes = {"smoke": replace(shape, n_shared=2)} if ending else SHAPES
+    points = [(name, one, *point) for name, one in shapes.items() for point in _points(one)]
+    rates = {name: bound.product_rate(one) for name, one in shapes.items()}
+    rows = [_measured(*point) for point in progress(points, "sweeps")]
+    table = pd.DataFrame(rows).assign(**machine())
+    table.insert(7, "rate", table["shape"].map(rates))
+    table["times_formula"] = table.seconds * table.rate / table.operations
+    print(table[["shape", "sweep", "kind", "pairs", "seconds", "times_formula"]].to_string(index=False))
     write_table(table, results_dir(draw.SLUG) / f"sweeps{ending}.csv")
 
 
-def _points(shape: Shape) -> Iterator[tuple[str, str, Shape]]:
-    """Sweep, treatment and shape; answers are scored token by token over the whole vocabulary, so on fewer pairs."""
-    for n_layers in (shape.n_layers // 2 or 1, shape.n_layers):
-        other = replace(shape, n_layers=n_layers)
-        yield "layers", "T1", other
-        yield "layers", "B1", other
-        yield "modules and heads", "B1", other
-        yield "whole answers", "T2", replace(other, n_pairs=shape.n_pairs // 4 or 1)
+def _points(shape: Shape) -> Iterator[tuple[str, str, int]]:
+    """Sweep, kind and number of pairs; fewer where many tokens are replayed."""
+    for kind in ("T1", "T2", "B"):
+        yield "layers", kind, shape.n_pairs
+    yield "untrained twin", "T2", shape.n_pairs
+    yield "what is computed", "T2", min(4, shape.n_pairs)
+    yield "modules and heads", "T2", shape.n_pairs
+    yield "whole answers", "T2", max(1, shape.n_pairs // 4)
 
 
-def counted(sweep: str, treatment: str, shape: Shape) -> float:
-    """Operations that the formula gives for one sweep on pairs of one treatment."""
-    kind = {"T1": "recognition", "T2": "generation", "B1": "benign"}[treatment]
-    none = {"recognition": 0, "generation": 0, "benign": 0}
-    design = Design(**{**none, kind: shape.n_pairs}, twin_share=0.0, answer_tokens=ANSWER)
-    return cost_model.sweeps(shape, design)[sweep]
+def counted(sweep: str, kind: str, shape: Shape) -> float:
+    """Operations that the formula gives for one sweep on a batch of one kind."""
+    return shape.n_pairs * cost_model.pair_operations(sweep, kind, shape)
 
 
-def study(shape: Shape, treatment: str) -> Study:
-    """Random pairs that differ in their first token only, so that all others may change, on a random model."""
-    control, _ = prompts(shape, "random")
-    treated = control.clone()
-    treated[:, 0] = (control[:, 0] + 1).clamp(max=shape.vocabulary - 1)
-    treated[:, 0] -= (treated[:, 0] == control[:, 0]).long()
-    nowhere = np.zeros((shape.n_pos, 2), dtype=int)
-    pairs = [
-        TokenPair(
-            Pair(f"p{i}", treatment, f"t{i}", "a", "b", "test"), one.numpy(), other.numpy(), nowhere, nowhere, 0, 0
-        )
-        for i, (one, other) in enumerate(zip(control, treated, strict=True))
-    ]
+def checked_llama(shape: Shape) -> Subject:
+    """A random model that passed the load check, without which no tokens are shared."""
+    return _checked_llama(replace(shape, n_pairs=1, n_pos=1, n_shared=0))
+
+
+@lru_cache(maxsize=1)
+def _checked_llama(shape: Shape) -> Subject:
     subject = find_parts(random_llama(shape), None, "sweeps", sha256="not hashed")
-    return Study("sweeps", subject, tuple(pairs), {treatment: OPENERS}, {}, {})
+    return replace(subject, facts=read_facts(subject, verify(subject)))
 
 
-def _measure(sweep: str, treatment: str, shape: Shape) -> dict[str, object]:
-    """The better of two runs of one batch."""
-    made = study(shape, treatment)
-    measure, seconds = SWEEPS["modules" if sweep == "modules and heads" else sweep].measure, []
+def study(subject: Subject, shape: Shape, kind: str, *, with_twins: bool = False) -> Study:
+    """A batch of one kind for a costly model; all tokens but one count as complying, as in the shipped set.
+
+    `with_twins` adds T2b pairs that differ from those of T2 in their second token behind the shared ones.
+    """
+    control, treated = sharing(shape)
+    nowhere, treatment = np.zeros((shape.n_pos, 2), dtype=int), kind.replace("B", "B1")
+    rest = Openers(tuple(range(1, shape.vocabulary)), (0,), rest=True)
+    made = []
+    for name in (treatment, "T2b")[: 1 + with_twins]:
+        sides = control.clone(), treated.clone()
+        for side in sides:
+            side[:, shape.n_shared + 1] = 1 if name == "T2b" else 2
+        made += [
+            TokenPair(Pair(f"{name}{i}", name, f"t{i}", "a", "b", "test"), one, other, nowhere, nowhere, 0, 0)
+            for i, (one, other) in enumerate(zip(*(side.numpy() for side in sides), strict=True))
+        ]
+    twins = {f"T2{i}": f"T2b{i}" for i in range(shape.n_pairs)} if with_twins else {}
+    return Study("sweeps", subject, tuple(made), {"T2": rest, "T2b": rest, treatment: rest}, twins, {}, is_costly=True)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of the better of two runs."""
+    seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        measure(made, made.pairs)
+        work()
         seconds.append(time.perf_counter() - start)
-    sizes = {"sweep": sweep, "treatment": treatment, "layers": shape.n_layers, "pairs": shape.n_pairs}
-    return {**sizes, "seconds": min(seconds), "operations": counted(sweep, treatment, shape)}
+    return min(seconds)
+
+
+def _measured(name: str, shape: Shape, sweep: str, kind: str, n_pairs: int) -> dict[str, object]:
+    one = replace(shape, n_pairs=n_pairs)
+    made = study(checked_llama(one), one, kind, with_twins=sweep == "what is computed")
+    seconds = timed(lambda: MEASURED[sweep](made))
+    sizes = {"layers": one.n_layers, "pairs": n_pairs}
+    return {
+        "shape": name,
+        "sweep": sweep,
+        "kind": kind,
+        **sizes,
+        "seconds": seconds,
+        "operations": counted(sweep, kind, one),
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks at a tiny shape, and the cost model against what was measured."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import standin
 import torch
 
-from benchmarks import bound, cost_model, faults, gpu, gpu_parts, peers, scaling, sweeps
-from benchmarks.shapes import LLAMA_8B, QUOTED, SITES, SMOKE, Job, Workload, machine, workloads
+from benchmarks import bound, cost_model, faults, gpu, gpu_parts, peers, profile_run, scaling, sweeps
+from benchmarks.shapes import QUOTED, REAL, SITES, SMOKE, Job, Workload, machine, workloads
 from companion.base import paths
 from companion.base.errors import InputError
 from companion.base.paths import ROOT
+from companion.mediation import estimands
+from companion.model.activations import shared_prefix
 
 # ---- benchmarks ----
 
@@ -51,17 +54,29 @@ def test_what_was_timed_is_what_was_checked(results: Path, monkeypatch: pytest.M
 def test_scaling(results: Path) -> None:
     scaling.main(["--shape", "smoke"])
     table = pd.read_csv(results / "scaling_smoke.csv")
-    assert table.factor.nunique() == 5 and (table.bound > 0).all()
-    assert (table.groupby("factor").bound.apply(list).apply(lambda b: b == sorted(b))).all()
+    assert table.factor.nunique() == 6 and (table.operations > 0).all()
+    assert (table.groupby("factor").operations.apply(list).apply(lambda n: n == sorted(n))).all()
 
 
-def test_whole_sweeps_are_timed_where_every_token_may_change(results: Path) -> None:
+def test_whole_sweeps_are_timed_where_every_token_behind_the_prefix_may_change(results: Path) -> None:
     sweeps.main(["--shape", "smoke"])
     table = pd.read_csv(results / "sweeps_smoke.csv")
-    assert len(table) == 8 and (table.seconds > 0).all() and (table.operations > 0).all()
-    assert (table.groupby(["sweep", "treatment"]).operations.apply(list).apply(lambda n: n == sorted(n))).all()
-    for pair in sweeps.study(SMOKE, "T1").pairs:  # else fewer cells would be computed than the formula counts
-        assert (pair.control != pair.treated).tolist() == [True] + [False] * (SMOKE.n_pos - 1)
+    assert len(table) == 7 and (table.seconds > 0).all() and (table.operations > 0).all()
+    shape = replace(REAL, n_layers=2)
+    made = sweeps.study(sweeps.checked_llama(shape), shape, "T1")  # else other cells were computed than are counted
+    assert shared_prefix(made.subject, *estimands.prompt_tokens(made.subject, made.pairs)) == 25
+    assert all((one.control != one.treated).nonzero()[0].tolist() == [25] for one in made.pairs)
+
+
+def test_a_profile_gives_each_look_to_a_kind_of_work(results: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    cells = {"MODEL = ''": ["parameters"], "import time\nimport torch\ntime.sleep(0.5)\nassert MODEL == 'embedded'": []}
+    rows = [{"cell_type": "code", "source": one, "metadata": {"tags": tags}} for one, tags in cells.items()]
+    (tmp_path / "01_toy.ipynb").write_text(json.dumps({"cells": rows, "metadata": {}}))
+    monkeypatch.setattr(profile_run.runner, "find_notebooks", lambda *asked: {"01": tmp_path / "01_toy.ipynb"})
+    profile_run.main(["--model", "embedded", "--profile", "smoke"])
+    table = pd.read_csv(results / "profile_embedded-smoke.csv").set_index("kind")
+    assert table.seconds["cells by hand"] > 0.4 < table.seconds["loading"] and table.share.sum() == pytest.approx(1)
+    assert "decoding answers" in capsys.readouterr().out
 
 
 def test_the_gpu_study_resumes(results, monkeypatch, capsys):
@@ -149,51 +164,36 @@ def test_a_kill_that_disturbs_nothing_is_counted_as_such(tmp_path: Path, monkeyp
 
 # ---- cost model ----
 
-FACTOR = 1.6  # how far a measured point may lie from the formula
-JOBS = tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES)
-LAST_TOKEN = Workload("x", JOBS)
+LAST = Workload("x", tuple(Job(site, layer, QUOTED.n_pos - 1) for layer in range(QUOTED.n_layers) for site in SITES))
 
 
-def predicted(row: pd.Series, rate: float) -> float:
-    """Seconds by the formula; the benchmark scores two numbers a pair, one of them over the whole vocabulary."""
-    sizes = {"pairs": "n_pairs", "layers": "n_layers", "tokens in the prompt": "n_pos"}
-    shape = replace(QUOTED, **{sizes[row.factor]: int(row["size"])})
-    operations = shape.n_pairs * cost_model.last_token(shape, read_rows=shape.vocabulary)
-    return cost_model.OVERHEAD * operations / rate
-
-
-@pytest.mark.parametrize("factor", ["pairs", "layers", "tokens in the prompt"])
-def test_the_formula_holds_at_the_measured_points(factor: str) -> None:
-    table = pd.read_csv(ROOT / "results" / "benchmarks" / "scaling.csv")
-    assert table.times_bound.min() < cost_model.OVERHEAD < table.times_bound.max()
-    at_quoted = table[(table.factor == "pairs") & (table["size"] == QUOTED.n_pairs)].iloc[0]
-    rate = bound.minimal_operations(QUOTED, LAST_TOKEN) / at_quoted.bound  # of that machine's products
-    for _, row in table[table.factor == factor].iterrows():
-        assert 1 / FACTOR < row.seconds / predicted(row, rate) < FACTOR, row
-
-
-def test_the_formula_holds_for_whole_sweeps_as_a_run_makes_them() -> None:
-    table = pd.read_csv(ROOT / "results" / "benchmarks" / "sweeps.csv")
-    design = cost_model.sweeps(QUOTED, cost_model.Design())
-    assert set(table.sweep) == set(design) - {"untrained twin"}  # which is the first of them once more
-    for row in table.itertuples():
-        shape = replace(QUOTED, n_layers=row.layers, n_pairs=row.pairs)
-        assert row.operations == pytest.approx(sweeps.counted(row.sweep, row.treatment, shape), rel=1e-4)
-        assert 1 / FACTOR < row.seconds * row.rate / (cost_model.OVERHEAD * row.operations) < FACTOR, row
+def test_the_formula_holds_for_every_measured_row() -> None:
+    whole, parts = (pd.read_csv(cost_model.TABLES / f"{name}.csv") for name in ("sweeps", "scaling"))
+    mean, factor = cost_model.overhead()
+    for row in whole.itertuples():
+        shape = replace(sweeps.SHAPES[row.shape], n_pairs=row.pairs)
+        assert row.operations == pytest.approx(sweeps.counted(row.sweep, row.kind, shape), rel=1e-4)
+    for row, (*point, _, _, operations) in zip(parts.itertuples(), scaling._points(QUOTED), strict=True):
+        assert [row.factor, row.size] == point and row.operations == pytest.approx(operations, rel=1e-4)
+    for row in [*whole.itertuples(), *parts.itertuples()]:
+        assert 0.99 / factor < row.seconds * row.rate / row.operations / mean < 1.01 * factor, row
+    assert set(whole.sweep) == set(cost_model.sweeps(QUOTED, cost_model.design(False))) and factor < 3
 
 
 def test_the_page_has_the_table_of_the_code() -> None:
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert not [line for line in cost_model.table() if line not in page]
+    assert "\n".join(cost_model.table()) in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_the_count_is_that_of_the_bound_up_to_the_top_layer() -> None:
-    exact = bound.minimal_operations(QUOTED, LAST_TOKEN) / QUOTED.n_pairs
-    assert cost_model.last_token(QUOTED, read_rows=QUOTED.vocabulary) == pytest.approx(exact, rel=0.02)
+    exact = bound.minimal_operations(QUOTED, LAST) / QUOTED.n_pairs
+    assert cost_model.at_each_layer(QUOTED, len(SITES), 1) == pytest.approx(exact, rel=0.02)
 
 
-def test_sizes_are_the_known_ones_and_twice_the_processors_take_half_the_time() -> None:
-    assert cost_model.parameters(LLAMA_8B) == pytest.approx(8.03e9, rel=0.01)
-    assert cost_model.parameters(cost_model.LLAMA_70B) == pytest.approx(70.6e9, rel=0.01)
-    one, two = (cost_model.hours(LLAMA_8B, cost_model.Design(), cost_model.Machine("", n, 1e13)) for n in (1, 2))
-    assert one == pytest.approx(2 * two)
+def test_sizes_are_the_known_ones_and_jobs_share_all_but_what_is_computed() -> None:
+    for model, known in zip(cost_model.MODELS.values(), (134.5e6, 1.236e9, 8.030e9, 70.55e9), strict=True):
+        assert cost_model.sizes(*model)[0] == pytest.approx(known, rel=1e-3)
+    design, shape = cost_model.design(True), cost_model.MODELS["Llama-3.1-8B"][0]
+    costs = cost_model.sweeps(shape, design)
+    one, two = (cost_model.hours(shape, design, cost_model.Machine("", n, 1e13)) for n in (1, 2))
+    assert two / one == pytest.approx((1 + costs["what is computed"] / sum(costs.values())) / 2)
+    assert design.pairs == {"T1": 51, "T2": 102, "B": 126} and design.twin == {"T1": 21, "T2": 42}
