@@ -140,11 +140,11 @@ def _sparse(rows: Rows) -> str | None:
     psi, k90, size = (rows.find("C5a", name) for name in ("psi1", "k90", "neurons in the layer"))
     if psi is None or size is None:
         return None
-    of = f"the last MLP's effect, and {_percent(psi)} of all needs that MLP"
+    of, needed = "the last MLP's effect", f"{_percent(psi)} of the whole effect needs that MLP"
     if k90 is None:
-        return f"no set of neurons holds {of}"
+        return f"no set of neurons holds {of}; {needed}"
     few = max(0.01 * size.estimate, registered.FEW)
-    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few:.0f} neurons are allowed)"
+    return f"{k90.estimate:.0f} of {size.estimate:.0f} neurons hold 90 % of {of} ({few:.0f} are allowed); {needed}"
 
 
 def _gate(rows: Rows) -> str | None:

@@ -51,7 +51,7 @@ SENTENCES: list[tuple[str, Numbers, str]] = [
     ("C3", row("C3", PSI, (1.0, 0.9, 1.1), "family verb"), "60% of the effect of a harmful request: 100% if the verb differs."),
     ("C4", {}, "Yes: from layer 3 on, where the last token takes over, MLPs carry 90% of the effect."),
     ("C4", row("C4", MLP_SHARE_WITH_OWN, None, "main", "norm frozen", "unsaturated"), "above layer 3 on, where"),
-    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect, and 50% of all needs that MLP (10"),
+    ("C5a", {}, "Yes: 5 of 1000 neurons hold 90 % of the last MLP's effect (10 are allowed); 50% of the whole"),
     ("C5a", row("C5a", "k90", None), "no set of neurons holds"),
     ("C5b", {}, "Yes: the neurons switch like an AND (both signals needed), clamping them costs 10% of benign"),
     ("C5b", row("C5b", "gate index, signed", (-0.8, -0.9, -0.7)), "an OR (one signal does)"),
