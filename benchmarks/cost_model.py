@@ -176,9 +176,12 @@ def sizes(shape: Shape, is_tied: bool) -> tuple[float, memory.RunMemory]:
     return sum(p.numel() for p in model.parameters()), memory.run_memory(find_parts(model, None, "", sha256="none"))
 
 
-def _rounded(time: float) -> str:
-    digits = f"{time:.0f}" if time >= 10 else f"{time:.2g}"
-    return f"{digits} h" if time < 100 else f"{time / 24:.0f} days"
+def _rounded(hours: float) -> str:
+    unit, size = next(
+        (unit, size) for unit, size in (("days", 24), ("h", 1), ("min", 1 / 60), ("s", 0)) if hours >= 2 * size
+    )
+    number = hours / (size or 1 / 3600)
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"
 
 
 def table() -> list[str]:

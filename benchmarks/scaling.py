@@ -54,7 +54,7 @@ def _points(shape: Shape) -> Iterator[Point]:
 
 def _whole_sweep(made: Study) -> Callable[[], object]:
     """The sweep of layers on recognition pairs, with both clean runs and with patches at all tokens that two prompts share."""
-    return lambda: sweeps.MEASURED["layers"](made)
+    return lambda: sweeps.MEASURED["layers"](made, "T1")
 
 
 def _at(factor: str, size: int, shape: Shape, n_positions: int = 1) -> Point:
@@ -63,7 +63,7 @@ def _at(factor: str, size: int, shape: Shape, n_positions: int = 1) -> Point:
     costs = [cost_model.at_each_layer(shape, len(SITES), 1, shape.n_pos - position) for position in positions]
 
     def patched(made: Study) -> Callable[[], object]:
-        batch = estimands.run_clean(made.subject, made.pairs)
+        batch = estimands.run_clean(made.subject, made.of("T1"))
         masks = [position_mask(batch.control.tokens, position) for position in positions]
         patches = [Patch(site, layer, one) for one in masks for site in SITES for layer in range(shape.n_layers)]
         return lambda: replay.interchange(made.subject, batch.control, batch.treated, patches, readout=_log_odds(made))
@@ -77,7 +77,7 @@ def _neurons(n_neurons: int, shape: Shape) -> Point:
     cost = n_neurons * (cost_model.climb(shape, [layer]) + cost_model.read_out(shape))
 
     def patched(made: Study) -> Callable[[], object]:
-        batch = estimands.run_clean(made.subject, made.pairs)
+        batch = estimands.run_clean(made.subject, made.of("T1"))
         chosen = torch.arange(n_neurons)
         return lambda: replay.each_neuron(made.subject, batch.control, batch.treated, layer, chosen, _log_odds(made))
 
@@ -91,7 +91,7 @@ def _log_odds(made: Study) -> Callable[[torch.Tensor], torch.Tensor]:
 def _measured(
     factor: str, size: int, shape: Shape, ready: Callable[[Study], Callable[[], object]], operations: float
 ) -> dict[str, object]:
-    made = sweeps.study(sweeps.checked_llama(shape), shape, "T1")
+    made = sweeps.study(sweeps.checked_llama(shape), shape)
     return {"factor": factor, "size": size, "seconds": sweeps.timed(ready(made)), "operations": operations}
 
 

@@ -7,7 +7,7 @@ Results: results/benchmarks/sweeps.csv. `operations / rate` is the time that the
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -28,13 +28,13 @@ from companion.prompts.pairs import Pair
 from companion.prompts.tokens import Openers, TokenPair
 
 SHAPES = {"real": REAL, "quoted": QUOTED}
-MEASURED = {
-    "layers": lambda made: SWEEPS["layers"].measure(made, made.pairs),
-    "untrained twin": lambda made: SWEEPS["layers with direct effects"].measure(made, made.pairs),
-    "what is computed": interaction_effects,
-    "modules and heads": lambda made: SWEEPS["modules"].measure(made, made.pairs),
-    "whole answers": lambda made: SWEEPS["whole answers"].measure(made, made.pairs),
-}  # fmt: skip
+MEASURED: Mapping[str, Callable[[Study, str], object]] = {
+    "layers": lambda made, treatment: SWEEPS["layers"].measure(made, made.of(treatment)),
+    "untrained twin": lambda made, treatment: SWEEPS["layers with direct effects"].measure(made, made.of(treatment)),
+    "what is computed": lambda made, treatment: interaction_effects(made),
+    "modules and heads": lambda made, treatment: SWEEPS["modules"].measure(made, made.of(treatment)),
+    "whole answers": lambda made, treatment: SWEEPS["whole answers"].measure(made, made.of(treatment)),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,16 +77,16 @@ def _checked_llama(shape: Shape) -> Subject:
     return replace(subject, facts=read_facts(subject, verify(subject)))
 
 
-def study(subject: Subject, shape: Shape, kind: str, *, with_twins: bool = False) -> Study:
-    """A batch of one kind for a costly model; all tokens but one count as complying, as in the shipped set.
+def study(subject: Subject, shape: Shape) -> Study:
+    """A batch of each treatment for a costly model; all tokens but one count as complying, as in the shipped set.
 
-    `with_twins` adds T2b pairs that differ from those of T2 in their second token behind the shared ones.
+    T2 is always there, since a study's main treatment is read out more often. T2b pairs have another second token behind the
+    shared ones.
     """
     control, treated = sharing(shape)
-    nowhere, treatment = np.zeros((shape.n_pos, 2), dtype=int), kind.replace("B", "B1")
-    rest = Openers(tuple(range(1, shape.vocabulary)), (0,), rest=True)
+    nowhere = np.zeros((shape.n_pos, 2), dtype=int)
     made = []
-    for name in (treatment, "T2b")[: 1 + with_twins]:
+    for name in ("T1", "T2", "T2b", "B"):
         sides = control.clone(), treated.clone()
         for side in sides:
             side[:, shape.n_shared + 1] = 1 if name == "T2b" else 2
@@ -94,8 +94,10 @@ def study(subject: Subject, shape: Shape, kind: str, *, with_twins: bool = False
             TokenPair(Pair(f"{name}{i}", name, f"t{i}", "a", "b", "test"), one, other, nowhere, nowhere, 0, 0)
             for i, (one, other) in enumerate(zip(*(side.numpy() for side in sides), strict=True))
         ]
-    twins = {f"T2{i}": f"T2b{i}" for i in range(shape.n_pairs)} if with_twins else {}
-    return Study("sweeps", subject, tuple(made), {"T2": rest, "T2b": rest, treatment: rest}, twins, {}, is_costly=True)
+    rest = Openers(tuple(range(1, shape.vocabulary)), (0,), rest=True)
+    twins = {f"T2{i}": f"T2b{i}" for i in range(shape.n_pairs)}
+    openers = dict.fromkeys(("T1", "T2", "T2b", "B"), rest)
+    return Study("sweeps", subject, tuple(made), openers, twins, {}, is_costly=True)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -110,8 +112,8 @@ def timed(work: Callable[[], object]) -> float:
 
 def _measured(name: str, shape: Shape, sweep: str, kind: str, n_pairs: int) -> dict[str, object]:
     one = replace(shape, n_pairs=n_pairs)
-    made = study(checked_llama(one), one, kind, with_twins=sweep == "what is computed")
-    seconds = timed(lambda: MEASURED[sweep](made))
+    made = study(checked_llama(one), one)
+    seconds = timed(lambda: MEASURED[sweep](made, kind))
     sizes = {"layers": one.n_layers, "pairs": n_pairs}
     return {
         "shape": name,

@@ -63,8 +63,8 @@ def test_whole_sweeps_are_timed_where_every_token_behind_the_prefix_may_change(r
     table = pd.read_csv(results / "sweeps_smoke.csv")
     assert len(table) == 7 and (table.seconds > 0).all() and (table.operations > 0).all()
     shape = replace(REAL, n_layers=2)
-    made = sweeps.study(sweeps.checked_llama(shape), shape, "T1")  # else other cells were computed than are counted
-    assert shared_prefix(made.subject, *estimands.prompt_tokens(made.subject, made.pairs)) == 25
+    made = sweeps.study(sweeps.checked_llama(shape), shape)  # else other cells were computed than are counted
+    assert shared_prefix(made.subject, *estimands.prompt_tokens(made.subject, made.of("T1"))) == 25
     assert all((one.control != one.treated).nonzero()[0].tolist() == [25] for one in made.pairs)
 
 
