@@ -47,7 +47,10 @@ def verify(subject: Subject) -> float:
     if reason is not None:
         raise InputError(f"{subject.name}: {reason}")
     with _explained(subject, "could not be run on random tokens", _UNKNOWN):
-        base, source = (clean_run(subject, _tokens(subject, seed)) for seed in (0, 1))
+        vocabulary = subject.model.get_input_embeddings().num_embeddings
+        seeded = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+        drawn = [torch.randint(0, vocabulary, (2, N_POS), generator=one) for one in seeded]
+        base, source = (clean_run(subject, tokens.to(subject.device)) for tokens in drawn)
     noise = check_sites(subject, base)
     with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
         noise = max(noise, check_replay(subject, base, source))
@@ -205,12 +208,6 @@ def _same(subject: Subject, got: Tensor, wanted: Tensor, what: str, hint: str = 
     if not gap <= TOLERANCE[subject.dtype]:
         raise InputError(f"{subject.name}: {what} (off by {gap:.1e} of the largest value); {hint}")
     return gap
-
-
-def _tokens(subject: Subject, seed: int) -> Int[Tensor, "pair pos"]:
-    vocabulary = subject.model.get_input_embeddings().num_embeddings
-    drawn = torch.randint(0, vocabulary, (2, N_POS), generator=torch.Generator().manual_seed(seed))
-    return drawn.to(subject.device)
 
 
 def read_facts(subject: Subject, noise: float, adapter: str = "") -> ModelFacts:

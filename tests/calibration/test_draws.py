@@ -223,14 +223,8 @@ def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: P
     few["evidence"] = few["evidence"][few["evidence"].part.isin(["context", "layers"])]
     shipped, changed = few["verdicts"], few["verdicts"].copy()
     mine = (changed.rule == "corrected") & changed.claim.isin(["C1", "C3"]) & (changed.purpose == "main")
-    changed.loc[mine, ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]] = [
-        "x",
-        "x",
-        "x",
-        9.0,
-        9.0,
-        9.0,
-    ]
+    names = ["verdict", "quantity", "reason", "estimate", "ci_low", "ci_high"]
+    changed.loc[mine, names] = [*"xxx", 9.0, 9.0, 9.0]
     power = changed[(changed.purpose != "main") & (changed.rule == "registered") & (changed.claim == "C1")]
     pd.concat([changed, power.assign(rule="corrected")]).to_parquet(tmp_path / "verdicts.parquet")
     few["evidence"].to_parquet(tmp_path / "evidence.parquet")
