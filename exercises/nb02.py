@@ -204,8 +204,7 @@ EXERCISES = (
         "How much of it is late?",
         2,
         8,
-        "Write `late_share` (here of one effect a layer). Count only entries above 0, in numerator and denominator. "
-        "(The lesson chooses components on *discover* instead.)",
+        "Write `late_share` (here of one effect a layer). Count only entries above 0, in numerator and denominator.",
         "Six layers: depths 1/12, 3/12, ..., 11/12. Which of them are above 2/3?",
         late_share,
         (

@@ -98,8 +98,8 @@ def test_what_is_read_and_what_is_carried_stand_on_one_axis(sweep: layers.Layers
 def test_the_evidence_is_that_of_the_model_and_of_its_twin(sweep: layers.Layers, folders: Path) -> None:
     relatives = layers.measure_relatives(sweep.study, "embedded", "smoke")
     curves = layers.cumulative(sweep, relatives)
-    assert set(curves.model) == {"embedded", "embedded (untrained)"}
-    assert curves[curves.layer == 5].estimate.round(4).tolist() == [1, 1]
+    assert list(dict.fromkeys(curves.line)) == ["T2", "T2-T2b", "untrained twin"]
+    assert curves[curves.layer == 5].estimate.round(4).tolist() == [1, 1, 1]
     computed = layers.computed_effects(sweep.study)
     assert set(layers.passed_and_computed(sweep.effects, computed).panel) == {"passes through", "computed here"}
     rows = layers.write_evidence(sweep, relatives, computed, "embedded", "smoke")
