@@ -46,7 +46,7 @@ from companion.model import memory
 
 TOLERANCE = 1e-3  # of the largest effect
 EXACT, WRONG, REFUSED = "EXACT", "SILENTLY_WRONG", "REFUSED"
-FEWEST, WARM = 7, 2  # interventions that a peer is timed on at least, and is warmed up with
+FEWEST, WARM = 3, 1  # interventions that a peer is timed on at least, and is warmed up with
 STEERED = "steered decoding"
 Row = dict[str, Any]
 
@@ -60,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: not installed, skipped (pip install -r requirements-benchmarks.in)")
     with tempfile.TemporaryDirectory() as folder:
         is_real = options.shape == "smollm2"
-        case = real_case() if is_real else random_case(SMOKE if options.shape == "smoke" else QUOTED, Path(folder))
+        case = (
+            real_case(options.pairs)
+            if is_real
+            else random_case(SMOKE if options.shape == "smoke" else QUOTED, Path(folder))
+        )
         rate, name = bound.product_rate(case.shape), "peers_smoke" if options.shape == "smoke" else "peers"
         common = {"shape": options.shape, "dtype": str(case.subject.dtype).removeprefix("torch."), **machine()}
         for work in workloads(case.shape, case.differing):
@@ -76,6 +80,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=["smollm2", "quoted", "smoke"], default="smollm2")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seconds", type=float, default=15.0, help="for a peer's setting on one workload (default 15)")
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="of the real prompts (default 16; a quarter takes a quarter)"
+    )
     parser.add_argument("--only", default="", help="workloads whose names contain this; the other rows stay")
     return parser.parse_args(arguments)
 

@@ -137,7 +137,7 @@ def random_case(shape: Shape, folder: Path) -> Case:
     return Case(subject, shape, {kind: prompts(shape, kind) for kind in ("random", "minimal")}, answer, (0, 1))
 
 
-def real_case(n_pairs: int = 16) -> Case:
+def real_case(n_pairs: int) -> Case:
     """SmolLM2 on T2 pairs, the first of those with the commonest length and the commonest place of the first difference."""
     subject, groups = load.load("smollm2"), defaultdict(list)
     assert subject.tokenizer is not None
