@@ -45,6 +45,7 @@ from companion.base.paths import results_dir
 from companion.model import memory
 
 TOLERANCE = 1e-3  # of the largest effect
+LEAST = 0.05  # log-odds: of smaller effects float32 rounding is more than a thousandth, whatever the tool
 EXACT, WRONG, REFUSED = "EXACT", "SILENTLY_WRONG", "REFUSED"
 FEWEST, WARM = 3, 1  # interventions that a peer is timed on at least, and is warmed up with
 STEERED = "steered decoding"
@@ -97,7 +98,7 @@ def _compare(case: Case, work: Workload, rate: float, budget: float) -> Iterator
     ours, seconds, peak = _measured(run, work.jobs)
     if seconds < 30:  # the better of two, since the first also warms caches
         ours, seconds = min((ours, seconds), _measured(run, work.jobs)[:2], key=lambda one: one[1])
-    largest, places = float((ours - clean).abs().max()), {job: place for place, job in enumerate(work.jobs)}
+    largest, places = max(LEAST, float((ours - clean).abs().max())), {job: place for place, job in enumerate(work.jobs)}
 
     def off(found: Tensor, jobs: Sequence[Job]) -> float:
         return float((found - ours[:, [places[job] for job in jobs]]).abs().max()) / largest
