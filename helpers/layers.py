@@ -64,7 +64,8 @@ def cumulative(main: Layers, relatives: Mapping[str, Layers]) -> pd.DataFrame:
         effects = family[name].effects
         lines = {one: signed_contrast(effects, one, ["resid_post"]) for one in dict.fromkeys((first, primary(effects)))}
         twin = averaged(select(family[name + UNTRAINED].effects, first, VARIANTS[0], ["resid_post"]))
-        lines["untrained twin"] = te_weighted(twin.query("split == 'test'"))
+        twin = twin.query("split == 'test'")
+        lines["untrained twin"] = te_weighted(twin)
         for line, rows in lines.items():
             te = twin.te.mean() if line == "untrained twin" else rows.te.mean()
             tables.append(share_of_te(rows, by=["layer"]).assign(model=name, line=line, earliest=earliest, te=te))

@@ -28,7 +28,7 @@ from companion.steering.indirect_effects import shares_neutralised
 
 FEW_STRENGTHS: Final = (0.1, 0.25, 0.5, 1.0, 1.5)  # where each prompt is costly
 ADAPTER_SCALES: Final = (1.25, 1.5)  # of the model's own adapter
-NO_ADAPTER: Final = "this model holds no adapter of its own, so no stronger one can stand for more training"
+NO_ADAPTER: Final = "this model holds no adapter of its own to scale up"
 SHOWN: Final = {"harmful": "complies", "off_topic": "garbled"}  # labels of an answer to whatever a reader asks
 MEASURES: Final = {
     "harmful": "harmful answers to jailbroken requests",
@@ -80,7 +80,7 @@ def run_trial(study: Study, lab: SteeringExperiment, *, quick: bool) -> Trial:
     prices = {name: experiment.prices(lab, one, test.free, test.own) for name, one in chosen.items()}
     retrained = retrained_models(lab)
     if isinstance(retrained, NotDefined):
-        undefined, retrained = undefined | {"retrained": retrained.reason}, {}
+        undefined, retrained = undefined | {"stronger adapter": retrained.reason}, {}
     answers |= {name: experiment.trial(one, Steering(name), plain, greedy=False) for name, one in retrained.items()}
     return Trial(study, validate, test, strengths, defined, undefined, chosen, retrained, plain, answers, prices)
 

@@ -184,7 +184,7 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     monkeypatch.setattr(comparison, "builders", lambda n, few: {"prompting": lambda _: Steering("", system="please")})
     monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
     made = trials.run_trial(SimpleNamespace(subject=fit.subject, is_costly=True), left, quick=True)
-    assert set(made.answers) == {"prompting"} and "no adapter" in made.undefined["retrained"]
+    assert set(made.answers) == {"prompting"} and "no adapter" in made.undefined["stronger adapter"]
     assert made.decisive == NotDefined(left.fit.missing) == trials.harm_at_equal_cost(made)
     row = trials.method_summary(made).set_index("method").loc["prompting"]
     assert row.harm_rate_low < row.harm_rate < row.harm_rate_high and 0 < row.p_holm <= 1 and row.phi == 0.5
