@@ -1,8 +1,9 @@
 """Numbers in prose come from result tables: each stands behind a comment that says from which cell of which table.
 
-`<!--=03_evidence quantity="MLP share of NIE" variant=main: estimate-->0.67` is the column `estimate` of the one row of
+`<!--=03_evidence quantity="MLP share of NIE": estimate-->0.67` is the column `estimate` of the one row of
 `results/SLUG/03_evidence.csv` with those values, of the default run or, as in `SLUG/03_evidence`, of another; `estimate*100`
-is for percent. Digits behind the point are kept as they stand. Readers see the number alone.
+is for percent. Digits behind the point are kept as they stand. Readers see the number alone. A row of the run's own model, and of
+the variant "main", is meant unless another is named.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def cell(name: str, where: str, column: str) -> float:
 
     Raises InputError where no row, or more than one, is meant.
     """
-    rows = _table(name)
-    for key, quoted, plain in _WHERE.findall(where):
-        rows = rows[rows[key] == (quoted or plain)]
+    rows, usual = _table(name), {"model": name.rpartition("/")[0] or DEFAULT, "variant": "main"}
+    named = {key: quoted or plain for key, quoted, plain in _WHERE.findall(where)}
+    for key, value in ({key: value for key, value in usual.items() if key in rows} | named).items():
+        rows = rows[rows[key] == value]
     if len(rows) != 1:
         raise InputError(f"a number in prose: {len(rows)} rows of {name}.csv have{where}, one is expected")
     return float(rows[column].iloc[0])
