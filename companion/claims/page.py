@@ -301,7 +301,7 @@ def _notes(built: str, n_models: int) -> list[str]:
         "**Answer.** *Yes*: the whole interval lies where the claim asks for it, and every control passed. *No*: it lies where "
         "the opposite asks for it. *Undecided*: neither, or a control failed. All rules but that of C7 were corrected after "
         "results had been seen; `docs/changes.md` has the dates. *Interval*: topics are drawn again and wrappers are not; with "
-        "these drawn, too, intervals are about twice as wide (08).",
+        "these drawn, too, they are wider (08).",
         f"**Grade.** Counted are {built}; what is true of them is known. *Strong*: surely at most {RARE:.0%} of false claims are "
         f"supported, none of a held-out kind, and at least {MOSTLY:.0%} of true ones (*Yes*), or surely at most {RARE:.0%} of "
         f"true ones contradicted (*No*); else *weak*. *Cannot tell*: fewer than {CANNOT:.0%} of true claims are supported, or "

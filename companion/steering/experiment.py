@@ -32,10 +32,8 @@ from companion.steering.prompts import Prompts, prompt_table, thinned
 
 STEPS: Final = {True: 12, False: 24}  # answer tokens: in the embedded language all of them
 N_TEST: Final = {"harmful": 300, "borderline": 300, "harmless": 400}
-CAP: Final = {
-    True: 600,
-    False: 300,
-}  # prompts of a split and kind, wrapped or not, that are used: harmful in a wrapper, others
+# Prompts of a split and kind, wrapped or not, that are used: harmful ones in a wrapper, and others.
+CAP: Final = {True: 600, False: 300}
 COSTLY_CAP: Final = {"discover": 20, "validate": 20, "test": 60}  # the same where each prompt is costly
 SEED: Final = 0  # of the random numbers that decide the sampled answers
 GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_topic"}  # the label that is counted

@@ -106,6 +106,7 @@ def test_rates_leave_out_the_schedule_that_is_the_first_token_again() -> None:
     found = rates.set_index("schedule")
     assert found.estimate.to_dict() == {"none": 1, "first token": 0.5, "first five": 0.5, "all tokens": 0}
     assert (found.n == 60).all() and (found.corrected == found.estimate).all() and "exact" in sentence
+    assert (found.estimate + found.refused + found.off_topic == 1).all() and found.refused.any()
     assert found.low["first token"] < 0.4 and found.high["first token"] > 0.6
 
 
