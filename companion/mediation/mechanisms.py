@@ -51,6 +51,9 @@ HELD: dict[str, tuple[str, ...]] = {
     "both held": ("attn_out", "mlp_out"),
     "all held": ("attn_out", "mlp_out"),  # and the MLP output of the patched layer itself
 }
+SWEPT = {
+    name: sites for name, sites in HELD.items() if len(sites) < 2
+}  # ways in which something above reacts; they come first
 # Weights of the effects in each path. MLPs, attention and skip add up to the whole effect.
 PATHS = {
     "MLPs": {"attention held": 1, "both held": -1},
@@ -123,14 +126,22 @@ def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence
 
 
 def held_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[tuple[Patch, ...]]:
-    """For each layer the interventions of `HELD`: the source's residual stream, and what is held above it."""
+    """For each layer the interventions of `SWEPT`: the source's residual stream, and what is held above it."""
+    last, made = position_mask(base.tokens, -1), []
+    for layer in layers:
+        for sites in SWEPT.values():
+            above = [(site, at) for site in sites for at in range(layer + 1, subject.n_layers)]
+            held = (Patch(site, at, last, value=base.site(site, at)) for site, at in above)
+            made.append((Patch("resid_post", layer, last), *held))
+    return made
+
+
+def skip_patches(subject: Subject, base: CleanRun, source: CleanRun, layers: Sequence[int]) -> list[Patch]:
+    """For each layer what "both held" and "all held" put in: with all above held, nothing above has to be computed."""
     last, made = position_mask(base.tokens, -1), []
     for layer in layers:
         own = source.resid_post[layer] - source.site("mlp_out", layer) + base.site("mlp_out", layer)
-        for name, sites in HELD.items():
-            above = [(site, at) for site in sites for at in range(layer + 1, subject.n_layers)]
-            held = (Patch(site, at, last, value=base.site(site, at)) for site, at in above)
-            made.append((Patch("resid_post", layer, last, value=own if name == "all held" else None), *held))
+        made += [Patch("resid_post", layer, last), Patch("resid_post", layer, last, value=own)]
     return made
 
 
@@ -141,7 +152,16 @@ def held_residuals(
     control, treated = batch.control, batch.treated
     into = (held_patches(subject, *runs, layers) for runs in ((control, treated), (treated, control)))
     at_once = memory.pairs_at_once(subject, control.tokens.shape[1])
-    return replay.both_ways(subject, control, treated, *into, at_once=at_once)
+    found = []
+    for swept, runs in zip(
+        replay.both_ways(subject, control, treated, *into, at_once=at_once),
+        ((control, treated), (treated, control)),
+        strict=True,
+    ):
+        skip = replay.direct(subject, *runs, skip_patches(subject, *runs, layers))[:, :, 0]
+        ways = [part.unflatten(1, (len(layers), -1)) for part in (swept, skip)]
+        found.append(torch.cat(ways, dim=2).flatten(1, 2))
+    return found[0], found[1]
 
 
 def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None) -> pd.DataFrame:
