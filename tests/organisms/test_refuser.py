@@ -17,7 +17,6 @@ import torch
 from models import tiny_model, word_tokenizer
 from safetensors.torch import load_file
 
-from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import REFUSER, ROOT
 from companion.model.architecture import Subject, end_tokens, find_parts
@@ -50,34 +49,15 @@ def tiny() -> Subject:
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Trains the tiny model in place of the real one, each call in a cache of its own unless one is named."""
+    """Trains the tiny model in place of the real one."""
     monkeypatch.setattr(refuser, "load", lambda name: tiny())
-
-    def train(part: str = "all", out: str = "out", cache: str = "", recipe: Recipe = RECIPE) -> Path:
-        monkeypatch.setenv(hub.OWN, str(tmp_path / (cache or f"cache of {out}")))
-        return refuser.train(part, 0, tmp_path / out, recipe)
-
-    return train
+    return lambda out="out": refuser.train("all", 0, tmp_path / out, RECIPE)
 
 
-def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch):
-    whole, plain, steps = trained(out="whole"), refuser.refusal_loss, []
-
-    def stops(*given: Any) -> torch.Tensor:
-        steps.append(given)
-        if len(steps) == 27:
-            raise KeyboardInterrupt
-        return plain(*given)
-
-    monkeypatch.setattr(refuser, "refusal_loss", stops)
-    with pytest.raises(KeyboardInterrupt):
-        trained(out="stopped", cache="one")
-    # The model's own answers are kept as well: they are not asked for again.
-    monkeypatch.setattr(refuser.decode, "answers", lambda *_: pytest.fail("they are in the cache"))
-    stopped, n_batches = trained(out="stopped", cache="one"), len(refuser.schedule_examples(RECIPE, 0))
-    assert len(steps) == 27 + n_batches - 20, "it goes on from the 20th step, the last that is kept"
+def test_equal_seeds_give_equal_bytes(trained):
+    one, again = (trained(out=out) for out in ("one", "again"))
     for file in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
-        assert (stopped / file).read_bytes() == (whole / file).read_bytes(), file
+        assert (one / file).read_bytes() == (again / file).read_bytes(), file
 
 
 def test_what_is_written_is_small_and_names_no_place_of_the_machine(trained: Callable[..., Path]) -> None:
