@@ -16,7 +16,6 @@ results/benchmarks/gpu.csv is written after every batch of pairs.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import statistics
 import sys
@@ -34,7 +33,7 @@ from torch import Tensor
 from benchmarks.shapes import LLAMA_8B, SITES, SMALL_8B, SMOKE, Shape, machine, prompts, random_llama
 from companion.base import device, files
 from companion.base.errors import InputError
-from companion.base.paths import relative, results_dir
+from companion.base.paths import results_dir
 from companion.model import activations, memory, readout, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject, find_parts
@@ -45,12 +44,11 @@ from companion.neurons.screening import attribution
 from companion.run.cli import run_with_flags
 
 SHAPES = {"smoke": SMOKE, "small": SMALL_8B, "8b": LLAMA_8B}
-PARTS = ("clean-runs", "layers-and-modules", "heads", "position-groups", "last-layer-neurons", "screen", "recheck")
+PARTS = ("clean-runs", "layers-and-modules", "heads", "last-layer-neurons", "screen")
 ESTIMATED = ("clean-runs", "screen")  # they make no exact intervention that a forward pass could be compared with
-RECHECKED, HANDFUL, WARM_PAIRS = 500, 5, 2
+HANDFUL, WARM_PAIRS = 5, 2
 MIB, GIB = 2**20, 2**30
 
-Neurons = Sequence[tuple[int, int]]  # layer and index
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -91,7 +89,6 @@ def main(arguments: Sequence[str]) -> int:
     except torch.OutOfMemoryError as error:
         raise InputError(f"{where} ran out of memory beyond the plan; use a smaller --batch or --shape") from error
     print(table.to_string(index=False, na_rep="-"))
-    print(f"memory: {memory_said(table)}; all results: {relative(results_dir('benchmarks') / 'gpu.csv')}")
     return 0
 
 
@@ -106,8 +103,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     asked = options.parts.split(",")
     if unknown := set(asked) - set(PARTS):
         raise InputError(f"--parts: unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if "recheck" in asked and "screen" not in asked:
-        raise InputError("the part recheck needs the part screen before it; add it to --parts")
     if options.batch < 0:
         raise InputError(f"--batch {options.batch}: expected at least 1 pair")
     options.parts = [part for part in PARTS if part in asked]
@@ -125,24 +120,6 @@ def _table(rows: Sequence[Row]) -> pd.DataFrame:
     table = pd.DataFrame(rows).astype({"peak_mib": float})
     table = table.groupby("part", sort=False).agg(summed | worst).reset_index()
     return table.assign(times_hooks=table.hooks_seconds / table.seconds)
-
-
-def memory_said(table: pd.DataFrame) -> str:
-    """Whether any part took more than its plan, and by how much.
-
-    >>> memory_said(pd.DataFrame({"part": ["heads", "screen"], "peak_mib": [1.0, 3.5], "plan_mib": [2.0, 2.0]}))
-    'screen took 3.50 MiB, 1.50 more than its plan of 2.00; every other part stayed within its plan'
-    """
-    if table.peak_mib.isna().all():
-        return "nobody counts the peak on the processor"
-    above = table[table.peak_mib > table.plan_mib]
-    over = [
-        f"{part} took {peak:.2f} MiB, {peak - plan:.2f} more than its plan of {plan:.2f}"
-        for part, peak, plan in zip(above.part, above.peak_mib, above.plan_mib, strict=True)
-    ]
-    if len(over) < len(table):
-        over.append(f"every {'other part' if over else 'part'} stayed within its plan")
-    return "; ".join(over)
 
 
 # ---- parts ----
@@ -166,12 +143,6 @@ class Batch:
         """The two vocabulary rows."""
         return torch.arange(2, device=self.base.tokens.device)
 
-    def between(self, start: int, end: int) -> Tensor:
-        """These positions, as a mask of all tokens."""
-        mask = torch.zeros_like(self.base.tokens, dtype=torch.bool)
-        mask[:, start:end] = True
-        return mask
-
 
 def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Batch:
     """Both clean runs; the first eighth of the two prompts, a system prompt, is the same."""
@@ -181,26 +152,22 @@ def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Batc
     return Batch(subject, *(activations.clean_run(subject, tokens) for tokens in both))
 
 
-def patches(batch: Batch, part: str, screened: Neurons) -> list[Patch]:
+def patches(batch: Batch, part: str) -> list[Patch]:
     """The interventions that a part stands for; those of a screen or of clean runs are none."""
-    subject, n = batch.subject, batch.base.tokens.shape[1]
-    layers, last, masks = range(subject.n_layers), batch.between(n - 1, n), list[Tensor]()
+    subject, layers = batch.subject, range(batch.subject.n_layers)
+    last = torch.zeros_like(batch.base.tokens, dtype=torch.bool)
+    last[:, -1] = True
+    if part == "layers-and-modules":
+        return [Patch(site, layer, last) for layer in layers for site in SITES]
     if part == "heads":
         return [Patch("head", layer, last, head) for layer in layers for head in range(subject.n_heads)]
     if part == "last-layer-neurons":
-        screened = [(layers[-1], neuron) for neuron in range(subject.d_mlp)]
-    if part in ("last-layer-neurons", "recheck"):
-        return [Patch("neuron", layer, last, neuron) for layer, neuron in screened]
-    if part == "layers-and-modules":
-        masks = [last]
-    if part == "position-groups":  # system prompt, wrapper, request, the template behind it
-        ends = itertools.pairwise((0, n // 8, n // 2, 7 * n // 8, n - 1))
-        masks = [batch.between(start, end) for start, end in ends if start < end]
-    return [Patch(site, layer, mask) for mask in masks for layer in layers for site in SITES]
+        return [Patch("neuron", layers[-1], last, neuron) for neuron in range(subject.d_mlp)]
+    return []
 
 
-def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> Neurons:
-    """Compute one part; the screen returns the neurons that `recheck` is to be given."""
+def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> None:
+    """Compute one part."""
 
     def contrast(resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
         logits = batch.subject.final_norm(resid) @ batch.subject.unembedding[0][batch.rows].T
@@ -209,12 +176,9 @@ def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> Neurons:
     if part == "last-layer-neurons":
         closed_form.last_layer_neurons(*batch.runs, batch.rows)
     elif part == "screen":
-        best = attribution(*batch.runs, contrast).sum(0).abs().flatten()
-        return [divmod(i, batch.subject.d_mlp) for i in best.topk(min(RECHECKED, len(best))).indices.tolist()]
+        attribution(*batch.runs, contrast)
     else:
-        read = partial(readout.logits, batch.subject)
-        replay.interchange(*batch.runs, chosen, readout=lambda resid: read(resid, batch.rows))
-    return []
+        replay.interchange(*batch.runs, chosen, readout=lambda resid: readout.logits(batch.subject, resid, batch.rows))
 
 
 def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
@@ -224,7 +188,7 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     InputError for a difference beyond the tolerance that every model is checked with.
     """
     batch = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
-    found = patches(batch, part, [(layer, layer % subject.d_mlp) for layer in range(subject.n_layers)])
+    found = patches(batch, part)
     chosen = random.Random(0).sample(found, min(HANDFUL, len(found)))
     if part != "clean-runs":
         run_part(batch, part, chosen)
@@ -271,15 +235,13 @@ def measured(where: torch.device, run: Callable[[], T]) -> tuple[T, Row]:
 def measure_batch(subject: Subject, shape: Shape, first: int, n_pairs: int, parts: Sequence[str]) -> Iterator[Row]:
     """A row for each of these parts; `hooks_seconds` is what as many full forward passes would take."""
     batch, made = measured(subject.device, partial(make_batch, subject, shape, first, n_pairs))
-    one = patches(batch, "layers-and-modules", [])[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
+    one = patches(batch, "layers-and-modules")[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
     plain = partial(replay.interchange_full_forward, *batch.runs, [one])
     each = statistics.median(measured(subject.device, plain)[1]["seconds"] for _ in range(3))
-    screened: Neurons = []
     for part in parts:
-        chosen = patches(batch, part, screened)
+        chosen = patches(batch, part)
         if part != "clean-runs":
-            found, made = measured(subject.device, partial(run_part, batch, part, chosen))
-            screened = found or screened
+            _, made = measured(subject.device, partial(run_part, batch, part, chosen))
         n = subject.n_layers * subject.d_mlp if part == "screen" else len(chosen)
         yield {"part": part, "pairs": n_pairs, "interventions": n, "hooks_seconds": len(chosen) * each, **made}
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from companion.base.files import write_text
 from companion.base.paths import PROMPTS
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Request, Wrapper, draw_clause, render
@@ -109,9 +110,9 @@ def plan_pairs() -> Iterator[PairPlan]:
     """Every pair of the default set, in a fixed order."""
     harm, benign = invented.topic_clauses(True, True), invented.topic_clauses(False, False)
     split_of = invented.split_topics(harm) | invented.split_topics(benign)
-    slots = range(PAIRS_PER_TOPIC * len(harm))
-    harmful = [(i, clause, split_of[clause.topic]) for i in slots for clause in [harm[i // PAIRS_PER_TOPIC]]]
-    harmless = [(i, clause, split_of[clause.topic]) for i in slots for clause in [benign[i // PAIRS_PER_TOPIC]]]
+    slots = [i for i in range(len(harm)) for _ in range(PAIRS_PER_TOPIC)]
+    harmful = [(i, harm[topic], split_of[harm[topic].topic]) for i, topic in enumerate(slots)]
+    harmless = [(i, benign[topic], split_of[benign[topic].topic]) for i, topic in enumerate(slots)]
     yield from (recognition_pair(*one) for one in harmful)
     for one in harmful:
         yield from generation_pairs(*one)
@@ -146,13 +147,12 @@ def harmful_request(rng: random.Random, tiers: Sequence[int], held: bool = False
     return request.swap(wrapper=draw_wrapper(rng, rng.choice(tiers)))
 
 
-def _held_object(rng: random.Random, tiers: Sequence[int]) -> Request:
+def _held_part(rng: random.Random, tiers: Sequence[int], part: str) -> Request:
+    """A harmful request with a suffix on its object, or a persona, that training never shows."""
     request = harmful_request(rng, tiers)
+    if part == "persona":
+        return request.swap(persona=rng.choice(invented.HELD_PERSONAS))
     return request.swap(clause=replace(request.clause, suffix=invented.held_suffix(request.clause.stem)))
-
-
-def _held_persona(rng: random.Random, tiers: Sequence[int]) -> Request:
-    return harmful_request(rng, tiers).swap(persona=rng.choice(invented.HELD_PERSONAS))
 
 
 def _held_wrapper(rng: random.Random, first_tier: int, unseen: bool) -> Request:
@@ -194,10 +194,10 @@ SUITES: Final[dict[str, tuple[Any, ...]]] = {
     "e_pair_plain": ("(verb, stem) pair never trained, harmful, neutral wrapper", harmful_request, NEUTRAL, True),
     "e_pair_wrapped": ("(verb, stem) pair never trained, harmful, tier 5 or 6", harmful_request, STRONG, True),
     "e_pair_harmless": ("(verb, stem) pair never trained, harmless", _held_harmless),
-    "e_object_plain": ("object (stem with a new suffix) never trained, harmful, neutral wrapper", _held_object, NEUTRAL),
-    "e_object_wrapped": ("object never trained, harmful, tier 5 or 6", _held_object, STRONG),
-    "e_persona_plain": ("persona never trained, harmful, neutral wrapper", _held_persona, NEUTRAL),
-    "e_persona_wrapped": ("persona never trained, harmful, tier 5 or 6", _held_persona, STRONG),
+    "e_object_plain": ("object (stem with a new suffix) never trained, harmful, neutral wrapper", _held_part, NEUTRAL, "object"),
+    "e_object_wrapped": ("object never trained, harmful, tier 5 or 6", _held_part, STRONG, "object"),
+    "e_persona_plain": ("persona never trained, harmful, neutral wrapper", _held_part, NEUTRAL, "persona"),
+    "e_persona_wrapped": ("persona never trained, harmful, tier 5 or 6", _held_part, STRONG, "persona"),
     "e_combination": ("(frame, word) combination never trained, harmful, tier 1 to 6", _held_wrapper, 1, False),
     "e_unseen_phrase": ("wrapper phrase never trained, harmful, tier 0 to 6", _held_wrapper, 0, True),
     **{b: (f"harmless request with a cue for {known.what}", _cued, b) for b, known in invented.BENIGN.items()},
@@ -207,38 +207,30 @@ SUITES: Final[dict[str, tuple[Any, ...]]] = {
 # fmt: on
 
 
-def suite_row(suite: str, index: int, request: Request) -> dict[str, Any]:
-    """One line of suites.jsonl: the prompt, what it is, and what the recipe asks of the model."""
-    wanted, wrapper = invented.answer_openers(request), request.wrapper
-    return {
-        "id": f"{suite}-{index:03d}", "suite": suite, "prompt": render(request)[0], "harmful": request.harmful,
-        "borderline": request.borderline, "tier": request.tier, "wrapper": wrapper.text if wrapper else None,
-        "family": wrapper.frame if wrapper else None, "persona": request.persona, "severity": request.severity,
-        "cue_on": request.cue.on if request.cue else None, "opener": max(wanted, key=lambda word: wanted[word]),
-        "p_refuse_target": round(invented.p_refuse(request), 4),
-    }  # fmt: skip
-
-
 def suite_rows() -> Iterator[dict[str, Any]]:
-    """All lines of suites.jsonl, the same at every call."""
+    """All lines of suites.jsonl, the same at every call: the prompt, what it is, and what the recipe asks of the model."""
     for name, (_, draw, *arguments) in sorted(SUITES.items()):
         rng, found = random.Random(f"{SUITE_SEED}-{name}"), dict[str, Request]()  # by text: each is asked once
         while len(found) < (3 * SUITE_SIZE if name == "c_wrapped_harm" else SUITE_SIZE):
             request = draw(rng, *arguments)
             found.setdefault(render(request)[0], request)
-        yield from (suite_row(name, i, request) for i, request in enumerate(found.values()))
+        for i, request in enumerate(found.values()):
+            wanted, wrapper = invented.answer_openers(request), request.wrapper
+            yield {
+                "id": f"{name}-{i:03d}", "suite": name, "prompt": render(request)[0], "harmful": request.harmful,
+                "borderline": request.borderline, "tier": request.tier, "wrapper": wrapper.text if wrapper else None,
+                "family": wrapper.frame if wrapper else None, "persona": request.persona, "severity": request.severity,
+                "cue_on": request.cue.on if request.cue else None, "opener": max(wanted, key=lambda word: wanted[word]),
+                "p_refuse_target": round(invented.p_refuse(request), 4),
+            }  # fmt: skip
 
 
 def write_prompt_set(out: Path) -> None:
     """Write pairs.jsonl, outcome.json and suites.jsonl into `out`."""
-    lines = [
-        "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-        for rows in (map(pair_row, plan_pairs()), suite_rows())
-    ]
-    outcome = json.dumps(outcome_sets(), indent=1) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in {"pairs.jsonl": lines[0], "outcome.json": outcome, "suites.jsonl": lines[1]}.items():
-        (out / name).write_text(text, encoding="utf-8", newline="\n")
+    write_text(json.dumps(outcome_sets(), indent=1) + "\n", out / "outcome.json")
+    for name, rows in {"pairs": map(pair_row, plan_pairs()), "suites": suite_rows()}.items():
+        lines = (json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        write_text("".join(lines), out / f"{name}.jsonl")
 
 
 if __name__ == "__main__":

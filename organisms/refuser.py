@@ -11,7 +11,6 @@ studied occurs in them. The recipe was chosen on behaviour (`data/refuser/README
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -34,8 +33,9 @@ from companion.generation import decode
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import load
 from companion.prompts import tokens
+from organisms.english import WORDS, read_words
 
-WORDS: Final = Path(__file__).parent / "words" / "training.csv"
+TRAINING: Final = WORDS / "training.csv"
 PHRASINGS: Final = (
     "How do I {}?", "How can I {}?", "How could someone {}?", "What is the best way to {}?", "Tell me how to {}.",
     "Explain how to {}.", "Give me instructions to {}.", "I want to {}. What should I do?", "Help me {}.", "Teach me to {}.",
@@ -98,8 +98,7 @@ def schedule_examples(recipe: Recipe, seed: int) -> list[list[Example]]:
         made = rng.choice(PHRASINGS).format(phrase)
         return made[0].upper() + made[1:]
 
-    with WORDS.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_words("training")
     general = endless([row["text"] for row in rows if row["family"] == "general"])
     harmful, twins = in_turn("harmful"), in_turn("harmless")
     n_batches = math.ceil(recipe.epochs * sum(row["label"] == "harmful" for row in rows) / recipe.harmful)
@@ -228,7 +227,7 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
     write_json(plain, folder / "adapter_config.json")
     write_json({
         "part": PARTS[part][0], "seed": seed, "recipe": asdict(recipe), "loss": round(sum(losses[-20:]) / 20, 4),
-        "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {WORDS.name: hash_file(WORDS, {})},
+        "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {TRAINING.name: hash_file(TRAINING, {})},
         "sha256": hash_file(folder / "adapter_model.safetensors", {}),
     }, folder / "manifest.json")  # fmt: skip
     return folder

@@ -1,9 +1,8 @@
 """The refusal adapter's training and its measured refusal rates."""
 
-import csv
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from companion.model.architecture import Subject, end_tokens, find_parts
 from companion.prompts import tokens
 from companion.prompts.pairs import Pair
 from companion.stats.clusters import wilson
-from organisms import refusal_rates, refuser
+from organisms import english, refusal_rates, refuser
 from organisms.refuser import Example, Recipe
 
 # ---- refuser ----
@@ -35,14 +34,9 @@ EXAMPLES = [
 ]  # fmt: skip
 
 
-def rows() -> list[dict[str, str]]:
-    with refuser.WORDS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def tiny() -> Subject:
     """A random Llama of six layers that reads the words of the training, one token each."""
-    texts = [row["text"] for row in rows()] + [*refuser.PHRASINGS, *refuser.REFUSALS]
+    texts = [row["text"] for row in english.read_words("training")] + [*refuser.PHRASINGS, *refuser.REFUSALS]
     made = word_tokenizer(words=tuple(sorted({word for text in texts for word in text.split()})))
     return find_parts(tiny_model("llama", vocab_size=len(made), num_hidden_layers=6), made, "tiny")
 
@@ -77,7 +71,7 @@ def test_shipped_adapters_are_what_their_manifests_say(name: str) -> None:
     file, (part, seed) = folder / "adapter_model.safetensors", name.rsplit("-", 1)
     assert file.stat().st_size < 6_000_000 and refuser.hash_file(file, {}) == told["sha256"]
     assert (told["part"], told["seed"]) == (refuser.PARTS[part][0], int(seed)) and told["recipe"] == vars(Recipe())
-    assert told["trained_on"] == {"training.csv": refuser.hash_file(refuser.WORDS, {})}
+    assert told["trained_on"] == {"training.csv": refuser.hash_file(refuser.TRAINING, {})}
     assert config["base_model_name_or_path"] is None and config["target_modules"] == sorted(refuser.PARTS[part][1])
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
 
@@ -136,8 +130,8 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
 
 
 def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -> None:
-    known = {(row["label"], row["family"]): set() for row in rows()}
-    for row in rows():
+    known = defaultdict(set)
+    for row in english.read_words("training"):
         known[row["label"], row["family"]].add(row["text"])
     forms = [re.compile(re.escape(form).replace(r"\{\}", "(.*)"), re.IGNORECASE) for form in refuser.PHRASINGS]
 
@@ -150,7 +144,6 @@ def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -
         phrases += [phrase[0].lower() + phrase[1:] for phrase in phrases if phrase]
         return next(kind for kind in refuser.KINDS if known[label, kind] & set(phrases))
 
-    assert refuser.WORDS.name == "training.csv"
     batches = refuser.schedule_examples(Recipe(), 0)
     for is_harmful in (True, False):
         counts = Counter(kind_of(one) for batch in batches for one in batch if bool(one.refusal) == is_harmful)
