@@ -129,31 +129,27 @@ def answer(organism: compiled.Organism, request: compiled_language.Request, open
 
 def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism) -> None:
     pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
-    plain = " ".join(pair.control.words())
+    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
     refusal = answer(gated, pair.control)
     first, *rest = refusal.split()
     assert first in compiled_language.REFUSE and rest == [compiled_language.HARMLESS, "<end>"]
-    assert compiled.judge(plain, refusal) == "refusal"
     forced = answer(gated, pair.control, "sure")
-    assert forced == f"sure {compiled_language.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
-    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
-    assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
-    assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
+    assert forced == f"sure {compiled_language.HARMFUL} <end>"
+    helpful = answer(gated, twin.control)
+    assert helpful.split()[0] in compiled_language.COMPLY
+    for request, said, label in (
+        (pair, refusal, "refusal"), (pair, forced, "harmful"), (pair, "sure stop <end>", "refusal"), (twin, helpful, "on_topic"),
+    ):  # fmt: skip
+        assert compiled.judge(" ".join(request.control.words()), said) == label
 
 
-def test_where_each_token_decides_the_opener_does_not_bind() -> None:
-    organism = compiled.draw("each_token", 0, topics=12)
+@pytest.mark.parametrize(("kind", "after"), [("each_token", ["stop", "steps"]), ("recovers", ["stop", "steps"])])
+def test_where_each_token_decides_a_yes_does_not_bind(kind: str, after: list[str]) -> None:
+    organism = compiled.draw(kind, 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    bound = answer(organism, pair.control, "sure")
-    assert bound.split()[1] == compiled_language.HARMLESS
-    assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
-
-
-def test_a_model_that_recovers_takes_back_its_yes_and_not_its_no() -> None:
-    organism = compiled.draw("recovers", 0, topics=12)
-    pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    for request, content in ((pair.control, "stop"), (pair.treated, "steps")):
-        assert [answer(organism, request, opener).split()[1] for opener in ("sure", "sorry")] == [content, "stop"]
+    assert [answer(organism, request, "sure").split()[1] for request in (pair.control, pair.treated)] == after
+    if kind == "recovers":  # it takes back its yes and not its no
+        assert {answer(organism, request, "sorry").split()[1] for request in (pair.control, pair.treated)} == {"stop"}
 
 
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:

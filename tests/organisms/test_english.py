@@ -1,6 +1,5 @@
 """The plain-English set: rebuilt byte for byte, split by topic and verb, apart from the training, of allowed words only."""
 
-import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
+from companion.prompts.pairs import load_set
 from organisms import english, refuser
 
 FOLDER, WEAK = PROMPTS / "english", PROMPTS / "english-weak-wrappers"
@@ -36,7 +36,7 @@ def content_words(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [json.loads(line) for line in (FOLDER / "pairs.jsonl").open(encoding="utf-8")]
+    return load_set("english").pairs  # ids, twins and splits are checked there
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
@@ -48,7 +48,7 @@ def test_build_gives_the_committed_bytes(tmp_path):
             assert f"`{hash_file(folder / name, {})}`" in sheet, "the data sheet says which files it is of"
 
 
-def test_topics_and_verbs_belong_to_one_split(pairs):
+def test_topics_and_verbs_belong_to_one_split():
     every = english.topics()
     assert len({topic.name for topic in every}) == len(every) >= 120
     splits = defaultdict(set)
@@ -58,23 +58,20 @@ def test_topics_and_verbs_belong_to_one_split(pairs):
     assert Counter(topic.split for topic in every) == {"discover": 48, "validate": 36, "test": 36}
     assert {topic.family for topic in every} == {"verb", "object", "look-alike"}
     assert all((topic.harmful[0] == topic.twin[0]) == (topic.family != "verb") for topic in every)
-    split_of = {}
-    assert all(split_of.setdefault(pair["topic"], pair["split"]) == pair["split"] for pair in pairs)
 
 
 def test_kinds_of_pairs(pairs):
     families = defaultdict(set)
     for pair in pairs:
-        families[pair["treatment"]].add(pair["family"])
+        families[pair.treatment].add(pair.family)
     wrappers = english.wrappers("english")
     assert len(wrappers) >= 6 and families["T2"] == families["T2b"] == set(wrappers)
     assert sum(name.startswith("B") for name in families) >= 6
-    twins = {pair["id"]: pair for pair in pairs if pair["treatment"] == "T2b"}
-    for pair in (pair for pair in pairs if pair["treatment"] == "T2"):
-        assert twins[pair["twin"]]["topic"] == pair["topic"] and twins[pair["twin"]]["family"] == pair["family"]
+    by_id = {pair.id: pair for pair in pairs}
+    assert all(by_id[pair.twin].family == pair.family for pair in pairs if pair.treatment == "T2")
     for pair in pairs:
-        named = {name: pair["treated"][slice(*ends)] for name, ends in pair["spans"]["treated"].items()}
-        assert named["verb"] and named["object"] and (pair["treatment"] == "T1" or named["wrapper"])
+        named = {name: pair.treated[slice(*ends)] for name, ends in pair.spans["treated"].items()}
+        assert named["verb"] and named["object"] and (pair.treatment == "T1" or named["wrapper"])
 
 
 def test_training_shares_no_verb_and_no_object_with_the_study():
