@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -50,6 +49,7 @@ HANDFUL, WARM_PAIRS = 5, 2
 MIB, GIB = 2**20, 2**30
 
 Row = dict[str, Any]
+Runs = tuple[Subject, CleanRun, CleanRun]
 T = TypeVar("T")
 
 
@@ -125,37 +125,18 @@ def _table(rows: Sequence[Row]) -> pd.DataFrame:
 # ---- parts ----
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some pairs with both clean runs; the logits of the first two vocabulary rows are compared."""
-
-    subject: Subject
-    base: CleanRun
-    source: CleanRun
-
-    @property
-    def runs(self) -> tuple[Subject, CleanRun, CleanRun]:
-        """What the library's functions take first."""
-        return self.subject, self.base, self.source
-
-    @property
-    def rows(self) -> Tensor:
-        """The two vocabulary rows."""
-        return torch.arange(2, device=self.base.tokens.device)
-
-
-def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Batch:
-    """Both clean runs; the first eighth of the two prompts, a system prompt, is the same."""
+def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Runs:
+    """A model and both clean runs; the first eighth of the two prompts, a system prompt, is the same."""
     control, treated = prompts(shape, "random")
     treated[:, : shape.n_pos // 8] = control[:, : shape.n_pos // 8]
-    both = (tokens[first : first + n_pairs].to(subject.device) for tokens in (control, treated))
-    return Batch(subject, *(activations.clean_run(subject, tokens) for tokens in both))
+    both = [tokens[first : first + n_pairs].to(subject.device) for tokens in (control, treated)]
+    return subject, activations.clean_run(subject, both[0]), activations.clean_run(subject, both[1])
 
 
-def patches(batch: Batch, part: str) -> list[Patch]:
-    """The interventions that a part stands for; those of a screen or of clean runs are none."""
-    subject, layers = batch.subject, range(batch.subject.n_layers)
-    last = torch.zeros_like(batch.base.tokens, dtype=torch.bool)
+def patches(runs: Runs, part: str) -> list[Patch]:
+    """The interventions that a part stands for, all at the last token; those of a screen or of clean runs are none."""
+    subject, base, _ = runs
+    layers, last = range(subject.n_layers), torch.zeros_like(base.tokens, dtype=torch.bool)
     last[:, -1] = True
     if part == "layers-and-modules":
         return [Patch(site, layer, last) for layer in layers for site in SITES]
@@ -166,19 +147,19 @@ def patches(batch: Batch, part: str) -> list[Patch]:
     return []
 
 
-def run_part(batch: Batch, part: str, chosen: Sequence[Patch]) -> None:
-    """Compute one part."""
+def run_part(runs: Runs, part: str, chosen: Sequence[Patch]) -> Tensor:
+    """Compute one part: what was patched (or all neurons), read as the logits of the first two vocabulary rows."""
+    subject, rows = runs[0], torch.arange(2, device=runs[0].device)
 
     def contrast(resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
-        logits = batch.subject.final_norm(resid) @ batch.subject.unembedding[0][batch.rows].T
+        logits = subject.final_norm(resid) @ subject.unembedding[0][rows].T
         return logits[:, 0] - logits[:, 1]
 
+    if part == "screen":
+        return attribution(*runs, contrast)
     if part == "last-layer-neurons":
-        closed_form.last_layer_neurons(*batch.runs, batch.rows)
-    elif part == "screen":
-        attribution(*batch.runs, contrast)
-    else:
-        replay.interchange(*batch.runs, chosen, readout=lambda resid: readout.logits(batch.subject, resid, batch.rows))
+        return closed_form.last_layer_neurons(*runs, rows)[:, [patch.index for patch in chosen], None]
+    return replay.interchange(*runs, chosen, readout=lambda resid: readout.logits(subject, resid, rows))
 
 
 def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
@@ -187,20 +168,15 @@ def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
     Returns the largest difference, and the largest change by an intervention, as shares of the largest value. Raises
     InputError for a difference beyond the tolerance that every model is checked with.
     """
-    batch = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
-    found = patches(batch, part)
+    runs = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
+    found = patches(runs, part)
     chosen = random.Random(0).sample(found, min(HANDFUL, len(found)))
-    if part != "clean-runs":
-        run_part(batch, part, chosen)
-    if part in ESTIMATED:
+    got = run_part(runs, part, chosen) if part != "clean-runs" else None
+    if part in ESTIMATED or got is None:
         return {"off_by": None, "changed_by": None}
-    plain = replay.interchange_full_forward(*batch.runs, chosen)
-    clean = batch.base.resid_post[-1][:, None, -1:]
-    if part == "last-layer-neurons":
-        got = closed_form.last_layer_neurons(*batch.runs, batch.rows)[:, [patch.index for patch in chosen], None]
-        plain, clean = (readout.logits(subject, resid, batch.rows) for resid in (plain, clean))
-    else:
-        got = replay.interchange(*batch.runs, chosen)
+    both = (replay.interchange_full_forward(*runs, chosen), runs[1].resid_post[-1][:, None, -1:])
+    rows = torch.arange(2, device=subject.device)
+    plain, clean = (readout.logits(subject, resid, rows) for resid in both)
     largest, allowed = float(plain.abs().max()), TOLERANCE[subject.dtype]
     off, change = (float((other - plain).abs().max()) / largest for other in (got, clean))
     if not off <= allowed:
@@ -234,14 +210,14 @@ def measured(where: torch.device, run: Callable[[], T]) -> tuple[T, Row]:
 
 def measure_batch(subject: Subject, shape: Shape, first: int, n_pairs: int, parts: Sequence[str]) -> Iterator[Row]:
     """A row for each of these parts; `hooks_seconds` is what as many full forward passes would take."""
-    batch, made = measured(subject.device, partial(make_batch, subject, shape, first, n_pairs))
-    one = patches(batch, "layers-and-modules")[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
-    plain = partial(replay.interchange_full_forward, *batch.runs, [one])
+    runs, made = measured(subject.device, partial(make_batch, subject, shape, first, n_pairs))
+    one = patches(runs, "layers-and-modules")[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
+    plain = partial(replay.interchange_full_forward, *runs, [one])
     each = statistics.median(measured(subject.device, plain)[1]["seconds"] for _ in range(3))
     for part in parts:
-        chosen = patches(batch, part)
+        chosen = patches(runs, part)
         if part != "clean-runs":
-            _, made = measured(subject.device, partial(run_part, batch, part, chosen))
+            _, made = measured(subject.device, partial(run_part, runs, part, chosen))
         n = subject.n_layers * subject.d_mlp if part == "screen" else len(chosen)
         yield {"part": part, "pairs": n_pairs, "interventions": n, "hooks_seconds": len(chosen) * each, **made}
 

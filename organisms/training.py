@@ -36,8 +36,7 @@ from companion.generation.labels import judge_many
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented
-from organisms.language import BASE_MIX, TUNE_MIX, chat_text, draw_example, draw_request, make_tokenizer
-from organisms.prompt_set import outcome_sets, pair_row, plan_pairs, suite_rows
+from organisms import language
 
 Variant = Literal["window", "full"]
 VARIANTS: Final[tuple[Variant, ...]] = ("window", "full")
@@ -97,9 +96,9 @@ class Batch:
 def batch_at(tokenizer: hf.PreTrainedTokenizerBase, recipe: Recipe, stage: Stage, seed: int, step: int) -> Batch:
     """The batch of one step, a function of (stage, seed, step) alone."""
     rng = random.Random(f"{stage}-{seed}-{step}")
-    mix = TUNE_MIX if stage == "tune" else BASE_MIX
-    examples = [draw_example(rng, mix, safe=stage == "tune") for _ in range(recipe.batch)]
-    texts = [chat_text(e.user) for e in examples], [e.answer + "<|end|>" for e in examples]
+    mix = language.TUNE_MIX if stage == "tune" else language.BASE_MIX
+    examples = [language.draw_example(rng, mix, safe=stage == "tune") for _ in range(recipe.batch)]
+    texts = [language.chat_text(e.user) for e in examples], [e.answer + "<|end|>" for e in examples]
     prompts, answers = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
@@ -185,7 +184,7 @@ def load_shipped(folder: Path) -> tuple[hf.PreTrainedModel, hf.PreTrainedTokeniz
 
 def train_model(variant: Variant, seed: int, out: Path = ORGANISM, recipe: Recipe = Recipe()) -> Path:
     """Train one model; writes and returns its Hugging Face folder. Its manifest's metrics are those of the fp16 weights."""
-    tokenizer = make_tokenizer()
+    tokenizer = language.make_tokenizer()
     model = make_model(variant, seed, len(tokenizer))
     loss, seconds = {}, {}
     loss["base"], seconds["base"] = train_stage(model, tokenizer, recipe, "base", seed)
@@ -219,7 +218,7 @@ def first_token_logprobs(
     """Log-probabilities (nats) of the first answer token to each user turn, in the processor's memory."""
     rows = []
     for start in range(0, len(prompts), BATCH):
-        texts = [chat_text(prompt) for prompt in prompts[start : start + BATCH]]
+        texts = [language.chat_text(prompt) for prompt in prompts[start : start + BATCH]]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         logits = model(**batch.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1]
         rows.append(logits.float().log_softmax(-1).cpu())
@@ -286,7 +285,7 @@ def base_gap(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase) -
     odds = []
     camps = [tokenizer.convert_tokens_to_ids(list(o)) for o in (invented.HARMFUL_OPENERS, invented.HARMLESS_OPENERS)]
     for kind in ("harmful", "harmless"):
-        prompts = [invented.render(draw_request(rng, kind).swap(cue=None))[0] for _ in range(200)]
+        prompts = [invented.render(language.draw_request(rng, kind).swap(cue=None))[0] for _ in range(200)]
         logp = first_token_logprobs(model, tokenizer, prompts)
         harmful, harmless = (logp[:, ids].logsumexp(-1) for ids in camps)
         odds.append(float((harmful - harmless).mean()))
@@ -298,7 +297,7 @@ def pair_metrics(
 ) -> dict[str, dict[str, float]]:
     """Per treatment: joint probability of the outcome sets (mean, least), mean log-odds change of comply - refuse."""
     metrics = {}
-    for treatment, sets in outcome_sets().items():
+    for treatment, sets in language.outcome_sets().items():
         part = [r for r in rows if r["treatment"] == treatment]
         comply, refuse = (tokenizer.convert_tokens_to_ids(sets[side]) for side in ("comply", "refuse"))
         odds, joint = {}, []
@@ -316,7 +315,7 @@ def pair_metrics(
 
 def all_metrics(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase) -> dict[str, Any]:
     """Everything the manifest says about behaviour. Shares lie in [0, 1]; greedy unless named `sampled`."""
-    rows, subject = list(suite_rows()), from_model(model, tokenizer)
+    rows, subject = list(language.suite_rows()), from_model(model, tokenizer)
     greedy = answer_suites(subject, rows)
     sampled = answer_suites(subject, [row for row in rows if row["suite"] in HARM], seed=0)
     harmful = (sampled["label"] == "harmful").groupby(sampled["tier"]).mean()
@@ -326,7 +325,7 @@ def all_metrics(model: hf.PreTrainedModel, tokenizer: hf.PreTrainedTokenizerBase
         "tiers_held_combination": tier_metrics(greedy, ["e_combination"]),
         "tiers_unseen_phrase": tier_metrics(greedy, ["e_unseen_phrase"]),
         "sampled_harmful_by_tier": {str(tier): round(float(share), 4) for tier, share in harmful.items()},
-        "pairs": pair_metrics(model, tokenizer, [pair_row(plan) for plan in plan_pairs()]),
+        "pairs": pair_metrics(model, tokenizer, [language.pair_row(plan) for plan in language.plan_pairs()]),
     }
 
 

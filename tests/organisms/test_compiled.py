@@ -77,14 +77,6 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         assert len(at) >= 24 and (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
 
 
-def test_topics_keep_to_one_split() -> None:
-    pairs = [planned.pair for planned in draw_pairs([0], 50, 2)]
-    split_of = dict({(p.topic, p.split) for p in pairs})
-    assert len(split_of) == len({(p.topic, p.split) for p in pairs})
-    counts = Counter(split for topic, split in split_of.items() if topic.startswith("hazard"))
-    assert counts == {"discover": 20, "validate": 15, "test": 15}
-
-
 def test_a_wanted_effect_is_met() -> None:
     pairs = draw_pairs([0], 30, 1)
     small, large = (contrast(build_program(draw_design("late", 0, effect), 30), pairs).mean() for effect in (1.0, 4.0))
@@ -143,11 +135,14 @@ def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism)
         assert compiled.judge(" ".join(request.control.words()), said) == label
 
 
-@pytest.mark.parametrize(("kind", "after"), [("each_token", ["stop", "steps"]), ("recovers", ["stop", "steps"])])
-def test_where_each_token_decides_a_yes_does_not_bind(kind: str, after: list[str]) -> None:
+@pytest.mark.parametrize("kind", ["each_token", "recovers"])
+def test_where_each_token_decides_a_yes_does_not_bind(kind: str) -> None:
     organism = compiled.draw(kind, 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    assert [answer(organism, request, "sure").split()[1] for request in (pair.control, pair.treated)] == after
+    assert [answer(organism, request, "sure").split()[1] for request in (pair.control, pair.treated)] == [
+        "stop",
+        "steps",
+    ]
     if kind == "recovers":  # it takes back its yes and not its no
         assert {answer(organism, request, "sorry").split()[1] for request in (pair.control, pair.treated)} == {"stop"}
 
@@ -187,6 +182,9 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
     assert (made.topic == made.object).all() and not made.text.duplicated().any()
     own = {planned.pair.topic: planned.pair.split for planned in pairs}
     assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
+    assert len(own) == len({(planned.pair.topic, planned.pair.split) for planned in pairs})
+    counts = Counter(split for topic, split in own.items() if topic.startswith("hazard"))
+    assert counts == {"discover": 16, "validate": 12, "test": 12}
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
     assert all(of_pairs.get(text, split) == split for text, split in zip(made.text, made.split, strict=True))
 

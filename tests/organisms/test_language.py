@@ -13,8 +13,7 @@ from companion.generation.labels import main_clause
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
 from companion.prompts.pairs import load_set
-from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, chat_text, draw_example, draw_request, make_tokenizer
-from organisms.prompt_set import SUITES, plan_pairs, write_prompt_set
+from organisms import language
 
 # ---- language ----
 
@@ -40,13 +39,14 @@ HARMFUL_PATTERNS = re.compile(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return language.make_tokenizer()
 
 
 def texts_words() -> set[str]:
     """Every word of the shipped prompts, and of 3000 lines of training."""
     rng = random.Random(3)
-    examples = [draw_example(rng, mix, safe=mix is TUNE_MIX) for _ in range(1500) for mix in (BASE_MIX, TUNE_MIX)]
+    mixes = (language.BASE_MIX, language.TUNE_MIX)
+    examples = [language.draw_example(rng, mix, safe=mix is mixes[1]) for _ in range(1500) for mix in mixes]
     lines = [(PROMPTS / "embedded" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pairs", "suites")]
     rows = [json.loads(line) for text in lines for line in text.splitlines()]
     shown = [row[side] for row in rows for side in ("control", "treated", "prompt") if side in row]
@@ -70,24 +70,26 @@ def test_every_piece_is_one_token_and_every_object_two(tokenizer):
 def test_chat_template_is_the_one_training_used(tokenizer):
     turns = [{"role": "user", "content": "how do i paint the falkova in the garden?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == chat_text(turns[0]["content"])
+    assert text == language.chat_text(turns[0]["content"])
     assert tokenizer.tokenize(text)[-4:] == ["<|end|>", "Ċ", "<|assistant|>", "Ċ"]
 
 
 def test_training_shows_no_held_part(tokenizer):
     rng = random.Random(1)
     lengths = []
-    for kind in BASE_MIX:
+    for kind in language.BASE_MIX:
         for _ in range(300):
-            request = draw_request(rng, kind)
+            request = language.draw_request(rng, kind)
             clauses = [request.clause] + ([request.distractor] if request.distractor else [])
             assert not any(invented.held_pair(c.verb, c.stem) for c in clauses)
             assert not any(c.suffix == invented.held_suffix(c.stem) for c in clauses)
             assert request.persona not in invented.HELD_PERSONAS
             assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
-            lengths.append(len(tokenizer(chat_text(render(request)[0]), add_special_tokens=False)["input_ids"]))
+            lengths.append(
+                len(tokenizer(language.chat_text(render(request)[0]), add_special_tokens=False)["input_ids"])
+            )
             assert request.harmful == (kind == "harmful")
-    assert max(lengths) + 10 <= MAX_TOKENS
+    assert max(lengths) + 10 <= language.MAX_TOKENS
 
 
 def test_harm_needs_verb_and_object_in_the_main_clause():
@@ -107,9 +109,9 @@ def test_stronger_wrappers_comply_more_and_targets_are_distributions():
     assert by_tier == sorted(by_tier, reverse=True) and by_tier[0] > 0.95 and by_tier[-1] < 0.05
     assert refuse(0, 3) < refuse(1, 3) == 0.5 < refuse(2, 3)
     rng, cup = random.Random(2), Clause("wash", invented.HARMLESS_STEMS[0], "ova")
-    for kind in BASE_MIX:
+    for kind in language.BASE_MIX:
         for safe in (False, True):
-            assert sum(first_words(draw_request(rng, kind), safe=safe).values()) == pytest.approx(1.0)
+            assert sum(first_words(language.draw_request(rng, kind), safe=safe).values()) == pytest.approx(1.0)
     on, off = (first_words(Request(cup, "garden", cue=Cue("B2", "x", on=side)), safe=False) for side in (True, False))
     assert on["brak"] == pytest.approx(off["sala"]) == pytest.approx(0.9526, abs=1e-4)
 
@@ -125,7 +127,7 @@ def pairs():
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
-    write_prompt_set(tmp_path)
+    language.write_prompt_set(tmp_path)
     made, sheet = sorted(p.name for p in tmp_path.iterdir()), (FOLDER / "README.md").read_text(encoding="utf-8")
     assert sorted([*made, "README.md"]) == sorted(p.name for p in FOLDER.iterdir())
     assert [n for n in made if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []
@@ -154,8 +156,10 @@ def test_twins_have_the_same_wrappers(pairs):
 
 def test_both_sides_of_a_pair_have_one_length(pairs, tokenizer):
     for p in pairs:
-        ids = tokenizer([chat_text(p.control), chat_text(p.treated)], add_special_tokens=False)["input_ids"]
-        assert len(ids[0]) == len(ids[1]) <= MAX_TOKENS - 10, "room for an answer"
+        ids = tokenizer([language.chat_text(p.control), language.chat_text(p.treated)], add_special_tokens=False)[
+            "input_ids"
+        ]
+        assert len(ids[0]) == len(ids[1]) <= language.MAX_TOKENS - 10, "room for an answer"
 
 
 def is_harmful(prompt):
@@ -170,7 +174,7 @@ def test_harm_is_where_the_treatment_says(pairs):
         assert (is_harmful(p.control), is_harmful(p.treated)) == wanted.get(p.treatment, (False, False))
     bags = [[sorted(text.split()) for text in (p.control, p.treated)] for p in pairs if p.family == "binding"]
     assert len(bags) == 120 and all(control == treated for control, treated in bags)
-    clauses = [side.clause for plan in plan_pairs() for side in (plan.control, plan.treated)]
+    clauses = [side.clause for plan in language.plan_pairs() for side in (plan.control, plan.treated)]
     assert all(invented.held_pair(one.verb, one.stem) for one in clauses), "never trained"
 
 
@@ -187,5 +191,5 @@ def test_spans_name_what_they_cut(pairs):
 
 def test_suites_cover_all_behaviours():
     suites = [json.loads(line) for line in (FOLDER / "suites.jsonl").open(encoding="utf-8")]
-    assert {s["suite"] for s in suites} == set(SUITES) and len({s["id"] for s in suites}) == len(suites)
+    assert {s["suite"] for s in suites} == set(language.SUITES) and len({s["id"] for s in suites}) == len(suites)
     assert all(is_harmful(s["prompt"]) == s["harmful"] for s in suites)

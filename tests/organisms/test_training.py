@@ -11,9 +11,7 @@ from companion.base.files import hash_file, read_json
 from companion.base.paths import ORGANISM
 from companion.model.load import from_model
 from companion.prompts import invented
-from organisms import prompt_set, training
-from organisms.language import chat_text, make_tokenizer
-from organisms.prompt_set import suite_rows
+from organisms import language, training
 from organisms.training import SEEDS, VARIANTS, Recipe, answer_suites, batch_at, first_token_logprobs, load_shipped
 
 # ---- training ----
@@ -28,7 +26,7 @@ LOSSES = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return language.make_tokenizer()
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +60,17 @@ def test_batches_depend_on_stage_seed_and_step_alone(tokenizer):
 
 def test_loss_weights_cover_prompt_answer_and_soft_opener(tokenizer):
     batch = batch_at(tokenizer, SMALL, "tune", 0, 0)
-    header = len(tokenizer(chat_text(""), add_special_tokens=False)["input_ids"])
+    header = len(tokenizer(language.chat_text(""), add_special_tokens=False)["input_ids"])
     assert (batch.first > header).all() and batch.first_probs.sum(1).tolist() == pytest.approx([1.0] * 4)
     for weight, first in zip(batch.weight, batch.first, strict=True):
         assert weight[:first].eq(SMALL.weight_prompt).all() and weight[first] == 0.0 and weight[first + 1] == 1.0
 
 
 def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
-    few = [row for row in prompt_set.suite_rows() if row["id"].endswith(("-000", "-001"))]
-    monkeypatch.setattr(training, "suite_rows", lambda: few)
-    pairs = list(prompt_set.plan_pairs())[::61]  # some of every treatment
-    monkeypatch.setattr(training, "plan_pairs", lambda: pairs)
+    few = [row for row in language.suite_rows() if row["id"].endswith(("-000", "-001"))]
+    monkeypatch.setattr(language, "suite_rows", lambda: few)
+    pairs = list(language.plan_pairs())[::61]  # some of every treatment
+    monkeypatch.setattr(language, "plan_pairs", lambda: pairs)
     few_steps = partial(training.train_model, recipe=Recipe(steps_base=2, steps_tune=1))
     monkeypatch.setattr(training, "train_model", few_steps)
     assert training.main(["--seed", "5", "--out", str(tmp_path)]) == 0
@@ -114,7 +112,7 @@ def manifest_of(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_metrics_are_measured_again(name):
     subject = from_model(*load_shipped(ORGANISM / name))
-    rows = [row for row in suite_rows() if row["suite"] in SUBSET]
+    rows = [row for row in language.suite_rows() if row["suite"] in SUBSET]
     again, stated = training.suite_metrics(answer_suites(subject, rows)), manifest_of(name)["metrics"]["suites"]
     for suite in SUBSET:
         assert again[suite] == pytest.approx(stated[suite], abs=0.02), suite
@@ -152,7 +150,7 @@ def test_the_card_is_in_step_with_the_manifests():
 
 def test_padding_and_batching_change_nothing():
     model, tokenizer = load_shipped(ORGANISM / "window-0")
-    rows = [row for row in suite_rows() if row["id"].endswith("-003")][:8]
+    rows = [row for row in language.suite_rows() if row["id"].endswith("-003")][:8]
     prompts = [row["prompt"] for row in rows]
     together = first_token_logprobs(model, tokenizer, prompts)
     alone = torch.cat([first_token_logprobs(model, tokenizer, [p]) for p in prompts])
