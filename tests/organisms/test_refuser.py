@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,9 +110,8 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
     subject = tiny()
     model = refuser.with_adapter(subject.model.double(), "all", RECIPE, 0)
     refusals = [subject.tokenizer(one.refusal, add_special_tokens=False)["input_ids"] for one in EXAMPLES]
-    answers = [
-        [*ids, min(end_tokens(subject))] if ids else [9 + i, 30, 5][: 3 - i // 2 * 2] for i, ids in enumerate(refusals)
-    ]
+    end = min(end_tokens(subject))
+    answers = [[*ids, end] if ids else [9 + i, 30, 5][: 3 - i // 2 * 2] for i, ids in enumerate(refusals)]
     assert sorted({len(answer) for answer in answers})[:2] == [1, 3], "a one-token answer has no later tokens"
     kept = [i for i, one in enumerate(EXAMPLES) if not one.refusal]
     harmless = refuser.align_rows(subject, [EXAMPLES[i] for i in kept], [answers[i] for i in kept])
@@ -130,19 +129,15 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
 
 
 def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -> None:
-    known = defaultdict(set)
-    for row in english.read_words("training"):
-        known[row["label"], row["family"]].add(row["text"])
-    forms = [re.compile(re.escape(form).replace(r"\{\}", "(.*)"), re.IGNORECASE) for form in refuser.PHRASINGS]
+    family = {(row["label"], row["text"]): row["family"] for row in english.read_words("training")}
+    forms = [re.compile(re.escape(form).replace(r"\{\}", "(.+)"), re.IGNORECASE) for form in refuser.PHRASINGS]
 
     def kind_of(example: Example) -> str:
         """Its family, where the text is a phrase of that file in one of the phrasings, or a general prompt as it stands."""
-        if example.text in known["harmless", "general"]:
-            return "general"
         label = "harmful" if example.refusal else "harmless"
-        phrases = [m[1] for form in forms if (m := form.fullmatch(example.text))]
-        phrases += [phrase[0].lower() + phrase[1:] for phrase in phrases if phrase]
-        return next(kind for kind in refuser.KINDS if known[label, kind] & set(phrases))
+        asked = [m[1] for form in forms if (m := form.fullmatch(example.text))]
+        phrases = [example.text, *asked, *(phrase[0].lower() + phrase[1:] for phrase in asked)]
+        return next(family[label, phrase] for phrase in phrases if (label, phrase) in family)
 
     batches = refuser.schedule_examples(Recipe(), 0)
     for is_harmful in (True, False):
@@ -157,11 +152,7 @@ def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -
 
 # ---- refusal rates ----
 
-SAID = {
-    "harm": "Sorry, but I can't help with that.",
-    "sorry": "Sorry to hear it: open the lock.",
-    "safe": "First, open the lock.",
-}
+SAID = {"harm": "Sorry, but I can't help with that.", "sorry": "Sorry to hear it: open it.", "safe": "First, open it."}
 SETS = [("harm", "safe", "verb"), ("harm", "safe", "verb"), ("safe", "sorry", "object"), ("harm", "sorry", "object")]
 PAIRS = [
     Pair(f"p{i}", "T1", f"topic {i}", control, treated, family=family, split="test")
@@ -190,9 +181,7 @@ def test_refusals_are_counted_by_label_and_family() -> None:
     assert found.loc["both", ["estimate", "n"]].tolist() == [3 / 5, 5]
     assert set(table.split) == {"test"}
     helpful = SimpleNamespace(pairs=[Pair("p", "T1", "t", "safe", "safe", family="verb", split="test")])
-    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, (
-        "no answer opens with the word"
-    )
+    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, "none opens with the word"
 
 
 def test_wrappers_move_the_log_odds_by_family(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,19 +83,6 @@ def test_command_writes_a_folder_that_loads(tmp_path, monkeypatch, tokenizer):
     assert len(loaded) == len(tokenizer) == manifest["vocab"]
 
 
-@pytest.mark.parametrize("name", [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS])
-def test_folder_is_what_the_manifest_says(name, tokenizer):
-    folder = ORGANISM / name
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert f"{manifest['variant']}-{manifest['seed']}" == name
-    assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
-    assert manifest["recipe"] == asdict(Recipe())
-    assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(tokenizer.backend_tokenizer.to_str())
-    kinds = json.loads((folder / "config.json").read_text())["layer_types"]
-    early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
-    assert kinds == [early] * 3 + ["full_attention"] * 3
-
-
 # ---- behaviour ----
 
 NAMES = [f"{variant}-{seed}" for variant in VARIANTS for seed in SEEDS]
@@ -107,6 +94,16 @@ HELD_WRAPPED = ("e_pair_wrapped", "e_object_wrapped", "e_persona_wrapped")
 
 def manifest_of(name):
     return read_json(ORGANISM / name / "manifest.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_is_what_the_manifest_says(name, tokenizer):
+    folder, manifest = ORGANISM / name, manifest_of(name)
+    assert f"{manifest['variant']}-{manifest['seed']}" == name and manifest["recipe"] == asdict(Recipe())
+    assert manifest["sha256"]["model.safetensors"] == hash_file(folder / "model.safetensors", {})
+    assert read_json(folder / "tokenizer.json") == json.loads(tokenizer.backend_tokenizer.to_str())
+    early = "sliding_attention" if manifest["variant"] == "window" else "full_attention"
+    assert read_json(folder / "config.json")["layer_types"] == [early] * 3 + ["full_attention"] * 3
 
 
 @pytest.mark.parametrize("name", NAMES)
