@@ -1,7 +1,7 @@
 """Time and memory of a whole mediation study on one device, part by part.
 
     python -m benchmarks.gpu                          # the first GPU at the shape of an 8B Llama; without one, small
-    python -m benchmarks.gpu --device cuda:1 --parts heads,screen
+    python -m benchmarks.gpu --device cuda:1 --parts heads screen
     python -m benchmarks.gpu --device cpu --shape smoke
 
 Weights are random, and products are made without TF32. Before anything is timed, every part runs once on two pairs. That
@@ -97,15 +97,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the processor), cpu, cuda, cuda:N")
     parser.add_argument("--shape", choices=SHAPES, help="default: 8b on a GPU, small on the processor")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--batch", type=int, default=0, help="pairs at a time; default: what a study runs at once")
     options = parser.parse_args(arguments)
-    asked = options.parts.split(",")
-    if unknown := set(asked) - set(PARTS):
-        raise InputError(f"--parts: unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if options.batch < 0:
-        raise InputError(f"--batch {options.batch}: expected at least 1 pair")
-    options.parts = [part for part in PARTS if part in asked]
+    options.parts = [part for part in PARTS if part in options.parts]
     return options
 
 

@@ -199,11 +199,9 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
     assert subject.tokenizer is not None
     batches = schedule_examples(recipe, seed)
     answers = own_answers(subject, batches, recipe)
-    for refusal in REFUSALS:  # a refusal's tokens and the one that ends an answer
-        answers[refusal] = [
-            *subject.tokenizer(refusal, add_special_tokens=False)["input_ids"],
-            min(end_tokens(subject)),
-        ]
+    end = min(end_tokens(subject))
+    for refusal in REFUSALS:
+        answers[refusal] = [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], end]
     model = with_adapter(subject.model, part, recipe, seed)
     free = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(free, lr=recipe.lr, weight_decay=0.0)
