@@ -23,15 +23,9 @@ FALSE = {
     "permuted": {"C5a", "C5b"}, "early_carrier": {"C5b"}, "late_like_benign": {"C1", "C5b"},
     "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
     "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
-    "backup": {"C1", "C5a", "C5b"}, "understudy": {"C2", "C4", "C5a", "C5b"}, "cancelled": {"C2", "C4", "C5a"},
-    "relayed": {"C5b"}, "self_carried": {"C1", "C4", "C5a", "C5b"}, "bag_of_words": {"C3"}, "opposed": {"C5b"},
-    "crowd": {"C5a", "C5b"}, "recovers": {"C5c"}, "suppressed": {"C1", "C5b", "C6"},
 }  # fmt: skip
 PLACE = ["early", "middle", "late"]
-OPEN = {
-    "and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}, "backup": {"C5c", "C6"},
-    "understudy": {"C5c", "C6"}, "cancelled": {"C5b", "C5c", "C6"}, "relayed": {"C2", "C6"}, "self_carried": {"C2", "C5c", "C6"},
-}  # fmt: skip
+OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
 
 
 def made_of(kind: str, seed: int, topics: int = 20) -> tuple[Design, Program, list[Planned]]:
@@ -50,7 +44,7 @@ def test_what_is_true_of_a_kind_and_that_its_effect_varies(kind: str) -> None:
         design, program, pairs = made_of(kind, seed, 40)
         truth = true_claims(design, program, pairs)
         assert truth.pop("C7") == design.contiguous
-        if kind in FALSE:  # else it differs from draw to draw
+        if kind in FALSE:  # else it differs from draw to draw, or is a table of its own
             assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
             assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
         te = contrast(program, pairs)
