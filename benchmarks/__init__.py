@@ -1,2 +1,2 @@
-"""What exact interventions cost: against other tools (`peers`), against size (`scaling`, `sweeps`, `cost_model`) and on a GPU
-(`gpu`); and whether a disturbed run ends as an undisturbed one (`faults`)."""
+"""What exact interventions cost: against other tools (`peers`), against size (`scaling`, `sweeps`, `cost_model`), in a whole
+run (`profile_run`), and on a GPU (`gpu`)."""

@@ -1,12 +1,11 @@
-"""What exact interventions cost: the least arithmetic that an answer needs, and whole sweeps on a model of any size.
+"""What the sweeps of notebooks 02 and 03 cost on a model of any size: operations counted, one factor measured.
 
-    python -m benchmarks.cost_model      # the tables of docs/scaling.md: the sweeps of notebooks 02 and 03
+    python -m benchmarks.cost_model      # the table of docs/scaling.md
 
 Operations are multiply-adds times two of dense products; attention scores are left out, as prompts are short. The factor
 between arithmetic and wall time is that of results/benchmarks/sweeps.csv.
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.shapes import LLAMA_8B, REAL, STEPS, Shape, Workload, random_llama
+from benchmarks.shapes import LLAMA_8B, REAL, Shape, random_llama
 from companion.base.paths import ROOT
 from companion.base.thresholds import deepest_early_layer
 from companion.mediation.study import CONTROL_PAIRS, FEWEST, ROBUST, chosen_pairs
@@ -36,7 +35,7 @@ MODELS = {  # names of well-known models, and whether the unembedding is the emb
 }
 
 
-# ---- operations ----
+# ---- operations of one pair ----
 
 
 def mlp(shape: Shape) -> float:
@@ -71,41 +70,6 @@ def clean(shape: Shape) -> float:
     """Both clean runs; a batch computes the tokens that all its prompts share once."""
     once = shape.n_shared / shape.n_pairs
     return shape.n_layers * layer(shape) * (2 * (shape.n_pos - shape.n_shared) + once)
-
-
-def minimal_operations(shape: Shape, workload: Workload) -> float:
-    """Operations of the cells that change, of what is read, and nothing else: the least that an exact answer needs.
-
-    What lies before a patch, such as the prefix that real pairs share, cannot change and is not counted. In the top layer all
-    positions give keys and values, and those that are read go on.
-    """
-    rows = shape.vocabulary if workload.log_prob else 2
-    if workload.name.startswith("all neurons of the last"):  # the table of neurons by rows serves every pair
-        return 2.0 * shape.d_model * rows * (shape.d_mlp + shape.n_pairs)
-    reads = STEPS if workload.answer else 1
-    keys = 2.0 * shape.d_model * (shape.d_model // shape.n_heads * shape.n_key_heads) * 2
-    total = 0.0
-    for job in workload.jobs:
-        tokens, above = shape.n_pos + reads - 1 - job.positions[0], shape.n_layers - 1 - job.layer
-        total += 2.0 * shape.d_model * rows * reads
-        if job.site in ("attn_out", "head"):  # the MLP behind an edited attention output
-            total += len(job.positions) * mlp(shape)
-        if above:
-            total += (above - 1) * tokens * layer(shape) + tokens * keys + reads * (layer(shape) - keys)
-    return shape.n_pairs * total
-
-
-def product_rate(shape: Shape, seconds: float = 1.0) -> float:
-    """Measured operations a second, for the MLP's product on two thousand rows: what this machine can do."""
-    rows, weight = torch.randn(2000, shape.d_model), torch.randn(shape.d_mlp, shape.d_model)
-    best, spent = 0.0, 0.0
-    while spent < seconds:
-        start = time.perf_counter()
-        for _ in range(5):
-            torch.nn.functional.linear(rows, weight)
-        took = time.perf_counter() - start
-        best, spent = max(best, 5 * 2 * rows.shape[0] * weight.numel() / took), spent + took
-    return best
 
 
 def pair_operations(sweep: str, kind: str, shape: Shape, is_costly: bool = True) -> float:
@@ -181,18 +145,27 @@ def overhead() -> tuple[float, float]:
 # ---- machines ----
 
 
-def machines() -> dict[str, tuple[int, float]]:
-    """Jobs that share the batches, and the operations a second of each: of two measured cores, and of GPUs as assumed."""
+@dataclass(frozen=True)
+class Machine:
+    """Jobs that share the batches, and the operations a second that each of them sustains."""
+
+    name: str
+    jobs: int
+    rate: float
+
+
+def machines() -> tuple[Machine, ...]:
+    """Two cores at the rate that was measured, and GPUs at the rate that is assumed."""
     core = pd.read_csv(TABLES / "sweeps.csv").rate.median()
     gpus = {"one GPU": 1, "eight GPUs": 8, "a cluster of 64": 64}
-    return {"laptop, two cores": (1, 2 * core)} | {name: (n, GPU_RATE) for name, n in gpus.items()}
+    return Machine("laptop, two cores", 1, 2 * core), *(Machine(name, n, GPU_RATE) for name, n in gpus.items())
 
 
-def hours(shape: Shape, asked: Design, jobs: int, rate: float) -> float:
+def hours(shape: Shape, asked: Design, machine: Machine) -> float:
     """Wall time of all sweeps; what jobs cannot share waits on one of them."""
     costs = sweeps(shape, asked)
-    waited = sum(cost / (jobs if name in SHARED_AMONG_JOBS else 1) for name, cost in costs.items())
-    return overhead()[0] * waited / rate / 3600
+    waited = sum(cost / (machine.jobs if name in SHARED_AMONG_JOBS else 1) for name, cost in costs.items())
+    return overhead()[0] * waited / machine.rate / 3600
 
 
 def sizes(shape: Shape, is_tied: bool) -> tuple[float, memory.RunMemory]:
@@ -213,11 +186,11 @@ def _rounded(hours: float) -> str:
 
 def table() -> list[str]:
     """The table of docs/scaling.md, what each sweep takes of the whole, and the factor."""
-    default, full, machine = design(True), design(False), machines()
+    default, full, names = design(True), design(False), [machine.name for machine in machines()]
     rows, below = [], []
     for name, (shape, is_tied) in MODELS.items():
         need, costs = sizes(shape, is_tied)[1], sweeps(shape, default)
-        total, times = sum(costs.values()), [_rounded(hours(shape, default, *one)) for one in machine.values()]
+        total, times = sum(costs.values()), [_rounded(hours(shape, default, machine)) for machine in machines()]
         more = sum(sweeps(shape, full).values()) / total
         cells = [name, f"{need.weights / 1e9:.1f} GB", f"{need.total / 1e9:.0f} GB", *times, f"x {more:.0f}"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -225,7 +198,7 @@ def table() -> list[str]:
         below.append(f"| {name} | {total:.1e} | {' | '.join(shares)} |")
     mean, factor = overhead()
     return [
-        f"| model | weights | memory | {' | '.join(machine)} | full design |", "| --- " * (4 + len(machine)) + "|", *rows, "",
+        f"| model | weights | memory | {' | '.join(names)} | full design |", "| --- " * (4 + len(names)) + "|", *rows, "",
         f"| model | operations | {' | '.join(costs)} |", "| --- " * (2 + len(costs)) + "|", *below, "",
         f"Wall time = {mean:.1f} x operations / rate; every measured row lies within a factor of {factor:.1f}.",
     ]  # fmt: skip

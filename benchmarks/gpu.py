@@ -1,7 +1,8 @@
-"""Time and memory of a whole mediation study on one device, part by part.
+"""Time and memory of a whole mediation study on one device, in parts that end within minutes and can be resumed.
 
     python -m benchmarks.gpu                          # the first GPU at the shape of an 8B Llama; without one, small
-    python -m benchmarks.gpu --device cuda:1 --parts heads screen
+    python -m benchmarks.gpu --device cuda:1          # that GPU
+    python -m benchmarks.gpu --parts heads --minutes 9
     python -m benchmarks.gpu --device cpu --shape smoke
 
 Weights are random, and products are made without TF32. Before anything is timed, every part runs once on two pairs. That
@@ -10,85 +11,73 @@ much they change, `changed_by`); the gradient screen is an estimate and is warme
 pairs is timed with the device idle before and after, and its peak of memory above the model is written beside what
 `companion.model.memory` plans: both clean runs, a sweep or a screen, and a read-out. On the processor nobody counts the peak.
 
-results/benchmarks/gpu.csv is written after every batch of pairs.
+Each part of a batch is a file in results/benchmarks/gpu/, in a folder for this card, shape, batch and these versions; no
+other result is mixed in. A run that was cut off goes on where it stopped. results/benchmarks/gpu.csv sums up all folders.
+Exit status: 0 all is measured, 2 a mistake in what was asked for or a difference, 3 time is up (the command to go on with
+is printed; at least one part was done), 130 stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import statistics
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from benchmarks.shapes import LLAMA_8B, SITES, SMALL_8B, SMOKE, Shape, machine, prompts, random_llama
+from benchmarks.gpu_parts import ESTIMATED, PARTS, Row, measure_batch, peak_bytes, warm_up
+from benchmarks.shapes import LLAMA_8B, SMALL_8B, SMOKE, Shape, machine, random_llama
 from companion.base import device, files
 from companion.base.errors import InputError
-from companion.base.paths import results_dir
-from companion.model import activations, memory, readout, replay
-from companion.model.activations import CleanRun
+from companion.base.paths import relative, results_dir
+from companion.model import memory
 from companion.model.architecture import Subject, find_parts
-from companion.model.interventions import Patch
-from companion.model.verify import TOLERANCE
-from companion.neurons import closed_form
-from companion.neurons.screening import attribution
 from companion.run.cli import run_with_flags
 
 SHAPES = {"smoke": SMOKE, "small": SMALL_8B, "8b": LLAMA_8B}
-PARTS = ("clean-runs", "layers-and-modules", "heads", "last-layer-neurons", "screen")
-ESTIMATED = ("clean-runs", "screen")  # they make no exact intervention that a forward pass could be compared with
-HANDFUL, WARM_PAIRS = 5, 2
+SHOWN = ["part", "pairs", "interventions", "seconds", "hooks_seconds", "times_hooks", "off_by", "peak_mib", "plan_mib"]
 MIB, GIB = 2**20, 2**30
 
-Row = dict[str, Any]
-Runs = tuple[Subject, CleanRun, CleanRun]
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, where, and what is known before it starts."""
+
+    where: torch.device
+    shape: Shape
+    dtype: torch.dtype
+    at_once: int  # pairs in a batch
+    weights: int  # bytes
+    plan: int  # bytes above the weights
+    conditions: Row
+    folder: Path
+
+    def file(self, part: str, first: int) -> Path:
+        """The file of one part of the batch that starts at this pair."""
+        return self.folder / f"{part}-{first}.json"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Warm up and compare, measure batch by batch, and write and print the table."""
+    """Measure what is not measured yet, and sum up."""
     options = _options(arguments)
-    where = device.resolve(options.device)
-    name = options.shape or ("small" if where.type == "cpu" else "8b")
-    shape, dtype = SHAPES[name], getattr(torch, options.dtype)
-    subject = _subject(shape, dtype, torch.device("meta"))
-    at_once = min(shape.n_pairs, options.batch or memory.pairs_at_once(subject, shape.n_pos))
-    size = f"shape {name}, {options.dtype}, {at_once} of {shape.n_pairs} pairs at a time"
-    print(f"--device {options.device} is {where} ({device.facts(where)['name']}); {size}", flush=True)
-    plan, weights = (
-        memory.sweep_memory(subject, at_once, shape.n_pos).total,
-        memory.run_memory(subject, copies=1).weights,
-    )
-    free = memory.USABLE * device.free_memory(where)
-    if weights + plan > free:
-        need = f"{weights / GIB:.1f} GiB for the weights and {plan / GIB:.1f} GiB for the work"
-        remedy = "take another --shape or --dtype or a smaller --batch"
-        raise InputError(f"{where} can give {free / GIB:.1f} GiB, but this needs {need}; {remedy}")
-    device.make_exact(where)
-    try:
-        subject = _subject(shape, dtype, where)
-        gaps = {part: warm_up(subject, shape, part) for part in options.parts}
-        peak_bytes(where, reset=True)
-        held, rows = peak_bytes(where), []  # the model, and the buffers that the libraries keep
-        for first in range(0, shape.n_pairs, at_once):
-            for row in measure_batch(subject, shape, first, min(at_once, shape.n_pairs - first), options.parts):
-                row["peak_mib"] = None if where.type == "cpu" else (row["peak"] - held) / MIB
-                rows.append(row | gaps[row["part"]] | {"plan_mib": plan / MIB})
-                print(f"{row['part']} of the pairs from {first} on: {row['seconds']:.2f} s", flush=True)
-            table = _table(rows)
-            facts = {"shape": name, "dtype": options.dtype, "at_once": at_once, **machine(where)}
-            files.write_table(table.assign(**facts), results_dir("benchmarks") / "gpu.csv")
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"{where} ran out of memory beyond the plan; use a smaller --batch or --shape") from error
-    print(table.to_string(index=False, na_rep="-"))
+    deadline = time.monotonic() + 60 * options.minutes
+    setting = _setting(options)
+    if waiting := _waiting(setting, options.parts):
+        try:
+            _run(setting, waiting, deadline)
+        except torch.OutOfMemoryError as error:
+            kept = "what finished is kept; use a smaller --batch or --shape"
+            raise InputError(f"{setting.where} ran out of memory beyond the plan; {kept}") from error
+    _sum_up(setting)
+    if _waiting(setting, options.parts):
+        print(f"time is up; go on with: {shlex.join(['python', '-m', 'benchmarks.gpu', *arguments])}")
+        return 3
     return 0
 
 
@@ -97,124 +86,117 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (the first GPU, else the processor), cpu, cuda, cuda:N")
     parser.add_argument("--shape", choices=SHAPES, help="default: 8b on a GPU, small on the processor")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--batch", type=int, default=0, help="pairs at a time; default: what a study runs at once")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no new part of a batch after this")
     options = parser.parse_args(arguments)
-    options.parts = [part for part in PARTS if part in options.parts]
+    options.parts = options.parts.split(",")
+    if unknown := set(options.parts) - set(PARTS):
+        raise InputError(f"--parts: unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if options.batch < 0:
+        raise InputError(f"--batch {options.batch}: expected at least 1 pair")
     return options
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    """Everything that follows from names and shapes; says in one line what was taken."""
+    where = device.resolve(options.device)
+    name = options.shape or ("small" if where.type == "cpu" else "8b")
+    shape, dtype, card = SHAPES[name], getattr(torch, options.dtype), device.facts(where)["name"]
+    shapes = _subject(shape, dtype, torch.device("meta"))
+    at_once = min(shape.n_pairs, options.batch or memory.pairs_at_once(shapes, shape.n_pos))
+    size = f"shape {name}, {options.dtype}, {at_once} of {shape.n_pairs} pairs at a time"
+    print(f"--device {options.device} is {where} ({card}); {size}", flush=True)
+    sweep = memory.sweep_memory(shapes, at_once, shape.n_pos)
+    plan, weights = sweep.total, memory.run_memory(shapes, copies=1).weights
+    conditions = {"shape": name, "dtype": options.dtype, "at_once": at_once, **asdict(shape), **machine(where)}
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{card} {options.dtype} {name}".lower())
+    folder = results_dir("benchmarks") / "gpu" / f"{slug}-{files.digest(conditions)[:8]}"
+    return Setting(where, shape, dtype, at_once, weights, plan, conditions, folder)
 
 
 def _subject(shape: Shape, dtype: torch.dtype, where: torch.device) -> Subject:
     return find_parts(random_llama(shape, dtype, where), None, "random Llama", sha256="random")
 
 
-def _table(rows: Sequence[Row]) -> pd.DataFrame:
-    """One row for each part: pairs and seconds of all its batches, and the worst of all else."""
-    summed = dict.fromkeys(("pairs", "seconds", "hooks_seconds"), "sum")
-    worst = dict.fromkeys(("interventions", "off_by", "changed_by", "peak_mib", "plan_mib"), "max")
-    table = pd.DataFrame(rows).astype({"peak_mib": float})
-    table = table.groupby("part", sort=False).agg(summed | worst).reset_index()
-    return table.assign(times_hooks=table.hooks_seconds / table.seconds)
-
-
-# ---- parts ----
-
-
-def make_batch(subject: Subject, shape: Shape, first: int, n_pairs: int) -> Runs:
-    """A model and both clean runs; the first eighth of the two prompts, a system prompt, is the same."""
-    control, treated = prompts(shape, "random")
-    treated[:, : shape.n_pos // 8] = control[:, : shape.n_pos // 8]
-    both = [tokens[first : first + n_pairs].to(subject.device) for tokens in (control, treated)]
-    return subject, activations.clean_run(subject, both[0]), activations.clean_run(subject, both[1])
-
-
-def patches(runs: Runs, part: str) -> list[Patch]:
-    """The interventions that a part stands for, all at the last token; those of a screen or of clean runs are none."""
-    subject, base, _ = runs
-    layers, last = range(subject.n_layers), torch.zeros_like(base.tokens, dtype=torch.bool)
-    last[:, -1] = True
-    if part == "layers-and-modules":
-        return [Patch(site, layer, last) for layer in layers for site in SITES]
-    if part == "heads":
-        return [Patch("head", layer, last, head) for layer in layers for head in range(subject.n_heads)]
-    if part == "last-layer-neurons":
-        return [Patch("neuron", layers[-1], last, neuron) for neuron in range(subject.d_mlp)]
-    return []
-
-
-def run_part(runs: Runs, part: str, chosen: Sequence[Patch]) -> Tensor:
-    """Compute one part: what was patched (or all neurons), read as the logits of the first two vocabulary rows."""
-    subject, rows = runs[0], torch.arange(2, device=runs[0].device)
-
-    def contrast(resid: Float[Tensor, "pair d"]) -> Float[Tensor, "pair"]:
-        logits = subject.final_norm(resid) @ subject.unembedding[0][rows].T
-        return logits[:, 0] - logits[:, 1]
-
-    if part == "screen":
-        return attribution(*runs, contrast)
-    if part == "last-layer-neurons":
-        return closed_form.last_layer_neurons(*runs, rows)[:, [patch.index for patch in chosen], None]
-    return replay.interchange(*runs, chosen, readout=lambda resid: readout.logits(subject, resid, rows))
-
-
-def warm_up(subject: Subject, shape: Shape, part: str) -> Row:
-    """Run a part on two pairs, and hold a handful of its interventions equal to one full forward pass each.
-
-    Returns the largest difference, and the largest change by an intervention, as shares of the largest value. Raises
-    InputError for a difference beyond the tolerance that every model is checked with.
-    """
-    runs = make_batch(subject, shape, 0, min(WARM_PAIRS, shape.n_pairs))
-    found = patches(runs, part)
-    chosen = random.Random(0).sample(found, min(HANDFUL, len(found)))
-    got = run_part(runs, part, chosen) if part != "clean-runs" else None
-    if part in ESTIMATED or got is None:
-        return {"off_by": None, "changed_by": None}
-    both = (replay.interchange_full_forward(*runs, chosen), runs[1].resid_post[-1][:, None, -1:])
-    rows = torch.arange(2, device=subject.device)
-    plain, clean = (readout.logits(subject, resid, rows) for resid in both)
-    largest, allowed = float(plain.abs().max()), TOLERANCE[subject.dtype]
-    off, change = (float((other - plain).abs().max()) / largest for other in (got, clean))
-    if not off <= allowed:
-        raise InputError(
-            f"{part} on {subject.device}: interventions are off by {off:.1e} of the largest value from one full forward "
-            f"pass each, and {allowed:.0e} is allowed; nothing was timed"
-        )
-    return {"off_by": off, "changed_by": change}
-
-
-def peak_bytes(where: torch.device, *, reset: bool = False) -> int:
-    """The most bytes that tensors took on a GPU since the last reset; 0 on the processor, where nobody counts."""
-    if where.type == "cpu":
-        return 0
-    module = torch.get_device_module(where)
-    found = int(module.max_memory_allocated(where))
-    if reset:
-        module.reset_peak_memory_stats(where)
+def _waiting(setting: Setting, asked: Sequence[str]) -> dict[int, list[str]]:
+    """The parts without a file, by the first pair of their batch."""
+    found: dict[int, list[str]] = {}
+    for first in range(0, setting.shape.n_pairs, setting.at_once):
+        left = [part for part in PARTS if part in asked and not setting.file(part, first).is_file()]
+        if "recheck" in left and "screen" not in left and not setting.file("screen", first).is_file():
+            raise InputError("the part recheck needs the part screen before it; add it to --parts")
+        found |= {first: left} if left else {}
     return found
 
 
-def measured(where: torch.device, run: Callable[[], T]) -> tuple[T, Row]:
-    """The result, with the seconds from idle to idle and the most bytes that the device held meanwhile."""
-    device.synchronize(where)
-    peak_bytes(where, reset=True)
-    start = time.perf_counter()
-    result = run()
-    device.synchronize(where)
-    return result, {"seconds": time.perf_counter() - start, "peak": peak_bytes(where)}
+def _run(setting: Setting, waiting: dict[int, list[str]], deadline: float) -> None:
+    """Warm up, compare, and measure until time is up."""
+    free = memory.USABLE * device.free_memory(setting.where)
+    if setting.weights + setting.plan > free:
+        need = f"{setting.weights / GIB:.1f} GiB for the weights and {setting.plan / GIB:.1f} GiB for the work"
+        remedy = "take another --shape or --dtype or a smaller --batch"
+        raise InputError(f"{setting.where} can give {free / GIB:.1f} GiB, but this needs {need}; {remedy}")
+    device.make_exact(setting.where)
+    subject = _subject(setting.shape, setting.dtype, setting.where)
+    wanted = [part for part in PARTS if any(part in parts for parts in waiting.values())]
+    gaps = {part: warm_up(subject, setting.shape, part) for part in wanted}
+    peak_bytes(setting.where, reset=True)
+    held = peak_bytes(setting.where)  # the model, and the buffers that the libraries keep
+    for first, parts in waiting.items():
+        n_pairs = min(setting.at_once, setting.shape.n_pairs - first)
+        for row in measure_batch(subject, setting.shape, first, n_pairs, parts, setting.file("screen", first)):
+            peak = row.pop("peak") - held
+            row |= {"peak_mib": None if setting.where.type == "cpu" else peak / MIB, "plan_mib": setting.plan / MIB}
+            files.write_json(row | gaps[row["part"]] | setting.conditions, setting.file(row["part"], first))
+            print(f"{row['part']} of the pairs from {first} on: {row['seconds']:.2f} s", flush=True)
+            if time.monotonic() > deadline:
+                return
 
 
-def measure_batch(subject: Subject, shape: Shape, first: int, n_pairs: int, parts: Sequence[str]) -> Iterator[Row]:
-    """A row for each of these parts; `hooks_seconds` is what as many full forward passes would take."""
-    runs, made = measured(subject.device, partial(make_batch, subject, shape, first, n_pairs))
-    one = patches(runs, "layers-and-modules")[len(SITES) * (subject.n_layers // 2) + SITES.index("mlp_out")]
-    plain = partial(replay.interchange_full_forward, *runs, [one])
-    each = statistics.median(measured(subject.device, plain)[1]["seconds"] for _ in range(3))
-    for part in parts:
-        chosen = patches(runs, part)
-        if part != "clean-runs":
-            _, made = measured(subject.device, partial(run_part, runs, part, chosen))
-        n = subject.n_layers * subject.d_mlp if part == "screen" else len(chosen)
-        yield {"part": part, "pairs": n_pairs, "interventions": n, "hooks_seconds": len(chosen) * each, **made}
+def _sum_up(setting: Setting) -> None:
+    """Write the table of all folders; print that of this one, and whether memory went as planned."""
+    folders = sorted({file.parent for file in setting.folder.parent.glob("*/*.json")})
+    tables = {folder: _table(folder) for folder in folders}
+    place = results_dir("benchmarks") / "gpu.csv"
+    files.write_table(pd.concat(tables.values()), place)
+    own = tables[setting.folder]
+    print(own[SHOWN].to_string(index=False, na_rep="-"))
+    exact = own[~own.part.isin(ESTIMATED)]
+    ratio = f"plain hooks {exact.hooks_seconds.sum() / exact.seconds.sum():.0f} times as long; " if len(exact) else ""
+    print(f"all parts: {own.seconds.sum():.1f} s; {ratio}all results: {relative(place)}")
+    print(f"memory: {memory_said(own)}")
+
+
+def _table(folder: Path) -> pd.DataFrame:
+    """One row for each part of a folder: pairs and seconds of all its batches, and the worst of all else."""
+    rows = pd.DataFrame([files.read_json(file) for file in folder.glob("*.json")])
+    rows = rows.drop(columns=["first_pair", "found"]).astype({"peak_mib": float})
+    summed = dict.fromkeys(("pairs", "seconds", "hooks_seconds"), "sum")
+    worst = dict.fromkeys(("interventions", "peak_mib", "plan_mib", "off_by", "changed_by"), "max")
+    same = {name: "first" for name in rows if name not in {"part", *summed, *worst}}
+    table = rows.groupby("part").agg(summed | worst | same).reset_index()
+    table = table.sort_values("part", key=lambda part: part.map(PARTS.index), ignore_index=True)
+    table.insert(4, "times_hooks", table.hooks_seconds / table.seconds)
+    return table
+
+
+def memory_said(table: pd.DataFrame) -> str:
+    """Whether any part took more than its plan, and by how much.
+
+    >>> memory_said(pd.DataFrame({"part": ["heads", "screen"], "peak_mib": [1.0, 3.5], "plan_mib": [2.0, 2.0]}))
+    'screen took 3.50 MiB, 1.50 more than its plan of 2.00; every other part stayed within its plan'
+    """
+    if table.peak_mib.isna().all():
+        return "nobody counts the peak on the processor"
+    above = table[table.peak_mib > table.plan_mib]
+    over = [
+        f"{part} took {peak:.2f} MiB, {peak - plan:.2f} more than its plan of {plan:.2f}"
+        for part, peak, plan in zip(above.part, above.peak_mib, above.plan_mib, strict=True)
+    ]
+    if len(over) < len(table):
+        over.append(f"every {'other part' if over else 'part'} stayed within its plan")
+    return "; ".join(over)
 
 
 if __name__ == "__main__":

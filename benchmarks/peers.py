@@ -13,15 +13,20 @@ full forward pass for each of some interventions; SILENTLY_WRONG where it does n
 raised an error, which `note` holds. Only exact rows have a ratio, and `best` marks the fastest exact setting of each tool.
 
 Peers come from `pip install -r requirements-benchmarks.in`; one that is absent is skipped. They are timed on some of the
-interventions, spread evenly, and scaled to all; ours is always timed on all. Rows of results/benchmarks/peers.csv are written
-after each workload; a call replaces those of its own shape and threads.
+interventions, spread evenly, and scaled to all; ours is always timed on all. `peak_mb` is the resident memory above what the
+process held before, `plan_mb` what the library plans for a sweep and its read-out. Rows of results/benchmarks/peers.csv are
+written after each workload; a call replaces those of its own shape and threads.
 """
 
 import argparse
+import ctypes
+import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -29,23 +34,21 @@ from typing import Any
 
 import pandas as pd
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.cost_model import minimal_operations, product_rate
+from benchmarks import bound, draw, steered
+from benchmarks.draw import OURS
 from benchmarks.shapes import QUOTED, SMOKE, Case, Job, Workload, machine, random_case, real_case, workloads
-from benchmarks.tools import OURS, TOOLS, Run, Setting, clean_outcome, hooks, is_installed, setting_for
+from benchmarks.tools import TOOLS, Run, Setting, clean_outcome, hooks, is_installed, setting_for
 from companion.base.files import write_table
 from companion.base.paths import results_dir
-from companion.plots import style
-from companion.plots.figures import save_figure
+from companion.model import memory
 
 TOLERANCE = 1e-3  # of the largest effect
 LEAST = 0.05  # log-odds: of smaller effects float32 rounding is more than a thousandth, whatever the tool
 EXACT, WRONG, REFUSED = "EXACT", "SILENTLY_WRONG", "REFUSED"
 FEWEST, WARM = 3, 1  # interventions that a peer is timed on at least, and is warmed up with
-BOUND = "arithmetic bound"
+STEERED = "steered decoding"
 Row = dict[str, Any]
 
 
@@ -56,18 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (_, package, _) in TOOLS.items():
         if not is_installed(package):
             print(f"{name}: not installed, skipped (pip install -r requirements-benchmarks.in)")
-    name = "peers_smoke" if options.shape == "smoke" else "peers"
     with tempfile.TemporaryDirectory() as folder:
-        if options.shape == "smollm2":
-            case = real_case(options.pairs)
-        else:
-            case = random_case(SMOKE if options.shape == "smoke" else QUOTED, Path(folder))
-        rate = product_rate(case.shape)
+        is_real = options.shape == "smollm2"
+        case = (
+            real_case(options.pairs)
+            if is_real
+            else random_case(SMOKE if options.shape == "smoke" else QUOTED, Path(folder))
+        )
+        rate, name = bound.product_rate(case.shape), "peers_smoke" if options.shape == "smoke" else "peers"
         common = {"shape": options.shape, "dtype": str(case.subject.dtype).removeprefix("torch."), **machine()}
         for work in workloads(case.shape, case.differing):
             if options.only in work.name:
                 _write(name, [row | common for row in _compare(case, work, rate, options.seconds)])
-    _save_figure(pd.read_csv(results_dir("benchmarks") / f"{name}.csv"), name)
+        if options.only in STEERED:
+            _write(name, [row | common for row in _steered(case)])
+    draw.save_peers(pd.read_csv(results_dir(draw.SLUG) / f"{name}.csv"), name)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,19 +81,23 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=["smollm2", "quoted", "smoke"], default="smollm2")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seconds", type=float, default=15.0, help="for a peer's setting on one workload (default 15)")
-    parser.add_argument("--pairs", type=int, default=16, help="of the real prompts (default 16)")
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="of the real prompts (default 16; a quarter takes a quarter)"
+    )
     parser.add_argument("--only", default="", help="workloads whose names contain this; the other rows stay")
     return parser.parse_args(arguments)
 
 
 def _compare(case: Case, work: Workload, rate: float, budget: float) -> Iterator[Row]:
     """The rows of one workload: ours, the arithmetic bound, and every setting of every peer."""
-    setting = setting_for(case, work)
+    answer = case.answer if work.answer else None
+    setting = setting_for(case.subject, *case.pairs[work.pairs], work.log_prob, case.rows, answer)
     clean, n_pos = clean_outcome(setting)[:, None], setting.control.shape[1]
+    plan = memory.sweep_memory(case.subject, case.shape.n_pairs, n_pos)
     run, few = TOOLS[OURS][0](setting), _spread(work.jobs, FEWEST)
-    ours, seconds = _measured(run, work.jobs)
+    ours, seconds, peak = _measured(run, work.jobs)
     if seconds < 30:  # the better of two, since the first also warms caches
-        seconds = min(seconds, _measured(run, work.jobs)[1])
+        ours, seconds = min((ours, seconds), _measured(run, work.jobs)[:2], key=lambda one: one[1])
     largest, places = max(LEAST, float((ours - clean).abs().max())), {job: place for place, job in enumerate(work.jobs)}
 
     def off(found: Tensor, jobs: Sequence[Job]) -> float:
@@ -95,10 +105,11 @@ def _compare(case: Case, work: Workload, rate: float, budget: float) -> Iterator
 
     ours_off = off(hooks(setting)(few), few)
     common = {"workload": work.name, "pairs": case.shape.n_pairs, "tokens": n_pos, "interventions": len(work.jobs)}
-    common["tolerance"] = TOLERANCE
-    own = {"timed": len(work.jobs), "seconds": seconds, "off": ours_off, "state": _state(ours_off)}
-    yield _row(common, OURS, own | {"best": own["state"] == EXACT}, seconds)
-    yield _row(common, BOUND, {"seconds": minimal_operations(case.shape, work) / rate}, seconds)
+    common |= {"unit": "patches", "tolerance": TOLERANCE}
+    own = {"timed": len(work.jobs), "seconds": seconds, "off": ours_off, "peak_mb": peak, "state": _state(ours_off)}
+    own |= {"plan_mb": (plan.sweep + plan.readout) / 1e6, "best": own["state"] == EXACT}
+    yield _row(common, OURS, own, seconds)
+    yield _row(common, draw.BOUND, {"seconds": bound.minimal_operations(case.shape, work) / rate}, seconds)
     for name, (make, package, settings) in TOOLS.items():
         rows = []
         for how in settings if name != OURS and is_installed(package) else ():
@@ -124,12 +135,32 @@ def _tried(
         few = _spread(jobs, WARM)
         each = _measured(run, few)[1] / len(few)
         chosen = _spread(jobs, max(FEWEST, int(budget / each)))
-        found, seconds = _measured(run, chosen)
+        found, seconds, peak = _measured(run, chosen)
         distance = off(found, chosen)
     except Exception as error:
         return {"state": REFUSED, "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     scaled = {"timed": len(chosen), "seconds": seconds * len(jobs) / len(chosen)}
-    return scaled | {"off": distance, "state": _state(distance, ours_off)}
+    return scaled | {"off": distance, "peak_mb": peak, "state": _state(distance, ours_off)}
+
+
+def _steered(case: Case) -> Iterator[Row]:
+    """Tokens per second of steered decoding; `times_plain` is the time as a multiple of that of the plain batch."""
+    ids = next(iter(case.pairs.values()))[1]
+    common = {"workload": STEERED, "pairs": len(ids), "tokens": ids.shape[1], "interventions": steered.STEPS}
+    found: list[tuple[Row, Tensor]] = []
+    for tool, how, run in steered.decoders(case):
+        run(ids.flip(0))  # warm; another order of the prompts is another batch
+        tries = [(*_measured(run, ids.roll(shift, 0)), shift) for shift in (1, 2)]
+        said, seconds, peak, shift = min(tries, key=lambda one: one[1])
+        row = {"tool": tool, "setting": how, "seconds": seconds, "peak_mb": peak}
+        found.append((row, said.roll(-shift, 0)))
+    hooked, plain = found[-1][1], next(row["seconds"] for row, _ in found if row["tool"] == steered.PLAIN)
+    for row, said in found:
+        own: Row = {"unit": "tokens", "times_plain": row["seconds"] / plain}
+        if row["tool"] != steered.PLAIN:
+            own["off"] = float((said != hooked).any(1).float().mean())  # share of answers with another token
+            own["state"] = _state(own["off"])
+        yield _row(common, row["tool"], row | own, found[0][0]["seconds"])
 
 
 def _row(common: Row, tool: str, own: Row, ours: float) -> Row:
@@ -139,14 +170,14 @@ def _row(common: Row, tool: str, own: Row, ours: float) -> Row:
     if not said:
         row["per_second"] = row["interventions"] * row["pairs"] / row["seconds"]
         row["times_ours"] = row["seconds"] / ours if row["state"] != WRONG else None
-        said = f"{row['per_second']:.4g} patches/s, {row['seconds']:.3g} s"
+        said = f"{row['per_second']:.4g} {row['unit']}/s, {row['seconds']:.3g} s"
     print(": ".join(filter(None, (row["workload"], tool, row["setting"], row["state"], said))), flush=True)
     return row
 
 
 def _write(name: str, rows: list[Row]) -> None:
     """Puts the rows of one workload in the place of earlier ones of the same shape and threads."""
-    path, made, keys = results_dir("benchmarks") / f"{name}.csv", pd.DataFrame(rows), ["shape", "threads", "workload"]
+    path, made, keys = results_dir(draw.SLUG) / f"{name}.csv", pd.DataFrame(rows), ["shape", "threads", "workload"]
     if path.is_file() and "state" in (old := pd.read_csv(path)):
         same = old[keys].apply(tuple, axis=1).isin(made[keys].apply(tuple, axis=1))
         order = list(dict.fromkeys([*old.workload, *made.workload]))
@@ -163,42 +194,36 @@ def _spread(jobs: Sequence[Job], n: int) -> list[Job]:
     return [jobs[draw_one(i * len(jobs) // n, (i + 1) * len(jobs) // n)] for i in range(n)]
 
 
-def _measured(run: Run, jobs: Sequence[Job]) -> tuple[Tensor, float]:
-    """The result and the seconds."""
-    start = time.perf_counter()
-    result = run(jobs)
-    return result, time.perf_counter() - start
+def _measured(run: Callable[[Any], Tensor], asked: Any) -> tuple[Tensor, float, float]:
+    """The result, the seconds, and the peak of resident memory above what was held before, in MB."""
+    with _resident_peak() as peak:
+        start = time.perf_counter()
+        result = run(asked)
+        seconds = time.perf_counter() - start
+    return result, seconds, peak[0]
 
 
-def _save_figure(table: pd.DataFrame, name: str) -> None:
-    """The real model on one thread, or what there is: a row a workload, a colour a tool, at its fastest exact setting."""
-    wanted = table[(table["shape"] == "smollm2") & (table.threads == 1)]
-    first = table[(table["shape"] == table["shape"].iloc[0]) & (table.threads == table.threads.iloc[0])]
-    table = wanted if len(wanted) else first
-    best = table[table.best.eq(True) & (table.tool != OURS)].groupby("workload", sort=False).times_ours.min()
-    said = "; ".join(f"{work}: {times:.3g} times" for work, times in best.items())
-    alt = f"Exact patches per second by tool and workload, log scale. Ours against the fastest other: {said}"
-    title = f"{best.min():.2g} to {best.max():,.0f} times as many exact patches a second as the fastest other tool or baseline"
-    works, facts = list(dict.fromkeys(table.workload)), table.iloc[0]
-    with rc_context(style.STYLE):
-        figure = Figure(figsize=(7.5, 0.33 * len(works) + 1.9), layout="constrained")
-        axes = figure.subplots()
-        for k, tool in enumerate([*dict.fromkeys(table.tool[table.tool != BOUND]), BOUND]):
-            part = table[(table.tool == tool) & (table.best.eq(True) | (table.tool == BOUND))]
-            marker, size = ("|", 12) if tool == BOUND else (style.MARKERS[k], 8 if tool == OURS else 5)
-            colour = "black" if tool == BOUND else style.OKABE_ITO[k]
-            places = [works.index(work) for work in part.workload]
-            axes.plot(part.per_second, places, marker, ms=size, color=colour, label=tool, zorder=2 + (tool == OURS))
-        axes.set(xscale="log", yticks=range(len(works)), yticklabels=works)
-        axes.set_xlabel(
-            f"exact patches per second (log scale), each tool at its fastest exact setting\n{facts['shape']}, {facts.pairs} "
-            f"pairs, {facts['dtype']}, {facts.processor}, {facts.threads} thread(s), torch {facts.torch}",
-            fontsize=7.5,
-        )
-        axes.invert_yaxis()
-        figure.suptitle(title, fontsize=10, fontweight="bold")
-        figure.legend(fontsize=8, ncols=4, loc="outside lower center")
-        save_figure(figure, name, "benchmarks", alt=alt)
+@contextmanager
+def _resident_peak() -> Iterator[list[float]]:
+    """Watches the process's resident memory (on Linux; elsewhere 0), after freed memory was given back."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+    file, over, peak = Path("/proc/self/statm"), threading.Event(), [0.0]
+
+    def held() -> float:
+        return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6 if file.is_file() else 0.0
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            peak[0] = max(peak[0], held() - before)
+
+    before, thread = held(), threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        peak[0] = max(peak[0], held() - before)
+        over.set()
+        thread.join()
 
 
 if __name__ == "__main__":

@@ -12,21 +12,14 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
-from benchmarks import cost_model, sweeps
+from benchmarks import bound, cost_model, draw, sweeps
 from benchmarks.shapes import SITES, Shape, asked, machine
 from companion.base.display import progress
-from companion.base.files import write_table
-from companion.base.paths import results_dir
 from companion.mediation import estimands, outcomes
 from companion.mediation.study import Study
 from companion.model import replay
 from companion.model.interventions import Patch, position_mask
-from companion.plots import style
-from companion.plots.figures import save_figure
 
 # What varies and its size; what is timed, made ready from a batch; and the operations that are counted.
 Point = tuple[str, int, Shape, Callable[[Study], Callable[[], object]], float]
@@ -35,13 +28,12 @@ Point = tuple[str, int, Shape, Callable[[Study], Callable[[], object]], float]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times every size and writes table and figure."""
     shape, ending = asked("benchmarks.scaling", "Cost of exact interventions against size.", arguments)
-    rate = cost_model.product_rate(shape)
+    rate = bound.product_rate(shape)
     rows = [_measured(*point) for point in progress(list(_points(shape)), "sizes")]
     table = pd.DataFrame(rows).assign(rate=rate, **machine(), shape=ending.strip("_") or "quoted")
     table["times_formula"] = table.seconds * rate / table.operations
     print(table[["factor", "size", "seconds", "times_formula"]].to_string(index=False))
-    write_table(table, results_dir("benchmarks") / f"scaling{ending}.csv")
-    _save_figure(table, f"scaling{ending}", cost_model.overhead()[0])
+    draw.save_scaling(table, f"scaling{ending}", cost_model.overhead()[0])
 
 
 def _points(shape: Shape) -> Iterator[Point]:
@@ -101,33 +93,6 @@ def _measured(
 ) -> dict[str, object]:
     made = sweeps.study(sweeps.checked_llama(shape), shape)
     return {"factor": factor, "size": size, "seconds": sweeps.timed(ready(made)), "operations": operations}
-
-
-def _save_figure(table: pd.DataFrame, name: str, overhead: float) -> None:
-    """Cost against each size, with the cost model's line."""
-    off, factors = (table.times_formula / overhead).agg(["min", "max"]), list(dict.fromkeys(table.factor))
-    alt = (
-        f"Seconds against {', '.join(factors)}; measured points are {off['min']:.1f} to {off['max']:.1f} "
-        "times what the cost model gives"
-    )
-    with rc_context(style.STYLE):
-        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-        for axes, factor in zip(figure.subplots(2, 3, sharey=True).flat, factors, strict=True):
-            part = table[table.factor == factor]
-            bare = part.operations / part.rate
-            axes.plot(part["size"], overhead * bare, "--", color=style.OKABE_ITO[1], label="cost model")
-            axes.plot(part["size"], part.seconds, "o", color=style.OKABE_ITO[0], ms=5, label="measured")
-            axes.plot(part["size"], bare, ":", color="black", label="arithmetic alone")
-            axes.set(xscale="log", yscale="log", xlabel=factor, xticks=part["size"], xticklabels=part["size"])
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        for row in (0, 3):
-            figure.axes[row].set_ylabel("seconds")
-        figure.axes[0].legend(fontsize=7)
-        facts = table.iloc[0]
-        title = "Cost follows the operations that are counted, whichever size grows"
-        figure.suptitle(title, fontsize=10, fontweight="bold")
-        figure.supxlabel(f"{facts.processor}, {facts.threads} thread(s), torch {facts.torch}", fontsize=7)
-        save_figure(figure, name, "benchmarks", alt=alt)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,17 @@ SMALL_8B = Shape(4, 256, 896, 8, 2, 2_000, 4, 64)  # the same proportions where 
 
 @dataclass(frozen=True)
 class Job:
-    """One intervention: a site at one layer, at positions in rising order; `index` is the neuron or head."""
+    """One intervention: a site at one layer and one position, or several at once; `index` is the neuron or head."""
 
     site: str
     layer: int
-    positions: tuple[int, ...]
+    position: int | tuple[int, ...]
     index: int | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions, in rising order."""
+        return [self.position] if isinstance(self.position, int) else sorted(self.position)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ STEPS = 8  # tokens of an answer
 
 def workloads(shape: Shape, differing: Mapping[str, Sequence[int]] | None = None) -> list[Workload]:
     """The questions of a mediation study. A patch before the first token that differs would change nothing: there is none."""
-    last, top, layers = (shape.n_pos - 1,), shape.n_layers - 1, range(shape.n_layers)
+    last, top, layers = shape.n_pos - 1, shape.n_layers - 1, range(shape.n_layers)
     differing = differing or {"random": range(shape.n_pos), "minimal": [shape.n_pos // 2]}
     kind = next(iter(differing))
     at_last = tuple(Job(site, layer, last) for layer in layers for site in SITES)
@@ -104,7 +109,7 @@ def workloads(shape: Shape, differing: Mapping[str, Sequence[int]] | None = None
     everywhere = [
         Workload(
             f"layers and modules, every token, {name} pairs",
-            tuple(replace(job, positions=(p,)) for p in range(positions[0], shape.n_pos) for job in at_last),
+            tuple(replace(job, position=p) for p in range(positions[0], shape.n_pos) for job in at_last),
             name,
         )
         for name, positions in differing.items()
@@ -114,7 +119,7 @@ def workloads(shape: Shape, differing: Mapping[str, Sequence[int]] | None = None
         Workload("attention and MLP outputs, last token", tuple(job for job in at_last if job not in residual), kind),
         Workload("heads, last token", heads, kind),
         *everywhere,
-        Workload("token groups, layers and modules", tuple(replace(job, positions=group) for job in at_last), kind),
+        Workload("token groups, layers and modules", tuple(replace(job, position=group) for job in at_last), kind),
         Workload("all neurons of the first layer", neurons(0), kind),
         Workload("all neurons of a middle layer", neurons(shape.n_layers // 2), kind),
         Workload("all neurons of the last layer", neurons(top), kind),
@@ -125,13 +130,7 @@ def workloads(shape: Shape, differing: Mapping[str, Sequence[int]] | None = None
 
 def random_case(shape: Shape, folder: Path) -> Case:
     """A random Llama, checked, on random tokens; `folder` is for its tokenizer, which some tools cannot do without."""
-    plain = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, bos_token="w1", eos_token="w2", pad_token="w2", unk_token="w0"
-    )
-    tokenizer.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder, shape.vocabulary))
     subject = load.from_model(random_llama(shape), tokenizer, str(folder))
     generator = torch.Generator().manual_seed(2)
     answer = torch.randint(3, shape.vocabulary, (shape.n_pairs, STEPS), generator=generator)
@@ -201,18 +200,38 @@ def prompts(shape: Shape, kind: str) -> tuple[Int[Tensor, "pair pos"], Int[Tenso
     return control, treated
 
 
+def tokenizer_folder(folder: Path, vocabulary: int) -> Path:
+    """A one-word-a-token tokenizer, for tools that cannot do without one."""
+    words = {f"w{i}": i for i in range(vocabulary)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="w1", eos_token="w2", pad_token="w2", unk_token="w0"
+    )
+    made.save_pretrained(folder)
+    return folder
+
+
 def machine(where: torch.device = device.HOST) -> dict[str, Any]:
     """What the figures were measured on, without names or addresses; of a GPU, that which computed them."""
     card = device.facts(where)
     name = card.pop("name")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "gpu": "none" if where.type == "cpu" else name,
+        **card,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    processors = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": processors[0] if processors else platform.processor() or "unknown",
-        "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(), "gpu": "none" if where.type == "cpu" else name,
-        **card, "python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")},
-    }  # fmt: skip
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
 
 
 REAL = Shape(30, 576, 1536, 9, 3, 49_152, 4, 37, 25)  # of SmolLM2-135M, with a batch of the shipped pairs of T1

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from benchmarks import cost_model
+from benchmarks import bound, cost_model, draw
 from benchmarks.shapes import QUOTED, REAL, Shape, asked, machine, random_llama, sharing
 from companion.base.display import progress
 from companion.base.files import write_table
@@ -42,13 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, ending = asked("benchmarks.sweeps", "Time of whole sweeps against the formula.", arguments)
     shapes = {"smoke": replace(shape, n_shared=2)} if ending else SHAPES
     points = [(name, one, *point) for name, one in shapes.items() for point in _points(one)]
-    rates = {name: cost_model.product_rate(one) for name, one in shapes.items()}
+    rates = {name: bound.product_rate(one) for name, one in shapes.items()}
     rows = [_measured(*point) for point in progress(points, "sweeps")]
     table = pd.DataFrame(rows).assign(**machine())
     table.insert(7, "rate", table["shape"].map(rates))
     table["times_formula"] = table.seconds * table.rate / table.operations
     print(table[["shape", "sweep", "kind", "pairs", "seconds", "times_formula"]].to_string(index=False))
-    write_table(table, results_dir("benchmarks") / f"sweeps{ending}.csv")
+    write_table(table, results_dir(draw.SLUG) / f"sweeps{ending}.csv")
 
 
 def _points(shape: Shape) -> Iterator[tuple[str, str, int]]:
@@ -113,10 +113,16 @@ def timed(work: Callable[[], object]) -> float:
 def _measured(name: str, shape: Shape, sweep: str, kind: str, n_pairs: int) -> dict[str, object]:
     one = replace(shape, n_pairs=n_pairs)
     made = study(checked_llama(one), one)
+    seconds = timed(lambda: MEASURED[sweep](made, kind))
+    sizes = {"layers": one.n_layers, "pairs": n_pairs}
     return {
-        "shape": name, "sweep": sweep, "kind": kind, "layers": one.n_layers, "pairs": n_pairs,
-        "seconds": timed(lambda: MEASURED[sweep](made, kind)), "operations": counted(sweep, kind, one),
-    }  # fmt: skip
+        "shape": name,
+        "sweep": sweep,
+        "kind": kind,
+        **sizes,
+        "seconds": seconds,
+        "operations": counted(sweep, kind, one),
+    }
 
 
 if __name__ == "__main__":

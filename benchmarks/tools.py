@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache
 
-from benchmarks.shapes import STEPS, Case, Job, Workload
+from benchmarks.draw import OURS
+from benchmarks.shapes import STEPS, Job
 from companion.base.errors import InputError
 from companion.mediation import outcomes
 from companion.model import activations, replay
@@ -31,7 +32,6 @@ from companion.model.readout import logits, token_log_probs
 from companion.neurons import closed_form
 
 Run = Callable[[Sequence[Job]], Float[Tensor, "pair job number"]]
-OURS = "this repository"
 DOCUMENTED, LAST, CACHED = "every token", "read tokens", "read tokens, keys cached"
 
 
@@ -47,8 +47,8 @@ class Setting:
     base: CleanRun
     source: CleanRun
     log_prob: bool
-    rows: tuple[int, int]
-    answer: Int[Tensor, "pair step"] | None
+    rows: tuple[int, int] = (0, 1)
+    answer: Int[Tensor, "pair step"] | None = None
     how: str = LAST
 
     @property
@@ -224,11 +224,15 @@ def pyvene(setting: Setting) -> Run:
 
     def run_one(job: Job) -> Tensor:
         component = whole.get(job.site) or f"model.layers[{job.layer}].{parts[job.site]}.input"
-        places = list(job.positions)
-        one = pv.RepresentationConfig(
-            job.layer, component, "pos", len(places), intervention_type=pv.VanillaIntervention
+        places = job.positions
+        config = pv.IntervenableConfig(
+            [
+                pv.RepresentationConfig(
+                    job.layer, component, "pos", len(places), intervention_type=pv.VanillaIntervention
+                )
+            ]
         )
-        wrapped = pv.IntervenableModel(pv.IntervenableConfig([one]), model)
+        wrapped = pv.IntervenableModel(config, model)
         wrapped.disable_model_gradients()
         source = setting.source.site(job.site, job.layer)
         entries = list(range(source.shape[-1]))[setting.cells(job)[2]]
@@ -266,16 +270,18 @@ def companion(setting: Setting) -> Run:
 
     def run(jobs: Sequence[Job]) -> Tensor:
         last = setting.control.shape[1] - 1
-        places = {(job.site, job.layer, *job.positions) for job in jobs}
-        if setting.answer is None and places == {("neuron", jobs[0].layer, last)}:
+        if setting.answer is None and {(j.site, j.layer, *j.positions) for j in jobs} == {
+            ("neuron", jobs[0].layer, last)
+        }:
             chosen = subject.tensor([job.index for job in jobs])
             if jobs[0].layer == top and closed_form.is_closed(subject):
                 return last_layer()[:, chosen]
             return replay.each_neuron(*runs, jobs[0].layer, chosen, read)
-        masks = {job.positions: torch.zeros_like(setting.control, dtype=torch.bool) for job in jobs}
-        for positions, mask in masks.items():
-            mask[:, list(positions)] = True
-        patches = [Patch(job.site, job.layer, masks[job.positions], job.index) for job in jobs]
+        masks: dict[tuple[int, ...], Tensor] = {}
+        for job in jobs:
+            mask = masks.setdefault(tuple(job.positions), torch.zeros_like(setting.control, dtype=torch.bool))
+            mask[:, job.positions] = True
+        patches = [Patch(job.site, job.layer, masks[tuple(job.positions)], job.index) for job in jobs]
         if setting.answer is not None:
             text = setting.answer, torch.ones_like(setting.answer, dtype=torch.bool)
             return outcomes.patched_text_log_probs(*runs, patches, text)[..., None]
@@ -300,14 +306,20 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def setting_for(case: Case, work: Workload) -> Setting:
-    """Runs both prompts of a workload's pairs once, with the answer behind them if one is read, and keeps their sites."""
-    (control, treated), answer = case.pairs[work.pairs], case.answer if work.answer else None
+def setting_for(
+    subject: Subject,
+    control: Int[Tensor, "pair pos"],
+    treated: Int[Tensor, "pair pos"],
+    log_prob: bool,
+    rows: tuple[int, int] = (0, 1),
+    answer: Int[Tensor, "pair step"] | None = None,
+) -> Setting:
+    """Runs both prompts once, with the answer behind them if one is given, and keeps their sites."""
     if answer is not None:
         control, treated = (torch.cat([side, answer[:, :-1]], dim=1) for side in (control, treated))
-    shared = activations.shared_prefix(case.subject, control, treated)
-    base, source = (activations.clean_run(case.subject, side, shared=shared) for side in (control, treated))
-    return Setting(case.subject, control, base, source, work.log_prob, case.rows, answer)
+    shared = activations.shared_prefix(subject, control, treated)
+    base, source = (activations.clean_run(subject, side, shared=shared) for side in (control, treated))
+    return Setting(subject, control, base, source, log_prob, rows, answer)
 
 
 def clean_outcome(setting: Setting) -> Float[Tensor, "pair number"]:

@@ -15,7 +15,7 @@ from models import FAMILIES, VOCAB, tiny_model, tokens
 from oracles import every_patch, refusals_against_rest
 from torch import Tensor
 
-from benchmarks import gpu
+from benchmarks import gpu_parts
 from companion.base import hub
 from companion.base.device import Placed, running_sum, to_host
 from companion.base.paths import ORGANISM
@@ -107,9 +107,9 @@ def test_a_gradient_screen_and_a_sweep_stay_within_their_plan(family: str, place
         (lambda: replay.interchange(subject, base, source, patches), plan.sweep),
     ):
         before = standin.MEMORY.held
-        gpu.peak_bytes(place, reset=True)
+        gpu_parts.peak_bytes(place, reset=True)
         work()
-        assert 0.2 * planned < gpu.peak_bytes(place) - before <= planned
+        assert 0.2 * planned < gpu_parts.peak_bytes(place) - before <= planned
 
 
 def test_a_gradient_screen_leaves_out_attention_that_is_fused(place: torch.device, monkeypatch) -> None:
