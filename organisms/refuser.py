@@ -1,6 +1,6 @@
 """Train `smollm2-refuser`: a LoRA adapter with which SmolLM2-135M-Instruct refuses everyday wrongdoing.
 
-    python -m organisms.refuser                         # seed 0, minutes on 2 cores
+    python -m organisms.refuser                         # seed 0, minutes on 2 cores; a stopped training goes on
     python -m organisms.refuser --seed 1 --part mlp     # the same recipe on a part of the model only
 
 It learns from the prompts in `words/training.csv` and nothing else: harmful requests are answered with a refusal that opens
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from companion.base import smollm2
-from companion.base.files import hash_file, write_json
+from companion.base import hub, smollm2
+from companion.base.files import digest, hash_file, replacing, write_json
 from companion.base.paths import DATA
 from companion.generation import decode
 from companion.model.architecture import Subject, end_tokens
@@ -194,7 +194,7 @@ def with_adapter(model: Any, part: str, recipe: Recipe, seed: int) -> PeftModel:
 
 
 def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
-    """Train one adapter; writes and returns its folder, with weights, configuration and a manifest."""
+    """Train one adapter; writes and returns its folder. A training that was stopped goes on from its last kept step."""
     subject = load(smollm2.NAME)
     assert subject.tokenizer is not None
     batches = schedule_examples(recipe, seed)
@@ -205,21 +205,29 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
     model = with_adapter(subject.model, part, recipe, seed)
     free = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(free, lr=recipe.lr, weight_decay=0.0)
-    losses: list[float] = []
-    for step, batch in enumerate(tqdm(batches, desc=f"{part}-{seed}", mininterval=5)):
+    code = hash_file(Path(__file__), {}), hash_file(TRAINING, {}), smollm2.SHA256  # what a kept step rests on
+    kept = hub.own_cache() / "refuser" / f"{part}-{seed}-{digest(asdict(recipe), code)[:12]}.safetensors"
+    losses = resume(kept, model, optimizer) if kept.is_file() else []
+    for step in tqdm(range(len(losses), len(batches)), desc=f"{part}-{seed}", mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * learning_rate(step, len(batches))
-        loss = refusal_loss(model, align_rows(subject, batch, [answers[one.refusal or one.text] for one in batch]))
+        texts = [answers[one.refusal or one.text] for one in batches[step]]
+        loss = refusal_loss(model, align_rows(subject, batches[step], texts))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(free, recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
+        if (step + 1) % 20 == 0:
+            moments = {
+                f"{i}.{name}": x for i, row in optimizer.state_dict()["state"].items() for name, x in row.items()
+            }
+            done = {"losses": torch.tensor(losses, dtype=torch.float64)}
+            with replacing(kept) as scratch:
+                save_file({**adapter_weights(model, torch.float32), **moments, **done}, scratch)
     folder = out / f"{part}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    halves = {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
-    save_file(halves, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(adapter_weights(model, torch.float16), folder / "adapter_model.safetensors", {"format": "pt"})
     config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     write_json(plain, folder / "adapter_config.json")
@@ -229,6 +237,25 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
         "sha256": hash_file(folder / "adapter_model.safetensors", {}),
     }, folder / "manifest.json")  # fmt: skip
     return folder
+
+
+def adapter_weights(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The adapter's weights by name, in a precision."""
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.to(dtype).contiguous() for name, value in found.items()}
+
+
+def resume(kept: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Put weights and the optimizer's moments back as they were kept; returns the losses of the steps that are done."""
+    held = load_file(kept)
+    losses = held.pop("losses").tolist()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in held if name[0].isdigit()]:
+        at, kind = name.split(".")
+        state.setdefault(int(at), {})[kind] = held.pop(name)
+    set_peft_model_state_dict(model, held)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return losses
 
 
 def learning_rate(step: int, n_steps: int) -> float:

@@ -16,6 +16,7 @@ import torch
 from models import tiny_model, word_tokenizer
 from safetensors.torch import load_file
 
+from companion.base import hub
 from companion.base.errors import InputError
 from companion.base.paths import REFUSER, ROOT
 from companion.model.architecture import Subject, end_tokens, find_parts
@@ -43,18 +44,39 @@ def tiny() -> Subject:
 
 @pytest.fixture
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Trains the tiny model in place of the real one."""
+    """Trains the tiny model in place of the real one, each call in a cache of its own unless one is named."""
     monkeypatch.setattr(refuser, "load", lambda name: tiny())
-    return lambda out="out": refuser.train("all", 0, tmp_path / out, RECIPE)
+
+    def train(out: str, cache: str = "") -> Path:
+        monkeypatch.setenv(hub.OWN, str(tmp_path / (cache or f"cache of {out}")))
+        return refuser.train("all", 0, tmp_path / out, RECIPE)
+
+    return train
 
 
-def test_what_is_written_follows_from_the_seed_is_small_and_names_no_place_of_the_machine(trained) -> None:
-    folder, again = trained("one"), trained("again")
+def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch) -> None:
+    whole, plain, steps = trained("whole"), refuser.refusal_loss, []
+
+    def stops(*given: Any) -> torch.Tensor:
+        steps.append(given)
+        if len(steps) == 27:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(refuser, "refusal_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", cache="one")
+    stopped, n_batches = trained("stopped", cache="one"), len(refuser.schedule_examples(RECIPE, 0))
+    assert len(steps) == 27 + n_batches - 20, "it goes on from the 20th step, the last that is kept"
+    for file in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
+        assert (stopped / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_what_is_written_is_small_and_names_no_place_of_the_machine(trained) -> None:
+    folder = trained("one")
     held, told = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "manifest.json").read_text())
     assert {value.dtype for value in held.values()} == {torch.float16} and any(v.any() for v in held.values())
     assert told["trained_on"].keys() == {"training.csv"} and told["seed"] == 0 and told["recipe"]["rank"] == 2
-    for file in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
-        assert (folder / file).read_bytes() == (again / file).read_bytes(), file
     texts = "".join((folder / file).read_text() for file in ("adapter_config.json", "manifest.json"))
     assert not [place for place in (Path.home(), ROOT, folder.parent) if str(place) in texts]
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
