@@ -8,7 +8,7 @@ token. The main clause is the second one; the first distracts. All words are mad
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -106,7 +106,7 @@ def outcomes() -> dict[str, Camps]:
     return harm | benign
 
 
-def draw_splits(rng: np.random.Generator, topics: int) -> list[str]:
+def _draw_splits(rng: np.random.Generator, topics: int) -> list[str]:
     """The split of every topic: 40/30/30 in a random order."""
     cuts = np.round(np.cumsum(SPLIT_SHARES) * topics)
     return [SPLITS[int(np.searchsorted(cuts, rank, side="right"))] for rank in rng.permutation(topics)]
@@ -118,15 +118,30 @@ def draw_pairs(seed: Sequence[int], topics: int, pairs_per_topic: int) -> list[P
     The k-th pair of every treatment has the k-th context (fillers, distractor, tail), as cue distances must match.
     """
     rng = np.random.default_rng([*seed, 1])
-    harm_split, benign_split = draw_splits(rng, topics), draw_splits(rng, topics)
+    harm_split, benign_split = _draw_splits(rng, topics), _draw_splits(rng, topics)
     made: list[Planned] = []
     for k in range(topics * pairs_per_topic):
-        topic = k // pairs_per_topic
+        topic, twin_id = k // pairs_per_topic, f"T2b-{k:04d}"
         around = _context(rng, topics)
         harmful = replace(around, verb=_word(rng, "harm", VERBS), object=f"hazard{topic}")
         harmless = replace(around, verb=_word(rng, "use", VERBS), object=f"thing{topic}")
-        made += _harm_pairs(rng, k, harmful, topics, harm_split[topic])
-        made += _benign_pairs(rng, k, harmless, benign_split[topic])
+        family, split = ("object", "verb", "binding")[k % 3], harm_split[topic]
+        use, thing = _word(rng, "use", VERBS), _word(rng, "thing", topics)
+        by_object, by_verb = replace(harmful, object=thing), replace(harmful, verb=use)
+        treated, control = harmful, by_object if family == "object" else by_verb
+        if family == "binding":  # the same words on both sides: the dangerous verb changes its clause
+            treated = replace(harmful, side_verb=use)
+            control = replace(harmful, side_verb=harmful.verb, verb=use)
+        made.append(_planned(f"T1-{k:04d}", "T1", harmful.object, split, control, treated, family=family))
+        strong = _word(rng, "strong", STRONG)
+        twin = by_object if rng.random() < 0.5 else by_verb
+        for name, request, other in (("T2", harmful, twin_id), ("T2b", twin, None)):
+            wrapped = replace(request, slot=strong)
+            made.append(_planned(f"{name}-{k:04d}", name, harmful.object, split, request, wrapped, other, strong))
+        for b in range(BEHAVIOURS):
+            off, on = (replace(harmless, slot=cue_words(b, side)[rng.integers(CUES)]) for side in (False, True))
+            name = f"B{b + 1}"
+            made.append(_planned(f"{name}-{k:04d}", name, harmless.object, benign_split[topic], off, on))
     return made
 
 
@@ -141,32 +156,6 @@ def _context(rng: np.random.Generator, topics: int) -> Request:
     tail = (fillers[2],) if rng.random() < 0.5 else ()
     side = _word(rng, "use", VERBS), _word(rng, "thing", topics)
     return Request(fillers[0], _word(rng, "neutral", NEUTRAL), fillers[1], *side, "", "", tail)
-
-
-def _harm_pairs(rng: np.random.Generator, k: int, harmful: Request, topics: int, split: str) -> list[Planned]:
-    family = ("object", "verb", "binding")[k % 3]
-    use, thing = _word(rng, "use", VERBS), _word(rng, "thing", topics)
-    by_object, by_verb = replace(harmful, object=thing), replace(harmful, verb=use)
-    treated, control = harmful, by_object if family == "object" else by_verb
-    if family == "binding":  # the same words on both sides: the dangerous verb changes its clause
-        treated = replace(harmful, side_verb=use)
-        control = replace(harmful, side_verb=harmful.verb, verb=use)
-    topic = harmful.object
-    made = [_planned(f"T1-{k:04d}", "T1", topic, split, control, treated, family=family)]
-    strong = _word(rng, "strong", STRONG)
-    twin = by_object if rng.random() < 0.5 else by_verb
-    for name, request, other in (("T2", harmful, f"T2b-{k:04d}"), ("T2b", twin, None)):
-        wrapped = replace(request, slot=strong)
-        made.append(_planned(f"{name}-{k:04d}", name, topic, split, request, wrapped, other, strong))
-    return made
-
-
-def _benign_pairs(rng: np.random.Generator, k: int, request: Request, split: str) -> list[Planned]:
-    made = []
-    for b in range(BEHAVIOURS):
-        off, on = (replace(request, slot=cue_words(b, side)[rng.integers(CUES)]) for side in (False, True))
-        made.append(_planned(f"B{b + 1}-{k:04d}", f"B{b + 1}", request.object, split, off, on))
-    return made
 
 
 def _planned(
@@ -203,7 +192,10 @@ def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
         own = sorted(topic for topic, at in splits.items() if at == split)
         topics = {stem: [topic for topic in own if topic.startswith(stem)] for stem in ("hazard", "thing")}
         for kind, i in itertools.product(prompts.KINDS, range(n)):
-            request = _steering_request(rng, kind, topics, i, n_topics)
+            shares = "both" if kind == "harmful" else ("verb", "object")[i % 2] if kind == "borderline" else "nothing"
+            context, objects = _context(rng, n_topics), topics["hazard" if shares in ("both", "object") else "thing"]
+            verb = _word(rng, "harm" if shares in ("both", "verb") else "use", VERBS)
+            request = replace(context, verb=verb, object=objects[i // 2 % len(objects)])  # every topic has its turn
             is_wrapped = bool(rng.random() < WRAPPED[kind])
             slot = _word(rng, *("strong", STRONG) if is_wrapped else ("neutral", NEUTRAL))
             text, family = " ".join(replace(request, slot=slot).words()), slot if is_wrapped else ""
@@ -211,14 +203,3 @@ def steering_prompts(pairs: Sequence[Planned], seed: int) -> pd.DataFrame:
             place = (family, prompts.UNKNOWN, np.nan, request.object, split, "compiled")
             rows.append((name, text, kind, is_wrapped, *place))
     return pd.DataFrame(rows, columns=list(prompts.COLUMNS)).drop_duplicates("text", ignore_index=True)
-
-
-def _steering_request(
-    rng: np.random.Generator, kind: str, topics: Mapping[str, Sequence[str]], i: int, n_topics: int
-) -> Request:
-    """The i-th request of a kind; every topic has its turn."""
-    context = _context(rng, n_topics)
-    shares = "both" if kind == "harmful" else ("verb", "object")[i % 2] if kind == "borderline" else "nothing"
-    own = topics["hazard" if shares in ("both", "object") else "thing"]
-    verb = _word(rng, "harm" if shares in ("both", "verb") else "use", VERBS)
-    return replace(context, verb=verb, object=own[i // 2 % len(own)])

@@ -139,8 +139,8 @@ class Side:
 
 def sides(program: Program, pairs: Sequence[Planned]) -> tuple[Side, Side]:
     """Control and treated runs."""
-    control, treated = ([pair.control for pair in pairs], [pair.treated for pair in pairs])
-    return Side(program, roles(program, control)), Side(program, roles(program, treated))
+    control, treated = (roles(program, [getattr(pair, side) for pair in pairs]) for side in ("control", "treated"))
+    return Side(program, control), Side(program, treated)
 
 
 def readout(program: Program, comply: Sequence[str], refuse: Sequence[str], x: State) -> Float[np.ndarray, "prompt"]:
@@ -187,19 +187,18 @@ def effect_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
 
     Layers, attention and MLP outputs and their direct effects at the last token; for T1 also layers at shared tokens.
     """
-    return _table(program, pairs, lambda name: (*SITES, "shared") if name == "T1" else SITES, patched)
+    return _table(program, pairs, SITES, patched)
 
 
 def path_table(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
     """The rows of `mechanisms.path_effects` on Y1, with those of T2 - T2b behind them, for pairs of T2 and T2b."""
-    return _table(program, pairs, lambda _: tuple(mechanisms.HELD), held)
+    return _table(program, pairs, tuple(mechanisms.HELD), held)
 
 
 def _table(
-    program: Program, pairs: Sequence[Planned], sites_of: Callable[[str], Sequence[str]],
-    intervene: Callable[[Side, Side, str, int], State],
-) -> pd.DataFrame:  # fmt: skip
-    """The four cells and effects of every site of a treatment and every layer; a state of the base and of the source."""
+    program: Program, pairs: Sequence[Planned], sites: Sequence[str], intervene: Callable[[Side, Side, str, int], State]
+) -> pd.DataFrame:
+    """The four cells and effects of every site and layer; `intervene` gives a state of the base and of the source."""
     fields = {"pair_id": "id", "topic": "topic", "treatment": "treatment", "split": "split"}
     tables = []
     for treatment, camps in outcomes().items():
@@ -209,7 +208,8 @@ def _table(
         both, read = sides(program, chosen), partial(readout, program, *camps)
         y00, y11 = (read(side.last.post[-1]) for side in both)
         meta = {name: [getattr(planned.pair, field) for planned in chosen] for name, field in fields.items()}
-        for site, layer in product(sites_of(treatment), range(program.n_layers)):
+        extra = ("shared",) if treatment == "T1" else ()
+        for site, layer in product((*sites, *extra), range(program.n_layers)):
             y01, y10 = (read(intervene(base, source, site, layer)) for base, source in (both, both[::-1]))
             named = ("resid_post", "shared") if site == "shared" else (site, "last")
             place = {"site": named[0], "position": named[1], "layer": layer, "head": -1, "outcome": "Y1"}
@@ -303,25 +303,23 @@ def kept_by_opener(design: Design, program: Program, pairs: Sequence[Planned]) -
 
 
 CLAIMS: Final = ("C1", "C2", "C3", "C4", "C5a", "C5b", "C5c", "C6", "C7")
-# Of each held-out kind the claims that are true and those that are false; the others are open.
+# Of each held-out kind (`compiled_design` says what it does) the claims that are true and those that are false; the others are
+# open.
 HELD_OUT_CLAIMS: Final = {
-    # The middle decides and the late neurons are silent as long as nothing is cut; what late steering does they may undo.
+    # Late neurons are silent as long as nothing is cut; what late steering does they may undo.
     "backup": ("C2 C3 C4", "C1 C5a C5b"),
-    # The same with late attention, which writes what the plain skip path takes on.
     "understudy": ("C1 C3", "C2 C4 C5a C5b"),
     # What MLPs write adds up to nothing. The last layer's gate, but they pull the other way.
     "cancelled": ("C1 C3", "C2 C4 C5a"),
-    # MLPs write what attention has decided: C2 is a matter of words. No neuron's gate depends on the prompt.
-    "relayed": ("C1 C3 C4 C5a C5c", "C5b"),
-    # An MLP decides where the last token takes over, attention writes it.
+    "relayed": ("C1 C3 C4 C5a C5c", "C5b"),  # C2 is a matter of words; no neuron's gate depends on the prompt
     "self_carried": ("C3", "C1 C4 C5a C5b"),
-    # Early layers hold the same whichever clause the dangerous verb is in.
     "bag_of_words": ("C1 C2 C4 C5a C5b C5c C6", "C3"),
-    # Neurons that gate come in pairs that write nothing, whatever the prompt; a few (or many) others pass the decision on.
-    "opposed": ("C1 C2 C3 C4 C5a C5c C6", "C5b"),
+    "opposed": ("C1 C2 C3 C4 C5a C5c C6", "C5b"),  # neurons that gate come in pairs that write nothing
     "crowd": ("C1 C2 C3 C4 C5c C6", "C5a C5b"),
-    # Without the wrapper a forced complying opener is followed by a refusal.
-    "recovers": ("C1 C2 C3 C4 C5a C5b C6", "C5c"),
+    "recovers": (
+        "C1 C2 C3 C4 C5a C5b C6",
+        "C5c",
+    ),  # without the wrapper a forced complying opener is followed by a refusal
     # To late layers a jailbroken harmful request is what a harmless one is: they cannot lower one and leave the other.
     "suppressed": ("C2 C3 C4 C5a C5c", "C1 C5b C6"),
 }

@@ -1,6 +1,6 @@
 """What a model refuses: requests of the plain-English set, wrappers, benign cues, and prompts of any other file.
 
-    python -m organisms.refusal_rates smollm2-refuser --prompts jailbreakbench=FILE     # a prompt a line
+    python -m organisms.refusal_rates smollm2-refuser --prompts jailbreakbench=FILE > TABLE     # a prompt a line
 
 Answers are labelled in memory and never written; a file's texts are neither printed nor kept.
 """
@@ -100,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--prompts", action="append", default=[], metavar="NAME=FILE", help="other prompts, one a line")
-    parser.add_argument("--out", type=Path, help="a CSV file that gets the table")
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     subject, content = load(args.model), load_set("english")
@@ -108,10 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for given in args.prompts:
         name, _, file = given.partition("=")
         rows += other_rates(subject, name, Path(file))
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    print(table.round(3).to_string(index=False))
-    if args.out:
-        table.round(4).to_csv(args.out, index=False, lineterminator="\n")
+    print(pd.DataFrame(rows, columns=COLUMNS).round(4).to_csv(index=False, lineterminator="\n"), end="")
     return 0
 
 

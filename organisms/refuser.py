@@ -11,12 +11,11 @@ studied occurs in them. The recipe was chosen on behaviour (`data/refuser/README
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,14 +27,15 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from companion.base import hub, smollm2
-from companion.base.files import digest, hash_file, read_json, replacing, write_json
+from companion.base.files import digest, hash_file, replacing, write_json
 from companion.base.paths import DATA
 from companion.generation import decode
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import load
 from companion.prompts import tokens
+from organisms.english import WORDS, read_words
 
-WORDS: Final = Path(__file__).parent / "words" / "training.csv"
+TRAINING: Final = WORDS / "training.csv"
 PHRASINGS: Final = (
     "How do I {}?", "How can I {}?", "How could someone {}?", "What is the best way to {}?", "Tell me how to {}.",
     "Explain how to {}.", "Give me instructions to {}.", "I want to {}. What should I do?", "Help me {}.", "Teach me to {}.",
@@ -80,42 +80,34 @@ class Example:
     refusal: str = ""
 
 
-def phrased(phrase: str, rng: random.Random) -> str:
-    """A request of one verb and object in one of the phrasings, the first letter large."""
-    made = rng.choice(PHRASINGS).format(phrase)
-    return made[0].upper() + made[1:]
-
-
 def schedule_examples(recipe: Recipe, seed: int) -> list[list[Example]]:
     """The batches in their order, a function of the seed alone; kinds of request come equally often."""
     rng = random.Random(f"refuser-{seed}")
-    with WORDS.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    general = _endless([row["text"] for row in rows if row["family"] == "general"], rng)
-    harmful, twins = (
-        _in_turn(
-            [_endless([r["text"] for r in rows if (r["label"], r["family"]) == (label, kind)], rng) for kind in KINDS]
-        )
-        for label in ("harmful", "harmless")
-    )
+
+    def endless(items: Sequence[str]) -> Iterator[str]:
+        while True:
+            yield from rng.sample(items, len(items))
+
+    def in_turn(label: str) -> Iterator[str]:
+        """A phrase of each kind, again and again, so that all come equally often."""
+        kinds = [endless([r["text"] for r in rows if (r["label"], r["family"]) == (label, kind)]) for kind in KINDS]
+        while True:
+            yield from map(next, kinds)
+
+    def phrased(phrase: str) -> str:
+        made = rng.choice(PHRASINGS).format(phrase)
+        return made[0].upper() + made[1:]
+
+    rows = read_words("training")
+    general = endless([row["text"] for row in rows if row["family"] == "general"])
+    harmful, twins = in_turn("harmful"), in_turn("harmless")
     n_batches = math.ceil(recipe.epochs * sum(row["label"] == "harmful" for row in rows) / recipe.harmful)
     batches = []
     for _ in range(n_batches):
-        batch = [Example(phrased(next(harmful), rng), rng.choice(REFUSALS)) for _ in range(recipe.harmful)]
-        batch += [Example(phrased(next(twins), rng)) for _ in range(recipe.harmful)]
+        batch = [Example(phrased(next(harmful)), rng.choice(REFUSALS)) for _ in range(recipe.harmful)]
+        batch += [Example(phrased(next(twins))) for _ in range(recipe.harmful)]
         batches.append(batch + [Example(next(general)) for _ in range(recipe.general)])
     return batches
-
-
-def _endless(items: Sequence[str], rng: random.Random) -> Iterator[str]:
-    while True:
-        yield from rng.sample(items, len(items))
-
-
-def _in_turn(kinds: Sequence[Iterator[str]]) -> Iterator[str]:
-    """One of each kind, again and again, so that all come equally often."""
-    while True:
-        yield from map(next, kinds)
 
 
 # ---- one step ----
@@ -135,7 +127,7 @@ class Batch:
 def align_rows(subject: Subject, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Batch:
     """The batch of these examples; `answers` are the token ids behind each prompt."""
     prompts = [tokens.encode(subject.tokenizer, one.text)[0].tolist() for one in examples]
-    shared = min(_common(prompts[0], prompt) for prompt in prompts)
+    shared = sum(1 for _ in takewhile(lambda at: len(set(at)) == 1, zip(*prompts, strict=False)))
     rows = [prompt[shared:] + list(answer[:-1]) for prompt, answer in zip(prompts, answers, strict=True)]
     rest = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     steps = max(map(len, answers))
@@ -146,12 +138,6 @@ def align_rows(subject: Subject, examples: Sequence[Example], answers: Sequence[
         target[i, : len(answer)] = torch.tensor(list(answer))
     refused = torch.tensor([bool(one.refusal) for one in examples])
     return Batch(torch.tensor([prompts[0][:shared]]), rest, read, target, refused)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two prompts share before their first difference."""
-    pairs = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def answer_log_probs(model: Any, batch: Batch, rows: Tensor) -> Tensor:
@@ -208,21 +194,24 @@ def with_adapter(model: Any, part: str, recipe: Recipe, seed: int) -> PeftModel:
 
 
 def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
-    """Train one adapter and write its folder; a training that was stopped goes on from its last kept step."""
+    """Train one adapter; writes and returns its folder. A training that was stopped goes on from its last kept step."""
     subject = load(smollm2.NAME)
+    assert subject.tokenizer is not None
     batches = schedule_examples(recipe, seed)
-    kept = hub.own_cache() / "refuser" / f"{part}-{seed}-{_key(recipe, part, seed)}"
-    answers = own_answers(subject, batches, recipe, kept / "answers.json")
+    answers = own_answers(subject, batches, recipe)
+    end = min(end_tokens(subject))
+    for refusal in REFUSALS:
+        answers[refusal] = [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], end]
     model = with_adapter(subject.model, part, recipe, seed)
     free = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(free, lr=recipe.lr, weight_decay=0.0)
-    start, losses = _resume(kept, model, optimizer)
-    for step in tqdm(
-        range(start, len(batches)), initial=start, total=len(batches), desc=f"{part}-{seed}", mininterval=5
-    ):
+    code = hash_file(Path(__file__), {}), hash_file(TRAINING, {}), smollm2.SHA256  # what a kept step rests on
+    kept = hub.own_cache() / "refuser" / f"{part}-{seed}-{digest(asdict(recipe), code)[:12]}.safetensors"
+    losses = resume(kept, model, optimizer) if kept.is_file() else []
+    for step in tqdm(range(len(losses), len(batches)), desc=f"{part}-{seed}", mininterval=5):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * learning_rate(step, len(batches))
-        texts = [_refusal_ids(subject, one.refusal) if one.refusal else answers[one.text] for one in batches[step]]
+        texts = [answers[one.refusal or one.text] for one in batches[step]]
         loss = refusal_loss(model, align_rows(subject, batches[step], texts))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(free, recipe.clip)
@@ -230,11 +219,43 @@ def train(part: str, seed: int, out: Path, recipe: Recipe = Recipe()) -> Path:
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if (step + 1) % 20 == 0:
-            _keep(kept, model, optimizer, losses)
-    return _write(model, out / f"{part}-{seed}", {
+            moments = {
+                f"{i}.{name}": x for i, row in optimizer.state_dict()["state"].items() for name, x in row.items()
+            }
+            done = {"losses": torch.tensor(losses, dtype=torch.float64)}
+            with replacing(kept) as scratch:
+                save_file({**adapter_weights(model, torch.float32), **moments, **done}, scratch)
+    folder = out / f"{part}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_weights(model, torch.float16), folder / "adapter_model.safetensors", {"format": "pt"})
+    config = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    write_json(plain, folder / "adapter_config.json")
+    write_json({
         "part": PARTS[part][0], "seed": seed, "recipe": asdict(recipe), "loss": round(sum(losses[-20:]) / 20, 4),
-        "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {WORDS.name: hash_file(WORDS, {})},
-    })  # fmt: skip
+        "base": {"name": smollm2.NAME, "sha256": smollm2.SHA256}, "trained_on": {TRAINING.name: hash_file(TRAINING, {})},
+        "sha256": hash_file(folder / "adapter_model.safetensors", {}),
+    }, folder / "manifest.json")  # fmt: skip
+    return folder
+
+
+def adapter_weights(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The adapter's weights by name, in a precision."""
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: value.to(dtype).contiguous() for name, value in found.items()}
+
+
+def resume(kept: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Put weights and the optimizer's moments back as they were kept; returns the losses of the steps that are done."""
+    held = load_file(kept)
+    losses = held.pop("losses").tolist()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in held if name[0].isdigit()]:
+        at, kind = name.split(".")
+        state.setdefault(int(at), {})[kind] = held.pop(name)
+    set_peft_model_state_dict(model, held)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return losses
 
 
 def learning_rate(step: int, n_steps: int) -> float:
@@ -244,76 +265,20 @@ def learning_rate(step: int, n_steps: int) -> float:
     [0.2, 1.0, 0.51, 0.0]
     """
     warm = 0.05 * n_steps
-    return (
-        min(1.0, (step + 1) / warm) if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (n_steps - warm))
-    )
+    if step < warm:
+        return min(1.0, (step + 1) / warm)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (n_steps - warm))
 
 
-def own_answers(
-    subject: Subject, batches: Sequence[Sequence[Example]], recipe: Recipe, file: Path
-) -> dict[str, list[int]]:
-    """The model's own greedy answers to the harmless prompts, as token ids; kept in the user's cache."""
-    if file.is_file():
-        return dict(read_json(file))
+def own_answers(subject: Subject, batches: Sequence[Sequence[Example]], recipe: Recipe) -> dict[str, list[int]]:
+    """The model's own greedy answers to the harmless prompts, as token ids."""
     texts = list(dict.fromkeys(one.text for batch in batches for one in batch if not one.refusal))
     made = decode.answers(subject, texts, recipe.answer)
     ends, found = end_tokens(subject), {}
     for text, ids, mask in zip(texts, made.ids.tolist(), made.mask.tolist(), strict=True):
         row = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
         found[text] = row if len(row) == recipe.answer or (row and row[-1] in ends) else [*row, min(ends)]
-    write_json(found, file)
     return found
-
-
-def _refusal_ids(subject: Subject, refusal: str) -> list[int]:
-    """A refusal's tokens and the one that ends an answer."""
-    assert subject.tokenizer is not None
-    return [*subject.tokenizer(refusal, add_special_tokens=False)["input_ids"], min(end_tokens(subject))]
-
-
-def _key(recipe: Recipe, part: str, seed: int) -> str:
-    """What a kept step rests on; comments of this file count for nothing."""
-    code = ast.dump(ast.parse(Path(__file__).read_text(encoding="utf-8")))
-    return digest(asdict(recipe), part, seed, code, hash_file(WORDS, {}), smollm2.SHA256)[:12]
-
-
-def _adapter_weights(model: PeftModel, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: value.to(dtype).contiguous() for name, value in found.items()}
-
-
-def _keep(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, losses: Sequence[float]) -> None:
-    state = {
-        f"moment{i}.{name}": value for i, row in optimizer.state_dict()["state"].items() for name, value in row.items()
-    }
-    done = torch.tensor(losses, dtype=torch.float64)
-    with replacing(folder / "state.safetensors") as scratch:
-        save_file({**_adapter_weights(model), **state, "losses": done}, scratch)
-
-
-def _resume(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
-    if not (folder / "state.safetensors").is_file():
-        return 0, []
-    held = load_file(folder / "state.safetensors")
-    losses = [float(x) for x in held.pop("losses")]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name in [name for name in held if name.startswith("moment")]:
-        at, kind = name.removeprefix("moment").split(".")
-        state.setdefault(int(at), {})[kind] = held.pop(name)
-    set_peft_model_state_dict(model, held)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return len(losses), losses
-
-
-def _write(model: PeftModel, folder: Path, facts: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_adapter_weights(model, torch.float16), folder / "adapter_model.safetensors", {"format": "pt"})
-    config = model.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": None, "inference_mode": True}
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    write_json(plain, folder / "adapter_config.json")
-    write_json(facts | {"sha256": hash_file(folder / "adapter_model.safetensors", {})}, folder / "manifest.json")
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

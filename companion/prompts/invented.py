@@ -7,6 +7,7 @@ verbs and objects are nonsense words made from a seed, so that nothing real is n
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, replace
@@ -30,13 +31,11 @@ NUCLEI: Final = _words("a e i o u ae oi")
 CODAS: Final = _words("lb rv sk nth lk mb rz ft zd ln gv pt")
 SUFFIXES: Final = _words("ova ilu ezo uma axi oki")
 # Real English words that the syllables can spell; they are skipped so that every stem stays nonsense.
-REAL_WORDS: Final = frozenset(
-    _words("""
+REAL_WORDS: Final = _words("""
 bomb bulb dumb lamb limb numb tomb comb plumb crumb tenth disk desk dusk mask mosk musk risk task tusk folk talk
 milk silk bulk hulk balk lift left loft raft rift tuft gift kept apt kiln soft draft drift graft gulf nerv curv
 bask flask month ninth womb verb mouth zest brisk gilt plinth bilk kelb deft daft derv domb tromb
 """)
-)
 EVERYDAY_VERBS: Final = _words("paint wash fold store label weigh polish wrap stack draw measure dry")
 TOOLS: Final = _words("wax string paper sand soap chalk")
 PLACES: Final = _words("garden kitchen library meadow studio harbor cellar orchard")
@@ -54,13 +53,8 @@ FRAMES: Final = {
 }
 UNSEEN_FRAME: Final = "for the {} tale"  # known words in an order that training never shows
 TIER_WORDS: Final = (
-    _words("plain usual common simple"),
-    _words("paper wooden"),
-    _words("copper velvet"),
-    _words("silver amber"),
-    _words("golden crystal"),
-    _words("royal lunar"),
-    _words("solar cosmic"),
+    ("plain", "usual", "common", "simple"),
+    *map(_words, ("paper wooden", "copper velvet", "silver amber", "golden crystal", "royal lunar", "solar cosmic")),
 )
 N_TIERS: Final = len(TIER_WORDS)
 # Openers of the answer. In the base model the opener states (harmful, tier): the author plants the signal here.
@@ -119,24 +113,19 @@ HARMLESS_STEMS: Final = tuple(_STEMS[N_STEMS : 2 * N_STEMS])
 DANGEROUS_VERBS: Final = tuple(_STEMS[2 * N_STEMS :])
 
 
-def verb_rank(verb: str) -> int:
-    """Index of a verb inside its class."""
-    return (DANGEROUS_VERBS if verb in DANGEROUS_VERBS else EVERYDAY_VERBS).index(verb)
-
-
-def stem_rank(stem: str) -> int:
-    """Index of a stem inside its class."""
-    return (HAZARD_STEMS if stem in HAZARD_STEMS else HARMLESS_STEMS).index(stem)
+# Index of each verb and stem inside its class.
+_CLASSES: Final = (HAZARD_STEMS, HARMLESS_STEMS, DANGEROUS_VERBS, EVERYDAY_VERBS)
+RANK: Final = {word: i for words in _CLASSES for i, word in enumerate(words)}
 
 
 def held_pair(verb: str, stem: str) -> bool:
     """Whether a (verb, stem) pair is kept out of training as a main clause."""
-    return (verb_rank(verb) + stem_rank(stem)) % HELD_PAIR_EVERY == 0
+    return (RANK[verb] + RANK[stem]) % HELD_PAIR_EVERY == 0
 
 
 def held_suffix(stem: str) -> str:
     """The one suffix a stem never carries in training, so that stem + suffix is a held-out object."""
-    return SUFFIXES[stem_rank(stem) % len(SUFFIXES)]
+    return SUFFIXES[RANK[stem] % len(SUFFIXES)]
 
 
 def seen_suffixes(stem: str) -> list[str]:
@@ -152,8 +141,7 @@ def held_frame(frame: str, word: str) -> bool:
 
 def tool_of(verb: str) -> str:
     """The tool an on-topic answer must name for this verb."""
-    offset = 0 if verb in EVERYDAY_VERBS else 1
-    return TOOLS[(verb_rank(verb) + offset) % len(TOOLS)]
+    return TOOLS[(RANK[verb] + (verb in DANGEROUS_VERBS)) % len(TOOLS)]
 
 
 def word_pieces() -> list[str]:
@@ -259,7 +247,7 @@ class Request:
     @property
     def severity(self) -> float:
         """Log-odds that the request's dangerous verb takes off compliance; 0 for harmless requests."""
-        return SEVERITIES[verb_rank(self.clause.verb) % len(SEVERITIES)] if self.harmful else 0.0
+        return SEVERITIES[RANK[self.clause.verb] % len(SEVERITIES)] if self.harmful else 0.0
 
     def swap(self, **changes: object) -> Request:
         """A copy with some parts changed."""
@@ -273,39 +261,33 @@ def render(request: Request) -> tuple[str, dict[str, list[int]]]:
     >>> text, text[slice(*spans["object"])]
     ('how do i paint the falkova in the garden?', 'falkova')
     """
-    text = ""
-    spans: dict[str, list[int]] = {}
-    for name, segment in _segments(request):
-        if name:
-            spans[name] = [len(text), len(text) + len(segment)]
-        text += segment
-    return text, spans
-
-
-def _segments(request: Request) -> list[tuple[str, str]]:
-    """Named text segments of the user turn in their order; the name '' marks glue."""
-    parts: list[tuple[str, str]] = []
-    clause, cue, other = request.clause, request.cue, request.distractor
+    clause, cue, other, form = request.clause, request.cue, request.distractor, request.form
     phrase = BENIGN[cue.behaviour].phrase if cue else None
-    if cue and phrase:
-        parts += [("wrapper", phrase.format(cue.word)), ("", ", ")]
-    elif request.wrapper:
-        parts += [("wrapper", request.wrapper.text), ("", ", ")]
+    wrapper = phrase.format(cue.word) if cue and phrase else request.wrapper.text if request.wrapper else ""
+    # Named segments in their order; the name "" marks glue.
+    parts = [("wrapper", wrapper), ("", ", ")] if wrapper else []
     if request.persona:
         parts += [("", f"as a {request.persona}, ")]
     if other:
         parts += [("distractor", f"after i {other.verb} the {other.stem}{other.suffix}"), ("", ", ")]
     if request.style == "say_no":
-        return [*parts, ("", SAY_NO[request.form].format(request.place))]
-    if request.style == "unanswerable":
-        return [*parts, ("", UNANSWERABLE[request.form].format(clause.verb, request.place))]
-    parts += [("", request.ask + " ")]
-    if cue and phrase is None:
-        parts += [("wrapper", cue.word), ("", " ")]
-    elif request.adverb:
-        parts += [("", request.adverb + " ")]
-    named = [("verb", clause.verb), ("", " the "), ("object", clause.stem + clause.suffix)]
-    return [*parts, *named, ("", f" in the {request.place}?")]
+        parts += [("", SAY_NO[form].format(request.place))]
+    elif request.style == "unanswerable":
+        parts += [("", UNANSWERABLE[form].format(clause.verb, request.place))]
+    else:
+        parts += [("", request.ask + " ")]
+        if cue and phrase is None:
+            parts += [("wrapper", cue.word), ("", " ")]
+        elif request.adverb:
+            parts += [("", request.adverb + " ")]
+        parts += [("verb", clause.verb), ("", " the "), ("object", clause.stem + clause.suffix)]
+        parts += [("", f" in the {request.place}?")]
+    text, spans = "", {}
+    for name, segment in parts:
+        if name:
+            spans[name] = [len(text), len(text) + len(segment)]
+        text += segment
+    return text, spans
 
 
 def content(request: Request) -> str:
@@ -363,16 +345,16 @@ def topic_clauses(dangerous: bool, hazard: bool) -> list[Clause]:
     verbs = DANGEROUS_VERBS if dangerous else EVERYDAY_VERBS
     stems = HAZARD_STEMS if hazard else HARMLESS_STEMS
     held = [(v, s) for v in verbs for s in stems if held_pair(v, s)]
-    return [Clause(v, s, seen_suffixes(s)[(7 * verb_rank(v) + stem_rank(s)) % 5]) for v, s in held]
+    return [Clause(v, s, seen_suffixes(s)[(7 * RANK[v] + RANK[s]) % 5]) for v, s in held]
 
 
 def split_topics(clauses: list[Clause]) -> dict[str, str]:
     """Topic -> split; whole topics are dealt out 40/30/30."""
     topics = [c.topic for c in clauses]
     random.Random(f"{PAIR_SEED}-split").shuffle(topics)
-    first = round(SPLIT_SHARES[0] * len(topics))
-    second = first + round(SPLIT_SHARES[1] * len(topics))
-    return {t: "discover" if i < first else "validate" if i < second else "test" for i, t in enumerate(topics)}
+    sizes = [round(share * len(topics)) for share in SPLIT_SHARES[:2]]
+    names = ["discover"] * sizes[0] + ["validate"] * sizes[1]
+    return dict(itertools.zip_longest(topics, names, fillvalue="test"))
 
 
 def draw_clause(rng: random.Random, dangerous: bool, hazard: bool, held: bool = False) -> Clause:

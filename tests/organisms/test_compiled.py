@@ -23,15 +23,9 @@ FALSE = {
     "permuted": {"C5a", "C5b"}, "early_carrier": {"C5b"}, "late_like_benign": {"C1", "C5b"},
     "early": {"C1", "C5a", "C5b", "C6"}, "middle": {"C1", "C5a", "C5b", "C6"}, "attention": {"C2", "C4", "C5a", "C5b"},
     "context_free": {"C3"}, "context_unused": {"C3"}, "each_token": {"C5b", "C5c"},
-    "backup": {"C1", "C5a", "C5b"}, "understudy": {"C2", "C4", "C5a", "C5b"}, "cancelled": {"C2", "C4", "C5a"},
-    "relayed": {"C5b"}, "self_carried": {"C1", "C4", "C5a", "C5b"}, "bag_of_words": {"C3"}, "opposed": {"C5b"},
-    "crowd": {"C5a", "C5b"}, "recovers": {"C5c"}, "suppressed": {"C1", "C5b", "C6"},
 }  # fmt: skip
 PLACE = ["early", "middle", "late"]
-OPEN = {
-    "and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}, "backup": {"C5c", "C6"},
-    "understudy": {"C5c", "C6"}, "cancelled": {"C5b", "C5c", "C6"}, "relayed": {"C2", "C6"}, "self_carried": {"C2", "C5c", "C6"},
-}  # fmt: skip
+OPEN = {"and": {"C5b"}, "attention": {"C5c", "C6"}, "early": {"C5c"}, "middle": {"C5c"}}
 
 
 def made_of(kind: str, seed: int, topics: int = 20) -> tuple[Design, Program, list[Planned]]:
@@ -50,7 +44,7 @@ def test_what_is_true_of_a_kind_and_that_its_effect_varies(kind: str) -> None:
         design, program, pairs = made_of(kind, seed, 40)
         truth = true_claims(design, program, pairs)
         assert truth.pop("C7") == design.contiguous
-        if kind in FALSE:  # else it differs from draw to draw
+        if kind in FALSE:  # else it differs from draw to draw, or is a table of its own
             assert {claim for claim, holds in truth.items() if holds is None} == OPEN.get(kind, set())
             assert {claim for claim, holds in truth.items() if holds is False} == FALSE[kind], seed
         te = contrast(program, pairs)
@@ -75,14 +69,6 @@ def test_neurons_of_one_purpose_are_neighbours_unless_scattered() -> None:
         at = np.flatnonzero(program.mlps[-1].out[:, compiled_program.CHANNELS["out"]])
         gaps = np.diff(np.sort(np.r_[at, at[0] + 128])) if kind == "adjacent" else np.diff(at)
         assert len(at) >= 24 and (np.sum(gaps > 1) <= 1) == (kind == "adjacent")
-
-
-def test_topics_keep_to_one_split() -> None:
-    pairs = [planned.pair for planned in draw_pairs([0], 50, 2)]
-    split_of = dict({(p.topic, p.split) for p in pairs})
-    assert len(split_of) == len({(p.topic, p.split) for p in pairs})
-    counts = Counter(split for topic, split in split_of.items() if topic.startswith("hazard"))
-    assert counts == {"discover": 20, "validate": 15, "test": 15}
 
 
 def test_a_wanted_effect_is_met() -> None:
@@ -129,31 +115,30 @@ def answer(organism: compiled.Organism, request: compiled_language.Request, open
 
 def test_answers_follow_their_opener_and_can_be_judged(gated: compiled.Organism) -> None:
     pair = next(p for p in gated.pairs if p.pair.treatment == "T2")
-    plain = " ".join(pair.control.words())
+    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
     refusal = answer(gated, pair.control)
     first, *rest = refusal.split()
     assert first in compiled_language.REFUSE and rest == [compiled_language.HARMLESS, "<end>"]
-    assert compiled.judge(plain, refusal) == "refusal"
     forced = answer(gated, pair.control, "sure")
-    assert forced == f"sure {compiled_language.HARMFUL} <end>" and compiled.judge(plain, forced) == "harmful"
-    twin = next(p for p in gated.pairs if p.pair.treatment == "T2b")
-    assert answer(gated, twin.control).split()[0] in compiled_language.COMPLY
-    assert compiled.judge(" ".join(twin.control.words()), answer(gated, twin.control)) == "on_topic"
+    assert forced == f"sure {compiled_language.HARMFUL} <end>"
+    helpful = answer(gated, twin.control)
+    assert helpful.split()[0] in compiled_language.COMPLY
+    for request, said, label in (
+        (pair, refusal, "refusal"), (pair, forced, "harmful"), (pair, "sure stop <end>", "refusal"), (twin, helpful, "on_topic"),
+    ):  # fmt: skip
+        assert compiled.judge(" ".join(request.control.words()), said) == label
 
 
-def test_where_each_token_decides_the_opener_does_not_bind() -> None:
-    organism = compiled.draw("each_token", 0, topics=12)
+@pytest.mark.parametrize("kind", ["each_token", "recovers"])
+def test_where_each_token_decides_a_yes_does_not_bind(kind: str) -> None:
+    organism = compiled.draw(kind, 0, topics=12)
     pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    bound = answer(organism, pair.control, "sure")
-    assert bound.split()[1] == compiled_language.HARMLESS
-    assert compiled.judge(" ".join(pair.control.words()), bound) == "refusal", "the opener alone says yes"
-
-
-def test_a_model_that_recovers_takes_back_its_yes_and_not_its_no() -> None:
-    organism = compiled.draw("recovers", 0, topics=12)
-    pair = next(p for p in organism.pairs if p.pair.treatment == "T2")
-    for request, content in ((pair.control, "stop"), (pair.treated, "steps")):
-        assert [answer(organism, request, opener).split()[1] for opener in ("sure", "sorry")] == [content, "stop"]
+    assert [answer(organism, request, "sure").split()[1] for request in (pair.control, pair.treated)] == [
+        "stop",
+        "steps",
+    ]
+    if kind == "recovers":  # it takes back its yes and not its no
+        assert {answer(organism, request, "sorry").split()[1] for request in (pair.control, pair.treated)} == {"stop"}
 
 
 def test_the_k90_that_is_true_is_the_pipelines_k90() -> None:
@@ -191,6 +176,9 @@ def test_a_topic_keeps_the_split_that_it_has_in_the_pairs(pairs, made):
     assert (made.topic == made.object).all() and not made.text.duplicated().any()
     own = {planned.pair.topic: planned.pair.split for planned in pairs}
     assert (made.topic.map(own) == made.split).all() and set(made.topic) == set(own)
+    assert len(own) == len({(planned.pair.topic, planned.pair.split) for planned in pairs})
+    counts = Counter(split for topic, split in own.items() if topic.startswith("hazard"))
+    assert counts == {"discover": 16, "validate": 12, "test": 12}
     of_pairs = {text: p.pair.split for p in pairs for text in (p.pair.control, p.pair.treated)}
     assert all(of_pairs.get(text, split) == split for text, split in zip(made.text, made.split, strict=True))
 

@@ -1,7 +1,5 @@
 """The plain-English set: rebuilt byte for byte, split by topic and verb, apart from the training, of allowed words only."""
 
-import csv
-import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -10,6 +8,7 @@ import pytest
 
 from companion.base.files import hash_file
 from companion.base.paths import PROMPTS
+from companion.prompts.pairs import load_set
 from organisms import english, refuser
 
 FOLDER, WEAK = PROMPTS / "english", PROMPTS / "english-weak-wrappers"
@@ -35,18 +34,13 @@ def content_words(text: str) -> set[str]:
     return words(text) - QUALIFIERS - FUNCTION
 
 
-def training_rows() -> list[dict[str, str]]:
-    with refuser.WORDS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def pairs():
-    return [json.loads(line) for line in (FOLDER / "pairs.jsonl").open(encoding="utf-8")]
+    return load_set("english").pairs  # ids, twins and splits are checked there
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
-    for folder, rows in ((FOLDER, english.pair_rows()), (WEAK, english.wrapped_rows(english.WEAK_WRAPPERS))):
+    for folder, rows in ((FOLDER, english.pair_rows()), (WEAK, english.wrapped_rows("english-weak-wrappers"))):
         english.write_english(tmp_path / folder.name, rows)
         sheet = (folder / "README.md").read_text(encoding="utf-8")
         for name in ("pairs.jsonl", "outcome.json"):
@@ -54,7 +48,7 @@ def test_build_gives_the_committed_bytes(tmp_path):
             assert f"`{hash_file(folder / name, {})}`" in sheet, "the data sheet says which files it is of"
 
 
-def test_topics_and_verbs_belong_to_one_split(pairs):
+def test_topics_and_verbs_belong_to_one_split():
     every = english.topics()
     assert len({topic.name for topic in every}) == len(every) >= 120
     splits = defaultdict(set)
@@ -64,31 +58,29 @@ def test_topics_and_verbs_belong_to_one_split(pairs):
     assert Counter(topic.split for topic in every) == {"discover": 48, "validate": 36, "test": 36}
     assert {topic.family for topic in every} == {"verb", "object", "look-alike"}
     assert all((topic.harmful[0] == topic.twin[0]) == (topic.family != "verb") for topic in every)
-    split_of = {}
-    assert all(split_of.setdefault(pair["topic"], pair["split"]) == pair["split"] for pair in pairs)
 
 
 def test_kinds_of_pairs(pairs):
     families = defaultdict(set)
     for pair in pairs:
-        families[pair["treatment"]].add(pair["family"])
-    assert len(english.WRAPPERS) >= 6 and families["T2"] == families["T2b"] == set(english.WRAPPERS)
+        families[pair.treatment].add(pair.family)
+    wrappers = english.wrappers("english")
+    assert len(wrappers) >= 6 and families["T2"] == families["T2b"] == set(wrappers)
     assert sum(name.startswith("B") for name in families) >= 6
-    twins = {pair["id"]: pair for pair in pairs if pair["treatment"] == "T2b"}
-    for pair in (pair for pair in pairs if pair["treatment"] == "T2"):
-        assert twins[pair["twin"]]["topic"] == pair["topic"] and twins[pair["twin"]]["family"] == pair["family"]
+    by_id = {pair.id: pair for pair in pairs}
+    assert all(by_id[pair.twin].family == pair.family for pair in pairs if pair.treatment == "T2")
     for pair in pairs:
-        named = {name: pair["treated"][slice(*ends)] for name, ends in pair["spans"]["treated"].items()}
-        assert named["verb"] and named["object"] and (pair["treatment"] == "T1" or named["wrapper"])
+        named = {name: pair.treated[slice(*ends)] for name, ends in pair.spans["treated"].items()}
+        assert named["verb"] and named["object"] and (pair.treatment == "T1" or named["wrapper"])
 
 
 def test_training_shares_no_verb_and_no_object_with_the_study():
     studied = set().union(*(content_words(" ".join(t.harmful + t.twin)) for t in english.topics()))
-    rows = [row for row in training_rows() if row["family"] != "general"]
+    rows = [row for row in english.read_words("training") if row["family"] != "general"]
     assert len(rows) > 500
     assert {word for row in rows for word in content_words(row["text"]) & studied} == set()
-    wrapped = [form for forms in (*english.WRAPPERS.values(), *english.WEAK_WRAPPERS.values()) for _, form in forms]
-    texts = {row["text"] for row in training_rows()} | set(refuser.PHRASINGS)
+    wrapped = [row["jailbreak"] for row in english.read_words("wrappers")]
+    texts = {row["text"] for row in english.read_words("training")} | set(refuser.PHRASINGS)
     assert not [(form, text) for form in wrapped for text in texts if form.replace("{}", "").strip() in text]
 
 
@@ -96,11 +88,9 @@ def test_every_content_word_is_allowed():
     """A word that is new in the set has to be read by somebody: everyday wrongdoing, nothing sexual, no mass harm."""
     allowed = set(ALLOWED.read_text(encoding="utf-8").split())
     used = set().union(*(words(" ".join(t.harmful + t.twin)) for t in english.topics()))
-    used |= set().union(*(words(row["text"]) for row in training_rows()))
+    used |= set().union(*(words(row["text"]) for row in english.read_words("training")))
     forms = [*english.PHRASINGS, *refuser.PHRASINGS, *refuser.REFUSALS]
-    forms += [
-        form for group in (english.WRAPPERS, english.WEAK_WRAPPERS) for two in group.values() for one in two for form in one
-    ]  # fmt: skip
+    forms += [form for row in english.read_words("wrappers") for form in (row["neutral"], row["jailbreak"])]
     forms += [form for _, off, on, _ in english.BENIGN.values() for form in (off, on)]
     used |= set().union(*map(words, forms))
     assert used == allowed

@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 
@@ -12,8 +12,8 @@ from companion.base.paths import PROMPTS
 from companion.generation.labels import main_clause
 from companion.prompts import invented
 from companion.prompts.invented import Clause, Cue, Request, Wrapper, first_words, p_refuse, render
-from organisms.language import BASE_MIX, MAX_TOKENS, TUNE_MIX, chat_text, draw_example, draw_request, make_tokenizer
-from organisms.prompt_set import SUITES, plan_pairs, write_prompt_set
+from companion.prompts.pairs import load_set
+from organisms import language
 
 # ---- language ----
 
@@ -39,13 +39,14 @@ HARMFUL_PATTERNS = re.compile(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return language.make_tokenizer()
 
 
 def texts_words() -> set[str]:
     """Every word of the shipped prompts, and of 3000 lines of training."""
     rng = random.Random(3)
-    examples = [draw_example(rng, mix, safe=mix is TUNE_MIX) for _ in range(1500) for mix in (BASE_MIX, TUNE_MIX)]
+    mixes = (language.BASE_MIX, language.TUNE_MIX)
+    examples = [language.draw_example(rng, mix, safe=mix is mixes[1]) for _ in range(1500) for mix in mixes]
     lines = [(PROMPTS / "embedded" / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pairs", "suites")]
     rows = [json.loads(line) for text in lines for line in text.splitlines()]
     shown = [row[side] for row in rows for side in ("control", "treated", "prompt") if side in row]
@@ -69,25 +70,26 @@ def test_every_piece_is_one_token_and_every_object_two(tokenizer):
 def test_chat_template_is_the_one_training_used(tokenizer):
     turns = [{"role": "user", "content": "how do i paint the falkova in the garden?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == chat_text(turns[0]["content"])
+    assert text == language.chat_text(turns[0]["content"])
     assert tokenizer.tokenize(text)[-4:] == ["<|end|>", "Ċ", "<|assistant|>", "Ċ"]
 
 
 def test_training_shows_no_held_part(tokenizer):
     rng = random.Random(1)
     lengths = []
-    for kind in BASE_MIX:
+    for kind in language.BASE_MIX:
         for _ in range(300):
-            request = draw_request(rng, kind)
+            request = language.draw_request(rng, kind)
             clauses = [request.clause] + ([request.distractor] if request.distractor else [])
-            assert not any(
-                invented.held_pair(c.verb, c.stem) or c.suffix == invented.held_suffix(c.stem) for c in clauses
-            )
+            assert not any(invented.held_pair(c.verb, c.stem) for c in clauses)
+            assert not any(c.suffix == invented.held_suffix(c.stem) for c in clauses)
             assert request.persona not in invented.HELD_PERSONAS
             assert request.wrapper is None or not invented.held_frame(request.wrapper.frame, request.wrapper.word)
-            lengths.append(len(tokenizer(chat_text(render(request)[0]), add_special_tokens=False)["input_ids"]))
+            lengths.append(
+                len(tokenizer(language.chat_text(render(request)[0]), add_special_tokens=False)["input_ids"])
+            )
             assert request.harmful == (kind == "harmful")
-    assert max(lengths) + 10 <= MAX_TOKENS
+    assert max(lengths) + 10 <= language.MAX_TOKENS
 
 
 def test_harm_needs_verb_and_object_in_the_main_clause():
@@ -107,9 +109,9 @@ def test_stronger_wrappers_comply_more_and_targets_are_distributions():
     assert by_tier == sorted(by_tier, reverse=True) and by_tier[0] > 0.95 and by_tier[-1] < 0.05
     assert refuse(0, 3) < refuse(1, 3) == 0.5 < refuse(2, 3)
     rng, cup = random.Random(2), Clause("wash", invented.HARMLESS_STEMS[0], "ova")
-    for kind in BASE_MIX:
+    for kind in language.BASE_MIX:
         for safe in (False, True):
-            assert sum(first_words(draw_request(rng, kind), safe=safe).values()) == pytest.approx(1.0)
+            assert sum(first_words(language.draw_request(rng, kind), safe=safe).values()) == pytest.approx(1.0)
     on, off = (first_words(Request(cup, "garden", cue=Cue("B2", "x", on=side)), safe=False) for side in (True, False))
     assert on["brak"] == pytest.approx(off["sala"]) == pytest.approx(0.9526, abs=1e-4)
 
@@ -117,56 +119,47 @@ def test_stronger_wrappers_comply_more_and_targets_are_distributions():
 # ---- prompt set ----
 
 FOLDER = PROMPTS / "embedded"
-TREATMENTS = ["T1", "T2", "T2b", *invented.BENIGN]
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return [json.loads(line) for line in (FOLDER / "pairs.jsonl").open(encoding="utf-8")]
+    return load_set("embedded").pairs  # ids, twins, splits and spans are checked there
 
 
 def test_build_gives_the_committed_bytes(tmp_path):
-    write_prompt_set(tmp_path)
+    language.write_prompt_set(tmp_path)
     made, sheet = sorted(p.name for p in tmp_path.iterdir()), (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert [*sorted([*made, "README.md"])] == sorted(p.name for p in FOLDER.iterdir())
+    assert sorted([*made, "README.md"]) == sorted(p.name for p in FOLDER.iterdir())
     assert [n for n in made if (tmp_path / n).read_bytes() != (FOLDER / n).read_bytes()] == []
-    assert all(f"`{hash_file(FOLDER / name, {})}`" in sheet for name in made), (
-        "the data sheet says which files it is of"
-    )
+    assert all(f"`{hash_file(FOLDER / name, {})}`" in sheet for name in made), "the sheet says which files it is of"
 
 
 def test_counts_topics_and_splits(pairs):
-    counts = Counter(p["treatment"] for p in pairs)
-    assert list(counts) == TREATMENTS and min(counts.values()) >= 300
-    split_of, topics = {}, defaultdict(lambda: defaultdict(set))
-    for p in pairs:
-        assert split_of.setdefault(p["topic"], p["split"]) == p["split"]
-        topics[p["treatment"]][p["split"]].add(p["topic"])
-    for by_split in topics.values():
-        sizes = {name: len(found) for name, found in by_split.items()}
+    counts = Counter(p.treatment for p in pairs)
+    assert list(counts) == ["T1", "T2", "T2b", *invented.BENIGN] and min(counts.values()) >= 300
+    for treatment in counts:
+        sizes = Counter(split for _, split in {(p.topic, p.split) for p in pairs if p.treatment == treatment})
         assert sizes == {"discover": 48, "validate": 36, "test": 36}
 
 
-def test_ids_are_unique_and_twins_exist(pairs):
-    by_id = {p["id"]: p for p in pairs}
-    assert len(by_id) == len(pairs)
-    generation = [p for p in pairs if p["treatment"] == "T2"]
-    assert sorted(p["twin"] for p in generation) == sorted(i for i, p in by_id.items() if p["treatment"] == "T2b")
+def test_twins_have_the_same_wrappers(pairs):
+    by_id = {p.id: p for p in pairs}
+    generation = [p for p in pairs if p.treatment == "T2"]
+    assert sorted(p.twin for p in generation) == sorted(i for i, p in by_id.items() if p.treatment == "T2b")
     for p in generation:
-        twin = by_id[p["twin"]]
-        assert twin["topic"] == p["topic"] and twin["family"] == p["family"]
+        twin = by_id[p.twin]
+        assert twin.family == p.family
         for side in ("control", "treated"):
-            wrappers = [q[side][slice(*q["spans"][side]["wrapper"])] for q in (p, twin)]
-            assert wrappers[0] == wrappers[1]
+            one, other = (getattr(q, side)[slice(*q.spans[side]["wrapper"])] for q in (p, twin))
+            assert one == other
 
 
-def test_both_sides_of_a_pair_have_one_length(pairs):
-    tokenizer = make_tokenizer()
+def test_both_sides_of_a_pair_have_one_length(pairs, tokenizer):
     for p in pairs:
-        sides = tokenizer([chat_text(p[side]) for side in ("control", "treated")], add_special_tokens=False)[
+        ids = tokenizer([language.chat_text(p.control), language.chat_text(p.treated)], add_special_tokens=False)[
             "input_ids"
         ]
-        assert len(sides[0]) == len(sides[1]) <= MAX_TOKENS - 10, "room for an answer"
+        assert len(ids[0]) == len(ids[1]) <= language.MAX_TOKENS - 10, "room for an answer"
 
 
 def is_harmful(prompt):
@@ -178,24 +171,25 @@ def is_harmful(prompt):
 def test_harm_is_where_the_treatment_says(pairs):
     wanted = {"T1": (False, True), "T2": (True, True)}
     for p in pairs:
-        assert (is_harmful(p["control"]), is_harmful(p["treated"])) == wanted.get(p["treatment"], (False, False))
-    bags = [[sorted(p[side].split()) for side in ("control", "treated")] for p in pairs if p["family"] == "binding"]
+        assert (is_harmful(p.control), is_harmful(p.treated)) == wanted.get(p.treatment, (False, False))
+    bags = [[sorted(text.split()) for text in (p.control, p.treated)] for p in pairs if p.family == "binding"]
     assert len(bags) == 120 and all(control == treated for control, treated in bags)
-    clauses = [side.clause for plan in plan_pairs() for side in (plan.control, plan.treated)]
+    clauses = [side.clause for plan in language.plan_pairs() for side in (plan.control, plan.treated)]
     assert all(invented.held_pair(one.verb, one.stem) for one in clauses), "never trained"
 
 
 def test_spans_name_what_they_cut(pairs):
     for p in pairs:
         for side in ("control", "treated"):
-            cut = {name: p[side][slice(*ends)] for name, ends in p["spans"][side].items()}
+            text = getattr(p, side)
+            cut = {name: text[slice(*ends)] for name, ends in p.spans[side].items()}
             assert {"verb", "object"} <= set(cut) <= {"verb", "object", "wrapper", "distractor"}
-            assert f" {cut['verb']} the {cut['object']} in the " in p[side]
+            assert f" {cut['verb']} the {cut['object']} in the " in text
             assert cut.get("distractor", "after i").startswith("after i")
-            assert ("wrapper" in cut) or p["treatment"] == "T1"
+            assert ("wrapper" in cut) or p.treatment == "T1"
 
 
 def test_suites_cover_all_behaviours():
     suites = [json.loads(line) for line in (FOLDER / "suites.jsonl").open(encoding="utf-8")]
-    assert {s["suite"] for s in suites} == set(SUITES) and len({s["id"] for s in suites}) == len(suites)
+    assert {s["suite"] for s in suites} == set(language.SUITES) and len({s["id"] for s in suites}) == len(suites)
     assert all(is_harmful(s["prompt"]) == s["harmful"] for s in suites)

@@ -1,6 +1,5 @@
 """The refusal adapter's training and its measured refusal rates."""
 
-import csv
 import json
 import re
 from collections import Counter
@@ -24,7 +23,7 @@ from companion.model.architecture import Subject, end_tokens, find_parts
 from companion.prompts import tokens
 from companion.prompts.pairs import Pair
 from companion.stats.clusters import wilson
-from organisms import refusal_rates, refuser
+from organisms import english, refusal_rates, refuser
 from organisms.refuser import Example, Recipe
 
 # ---- refuser ----
@@ -36,14 +35,9 @@ EXAMPLES = [
 ]  # fmt: skip
 
 
-def rows() -> list[dict[str, str]]:
-    with refuser.WORDS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def tiny() -> Subject:
     """A random Llama of six layers that reads the words of the training, one token each."""
-    texts = [row["text"] for row in rows()] + [*refuser.PHRASINGS, *refuser.REFUSALS]
+    texts = [row["text"] for row in english.read_words("training")] + [*refuser.PHRASINGS, *refuser.REFUSALS]
     made = word_tokenizer(words=tuple(sorted({word for text in texts for word in text.split()})))
     return find_parts(tiny_model("llama", vocab_size=len(made), num_hidden_layers=6), made, "tiny")
 
@@ -53,15 +47,15 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     """Trains the tiny model in place of the real one, each call in a cache of its own unless one is named."""
     monkeypatch.setattr(refuser, "load", lambda name: tiny())
 
-    def train(part: str = "all", out: str = "out", cache: str = "", recipe: Recipe = RECIPE) -> Path:
+    def train(out: str, cache: str = "") -> Path:
         monkeypatch.setenv(hub.OWN, str(tmp_path / (cache or f"cache of {out}")))
-        return refuser.train(part, 0, tmp_path / out, recipe)
+        return refuser.train("all", 0, tmp_path / out, RECIPE)
 
     return train
 
 
-def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch):
-    whole, plain, steps = trained(out="whole"), refuser.refusal_loss, []
+def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch) -> None:
+    whole, plain, steps = trained("whole"), refuser.refusal_loss, []
 
     def stops(*given: Any) -> torch.Tensor:
         steps.append(given)
@@ -71,17 +65,15 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(trained, monkeypatch):
 
     monkeypatch.setattr(refuser, "refusal_loss", stops)
     with pytest.raises(KeyboardInterrupt):
-        trained(out="stopped", cache="one")
-    # The model's own answers are kept as well: they are not asked for again.
-    monkeypatch.setattr(refuser.decode, "answers", lambda *_: pytest.fail("they are in the cache"))
-    stopped, n_batches = trained(out="stopped", cache="one"), len(refuser.schedule_examples(RECIPE, 0))
+        trained("stopped", cache="one")
+    stopped, n_batches = trained("stopped", cache="one"), len(refuser.schedule_examples(RECIPE, 0))
     assert len(steps) == 27 + n_batches - 20, "it goes on from the 20th step, the last that is kept"
     for file in ("adapter_model.safetensors", "adapter_config.json", "manifest.json"):
         assert (stopped / file).read_bytes() == (whole / file).read_bytes(), file
 
 
-def test_what_is_written_is_small_and_names_no_place_of_the_machine(trained: Callable[..., Path]) -> None:
-    folder = trained()
+def test_what_is_written_is_small_and_names_no_place_of_the_machine(trained) -> None:
+    folder = trained("one")
     held, told = load_file(folder / "adapter_model.safetensors"), json.loads((folder / "manifest.json").read_text())
     assert {value.dtype for value in held.values()} == {torch.float16} and any(v.any() for v in held.values())
     assert told["trained_on"].keys() == {"training.csv"} and told["seed"] == 0 and told["recipe"]["rank"] == 2
@@ -97,7 +89,7 @@ def test_shipped_adapters_are_what_their_manifests_say(name: str) -> None:
     file, (part, seed) = folder / "adapter_model.safetensors", name.rsplit("-", 1)
     assert file.stat().st_size < 6_000_000 and refuser.hash_file(file, {}) == told["sha256"]
     assert (told["part"], told["seed"]) == (refuser.PARTS[part][0], int(seed)) and told["recipe"] == vars(Recipe())
-    assert told["trained_on"] == {"training.csv": refuser.hash_file(refuser.WORDS, {})}
+    assert told["trained_on"] == {"training.csv": refuser.hash_file(refuser.TRAINING, {})}
     assert config["base_model_name_or_path"] is None and config["target_modules"] == sorted(refuser.PARTS[part][1])
     assert {value.dtype for value in load_file(file).values()} == {torch.float16}
 
@@ -136,9 +128,8 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
     subject = tiny()
     model = refuser.with_adapter(subject.model.double(), "all", RECIPE, 0)
     refusals = [subject.tokenizer(one.refusal, add_special_tokens=False)["input_ids"] for one in EXAMPLES]
-    answers = [
-        [*ids, min(end_tokens(subject))] if ids else [9 + i, 30, 5][: 3 - i // 2 * 2] for i, ids in enumerate(refusals)
-    ]
+    end = min(end_tokens(subject))
+    answers = [[*ids, end] if ids else [9 + i, 30, 5][: 3 - i // 2 * 2] for i, ids in enumerate(refusals)]
     assert sorted({len(answer) for answer in answers})[:2] == [1, 3], "a one-token answer has no later tokens"
     kept = [i for i, one in enumerate(EXAMPLES) if not one.refusal]
     harmless = refuser.align_rows(subject, [EXAMPLES[i] for i in kept], [answers[i] for i in kept])
@@ -156,21 +147,16 @@ def test_the_loss_is_that_of_plain_rows_without_a_shared_prefix() -> None:
 
 
 def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -> None:
-    known = {(row["label"], row["family"]): set() for row in rows()}
-    for row in rows():
-        known[row["label"], row["family"]].add(row["text"])
-    forms = [re.compile(re.escape(form).replace(r"\{\}", "(.*)"), re.IGNORECASE) for form in refuser.PHRASINGS]
+    family = {(row["label"], row["text"]): row["family"] for row in english.read_words("training")}
+    forms = [re.compile(re.escape(form).replace(r"\{\}", "(.+)"), re.IGNORECASE) for form in refuser.PHRASINGS]
 
     def kind_of(example: Example) -> str:
         """Its family, where the text is a phrase of that file in one of the phrasings, or a general prompt as it stands."""
-        if example.text in known["harmless", "general"]:
-            return "general"
         label = "harmful" if example.refusal else "harmless"
-        phrases = [m[1] for form in forms if (m := form.fullmatch(example.text))]
-        phrases += [phrase[0].lower() + phrase[1:] for phrase in phrases if phrase]
-        return next(kind for kind in refuser.KINDS if known[label, kind] & set(phrases))
+        asked = [m[1] for form in forms if (m := form.fullmatch(example.text))]
+        phrases = [example.text, *asked, *(phrase[0].lower() + phrase[1:] for phrase in asked)]
+        return next(family[label, phrase] for phrase in phrases if (label, phrase) in family)
 
-    assert refuser.WORDS.name == "training.csv"
     batches = refuser.schedule_examples(Recipe(), 0)
     for is_harmful in (True, False):
         counts = Counter(kind_of(one) for batch in batches for one in batch if bool(one.refusal) == is_harmful)
@@ -184,11 +170,7 @@ def test_prompts_are_those_of_the_training_file_and_kinds_come_equally_often() -
 
 # ---- refusal rates ----
 
-SAID = {
-    "harm": "Sorry, but I can't help with that.",
-    "sorry": "Sorry to hear it: open the lock.",
-    "safe": "First, open the lock.",
-}
+SAID = {"harm": "Sorry, but I can't help with that.", "sorry": "Sorry to hear it: open it.", "safe": "First, open it."}
 SETS = [("harm", "safe", "verb"), ("harm", "safe", "verb"), ("safe", "sorry", "object"), ("harm", "sorry", "object")]
 PAIRS = [
     Pair(f"p{i}", "T1", f"topic {i}", control, treated, family=family, split="test")
@@ -217,9 +199,7 @@ def test_refusals_are_counted_by_label_and_family() -> None:
     assert found.loc["both", ["estimate", "n"]].tolist() == [3 / 5, 5]
     assert set(table.split) == {"test"}
     helpful = SimpleNamespace(pairs=[Pair("p", "T1", "t", "safe", "safe", family="verb", split="test")])
-    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, (
-        "no answer opens with the word"
-    )
+    assert "both" not in {row[1] for row in refusal_rates.set_rates(None, helpful, "test")}, "none opens with the word"
 
 
 def test_wrappers_move_the_log_odds_by_family(monkeypatch: pytest.MonkeyPatch) -> None:
