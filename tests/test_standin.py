@@ -3,7 +3,6 @@
 The code of all notebooks runs on it in `test_standin_notebooks.py`.
 """
 
-import copy
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +90,8 @@ def test_every_family_gives_the_numbers_of_the_processor(family: str, place: tor
         patches = [Patch(p.site, p.layer, p.positions.to(where), p.index) for p in every_patch()]
         found.append(to_host(replay.interchange(subject, base, source, patches)))
         assert subject.facts is not None and subject.facts.device["name"] == ("cpu" if where == "cpu" else "stand-in")
+        twin = load.untrained_twin(subject, 3)
+        assert (twin.device, twin.sha256) == (subject.device, load.untrained_twin(on("cpu", family), 3).sha256)
     assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[0]).max()
 
 
@@ -143,48 +144,6 @@ def test_whole_vocabularies_are_read_in_blocks(place: torch.device, monkeypatch)
     whole = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
     torch.testing.assert_close(found.cpu(), whole.cpu(), rtol=1e-5, atol=1e-4)
     assert standin.MEMORY.peak - before > memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB, "without blocks"
-
-
-def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.device, monkeypatch) -> None:
-    subject = on(place)
-    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-    patches = [Patch("head", layer, position_mask(base.tokens, -1), head) for layer in range(4) for head in range(4)]
-    wanted = replay.interchange(subject, base, source, patches).cpu()
-
-    def read(resid: Tensor) -> Tensor:
-        if resid.shape[1] > 3:
-            raise torch.OutOfMemoryError("too many at once")
-        return resid
-
-    events = len(memory.chunk_events())
-    with pytest.warns(UserWarning, match="went on with half as many"):
-        found = replay.interchange(subject, base, source, patches, readout=read)
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
-    assert len(memory.chunk_events()) > events
-
-
-def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
-    placed, seen = load._placed, []
-
-    def watch(model, where, there):
-        seen.append({parameter.device for parameter in model.parameters()})
-        return placed(model, where, there)
-
-    monkeypatch.setattr(load, "_placed", watch)
-    one, two = (load.untrained_twin(on(where), 3) for where in ("cpu", place))
-    assert seen == [{torch.device("cpu")}, {place}], "no copy in the processor's memory"
-    for here, there in zip(one.model.parameters(), two.model.parameters(), strict=True):
-        assert torch.equal(here, there.cpu())
-
-
-def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monkeypatch) -> None:
-    waited = []
-    monkeypatch.setattr(standin.Accelerator, "synchronize", lambda self, where=None: waited.append(where))
-    subject = on(place)
-    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
-    patches = [Patch("mlp_out", layer, position_mask(base.tokens, -1)) for layer in range(3)]
-    replay.interchange_full_forward(subject, base, source, patches)
-    assert waited == [place] * 3, "else the bar's estimate is of what was asked for, not of what was done"
 
 
 TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how do i banth the kigvilu in the garden?"]
@@ -292,9 +251,3 @@ def test_the_other_process_gives_its_result_and_its_errors_back(monkeypatch) -> 
     monkeypatch.setenv(hub.JUDGE, "no/such+judge")
     with pytest.raises(Exception, match="judge"):
         settings.apart(found, None)
-
-
-def test_a_model_on_the_device_is_copied_whole(place: torch.device) -> None:
-    subject = on(place)
-    twin = copy.deepcopy(subject.model).double()
-    assert {parameter.device for parameter in twin.parameters()} == {place}

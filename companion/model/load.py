@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from safetensors.torch import load_file
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import folders, gguf, hub, paths, smollm2
@@ -27,7 +26,6 @@ from companion.model.verify import read_facts, verify
 
 # Buffers that old checkpoints hold and the library makes anew.
 HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
-DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -36,18 +34,16 @@ def load(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    copies: float | None = None,
     only_answers: bool = False,
     adapter_scale: float = 1.0,
 ) -> Subject:
     """A model by name ("embedded", "window-1", "smollm2"), by folder, GGUF file or hub id ("org/model@revision"), checked.
 
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32, so many times as strong as
-    `adapter_scale` says. Weights of any precision are
-    converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
-    `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
-    full float32 (no TF32). `copies` is that of `memory.run_memory`. The sites of a
-    model that `only_answers`, such as a judge, are not checked.
+    `adapter_scale` says. Weights of any precision are converted to `dtype`: float32 or float64, or bfloat16 for screening
+    (`companion.mediation.study.noise_floor` measures what that does to effects). On a GPU float32 products are computed in
+    full float32 (no TF32). The sites of a model that `only_answers`, such as a judge, are not checked, and no copy of it is
+    planned for.
 
     Raises:
         InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
@@ -62,13 +58,14 @@ def load(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     place = resolve(device)
     make_exact(place)
+    copies = 1 if only_answers else None
     if adapter is None:
         model = _load_model(folder, DTYPES[dtype], place, copies)
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], place, copies, adapter_scale)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
-    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
+    found = find_parts(model.eval().requires_grad_(False), tokenizer, str(name), hash_files(weights))
     return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
@@ -80,33 +77,20 @@ def from_model(
     Raises:
         InputError: sites that are not what their names say, or a model that the grid cannot replay exactly.
     """
-    return _checked(find_parts(_quiet(model), tokenizer, name))
+    return _checked(find_parts(model.eval().requires_grad_(False), tokenizer, name))
 
 
 def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
     """The same architecture with fresh random weights, drawn by the library's own initialisation: the same on every device."""
     config, where = copy.deepcopy(subject.model.config), getattr(subject.model, "hf_device_map", {})
-    built_on = HOST if len(set(where.values())) > 1 else subject.device
-    with torch.random.fork_rng(devices=[]), _DrawnByTheHost(), built_on:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
     model = _placed(model.to(subject.dtype), where, subject.device)
-    twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
+    twin = find_parts(model.eval().requires_grad_(False), subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, facts=subject.facts)
-
-
-class _DrawnByTheHost(TorchFunctionMode):
-    """Tensors of a GPU get the host's random numbers, one tensor at a time: no whole model lies in the host's memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensor = args[0] if args else None
-        if func not in DRAWS or not isinstance(tensor, torch.Tensor) or tensor.device.type in ("cpu", "meta"):
-            return func(*args, **(kwargs or {}))
-        drawn = torch.empty_like(tensor, device=HOST)
-        func(drawn, *args[1:], **(kwargs or {}))
-        return tensor.copy_(drawn)
 
 
 def _placed(model: PreTrainedModel, where: Mapping[str, str], device: torch.device) -> PreTrainedModel:
@@ -122,25 +106,24 @@ def _checked(subject: Subject, adapter: str = "") -> Subject:
     return replace(subject, facts=read_facts(subject, verify(subject), adapter))
 
 
-def _folder(name: str | Path) -> Path:
-    shipped = paths.ORGANISM / ("window-0" if name == "embedded" else str(name))
-    folder = shipped if shipped.is_dir() else Path(name)
-    if str(name) == smollm2.NAME:
+def _folder(name: str) -> Path:
+    if name == smollm2.NAME:
         return smollm2.fetch_smollm2()
+    if folders.is_on_hub(name):
+        return download.fetch_model(name)
+    folder = folders.model_folder(name)
     if folder.is_dir() or gguf.is_gguf(folder):
         return folder
-    if hub.parse(name) is not None:
-        return download.fetch_model(str(name))
-    known = ["embedded", *sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())]
+    known = [*folders.names(paths.ORGANISM), smollm2.NAME, *smollm2.refusers()]
     raise InputError(
-        f"no model {str(name)!r}: neither a folder nor one of {', '.join([*known, smollm2.NAME, *smollm2.refusers()])}; "
+        f"no model {name!r}: neither a folder nor one of {', '.join(known)}; "
         "give a folder, a GGUF file, or a model of the hub as ORG/MODEL"
     )
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
     """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
-    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies)
     on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type != "cpu" else {}
     with explained(f"{folder} could not be loaded", "is it complete, and its architecture known?"):
         if gguf.is_gguf(folder):
@@ -150,11 +133,9 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
                 output_loading_info=True, **on_gpu,
             )  # fmt: skip
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if missing:
+    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
         raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
-    unused = sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS))
-    if unused:
+    if unused := sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS)):
         raise InputError(
             f"{folder}: {len(unused)} tensors of its weights have no place in the model that its config.json describes, among "
             f"them {unused[0]}; take the config.json that belongs to these weights"
@@ -172,8 +153,8 @@ def _load_merged(
     from peft.tuners.lora import LoraLayer
 
     folders.check_adapter(adapter)
-    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
-    model = _load_model(folder, torch.float32, torch.device("cpu"), copies)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies)
+    model = _load_model(folder, torch.float32, HOST, copies)
     with explained(f"{adapter} cannot be merged into {folder}", "was it trained on this model?"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is looked for below
@@ -199,25 +180,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer: save it into the model's folder (of a GGUF file: --tokenizer DIR)"
         )
     other = gguf.tokenizer_folder() if gguf.is_gguf(folder) else folder
-    try:
+    with explained(f"{other or folder}: its tokenizer cannot be loaded", "download it again"):
         if other is None:
             return gguf.read_tokenizer(folder)
         return AutoTokenizer.from_pretrained(other, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make the library raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{other or folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
     if gguf.is_gguf(folder):
         return gguf.tokenizer_folder() is not None or gguf.read_header(folder).has_tokenizer
     return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
-
-
-def _quiet(model: PreTrainedModel) -> PreTrainedModel:
-    return model.eval().requires_grad_(False)
 
 
 def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:

@@ -222,19 +222,17 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     from companion.model import download, load, memory
 
     folders.check_judge(judge)
-    # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
-    # on the GPU of that model's embedding.
-    beside = memory.reserved_bytes(model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    # It answers in the notebook's process, on the GPU of the embedding of the model under study.
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
-        name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
+        name = download.prepare_model(judge, device, labels.DTYPE, copies=1)
         folder = model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
         tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))
         labels.check_judge_fit(memory.on_meta(folder, getattr(torch, labels.DTYPE)), tokenizer)
-        memory.check_size(folder, device, labels.DTYPE, copies=1, beside=beside)
+        memory.check_size(folder, device, labels.DTYPE, copies=1)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
     return name

@@ -222,12 +222,11 @@ def test_no_room_on_the_disk(served: list[str], monkeypatch: pytest.MonkeyPatch)
     assert not any(map(is_weight, served))
 
 
-def test_a_judge_has_to_fit_beside_the_model(source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_needs_no_copy(source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.run_memory(memory.on_meta(source, torch.bfloat16), copies=1).total
     monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
-    for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
-        with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
-            prepare_model(REPO, "cpu", "bfloat16", **asked)
+    with pytest.raises(InputError, match=r"too large for cpu: .*with the copy that it"):
+        prepare_model(REPO, "cpu", "bfloat16")
     assert not any(map(is_weight, served))
     assert prepare_model(REPO, "cpu", "bfloat16", copies=1) == PINNED
 
