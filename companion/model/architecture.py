@@ -29,7 +29,6 @@ from companion.base.device import to_host
 from companion.base.errors import InputError
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
-WAITING = ("cpu", "disk")
 
 
 def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesHook] = AlignDevicesHook) -> None:
@@ -40,7 +39,7 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
         for one in _hooks(module):  # with several GPUs the library takes any of them for what waits
             one.execution_device = main
     for name, place in where.items():
-        is_remote = place not in (main, *WAITING)
+        is_remote = place not in (main, "cpu")
         for module in model.get_submodule(name).modules():
             if is_remote:
                 remove_hook_from_module(module)
@@ -218,8 +217,8 @@ def _layer_parts(block: nn.Module) -> LayerParts:
         down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
         attn_post=attn_post,
         mlp_post=mlp_post,
-        attn_write=attn_post if is_post else attn,
-        mlp_write=mlp_post if is_post else mlp,
+        attn_write=attn if attn_post is None else attn_post,
+        mlp_write=mlp if mlp_post is None else mlp_post,
     )
 
 

@@ -139,11 +139,8 @@ def _unembed(
 def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "..."], Float[Tensor, "d"] | None, float]:
     """Gain, bias and epsilon of a LayerNorm or RMSNorm; found by trying, since families store them in their own ways.
 
-    Gemma stores the gain's distance from 1. A norm without weights (OLMo 1) has the gain 1, a single number. A norm that
-    does not say its epsilon is tried with the usual ones.
-
-    Raises:
-        InputError: the module computes something else.
+    Gemma stores the gain's distance from 1. A norm without weights (OLMo 1) has the gain 1, a single number, and one that does
+    not say its epsilon is tried with the usual ones. Raises InputError for a module that computes something else.
     """
     weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
     named = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))

@@ -72,12 +72,9 @@ def interchange(
 ) -> Float[Tensor, "pair patch read ..."]:
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
 
-    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for
-    bit, returns the base's own residual. `readout` turns the residual of some patches, (pair, patch, read, d), into
-    what is wanted, so that no more than that is kept.
-
-    Raises:
-        InputError: a patch or read position does not exist, or the two runs have different shapes.
+    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for bit, returns
+    the base's own residual. `readout` turns residuals of some patches, (pair, patch, read, d), into what is wanted and kept.
+    Raises InputError for a patch or read position that does not exist, and two runs of different shapes.
     """
     variants = as_variants(subject, base, patches)
     positions = read_positions(base, read)

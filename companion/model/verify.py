@@ -35,9 +35,8 @@ def verify(subject: Subject) -> float:
 
     Returns the largest difference found, as a share of the largest value compared: the model's rounding noise.
 
-    Raises:
-        InputError: a site is not what its name says (residual identity, logits), a part reads something else than later
-            code hands it, or the replay does not give the model's numbers.
+    Raises InputError: a site is not what its name says, a part reads something else than later code hands it, or the replay
+    does not give the model's numbers.
     """
     kind, attention = f"{subject.name}: a {type(subject.model).__name__}", subject.model.config._attn_implementation
     if attention not in ("eager", "sdpa"):
