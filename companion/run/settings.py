@@ -197,10 +197,10 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
     """Makes what is missing; returns the model's name with its revision."""
     model = str(found["MODEL"])
     if folders.is_on_hub(model):
-        from companion.model import download
+        from companion.model import load
 
         base, adapter = folders.split_adapter(model)
-        model = folders.with_adapter(download.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
+        model = folders.with_adapter(load.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
@@ -219,13 +219,13 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     import torch
 
     from companion.generation import labels
-    from companion.model import download, load, memory
+    from companion.model import load, memory
 
     folders.check_judge(judge)
     # It answers in the notebook's process, on the GPU of the embedding of the model under study.
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
-        name = download.prepare_model(judge, device, labels.DTYPE, copies=1)
+        name = load.prepare_model(judge, device, labels.DTYPE, copies=1)
         folder = model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
