@@ -90,8 +90,6 @@ def test_every_family_gives_the_numbers_of_the_processor(family: str, place: tor
         patches = [Patch(p.site, p.layer, p.positions.to(where), p.index) for p in every_patch()]
         found.append(to_host(replay.interchange(subject, base, source, patches)))
         assert subject.facts is not None and subject.facts.device["name"] == ("cpu" if where == "cpu" else "stand-in")
-        twin = load.untrained_twin(subject, 3)
-        assert (twin.device, twin.sha256) == (subject.device, load.untrained_twin(on("cpu", family), 3).sha256)
     assert np.abs(found[0] - found[1]).max() < 1e-5 * np.abs(found[0]).max()
 
 
@@ -144,6 +142,11 @@ def test_whole_vocabularies_are_read_in_blocks(place: torch.device, monkeypatch)
     whole = estimands.outcomes.patched_text_log_probs(subject, *clean, patches, text)
     torch.testing.assert_close(found.cpu(), whole.cpu(), rtol=1e-5, atol=1e-4)
     assert standin.MEMORY.peak - before > memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB, "without blocks"
+
+
+def test_an_untrained_twin_is_the_same_everywhere(place: torch.device) -> None:
+    here, there = (load.untrained_twin(on(where), 3) for where in ("cpu", place))
+    assert here.sha256 == there.sha256 and there.device == place
 
 
 TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how do i banth the kigvilu in the garden?"]
