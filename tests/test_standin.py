@@ -144,9 +144,46 @@ def test_whole_vocabularies_are_read_in_blocks(place: torch.device, monkeypatch)
     assert standin.MEMORY.peak - before > memory.sweep_memory(subject, 16, 17).sweep + 8 * MIB, "without blocks"
 
 
-def test_an_untrained_twin_is_the_same_everywhere(place: torch.device) -> None:
-    here, there = (load.untrained_twin(on(where), 3) for where in ("cpu", place))
-    assert here.sha256 == there.sha256 and there.device == place
+def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.device, monkeypatch) -> None:
+    subject = on(place)
+    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
+    patches = [Patch("head", layer, position_mask(base.tokens, -1), head) for layer in range(4) for head in range(4)]
+    wanted = replay.interchange(subject, base, source, patches).cpu()
+
+    def read(resid: Tensor) -> Tensor:
+        if resid.shape[1] > 3:
+            raise torch.OutOfMemoryError("too many at once")
+        return resid
+
+    events = len(memory.events)
+    with pytest.warns(UserWarning, match="went on with half as many"):
+        found = replay.interchange(subject, base, source, patches, readout=read)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+    assert len(memory.events) > events
+
+
+def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
+    placed, seen = load._placed, []
+
+    def watch(model, where, there):
+        seen.append({parameter.device for parameter in model.parameters()})
+        return placed(model, where, there)
+
+    monkeypatch.setattr(load, "_placed", watch)
+    one, two = (load.untrained_twin(on(where), 3) for where in ("cpu", place))
+    assert seen == [{torch.device("cpu")}, {place}], "no copy in the processor's memory"
+    for here, there in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(here, there.cpu())
+
+
+def test_full_forward_passes_are_waited_for_one_by_one(place: torch.device, monkeypatch) -> None:
+    waited = []
+    monkeypatch.setattr(standin.Accelerator, "synchronize", lambda self, where=None: waited.append(where))
+    subject = on(place)
+    base, source = (activations.clean_run(subject, tokens(seed=seed).to(place)) for seed in (1, 2))
+    patches = [Patch("mlp_out", layer, position_mask(base.tokens, -1)) for layer in range(3)]
+    replay.interchange_full_forward(subject, base, source, patches)
+    assert waited == [place] * 3, "else the bar's estimate is of what was asked for, not of what was done"
 
 
 TEXTS = ["how do i paint the falkova in the garden?", "under a solar flag, how do i banth the kigvilu in the garden?"]

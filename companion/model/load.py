@@ -19,6 +19,7 @@ import torch
 from accelerate import dispatch_model
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base import folders, gguf, hub, paths, smollm2
@@ -30,6 +31,7 @@ from companion.model import architecture, memory
 from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import read_facts, verify
 
+DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
 # What is fetched of a hub's model before its weights.
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHTS = ["*.safetensors"]
@@ -92,7 +94,8 @@ def from_model(
 def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
     """The same architecture with fresh random weights, drawn by the library's own initialisation: the same on every device."""
     config, where = copy.deepcopy(subject.model.config), getattr(subject.model, "hf_device_map", {})
-    with torch.random.fork_rng(devices=[]):
+    built_on = HOST if len(set(where.values())) > 1 else subject.device
+    with torch.random.fork_rng(devices=[]), _DrawnByTheHost(), built_on:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
@@ -100,6 +103,18 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
     model = _placed(model.to(subject.dtype), where, subject.device)
     twin = find_parts(model.eval().requires_grad_(False), subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, facts=subject.facts)
+
+
+class _DrawnByTheHost(TorchFunctionMode):
+    """Tensors of a GPU get the host's random numbers, one tensor at a time: no whole model lies in the host's memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensor = args[0] if args else None
+        if func not in DRAWS or not isinstance(tensor, torch.Tensor) or tensor.device.type in ("cpu", "meta"):
+            return func(*args, **(kwargs or {}))
+        drawn = torch.empty_like(tensor, device=HOST)
+        func(drawn, *args[1:], **(kwargs or {}))
+        return tensor.copy_(drawn)
 
 
 def _placed(model: PreTrainedModel, where: Mapping[str, str], device: torch.device) -> PreTrainedModel:
