@@ -25,7 +25,7 @@ from companion.run import notebooks, runner
 EVERY = 0.01  # seconds between two looks
 # Modules and functions of `companion` by kind of work; the longest name that fits a frame counts.
 KINDS = {
-    "loading": ("model.load", "model.verify", "model.download", "prompts"),
+    "loading": ("model.load", "model.verify", "prompts"),
     "clean runs": ("model.activations",),
     "replay above a patch": ("model.replay.sweep", "model.replay.interchange", "model.interventions"),
     "read-out, vocabulary": ("model.readout", "mediation.outcomes"),

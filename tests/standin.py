@@ -24,12 +24,13 @@ GIB = 2**30
 COPIES = {"copy_", "_to_copy"}
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 PRODUCTS = {
-    "mm": torch.addmm, "addmm": torch.addmm, "bmm": torch.baddbmm, "baddbmm": torch.baddbmm,
-}  # and a sum with one  # fmt: skip
+    "mm": torch.addmm,
+    "addmm": torch.addmm,
+    "bmm": torch.baddbmm,
+    "baddbmm": torch.baddbmm,
+}  # and a sum with one
 # Without a deterministic kernel on CUDA, whatever torch is asked for; sums that run along a lone row among them.
 CHANCY = {"cumprod", "logcumsumexp", "histc", "bincount", "kthvalue", "put_", "grid_sampler_2d"}
-
-
 _NAMES: dict[Any, str] = {}  # of operations
 
 
@@ -200,41 +201,26 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         is_here = torch.device(wanted).type == NAME
         named["device"] = HOST if is_here else wanted
     if own and len(own) < len(tensors) and name not in COPIES:
-        _refuse_mixed(name, args, tensors)
-    if own and (name in CHANCY or (name == "cumsum" and _is_alone(args))) and tensors[0].is_floating_point():
-        raise RuntimeError(f"{name} does not have a deterministic implementation on {DEVICE}")
+        # CUDA takes numbers without a dimension from the processor, and indices, where what is indexed is its own.
+        is_indexed = name in INDEXED and isinstance(args[0], OnDevice)
+        mixed = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)] if is_indexed else tensors
+        if off := [tuple(x.shape) for x in mixed if not isinstance(x, OnDevice) and x.dim() > 0]:
+            raise RuntimeError(
+                f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu {off[0]}"
+            )
+    if own and tensors[0].is_floating_point():
+        is_alone = name == "cumsum" and args[0].numel() == args[0].shape[args[1]] > 1  # along the only row
+        if is_alone or name in CHANCY:
+            raise RuntimeError(f"{name} does not have a deterministic implementation on {DEVICE}")
     made = _product(func, name, plain, named) if own and name in PRODUCTS else func(*plain, **named)
     if name == "copy_":
         return args[0]
-    if isinstance(made, Tensor):
-        return _wrapped(made, own) if is_here else made
+    if is_here and isinstance(made, Tensor):  # what was changed in place is what it was
+        changed = [x for x in own if x.held is made]
+        return changed[0] if changed else OnDevice(made)
     if is_here and isinstance(made, tuple | list):
         return type(made)(OnDevice(x) if isinstance(x, Tensor) else x for x in made)
     return made
-
-
-def _wrapped(made: Tensor, own: list[OnDevice]) -> OnDevice:
-    """What was changed in place is what it was."""
-    for x in own:
-        if x.held is made:
-            return x
-    return OnDevice(made)
-
-
-def _is_alone(args: Any) -> bool:
-    """Whether a sum runs along a tensor's only row, and over more than one number."""
-    return bool(args[0].numel() == args[0].shape[args[1]] > 1)
-
-
-def _refuse_mixed(name: str, args: Any, tensors: list[Tensor]) -> None:
-    """CUDA takes numbers without a dimension from the processor, and indices, where what is indexed is its own."""
-    if name in INDEXED and isinstance(args[0], OnDevice):
-        tensors = [x for x in (args[0], *args[2:]) if isinstance(x, Tensor)]
-    off = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
-    if off:
-        raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, found {DEVICE} and cpu {tuple(off[0].shape)}"
-        )
 
 
 def _product(func: Any, name: str, args: Any, named: Any) -> Any:

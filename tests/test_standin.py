@@ -3,7 +3,6 @@
 The code of all notebooks runs on it in `test_standin_notebooks.py`.
 """
 
-import copy
 from functools import partial
 from pathlib import Path
 
@@ -156,11 +155,11 @@ def test_a_read_out_that_does_not_fit_is_halved_with_its_sweep(place: torch.devi
             raise torch.OutOfMemoryError("too many at once")
         return resid
 
-    events = len(memory.chunk_events())
+    events = len(memory.events)
     with pytest.warns(UserWarning, match="went on with half as many"):
         found = replay.interchange(subject, base, source, patches, readout=read)
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
-    assert len(memory.chunk_events()) > events
+    assert len(memory.events) > events
 
 
 def test_an_untrained_twin_is_drawn_onto_the_device_and_is_the_same_everywhere(place, monkeypatch) -> None:
@@ -292,9 +291,3 @@ def test_the_other_process_gives_its_result_and_its_errors_back(monkeypatch) -> 
     monkeypatch.setenv(hub.JUDGE, "no/such+judge")
     with pytest.raises(Exception, match="judge"):
         settings.apart(found, None)
-
-
-def test_a_model_on_the_device_is_copied_whole(place: torch.device) -> None:
-    subject = on(place)
-    twin = copy.deepcopy(subject.model).double()
-    assert {parameter.device for parameter in twin.parameters()} == {place}

@@ -1,6 +1,6 @@
 """Names of models on the Hugging Face hub, where the hub's own cache keeps them, and what its errors mean.
 
-A name is `ORG/MODEL` or `ORG/MODEL@REVISION`; `companion.model.download` downloads it. The hub's library is imported only where
+A name is `ORG/MODEL` or `ORG/MODEL@REVISION`; `companion.model.load` downloads it. The hub's library is imported only where
 one of its errors is read: the command line asks for names before any package is there.
 """
 

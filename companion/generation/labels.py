@@ -149,7 +149,7 @@ def refusals(
 @lru_cache(maxsize=1)
 def judge_model(name: str, device: str) -> Subject:
     """The judge model, loaded once."""
-    return load(name, device=device, dtype=DTYPE, copies=1, only_answers=True)
+    return load(name, device=device, dtype=DTYPE, only_answers=True)
 
 
 def ask(judge: Subject, requests: Sequence[str], replies: Sequence[str]) -> Float[np.ndarray, "answer"]:

@@ -91,10 +91,10 @@ def _part(study: Study, name: str, group: Sequence[TokenPair], batch: int, folde
     """A batch's tables: read if its part is there and whole, else measured and, if parts are kept, written."""
     found = read_part(folder, batch) if folder else None
     if found is None:
-        before = len(memory.chunk_events())
+        before = len(memory.events)
         found = SWEEPS[name].measure(study, group)
         if folder:
-            write_part(found, folder, batch, memory.chunk_events()[before:])
+            write_part(found, folder, batch, memory.events[before:])
     return found
 
 
@@ -123,7 +123,7 @@ def read_part(folder: Path, batch: int) -> Tables | None:
         return None
     if (stamp["key"], stamp["batch"]) != (folder.name, batch):
         return None
-    memory.note_events(stamp["events"])
+    memory.events.extend(stamp["events"])
     return tables
 
 
@@ -224,5 +224,5 @@ def memory_plan(study: Study) -> dict[str, object]:
         "pairs_at_once": n_pairs,
         "tokens_at_once": memory.token_budget(study.subject, n_pos),
         "megabytes": round((2 * need.clean_run + need.sweep) / 1e6),
-        "events": list(memory.chunk_events()),
+        "events": list(memory.events),
     }

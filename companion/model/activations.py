@@ -4,15 +4,14 @@ Sites are named once for the whole companion: `resid_post` (the residual stream 
 `mlp_out` (what a block writes into it, after a post-norm where the family has one), `head` (one head's slice of the
 output projection's input, `z`) and `neuron` (one entry of the down projection's input, `neurons`).
 
-A chat template opens every prompt with the same tokens. What those compute hangs on nothing behind them, so every layer
-computes them for one row and the rest for all rows (`shared_prefix`, `prefix_once`): exact, as all cells are those of the
-library's own layer with the library's own arguments.
+A chat template opens every prompt with the same tokens. What those compute hangs on nothing behind them, so the library's own
+layers compute them for one row and the rest for all rows (`shared_prefix`, `prefix_once`), which is exact.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
 from companion.base.device import to_host
@@ -56,53 +56,46 @@ class CleanRun:
     calls: tuple[dict[str, Any], ...]
 
     def site(self, site: str, layer: int) -> Float[Tensor, "pair pos width"]:
-        """A site's activations at one layer; for `head` and `neuron` all of them side by side.
-
-        Raises:
-            InputError: the run was made without them (`keep`).
-        """
-        kept = self.kept(site)
+        """A site's activations at one layer, those of `head` and `neuron` side by side; InputError if `keep` left them out."""
+        kept: Layers = self.resid_post if site == "resid_post" else getattr(self, _KEPT_AS[site])
         if not kept:
             raise InputError(f"the clean run holds no {site}; add {_KEPT_AS[site]!r} to clean_run's keep")
         return kept[layer]
 
-    def kept(self, site: str) -> Layers:
-        """A site's activations of all layers; empty if the run was made without them."""
-        layers: Layers = self.resid_post if site == "resid_post" else getattr(self, _KEPT_AS[site])
-        return layers
-
     def rows(self, chosen: slice) -> CleanRun:
         """Some pairs of the run, without copies."""
+        return self._changed(lambda own: own[chosen])
 
-        def some(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(some(one) for one in value)
-            is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(self.tokens)
-            return value[chosen] if is_batch else value
+    def above(self, other: CleanRun) -> CleanRun:
+        """This run and another of as many pairs of one length as a single run."""
+        return self._changed(lambda *both: torch.cat(both), other)
 
-        names = [field.name for field in fields(self) if field.name not in ("tokens", "calls")]
-        calls = tuple({name: some(value) for name, value in call.items()} for call in self.calls)
-        return CleanRun(self.tokens[chosen], **{name: some(getattr(self, name)) for name in names}, calls=calls)
+    def _changed(self, change: Callable[..., Tensor], *others: CleanRun) -> CleanRun:
+        """What has a row for each pair is changed; what all pairs share stays."""
+
+        def changed(own: Any, *theirs: Any) -> Any:
+            has_rows = isinstance(own, Tensor) and own.ndim > 1 and len(own) == len(self.tokens)
+            return change(own, *theirs) if has_rows else own
+
+        return CleanRun(**tree_map(changed, vars(self), *map(vars, others)))
 
 
 def clean_run(
-    subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Iterable[str] = KEPT, shared: int | None = None
+    subject: Subject, tokens: Int[Tensor, "pair pos"], *, keep: Sequence[str] = KEPT, shared: int | None = None
 ) -> CleanRun:
     """One forward pass over pairs of one length; nothing is padded.
 
-    `keep` limits memory: among resid, attn_out, mlp_out, z, neurons, cache. A base of `interchange` needs resid, attn_out
-    and cache (and what its own patches read); a source only the sites that are taken from it. The first `shared` tokens,
-    the same in all rows, are computed once (None: those of `shared_prefix`); runs that are compared bit for bit must be
-    made with the same number.
+    `keep` limits memory. A base of `interchange` needs resid, attn_out and cache (and what its own patches read); a source only
+    the sites that are taken from it. The first `shared` tokens, the same in all rows, are computed once (None: those of
+    `shared_prefix`); runs that are compared bit for bit must be made with the same number.
     """
-    wanted = frozenset(keep)
-    if unknown := wanted - set(KEPT):
+    if unknown := set(keep) - set(KEPT):
         raise InputError(f"keep names {', '.join(sorted(unknown))}; expected some of {', '.join(KEPT)}")
     if tokens.ndim != 2 or tokens.is_floating_point():
         raise InputError(f"tokens must be integers of shape (pair, pos), not {tokens.dtype} {tuple(tokens.shape)}")
     n = shared_prefix(subject, tokens) if shared is None else shared
     cache = DynamicCache()  # without a config it keeps every position, sliding windows included
-    with torch.no_grad(), prefix_once(subject, n), _recording(subject, wanted) as seen:
+    with torch.no_grad(), prefix_once(subject, n), _recording(subject, keep) as seen:
         # The base model stops before the unembedding.
         final = subject.model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
     if not bool(torch.isfinite(final).all()):
@@ -110,34 +103,27 @@ def clean_run(
             "the model returns NaN or infinity: broken weights, or an overflow in half precision (then use float32)"
         )
     if n:
-        seen |= {name: _whole(seen[name]) for name in ("attn_out", "mlp_out", "z", "neurons")}
-    if "cache" in wanted:
+        for name in ("attn_out", "mlp_out", "z", "neurons"):  # prefix and rest by turns
+            seen[name] = list(map(_behind, seen[name][::2], seen[name][1::2]))
+    if "cache" in keep:
         seen |= {"keys": [layer.keys for layer in cache.layers], "values": [layer.values for layer in cache.layers]}
     return CleanRun(tokens, **{name: tuple(layers) for name, layers in seen.items()})
 
 
 def visible_keys(run: CleanRun) -> list[Bool[np.ndarray, "query key"]]:
     """For each layer, which keys its attention mask shows each query of the first pair, read off the library's own call."""
-    n_pos = run.tokens.shape[1]
-    causal = torch.ones(n_pos, n_pos, dtype=torch.bool).tril()
-    shown = []
+    plain, shown = causal(run.tokens.shape[1], run.tokens.device), []
     for call in run.calls:
         mask = call.get("attention_mask")
-        if mask is None:
-            shown.append(to_host(causal))
-            continue
+        own = plain if mask is None else mask[:1, :, :, : run.tokens.shape[1]]
         # Boolean masks say what is seen; additive ones hold 0 there and a large negative number elsewhere.
-        own = mask[0, 0, :, :n_pos].cpu()
-        shown.append(to_host((own if own.dtype == torch.bool else own == 0) & causal))
+        shown.append(to_host((own if own.dtype == torch.bool else own == 0) & plain)[0, 0])
     return shown
 
 
 @contextmanager
 def eager_attention(subject: Subject) -> Iterator[None]:
-    """For a while the library computes attention in plain steps and can hand out its weights (`output_attentions=True`).
-
-    The loaded implementation, which never holds the whole matrix, gives the same outputs up to rounding.
-    """
+    """For a while the library computes attention in plain steps and can hand out its weights (`output_attentions=True`)."""
     before = subject.model.config._attn_implementation
     subject.model.set_attn_implementation("eager")
     try:
@@ -149,8 +135,7 @@ def eager_attention(subject: Subject) -> Iterator[None]:
 def live_positions(run: CleanRun) -> Bool[np.ndarray, "layer pos"]:
     """Where a change of the residual stream after each layer can still reach the last token, or an answer behind it.
 
-    Followed back through the attention masks. A later token of the answer sees no token of the prompt that the last one
-    does not see: masks are causal, windows move on, and chunks end.
+    A token of the answer sees no token of the prompt that the last one does not see: masks are causal, and windows move on.
     """
     shown = visible_keys(run)
     live = np.zeros((len(shown), run.tokens.shape[1]), dtype=bool)
@@ -161,10 +146,9 @@ def live_positions(run: CleanRun) -> Bool[np.ndarray, "layer pos"]:
 
 
 def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:
-    """How many first tokens all rows of all sides share, where computing them once pays and is right; else 0.
+    """How many first tokens, without the last, all rows of all sides share, where computing them once pays; else 0.
 
-    The last token is never among them. Hooks may give rows of one prefix different values: under any, nothing is shared,
-    nor by a model that was not checked (`companion.model.verify`).
+    Under hooks, which may tell rows apart, nothing is shared, nor by a model that `companion.model.verify` did not check.
     """
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     if subject.facts is None or weights < SMALLEST:
@@ -180,8 +164,7 @@ def shared_prefix(subject: Subject, *sides: Int[Tensor, "row pos"]) -> int:
 def prefix_once(subject: Subject, n: int, top: int | None = None) -> Iterator[None]:
     """For a while every layer (of those below `top`) computes the first `n` tokens for one row, and the rest for all.
 
-    For calls that read whole prompts which share them: `n` of `shared_prefix`, or 0 for no change. Hooks on a block see
-    whole rows; hooks on a part of it see it called twice.
+    `n` is that of `shared_prefix`; 0 changes nothing. Hooks on a block see whole rows; hooks on its parts see them called twice.
     """
     with ExitStack() as stack:
         for layer, parts in enumerate(subject.layers[:top] if n else ()):
@@ -220,14 +203,8 @@ def _behind(prefix: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([prefix.expand(len(rest), *prefix.shape[1:]), rest], dim=-2)
 
 
-def _whole(seen: list[Tensor]) -> list[Tensor]:
-    """What parts of layers computed, prefix and rest by turns, put together."""
-    return list(map(_behind, seen[::2], seen[1::2]))
-
-
 def _in_two(block: Callable[..., Any], layer: int, n: int) -> Callable[..., Any]:
     """A layer's computation, called for one row of the first `n` tokens, then for all rows of the others."""
-
     signature = inspect.signature(block)
 
     @wraps(block)  # who looks at the arguments' names sees the layer's own
@@ -274,10 +251,9 @@ def at_positions(name: str, value: Any, position: Any, rows: int | None = None) 
 
 
 @contextmanager
-def _recording(subject: Subject, wanted: frozenset[str]) -> Iterator[dict[str, list[Any]]]:
+def _recording(subject: Subject, wanted: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     """Hooks on every layer; what they see is gathered by name, in the order of the layers."""
-    names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "keys", "values", "calls")
-    seen: dict[str, list[Any]] = {name: [] for name in names}
+    seen: dict[str, list[Any]] = {field.name: [] for field in fields(CleanRun) if field.name != "tokens"}
     with ExitStack() as stack:
         for parts in subject.layers:
             hooks: list[tuple[str, str, Any, nn.Module | None]] = [
@@ -304,7 +280,7 @@ Hook = AbstractContextManager[Any]  # works from now on; leaving the context rem
 
 
 def on_call(module: nn.Module, see: Callable[[dict[str, Any]], Any]) -> Hook:
-    """Hands every call's arguments, by their names, to `see`, without the input and the cache, which a replay supplies."""
+    """Hands every call's named arguments to `see`, without the input and the cache, which a replay supplies."""
     signature = inspect.signature(module.forward)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -324,11 +300,10 @@ def on_input(module: nn.Module, see: Callable[[Tensor], Tensor | None]) -> Hook:
     """Hands a module's first input to `see`; a tensor that `see` returns takes its place."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            new = see(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = see(kwargs["hidden_states"])
-        return None if new is None else (args, kwargs | {"hidden_states": new})
+        new = see(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -1,19 +1,17 @@
 """The named parts of a causal language model, found by structure and not by family; also where they lie.
 
-A decoder-only model is the same drawing in every family: blocks that read a residual stream and add to it, an attention
-with an output projection, an MLP with a down projection, a final norm, an unembedding. Only attribute names differ.
-`find_parts` follows those names; `companion.model.verify` decides by arithmetic whether what it found is right.
+A decoder-only model is the same drawing in every family; only attribute names differ. `find_parts` follows those names, and
+`companion.model.verify` decides by arithmetic whether what it found is right.
 
-A model may lie over several GPUs, or partly in the processor's memory: `companion.model.memory.placement` says where each
-layer lies and the `accelerate` library puts it there. A layer on another GPU is computed there, one projection or norm at a
-time: activations travel to it and back, so that everything that interventions read and write is on the first GPU. Weights
-that wait in the processor's memory come for each call instead.
+A model may lie over several GPUs, or partly in the processor's memory (`companion.model.memory.placement`). A layer on another
+GPU is computed there, one projection or norm at a time: activations travel to it and back, so that everything that
+interventions read and write is on the first GPU. Weights that wait in the processor's memory come for each call instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,6 @@ from companion.base.device import to_host
 from companion.base.errors import InputError
 
 HOME = "companion_home"  # on a module whose activations travel: an empty tensor of the place they come from
-WAITING = ("cpu", "disk")
 
 
 def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesHook] = AlignDevicesHook) -> None:
@@ -42,9 +39,9 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
         for one in _hooks(module):  # with several GPUs the library takes any of them for what waits
             one.execution_device = main
     for name, place in where.items():
-        block = model.get_submodule(name)
-        for module in block.modules():
-            if is_remote := place not in (main, *WAITING):
+        is_remote = place not in (main, "cpu")
+        for module in model.get_submodule(name).modules():
+            if is_remote:
                 remove_hook_from_module(module)
             if is_remote and any(True for _ in module.parameters(recurse=False)):
                 add_hook_to_module(module, hook(execution_device=place, io_same_device=True))
@@ -54,28 +51,6 @@ def connect(model: nn.Module, where: Mapping[str, str], hook: type[AlignDevicesH
                     setattr(module, key, buffer.to(main))
 
 
-def weight_here(module: nn.Module) -> Tensor:
-    """A projection's weight, moved to where the activations are."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise InputError(
-            f"{type(module).__name__} holds no plain weight matrix, so what it writes cannot be told by entry"
-        )
-    if weight.is_meta:
-        with align_module_device(module):
-            weight = module.get_parameter("weight")
-    home: Any = getattr(module, HOME, weight)
-    return weight.to(home)
-
-
-def stored(module: nn.Module, name: str = "weight") -> Tensor | None:
-    """A module's weight (or bias) where it is kept, to be changed in place; None if it has none."""
-    tensor = getattr(module, name, None)
-    if isinstance(tensor, Tensor) and tensor.is_meta:
-        return next(one.weights_map[name] for one in _hooks(module) if one.offload)
-    return tensor if isinstance(tensor, Tensor) else None
-
-
 def _hooks(module: nn.Module) -> Iterator[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
     yield from (one for one in getattr(hook, "hooks", (hook,)) if isinstance(one, AlignDevicesHook))
@@ -83,7 +58,10 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One decoder layer. The `*_post` norms are None in pre-norm families; `down_proj` is None in mixtures of experts."""
+    """One decoder layer. The `*_post` norms are None in pre-norm families; `down_proj` is None in mixtures of experts.
+
+    What `attn_write` and `mlp_write` give (attention and MLP, or their post-norms) is added to the residual stream.
+    """
 
     block: nn.Module
     attn: nn.Module
@@ -92,16 +70,8 @@ class LayerParts:
     down_proj: nn.Module | None
     attn_post: nn.Module | None
     mlp_post: nn.Module | None
-
-    @property
-    def attn_write(self) -> nn.Module:
-        """The module whose output the block adds to the residual stream after attention."""
-        return self.attn if self.attn_post is None else self.attn_post
-
-    @property
-    def mlp_write(self) -> nn.Module:
-        """The module whose output the block adds to the residual stream last."""
-        return self.mlp if self.mlp_post is None else self.mlp_post
+    attn_write: nn.Module
+    mlp_write: nn.Module
 
 
 @dataclass(frozen=True)
@@ -163,7 +133,7 @@ def find_parts(
             "load a model of class ...ForCausalLM or ...LMHeadModel"
         )
     decoder = _part(model, ("model", "transformer"))
-    layers = tuple(_layer_parts(block) for block in _part(decoder, ("layers", "h")))
+    layers = tuple(map(_layer_parts, _part(decoder, ("layers", "h"))))
     return Subject(
         name=name,
         model=model,
@@ -183,19 +153,17 @@ def find_parts(
 def end_tokens(subject: Subject) -> dict[int, tuple[str, ...]]:
     """The tokens that end an answer, and who names each: generation config, tokenizer, chat template.
 
-    A generation config alone is not enough: in many chat models it names the end of a text and not that of a turn, and
-    answers then run on into an invented dialogue.
+    Many generation configs name the end of a text and not that of a turn, behind which answers run on into a dialogue.
     """
-    configured = subject.model.generation_config.eos_token_id
-    places: dict[str, Sequence[int]] = {
-        "generation config": [configured] if isinstance(configured, int) else list(configured or [])
-    }
+    named: dict[str, Any] = {"generation config": subject.model.generation_config.eos_token_id}
     if subject.tokenizer is not None:
-        own = subject.tokenizer.eos_token_id
-        places["tokenizer"] = [] if own is None else [int(own)]
-        places["chat template"] = end_of_turn(subject.tokenizer, str(subject.tokenizer.chat_template or ""))
-    ids = dict.fromkeys(token for found in places.values() for token in found)
-    return {token: tuple(name for name, found in places.items() if token in found) for token in ids}
+        named["tokenizer"] = subject.tokenizer.eos_token_id
+        named["chat template"] = end_of_turn(subject.tokenizer, str(subject.tokenizer.chat_template or ""))
+    ends: dict[int, tuple[str, ...]] = {}
+    for place, tokens in named.items():
+        for token in dict.fromkeys([tokens] if isinstance(tokens, int) else tokens or ()):
+            ends[token] = (*ends.get(token, ()), place)
+    return ends
 
 
 def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
@@ -203,17 +171,22 @@ def written_vectors(projection: nn.Module) -> Float[Tensor, "entry d"]:
 
     Row j of a down projection is neuron j's output vector. GPT-2's `Conv1D` stores it so, `nn.Linear` transposed.
     """
-    weight = weight_here(projection)
+    with align_module_device(projection):  # of a weight that waits, the one that comes
+        weight: Any = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        kind = type(projection).__name__
+        raise InputError(f"{kind} holds no plain weight matrix, so what it writes cannot be told by entry")
+    weight = weight.to(getattr(projection, HOME, weight))
     return weight.T if isinstance(projection, nn.Linear) else weight
 
 
 def hash_tensors(model: nn.Module) -> str:
     """sha256 over the names and bytes of a model's weights (shared tensors once), for models without a file."""
     digest = hashlib.sha256()
-    for key in sorted(dict(model.named_parameters())):
-        owner, _, name = key.rpartition(".")
-        tensor = stored(model.get_submodule(owner), name)
-        assert tensor is not None, "a parameter is a tensor"
+    for key, tensor in sorted(model.named_parameters()):
+        if tensor.is_meta:  # it waits elsewhere
+            owner, _, name = key.rpartition(".")
+            tensor = next(one.weights_map[name] for one in _hooks(model.get_submodule(owner)) if one.offload)
         digest.update(key.encode())
         digest.update(to_host(tensor.contiguous().view(-1).view(torch.uint8)).tobytes())
     return digest.hexdigest()
@@ -234,14 +207,18 @@ def _layer_parts(block: nn.Module) -> LayerParts:
     mlp = _part(block, ("mlp",))
     # Gemma and OLMo 2 normalise what attention and MLP write; elsewhere `post_attention_layernorm` stands before the MLP.
     is_post = hasattr(block, "post_feedforward_layernorm")
+    names = (("post_attention_layernorm",), ("post_feedforward_layernorm",))
+    attn_post, mlp_post = (_part(block, name) if is_post else None for name in names)
     return LayerParts(
         block=block,
         attn=attn,
         o_proj=_part(attn, ("o_proj", "c_proj")),
         mlp=mlp,
         down_proj=getattr(mlp, "down_proj", getattr(mlp, "c_proj", None)),
-        attn_post=_part(block, ("post_attention_layernorm",)) if is_post else None,
-        mlp_post=_part(block, ("post_feedforward_layernorm",)) if is_post else None,
+        attn_post=attn_post,
+        mlp_post=mlp_post,
+        attn_write=attn if attn_post is None else attn_post,
+        mlp_write=mlp if mlp_post is None else mlp_post,
     )
 
 
@@ -260,9 +237,8 @@ def _part(parent: nn.Module, names: tuple[str, ...]) -> Any:
 class ModelFacts:
     """Everything that later steps assume of a model, as it was found at load.
 
-    `noise` is the largest difference between two ways to the same activation, as a share of the largest one compared:
-    rounding of this model in this precision. `ends` maps each token that ends an answer to the places that name it
-    (generation config, tokenizer, template). `device` names the processor, or the card and what computes on it.
+    `noise` is the largest difference between two ways to the same activation, as a share of the largest one compared.
+    `ends` maps each token that ends an answer to the places that name it (`end_tokens`).
     """
 
     architecture: str
@@ -296,15 +272,19 @@ class ModelFacts:
     def table(self) -> pd.DataFrame:
         """A short table for a reader: what was looked at, what was found."""
         ends = [f"{token} ({', '.join(places)})" for token, places in self.ends.items()]
+        heads = f"{self.heads}" if self.heads == self.key_heads else f"{self.heads} on {self.key_heads} keys"
+        cap = "" if self.soft_cap is None else f", soft cap {self.soft_cap:g}"
+        # Its digits differ between processors, the power of ten above it does not.
+        power = next(f"1e{power:03d}" for power in range(-16, 3) if self.noise < 10.0**power)
         rows = {
             "architecture": self.architecture,
-            "layers, heads, width, neurons": f"{self.layers}, {self._heads}, {self.width}, {self.neurons}",
+            "layers, heads, width, neurons": f"{self.layers}, {heads}, {self.width}, {self.neurons}",
             "norms": f"{self.norm}, {'before and after' if self.norm_after else 'before'} attention and MLP",
             "attention": f"windows of {', '.join(map(str, self.windows))} tokens" if self.windows else "all tokens",
             "MLP": "gated" if self.gated else "not gated",
-            "unembedding": f"{self.vocabulary} tokens{', tied to the embedding' * self.tied}{self._cap}",
+            "unembedding": f"{self.vocabulary} tokens{', tied to the embedding' * self.tied}{cap}",
             "replay": "exact",
-            "rounding noise": f"below {_power_above(self.noise)} of the largest activation",
+            "rounding noise": f"below {power} of the largest activation",
             "answers end with": "; ".join(ends) or "nothing: they are cut at their longest",
         }
         if self.device["name"] != "cpu":
@@ -319,20 +299,3 @@ class ModelFacts:
             if self.template.thinking_off:
                 rows["thinking"] = "switched off in the template"
         return pd.DataFrame({"fact": list(rows), "found": list(rows.values())})
-
-    @property
-    def _heads(self) -> str:
-        return f"{self.heads}" if self.heads == self.key_heads else f"{self.heads} on {self.key_heads} keys"
-
-    @property
-    def _cap(self) -> str:
-        return "" if self.soft_cap is None else f", soft cap {self.soft_cap:g}"
-
-
-def _power_above(noise: float) -> str:
-    """The power of ten above a number, since its digits differ between processors.
-
-    >>> _power_above(3e-7), _power_above(0.0)
-    ('1e-06', '1e-16')
-    """
-    return next(f"1e{power:03d}" for power in range(-16, 3) if noise < 10.0**power)

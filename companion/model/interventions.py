@@ -6,9 +6,8 @@ A single patch gives the edited residual stream above its layer; joint intervent
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,9 +104,7 @@ def entries(subject: Subject, patch: Patch) -> slice | list[int]:
 
 def head_width(subject: Subject, layer: int) -> int:
     """Entries of one head in the output projection's input."""
-    weight = subject.layers[layer].o_proj.weight
-    assert isinstance(weight, Tensor)
-    return weight.numel() // subject.d_model // subject.n_heads
+    return subject.layers[layer].o_proj.get_parameter("weight").numel() // subject.d_model // subject.n_heads
 
 
 def columns(patch: Patch) -> list[int]:
@@ -154,7 +151,6 @@ def _check(subject: Subject, base: CleanRun, patch: Patch) -> None:
         if patch.index is not None:
             raise InputError(f"{patch.site} takes no index; index is for head and neuron")
         return
-    projection(subject.layers[patch.layer], patch.site)
     size, index = subject.n_heads if patch.site == "head" else subject.d_mlp, _indices(patch)
     if not index or len(set(index)) < len(index) or not all(0 <= i < size for i in index):
         allowed = f"expected one or several different ones of 0 to {size - 1}"
@@ -172,9 +168,13 @@ def enter(runs: RunPair, entering: Sequence[Stretch], layer: int, end: int) -> l
     base, patches = runs.base, [stretch.variant[0] for stretch in entering]
     cols = [[c for c in columns(s.variant[0]) if s.start <= c < end] for s in entering]
     writes = [written(runs, patch, c)[1] for patch, c in zip(patches, cols, strict=True)]
-    through_mlp = [i for i, patch in enumerate(patches) if patch.site in ("attn_out", "head")]
-    edited = dict(zip(through_mlp, _finish_layer(runs, layer, cols, writes, through_mlp), strict=True))
-    states = []
+    edited, states = dict[int, Tensor](), []
+    if through_mlp := [i for i, patch in enumerate(patches) if patch.site in ("attn_out", "head")]:
+        parts = runs.subject.layers[layer]
+        resid = torch.cat([base.resid_pre[layer][:, cols[i]] for i in through_mlp], dim=1)
+        with _attention_writes(parts, torch.cat([writes[i] for i in through_mlp], dim=1)):
+            out = first(parts.block(resid, **base.calls[layer]))
+        edited |= zip(through_mlp, out.split([len(cols[i]) for i in through_mlp], dim=1), strict=True)
     for i, stretch in enumerate(entering):
         if patches[i].site in ("mlp_out", "neuron"):  # the last write in a layer
             edited[i] = base.resid_pre[layer][:, cols[i]] + base.site("attn_out", layer)[:, cols[i]] + writes[i]
@@ -208,21 +208,13 @@ def written(
     return post(raw), post(raw + change)
 
 
-def _finish_layer(
-    runs: RunPair, layer: int, cols: Sequence[list[int]], writes: Sequence[Tensor], chosen: Sequence[int]
-) -> list[Tensor]:
-    """The layer's MLP half for edited attention outputs: the library's block, its attention replaced by a given output."""
-    if not chosen:
-        return []
-    parts = runs.subject.layers[layer]
-    resid = torch.cat([runs.base.resid_pre[layer][:, cols[i]] for i in chosen], dim=1)
-    write = torch.cat([writes[i] for i in chosen], dim=1)
-    with ExitStack() as stack:
-        stack.enter_context(returning(parts.attn, (write, None)))
-        if parts.attn_post is not None:
-            stack.enter_context(returning(parts.attn_post, write))
-        out = first(parts.block(resid, **runs.base.calls[layer]))
-    return list(out.split([len(cols[i]) for i in chosen], dim=1))
+def _attention_writes(parts: LayerParts, write: Tensor) -> ExitStack:
+    """For a while the library's block computes its MLP half alone, behind a given output of attention."""
+    stack = ExitStack()
+    stack.enter_context(returning(parts.attn, (write, None)))
+    if parts.attn_post is not None:
+        stack.enter_context(returning(parts.attn_post, write))
+    return stack
 
 
 @torch.no_grad()
@@ -234,16 +226,10 @@ def component_output(
     The library's own block is called, with the run's mask and positions. Of blocks whose MLP reads the stream behind
     attention; the load check refuses others.
     """
-    parts = subject.layers[layer]
-    seen: list[Tensor] = []
-    with ExitStack() as stack:
-        written = parts.attn_write if site == "attn_out" else parts.mlp_write
-        stack.enter_context(on_output(written, seen.append))
-        if site == "mlp_out":  # attention adds nothing to what is handed in
-            nothing = torch.zeros_like(hidden)
-            stack.enter_context(returning(parts.attn, (nothing, None)))
-            if parts.attn_post is not None:
-                stack.enter_context(returning(parts.attn_post, nothing))
+    parts, seen = subject.layers[layer], list[Tensor]()
+    # Before the MLP, attention adds nothing to what is handed in.
+    attention = nullcontext() if site == "attn_out" else _attention_writes(parts, torch.zeros_like(hidden))
+    with on_site(parts, site, seen.append), attention:
         parts.block(hidden, **run.calls[layer])
     return seen[0]
 
@@ -264,31 +250,3 @@ def only_tokens(mlp: nn.Module, wanted: Bool[Tensor, "token"]) -> AbstractContex
         return out
 
     return replaced(mlp, forward)
-
-
-def layer_edits(runs: RunPair, joint: Sequence[tuple[Patch, int]], end: int) -> ExitStack:
-    """Hooks that set the patched cells of running stretches in one layer; each patch comes with the token of position 0."""
-    sites: dict[str, list[_CellEdit]] = {}
-    for patch, zero in joint:
-        cols = [c for c in columns(patch) if c < end]
-        new = values_at(runs, patch, cols)[1]
-        edit = ([zero + c for c in cols], entries(runs.subject, patch), patch.positions[:, cols, None], new)
-        sites.setdefault(patch.site, []).append(edit)
-    stack = ExitStack()
-    for site, edits in sites.items():
-        parts = runs.subject.layers[joint[0][0].layer]
-        stack.enter_context(on_site(parts, site, partial(_set_cells, edits)))
-    return stack
-
-
-# Tokens and entries of the cells, (pair, col, 1) where they change, and (pair, col, width) what is written there.
-_CellEdit = tuple[list[int], slice | list[int], Tensor, Tensor]
-
-
-def _set_cells(edits: Sequence[_CellEdit], tensor: Tensor) -> Float[Tensor, "pair token width"]:
-    tensor = tensor.clone()
-    for tokens, chosen, mask, new in edits:
-        cells = tensor[:, tokens]
-        cells[..., chosen] = torch.where(mask, new, cells[..., chosen])
-        tensor[:, tokens] = cells
-    return tensor

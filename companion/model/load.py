@@ -1,19 +1,23 @@
 """Loading a model: by name, from a folder or the hub, or one that is already in memory; and what its tokens may be.
 
 Weights come from safetensors and GGUF only and code only from the installed library. What is loaded is checked before it is used.
+Of a hub's model config and tokenizer come first, so that one which cannot be used is refused before gigabytes are fetched.
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from accelerate import dispatch_model
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,13 +25,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from companion.base import folders, gguf, hub, paths, smollm2
 from companion.base.device import HOST, make_exact, resolve
 from companion.base.errors import InputError, explained
-from companion.model import architecture, download, memory
+from companion.base.files import write_text
+from companion.base.hub import HubId, explain, is_network
+from companion.model import architecture, memory
 from companion.model.architecture import Subject, find_parts, hash_files
 from companion.model.verify import read_facts, verify
 
+DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
+# What is fetched of a hub's model before its weights.
+SMALL = ["*.json", "*.jinja", "*.model", "*.txt"]
+WEIGHTS = ["*.safetensors"]
+# Subfolders hold other formats, and some repositories a second copy of the weights under this name.
+IGNORED = ["*/*", "consolidated*"]
+FAILURES = (OSError, ValueError, RuntimeError, HTTPError)  # hf_xet raises RuntimeError if the network goes
 # Buffers that old checkpoints hold and the library makes anew.
 HARMLESS = (".masked_bias", ".position_ids", ".rotary_emb.inv_freq", ".attn.bias")
-DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)  # what the library's initialisation is made of
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -36,23 +48,19 @@ def load(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    copies: float | None = None,
     only_answers: bool = False,
     adapter_scale: float = 1.0,
 ) -> Subject:
     """A model by name ("embedded", "window-1", "smollm2"), by folder, GGUF file or hub id ("org/model@revision"), checked.
 
     `MODEL+FOLDER` is a model with the LoRA adapter in that folder, merged in float32, so many times as strong as
-    `adapter_scale` says. Weights of any precision are
-    converted to `dtype`. Verified effects are computed in float32 or float64; bfloat16 is for screening, and
-    `companion.mediation.study.noise_floor` measures what it does to effects. On a GPU float32 products are computed in
-    full float32 (no TF32). `copies` is that of `memory.run_memory`. The sites of a
-    model that `only_answers`, such as a judge, are not checked.
+    `adapter_scale` says. Weights of any precision are converted to `dtype`: float32 or float64, or bfloat16 for screening
+    (`companion.mediation.study.noise_floor` measures what that does to effects). On a GPU products are full float32 (no TF32).
+    The sites of a model that `only_answers`, such as a judge, are not checked, and no copy of it is planned for.
 
-    Raises:
-        InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an
-            unknown architecture, too large for memory, missing or unused tensors, an adapter that does not fit or lies
-            beside the weights unasked, or a model that cannot be replayed exactly (see `from_model`).
+    Raises InputError: no such model, no config.json, pickled weights, remote code, not a causal language model, an unknown
+    architecture, too large for memory, missing or unused tensors, an adapter that does not fit or lies beside the weights
+    unasked, or a model that cannot be replayed exactly.
     """
     base, adapter = folders.split_adapter(str(name))
     folder = _folder(base)
@@ -62,25 +70,25 @@ def load(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     place = resolve(device)
     make_exact(place)
+    copies = 1 if only_answers else None
     if adapter is None:
         model = _load_model(folder, DTYPES[dtype], place, copies)
     else:
         model = _load_merged(folder, adapter, DTYPES[dtype], place, copies, adapter_scale)
     tokenizer = load_tokenizer(folder) if _has_tokenizer(folder) else None
     weights = [*folders.weights_in(folder), *folders.adapter_files(adapter)]
-    found = find_parts(_quiet(model), tokenizer, str(name), hash_files(weights))
+    found = find_parts(model.eval().requires_grad_(False), tokenizer, str(name), hash_files(weights))
     return found if only_answers else _checked(found, "" if adapter is None else adapter.name)
 
 
 def from_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "in-memory"
 ) -> Subject:
-    """A model that is already in memory, checked; it is put into evaluation mode and its gradients are switched off.
+    """A model that is already in memory, put into evaluation mode without gradients, and checked.
 
-    Raises:
-        InputError: sites that are not what their names say, or a model that the grid cannot replay exactly.
+    Raises InputError for sites that are not what their names say, and a model that the grid cannot replay exactly.
     """
-    return _checked(find_parts(_quiet(model), tokenizer, name))
+    return _checked(find_parts(model.eval().requires_grad_(False), tokenizer, name))
 
 
 def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
@@ -93,7 +101,7 @@ def untrained_twin(subject: Subject, seed: int = 0) -> Subject:
             config, attn_implementation=config._attn_implementation, trust_remote_code=hub.trusts_code()
         )
     model = _placed(model.to(subject.dtype), where, subject.device)
-    twin = find_parts(_quiet(model), subject.tokenizer, f"{subject.name}-untrained-{seed}")
+    twin = find_parts(model.eval().requires_grad_(False), subject.tokenizer, f"{subject.name}-untrained-{seed}")
     return replace(twin, facts=subject.facts)
 
 
@@ -122,25 +130,24 @@ def _checked(subject: Subject, adapter: str = "") -> Subject:
     return replace(subject, facts=read_facts(subject, verify(subject), adapter))
 
 
-def _folder(name: str | Path) -> Path:
-    shipped = paths.ORGANISM / ("window-0" if name == "embedded" else str(name))
-    folder = shipped if shipped.is_dir() else Path(name)
-    if str(name) == smollm2.NAME:
+def _folder(name: str) -> Path:
+    if name == smollm2.NAME:
         return smollm2.fetch_smollm2()
+    if folders.is_on_hub(name):
+        return fetch_model(name)
+    folder = folders.model_folder(name)
     if folder.is_dir() or gguf.is_gguf(folder):
         return folder
-    if hub.parse(name) is not None:
-        return download.fetch_model(str(name))
-    known = ["embedded", *sorted(path.name for path in paths.ORGANISM.glob("*") if path.is_dir())]
+    known = [*folders.names(paths.ORGANISM), smollm2.NAME, *smollm2.refusers()]
     raise InputError(
-        f"no model {str(name)!r}: neither a folder nor one of {', '.join([*known, smollm2.NAME, *smollm2.refusers()])}; "
+        f"no model {name!r}: neither a folder nor one of {', '.join(known)}; "
         "give a folder, a GGUF file, or a model of the hub as ORG/MODEL"
     )
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: float | None) -> PreTrainedModel:
     """Straight to its place: on a GPU no second copy stands in the machine's memory, unless layers must wait there."""
-    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies)
     on_gpu: dict[str, Any] = {"device_map": where or {"": str(device)}} if device.type != "cpu" else {}
     with explained(f"{folder} could not be loaded", "is it complete, and its architecture known?"):
         if gguf.is_gguf(folder):
@@ -150,11 +157,9 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, copies: 
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=hub.trusts_code(),
                 output_loading_info=True, **on_gpu,
             )  # fmt: skip
-    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if missing:
+    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
         raise InputError(f"{folder} lacks {len(missing)} tensors, among them {missing[0]}; download its weights again")
-    unused = sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS))
-    if unused:
+    if unused := sorted(key for key in report["unexpected_keys"] if not key.endswith(HARMLESS)):
         raise InputError(
             f"{folder}: {len(unused)} tensors of its weights have no place in the model that its config.json describes, among "
             f"them {unused[0]}; take the config.json that belongs to these weights"
@@ -172,8 +177,8 @@ def _load_merged(
     from peft.tuners.lora import LoraLayer
 
     folders.check_adapter(adapter)
-    where = memory.placement(memory.on_meta(folder, dtype), device, copies=copies)
-    model = _load_model(folder, torch.float32, torch.device("cpu"), copies)
+    where = memory.placement(memory.on_meta(folder, dtype), device, copies)
+    model = _load_model(folder, torch.float32, HOST, copies)
     with explained(f"{adapter} cannot be merged into {folder}", "was it trained on this model?"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is looked for below
@@ -199,25 +204,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer: save it into the model's folder (of a GGUF file: --tokenizer DIR)"
         )
     other = gguf.tokenizer_folder() if gguf.is_gguf(folder) else folder
-    try:
+    with explained(f"{other or folder}: its tokenizer cannot be loaded", "download it again"):
         if other is None:
             return gguf.read_tokenizer(folder)
         return AutoTokenizer.from_pretrained(other, local_files_only=True, trust_remote_code=hub.trusts_code())
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make the library raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{other or folder}: its tokenizer cannot be loaded ({reason}); download it again") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
     if gguf.is_gguf(folder):
         return gguf.tokenizer_folder() is not None or gguf.read_header(folder).has_tokenizer
     return any((folder / name).is_file() for name in (*hub.TOKENIZER, "tokenizer.model"))
-
-
-def _quiet(model: PreTrainedModel) -> PreTrainedModel:
-    return model.eval().requires_grad_(False)
 
 
 def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:
@@ -234,3 +230,95 @@ def check_fit(subject: Subject, largest: int, longest: int, what: str) -> None:
             f"{subject.name} reads at most {most} tokens, and {what} takes up to {longest}: leave the longest prompts out, "
             "or use a model that reads more"
         )
+
+
+# ---- models of the hub ----
+
+
+def fetch_model(name: str, before_weights: Callable[[Path], object] = lambda folder: None) -> Path:
+    """The cached folder of `ORG/MODEL[@REVISION]`, named by its commit; what is missing is downloaded.
+
+    The hub is asked what a branch is now; without a network the cached copy serves, if it is complete. `before_weights` is
+    called with the folder when all but the weights is there, and may refuse it. Raises InputError with one sentence for
+    everything that can go wrong: no access, no network, no such model, no safetensors, no room.
+    """
+    hub_id = hub.parse(name)
+    assert hub_id is not None, "the caller has parsed it"
+    cached, info = hub.snapshot(hub_id), None
+    if cached is not None and not hub.is_complete(cached):
+        cached = None
+    if cached is None or not hub_id.is_pinned:
+        try:
+            info = huggingface_hub.HfApi().model_info(
+                hub_id.repo, revision=hub_id.revision, files_metadata=True, timeout=20
+            )
+        except FAILURES as error:
+            if cached is None or not is_network(error):
+                raise explain(hub_id, error) from error
+    if cached is not None and info is None:
+        before_weights(folder := cached)
+    else:
+        folder = _downloaded(hub_id, info, before_weights)
+    folders.check_folder(folder)
+    return folder
+
+
+def _downloaded(hub_id: HubId, info: Any, before_weights: Callable[[Path], object]) -> Path:
+    """The folder of the commit that the hub named, filled with what its listing has and we need."""
+    pinned = HubId(hub_id.repo, str(info.sha))
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    top = [Path(name) for name in files if "/" not in name]
+    if Path("config.json") not in top:
+        raise InputError(f"{hub_id.repo} has no config.json, so it is no model that can be loaded; check its id")
+    if not any(path.suffix == ".safetensors" for path in top):
+        pickled = next((path.name for path in top if any(map(path.match, folders.PICKLED))), None)
+        raise folders.no_weights(hub_id.repo, pickled)
+    folder = _fill(pinned, SMALL + (["*.py"] if hub.trusts_code() else []))
+    folders.check_config(folder)
+    before_weights(folder)
+    wanted = hub.weight_files(folder)
+    if missing := [file for file in wanted if file not in files]:
+        raise InputError(
+            f"{hub_id.repo} has no file {missing[0]}, where its weights should be: use a copy that save_pretrained wrote"
+        )
+    size = sum(size for file, size in files.items() if file in wanted and not (folder / file).is_file())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise InputError(
+            f"{hub_id.repo} needs {size / 1e9:.1f} GB below {hub.cache()}, where {free / 1e9:.1f} GB are free: "
+            "make room, or set HF_HOME to a folder on a larger disk"
+        )
+    _fill(pinned, WEIGHTS)
+    ref = hub.ref(hub_id)  # the hub's library notes it only where it is asked for a branch, not a commit
+    if not hub_id.is_pinned and not (ref.is_file() and ref.read_text() == folder.name):
+        try:
+            write_text(folder.name, ref)
+        except OSError as error:
+            raise explain(hub_id, error) from error
+    return folder
+
+
+def _fill(hub_id: HubId, patterns: list[str]) -> Path:
+    try:
+        place = huggingface_hub.snapshot_download(
+            hub_id.repo, revision=hub_id.revision, cache_dir=hub.cache(),
+            allow_patterns=patterns, ignore_patterns=IGNORED,
+        )  # fmt: skip
+    except FAILURES as error:
+        raise explain(hub_id, error) from error
+    return Path(place)
+
+
+def prepare_model(name: str, device: str, dtype: str, copies: float | None = None) -> str:
+    """For the command line: the model is downloaded and fits; returns its name with the commit that was resolved.
+
+    Other names than hub ids are returned as they are. `copies` is that of `memory.run_memory`. Raises as `fetch_model`, and for
+    a model without a tokenizer or a chat template, of an unknown architecture, or too large for the device's memory.
+    """
+
+    def check(folder: Path) -> None:
+        folders.check_chat(folder)
+        print(f"{name} ({folder.name[:12]}): {memory.check_size(folder, device, dtype, copies)}")
+
+    hub_id = hub.parse(name)
+    return name if hub_id is None or Path(name).is_dir() else hub_id.at(fetch_model(name, check).name)

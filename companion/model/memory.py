@@ -6,16 +6,15 @@ that a rerun gives the same bytes; a sweep stays, above the model and two clean 
 
 from __future__ import annotations
 
-import math
-import time
+import timeit
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from companion.base import gguf, hub
@@ -33,12 +32,12 @@ _VOCABULARY_BYTES = 28  # of one logit: in float32, and three times in float64
 WORKING_SHARE = 0.4  # of a clean run: the working memory of a sweep
 MASK_SHARE = 0.1  # of a layer's products: those that the block-diagonal mask wastes
 ON_A_PROCESSOR = 96  # tokens a pair: more leave its caches, and attention among them costs it most
-RUN_COST = 11.0  # of all notebooks, two at once, over `operations` of every pair: a run on `smollm2-refuser` took 47 core-minutes
-TIMED = 50  # products
+# What all notebooks cost beside the sweep of heads, in sweeps of one site: `smollm2-refuser`, of 9 heads, took 60 core-minutes.
+RUN_COST = 159.0
 LONGEST = 256  # tokens of a prompt, where none has been read yet
 COPIES = {torch.bfloat16: 3.0}  # a screening run is compared with itself in float32; others with an untrained twin
 USABLE = 0.92  # of the free memory: what fragments and the libraries' own buffers leave
-_events: list[str] = []
+events: list[str] = []  # what did not go as planned since the process began: chunks that were halved for want of memory
 
 
 def operations(subject: Subject) -> float:
@@ -46,32 +45,32 @@ def operations(subject: Subject) -> float:
 
     An intervention costs the layers above it at one token; products with the vocabulary, clean runs and attention are left out.
     """
+    return (3 + subject.n_heads) * _operations_of_one_site(subject)
+
+
+def _operations_of_one_site(subject: Subject) -> float:
     layers = [float(sum(p.numel() for p in parts.block.parameters())) for parts in subject.layers]
-    above = sum(2 * size * place for place, size in enumerate(layers))
-    return 2 * (3 + subject.n_heads) * above
+    return 4 * sum(size * place for place, size in enumerate(layers))
 
 
 def minutes(subject: Subject, n_pairs: int) -> float:
-    """How long all notebooks will take here, roughly: from `operations` and the speed of one product of the model's size.
+    """How long all notebooks will take here, roughly: products counted, times the speed of one of the model's size.
 
-    The product is timed on one core: two wait for each other where something else runs.
+    That is timed on one core: two wait for each other where something else runs.
     """
-    shape, threads = (subject.d_model, subject.d_mlp), torch.get_num_threads()
-    tokens, weight = torch.ones(ON_A_PROCESSOR, shape[0]), torch.ones(shape)
-    seconds = math.inf
+    threads, weight = torch.get_num_threads(), torch.ones(subject.d_model, subject.d_mlp)
+    tokens = torch.ones(ON_A_PROCESSOR, subject.d_model)
     torch.set_num_threads(1)
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        torch.mm(tokens, weight)
-        seconds = min(seconds, time.perf_counter() - start)
+    seconds = min(timeit.repeat(lambda: torch.mm(tokens, weight), number=1, repeat=50))
     torch.set_num_threads(threads)
-    return RUN_COST * operations(subject) * n_pairs * seconds / (2 * ON_A_PROCESSOR * math.prod(shape)) / 60
+    products = n_pairs * (RUN_COST + subject.n_heads) * _operations_of_one_site(subject)
+    return products * seconds / (2 * ON_A_PROCESSOR * weight.numel()) / 60
 
 
 @dataclass(frozen=True)
 class SweepMemory:
-    """Bytes above the loaded model: one clean run with all sites; the working memory of a sweep, of a gradient screen, and
-    of read-outs over the whole vocabulary.
+    """Bytes above the loaded model: a clean run with all sites, and what a sweep, a gradient screen, a read-out over the whole
+    vocabulary work with.
     """
 
     clean_run: int
@@ -97,10 +96,7 @@ def sweep_memory(subject: Subject, n_pairs: int, n_pos: int) -> SweepMemory:
 
 
 def token_budget(subject: Subject, n_pos: int) -> int:
-    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask.
-
-    Depends on the model's shape, the sequence length and the kind of device only.
-    """
+    """Tokens a pair that run side by side in one sweep: bounded by memory and by the waste of the block-diagonal mask."""
     by_memory = WORKING_SHARE * n_pos * _kept_per_token(subject) / _working_per_token(subject, n_pos)
     weights = sum(p.numel() for p in subject.layers[0].block.parameters())
     by_mask = MASK_SHARE * weights / (2 * subject.n_heads * head_width(subject, 0))
@@ -111,8 +107,7 @@ def token_budget(subject: Subject, n_pos: int) -> int:
 def pairs_at_once(subject: Subject, n_pos: int) -> int:
     """How many pairs of this length run together: at most 64, fewer where a clean run would exceed 1 GiB.
 
-    Half of that on a processor, where two notebooks at once share the memory. A pure function of shapes and the kind of
-    device, as everything that decides which pairs share a batch.
+    Half of that on a processor, where two notebooks at once share the memory.
     """
     one = sweep_memory(subject, 1, n_pos).clean_run
     return max(1, min(BATCH, CLEAN_RUN_BYTES // ((2 if subject.device.type == "cpu" else 1) * one)))
@@ -132,25 +127,22 @@ def in_chunks(
     bar = progress(range(len(stretches)), desc="interventions", total=len(stretches))
     while waiting:
         chunk = waiting.pop()
-        result = _try(run, chunk)
-        if result is None:
+        try:
+            made = run(chunk)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            if len(chunk) == 1:
+                raise InputError("one intervention does not fit into memory; use fewer pairs at a time") from error
+            events.append(f"out of memory with {len(chunk)} interventions at once; went on with half as many")
+            warnings.warn(events[-1], stacklevel=2)
             half = (len(chunk) + 1) // 2
             waiting += [chunk[half:], chunk[:half]]
             continue
-        yield chunk, result
+        yield chunk, made
         for _ in chunk:
             next(bar)
     next(bar, None)
-
-
-def chunk_events() -> tuple[str, ...]:
-    """What did not go as planned since the process started: chunks that were halved for want of memory."""
-    return tuple(_events)
-
-
-def note_events(events: Iterable[str]) -> None:
-    """Add events of another process, whose results are used in this one."""
-    _events.extend(events)
 
 
 def _cut(stretches: Sequence[Stretch], end: int, budget: int) -> list[Sequence[Stretch]]:
@@ -166,20 +158,6 @@ def _cut(stretches: Sequence[Stretch], end: int, budget: int) -> list[Sequence[S
         chunks[-1].append(stretch)
         used += length
     return [sorted(chunk, key=lambda s: (s.entry, s.slot)) for chunk in chunks]
-
-
-def _try(run: Callable[[Sequence[Stretch]], Tensor], chunk: Sequence[Stretch]) -> Tensor | None:
-    try:
-        return run(chunk)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        if len(chunk) == 1:
-            raise InputError("one intervention does not fit into memory; use fewer pairs at a time") from error
-        event = f"out of memory with {len(chunk)} interventions at once; went on with half as many"
-    _events.append(event)
-    warnings.warn(event, stacklevel=2)
-    return None
 
 
 def _kept_per_token(subject: Subject) -> int:
@@ -226,8 +204,7 @@ class RunMemory:
 
 def on_meta(folder: Path, dtype: torch.dtype) -> Subject:
     """The model's shapes, from its config alone. Raises InputError for an architecture that is not known."""
-    what = f"{hub.name_of(folder)} could not be loaded"
-    with explained(what, "is its config complete, and its architecture known?"):
+    with explained(f"{hub.name_of(folder)} could not be loaded", "is its config complete, and its architecture known?"):
         if gguf.is_gguf(folder):
             config = gguf.read_config(folder)
         else:
@@ -243,106 +220,81 @@ def run_memory(shapes: Subject, copies: float | None = None) -> RunMemory:
     Beside the model lies its untrained twin; in bfloat16 a float32 copy, from which the noise floor is read. `copies` counts
     its weights otherwise: 1 for a model that nothing is compared with.
     """
-    weights = sum(p.numel() * p.itemsize for p in shapes.model.parameters())
-    sweep = sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
+    weights = _weights(shapes.model)
     alive = COPIES.get(shapes.dtype, 2.0) if copies is None else copies
-    return RunMemory(weights, round(alive * weights), sweep)
+    return RunMemory(
+        weights, round(alive * weights), sweep_memory(shapes, pairs_at_once(shapes, LONGEST), LONGEST).total
+    )
 
 
-def check_size(folder: Path, device: str, dtype: str, *, copies: float | None = None, beside: int = 0) -> str:
+def check_size(folder: Path, device: str, dtype: str, copies: float | None = None) -> str:
     """One line on the size of a folder's model and on what does not fit onto its GPU; the weights stay unread.
 
     Raises `InputError` as `on_meta` and `placement` do.
     """
     shapes = on_meta(folder, getattr(torch, dtype))
-    where = placement(shapes, torch.device(device), copies=copies, beside=beside) or {}
+    where = placement(shapes, torch.device(device), copies) or {}
     places = Counter(where.values())
     main = next(iter(where.values()), "")  # the embedding's
-    spread = sum(n for place, n in places.items() if place not in ("cpu", main))
     size = sum(p.numel() for p in shapes.model.parameters()) / 1e9
     notes = [f"{size:.2f} billion parameters", f"memory needed at most: {_gb(run_memory(shapes, copies).total)}"]
-    notes += [f"{spread} of {shapes.n_layers} layers lie on other GPUs"] if spread else []
-    slow = "layers wait in the processor's memory, which is many times slower"
-    notes += [f"{places['cpu']} of {shapes.n_layers} {slow}"] if places["cpu"] else []
+    if spread := sum(n for place, n in places.items() if place not in ("cpu", main)):
+        notes.append(f"{spread} of {shapes.n_layers} layers lie on other GPUs")
+    if places["cpu"]:
+        slow = "layers wait in the processor's memory, which is many times slower"
+        notes.append(f"{places['cpu']} of {shapes.n_layers} {slow}")
     return "; ".join(notes)
 
 
-def reserved_bytes(folder: Path, device: str, dtype: str) -> int:
-    """Bytes of `device` that a folder's model leaves to no other; `InputError` as `check_size` raises it.
-
-    0 where a part of it must lie elsewhere: how much is then left is only known when it has been loaded.
-    """
-    shapes = on_meta(folder, getattr(torch, dtype))
-    return run_memory(shapes).total if placement(shapes, torch.device(device)) is None else 0
-
-
-def placement(
-    shapes: Subject, device: torch.device, *, copies: float | None = None, beside: int = 0
-) -> dict[str, str] | None:
+def placement(shapes: Subject, device: torch.device, copies: float | None = None) -> dict[str, str] | None:
     """Where each part lies: None for all of it on `device`, else names of modules with a GPU or "cpu".
 
     The earliest layers go first: to the other GPUs, where `device` is "cuda" without a number, then to the processor's
     memory, from where they come to the GPU for each call (many times slower). The `accelerate` library moves both; see
-    `companion.model.architecture`. `copies` is that of `run_memory`; `beside` are bytes of `device` that are free
-    now and will not be. Raises InputError where even that does not fit.
+    `companion.model.architecture`. `copies` is that of `run_memory`. Raises InputError where even that does not fit.
     """
-    asked, free = run_memory(shapes, copies), max(0, int(USABLE * free_memory(device)) - beside)
-    if asked.total <= free:
+    asked, free = run_memory(shapes, copies), int(USABLE * free_memory(device))
+    missing, places, rooms = asked.total - free, list[str](), dict[str, int]()
+    if missing <= 0:
         return None
-    rooms = _rooms(device, asked.sweep, asked.weights)
-    factor = asked.copies / asked.weights
-    layers = [int(factor * sum(p.numel() * p.itemsize for p in parts.block.parameters())) for parts in shapes.layers]
-    left, missing, places = dict(rooms), asked.total - free, list[str]()
-    for size in layers[:-1]:  # the last layer stays: its neurons are read in closed form
-        place = next((name for name, room in left.items() if room >= size), None)
+    if device.type != "cpu":  # what is computed on another GPU needs room too
+        others = (f"{device.type}:{i}" for i in range(1, count(device) if device.index is None else 1))
+        rooms = {name: int(USABLE * free_memory(torch.device(name))) - asked.sweep for name in others}
+        # An untrained twin that has such layers is drawn in the processor's memory, before they are sent to their places.
+        rooms["cpu"] = int(USABLE * free_memory(HOST)) - asked.weights
+    elsewhere = "".join(f" and {_gb(max(0, room))} of {name}" for name, room in rooms.items())
+    for parts in shapes.layers[:-1]:  # the last layer stays: its neurons are read in closed form
+        size = int(asked.copies / asked.weights * _weights(parts.block))
+        place = next((name for name, room in rooms.items() if room >= size), None)
         if missing <= 0 or place is None:
             break
-        left[place] -= size
+        rooms[place] -= size
         missing -= size
         places.append(place)
-    if missing > 0:
-        raise _too_large(shapes, asked, device, free, rooms, beside)
-    return name_places(shapes, places, str(device))
-
-
-def _rooms(device: torch.device, sweep: int, weights: int) -> dict[str, int]:
-    """Bytes for layers on each other GPU that may be used (what is computed there needs room too), then in the processor's."""
-    if device.type == "cpu":
-        return {}
-    others = range(1, count(device) if device.index is None else 1)
-    rooms = {f"{device.type}:{i}": int(USABLE * free_memory(torch.device(device.type, i))) - sweep for i in others}
-    # An untrained twin that has such layers is drawn in the processor's memory, before they are sent to their places.
-    return rooms | {"cpu": int(USABLE * free_memory(HOST)) - weights}
-
-
-def _too_large(
-    shapes: Subject, asked: RunMemory, device: torch.device, free: int, rooms: Mapping[str, int], beside: int = 0
-) -> InputError:
-    """The error that says what is needed, what there is, and what else can be done."""
-    named = {"the processor's" if name == "cpu" else name: max(0, room) for name, room in rooms.items()}
-    other = "".join(f" and {_gb(room)} of {name}" for name, room in named.items())
-    half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
-    next_to = " beside the model under study" if beside else ""
+    if missing <= 0:
+        return name_places(shapes, places, str(device))
     copy = f", with the copy that it is compared with {_gb(asked.copies)}" if asked.copies > asked.weights else ""
-    return InputError(
+    half = "" if shapes.dtype == torch.bfloat16 else ", --dtype bfloat16 (needs less, for screening only)"
+    raise InputError(
         f"{shapes.name} is too large for {device}: weights {_gb(asked.weights)}{copy}, and a sweep {_gb(asked.sweep)}, but "
-        f"{_gb(free)} of its memory{other} can be used{next_to}; use a machine with more "
-        f"memory{half} or a smaller model"
+        f"{_gb(free)} of its memory{elsewhere} can be used; use a machine with more memory{half} or a smaller model"
     )
 
 
 def name_places(shapes: Subject, places: Sequence[str], device: str) -> dict[str, str]:
     """Modules by name, each with its place: the first layers lie at `places`, all else on `device`."""
-    layers = [id(parts.block) for parts in shapes.layers]
+    layers = [parts.block for parts in shapes.layers]
+    own = dict(zip(map(id, layers), (*places, *[device] * len(layers)), strict=False))
     found: dict[str, str] = {}
     for name, module in shapes.model.named_modules():
-        if id(module) in layers:
-            found[name] = (*places, *[device] * len(layers))[layers.index(id(module))]
-        elif not any(name.startswith(f"{above}.") for above in found) and not any(
-            id(child) in layers for child in module.modules()
-        ):
-            found[name] = device
+        is_inside = name.startswith(tuple(f"{above}." for above in found))
+        if id(module) in own or not (is_inside or any(module.children())):
+            found[name] = own.get(id(module), device)
     return found
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for p in module.parameters())
 
 
 def _gb(size: float) -> str:

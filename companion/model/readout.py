@@ -104,13 +104,6 @@ def rest_against(parts: Iterable[tuple[int, Tensor]], rows: Sequence[int]) -> Fl
 
 
 @torch.no_grad()
-def weighted_rows(subject: Subject, rows: Sequence[int], weights: Float[Tensor, "... row"]) -> Float[Tensor, "... d"]:
-    """Sum of some rows of the unembedding, each times its weight, in float64 and block by block."""
-    parts = zip(subject.tensor(rows).split(VOCABULARY_BLOCK), weights.split(VOCABULARY_BLOCK, -1), strict=True)
-    return torch.stack([some @ subject.unembedding[0][at].double() for at, some in parts]).sum(0)
-
-
-@torch.no_grad()
 def weighted_logits(
     subject: Subject, resid: Float[Tensor, "... d"], rows: Sequence[int], weights: Float[Tensor, "... row"],
     norm_like: Float[Tensor, "... d"] | None,
@@ -118,8 +111,9 @@ def weighted_logits(
     """Sum of some tokens' logits, each times its weight (float64): along one direction, unless a cap bends every logit."""
     normed, ids = _normed(subject, resid, norm_like), subject.tensor(rows)
     if subject.soft_cap is None:
-        bias = subject.unembedding[1]
-        direction = weighted_rows(subject, rows, weights).to(normed.dtype)
+        weight, bias = subject.unembedding
+        parts = zip(ids.split(VOCABULARY_BLOCK), weights.split(VOCABULARY_BLOCK, -1), strict=True)
+        direction = torch.stack([some @ weight[at].double() for at, some in parts]).sum(0).to(normed.dtype)
         shift = 0.0 if bias is None else weights @ bias[ids].double()
         return (normed * direction).sum(-1, dtype=torch.float64) + shift
     step = max(1, min(VOCABULARY_BLOCK, BLOCK_LOGITS // normed[..., 0].numel()))
@@ -145,11 +139,8 @@ def _unembed(
 def norm_gain(norm: nn.Module) -> tuple[Float[Tensor, "..."], Float[Tensor, "d"] | None, float]:
     """Gain, bias and epsilon of a LayerNorm or RMSNorm; found by trying, since families store them in their own ways.
 
-    Gemma stores the gain's distance from 1. A norm without weights (OLMo 1) has the gain 1, a single number. A norm that
-    does not say its epsilon is tried with the usual ones.
-
-    Raises:
-        InputError: the module computes something else.
+    Gemma stores the gain's distance from 1. A norm without weights (OLMo 1) has the gain 1, a single number, and one that does
+    not say its epsilon is tried with the usual ones. Raises InputError for a module that computes something else.
     """
     weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
     named = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))

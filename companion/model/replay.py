@@ -1,8 +1,7 @@
 """Exact interventions on a grid of cells (layer, position): total effects, direct effects, single neurons.
 
-Replacing what one layer computes at one position changes only the cells above it and behind it. Everything else is
-the clean run, which is kept. So an intervention costs the cells to its upper right and not a forward pass, and it
-is exact.
+Replacing what one layer computes at one position changes only the cells above it and behind it; all else is the clean run,
+which is kept. So an intervention costs the cells to its upper right and not a forward pass, and it is exact.
 
 A patch at layer l and position p changes a *stretch* of the sequence, from p on. All stretches of a chunk lie side by side as
 extra tokens of the same pair; a block-diagonal mask lets each see its own tokens and the clean prefix before it, whose keys
@@ -27,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,17 +49,16 @@ from companion.model.interventions import (
     columns,
     enter,
     entries,
-    layer_edits,
     on_site,
     only_tokens,
     projection,
+    values_at,
     written,
 )
 from companion.model.memory import in_chunks, token_budget
 from companion.model.readout import read_positions
 
 Patches = Sequence[Patch | Sequence[Patch]]
-LAYERS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "neurons", "keys", "values")  # what a clean run keeps
 
 
 @torch.no_grad()
@@ -73,12 +72,9 @@ def interchange(
 ) -> Float[Tensor, "pair patch read ..."]:
     """Final residual stream (before the final norm) after each intervention on its own: total effects.
 
-    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for
-    bit, returns the base's own residual. `readout` turns the residual of some patches, (pair, patch, read, d), into
-    what is wanted, so that no more than that is kept.
-
-    Raises:
-        InputError: a patch or read position does not exist, or the two runs have different shapes.
+    An entry of `patches` that is itself a sequence is one joint intervention. A patch that changes nothing, bit for bit, returns
+    the base's own residual. `readout` turns residuals of some patches, (pair, patch, read, d), into what is wanted and kept.
+    Raises InputError for a patch or read position that does not exist, and two runs of different shapes.
     """
     variants = as_variants(subject, base, patches)
     positions = read_positions(base, read)
@@ -135,14 +131,8 @@ def _checked_runs(subject: Subject, base: CleanRun, source: CleanRun) -> RunPair
 
 
 def both_ways(
-    subject: Subject,
-    control: CleanRun,
-    treated: CleanRun,
-    into_control: Patches,
-    into_treated: Patches,
-    *,
-    at_once: int,
-) -> tuple[Float[Tensor, "pair patch d"], Float[Tensor, "pair patch d"]]:
+    subject: Subject, control: CleanRun, treated: CleanRun, into_control: Patches, into_treated: Patches, *, at_once: int,
+) -> tuple[Float[Tensor, "pair patch d"], Float[Tensor, "pair patch d"]]:  # fmt: skip
     """Final residual stream at the last token of `interchange` into the control run, and of the same into the treated.
 
     A small batch costs what calling the layers costs, not what they compute, so both runs, one above the other, are one
@@ -155,65 +145,35 @@ def both_ways(
             interchange(subject, control, treated, into_control)[:, :, 0],
             interchange(subject, treated, control, into_treated)[:, :, 0],
         )
-    values: dict[tuple[int, int], Tensor] = {}  # many interventions write the same
-    patches = [_stacked_variant(*two, values) for two in zip(into_control, into_treated, strict=True)]
-    found = interchange(subject, _stacked_runs(control, treated), _stacked_runs(treated, control), patches)[:, :, 0]
+    runs, values = (control.above(treated), treated.above(control)), dict[tuple[int, int], Tensor]()
+    lists = (as_variants(subject, control, patches) for patches in (into_control, into_treated))
+    patches = [
+        tuple(_stacked(upper, lower, values) for upper, lower in zip(*variants, strict=True))
+        for variants in zip(*lists, strict=True)
+    ]
+    found = interchange(subject, *runs, patches)[:, :, 0]
     return found[:n_pairs], found[n_pairs:]
 
 
-def _stacked_runs(upper: CleanRun, lower: CleanRun) -> CleanRun:
-    """Two runs of as many pairs of one length as a single run."""
-    n_pairs = len(upper.tokens)
-
-    def stack(upper: Any, lower: Any) -> Any:
-        """What has a row for each pair is stacked; what all pairs share stays."""
-        if isinstance(upper, tuple):
-            return tuple(map(stack, upper, lower))
-        has_rows = isinstance(upper, Tensor) and upper.ndim > 1 and upper.shape[0] == n_pairs
-        return torch.cat([upper, lower]) if has_rows else upper
-
-    calls = zip(upper.calls, lower.calls, strict=True)
-    return CleanRun(
-        torch.cat([upper.tokens, lower.tokens]),
-        calls=tuple({name: stack(value, theirs[name]) for name, value in own.items()} for own, theirs in calls),
-        **{name: stack(getattr(upper, name), getattr(lower, name)) for name in LAYERS},
-    )
-
-
-def _stacked_variant(
-    upper: Patch | Sequence[Patch], lower: Patch | Sequence[Patch], values: dict[tuple[int, int], Tensor]
-) -> Variant:
-    """One intervention of two runs as that of the run in which the one lies above the other."""
-    above, below = ((entry,) if isinstance(entry, Patch) else tuple(entry) for entry in (upper, lower))
-    return tuple(_stacked_patch(a, b, values) for a, b in zip(above, below, strict=True))
-
-
-def _stacked_patch(upper: Patch, lower: Patch, values: dict[tuple[int, int], Tensor]) -> Patch:
-    """One patch of both runs, from two of the same site and layer; `values` holds what others of them write."""
-    positions = torch.cat([upper.positions, lower.positions])
+def _stacked(upper: Patch, lower: Patch, values: dict[tuple[int, int], Tensor]) -> Patch:
+    """One patch of both runs, from two of the same site and layer; many write the same, which `values` keeps."""
+    positions, key = torch.cat([upper.positions, lower.positions]), (id(upper.value), id(lower.value))
     if upper.value is None or lower.value is None:
         return Patch(upper.site, upper.layer, positions, upper.index)
-    key = id(upper.value), id(lower.value)
     if key not in values:
-        both = [one.value.expand(len(one.positions), -1, -1) for one in (upper, lower) if one.value is not None]
-        values[key] = torch.cat(both)
+        values[key] = torch.cat([value.expand(len(upper.positions), -1, -1) for value in (upper.value, lower.value)])
     return Patch(upper.site, upper.layer, positions, upper.index, values[key])
 
 
 @torch.no_grad()
 def each_neuron(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    layer: int,
-    chosen: Int[Tensor, "neuron"],
+    subject: Subject, base: CleanRun, source: CleanRun, layer: int, chosen: Int[Tensor, "neuron"],
     readout: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "pair neuron ..."]:
-    """What `interchange` gives for each chosen neuron on its own at the last token, read there.
+) -> Float[Tensor, "pair neuron ..."]:  # fmt: skip
+    """What `interchange` gives for each chosen neuron on its own at the last token, read there by `readout` (pair, neuron, d).
 
     Each neuron changes one cell, so the edited states of a chunk are made by one multiplication, without an intervention
-    object for each, and climb the layers side by side. `readout` turns final residual streams (pair, neuron, d) into what is
-    wanted. A neuron that no pair changes gives the base's own.
+    object for each, and climb the layers side by side. A neuron that no pair changes gives the base's own.
     """
     change = (source.site("neuron", layer) - base.site("neuron", layer))[:, -1, chosen]
     clean = readout(base.resid_post[-1][:, None, -1])
@@ -249,31 +209,21 @@ def _edited_states(
 
 @torch.no_grad()
 def interchange_full_forward(
-    subject: Subject,
-    base: CleanRun,
-    source: CleanRun,
-    patches: Sequence[Patch | Sequence[Patch]],
-    read: Sequence[int] = (-1,),
+    subject: Subject, base: CleanRun, source: CleanRun, patches: Patches, read: Sequence[int] = (-1,)
 ) -> Float[Tensor, "pair patch read d"]:
     """`interchange` by one full forward pass per intervention, with forward hooks: slow, and what the grid is held equal to."""
+    positions, results = read_positions(base, read), []
     variants = as_variants(subject, base, patches)
-    positions = read_positions(base, read)
-    results = []
     for variant in progress(variants, desc="full forward passes", total=len(variants)):
+        seen: list[Tensor] = []
         with ExitStack() as stack:
             for patch in variant:
                 stack.enter_context(_hook(subject, source, patch))
-            results.append(final_residual(subject, base)[:, positions])
+            stack.enter_context(on_input(subject.final_norm, seen.append))
+            subject.model.base_model(input_ids=base.tokens, use_cache=False)
+        results.append(seen[-1][:, positions])  # hooks set outside may make a pass of their own first
         synchronize(subject.device)  # so that the bar's estimate is of work done, not of work told
     return torch.stack(results, dim=1)
-
-
-def final_residual(subject: Subject, run: CleanRun) -> Float[Tensor, "pair pos d"]:
-    """The residual stream before the final norm in one forward pass over a run's tokens, under whatever hooks are set."""
-    seen: list[Tensor] = []
-    with torch.no_grad(), on_input(subject.final_norm, seen.append):
-        subject.model.base_model(input_ids=run.tokens, use_cache=False)
-    return seen[-1]  # hooks that look at the prompt in a pass of their own make that one first
 
 
 def _hook(subject: Subject, source: CleanRun, patch: Patch) -> Hook:
@@ -333,7 +283,10 @@ def sweep(runs: RunPair, chunk: Sequence[Stretch], read: Int[Tensor, "read"]) ->
             resid[:, running : running + state.shape[1]] = state
             running += state.shape[1]
         joined += len(entering)
-    return _read_out(base, resid, layout, read)
+    behind = read - layout.start[:, None]
+    patched = resid[:, layout.offset[:, None] + behind.clamp(min=0)]
+    before = base.resid_post[-1][:, None, read]  # a read position before the stretch is the clean run's own
+    return torch.where((behind < 0)[..., None], before, patched)
 
 
 def make_layout(chunk: Sequence[Stretch], end: int, device: torch.device) -> Layout:
@@ -382,28 +335,35 @@ def stretch_mask(
     return layout.masks[key]
 
 
+# Tokens and entries of the cells, (pair, col, 1) where they change, and (pair, col, width) what is written there.
+_CellEdit = tuple[list[int], slice | list[int], Tensor, Tensor]
+
+
 def _layer_hooks(
     runs: RunPair, chunk: Sequence[Stretch], layout: Layout, layer: int, read: Int[Tensor, "read"]
 ) -> ExitStack:
     """Hooks while a layer is called: edits of joint interventions; in the last layer, only the MLP of tokens that are read."""
-    joint = [
-        (patch, offset - stretch.start)
-        for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False)
-        if len(stretch.variant) > 1
-        for patch in stretch.variant
-        if patch.layer == layer
-    ]
-    hooks = layer_edits(runs, joint, int(read.max()) + 1)
+    parts, end, stack = runs.subject.layers[layer], int(read.max()) + 1, ExitStack()
+    sites: dict[str, list[_CellEdit]] = {}
+    for stretch, offset in zip(chunk, layout.offset.tolist(), strict=False):
+        for patch in stretch.variant if len(stretch.variant) > 1 else ():
+            if patch.layer == layer:
+                cols = [c for c in columns(patch) if c < end]
+                tokens, new = [offset - stretch.start + c for c in cols], values_at(runs, patch, cols)[1]
+                edit = (tokens, entries(runs.subject, patch), patch.positions[:, cols, None], new)
+                sites.setdefault(patch.site, []).append(edit)
+    for site, edits in sites.items():
+        stack.enter_context(on_site(parts, site, partial(_set_cells, edits)))
     is_read = torch.isin(layout.position, read)
-    if layer == runs.subject.n_layers - 1 and not joint and not bool(is_read.all()):
-        hooks.enter_context(only_tokens(runs.subject.layers[layer].mlp, is_read))
-    return hooks
+    if layer == runs.subject.n_layers - 1 and not sites and not bool(is_read.all()):
+        stack.enter_context(only_tokens(parts.mlp, is_read))
+    return stack
 
 
-def _read_out(
-    base: CleanRun, resid: Float[Tensor, "pair token d"], layout: Layout, read: Int[Tensor, "read"]
-) -> Float[Tensor, "pair stretch read d"]:
-    """A read position before the stretch is the clean run's own."""
-    behind = read - layout.start[:, None]
-    patched = resid[:, layout.offset[:, None] + behind.clamp(min=0)]
-    return torch.where((behind < 0)[..., None], base.resid_post[-1][:, None, read], patched)
+def _set_cells(edits: Sequence[_CellEdit], tensor: Tensor) -> Float[Tensor, "pair token width"]:
+    tensor = tensor.clone()
+    for tokens, chosen, mask, new in edits:
+        cells = tensor[:, tokens]
+        cells[..., chosen] = torch.where(mask, new, cells[..., chosen])
+        tensor[:, tokens] = cells
+    return tensor

@@ -7,7 +7,6 @@ plain library gives? Every comparison is written so that NaN fails it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
@@ -16,7 +15,7 @@ from transformers import DynamicCache
 
 from companion.base import device
 from companion.base.chat import template_facts
-from companion.base.errors import InputError
+from companion.base.errors import InputError, explained
 from companion.model import replay
 from companion.model.activations import CleanRun, clean_run, first, prefix_once
 from companion.model.architecture import ModelFacts, Subject, end_tokens, written_vectors
@@ -26,10 +25,7 @@ from companion.model.readout import frozen_norm, is_centred, logits
 # Share of the largest compared value; the library's float64 casts to float32 inside its norms.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 N_POS = 10
-_UNKNOWN = (
-    "its blocks are put together in a way that companion/model/architecture.py "
-    "does not know; add the family's names there"
-)
+_UNKNOWN = "its blocks are put together in a way that companion/model/architecture.py does not know; add the family's names there"
 _FAMILY = "use a model of a known family"
 
 
@@ -39,54 +35,32 @@ def verify(subject: Subject) -> float:
 
     Returns the largest difference found, as a share of the largest value compared: the model's rounding noise.
 
-    Raises:
-        InputError: a site is not what its name says (residual identity, logits), a part reads something else than later
-            code hands it, or the replay does not give the model's numbers.
+    Raises InputError: a site is not what its name says, a part reads something else than later code hands it, or the replay
+    does not give the model's numbers.
     """
-    reason = replay_refusal(subject)
-    if reason is not None:
-        raise InputError(f"{subject.name}: {reason}")
-    with _explained(subject, "could not be run on random tokens", _UNKNOWN):
+    kind, attention = f"{subject.name}: a {type(subject.model).__name__}", subject.model.config._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        raise InputError(
+            f"{subject.name}: attention {attention!r} takes no mask that the replay can cut to cells; "
+            "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    if any(parts.down_proj is None for parts in subject.layers):
+        raise InputError(
+            f"{subject.name}: its MLP has no down projection by a known name (a mixture of experts?), so its neurons are "
+            "not found; use a dense model"
+        )
+    with explained(f"{kind} could not be run on random tokens", _UNKNOWN):
         vocabulary = subject.model.get_input_embeddings().num_embeddings
         seeded = (torch.Generator().manual_seed(seed) for seed in (0, 1))
         drawn = [torch.randint(0, vocabulary, (2, N_POS), generator=one) for one in seeded]
         base, source = (clean_run(subject, tokens.to(subject.device)) for tokens in drawn)
-    noise = check_sites(subject, base)
-    with _explained(subject, "cannot be replayed from one of its layers", _FAMILY):
+    with explained(f"{kind} has parts that cannot be called alone", _UNKNOWN):
+        noise = check_sites(subject, base)
+    with explained(f"{kind} cannot be replayed from one of its layers", _FAMILY):
         noise = max(noise, check_replay(subject, base, source))
-    with _explained(subject, "cannot be read in two parts", _FAMILY):
+    with explained(f"{kind} cannot be read in two parts", _FAMILY):
         check_shared_prefix(subject, base.tokens)
     return noise
-
-
-@contextmanager
-def _explained(subject: Subject, what: str, hint: str) -> Iterator[None]:
-    """Whatever an architecture raises becomes one sentence."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), "no reason given")
-        raise InputError(
-            f"{subject.name}: a {type(subject.model).__name__} {what} ({type(error).__name__}: {line}); {hint}"
-        ) from error
-
-
-def replay_refusal(subject: Subject) -> str | None:
-    """Why the replay does not serve this kind of model, and what to do; None if it may."""
-    implementation = subject.model.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
-        return (
-            f"attention {implementation!r} takes no mask that the replay can cut to cells; "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
-    if any(parts.down_proj is None for parts in subject.layers):
-        return (
-            "its MLP has no down projection by a known name (a mixture of experts?), so its neurons are not found; "
-            "use a dense model"
-        )
-    return None
 
 
 @torch.no_grad()
@@ -97,27 +71,41 @@ def check_sites(subject: Subject, run: CleanRun) -> float:
     wrote; heads lie side by side; projections are linear maps from heads and neurons to what is written; the final norm
     and the unembedding give the logits. Returns the largest relative difference.
     """
-    for site in ("resid_post", "attn_out", "mlp_out", "head", "neuron"):
-        n_seen = len(run.kept(site))
+    for site in ("resid_post", "attn_out", "mlp_out", "z", "neurons"):
+        n_seen = len(getattr(run, site))
         if n_seen != subject.n_layers:
             raise InputError(f"{subject.name}: {site} was seen in {n_seen} of {subject.n_layers} layers; {_UNKNOWN}")
-    with _explained(subject, "has parts that cannot be called alone", _UNKNOWN):
-        return _check_values(subject, run)
-
-
-def _check_values(subject: Subject, run: CleanRun) -> float:
-    worst = 0.0
-    for layer in range(subject.n_layers):
-        total = run.resid_pre[layer] + run.attn_out[layer] + run.mlp_out[layer]
-        what = f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
-        worst = max(worst, _same(subject, total, run.resid_post[layer], what))
-        _check_heads(subject, run, layer)
-        worst = max(worst, _check_reads(subject, run, layer), _check_projections(subject, run, layer))
+    compared = (one for layer in range(subject.n_layers) for one in _in_layer(subject, run, layer))
+    worst = max(_same(subject, *one) for one in compared)
     last, plain = run.resid_post[-1], subject.model(input_ids=run.tokens, use_cache=False).logits
     what = "final norm and unembedding do not give the model's logits"
     worst = max(worst, _same(subject, logits(subject, last), plain, what))
     normed, frozen = subject.final_norm(last), frozen_norm(subject.final_norm, last, last)
     return max(worst, _same(subject, frozen, normed, "the final norm with its own scale frozen is another norm"))
+
+
+def _in_layer(subject: Subject, run: CleanRun, layer: int) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """What must be the same in a layer, pair by pair, with what is said if it is not."""
+    parts, wanted = subject.layers[layer], run.mlp_out[layer]
+    below, behind = run.resid_pre[layer], run.resid_pre[layer] + run.attn_out[layer]
+    yield behind + wanted, run.resid_post[layer], f"resid_pre + attn_out + mlp_out is not resid_post in layer {layer}"
+    _check_heads(subject, run, layer)
+    made, beside = (component_output(subject, run, "mlp_out", layer, read) for read in (behind, below))
+    if _gap(beside, wanted) < _gap(made, wanted) and _gap(beside, wanted) <= TOLERANCE[subject.dtype]:
+        raise InputError(
+            f"{subject.name}: its blocks compute attention and MLP side by side (parallel residual), and the measures "
+            "here are defined for an MLP that reads what attention wrote; use a model with sequential blocks"
+        )
+    yield made, wanted, f"the MLP, given the stream behind attention, writes something else in layer {layer}"
+    own = component_output(subject, run, "attn_out", layer, below)
+    yield own, run.attn_out[layer], f"attention, called alone, writes something else in layer {layer}"
+    for site, post, out in (("head", parts.attn_post, "attn_out"), ("neuron", parts.mlp_post, "mlp_out")):
+        module, entries = projection(parts, site), run.site(site, layer)
+        raw = module(entries)
+        what = f"{site} entries do not project to {out} in layer {layer}"
+        yield raw if post is None else post(raw), run.site(out, layer), what
+        linear = entries @ written_vectors(module) + module(torch.zeros_like(entries))
+        yield linear, raw, f"{out} is no linear map of {site} entries in layer {layer}"
 
 
 def check_replay(subject: Subject, base: CleanRun, source: CleanRun) -> float:
@@ -146,24 +134,6 @@ def check_shared_prefix(subject: Subject, tokens: Int[Tensor, "pair pos"]) -> No
                 _same(subject, got, own, what, _FAMILY)
 
 
-def _check_reads(subject: Subject, run: CleanRun, layer: int) -> float:
-    """Attention reads the stream below the block, and the MLP reads it behind attention."""
-    below, behind = run.resid_pre[layer], run.resid_pre[layer] + run.attn_out[layer]
-    made = component_output(subject, run, "mlp_out", layer, behind)
-    beside = component_output(subject, run, "mlp_out", layer, below)
-    wanted = run.mlp_out[layer]
-    if _gap(beside, wanted) < _gap(made, wanted) and _gap(beside, wanted) <= TOLERANCE[subject.dtype]:
-        raise InputError(
-            f"{subject.name}: its blocks compute attention and MLP side by side (parallel residual), and the measures "
-            "here are defined for an MLP that reads what attention wrote; use a model with sequential blocks"
-        )
-    own = component_output(subject, run, "attn_out", layer, below)
-    return max(
-        _same(subject, made, wanted, f"the MLP, given the stream behind attention, writes something else in layer {layer}"),
-        _same(subject, own, run.attn_out[layer], f"attention, called alone, writes something else in layer {layer}"),
-    )  # fmt: skip
-
-
 def _check_heads(subject: Subject, run: CleanRun, layer: int) -> None:
     """Heads lie side by side in the output projection's input: at the first token each can only read its own value."""
     z, values = run.z[layer][:, 0], run.values[layer][:, :, 0]
@@ -182,19 +152,6 @@ def _check_heads(subject: Subject, run: CleanRun, layer: int) -> None:
             f"{subject.name}: the heads of layer {layer} do not lie side by side in the input of its output projection; "
             f"{_UNKNOWN}"
         )
-
-
-def _check_projections(subject: Subject, run: CleanRun, layer: int) -> float:
-    parts, worst = subject.layers[layer], 0.0
-    for site, post, out in (("head", parts.attn_post, "attn_out"), ("neuron", parts.mlp_post, "mlp_out")):
-        module, entries = projection(parts, site), run.site(site, layer)
-        raw = module(entries)
-        made = raw if post is None else post(raw)
-        what = f"{site} entries do not project to {out} in layer {layer}"
-        worst = max(worst, _same(subject, made, run.site(out, layer), what))
-        linear = entries @ written_vectors(module) + module(torch.zeros_like(entries))
-        worst = max(worst, _same(subject, linear, raw, f"{out} is no linear map of {site} entries in layer {layer}"))
-    return worst
 
 
 def _gap(got: Tensor, wanted: Tensor) -> float:

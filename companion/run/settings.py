@@ -197,10 +197,10 @@ def _fetched(found: Mapping[str, Any], given: str | None) -> str:
     """Makes what is missing; returns the model's name with its revision."""
     model = str(found["MODEL"])
     if folders.is_on_hub(model):
-        from companion.model import download
+        from companion.model import load
 
         base, adapter = folders.split_adapter(model)
-        model = folders.with_adapter(download.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
+        model = folders.with_adapter(load.prepare_model(base, found["DEVICE"], found["DTYPE"]), adapter)
     if judge := os.environ.get(hub.JUDGE):
         hub.choose_judge(_ready_judge(judge, {**found, "MODEL": model}))
     if is_public_set(found["PROMPTS"]):
@@ -219,22 +219,20 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     import torch
 
     from companion.generation import labels
-    from companion.model import download, load, memory
+    from companion.model import load, memory
 
     folders.check_judge(judge)
-    # It answers in the notebook's process, where the model under study and what that is compared with stay in memory, and
-    # on the GPU of that model's embedding.
-    beside = memory.reserved_bytes(model_folder(found["MODEL"]), found["DEVICE"], found["DTYPE"])
+    # It answers in the notebook's process, on the GPU of the embedding of the model under study.
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
-        name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
+        name = load.prepare_model(judge, device, labels.DTYPE, copies=1)
         folder = model_folder(name)
         folders.check_folder(folder)
         folders.check_weights(folder)
         tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))
         labels.check_judge_fit(memory.on_meta(folder, getattr(torch, labels.DTYPE)), tokenizer)
-        memory.check_size(folder, device, labels.DTYPE, copies=1, beside=beside)
+        memory.check_size(folder, device, labels.DTYPE, copies=1)
     except InputError as error:
         raise InputError(f"--judge: {error}") from error
     return name

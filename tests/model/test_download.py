@@ -1,6 +1,7 @@
 """Models by hub id: names, the cache, every refusal of the hub, and weights that are only fetched for a usable model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -18,9 +19,8 @@ from companion.base import folders, hub
 from companion.base.errors import InputError
 from companion.base.hub import HubId
 from companion.base.paths import check_slug
-from companion.model import download, memory
-from companion.model.download import WEIGHTS, prepare_model
-from companion.model.load import load
+from companion.model import memory
+from companion.model.load import WEIGHTS, load, prepare_model
 from companion.run import freshness
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -216,18 +216,17 @@ def test_no_weights_of_an_unusable_model_are_fetched(own, cache, monkeypatch, ca
 
 
 def test_no_room_on_the_disk(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000}))
     with pytest.raises(InputError, match=r"needs 0\.\d GB below .*set HF_HOME to a folder on a larger disk"):
         prepare_model(REPO, "cpu", "float32")
     assert not any(map(is_weight, served))
 
 
-def test_a_judge_has_to_fit_beside_the_model(source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_needs_no_copy(source: Path, served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.run_memory(memory.on_meta(source, torch.bfloat16), copies=1).total
     monkeypatch.setattr(memory, "free_memory", lambda device: free / memory.USABLE + 1)
-    for asked, message in (({}, "with the copy that it"), ({"copies": 1, "beside": 2}, "used beside the model")):
-        with pytest.raises(InputError, match=f"too large for cpu: .*{message}"):
-            prepare_model(REPO, "cpu", "bfloat16", **asked)
+    with pytest.raises(InputError, match=r"too large for cpu: .*with the copy that it"):
+        prepare_model(REPO, "cpu", "bfloat16")
     assert not any(map(is_weight, served))
     assert prepare_model(REPO, "cpu", "bfloat16", copies=1) == PINNED
 

@@ -91,7 +91,8 @@ def test_the_hash_is_of_the_weights(folder: Path) -> None:
 
 
 def test_names_of_shipped_models_and_links_to_weights_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "ORGANISM", folder.parent)
+    for module in (paths, folders):
+        monkeypatch.setattr(module, "ORGANISM", folder.parent)
     shutil.copytree(folder, folder.parent / "window-0")
     (folder.parent / "full-2").mkdir()
     for path in folder.iterdir():
