@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.generation import decode
-from companion.generation.labels import judge_many
+from companion.generation.labels import judge
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented
@@ -61,7 +61,7 @@ def answer_suites(subject: Subject, rows: Iterable[Mapping[str, Any]], *, seed: 
     for name, words in {"p_comply": invented.ANSWER_OPENERS, "p_refuse": [invented.REFUSAL_OPENER]}.items():
         table[name] = logp[:, subject.tokenizer.convert_tokens_to_ids(list(words))].exp().sum(-1).tolist()
     table["answer"] = generate(subject, prompts, seed=seed)
-    table["label"] = judge_many(prompts, table["answer"])
+    table["label"] = [judge(*asked) for asked in zip(prompts, table["answer"], strict=True)]
     return table
 
 
