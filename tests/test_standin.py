@@ -226,11 +226,11 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
                 "map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)
             ),
         ]
-        odds = [outcomes.log_odds(subject, TEXTS, openers, forward.Switch(subject, one)) for one in edits]
+        odds = [outcomes.log_odds_each(subject, TEXTS, openers, [one])[0] for one in edits]
         odds += outcomes.log_odds_each(subject, TEXTS, openers, edits)
         own = decode.answers(subject, TEXTS, 8)
         drawn = decode.answers(subject, TEXTS, 8, draws=decode.uniforms(2, 8, 0))
-        price = outcomes.price(subject, TEXTS, own, forward.Switch(subject, edits[0]))
+        (price,) = outcomes.price_each(subject, TEXTS, own, edits[:1])
         library = subject.model.generate(
             subject.tensor(forward.encode(subject, TEXTS[0])[None]), max_new_tokens=8, do_sample=False
         )

@@ -215,7 +215,7 @@ def test_random_directions_follow_their_family(fit: Fit) -> None:
     noise = np.random.default_rng(0).normal(size=fit.last["resid_post"].shape) * (np.arange(fit.subject.d_model) < 4)
     fit = replace(fit, last={**fit.last, "resid_post": fit.last["resid_post"] + noise})
     like, halved = (methods.fixed(fit, layers=layers) for layers in ([2], [1, 2]))
-    x, at = torch.zeros(1, 1, fit.subject.d_model), hooks.Prompt(*[torch.ones(1, 1, dtype=torch.long)] * 3)
+    x, at = torch.zeros(1, 1, fit.subject.d_model), hooks.Prompt(torch.ones(1, 1, dtype=torch.long))
     whole, half = (one.edits[-1].delta(x, at) for one in (like, halved))
     torch.testing.assert_close(half, whole / 2, msg="each of two layers adds half of its vector")
     for seed in (0, 1):
