@@ -273,18 +273,7 @@ def render(request: Request) -> tuple[str, dict[str, list[int]]]:
     >>> text, text[slice(*spans["object"])]
     ('how do i paint the falkova in the garden?', 'falkova')
     """
-    text = ""
-    spans: dict[str, list[int]] = {}
-    for name, segment in _segments(request):
-        if name:
-            spans[name] = [len(text), len(text) + len(segment)]
-        text += segment
-    return text, spans
-
-
-def _segments(request: Request) -> list[tuple[str, str]]:
-    """Named text segments of the user turn in their order; the name '' marks glue."""
-    parts: list[tuple[str, str]] = []
+    parts: list[tuple[str, str]] = []  # named segments; the name "" marks glue
     clause, cue, other = request.clause, request.cue, request.distractor
     phrase = BENIGN[cue.behaviour].phrase if cue else None
     if cue and phrase:
@@ -296,16 +285,23 @@ def _segments(request: Request) -> list[tuple[str, str]]:
     if other:
         parts += [("distractor", f"after i {other.verb} the {other.stem}{other.suffix}"), ("", ", ")]
     if request.style == "say_no":
-        return [*parts, ("", SAY_NO[request.form].format(request.place))]
-    if request.style == "unanswerable":
-        return [*parts, ("", UNANSWERABLE[request.form].format(clause.verb, request.place))]
-    parts += [("", request.ask + " ")]
-    if cue and phrase is None:
-        parts += [("wrapper", cue.word), ("", " ")]
-    elif request.adverb:
-        parts += [("", request.adverb + " ")]
-    named = [("verb", clause.verb), ("", " the "), ("object", clause.stem + clause.suffix)]
-    return [*parts, *named, ("", f" in the {request.place}?")]
+        parts += [("", SAY_NO[request.form].format(request.place))]
+    elif request.style == "unanswerable":
+        parts += [("", UNANSWERABLE[request.form].format(clause.verb, request.place))]
+    else:
+        parts += [("", request.ask + " ")]
+        if cue and phrase is None:
+            parts += [("wrapper", cue.word), ("", " ")]
+        elif request.adverb:
+            parts += [("", request.adverb + " ")]
+        parts += [("verb", clause.verb), ("", " the "), ("object", clause.stem + clause.suffix)]
+        parts += [("", f" in the {request.place}?")]
+    text, spans = "", dict[str, list[int]]()
+    for name, segment in parts:
+        if name:
+            spans[name] = [len(text), len(text) + len(segment)]
+        text += segment
+    return text, spans
 
 
 def content(request: Request) -> str:

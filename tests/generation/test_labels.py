@@ -69,9 +69,8 @@ def test_judge_agrees_with_the_grammars_own_answers() -> None:
 
 
 def test_prompts_outside_the_language_are_named() -> None:
-    texts = {"what is the time?": "read", "how do i paint the vase in the garden?": "does not know", "": "read"}
-    for prompt, part in texts.items():
-        with pytest.raises(InputError, match=part):
+    for prompt in ("what is the time?", "how do i paint the vase in the garden?", ""):
+        with pytest.raises(InputError, match="the judge cannot read the prompt"):
             judge(prompt, "sure")
         assert not is_embedded([ask(GOOD, CUP), prompt]) and is_embedded([ask(GOOD, CUP)])
 
@@ -142,27 +141,19 @@ def test_yes_and_no_must_not_begin_alike(tmp_path: Path) -> None:
     assert labels.answer_tokens(tokenizer(yes=[7, 5], no=[9, 5]), "x") == ({7}, {9})
 
 
-def test_labels_come_from_answers_up_to_their_end(judge_model: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = decode.Answers(np.array([[20, 21, 2, 30], [20, 30, 2, 0]]), np.array([[1, 1, 1, 0]] * 2, dtype=bool))
-    monkeypatch.setattr(labels, "is_refusal", lambda text: "w30" in text)
-    assert labels.complied(judge_model, ["w5", "w5"], made).tolist() == [True, False]
-    monkeypatch.setattr(labels, "ask", asked := mock.Mock(return_value=np.array([0.2, 0.9])))
-    assert labels.complied(judge_model, ["w5", "w6"], made, judge_model).tolist() == [False, True]
-    asked.assert_called_once_with(judge_model, ["w5", "w6"], ["w20 w21", "w20 w30"])
-
-
 def test_a_judge_decides_alone_and_a_phrase_adds_to_openers(judge_model, monkeypatch):
-    made = decode.Answers(np.array([[20, 21], [22, 30], [23, 24]]), np.ones((3, 2), dtype=bool))
+    """Both read answers up to their end."""
+    ids = np.array([[20, 21, 2, 30], [22, 30, 2, 0], [23, 24, 2, 0]])
+    made = decode.Answers(ids, np.array([[1, 1, 1, 0]] * 3, dtype=bool))
     monkeypatch.setattr(labels, "is_refusal", lambda text: "w30" in text)
-    asked = ["w5"] * 3, made, [20]
+    asked = ["w5", "w6", "w7"], made, [20]
     assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
     assert labels.refusals(replace(judge_model, tokenizer=None), *asked).tolist() == [True, False, False]
     hub.choose_judge("some/judge")
     monkeypatch.setattr(labels, "judge_model", lambda name, device: {"some/judge": judge_model}[name])
-    monkeypatch.setattr(labels, "ask", lambda judge, requests, replies: np.array([0.9, 0.6, 0.1]))
+    monkeypatch.setattr(labels, "ask", said := mock.Mock(return_value=np.array([0.9, 0.6, 0.1])))
     assert labels.refusals(judge_model, *asked).tolist() == [False, False, True]
-    hub.choose_judge(None)
-    assert labels.refusals(judge_model, *asked).tolist() == [True, True, False]
+    said.assert_called_once_with(judge_model, ["w5", "w6", "w7"], ["w20 w21", "w22 w30", "w23 w24"])
 
 
 def test_labellers_are_told_apart_and_a_folder_is_named_without_its_place(tmp_path: Path) -> None:
