@@ -11,18 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from transformers import PreTrainedTokenizerBase
 
-from companion.base import hub
 from companion.base.device import to_host
 from companion.base.errors import InputError
-from companion.base.files import KnownHashes, hash_folder
-from companion.base.folders import model_folder, split_adapter
 from companion.base.hub import JUDGE
 from companion.generation import forward
 from companion.generation.decode import Answers, answer_texts, repetition
@@ -214,26 +211,11 @@ def is_embedded(texts: Iterable[str]) -> bool:
     return all(clause_of(text) is not None for text in texts)
 
 
-def judge_name() -> str:
-    """The judge model that labels answers, without the place where it lies on this machine; empty if none was chosen."""
-    base, adapter = split_adapter(os.environ.get(JUDGE, ""))
-    shown = Path(base).name if Path(base).is_dir() else base
-    return f"{shown}+{adapter.name}" if adapter else shown
-
-
-def judge_files(known: KnownHashes) -> list[Any]:
-    """The judge model, if one was chosen, for a hash: its name, and the files of a folder (the hub's name has its commit)."""
-    judge = os.environ.get(JUDGE)
-    if not judge:
-        return []
-    is_on_hub = hub.parse(judge) is not None and not Path(judge).is_dir()
-    return [judge_name(), {} if is_on_hub else hash_folder(model_folder(judge), known)]
-
-
 def labeller(*, exact: bool) -> str:
     """One sentence: who labels, and what is known of the labeller's errors."""
     if exact:
         return EXACT
-    if name := judge_name():
-        return f"labels are the word of the judge model {name}, which errs as well; how often is not known"
-    return BY_PHRASES
+    if not (judge := os.environ.get(JUDGE)):
+        return BY_PHRASES
+    name = Path(judge).name if Path(judge).is_absolute() else judge  # not the place where it lies
+    return f"labels are the word of the judge model {name}, which errs as well; how often is not known"

@@ -153,9 +153,8 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
 
 def _judge() -> dict[str, str]:
     """The judge model that labels answers, where one was chosen."""
-    from companion.generation import labels
-
-    return {"judge": labels.judge_name()} if os.environ.get(hub.JUDGE) else {}
+    judge = os.environ.get(hub.JUDGE)
+    return {"judge": Path(judge).name if Path(judge).is_absolute() else judge} if judge else {}
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -136,13 +136,11 @@ def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
     rendered = freshness.rendered(parameters) if foreign else ""  # what ships is text of fixed templates
-    judge: list[Any] = []
     own: dict[str, Any] = {}
-    if os.environ.get(hub.JUDGE):
-        from companion.generation import labels  # only then: it imports torch
-
-        judge = labels.judge_files(known)
-    return files.digest(parts, rendered, files.hash_file(ROOT / "requirements.lock", known), *judge), own
+    judge = os.environ.get(hub.JUDGE)
+    judge_files = files.hash_folder(model_folder(judge), known) if judge and Path(judge).is_dir() else None
+    lock = files.hash_file(ROOT / "requirements.lock", known)
+    return files.digest(parts, rendered, lock, judge, judge_files), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:

@@ -157,12 +157,8 @@ def test_a_judge_decides_alone_and_a_phrase_adds_to_openers(judge_model, monkeyp
 
 
 def test_labellers_are_told_apart_and_a_folder_is_named_without_its_place(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("{}")
-    assert labels.labeller(exact=False) == labels.BY_PHRASES and labels.judge_files({}) == []
+    assert labels.labeller(exact=False) == labels.BY_PHRASES
     for chosen, name in (("org/judge@main", "org/judge@main"), (str(tmp_path / "mine"), "mine")):
         hub.choose_judge(chosen)
         assert labels.labeller(exact=True) == labels.EXACT
         assert f"the word of the judge model {name}, which errs as well" in labels.labeller(exact=False)
-    shown, hashes = labels.judge_files({})
-    assert shown == "mine" and set(hashes) == {"config.json"}
