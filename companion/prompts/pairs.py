@@ -130,10 +130,12 @@ def _outcome(entry: Any, where: str) -> Outcome:
     found: list[tuple[str, ...] | None] = []
     for side, otherwise in (("comply", f', or "{REST}"'), ("refuse", "")):
         strings = entry.get(side) if isinstance(entry, dict) else None
-        is_list = isinstance(strings, list) and strings and all(isinstance(one, str) and one for one in strings)
-        if not is_list and not (otherwise and strings == REST):
+        if isinstance(strings, list) and strings and all(isinstance(one, str) and one for one in strings):
+            found.append(tuple(strings))
+        elif otherwise and strings == REST:
+            found.append(None)
+        else:
             raise InputError(f"{where}: '{side}' must be a non-empty list of strings{otherwise}")
-        found.append(tuple(strings) if is_list else None)
     return found[0], found[1] or ()
 
 
