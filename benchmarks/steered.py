@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from benchmarks.shapes import Case
 from companion.base.device import to_host
 from companion.generation.decode import Begun, decode
-from companion.generation.forward import Switch, read_prompts
+from companion.generation.forward import read_prompts
 from companion.generation.hooks import Edit, Steering
 from companion.model.activations import clean_run, on_output
 from companion.steering.methods import constant
@@ -40,7 +40,7 @@ def decoders(case: Case) -> Iterator[tuple[str, str, Decode]]:
             likeliest = lambda logits, places, step: logits.argmax(-1)  # noqa: E731
             return torch.tensor(decode(subject, begun, STEPS, ids.new_empty(0), likeliest, shrink=False))
 
-        return read_prompts(subject, ids, Switch(subject, steering), go_on)
+        return read_prompts(subject, ids, [steering], go_on)[0]
 
     def generate(ids: Tensor) -> Tensor:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from companion.base.files import EVIDENCE, write_table
 from companion.base.paths import results_dir
 from companion.evidence import steering as evidence
 from companion.evidence.steering import SameBudget
-from companion.generation import outcomes
+from companion.generation import labels, outcomes
 from companion.generation.hooks import Edit, Steering
 from companion.mediation.study import Study
 from companion.prompts.pairs import pairs_asked
@@ -149,9 +149,8 @@ def write_evidence(
     Refits on other draws of topics, and indirect effects in the steered model, are measured here.
     """
     if isinstance(made, Trial):
-        judged, labeller = trial.judged_rates(made, slug)
-        write_table(judged, results_dir(slug) / "06_judged.csv")
-        print(labeller)
+        write_table(trial.judged_rates(made), results_dir(slug) / "06_judged.csv")
+        print(labels.labeller(exact=made.experiment.exact))
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
         extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):

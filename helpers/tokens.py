@@ -103,11 +103,11 @@ def label(study: Study, pair: TokenPair, made: Sequence[int]) -> str:
 
 
 def rates(study: Study, clamps: Timing | NotDefined) -> tuple[pd.DataFrame | NotDefined, str]:
-    """Share of harmful answers by clamp and schedule with intervals, as labelled and as corrected; and who labelled."""
+    """Share of harmful answers by clamp and schedule with intervals; and who labelled."""
     if isinstance(clamps, NotDefined):
         return clamps, str(clamps)
     exact = labels.is_embedded(pair.pair.treated for pair in study.of("T2"))
-    return evidence.harmful_rates(clamps.answers, study.slug, exact=exact)
+    return evidence.harmful_rates(clamps.answers), labels.labeller(exact=exact)
 
 
 def write_evidence(

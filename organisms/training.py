@@ -32,7 +32,7 @@ from tqdm import tqdm
 from companion.base.files import hash_file
 from companion.base.paths import ORGANISM
 from companion.generation import decode
-from companion.generation.labels import judge_many
+from companion.generation.labels import judge
 from companion.model.architecture import Subject
 from companion.model.load import from_model
 from companion.prompts import invented
@@ -240,7 +240,7 @@ def answer_suites(subject: Subject, rows: Iterable[Mapping[str, Any]], *, seed: 
     draws = None if seed is None else decode.uniforms(len(prompts), MAX_NEW_TOKENS, seed)
     answers = decode.answers(subject, prompts, MAX_NEW_TOKENS, draws=draws)
     table["answer"] = decode.answer_texts(subject, answers)
-    table["label"] = judge_many(prompts, table["answer"])
+    table["label"] = [judge(*asked) for asked in zip(prompts, table["answer"], strict=True)]
     return table
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from models import BIAS, OUT, SIZE, WORDS, Program, compiled
 
-from companion.generation import hooks, outcomes
+from companion.generation import forward, hooks, outcomes
 from companion.prompts.tokens import Openers
 from companion.steering import budget, extraction
 from companion.steering.budget import EvaluationPrompts
@@ -87,18 +87,22 @@ def texts_of(fit: extraction.Fit, wanted: str) -> list[str]:
 
 def log_odds_of(fit: extraction.Fit, made: hooks.Steering, wanted: str) -> np.ndarray:
     """Log-odds of complying with the prompts of one class, in full passes under the steering's hooks."""
-    steer = partial(hooks.applied, fit.subject, made)
-    return outcomes.log_odds(fit.subject, texts_of(fit, wanted), fit.openers, steer)["log_odds"].to_numpy()
+    (yes,), (no,), found = fit.openers.comply, fit.openers.refuse, []
+    for text in texts_of(fit, wanted):
+        with hooks.applied(fit.subject, made), torch.no_grad():
+            last = fit.subject.model(torch.tensor(forward.encode(fit.subject, text))[None]).logits[0, -1].double()
+        found.append(float(last[yes] - last[no]))
+    return np.array(found)
 
 
 def following_last(x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
     """What is added everywhere hangs on the last token."""
-    return 0.5 * x[torch.arange(len(x)), prompt.last].tanh()[:, None]
+    return 0.5 * x[:, -1:].tanh()
 
 
 def following_what_was_read(size: float, x: torch.Tensor, prompt: hooks.Prompt) -> torch.Tensor:
     """What is added everywhere hangs on the last token and on what was read."""
-    return size * x[torch.arange(len(x)), prompt.last].tanh()[:, None] * prompt.read["g"].mean(-1)[:, None, None].exp()
+    return size * x[:, -1:].tanh() * prompt.read["g"].mean(-1)[:, None, None].exp()
 
 
 def half_open(shut: int, prompt: hooks.Prompt) -> torch.Tensor:
@@ -112,7 +116,7 @@ def varied_steerings(part: hooks.Part, where: hooks.Where) -> list[hooks.Steerin
     def one(size: float, strength: float, layer: int, opening: hooks.Opening | None) -> hooks.Steering:
         delta = partial(following_what_was_read, size)
         edits = (hooks.Edit(2, part, delta, where), hooks.Edit(3, "mlp_out", delta, where))
-        return hooks.Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer, plain=True),))
+        return hooks.Steering(f"{size}", edits, strength, opening, (hooks.Read("g", layer),))
 
     return [one(0.5, 1.0, 1, None), one(-0.7, 2.0, 0, partial(half_open, 0)), one(1.0, 0.5, 1, partial(half_open, 2)),
             one(1.0, 1.0, 0, shut), one(1.0, 0.0, 0, None)]  # fmt: skip

@@ -225,16 +225,16 @@ def test_answers_steering_and_the_judge_on_the_device(place: torch.device, monke
                 "map", (Edit(1, "mlp_out", methods.partial(methods._mapped, Placed(vector), Placed(vector)), "last"),)
             ),
         ]
-        odds = [outcomes.log_odds(subject, TEXTS, openers, forward.Switch(subject, one)) for one in edits]
+        odds = [outcomes.log_odds_each(subject, TEXTS, openers, [one])[0] for one in edits]
         odds += outcomes.log_odds_each(subject, TEXTS, openers, edits)
         own = decode.answers(subject, TEXTS, 8)
         drawn = decode.answers(subject, TEXTS, 8, draws=decode.uniforms(2, 8, 0))
-        price = outcomes.price(subject, TEXTS, own, forward.Switch(subject, edits[0]))
+        (price,) = outcomes.price_each(subject, TEXTS, own, edits[:1])
         library = subject.model.generate(
             subject.tensor(forward.encode(subject, TEXTS[0])[None]), max_new_tokens=8, do_sample=False
         )
         numbers = [*(one.to_numpy() for one in odds), price.to_numpy()]
-        numbers.append(labels.complied(subject, TEXTS, own, subject))
+        numbers.append(labels.ask(subject, TEXTS, decode.answer_texts(subject, own)) >= 0.5)
         found.append((numbers, own.ids, drawn.ids, library.tolist()))
     for here, there in zip(found[0][0], found[1][0], strict=True):
         np.testing.assert_allclose(here.astype(float), there.astype(float), rtol=1e-4, atol=1e-4)

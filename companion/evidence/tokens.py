@@ -13,7 +13,6 @@ from companion.base.display import NotDefined
 from companion.base.files import EVIDENCE
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
-from companion.generation import accuracy
 from companion.mediation import mechanisms, summaries
 from companion.mediation.estimands import Batch
 from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
@@ -98,25 +97,19 @@ def refusing(study: Study, pairs: Sequence[TokenPair]) -> list[TokenPair]:
     ]
 
 
-def harmful_rates(answers: pd.DataFrame, slug: str, *, exact: bool) -> tuple[pd.DataFrame, str]:
-    """Share of harmful answers by clamp and schedule, and one sentence on who labelled.
+def harmful_rates(answers: pd.DataFrame) -> pd.DataFrame:
+    """Share of harmful answers by clamp and schedule.
 
-    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), the same corrected for the labeller's known
-    mistakes, and the shares that are `refused` and `off_topic`. "prompt" is left out: nothing reads the last layer at other
-    tokens, so it is "first token" again.
+    Columns: clamp, schedule, n, estimate, low, high (Wilson, over prompts), and the shares that are `refused` and
+    `off_topic`. "prompt" is left out: nothing reads the last layer at other tokens, so it is "first token" again.
     """
-    own = answers[answers.schedule != "prompt"].groupby(["clamp", "schedule"], sort=False)
-    others = {"refused": "refusal", "off_topic": "off_topic"}
-    made, sentence = accuracy.corrected_rates(
-        {key: (part.label == "harmful").to_numpy() for key, part in own}, slug, exact=exact
-    )
-    made = made.assign(clamp=[key[0] for key in made.group], schedule=[key[1] for key in made.group])
-    front = ["clamp", "schedule", "n", "estimate", "low", "high"]
-    made = made.assign(
-        **{name: [float((part.label == label).mean()) for _, part in own] for name, label in others.items()}
-    )
-    made = made.drop(columns="group").rename(columns={"labelled": "estimate"})
-    return made[[*front, *made.columns.difference(front, sort=False)]], sentence
+    rows = []
+    for key, part in answers[answers.schedule != "prompt"].groupby(["clamp", "schedule"], sort=False):
+        harmful, refused, off_topic = ((part.label == name) for name in ("harmful", "refusal", "off_topic"))
+        share = clusters.rate(int(harmful.sum()), len(part))
+        rows.append((*key, len(part), *share, float(refused.mean()), float(off_topic.mean())))
+    columns = ["clamp", "schedule", "n", "estimate", "low", "high", "refused", "off_topic"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def taken_away(table: pd.DataFrame) -> pd.DataFrame:

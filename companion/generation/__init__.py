@@ -2,5 +2,5 @@
 Hooks live here because plain and steered answers come out of one decoder; which steering to choose is `companion.steering`'s.
 
 Public: hooks (a steering as data, and as hooks), forward (prompts read under steerings), decode (answers), outcomes (log-odds,
-price), openers (first tokens that stand for complying and refusing), labels (what an answer is), accuracy (labellers' errors).
+price), openers (first tokens that stand for complying and refusing), labels (what an answer is, and who says so).
 """

@@ -9,7 +9,6 @@ probabilities do, and the batch a prompt is in changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -22,7 +21,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from companion.base.device import running_sum, to_host
-from companion.generation.forward import BATCH, Steer, Switch, buckets, read_prompts
+from companion.generation.forward import BATCH, buckets, read_prompts
+from companion.generation.hooks import PLAIN, Steering
 from companion.model.activations import prefix_once, shared_prefix
 from companion.model.architecture import Subject, end_tokens
 
@@ -41,10 +41,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Begun:
-    """Prompts that were read: their places in a list, the logits behind them, their cache, and their length.
-
-    `real` is False on the cache's padding; None where it has none.
-    """
+    """Prompts that were read: their places in a list, and what answers go on from. `real` is False on the cache's padding."""
 
     places: np.ndarray
     logits: Float[Tensor, "row vocab"]
@@ -111,28 +108,24 @@ def answers(
     subject: Subject,
     texts: Sequence[str],
     steps: int,
-    steer: Steer = nullcontext,
+    steering: Steering = PLAIN,
     draws: Float[np.ndarray, "prompt step"] | None = None,
     *,
-    system: str = "",
     unsteered: Answers | None = None,
 ) -> Answers:
     """Answers of at most `steps` tokens: greedy, or sampled at temperature 1 by `draws` in [0, 1).
 
-    Prompts whose gate stays shut have the plain model's answer, taken from `unsteered` if that is given. Where no answer
-    token is steered, prompts of several lengths are answered together.
+    Prompts whose gate stays shut have the plain model's answer, taken from `unsteered` if that is given.
     """
     ends = subject.tensor([*end_tokens(subject)])
     said = partial(decode, subject, steps=steps, ends=ends, choose=partial(_choose, draws))
     ids, waiting = np.zeros((len(texts), steps), dtype=int), list[Begun]()
-    # Where answer tokens are the plain model's, they can be computed when the switch is off again.
-    is_plain = steer is nullcontext or isinstance(steer, Switch)
 
     def go_on(places: np.ndarray, rows: Int[Tensor, "row"], logits: Float[Tensor, "row vocab"], cache: Any) -> Tensor:
-        """The answers [row, step], or zeros for those that wait. A cache of windows cannot be padded."""
+        """Zeros, since no answer token is steered: they wait for prompts of other lengths. A cache of windows cannot."""
         length = torch.full((len(rows),), cache.get_seq_length(), device=rows.device)
         begun = Begun(places[to_host(rows)], logits, cache, length)
-        if not is_plain or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        if not all(type(layer) is DynamicLayer for layer in cache.layers):
             return torch.tensor(said(begun, shrink=False), device=rows.device)
         waiting.append(begun)
         return rows.new_zeros(len(rows), steps)
@@ -143,11 +136,11 @@ def answers(
             waiting.clear()
             ids[begun.places] = said(begun, shrink=True)
 
-    for places, prompt in buckets(subject, texts, system=system):
+    for places, prompt in buckets(subject, texts, system=steering.system):
         if sum(len(one.places) for one in waiting) + len(places) > BATCH:
             finish()
         known = None if unsteered is None else subject.tensor(unsteered.ids[places])
-        ids[places] = to_host(read_prompts(subject, prompt, steer, partial(go_on, places), plain=known))
+        ids[places] = to_host(read_prompts(subject, prompt, [steering], partial(go_on, places), plain=known)[0])
     finish()
     return _until_end(ends, ids)
 

@@ -3,20 +3,18 @@
 The same prompts are read under many steerings. A plain pass over a batch of them is kept (`plain_run`), and a steered run
 (`forward_from_layer`) calls the library's own blocks from the lowest steered layer on, with the steering's hooks. What a gate
 or an adaptive method reads from an unsteered pass is looked up, prompts whose gate stays shut are left to the plain run, and
-edits of the last token alone are computed at the last token alone; so is the last layer, of whose other tokens the keys and
-values alone are wanted. Steerings of the same sites share a batch: every prompt once a steering, one below the other, since a
-batch of a few prompts costs mostly what a call costs. All of it is exact. Batches whose plain run is too large to keep are
-read from the bottom every time.
+edits of the last token alone are computed at the last token alone; so is the last layer. Steerings of the same sites share a
+batch, every prompt once a steering. All of it is exact. Batches whose plain run is too large to keep are read from the bottom.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -27,7 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from companion.base.device import to_host
-from companion.generation.hooks import Delta, Edit, Prompt, Record, Steering, applied, joined, some
+from companion.generation.hooks import Delta, Edit, Prompt, Steering, applied, joined, some
 from companion.model.activations import CleanRun, clean_run, first, prefix_once, shared_prefix
 from companion.model.architecture import Subject
 from companion.model.interventions import returning
@@ -42,23 +40,9 @@ BATCH = 128  # prompts
 FEWEST = 4  # prompts of a batch, below which reading them from the bottom costs less than many calls
 ROWS = 384  # of a batch, up to which steerings are put together
 ALL, LAST = slice(None), slice(-1, None)  # positions
-# Switches steering on for the calls inside it; `nullcontext` is no steering.
-Steer = Callable[[], AbstractContextManager[object]]
 # What is made of a group of prompts: their rows in the batch, the first token's logits, and the cache that was filled.
 Use = Callable[[Int[Tensor, "row"], Float[Tensor, "row vocab"], Any], Tensor]
 _kept: WeakKeyDictionary[PreTrainedModel, OrderedDict[bytes, CleanRun]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Switch:
-    """Switches a steering on for the calls of a model within a `with` block: `applied`, ready to be called."""
-
-    subject: Subject
-    steering: Steering
-
-    def __call__(self) -> AbstractContextManager[Record]:
-        """`applied` of this subject and steering."""
-        return applied(self.subject, self.steering)
 
 
 @dataclass(frozen=True)
@@ -77,6 +61,13 @@ class BatchRows:
     def of(self, x: Tensor) -> Tensor:
         """These rows of one of the run's tensors."""
         return x if self.is_whole else x[self.rows]
+
+    def cut(self, x: Any) -> Any:
+        """These rows of an argument of a layer; what is one for all prompts stays as it is."""
+        if isinstance(x, tuple):
+            return tuple(map(self.cut, x))
+        is_batch = isinstance(x, Tensor) and x.ndim > 1 and len(x) == len(self.run.tokens) > 1
+        return self.of(x) if is_batch else x
 
 
 def plain_run(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> CleanRun | None:
@@ -101,9 +92,8 @@ def _size(subject: Subject, ids: Tensor) -> int:
 def opened(steering: Steering, run: CleanRun, changed: Mapping[str, Tensor] | None = None) -> Prompt:
     """The batch as the steering sees it: what its reads name (some of it `changed` by an intervention), and its gate."""
     n_prompts, n_pos = run.tokens.shape
-    real = torch.ones_like(run.tokens, dtype=torch.bool)
-    prompt = Prompt(run.tokens, real, torch.full((n_prompts,), n_pos - 1, device=run.tokens.device))
-    for read in steering.reads:  # below the lowest edit the steered run's own residual stream is the plain one
+    prompt = Prompt(run.tokens)
+    for read in steering.reads:
         prompt.read[read.name] = run.resid_post[read.layer][:, max(n_pos - 1 - read.back, 0)]
     prompt.read.update(changed or {})
     is_open = torch.ones(n_prompts, device=run.tokens.device)
@@ -118,13 +108,6 @@ def steered_part(steering: Steering, run: CleanRun) -> BatchRows | None:
     prompt = opened(steering, run)
     rows = prompt.opened[0].nonzero().flatten()
     return BatchRows(rows, run, some(prompt, rows)) if len(rows) else None
-
-
-def _cut(value: Any, part: BatchRows) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_cut(one, part) for one in value)
-    is_batch = isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(part.run.tokens) > 1
-    return part.of(value) if is_batch else value
 
 
 def _cache_of(part: BatchRows, below: int | None = None) -> DynamicCache:
@@ -170,18 +153,17 @@ def forward_from_layer(
 
 
 class _Heard(Exception):
-    """Keys and values that a layer has made; nothing else of it is wanted."""
+    """A cache that raises the keys and values which a layer hands to it; nothing else of that layer is wanted."""
 
-
-class _Ear:
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        raise _Heard(keys, values)
+    @classmethod
+    def update(cls, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> None:
+        raise cls(keys, values)
 
 
 def _heard(subject: Subject, part: BatchRows, layer: int, hidden: Float[Tensor, "row pos d"]) -> tuple[Tensor, Tensor]:
     """The keys and values of a layer, which is left as soon as the library hands them to its cache."""
     try:
-        subject.layers[layer].block(hidden, **_call(part.run, layer, ALL, part), past_key_values=_Ear())
+        subject.layers[layer].block(hidden, **_call(part.run, layer, ALL, part), past_key_values=_Heard)
     except _Heard as heard:
         return heard.args
     raise AssertionError("the layer asked for no cache")
@@ -206,31 +188,26 @@ def at_last_token(steering: Steering) -> bool:
 def _call(run: CleanRun, layer: int, column: slice, part: BatchRows | None = None) -> dict[str, Any]:
     """The library's own arguments to a layer, for all positions or for the last, of all prompts or of a part's."""
     call = dict(run.calls[layer])
+    at_last = {
+        "attention_mask": lambda mask: mask[:, :, LAST],
+        "position_embeddings": lambda parts: tuple(one[:, LAST] for one in parts),
+        "position_ids": lambda ids: ids[:, LAST],
+    }
     if column == LAST:
-        if call.get("attention_mask") is not None:
-            call["attention_mask"] = call["attention_mask"][:, :, LAST]
-        if call.get("position_embeddings") is not None:
-            call["position_embeddings"] = tuple(one[:, LAST] for one in call["position_embeddings"])
-        if call.get("position_ids") is not None:
-            call["position_ids"] = call["position_ids"][:, LAST]
-    return call if part is None else {name: _cut(value, part) for name, value in call.items()}
+        call |= {name: cut(call[name]) for name, cut in at_last.items() if call.get(name) is not None}
+    return call if part is None else {name: part.cut(value) for name, value in call.items()}
 
 
 def fitting(steerings: Sequence[Steering], n_prompts: int, rows: int = ROWS) -> list[list[Steering]]:
     """The steerings in their order, in groups that may share a batch of this many prompts."""
     size = max(1, rows // max(1, n_prompts))
-    groups: list[list[Steering]] = []
-    for one in steerings:
-        if groups and len(groups[-1]) < size and _sites(groups[-1][0]) == _sites(one):
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return groups
 
+    def sites(steering: Steering) -> tuple[object, ...]:
+        edits = tuple((edit.layer, edit.part, edit.where) for edit in steering.edits)
+        return edits, tuple(sorted(read.name for read in steering.reads))
 
-def _sites(steering: Steering) -> tuple[object, ...]:
-    edits = tuple((edit.layer, edit.part, edit.where) for edit in steering.edits)
-    return edits, tuple(sorted(read.name for read in steering.reads))
+    alike = [list(group) for _, group in groupby(steerings, sites)]
+    return [group[at : at + size] for group in alike for at in range(0, len(group), size)]
 
 
 def stacked(steerings: Sequence[Steering], parts: Sequence[BatchRows]) -> tuple[Steering, BatchRows, list[slice]]:
@@ -298,27 +275,31 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, system: str) -> Int[
 def read_prompts(
     subject: Subject,
     ids: Int[Tensor, "prompt pos"],
-    steer: Steer,
+    steerings: Sequence[Steering],
     use: Use,
     *,
     cached: bool = True,
     plain: Tensor | None = None,
-) -> Float[Tensor, "prompt ..."] | Int[Tensor, "prompt ..."]:
-    """What `use` makes of the batch, called while the switch is on, once or for each group of prompts.
+    rows: int = ROWS,
+) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
+    """What `use` makes of the batch under each steering, called while it is switched on, for each group of prompts.
 
-    Prompts that a steering does not touch (its gate stays shut) are a group of their own; their rows are taken from `plain`
-    where that is known. `cached` asks for a cache from which answers can go on.
+    Steerings of the same sites share the model's calls, in batches of `rows`. Prompts that a steering does not touch (its gate
+    stays shut) are a group of their own; their rows are taken from `plain` where that is known. `cached` asks for a cache from
+    which answers can go on.
     """
-    # What another switch does to the model is not known here.
-    steering = steer.steering if isinstance(steer, Switch) else Steering("none") if steer is nullcontext else None
-    run = None if steering is None else plain_run(subject, ids)
-    if steering is None or run is None:
-        once = nullcontext() if steering is None else plain_layers_once(subject, steering, ids)
-        with steer():
-            with once:
+    run = plain_run(subject, ids)
+    if run is not None:
+        groups = fitting(steerings, len(ids), rows)
+        return torch.cat([_resumed(subject, group, run, use, cached, plain) for group in groups])
+    found = []
+    for steering in steerings:
+        prompt_alone = plain_layers_once(subject, steering, ids)
+        with applied(subject, steering):
+            with prompt_alone:
                 out = subject.model(ids, use_cache=cached, logits_to_keep=1)
-            return use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values)
-    return _resumed(subject, [steering], run, use, cached, plain)[0]
+            found.append(use(torch.arange(len(ids), device=ids.device), out.logits[:, -1], out.past_key_values))
+    return torch.stack(found)
 
 
 def plain_layers_once(
@@ -338,25 +319,6 @@ def first_logits(subject: Subject, ids: Int[Tensor, "prompt pos"]) -> Float[Tens
         return torch.as_tensor(subject.model(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
 
 
-def read_prompts_each(
-    subject: Subject,
-    ids: Int[Tensor, "prompt pos"],
-    steerings: Sequence[Steering],
-    use: Use,
-    *,
-    cached: bool = True,
-    plain: Tensor | None = None,
-    rows: int = ROWS,
-) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
-    """`read_prompts` under each of the steerings; those of the same sites share the model's calls, in batches of `rows`."""
-    run = plain_run(subject, ids)
-    if run is None:
-        switches = [Switch(subject, one) for one in steerings]
-        return torch.stack([read_prompts(subject, ids, switch, use, cached=cached, plain=plain) for switch in switches])
-    groups = fitting(steerings, len(ids), rows)
-    return torch.cat([_resumed(subject, group, run, use, cached, plain) for group in groups])
-
-
 def _resumed(
     subject: Subject, steerings: Sequence[Steering], run: CleanRun, use: Use, cached: bool, plain: Tensor | None
 ) -> Float[Tensor, "steering prompt ..."] | Int[Tensor, "steering prompt ..."]:
@@ -367,7 +329,7 @@ def _resumed(
         touched[i, part.rows] = True
     left = (~touched).any(0).nonzero().flatten()
     if len(left) and plain is None:
-        cache = _cache_of(BatchRows(left, run, some(opened(Steering("none"), run), left))) if cached else None
+        cache = _cache_of(BatchRows(left, run, Prompt(run.tokens[left]))) if cached else None
         made = use(left, logits(subject, run.resid_post[-1][left, -1]), cache)
         plain = made.new_empty(len(run.tokens), *made.shape[1:])
         plain[left] = made

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from companion.base.errors import InputError
@@ -26,44 +26,37 @@ from companion.model.architecture import Subject
 
 @dataclass(frozen=True)
 class Prompt:
-    """The batch under steering. `real` is False on padding, on either side.
+    """Prompts of one length under steering.
 
-    `last` is the index of each prompt's last real token; `read` holds the activations that the steering's reads name, and
-    `opened` the gate once it was asked.
+    `read` holds the activations that the steering's reads name, and `opened` the gate's values once it was asked.
     """
 
     ids: Int[Tensor, "prompt pos"]
-    real: Bool[Tensor, "prompt pos"]
-    last: Int[Tensor, "prompt"]
     read: dict[str, Tensor] = field(default_factory=dict)
     opened: list[Float[Tensor, "prompt"]] = field(default_factory=list)
 
 
 def some(prompt: Prompt, rows: Int[Tensor, "row"] | slice) -> Prompt:
     """Some of the prompts, with what was read of them and their gates."""
-    read = {name: x[rows] for name, x in prompt.read.items()}
-    return Prompt(prompt.ids[rows], prompt.real[rows], prompt.last[rows], read, [x[rows] for x in prompt.opened])
+    return Prompt(
+        prompt.ids[rows], {name: x[rows] for name, x in prompt.read.items()}, [x[rows] for x in prompt.opened]
+    )
 
 
 def joined(prompts: Sequence[Prompt]) -> Prompt:
-    """Prompts of one length below each other; what was read under one name may stand for another layer in each."""
+    """Prompts below each other; what was read under one name may stand for another layer in each."""
     read = {name: torch.cat([one.read[name] for one in prompts]) for name in prompts[0].read}
     opened = [torch.cat(gates) for gates in zip(*(one.opened for one in prompts), strict=True)]
-    ids, real, last = (torch.cat([getattr(one, name) for one in prompts]) for name in ("ids", "real", "last"))
-    return Prompt(ids, real, last, read, opened)
+    return Prompt(torch.cat([one.ids for one in prompts]), read, opened)
 
 
 def tail(prompt: Prompt, n: int) -> Prompt:
     """The last `n` positions, where nothing else is computed."""
-    if not (cut := prompt.ids.shape[1] - n):
-        return prompt
-    return replace(prompt, ids=prompt.ids[:, cut:], real=prompt.real[:, cut:], last=prompt.last - cut)
+    return replace(prompt, ids=prompt.ids[:, -n:])
 
 
 Part = Literal["resid_post", "mlp_out"]
 Where = Literal["prompt", "last"]
-PARTS: Final = ("resid_post", "mlp_out")
-WHERES: Final = ("prompt", "last")
 Delta = Callable[[Float[Tensor, "prompt pos width"], Prompt], Float[Tensor, "prompt #pos width"]]
 Opening = Callable[[Prompt], Float[Tensor, "prompt"]]
 
@@ -86,16 +79,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Read:
-    """The residual stream after a layer, `back` tokens before the last real one, handed to gates and edits by name.
+    """The residual stream after a layer, `back` tokens before the last one, handed to gates and edits by name.
 
-    `plain` reads it from an unsteered pass over the same prompt that is made first; otherwise it is the steered run's own,
-    and only layers above it can use it.
+    It is read from an unsteered pass over the same prompt that is made first.
     """
 
     name: str
     layer: int
     back: int = 0
-    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,9 @@ class Steering:
     gate: Opening | None = None
     reads: tuple[Read, ...] = ()
     system: str = ""
+
+
+PLAIN: Final = Steering("unsteered")
 
 
 @dataclass(frozen=True)
@@ -129,27 +123,19 @@ class Record:
         self.stood.append({})
 
 
-def _count(found: dict[int, Tensor], layer: int, vectors: Float[Tensor, "prompt last_pos d"], n_pos: int) -> None:
-    """Add the squared norms of vectors at the last positions to those of a layer."""
-    squares = vectors.detach().double().square().sum(-1)
-    squares = nn.functional.pad(squares, (n_pos - squares.shape[1], 0))
-    found[layer] = found[layer] + squares if layer in found else squares
-
-
 @contextmanager
 def applied(
     subject: Subject, steering: Steering, prompt: Prompt | None = None, *, count_stood: bool = False
 ) -> Iterator[Record]:
     """Steers every call of the model within the block; the hooks are gone after it, also after an exception.
 
-    A strength of 0 sets no hooks. Within a batch rows may be padded on either side if the call has a 2-D
-    `attention_mask` (and, on the left, `position_ids`); a cache must be filled by one call with the whole prompt. With a
-    `prompt` that was read already, its blocks may be called one by one instead (`companion.generation.forward`).
-    `count_stood` records what stood at the steered sites, too.
+    A strength of 0 sets no hooks. The prompts of a call have one length, and a cache must be filled by one call with the
+    whole prompt. With a `prompt` that was read already, its blocks may be called one by one instead
+    (`companion.generation.forward`). `count_stood` records what stood at the steered sites, too.
 
     Raises:
-        InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, a 4-D
-            mask, an answer that began without it).
+        InputError: a site that the model does not have, or a call that cannot be steered (embeddings instead of ids, padding,
+            an answer that began without it).
     """
     check_sites(subject, steering)
     run = _SteeredCalls(steering, Record(), count_stood)
@@ -161,7 +147,7 @@ def applied(
             decoder = subject.model.base_model
             hooks.callback(decoder.register_forward_pre_hook(run.before_decoder, with_kwargs=True).remove)
             hooks.callback(decoder.register_forward_hook(run.after_decoder, always_call=True).remove)
-            for read in steering.reads:  # before the edits, so that a read sees what its own layer made
+            for read in steering.reads:
                 hooks.enter_context(on_output(subject.layers[read.layer].block, partial(run.note, read)))
             for edit in steering.edits:
                 parts = subject.layers[edit.layer]
@@ -175,23 +161,10 @@ def check_sites(subject: Subject, steering: Steering) -> None:
     layers = [*(edit.layer for edit in steering.edits), *(read.layer for read in steering.reads)]
     if wrong := sorted({layer for layer in layers if not 0 <= layer < subject.n_layers}):
         raise InputError(f"{steering.name} steers layer {wrong[0]}; {subject.name} has 0 to {subject.n_layers - 1}")
-    lowest = min((edit.layer for edit in steering.edits), default=subject.n_layers)
-    if late := [read.name for read in steering.reads if not read.plain and read.layer >= lowest]:
-        raise InputError(f"{steering.name} reads {late[0]!r} where it has steered already: read it from a plain pass")
     for edit in steering.edits:
-        if edit.part not in PARTS or edit.where not in WHERES:
-            raise InputError(f"{edit.part!r} at {edit.where!r}: expected one of {PARTS} at one of {WHERES}")
-
-
-def _prompt_of(ids: Any, mask: Any) -> Prompt:
-    """The prompt of a call of the model with these token ids and, if padded, this mask."""
-    if ids is None or (mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape)):
-        raise InputError("a steered call needs input_ids and, if padded, an attention_mask of the same shape")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not bool(real.any(-1).all()):
-        raise InputError("a prompt of the batch has no real token: every row of attention_mask needs a 1")
-    place = torch.arange(ids.shape[1], device=ids.device)
-    return Prompt(ids, real, (place * real).argmax(-1))
+        if edit.part not in get_args(Part) or edit.where not in get_args(Where):
+            expected = f"one of {get_args(Part)} at one of {get_args(Where)}"
+            raise InputError(f"{edit.part!r} at {edit.where!r}: expected {expected}")
 
 
 @dataclass
@@ -205,7 +178,7 @@ class _SteeredCalls:
     phase: Literal["plain", "prompt", "outside"] = "outside"
 
     def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Is it a prompt or generated tokens, and where are its real tokens?"""
+        """Is it a prompt or generated tokens?"""
         if self.phase == "plain":
             return
         call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
@@ -216,9 +189,13 @@ class _SteeredCalls:
                 raise InputError("steering began in the middle of an answer: enter it before the prompt is read")
             self.phase = "outside"
             return
-        self.prompt = _prompt_of(call.get("input_ids"), call.get("attention_mask"))
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        is_padded = mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.all()))
+        if ids is None or is_padded:
+            raise InputError("a steered call needs input_ids, of prompts of one length without padding")
+        self.prompt = Prompt(ids)
         self.record.begin()
-        if any(read.plain for read in self.steering.reads):
+        if self.steering.reads:
             self.phase = "plain"
             decoder(**{**call, "past_key_values": None, "use_cache": False})
         self.phase = "prompt"
@@ -230,36 +207,38 @@ class _SteeredCalls:
 
     def note(self, read: Read, x: Float[Tensor, "prompt pos d"]) -> None:
         """Keep what a read names."""
-        if self.phase == ("plain" if read.plain else "prompt"):
+        if self.phase == "plain":
             assert self.prompt is not None  # the decoder's own hook came first
-            place = (self.prompt.last - read.back).clamp(min=0)
-            self.prompt.read[read.name] = x[torch.arange(len(x), device=x.device), place].detach()
+            self.prompt.read[read.name] = x[:, max(x.shape[1] - 1 - read.back, 0)].detach()
 
     def add(self, edit: Edit, x: Float[Tensor, "prompt pos width"]) -> Float[Tensor, "prompt pos width"] | None:
         """The site's activation with the edit, whose norm is recorded; None where it does not act."""
         if self.phase != "prompt":
             return None
         assert self.prompt is not None
-        n_pos = self.prompt.ids.shape[1]
         # `companion.generation.forward` leaves out positions on which nothing hangs.
         prompt = tail(self.prompt, x.shape[1])
         scale = self.steering.strength * self._opened(prompt).to(x)[:, None, None]
-        where = prompt.real
+        added, steered = (scale * edit.delta(x, prompt).to(x)).expand_as(x), x
         if edit.where == "last":
-            where = torch.arange(prompt.ids.shape[1], device=prompt.ids.device) == prompt.last[:, None]
-        nothing = torch.zeros((), dtype=x.dtype, device=x.device)
-        added = torch.where(where[..., None], scale * edit.delta(x, prompt).to(x), nothing)
-        _count(self.record.added[-1], edit.layer, added, n_pos)
+            is_last = torch.arange(x.shape[1], device=x.device)[:, None] == x.shape[1] - 1
+            added, steered = (torch.where(is_last, one, torch.zeros_like(x[:1, :1, :1])) for one in (added, x))
+        self._count(self.record.added[-1], edit.layer, added)
         if self.count_stood:
-            _count(self.record.stood[-1], edit.layer, torch.where(where[..., None], x, nothing), n_pos)
+            self._count(self.record.stood[-1], edit.layer, steered)
         return x + added
+
+    def _count(self, found: dict[int, Tensor], layer: int, vectors: Float[Tensor, "prompt last_pos d"]) -> None:
+        """Add the squared norms of vectors at the last positions to those of a layer."""
+        assert self.prompt is not None
+        squares = vectors.detach().double().square().sum(-1)
+        squares = nn.functional.pad(squares, (self.prompt.ids.shape[1] - squares.shape[1], 0))
+        found[layer] = found[layer] + squares if layer in found else squares
 
     def _opened(self, prompt: Prompt) -> Float[Tensor, "prompt"]:
         """The gate's values, asked once a prompt and kept while it is answered."""
         if not prompt.opened:
-            gate = self.steering.gate
-            prompt.opened.append(
-                torch.ones(len(prompt.ids), device=prompt.ids.device) if gate is None else gate(prompt)
-            )
+            gate, ids = self.steering.gate, prompt.ids
+            prompt.opened.append(torch.ones(len(ids), device=ids.device) if gate is None else gate(prompt))
             self.record.gates.append(prompt.opened[0])
         return prompt.opened[0]

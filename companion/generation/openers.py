@@ -1,4 +1,4 @@
-"""Which tokens open a model's refusals and its answers: the user's own, else those that the model itself says first.
+"""Which tokens open a model's refusals and its answers: those that the model itself says first.
 
 Short greedy answers are labelled by a match of refusal phrases; the first-token distributions of refused and of answered
 prompts then give the openers of either kind. They are shown with their joint probability, since Y1 sees nothing else of the
@@ -18,23 +18,22 @@ from torch import Tensor
 
 from companion.base import chat
 from companion.base.errors import InputError
-from companion.base.files import hash_file, write_json, write_text
+from companion.base.files import write_json
 from companion.generation import decode, forward
 from companion.generation.labels import is_refusal
 from companion.model.architecture import Subject
 from companion.model.load import load
-from companion.prompts import pairs, public, tokens
-from companion.prompts.pairs import REST, Pair, read_outcome
+from companion.prompts import public, tokens
+from companion.prompts.pairs import REST, Pair
 
 STEPS = 24
-MAX_PROMPTS = 64
+MAX_PAIRS = 64  # of a treatment
 MIN_SIDE = 5
 COVERED = 0.95  # of the probability of the openers of one kind
 FLOOR = 0.005
 MOST = 20
 ALWAYS = 0.95  # the mean share of one first token, from which it opens answers and refusals alike
 JOINT = 0.8  # below it Y1 sees too little of the model's behaviour
-CHECKED = ".checked"  # sha256 of the outcome.json last shown; hidden, so that it is no part of the prompts
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,12 @@ class FoundOpeners:
 
     @property
     def note(self) -> str:
-        """One line for the user."""
-        seen = f"{self.n_refused} of {self.n_prompts} prompts refused; "
-        return f"answers open with: {describe_openers(self.comply, self.refuse, self.joint, seen)}"
-
-
-def describe_openers(comply: Sequence[str] | None, refuse: Sequence[str], joint: float, seen: str = "") -> str:
-    """Openers of both kinds and how much of the first token's probability they hold, with what to do where that is little.
-
-    Where `comply` is None, everything else that may open an answer complies.
-    """
-    answered = "everything else" if comply is None else ", ".join(map(repr, comply))
-    found = f"comply {answered}; refuse {', '.join(map(repr, refuse))}"
-    rest = f'where "comply": "{REST}" stands for everything else'
-    low = f", below {JOINT}: edit outcome.json, {rest}" if joint < JOINT else ""
-    return f"{found} ({seen}joint probability {joint:.2f}{low})"
+        """One line for the user, with what to do where the openers hold little of the first token's probability."""
+        comply, refuse = (", ".join(map(repr, side)) for side in (self.comply, self.refuse))
+        rest = f'edit outcome.json, where "comply": "{REST}" stands for everything else'
+        low = f", below {JOINT}: {rest}" if self.joint < JOINT else ""
+        seen = f"{self.n_refused} of {self.n_prompts} prompts refused; joint probability {self.joint:.2f}{low}"
+        return f"answers open with: comply {comply}; refuse {refuse} ({seen})"
 
 
 def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpeners:
@@ -93,23 +83,13 @@ def find_openers(subject: Subject, texts: Sequence[str], own: Path) -> FoundOpen
     comply, refuse = sort_openers(probabilities, torch.tensor(refused))
     strings = [_strings(subject, ids) for ids in (comply, refuse)]
     if not all(strings):
-        lost = (comply, refuse)[0 if not strings[0] else 1]
-        shown = ", ".join(repr(_text_behind_a_prompt(subject, token)) for token in lost[:3])
         raise InputError(
-            f"no text behind the prompt is read as one of the first tokens of its answers ({shown}), since the tokenizer joins "
-            f"them with what stands before: {remedy}"
+            "no text behind the prompt is read as one of the first tokens of its answers, since the tokenizer joins them with "
+            f"what stands before: {remedy}"
         )
-    held = joint_probability(probabilities, [id for side in strings for id in side])
+    ids = [token for side in strings for token in side]
+    held = float(probabilities[:, ids].sum(-1).mean())
     return FoundOpeners(tuple(strings[0].values()), tuple(strings[1].values()), held, int(refused.sum()), len(texts))
-
-
-def joint_probability(probabilities: Float[Tensor, "prompt vocab"], ids: Sequence[int]) -> float:
-    """How much of the first token's probability these tokens hold, on the mean over prompts.
-
-    >>> joint_probability(torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]]), [0, 1])
-    0.875
-    """
-    return float(probabilities[:, list(ids)].sum(-1).mean())
 
 
 @torch.no_grad()
@@ -165,51 +145,16 @@ def _text_behind_a_prompt(subject: Subject, token: int) -> str:
 
 
 def ensure_openers(
-    folder: Path, pairs: Sequence[Pair], wrapper_file: Path | None, *, model: str, device: str, dtype: str,
-    report: Callable[[str], object],
-) -> None:  # fmt: skip
-    """Put outcome.json into the folder unless one is there: that beside the wrappers, else what is found from the model.
-
-    Raises InputError for one that cannot be read, and where nothing is found from the model.
-    """
+    folder: Path, pairs: Sequence[Pair], *, model: str, device: str, dtype: str, report: Callable[[str], object]
+) -> None:
+    """Put outcome.json into the folder unless one is there; `InputError` where nothing is found from the model."""
     file = folder / public.OUTCOME
-    own = public.own_outcome(wrapper_file)
     if file.is_file():
         return
-    if own is not None:
-        read_outcome(own, {pair.treatment for pair in pairs})
-        write_text(own.read_text(encoding="utf-8-sig"), file)
-        return
-    found = find_openers(load(model, device=device, dtype=dtype), _asked(pairs, "T1") + _asked(pairs, "T2"), file)
+    texts: list[str] = []
+    for treatment in ("T1", "T2"):  # of T1 both sides
+        chosen = [pair for pair in pairs if pair.treatment == treatment][:MAX_PAIRS]
+        texts += [text for one in chosen for text in ([one.control] * (treatment == "T1") + [one.treated])]
+    found = find_openers(load(model, device=device, dtype=dtype), texts, file)
     report(found.note)
     write_json({"comply": list(found.comply), "refuse": list(found.refuse)}, file)
-    write_text(hash_file(file, {}), folder / CHECKED)
-
-
-def check_openers(folder: Path, *, model: str, device: str, dtype: str, report: Callable[[str], object]) -> None:
-    """Show the joint probability of openers that the user wrote, once for each version of the file.
-
-    Raises InputError where the file, or a string in it, cannot be used with this model.
-    """
-    file = folder / public.OUTCOME
-    if (folder / CHECKED).is_file() and (folder / CHECKED).read_text() == hash_file(file, {}):
-        return
-    content = pairs.load_set(folder)
-    subject = load(model, device=device, dtype=dtype)
-    assert subject.tokenizer is not None
-    try:
-        openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from error
-    for treatment in content.treatments:
-        ids = [*openers[treatment].comply, *openers[treatment].refuse]
-        texts = _asked(content.pairs, treatment)
-        joint = joint_probability(first_token_probabilities(subject, texts), ids)
-        report(f"{treatment}: {describe_openers(*content.outcomes[treatment], joint)}")
-    write_text(hash_file(file, {}), folder / CHECKED)
-
-
-def _asked(pairs: Sequence[Pair], treatment: str) -> list[str]:
-    """Prompts of up to 64 pairs: both sides of T1, else the treated one."""
-    chosen = [pair for pair in pairs if pair.treatment == treatment][:MAX_PROMPTS]
-    return [text for pair in chosen for text in ([pair.control] * (treatment == "T1") + [pair.treated])]

@@ -39,8 +39,7 @@ Outcome = tuple[tuple[str, ...] | None, tuple[str, ...]]
 class Pair:
     """One matched pair of user turns: `control` has the treatment off, `treated` has it on.
 
-    `spans` maps "control" and "treated" to named character ranges of the user turn, for example
-    `{"treated": {"verb": (12, 17)}}`; they become position groups.
+    `spans` holds named character ranges, which become position groups: `{"treated": {"verb": (12, 17)}}`.
     """
 
     id: str
@@ -57,10 +56,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A checked folder of pairs; `outcomes` maps a treatment to its openers.
-
-    A set is sensitive if its `set.json` says so; the texts of its pairs are never shown (see `shown`).
-    """
+    """A checked folder of pairs; `outcomes` maps a treatment to its openers."""
 
     name: str
     pairs: tuple[Pair, ...]
@@ -124,24 +120,23 @@ def read_outcome(path: Path, treatments: set[str]) -> dict[str, Outcome]:
         raise InputError(f'{path}: expected {{"comply": [...], "refuse": [...]}} or one such object per treatment')
     per_treatment = dict.fromkeys(treatments, content) if "comply" in content else content
     if missing := sorted(treatments - set(per_treatment)):
-        raise InputError(
-            f"{path}: no outcome strings for treatment {missing[0]}; give one object for all or one for each"
-        )
+        what = f"no outcome strings for treatment {missing[0]}"
+        raise InputError(f"{path}: {what}; give one object for all or one for each")
     return {name: _outcome(per_treatment[name], f"{path}, {name}") for name in sorted(treatments)}
 
 
 def _outcome(entry: Any, where: str) -> Outcome:
     """What complies may be named as `REST`; what refuses is always a list."""
-    given = entry if isinstance(entry, dict) else {}
-    comply = None if given.get("comply") == REST else _strings(given, "comply", where, f', or "{REST}"')
-    return comply, _strings(given, "refuse", where)
-
-
-def _strings(entry: Mapping[str, Any], side: str, where: str, otherwise: str = "") -> tuple[str, ...]:
-    strings = entry.get(side)
-    if not isinstance(strings, list) or not strings or not all(isinstance(s, str) and s for s in strings):
-        raise InputError(f"{where}: '{side}' must be a non-empty list of strings{otherwise}")
-    return tuple(strings)
+    found: list[tuple[str, ...] | None] = []
+    for side, otherwise in (("comply", f', or "{REST}"'), ("refuse", "")):
+        strings = entry.get(side) if isinstance(entry, dict) else None
+        if isinstance(strings, list) and strings and all(isinstance(one, str) and one for one in strings):
+            found.append(tuple(strings))
+        elif otherwise and strings == REST:
+            found.append(None)
+        else:
+            raise InputError(f"{where}: '{side}' must be a non-empty list of strings{otherwise}")
+    return found[0], found[1] or ()
 
 
 def _is_sensitive(folder: Path) -> bool:
@@ -179,41 +174,40 @@ def _read_pairs(path: Path) -> list[Pair]:
 def _pair(row: Any, where: str) -> Pair:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with {', '.join(REQUIRED)}")
+    if unknown := sorted(set(row) - {*REQUIRED, *OPTIONAL}):
+        raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
     for name in REQUIRED:
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise InputError(f"{where}: '{name}' must be a non-empty string")
-    if not TREATMENT.fullmatch(row["treatment"]):
-        raise InputError(f"{where}: treatment {row['treatment']!r:.40} is not one of T1, T2, T2b, B1, B2, ...")
-    if unknown := sorted(set(row) - set(REQUIRED) - set(OPTIONAL)):
-        raise InputError(f"{where}: unknown field '{unknown[0]}'; known are {', '.join(REQUIRED + OPTIONAL)}")
     for name in ("twin", "family", "split"):
         if row.get(name) is not None and not isinstance(row[name], str):
             raise InputError(f"{where}: '{name}' must be a string")
-    split, twin, family = row.get("split") or "", row.get("twin"), row.get("family") or ""
-    if split and split not in SPLITS:
+    if not TREATMENT.fullmatch(row["treatment"]):
+        raise InputError(f"{where}: treatment {row['treatment']!r:.40} is not one of T1, T2, T2b, B1, B2, ...")
+    if (split := row.get("split") or "") not in ("", *SPLITS):
         raise InputError(f"{where}: split '{split}' is not one of {', '.join(SPLITS)}")
     if row["control"] == row["treated"]:
         raise InputError(f"{where}: control and treated are the same text")
-    required = {name: row[name] for name in REQUIRED}
-    return Pair(**required, split=split, twin=twin, family=family, spans=_spans(row, where))
+    required, family = {name: row[name] for name in REQUIRED}, row.get("family") or ""
+    return Pair(**required, split=split, twin=row.get("twin"), family=family, spans=_spans(row, where))
 
 
 def _spans(row: Mapping[str, Any], where: str) -> dict[str, dict[str, tuple[int, int]]]:
     """Check `spans`: {"control": {name: [start, end]}, "treated": {...}} in characters of the two texts."""
-    spans = row.get("spans") or {}
-    if not isinstance(spans, dict) or set(spans) - {"control", "treated"}:
-        raise InputError(f'{where}: spans must be {{"control": {{name: [start, end]}}, "treated": {{...}}}}')
-    checked: dict[str, dict[str, tuple[int, int]]] = {}
-    for side, named in spans.items():
-        if not isinstance(named, dict):
-            raise InputError(f"{where}: spans of '{side}' must map a name to [start, end]")
-        for name, ends in named.items():
-            if name not in SPAN_NAMES:
-                raise InputError(f"{where}: unknown span '{name}' of '{side}'; known are {', '.join(SPAN_NAMES)}")
-            valid = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
-            if not valid or not 0 <= ends[0] < ends[1] <= len(row[side]):
-                raise InputError(f"{where}: span '{name}' of '{side}' must be [start, end] within the text")
-            checked.setdefault(side, {})[name] = (ends[0], ends[1])
+
+    def is_span(side: str, name: str, ends: Any) -> bool:
+        is_range = isinstance(ends, list) and len(ends) == 2 and all(type(end) is int for end in ends)
+        is_known = side in ("control", "treated") and name in SPAN_NAMES
+        return is_known and is_range and 0 <= ends[0] < ends[1] <= len(row[side])
+
+    spans, checked = row.get("spans") or {}, dict[str, dict[str, tuple[int, int]]]()
+    is_nested = isinstance(spans, dict) and all(isinstance(named, dict) for named in spans.values())
+    found = [(side, name, ends) for side, named in spans.items() for name, ends in named.items()] if is_nested else []
+    if not is_nested or not all(is_span(*one) for one in found):
+        form = f'{{"control": {{NAME: [start, end]}}, "treated": {{...}}}}, NAME one of {", ".join(SPAN_NAMES)}'
+        raise InputError(f"{where}: spans must be {form}, within the text")
+    for side, name, (start, end) in found:
+        checked.setdefault(side, {})[name] = (start, end)
     return checked
 
 
@@ -224,14 +218,11 @@ def _check_twins(pairs: Sequence[Pair], path: Path) -> None:
             continue
         twin = by_id.get(pair.twin)
         if pair.treatment != "T2" or twin is None or twin.treatment != "T2b":
-            raise InputError(
-                f"{path}: pair '{pair.id}' names the twin '{pair.twin}'; a T2 pair names a T2b pair of this file"
-            )
-        if twin.topic != pair.topic:
-            raise InputError(
-                f"{path}: pair '{pair.id}' is of topic '{pair.topic}', its twin '{pair.twin}' of '{twin.topic}'; "
-                "twins share a topic, or one of them could be chosen on and the other tested"
-            )
+            what = f"pair '{pair.id}' names the twin '{pair.twin}'"
+            raise InputError(f"{path}: {what}; a T2 pair names a T2b pair of this file")
+        if twin.topic != pair.topic:  # or one of them could be chosen on and the other tested
+            topics = f"'{pair.topic}', its twin '{pair.twin}' of '{twin.topic}'"
+            raise InputError(f"{path}: pair '{pair.id}' is of topic {topics}; twins share a topic")
 
 
 def _splits(pairs: Sequence[Pair], path: Path) -> dict[str, str]:
@@ -260,10 +251,7 @@ def pairs_asked(pairs: int, profile: str) -> int:
 
 
 def subsample(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
-    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs.
-
-    A quick look thus changes neither the topics nor the kinds of pairs that are seen.
-    """
+    """At most `n` pairs a treatment (0: all), in the order of the file, split 40/30/30, twins kept with their pairs."""
     if n == 0:
         return tuple(pairs)
     if n < MIN_PAIRS:
@@ -281,25 +269,20 @@ def subsample(pairs: Sequence[Pair], n: int) -> tuple[Pair, ...]:
 def _first(pairs: Sequence[Pair], quota: Mapping[str, int], treatment: str) -> list[Pair]:
     """Pairs of each split: one topic after another, and of each topic's pairs one of the family seen least so far.
 
-    So few pairs still span many topics and kinds of pairs. Ties are broken by a hash of the id, since files often list
-    one kind of pair first.
+    Ties are broken by a hash of the id, since files often list one kind of pair first.
     """
     chosen: list[Pair] = []
     for split, size in quota.items():
         members = [pair for pair in pairs if pair.treatment == treatment and pair.split == split]
-        members.sort(key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest())
         waiting: dict[str, list[Pair]] = {}
-        for pair in members:
+        for pair in sorted(members, key=lambda pair: hashlib.sha256(pair.id.encode()).hexdigest()):
             waiting.setdefault(pair.topic, []).append(pair)
         families: Counter[str] = Counter()
-        taken: list[Pair] = []
-        while waiting and len(taken) < size:
-            for topic in list(waiting)[: size - len(taken)]:
+        while waiting and families.total() < size:
+            for topic in list(waiting)[: size - families.total()]:
                 pair = min(waiting[topic], key=lambda one: families[one.family])
                 families[pair.family] += 1
-                taken.append(pair)
+                chosen.append(pair)
                 waiting[topic].remove(pair)
-                if not waiting[topic]:
-                    del waiting[topic]
-        chosen += taken
+            waiting = {topic: left for topic, left in waiting.items() if left}
     return chosen

@@ -1,12 +1,9 @@
-"""Harmless partners of equal token length for harmful requests, for treatment T1 of a public set.
-
-An interchange needs equal token length, so how many requests have such a partner is counted and said.
-"""
+"""Harmless partners of equal token length for harmful requests, for treatment T1 of a public set, and how many have one."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -25,10 +22,9 @@ def partner_pairs(rows: Rows) -> list[tuple[Request, Request]]:
 
 
 def grouped(rows: Rows, tokenizer: PreTrainedTokenizerBase, name: str, report: Callable[[str], object]) -> Rows:
-    """The same rows where enough of them have equal length; else the two groups are interchanged.
+    """The same rows where enough of them have equal length; else every harmful request has a harmless one of its length.
 
-    Then every harmful request takes activations of a harmless one drawn from the set's own group of that length, instead
-    of its row's: effects are those of the groups, and include all in which their members differ.
+    Effects are then those of the two groups, and include all in which their members differ.
     """
     own = sum(prompt_length(one, tokenizer) == prompt_length(other, tokenizer) for one, other in partner_pairs(rows))
     if own >= FEW * len(rows.harmful):
@@ -52,9 +48,9 @@ def prompt_length(request: Request, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def by_length(requests: Iterable[Request], tokenizer: PreTrainedTokenizerBase) -> dict[int, list[Request]]:
     """Requests by the length of their rendered prompt in this model's tokens, each list in a fixed random order."""
-    found: dict[int, list[Request]] = {}
+    found: dict[int, list[Request]] = defaultdict(list)
     for request in requests:
-        found.setdefault(prompt_length(request, tokenizer), []).append(request)
+        found[prompt_length(request, tokenizer)].append(request)
     for n in found:
         random.Random(n).shuffle(found[n])
     return found
@@ -84,16 +80,13 @@ def survival(made: Sequence[Pair], n_requests: int, tokenizer: PreTrainedTokeniz
     Of T1 that is counted against all `n_requests` harmful requests, as one without a partner makes no pair at all.
     """
     usable = Counter(pair.treatment for pair in made if tokens.token_pair(pair, tokenizer)[0] is not None)
-    lost = n_requests - usable["T1"]
-    line = f"T1: {usable['T1']} of {n_requests} requests have a benign partner of their length and can be interchanged"
-    if lost:
-        line += f"; {lost} of {n_requests} requests have no benign partner of their length"
-    if usable["T1"] < FEW * n_requests:
-        line += f"; few: take harmless partners by length (+{BENIGN}), or sets with more rows"
-    lines = [line]
-    for treatment, n in sorted(Counter(pair.treatment for pair in made if pair.treatment != "T1").items()):
-        line = f"{treatment}: {usable[treatment]} of {n} pairs have equal token length and can be interchanged"
-        if usable[treatment] < FEW * n:
-            line += "; few: lengthen the neutral template until both have equally many tokens"
-        lines.append(line)
+    others = sorted(Counter(pair.treatment for pair in made if pair.treatment != "T1").items())
+    lines = []
+    for treatment, n in (("T1", n_requests), *others):
+        what, few = "pairs have equal token length", "lengthen the neutral template until both have equally many tokens"
+        if treatment == "T1":
+            what = "requests have a benign partner of their length"
+            few = f"take harmless partners by length (+{BENIGN}), or sets with more rows"
+        line = f"{treatment}: {usable[treatment]} of {n} {what} and can be interchanged"
+        lines.append(line + (f"; few: {few}" if usable[treatment] < FEW * n else ""))
     return lines

@@ -24,7 +24,7 @@ OVERLAPPING = ("request", "differ", "shared", "others", "all")
 def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the template writes before every user turn: the common end of what stands before the first and second one.
 
-    Empty where the template takes or shows no second turn; the system group then reaches up to the instruction.
+    Empty where it takes or shows no second turn; the system group then reaches up to the instruction.
     """
     turns = [("user", "@first@"), ("assistant", "@answer@"), ("user", "@second@")]
     try:
@@ -41,9 +41,8 @@ def user_header(tokenizer: PreTrainedTokenizerBase) -> str:
 def groups(pair: TokenPair, header: str) -> dict[str, Bool[np.ndarray, "pos"]]:
     """Masks over token positions for one pair, by group name.
 
-    The groups of the template and the spans partition the prompt together with `rest` (the remaining instruction).
-    A span is where it lies in either prompt of the pair. `request` is verb and object together; `differ`, `shared`
-    (equal tokens behind the first difference), `others` (all but the last token) and `all` are read off the token ids.
+    The groups of the template and the spans (of either prompt) partition the prompt together with `rest`, the remaining
+    instruction. `request` is verb and object, `shared` the equal tokens behind the first difference, `others` all but the last.
     """
     starts, ends = pair.treated_offsets[:, 0], pair.treated_offsets[:, 1]
     text = pair.pair.treated

@@ -50,9 +50,8 @@ class Part:
 class PublicSet:
     """A public set. `text` is the column of the request, `category` that of its kind ("" for none).
 
-    `paired` says how harmless and harmful requests belong together: "row" (row i with row i, of one category), "order"
-    (the i-th of a category with the i-th of the same category), or "" (they do not). `access` is shown when it cannot be
-    loaded.
+    `paired` says how its harmless and harmful requests belong together: "row" (row i with row i), "order" (the i-th of a
+    category with the i-th of the same category), or "" (they do not). `access` is shown when it cannot be loaded.
     """
 
     repo: str
@@ -64,19 +63,13 @@ class PublicSet:
     access: str = "open"
 
 
-def _harmful(
-    repo: str, text: str = "prompt", category: str = "category", *, access: str = "open", config: str = ""
-) -> PublicSet:
-    return PublicSet(repo, text, category, Part(config), access=access)
-
-
 SETS: Mapping[str, PublicSet] = {
     "jailbreakbench": PublicSet(
         "JailbreakBench/JBB-Behaviors", "Goal", "Category",
         Part("behaviors", "harmful"), Part("behaviors", "benign"), paired="row",
     ),
-    "strongreject": _harmful("walledai/StrongREJECT"),
-    "maliciousinstruct": _harmful("walledai/MaliciousInstruct", category=""),
+    "strongreject": PublicSet("walledai/StrongREJECT", "prompt", "category", Part()),
+    "maliciousinstruct": PublicSet("walledai/MaliciousInstruct", "prompt", "", Part()),
     "xstest": PublicSet(
         "walledai/XSTest", "prompt", "type",
         Part(where={"label": ("unsafe",)}), Part(where={"label": ("safe",)}), paired="order",
@@ -87,28 +80,24 @@ SETS: Mapping[str, PublicSet] = {
     "alpaca": PublicSet(
         "tatsu-lab/alpaca", "instruction", "", harmless=Part(where={"input": ("",)})
     ),
-    "advbench": _harmful("walledai/AdvBench", category="", access="may be gated"),
-    "harmbench": _harmful("walledai/HarmBench", access="may be gated", config="standard"),
+    "advbench": PublicSet("walledai/AdvBench", "prompt", "", Part(), access="may be gated"),
+    "harmbench": PublicSet("walledai/HarmBench", "prompt", "category", Part("standard"), access="may be gated"),
     "wildjailbreak": PublicSet(
-        "allenai/wildjailbreak", "vanilla", "",
-        Part("train", where={"data_type": ("vanilla_harmful",)}), Part("train", where={"data_type": ("vanilla_benign",)}),
-        access="gated",
+        "allenai/wildjailbreak", "vanilla", "", Part("train", where={"data_type": ("vanilla_harmful",)}), access="gated"
     ),
     "sorry-bench": PublicSet(
         "sorry-bench/sorry-bench-202503", "turns", "category", Part(where={"prompt_style": ("base",)}), access="gated"
     ),
     "wildguardmix": PublicSet(
         "allenai/wildguardmix", "prompt", "subcategory",
-        Part("wildguardtest", where={"prompt_harm_label": ("harmful",)}),
-        Part("wildguardtest", where={"prompt_harm_label": ("unharmful",)}),
-        access="gated",
+        Part("wildguardtest", where={"prompt_harm_label": ("harmful",)}), access="gated",
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: the set and its row, the kind it is of, and its text. It is known by id and hash."""
+    """One request: the set and its row, the kind it is of, and its text. It is shown by id ("xstest-017") and hash."""
 
     name: str
     row: int
@@ -117,12 +106,12 @@ class Request:
 
     @property
     def id(self) -> str:
-        """The set and the row number, for example "xstest-017"."""
+        """The set and the row number."""
         return f"{self.name}-{self.row:03d}"
 
     @property
     def sha256(self) -> str:
-        """Hash of the text, by which a row is recognised without being shown."""
+        """Hash of the text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
@@ -157,11 +146,10 @@ def parse(name: str) -> tuple[str, ...] | None:
         return None
     if not all(known) or len(set(asked)) < len(asked):
         raise InputError(f"--prompts {name}: public sets, each once, joined by commas; known are {', '.join(SETS)}")
-    harmless = [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]
-    if harmless:
+    if harmless := [part for part in asked if SETS[part.removesuffix(f"+{BENIGN}")].harmful is None]:
+        what = f"{harmless[0]} has harmless requests only"
         raise InputError(
-            f"--prompts {name}: {harmless[0]} has harmless requests only; it goes behind a set of harmful ones, as in "
-            f"jailbreakbench+{BENIGN}"
+            f"--prompts {name}: {what}; it goes behind a set of harmful ones, as in jailbreakbench+{BENIGN}"
         )
     return asked
 
@@ -172,17 +160,10 @@ def matched(part: str) -> bool:
 
 
 def folder(name: str, model: str, wrappers: Path | None) -> Path:
-    """Where the prompt set is kept that was made of public sets for one model, wrappers, and the outcome beside them."""
-    files = (wrappers, own_outcome(wrappers))
-    content = b"".join(file.read_bytes() for file in files if file)
+    """Where the prompt set is kept that was made of public sets for one model and wrappers."""
+    content = wrappers.read_bytes() if wrappers else b""
     key = hashlib.sha256(f"{name}\n{model}\n".encode() + content).hexdigest()[:12]
     return hub.own_cache() / "prompts" / f"{name.replace(',', '-').replace('+', '-')}-{key}"
-
-
-def own_outcome(wrappers: Path | None) -> Path | None:
-    """The user's own outcome.json beside the wrappers, if there is one."""
-    file = wrappers.parent / OUTCOME if wrappers else None
-    return file if file and file.is_file() else None
 
 
 def is_made(place: Path) -> bool:
@@ -200,9 +181,8 @@ def load_rows(part: str) -> Rows:
     public = SETS[name]
     assert public.harmful is not None, "parse refuses a set without harmful requests"
     harmful = read_public_set(name, public, public.harmful)
-    if matched(part):
+    if matched(part) or public.harmless is None:
         return Rows(harmful, (None,) * len(harmful))
-    assert public.harmless is not None, "a set that pairs its rows has both kinds"
     harmless = read_public_set(f"{name}-harmless", public, public.harmless)
     return by_row(harmful, harmless) if public.paired == "row" else by_order(harmful, harmless)
 
@@ -212,9 +192,9 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
     table = _table(name, public, part)
     wanted = [public.text, *([public.category] if public.category else []), *part.where]
     if missing := [column for column in wanted if column not in table.column_names]:
+        has = ", ".join(table.column_names)
         raise InputError(
-            f"{public.repo} has no column {missing[0]!r} (it has {', '.join(table.column_names)}): the set has changed, "
-            f"so {CHANGED}"
+            f"{public.repo} has no column {missing[0]!r} (it has {has}): the set has changed, so {CHANGED}"
         )
     columns = {column: table[column] for column in wanted}
     found = []
@@ -228,24 +208,19 @@ def read_public_set(name: str, public: PublicSet, part: Part) -> tuple[Request, 
             found.append(Request(name, row, category, turn.strip()))
     if not found:
         where = "".join(f", {column} {' or '.join(map(repr, values))}" for column, values in part.where.items())
-        raise InputError(
-            f"{name}: none of the {len(table)} rows of {public.repo} holds a request (column {public.text}{where}): the set "
-            f"has changed, so {CHANGED}"
-        )
+        what = f"none of the {len(table)} rows of {public.repo} holds a request (column {public.text}{where})"
+        raise InputError(f"{name}: {what}: the set has changed, so {CHANGED}")
     return tuple(found)
 
 
 def by_row(harmful: Sequence[Request], harmless: Sequence[Request]) -> Rows:
     """Row i with row i, after the check that both are as many and of the same categories."""
+    kinds = [{(one.row, one.category) for one in side} for side in (harmful, harmless)]
+    if differ := kinds[0] ^ kinds[1]:
+        name, row = harmful[0].name, min(differ)[0]
+        what = f"harmful and harmless rows do not correspond (row {row})"
+        raise InputError(f"{name}: {what}; name {name}+{BENIGN} to take harmless partners by length")
     at = {request.row: request for request in harmless}
-    wrong = [request for request in harmful if request.row not in at or at[request.row].category != request.category]
-    if wrong or len(harmful) != len(harmless):
-        lacks = "differs in its category" if wrong and wrong[0].row in at else "has no harmless request"
-        where = f"row {wrong[0].row} {lacks}" if wrong else f"{len(harmful)} and {len(harmless)} rows"
-        raise InputError(
-            f"{harmful[0].name}: harmful and harmless rows do not correspond ({where}); "
-            f"name {harmful[0].name}+{BENIGN} to take harmless partners by length"
-        )
     return Rows(tuple(harmful), tuple(at[request.row] for request in harmful))
 
 
@@ -280,10 +255,8 @@ def unseen(rows: Rows, seen: set[str]) -> Rows:
 
 
 def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """The cluster of each text: two texts are in one if they, or a chain of others between them, share most of their words.
-
-    Sharing is the number of common words over the number of all words of both. Clusters are numbered in the order of
-    their first texts.
+    """The cluster of each text, numbered in the order of their first texts: two are in one if they, or a chain of others
+    between them, share `OVERLAP` of their words (common words over all words of both).
 
     >>> near_duplicates(["write a poem on rain", "Write a poem on snow!", "sing"])
     [0, 0, 1]
@@ -327,30 +300,21 @@ def _explain(name: str, public: PublicSet, error: Exception) -> InputError:
     """One sentence for an error of `datasets`, which hides the hub's answer behind an error of its own."""
     from huggingface_hub import errors as hub_errors
 
-    hidden = error.__cause__ or error
-    page = f"huggingface.co/datasets/{public.repo}"
+    hidden, what = error.__cause__ or error, f"{name} ({public.repo}, {public.access})"
     if "gated" in str(error).lower() or isinstance(hidden, hub_errors.GatedRepoError):
-        what = f"{name} is gated: accept its terms at {page} with your account, then {hub.TOKEN_HELP}"
-    elif hub.is_network(error) or hub.is_network(hidden):
-        what = (
-            f"{name} ({public.repo}) is not in the cache and the hub cannot be reached: connect, unset HF_HUB_OFFLINE and "
+        page = f"huggingface.co/datasets/{public.repo}"
+        return InputError(f"{name} is gated: accept its terms at {page} with your account, then {hub.TOKEN_HELP}")
+    if hub.is_network(error) or hub.is_network(hidden):
+        return InputError(
+            f"{what} is not in the cache and the hub cannot be reached: connect, unset HF_HUB_OFFLINE and "
             "HF_DATASETS_OFFLINE, or name in HF_HOME the cache of a machine that has it"
         )
-    elif isinstance(hidden, hub_errors.HfHubHTTPError):
+    if isinstance(hidden, hub_errors.HfHubHTTPError):
         return hub.explain(hub.HubId(public.repo), hidden, "data set")
-    elif isinstance(hidden, RuntimeError) and "scripts are no longer supported" in str(hidden):
-        what = (
-            f"{name} ({public.repo}) is read by a script of its own, which the installed library datasets runs no more: name "
-            f"another set, or {CHANGED} to a copy of its rows"
-        )
-    elif isinstance(hidden, RuntimeError):
-        what = f"the transfer of {name} ({public.repo}) broke off ({type(hidden).__name__}): {hub.AGAIN}"
-    else:
-        what = (
-            f"{name} ({public.repo}, {public.access}) could not be loaded ({type(error).__name__}): is its name still that, "
-            f"does it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
-        )
-    return InputError(what)
+    return InputError(
+        f"{what} could not be loaded ({type(hidden).__name__}): {hub.AGAIN}; if it fails again, is its name still that, does "
+        f"it hold rows, and do you have access? If it is gated, {hub.TOKEN_HELP}"
+    )
 
 
 @dataclass(frozen=True)
@@ -402,8 +366,7 @@ def _wrapper(line: str, where: str) -> Wrapper:
     if not isinstance(row, dict) or set(row) != set(FIELDS) or not all(isinstance(row[name], str) for name in FIELDS):
         raise InputError(f"{where}: expected an object with the strings {', '.join(FIELDS)}, and nothing else")
     for name in ("neutral", "jailbreak"):
-        if row[name].count(SLOT) != 1:
-            times = row[name].count(SLOT)
+        if (times := row[name].count(SLOT)) != 1:
             raise InputError(f"{where}: '{name}' must hold the slot {SLOT} exactly once, not {times} times")
     if row["neutral"] == row["jailbreak"] or not row["family"].strip():
         raise InputError(f"{where}: 'family' must be named, and the two templates must differ")

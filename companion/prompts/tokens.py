@@ -24,7 +24,7 @@ from companion.prompts.pairs import MIN_PAIRS, Pair, PromptSet
 class Openers:
     """Token ids that may open an answer, in two camps; `notes` names strings that are more than one token.
 
-    With `rest`, `comply` holds all ids of the vocabulary but those of `refuse`, so that much is read in a faster way.
+    With `rest`, `comply` holds all ids of the vocabulary but those of `refuse`.
     """
 
     comply: tuple[int, ...]
@@ -47,11 +47,7 @@ class TokenPair:
 
 
 def encode_behind(tokenizer: PreTrainedTokenizerBase, sentence: str, text: str) -> Int[np.ndarray, "pos"]:
-    """Token ids of a user turn behind a sentence, which stands where `system_place` says.
-
-    Raises:
-        InputError: the template shows it nowhere.
-    """
+    """Token ids of a user turn behind a sentence, which stands where `system_place` says; `InputError` if nowhere."""
     place = system_place(tokenizer, sentence)
     if place == "not possible":
         raise InputError(
@@ -95,11 +91,7 @@ def token_pair(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenPai
 
 
 def tokenize(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> tuple[list[TokenPair], dict[str, int]]:
-    """Pairs of equal token length, and a count of those dropped by reason.
-
-    An interchange needs one position of the control for each of the treated prompt, so pairs of unequal length are
-    dropped, never truncated or padded into shape.
-    """
+    """Pairs of equal token length, and a count of those dropped by reason; nothing is truncated or padded into shape."""
     made = [token_pair(pair, tokenizer) for pair in pairs]
     kept = [pair for pair, _ in made if pair is not None]
     dropped = Counter(reason for _, reason in made if reason)
@@ -121,10 +113,8 @@ def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, n_rows: i
         whole = tokenizer(context + string, add_special_tokens=False)["input_ids"]
         ids[string] = whole[len(before) :]
         if not ids[string] or whole[: len(before)] != before:
-            raise InputError(
-                f"outcome string {string!r} starts no token of its own behind the prompt: is a leading space missing "
-                "or too many?"
-            )
+            why = "is a leading space missing or too many?"
+            raise InputError(f"outcome string {string!r} starts no token of its own behind the prompt: {why}")
         if ids[string][0] == tokenizer.unk_token_id:
             raise InputError(f"outcome string {string!r} starts with a word that the tokenizer does not know")
     found: dict[str, Openers] = {}
@@ -135,11 +125,7 @@ def openers(prompt_set: PromptSet, tokenizer: PreTrainedTokenizerBase, n_rows: i
         if both := set(comply) & set(refuse):
             shared = f"comply and refuse share the first token {both.pop()}"
             raise InputError(f"outcome of {treatment}: {shared}; it decides nothing")
-        notes = (
-            f"outcome string {string!r} is {len(ids[string])} tokens; its first decides"
-            for side in sides
-            for string in side or ()
-            if len(ids[string]) > 1
-        )
-        found[treatment] = Openers(comply, refuse, tuple(notes), rest)
+        long = [string for side in sides for string in side or () if len(ids[string]) > 1]
+        notes = tuple(f"outcome string {string!r} is {len(ids[string])} tokens; its first decides" for string in long)
+        found[treatment] = Openers(comply, refuse, notes, rest)
     return found

@@ -122,7 +122,7 @@ def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHas
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
         "facts": read_json(facts) if facts.is_file() else None,
         **{name.lower(): parameters[name] for name in ("DEVICE", "DTYPE", "PROFILE", "PAIRS")},
-        **_judge(results),
+        **_judge(),
         "seed": SEED,
         "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -151,13 +151,10 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 
-def _judge(results: Path) -> dict[str, str]:
-    """The judge model that labels answers, where one was chosen, and the sha256 of its measured accuracy, where there is one."""
-    from companion.generation import accuracy
-
-    found = {"judge": accuracy.judge_name()} if os.environ.get(hub.JUDGE) else {}
-    measured = results / accuracy.FILE
-    return found | ({"judge_accuracy": hash_file(measured, {})} if measured.is_file() else {})
+def _judge() -> dict[str, str]:
+    """The judge model that labels answers, where one was chosen."""
+    judge = os.environ.get(hub.JUDGE)
+    return {"judge": Path(judge).name if Path(judge).is_absolute() else judge} if judge else {}
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -42,7 +42,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "08": ("02", "03", "04", "04b", "05", "06", "07"),
     "00": ("08",),
 }
-JUDGED = "judge.json"  # a run's measured accuracy of labels: `companion.generation.accuracy.FILE`
 MADE_FROM = "made_from"  # a run's note of what it was asked to study, and where that lay
 DEFAULTS: dict[str, Any] = {"MODEL": smollm2.REFUSES, "PROMPTS": "english", "SLUG": smollm2.REFUSES}
 DEFAULTS |= {"DEVICE": "cpu", "DTYPE": "float32", "PROFILE": "full", "PAIRS": 0}
@@ -137,14 +136,11 @@ def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[
     parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
     parts += [files.hash_folder(folder, known) for folder in folders]
     rendered = freshness.rendered(parameters) if foreign else ""  # what ships is text of fixed templates
-    judge: list[Any] = []
     own: dict[str, Any] = {}
-    results = RESULTS / parameters["SLUG"]
-    if os.environ.get(hub.JUDGE) or (results / JUDGED).is_file():
-        from companion.generation import accuracy  # only then: it imports pandas
-
-        judge, own = accuracy.judge_files(known), accuracy.own_accuracy(results, parameters, known)
-    return files.digest(parts, rendered, files.hash_file(ROOT / "requirements.lock", known), *judge), own
+    judge = os.environ.get(hub.JUDGE)
+    judge_files = files.hash_folder(model_folder(judge), known) if judge and Path(judge).is_dir() else None
+    lock = files.hash_file(ROOT / "requirements.lock", known)
+    return files.digest(parts, rendered, lock, judge, judge_files), own
 
 
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:

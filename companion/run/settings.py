@@ -316,9 +316,8 @@ def ensure(
             report(f"  when it was made: {line}")
     else:
         made, notes = _make(folder, name, model, wrapper_file, report)
-        openers.ensure_openers(folder, made.pairs, wrapper_file, model=model, device=device, dtype=dtype, report=report)
+        openers.ensure_openers(folder, made.pairs, model=model, device=device, dtype=dtype, report=report)
         report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-    openers.check_openers(folder, model=model, device=device, dtype=dtype, report=report)
     if any(line.startswith(LEFT_OUT) for line in notes):
         report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
 

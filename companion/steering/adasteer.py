@@ -260,7 +260,7 @@ def _adaptive(name: str, layers: Sequence[int], laws: dict[str, Law], vectors: d
     for layer in layers:
         terms = tuple((key, laws[key], methods.constant(vectors[key][layer])) for key in laws)
         edits.append(Edit(layer, "resid_post", partial(_sum, terms), blind=True))
-    reads = tuple(Read(f"position {key}", law.layer, plain=True) for key, law in laws.items())
+    reads = tuple(Read(f"position {key}", law.layer) for key, law in laws.items())
     return Steering(name, tuple(edits), reads=reads)
 
 

@@ -7,7 +7,6 @@ same random numbers as the unsteered model, so each comparison is paired.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field, replace
 from typing import Final
 
@@ -18,8 +17,7 @@ from companion.base import thresholds
 from companion.base.display import NotDefined
 from companion.generation import decode, labels, outcomes
 from companion.generation.decode import Answers
-from companion.generation.forward import Steer, Switch
-from companion.generation.hooks import Steering
+from companion.generation.hooks import PLAIN, Steering
 from companion.generation.labels import Judge
 from companion.mediation.study import Study
 from companion.model.architecture import Subject
@@ -37,7 +35,6 @@ CAP: Final = {True: 600, False: 300}
 COSTLY_CAP: Final = {"discover": 20, "validate": 20, "test": 60}  # the same where each prompt is costly
 SEED: Final = 0  # of the random numbers that decide the sampled answers
 GOOD: Final = {"harmful": "harmful", "borderline": "refusal", "harmless": "on_topic"}  # the label that is counted
-PLAIN: Final = Steering("unsteered")
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,6 @@ def open_experiment(study: Study, prompt_set: Prompts, *, thin: int = 0) -> Stee
     return SteeringExperiment(extraction.fit_classes(study.subject, openers, table), table, judge)
 
 
-def switch_of(subject: Subject, steering: Steering) -> Steer:
-    """What switches the steering on around calls of the model."""
-    return nullcontext if steering == PLAIN else Switch(subject, steering)
-
-
 def select(
     experiment: SteeringExperiment, split: str, kind: str, *, wrapped: bool | None = None, n: int = 0
 ) -> pd.DataFrame:
@@ -129,10 +121,8 @@ def answer(
     if steering == PLAIN and key in experiment.said:
         return experiment.said[key]
     draws = None if greedy else decode.uniforms(len(prompts), steps, SEED)
-    made = decode.answers(
-        experiment.subject, prompts.text, steps, switch_of(experiment.subject, steering), draws,
-        system=steering.system, unsteered=None if steering.system else experiment.said.get(key),
-    )  # fmt: skip
+    known = None if steering.system else experiment.said.get(key)
+    made = decode.answers(experiment.subject, prompts.text, steps, steering, draws, unsteered=known)
     if steering == PLAIN:
         experiment.said[key] = made
     return made
@@ -175,9 +165,8 @@ def changed(plain: pd.DataFrame, steered: pd.DataFrame, kind: str, column: str =
 
 
 def prices(experiment: SteeringExperiment, steering: Steering, prompts: pd.DataFrame, own: Answers) -> pd.DataFrame:
-    """`outcomes.price` of the steering on harmless prompts and the plain model's own answers, topics beside."""
-    steer = switch_of(experiment.subject, steering)
-    found = outcomes.price(experiment.subject, prompts.text, own, steer, system=steering.system)
+    """`outcomes.price_each` of the steering on harmless prompts and the plain model's own answers, topics beside."""
+    (found,) = outcomes.price_each(experiment.subject, prompts.text, own, [steering])
     return found.assign(topic=prompts.topic.to_numpy())
 
 

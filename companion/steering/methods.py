@@ -130,7 +130,7 @@ def cast(fit: Fit) -> Steering:
     def is_beyond(prompt: Prompt) -> Float[Tensor, "prompt"]:
         return (line.position_on_device(prompt.read["condition"]) >= cut).float()
 
-    return Steering("cast", fixed(fit).edits, gate=is_beyond, reads=(Read("condition", at, plain=True),))
+    return Steering("cast", fixed(fit).edits, gate=is_beyond, reads=(Read("condition", at),))
 
 
 def alphasteer(fit: Fit, *, layers: Collection[int] | None = None) -> Steering:
@@ -232,7 +232,7 @@ def gated(fit: Fit, steering: Steering) -> Steering:
         value = torch.sigmoid(float(weights[0]) * at + offset)
         return torch.where(value > threshold, value, 0.0).float()
 
-    return replace(steering, gate=probability, reads=(Read("gate", best, fit.tail, plain=True),))
+    return replace(steering, gate=probability, reads=(Read("gate", best, fit.tail),))
 
 
 def checked_layers(fit: Fit, layers: Collection[int] | None) -> list[int]:
@@ -258,7 +258,7 @@ def constant(vector: Float[np.ndarray, "width"]) -> Delta:
 
 
 def _mapped(read: Placed, written: Placed, x: Float[Tensor, "prompt pos width"], prompt: Prompt) -> Tensor:
-    at = x[torch.arange(len(x), device=x.device), prompt.last]
+    at = x[:, -1]
     return (at @ read.like(x))[:, None, None] * written.like(x)
 
 

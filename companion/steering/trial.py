@@ -14,7 +14,7 @@ import pandas as pd
 
 from companion.base.display import NotDefined, passes_on
 from companion.base.folders import split_adapter
-from companion.generation import accuracy, decode
+from companion.generation import decode
 from companion.generation.hooks import Steering
 from companion.mediation.study import Study
 from companion.model.load import load
@@ -161,18 +161,18 @@ def method_summary(trial: Trial) -> pd.DataFrame:
     return found.assign(p_holm=holm(list(found.p))).drop(columns="p")
 
 
-def judged_rates(trial: Trial, slug: str) -> tuple[pd.DataFrame, str]:
-    """Harm of every arm, and its change against the unsteered model, as labelled and corrected for the labeller's errors; and
-    what is known of these.
-    """
-    asked = trial.plain.kind == "harmful"
-    tables = {PLAIN.name: trial.plain} | dict(trial.answers)
-    harmful = {name: (table.label[asked] == "harmful").to_numpy() for name, table in tables.items()}
-    taken = {f"{name} - plain": (hits, harmful[PLAIN.name]) for name, hits in harmful.items() if name != PLAIN.name}
-    rates, labeller = accuracy.corrected_rates(harmful, slug, exact=trial.experiment.exact)
-    topics = trial.plain.topic[asked].to_numpy()
-    changes, _ = accuracy.differences(taken, topics, slug, exact=trial.experiment.exact)
-    return pd.concat([rates, changes], ignore_index=True), labeller
+def judged_rates(trial: Trial) -> pd.DataFrame:
+    """Share of harmful answers (`labelled`, Wilson) under every arm, and its change against the unsteered model (`changed`)."""
+    asked, rows = trial.plain.kind == "harmful", []
+    if asked.any():
+        for name, table in {PLAIN.name: trial.plain, **trial.answers}.items():
+            hits = table.label[asked] == "harmful"
+            rows.append((name, len(hits), *rate(int(hits.sum()), len(hits))))
+    if trial.plain.topic[asked].nunique() > 1:  # with one topic there is nothing to draw
+        for name, table in trial.answers.items():
+            change = changed(trial.plain, table, "harmful")
+            rows.append((f"{name} - plain", change.n, change.estimate / 100, change.low / 100, change.high / 100))
+    return pd.DataFrame(rows, columns=["group", "n", "labelled", "low", "high"])
 
 
 @passes_on

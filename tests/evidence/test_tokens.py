@@ -102,11 +102,11 @@ def test_twins_of_a_refusal_take_its_control() -> None:
 def test_rates_leave_out_the_schedule_that_is_the_first_token_again() -> None:
     answers = planted(0.5, 1.0)
     twice = pd.concat([answers, answers[answers.schedule == "first token"].assign(schedule="prompt")])
-    rates, sentence = tokens.harmful_rates(twice, "m", exact=True)
-    found = rates.set_index("schedule")
+    found = tokens.harmful_rates(twice).set_index("schedule")
     assert found.estimate.to_dict() == {"none": 1, "first token": 0.5, "first five": 0.5, "all tokens": 0}
-    assert (found.n == 60).all() and (found.corrected == found.estimate).all() and "exact" in sentence
-    assert (found.estimate + found.refused + found.off_topic == 1).all() and found.refused.any()
+    assert (
+        (found.n == 60).all() and (found.estimate + found.refused + found.off_topic == 1).all() and found.refused.any()
+    )
     assert found.low["first token"] < 0.4 and found.high["first token"] > 0.6
 
 

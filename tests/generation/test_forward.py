@@ -1,7 +1,6 @@
 """Runs that set in above the plain model's give what full forward passes give; answers are the library's."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -16,8 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from companion.generation import decode, forward, hooks, outcomes
-from companion.generation.forward import Switch
-from companion.generation.hooks import Edit, Prompt, Read, Steering, Where
+from companion.generation.hooks import PLAIN, Edit, Prompt, Read, Steering, Where
 from companion.model import activations
 from companion.model.architecture import Subject, end_tokens
 from companion.model.load import from_model
@@ -32,7 +30,7 @@ def half_shut(prompt: Prompt) -> Tensor:
     return torch.sigmoid(prompt.read["g"].sum(-1)) * (torch.arange(len(prompt.ids)) > 0)
 
 
-READ = (Read("g", 1, back=1, plain=True),)
+READ = (Read("g", 1, back=1),)
 STEERINGS = {
     "late, all tokens": Steering("a", (Edit(2, "resid_post", following_last), Edit(3, "mlp_out", following_last))),
     "last token": Steering("b", (Edit(2, "mlp_out", lambda x, _: x.tanh(), "last"),), gate=half_shut, reads=READ),
@@ -45,23 +43,27 @@ def said(subject: Subject, answer: Tensor, rows: Tensor, logits: Tensor, cache: 
     return torch.cat([logits[:, None], rest], dim=1)
 
 
+def full_pass(subject: Subject, ids: Tensor, steering: Steering, use: forward.Use) -> Tensor:
+    """What `use` makes of one full pass under the steering's hooks."""
+    with hooks.applied(subject, steering):
+        out = subject.model(ids, use_cache=True)
+        return use(torch.arange(len(ids)), out.logits[:, -1], out.past_key_values)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", STEERINGS)
 @torch.no_grad()
 def test_a_resumed_run_is_the_full_one(family: str, name: str) -> None:
     subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
     use, steering = partial(said, subject, answer), STEERINGS[name]
-    full = forward.read_prompts(subject, ids, partial(hooks.applied, subject, steering), use)
-    fast = forward.read_prompts(subject, ids, forward.Switch(subject, steering), use)
+    full, plain = full_pass(subject, ids, steering, use), full_pass(subject, ids, PLAIN, use)
+    (fast,) = forward.read_prompts(subject, ids, [steering], use)
     torch.testing.assert_close(fast, full, atol=2e-4, rtol=1e-4)
-    out = subject.model(ids, use_cache=True)
-    plain = use(torch.arange(4), out.logits[:, -1], out.past_key_values)
     assert (full[1:] - plain[1:]).abs().amax((1, 2)).min() > 1e-3
     if steering.gate is not None:
         torch.testing.assert_close(fast[0], plain[0], atol=2e-4, rtol=1e-4)
-    switch = forward.Switch(subject, replace(steering, strength=0.0))  # which changes no bit
-    without = forward.read_prompts(subject, ids, nullcontext, use)
-    assert torch.equal(forward.read_prompts(subject, ids, switch, use), without)
+    weak = replace(steering, strength=0.0)  # which changes no bit
+    assert torch.equal(*forward.read_prompts(subject, ids, [weak, PLAIN], use))
 
 
 @torch.no_grad()
@@ -70,9 +72,9 @@ def test_after_an_exception_in_a_full_or_resumed_run_the_model_is_as_it_was() ->
     before, broken = subject.model(ids).logits, mock.Mock(side_effect=RuntimeError("in the middle of a block"))
     for first in (following_last, broken):  # in the block that is replaced by its known output, and above it
         steering = Steering("broken", (Edit(1, "resid_post", first), Edit(2, "mlp_out", broken)))
-        for how in (forward.Switch(subject, steering), partial(hooks.applied, subject, steering)):
+        for how in (full_pass, lambda subject, ids, one, use: forward.read_prompts(subject, ids, [one], use)):
             with pytest.raises(RuntimeError, match="middle"):
-                forward.read_prompts(subject, ids, how, lambda rows, logits, cache: logits)
+                how(subject, ids, steering, lambda rows, logits, cache: logits)
     modules = list(subject.model.modules())
     assert not [m for m in modules if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
     assert torch.equal(subject.model(ids).logits, before)
@@ -106,9 +108,8 @@ def test_batches_are_as_large_as_their_plain_run_can_be_kept(monkeypatch, fittin
 @torch.no_grad()
 def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
     subject, known, asked = tiny_subject("llama"), torch.full((4, 1), 77.0), []
-    switch = forward.Switch(subject, STEERINGS["last token"])
     use = lambda rows, logits, cache: asked.append(rows.tolist()) or logits[:, :1]  # noqa: E731
-    found = forward.read_prompts(subject, some_tokens(4, 9), switch, use, plain=known)
+    (found,) = forward.read_prompts(subject, some_tokens(4, 9), [STEERINGS["last token"]], use, plain=known)
     assert asked == [[1, 2, 3]]
     assert (found == 77).flatten().tolist() == [True, False, False, False]
 
@@ -119,8 +120,8 @@ def test_an_answer_that_is_known_is_copied_only_behind_a_shut_gate() -> None:
 def test_each_steering_of_a_batch_is_as_it_is_alone(family: str, where: Where) -> None:
     subject, ids, answer = tiny_subject(family), some_tokens(4, 9), some_tokens(4, 3, seed=7)
     use, many = partial(said, subject, answer), varied_steerings("resid_post", where)
-    found = forward.read_prompts_each(subject, ids, many, use)
-    alone = torch.stack([forward.read_prompts(subject, ids, partial(hooks.applied, subject, one), use) for one in many])
+    found = forward.read_prompts(subject, ids, many, use)
+    alone = torch.stack([full_pass(subject, ids, one, use) for one in many])
     torch.testing.assert_close(found, alone, atol=2e-4, rtol=1e-4)
     assert all((found[i] - found[4]).abs().max() > 1e-3 for i in range(3)) and torch.equal(found[3], found[4])
 
@@ -132,20 +133,19 @@ def test_a_batch_is_bounded_and_holds_steerings_of_the_same_sites_only() -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", [None, *STEERINGS])
+@pytest.mark.parametrize(("steering", "n_plain"), [(PLAIN, 4), *((one, 2) for one in STEERINGS.values())])
 @torch.no_grad()
-def test_a_prefix_read_once_below_the_steering_changes_nothing(family, name, monkeypatch):
+def test_a_prefix_read_once_below_the_steering_changes_nothing(family, steering, n_plain, monkeypatch):
     subject, ids, answer = from_model(tiny_model(family)), some_tokens(4, 12), some_tokens(4, 3, seed=7)
     ids[:, :9] = ids[0, :9]
     monkeypatch.setattr(forward, "BATCH_BYTES", 0)  # read from the bottom, as where no plain run can be kept
-    steer = nullcontext if name is None else forward.Switch(subject, STEERINGS[name])
-    plain = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
+    plain = forward.read_prompts(subject, ids, [steering], partial(said, subject, answer))
     seen, real = [], activations._in_two
     monkeypatch.setattr(activations, "SMALLEST", 0)
     monkeypatch.setattr(activations, "PAYS", {"cpu": 1})
     monkeypatch.setattr(activations, "_in_two", lambda block, layer, n: seen.append(layer) or real(block, layer, n))
-    once = forward.read_prompts(subject, ids, steer, partial(said, subject, answer))
-    assert len(seen) == {None: 4, "late, all tokens": 2, "last token": 2}[name]
+    once = forward.read_prompts(subject, ids, [steering], partial(said, subject, answer))
+    assert len(seen) == n_plain
     torch.testing.assert_close(once, plain, atol=2e-4, rtol=1e-4)
 
 
@@ -179,11 +179,11 @@ def test_answers_are_the_same_alone_and_together(embedded: Subject, texts: list[
     plain = decode.answers(embedded, texts, 12, draws=draws)
     for size in (0.0, 60.0):
         edits = (Edit(2, "resid_post", lambda x, _, size=size: size * push.expand(len(x), 1, -1)),)
-        switch = Switch(embedded, Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float()))
-        made = decode.answers(embedded, texts, 12, switch, draws)
+        pushed = Steering("pushed", edits, gate=lambda prompt: (prompt.ids.sum(-1) % 3 > 0).float())
+        made = decode.answers(embedded, texts, 12, pushed, draws)
         assert (made.ids[:, 0] != plain.ids[:, 0]).any() if size else np.array_equal(made.ids, plain.ids)
         for i, text in enumerate(texts):
-            alone = decode.answers(embedded, [text], 12, switch, draws[i : i + 1])
+            alone = decode.answers(embedded, [text], 12, pushed, draws[i : i + 1])
             wanted = alone.ids[0][alone.mask[0]].tolist()
             assert made.ids[i][made.mask[i]].tolist() == wanted
 

@@ -1,7 +1,5 @@
 """What steering does to the first token and what it costs; outcome tokens found from the model itself."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from steering_lab import fitted, prompts, towards_no
 from companion.base import chat
 from companion.base.errors import InputError
 from companion.generation import decode, forward, openers, outcomes
+from companion.generation.hooks import PLAIN, Edit, Steering
 from companion.model.activations import on_output
 from companion.model.architecture import Subject, find_parts
 from companion.prompts import invented, tokens
@@ -24,29 +23,26 @@ from companion.prompts.pairs import load_set
 # ---- outcomes ----
 
 
-@contextmanager
-def shifted(model: Subject) -> Iterator[None]:
-    """A constant added to the final norm's output: a steering whose every consequence is known."""
-    with on_output(model.final_norm, lambda out: out + 0.5):
-        yield
-
-
 def test_the_price_is_the_divergence_of_the_models_own_answer(embedded: Subject, texts: list[str]) -> None:
-    own = decode.answers(embedded, texts, 12)
-    free = outcomes.price(embedded, texts, own, nullcontext)
+    """Held against one pass over prompt and answer, with the same constant added to the prompt's tokens by hand."""
+    own, layer = decode.answers(embedded, texts, 12), 2
+    push = 60 * torch.randn(128, generator=torch.Generator().manual_seed(0))
+    pushed = Steering("pushed", (Edit(layer, "resid_post", lambda x, _: push.expand(len(x), 1, -1)),))
+    free, found = (outcomes.price_each(embedded, texts, own, [one])[0] for one in (PLAIN, pushed))
     assert (free.kl == 0).all() and (free.plain == free.steered).all()
     assert free.n_tokens.tolist() == own.mask.sum(1).tolist()
-    found = outcomes.price(embedded, texts, own, lambda: shifted(embedded)).iloc[0]
     prompt = next(forward.buckets(embedded, texts[:1]))[1]
     answer = torch.tensor(own.ids[0][own.mask[0]])
     whole = torch.cat([prompt[0], answer])[None]
-    logits = [embedded.model(whole).logits]
-    with shifted(embedded):
-        logits.append(embedded.model(whole).logits)
+    is_prompt = torch.arange(whole.shape[1])[:, None] < prompt.shape[1]
+    with torch.no_grad():
+        logits = [embedded.model(whole).logits]
+        with on_output(embedded.layers[layer].block, lambda x: x + is_prompt * push):
+            logits.append(embedded.model(whole).logits)
     plain, steered = (some[0, prompt.shape[1] - 1 : -1].double().log_softmax(-1) for some in logits)
     expected = torch.nn.functional.kl_div(steered, plain, log_target=True, reduction="sum") / len(answer)
-    assert found.kl == pytest.approx(float(expected), rel=1e-4) and found.kl > 1e-4
-    assert found.steered == pytest.approx(float(steered.gather(1, answer[:, None]).sum()), rel=1e-4)
+    assert found.kl[0] == pytest.approx(float(expected), rel=1e-4) and found.kl[0] > 1e-4
+    assert found.steered[0] == pytest.approx(float(steered.gather(1, answer[:, None]).sum()), rel=1e-4)
 
 
 def test_tables_of_several_steerings_are_those_of_each() -> None:
@@ -56,12 +52,10 @@ def test_tables_of_several_steerings_are_those_of_each() -> None:
     odds = outcomes.log_odds_each(fit.subject, texts, fit.openers, many)
     prices = outcomes.price_each(fit.subject, list(texts), own, many)
     for i, one in enumerate(many):
-        switch = forward.Switch(fit.subject, one)
-        pd.testing.assert_frame_equal(odds[i], outcomes.log_odds(fit.subject, texts, fit.openers, switch), rtol=1e-5)
-        alone = outcomes.price(fit.subject, list(texts), own, switch)
+        (alone,) = outcomes.log_odds_each(fit.subject, texts, fit.openers, [one])
+        pd.testing.assert_frame_equal(odds[i], alone, rtol=1e-5)
+        (alone,) = outcomes.price_each(fit.subject, list(texts), own, [one])
         pd.testing.assert_frame_equal(prices[i], alone, rtol=1e-4, atol=1e-6)
-    again = outcomes.price_each(fit.subject, list(texts), own, many)  # the plain model's part comes from memory
-    assert all(one.equals(two) for one, two in zip(prices, again, strict=True))
     assert (prices[1].kl > prices[0].kl).all() and (odds[1].p_refuse > odds[0].p_refuse).all()
 
 
@@ -75,10 +69,11 @@ def test_prompts_of_one_length_may_differ_behind_a_sentence(template: str) -> No
     texts = ["do off", "be off", "do not", "on"]
     assert len({len(forward.encode(subject, text, "be kind")) for text in texts[:2]}) == 2
     own = decode.answers(subject, texts, 4)
-    found = outcomes.price(subject, texts, own, nullcontext, system="be kind")
+    said = [Steering("said", system="be kind")]
+    (found,) = outcomes.price_each(subject, texts, own, said)
     for i, text in enumerate(texts):
         single = decode.Answers(own.ids[i : i + 1], own.mask[i : i + 1])
-        alone = outcomes.price(subject, [text], single, nullcontext, system="be kind")
+        (alone,) = outcomes.price_each(subject, [text], single, said)
         pd.testing.assert_frame_equal(found.iloc[[i]].reset_index(drop=True), alone, rtol=1e-4, atol=1e-6)
     assert (found.kl > 1e-3).all()
 
@@ -130,7 +125,6 @@ def test_a_token_belongs_to_the_side_on_which_it_is_likelier_and_a_low_joint_pro
     assert openers.sort_openers(both, torch.arange(7) >= 4) == ([0, 1], [2, 3, 4])
     assert "below 0.8: edit outcome.json" in openers.FoundOpeners(("a",), ("b",), 0.79, 5, 10).note
     assert "below" not in openers.FoundOpeners(("a",), ("b",), 0.8, 5, 10).note
-    assert openers.describe_openers(None, ("b",), 1.0) == "comply everything else; refuse 'b' (joint probability 1.00)"
 
 
 def test_first_tokens_of_one_prompt_do_not_depend_on_its_batch(embedded: Subject, texts: list[str]) -> None:

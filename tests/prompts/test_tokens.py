@@ -245,18 +245,13 @@ def test_groups_partition_every_prompt(kind: str) -> None:
         assert set(masks) == {*PARTITION, *positions.OVERLAPPING}
 
 
-def test_differ_and_shared() -> None:
+def test_what_differs_and_is_shared_and_groups_that_stack_and_are_listed_in_reading_order() -> None:
     pair = made(WORDS, "do low be low now", "do high be high now")
     masks = positions.groups(pair, "<user> ")
-    assert np.flatnonzero(masks["differ"]).tolist() == [3, 5]
-    assert np.flatnonzero(masks["shared"]).tolist() == [4, 6, 7, 8]
+    assert [np.flatnonzero(masks[name]).tolist() for name in ("differ", "shared")] == [[3, 5], [4, 6, 7, 8]]
     assert masks["all"].all() and positions.distance(pair) == 3
-
-
-def test_groups_stack_over_pairs_and_are_listed_in_reading_order() -> None:
-    pairs = [made(WORDS, "off now do", "on now do"), made(WORDS, "do now off", "do now on")]
-    stacked = positions.stack(pairs, "<user> ", "differ")
-    assert stacked.dtype == bool and stacked.nonzero()[1].tolist() == [2, 4]
+    stacked = positions.stack([made(WORDS, "off do", "on do"), made(WORDS, "do off", "do on")], "<user> ", "differ")
+    assert stacked.dtype == bool and stacked.nonzero()[1].tolist() == [2, 3]
     pair = made(WORDS, "please off now do", "please on now do", {"treated": {"verb": (7, 9)}})
     masks = positions.groups(pair, positions.user_header(WORDS))
     assert positions.present(masks) == ["system", "header", "rest", "verb", "last_instruction", "template", "last"]

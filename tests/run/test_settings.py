@@ -13,7 +13,7 @@ from toys import EMBEDDED, PAIRS, TEMPLATE, Toy, prompt_set
 from companion.base import hub, paths
 from companion.base.errors import InputError
 from companion.base.paths import ORGANISM
-from companion.generation import accuracy, labels
+from companion.generation import labels
 from companion.model import memory
 from companion.run import cli, freshness, runner, settings
 from companion.run.cli import named as placed
@@ -199,6 +199,5 @@ def test_a_run_with_an_adapter_has_a_name_and_a_place_of_its_own(tmp_path: Path)
     found = cli.parameters(cli.parse(["--adapter", str(folder), "--model", "full-0"]), "cpu")
     assert found["MODEL"] == f"full-0+{folder}" and found["SLUG"] == "full-0-adapter-mine"
     assert settings.made_from(found, None, None)["model"] == f"data/organism/full-0+{folder}"
-    assert accuracy.shown_source(found["MODEL"]) == "full-0+mine"
     manifest = freshness._model(found["MODEL"], {})
     assert manifest["name"] == "full-0" and set(manifest["adapter"]["sha256"]) == {p.name for p in folder.iterdir()}

@@ -14,7 +14,6 @@ from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-import torch
 from rows import jbb, prompt_rows
 from toys import chat_folder
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -127,7 +126,7 @@ def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappe
     treated = {pair.id: pair.treated for pair in made.pairs}
     assert treated["strongreject-000-t2-tale"].startswith("w8 w9 w22 w30") and "strongreject-000" in made.hashes
     t1, t2 = partners.survival(made.pairs, made.n_requests, tokenizer)
-    assert t1.startswith("T1: 5 of 12 requests have a benign partner of their length and can be interchanged; 7 of 12")
+    assert t1.startswith("T1: 5 of 12 requests have a benign partner of their length and can be interchanged; few")
     assert "take harmless partners by length (+alpaca)" in t1 and t2.startswith("T2: 12 of 12 pairs have equal token")
 
 
@@ -178,34 +177,7 @@ def test_where_few_rows_have_the_length_of_their_partner_groups_are_interchanged
     assert twin.control == "w5 w6 w21 w34 w4 w7"  # the row's own partner, whatever T1 has
 
 
-def test_own_openers_are_measured_on_their_treatments_prompts_as_they_are_now(
-    served, asked, template_file, capsys, monkeypatch
-):
-    file, entry = template_file.parent / "outcome.json", {"comply": [" w11"], "refuse": [" w12"]}
-    own = {"T1": entry, "T2": entry, "T2b": {"comply": [" w13", " w14"], "refuse": [" w12"]}}
-    file.write_text(json.dumps(own))
-    seen: list[list[str]] = []
-
-    def probabilities(subject: object, texts: list[str]) -> torch.Tensor:
-        seen.append(texts[:2])
-        return torch.tensor([0.0] * 11 + [0.5, 0.35, 0.02, 0.01]).expand(len(texts), -1)
-
-    monkeypatch.setattr(openers, "first_token_probabilities", probabilities)
-    settings.fetched(asked, str(template_file))
-    said = capsys.readouterr().out
-    assert all(f"{name}: comply ' w11'; refuse ' w12' (joint probability 0.85)\n" in said for name in ("T1", "T2"))
-    assert (
-        "T2b: comply ' w13', ' w14'; refuse ' w12' (joint probability 0.38, below 0.8: edit outcome.json, where" in said
-    )
-    assert seen == [
-        ["w21 w30 w4", "w20 w30"], ["w8 w9 w20 w30 w7", "w8 w9 w10 w20 w30"], ["w8 w9 w21 w30 w4 w7", "w8 w9 w10 w21 w30 w4"],
-    ]  # fmt: skip
-    file.write_text(json.dumps(entry))
-    with pytest.raises(InputError, match="is not made for"):
-        settings.known(asked, str(template_file))
-
-
-def test_where_the_models_first_words_are_not_known_ones_own_can_be_given(served, asked, template_file, capsys):
+def test_where_the_models_first_words_are_not_known_ones_own_can_be_given(served, asked, template_file):
     given = str(template_file)
     with pytest.raises(InputError, match=r"the model refused 0 of \d+ prompts") as caught:
         settings.fetched(asked, given)
@@ -213,7 +185,6 @@ def test_where_the_models_first_words_are_not_known_ones_own_can_be_given(served
     Path(place).write_text('{"comply": [" w11"], "refuse": [" w12"]}')
     found = settings.fetched(asked, given)
     assert pairs.load_set(found["PROMPTS"]).outcomes["T1"] == ((" w11",), (" w12",))
-    assert "T1: comply ' w11'; refuse ' w12' (joint probability" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", public.FILES)
@@ -230,10 +201,12 @@ def test_a_folder_that_lacks_a_file_is_made_anew_around_what_the_user_wrote(serv
     assert content.outcomes["T1"][0] == (("w11",) if lost == "outcome.json" else (" w13",))
 
 
-def test_a_public_set_with_wrappers_goes_through_a_run_offline(served, asked, template_file, tmp_path):
+def test_a_public_set_with_wrappers_goes_through_a_run_offline(served, asked, template_file, tmp_path, monkeypatch):
     served["JailbreakBench/JBB-Behaviors"] = jbb(30)
-    (template_file.parent / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
-    (tmp_path / "prompts").symlink_to(settings.fetched(asked, str(template_file))["PROMPTS"])
+    monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
+    place = Path(settings.fetched(asked, str(template_file))["PROMPTS"])
+    (place / "outcome.json").write_text('{"comply": [" w10", " w11"], "refuse": [" w12", " w13"]}')
+    (tmp_path / "prompts").symlink_to(place)
     places = {"COMPANION_RESULTS": str(tmp_path / "results"), "COMPANION_FIGURES": str(tmp_path / "figures")}
     words = f"--model {asked['MODEL']} --prompts jailbreakbench --wrappers {template_file} --profile smoke --only 02 --name x"
     command = [sys.executable, "-m", "companion.run.cli", *words.split()]

@@ -25,7 +25,7 @@ YES_NO = {"T2": Openers(*((WORDS.convert_tokens_to_ids(word),) for word in ("yes
 
 
 # Read at the last token, so an intervention at layer 0 or 1 moves the gate.
-GATE = (lambda prompt: torch.sigmoid(2 * prompt.read["g"].sum(-1)), (hooks.Read("g", 1, plain=True),))
+GATE = (lambda prompt: torch.sigmoid(2 * prompt.read["g"].sum(-1)), (hooks.Read("g", 1),))
 ramp = lambda x, _: torch.linspace(-2, 2, x.shape[-1]).expand(len(x), 1, -1)  # noqa: E731
 STEERINGS = {
     name: hooks.Steering(name, edits, 2.0, *gate)

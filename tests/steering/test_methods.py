@@ -44,7 +44,7 @@ def test_the_closed_loop_is_one_sided_and_bounded(fit: Fit) -> None:
     v = means.rejection[2]
     along = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])  # 0 at the complied mean, 1 at the refused one
     x = (torch.tensor(means.complied[2]) + along[:, None] * torch.tensor(v)).float()[:, None]
-    at = hooks.Prompt(*[torch.zeros(5, 1, dtype=torch.long)] * 3)
+    at = hooks.Prompt(torch.zeros(5, 1, dtype=torch.long))
     moved = edit.delta(x, at)[:, 0].numpy() @ v / (v @ v)
     np.testing.assert_allclose(moved[1:], [1, 0.5, 0, 0], atol=0.01)
     assert moved[0] == pytest.approx(1, abs=0.05)
@@ -148,7 +148,7 @@ def test_it_steers_as_its_laws_say_and_the_released_one_in_one_direction(fit, mo
     monkeypatch.setitem(adasteer.RELEASED, "c", Affine(0.0, 0.2, 0.0, 1.0))
     released = adasteer.adasteer_released(fit, layers=[2])
     assert log_odds_of(fit, released, "complied").mean() < plain
-    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool), torch.tensor([2, 2]))
+    at = hooks.Prompt(torch.zeros(2, 3, dtype=torch.long))
     for name, law in (("r", laws[0]), ("c", laws[1])):
         at.read[f"position {name}"] = torch.tensor(np.stack([law.line.origin, law.line.origin + law.line.direction]))
     moved = released.edits[0].delta(torch.zeros(2, 3, fit.subject.d_model), at)[:, 0].numpy()

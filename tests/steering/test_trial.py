@@ -84,6 +84,13 @@ def test_every_arm_has_its_paired_differences_and_pays_the_same(made: Trial) -> 
     differences = trials.paired_differences(made)
     assert differences.groupby("method", sort=False).size().to_dict() == {"gated": 3, DECISIVE: 3, "retrained": 3}
     assert not differences[differences.method == "retrained"].estimate.any(), "the same model with the same numbers"
+    judged = trials.judged_rates(made).set_index("group")
+    assert (
+        list(judged.index[:4]) == [PLAIN.name, "gated", DECISIVE, "retrained"] and judged.labelled.between(-1, 1).all()
+    )
+    for method, row in differences[differences.measure == trials.MEASURES["harmful"]].set_index("method").iterrows():
+        share = judged.loc[f"{method} - plain", ["labelled", "low", "high"]].astype(float)
+        assert share.tolist() == (row[["estimate", "low", "high"]].astype(float) / 100).tolist()
     cost = trials.harm_at_equal_cost(made).set_index(["method", "price"])
     assert set(cost.index.get_level_values(0)) == {PLAIN.name, "gated", DECISIVE, "retrained"}
     for price in cost.index.get_level_values(1).unique():
@@ -208,7 +215,7 @@ def test_random_directions_follow_their_family(fit: Fit) -> None:
     noise = np.random.default_rng(0).normal(size=fit.last["resid_post"].shape) * (np.arange(fit.subject.d_model) < 4)
     fit = replace(fit, last={**fit.last, "resid_post": fit.last["resid_post"] + noise})
     like, halved = (methods.fixed(fit, layers=layers) for layers in ([2], [1, 2]))
-    x, at = torch.zeros(1, 1, fit.subject.d_model), hooks.Prompt(*[torch.ones(1, 1, dtype=torch.long)] * 3)
+    x, at = torch.zeros(1, 1, fit.subject.d_model), hooks.Prompt(torch.ones(1, 1, dtype=torch.long))
     whole, half = (one.edits[-1].delta(x, at) for one in (like, halved))
     torch.testing.assert_close(half, whole / 2, msg="each of two layers adds half of its vector")
     for seed in (0, 1):
