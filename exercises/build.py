@@ -3,13 +3,11 @@
 Writes the notebooks of this folder (stubs and checks), parts of the instructor guide, and into every notebook of the
 companion its exercises, the links to the glossary, and the numbers of its prose (of two documents, too). These are
 Markdown, found by tags, links and comments: a second run changes nothing, no code changes, and nothing has to be run again.
-With `--check` it writes nothing and says what is out of date.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,13 +50,8 @@ def stub(solution: Callable[..., Any]) -> str:
 
 def cell(kind: str, text: str, name: str, tags: tuple[str, ...] = ()) -> notebooks.Cell:
     """A notebook cell that was never run."""
-    metadata = {"tags": list(tags)} if tags else {}
-    made: notebooks.Cell = {
-        "cell_type": kind,
-        "id": name,
-        "metadata": metadata,
-        "source": text.strip().splitlines(keepends=True),
-    }
+    made: notebooks.Cell = {"cell_type": kind, "id": name, "metadata": {"tags": list(tags)} if tags else {}}
+    made["source"] = text.strip().splitlines(keepends=True)
     return made | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 
@@ -111,12 +104,8 @@ def exercise_cells(number: str, path: Path) -> list[notebooks.Cell]:
     cells = []
     for one in of_notebook(number):
         solution = f"```python\n{inspect.getsource(one.solution).strip()}\n```"
-        parts = (
-            heading(one, LEVELS[one.level], "###"),
-            f"{one.task} {file}",
-            folded("Hint", one.hint),
-            folded("Solution", solution),
-        )
+        top, folds = heading(one, LEVELS[one.level], "###"), (folded("Hint", one.hint), folded("Solution", solution))
+        parts = (top, f"{one.task} {file}", *folds)
         cells.append(cell("markdown", "\n\n".join(parts), f"exercise-{one.number}", (f"{TAG}-{one.number}",)))
     last = QUESTIONS[number]
     asked = "\n\n".join((heading(last, "open question", "###"), f"{last.task} {file}", folded("Hint", last.hint)))
@@ -136,8 +125,7 @@ def with_exercises(notebook: notebooks.Notebook, number: str, path: Path) -> not
         cells += [made[tag]] if tag in made else [] if tag else [one]
     end = max(i for i, one in enumerate(cells) if notebooks.source(one).startswith(NEXT))
     cells[end:end] = [one for tag, one in made.items() if tag not in placed]
-    prose = [one for one in cells if one["cell_type"] == "markdown"]
-    for one in prose:
+    for one in (one for one in cells if one["cell_type"] == "markdown"):
         one["source"] = filled(notebooks.source(one)).splitlines(keepends=True)
     return {**notebook, "cells": linked(cells)}
 
@@ -153,20 +141,12 @@ def made() -> dict[Path, str]:
     return files
 
 
-def stale() -> list[Path]:
-    """The files that are not what their sources say."""
-    return [path for path, text in made().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-
-
-def main(arguments: list[str]) -> int:
-    """Write what is out of date; with `--check` only name it, exit status 1 if anything is."""
-    files = made()
-    for path in (found := stale()):
-        print(("out of date: " if arguments else "written: ") + relative(path))
-        if not arguments:
-            write_text(files[path], path)
-    return 1 if arguments and found else 0
+def main() -> None:
+    """Write every file that is not what its sources say, and name it."""
+    for path, text in made().items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"written: {relative(write_text(text, path))}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -51,14 +51,12 @@ def places(number: str, code: int) -> dict[str, int]:
 
 def key(number: str, code: int = 1) -> dict[str, str]:
     """The right answers to a notebook's open question."""
-    if number not in KINDS or number == "04":
-        return {letter: NATURES[number][place] for letter, place in places(number, code).items()}
-    designs = {letter: draw_design(KINDS[number][place], code) for letter, place in places(number, code).items()}
-    if number == "02":
-        return {letter: design.kind for letter, design in designs.items()}
-    if number == "03":
-        return {letter: design.writer for letter, design in designs.items()}
-    return {letter: f"layer {design.carry[0]}" for letter, design in designs.items()}
+    found = places(number, code)
+    if number in NATURES:
+        return {letter: NATURES[number][place] for letter, place in found.items()}
+    designs = {letter: draw_design(KINDS[number][place], code) for letter, place in found.items()}
+    told = {"02": lambda one: one.kind, "03": lambda one: one.writer, "05": lambda one: f"layer {one.carry[0]}"}
+    return {letter: told[number](design) for letter, design in designs.items()}
 
 
 def keys(code: int = 1) -> dict[str, dict[str, str]]:

@@ -81,8 +81,7 @@ def judge_run(slug: str) -> Judged:
     evidence = run_evidence(slug)
     draws, built = draws_like(main_draws(), shape_of(slug))
     rates = with_held_out(claim_rates(draws), held_out_draws())
-    verdicts, corrected = ledger.ledger(evidence, [slug]), ledger.corrected_ledger(evidence, [slug])
-    return Judged(slug, evidence, ledger.answers(verdicts, corrected, rates), rates, built)
+    return Judged(slug, evidence, ledger.answers(ledger.ledger(evidence, [slug]), rates), rates, built)
 
 
 def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined:
@@ -99,9 +98,8 @@ def two_way_intervals(judged: Judged, prompts: str) -> pd.DataFrame | NotDefined
 
 def write_claims(judged: Judged) -> pd.DataFrame:
     """Write every verdict of both kinds of rules to `claims.csv` and `claims.json`; returns those on the run's own model."""
-    evidence, runs = judged.evidence, [judged.slug]
-    said = ledger.ledger(evidence, runs), ledger.corrected_ledger(evidence, runs), judged.rates
-    table = ledger.to_table(*said)
+    verdicts = ledger.ledger(judged.evidence, [judged.slug])
+    table = ledger.to_table(verdicts, judged.rates)
     write_table(table, results_dir(judged.slug) / "claims.csv")
-    write_json(ledger.to_records(*said), results_dir(judged.slug) / "claims.json")
+    write_json(ledger.to_records(verdicts, judged.rates), results_dir(judged.slug) / "claims.json")
     return table[table.model == judged.slug].drop(columns=["model", "reason"]).astype(object).fillna("")

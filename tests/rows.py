@@ -9,7 +9,7 @@ import pandas as pd
 from companion.base import files
 from companion.base.thresholds import COMPONENTS, KEPT_BY_FIRST_TOKEN, MLP_SHARE, UNTRAINED
 from companion.claims import registered_rules
-from companion.claims.verdict import Rows, Verdict
+from companion.claims.verdict import Rows, Verdict, precondition
 from companion.mediation.estimands import with_estimands
 
 # ---- effects ----
@@ -157,9 +157,9 @@ def table(numbers: dict, model: str = "m", n_topics: int = 36, n_harmless: int =
 
 def judge(claim: str, changes: dict | None = None, twin: dict | None = None, **counts: int) -> Verdict:
     """The registered rule's verdict on fine evidence with some rows changed, or taken away by None."""
-    own = Rows("m", table({**FINE, **LATER, **(changes or {})}, **counts))
-    rule = getattr(registered_rules, f"rule_{claim.lower()}")
-    made = rule(own, Rows("m" + UNTRAINED, table({**TWIN, **(twin or {})}))) if claim == "C1" else rule(own)
+    own, other = table({**FINE, **LATER, **(changes or {})}, **counts), table({**TWIN, **(twin or {})}, "m" + UNTRAINED)
+    rows = Rows("m", pd.concat([own, other], ignore_index=True))
+    made = precondition(rows, claim) or registered_rules.RULES[claim](rows)
     assert made.model == "m" and made.claim == claim
     return made
 

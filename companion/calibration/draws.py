@@ -25,22 +25,12 @@ from companion.base.files import EVIDENCE, write_table
 from companion.base.thresholds import MLP_SHARE, MLP_SHARE_WITH_OWN, UNTRAINED, deepest_early_layer
 from companion.calibration.campaign import SCHEMAS, SCORES, code_version, read_shipped, run_campaign
 from companion.calibration.localise import Measured, localise_draw
-from companion.calibration.rates import (
-    CONTRADICTED_TO,
-    FRESH,
-    FRESH_HELD_OUT,
-    FRESH_LAST,
-    FRESH_LATER,
-    FRESH_LIVE,
-    FRESH_NEAR,
-    SUPPORTED_FROM,
-)
+from companion.calibration.rates import CONTRADICTED_TO, FRESH, FRESH_LAST, FRESH_LATER, SUPPORTED_FROM
 from companion.calibration.truths import ideal_push_rows, truth_of
-from companion.claims import corrected_rules
 from companion.claims.corrected_rules import C6_PARTS
 from companion.claims.ledger import ledger, rule_name
 from companion.claims.registered_rules import PSI
-from companion.claims.verdict import Rows, Verdict, precondition
+from companion.claims.verdict import Rows, Verdict, decide, precondition
 from companion.evidence import layers, steering, tokens
 from companion.evidence.layers import EvidenceRows
 from companion.evidence.neurons import gating_evidence, measure_neurons, neuron_evidence
@@ -60,6 +50,8 @@ STAGES = {
     "steering": ("C6", *C6_PARTS),
 }  # fmt: skip
 TABLES = ("verdicts", "localisation", "evidence", "population")
+# Further first seeds: of C6, measured with budgets of what can act; near a threshold; of kinds whose builder knew no rule.
+FRESH_LIVE, FRESH_NEAR, FRESH_HELD_OUT = 400, 500, 600
 TOPICS = 70  # the fewest, rounded up, that leave 20 topics in a test split of 30 %
 # How many models of each kind, by the first seed: at least 59 that make a claim false and pass its precondition, for every
 # claim. The corrections have models of their own, since they were written after draws of their claims: C1 from FRESH_LATER on,
@@ -121,7 +113,7 @@ Values = dict[tuple[str, str, str], float]  # by claim, quantity and variant
 class PlannedDraw:
     """One draw of the plan: a part of the pipeline on one model. `effect` None: drawn with the model."""
 
-    purpose: Literal["main", "topics", "pairs", "effect", "first look", "threshold", "held-out"]
+    purpose: Literal["main", "topics", "pairs", "effect", "threshold", "held-out"]
     part: str
     kind: str
     seed: int
@@ -153,13 +145,13 @@ def plan_draws() -> list[PlannedDraw]:
         for kind, count in kinds.items()
         for i in range(count)
     ]
-    made = sorted(main, key=lambda draw: draw.seed)
+    power, largest = [], max(POWER_EFFECTS)
     for i, (part, kinds_of_part) in itertools.product(range(POWER_MODELS), POWER_KINDS.items()):
-        seed = POWER_FIRST[part] + i
         for kind in kinds_of_part:
-            made += [PlannedDraw("effect", part, kind, seed, effect=size) for size in POWER_EFFECTS]
-            made += [PlannedDraw("topics", part, kind, seed, topics=n, effect=max(POWER_EFFECTS)) for n in POWER_TOPICS]
-            made.append(PlannedDraw("pairs", part, kind, seed, effect=max(POWER_EFFECTS), pairs=POWER_PAIRS))
+            at = (part, kind, POWER_FIRST[part] + i)
+            power += [PlannedDraw("effect", *at, effect=size) for size in POWER_EFFECTS]
+            power += [PlannedDraw("topics", *at, topics=n, effect=largest) for n in POWER_TOPICS]
+            power.append(PlannedDraw("pairs", *at, effect=largest, pairs=POWER_PAIRS))
     near = [
         PlannedDraw("threshold", part, kind, FRESH_NEAR + i, topics=topics)
         for kind, (part, count, topics) in NEAR.items()
@@ -171,7 +163,9 @@ def plan_draws() -> list[PlannedDraw]:
         for kind in HELD_OUT
         for part in HELD_OUT_PARTS[kind]
     ]
-    return made + sorted(near, key=lambda draw: (draw.seed - FRESH_NEAR) / NEAR[draw.kind][1]) + held_out
+    main.sort(key=lambda draw: draw.seed)
+    near.sort(key=lambda draw: (draw.seed - FRESH_NEAR) / NEAR[draw.kind][1])
+    return [*main, *power, *near, *held_out]
 
 
 def measure_study(
@@ -214,70 +208,52 @@ def measure_study(
     return Measured(table, swept, neurons, computed)
 
 
-def measure_draw(
-    kind: str, seed: int, part: str, *, topics: int = TOPICS, effect: float | None = None, pairs: int = 1,
-    full_response: bool = False,
-) -> dict[str, pd.DataFrame]:  # fmt: skip
+def measure_draw(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
     """Measure one model with a part of the unchanged pipeline, and ask every rule of that part.
 
-    `effect` is the TE of T2 - T2b to aim at, in log-odds (by default drawn between 2 and 4), and `pairs` how many each
-    topic and treatment has. `full_response` adds Y2 to the estimators. Returns the verdicts of the registered and the
-    corrected rules, how well each estimator finds the mechanism, and the evidence rows (`TABLES`), without their purpose.
+    Returns the rows of each of the `TABLES`: verdicts of all rules, how well each estimator finds the mechanism, evidence, and
+    near a threshold the true values. Only draws of the error rates keep what their verdicts rest on.
     """
-    organism = compiled.draw(kind, seed, effect=effect, topics=topics, pairs_per_topic=pairs)
+    kind, seed, part, is_main = draw.kind, draw.seed, draw.part, draw.purpose == "main"
+    organism = compiled.draw(kind, seed, effect=draw.effect, topics=draw.topics, pairs_per_topic=draw.pairs)
     this = compiled.study(organism)
     prompts = compiled_language.steering_prompts(organism.pairs, seed) if part == "steering" else None
-    measured = measure_study(this, organism.name, (part,), full_response=full_response, prompt_set=prompts)
+    with_y2 = is_main and part == "layers" and (seed - FRESH) % FULL_RESPONSE == FULL_RESPONSE - 1
+    measured = measure_study(this, organism.name, (part,), full_response=with_y2, prompt_set=prompts)
+    rows = measured.rows
     if prompts is not None:
         pushed = pd.DataFrame(ideal_push_rows(this, prompts), columns=list(EVIDENCE)).assign(model=organism.name)
-        measured = replace(measured, rows=pd.concat([measured.rows, pushed], ignore_index=True))
-    own = Rows(organism.name, measured.rows[measured.rows.model == organism.name])
-    said = judged(measured.rows, organism.name, (part,))
+        rows = pd.concat([rows, pushed], ignore_index=True)
+    own, said = Rows(organism.name, rows), judged(rows, organism.name, part)
+    values = (
+        built_values(kind, seed) if draw.purpose == "threshold" else pd.DataFrame(columns=list(SCHEMAS["population"]))
+    )
+    known = values.set_index(["claim", "rule"]).population.to_dict()
 
-    def truth(claim: str) -> str:
-        return truth_of(claim, own) if claim in C6_PARTS else TRUTH[organism.claims[claim]]
+    def truth(one: Verdict) -> str:
+        if draw.purpose == "threshold":
+            value = known.get((one.claim, one.rule))
+            return TRUTH[None if value is None else bool(value >= SUPPORTED_FROM[rule_name(one.claim, one.rule)])]
+        return truth_of(one.claim, own) if one.claim in C6_PARTS else TRUTH[organism.claims[one.claim]]
 
-    verdicts = pd.DataFrame([one for _, one in said]).assign(
-        kind=kind, seed=seed, topics=topics, pairs=pairs, effect=float(organism.design.effect), code=code_version(),
-        rule=[rule for rule, _ in said], truth=[truth(one.claim) for _, one in said],
-        gate=["passed" if precondition(own, one.claim) is None else "stopped" for _, one in said],
-    )  # fmt: skip
+    verdicts = pd.DataFrame(said).assign(
+        purpose=draw.purpose, kind=kind, seed=seed, topics=draw.topics, pairs=draw.pairs, code=code_version(),
+        effect=float(organism.design.effect), truth=[truth(one) for one in said],
+        gate=["passed" if precondition(own, one.claim) is None else "stopped" for one in said],
+    )[list(SCHEMAS["verdicts"])]  # fmt: skip
     numbers = ["estimate", "ci_low", "ci_high"]
     verdicts[numbers] = verdicts[numbers].astype(float)  # None where a verdict shows no row
-    evidence = measured.rows.assign(kind=kind, part=part, seed=seed)[list(SCHEMAS["evidence"])]
-    columns = [name for name in SCHEMAS["verdicts"] if name != "purpose"]
-    # Who decides in a held-out kind is told by its own words (`organisms.compiled_truth`), not by the names of components.
-    found = pd.DataFrame(columns=list(SCORES)) if kind in HELD_OUT else localise_draw(organism, this, measured)
-    return {"localisation": found, "evidence": evidence, "verdicts": verdicts[columns]}
+    evidence = rows.assign(kind=kind, part=part, seed=seed)[list(SCHEMAS["evidence"])]
+    found = localise_draw(organism, this, measured) if is_main else pd.DataFrame(columns=list(SCORES))
+    return {
+        "verdicts": verdicts, "localisation": found, "evidence": evidence if is_main else evidence.iloc[:0],
+        "population": values,
+    }  # fmt: skip
 
 
-def judged(evidence: pd.DataFrame, model: str, parts: Collection[str] = tuple(STAGES)) -> list[tuple[str, Verdict]]:
-    """What the registered and the corrected rules say of a model's evidence, on the claims of some parts."""
-    asked = {claim for part in parts for claim in STAGES[part]}
-    own = Rows(model, evidence[evidence.model == model])
-    rules = {"registered": ledger(evidence, (model,)), "corrected": corrected_rules.corrected_verdicts(own)}
-    return [(rule, one) for rule, verdicts in rules.items() for one in verdicts if one.claim in asked]
-
-
-def measure_planned(draw: PlannedDraw) -> dict[str, pd.DataFrame]:
-    """The rows of a planned draw; those for the curves keep their verdicts, and near a threshold the true values beside."""
-    is_main = draw.purpose == "main"
-    with_y2 = is_main and draw.part == "layers" and (draw.seed - FRESH) % FULL_RESPONSE == FULL_RESPONSE - 1
-    made = measure_draw(
-        draw.kind, draw.seed, draw.part, topics=draw.topics, effect=draw.effect, pairs=draw.pairs,
-        full_response=with_y2,
-    )  # fmt: skip
-    if not is_main:
-        made |= {name: made[name].iloc[:0] for name in ("localisation", "evidence")}
-    made["population"] = pd.DataFrame(columns=list(SCHEMAS["population"]))
-    if draw.purpose == "threshold":
-        made["population"] = built_values(draw.kind, draw.seed)
-        value = made["population"].set_index(["claim", "rule"]).population
-        made["verdicts"]["truth"] = [
-            TRUTH[bool(value[key] >= SUPPORTED_FROM[rule_name(*key)]) if key in value else None]
-            for key in zip(made["verdicts"].claim, made["verdicts"].rule, strict=True)
-        ]
-    return made | {"verdicts": made["verdicts"].assign(purpose=draw.purpose)}
+def judged(evidence: pd.DataFrame, model: str, part: str) -> list[Verdict]:
+    """What the registered and the corrected rules say of a model's evidence, on the claims of a part."""
+    return [one for one in ledger(evidence, (model,)) if one.claim in STAGES[part]]
 
 
 def built_values(kind: str, seed: int) -> pd.DataFrame:
@@ -290,8 +266,7 @@ def built_values(kind: str, seed: int) -> pd.DataFrame:
     rows = []
     for claim, value in compiled_truth.near_values(design, program, pairs).items():
         name = rule_name(claim, "corrected")
-        high = "contradicted" if value <= CONTRADICTED_TO[name] else "inconclusive"
-        verdict = "supported" if value >= SUPPORTED_FROM[name] else high
+        verdict = decide(supported=value >= SUPPORTED_FROM[name], contradicted=value <= CONTRADICTED_TO[name])
         rows.append((kind, claim, "corrected", verdict, code_version(), seed, value))
     return pd.DataFrame(rows, columns=list(SCHEMAS["population"]))
 
@@ -300,7 +275,7 @@ def run_draws(share: str = "1/1") -> None:
     """Measure every draw of this share that is not there yet, and join what there is."""
     known = shipped_keys()
     plan = {draw.name: draw for draw in plan_draws()}
-    run_campaign(plan, measure_planned, TABLES, lambda draw: draw.key in known, share)
+    run_campaign(plan, measure_draw, TABLES, lambda draw: draw.key in known, share)
 
 
 def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
@@ -311,60 +286,53 @@ def shipped_keys(folder: Path = paths.CALIBRATION) -> set[tuple[object, ...]]:
     return {(*rest, None if size != size else size) for *rest, size in zip(*columns, effects, strict=True)}
 
 
-def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> pd.DataFrame:
-    """What the rules of today say of the stored evidence of every n-th draw: `verdict` beside the `stored` one.
-
-    A rule that is younger than a draw has no stored verdict on it, and is left out. Columns: part, kind, seed, claim, rule,
-    verdict, stored, and `said`, the whole verdict.
-    """
-    stored = read_shipped("verdicts", folder).query("purpose == 'main'")
-    known = stored.set_index(["kind", "seed", "claim", "rule"]).verdict
+def judged_again(folder: Path = paths.CALIBRATION, *, every: int = 1) -> list[tuple[str, int, Verdict]]:
+    """What the rules of today say of the stored evidence of every n-th draw: kind, seed and verdict."""
     groups = list(read_shipped("evidence", folder).groupby(["part", "kind", "seed"]))
-    rows = [
-        (part, kind, seed, one.claim, rule, one.verdict, known[kind, seed, one.claim, rule], one)
+    return [
+        (kind, seed, one)
         for (part, kind, seed), evidence in groups[::every]
-        for rule, one in judged(evidence, f"compiled-{kind}-{seed}", (part,))
-        if (kind, seed, one.claim, rule) in known.index
+        for one in judged(evidence, f"compiled-{kind}-{seed}", part)
     ]
-    return pd.DataFrame(rows, columns=["part", "kind", "seed", "claim", "rule", "verdict", "stored", "said"])
 
 
-def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> pd.DataFrame:
+def rejudge(claims: Collection[str], folder: Path = paths.CALIBRATION) -> None:
     """Put what today's corrected rules of some claims say of the stored evidence into the shipped verdicts; no model is run.
 
     For use after a change of these rules. Only draws whose evidence is kept can be asked again: corrected verdicts of the power
-    curves are taken out. Returns the shipped table; all other rows stay what they were.
+    curves are taken out.
     """
-    table, key = read_shipped("verdicts", folder), ["kind", "seed", "claim", "rule"]
-    again = judged_again(folder).query("rule == 'corrected' and claim in @claims").set_index(key)
-    is_asked = (table.rule == "corrected") & table.claim.isin(claims)
-    table, rows = table[~is_asked | (table.purpose == "main")], table.index[is_asked & (table.purpose == "main")]
-    said = again.said.loc[list(table.loc[rows, key].itertuples(index=False, name=None))]
-    for name in ("verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"):
-        table.loc[rows, name] = [getattr(one, name) for one in said]
-    table.loc[rows, "code"] = code_version()
+    table = read_shipped("verdicts", folder)
+    is_asked, is_main = (table.rule == "corrected") & table.claim.isin(claims), table.purpose == "main"
+    asked = table.loc[is_asked & is_main, ["kind", "seed", "claim"]]
+    at = dict(zip(asked.itertuples(index=False, name=None), asked.index, strict=True))
+    table = table[~is_asked | is_main]
+    names = ["verdict", "quantity", "estimate", "ci_low", "ci_high", "reason"]
+    for kind, seed, one in judged_again(folder):
+        if one.rule == "corrected" and (kind, seed, one.claim) in at:
+            said = [getattr(one, name) for name in names]
+            table.loc[at[kind, seed, one.claim], [*names, "code"]] = [*said, code_version()]
     write_table(table, folder / "verdicts.parquet")
-    return table
 
 
 def verdicts_without_sampling(
     organism: Organism, this: Study, rows: pd.DataFrame, part: str
-) -> dict[tuple[str, str], tuple[Verdict, pd.DataFrame]]:
+) -> tuple[dict[tuple[str, str], Verdict], pd.DataFrame]:
     """Population verdicts by claim and rule, of the claims of a part that have one, and the evidence rows that they rest on."""
     label, known, replaced = organism.name, closed_form_values(organism, this, part), rows.copy()
     for (claim, quantity, variant), value in known.items():
         at = (rows.model == label) & (rows.claim == claim) & (rows.quantity == quantity) & (rows.variant == variant)
         replaced.loc[at, ["estimate", "ci_low", "ci_high"]] = value
-    sample = rows[(rows.model == label) & (rows.claim == "C4") & (rows.variant == "main")]
-    shares = set(sample.quantity) & {quantity for claim, quantity, _ in known if claim == "C4"}
     # Not every hand-over layer has C4's share, and nothing says in closed form where a decision is computed.
-    shown = {("C4", "registered"): MLP_SHARE in shares, ("C4", "corrected"): MLP_SHARE_WITH_OWN in shares}
-    shown["C1", "corrected"] = False
-    return {
-        (one.claim, rule): (one, replaced)
-        for rule, one in judged(replaced, label, (part,))
-        if one.claim in IN_CLOSED_FORM[part] and shown.get((one.claim, rule), True)
-    }
+    quantities = {quantity for claim, quantity, _ in known if claim == "C4"}
+    shares, own, hidden = (
+        {"registered": MLP_SHARE, "corrected": MLP_SHARE_WITH_OWN},
+        Rows(label, rows),
+        {("C1", "corrected")},
+    )
+    hidden |= {("C4", rule) for rule, name in shares.items() if name not in quantities or own.find("C4", name) is None}
+    said = {(one.claim, one.rule): one for one in judged(replaced, label, part) if one.claim in IN_CLOSED_FORM[part]}
+    return {key: one for key, one in said.items() if key not in hidden}, replaced
 
 
 def closed_form_values(organism: Organism, this: Study, part: str) -> Values:
@@ -408,31 +376,20 @@ def split_anew(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(split=np.where(number % DISCOVER_EVERY == 0, "discover", "test"))
 
 
-def plan_population(evidence: pd.DataFrame) -> list[Draw]:
-    """Which of the stored draws get population verdicts."""
-    found = evidence[["part", "kind", "seed"]].drop_duplicates().itertuples(index=False, name=None)
-    return [
-        (part, kind, seed)
-        for part, kind, seed in found
-        if part in IN_CLOSED_FORM and (part != "layers" or (seed - FRESH) % EVERY_LAYERS == EVERY_LAYERS - 1)
-    ]
-
-
 def measure_population(draw: Draw, evidence: pd.DataFrame, stored: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Population verdicts of one draw, from all stored evidence and the stored verdicts: no model is run through the pipeline."""
     part, kind, seed = draw
     organism = compiled.draw(kind, seed, topics=TOPICS, pairs_per_topic=1)
     own = evidence[(evidence.part == part) & (evidence.kind == kind) & (evidence.seed == seed)]
-    found = verdicts_without_sampling(organism, compiled.study(organism), own, part)
+    found, known = verdicts_without_sampling(organism, compiled.study(organism), own, part)
     rows = []
     for row in stored[(stored.kind == kind) & (stored.seed == seed)].itertuples():
-        if (row.claim, row.rule) in found:
-            verdict, known = found[row.claim, row.rule]
-            # A verdict shows the main row of its quantity, or that of one family.
+        if verdict := found.get((row.claim, row.rule)):
+            # The sample's verdict shows the main row of its quantity, or that of one family.
             sample = own[(own.claim == row.claim) & (own.quantity == row.quantity) & (own.estimate == row.estimate)]
             variant = sample.variant.iloc[0] if len(sample) else "main"
-            shown = Rows(verdict.model, known[known.model == verdict.model]).find(verdict.claim, row.quantity, variant)
-            # The quantity that the sample's verdict shows; NaN where the closed form does not know it.
+            shown = Rows(verdict.model, known).find(verdict.claim, row.quantity, variant)
+            # NaN where the closed form does not know it.
             value = float(shown.estimate) if shown is not None and shown.ci_low == shown.ci_high else math.nan
             rows.append((kind, row.claim, row.rule, verdict.verdict, code_version(), seed, value))
     return {"population": pd.DataFrame(rows, columns=list(SCHEMAS["population"]))}
@@ -443,8 +400,12 @@ def run_population(share: str = "1/1", folder: Path = paths.CALIBRATION) -> None
     evidence = read_shipped("evidence", folder)
     stored = read_shipped("verdicts", folder).query("purpose == 'main'")
     known = {(one.kind, one.seed, one.claim) for one in read_shipped("population", folder, or_empty=True).itertuples()}
+    plan = {
+        f"{part}-{kind}-{seed}": (part, kind, seed)
+        for part, kind, seed in evidence[["part", "kind", "seed"]].drop_duplicates().itertuples(index=False, name=None)
+        if part in IN_CLOSED_FORM and (part != "layers" or (seed - FRESH) % EVERY_LAYERS == EVERY_LAYERS - 1)
+    }
     run_campaign(
-        {"-".join(map(str, draw)): draw for draw in plan_population(evidence)},
-        partial(measure_population, evidence=evidence, stored=stored), ("population",),
+        plan, partial(measure_population, evidence=evidence, stored=stored), ("population",),
         lambda draw: any((*draw[1:], claim) in known for claim in IN_CLOSED_FORM[draw[0]]), share, folder,
     )  # fmt: skip

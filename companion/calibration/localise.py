@@ -127,54 +127,42 @@ def mechanism_components(design: Design) -> set[tuple[str, int]]:
 
 def mechanism_neurons(organism: Organism) -> Bool[np.ndarray, "layer neuron"]:
     """Which neurons write a channel of the mechanism that counts at the last token."""
-    names = ["out.side"] + (["stage0", "stage1", "stage2", "out"] if organism.design.writer != "copy" else [])
+    names = ["out.side", *([] if organism.design.writer == "copy" else ["stage0", "stage1", "stage2", "out"])]
     columns = [CHANNELS[name] for name in names]
     return np.stack([(mlp.out[:, columns] != 0).any(axis=1) for mlp in organism.program.mlps])
 
 
 def localise_draw(organism: Organism, this: Study, measured: Measured) -> pd.DataFrame:
-    """One row an estimator and measure of how well it finds the mechanism (`SCORES`), from all pairs of T2 - T2b."""
-    found: list[tuple[str, str, float]] = []
+    """One row an estimator and measure of how well it finds the mechanism (`SCORES`), from all pairs of T2 - T2b.
+
+    Components are ranked by their mean signed effect: whether the largest is the writer's, by site and by layer, and the
+    decider's. What is computed beyond the sum of the inputs shows the decider alone.
+    """
+    effects = {}
     if measured.layers:
         for name, variant in VARIANTS.items():
             sites = [site + (".direct" if name == "direct" else "") for site in COMPONENTS]
-            table = summaries.select(measured.layers.effects, "T2-T2b", variant, sites)
-            found += _component_rows(organism, name, table) if len(table) else []
-    if measured.computed is not None and len(measured.computed):
-        found += _decision_rows(organism, "computed", _component_means(measured.computed))
+            effects[name] = summaries.select(measured.layers.effects, "T2-T2b", variant, sites)
+    if measured.computed is not None:
+        effects["computed"] = measured.computed
+    found: list[tuple[str, str, float]] = []
+    known, true, decides = mechanism_components(organism.design), writer(organism.design), decider(organism.design)
+    for name in (name for name, table in effects.items() if len(table)):
+        table = summaries.signed(effects[name])
+        mean = table.assign(site=table.site.str.removesuffix(".direct")).groupby(["site", "layer"])["nie"].mean()
+        at = mean.idxmax()
+        if name != "computed":
+            quality = ranking_quality([key in known for key in mean.index], mean)
+            found += [(name, f"components, {what}", value) for what, value in quality.items()]
+            found += [(name, "layer error", abs(at[1] - true[1])), (name, "module accuracy", at[0] == true[0])]
+        found += [(name, "decision found", at == decides), (name, "decision, layer error", abs(at[1] - decides[1]))]
     if measured.neurons:
         member = mechanism_neurons(organism).ravel()
         for name, score in neuron_scores(measured.neurons, this).items():
             quality = ranking_quality(member.tolist(), score.tolist())
             found += [(name, f"neurons, {what}", value) for what, value in quality.items()]
-    table = pd.DataFrame(found, columns=["estimator", "what", "value"])
+    table = pd.DataFrame(found, columns=["estimator", "what", "value"]).astype({"value": float})
     return table.assign(kind=organism.design.kind, seed=organism.design.seed)[list(SCORES)]
-
-
-def _component_means(effects: pd.DataFrame) -> pd.Series:
-    """Mean signed NIE by (site, layer)."""
-    table = summaries.signed(effects)
-    return table.assign(site=table.site.str.removesuffix(".direct")).groupby(["site", "layer"])["nie"].mean()
-
-
-def _component_rows(organism: Organism, name: str, effects: pd.DataFrame) -> list[tuple[str, str, float]]:
-    """Ranking of components; whether the largest effect is the writer's, by site and by layer; and the decider's rows."""
-    means, known = _component_means(effects), mechanism_components(organism.design)
-    quality = ranking_quality([key in known for key in means.index], means)
-    (site, layer), (true_site, true_layer) = means.idxmax(), writer(organism.design)
-    return [
-        *((name, f"components, {what}", value) for what, value in quality.items()),
-        (name, "layer error", float(abs(layer - true_layer))),
-        (name, "module accuracy", float(site == true_site)),
-        *_decision_rows(organism, name, means),
-    ]
-
-
-def _decision_rows(organism: Organism, name: str, means: pd.Series) -> list[tuple[str, str, float]]:
-    """Whether the largest effect is that of the component which makes the decision, and how many layers off it is."""
-    found, true = means.idxmax(), decider(organism.design)
-    error = float(abs(found[1] - true[1]))
-    return [(name, "decision found", float(found == true)), (name, "decision, layer error", error)]
 
 
 def neuron_scores(found: Neurons, this: Study) -> dict[str, Float[np.ndarray, "neuron"]]:

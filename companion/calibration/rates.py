@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,11 +26,7 @@ COUNTED = ("hits", "n", "estimate", "low", "high")  # a rate with its 95 % inter
 RIGHT = {"true": "supported", "false": "contradicted"}
 ROUNDING = 1e-3  # the model's norms and float32 move a share by about 1e-4 from the closed form's value
 FRESH = 11  # the first seed: smaller ones were seen while the corrected rules were written
-# The first seeds of models that were planned after the correction of C1, and after that of C4.
-FRESH_LATER, FRESH_LAST = 200, 300
-FRESH_LIVE = 400  # the first seed of C6's draws, all measured with budgets of what can act
-FRESH_NEAR = 500  # the first seed of models whose true value lies near a rule's threshold
-FRESH_HELD_OUT = 600  # the first seed of kinds that were built by someone who knew the claims and not the rules
+FRESH_LATER, FRESH_LAST = 200, 300  # of models that were planned after the correction of C1, and after that of C4
 # What the true value of a claim must be so that its rule may say supported, or contradicted.
 SUPPORTED_FROM = {"C1*": 0.5, "C2*": 0.6, "C3*": 0.3, "C4*": 0.6, "C5a*": 0.3, "C5b*": 0.6, "C5c*": 0.8}
 CONTRADICTED_TO = {"C1*": 0.4, "C2*": 0.5, "C3*": 0.1, "C4*": 0.4, "C5a*": 0.15, "C5b*": 0.2, "C5c*": 0.4}
@@ -156,8 +153,7 @@ def threshold_draws() -> pd.DataFrame:
 
 def held_out_draws() -> pd.DataFrame:
     """Verdicts of held-out kinds on claims whose truth their construction decides, named as in `main_draws`."""
-    table = read_shipped("verdicts", or_empty=True).query("purpose == 'held-out' and truth != 'open'")
-    return _named(table)
+    return _named(read_shipped("verdicts", or_empty=True).query("purpose == 'held-out' and truth != 'open'"))
 
 
 def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
@@ -169,11 +165,8 @@ def support_curve(draws: pd.DataFrame) -> pd.DataFrame:
     known = draws[draws.claim.isin(SUPPORTED_FROM)]
     threshold = known.claim.map(SUPPORTED_FROM).astype(float)
     step = np.floor((known.value - threshold) / BIN + 1e-9)
-    table = known.assign(threshold=threshold, bin=(threshold + (step + 0.5) * BIN).round(6))
-    made = (table.verdict == "supported").groupby([table.claim, table.bin, table.threshold]).agg(n="size", hits="sum")
-    made = made.reset_index().rename(columns={"bin": "value"})
-    shares = [rate(int(row.hits), int(row.n)) for row in made.itertuples()]
-    made = made.join(pd.DataFrame(shares, columns=["estimate", "low", "high"], dtype=float))
+    table = known.assign(threshold=threshold, value=(threshold + (step + 0.5) * BIN).round(6))
+    made = _by_group(table, ["claim", "value", "threshold"], table.verdict == "supported")
     return made[["claim", "value", "n", "hits", "estimate", "low", "high", "threshold"]]
 
 
@@ -186,7 +179,7 @@ def claim_rates(draws: pd.DataFrame) -> Rates:
 
     The errors are those of `error_rates`, of testable draws.
     """
-    found: dict[str, dict[str, dict[str, object]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in error_rates(draws, only_testable=True).query("n > 0").itertuples():
         numbers = {"hits": int(row.hits), "n": int(row.n), "rate": round(row.estimate, 4), "upper": round(row.upper, 4)}
         found.setdefault(str(row.claim), {})[str(row.error).replace(" ", "_")] = numbers
@@ -197,9 +190,7 @@ def with_held_out(rates: Rates, draws: pd.DataFrame) -> Rates:
     """The rates, and for each rule that supported a false claim of a held-out kind (`held_out_draws`) how often it did."""
     false = draws[draws.truth == "false"]
     counts = (false.verdict == "supported").groupby(false.claim).agg(hits="sum", n="size").query("hits > 0")
-    new = {
-        str(row.Index): {"held_out_supported": {"hits": int(row.hits), "n": int(row.n)}} for row in counts.itertuples()
-    }
+    new = {row.Index: {"held_out_supported": {"hits": int(row.hits), "n": int(row.n)}} for row in counts.itertuples()}
     return {claim: {**own, **new.get(claim, {})} for claim, own in rates.items()}
 
 
@@ -214,12 +205,10 @@ def draws_like(draws: pd.DataFrame, shape: tuple[int, bool] | None) -> tuple[pd.
     layers, slides = shape
     own = f"{layers} layers and {'sliding windows' if slides else 'full attention'}"
     if not slides:  # every built model has full attention
-        at = {key: layers_of(*key) for key in set(zip(draws.kind, draws.seed, strict=True))}
-        n = np.array([at[key] for key in zip(draws.kind, draws.seed, strict=True)])
-        if (near := (2 * n >= layers) & (n <= 2 * layers)).any():
-            return draws[
-                near
-            ], f"built models with full attention and half to twice as many layers as this one ({layers})"
+        n = np.array([layers_of(*key) for key in zip(draws.kind, draws.seed, strict=True)])
+        near = draws[(2 * n >= layers) & (n <= 2 * layers)]
+        if len(near):
+            return near, f"built models with full attention and half to twice as many layers as this one ({layers})"
     return draws, f"all built models (6 to 9 layers, full attention), since none is like this one ({own})"
 
 

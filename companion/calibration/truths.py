@@ -51,8 +51,8 @@ PUSH = "ideal push"
 # ---- knock-outs ----
 
 
-def knock_out_losses(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame:
-    """Share of T2 - T2b that is lost with each component: columns site, layer, loss."""
+def knock_out_losses(program: Program, pairs: Sequence[Planned]) -> pd.Series:
+    """Share of T2 - T2b that is lost with each component, by (site, layer)."""
     requests, signs = [], []
     for (treatment, side), sign in SIGNS.items():
         chosen = [one for one in pairs if one.pair.treatment == treatment]
@@ -66,17 +66,14 @@ def knock_out_losses(program: Program, pairs: Sequence[Planned]) -> pd.DataFrame
         return float(readout(program, *outcomes()["T2"], state) @ np.array(signs))
 
     def without(site: str, layer: int) -> np.ndarray:
-        means = [
-            np.broadcast_to(x.mean(0), x.shape) for x in (getattr(run, TRACED[site])[layer] for run in (end, last))
-        ]
+        writes = [getattr(run, TRACED[site])[layer] for run in (end, last)]
+        means = [np.broadcast_to(write.mean(0), write.shape) for write in writes]
         known = run_program(program, found, "end", do={(site, layer): means[0]}, start=end).pre
         return run_program(program, found, "last", known, {(site, layer): means[1]}, start=last).post[-1]
 
     whole = behaviour(last.post[-1])
-    places = itertools.product(COMPONENTS, range(program.n_layers))
-    return pd.DataFrame(
-        [(*at, 1 - behaviour(without(*at)) / whole) for at in places], columns=["site", "layer", "loss"]
-    )
+    at = pd.MultiIndex.from_product([COMPONENTS, range(program.n_layers)])
+    return pd.Series([1 - behaviour(without(*place)) / whole for place in at], at)
 
 
 def knock_outs(kinds: Iterable[str] = BUILT, seeds: Iterable[int] = SEEDS) -> pd.DataFrame:
@@ -89,17 +86,17 @@ def knock_outs(kinds: Iterable[str] = BUILT, seeds: Iterable[int] = SEEDS) -> pd
         design = draw_design(kind, seed)
         program, pairs = build_program(design, TOPICS), compiled_language.draw_pairs([seed, 0], TOPICS, 1)
         pairs = [one for one in pairs if one.pair.treatment in ("T2", "T2b")]
-        losses = knock_out_losses(program, pairs).set_index(["site", "layer"]).loss
+        losses = knock_out_losses(program, pairs)
         needed = losses[losses > NEEDED].index
         # Attention acts before the MLP of its layer.
         site, layer = max(needed, key=lambda at: (at[1], at[0] == "mlp_out"), default=("none", -1))
-        bystanders = losses.drop([at for at in with_a_part(design) if at in losses.index])
         truth = compiled_truth.true_claims(design, program, pairs)
-        is_late = bool(depth(layer, design.n_layers) > LATE)
-        numbers = float(losses[decider(design)]), float(bystanders.abs().max())
-        rows.append((kind, seed, *numbers, site, is_late, truth["C2"], truth["C1"]))
-    columns = ["kind", "seed", "decider", "bystander", "site", "late", "is_mlp", "is_late"]
-    return pd.DataFrame(rows, columns=columns)[list(SCHEMAS["knock_outs"])]
+        rows.append({
+            "kind": kind, "seed": seed, "decider": float(losses[decider(design)]),
+            "bystander": float(losses.drop(list(with_a_part(design)), errors="ignore").abs().max()),
+            "site": site, "late": bool(depth(layer, design.n_layers) > LATE), "is_mlp": truth["C2"], "is_late": truth["C1"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)[list(SCHEMAS["knock_outs"])]
 
 
 def run_knock_outs(share: str = "1/1") -> None:
@@ -124,14 +121,13 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     most with one that has no part in it. `decides`: the first is needed and no such other is. `C2`: the last needed component
     is an MLP just where the builder says that MLPs write. `C1`: it is late just where the builder says that the decision is.
     """
-    table = table.assign(
+    by_kind = table.assign(
         decides=(table.decider > NEEDED) & (table.bystander < NEEDED),
         C2=(table.site == "mlp_out") == table.is_mlp.astype(bool),
         C1=table.late == table.is_late.astype(bool),
-    )
-    counts = table.groupby("kind", sort=False)[["decides", "C2", "C1"]].sum()
-    means = table.groupby("kind", sort=False)[["decider", "bystander"]].mean()
-    return counts.assign(models=table.groupby("kind", sort=False).size()).join(means)
+    ).groupby("kind", sort=False)
+    counts = by_kind[["decides", "C2", "C1"]].sum().assign(models=by_kind.size())
+    return counts.join(by_kind[["decider", "bystander"]].mean())
 
 
 # ---- an ideal push ----

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 from scipy.stats import t as student
@@ -35,35 +36,31 @@ STATEMENTS = {
     "C7": "Related neurons lie side by side.",
 }
 C6_PARTS = ("C6a", "C6b", "C6c")
-REGISTERED = dict.fromkeys(C6_PARTS, "C6")  # the registered claim that a claim is a part of
+# What a rule must have, by claim: quantity and how the variant begins. Without twins of one length, and in older draws, it is
+# not measured.
+NEEDS = {"C1": (COMPUTED, "main"), "C4": (MLP_SHARE_WITH_OWN, "")}
 
 
-def corrected_c1(rows: Rows) -> Verdict | None:
-    """C1 by where the interaction is computed; None where that was not measured, as without twins of one length.
+def corrected_c1(rows: Rows) -> Verdict:
+    """C1 by where the interaction is computed.
 
     Supported: late share of it low >= 0.50, and the centroid difference low >= 0.05, behaviours resampled. Contradicted: late
     share high <= 0.40. A centroid difference alone contradicts nothing, since what fetches the wrapper moves it too.
     """
-    share, centroid = rows.find("C1", COMPUTED), centroid_over_behaviours(rows)
-    if share is None:
-        return None
-    if stop := precondition(rows, "C1"):
-        return stop
+    share, centroid = rows.variants("C1", COMPUTED)["main"], centroid_over_behaviours(rows)
     checks = {
         "benign behaviours": verdict.benign_behaviours(rows),
         "unsaturated pairs": same_side(rows, "C1", COMPUTED, "unsaturated", 0.5),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     is_later = centroid is not None and centroid.ci_low >= 0.05
     decision = decide(supported=share.ci_low >= 0.50 and is_later, contradicted=share.ci_high <= 0.40)
     reason = f"late share {interval(share)} of what is computed; "
     if centroid is None:
-        reason += registered.NO_BENIGN
-    else:
-        reason += f"depth centroid, harm - benign: {interval(centroid)}, behaviours resampled"
-        is_open = decision == "inconclusive" and centroid.ci_low < 0.05 <= centroid.ci_high
-        reason += ", which leaves 0.05 open" if is_open else ""
-    return conclude(rows, share, decision, checks, reason)
+        return conclude(rows, share, decision, checks, reason + registered.NO_BENIGN, tags=())
+    reason += f"depth centroid, harm - benign: {interval(centroid)}, behaviours resampled"
+    is_open = decision == "inconclusive" and centroid.ci_low < 0.05 <= centroid.ci_high
+    reason += ", which leaves 0.05 open" if is_open else ""
+    return conclude(rows, share, decision, checks, reason, tags=())
 
 
 def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
@@ -74,8 +71,9 @@ def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
     found, harm = rows.find("C1", "centroid difference"), rows.find("C1", f"centroid {verdict.generation(rows)}")
     if found is None:
         return None
-    is_benign = (rows.table.claim == "C1") & rows.table.quantity.str.startswith("centroid B")
-    benign = rows.table[is_benign & (rows.table.variant == "main")].estimate.astype(float)
+    benign = pd.Series(
+        [row.estimate for name, row in rows.of("C1").items() if name.startswith("centroid B")], dtype=float
+    )
     half = math.inf
     if harm is not None and len(benign) > 1:
         # t(k - 1) * sqrt(s^2 / k + v): s is the spread of the k behaviours' centroids, v the variance over topics of harm's.
@@ -86,25 +84,12 @@ def centroid_over_behaviours(rows: Rows) -> pd.Series | None:
 
 def corrected_c2(rows: Rows) -> Verdict:
     """C2 by direct effects alone: supported if the MLP share is low >= 0.60, contradicted if high <= 0.50."""
-    if stop := precondition(rows, "C2"):
-        return stop
     direct = rows.find("C2", "MLP share of direct effects")
     if direct is None:
         return registered.rule_c2(rows)  # which says what was not measured
-    checks = {
-        "per patch norm": control(rows.find("C2", "MLP share of NIE", "per patch norm")),
-        "per parameter": control(rows.find("C2", "MLP share of NIE", "per parameter")),
-        "joint probability": verdict.joint_probability(rows, "T2"),
-    }
+    checks = {name: control(rows.find("C2", "MLP share of NIE", name)) for name in ("per patch norm", "per parameter")}
     decision = decide(supported=direct.ci_low >= 0.60, contradicted=direct.ci_high <= 0.50)
-    return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects")
-
-
-def corrected_c4(rows: Rows) -> Verdict | None:
-    """C4 as registered, the hand-over layer's own MLP among those that carry on; None where that was not measured."""
-    if not rows.variants("C4", MLP_SHARE_WITH_OWN, ""):  # older draws do not have it
-        return None
-    return registered.rule_c4(rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on", ())
+    return conclude(rows, direct, decision, checks, f"MLP share {interval(direct)} of direct effects", tags=())
 
 
 def corrected_c5b(rows: Rows) -> Verdict:
@@ -122,27 +107,12 @@ def corrected_c5b(rows: Rows) -> Verdict:
 
 def corrected_c5c(rows: Rows) -> Verdict:
     """C5c as registered, but answers must have been labelled by their content."""
-    if stop := precondition(rows, "C5c"):
-        return stop
-    by_content = [rows.find("C5c", name, CONTENT_JUDGE) for name in (KEPT_BY_FIRST_TOKEN, "not defined")]
-    if all(row is None for row in by_content) and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
+    is_judged = any(rows.find("C5c", name, CONTENT_JUDGE) is not None for name in (KEPT_BY_FIRST_TOKEN, "not defined"))
+    if not is_judged and rows.find("C5c", KEPT_BY_FIRST_TOKEN) is not None:
         reason = "answers were labelled by their opener, which the first token decides: supply a judge (--judge)"
         return Verdict(rows.model, "C5c", "not testable", reason)
-    if all(row is None for row in by_content):  # no answer was labelled: nothing was there to keep, or nothing measured
-        return registered.rule_c5c(rows)
-    return registered.rule_c5c(rows, CONTENT_JUDGE)
-
-
-def _trial(rows: Rows, claim: str) -> Verdict | dict[str, pd.Series]:
-    """What was measured of the defence, by quantity; the verdict on a part of C6 where none was tried, or it cannot be asked."""
-    if stop := precondition(rows, claim):
-        return stop
-    main = rows.table[(rows.table.claim == "C6") & (rows.table.variant == "main")]
-    found = {str(row.quantity): row for _, row in main.iterrows()}
-    if {"harm change", "phi", "harmless loss"} <= set(found):
-        return found
-    reason = str(found["not defined"].note) if "not defined" in found else "steering was not measured: run notebook 06"
-    return Verdict(rows.model, claim, "not testable", reason)
+    # Where no answer was labelled there was nothing to keep, or nothing was measured.
+    return registered.rule_c5c(rows, CONTENT_JUDGE if is_judged else "main")
 
 
 def corrected_c6a(rows: Rows) -> Verdict:
@@ -151,7 +121,7 @@ def corrected_c6a(rows: Rows) -> Verdict:
     Contradicted: harm surely falls by less than 2 points, or half of a family of random directions does as well. Refits and
     greedy decoding belong to supported only.
     """
-    found = _trial(rows, "C6a")
+    found = registered.trial(rows, "C6a")
     if isinstance(found, Verdict):
         return found
     harm, phi = found["harm change"], found["phi"]
@@ -167,10 +137,8 @@ def corrected_c6a(rows: Rows) -> Verdict:
         "refits of the directions": control(found.get("spread over refits")),
         "greedy decoding": same_side(rows, "C6", "harm change", "greedy", 0.0),
     }
-    checks = {**for_support, "joint probability": verdict.joint_probability(rows, "T2")}
     reason = f"harm {interval(harm)} points; phi {interval(phi)}"
-    tags = verdict.generation_tags(rows)
-    return conclude(rows, harm, decision, checks, reason, claim="C6a", for_support=for_support, tags=tags)
+    return conclude(rows, harm, decision, for_support, reason, claim="C6a", for_support=for_support)
 
 
 def corrected_c6b(rows: Rows) -> Verdict:
@@ -178,7 +146,7 @@ def corrected_c6b(rows: Rows) -> Verdict:
 
     The margins are those of KL, perplexity ratio and over-refusal. Shown is the cost that lies highest against its limit.
     """
-    found = _trial(rows, "C6b")
+    found = registered.trial(rows, "C6b")
     if isinstance(found, Verdict):
         return found
     limits = {"harmless loss": POINTS, **MARGINS}
@@ -196,10 +164,8 @@ def corrected_c6b(rows: Rows) -> Verdict:
     end = "ci_low" if decision == "contradicted" else "ci_high"
     shown = costs[max(costs, key=lambda name: against_limit(name, end))]
     margins = {f"{name} margin": control(costs.get(name)) for name in MARGINS}
-    checks = {**margins, "joint probability": verdict.joint_probability(rows, "T2")}
     reason = "; ".join(f"{name} {interval(row)} (at most {limits[name]:g})" for name, row in costs.items())
-    tags = verdict.generation_tags(rows)
-    return conclude(rows, shown, decision, checks, reason, claim="C6b", for_support=margins, tags=tags)
+    return conclude(rows, shown, decision, margins, reason, claim="C6b", for_support=margins)
 
 
 def corrected_c6c(rows: Rows) -> Verdict:
@@ -208,7 +174,7 @@ def corrected_c6c(rows: Rows) -> Verdict:
     Contradicted: one of these does surely as well: the advantage of late layers has its upper limit below 2 points, and its
     lower one not above 0.
     """
-    found = _trial(rows, "C6c")
+    found = registered.trial(rows, "C6c")
     if isinstance(found, Verdict):
         return found
     rivals = {name: found.get(f"advantage over {name}") for name in registered.RIVALS}
@@ -219,21 +185,18 @@ def corrected_c6c(rows: Rows) -> Verdict:
         supported=all(registered.is_beaten(row) for row in rivals.values()),
         contradicted=any(row.ci_high < POINTS and not registered.is_beaten(row) for row in tried),
     )
-    checks = {
-        **{f"{name} layers at equal budget": registered.equal_budget(rows, name) for name in rivals},
-        "joint probability": verdict.joint_probability(rows, "T2"),
-    }
+    checks = {f"{name} layers at equal budget": registered.equal_budget(rows, name) for name in rivals}
     shown = min(tried, key=lambda row: row.estimate)
     reason = "; ".join(f"{row.quantity} layers {interval(row)} points" for row in tried)
-    return conclude(rows, shown, decision, checks, reason, claim="C6c", tags=verdict.generation_tags(rows))
+    return conclude(rows, shown, decision, checks, reason, claim="C6c")
 
 
-# By claim; C3 and C5a differ in an argument alone.
-RULES: dict[str, Callable[[Rows], Verdict | None]] = {
+# By claim. C4 is asked as registered, with the hand-over layer's own MLP among those that carry on.
+RULES: dict[str, Callable[[Rows], Verdict]] = {
     "C1": corrected_c1,
     "C2": corrected_c2,
     "C3": lambda rows: registered.rule_c3(rows, for_support=(registered.PROBE,), by_family=True),
-    "C4": corrected_c4,
+    "C4": lambda rows: registered.rule_c4(rows, MLP_SHARE_WITH_OWN, "from the hand-over layer's own on", ()),
     "C5a": lambda rows: registered.rule_c5a(rows, for_support=(registered.ORDER,)),
     "C5b": corrected_c5b,
     "C5c": corrected_c5c,
@@ -244,5 +207,7 @@ RULES: dict[str, Callable[[Rows], Verdict | None]] = {
 
 
 def corrected_verdicts(rows: Rows) -> list[Verdict]:
-    """The verdicts of all corrected rules on one model."""
-    return [made for rule in RULES.values() if (made := rule(rows)) is not None]
+    """The verdicts of all corrected rules on one model, of whose claims what they need was measured (`NEEDS`)."""
+    asked = [claim for claim in RULES if claim not in NEEDS or rows.variants(claim, *NEEDS[claim])]
+    made = [precondition(rows, claim) or RULES[claim](rows) for claim in asked]
+    return [replace(one, rule="corrected") for one in made]

@@ -1,36 +1,48 @@
-"""The ledger: evidence judged claim by claim by all rules, what is answered today and how well, and its files.
+"""The ledger: evidence judged claim by claim by all rules, what is answered today, how well, and what stands among many.
 
 Error rates of the rules come as an argument, by the claim's name; behind that of its corrected rule stands a `*`. The page
 for people is `companion.claims.page`.
+
+Many verdicts at once: which stand if one in twenty of those that are given may be wrong (Benjamini and Hochberg)? A rule holds an
+interval against a threshold. Its p-value is that of this comparison: how far the number that the verdict shows lies beyond the
+threshold, in units of the half of its interval that points there, as a normal deviate and two-sided. So p is at most 0.05
+exactly where the interval clears the threshold, whatever made the interval (bootstrap or t). The other conditions and controls
+of a rule are not tested again. A verdict that rests on one of them, and an interval without width, have no p.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats as st
 
-from companion.base.thresholds import UNTRAINED
-from companion.claims import corrected_rules, multiplicity
+from companion.base import thresholds
+from companion.base.thresholds import (
+    COMPUTED,
+    KEPT_BY_FIRST_TOKEN,
+    MARGINS,
+    MLP_SHARE,
+    MLP_SHARE_WITH_OWN,
+    POINTS,
+    UNTRAINED,
+)
 from companion.claims import registered_rules as registered
-from companion.claims.verdict import Rows, Verdict
+from companion.claims.corrected_rules import STATEMENTS, corrected_verdicts
+from companion.claims.verdict import Rows, Verdict, precondition
 
-Rates = Mapping[str, Mapping[str, Mapping[str, object]]]  # by claim and kind of error: hits, n, rate, upper
-Corrected = Mapping[tuple[str, str], Verdict]  # by model and claim
+Rates = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by claim and kind of error: hits, n, rate, upper
 CORRECTED = "*"  # behind a claim's name: its corrected rule
 KEYS = ["model", "claim", "quantity", "variant"]
 CANNOT_TELL = "cannot tell"  # instead of a verdict
 ENOUGH = 20  # built models in which a claim is true, so that its rule counts as calibrated
 CANNOT = 0.2  # a rule that supports a smaller share of true claims, or contradicts a larger one, cannot tell
 RARE, MOSTLY = 0.05, 0.8  # a strong rule errs surely less often, and finds at least this share
-# The rules on tokens, neurons and steering, by claim; what they need is measured by notebooks 04 to 06.
-RULES: dict[str, Callable[[Rows], Verdict]] = {
-    "C4": registered.rule_c4, "C5a": registered.rule_c5a, "C5b": registered.rule_c5b, "C5c": registered.rule_c5c,
-    "C6": registered.rule_c6, "C7": registered.rule_c7,
-}  # fmt: skip
+ALWAYS = ("C1", "C2", "C3")  # listed for every model; what the other claims need is measured by notebooks 04 to 06
 # By claim: the opposite, and what would show it, in which notebook.
 OPPOSITE = {
     "C1": ("It arises early or in the middle, or no later than any other choice of the model.",
@@ -49,38 +61,47 @@ OPPOSITE = {
     "C6c": ("Other layers defend as well.", "a rival with the same budget that does as well (06)"),
     "C7": ("The order of neurons says nothing.", "Moran's I at most 0.05, as after a permutation (04)"),
 }  # fmt: skip
+LEVEL = 0.05
+# By quantity that a verdict shows: supported from here, contradicted up to here; then those that must be small, the other way.
+AT_LEAST = {
+    COMPUTED: (0.5, 0.4), "late share": (0.5, 0.4), "MLP share of direct effects": (0.6, 0.5), "MLP share of NIE": (0.6, 0.5),
+    registered.PSI: (0.3, 0.1), MLP_SHARE: (0.6, 0.4), MLP_SHARE_WITH_OWN: (0.6, 0.4), "psi1": (0.3, 0.15),
+    "gate index": (thresholds.GATE_LOW, thresholds.GATE_HIGH), "gate index, form": (thresholds.GATE_LOW, thresholds.GATE_HIGH),
+    KEPT_BY_FIRST_TOKEN: (0.8, 0.4), "advantage over early": (0.0, POINTS), "advantage over mid": (0.0, POINTS),
+    "Moran's I": (0.05, 0.05),
+}  # fmt: skip
+AT_MOST = {
+    "harm change": (0.0, -POINTS),
+    "harmless loss": (POINTS, POINTS),
+    **{k: (most, most) for k, most in MARGINS.items()},
+}
 
 
 def ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> list[Verdict]:
-    """Verdicts for every model of an evidence table; untrained twins serve as controls only.
+    """The verdicts of all rules on every model of an evidence table, a claim's corrected ones behind the registered one.
 
-    Claims of notebooks 04 to 06 that were not measured are listed, as not testable, for models with a run of their own.
+    Untrained twins serve as controls only. Claims of notebooks 04 to 06 that were not measured are listed, as not testable, for
+    models with a run of their own.
     """
-    verdicts = []
+    made = []
     models = [model for model in evidence.model.unique() if not model.endswith(UNTRAINED)]
     for model in sorted(models, key=lambda name: name not in runs):
-        own, twin = (Rows(name, evidence[evidence.model == name]) for name in (model, model + UNTRAINED))
-        verdicts += [registered.rule_c1(own, twin), registered.rule_c2(own), registered.rule_c3(own)]
-        measured = set(own.table.claim)
-        verdicts += [rule(own) for claim, rule in RULES.items() if model in runs or claim in measured]
-    return verdicts
+        own = Rows(model, evidence)
+        measured, corrected = set(own.table.claim), corrected_verdicts(own)
+        for claim, rule in registered.RULES.items():
+            if claim in ALWAYS or model in runs or claim in measured:
+                made.append(precondition(own, claim) or rule(own))
+                made += [one for one in corrected if one.claim.startswith(claim)]  # C6 has three parts
+    return made
 
 
-def corrected_ledger(evidence: pd.DataFrame, runs: Collection[str] = ()) -> dict[tuple[str, str], Verdict]:
-    """What the corrected rules say, by model and claim, of the claims that `ledger` lists; the registered verdicts stand."""
-    listed = {(one.model, one.claim) for one in ledger(evidence, runs)}
-    models = {model for model, _ in listed}
-    found = [one for m in models for one in corrected_rules.corrected_verdicts(Rows(m, evidence[evidence.model == m]))]
-    return {(one.model, one.claim): one for one in found if (one.model, registered_claim(one.claim)) in listed}
+def rule_name(claim: str, rule: str) -> str:
+    """The name under which a rule's error rates stand.
 
-
-def registered_claim(claim: str) -> str:
-    """The registered claim that a claim is, or is a part of.
-
-    >>> registered_claim("C2"), registered_claim("C6b")
-    ('C2', 'C6')
+    >>> rule_name("C2", "registered"), rule_name("C2", "corrected")
+    ('C2', 'C2*')
     """
-    return corrected_rules.REGISTERED.get(claim, claim)
+    return claim + (CORRECTED if rule == "corrected" else "")
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,6 @@ class Answer:
     """
 
     verdict: Verdict
-    rule: str
     grade: str
     numbers: str
 
@@ -101,18 +121,14 @@ class Answer:
         return CANNOT_TELL if self.grade == CANNOT_TELL else self.verdict.verdict
 
 
-def answers(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[Answer]:
-    """The answers to all claims of `corrected_rules.STATEMENTS` that the ledger lists, model by model."""
-    made = []
-    known = {(one.model, one.claim): one for one in verdicts}
-    for model in dict.fromkeys(one.model for one in verdicts):
-        for claim in corrected_rules.STATEMENTS:
-            verdict = others.get((model, claim)) or known.get((model, claim))
-            if verdict is not None:
-                rule = "corrected" if (model, claim) in others else "registered"
-                own = rates.get(rule_name(claim, rule), {})
-                made.append(Answer(verdict, rule, *grade(verdict.verdict, own)))
-    return made
+def answers(verdicts: Sequence[Verdict], rates: Rates) -> list[Answer]:
+    """The answers to all claims of `STATEMENTS` in the ledger, model by model."""
+    last = {(one.model, one.claim): one for one in verdicts}  # the corrected verdict stands behind the registered one
+    return [
+        Answer(one, *grade(one.verdict, rates.get(rule_name(claim, one.rule), {})))
+        for (_, claim), one in last.items()
+        if claim in STATEMENTS
+    ]
 
 
 def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -145,64 +161,47 @@ def grade(verdict: str, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]
     return "" if verdict == "inconclusive" else "strong" if is_strong else "weak", of_true + of_false
 
 
-def to_records(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> list[dict[str, Any]]:
+def to_records(verdicts: Sequence[Verdict], rates: Rates) -> list[dict[str, Any]]:
     """The ledger for `claims.json`, where an interval without limits and error rates that are not measured are None.
 
-    A record is a verdict of a rule, a claim's corrected ones behind the registered one. `answer` and `grade` are those of
-    `answers`, None where another rule answers today.
+    `answer` and `grade` are those of `answers`, None where another rule answers today.
     """
     records = []
-    given = {(one.verdict.model, one.verdict.claim, one.rule): one for one in answers(verdicts, others, rates)}
-    parts: dict[tuple[str, str], list[Verdict]] = {}
-    for (model, claim), other in sorted(others.items()):
-        parts.setdefault((model, registered_claim(claim)), []).append(other)
+    given = {(one.verdict.claim, one.verdict.model, one.verdict.rule): one for one in answers(verdicts, rates)}
     for one in verdicts:
-        both = [("registered", one), *(("corrected", other) for other in parts.get((one.model, one.claim), ()))]
-        for rule, verdict in both:
-            numbers = {key: getattr(verdict, key) for key in ("estimate", "ci_low", "ci_high")}
-            finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
-            answer = given.get((verdict.model, verdict.claim, rule))
-            last = {"answer": answer and answer.says, "grade": answer and answer.grade}
-            own = rates.get(rule_name(verdict.claim, rule))
-            records.append(
-                asdict(verdict) | finite | {"tags": list(verdict.tags), "rule": rule, "error_rates": own} | last
-            )
+        numbers = {key: getattr(one, key) for key in ("estimate", "ci_low", "ci_high")}
+        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+        answer = given.get((one.claim, one.model, one.rule))
+        last = {"answer": answer and answer.says, "grade": answer and answer.grade}
+        own = {"tags": list(one.tags), "error_rates": rates.get(rule_name(one.claim, one.rule))}
+        records.append(asdict(one) | finite | own | last)
     return records
 
 
-def rule_name(claim: str, rule: str) -> str:
-    """The name under which a rule's error rates stand."""
-    return claim + (CORRECTED if rule == "corrected" else "")
-
-
-def to_table(verdicts: Sequence[Verdict], others: Corrected, rates: Rates) -> pd.DataFrame:
+def to_table(verdicts: Sequence[Verdict], rates: Rates) -> pd.DataFrame:
     """The records as a table, numbers to two decimals, the reason last; an interval without limits has none.
 
     `error_rate` says what the calibration knows of such a verdict. An answer has its `p`, and what is left of it among all
-    answers of the table: `adjusted_p`, `adjusted` (`claims.multiplicity`).
+    answers of the table: `adjusted_p`, `adjusted`.
     """
-    frame = pd.DataFrame(to_records(verdicts, others, rates))
+    frame = pd.DataFrame(to_records(verdicts, rates))
     numbers = ["estimate", "ci_low", "ci_high"]
     frame[numbers] = frame[numbers].astype(float).round(2)
-    found = [error_rate(rule_name(one.claim, one.rule), one.verdict, rates) for one in frame.itertuples()]
-    frame = frame.assign(error_rate=found, tags=frame.tags.map(", ".join))
-    given = answers(verdicts, others, rates)
-    among_all = multiplicity.adjusted([one.verdict for one in given], [one.says for one in given])
-    among_all = among_all.round(4).assign(rule=[one.rule for one in given]).drop(columns="says")
+    frame = frame.assign(error_rate=[error_rate(one, rates) for one in verdicts], tags=frame.tags.map(", ".join))
+    among_all = adjusted(answers(verdicts, rates)).round(4).drop(columns="says")
     frame = frame.merge(among_all, how="left", on=["model", "claim", "rule"], validate="one_to_one")
     columns = ["model", "claim", "rule", "verdict", *numbers, "n_pairs", "n_topics", "answer", "grade"]
-    columns += ["p", "adjusted_p", "adjusted", "error_rate"]
-    return frame[[*columns, "tags", "reason"]]
+    return frame[[*columns, "p", "adjusted_p", "adjusted", "error_rate", "tags", "reason"]]
 
 
-def error_rate(claim: str, verdict: str, rates: Rates) -> str:
+def error_rate(one: Verdict, rates: Rates) -> str:
     """The rate that a reader of this verdict must know, as a phrase; "" where nothing was measured.
 
     Beside "supported": how often it is said of a false claim. Beside "contradicted": of a true one. Beside "inconclusive": how
     often a true claim is left so or worse.
 
     >>> rates = {"C2": {"false_supported": {"hits": 0, "n": 60, "rate": 0.0, "upper": 0.0487}}}
-    >>> error_rate("C2", "supported", rates)
+    >>> error_rate(Verdict("m", "C2", "supported", ""), rates)
     'said of 0 of 60 false claims (at most 5 %)'
     """
     words = {
@@ -210,9 +209,52 @@ def error_rate(claim: str, verdict: str, rates: Rates) -> str:
         "contradicted": ("false_contradicted", "said of {hits} of {n} true claims (at most {upper:.0%})"),
         "inconclusive": ("power_to_support", "true claims supported: {hits} of {n}"),
     }
-    error, phrase = words.get(verdict, ("", ""))
-    own = rates.get(claim, {})
+    error, phrase = words.get(one.verdict, ("", ""))
+    own = rates.get(rule_name(one.claim, one.rule), {})
     return phrase.format(**own[error]).replace("%", " %") if error in own else ""
+
+
+def p_value(verdict: Verdict) -> float:
+    """p of the side that a verdict took, of an undecided one the smaller of both sides'; NaN where nothing can be compared.
+
+    >>> made = Verdict("m", "C5a", "supported", "", "psi1", 0.4, 0.3, 0.6)
+    >>> round(p_value(made), 3)  # its lower limit lies on the threshold
+    0.05
+    """
+    quantity, estimate, low, high = verdict.quantity, verdict.estimate, verdict.ci_low, verdict.ci_high
+    if quantity not in {*AT_LEAST, *AT_MOST} or estimate is None or low is None or high is None:
+        return math.nan
+    if not math.isfinite(high - low) or low == high:
+        return math.nan
+    sign, (supported, contradicted) = (-1, AT_MOST[quantity]) if quantity in AT_MOST else (1, AT_LEAST[quantity])
+
+    def beyond(threshold: float, towards: int) -> float:
+        """How far the estimate lies past a threshold, in half-lengths of the interval on the threshold's side."""
+        gap, half = towards * (estimate - threshold), (estimate - low) if towards > 0 else (high - estimate)
+        return gap / half if half > 0 else math.copysign(math.inf, gap)
+
+    sides = {"supported": beyond(supported, sign), "contradicted": beyond(contradicted, -sign)}
+    side = sides.get(verdict.verdict, max(sides.values()))
+    if verdict.verdict in sides and side < 1 - 1e-9:
+        return (
+            math.nan
+        )  # another condition of the rule decided, and the number that is shown does not clear its threshold
+    return float(min(1.0, 2 * st.norm.sf(side * st.norm.ppf(0.975))))
+
+
+def adjusted(given: Sequence[Answer]) -> pd.DataFrame:
+    """A row an answer: model, claim, rule, says, p, `adjusted_p` over all of them, and then the `adjusted` answer.
+
+    Supported or contradicted whose adjusted p is above 0.05 becomes inconclusive; nothing else changes. Answers without a p
+    stay, and are not counted among the tests.
+    """
+    rows = [(v.model, v.claim, v.rule, one.says, p_value(v)) for one in given for v in (one.verdict,)]
+    table = pd.DataFrame(rows, columns=["model", "claim", "rule", "says", "p"]).assign(adjusted_p=np.nan)
+    tested = table.p.notna()
+    if tested.any():
+        table.loc[tested, "adjusted_p"] = st.false_discovery_control(table.p[tested])
+    falls = table.says.isin(["supported", "contradicted"]) & (table.adjusted_p > LEVEL)
+    return table.assign(adjusted=table.says.mask(falls, "inconclusive"))
 
 
 def opposite_table(given: Sequence[Answer], rates: Rates) -> pd.DataFrame:
@@ -221,9 +263,9 @@ def opposite_table(given: Sequence[Answer], rates: Rates) -> pd.DataFrame:
     `shown` counts "contradicted" of the rule that answers; "" where nothing was measured.
     """
 
-    def shown(one: Answer) -> str:
-        found = rates.get(rule_name(one.verdict.claim, one.rule), {}).get("power_to_contradict")
+    def shown(one: Verdict) -> str:
+        found = rates.get(rule_name(one.claim, one.rule), {}).get("power_to_contradict")
         return "" if found is None else f"{found['hits']} of {found['n']}"
 
-    rows = [(one.verdict.claim, *OPPOSITE[one.verdict.claim], shown(one), one.says) for one in given]
+    rows = [(v.claim, *OPPOSITE[v.claim], shown(v), one.says) for one in given for v in (one.verdict,)]
     return pd.DataFrame(rows, columns=["claim", "opposite", "analysis", "shown", "answer"])

@@ -21,8 +21,7 @@ from companion.base.thresholds import (
 )
 from companion.claims import registered_rules as registered
 from companion.claims.corrected_rules import STATEMENTS, centroid_over_behaviours
-from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, MOSTLY, RARE, Answer
-from companion.claims.multiplicity import sentence_of_changes
+from companion.claims.ledger import CANNOT, CANNOT_TELL, ENOUGH, LEVEL, MOSTLY, RARE, Answer, adjusted
 from companion.claims.verdict import Rows, Verdict
 
 NAMES = {  # of the claims, for the lines on top and the picture
@@ -98,16 +97,16 @@ def _late(rows: Rows) -> str | None:
         share, what = rows.find("C1", "late share"), "of the effect passes through late layers"
     if share is None:
         return None
-    parts = [f"{_percent(share)} {what}"]
+    fact = f"{_percent(share)} {what}"
     if centroid is not None:
         sign, word = (1, "later") if centroid.estimate > 0 else (-1, "earlier")
         low, high = sorted((100 * sign * centroid.ci_low, 100 * sign * centroid.ci_high))
         ends = f"{_rounded(100 * abs(centroid.estimate), 0)} [{_rounded(low, 0)}, {_rounded(high, 0)}]"
-        parts.append(f"what passes has its centre {ends}% of the depth {word} than benign choices")
+        fact += f", what passes has its centre {ends}% of the depth {word} than benign choices"
     earliest = rows.find("gate", "earliest possible depth")
     if earliest is not None and earliest.estimate > thresholds.EARLY:
-        parts.append(f"but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth")
-    return ", ".join(parts)
+        fact += f", but the attention windows let nothing arrive before {earliest.estimate:.0%} of the depth"
+    return fact
 
 
 def _mlps(rows: Rows) -> str | None:
@@ -116,12 +115,12 @@ def _mlps(rows: Rows) -> str | None:
 
 
 def _early(rows: Rows) -> str | None:
-    psi = rows.find("C3", registered.PSI)
-    families = rows.variants("C3", registered.PSI, "family ")
+    psi, families = rows.find("C3", registered.PSI), rows.variants("C3", registered.PSI, "family ")
+    if psi is None:
+        return None
     each = ", ".join(f"{_percent(row)} if the {name.removeprefix('family ')} differs" for name, row in families.items())
-    words = "in early layers the words that do not differ carry"
-    whole = "" if psi is None else f"{words} {_percent(psi)} of the effect of a harmful request"
-    return (whole + (f": {each}" if each else "")) or None
+    fact = f"in early layers the words that do not differ carry {_percent(psi)} of the effect of a harmful request"
+    return fact + (f": {each}" if each else "")
 
 
 def _carried(rows: Rows) -> str | None:
@@ -130,10 +129,10 @@ def _carried(rows: Rows) -> str | None:
     share, where = (above, "above") if own is None else (own, "from")
     if share is None or layer is None:
         return None
-    found = f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
-    live = rows.find("C4", "share of MLPs, attention live")
-    free = "with attention held; with attention free, holding them loses"
-    return found if live is None else f"{found} {free} {_percent(live)}"
+    fact = f"{where} layer {layer.estimate:.0f} on, where the last token takes over, MLPs carry {_percent(share)} of the effect"
+    if (live := rows.find("C4", "share of MLPs, attention live")) is not None:
+        fact += f" with attention held; with attention free, holding them loses {_percent(live)}"
+    return fact
 
 
 def _sparse(rows: Rows) -> str | None:
@@ -152,16 +151,16 @@ def _gate(rows: Rows) -> str | None:
     if index is None:
         forms = rows.variants("C5b", "gate index, form", "a")
         return "no small set of neurons has enough of the effect to ask" if forms else None
-    signed = rows.find("C5b", "gate index, signed")
-    low, high = (0.0, 0.0) if signed is None else (signed.ci_low, signed.ci_high)
-    one_of = "an OR (one signal does)" if high < 0 else "neither AND nor OR"
-    sign = "an AND (both signals needed)" if low > 0 else one_of
-    parts = [f"the neurons switch like {sign}"]
-    parts += [] if benign is None else [f"clamping them costs {_percent(benign)} of benign effects"]
-    parts += (
-        [] if cost is None else [f"{cost.estimate - 1:.0%} in perplexity ({thresholds.PERPLEXITY - 1:.0%} allowed)"]
-    )
-    return ", ".join(parts)
+    signed, sign = rows.find("C5b", "gate index, signed"), "neither AND nor OR"
+    if signed is not None and signed.ci_low > 0:
+        sign = "an AND (both signals needed)"
+    elif signed is not None and signed.ci_high < 0:
+        sign = "an OR (one signal does)"
+    fact = f"the neurons switch like {sign}"
+    fact += "" if benign is None else f", clamping them costs {_percent(benign)} of benign effects"
+    if cost is not None:
+        fact += f", {cost.estimate - 1:.0%} in perplexity ({thresholds.PERPLEXITY - 1:.0%} allowed)"
+    return fact
 
 
 def _first_token(rows: Rows) -> str | None:
@@ -171,21 +170,19 @@ def _first_token(rows: Rows) -> str | None:
     if kept is None:
         return None if undefined is None else str(undefined.note)
     hard = rows.find("C5c", "harmless answers changed, refusing run's values")
-    harmless = "" if benign is None else f"; {_percent(benign)} of benign answers change"
-    harmless += "" if hard is None else f", but {_percent(hard)} of harmless ones if set as in a refusal"
-    return f"acting at the first token has {_percent(kept)} of the effect of acting at every token{harmless}"
+    fact = f"acting at the first token has {_percent(kept)} of the effect of acting at every token"
+    fact += "" if benign is None else f"; {_percent(benign)} of benign answers change"
+    return fact + ("" if hard is None else f", but {_percent(hard)} of harmless ones if set as in a refusal")
 
 
 def _harm_falls(rows: Rows) -> str | None:
     harm, phi = rows.find("C6", "harm change"), rows.find("C6", "phi")
     if harm is None or phi is None:
         return None
-    worst = max(
-        (row.estimate for f in registered.RANDOM if (row := rows.find("C6", f"p {f}")) is not None), default=None
-    )
-    random = "" if worst is None else f"; at most {worst:.0%} of random directions do as well"
-    fall = f"harm {'falls' if harm.estimate < 0 else 'rises'} by {abs(harm.estimate):.1f} points"
-    return f"{fall}, {_percent(phi)} of the wrapper's effect is undone ({registered.PHI:.0%} asked){random}"
+    random = [row.estimate for f in registered.RANDOM if (row := rows.find("C6", f"p {f}")) is not None]
+    fact = f"harm {'falls' if harm.estimate < 0 else 'rises'} by {abs(harm.estimate):.1f} points"
+    fact += f", {_percent(phi)} of the wrapper's effect is undone ({registered.PHI:.0%} asked)"
+    return fact + (f"; at most {max(random):.0%} of random directions do as well" if random else "")
 
 
 def _harmless_kept(rows: Rows) -> str | None:
@@ -241,7 +238,7 @@ def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built
     grades rest on. `invented` is True for a model of an invented language.
     """
     mine = [one for one in given if one.verdict.model == own]
-    rows = Rows(own, evidence[evidence.model == own])
+    rows = Rows(own, evidence)
     head = ["claim", "answer", "key number, 95 % interval", "grade", "what would change it (notebook)", "agree"]
     n_models = len({one.verdict.model for one in given})
     table = [
@@ -254,9 +251,14 @@ def to_markdown(own: str, given: Sequence[Answer], evidence: pd.DataFrame, built
     shown = head if n_models > 1 else head[:-1]  # a model agrees with itself
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells[: len(shown)])} |" for cells in (head, *table)]
     lines.insert(1, "| --- " * len(shown) + "|")
-    many = sentence_of_changes(own, [one.verdict for one in given], [one.says for one in given])
     parts = [f"# What the evidence says of `{own}`", *_on_top(own, mine, invented), "\n".join(lines)]
-    parts += [*([many] if many else []), *_notes(built, n_models)]
+    among_all = adjusted(given)
+    if lost := among_all.claim[(among_all.model == own) & (among_all.says != among_all.adjusted)].tolist():
+        parts.append(
+            f"**Many questions at once.** With the {among_all.p.notna().sum()} tests of this run taken together (Benjamini "
+            f"and Hochberg, {LEVEL:.0%}), these would be undecided: {', '.join(lost)}."
+        )
+    parts += _notes(built, n_models)
     return re.sub(r"(?<=[\d\]])%", " %", "\n\n".join(parts)) + "\n"
 
 

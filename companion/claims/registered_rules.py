@@ -1,12 +1,13 @@
 """The pre-registered rules of all claims: what evidence supports, and what contradicts, each of them.
 
-A rule sees the evidence rows alone, and asks as it was written down before the shipped models were measured. Arguments after
-the rows are points in which a corrected rule (`companion.claims.corrected_rules`) differs; their defaults are registered.
+A rule sees the evidence rows alone, of a model that passes the precondition, and asks as it was written down before the
+shipped models were measured. Arguments after the rows are points in which a corrected rule (`corrected_rules`) differs; their
+defaults are registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
@@ -14,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from companion.base import thresholds
-from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS
+from companion.base.thresholds import GATE_HIGH, KEPT_BY_FIRST_TOKEN, MIN_BENIGN, MLP_SHARE, POINTS, UNTRAINED
 from companion.claims import verdict
-from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, precondition, same_side
+from companion.claims.verdict import Rows, Verdict, conclude, control, decide, interval, same_side
 
 NO_EFFECT = "no component has a positive effect on the discover split"
 NO_NEURONS = "single neurons were not measured: run notebook 04b (a mixture of experts has no such neurons)"
@@ -34,26 +35,29 @@ BEATS = 0.05  # p-value of a rank among random directions
 BUDGET = 0.05  # relative difference up to which two budgets count as equal
 RIVALS = ("early", "mid")
 RANDOM = ("isotropic", "covariance-matched")
+TRIED = ("harm change", "phi", "harmless loss")  # what every trial of a defence has
 
 
-def rule_c1(rows: Rows, twin: Rows) -> Verdict:
-    """Supported: late share low >= 0.50, centroid difference low >= 0.05. Contradicted: high <= 0.40, or <= 0."""
-    if stop := precondition(rows, "C1"):
-        return stop
+def rule_c1(rows: Rows) -> Verdict:
+    """Supported: late share low >= 0.50, centroid difference low >= 0.05. Contradicted: high <= 0.40, or <= 0.
+
+    An untrained twin must not pass this rule: if it does, the rule reads architecture, not learning.
+    """
     share, centroid = rows.find("C1", "late share"), rows.find("C1", "centroid difference")
     if share is None:
         return Verdict(rows.model, "C1", "inconclusive", NO_EFFECT)
-    centroid_low, centroid_high = (-1.0, 1.0) if centroid is None else (centroid.ci_low, centroid.ci_high)
+    twin = Rows(rows.model + UNTRAINED, rows.evidence)
+    found = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
+    twin_state = "failed" if _is_late(*found) else "not run" if twin.table.empty else "passed"
     checks = {
         "benign behaviours": verdict.benign_behaviours(rows),
-        "untrained twin": _untrained_twin(twin),
+        "untrained twin": twin_state,
         "final norm frozen": same_side(rows, "C1", "late share", "norm frozen", 0.5),
         "unsaturated pairs": same_side(rows, "C1", "late share", "unsaturated", 0.5),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     decision = decide(
-        supported=share.ci_low >= 0.50 and centroid_low >= 0.05,
-        contradicted=share.ci_high <= 0.40 or centroid_high <= 0,
+        supported=_is_late(share, centroid),
+        contradicted=share.ci_high <= 0.40 or (centroid is not None and centroid.ci_high <= 0),
     )
     reason = f"late share {interval(share)}; "
     reason += NO_BENIGN if centroid is None else f"depth centroid, harm - benign: {interval(centroid)}"
@@ -63,13 +67,8 @@ def rule_c1(rows: Rows, twin: Rows) -> Verdict:
     return replace(made, tags=(*imposed, *verdict.generation_tags(rows), *_robust(rows, made, "late share", 0.50)))
 
 
-def _untrained_twin(twin: Rows) -> str:
-    """The control that an untrained twin does not pass C1's rule: if it does, the rule reads architecture, not learning."""
-    if twin.table.empty:
-        return "not run"
-    share, centroid = twin.find("C1", "late share"), twin.find("C1", "centroid difference")
-    is_late = share is not None and centroid is not None and share.ci_low >= 0.50 and centroid.ci_low >= 0.05
-    return "failed" if is_late else "passed"
+def _is_late(share: pd.Series | None, centroid: pd.Series | None) -> bool:
+    return share is not None and centroid is not None and share.ci_low >= 0.50 and centroid.ci_low >= 0.05
 
 
 def _robust(rows: Rows, made: Verdict, quantity: str, least: float) -> tuple[str, ...]:
@@ -81,37 +80,32 @@ def _robust(rows: Rows, made: Verdict, quantity: str, least: float) -> tuple[str
 
 def rule_c2(rows: Rows) -> Verdict:
     """Supported: MLP share low >= 0.60 of direct effects and of NIE. Contradicted: high <= 0.50 of both."""
-    if stop := precondition(rows, "C2"):
-        return stop
     total, direct = rows.find("C2", "MLP share of NIE"), rows.find("C2", "MLP share of direct effects")
     if rows.table[rows.table.claim == "C2"].empty:
         return Verdict(rows.model, "C2", "not testable", "direct effects were not measured: run notebook 03")
     if total is None or direct is None:
         return Verdict(rows.model, "C2", "inconclusive", NO_EFFECT)
+    sizes = ("per patch norm", "per parameter")
     checks = {
         "final norm frozen": same_side(rows, "C2", "MLP share of NIE", "norm frozen", 0.5),
         "unsaturated pairs": same_side(rows, "C2", "MLP share of NIE", "unsaturated", 0.5),
-        "per patch norm": control(rows.find("C2", "MLP share of NIE", "per patch norm")),
-        "per parameter": control(rows.find("C2", "MLP share of NIE", "per parameter")),
-        "joint probability": verdict.joint_probability(rows, "T2"),
+        **{name: control(rows.find("C2", "MLP share of NIE", name)) for name in sizes},
     }
     decision = decide(
         supported=min(total.ci_low, direct.ci_low) >= 0.60, contradicted=max(total.ci_high, direct.ci_high) <= 0.50
     )
     flips = [
-        name for name in ("per patch norm", "per parameter")
+        name for name in sizes
         if "failed" in [same_side(rows, "C2", str(raw.quantity), name, 0.5) for raw in (total, direct)]
     ]  # fmt: skip
     reason = f"MLP share {interval(direct)} of direct effects, {interval(total)} of indirect effects"
     reason += "" if (total.estimate > 0.5) == (direct.estimate > 0.5) else "; the two disagree"
-    sides = f"the side changes {' and '.join(flips)}" if flips else "no normalisation moves either across one half"
-    reason += f"; {sides}"
+    reason += (
+        f"; the side changes {' and '.join(flips)}" if flips else "; no normalisation moves either across one half"
+    )
     # Shown is the share that decides: both must pass, so the one that is further from doing so.
-    if decision == "contradicted":
-        binding = max(total, direct, key=lambda row: row.ci_high)
-    else:
-        binding = min(total, direct, key=lambda row: row.ci_low)
-    made = conclude(rows, binding, decision, checks, reason)
+    lowest, highest = min(total, direct, key=lambda row: row.ci_low), max(total, direct, key=lambda row: row.ci_high)
+    made = conclude(rows, highest if decision == "contradicted" else lowest, decision, checks, reason)
     dependent = ("normalisation-dependent",) if flips else ()
     robust = _robust(rows, made, "MLP share of NIE", 0.60)
     return replace(made, tags=(*dependent, *verdict.generation_tags(rows), *robust))
@@ -124,14 +118,11 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
     pass the threshold of psi0. The verdict shows the weakest one; where all of them are surely below the threshold, the strongest
     one, which alone can keep the claim from being contradicted.
     """
-    if stop := precondition(rows, "C3"):
-        return stop
     psi, gain = rows.find("C3", PSI), rows.find("C3", "AUROC gain")
     if psi is None or gain is None:
         return Verdict(rows.model, "C3", "not testable", "the early-layer effect or the probe was not measured")
     checks = {
         PROBE: control(rows.find("C3", "AUROC probe"), lambda row: row.ci_low > 0.5),
-        "joint probability": verdict.joint_probability(rows, "T1"),
         "sign in unsaturated pairs": same_side(rows, "C3", PSI, "unsaturated", 0.0),
     }
     families = rows.variants("C3", PSI, "family ")
@@ -141,18 +132,13 @@ def rule_c3(rows: Rows, for_support: Collection[str] = (), *, by_family: bool = 
         contradicted=all(row.ci_high <= 0.10 for row in asked),
     )
     reason = f"psi0 {interval(psi)} on tokens that do not differ; probe beats bag of tokens by {interval(gain)} AUROC"
-    reason += "".join(
-        f"; {name} {interval(row)}{_is_early(row) if by_family else ''}" for name, row in families.items()
-    )
+    for name, row in families.items():
+        side = " early" if row.ci_low >= 0.30 else " not early" if row.ci_high <= 0.10 else " undecided"
+        reason += f"; {name} {interval(row)}{side if by_family else ''}"
     tags = ("families differ",) if len({row.estimate >= 0.30 for row in families.values()}) > 1 else ()
     strongest, weakest = max(asked, key=lambda row: row.ci_high), min(asked, key=lambda row: row.ci_low)
     shown = strongest if strongest.ci_high < 0.30 else weakest
     return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=tags)
-
-
-def _is_early(row: pd.Series) -> str:
-    """On which side of the thresholds of psi0 a family lies, as words of the reason."""
-    return " early" if row.ci_low >= 0.30 else " not early" if row.ci_high <= 0.10 else " undecided"
 
 
 def rule_c4(
@@ -163,20 +149,17 @@ def rule_c4(
 
     `carried` is the share that decides, of the MLPs that lie there; the reason names the share of each other path too.
     """
-    if stop := precondition(rows, "C4"):
-        return stop
     share, undefined = rows.find("C4", carried), rows.find("C4", "not defined")
     if share is None:
         if undefined is None:
-            reason = "the paths above the hand-over were not measured: run notebook 05"
-            return Verdict(rows.model, "C4", "not testable", reason)
+            why = "the paths above the hand-over were not measured: run notebook 05"
+            return Verdict(rows.model, "C4", "not testable", why)
         elsewhere = rows.variants("C4", MLP_SHARE, "from layer ")  # for a reader: no verdict rests on it
         parts = [str(undefined.note), *(f"{name} MLPs carry {interval(row)}" for name, row in elsewhere.items())]
         return Verdict(rows.model, "C4", "inconclusive", "; ".join(parts))
     checks = {
         "final norm frozen": same_side(rows, "C4", carried, "norm frozen", 0.5),
         "unsaturated pairs": same_side(rows, "C4", carried, "unsaturated", 0.5),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     decision = decide(supported=share.ci_low >= 0.60, contradicted=share.ci_high <= 0.40)
     parts = [f"MLPs {where} carry {interval(share)} of the effect"]
@@ -185,15 +168,13 @@ def rule_c4(
     if (layer := rows.find("C4", "hand-over layer")) is not None:
         parts.append(f"hand-over after layer {layer.estimate:.0f} [{layer.ci_low:.0f}, {layer.ci_high:.0f}]")
     # The full response has no such path: above the answer's own tokens there is no base run to hold anything at.
-    return conclude(rows, share, decision, checks, "; ".join(parts), tags=verdict.generation_tags(rows))
+    return conclude(rows, share, decision, checks, "; ".join(parts))
 
 
 def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     """Supported: psi1 low >= 0.30, k90 <= max(1 % of the layer, 8), below the benign median. Contradicted: psi1 high <=
     0.15 or k90 >= 10 % of the layer. Controls named in `for_support` belong to the verdict supported only.
     """
-    if stop := precondition(rows, "C5a"):
-        return stop
     psi, size = rows.find("C5a", "psi1"), rows.find("C5a", "neurons in the layer")
     if psi is None or size is None:
         return Verdict(rows.model, "C5a", "not testable", NO_NEURONS)
@@ -206,7 +187,6 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
         "benign behaviours": "not run" if not benign else "passed" if len(benign) >= MIN_BENIGN else "failed",
         "final norm frozen": same_side(rows, "C5a", "psi1", "norm frozen", PSI_MIDDLE),
         "sign in unsaturated pairs": same_side(rows, "C5a", "psi1", "unsaturated", 0.0),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     if k90 is None:  # and so it is not compared with any order
         sparsity = "k90 none: the mean of its two effects is against the treatment"
@@ -221,7 +201,7 @@ def rule_c5a(rows: Rows, for_support: Collection[str] = ()) -> Verdict:
     )
     shown = psi if k90 is None or not psi.ci_low >= 0.30 else k90
     reason = f"psi1 of the last MLP {interval(psi)}; {sparsity}"
-    return conclude(rows, shown, decision, checks, reason, for_support=for_support, tags=verdict.generation_tags(rows))
+    return conclude(rows, shown, decision, checks, reason, for_support=for_support)
 
 
 def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool = False) -> Verdict:
@@ -235,18 +215,22 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     learned. A gate could show inside a neuron (b) or below the last layer (c); "every form" has the whole last layer in it.
     What the index may be read from was widened after a first look (`companion.neurons.gating`).
     """
-    if stop := precondition(rows, "C5b"):
-        return stop
     index = rows.find("C5b", "gate index") if index is None else index
     if index is None:
         if rows.variants("C5b", "gate index, form", "a"):
             why = "no sparse set has at least 0.2 of TE at stake: there is nothing of which to ask whether it is a gate"
             return Verdict(rows.model, "C5b", "inconclusive", why)
-        reason = "sets of neurons were not tested: run notebook 04b (a mixture of experts has no such neurons)"
-        return Verdict(rows.model, "C5b", "not testable", reason)
+        why = "sets of neurons were not tested: run notebook 04b (a mixture of experts has no such neurons)"
+        return Verdict(rows.model, "C5b", "not testable", why)
     signed = rows.find("C5b", f"{index.quantity}, signed", index.variant)
     names = ("readout share", "benign share", "perplexity ratio", "timing share")
-    tests = {name: _test_of_set(rows, name, index) for name in names}
+    # Other tests of the set that the index was measured on: the verdict's own, or the last layer's sparse set.
+    tests = {name: rows.find("C5b", name) for name in names}
+    if index.quantity != "gate index":
+        last = {name: rows.find("C5b", name, "last layer") for name in names}
+        tests = {
+            k: row if row is not None and str(row.note).endswith("; last") else last[k] for k, row in tests.items()
+        }
     readout, benign, cost, _ = tests.values()
     is_gate = index.ci_low >= thresholds.GATE_LOW and signed is not None and signed.ci_low > 0
     is_specific = is_below(benign, thresholds.BENIGN_SHARE) and is_below(cost, thresholds.PERPLEXITY)
@@ -255,7 +239,6 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     checks = {
         "specificity measured": "not run" if benign is None or cost is None else "passed",
         "final norm frozen": same_side(rows, "C5b", str(index.quantity), frozen, INDEX_MIDDLE, str(index.variant)),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     forms = [row for form in "bc" for row in gate_forms(rows, form)]
     decision = decide(
@@ -266,15 +249,7 @@ def rule_c5b(rows: Rows, index: pd.Series | None = None, *, may_read_out: bool =
     if signed is not None and signed.ci_high < 0:
         parts.append("its sign is that of an OR: one of several would do")
     parts += [f"{name} {'not measured' if row is None else interval(row)}" for name, row in tests.items()]
-    return conclude(rows, index, decision, checks, "; ".join(parts), tags=verdict.generation_tags(rows))
-
-
-def _test_of_set(rows: Rows, quantity: str, index: pd.Series) -> pd.Series | None:
-    """Another test of the set that an index was measured on: the verdict's own, or the last layer's sparse set."""
-    found = rows.find("C5b", quantity)
-    if index.quantity == "gate index" or (found is not None and str(found.note).endswith("; last")):
-        return found
-    return rows.find("C5b", quantity, "last layer")
+    return conclude(rows, index, decision, checks, "; ".join(parts))
 
 
 def gate_forms(rows: Rows, form: str) -> list[pd.Series]:
@@ -299,14 +274,12 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     Specific: the share of benign answers that change has its upper limit at 20 % of the harm effect or below. `labels` is the
     variant of the rows, which says how answers were labelled.
     """
-    if stop := precondition(rows, "C5c"):
-        return stop
     kept, undefined = rows.find("C5c", KEPT_BY_FIRST_TOKEN, labels), rows.find("C5c", "not defined", labels)
     if kept is None:
         if undefined is not None:
             return Verdict(rows.model, "C5c", "inconclusive", str(undefined.note))
-        reason = "interventions during generation were not measured: run notebook 05"
-        return Verdict(rows.model, "C5c", "not testable", reason)
+        why = "interventions during generation were not measured: run notebook 05"
+        return Verdict(rows.model, "C5c", "not testable", why)
     effect, benign = rows.find("C5c", "effect of all tokens", labels), rows.find("C5c", "benign answers changed")
     hard = rows.find("C5c", "harmless answers changed, refusing run's values")
     allowed = np.nan if effect is None else SPECIFIC * effect.estimate
@@ -314,7 +287,6 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
     checks = {
         "benign answers": "not run" if effect is None or benign is None else "passed",
         "full response": same_side(rows, "C5c", KEPT_BY_FIRST_TOKEN, "full response", 0.6, labels),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     decision = decide(supported=kept.ci_low >= 0.8 and is_specific, contradicted=kept.ci_high <= 0.4)
     reason = f"the first token alone keeps {interval(kept)} of the effect on all tokens"
@@ -323,11 +295,11 @@ def rule_c5c(rows: Rows, labels: str = "main") -> Verdict:
         reason += f"; effect of all tokens {interval(effect)}"
     if benign is not None:
         reason += f"; benign answers changed {interval(benign)}, {'' if is_specific else 'not '}specific"
+    tags = verdict.generation_tags(rows)
     if hard is not None:
         reason += f"; with a refusing run's values {interval(hard)} of harmless answers change"
-    # Not a part of the rule: benign pairs whose two runs agree cannot show it.
-    is_blunt = hard is not None and hard.ci_low > allowed
-    tags = (*verdict.generation_tags(rows), *(("closes harmless answers too",) if is_blunt else ()))
+        # Not a part of the rule: benign pairs whose two runs agree cannot show it.
+        tags += ("closes harmless answers too",) if hard.ci_low > allowed else ()
     return conclude(rows, kept, decision, checks, reason, tags=tags)
 
 
@@ -337,15 +309,12 @@ def rule_c6(rows: Rows) -> Verdict:
     Contradicted: steering early or mid layers, or along random directions, with the same budget does as well, or
     harmless loss low > 2 points. The rivals enter the rule itself; as controls they must have been run, and fairly.
     """
-    if stop := precondition(rows, "C6"):
-        return stop
-    harm, phi, loss = (rows.find("C6", name) for name in ("harm change", "phi", "harmless loss"))
-    if harm is None or phi is None or loss is None:
-        undefined = rows.find("C6", "not defined")
-        reason = "steering was not measured: run notebook 06" if undefined is None else str(undefined.note)
-        return Verdict(rows.model, "C6", "not testable", reason)
-    rivals = {name: rows.find("C6", f"advantage over {name}") for name in RIVALS}
-    random = {family: rows.find("C6", f"p {family}") for family in RANDOM}
+    found = trial(rows, "C6")
+    if isinstance(found, Verdict):
+        return found
+    harm, phi, loss = (found[name] for name in TRIED)
+    rivals = {name: found.get(f"advantage over {name}") for name in RIVALS}
+    random = {family: found.get(f"p {family}") for family in RANDOM}
     decision = decide(
         supported=harm.ci_high < 0
         and harm.estimate <= -POINTS
@@ -361,23 +330,30 @@ def rule_c6(rows: Rows) -> Verdict:
     )
     # What else preservation asks for can spoil support, and no other verdict.
     margins = {
-        f"{name} margin": control(rows.find("C6", name), partial(is_below, limit=most))
+        f"{name} margin": control(found.get(name), partial(is_below, limit=most))
         for name, most in thresholds.MARGINS.items()
     }
     checks = {
         **{f"{name} layers at equal budget": equal_budget(rows, name) for name in RIVALS},
         **{f"random directions, {family}": control(row) for family, row in random.items()},
-        "refits of the directions": control(rows.find("C6", "spread over refits")),
+        "refits of the directions": control(found.get("spread over refits")),
         "greedy decoding": same_side(rows, "C6", "harm change", "greedy", 0.0),
-        "joint probability": verdict.joint_probability(rows, "T2"),
         **margins,
     }
     parts = [f"harm {interval(harm)} points", f"phi {interval(phi)}"]
     parts.append(f"harmless loss {interval(loss)} points (n = {loss.n_pairs})")
     parts += [f"advantage over {name} layers {interval(row)} points" for name, row in rivals.items() if row is not None]
     parts += [f"p {row.estimate:.2f} among {name} directions" for name, row in random.items() if row is not None]
-    tags = verdict.generation_tags(rows)
-    return conclude(rows, harm, decision, checks, "; ".join(parts), for_support=margins, tags=tags)
+    return conclude(rows, harm, decision, checks, "; ".join(parts), for_support=margins)
+
+
+def trial(rows: Rows, claim: str) -> Verdict | dict[str, pd.Series]:
+    """What was measured of the defence, by quantity; where none was tried, the verdict on C6 or a part of it."""
+    found = rows.of("C6")
+    if set(TRIED) <= set(found):
+        return found
+    why = str(found["not defined"].note) if "not defined" in found else "steering was not measured: run notebook 06"
+    return Verdict(rows.model, claim, "not testable", why)
 
 
 def is_beaten(advantage: pd.Series | None) -> bool:
@@ -387,26 +363,28 @@ def is_beaten(advantage: pd.Series | None) -> bool:
 
 def equal_budget(rows: Rows, rival: str) -> str:
     """The control that a rival was tried, with the budget of the late layers."""
-    budget = (
-        None if rows.find("C6", f"advantage over {rival}") is None else rows.find("C6", f"budget of {rival} over late")
-    )
-    return control(budget, lambda row: abs(row.estimate - 1) <= BUDGET)
+    if rows.find("C6", f"advantage over {rival}") is None:
+        return "not run"
+    return control(rows.find("C6", f"budget of {rival} over late"), lambda row: abs(row.estimate - 1) <= BUDGET)
 
 
 def rule_c7(rows: Rows) -> Verdict:
     """Supported: Moran's I of rank |NIE| low >= 0.05. Contradicted: high <= 0.05."""
-    if stop := precondition(rows, "C7"):
-        return stop
     moran = rows.find("C7", "Moran's I")
     if moran is None:
         return Verdict(rows.model, "C7", "not testable", NO_NEURONS)
     window, p = rows.find("C7", "best window - best random group"), rows.find("C7", "best window, permutation p")
     checks = {
         "best window against random groups": control(p, lambda row: (row.estimate <= 0.05) == (moran.estimate > 0.05)),
-        "joint probability": verdict.joint_probability(rows, "T2"),
     }
     reason = f"Moran's I {moran.estimate:.3f} [{moran.ci_low:.3f}, {moran.ci_high:.3f}] ({moran.note})"
     if window is not None and p is not None:
         reason += f"; best window - best random group {interval(window)} of TE, permutation p {p.estimate:.2f}"
     decision = decide(supported=moran.ci_low >= 0.05, contradicted=moran.ci_high <= 0.05)
-    return conclude(rows, moran, decision, checks, reason, tags=verdict.generation_tags(rows))
+    return conclude(rows, moran, decision, checks, reason)
+
+
+RULES: dict[str, Callable[[Rows], Verdict]] = {
+    "C1": rule_c1, "C2": rule_c2, "C3": rule_c3, "C4": rule_c4, "C5a": rule_c5a, "C5b": rule_c5b, "C5c": rule_c5c,
+    "C6": rule_c6, "C7": rule_c7,
+}  # fmt: skip

@@ -7,7 +7,8 @@ treatment has an effect worth mediating. A control that fails or was not run cap
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 
@@ -17,26 +18,38 @@ from companion.base.thresholds import FLOAT32_BITS, MIN_BENIGN, MIN_JOINT, MIN_T
 
 @dataclass(frozen=True)
 class Rows:
-    """One model's evidence, looked up by claim, quantity and variant."""
+    """One model's rows of an evidence table, looked up by claim, quantity and variant."""
 
     model: str
-    table: pd.DataFrame
+    evidence: pd.DataFrame
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The model's own rows."""
+        return self.evidence[self.evidence.model == self.model]
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str, str], pd.Series]:
+        """Rows by claim, quantity and variant: a rule asks for dozens, and each look at the table takes a millisecond."""
+        return {(row.claim, row.quantity, row.variant): row for _, row in self.table.iterrows()}
 
     def find(self, claim: str, quantity: str, variant: str = "main") -> pd.Series | None:
         """The row, or None if it was not measured."""
-        table = self.table
-        found = table[(table.claim == claim) & (table.quantity == quantity) & (table.variant == variant)]
-        return found.iloc[0] if len(found) else None
+        return self._by_name.get((claim, quantity, variant))
 
-    def variants(self, claim: str, quantity: str, prefix: str) -> dict[str, pd.Series]:
+    def of(self, claim: str) -> dict[str, pd.Series]:
+        """The main rows of a claim, by quantity."""
+        return {key[1]: row for key, row in self._by_name.items() if (key[0], key[2]) == (claim, "main")}
+
+    def variants(self, claim: str, quantity: str, prefix: str = "") -> dict[str, pd.Series]:
         """Rows of a quantity whose variant begins with a prefix, by variant."""
-        table = self.table[(self.table.claim == claim) & (self.table.quantity == quantity)]
-        return {str(row.variant): row for _, row in table[table.variant.str.startswith(prefix)].iterrows()}
+        named = self._by_name.items()
+        return {key[2]: row for key, row in named if key[:2] == (claim, quantity) and key[2].startswith(prefix)}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row of the ledger; `controls` maps a control to "passed", "failed" or "not run"."""
+    """One row of the ledger; `controls` maps a control to "passed", "failed" or "not run", `rule` says whose verdict it is."""
 
     model: str
     claim: str
@@ -50,6 +63,7 @@ class Verdict:
     n_topics: int = 0
     controls: Mapping[str, str] | None = None
     tags: tuple[str, ...] = ()
+    rule: str = "registered"
 
 
 def control(row: pd.Series | None, holds: Callable[[pd.Series], bool] = lambda row: True) -> str:
@@ -69,11 +83,6 @@ def benign_behaviours(rows: Rows) -> str:
     """The control that the centroid comparison rests on at least five benign behaviours."""
     n_used = rows.table.quantity.str.startswith("centroid B").sum()
     return control(rows.find("C1", "centroid difference"), lambda _: n_used >= MIN_BENIGN)
-
-
-def joint_probability(rows: Rows, treatment: str) -> str:
-    """The control that comply and refuse openers hold at least 0.8 of the probability, so that Y1 sees the behaviour."""
-    return control(rows.find("gate", f"joint probability {treatment}"), lambda row: row.estimate >= MIN_JOINT)
 
 
 def generation(rows: Rows) -> str:
@@ -105,7 +114,7 @@ def precondition(rows: Rows, claim: str) -> Verdict | None:
         )
     else:
         return None
-    return conclude(rows, effect, "inconclusive", {}, reason, claim=claim)
+    return replace(conclude(rows, effect, "inconclusive", {}, reason, claim=claim, tags=()), controls={})
 
 
 def decide(*, supported: bool, contradicted: bool) -> str:
@@ -115,13 +124,17 @@ def decide(*, supported: bool, contradicted: bool) -> str:
 
 def conclude(
     rows: Rows, row: pd.Series, decision: str, checks: Mapping[str, str], reason: str, *, claim: str = "",
-    for_support: Collection[str] = (), tags: tuple[str, ...] = (),
+    for_support: Collection[str] = (), tags: tuple[str, ...] | None = None,
 ) -> Verdict:  # fmt: skip
     """A verdict that shows one evidence row; a control in `checks` that is not "passed" caps it at inconclusive.
 
-    So does a run in half precision, whose effects are for screening only. Controls named in `for_support` belong to the
-    verdict supported and to no other.
+    A control of every claim is that comply and refuse openers hold at least 0.8 of the probability, so that Y1 sees the
+    behaviour. A run in half precision, whose effects are for screening only, caps as well. Controls named in `for_support`
+    belong to the verdict supported and to no other. `tags` are by default those of `generation_tags`.
     """
+    claim = claim or str(row.claim)
+    joint = rows.find("gate", f"joint probability {'T1' if claim == 'C3' else 'T2'}")
+    checks = {**checks, "joint probability": control(joint, lambda row: row.estimate >= MIN_JOINT)}
     checks = {name: state for name, state in checks.items() if decision == "supported" or name not in for_support}
     bad = [f"{name} {state}" for name, state in checks.items() if state != "passed"]
     bits = rows.find("gate", "significand bits")
@@ -130,9 +143,9 @@ def conclude(
     if bad and decision != "inconclusive":
         decision, reason = "inconclusive", f"{reason}; {decision} by its numbers, capped: {', '.join(bad)}"
     return Verdict(
-        rows.model, claim or str(row.claim), decision, reason, quantity=str(row.quantity), estimate=float(row.estimate),
+        rows.model, claim, decision, reason, quantity=str(row.quantity), estimate=float(row.estimate),
         ci_low=float(row.ci_low), ci_high=float(row.ci_high), n_pairs=int(row.n_pairs), n_topics=int(row.n_topics),
-        controls=checks, tags=tags,
+        controls=checks, tags=generation_tags(rows) if tags is None else tags,
     )  # fmt: skip
 
 

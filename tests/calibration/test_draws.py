@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from rows import REGISTERED
+from rows import table as made_table
 
 from companion.base.thresholds import POINTS, UNTRAINED
 from companion.calibration import draws, localise, rates
 from companion.calibration.campaign import read_shipped
-from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, FRESH_NEAR, JUDGED_FROM, UNSEEN
+from companion.calibration.draws import FRESH_NEAR, PlannedDraw
+from companion.calibration.rates import FRESH, FRESH_LAST, FRESH_LATER, JUDGED_FROM, UNSEEN
 from companion.calibration.truths import PUSH, truth_of
 from companion.claims.registered_rules import PSI
 from companion.claims.verdict import Rows
@@ -146,22 +148,21 @@ def test_without_prompts_all_claims_but_c6_have_rows_and_the_twin_has_its_own() 
 
 
 def test_too_few_topics_stop_every_claim_at_its_precondition() -> None:
-    drawn = draws.measure_draw("late", 0, "layers", topics=5)
+    drawn = draws.measure_draw(PlannedDraw("main", "layers", "late", 1, topics=5))
     verdicts = drawn["verdicts"]
     assert set(verdicts.claim) == set(draws.STAGES["layers"])
     assert set(verdicts.verdict) == {"inconclusive"} and set(verdicts.gate) == {"stopped"}
-    assert verdicts.set_index("claim").truth.to_dict()["C1"] == "true"
+    assert set(verdicts[verdicts.claim == "C1"].truth) == {"true"}
     assert {"total", "direct", "computed"} == set(drawn["localisation"].estimator)
 
 
 def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model that decides late the truth of C6 is a measured one: what is pushed early is overwritten."""
     monkeypatch.setattr(draws.steering, "steering_evidence", lambda this, prompts: [])
-    made = draws.measure_draw("late", 0, "steering", topics=12)
+    made = draws.measure_draw(PlannedDraw("main", "steering", "late", 0, topics=12))
     pushed = made["evidence"].set_index("quantity").filter(like=PUSH, axis=0)
-    assert list(pushed.index) == [
-        f"{PUSH}: {what}" for what in ("harm change", "advantage over early", "advantage over mid")
-    ]
+    what = ("harm change", "advantage over early", "advantage over mid")
+    assert list(pushed.index) == [f"{PUSH}: {one}" for one in what]
     assert pushed.ci_high.iloc[0] < -POINTS and pushed.n_pairs.min() > 5
     verdicts = made["verdicts"].set_index(["claim", "rule"]).truth
     assert verdicts["C6", "registered"] == verdicts["C6a", "corrected"] == verdicts["C6b", "corrected"] == "true"
@@ -180,11 +181,9 @@ def test_a_push_that_knows_the_read_out_lowers_harm_where_it_is_read(monkeypatch
 )
 def test_the_truth_of_c6_is_what_an_ideal_push_does(change, early, mid, truths):
     found = {"harm change": change, "advantage over early": early, "advantage over mid": mid}
-    rows = [("C6", f"{PUSH}: {name}", "main", *numbers) for name, numbers in found.items() if numbers]
-    table = pd.DataFrame(rows, columns=["claim", "quantity", "variant", "estimate", "ci_low", "ci_high"])
-    assert [truth_of(part, Rows("m", table)) for part in ("C6a", "C6b", "C6c")] == [
-        truths.split()[i] for i in (0, 0, 1)
-    ]
+    table = made_table({("C6", f"{PUSH}: {name}", "main"): numbers for name, numbers in found.items()})
+    lowers, best = truths.split()
+    assert [truth_of(part, Rows("m", table)) for part in ("C6a", "C6b", "C6c")] == [lowers, lowers, best]
 
 
 BOTH = ("registered", "corrected")
@@ -205,10 +204,10 @@ def test_the_closed_form_takes_the_place_of_what_it_knows_and_agrees_with_the_sa
 ) -> None:
     monkeypatch.setattr(draws, "NEW_TOPICS", topics)
     organism, rows = gated_organism(), measured_organism().rows
-    verdicts = draws.verdicts_without_sampling(organism, few_pairs(organism), rows, part)
+    verdicts, evidence = draws.verdicts_without_sampling(organism, few_pairs(organism), rows, part)
     assert said <= set(verdicts) and set(verdicts) - said <= {("C4", "registered")}
     at = [(organism.name, *one, "main") for one in known]
-    replaced, sample = (table.set_index(KEYS) for table in (verdicts[min(said)][1], rows))
+    replaced, sample = (table.set_index(KEYS) for table in (evidence, rows))
     assert all((replaced.loc[at, end] == replaced.loc[at, "estimate"]).all() for end in ("ci_low", "ci_high"))
     assert replaced.loc[at, "estimate"].to_list() == pytest.approx(sample.loc[at, "estimate"].to_list(), abs=0.2)
     rest = sample.index[~sample.index.get_level_values("claim").isin({"gate", *draws.IN_CLOSED_FORM[part]})]
@@ -236,15 +235,6 @@ def test_rejudging_restores_what_is_shipped_and_touches_nothing_else(tmp_path: P
     assert (again.code[~mine.to_numpy()] == shipped.code[~mine].to_numpy()).all()
 
 
-def test_the_closed_form_knows_every_family_of_c3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "NEW_TOPICS", 30)
-    organism = gated_organism()
-    values = draws.closed_form_values(organism, few_pairs(organism), "context")
-    families = {name: values["C3", PSI, f"family {name}"] for name in ("binding", "object", "verb")}
-    assert len(set(families.values())) == 3
-    assert min(families.values()) < values["C3", PSI, "main"] < max(families.values())
-
-
 @pytest.mark.parametrize(("part", "claim"), [("neurons", "C5a"), ("context", "C3")])
 def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, claim: str) -> None:
     """The corrected C3 shows its weakest family, and gets that family's population value."""
@@ -267,7 +257,7 @@ def test_a_stored_draw_gets_its_shipped_population_verdict_again(part: str, clai
 )
 def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: int) -> None:
     stored = read_shipped("verdicts").query("kind == @kind and seed == @seed and purpose == 'main'")
-    drawn = draws.measure_draw(kind, seed, part)["verdicts"]
+    drawn = draws.measure_draw(PlannedDraw("main", part, kind, seed))["verdicts"]
     stored = stored.set_index(["claim", "rule"]).loc[list(zip(drawn.claim, drawn.rule, strict=True))]
     assert len(drawn) and stored.verdict.to_list() == drawn.verdict.to_list()
     numbers = ["estimate", "ci_low", "ci_high"]
@@ -275,8 +265,12 @@ def test_a_draw_measured_anew_gives_what_is_stored(kind: str, part: str, seed: i
 
 
 def test_rules_of_today_say_of_the_stored_evidence_what_is_stored() -> None:
-    asked = draws.judged_again(every=20)
-    assert len(asked) > 50 and asked.verdict.to_list() == asked.stored.to_list()
+    stored = read_shipped("verdicts").query("purpose == 'main'").set_index(["kind", "seed", "claim", "rule"]).verdict
+    asked = {(kind, seed, one.claim, one.rule): one.verdict for kind, seed, one in draws.judged_again(every=20)}
+    known = [
+        key for key in asked if key in stored.index
+    ]  # a rule that is younger than a draw has no stored verdict on it
+    assert len(known) > 50 and [asked[key] for key in known] == stored[known].to_list()
 
 
 # ---- localise ----

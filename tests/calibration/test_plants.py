@@ -31,15 +31,12 @@ def made_effects(trained: float, seed: int = 0) -> pd.DataFrame:
                 for layer in range(6):
                     nie = 0.1 * (layer + 1) + size * trained * (site == "mlp_out" and layer >= 4)
                     for outcome, at, value in (("Y1", site, nie), ("contrast.frozen", f"{site}.direct", nie / 2)):
-                        cells = {"y00": 0.0, "y01": value, "y10": 9 * size - value, "y11": 9 * size}
-                        keys = (
-                            f"{treatment}{pair}", f"topic {pair // 2}", treatment, "test", at, layer, "last", outcome,
-                        )  # fmt: skip
-                        rows.append((*keys, *cells.values()))
-    names = [
-        "pair_id", "topic", "treatment", "split", "site", "layer", "position", "outcome", "y00", "y01", "y10", "y11",
-    ]  # fmt: skip
-    return with_estimands(pd.DataFrame(rows, columns=names))
+                        rows.append({
+                            "pair_id": f"{treatment}{pair}", "topic": f"topic {pair // 2}", "treatment": treatment,
+                            "split": "test", "site": at, "layer": layer, "position": "last", "outcome": outcome,
+                            "y00": 0.0, "y01": value, "y10": 9 * size - value, "y11": 9 * size,
+                        })  # fmt: skip
+    return with_estimands(pd.DataFrame(rows))
 
 
 def test_what_training_added_lies_where_it_was_trained() -> None:
@@ -54,9 +51,8 @@ def test_what_training_added_lies_where_it_was_trained() -> None:
             assert change.share["all else"] == pytest.approx(0) and change.te.eq(0).all()
             plain = found["mlp"].loc[(treatment, effect, "plain")]
             assert plain.share["mlp early"] == pytest.approx(0.3 / 4.2) == plain.share["attn early"]
-            assert found["early"].loc[(treatment, effect, "change", "all that was trained"), "share"] == pytest.approx(
-                0
-            )
+            early = found["early"].loc[(treatment, effect, "change")].share
+            assert early["all that was trained"] == pytest.approx(0)
     refuser_shares = found["mlp"].loc[("T1", "total", "refuser")]
     own = after[(after.treatment == "T1") & (after.outcome == "Y1")]
     late = own[(own.site == "mlp_out") & (own.layer >= 4)]
@@ -84,9 +80,12 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, 
         (tmp_path / "refuser" / name / "adapter_model.safetensors").write_bytes(name.encode())
     asked = []
     monkeypatch.setattr(smollm2, "REFUSER", tmp_path / "refuser")
-    monkeypatch.setattr(
-        plants, "real_effects", lambda name: asked.append(name) or made_effects(float("refuser" in name))
-    )
+
+    def effects(name: str) -> pd.DataFrame:
+        asked.append(name)
+        return made_effects(float("refuser" in name))
+
+    monkeypatch.setattr(plants, "real_effects", effects)
     for _ in range(2):
         plants.run_real_plants(folder=tmp_path / "calibration")
     assert asked == ["smollm2-refuser", "smollm2", "smollm2-refuser-mlp", "smollm2"], "and of other seeds none"
@@ -109,9 +108,7 @@ def test_real_plants_are_measured_once_with_the_hash_of_their_adapter(tmp_path, 
 def test_shipped_rows_are_of_the_adapters_that_are_shipped() -> None:
     table, files = read_shipped("real_plants", or_empty=True), smollm2.refusers().values()
     known = {folder.name.removesuffix("-0"): hash_file(folder / "adapter_model.safetensors", {}) for folder in files}
-    assert not [
-        kind for kind, adapter in set(zip(table.kind, table.adapter, strict=True)) if known.get(kind) != adapter
-    ]
+    assert (table.kind.map(known) == table.adapter).all()
 
 
 # ---- knock out ----
@@ -121,17 +118,14 @@ def test_a_loss_is_that_of_full_forward_passes_with_the_mean_in_place() -> None:
     organism = compiled.draw("skip_only", 700, topics=10, pairs_per_topic=1, dtype=torch.float64)
     pairs = [p for p in organism.pairs if p.pair.treatment in ("T2", "T2b") and not p.control.tail]
     site, layer = decider(organism.design)
-    losses = truths.knock_out_losses(organism.program, pairs).set_index(["site", "layer"]).loss
-    texts = [
-        [{"role": "user", "content": " ".join(getattr(p, side).words())}]
-        for name, side in truths.SIGNS
-        for p in pairs
-        if p.pair.treatment == name
+    losses = truths.knock_out_losses(organism.program, pairs)
+    said = [
+        " ".join(getattr(p, side).words()) for name, side in truths.SIGNS for p in pairs if p.pair.treatment == name
     ]
+    texts = [[{"role": "user", "content": one}] for one in said]
     tokenizer, model = organism.subject.tokenizer, organism.subject.model
-    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-        "input_ids"
-    ]
+    ids = tokenizer.apply_chat_template(texts, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"]
     comply, refuse = (tokenizer.convert_tokens_to_ids(list(side)) for side in compiled_language.outcomes()["T2"])
 
     def behaviour(edit=lambda out: out) -> float:

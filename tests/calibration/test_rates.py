@@ -12,7 +12,6 @@ from companion.base.errors import InputError
 from companion.calibration import campaign, draws, rates
 from companion.calibration.campaign import KEYS, SCHEMAS, read_shipped, run_campaign
 from companion.stats.clusters import rate
-from organisms.compiled_design import draw_design
 
 # ---- rates ----
 
@@ -102,18 +101,15 @@ def test_built_models_count_that_are_like_the_model_at_hand(monkeypatch: pytest.
     for layers, kinds in ((3, ["late"]), (12, ["late", "middle"]), (13, ["middle"]), (18, ["middle"])):
         near, which = rates.draws_like(table, (layers, False))
         assert near.kind.tolist() == kinds and f"({layers})" in which
-    for shape, why in (
+    others = (
         ((2, False), "2 layers and full"),
         ((19, False), "19 layers"),
         ((6, True), "sliding windows"),
         (None, "not known"),
-    ):
+    )
+    for shape, why in others:
         near, which = rates.draws_like(table, shape)
         assert len(near) == 2 and which.startswith("all built models") and why in which
-
-
-def test_layers_of_a_built_model_are_those_of_its_design() -> None:
-    assert rates.layers_of("late", 11) == draw_design("late", 11).n_layers
 
 
 # ---- campaign ----

@@ -1,6 +1,7 @@
 """The ledger: every claim once, what its answer is worth, and which answers are left when many are given."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from rows import FINE, LATER, REGISTERED, TWIN, row, table
 from companion.base import files, thresholds
 from companion.base.paths import NOTEBOOKS
 from companion.base.thresholds import UNTRAINED
-from companion.claims import ledger, multiplicity
+from companion.claims import ledger, page
 from companion.claims.corrected_rules import STATEMENTS
-from companion.claims.multiplicity import AT_LEAST, AT_MOST, adjusted, p_value, sentence_of_changes
+from companion.claims.ledger import AT_LEAST, AT_MOST, Answer, adjusted, p_value
 from companion.claims.registered_rules import POINTS
 from companion.claims.verdict import Verdict
 
@@ -22,8 +23,12 @@ from companion.claims.verdict import Verdict
 EVIDENCE = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE, "a"), table(FINE, "b")], ignore_index=True)
 
 
+def registered(evidence: pd.DataFrame, *runs: str) -> list[Verdict]:
+    return [one for one in ledger.ledger(evidence, runs) if one.rule == "registered"]
+
+
 def test_the_ledger_covers_every_claim_once_and_no_twin() -> None:
-    made = ledger.ledger(EVIDENCE, runs=("b",))
+    made = registered(EVIDENCE, "b")
     expected = [*(("b", claim) for claim in REGISTERED), *(("a", claim) for claim in ("C1", "C2", "C3"))]
     assert [(one.model, one.claim) for one in made] == expected
     assert all(one.verdict == "not testable" and "run notebook 0" in one.reason for one in made[3:9])
@@ -37,11 +42,10 @@ def test_evidence_and_records_survive_their_files(tmp_path: Path) -> None:
     path, made = files.write_table(evidence, tmp_path / "02_evidence.csv"), ledger.ledger(evidence, runs=("m",))
     again = ledger.ledger(files.read_table(path, files.EVIDENCE), runs=("m",))
     assert list(map(str, again)) == list(map(str, made))  # as text, since NaN equals nothing
-    saved = files.read_json(files.write_json(ledger.to_records(made, {}, {}), tmp_path / "claims.json"))
+    saved = files.read_json(files.write_json(ledger.to_records(made, {}), tmp_path / "claims.json"))
     assert [one["verdict"] for one in saved] == [one.verdict for one in made]
-    by_claim = {one["claim"]: one for one in saved}
-    assert by_claim["C3"]["ci_low"] is None and by_claim["C3"]["estimate"] == 1.0
-    assert by_claim["C1"]["estimate"] is None
+    numbers = {(one["claim"], one["rule"]): (one["estimate"], one["ci_low"]) for one in saved}
+    assert numbers["C3", "registered"] == (1.0, None) and numbers["C1", "registered"] == (None, None)
 
 
 def rate(hits: int, n: int, upper: float = 1.0) -> dict[str, object]:
@@ -55,19 +59,17 @@ def of(power: tuple[int, int], wrong: tuple[int, int], false: tuple[int, int], u
 
 def test_files_have_a_row_a_rule_and_say_how_often_it_errs() -> None:
     evidence = pd.concat([table(TWIN, "a" + UNTRAINED), table(FINE | LATER, "a")])
-    made, others = ledger.ledger(evidence, runs=("a",)), ledger.corrected_ledger(evidence, runs=("a",))
+    made = ledger.ledger(evidence, runs=("a",))
     rates = {"C1": of((30, 60), (3, 60), (3, 60), 0.12), "C2*": of((60, 60), (0, 60), (1, 90), 0.051)}
-    frame = ledger.to_table(made, others, rates).set_index(["claim", "rule"])
+    frame = ledger.to_table(made, rates).set_index(["claim", "rule"])
     assert frame.loc[("C1", "registered"), ["verdict", "estimate", "tags"]].tolist() == ["supported", 0.7, "robust"]
     assert frame.error_rate[("C1", "registered")] == "said of 3 of 60 false claims (at most 12 %)"
     assert frame.error_rate[("C2", "corrected")] == "said of 1 of 90 false claims (at most 5 %)"
     rows = [claim for claim, rule in frame.index if claim.startswith("C6")]
     assert rows == ["C6", "C6a", "C6b", "C6c"] and frame.columns[-1] == "reason"
-    records = {(one["claim"], one["rule"]): one for one in ledger.to_records(made, others, rates)}
-    assert list(records) == list(frame.index)
-    assert (
-        records["C2", "corrected"]["error_rates"] == rates["C2*"] and records["C3", "registered"]["error_rates"] is None
-    )
+    records = {(one["claim"], one["rule"]): one for one in ledger.to_records(made, rates)}
+    assert list(records) == list(frame.index) and records["C3", "registered"]["error_rates"] is None
+    assert records["C2", "corrected"]["error_rates"] == rates["C2*"]
     answers = {key: one["answer"] for key, one in records.items() if one["answer"]}
     assert [claim for claim, _ in answers] == list(STATEMENTS) and answers["C6b", "corrected"] == "supported"
     assert records["C2", "registered"]["answer"] is records["C6", "registered"]["grade"] is None
@@ -84,33 +86,30 @@ GRADES = [  # verdict, rates, grade
     ("contradicted", of((12, 60), NEVER, FALSE), "strong"),
     ("contradicted", of(TRUE, (3, 60), FALSE, 0.051), "weak"),
     ("inconclusive", of(TRUE, NEVER, FALSE), ""),
-    *(
-        (verdict, of((11, 60), NEVER, FALSE), "cannot tell")
-        for verdict in ("supported", "contradicted", "inconclusive")
-    ),
-    *((verdict, of(TRUE, (13, 60), FALSE), "cannot tell") for verdict in ("supported", "contradicted", "inconclusive")),
+    *((verdict, own, "cannot tell") for verdict in ("supported", "contradicted", "inconclusive")
+      for own in (of((11, 60), NEVER, FALSE), of(TRUE, (13, 60), FALSE))),
     ("contradicted", of(TRUE, (12, 60), FALSE, 0.3), "weak"),
     ("contradicted", of((0, 19), (19, 19), FALSE), "not calibrated"),
     ("contradicted", of((0, 20), (20, 20), FALSE), "cannot tell"),
     ("supported", {}, "not calibrated"),
     ("supported", {"false_supported": rate(0, 60, 0.04)}, "not calibrated"),
     ("not testable", of((0, 60), (60, 60), FALSE), ""),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("verdict", "own", "expected"), GRADES)
 def test_a_verdict_is_worth_what_its_rule_is(verdict: str, own: dict, expected: str) -> None:
     found, numbers = ledger.grade(verdict, own)
     assert found == expected and bool(numbers) == (verdict != "not testable")
-    says = ledger.Answer(Verdict("m", "C2", verdict, ""), "corrected", found, numbers).says
+    says = Answer(Verdict("m", "C2", verdict, ""), found, numbers).says
     assert says == ("cannot tell" if expected == "cannot tell" else verdict)
 
 
 def test_the_corrected_rule_answers_where_there_is_one() -> None:
     made = [Verdict("m", claim, "supported", "") for claim in ("C1", "C6")]
-    others = {("m", claim): Verdict("m", claim, "contradicted", "") for claim in ("C6a", "C6b", "C6c")}
+    made += [Verdict("m", claim, "contradicted", "", rule="corrected") for claim in ("C6a", "C6b", "C6c")]
     rates = {"C1": of(TRUE, NEVER, FALSE), "C1*": {}, "C6": of(TRUE, NEVER, FALSE), "C6c*": of(NEVER, TRUE, FALSE)}
-    found = [(one.verdict.claim, one.rule, one.says, one.grade) for one in ledger.answers(made, others, rates)]
+    found = [(one.verdict.claim, one.verdict.rule, one.says, one.grade) for one in ledger.answers(made, rates)]
     assert found == [
         ("C1", "registered", "supported", "strong"), ("C6a", "corrected", "contradicted", "not calibrated"),
         ("C6b", "corrected", "contradicted", "not calibrated"), ("C6c", "corrected", "cannot tell", "cannot tell"),
@@ -120,12 +119,10 @@ def test_the_corrected_rule_answers_where_there_is_one() -> None:
 def test_with_t1_only_every_claim_on_generation_names_the_missing_wrapper() -> None:
     t1 = {key: numbers for key, numbers in FINE.items() if key[0] == "C3" or key[1].endswith(" T1")}
     t1 |= row("C6", "not defined", (0.0, 0.0, 0.0)) | row("C1", "early computed share", (0.2, 0.1, 0.3), "T1")
-    found = ledger.ledger(table(t1), runs=("m",))
-    told = {one.claim: (one.verdict, one.reason) for one in found}
-    assert list(told) == list(REGISTERED) and told.pop("C3")[0] == "supported"
-    assert set(told.values()) == {("not testable", thresholds.NO_WRAPPERS)}
-    corrected = ledger.corrected_ledger(table(t1), runs=("m",)).values()
-    assert {one.reason for one in corrected} <= {one.reason for one in found}
+    told = {(one.claim, one.rule): (one.verdict, one.reason) for one in ledger.ledger(table(t1), runs=("m",))}
+    assert [claim for claim, rule in told if rule == "registered"] == list(REGISTERED)
+    assert {told.pop(("C3", rule))[0] for rule in ("registered", "corrected")} == {"supported"}
+    assert set(told.values()) == {("not testable", thresholds.NO_WRAPPERS)} and ("C6b", "corrected") in told
 
 
 def test_every_claim_has_an_opposite_and_names_the_notebook_that_would_show_it() -> None:
@@ -137,10 +134,8 @@ def test_every_claim_has_an_opposite_and_names_the_notebook_that_would_show_it()
 
 def test_it_counts_how_often_the_opposite_was_shown() -> None:
     rates = {name: {"power_to_contradict": {"hits": n, "n": 100}} for name, n in (("C2", 100), ("C2*", 90))}
-    given = [
-        ledger.Answer(Verdict("m", claim, "inconclusive", ""), rule, "weak", "")
-        for claim, rule in (("C2", "corrected"), ("C2", "registered"), ("C6a", "corrected"))
-    ]
+    rules = (("C2", "corrected"), ("C2", "registered"), ("C6a", "corrected"))
+    given = [Answer(Verdict("m", claim, "inconclusive", "", rule=rule), "weak", "") for claim, rule in rules]
     found = ledger.opposite_table(given, rates)
     assert found[["claim", "shown"]].values.tolist() == [["C2", "90 of 100"], ["C2", "100 of 100"], ["C6a", ""]]
     assert set(found.answer) == {"inconclusive"}
@@ -183,22 +178,23 @@ def test_what_has_no_interval_has_no_p() -> None:
 def test_a_bare_verdict_falls_among_many_and_stands_alone() -> None:
     """Of ten tests one at p = 0.04 is what chance gives: Benjamini and Hochberg let it fall, and keep the clear one."""
     bare, clear = one("C5a", "supported", "psi1", 0.505, 0.31, 0.7), one("C2", "contradicted", "psi1", 0.0, -0.01, 0.01)
-    rest = [one(f"C{i}", "inconclusive", "psi1", 0.2, 0.0, 0.4, model="other") for i in range(8)]
-    verdicts = [bare, clear, *rest, Verdict("m", "C3", "not testable", "")]
-    table = adjusted(verdicts, [v.verdict for v in verdicts]).set_index(["model", "claim"])
+    rest = [one(claim, "inconclusive", "psi1", 0.2, 0.0, 0.4, model="other") for claim in [*STATEMENTS][:8]]
+    verdicts = [bare, clear, replace(clear, rule="corrected"), *rest, Verdict("m", "C3", "not testable", "")]
+    given = ledger.answers(verdicts, {})
+    table = adjusted(given).set_index(["model", "claim"])
     assert table.adjusted["m", "C5a"] == "inconclusive" and table.adjusted["m", "C2"] == "contradicted"
     assert table.p["m", "C5a"] < 0.05 < table.adjusted_p["m", "C5a"] and table.adjusted["m", "C3"] == "not testable"
-    said = sentence_of_changes("m", verdicts, [v.verdict for v in verdicts])
-    assert (
-        "10 tests" in said and said.endswith("undecided: C5a.") and not sentence_of_changes("m", [bare], ["supported"])
+    said, alone, other = (
+        page.to_markdown(own, some, EVIDENCE, "", invented=False)
+        for own, some in (("m", given), ("m", given[:1]), ("other", given))
     )
-    assert sentence_of_changes("other", verdicts, [v.verdict for v in verdicts]) == ""
-    frame = ledger.to_table(verdicts, {("m", "C2"): clear}, {}).set_index(["model", "claim", "rule"])
+    assert "With the 10 tests" in said and "would be undecided: C5a." in said
+    assert "Many questions" not in alone + other
+    frame = ledger.to_table(verdicts, {}).set_index(["model", "claim", "rule"])
     assert frame.adjusted["m", "C2", "corrected"] == "contradicted" and np.isnan(frame.p["m", "C2", "registered"])
 
 
 def test_a_verdict_that_rests_on_another_condition_is_not_tested_and_stays() -> None:
     """Few neurons: contradicted by k90, while psi1, which is shown, lies between its thresholds."""
-    made = Verdict("m", "C5a", "contradicted", "", "psi1", 0.22, 0.16, 0.28)
-    table = multiplicity.adjusted([made], ["contradicted"])
-    assert table.p.isna().all() and table.adjusted.tolist() == ["contradicted"]
+    made = adjusted([Answer(one("C5a", "contradicted", "psi1", 0.22, 0.16, 0.28), "weak", "")])
+    assert made.p.isna().all() and made.adjusted.tolist() == ["contradicted"]

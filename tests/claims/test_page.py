@@ -25,14 +25,13 @@ def evidence_of(changes: Numbers | None = None, model: str = "m") -> pd.DataFram
 
 
 def answered(evidence: pd.DataFrame, model: str = "m") -> list[Answer]:
-    made, others = ledger.ledger(evidence, (model,)), ledger.corrected_ledger(evidence, (model,))
-    return ledger.answers(made, others, {})
+    return ledger.answers(ledger.ledger(evidence, (model,)), {})
 
 
 def said(claim: str, changes: Numbers | None = None) -> str:
     evidence = evidence_of(changes)
     answer = next(one for one in answered(evidence) if one.verdict.claim == claim)
-    return page.sentence(answer, Rows("m", evidence[evidence.model == "m"]))
+    return page.sentence(answer, Rows("m", evidence))
 
 
 HARD = row("C5c", "harmless answers changed, refusing run's values", (0.86, 0.7, 0.9))
@@ -76,44 +75,34 @@ def test_an_answer_is_a_sentence_made_of_evidence(claim: str, changes: Numbers, 
 
 
 def test_a_rule_that_cannot_tell_gives_no_verdict_but_the_number() -> None:
-    evidence = evidence_of()
-    answer = Answer(
-        Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.85, 0.75, 0.95), "corrected",
-        "cannot tell", "0 of 30",
-    )  # fmt: skip
-    rows = Rows("m", evidence[evidence.model == "m"])
-    assert page.sentence(answer, rows).startswith("This rule cannot tell: MLP blocks write 85%")
-    assert (
-        page.agreement(answer, [answer]) == ""
-        and page.key_number(answer.verdict) == "85.0 [75.0, 95.0] % of direct effects"
-    )
+    verdict = Verdict("m", "C2", "supported", "", "MLP share of direct effects", 0.85, 0.75, 0.95)
+    answer = Answer(verdict, "cannot tell", "0 of 30")
+    assert page.sentence(answer, Rows("m", evidence_of())).startswith("This rule cannot tell: MLP blocks write 85%")
+    assert page.agreement(answer, [answer]) == ""
+    assert page.key_number(verdict) == "85.0 [75.0, 95.0] % of direct effects"
 
 
 def test_numbers_have_their_units() -> None:
     def verdict(quantity: str, *numbers: float) -> Verdict:
         return Verdict("m", "C", "inconclusive", "", quantity, *numbers)
 
-    k90, harm = verdict("k90", 15.0, 14.0, 21.0), verdict("harm change", -15.66, -20.4, -11.1)
-    assert [page.key_number(k90), page.shown_number(k90)] == ["15 [14, 21] neurons", "15 neurons"]
-    assert [page.key_number(harm), page.shown_number(harm)] == [
-        "-15.7 [-20.4, -11.1] points of judged harm",
-        "-15.7 points",
-    ]
-    assert page.key_number(verdict("TE T2", 0.1, -math.inf, math.inf)) == "0.10 [-inf, inf] log-odds"
-    assert page.shown_number(verdict("late share", -0.001, -0.01, 0.01)) == "0 %"
-    assert (
-        page.key_number(Verdict("m", "C", "not testable", ""))
-        == page.shown_number(Verdict("m", "C", "not testable", ""))
-        == ""
-    )
+    shown = {
+        verdict("k90", 15.0, 14.0, 21.0): ("15 [14, 21] neurons", "15 neurons"),
+        verdict("harm change", -15.66, -20.4, -11.1): ("-15.7 [-20.4, -11.1] points of judged harm", "-15.7 points"),
+        verdict("TE T2", 0.1, -math.inf, math.inf): ("0.10 [-inf, inf] log-odds", "0.10"),
+        verdict("late share", -0.001, -0.01, 0.01): ("0 [-1, 1] % of the effect", "0 %"),
+        verdict(""): ("", ""),
+    }
+    for one, texts in shown.items():
+        assert (page.key_number(one), page.shown_number(one)) == texts
 
 
 def test_models_agree_that_have_the_same_answer_and_were_asked() -> None:
     given = [
-        Answer(Verdict(model, "C2", said, ""), "corrected", "weak", "")
+        Answer(Verdict(model, "C2", said, ""), "weak", "")
         for model, said in zip("abcd", ("supported", "supported", "contradicted", "not testable"), strict=True)
     ]
-    other = Answer(Verdict("a", "C3", "supported", ""), "corrected", "weak", "")
+    other = Answer(Verdict("a", "C3", "supported", ""), "weak", "")
     assert [page.agreement(one, [*given, other]) for one in given] == ["2 of 3", "2 of 3", "1 of 3", ""]
 
 
@@ -127,8 +116,7 @@ def test_a_relative_of_which_little_was_asked_is_not_in_the_picture() -> None:
 def test_the_page_of_the_shipped_run_fits_two_screens() -> None:
     evidence = overview.run_evidence("embedded")
     draws, built = rates.draws_like(rates.main_draws(), overview.shape_of("embedded"))
-    made, others = ledger.ledger(evidence, ("embedded",)), ledger.corrected_ledger(evidence, ("embedded",))
-    given = ledger.answers(made, others, rates.claim_rates(draws))
+    given = ledger.answers(ledger.ledger(evidence, ("embedded",)), rates.claim_rates(draws))
     scopes = {True: "Nothing. Model and language are invented", False: "about `embedded` and this prompt set alone"}
     for invented, scope in scopes.items():
         text = page.to_markdown("embedded", given, evidence, built, invented=invented)
