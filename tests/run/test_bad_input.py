@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
-from companion.generation import labels
 from companion.prompts import pairs, public
 from companion.run import cli
 from companion.run.settings import check_prompts
@@ -67,7 +66,6 @@ FILES: dict[str, tuple[Callable[[Path], Any], st.SearchStrategy]] = {
     "model.safetensors": (folders.check_weights, (HEADERS.map(json.dumps) | RARE).map(header)),
     hub.INDEX: (hub.weight_files, VALUES),
     public.WRAPPERS: (public.read_wrappers, VALUES),
-    "labels.csv": (lambda folder: labels.read_labels(folder / "labels.csv"), st.binary().map(b"id,label\n".__add__)),
     "models.yml": (
         lambda folder: cli.read_model_list(folder / "models.yml"),
         keyed(*cli.KEYS, "x").map(lambda entry: {"models": [entry]}) | st.binary().map(b"models:\n- name: ".__add__),
