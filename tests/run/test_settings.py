@@ -13,14 +13,11 @@ from toys import EMBEDDED, PAIRS, TEMPLATE, Toy, prompt_set
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.base.paths import ORGANISM
-from companion.generation import accuracy, labels
+from companion.generation import labels
 from companion.model import memory
 from companion.run import cli, freshness, runner, settings
-from companion.run.cli import named as placed
 from companion.run.cli import parameters, parse
 
-HUB = ("--model", "mistralai/Mistral-Small-3.2-24B-Instruct-2506")
-JUDGE = "meta-llama/Llama-3.3-70B-Instruct"
 LINE = '{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}'
 
 
@@ -32,8 +29,7 @@ def made(*words: str) -> str:
     """The name of a run whose first result has taken its place."""
     flags = parse(words)
     found = parameters(flags, "cpu")
-    judge = None if flags.judge is None else placed(flags.judge, ORGANISM)
-    note = settings.made_from(found, judge, flags.wrappers)
+    note = settings.made_from(found, flags.judge, flags.wrappers)
     freshness.note(paths.RESULTS / found["SLUG"], runner.MADE_FROM, note)
     return str(found["SLUG"])
 
@@ -47,13 +43,6 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
         prompt_set(tmp_path / name / "set", PAIRS)
         (tmp_path / name / "own.jsonl").write_text(LINE)
     return tmp_path / "one", tmp_path / "two"
-
-
-def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
-    names = [named(*HUB, "--judge", judge) for judge in (JUDGE, f"{JUDGE}@v2")]
-    assert all(len(name) <= settings.LONGEST and name.startswith("mistralai--Mistral-Small") for name in names)
-    assert names[0] != names[1]
-    assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
 
 def test_wrappers_are_in_the_name(places: tuple[Path, Path]) -> None:
@@ -81,8 +70,6 @@ def test_what_lies_elsewhere_needs_another_name(places: tuple[Path, Path], kind:
     with pytest.raises(InputError, match=rf"were made with {kind} .*one/.* now it would be {kind} .*two/.*--name"):
         named(*two)
     assert named(*two, "--name", "other") == "other" and named(*one) == slug
-    moved = places[0].rename(places[0].with_name("moved"))
-    assert named(*(word.format(moved) for word in FLAGS[kind])) == slug
 
 
 def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Path]) -> None:
@@ -219,6 +206,5 @@ def test_a_run_with_an_adapter_has_a_name_and_a_place_of_its_own(tmp_path: Path)
     found = cli.parameters(cli.parse(["--adapter", str(folder), "--model", "full-0"]), "cpu")
     assert found["MODEL"] == f"full-0+{folder}" and found["SLUG"] == "full-0-adapter-mine"
     assert settings.made_from(found, None, None)["model"] == f"data/organism/full-0+{folder}"
-    assert accuracy.shown_source(found["MODEL"]) == "full-0+mine"
     manifest = freshness._model(found["MODEL"], {})
     assert manifest["name"] == "full-0" and set(manifest["adapter"]["sha256"]) == {p.name for p in folder.iterdir()}
