@@ -206,7 +206,6 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     try:
         name = download.prepare_model(judge, device, labels.DTYPE, copies=1, beside=beside)
         folder = model_folder(name)
-        folders.check_folder(folder)
         folders.check_weights(folder)
         tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))

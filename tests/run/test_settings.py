@@ -13,7 +13,6 @@ from toys import EMBEDDED, PAIRS, TEMPLATE, Toy, prompt_set
 from companion.base import folders, hub, paths
 from companion.base.errors import InputError
 from companion.base.paths import ORGANISM
-from companion.generation import labels
 from companion.model import memory
 from companion.run import cli, freshness, runner, settings
 from companion.run.cli import parameters, parse
@@ -162,24 +161,6 @@ def test_a_judge_that_cannot_be_loaded_is_named_before_the_model_is(tmp_path, me
         assert cli.main([*words, *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith("run_all.sh: --judge: ") and message in error and error.count("\n") == 1
-
-
-def test_a_judge_must_fit_beside_the_model_and_nothing_is_compared_with_it(tmp_path, monkeypatch, capsys):
-    folder, model = judge_folder(tmp_path), folders.model_folder("full-0")
-    judge = memory.run_memory(memory.on_meta(folder, torch.bfloat16), copies=1)
-    together = judge.total + memory.run_memory(memory.on_meta(model, torch.float32)).total
-    assert judge.copies == judge.weights
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(memory, "USABLE", 1)
-    monkeypatch.setattr(runner, "run_notebooks", lambda *_: 1)
-    for free, status in ((together, 1), (together - 1, 2)):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-        assert cli.main(["--model", "full-0", "--judge", str(folder)]) == status
-    error = capsys.readouterr().err
-    assert "--judge: judge is too large for cpu" in error and "can be used beside the model under study" in error
-    assert "copy" not in error
-    monkeypatch.setattr(memory, "free_memory", lambda device: judge.total)
-    assert labels.judge_model.__wrapped__(str(folder), "cpu").n_layers == 4
 
 
 def test_a_judge_goes_to_the_first_gpu_of_its_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
