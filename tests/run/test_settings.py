@@ -36,7 +36,7 @@ def made(*words: str) -> str:
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Two folders, each with a model, a prompt set and wrappers that are called the same."""
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     for name in ("one", "two"):
         shutil.copytree(ORGANISM / "window-1", tmp_path / name / "model")
         prompt_set(tmp_path / name / "set", PAIRS)
