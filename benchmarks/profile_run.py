@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     flags = cli.parse(list(sys.argv[1:] if arguments is None else arguments))
     found = settings.fetched(cli.parameters(flags, settings.resolve_device(flags.device)), flags.wrappers)
-    paths = runner.find_notebooks(NOTEBOOKS, runner.NEEDS)
+    paths = runner.find_notebooks()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in runner.with_needs(cli.chosen_notebooks(flags.only), paths):

@@ -45,7 +45,7 @@ def is_checked(cell: dict[str, Any]) -> bool:
 def test_a_notebook_was_executed_with_the_runners_parameters_and_fixed_ids(path: Path) -> None:
     notebook = notebooks.read_notebook(path)
     assert notebooks.is_executed(notebook), f"run ./run_all.sh --only {path.stem}"
-    assert notebooks.notebook_parameters(notebook, path) == runner.DEFAULTS
+    assert notebooks.notebook_parameters(notebook) == runner.DEFAULTS
     ids = [cell.get("id") for cell in notebook["cells"]]
     assert None not in ids and len(set(ids)) == len(ids)
 
@@ -152,6 +152,6 @@ def test_plain_papermill_runs_a_notebook_after_the_one_that_it_needs(tmp_path: P
 
 def test_every_notebook_has_its_place() -> None:
     assert {path.name.partition("_")[0] for path in BOOKS} == set(runner.NEEDS)
-    order = list(runner.find_notebooks(NOTEBOOKS, runner.NEEDS))
+    order = list(runner.find_notebooks())
     assert all(order.index(need) < order.index(number) for number in order for need in runner.NEEDS[number])
     assert order[-1] == "00"

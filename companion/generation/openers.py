@@ -7,7 +7,7 @@ model's behaviour. Only tokens and shares are kept, no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,9 +144,7 @@ def _text_behind_a_prompt(subject: Subject, token: int) -> str:
     return chat.token_text(subject.tokenizer, tokens.encode(subject.tokenizer, "x")[0], token)
 
 
-def ensure_openers(
-    folder: Path, pairs: Sequence[Pair], *, model: str, device: str, dtype: str, report: Callable[[str], object]
-) -> None:
+def ensure_openers(folder: Path, pairs: Sequence[Pair], *, model: str, device: str, dtype: str) -> None:
     """Put outcome.json into the folder unless one is there; `InputError` where nothing is found from the model."""
     file = folder / public.OUTCOME
     if file.is_file():
@@ -156,5 +154,5 @@ def ensure_openers(
         chosen = [pair for pair in pairs if pair.treatment == treatment][:MAX_PAIRS]
         texts += [text for one in chosen for text in ([one.control] * (treatment == "T1") + [one.treated])]
     found = find_openers(load(model, device=device, dtype=dtype), texts, file)
-    report(found.note)
+    print(found.note)
     write_json({"comply": list(found.comply), "refuse": list(found.refuse)}, file)

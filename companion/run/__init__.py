@@ -3,5 +3,5 @@
 It measures and judges nothing itself, stands on all other packages, and nothing else imports it.
 
 Public: cli (flags and commands), settings (what is asked for), runner and notebooks (running), freshness (what is up to
-date), overview (tables of whole runs), shards (jobs), judge_check (labels made by hand), checks (tests and the lock).
+date), overview (tables of whole runs), shards (jobs), checks (tests and the lock).
 """

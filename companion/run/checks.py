@@ -22,9 +22,8 @@ from packaging.markers import Marker
 
 from companion.base import smollm2
 from companion.base.display import STRICT
-from companion.base.errors import InputError
 from companion.base.files import read_json, write_text
-from companion.base.paths import NOTEBOOKS, RESULTS, ROOT, relative
+from companion.base.paths import RESULTS, ROOT, relative
 from companion.run import notebooks, runner
 from companion.run.freshness import processor
 
@@ -52,70 +51,39 @@ Outcome = tuple[str, bool, float]  # name, whether it passed, seconds
 
 
 def run_all() -> int:
-    """Exit status: 1 if any check failed.
-
-    The notebooks are checked on the default run, or on `embedded` where the default model is out of reach.
-    """
+    """Exit status: 1 if any check failed; the notebooks are checked on the default run."""
+    smollm2.fetch_smollm2()
     # One thread: unit tests are many small products, and threads that wait for each other cost more than they help.
     unseen = notebooks.quiet() | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    why, asked = _unreachable(), runner.DEFAULTS
-    if why:
-        print(f"{why}: the notebooks are checked on the embedded model, and {asked['SLUG']} is not", flush=True)
-        asked = asked | dict.fromkeys(("MODEL", "PROMPTS", "SLUG"), "embedded")
     # The notebooks write into a scratch folder, so that the committed results stay what they are compared with.
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         scratch = Path(folder).resolve()
-        results, figures = scratch / "results", scratch / "figures"
-        variables = notebooks.environment(results, figures, scratch) | notebooks.threads(asked["MODEL"]) | {STRICT: "1"}
+        results = scratch / "results"
+        variables = notebooks.environment(results, scratch / "figures", scratch) | {STRICT: "1"}
+        variables |= notebooks.threads(runner.DEFAULTS["MODEL"])
         steps = [pool.submit(_step, name, command, unseen) for name, command in (UNIT, *STYLE.items(), DEVICE)]
         read: dict[str, Future[Outcome]] = {}
-        for number, path in runner.find_notebooks(NOTEBOOKS, runner.NEEDS).items():
+        for number, path in runner.find_notebooks().items():
             needed = [read[need] for need in runner.NEEDS[number]]
-            name, command = (f"nbval {path.stem}", ["pytest", *NBVAL, str(path)])
-            if why:
-                name, command = f"run {path.stem}", _papermill(path, scratch, asked)
-            read[number] = pool.submit(_after, needed, name, command, variables)
+            command = ["pytest", *NBVAL, str(path)]
+            read[number] = pool.submit(_step, f"nbval {path.stem}", command, variables, needed)
         outcomes = [step.result() for step in (*steps, *read.values())]
-        outcomes.append(compare(results, asked["SLUG"]))
-    if why and os.environ.get("CI"):
-        outcomes.append((f"{smollm2.NAME} can be fetched", False, 0.0))
+        outcomes.append(compare(results, runner.DEFAULTS["SLUG"]))
     print("\n== times")
     for name, passed, seconds in outcomes:
         print(f"{name:<28}{seconds:7.0f} s  {'passed' if passed else 'FAILED'}")
     print(f"{'together':<28}{sum(seconds for *_, seconds in outcomes):7.0f} s")
     failed = [name for name, passed, _ in outcomes if not passed]
     print(f"FAILED: {', '.join(failed)}" if failed else "all passed")
-    if why:
-        print(f"not checked: the notebooks and results of {runner.DEFAULTS['SLUG']} ({why})")
     return int(bool(failed))
 
 
-def _unreachable() -> str:
-    """Why the default run's model cannot be had, or an empty text."""
-    try:
-        smollm2.fetch_smollm2()
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-def _papermill(path: Path, scratch: Path, asked: Mapping[str, object]) -> list[str]:
-    """The command that runs a notebook with these parameters, for its tables alone."""
-    given = [word for name, value in asked.items() for word in ("-p", name, str(value))]
-    return ["papermill", str(path), str(scratch / path.name), "--cwd", str(NOTEBOOKS), "-k", "python3", *given]
-
-
-def _after(
-    needed: Sequence[Future[Outcome]], name: str, module: Sequence[str], variables: Mapping[str, str]
+def _step(
+    name: str, module: Sequence[str], variables: Mapping[str, str], needed: Sequence[Future[Outcome]] = ()
 ) -> Outcome:
-    """A step that begins when others have ended; whether they passed or not, it says by itself what is missing."""
+    """Run a module once what it needs has ended, and print what it said in one piece; by itself it says what is missing."""
     for one in needed:
         one.result()
-    return _step(name, module, variables)
-
-
-def _step(name: str, module: Sequence[str], variables: Mapping[str, str]) -> Outcome:
-    """Run a module, and print what it said in one piece when it has ended."""
     start = time.monotonic()
     command = [sys.executable, "-m", *module]
     done = subprocess.run(

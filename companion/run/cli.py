@@ -6,7 +6,6 @@ It imports nothing heavy: a run with nothing to do takes under 2 s, and a mistak
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 from companion.base import folders, gguf, hub, smollm2
 from companion.base.errors import InputError
-from companion.base.paths import FIGURES, NOTEBOOKS, ORGANISM, PROMPTS, RESULTS, ROOT, relative
+from companion.base.paths import FIGURES, ORGANISM, PROMPTS, RESULTS, ROOT, relative
 from companion.run import runner, settings, shards
 from companion.run.freshness import run_times
 from companion.run.notebooks import notebook_title
@@ -27,19 +26,9 @@ from companion.run.overview import claims_table
 
 FIRST = "notebooks/00_start_here.ipynb"
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-ALONE = {
-    "test": "it always checks the default run",
-    "book": "it shows the outputs that are stored",
-    "lab": "parameters are set in the notebook",
-}
 COMMITTED = ROOT / "results" / "committed.yml"
 # What an entry in a list of models may hold.
-KEYS: dict[str, type] = dict.fromkeys(
-    ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer"), str
-)
-KEYS |= {"pairs": int}
-KINDS = {str: "text (quote it if it looks like a number or a date)", int: "a whole number"}
-SHIPPED = {"model": ORGANISM, "prompts": PROMPTS, "judge": ORGANISM}
+KEYS = ("model", "adapter", "prompts", "wrappers", "judge", "name", "device", "dtype", "profile", "tokenizer", "pairs")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a mistake in the flags."""
-        raise InputError(message)
+        raise InputError(f"{message} (./run_all.sh --help lists the flags)")
 
 
 def parser() -> Parser:
@@ -73,8 +62,10 @@ def parser() -> Parser:
     add("--only", metavar="02,03", help="these notebooks, and what they need if that is stale")
     add("--jobs", metavar="N", type=int, default=0,
         help="notebooks at once, where none needs another (default: 2 for a small model on the CPU, else 1)")
-    add("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
-    add("--all", action="store_true", help="every run whose results are in the repository (results/committed.yml; hours)")
+    lists = new.add_mutually_exclusive_group()
+    lists.add_argument("--models", metavar="FILE", help="run every model of a list (models.example.yml shows one)")
+    lists.add_argument("--all", action="store_true",
+        help="every run whose results are in the repository (results/committed.yml; hours)")
     add("--shards", metavar="N", type=int, default=0, help="measure the sweeps in N jobs first (needs submitit)")
     add("--executor", choices=("local", "slurm"), help="where the jobs run (default: slurm where there is sbatch)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a parameter of submitit, as timeout_min=240")
@@ -91,43 +82,31 @@ def parser() -> Parser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags, checked as far as they can be without reading a file; `InputError` names the first mistake."""
-    flags, unknown = parser().parse_known_args(arguments)
-    if unknown:
-        known = [name for action in parser()._actions for name in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "./run_all.sh --help lists the flags"
-        raise InputError(f"unknown {'flag' if unknown[0].startswith('-') else 'word'} {unknown[0]}: {hint}")
+    flags = parser().parse_args(arguments)
     # What argparse makes of --flag=--, before Python 3.13 and since.
     if any(value in ([], "--") for name, value in vars(flags).items() if name != "set"):
         raise InputError("-- is no value of a flag: expected a name, a folder or a number")
     if not DEVICE.fullmatch(flags.device):
         raise InputError(f"--device {flags.device}: expected auto, cpu, cuda or cuda:N")
-    if flags.pairs < 0 or 0 < flags.pairs < 10:
-        raise InputError(f"--pairs {flags.pairs}: expected at least 10, or 0 for all")
-    for name, most in {"shards": 1000, "jobs": 100}.items():
-        if not 0 <= getattr(flags, name) <= most:
-            raise InputError(f"--{name} {getattr(flags, name)}: expected 1 to {most}")
-    if wrong := next((one for one in flags.set if not re.fullmatch(r"\w+=.+", one)), None):
-        raise InputError(f"--set {wrong}: expected KEY=VALUE, such as timeout_min=240")
+    for name, least, most in (("pairs", 10, 10**6), ("shards", 1, 1000), ("jobs", 1, 100)):
+        if (number := getattr(flags, name)) and not least <= number <= most:
+            raise InputError(f"--{name} {number}: expected {least} to {most}, or 0")
     if (flags.set or flags.executor) and not flags.shards:
         raise InputError("--executor and --set go with --shards")
-    if flags.all and flags.models is not None:
-        raise InputError("--all and --models each name a list of runs: give one of them")
     flags.models = str(COMMITTED) if flags.all else flags.models
-    named = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
-    flags.may_fall_back = named == (None,) * len(named)
-    flags.model = runner.DEFAULTS["MODEL"] if flags.model is None else flags.model
-    flags.prompts = settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts
+    flags.model = named(runner.DEFAULTS["MODEL"] if flags.model is None else flags.model, ORGANISM)
+    flags.prompts = named(settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts, PROMPTS)
+    flags.judge = None if flags.judge is None else named(flags.judge, ORGANISM)
     settings.check_wrappers(flags.prompts, flags.wrappers)
-    for name, reason in ALONE.items():
+    for name in ("test", "book", "lab"):
         if getattr(flags, name) and len(arguments) > 1:
-            raise InputError(f"--{name} goes alone: {reason}")
+            raise InputError(f"--{name} goes alone")
     return flags
 
 
 def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
     """The notebooks' parameters of this run; `InputError` if a folder or the run's name cannot be."""
-    model, prompts = named(flags.model, ORGANISM), named(flags.prompts, PROMPTS)
+    model = flags.model
     if flags.adapter is not None:
         adapter = folders.from_caller(flags.adapter).resolve()
         folders.check_adapter(adapter)
@@ -136,16 +115,13 @@ def parameters(flags: argparse.Namespace, device: str) -> dict[str, Any]:
         if not gguf.is_gguf(folders.model_folder(model) if not folders.is_on_hub(model) else model):
             raise InputError("--tokenizer goes with a GGUF file: any other model has its own in its folder")
         folders.check_chat(folders.from_caller(flags.tokenizer))
-    if model != "embedded":
-        folders.check_model(model)
-    if prompts != "embedded":
-        settings.check_prompts(prompts)
-    judge = None if flags.judge is None else named(flags.judge, ORGANISM)
-    if judge is not None:
-        folders.check_judge(judge)
-    found = {"MODEL": model, "PROMPTS": prompts, "SLUG": "", "DEVICE": device, "DTYPE": flags.dtype}
+    folders.check_model(model)
+    settings.check_prompts(flags.prompts)
+    if flags.judge is not None:
+        folders.check_judge(flags.judge)
+    found = {"MODEL": model, "PROMPTS": flags.prompts, "SLUG": "", "DEVICE": device, "DTYPE": flags.dtype}
     found |= {"PROFILE": flags.profile, "PAIRS": flags.pairs}
-    return {**found, "SLUG": settings.slug(found, flags.name, judge, flags.wrappers)}
+    return {**found, "SLUG": settings.slug(found, flags.name, flags.judge, flags.wrappers)}
 
 
 def resolved(flags: argparse.Namespace) -> dict[str, Any]:
@@ -155,17 +131,14 @@ def resolved(flags: argparse.Namespace) -> dict[str, Any]:
 
 def named(given: str, shipped: Path) -> str:
     """A shipped name as it is; a folder as an absolute path, since notebooks run in another folder."""
-    if not given.strip():
-        raise InputError("an empty name was given for --model, --prompts or --judge")
     folder = folders.from_caller(given)
-    if given in folders.names(shipped) or not folders.is_here(folder):
-        return given
-    return str(folders.fixed(folder))
+    is_shipped = given in (*folders.names(shipped), smollm2.NAME, *smollm2.refusers())
+    return str(folders.fixed(folder)) if folders.is_here(folder) and not is_shipped else given
 
 
 def chosen_notebooks(only: str | None) -> list[str]:
     """Numbers of the notebooks asked for (all of them without --only); `InputError` for one that is not there."""
-    present = runner.find_notebooks(NOTEBOOKS, runner.NEEDS)
+    present = runner.find_notebooks()
     if only is None:
         return list(present)
     numbers = [number.strip().zfill(2) for number in only.split(",") if number.strip()]
@@ -179,7 +152,7 @@ def chosen_notebooks(only: str | None) -> list[str]:
 def in_force(asked: argparse.Namespace) -> argparse.Namespace:
     """The same flags, once what they say of foreign code, judge and tokenizer holds for this process and its notebooks."""
     hub.trust_code(asked.trust_remote_code)
-    hub.choose_judge(None if asked.judge is None else named(asked.judge, ORGANISM))
+    hub.choose_judge(asked.judge)
     folder = None if asked.tokenizer is None else str(folders.from_caller(asked.tokenizer).resolve())
     hub.set_variable(gguf.TOKENIZER, folder)
     return asked
@@ -191,8 +164,9 @@ def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: S
     goes_on = "what finished is kept, and the same command goes on from there"
     try:
         return main(arguments)
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the reader of the output has left, as `head` does: nothing to say and nobody to hear it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except InputError as error:
         said = str(error)
     except OSError as error:  # a full disk, a folder that may not be written
@@ -205,7 +179,7 @@ def run_with_flags(name: str, main: Callable[[Sequence[str]], int], arguments: S
 
 
 def read_model_list(path: Path) -> list[list[str]]:
-    """The flags of each entry of a list of models, as `["--model=/models/a"]`; folders count from the list's own folder.
+    """The flags of each entry of a list of models, as `["--model=/models/a"]`.
 
     Raises `InputError` naming the entry for anything but a list of entries with known keys and plain values.
     """
@@ -221,37 +195,14 @@ def read_model_list(path: Path) -> list[list[str]]:
     entries = content.get("models") if isinstance(content, dict) and set(content) == {"models"} else None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: expected one key 'models' with a list of at least one entry; see models.example.yml")
-    return [_entry(entry, path.parent, f"{path}, entry {place}") for place, entry in enumerate(entries, start=1)]
-
-
-def _entry(entry: Any, folder: Path, where: str) -> list[str]:
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected keys and values ({', '.join(KEYS)}), found {type(entry).__name__}")
-    for key, value in entry.items():
-        if key not in KEYS:
-            raise InputError(f"{where}: unknown key {key!r}: known are {', '.join(KEYS)}")
-        if type(value) is not KEYS[key]:
-            raise InputError(f"{where}: {key!r} must be {KINDS[KEYS[key]]}, not {value!r:.60}")
-        if "\0" in str(value):
-            raise InputError(f"{where}: {key!r} holds a null character; take it out")
-        if key in ("wrappers", "judge", "adapter", "tokenizer") and not str(value).strip():
-            raise InputError(f"{where}: {key!r} names nothing; leave the key out")
-    return [f"--{key}={_placed(key, value, folder)}" for key, value in entry.items()]
-
-
-def _placed(key: str, value: Any, folder: Path) -> Any:
-    """A folder or file named in the list as an absolute path; a shipped name, and all else, as it is."""
-    if key in ("wrappers", "adapter", "tokenizer"):  # always a path
-        return (folder / folders.expanded(value)).resolve()
-    if key not in SHIPPED or not value.strip() or value in folders.names(SHIPPED[key]):
-        return value
-    if key == "model" and value in (
-        smollm2.NAME,
-        *smollm2.refusers(),
-    ):  # a run's results may lie in a folder of this name
-        return value
-    placed = folder / folders.expanded(value)
-    return folders.fixed(placed) if folders.is_here(placed) else value
+    for place, entry in enumerate(entries, start=1):
+        where = f"{path}, entry {place}"
+        if not isinstance(entry, dict) or not set(entry) <= set(KEYS):
+            raise InputError(f"{where}: expected keys of {', '.join(KEYS)} with their values, not {entry!r:.60}")
+        for key, value in entry.items():
+            if type(value) not in (str, int) or value == "":
+                raise InputError(f"{where}: {key!r} must be a text or a whole number (quote a date), not {value!r:.60}")
+    return [[f"--{key}={value}" for key, value in entry.items()] for entry in entries]
 
 
 def lab_command(root: Path = ROOT, *options: str) -> list[str]:
@@ -290,15 +241,8 @@ def run_alone(flags: argparse.Namespace) -> int | None:
 
 def run_command(flags: argparse.Namespace) -> int:
     """Run what is stale, then print the verdicts."""
-    if flags.shards:
-        shards.check_submitit()
     chosen = chosen_notebooks(flags.only)
     found = parameters(flags, settings.resolve_device(flags.device))
-    if flags.device == "auto":
-        print(
-            f"--device auto: {'a GPU' if found['DEVICE'] != 'cpu' else 'the processor, as torch sees no GPU'}",
-            flush=True,
-        )
     plan = runner.make_plan(settings.fetched(found, flags.wrappers), force=chosen if flags.force else ())
     numbers = runner.with_needs(chosen, plan.paths)
     asked = plan.parameters
@@ -317,21 +261,6 @@ def run_command(flags: argparse.Namespace) -> int:
     table = claims_table(plan.results / "claims.csv", plan.slug)
     print(f"\n{table}" if table else "no claims table yet: notebook 08 makes it")
     return 0
-
-
-def run_default(flags: argparse.Namespace) -> int:
-    """The run in which nobody named a model: the default one, or `embedded` where that cannot be fetched, and says so twice."""
-    try:
-        if folders.split_adapter(flags.model)[0] == smollm2.NAME:
-            smollm2.fetch_smollm2()
-    except InputError as error:
-        kept = f"so this is a run of the embedded model; the results of {flags.model} stay as they are"
-        print(f"{error}: {kept}\n", file=sys.stderr, flush=True)
-        embedded = argparse.Namespace(**vars(flags) | {"model": "embedded", "prompts": "embedded"})
-        status = run_command(embedded)
-        print(f"\n{flags.model} was not run ({error}): {kept}", file=sys.stderr)
-        return status
-    return run_command(flags)
 
 
 def list_command(flags: argparse.Namespace) -> int:
@@ -362,8 +291,7 @@ def figures_command(flags: argparse.Namespace) -> int:
 def one_command(asked: argparse.Namespace) -> int:
     """Do for one run what the flags ask for, once they are in force."""
     flags = in_force(asked)
-    run = run_default if flags.may_fall_back else run_command
-    return (list_command if flags.list else figures_command if flags.figures else run)(flags)
+    return (list_command if flags.list else figures_command if flags.figures else run_command)(flags)
 
 
 def models_command(flags: argparse.Namespace) -> int:
@@ -374,10 +302,11 @@ def models_command(flags: argparse.Namespace) -> int:
         raise InputError(
             f"--{'all' if flags.all else 'models'} goes without --{given[0]}: write it into a list for --models"
         )
-    path = folders.from_caller(flags.models)
+    path = folders.from_caller(flags.models).resolve()
+    entries = read_model_list(path)
+    os.environ["COMPANION_CALLER"] = str(path.parent)  # folders in the list count from its own
     runs: dict[str, Callable[[], int]] = {}
-    places: dict[str, int] = {}  # some systems do not tell the folder `A` from `a`
-    for place, words in enumerate(read_model_list(path), start=1):
+    for place, words in enumerate(entries, start=1):
         try:
             own = parse(words)
             one = argparse.Namespace(**vars(flags) | {name: getattr(own, name) for name in KEYS})
@@ -385,8 +314,8 @@ def models_command(flags: argparse.Namespace) -> int:
             slug = parameters(in_force(one), device)["SLUG"]  # a device that is not there fails its entry alone
         except InputError as error:
             raise InputError(f"{path}, entry {place}: {error}") from error
-        if (first := places.setdefault(slug.lower(), place)) != place:
-            raise InputError(f"{path}: entries {first} and {place} are both named {slug!r}: give one another 'name'")
+        if slug.lower() in map(str.lower, runs):  # some systems do not tell the folder `A` from `a`
+            raise InputError(f"{path}, entry {place}: another is named {slug!r} as well: give one another 'name'")
         runs[slug] = partial(one_command, one)  # in force by itself: its judge labels no answers of the next
     return run_list(runs)
 
@@ -399,10 +328,8 @@ def run_list(runs: Mapping[str, Callable[[], int]]) -> int:
         try:
             status = run()
         except Exception as error:  # Ctrl-C is none, and stops the list
-            text = " ".join(str(error).split())
-            if not (isinstance(error, InputError | OSError) and text):  # the type of what nobody foresaw says more
-                text = f"{type(error).__name__}: {text}".removesuffix(": ")
-            print(f"{slug}: {text}", file=sys.stderr, flush=True)
+            kind = "" if isinstance(error, InputError | OSError) else f"{type(error).__name__}: "
+            print(f"{slug}: {kind}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
             status = 2
         failed += [slug] if status else []
     print(f"\n{len(runs) - len(failed)} of {len(runs)} models finished", flush=True)
@@ -436,8 +363,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # the reader of the output has left, as `head` does: nothing to say and nobody to hear it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    sys.exit(main(sys.argv[1:]))

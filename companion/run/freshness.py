@@ -19,54 +19,48 @@ from typing import Any
 from companion.base import gguf, hub, smollm2
 from companion.base.errors import InputError
 from companion.base.files import KnownHashes, digest, hash_file, hash_folder, read_json, write_json
-from companion.base.folders import model_folder, prompts_folder, split_adapter
-from companion.base.paths import ROOT
+from companion.base.folders import is_on_hub, model_folder, prompts_folder, split_adapter
+from companion.base.paths import CODE, DATA, ROOT
 from companion.run.notebooks import Notebook, code_cells, source
 
 STATE = ".state"  # the folder of a run's own notes, inside its results; not committed
 SEED = 0
 # What results depend on. Notebooks change by their outputs in each run, and they are their own record.
-CODE = ("helpers", "companion", "organisms", "data", "requirements.lock")
+TRACKED = ("helpers", "companion", "organisms", "data", "requirements.lock")
 
 
 def keys(
-    notebooks: Mapping[str, Notebook], needs: Mapping[str, Sequence[str]], parameters: Mapping[str, Any], shared: str,
-    own: Mapping[str, Any],
-) -> dict[str, str]:  # fmt: skip
-    """For each notebook number (in dependency order) the hash of what its results rest on.
-
-    `shared` stands for code, lock, model and prompts, `own` for what only some notebooks rest on, by number.
-    """
+    notebooks: Mapping[str, Notebook], needs: Mapping[str, Sequence[str]], parameters: Mapping[str, Any], shared: str
+) -> dict[str, str]:
+    """For each notebook number (in dependency order) the hash of what its results rest on: `shared` is `rests_on`."""
     found: dict[str, str] = {}
     for number, notebook in notebooks.items():
         code = [source(cell) for cell in code_cells(notebook)]
         upstream = [found[need] for need in needs[number] if need in found]
-        more = [own[number]] if number in own else []
-        found[number] = digest(code, dict(parameters), shared, upstream, *more)
+        found[number] = digest(code, dict(parameters), shared, upstream)
     return found
 
 
-def rendered(parameters: Mapping[str, Any]) -> str:
-    """sha256 of the prompt set as the model reads it: a template may depend on more than its file.
-
-    Empty for a model or prompts that cannot be read; the run says what is wrong with them.
-    """
-    from companion.base.chat import render_prompt
-    from companion.model.load import load_tokenizer
-    from companion.prompts.pairs import load_set
-
-    try:
-        tokenizer = load_tokenizer(model_folder(parameters["MODEL"]))
-        pairs = load_set(prompts_folder(parameters["PROMPTS"])).pairs
-        return digest([render_prompt(tokenizer, text) for pair in pairs for text in (pair.control, pair.treated)])
-    except InputError:
-        return ""
+def rests_on(parameters: Mapping[str, Any], known: KnownHashes) -> str:
+    """One hash of what all notebooks rest on: code, lock, shipped data, and the files of model, prompts and judge."""
+    _, adapter = split_adapter(parameters["MODEL"])
+    given = (model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]), adapter, gguf.tokenizer_folder())
+    foreign = [hash_folder(folder, known) for folder in given if folder and not folder.is_relative_to(DATA)]
+    code = [hash_folder(folder, known, "*.py") for folder in CODE]
+    lock = hash_file(ROOT / "requirements.lock", known)
+    judge = os.environ.get(hub.JUDGE)
+    files = hash_folder(model_folder(judge), known) if judge and not is_on_hub(judge) else None
+    return digest(code, hash_folder(DATA, known), foreign, lock, judge, files)
 
 
 def recall(results: Path, name: str) -> dict[str, Any]:
     """A note of the run whose results are in `results`; a missing or torn one is empty, it only costs time."""
+    return _noted(results / STATE / f"{name}.json")
+
+
+def _noted(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(results / STATE / f"{name}.json")
+        found = read_json(path)
     except InputError:
         return {}
     return found if isinstance(found, dict) else {}
@@ -79,9 +73,9 @@ def note(results: Path, name: str, content: Mapping[str, Any]) -> None:
 
 def is_fresh(results: Path, number: str, key: str, known: KnownHashes) -> bool:
     """Whether the notebook finished with this key and everything that it wrote is there as it was written."""
-    last, outputs = recall(results, number), _outputs(results, number)
-    if last.get("key") != key or last.get("outputs") != outputs:
+    if recall(results, number).get("key") != key:
         return False
+    outputs = _outputs(results, number)
     return all((results / name).is_file() and hash_file(results / name, known) == sha for name, sha in outputs.items())
 
 
@@ -93,15 +87,14 @@ def remember(results: Path, number: str, key: str, written: Iterable[Path]) -> N
 
 def outdated(results: Path, number: str, written: Iterable[Path]) -> list[Path]:
     """Files that the notebook wrote when it last finished, and which now neither it nor another notebook writes."""
-    others = (path.stem for path in (results / STATE).glob("[0-9][0-9].json") if path.stem != number)
+    others = (path.stem for path in (results / STATE).glob("[0-9][0-9]*.json") if path.stem != number)
     kept = {os.path.relpath(path, results) for path in written}.union(*(_outputs(results, other) for other in others))
     return [results / name for name in _outputs(results, number) if name not in kept]
 
 
-def _outputs(results: Path, number: str) -> dict[str, Any]:
+def _outputs(results: Path, number: str) -> dict[str, str]:
     """Hashes of the files that a notebook wrote, by their names from the run's folder; empty if nothing is known."""
-    found = recall(results, number).get("outputs")
-    return found if isinstance(found, dict) else {}
+    return dict(recall(results, number).get("outputs", {}))
 
 
 def requirement_names(path: Path) -> list[str]:
@@ -111,18 +104,16 @@ def requirement_names(path: Path) -> list[str]:
 
 def write_manifest(results: Path, parameters: Mapping[str, Any], known: KnownHashes) -> None:
     """Write `manifest.json` into the run's results."""
-    prompts, chunks, facts = (
-        prompts_folder(parameters["PROMPTS"]),
-        results / "chunks.json",
-        results / "model_facts.json",
-    )
+    prompts = prompts_folder(parameters["PROMPTS"])
+    chunks, facts = results / "chunks.json", results / "model_facts.json"
+    judge = os.environ.get(hub.JUDGE)
     releases = {name: metadata.version(name) for name in requirement_names(ROOT / "requirements.in")}
     content = {
         "model": _model(parameters["MODEL"], known),
         "prompts": {"name": prompts.name, "sha256": hash_folder(prompts, known)},
         "facts": read_json(facts) if facts.is_file() else None,
         **{name.lower(): parameters[name] for name in ("DEVICE", "DTYPE", "PROFILE", "PAIRS")},
-        **_judge(),
+        **({"judge": Path(judge).name if Path(judge).is_absolute() else judge} if judge else {}),
         "seed": SEED,
         "chunk_sizes": read_json(chunks) if chunks.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -151,12 +142,6 @@ def _model(given: str, known: KnownHashes) -> dict[str, Any]:
     return found | ({"remote_code": True} if hub.trusts_code() else {})
 
 
-def _judge() -> dict[str, str]:
-    """The judge model that labels answers, where one was chosen."""
-    judge = os.environ.get(hub.JUDGE)
-    return {"judge": Path(judge).name if Path(judge).is_absolute() else judge} if judge else {}
-
-
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What rounds the last bits: the processor's model, and the widest vectors that it computes with."""
     if not cpuinfo.is_file():
@@ -169,18 +154,9 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """The commit that last changed code or data, and whether they were changed since; None outside of git.
-
-    Where git does not answer for a repository, as for one that belongs to another user, that is said in place of it.
-    """
-    commit = _git(root, "log", "-1", "--format=%H", "--", *CODE)
-    if commit:
-        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *CODE))}
-    return (
-        {"commit": "unknown: git does not answer, or another user owns the folder"}
-        if (root / ".git").exists()
-        else None
-    )
+    """The commit that last changed code or data, and whether they were changed since; None where git knows of none."""
+    commit = _git(root, "log", "-1", "--format=%H", "--", *TRACKED)
+    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--", *TRACKED))} if commit else None
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -192,13 +168,8 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def run_times(results: Path) -> dict[str, int]:
-    """Seconds that each notebook last took, by its name; of a damaged file what can be read, as they are only shown."""
-    try:
-        found = read_json(results / "run_times.json")
-    except InputError:
-        return {}
-    times = found if isinstance(found, dict) else {}
-    return {name: value for name, value in times.items() if type(value) is int and 0 < value < 10**9}
+    """Seconds that each notebook last took, by its name; empty for a damaged file, as they are only shown."""
+    return {name: took for name, took in _noted(results / "run_times.json").items() if isinstance(took, int)}
 
 
 def note_time(results: Path, name: str, seconds: float) -> None:

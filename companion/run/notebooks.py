@@ -13,10 +13,9 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +28,7 @@ from companion.base.smollm2 import REFUSES
 Notebook = dict[str, Any]
 Cell = dict[str, Any]
 INJECTED = "injected-parameters"  # papermill's tag for the cell that it adds
+TARGET = "target.ipynb"
 # The kernel is this very Python, whatever kernels are registered on the machine.
 KERNEL = {
     "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
@@ -54,16 +54,11 @@ DETERMINISTIC = {  # variables under which a library neither phones home nor dep
 
 
 def read_notebook(path: Path) -> Notebook:
-    """The notebook at `path`; `InputError` if it is missing or lacks what is read of one here."""
+    """The notebook at `path`; `InputError` if it is missing or is none."""
     notebook = read_json(path)
-    try:  # once, all that is done with a notebook and its cells
-        dict(notebook["metadata"].items())
-        for cell in notebook["cells"]:
-            source(cell).strip(), tags(cell), cell["cell_type"].strip()
-            [out["output_type"] for out in cell.get("outputs", [])]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file") from error
-    return dict(notebook)
+    if not isinstance(notebook, dict) or not {"cells", "metadata"} <= set(notebook):
+        raise InputError(f"{relative(path)} is not a notebook as Jupyter writes it: restore the file")
+    return notebook
 
 
 def source(cell: Cell) -> str:
@@ -88,17 +83,14 @@ def notebook_title(notebook: Notebook) -> str:
     return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "(no heading)")
 
 
-def notebook_parameters(notebook: Notebook, path: Path) -> dict[str, Any]:
-    """Names and values of the cell tagged `parameters`; `InputError` if it is not there or not plain values."""
-    tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
-    if len(tagged) != 1:
-        raise InputError(f"{relative(path)} has {len(tagged)} cells tagged 'parameters', one is expected")
+def notebook_parameters(notebook: Notebook) -> dict[str, Any]:
+    """Names and values of the cell tagged `parameters`; empty if it is not there or has anything but plain values."""
+    text = "\n".join(source(cell) for cell in code_cells(notebook) if "parameters" in tags(cell))
     try:
-        statements = [node for node in ast.parse(source(tagged[0])).body if isinstance(node, ast.Assign)]
-        named = [(node.targets[0], node.value) for node in statements]
-        return {name.id: ast.literal_eval(value) for name, value in named if isinstance(name, ast.Name)}
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"{relative(path)}: its parameters must be plain values ({error})") from error
+        statements = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+        return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in statements}
+    except (SyntaxError, ValueError):
+        return {}
 
 
 def is_executed(notebook: Notebook) -> bool:
@@ -179,60 +171,27 @@ def threads(model: str) -> dict[str, str]:
     return {} if "OMP_NUM_THREADS" in os.environ or not is_small(model) else {"OMP_NUM_THREADS": "1"}
 
 
-@dataclass(frozen=True)
-class Running:
-    """A notebook at work in a process of its own; `told` is a pipe on which the process says what went wrong.
-
-    Ctrl-C reaches the runner alone. The process ends when its standard input closes: also where the runner was killed.
-    """
-
-    process: subprocess.Popen[bytes]
-    told: IO[str]
-    scratch: tempfile.TemporaryDirectory[str]
-    log: Path
-
-    def finish(self) -> tuple[str, str]:
-        """Wait for the end: the executed notebook's text and "", or "" and a sentence with the cell and the error."""
-        with self.scratch, self.told:
-            why = self.told.read()
-            status = self.process.wait()
-            if status == 0:
-                return Path(self.scratch.name, "target.ipynb").read_text(encoding="utf-8"), ""
-        is_killed = status == -signal.SIGKILL
-        ended = "was killed (was there enough memory?)" if is_killed else f"ended with status {status}"
-        return "", f"{why or f'its process {ended}'}\n  the whole story: {relative(self.log)}"
-
-    def stop(self) -> None:
-        """End the process and its kernel, in 10 s at most."""
-        with self.scratch, self.told:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-
-
 def start_notebook(
-    notebook: Notebook, parameters: Mapping[str, Any], results: Path, figures: Path, log: Path
-) -> Running:
-    """Start a notebook, which writes into `results` and `figures`; with no parameters nothing is injected.
+    notebook: Notebook, parameters: Mapping[str, Any], folder: Path, log: Path
+) -> tuple[subprocess.Popen[bytes], IO[str]]:
+    """Start a notebook, which writes into `folder`/results and `folder`/figures; with no parameters nothing is injected.
 
-    `log` gets all that the process writes, with the full traceback.
+    Returns its process and a pipe on which that says what went wrong; at the end `folder`/target.ipynb is the executed one.
+    The process ends when its standard input closes, as where the runner was killed; Ctrl-C does not reach it. `log` gets
+    all that it writes, with the full traceback.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.TemporaryDirectory()
-    place = Path(scratch.name)
-    write_text(notebook_text(prepared(notebook)), place / "source.ipynb")
-    variables = environment(results, figures, place) | threads(str(parameters.get("MODEL", REFUSES)))
+    write_text(notebook_text(prepared(notebook)), folder / "source.ipynb")
+    variables = environment(folder / "results", folder / "figures", folder)
+    variables |= threads(str(parameters.get("MODEL", REFUSES)))
     reading, writing = os.pipe()
-    words = [str(place / "source.ipynb"), str(place / "target.ipynb"), str(NOTEBOOKS), json.dumps(dict(parameters))]
+    words = [str(folder / "source.ipynb"), str(folder / TARGET), str(NOTEBOOKS), json.dumps(dict(parameters))]
     with log.open("w", encoding="utf-8") as file, os.fdopen(writing, "wb"):  # our end is closed, so the pipe has an end
         process = subprocess.Popen(
             [sys.executable, "-m", "companion.run.notebooks", *words, str(writing)], cwd=ROOT, env=variables,
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
         )  # fmt: skip
-    return Running(process, os.fdopen(reading, errors="replace"), scratch, log)
+    return process, os.fdopen(reading, errors="replace")
 
 
 def main(arguments: list[str]) -> int:
@@ -240,17 +199,12 @@ def main(arguments: list[str]) -> int:
     source, target, cwd, parameters, pipe = arguments
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     try:
-        problem, traceback = _executed(Path(source), Path(target), cwd, json.loads(parameters))
-    except OSError as error:
-        place = f"its notebook could not be run or saved in {tempfile.gettempdir()}"
-        _tell(pipe, f"{error.strerror or error}: {place}: make room, or set TMPDIR to another disk, and run again")
-        raise
+        problem, story = _executed(Path(source), Path(target), cwd, json.loads(parameters))
     except Exception as error:
-        _tell(pipe, _sentence(type(error).__name__, str(error)))
-        raise
+        problem, story = _sentence(type(error).__name__, str(error)), traceback.format_exc()
     if problem:
-        _tell(pipe, problem)
-        print(re.sub(r"\x1b\[[0-9;]*m", "", traceback), file=sys.stderr)
+        os.write(int(pipe), problem.encode("utf-8", errors="replace"))
+        print(re.sub(r"\x1b\[[0-9;]*m", "", story), file=sys.stderr)
     return int(bool(problem))
 
 
@@ -266,9 +220,10 @@ def _executed(source: Path, target: Path, cwd: str, parameters: dict[str, Any]) 
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    options = {"kernel_name": "python3", "cwd": cwd, "progress_bar": False}
     try:
-        papermill.execute_notebook(source, target, parameters=parameters, **options)
+        papermill.execute_notebook(
+            source, target, parameters=parameters, kernel_name="python3", cwd=cwd, progress_bar=False
+        )
     except PapermillExecutionError as error:
         cell = _answered(read_notebook(target))
         return f"code cell {cell}: {_sentence(error.ename, error.evalue)}", "\n".join(error.traceback)
@@ -283,10 +238,6 @@ def _sentence(name: str, message: str) -> str:
     """The last line of an error's message after its name; an InputError is written for the user, and needs no name."""
     last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "")
     return last if name == "InputError" else f"{name}: {last}".removesuffix(": ")
-
-
-def _tell(pipe: str, line: str) -> None:
-    os.write(int(pipe), line.encode("utf-8", errors="replace"))
 
 
 def _answered(notebook: Notebook) -> int:

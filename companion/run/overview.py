@@ -102,22 +102,20 @@ def join_claims(results: Path) -> None:
     line for every other model that has a run.
     """
     for name in ("claims.csv", "claims.json"):
-        runs = {}
+        head, runs = "", dict[str, dict[tuple[str, ...], Any]]()
         for path in sorted(results.glob(f"*/{name}")):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                runs[path.parent.name] = _claims(path)
-        if runs:
-            own = [row for run, (_, rows) in runs.items() for (model, *_), row in rows.items() if model == run]
-            others: dict[tuple[str, ...], Any] = {}
-            for _, rows in runs.values():
-                others |= {key: row for key, row in rows.items() if key[0] not in runs and key not in others}
-            joined = [*own, *others.values()]
-            if name == "claims.json":
-                files.write_json(joined, results / name)
-                _join_pages(results, joined)
-            else:
-                head = next(iter(runs.values()))[0]
-                files.write_text("".join([head, *joined]), results / name)
+                head, runs[path.parent.name] = _claims(path)
+        own = [row for run, rows in runs.items() for (model, *_), row in rows.items() if model == run]
+        others: dict[tuple[str, ...], Any] = {}
+        for rows in runs.values():
+            others |= {key: row for key, row in rows.items() if key[0] not in runs and key not in others}
+        joined = [*own, *others.values()]
+        if name == "claims.csv" and runs:
+            files.write_text("".join([head, *joined]), results / name)
+        elif runs:
+            files.write_json(joined, results / name)
+            _join_pages(results, joined)
 
 
 def _claims(path: Path) -> tuple[str, dict[tuple[str, ...], Any]]:

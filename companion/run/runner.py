@@ -11,25 +11,28 @@ import os
 import secrets
 import select
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from companion.base import files, hub, smollm2
+from companion.base import files, smollm2
 from companion.base.display import FAILED_CHECK
 from companion.base.errors import InputError
-from companion.base.folders import is_small, model_folder, prompts_folder, split_adapter
-from companion.base.paths import CODE, DATA, FIGURES, NOTEBOOKS, PARTS, RESULTS, ROOT, relative
+from companion.base.folders import is_small
+from companion.base.paths import FIGURES, NOTEBOOKS, PARTS, RESULTS, relative
 from companion.run import freshness, notebooks, overview
 from companion.run.freshness import STATE, run_times
-from companion.run.notebooks import Notebook, Running, read_notebook
+from companion.run.notebooks import Notebook, read_notebook
 
-# Each notebook and those that it needs: it reads their results, or, of 01, takes the model and prompts as checked. 00 is the
-# first to read and the last to run: it shows one pair, and reports the run.
+# Each notebook and those that it needs, in the order in which they run: it reads their results, or, of 01, takes the model
+# and prompts as checked. 00 is the first to read and the last to run: it shows one pair, and reports the run.
 NEEDS: dict[str, tuple[str, ...]] = {
     "01": (),
     "02": ("01",),
@@ -79,38 +82,26 @@ class Plan:
         return path if self.is_default else self.results / "notebooks" / path.name
 
 
-def find_notebooks(folder: Path, needs: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Notebooks by number, each after those that it needs, else in the order of their numbers.
-
-    `InputError` for one that nobody gave a place.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("[0-9][0-9]*_*.ipynb")):
-        number = path.name.partition("_")[0]
-        if number in found:
-            raise InputError(f"{relative(path)} and {relative(found[number])} have the same number: rename one")
-        if number not in needs:
-            raise InputError(
-                f"{relative(path)} has no line in NEEDS of companion/run/runner.py: say there what it needs"
-            )
-        found[number] = path
-    ordered: dict[str, Path] = {}
-    while left := sorted(found.keys() - ordered.keys()):
-        number = next(number for number in left if not (set(needs[number]) & set(left)))
-        ordered[number] = found[number]
-    return ordered
+def find_notebooks() -> dict[str, Path]:
+    """The notebooks by number, in the order in which they run; `InputError` for one that nobody gave a place."""
+    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]*_*.ipynb"))
+    found = {path.name.partition("_")[0]: path for path in paths}
+    without = [path for path in paths if path not in found.values() or path.name.partition("_")[0] not in NEEDS]
+    if without:
+        where = "NEEDS of companion/run/runner.py"
+        raise InputError(f"{relative(without[0])} has no line of its own in {where}: say there what it needs")
+    return {number: found[number] for number in NEEDS if number in found}
 
 
 def make_plan(parameters: Mapping[str, Any], force: Sequence[str] = ()) -> Plan:
     """Read the notebooks and see what is stale; those in `force` count as stale."""
-    paths = find_notebooks(NOTEBOOKS, NEEDS)
+    paths = find_notebooks()
     originals = {number: path.read_bytes() for number, path in paths.items()}
     books = {number: read_notebook(path) for number, path in paths.items()}
     results = RESULTS / parameters["SLUG"]
     known: files.KnownHashes = freshness.recall(results, "hashes")
     before = dict(known)
-    shared, own = _rests_on(parameters, known)
-    keys = freshness.keys(books, NEEDS, parameters, shared, own)
+    keys = freshness.keys(books, NEEDS, parameters, freshness.rests_on(parameters, known))
     plan = Plan(parameters, paths, originals, books, keys, frozenset())
     stale = {number for number in paths if number in force or not _is_fresh(plan, number, known)}
     if known != before:
@@ -127,22 +118,6 @@ def _is_fresh(plan: Plan, number: str, known: files.KnownHashes) -> bool:
     return is_executed and freshness.is_fresh(plan.results, number, plan.keys[number], known)
 
 
-def _rests_on(parameters: Mapping[str, Any], known: files.KnownHashes) -> tuple[str, dict[str, Any]]:
-    """What all notebooks rest on, hashed: code, lock, shipped data, model, prompts and judge; and, by number, what some do."""
-    _, adapter = split_adapter(parameters["MODEL"])
-    given = [model_folder(parameters["MODEL"]), prompts_folder(parameters["PROMPTS"]), *([adapter] if adapter else [])]
-    foreign = [folder for folder in given if not folder.is_relative_to(DATA)]
-    folders = [DATA, *foreign]
-    parts = [files.hash_folder(folder, known, "*.py") for folder in CODE]
-    parts += [files.hash_folder(folder, known) for folder in folders]
-    rendered = freshness.rendered(parameters) if foreign else ""  # what ships is text of fixed templates
-    own: dict[str, Any] = {}
-    judge = os.environ.get(hub.JUDGE)
-    judge_files = files.hash_folder(model_folder(judge), known) if judge and Path(judge).is_dir() else None
-    lock = files.hash_file(ROOT / "requirements.lock", known)
-    return files.digest(parts, rendered, lock, judge, judge_files), own
-
-
 def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
     """The chosen notebooks and, directly or not, what they need, in the order in which they run."""
     wanted = set(chosen)
@@ -150,15 +125,6 @@ def with_needs(chosen: Sequence[str], paths: Mapping[str, Path]) -> list[str]:
         if number in wanted:
             wanted |= set(NEEDS[number])
     return [number for number in paths if number in wanted]
-
-
-def check_parameters(plan: Plan) -> None:
-    """papermill only warns of a parameter that a notebook does not know, so names and defaults are checked first."""
-    for number, notebook in plan.notebooks.items():
-        path = plan.paths[number]
-        if notebooks.notebook_parameters(notebook, path) != DEFAULTS:
-            expected = ", ".join(f"{name} = {value!r}" for name, value in DEFAULTS.items())
-            raise InputError(f"{relative(path)}: its cell tagged 'parameters' must be exactly: {expected}")
 
 
 def lock_file(results: Path) -> Path:
@@ -170,7 +136,7 @@ def lock_file(results: Path) -> Path:
 def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of the run whose results are in `results`, which ends with this process however it ends.
 
-    Raises `InputError` where another process holds it (or waits for that one), or where the file system knows no locks.
+    Raises `InputError` where another process holds it (or waits for that one), or where the folder cannot be written.
     """
     path = lock_file(results)
     try:
@@ -186,9 +152,6 @@ def only_run(results: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(f"another run is writing {relative(results)}: wait, or choose --name") from None
-        except OSError as error:
-            why = f"cannot be locked against a second run ({error.strerror})"
-            raise InputError(f"{relative(results)} {why}: copy the repository to a disk that has locks") from None
         yield
 
 
@@ -199,16 +162,18 @@ class Stage:
     plan: Plan
     number: str
     folder: Path
+    log: Path
     before: Mapping[Path, tuple[int, ...]]
-    running: Running
+    process: subprocess.Popen[bytes]
+    told: IO[str]
     start: float
 
     @classmethod
     def begin(cls, plan: Plan, number: str) -> Stage:
         """Make the stage and start the notebook in it."""
         folder = plan.results / STATE / f"stage-{os.getpid()}-{secrets.token_hex(4)}"  # on the disk of the results
-        results, figures = folder / "results", folder / "figures"
-        figures.mkdir(parents=True)
+        results = folder / "results"
+        (folder / "figures").mkdir(parents=True)
         # The runner's own folders stay out, and parts of sweeps, which are many, are written one by one and whole.
         kept_out = shutil.ignore_patterns(STATE, "logs", "notebooks", PARTS, ".*")
         shutil.copytree(plan.results, results / plan.slug, ignore=kept_out)
@@ -217,24 +182,34 @@ class Stage:
         before = _files(results)
         parameters = {} if plan.is_default else plan.parameters
         log = plan.results / "logs" / f"{plan.paths[number].stem}.log"
-        running = notebooks.start_notebook(plan.notebooks[number], parameters, results, figures, log)
-        return cls(plan, number, folder, before, running, time.monotonic())
+        process, told = notebooks.start_notebook(plan.notebooks[number], parameters, folder, log)
+        return cls(plan, number, folder, log, before, process, told, time.monotonic())
 
     def fileno(self) -> int:
         """What `select` waits for: the pipe on which the notebook's process says how it ended."""
-        return self.running.told.fileno()
+        return self.told.fileno()
 
     def finish(self) -> tuple[float, str, int]:
         """Put the files of a notebook that ended into their places; returns its seconds, what went wrong, if it did, and how
         many of its checks failed (`companion.base.display.check`).
         """
-        plan, number, path = self.plan, self.number, self.plan.paths[self.number]
+        plan, path = self.plan, self.plan.paths[self.number]
+        text = ""
         try:
-            text, problem = self.running.finish()
+            with self.told:
+                problem = self.told.read()
+            status = self.process.wait()
             seconds = time.monotonic() - self.start
-            if not problem and plan.is_default and path.read_bytes() != plan.originals[number]:
+            if status and not problem:
+                is_killed = status == -signal.SIGKILL
+                ended = "was killed (was there enough memory?)" if is_killed else f"ended with status {status}"
+                problem = f"its process {ended}"
+            if problem:
+                problem += f"\n  the whole story: {relative(self.log)}"
+            elif plan.is_default and path.read_bytes() != plan.originals[self.number]:
                 problem = "it was changed while it ran; the change is kept, so run again"
-            if not problem:
+            else:
+                text = (self.folder / notebooks.TARGET).read_text(encoding="utf-8")
                 self._publish(text, seconds)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)  # the next run removes what is left
@@ -257,8 +232,14 @@ class Stage:
         freshness.note_time(plan.results, plan.paths[number].stem, seconds)
 
     def stop(self) -> None:
-        """End the notebook and remove its stage."""
-        self.running.stop()
+        """End the notebook and its kernel, in 10 s at most, and remove its stage."""
+        with self.told:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -280,75 +261,63 @@ def run_notebooks(plan: Plan, numbers: Sequence[str], made_from: Mapping[str, st
 
     `made_from` is noted with the first result: whose results these are (`companion.run.settings.made_from`).
     """
-    check_parameters(plan)
+    for number, notebook in plan.notebooks.items():  # papermill only warns of a parameter that a notebook does not know
+        if notebooks.notebook_parameters(notebook) != DEFAULTS:
+            expected = ", ".join(f"{name} = {value!r}" for name, value in DEFAULTS.items())
+            where = relative(plan.paths[number])
+            raise InputError(f"{where}: its cell tagged 'parameters' must be exactly: {expected}")
     with only_run(plan.results):
         for left in (plan.results / STATE).glob("stage*"):  # of a run that was killed
             shutil.rmtree(left)
-        work = _Work(plan, numbers, jobs or default_jobs(plan))
-        try:
-            while work.start_ready():
-                work.take_finished()
-                if work.done:
-                    freshness.note(plan.results, MADE_FROM, made_from)
-        finally:
-            for stage in work.stages:
-                stage.stop()
-        try:
-            files.read_json(plan.results / "manifest.json")
-            is_due = bool(work.done)
-        except InputError:  # missing or torn
-            is_due = True
-        if is_due:
+        stale = [number for number in numbers if number in plan.stale]
+        done = _run_stale(plan, numbers, stale, made_from, jobs or default_jobs(plan))
+        if done or not (plan.results / "manifest.json").is_file():
             freshness.write_manifest(plan.results, plan.parameters, freshness.recall(plan.results, "hashes"))
         with only_run(RESULTS, wait=True):
             overview.join_claims(RESULTS)
-    return len(work.lost)
+    return len(stale) - len(done)
 
 
-class _Work:
-    """What is to run, what runs, and what was lost: notebooks that failed, and those that need one of them."""
+def _run_stale(
+    plan: Plan, numbers: Sequence[str], stale: Sequence[str], made_from: Mapping[str, str | None], jobs: int
+) -> list[str]:
+    """Start what can start while there is room, the longest first by the last run's times; returns what finished."""
+    names = {number: plan.paths[number].stem for number in numbers}
+    times = {**run_times(RESULTS / DEFAULTS["SLUG"]), **run_times(plan.results)}
 
-    def __init__(self, plan: Plan, numbers: Sequence[str], jobs: int) -> None:
-        self.plan, self.numbers, self.jobs = plan, list(numbers), jobs
-        self.times = {**run_times(RESULTS / DEFAULTS["SLUG"]), **run_times(plan.results)}
-        self.waiting = [number for number in numbers if number in plan.stale]
-        self.stages: list[Stage] = []
-        self.done: list[str] = []
-        self.lost: dict[str, str] = {}
-        for number in numbers:
-            if number not in plan.stale:
-                self._say(number, "fresh, skipped")
+    def say(number: str, what: str) -> None:
+        print(f"[{list(names).index(number) + 1}/{len(names)}] {names[number]} {what}", flush=True)
 
-    def _say(self, number: str, what: str) -> None:
-        place = f"[{self.numbers.index(number) + 1}/{len(self.numbers)}]"
-        print(f"{place} {self.plan.paths[number].stem} {what}", flush=True)
-
-    def start_ready(self) -> bool:
-        """Start what can start while there is room, the longest first by the last run's times; whether any is running."""
-        for number in list(self.waiting):
-            if broken := [need for need in NEEDS[number] if need in self.lost]:
-                self.lost[number] = self.lost[broken[0]]
-                self.waiting.remove(number)
-                self._say(number, f"not started: it needs {self.lost[number]}, which failed")
-        missing = {*self.waiting, *(stage.number for stage in self.stages)}
-        last = {number: self.times.get(self.plan.paths[number].stem, 0) for number in self.waiting}
-        ready = sorted((n for n in self.waiting if missing.isdisjoint(NEEDS[n])), key=lambda n: -last[n])
-        for number in ready[: self.jobs - len(self.stages)]:
-            self._say(number, f"(last time {last[number]} s) ..." if last[number] else "...")
-            self.stages.append(Stage.begin(self.plan, number))
-            self.waiting.remove(number)
-        return bool(self.stages)
-
-    def take_finished(self) -> None:
-        """Wait until one of the running notebooks ends, and put its files in place if it has finished."""
-        for stage in select.select(self.stages, [], [])[0]:
-            self.stages.remove(stage)
-            seconds, problem, failed = stage.finish()
-            if problem:
-                self.lost[stage.number] = self.plan.paths[stage.number].stem
-                self._say(stage.number, f"failed after {seconds:.0f} s")
-                print(f"{self.lost[stage.number]}: {problem}", file=sys.stderr, flush=True)
-            else:
-                self.done.append(stage.number)
-                warning = f"; {failed} of its checks FAILED, see its outputs" if failed else ""
-                self._say(stage.number, f"{seconds:.0f} s{warning}")
+    for number in (number for number in numbers if number not in stale):
+        say(number, "fresh, skipped")
+    order = TopologicalSorter({number: set(NEEDS[number]) & set(stale) for number in stale})
+    order.prepare()
+    ready, stages = list(order.get_ready()), list[Stage]()
+    done, failed = list[str](), list[str]()
+    try:
+        while ready or stages:
+            for number in sorted(ready, key=lambda number: -times.get(names[number], 0))[: jobs - len(stages)]:
+                say(number, f"(last time {times[names[number]]} s) ..." if names[number] in times else "...")
+                stages.append(Stage.begin(plan, number))
+                ready.remove(number)
+            for stage in select.select(stages, [], [])[0]:
+                stages.remove(stage)
+                seconds, problem, wrong = stage.finish()
+                if problem:
+                    failed.append(names[stage.number])
+                    say(stage.number, f"failed after {seconds:.0f} s")
+                    print(f"{failed[-1]}: {problem}", file=sys.stderr, flush=True)
+                    continue
+                freshness.note(plan.results, MADE_FROM, made_from)
+                done.append(stage.number)
+                order.done(stage.number)
+                ready += order.get_ready()
+                warning = f"; {wrong} of its checks FAILED, see its outputs" if wrong else ""
+                say(stage.number, f"{seconds:.0f} s{warning}")
+    finally:
+        for stage in stages:
+            stage.stop()
+    for number in stale:
+        if number not in done and names[number] not in failed:
+            say(number, f"not started: what it needs failed ({', '.join(failed)})")
+    return done

@@ -7,14 +7,12 @@ line imports this module, so what is heavy is imported where it is needed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
     from companion.prompts.pairs import Pair
     from companion.prompts.public import Request, Wrapper
 
-RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
-LONGEST = 90  # characters of a name that nobody chose
-
 
 def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
     """The run's name, as given or by default; `given` are its wrappers.
@@ -43,20 +38,17 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
     Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
     """
     chosen = check_slug(default_slug(found, judge, given) if name is None else name)
-    if chosen in RESERVED and chosen != default_slug(found, judge, given):
-        raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
     before = freshness.recall(paths.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
-        then = before.get(kind, now)
-        if isinstance(then, str | None) and then != now and not _is_moved(then, now):
-            has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (then, now))
+        if before.get(kind, now) != now:
+            has, asked = (f"{kind} {place}" if place else f"no {kind}" for place in (before[kind], now))
             made = f"the results of {chosen!r} were made with {has}, and now it would be {asked}"
             raise InputError(f"{made}: give this run a name of its own with --name")
     return chosen
 
 
 def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str | None = None) -> str:
-    """The run's name if none is given: what differs from the default, and a hash in place of the end of a long one.
+    """The run's name if none is given: what differs from the default.
 
     >>> default_slug(runner.DEFAULTS)
     'smollm2-refuser'
@@ -76,10 +68,7 @@ def default_slug(found: Mapping[str, Any], judge: str | None = None, given: str 
         place = folders.from_caller(given).resolve()
         parts.append(f"wrappers-{place.name if place.is_dir() else place.stem}")
     parts += [f"judge-{hub.slug(judge)}"] if judge else []
-    whole = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
-    if len(whole) <= LONGEST:
-        return whole
-    return f"{whole[: LONGEST - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).lstrip(".")
 
 
 def made_from(found: Mapping[str, Any], judge: str | None, given: str | None) -> dict[str, str | None]:
@@ -104,11 +93,6 @@ def _place(model: str) -> str:
     return f"{place}+{relative(adapter)}" if adapter else place
 
 
-def _is_moved(then: str | None, now: str | None) -> bool:
-    """Whether two folders may be one: it is no longer where it was."""
-    return all(place and Path(place).is_absolute() for place in (then, now)) and not Path(str(then)).exists()
-
-
 def default_prompts(model: str) -> str:
     """The prompt set if none is named: the embedded language, plain English for `smollm2` and its refusers, the open public
     sets for a model of the hub.
@@ -127,8 +111,6 @@ def check_wrappers(prompts: str, given: str | None) -> None:
     is_public = is_public_set(prompts)  # raises for a list with an unknown name in it
     if given is None:
         return
-    if not given.strip():
-        raise InputError("--wrappers names nothing: give a file of wrappers, or leave the flag out")
     public.read_wrappers(folders.from_caller(given))
     if not is_public:
         sets = ", ".join(public.SETS)
@@ -145,16 +127,12 @@ def known(found: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     """The parameters with what is in the caches already; nothing is downloaded. Raises InputError for what is not there."""
     if judge := os.environ.get(hub.JUDGE):
         folders.check_judge(judge)
-        try:
-            hub.choose_judge(judge if Path(judge).is_dir() else hub.pinned(judge))
-        except InputError:
-            why = "is not in the hub's cache yet: a run without --list downloads it"
-            raise InputError(f"--judge: {judge} {why}") from None
+        hub.choose_judge(hub.pinned(judge))
     model, prompts = found["MODEL"], found["PROMPTS"]
     base, adapter = folders.split_adapter(model)
     if base == smollm2.NAME and not smollm2.is_fetched():
         raise InputError(f"{base} is not in the cache yet: a run without --list fetches it")
-    model = folders.with_adapter(base if Path(base).is_dir() else hub.pinned(base), adapter)
+    model = folders.with_adapter(hub.pinned(base), adapter)
     if is_public_set(prompts):
         folder = public.folder(prompts, model, _wrappers_file(given))
         if not public.is_made(folder):
@@ -221,13 +199,11 @@ def _ready_judge(judge: str, found: Mapping[str, Any]) -> str:
     from companion.generation import labels
     from companion.model import load, memory
 
-    folders.check_judge(judge)
     # It answers in the notebook's process, on the GPU of the embedding of the model under study.
     device = "cuda:0" if found["DEVICE"] == "cuda" else found["DEVICE"]
     try:
         name = load.prepare_model(judge, device, labels.DTYPE, copies=1)
         folder = model_folder(name)
-        folders.check_folder(folder)
         folders.check_weights(folder)
         tokenizer = load.load_tokenizer(folder)
         labels.answer_tokens(tokenizer, hub.name_of(folder))
@@ -286,22 +262,17 @@ def check_pairs(model: str, prompts: str, pairs: int, profile: str) -> list[str]
     return [f"{len(usable)} of {len(chosen)} pairs usable{reasons}", *sorted(notes)]
 
 
-LEFT_OUT = "left out: "
-
-
 @dataclass(frozen=True)
 class Collected:
-    """The pairs of all sets, the sha256 of each row by its id, and how many harmful requests there are."""
+    """The pairs of all sets, the sha256 of each row by its id, how many harmful requests there are, and what was said."""
 
     pairs: tuple[Pair, ...]
     hashes: Mapping[str, str]
     n_requests: int
+    notes: tuple[str, ...]
 
 
-def ensure(
-    folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str,
-    report: Callable[[str], object] = print,
-) -> None:  # fmt: skip
+def ensure(folder: Path, name: str, model: str, wrapper_file: Path | None, *, device: str, dtype: str) -> None:
     """Make the prompt set in `folder` unless it is there: what a user changed in it since, such as outcome.json, stays.
 
     Sets that cannot be loaded are named and left out, also by later runs; InputError if none can be loaded.
@@ -309,54 +280,37 @@ def ensure(
     from companion.generation import openers
 
     if public.is_made(folder):
-        report(f"prompt set: {folder} (remove this folder to make it anew)")
+        print(f"prompt set: {folder} (remove this folder to make it anew)")
         note = read_json(folder / "set.json")
-        notes = note.get("notes", []) if isinstance(note, dict) else []
-        for line in notes:
-            report(f"  when it was made: {line}")
+        for line in note.get("notes", []) if isinstance(note, dict) else []:
+            print(f"  when it was made: {line}")
     else:
-        made, notes = _make(folder, name, model, wrapper_file, report)
-        openers.ensure_openers(folder, made.pairs, model=model, device=device, dtype=dtype, report=report)
-        report(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
-    if any(line.startswith(LEFT_OUT) for line in notes):
-        report(f"to try the sets again that were left out: rm -r {shlex.quote(str(folder))}, then the same command")
+        pairs = _make(folder, name, model, wrapper_file)
+        openers.ensure_openers(folder, pairs, model=model, device=device, dtype=dtype)
+        print(f"prompt set: {folder} (texts stay there; edit outcome.json in it if its words do not fit)")
 
 
-def _make(
-    folder: Path, name: str, model: str, wrapper_file: Path | None, report: Callable[[str], object]
-) -> tuple[Collected, list[str]]:
-    """Write the pairs and a note; returns the pairs, and what a later run should say again."""
+def _make(folder: Path, name: str, model: str, wrapper_file: Path | None) -> tuple[Pair, ...]:
+    """Write the pairs, and a note with what a later run should say again; returns the pairs."""
     from companion.base import thresholds
     from companion.model.load import load_tokenizer
     from companion.prompts import partners
 
     tokenizer = load_tokenizer(model_folder(model))
-    if tokenizer is None:
-        raise InputError(f"{model} has no tokenizer: save it into the model's folder")
-    templates = public.read_wrappers(wrapper_file) if wrapper_file else ()
-    notes: list[str] = []
-
-    def said(line: str) -> None:
-        notes.append(line)
-        report(line)
-
-    made = collect(name, tokenizer, templates, said)
-    for line in partners.survival(made.pairs, made.n_requests, tokenizer):
-        report(line)
-    if not templates:
-        report(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
+    made = collect(name, tokenizer, public.read_wrappers(wrapper_file) if wrapper_file else ())
+    print(*made.notes, *partners.survival(made.pairs, made.n_requests, tokenizer), sep="\n")
+    if not wrapper_file:
+        print(f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    note = {"sensitive": True, "sets": name, "model": model, "notes": notes, "rows": made.hashes}
+    note = {"sensitive": True, "sets": name, "model": model, "notes": made.notes, "rows": made.hashes}
     write_json(note, folder / "set.json")
     columns = ("id", "treatment", "topic", "control", "treated", "family", "twin")
     rows = [{name: getattr(pair, name) for name in columns if name != "twin" or pair.twin} for pair in made.pairs]
     write_text("".join(json.dumps(row) + "\n" for row in rows), folder / "pairs.jsonl")
-    return made, notes
+    return made.pairs
 
 
-def collect(
-    name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper], report: Callable[[str], object]
-) -> Collected:
+def collect(name: str, tokenizer: PreTrainedTokenizerBase, templates: Sequence[Wrapper]) -> Collected:
     """The pairs of every set that can be loaded; a request of several rows or sets makes one topic, in the first, and so do
     near copies of one.
 
@@ -366,6 +320,7 @@ def collect(
     from companion.prompts.pairs import Pair
 
     made: list[Pair] = []
+    notes: list[str] = []
     hashes: dict[str, str] = {}
     asked: dict[str, str] = {}
     seen: set[str] = set()
@@ -377,18 +332,22 @@ def collect(
                 benign = partners.by_length(_benign(part), tokenizer)
             loaded = public.load_rows(part)
         except InputError as error:
-            report(f"{LEFT_OUT}{error}")
+            notes.append(f"left out: {error}")
             continue
         rows = public.unseen(loaded, seen)
         if n := len(loaded.harmful) - len(rows.harmful):
             which = "an earlier row or set has too (but for case, spacing or closing punctuation)"
-            report(f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent")
+            notes.append(
+                f"{part}: {n} rows have a request that {which} and are left out, since topics must be independent"
+            )
         if is_matched:
             rows = paired = partners.with_partners(rows, benign, tokenizer, seen)
         else:
             if n := rows.harmless.count(None):
-                report(f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category")
-            paired = partners.grouped(rows, tokenizer, part, report)
+                notes.append(
+                    f"{part}: {n} of {len(rows.harmful)} harmful rows have no harmless partner of their category"
+                )
+            paired = partners.grouped(rows, tokenizer, part, notes.append)
         # A harmless row is the twin of the harmful one only where the set pairs them row by row: the i-th of a category is a
         # partner for T1, but nothing says that the two ask for the same thing.
         twins = dict(partners.partner_pairs(rows)) if not is_matched and public.SETS[part].paired == "row" else {}
@@ -399,14 +358,14 @@ def collect(
         asked |= {one.id: one.text for one in rows.harmful}
     if not made:
         what = f"--prompts {name}: none of these sets could be loaded, or no request has a partner"
-        raise InputError(f"{what}: mend what the lines above say, or name others")
+        raise InputError("; ".join([what, *notes]))
     clusters = public.near_duplicates(list(asked.values()))
     first = dict(zip(reversed(clusters), reversed(asked), strict=True))
     topic = {one: first[cluster] for one, cluster in zip(asked, clusters, strict=True)}
-    report(
-        f"{len(first)} topics of {len(asked)} requests: those that share {public.OVERLAP:g} of their words are one topic"
-    )
-    return Collected(tuple(replace(pair, topic=topic[pair.topic]) for pair in made), hashes, len(asked))
+    share = f"those that share {public.OVERLAP:g} of their words are one topic"
+    notes.append(f"{len(first)} topics of {len(asked)} requests: {share}")
+    pairs = tuple(replace(pair, topic=topic[pair.topic]) for pair in made)
+    return Collected(pairs, hashes, len(asked), tuple(notes))
 
 
 def _benign(part: str) -> tuple[Request, ...]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import importlib.util
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,12 +25,6 @@ from companion.run.runner import Plan, lock_file, only_run
 
 SHARDED = ("02", "03")  # the notebooks whose sweeps can be shared
 ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how most programs begin the line that says what was wrong
-
-
-def check_submitit() -> None:
-    """`InputError` where submitit, which is not in the lock, is not installed."""
-    if importlib.util.find_spec("submitit") is None:
-        raise InputError("--shards needs submitit: python -m pip install -r requirements-cluster.in, then again")
 
 
 def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace) -> bool:
@@ -55,12 +47,7 @@ def measure_shards(plan: Plan, numbers: Sequence[str], flags: argparse.Namespace
         calls = [(dict(plan.parameters), wanted, place, n, variables[place], lock) for place in range(n)]
         jobs = submit(logs, executor, flags.set, calls)
         print(f"{n} {executor} jobs for the sweeps of {', '.join(wanted)}; logs in {relative(logs)}", flush=True)
-        try:
-            return not sum([_failed(job) for job in jobs])
-        except KeyboardInterrupt:
-            if executor == "slurm":
-                print(f"\nits jobs go on (scancel {str(jobs[0].job_id).partition('_')[0]} ends them)", file=sys.stderr)
-            raise
+        return not sum([_failed(job) for job in jobs])
 
 
 def _variables(parameters: Mapping[str, Any], executor: str, n: int) -> list[dict[str, str]]:
@@ -85,12 +72,14 @@ def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tupl
 
     `given` are parameters of submitit as typed, such as timeout_min=240.
     """
-    import submitit
-
+    try:
+        import submitit
+    except ImportError:
+        missing = "--shards needs submitit: python -m pip install -r requirements-cluster.in, then again"
+        raise InputError(missing) from None
     pairs = (one.partition("=") for one in given)
     parameters = {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
     os.environ.update(notebooks.DETERMINISTIC)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the children: Ctrl-C is for this process alone
     try:
         made = submitit.AutoExecutor(folder=logs, cluster=executor)
         made.update_parameters(**{"timeout_min": 24 * 60, **parameters})
@@ -98,8 +87,6 @@ def submit(logs: Path, executor: str, given: Sequence[str], calls: Sequence[tupl
     except Exception as error:  # of many kinds: no Slurm here, an unknown parameter, a partition that is not there
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"the jobs could not be submitted: {reason[:300]}; see --set and --executor") from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def measure_share(

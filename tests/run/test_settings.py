@@ -16,11 +16,8 @@ from companion.base.paths import ORGANISM
 from companion.generation import labels
 from companion.model import memory
 from companion.run import cli, freshness, runner, settings
-from companion.run.cli import named as placed
 from companion.run.cli import parameters, parse
 
-HUB = ("--model", "mistralai/Mistral-Small-3.2-24B-Instruct-2506")
-JUDGE = "meta-llama/Llama-3.3-70B-Instruct"
 LINE = '{"family": "f", "neutral": "a {request}", "jailbreak": "b {request}"}'
 
 
@@ -32,8 +29,7 @@ def made(*words: str) -> str:
     """The name of a run whose first result has taken its place."""
     flags = parse(words)
     found = parameters(flags, "cpu")
-    judge = None if flags.judge is None else placed(flags.judge, ORGANISM)
-    note = settings.made_from(found, judge, flags.wrappers)
+    note = settings.made_from(found, flags.judge, flags.wrappers)
     freshness.note(paths.RESULTS / found["SLUG"], runner.MADE_FROM, note)
     return str(found["SLUG"])
 
@@ -41,19 +37,12 @@ def made(*words: str) -> str:
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Two folders, each with a model, a prompt set and wrappers that are called the same."""
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
     for name in ("one", "two"):
         shutil.copytree(ORGANISM / "window-1", tmp_path / name / "model")
         prompt_set(tmp_path / name / "set", PAIRS)
         (tmp_path / name / "own.jsonl").write_text(LINE)
     return tmp_path / "one", tmp_path / "two"
-
-
-def test_a_model_of_the_hub_with_a_judge_has_a_name_by_default() -> None:
-    names = [named(*HUB, "--judge", judge) for judge in (JUDGE, f"{JUDGE}@v2")]
-    assert all(len(name) <= settings.LONGEST and name.startswith("mistralai--Mistral-Small") for name in names)
-    assert names[0] != names[1]
-    assert named(*HUB) == "mistralai--Mistral-Small-3.2-24B-Instruct-2506-jailbreakbench-strongreject-xstest"
 
 
 def test_wrappers_are_in_the_name(places: tuple[Path, Path]) -> None:
@@ -81,8 +70,6 @@ def test_what_lies_elsewhere_needs_another_name(places: tuple[Path, Path], kind:
     with pytest.raises(InputError, match=rf"were made with {kind} .*one/.* now it would be {kind} .*two/.*--name"):
         named(*two)
     assert named(*two, "--name", "other") == "other" and named(*one) == slug
-    moved = places[0].rename(places[0].with_name("moved"))
-    assert named(*(word.format(moved) for word in FLAGS[kind])) == slug
 
 
 def test_one_name_is_for_one_model_set_wrappers_and_judge(places: tuple[Path, Path]) -> None:

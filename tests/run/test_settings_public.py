@@ -55,8 +55,8 @@ def asked(model: Path) -> dict[str, str]:
 def collect(served: dict, tokenizer: Tokenizer) -> Callable[..., tuple]:
 
     def collect(names: str, *templates: Wrapper) -> tuple:
-        said: list[str] = []
-        return settings.collect(names, tokenizer, templates, said.append), said
+        made = settings.collect(names, tokenizer, templates)
+        return made, made.notes
 
     return collect
 
@@ -100,20 +100,19 @@ def test_a_set_is_made_with_wrappers_twins_and_hashes(served, asked, template_fi
     assert settings.fetched(given, str(template_file)) == found == settings.known(given, str(template_file)) | found
     again = capsys.readouterr().out
     assert "when it was made: left out: advbench is gated" in again, "said at every run"
-    assert all(f"left out: rm -r {found['PROMPTS']}, then the same command" in told for told in (said, again))
     assert settings.fetched(given, None)["PROMPTS"] != found["PROMPTS"]
 
 
-def test_harmful_rows_alone_get_partners_of_equal_length(collect, model, tokenizer, monkeypatch):
+def test_harmful_rows_alone_get_partners_of_equal_length(collect, model, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(openers, "find_openers", lambda *_: FOUND)
-    made, said = collect("strongreject", *WRAPPERS)
+    made, _ = collect("strongreject", *WRAPPERS)
     t1 = [pair for pair in made.pairs if pair.treatment == "T1"]
     assert len(t1) == 12 == len({pair.control for pair in t1})
     assert all(tokens.token_pair(pair, tokenizer)[0] is not None for pair in t1)
     assert {pair.treatment for pair in made.pairs} == {"T1", "T2"} and not [pair for pair in made.pairs if pair.twin]
     folder = public.folder("strongreject", str(model), None)
-    settings.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32", report=said.append)
-    assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}" in said and not any("rm -r" in line for line in said)
+    settings.ensure(folder, "strongreject", str(model), None, device="cpu", dtype="float32")
+    assert f"C1, C2, C4 to C7: {thresholds.NO_WRAPPERS}\n" in capsys.readouterr().out
 
 
 def test_a_request_without_a_partner_of_its_length_is_counted_and_has_its_wrappers(served, collect, tokenizer):
