@@ -94,6 +94,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if (flags.set or flags.executor) and not flags.shards:
         raise InputError("--executor and --set go with --shards")
     flags.models = str(COMMITTED) if flags.all else flags.models
+    chosen = (flags.model, flags.prompts, flags.adapter, flags.tokenizer, flags.name, flags.models)
+    flags.may_fall_back = not any(chosen)
     flags.model = named(runner.DEFAULTS["MODEL"] if flags.model is None else flags.model, ORGANISM)
     flags.prompts = named(settings.default_prompts(flags.model) if flags.prompts is None else flags.prompts, PROMPTS)
     flags.judge = None if flags.judge is None else named(flags.judge, ORGANISM)
@@ -263,6 +265,19 @@ def run_command(flags: argparse.Namespace) -> int:
     return 0
 
 
+def run_default(flags: argparse.Namespace) -> int:
+    """The run in which nobody named a model: the default one, or `embedded` where that cannot be fetched, and says so twice."""
+    try:
+        smollm2.fetch_smollm2()
+    except InputError as error:
+        kept = f"so this is a run of the embedded model; the results of {flags.model} stay as they are"
+        print(f"{error}: {kept}\n", file=sys.stderr, flush=True)
+        status = run_command(argparse.Namespace(**vars(flags) | {"model": "embedded", "prompts": "embedded"}))
+        print(f"\n{flags.model} was not run ({error}): {kept}", file=sys.stderr)
+        return status
+    return run_command(flags)
+
+
 def list_command(flags: argparse.Namespace) -> int:
     """Print the notebooks in reading order: number, last wall time, whether it is up to date, title."""
     plan = runner.make_plan(resolved(flags))
@@ -291,7 +306,8 @@ def figures_command(flags: argparse.Namespace) -> int:
 def one_command(asked: argparse.Namespace) -> int:
     """Do for one run what the flags ask for, once they are in force."""
     flags = in_force(asked)
-    return (list_command if flags.list else figures_command if flags.figures else run_command)(flags)
+    run = run_default if flags.may_fall_back else run_command
+    return (list_command if flags.list else figures_command if flags.figures else run)(flags)
 
 
 def models_command(flags: argparse.Namespace) -> int:

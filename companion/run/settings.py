@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from companion.prompts.pairs import Pair
     from companion.prompts.public import Request, Wrapper
 
+RESERVED = ("embedded", smollm2.NAME, *smollm2.refusers())  # runs whose results are in the repository
+
 
 def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: str | None) -> str:
     """The run's name, as given or by default; `given` are its wrappers.
@@ -38,6 +40,8 @@ def slug(found: Mapping[str, Any], name: str | None, judge: str | None, given: s
     Raises InputError for a name that cannot be, and for that of a run with another model, prompt set, wrappers or judge.
     """
     chosen = check_slug(default_slug(found, judge, given) if name is None else name)
+    if chosen in RESERVED and chosen != default_slug(found, judge, given):
+        raise InputError(f"--name {chosen} is the run of that model, whose results are kept: choose another name")
     before = freshness.recall(paths.RESULTS / chosen, runner.MADE_FROM)
     for kind, now in made_from(found, judge, given).items():
         if before.get(kind, now) != now:

@@ -226,6 +226,23 @@ def test_every_entry_of_a_list_gets_its_own_folders(toy: Toy, tmp_path: Path) ->
     assert "--models goes without --pairs" in refused(toy, "--models", str(path), "--pairs", "30")
 
 
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [((), True), (("--only", "02"), True), (("--name", "x"), False), (("--model", "smollm2"), False)],
+)
+def test_without_its_model_the_default_command_runs_the_embedded_one_and_says_so_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], asked: bool
+) -> None:
+    ran = []
+    monkeypatch.setattr(cli.smollm2, "fetch_smollm2", Mock(side_effect=InputError("no network")))
+    monkeypatch.setattr(cli, "run_command", lambda flags: ran.append((flags.model, flags.prompts, flags.only)) or 0)
+    assert cli.one_command(cli.parse(flags)) == 0
+    only = flags[1] if flags[:1] == ("--only",) else None
+    assert ran == ([("embedded", "embedded", only)] if asked else [(cli.parse(flags).model, "english", None)])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "no network" in line] == said[:1] + said[-1:] if asked else not said
+
+
 WRONG = {
     "models:\n- {modle: a}": "entry 1: expected keys of model, adapter, prompts",
     "models:\n- {name: 2024-01-01}": "'name' must be a text or a whole number (quote a date), not datetime.date(2024, 1, 1)",
@@ -233,6 +250,7 @@ WRONG = {
     "models:\n- {pairs: 5}": "entry 1: --pairs 5: expected 10",
     "models:\n- {pairs: 20, name: a}\n- {name: A, pairs: 30}": "entry 2: another is named 'A' as well",
     "models:\n- {name: ../x, pairs: 20}": "entry 1: '../x' cannot name a run",
+    "models:\n- {name: embedded, pairs: 20}": "entry 1: --name embedded is the run of that model",
     "models:\n- {model: nowhere}": "entry 1: no model 'nowhere'",
     "models:\n- {prompts: xstest, wrappers: nowhere.jsonl}": "nowhere.jsonl: expected a file of JSON lines",
     "models:\n- {wrappers: models.yml}": "models.yml, line 1: broken JSON",
