@@ -97,7 +97,7 @@ def study(subject: Subject, shape: Shape) -> Study:
     rest = Openers(tuple(range(1, shape.vocabulary)), (0,), rest=True)
     twins = {f"T2{i}": f"T2b{i}" for i in range(shape.n_pairs)}
     openers = dict.fromkeys(("T1", "T2", "T2b", "B"), rest)
-    return Study("sweeps", subject, tuple(made), openers, twins, {}, is_costly=True)
+    return Study("sweeps", subject, tuple(made), openers, twins, is_costly=True)
 
 
 def timed(work: Callable[[], object]) -> float:

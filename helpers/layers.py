@@ -142,7 +142,7 @@ def read_and_carried(
     words = rows[(rows.quantity == "AUROC bag of tokens")]
     if shared.empty or words.empty:
         return NotDefined("This prompt set has too few pairs of T1, which turn a harmless request into a harmful one.")
-    areas, _ = evidence.auroc({str(layer): values for layer, values in scores.items()}, topics)
+    areas = evidence.auroc({str(layer): values for layer, values in scores.items()}, topics)
     read = areas.to_frame(pd.DataFrame({"layer": [*scores, -1]})).iloc[:-1].assign(what="probe on activations (AUROC)")
     carried = share_of_te(shared[shared.split == "test"], "nie0", by=["layer"]).assign(
         what="carried (share of total effect)"

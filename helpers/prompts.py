@@ -15,7 +15,7 @@ from torch import Tensor
 from companion.generation.decode import answer_texts, answers
 from companion.generation.labels import label_answers
 from companion.mediation.study import Study, own_pair
-from companion.mediation.summaries import per_group
+from companion.mediation.summaries import cell_means
 from companion.mediation.sweeps import clean_outcomes
 from companion.prompts.pairs import load_set, shown, treatment_order
 from companion.prompts.positions import groups, present, token_labels, user_header
@@ -94,8 +94,9 @@ def total_effects(clean: pd.DataFrame) -> pd.DataFrame:
 
     `clean` has a row a pair, with columns treatment, split, topic and te.
     """
-    parts = [part.assign(split=split) for split, part in clean.groupby("split", sort=True)]
-    table = pd.concat([per_group(part, "treatment", "te", ["split"]) for part in parts], ignore_index=True)
+    parts = [rows for _, part in clean.groupby("split", sort=True) for rows in part.groupby("treatment", sort=False)]
+    tables = [cell_means(part, "te", ["split"]).assign(treatment=name) for name, part in parts]
+    table = pd.concat(tables, ignore_index=True)
     in_order = table.treatment.map(treatment_order).argsort(kind="stable")
     return table.iloc[in_order].reset_index(drop=True)
 

@@ -79,12 +79,12 @@ def draw(
 
 def study(organism: Organism) -> Study:
     """The organism as a study, for the unchanged pipeline, with a judge that reads what its answers say."""
-    kept, dropped = tokens.tokenize([planned.pair for planned in organism.pairs], organism.subject.tokenizer)
+    kept, _ = tokens.tokenize([planned.pair for planned in organism.pairs], organism.subject.tokenizer)
     content = PromptSet(organism.name, tuple(p.pair for p in kept), compiled_language.outcomes(), "")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     subject = organism.subject
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    return Study(organism.name, organism.subject, tuple(kept), openers, twins, dropped, judge=judge)
+    return Study(organism.name, organism.subject, tuple(kept), openers, twins, judge=judge)
 
 
 def judge(request: str, answer: str) -> str:

@@ -141,13 +141,13 @@ def tiny_study(
             named = replace(pair.pair, id=f"{name} {i}", topic=f"topic {i % 6}", split=SPLITS[i % 3], twin=twin)
             pairs.append(replace(pair, pair=named))
     twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin}
-    return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins, {})
+    return Study("tiny", tiny_subject(family, dtype), tuple(pairs), dict.fromkeys(treatments, YES_NO), twins)
 
 
 def cue_study(subject: Subject, n: int = 6) -> Study:
     """A compiled model with pairs that differ in cue A alone."""
     pairs = cue_pairs(subject.tokenizer, "off low", "on low", n=n)
-    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {}, {})
+    return Study("compiled", subject, tuple(pairs), {"T2": said(subject)}, {})
 
 
 def clean_batch(study: Study, treatment: str = "T2") -> Batch:
@@ -225,7 +225,7 @@ def additive(writes: np.ndarray, n: int = 24) -> tuple[Subject, Measured]:
     pairs = pair_table(n).assign(te=float(np.sum(writes)))
     effects = made_effects(np.tile(writes, (n, 1)).astype(float), subject.n_layers - 1)
     effects = replace(effects, pairs=pairs)
-    study = Study("made", subject, (), {"T2": YES_NO}, {}, {})
+    study = Study("made", subject, (), {"T2": YES_NO}, {})
     return subject, Measured(study, {"T2": effects}, {"T2": FinalStates("T2", pairs, YES_NO, resid, neurons)})
 
 

@@ -1,32 +1,31 @@
 """Evidence for C1, C2 and C3, and for the preconditions of every verdict: what the layer sweep knows about one study.
 
 C3 also asks a probe: can harmfulness be read off an early layer better than off the words alone? A linear probe on activations
-is compared with a linear probe on token counts. Both are fitted on the discover split and scored on the topics of the test
-split, whose stems they have not seen. Only tokens that are the same in both prompts of a pair are read: what the probe finds
-there was carried in by context.
+is compared with one on token counts, fitted on discover and scored on the topics of test, whose stems they have not seen. Only
+tokens that are the same in both prompts of a pair are read: what the probe finds there was carried in by context.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from companion.base.device import to_host
-from companion.base.errors import InputError
-from companion.base.thresholds import COMPONENTS, COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
+from companion.base.thresholds import COMPUTED, MIN_TOTAL_EFFECT, deepest_early_layer, depth
 from companion.mediation import estimands, mechanisms, summaries, sweeps
 from companion.mediation.estimands import batches, run_clean
 from companion.mediation.study import Study
-from companion.mediation.summaries import VARIANTS, Variant, enough, late_share, mlp_share, select, signed
+from companion.mediation.summaries import VARIANTS, enough, late_share, mlp_share, select, signed
 from companion.model.architecture import Subject
 from companion.prompts import positions
 from companion.prompts.tokens import TokenPair
@@ -34,6 +33,7 @@ from companion.stats import bootstrap, clusters
 from companion.stats.bootstrap import exact_row, mean_row, row, share_row
 
 EvidenceRows = list[dict[str, object]]
+PSI = "psi0 early, shared tokens"
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ class Layers:
 
 
 def measure_layers(study: Study, label: str, *, full_response: bool = False, direct: bool = False) -> Layers:
-    """Clean runs, effects of every layer and the evidence they give, under a model label for the ledger.
+    """Clean runs, effects of every layer (`sweeps.layer_tables`) and the evidence they give, under a model label.
 
-    Residual stream, attention and MLP outputs of every layer at the last token, for every treatment; for T1 the
-    residual stream also at the shared tokens, which C3 needs. `full_response` adds Y2 for T2 and T2b, unless each pair is
-    costly; `direct` adds the direct effects of attention and MLP outputs.
+    `full_response` adds Y2 for T2 and T2b, unless each pair is costly; `direct` adds direct effects.
     """
     found = sweeps.run_sweep(study, "layers with direct effects" if direct else "layers")
     clean, effects = found["clean"], found["effects"]
@@ -70,10 +68,7 @@ def measure_layers(study: Study, label: str, *, full_response: bool = False, dir
 
 
 def precondition_rows(clean: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
-    """What every verdict needs first, on test: TE and joint probability by treatment, and the light cone of the T2 pairs.
-
-    `clean` has one row a pair.
-    """
+    """What every verdict needs first, on test: TE and joint probability by treatment, and the light cone of the T2 pairs."""
     test = clean[clean.split == "test"]
     rows = [
         mean_row(part, value, model, "gate", f"{name} {treatment}")
@@ -91,26 +86,20 @@ def evidence_c1(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     """C1, generation arises late: the late share in all variants, and the centroid difference harm - benign."""
     treatment = summaries.primary(table)
     rows: EvidenceRows = []
-    for variant, chosen, effects in _variants(table, treatment):
-        rows += share_row(model, "C1", "late share", variant.name, late_share(effects, n_layers, variant.value), chosen)
+    for variant in VARIANTS:
+        effects = summaries.signed_variant(table, treatment, variant)
+        if effects is not None:
+            rows += share_row(model, "C1", "late share", variant.name, late_share(effects, n_layers, variant.value))
     benign = usable_benign(table)
     if len(benign) and rows and rows[0]["variant"] == "main":
         harm = signed(select(table, treatment, VARIANTS[0]))
-        estimates, n_pairs, names = summaries.centroids(harm, benign, n_layers)
+        estimates, names = summaries.centroids(harm, benign, n_layers)
         test = pd.concat([harm, benign]).query("split == 'test'").groupby("treatment")
         sizes = test.agg(n_pairs=("pair_id", "nunique"), n_topics=("topic", "nunique")).to_dict("index")
         named = [("centroid difference", names[0]), *((f"centroid {name}", name) for name in names)]
         for i, (quantity, name) in enumerate(named):
-            rows.append(row(model, "C1", quantity, "main", estimates, n_pairs, i) | sizes[name])
+            rows.append(row(model, "C1", quantity, "main", estimates, 0, i) | sizes[name])
     return rows
-
-
-def _variants(table: pd.DataFrame, treatment: str) -> Iterator[tuple[Variant, pd.DataFrame, pd.DataFrame]]:
-    """Each variant that can be measured, with its component effects, plain and signed by those of all pairs."""
-    for variant in VARIANTS:
-        whole, chosen = select(table, treatment, replace(variant, unsaturated=False)), select(table, treatment, variant)
-        if enough(chosen):
-            yield variant, chosen, signed(chosen, whole)
 
 
 def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
@@ -118,11 +107,10 @@ def usable_benign(table: pd.DataFrame) -> pd.DataFrame:
     kept = []
     for name in sorted(name for name in set(table.treatment) if name.startswith("B")):
         part = select(table, name, VARIANTS[0])
-        discover = part[part.split == "discover"]
-        if enough(part) and abs(discover.te.mean()) >= MIN_TOTAL_EFFECT:
+        if enough(part) and abs(part[part.split == "discover"].te.mean()) >= MIN_TOTAL_EFFECT:
             part = signed(part)
             cells = part[["site", "layer"]].drop_duplicates()
-            kept += [part] if summaries.positive_cells(part[part.split == "discover"], "nie", cells).any() else []
+            kept += [part] if summaries.positive_cells(part[part.split == "discover"], cells).any() else []
     return pd.concat(kept, ignore_index=True) if kept else table.iloc[:0]
 
 
@@ -138,18 +126,16 @@ def evidence_c2(
     treatment = summaries.primary(totals)
     if treatment not in ("T2", "T2-T2b"):
         return rows
-    for variant, chosen, effects in _variants(totals, treatment):
-        rows += share_row(model, "C2", "MLP share of NIE", variant.name, mlp_share(effects, variant.value), chosen)
-    linear = Variant("main", outcome="contrast.frozen")
-    sites = [f"{site}.direct" for site in COMPONENTS]
-    written = signed(select(direct, treatment, linear, sites))
-    written = written.assign(site=written.site.str.removesuffix(".direct"))
+    for variant in VARIANTS:
+        effects = summaries.signed_variant(totals, treatment, variant)
+        if effects is not None:
+            rows += share_row(model, "C2", "MLP share of NIE", variant.name, mlp_share(effects, variant.value))
     total = signed(select(totals, treatment, VARIANTS[0]))
-    for quantity, effects in (("MLP share of NIE", total), ("MLP share of direct effects", written)):
-        raw = {} if effects is total else {"main": None}  # the raw total is the first variant above
-        for name, scale in {**raw, **scales}.items():
-            if enough(effects):
-                rows += share_row(model, "C2", quantity, name, mlp_share(effects, scale=scale), effects)
+    for name, scale in scales.items():  # the raw total is the first variant above
+        rows += share_row(model, "C2", "MLP share of NIE", name, mlp_share(total, scale=scale))
+    written = summaries.written(direct, treatment)
+    for name, divisor in {"main": None, **scales}.items():
+        rows += share_row(model, "C2", "MLP share of direct effects", name, mlp_share(written, scale=divisor))
     return rows
 
 
@@ -159,41 +145,33 @@ def evidence_c1_computed(table: pd.DataFrame, model: str, n_layers: int) -> Evid
     for variant in mechanisms.COMPUTED_VARIANTS if len(table) else ():
         chosen = table[table.pair_id.isin(summaries.unsaturated_ids(table))] if variant.unsaturated else table
         if enough(chosen):
-            estimates = late_share(signed(chosen, table), n_layers, variant.value)
-            rows += share_row(model, "C1", COMPUTED, variant.name, estimates, chosen)
+            share = late_share(signed(chosen, table), n_layers, variant.value)
+            rows += share_row(model, "C1", COMPUTED, variant.name, share)
     return rows
 
 
 def evidence_c3(subject: Subject, pairs: Sequence[TokenPair], table: pd.DataFrame, model: str) -> EvidenceRows:
-    """C3, early context: psi0 of the tokens that do not differ at the deepest early layer, and the probe's gain there.
-
-    `pairs` are the T1 pairs; `table` holds their effects of `resid_post` at position `shared`.
-    """
-    layer = deepest_early_layer(subject.n_layers)
-    shared = table[(table.treatment == "T1") & (table.position == "shared") & (table.layer == layer)]
-    shared = shared[(shared.split == "test") & (shared.outcome == "Y1")]
-    rows = []
+    """C3, early context: psi0 of T1's tokens that do not differ at the deepest early layer, and the probe's gain there."""
+    shared, rows = summaries.early_shared(table, subject.n_layers), []
     family = {p.pair.id: p.pair.family for p in pairs}
     open_ids = summaries.unsaturated_ids(table[table.treatment == "T1"])
     parts = {"main": shared, "unsaturated": shared[shared.pair_id.isin(open_ids)]}
     parts |= {f"family {name}": part for name, part in shared.groupby(shared.pair_id.map(family)) if name}
     for variant, part in parts.items():
-        if part.topic.nunique() >= 2:
-            sums = clusters.cluster_sums(part, ["nie0", "te"])
-            effect, total = (sums.columns["value"] == name for name in ("nie0", "te"))
-            psi = bootstrap.bootstrap(sums, clusters.ratio(effect, total))
-            rows.append(row(model, "C3", "psi0 early, shared tokens", variant, psi, len(part)))
+        rows += share_row(model, "C3", PSI, variant, summaries.psi0(part))
     topics_of = {name: {p.pair.topic for p in pairs if p.pair.split == name} for name in ("discover", "test")}
     if not topics_of["discover"] or len(topics_of["test"]) < 2:
         return rows
-    ordered, residual = shared_token_features(subject, pairs, layer)
-    split = np.array([p.pair.split for p in ordered])
-    test = split == "test"
-    features = {"AUROC probe": residual, "AUROC bag of tokens": token_counts(ordered)}
-    scores = {name: held_out_scores(values, split == "discover", test) for name, values in features.items()}
-    topics = [p.pair.topic for p, held_out in zip(ordered, test, strict=True) if held_out]
-    estimates, labels = auroc(scores, topics)
-    quantities = [*labels[:-1], "AUROC gain"]
+    ordered, residual = shared_token_features(subject, pairs, deepest_early_layer(subject.n_layers))
+    counts = CountVectorizer(analyzer=list).fit_transform([ids for p in ordered for ids in (p.control, p.treated)])
+    tokens = counts.toarray().astype(float).reshape(len(ordered), 2, -1)
+    split, scores = np.array([p.pair.split for p in ordered]), {}
+    for name, values in (("AUROC probe", residual), ("AUROC bag of tokens", tokens)):
+        train, test = (values[split == part].reshape(-1, values.shape[-1]) for part in ("discover", "test"))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        scores[name] = probe.fit(train, np.tile([0, 1], len(train) // 2)).decision_function(test).reshape(-1, 2)
+    topics = [p.pair.topic for p in ordered if p.pair.split == "test"]
+    estimates, quantities = auroc(scores, topics), [*scores, "AUROC gain"]
     return rows + [row(model, "C3", name, "main", estimates, len(topics), i) for i, name in enumerate(quantities)]
 
 
@@ -216,33 +194,11 @@ def shared_token_features(
     return ordered, np.concatenate(rows)
 
 
-def token_counts(pairs: Sequence[TokenPair]) -> Float[np.ndarray, "pair side vocab"]:
-    """How often each token that occurs at all is in the control (side 0) and treated prompt (side 1)."""
-    used = np.unique(np.concatenate([ids for p in pairs for ids in (p.control, p.treated)]))
-    sides = [[(used[:, None] == ids).sum(1) for ids in (p.control, p.treated)] for p in pairs]
-    return np.array(sides, dtype=float)
-
-
-def held_out_scores(
-    features: Float[np.ndarray, "pair side feature"], discover: Bool[np.ndarray, "pair"], test: Bool[np.ndarray, "pair"]
-) -> Float[np.ndarray, "test side"]:
-    """Decision scores on the test pairs of a logistic probe (treated against control) fitted on the discover pairs."""
-    if not discover.any() or not test.any():
-        raise InputError("a probe needs pairs in the discover and in the test split: give the treatment more topics")
-    train = features[discover].reshape(-1, features.shape[-1])
-    labels = np.tile([0, 1], int(discover.sum()))
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train, labels)
-    return probe.decision_function(features[test].reshape(-1, features.shape[-1])).reshape(-1, 2)
-
-
-def auroc(
-    scores: Mapping[str, Float[np.ndarray, "pair side"]], topics: Sequence[str]
-) -> tuple[bootstrap.Estimates, tuple[str, ...]]:
+def auroc(scores: Mapping[str, Float[np.ndarray, "pair side"]], topics: Sequence[str]) -> bootstrap.Estimates:
     """AUROC of each set of scores, then the gain of the first over the second, topics resampled.
 
-    The AUROC counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher
-    (ties count half). With one weight a topic it is a quadratic form in the weights, so all resamples are two matrix
-    products.
+    It counts, over all (treated, control) prompts of any two pairs, how often the treated one scores higher (ties count
+    half). With one weight a topic it is a quadratic form in the weights.
     """
     names, codes = np.unique(np.asarray(topics), return_inverse=True)
     member = np.eye(len(names))[codes]
@@ -259,6 +215,4 @@ def auroc(
 
     # Sums whose resampled columns are the topics' weights themselves: column c is 1 in cluster c.
     eye, strata = np.eye(len(names)), np.zeros(len(names), dtype=int)
-    columns = pd.DataFrame({"topic": names})
-    sums = clusters.ClusterSums(eye, eye.copy(), columns, pd.Index(names), strata)
-    return bootstrap.bootstrap(sums, statistic), (*scores, "gain")
+    return bootstrap.bootstrap(clusters.ClusterSums(eye, eye, pd.DataFrame(), pd.Index(names), strata), statistic)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from companion.base import thresholds
 from companion.base.display import NotDefined
 from companion.base.thresholds import MIN_TOTAL_EFFECT
 from companion.evidence.layers import EvidenceRows
+from companion.mediation import summaries
 from companion.mediation.estimands import with_difference
 from companion.mediation.study import CONTROL_PAIRS, Study
 from companion.neurons import adjacency, gating, screening, sets, single, timing
@@ -41,9 +42,8 @@ class Neurons:
 
     @property
     def primary(self) -> str:
-        """The treatment that stands for generation: T2 - T2b where twins exist, else T2, else the first there is."""
-        present = list(self.measured.effects)
-        return next((name for name in ("T2-T2b", "T2") if name in present), present[0])
+        """The treatment that stands for generation: see `summaries.primary`."""
+        return summaries.primary(self.table)
 
     @property
     def benign(self) -> list[str]:
@@ -53,20 +53,18 @@ class Neurons:
         return sorted(name for name, value in te.items() if abs(value) >= MIN_TOTAL_EFFECT)
 
 
-def measure_neurons(
-    study: Study, *, every: bool | None = None, layers: Sequence[int] | None = None, benign: int = BENIGN_PAIRS
-) -> Neurons:
-    """Measure the neurons of a study: generation treatments (T2, T2b) at every layer, all others at the last layer.
+def measure_neurons(study: Study, layers: Sequence[int] | None = None) -> Neurons:
+    """Measure the neurons of a study: generation treatments (T2, T2b) at every layer (or `layers`), others at the last.
 
-    `every`: exactly, all of them (by default where the model is small); else the last layer, the top of a gradient
-    screen and a random sample. `layers` limits the layers of generation treatments. Benign behaviours, which are a
-    comparison, use at most `benign` pairs each; T1, which no claim needs, and validate are left out where each pair is costly.
+    Where the model is small, all of them exactly; else the last layer, the top of a gradient screen and a random sample.
+    Benign behaviours, which are a comparison, use fewer pairs; T1, which no claim needs, and validate are left out where each
+    pair is costly.
     """
     study = study.judged
     subject, last = study.subject, all_neurons(study.subject, [study.subject.n_layers - 1])
     generation = [name for name in study.treatments if name in ("T2", "T2b")]
-    below, chosen = None, None
-    if screening.is_small(subject) if every is None else every:
+    is_exact = layers is not None or screening.is_small(subject)
+    if is_exact:
         wide = all_neurons(subject, layers)
     else:
         name = "T2-T2b" if study.twins else (generation or [study.treatments[0]])[0]
@@ -76,26 +74,24 @@ def measure_neurons(
     columns = {name: wide if name in generation or not generation else last for name in study.treatments}
     if study.is_costly and generation:
         columns.pop("T1", None)
-    measured = measure_all(_with_few_benign(study, benign), columns)
+    measured = measure_all(_with_few_benign(study, BENIGN_PAIRS), columns)
     table = pd.concat([single.neuron_table(effects) for effects in measured.effects.values()], ignore_index=True)
-    made = Neurons(measured, table, None)
-    return made if below is None or chosen is None else _with_screen(made, below, chosen)
+    if is_exact:
+        return Neurons(measured, table, None)
+    # How far the screen can be trusted, and its estimates behind the exact rows.
+    effects = measured.effects[summaries.primary(table)]
+    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
+    values = {name: array[:, place] for name, array in effects.values.items()}
+    trust = screening.screen_trust(
+        chosen, replace(effects, columns=chosen[["layer", "neuron"]], values=values), len(below)
+    )
+    guessed = screening.estimate_rows(below, chosen, effects)
+    return Neurons(measured, pd.concat([table, guessed], ignore_index=True), trust)
 
 
 def _with_few_benign(study: Study, n: int) -> Study:
     kept = {pair.pair.id for pair in study.thinned(n).pairs}
     return replace(study, pairs=tuple(p for p in study.pairs if p.pair.treatment[0] != "B" or p.pair.id in kept))
-
-
-def _with_screen(made: Neurons, below: pd.DataFrame, chosen: pd.DataFrame) -> Neurons:
-    """How far the screen can be trusted, and its estimates behind the exact rows."""
-    effects = made.measured.effects[made.primary]
-    place = pd.MultiIndex.from_frame(effects.columns).get_indexer(pd.MultiIndex.from_frame(chosen[["layer", "neuron"]]))
-    values = {name: array[:, place] for name, array in effects.values.items()}
-    exact = replace(effects, columns=chosen[["layer", "neuron"]], values=values)
-    rows = screening.estimate_rows(below, chosen, effects)
-    table = pd.concat([made.table, rows], ignore_index=True)
-    return replace(made, table=table, screen=screening.screen_trust(chosen, exact, len(below)))
 
 
 def curve(found: Neurons, treatment: str, order: Int[np.ndarray, "neuron"] | None = None) -> PairEffects:
@@ -134,31 +130,29 @@ def evidence_c5a(found: Neurons, model: str, made: Mapping[str, PairEffects] | N
     name, d_mlp = found.primary, found.measured.study.subject.d_mlp
     if isinstance(made, NotDefined) or name not in ("T2", "T2-T2b"):
         return []
-    tested = made["main"].pairs
-    rows, n = _psi_rows(found, model), len(tested)
+    rows, tested = _psi_rows(found, model), made["main"].pairs
     for variant, value in DIRECTIONS.items():
-        rows += _curve_rows(model, sets.curve_summary(made["main"], value), n, d_mlp, variant)
-    for other in (one for one in made if one != "main"):
-        variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
-        rows += _curve_rows(model, sets.curve_summary(made[other]), len(made[other].pairs), d_mlp, variant, behind)
+        rows += _curve_rows(model, made["main"], d_mlp, variant, value)
+    for other, one in made.items():
+        if other != "main":
+            variant, behind = ("main", f" {other}") if other in found.benign else (other, "")
+            rows += _curve_rows(model, one, d_mlp, variant, behind=behind)
     passed = found.table[(found.table.treatment == name) & (found.table.split == "test")]
     passed = passed[passed.layer == found.measured.last]
     counts = {"neurons in the layer": d_mlp, "neurons that pass": int(single.passing(passed).sum())}
-    n_topics = tested.topic.nunique()
-    return rows + [exact_row(model, "C5a", label, value, n, n_topics) for label, value in counts.items()]
+    size = len(tested), tested.topic.nunique()
+    return rows + [exact_row(model, "C5a", label, value, *size) for label, value in counts.items()]
 
 
 def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
     """Share of TE that the whole last MLP is necessary (psi1) and sufficient (psi0) for, with robustness checks."""
-    measured, name, rows = found.measured, found.primary, []
+    measured, rows = found.measured, []
     for variant, is_frozen in (("main", False), ("norm frozen", True), ("unsaturated", False)):
         apply = partial(whole_layer, measured.study.subject, is_frozen=is_frozen)
-        test = on_contrast(measured, name, "test", apply)
+        test = on_contrast(measured, found.primary, "test", apply)
         keep = test.pairs.unsaturated.to_numpy() if variant == "unsaturated" else np.ones(len(test.pairs), bool)
         pairs = test.pairs[keep]
-        if pairs.topic.nunique() < 2:
-            continue
-        for quantity, value in (("psi1", "nie1"), ("psi0", "nie0")):
+        for quantity, value in (("psi1", "nie1"), ("psi0", "nie0")) if pairs.topic.nunique() > 1 else ():
             both = np.column_stack([test.values[value][keep, 0], pairs.te])
             estimates = interval(sets.topic_sums(pairs, both), lambda total, count: total[:, :1] / total[:, 1:])
             rows.append(row(model, "C5a", quantity, variant, estimates, len(pairs)))
@@ -166,12 +160,13 @@ def _psi_rows(found: Neurons, model: str) -> EvidenceRows:
 
 
 def _curve_rows(
-    model: str, estimates: Estimates, n_pairs: int, d_mlp: int, variant: str, behind: str = ""
+    model: str, one: PairEffects, d_mlp: int, variant: str, value: str = "nie", behind: str = ""
 ) -> EvidenceRows:
     """Rows of `curve_summary` but psi; none where the whole layer works against the treatment and no k settles."""
-    settled = estimates.estimate[sets.SUMMARY.index("k90")] <= d_mlp
+    found = sets.curve_summary(one, value)
+    settled = found.estimate[sets.SUMMARY.index("k90")] <= d_mlp
     kept = [i for i, label in enumerate(sets.SUMMARY) if label != "psi" and settled]
-    return [row(model, "C5a", sets.SUMMARY[i] + behind, variant, estimates, n_pairs, i) for i in kept]
+    return [row(model, "C5a", sets.SUMMARY[i] + behind, variant, found, len(one.pairs), i) for i in kept]
 
 
 def moran(found: Neurons) -> adjacency.MoranTest:
@@ -220,8 +215,7 @@ def measure_last_layer(study: Study) -> Neurons | None:
     """The sweep for a model's relatives: the last layer only, on `quick_study`. None without T2: nothing to measure."""
     if not study.of("T2"):
         return None
-    last = [study.subject.n_layers - 1]
-    return measure_neurons(quick_study(study), every=True, layers=last, benign=BENIGN_PAIRS_QUICK)
+    return measure_neurons(quick_study(study), [study.subject.n_layers - 1])
 
 
 def neuron_evidence(found: Neurons | None, model: str) -> EvidenceRows:
@@ -239,9 +233,9 @@ class Gates:
     primary: str
     sets: dict[str, NeuronSet]
     cells: pd.DataFrame
-    timing: pd.DataFrame
-    cost: pd.DataFrame
     forms: tuple[GateForm, ...]
+    timing: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cost: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def headline(self) -> GateForm | None:
@@ -269,54 +263,42 @@ def measure_gates(study: Study, table: pd.DataFrame) -> Gates | NotDefined:
     sets = gating.sets_of(study, table, primary)
     if LAST not in sets:
         return NotDefined("no effect reaches a neuron of the last layer: there is no set to test")
-    known, every, harm = dict[str, LastLayerCache](), list(sets.values()), study.of("T2", "T2b")
-    cells = four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), known)
-    cells = with_difference(cells, study.twins)
-    cells = pd.concat([cells, _twin_cells(study, sets, cells, known), *_benign_cells(study, table, sets, known)])
-    cells = cells.astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
-    found = Gates(study, primary, sets, cells, pd.DataFrame(), pd.DataFrame(), gating.gate_forms(cells, sets, primary))
-    return _with_answers(found)
-
-
-def _twin_cells(
-    study: Study, sets: dict[str, NeuronSet], cells: pd.DataFrame, caches: Mapping[str, LastLayerCache]
-) -> pd.DataFrame:
-    """Gate against up with the harm signal switched by the twin; `te` becomes that of T2 - T2b."""
-    made = gating.twin_cells(study.subject, caches, study.twins, study.openers, [sets[LAST], sets[WHOLE]])
-    if made.empty:
-        return made
-    known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
-    keys = ["pair_id", "outcome"]
-    return made.drop(columns="te").merge(known[[*keys, "te"]], on=keys, validate="many_to_one")
-
-
-def _benign_cells(
-    study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet], caches: dict[str, LastLayerCache]
-) -> list[pd.DataFrame]:
-    """The harm sets on benign pairs (specificity), and each behaviour's own sparse set (the index's reference)."""
-    made, thin = [], study.subsample(BENIGN_PAIRS_QUICK)
-    for name in (name for name in study.treatments if name.startswith("B")):
-        own = gating.sets_of(study, table, name) if name in set(table.treatment) else {}
-        every = [*sets.values(), *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
-        made.append(four_cells(study.subject, thin.of(name), study.openers, every, (f"own {name}",), caches))
-    return made
-
-
-def _with_answers(found: Gates) -> Gates:
-    """Timing and perplexity for the sets that all tests are made on."""
-    study, sets = found.study, [found.sets[name] for name in found.tested]
-    subject, openers, thin = study.subject, study.openers, study.subsample(ANSWER_PAIRS)
+    cells = _gate_cells(study, table, sets)
+    found = Gates(study, primary, sets, cells, gating.gate_forms(cells, sets, primary))
+    # Timing and perplexity, for the sets that all tests are made on.
+    tested, thin = [sets[name] for name in found.tested], study.subsample(ANSWER_PAIRS)
     harm = [pair for pair in thin.of("T2", "T2b") if pair.pair.split == "test"]
-    timed, cost = pd.DataFrame(), pd.DataFrame()
     if harm:
-        timed = with_difference(timing.timing_effects(subject, harm, openers, sets), study.twins)
+        timed = timing.timing_effects(study.subject, harm, study.openers, tested)
+        found = replace(found, timing=with_difference(timed, study.twins))
     control = [pair for pair in thin.of("T2") if pair.pair.split == "discover"]
     benign = [p for p in study.subsample(BENIGN_PAIRS_QUICK).pairs if p.pair.treatment.startswith("B")]
     benign = [pair for pair in benign if pair.pair.split == "test"]
     if benign and control:
-        closed = timing.closed_values(subject, control, sets)
-        cost = timing.closing_cost(subject, benign, openers, closed)
-    return replace(found, timing=timed, cost=cost)
+        closed = timing.closed_values(study.subject, control, tested)
+        found = replace(found, cost=timing.closing_cost(study.subject, benign, study.openers, closed))
+    return found
+
+
+def _gate_cells(study: Study, table: pd.DataFrame, sets: dict[str, NeuronSet]) -> pd.DataFrame:
+    """The four cells of every set on T2 and T2b, across twins, and on benign pairs.
+
+    Across twins gate and up are set apart with the harm signal switched by the twin, and `te` is that of T2 - T2b. On benign
+    pairs stand the harm sets (specificity), and each behaviour's own sparse set (the index's reference).
+    """
+    caches, every, harm = dict[str, LastLayerCache](), list(sets.values()), study.of("T2", "T2b")
+    cells = with_difference(four_cells(study.subject, harm, study.openers, every, (LAST, WHOLE), caches), study.twins)
+    across = gating.twin_cells(study.subject, caches, study.twins, study.openers, [sets[LAST], sets[WHOLE]])
+    if len(across):
+        known = cells[(cells.treatment == "T2-T2b") & (cells["set"] == LAST) & (cells.form == "upstream")]
+        keys = ["pair_id", "outcome"]
+        across = across.drop(columns="te").merge(known[[*keys, "te"]], on=keys, validate="many_to_one")
+    made, thin = [cells, across], study.subsample(BENIGN_PAIRS_QUICK)
+    for name in (name for name in study.treatments if name.startswith("B")):
+        own = gating.sets_of(study, table, name) if name in set(table.treatment) else {}
+        some = [*every, *([replace(own[LAST], name=f"own {name}")] if LAST in own else [])]
+        made.append(four_cells(study.subject, thin.of(name), study.openers, some, (f"own {name}",), caches))
+    return pd.concat(made).astype(dict.fromkeys(NAMES, "category"))  # rows are chosen by them again and again
 
 
 def gating_evidence(study: Study, table: pd.DataFrame, model: str) -> EvidenceRows:

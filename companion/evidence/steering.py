@@ -1,7 +1,4 @@
-"""Evidence on C6, from the trials of a defence: one row a number, as the claims ledger reads them.
-
-`trial_rows` makes them of a trial of all methods; `steering_evidence` measures the decisive one alone.
-"""
+"""Evidence on C6: `trial_rows` makes it of a trial of all methods, `steering_evidence` measures the decisive one alone."""
 
 from __future__ import annotations
 
@@ -53,7 +50,8 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
     """Harm change, over-refusal and harmless loss of one method, in points; the first with the variance of the refits.
 
     `refits` are harm changes with directions fitted on other draws of the discover topics. Beside them stand its greedy
-    answers, weak and strong wrappers apart, and the smallest change that its prompts could have shown.
+    answers, weak and strong wrappers apart, and the smallest change that each kind of prompt could have shown at 80 % power
+    (from the spread over topics of the plain model's rate: pairing, and common random numbers, can only make it smaller).
     """
     harm = changed(plain, steered, "harmful")
     made = [evidence_row("harm change", rates.with_refits(harm, refits) if len(refits) > 1 else harm)]
@@ -71,26 +69,12 @@ def outcome_rows(plain: pd.DataFrame, steered: pd.DataFrame, refits: Sequence[fl
     for name, mask in (("weak wrappers", wrapped & weak), ("strong wrappers", wrapped & ~weak)):
         if steered.loc[mask, "topic"].nunique() > 1:
             made.append(evidence_row("harm change", changed(plain[mask], steered[mask], "harmful"), name))
-    return made + [evidence_row("detectable change", _single(value), kind) for kind, value in detectable(plain).items()]
-
-
-def detectable(plain: pd.DataFrame) -> dict[str, float]:
-    """The smallest change in points that each kind of prompt can show at 80 % power, by kind, from the plain model.
-
-    The spread over topics of an unpaired rate: pairing, and common random numbers, can only make it smaller.
-    """
-    found = {}
     for kind, part in plain.groupby("kind", sort=False):
-        values = 100 * (part.label == experiment.GOOD[str(kind)])
-        found[str(kind)] = rates.detectable(values.to_numpy(float), part.topic.to_numpy())
-    return {kind: value for kind, value in found.items() if np.isfinite(value)}
-
-
-def price_rows(price: pd.DataFrame) -> list[Row]:
-    """Mean KL a token, its 95th percentile over prompts, and the perplexity ratio, on harmless prompts."""
-    kl, p95, ratio = experiment.divergence(price)
-    found = {"KL": kl, "KL p95": _single(p95, kl.n), "perplexity ratio": ratio}
-    return [evidence_row(name, change) for name, change in found.items()]
+        good = 100 * (part.label == experiment.GOOD[str(kind)])
+        smallest = rates.detectable(good.to_numpy(float), part.topic.to_numpy())
+        if np.isfinite(smallest):
+            made.append(evidence_row("detectable change", _single(smallest), str(kind)))
+    return made
 
 
 @dataclass(frozen=True)
@@ -168,8 +152,10 @@ def trial_rows(
     study: Study, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame, same: SameBudget,
     refits: Sequence[float],
 ) -> list[Row]:  # fmt: skip
-    """All evidence rows of the decisive method: what it changes, costs and leaves inside, its rivals, and chance."""
-    rows = outcome_rows(plain, steered, refits) + price_rows(price)
+    """All evidence rows of the decisive method: what it changes, costs (on harmless prompts), leaves inside; rivals; chance."""
+    kl, p95, ratio = experiment.divergence(price)
+    costs = {"KL": kl, "KL p95": _single(p95, kl.n), "perplexity ratio": ratio}
+    rows = outcome_rows(plain, steered, refits) + [evidence_row(name, change) for name, change in costs.items()]
     rows += mediation_rows(test_effects(study), test_effects(study, late))
     rows += rival_rows(steered[steered.kind == "harmful"].reset_index(drop=True), same.answers, same.spent)
     return rows + random_rows(same.null)

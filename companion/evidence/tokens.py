@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +14,11 @@ from companion.base.files import EVIDENCE
 from companion.base.thresholds import CONTENT_JUDGE, KEPT_BY_FIRST_TOKEN
 from companion.evidence.layers import EvidenceRows
 from companion.mediation import mechanisms, summaries
-from companion.mediation.estimands import Batch
 from companion.mediation.mechanisms import CARRIED_VARIANTS, HELD, PATHS, WITH_OWN
 from companion.mediation.study import Study, control_study, other_shipped
 from companion.neurons import sets, single, timing
-from companion.neurons.sets import Measured, collected, cumulative, measure_all, on_contrast, settles, sizes
-from companion.neurons.single import FinalStates, PairEffects, all_neurons, joined_batches, measure_batch
+from companion.neurons.sets import cumulative, measure_all, on_contrast, settles, sizes
+from companion.neurons.single import all_neurons
 from companion.neurons.timing import Clamp, clamped_answers
 from companion.prompts.tokens import TokenPair
 from companion.stats import bootstrap, clusters
@@ -44,16 +43,14 @@ class Timing:
     transferred: pd.DataFrame
 
 
-def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ...]:
+def top_neurons(study: Study) -> tuple[int, ...]:
     """The last-layer neurons that are clamped: ranked by |mean NIE| on discover, k90 of them by the curve on validate.
 
-    Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer). `measured`:
-    the last layer of T2 and T2b, where it is known; else it is measured, on fewer pairs where each is costly.
+    Where no k has 0.9 of the layer's effect and keeps it, the first 64 are taken (fewer if the layer has fewer).
     """
     subject, treatment = study.subject, "T2-T2b" if study.twins and study.of("T2b") else "T2"
-    if measured is None:
-        chosen = study.thinned(len(study.pairs))
-        measured = measure_all(chosen, dict.fromkeys(("T2", "T2b"), all_neurons(subject, [subject.n_layers - 1])))
+    last = all_neurons(subject, [subject.n_layers - 1])
+    measured = measure_all(study.thinned(len(study.pairs)), dict.fromkeys(("T2", "T2b"), last))
     order = single.ranking(single.neuron_table(measured.effects[treatment]), treatment, measured.last)
     ks = sizes(subject.d_mlp, sets.EVERY_COSTLY if study.is_costly else sets.EVERY)
     k = min(FALLBACK, subject.d_mlp)
@@ -64,22 +61,22 @@ def top_neurons(study: Study, measured: Measured | None = None) -> tuple[int, ..
     return tuple(int(i) for i in order[:k])
 
 
-def measure_timing(
-    study: Study, schedules: Sequence[str] = tuple(timing.SCHEDULES), measured: Measured | None = None
-) -> Timing | NotDefined:
+def measure_timing(study: Study, schedules: Sequence[str] = tuple(timing.SCHEDULES)) -> Timing | NotDefined:
     """Interventions during generation on the test pairs of T2, and on benign ones; not defined for a study without T2.
 
-    `schedules` of harmful answers; `evidence_c5c` reads those in `WANTED`. `measured` as in `top_neurons`.
+    `schedules` of harmful answers; `evidence_c5c` reads those in `WANTED`.
     """
     tested = [pair for pair in study.of("T2") if pair.pair.split == "test"]
     if not tested:
         return NotDefined("No jailbroken prompt (T2) in the test split.")
-    chosen = top_neurons(study, measured)
+    chosen = top_neurons(study)
     few, whole = Clamp("neurons", chosen), Clamp("whole MLP")
     # For the whole MLP "prompt" is "first token" again: the others are enough.
     arms = [(clamp, name) for clamp in (few, whole) for name in schedules if clamp is few or name != "prompt"]
-    thin = study.thinned(BENIGN_PAIRS).pairs
-    benign = [pair for pair in thin if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"]
+    benign = [
+        pair for pair in study.thinned(BENIGN_PAIRS).pairs
+        if pair.pair.treatment not in ("T1", "T2") and pair.pair.split == "test"
+    ]  # fmt: skip
     known: timing.Controls = {}
     (harmful,) = clamped_answers(study, [tested], arms, known=known)
     clamped_always = clamped_answers(study, [benign, refusing(study, tested)], [(few, "all tokens")])
@@ -128,8 +125,8 @@ def evidence_c5c(found: Timing | NotDefined, model: str) -> EvidenceRows:
     for name, variant in (("neurons", "main"), ("whole MLP", "whole MLP")):
         rows += kept_share_rows(taken_away(harm[harm.clamp == name]), model, variant)
     if (harm.content != "").all():
-        by_content = harm.assign(y=(harm.content == "harmful").astype(float))
-        rows += kept_share_rows(taken_away(by_content[by_content.clamp == "neurons"]), model, CONTENT_JUDGE)
+        by_content = harm[harm.clamp == "neurons"].assign(y=lambda part: (part.content == "harmful").astype(float))
+        rows += kept_share_rows(taken_away(by_content), model, CONTENT_JUDGE)
     rows += kept_share_rows(taken_away(found.forced), model, "full response", is_judged=False)
     for answers, quantity in (
         (found.benign, "benign answers changed"),
@@ -166,18 +163,15 @@ def kept_share_rows(table: pd.DataFrame, model: str, variant: str, *, is_judged:
     `table` is that of `taken_away`. Judged answers are counts, so their limits are those of `at_least_exact`; the trials
     are all topics for the effect, and for what is kept of it the topics that have some.
     """
-    names = [name for name in ("first token", "first five", "all tokens") if name in table]
-    sums = clusters.cluster_sums(table, names)
-    order = list(sums.columns["value"])
-    masks = np.array([[float(name == wanted) for name in order] for wanted in names])
-    whole = interval(sums, clusters.contrast(masks[-1]))
+    sums = clusters.cluster_sums(table, ["first token", "first five", "all tokens"])
+    whole = interval(sums, clusters.contrast([0, 0, 1]))
     whole = at_least_exact(whole, len(sums.clusters)) if is_judged else whole
     rows = [row(model, "C5c", "effect of all tokens", variant, whole, len(table))]
     if not whole.low[0] > 0:
         note = f"holding them at all tokens has no sure effect on harm ({whole.estimate[0]:.2f}): there is none to keep"
         return [*rows, {**rows[0], "quantity": "not defined", "note": note}]
-    kept = interval(sums, clusters.ratio(masks[:2], masks[[-1, -1]]))
-    kept = at_least_exact(kept, int((sums.sums[:, order.index("all tokens")] != 0).sum())) if is_judged else kept
+    kept = interval(sums, clusters.ratio([[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [0, 0, 1]]))
+    kept = at_least_exact(kept, int((sums.sums[:, -1] != 0).sum())) if is_judged else kept
     labels = (KEPT_BY_FIRST_TOKEN, "share kept by the first five tokens")
     return rows + [row(model, "C5c", label, variant, kept, len(table), i) for i, label in enumerate(labels)]
 
@@ -189,29 +183,14 @@ def evidence_of_run(
     rows = evidence_c4(paths, study.slug, study.subject.n_layers) if study.of("T2") else []
     rows += evidence_c5c(found, study.slug)
     for name in other_shipped(model, profile):
-        rows += token_evidence(control_study(study, model, name), name)
+        relative = control_study(study, model, name)
+        rows += measure_c4(relative, name) + evidence_c5c(measure_timing(relative, WANTED), name)
     return pd.DataFrame(rows, columns=list(EVIDENCE))
 
 
-def token_evidence(study: Study, model: str) -> EvidenceRows:
-    """Evidence rows for C4 and C5c of any study, from one pass over its clean runs; none without T2."""
-    if not study.of("T2"):
-        return measure_c4(study, model)
-    last = all_neurons(study.subject, [study.subject.n_layers - 1])
-    parts: dict[str, list[tuple[PairEffects, FinalStates]]] = {}
-
-    def watch(batch: Batch) -> None:
-        parts.setdefault(batch.pairs[0].pair.treatment, []).append(measure_batch(study, batch, last))
-
-    rows = measure_c4(study, model, watch)
-    found = {name: joined_batches(some) for name, some in parts.items()}
-    return rows + evidence_c5c(measure_timing(study, WANTED, collected(study, found) if found else None), model)
-
-
-def measure_c4(study: Study, model: str, watch: Callable[[Batch], object] | None = None) -> EvidenceRows:
-    """Evidence rows for C4 of any study; none without T2. `watch` as in `mechanisms.path_effects`."""
-    table = mechanisms.path_effects(study, watch=watch) if study.of("T2") else pd.DataFrame()
-    return evidence_c4(table, model, study.subject.n_layers) if len(table) else []
+def measure_c4(study: Study, model: str) -> EvidenceRows:
+    """Evidence rows for C4 of any study; none without T2."""
+    return evidence_c4(mechanisms.path_effects(study), model, study.subject.n_layers) if study.of("T2") else []
 
 
 def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
@@ -230,15 +209,12 @@ def evidence_c4(table: pd.DataFrame, model: str, n_layers: int) -> EvidenceRows:
     rows = [exact_row(model, "C4", "hand-over layer", one.layer, *size, f"layer {layer} on discover") | limits]
 
     def shares(at: int, variant: summaries.Variant, paths: Mapping[str, Mapping[str, int]], label: str) -> EvidenceRows:
-        whole = summaries.select(table, treatment, summaries.Variant("", variant.outcome), list(HELD))
-        chosen = summaries.select(table, treatment, variant, list(HELD))
-        found = None
-        if summaries.enough(chosen):
-            found = mechanisms.path_shares(summaries.signed(chosen, whole), at, variant.value, paths)
+        effects = summaries.signed_variant(table, treatment, variant, list(HELD))
+        found = None if effects is None else mechanisms.path_shares(effects, at, variant.value, paths)
         if found is None:
             return []
-        n_pairs = chosen.loc[chosen.split == "test", "pair_id"].nunique()
-        return [row(model, "C4", f"share of {path}", label, found, n_pairs, i) for i, path in enumerate(paths)]
+        made, n_pairs = found.estimates(), found.table.pair_id.nunique()
+        return [row(model, "C4", f"share of {path}", label, made, n_pairs, i) for i, path in enumerate(paths)]
 
     for at in range(n_layers - 1):
         rows += shares(at, CARRIED_VARIANTS[0], PATHS | WITH_OWN, f"from layer {at}")

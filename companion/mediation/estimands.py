@@ -59,7 +59,7 @@ def pair_key(one: TokenPair) -> tuple[str, str, str, str]:
 
 def pair_columns(pairs: Sequence[TokenPair]) -> dict[str, np.ndarray]:
     """The columns `PAIR_KEYS` of a table with a row a pair."""
-    return dict(zip(PAIR_KEYS, np.array([pair_key(one) for one in pairs], dtype=object).T, strict=True))
+    return dict(zip(PAIR_KEYS, np.array(list(map(pair_key, pairs)), dtype=object).T, strict=True))
 
 
 def with_estimands(cells: pd.DataFrame) -> pd.DataFrame:
@@ -88,8 +88,7 @@ def batches(
 ) -> list[list[TokenPair]]:
     """Pairs grouped by treatment and token length, at most `size` together, or as many as the subject allows.
 
-    A pure function of the list of pairs, so that a rerun and a sharded run give the same bytes; pairs of one length need
-    no padding. `mixed` groups by length alone, for what does not depend on the treatment, such as decoding.
+    A pure function of the pairs, so that a rerun and a sharded run give the same bytes. `mixed` groups by length alone.
     """
 
     def key(pair: TokenPair) -> tuple[str, int]:
@@ -112,15 +111,14 @@ def prompt_tokens(
 
 
 def run_clean(subject: Subject, pairs: Sequence[TokenPair], beside: Sequence[TokenPair] = ()) -> Batch:
-    """Both clean runs of pairs of one length.
+    """Both clean runs of pairs of one length, and of one treatment.
 
     Both compute the same shared tokens once, so that cells with the same tokens before them are equal bit for bit; so do
-    those of other pairs, as many and as long, that are run with these `beside` them. Where tokens are shared, both are made
-    in one call: a large model's weights are then read half as often.
+    those of other pairs, as many and as long, that are run with these `beside` them.
     """
     sides = prompt_tokens(subject, pairs)
     n = activations.shared_prefix(subject, *sides, *(prompt_tokens(subject, beside) if beside else ()))
-    if n:
+    if n:  # one call: a large model's weights are then read half as often
         both = activations.clean_run(subject, torch.cat(sides), shared=n)
         control, treated = both.rows(slice(len(pairs))), both.rows(slice(len(pairs), None))
     else:
@@ -176,28 +174,28 @@ def measure_effects(
 
     `names` are those of `outcomes.named_outcome`; with the norm frozen in all four cells, direct effects add up.
     """
-    groups = progress(batches(pairs, subject), desc="mediation")
-    return pd.concat([batch_effects(subject, group, openers, wanted, names) for group in groups], ignore_index=True)
+    asked, groups = dict.fromkeys(names, wanted), progress(batches(pairs, subject), desc="mediation")
+    tables = [batch_effects(subject, run_clean(subject, group), openers, asked) for group in groups]
+    return pd.concat(tables, ignore_index=True)
 
 
 def batch_effects(
-    subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator],
-    names: Sequence[str] = ("Y1",),
-) -> pd.DataFrame:  # fmt: skip
-    """The rows of `measure_effects` for one batch: pairs of one treatment and one length."""
-    batch = run_clean(subject, group)
-    patched, used = final_residuals(subject, batch, wanted), openers[group[0].pair.treatment]
-    tables = [tidy(group, wanted, name, score_cells(subject, batch, patched, used, name)) for name in names]
+    subject: Subject, batch: Batch, openers: Mapping[str, Openers], asked: Mapping[str, Sequence[Mediator]]
+) -> pd.DataFrame:
+    """The rows of `measure_effects` for one batch, by outcome the mediators `asked` for; each is patched once."""
+    wanted, tables = list(dict.fromkeys(itertools.chain(*asked.values()))), []
+    patched, used = final_residuals(subject, batch, wanted), openers[batch.pairs[0].pair.treatment]
+    place = {mediator: i for i, mediator in enumerate(wanted)}
+    for outcome, some in asked.items():
+        into, out = (cell[:, [place[mediator] for mediator in some]] for cell in patched)
+        tables.append(tidy(batch.pairs, some, outcome, score_cells(subject, batch, (into, out), used, outcome)))
     return with_estimands(pd.concat(tables, ignore_index=True))
 
 
 def score_cells(
     subject: Subject, batch: Batch, patched: tuple[Tensor, Tensor], openers: Openers, name: str = "Y1"
 ) -> dict[str, Float[np.ndarray, "pair _"]]:
-    """The four cells of a batch in one outcome of `measure_effects`, from the residual streams of `final_residuals`.
-
-    y00 and y11, which no mediator changes, have one column.
-    """
+    """The four cells of a batch in one outcome, from `final_residuals`; y00 and y11 have one column."""
     control, treated = (run.resid_post[-1][:, -1:] for run in (batch.control, batch.treated))
     # One call for all four cells: equal residuals then give equal outcomes, and an effect that is 0 comes out as 0.
     cells = torch.cat([control, treated, *patched], dim=1)
@@ -209,31 +207,24 @@ def score_cells(
 def whole_answer_effects(
     subject: Subject, group: Sequence[TokenPair], openers: Mapping[str, Openers], wanted: Sequence[Mediator]
 ) -> pd.DataFrame:
-    """The rows of `batch_effects` for Y2 = log p(answer) - log p(refusal), teacher-forced, in nats.
+    """The rows of `measure_effects` of one batch for Y2 = log p(answer) - log p(refusal), teacher-forced, in nats.
 
     Answer and refusal (`outcomes.continuations`) are the same words for all four cells of a pair. Only prompt cells are
     patched; the answer's tokens see the patch through attention. Meant for pairs that share their request (T2, T2b).
     """
-    prompts = prompt_tokens(subject, group)
-    texts = outcomes.continuations(subject, *prompts, [openers[one.pair.treatment] for one in group])
-    answer, refusal = (_text_cells(subject, group, prompts, text, wanted) for text in texts)
+    prompts, texts = prompt_tokens(subject, group), []
+    own = [openers[one.pair.treatment] for one in group]
+    for text in outcomes.continuations(subject, *prompts, own):
+        control, treated = (outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts)
+        made, cells = patches(subject, Batch(tuple(group), control, treated), wanted), {}
+        for name, run in (("y00", control), ("y11", treated)):
+            clean = run.resid_post[-1][:, outcomes.decided_at(run, text)]
+            cells[name] = to_host(outcomes.sequence_log_prob(subject, clean, text))[:, None]
+        for name, base, source in (("y01", control, treated), ("y10", treated, control)):
+            cells[name] = to_host(outcomes.patched_text_log_probs(subject, base, source, made, text))
+        texts.append(cells)
+    answer, refusal = texts
     return with_estimands(tidy(group, wanted, "Y2", {cell: answer[cell] - refusal[cell] for cell in CELLS}))
-
-
-def _text_cells(
-    subject: Subject, group: Sequence[TokenPair], prompts: tuple[Tensor, Tensor], text: outcomes.Text,
-    wanted: Sequence[Mediator],
-) -> dict[str, Float[np.ndarray, "pair _"]]:  # fmt: skip
-    """log p of one text behind the prompts, in all four cells."""
-    runs = [outcomes.forced_run(subject, prompt, text, beside=prompts) for prompt in prompts]
-    made = patches(subject, Batch(tuple(group), *runs), wanted)
-    clean = [run.resid_post[-1][:, outcomes.decided_at(run, text)] for run in runs]
-    y00, y11 = (to_host(outcomes.sequence_log_prob(subject, resid, text))[:, None] for resid in clean)
-    y01, y10 = (
-        to_host(outcomes.patched_text_log_probs(subject, base, source, made, text))
-        for base, source in (runs, runs[::-1])
-    )
-    return {"y00": y00, "y01": y01, "y10": y10, "y11": y11}
 
 
 def tidy(

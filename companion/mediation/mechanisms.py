@@ -1,9 +1,8 @@
 """How an indirect effect comes about: which component computes the decision, and what carries it on to the output.
 
-Computed (C1). An indirect effect says that a component passes the decision on, a direct effect that it writes it into the
-logits; a head that copies what an earlier layer decided has both. What tells computing from copying is the interaction.
-For the four prompts (harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component f *would*
-get if everything before it were additive is h10 + h01 - h00, and what f computes from it beyond the sum of its outputs is
+Computed (C1). A head that only copies what an earlier layer decided has indirect and direct effects, too. For the four prompts
+(harmless or harmful request) x (neutral or jailbreak wrapper), the input that a component f *would* get if everything before
+it were additive is h10 + h01 - h00, and what f computes from it beyond the sum of its outputs is
 
     G = f(h10 + h01 - h00) - f(h10) - f(h01) + f(h00)
 
@@ -12,12 +11,12 @@ harmful run, or added to the neutral harmful one, at all positions from the firs
 
 Carried (C4). The residual stream at the last token is set to the other run's value after one layer. Above it, at the last
 token, attention outputs and MLP outputs either react or are held at the base run's values; comparing the ways says which
-of them the signal needs on its way. What is held is a value, so nothing of another position comes in.
+of them the signal needs on its way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -35,9 +34,8 @@ from companion.model import memory, replay
 from companion.model.activations import CleanRun
 from companion.model.architecture import Subject
 from companion.model.interventions import Patch, component_output, position_mask
-from companion.prompts.tokens import TokenPair
-from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import interval
+from companion.stats import clusters
+from companion.stats.bootstrap import Quantity, interval
 
 # Of `summaries.VARIANTS` those that the carried and the computed signal have.
 CARRIED_VARIANTS = tuple(one for one in summaries.VARIANTS if one.name != "full response")
@@ -87,39 +85,35 @@ def interaction_effects(study: Study) -> pd.DataFrame:
     `nie1` is what the jailbroken harmful run loses without it, `nie0` what the neutral harmful run gains by it; TE is that
     of T2 - T2b. No rows where no twins have prompts of one length.
     """
-    both = study.with_twins(study.judged.of("T2"))
-    twins = {pair.pair.id: twin for pair, twin in both}
-    groups = progress(estimands.batches([pair for pair, _ in both], study.subject), desc="computed")
-    tables = [_interaction_cells(study, group, [twins[one.pair.id] for one in group]) for group in groups]
+    subject, tables = study.subject, []
+    twins = {pair.pair.id: (pair, twin) for pair, twin in study.with_twins(study.judged.of("T2"))}
+    for pairs in progress(estimands.batches([pair for pair, _ in twins.values()], subject), desc="computed"):
+        both = pairs, [twins[one.pair.id][1] for one in pairs]
+        harmful, harmless = (estimands.run_clean(subject, *order) for order in (both, both[::-1]))
+        runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
+        wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
+        more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
+        # Before the first token that differs all four runs compute the same: G is 0 there.
+        differs = torch.stack([run.tokens != harmful.control.tokens for run in runs.values()])
+        behind = differs.any(0).cummax(1).values
+        patched = {}
+        for name, base, sign in (("01", harmful.control, 1), ("10", harmful.treated, -1)):
+            patches = [
+                Patch(one.site, one.layer, behind, value=base.site(one.site, one.layer) + sign * change)
+                for one, change in zip(wanted, more, strict=True)
+            ]
+            resid = replay.interchange(subject, base, base, patches)[:, :, 0]
+            patched[name] = to_host(outcomes.log_odds(subject, resid, study.openers["T2"]))
+        odds = {}
+        for name, run in runs.items():
+            openers = study.openers["T2" if name[0] == "1" else "T2b"]
+            odds[name] = to_host(outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers))
+        y11 = (
+            odds["11"] - odds["01"] + odds["00"]
+        )  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
+        cells = {"y00": odds["10"], "y01": patched["01"], "y10": y11 - (odds["11"] - patched["10"]), "y11": y11}
+        tables.append(estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b"))
     return estimands.with_estimands(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
-
-
-def _interaction_cells(study: Study, pairs: Sequence[TokenPair], twins: Sequence[TokenPair]) -> pd.DataFrame:
-    subject = study.subject
-    harmful, harmless = (estimands.run_clean(subject, *both) for both in ((pairs, twins), (twins, pairs)))
-    runs = {"10": harmful.control, "11": harmful.treated, "00": harmless.control, "01": harmless.treated}
-    wanted = [Mediator(site, layer, "all") for site in COMPONENTS for layer in range(subject.n_layers)]
-    more = [interaction_output(subject, runs, one.site, one.layer) for one in wanted]
-    differs = [run.tokens != harmful.control.tokens for run in runs.values()]
-    # Before the first token that differs all four runs compute the same: G is 0 there.
-    behind = torch.stack(differs).any(0).cummax(1).values
-
-    def changed(base: CleanRun, sign: int) -> Float[np.ndarray, "pair component"]:
-        patches = [
-            Patch(one.site, one.layer, behind, value=base.site(one.site, one.layer) + sign * change)
-            for one, change in zip(wanted, more, strict=True)
-        ]
-        resid = replay.interchange(subject, base, base, patches)[:, :, 0]
-        return to_host(outcomes.log_odds(subject, resid, study.openers["T2"]))
-
-    odds = {}
-    for name, run in runs.items():
-        openers = study.openers["T2" if name[0] == "1" else "T2b"]
-        odds[name] = to_host(outcomes.log_odds(subject, run.resid_post[-1][:, -1:], openers))
-    y11 = odds["11"] - odds["01"] + odds["00"]  # so that y11 - y00 is TE of T2 - T2b, and y00 that of the harmful run
-    lost = odds["11"] - changed(harmful.treated, -1)
-    cells = {"y00": odds["10"], "y01": changed(harmful.control, 1), "y10": y11 - lost, "y11": y11}
-    return estimands.tidy(pairs, wanted, "Y1", cells).assign(treatment="T2-T2b")
 
 
 # ---- what carries it on ----
@@ -164,19 +158,16 @@ def held_residuals(
     return found[0], found[1]
 
 
-def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None) -> pd.DataFrame:
+def path_effects(study: Study) -> pd.DataFrame:
     """Effect of the last token's residual stream after each layer, in the ways of `HELD` (column `site`).
 
-    Rows as in `estimands.measure_effects` for T2 and T2b, with T2 - T2b behind them, or for the first treatment where there
-    is no T2. `watch` is shown every batch of clean runs, for what else is to be read off them.
+    Rows for T2 and T2b, with T2 - T2b behind them, or for the first treatment where there is no T2.
     """
     subject, tables = study.subject, []
     layers, own = range(subject.n_layers), ("T2", "T2b") if study.of("T2") else study.treatments[:1]
     wanted = [Mediator(name, layer) for layer in layers for name in HELD]
     for group in progress(estimands.batches(study.of(*own), subject), desc="carriers"):
         batch = estimands.run_clean(subject, group)
-        if watch:
-            watch(batch)
         patched, openers = held_residuals(subject, batch, layers), study.openers[group[0].pair.treatment]
         for outcome in ("Y1", "Y1.frozen"):
             cells = estimands.score_cells(subject, batch, patched, openers, outcome)
@@ -186,7 +177,7 @@ def path_effects(study: Study, *, watch: Callable[[Batch], object] | None = None
 
 def path_shares(
     table: pd.DataFrame, layer: int, value: str = "nie", paths: Mapping[str, Mapping[str, int]] = PATHS
-) -> bootstrap.Estimates | None:
+) -> Quantity | None:
     """Each path's share of the whole effect of one layer's residual stream, on test: a ratio of means over pairs.
 
     `table` holds signed effects of one treatment and outcome. None where the layer's residual stream has no positive
@@ -196,25 +187,23 @@ def path_shares(
     discover = at[(at.split == "discover") & (at.site == "live")]
     if at.empty or not discover[value].mean() > 0:
         return None
-    sums = clusters.cluster_sums(at[at.split == "test"], value, by=["site"])
-    order = list(sums.columns["site"])
-    top = np.array([[path.get(name, 0) for name in order] for path in paths.values()], dtype=float)
-    live = np.tile([float(name == "live") for name in order], (len(paths), 1))
-    return interval(sums, clusters.ratio(top, live))
+    ways = sorted(HELD)
+    top = np.array([[path.get(name, 0) for name in ways] for path in paths.values()], dtype=float)
+    live = np.tile([float(name == "live") for name in ways], (len(paths), 1))
+    return Quantity(at[at.split == "test"], [value], ["site"], clusters.ratio(top, live))
 
 
 def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDefined:
     """Shares of MLPs, attention and skip path from each layer on, with intervals: path, layer, estimate, low, high.
 
-    From the layers after which the last token holds at least a tenth of TE on discover, up to the last but one, since nothing
-    stands above the last. Not defined where there is no such layer.
+    From the layers after which the last token holds at least a tenth of TE on discover, but for the last.
     """
-    signed = summaries.signed(summaries.select(table, treatment, summaries.VARIANTS[0], list(HELD)))
+    signed = summaries.signed_contrast(table, treatment, list(HELD), split=None)
     held = signed[(signed.split == "discover") & (signed.site == "live")].groupby("layer")[["nie", "te"]].sum()
     paths, rows = {name: PATHS[name] for name in ("MLPs", "attention", "skip")}, []
     for layer in held.index[(held.nie >= LEAST * held.te) & (held.index < signed.layer.max())]:
         if found := path_shares(signed, layer, paths=paths):
-            rows.append(found.to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
+            rows.append(found.estimates().to_frame(pd.DataFrame({"path": list(paths), "layer": layer})))
     if not rows:
         return NotDefined("Below the last layer the last token holds too little to be shared out.")
     return pd.concat(rows, ignore_index=True)[["path", "layer", "estimate", "low", "high"]]
@@ -223,14 +212,12 @@ def shares_by_layer(table: pd.DataFrame, treatment: str) -> pd.DataFrame | NotDe
 def hand_over_layer(table: pd.DataFrame, treatment: str, split: str) -> pd.DataFrame:
     """The first layer after which the last token's residual stream has more than half of the total effect.
 
-    Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer
-    (each is what the other leaves), so this is where the last token overtakes all others. One row: layer, low, high
-    (percentiles of 2000 bootstraps over topics, since a layer is a whole number), n_pairs, n_topics; no row for a split of
-    fewer than two topics. Without a crossing it is the last layer, which has everything by construction.
+    Both directions averaged, the effects of the last token and of all other tokens together add up to TE at every layer, so
+    this is where the last token overtakes all others. One row: layer, low, high (percentiles of 2000 bootstraps over topics,
+    since a layer is a whole number), n_pairs, n_topics; no row for a split of fewer than two topics. Without a crossing it is
+    the last layer, which has everything by construction.
     """
-    part = table[(table.treatment == treatment) & (table.outcome == "Y1") & (table.site == "live")]
-    part = summaries.signed(part[part.position == "last"])
-    part = part[part.split == split]
+    part = summaries.signed_contrast(table, treatment, ["live"], split=split)
     columns = ["layer", "low", "high", "n_pairs", "n_topics"]
     if part.topic.nunique() < 2:
         return pd.DataFrame(columns=columns)

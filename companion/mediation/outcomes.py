@@ -1,8 +1,8 @@
 """Outcomes: what a run of the model is scored by, each a function of the final residual stream.
 
-Y1 is the log-odds of complying against refusing at the first answer token. Y2 compares a whole answer with a whole
-refusal, teacher-forced. `contrast` is Y1's linear stand-in: with the final norm's scale frozen it is additive over
-everything written into the residual stream. Y3, judged generation, is in `companion.generation`.
+Y1 is the log-odds of complying against refusing at the first answer token. `contrast` is its linear stand-in: with the final
+norm's scale frozen it is additive over everything written into the residual stream. Y2 compares a whole answer with a whole
+refusal, teacher-forced. Y3, judged generation, is in `companion.generation`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def log_odds(
 ) -> Float[Tensor, ...]:
     """Y1: log p(any comply opener) - log p(any refuse opener) at the first answer token, in log-odds (float64).
 
-    `resid` is the final residual stream at the last prompt token; `norm_like` freezes the final norm's scale at that
-    of another residual stream.
+    `resid` is the final residual stream there; `norm_like` freezes the final norm's scale at that of another one.
     """
     if openers.rest:
         return readout.log_odds_against_rest(subject, resid, openers.refuse, norm_like)
@@ -67,8 +66,7 @@ def opener_weights(
 ) -> tuple[Float[Tensor, "... comply"], Float[Tensor, "... refuse"]]:
     """Weights that make `contrast` follow Y1: each opener's share of its kind, averaged over a pair's two clean runs.
 
-    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule), so that the linear
-    contrast keeps TE close to Y1's.
+    They are the gradient of the log-sum-exp at both ends of the pair, averaged (the trapezoid rule).
     """
     is_large, camps = openers.rest and control.ndim > 1, []  # a weight a pair for nearly every token
     for some in memory.vocabulary_blocks(subject, len(control), 2) if is_large else [slice(None)]:
@@ -115,14 +113,13 @@ def continuations(
     """The model's own answer and refusal to each pair, for Y2; `openers` are those of each pair.
 
     The answer opens with the likeliest comply token after the treated prompt, the refusal with the likeliest refuse
-    token after the control prompt; both go on greedily. One text of each kind serves both prompts of a pair, so that
-    Y2 compares how likely the *same* words are.
+    token after the control prompt; both go on greedily, and serve both prompts of a pair.
     """
     camps = [*(one.comply for one in openers), *(one.refuse for one in openers)]
     texts, masks = opened_with(subject, torch.cat([treated, control]), camps, steps)
     halves = zip(texts.split(len(openers)), masks.split(len(openers)), strict=True)
     # Without the steps that are padding in every row.
-    answer, refusal = ((text[:, : int(mask.any(0).sum())], mask[:, : int(mask.any(0).sum())]) for text, mask in halves)
+    answer, refusal = ((text[:, mask.any(0)], mask[:, mask.any(0)]) for text, mask in halves)
     return answer, refusal
 
 
@@ -160,7 +157,7 @@ def forced_run(
 ) -> CleanRun:
     """The clean run of a prompt with a given text behind it, but for the text's last token, behind which nothing is read.
 
-    What prompts that are compared with it (`beside`) share with it as well is computed once in every row's place.
+    What the prompts `beside` it share with it is computed once.
     """
     shared = activations.shared_prefix(subject, prompt, *beside)
     return activations.clean_run(subject, torch.cat([prompt, text[0][:, :-1]], dim=1), shared=shared)

@@ -1,7 +1,6 @@
 """A study: one model and one prompt set, ready to be measured; the models that it is compared with; how precise it is.
 
-Control models are the untrained twin, other seeds, and the same training with other attention. Effects that are to be
-believed are computed in float32 with float64 read-outs; a run in bfloat16 is a screening run with a measured noise floor.
+Effects that are to be believed are computed in float32 with float64 read-outs; bfloat16 is a screening run with a noise floor.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from operator import eq
 
 import pandas as pd
 import torch
@@ -36,7 +37,7 @@ ROBUST = 30  # pairs a treatment, where each is costly, of what only supports a 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair; `dropped` counts unusable pairs.
+    """Everything a measurement needs. `twins` maps a T2 pair to its T2b pair.
 
     `judge` labels an answer to a request by its content (request, answer), where one can; see `timing.clamped_answers`.
     `is_costly` says that all pairs of the set would cost more than `BUDGET`.
@@ -47,7 +48,6 @@ class Study:
     pairs: tuple[TokenPair, ...]
     openers: Mapping[str, Openers]
     twins: Mapping[str, str]
-    dropped: Mapping[str, int]
     judge: Callable[[str, str], str] | None = None
     is_costly: bool = False
 
@@ -101,10 +101,7 @@ def affordable_pairs(subject: Subject, content: PromptSet) -> int:
 
 
 def chosen_pairs(content: PromptSet, asked: int, affordable: int) -> tuple[Pair, ...]:
-    """The pairs of a study: as many a treatment as were asked for, else what is affordable.
-
-    Benign behaviours, which are a comparison, then have at most `ROBUST` pairs each.
-    """
+    """The pairs of a study: as many a treatment as were asked for, else what is affordable, of benign behaviours `ROBUST`."""
     chosen = subsample(content.pairs, asked or affordable)
     if asked or not affordable:
         return chosen
@@ -124,13 +121,13 @@ def begin(
     content = load_set(prompt_set)
     affordable = affordable_pairs(subject, content)
     chosen = chosen_pairs(content, pairs_asked(pairs, profile), affordable)
-    kept, dropped = tokens.tokenize(chosen, subject.tokenizer)
+    kept, _ = tokens.tokenize(chosen, subject.tokenizer)
     sides = [side for pair in kept for side in (pair.control, pair.treated)]
     longest = max(len(side) for side in sides) + outcomes.STEPS
     check_fit(subject, max(int(side.max()) for side in sides), longest, "a prompt with its answer")
     twins = {p.pair.id: p.pair.twin for p in kept if p.pair.twin}
     openers = tokens.openers(content, subject.tokenizer, len(subject.unembedding[0]))
-    return Study(slug, subject, tuple(kept), openers, twins, dropped, is_costly=affordable > 0)
+    return Study(slug, subject, tuple(kept), openers, twins, is_costly=affordable > 0)
 
 
 def own_pair(study: Study, control: str, treated: str, treatment: str = "") -> TokenPair | NotDefined:
@@ -139,27 +136,20 @@ def own_pair(study: Study, control: str, treated: str, treatment: str = "") -> T
     Where the two prompts have different token lengths it is not defined, and the reason says how many each has and, unless
     the set is sensitive, which tokens are not shared.
     """
-    is_sensitive = any(one.pair.sensitive for one in study.pairs)
+    tokenizer, is_sensitive = study.subject.tokenizer, any(one.pair.sensitive for one in study.pairs)
     pair = Pair("own", treatment or study.main_treatment, "own", control, treated, sensitive=is_sensitive)
-    made, _ = tokens.token_pair(pair, study.subject.tokenizer)
+    made, _ = tokens.token_pair(pair, tokenizer)
     if made is not None:
         return made
-    sides = [positions.labels(tokens.encode(study.subject.tokenizer, text)[0], study.subject.tokenizer)
-             for text in (control, treated)]  # fmt: skip
-    lengths = f"Control has {len(sides[0])} tokens and treated {len(sides[1])}"
-    head = _shared(*sides)
-    tail = _shared(*(side[head:][::-1] for side in sides))
+    sides = [positions.labels(tokens.encode(tokenizer, text)[0], tokenizer) for text in (control, treated)]
+    head = sum(takewhile(bool, map(eq, *sides)))
+    tail = sum(takewhile(bool, map(eq, *(side[head:][::-1] for side in sides))))
     own = [" ".join(side[head : len(side) - tail]) or "none" for side in sides]
     which = "" if is_sensitive else f" (not shared: {own[0]}; {own[1]})"
     return NotDefined(
-        f"{lengths}{which}: they must differ and have equally many, so swap a word for one of the same length."
+        f"Control has {len(sides[0])} tokens and treated {len(sides[1])}{which}: they must differ and have equally many, "
+        "so swap a word for one of the same length."
     )
-
-
-def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many entries two lists share from their start."""
-    same = [a == b for a, b in zip(one, other, strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 # ---- what a model is compared with ----
@@ -176,29 +166,25 @@ def is_shipped(model: str) -> bool:
 
 
 def other_shipped(model: str, profile: str = "full") -> tuple[str, ...]:
-    """The other shipped models, if the model is one of them: other seeds, then the other kind of attention.
-
-    The smoke profile compares with none of them.
-    """
+    """The other shipped models, if the model is one (none in the smoke profile): other seeds, then the other attention."""
     own = "window-0" if model == "embedded" else model
     names = sorted(shipped(), key=lambda name: (name.startswith("full"), name))
     return tuple(name for name in names if name != own) if is_shipped(model) and profile == "full" else ()
 
 
 def control_study(study: Study, model: str, label: str) -> Study:
-    """The study of one control model by its label, on at most 120 pairs a treatment.
+    """The study of one control model by its label, on at most 120 pairs a treatment (no benign ones where they are costly).
 
-    An untrained twin has the same architecture and fresh random weights. Where each pair is costly it is not measured on
-    benign behaviours.
+    An untrained twin has the same architecture and fresh random weights.
     """
-    name, is_twin, others = label.removesuffix(UNTRAINED), label.endswith(UNTRAINED), other_shipped(model)
+    name, others = label.removesuffix(UNTRAINED), other_shipped(model)
     subject, seed = study.subject, 0
     if name in others:
         subject, seed = load(name, device=str(subject.device), dtype="float32"), 1 + others.index(name)
     few = study.thinned(CONTROL_PAIRS)
     main = few.of("T1", "T2", "T2b")
     few = replace(few, pairs=tuple(main)) if study.is_costly and main else few
-    return replace(few, subject=untrained_twin(subject, seed) if is_twin else subject)
+    return replace(few, subject=untrained_twin(subject, seed) if label.endswith(UNTRAINED) else subject)
 
 
 def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[str, Study]]:
@@ -210,28 +196,20 @@ def control_studies(study: Study, model: str, profile: str) -> Iterator[tuple[st
 
 
 def normalisations(study: Study) -> dict[str, pd.Series]:
-    """Divisors of component effects by (site, layer), so that MLPs do not win by being larger: patch norm, parameters.
-
-    The patch norm is the mean length of treated - control activation at the last token, on discover.
+    """Divisors of component effects by (site, layer), so that MLPs do not win by being larger: parameters, and patch norm:
+    the mean length of treated - control activation at the last token, on discover.
     """
-    subject = study.subject
     chosen = [pair for pair in study.of(study.main_treatment) if pair.pair.split == "discover"]
-    norms = dict.fromkeys(((one.site, one.layer) for one in estimands.mediators(subject, COMPONENTS)), 0.0)
-    for group in estimands.batches(chosen, subject):
-        batch = estimands.run_clean(subject, group)
-        for site, layer in norms:
+    index = pd.MultiIndex.from_product([COMPONENTS, range(study.subject.n_layers)], names=["site", "layer"])
+    norms = pd.Series(0.0, index)
+    for group in estimands.batches(chosen, study.subject):
+        batch = estimands.run_clean(study.subject, group)
+        for site, layer in index:
             change = batch.treated.site(site, layer) - batch.control.site(site, layer)
             norms[site, layer] += float(change[:, -1].double().norm(dim=-1).sum())
-    counts = {
-        (site, layer): float(sum(p.numel() for p in module.parameters()))
-        for layer, parts in enumerate(subject.layers)
-        for site, module in (("attn_out", parts.attn), ("mlp_out", parts.mlp))
-    }
-    means = {cell: total / max(len(chosen), 1) for cell, total in norms.items()}
-    return {
-        name: pd.Series(values.values(), index=pd.MultiIndex.from_tuples(values, names=["site", "layer"]), dtype=float)
-        for name, values in {"per patch norm": means, "per parameter": counts}.items()
-    }
+    modules = [parts.attn for parts in study.subject.layers] + [parts.mlp for parts in study.subject.layers]
+    counts = [float(sum(p.numel() for p in module.parameters())) for module in modules]
+    return {"per patch norm": norms / max(len(chosen), 1), "per parameter": pd.Series(counts, index)}
 
 
 # ---- precision ----
@@ -276,7 +254,5 @@ def noise_floor(study: Study, site: str) -> tuple[float, float, float]:
         effects.append(patched - outcomes.log_odds(one, base.resid_post[-1][:, None, -1:], openers))
     half, full = effects
     exists = full != 0
-    changed, lost = (
-        float(which[exists].double().mean()) if exists.any() else 0.0 for which in (half * full < 0, half == 0)
-    )
-    return float((half - full).pow(2).mean().sqrt()), changed, lost
+    shares = [float(x[exists].double().mean()) if exists.any() else 0.0 for x in (half * full < 0, half == 0)]
+    return float((half - full).pow(2).mean().sqrt()), shares[0], shares[1]

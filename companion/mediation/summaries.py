@@ -6,16 +6,16 @@ Choices such as which components count as positive are fixed on discover; number
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
 from companion.base.errors import InputError
-from companion.base.thresholds import COMPONENTS, LATE, SATURATED, depth
+from companion.base.thresholds import COMPONENTS, LATE, SATURATED, deepest_early_layer, depth
 from companion.stats import bootstrap, clusters
-from companion.stats.bootstrap import interval
+from companion.stats.bootstrap import Quantity, interval
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ def unsaturated_ids(table: pd.DataFrame) -> set[str]:
     return set(clean.loc[(clean.y00.abs() <= bound) & (clean.y11.abs() <= bound), "pair_id"])
 
 
-def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) -> Bool[np.ndarray, "column"]:
-    """Which cells have a positive effect on discover, in the order of `columns`, whose keys name the cells.
+def positive_cells(discover: pd.DataFrame, columns: pd.DataFrame, value: str = "nie") -> Bool[np.ndarray, "column"]:
+    """Which cells are above 0 on discover (one-sided clustered t-test at 5 %), in the order of `columns`, which names them.
 
-    Positive means above 0 by a one-sided clustered t-test at 5 %: cells that are noise around 0 would put noise into
-    the denominator of a share.
+    Cells that are noise around 0 would put noise into the denominator of a share.
     """
     keys = [name for name in columns.columns if name != "value"]
     positive = {}
@@ -81,46 +80,70 @@ def positive_cells(discover: pd.DataFrame, value: str, columns: pd.DataFrame) ->
     return np.array([positive[cell] for cell in columns[keys].itertuples(index=False, name=None)])
 
 
-def share(
+def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> Quantity | None:
+    """Share of the positive component effects that lie in late layers (depth > 2/3)."""
+    return _share(table, value, lambda cells: depth(cells["layer"], n_layers) > LATE)
+
+
+def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> Quantity | None:
+    """Share of the positive component effects that MLP outputs hold, against attention outputs; `scale` divides effects."""
+    return _share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
+
+
+def _share(
     table: pd.DataFrame, value: str, numerator: Callable[[pd.DataFrame], np.ndarray], scale: pd.Series | None = None
-) -> bootstrap.Estimates | None:
+) -> Quantity | None:
     """Share of the positive effects that the numerator's cells hold: a ratio of sums over pairs, on test.
 
-    `numerator` picks cells from a frame with `site` and `layer`; `scale` (indexed by site, layer) divides each cell
-    before it is summed (see `study.normalisations`). None if no cell is positive on discover.
+    `scale` (indexed by site, layer) divides each cell before it is summed (see `study.normalisations`). None if discover or
+    test has fewer than two topics, or no cell is positive on discover.
     """
-    sums = clusters.cluster_sums(table[table.split == "test"], value, by=["site", "layer"])
-    positive = positive_cells(table[table.split == "discover"], value, sums.columns)
+    if not enough(table):
+        return None
+    test, keys = table[table.split == "test"], ["site", "layer"]
+    cells = test[keys].drop_duplicates().sort_values(keys)
+    positive = positive_cells(table[table.split == "discover"], cells, value)
     if not positive.any():
         return None
     weight = positive.astype(float)
     if scale is not None:
-        divisor = scale.loc[pd.MultiIndex.from_frame(sums.columns[["site", "layer"]])].to_numpy()
+        divisor = scale.loc[pd.MultiIndex.from_frame(cells)].to_numpy()
         # A component that cannot differ yet has patches of length 0, and no positive effect.
         weight = np.divide(weight, divisor, out=np.zeros_like(weight), where=positive)
-    return bootstrap.bootstrap(sums, clusters.ratio(weight * numerator(sums.columns), weight))
+    return Quantity(test, [value], keys, clusters.ratio(weight * numerator(cells), weight))
 
 
-def late_share(table: pd.DataFrame, n_layers: int, value: str = "nie") -> bootstrap.Estimates | None:
-    """Share of the positive component effects that lie in late layers (depth > 2/3)."""
-    return share(table, value, lambda cells: depth(cells["layer"], n_layers) > LATE)
+def written(direct: pd.DataFrame, treatment: str) -> pd.DataFrame:
+    """What attention and MLP outputs write themselves: signed direct effects in the frozen-norm linear contrast."""
+    sites = [f"{site}.direct" for site in COMPONENTS]
+    return signed_contrast(direct, treatment, sites, outcome="contrast.frozen", split=None)
 
 
-def mlp_share(table: pd.DataFrame, value: str = "nie", scale: pd.Series | None = None) -> bootstrap.Estimates | None:
-    """Share of the positive component effects that MLP outputs hold, against attention outputs."""
-    return share(table, value, lambda cells: cells["site"].str.startswith("mlp_out").to_numpy(), scale)
+def early_shared(table: pd.DataFrame, n_layers: int) -> pd.DataFrame:
+    """T1's effects (Y1) of the residual stream of shared tokens at the deepest early layer, on test."""
+    at = table[(table.layer == deepest_early_layer(n_layers)) & (table.position == "shared")]
+    return at[(at.treatment == "T1") & (at.split == "test") & (at.outcome == "Y1")]
 
 
-def centroids(harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int) -> tuple[bootstrap.Estimates, int, list[str]]:
-    """Effect-weighted mean depth of the positive components: harm - benign, then each treatment's own.
+def psi0(effects: pd.DataFrame) -> Quantity | None:
+    """Share of TE that one mediator is sufficient for: a ratio of means over pairs; None for fewer than two topics."""
+    statistic = clusters.ratio([True, False], [False, True])
+    return Quantity(effects, ["nie0", "te"], [], statistic) if effects.topic.nunique() >= 2 else None
 
-    Entry 0 is the difference between the harm contrast and the mean over the benign behaviours; the others follow the
-    returned list of names, harm first. Topics are drawn within harm and within each benign behaviour.
+
+def centroids(harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int) -> tuple[bootstrap.Estimates, list[str]]:
+    """Effect-weighted mean depth of the positive components: harm - mean over benign behaviours, then each of the names.
+
+    Harm is the first name. Topics are drawn within harm and within each benign behaviour.
     """
     table = pd.concat([harm, benign], ignore_index=True)
-    test = stratified(table[table.split == "test"])
+    # A stratum is the treatments that a topic serves; topics alone in theirs join the largest one.
+    test = table[table.split == "test"]
+    serves = test.groupby("topic")["treatment"].agg(lambda names: " ".join(sorted(set(names))))
+    sizes = serves.value_counts()
+    test = test.assign(stratum=test["topic"].map(serves.where(serves.map(sizes) > 1, sizes.index[0])))
     sums = clusters.cluster_sums(test, "nie", by=["treatment", "site", "layer"], strata="stratum")
-    weight = positive_cells(table[table.split == "discover"], "nie", sums.columns).astype(float)
+    weight = positive_cells(table[table.split == "discover"], sums.columns).astype(float)
     at = depth(sums.columns["layer"], n_layers)
     names = [harm.treatment.iloc[0], *sorted(benign.treatment.unique())]
     member = np.stack([(sums.columns["treatment"] == name).to_numpy() for name in names])
@@ -129,19 +152,12 @@ def centroids(harm: pd.DataFrame, benign: pd.DataFrame, n_layers: int) -> tuple[
         own = (total @ (member * weight * at).T) / (total @ (member * weight).T)
         return np.concatenate([own[:, :1] - own[:, 1:].mean(axis=1, keepdims=True), own], axis=1)
 
-    return bootstrap.bootstrap(sums, statistic), harm.loc[harm.split == "test", "pair_id"].nunique(), names
-
-
-def stratified(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a `stratum`: the treatments that a topic serves; topics alone in theirs join the largest one."""
-    serves = table.groupby("topic")["treatment"].agg(lambda names: " ".join(sorted(set(names))))
-    sizes = serves.value_counts()
-    return table.assign(stratum=table["topic"].map(serves.where(serves.map(sizes) > 1, sizes.index[0])))
+    return bootstrap.bootstrap(sums, statistic), names
 
 
 def primary(table: pd.DataFrame) -> str:
     """The treatment that stands for generation: T2 - T2b where twins exist, else T2, else the first there is."""
-    present = list(dict.fromkeys(table.treatment))
+    present = list(table.treatment.unique())
     return next((name for name in ("T2-T2b", "T2") if name in present), present[0])
 
 
@@ -155,57 +171,54 @@ def select(table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequenc
     return chosen
 
 
+def signed_variant(
+    table: pd.DataFrame, treatment: str, variant: Variant, sites: Sequence[str] = COMPONENTS
+) -> pd.DataFrame | None:
+    """`select`ed effects, signed by those of all pairs; None where a variant was not measured on enough topics."""
+    whole, chosen = (select(table, treatment, one, sites) for one in (replace(variant, unsaturated=False), variant))
+    return signed(chosen, whole) if enough(chosen) else None
+
+
 def signed_contrast(
     table: pd.DataFrame, treatment: str | None = None, sites: Sequence[str] = COMPONENTS, *, outcome: str = "Y1",
     split: str | None = "test",
 ) -> pd.DataFrame:  # fmt: skip
     """Effects of a treatment (None: the `primary` one) at the last token, signed by its TE on discover, with `nie` beside them.
 
-    `split` keeps one split's pairs (None: all). What is chosen by these rows must be chosen on discover and shown on test.
-    Direct sites are named as plain ones.
+    `split` keeps one split's pairs (None: all). Direct sites are named as plain ones.
     """
     chosen = signed(select(table, treatment or primary(table), Variant("main", outcome=outcome), sites))
     chosen = chosen if split is None else chosen[chosen.split == split]
     return chosen.assign(site=chosen.site.str.removesuffix(".direct"))
 
 
-def enough(table: pd.DataFrame, least: int = 2) -> bool:
-    """True if discover and test both hold pairs of at least `least` topics."""
-    return all(table.loc[table.split == split, "topic"].nunique() >= least for split in ("discover", "test"))
+def enough(table: pd.DataFrame) -> bool:
+    """True if discover and test both hold pairs of at least two topics."""
+    return all(table.loc[table.split == split, "topic"].nunique() >= 2 for split in ("discover", "test"))
 
 
 def cell_means(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
-    """Mean effect of every cell over all pairs of the table, with intervals and a simultaneous band.
+    """Mean effect of every cell over all pairs of the table, with intervals and a simultaneous band (`max_t_band`).
 
-    Columns: `by`, estimate, low, high, band_low, band_high, in the unit of the outcome. Cells that are zero by
-    structure take no part in the band.
+    Columns: `by`, estimate, low, high, band_low, band_high, in the unit of the outcome.
     """
-    sums = clusters.cluster_sums(table, value, by=list(by))
+    sums = clusters.cluster_sums(table, value, by=by)
     estimates = interval(sums, clusters.mean)
-    band = bootstrap.max_t_band(estimates)
-    return estimates.to_frame(sums.columns[list(by)]).assign(band_low=band.low, band_high=band.high)
-
-
-def per_group(
-    table: pd.DataFrame, group: str, value: str = "nie", by: Sequence[str] = ("site", "layer")
-) -> pd.DataFrame:
-    """`cell_means` within each value of a column (a treatment, a model), stacked; bands hold within a group."""
-    parts = [cell_means(part, value, by).assign(**{group: name}) for name, part in table.groupby(group, sort=False)]
-    return pd.concat(parts, ignore_index=True)
+    low, high = bootstrap.max_t_band(estimates)
+    return estimates.to_frame(sums.columns[list(by)]).assign(band_low=low, band_high=high)
 
 
 def share_of_te(table: pd.DataFrame, value: str = "nie", by: Sequence[str] = ("site", "layer")) -> pd.DataFrame:
     """Proportion mediated per cell: the effect summed over pairs by TE summed over pairs (never a mean of ratios)."""
-    sums = clusters.cluster_sums(table, [value, "te"], by=list(by))
-    cells = sums.columns.loc[sums.columns["value"] == value, list(by)].reset_index(drop=True)
+    sums = clusters.cluster_sums(table, [value, "te"], by=by)
+    cells = sums.columns.loc[sums.columns["value"] == value, list(by)]
     effect, total = (np.eye(2 * len(cells))[sums.columns["value"] == name] for name in (value, "te"))
     return interval(sums, clusters.ratio(effect, total)).to_frame(cells)
 
 
 def te_weighted(table: pd.DataFrame) -> pd.DataFrame:
-    """Every effect of a pair multiplied by the pair's own TE, so that shares become sum(TE NIE) / sum(TE TE).
+    """Every effect of a pair multiplied by the pair's own TE, so that shares become slopes: sum(TE NIE) / sum(TE TE).
 
-    This is the least-squares slope of NIE on TE through 0. It is defined where TE has either sign from pair to pair,
-    as in an untrained network; a ratio of means would there divide noise by noise.
+    They are defined where TE has either sign from pair to pair, as in an untrained network.
     """
     return table.assign(**{name: table[name] * table["te"] for name in ("nie", "nie0", "nie1")}, te=table["te"] ** 2)

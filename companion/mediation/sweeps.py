@@ -1,9 +1,8 @@
 """The sweeps over a prompt set, one batch at a time, so that several machines can share the batches.
 
-A sweep gives tables for a batch; the tables of all batches, put behind each other in the order of the batches, are the
-whole. Which pairs share a batch is a pure function of the pairs and of shapes. A shared sweep keeps each batch as a part
-on disk, in a folder named by everything that its numbers rest on; a part that is missing, torn or of another sweep is
-measured again.
+The tables of all batches, put behind each other, are the whole. Which pairs share a batch is a pure function of the pairs and
+of shapes. A shared sweep keeps each batch as a part on disk, in a folder named by everything that its numbers rest on; a part
+that is missing, torn or of another sweep is measured again.
 """
 
 from __future__ import annotations
@@ -63,6 +62,17 @@ def run_shard(study: Study, name: str, shard: int, n_shards: int) -> tuple[int, 
     return len(missing), len(own) - len(missing)
 
 
+def _part(study: Study, name: str, group: Sequence[TokenPair], batch: int, folder: Path | None) -> Tables:
+    """A batch's tables: read if its part is there and whole, else measured and, if parts are kept, written."""
+    found = read_part(folder, batch) if folder else None
+    if found is None:
+        before = len(memory.events)
+        found = SWEEPS[name].measure(study, group)
+        if folder:
+            write_part(found, folder, batch, memory.events[before:])
+    return found
+
+
 def sweep_batches(study: Study, name: str) -> list[list[TokenPair]]:
     """The batches of a sweep over `Study.judged`, in the order of its tables."""
     judged = study.judged
@@ -85,17 +95,6 @@ def part_folder(study: Study, name: str) -> Path:
     header = estimands.user_header(subject)
     key = files.digest(name, subject.sha256, config, kind, header, pairs, openers, code_key)[:32]
     return paths.RESULTS / paths.check_slug(study.slug) / paths.PARTS / key
-
-
-def _part(study: Study, name: str, group: Sequence[TokenPair], batch: int, folder: Path | None) -> Tables:
-    """A batch's tables: read if its part is there and whole, else measured and, if parts are kept, written."""
-    found = read_part(folder, batch) if folder else None
-    if found is None:
-        before = len(memory.events)
-        found = SWEEPS[name].measure(study, group)
-        if folder:
-            write_part(found, folder, batch, memory.events[before:])
-    return found
 
 
 def write_part(tables: Tables, folder: Path, batch: int, events: Sequence[str] = ()) -> Path:
@@ -131,10 +130,9 @@ def read_part(folder: Path, batch: int) -> Tables | None:
 
 
 def clean_rows(study: Study, batch: estimands.Batch) -> pd.DataFrame:
-    """One row a pair: Y1 of both clean runs, TE, joint probability of the openers, and the light cone.
+    """One row a pair: Y1 of both clean runs, TE, the smaller `joint` probability of the openers, and the light cone.
 
-    `joint` is the smaller of the two prompts' p(comply) + p(refuse); `earliest` as in `tokens.earliest_layers`;
-    `distance` the tokens from the last difference to the last token.
+    `earliest` as in `tokens.earliest_layers`; `distance` the tokens from the last difference to the last token.
     """
     openers = study.openers[batch.pairs[0].pair.treatment]
     final = [run.resid_post[-1][:, -1] for run in (batch.control, batch.treated)]
@@ -160,25 +158,19 @@ def layer_tables(study: Study, group: Sequence[TokenPair], *, direct: bool) -> T
     most: with the final norm frozen only components of T2 and T2b are, and direct effects only in the linear contrast.
     """
     subject, treatment = study.subject, group[0].pair.treatment
-    batch, openers = estimands.run_clean(subject, group), study.openers[treatment]
     parts = estimands.mediators(subject, COMPONENTS)
     is_benign = treatment[0] == "B" and treatment != study.main_treatment
     wanted = ([] if is_benign else estimands.mediators(subject, ["resid_post"])) + parts
     if treatment == "T1":
         layers = sorted({*study.thinned_layers, deepest_early_layer(subject.n_layers)})
         wanted += estimands.mediators(subject, ["resid_post"], ["shared"], layers)
-    written = estimands.mediators(subject, DIRECT_SITES) if direct else []
-    frozen = parts if treatment in ("T2", "T2b", study.main_treatment) else []
-    asked = {"Y1": wanted, "Y1.frozen": frozen, "contrast.frozen": written}
-    patched, tables = estimands.final_residuals(subject, batch, wanted + written), []
-    place = {one: i for i, one in enumerate(wanted + written)}
-    for outcome, some in asked.items():
-        if some:
-            into, out = (cell[:, [place[one] for one in some]] for cell in patched)
-            scores = estimands.score_cells(subject, batch, (into, out), openers, outcome)
-            tables.append(estimands.tidy(group, some, outcome, scores))
-    effects = estimands.with_estimands(pd.concat(tables, ignore_index=True))
-    return {"effects": effects, "clean": clean_rows(study, batch)}
+    asked = {"Y1": wanted}
+    if treatment in ("T2", "T2b", study.main_treatment):
+        asked["Y1.frozen"] = parts
+    if direct:
+        asked["contrast.frozen"] = estimands.mediators(subject, DIRECT_SITES)
+    batch = estimands.run_clean(subject, group)
+    return {"effects": estimands.batch_effects(subject, batch, study.openers, asked), "clean": clean_rows(study, batch)}
 
 
 def whole_answer_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
@@ -192,14 +184,11 @@ def module_tables(study: Study, group: Sequence[TokenPair]) -> Tables:
 
     Reading Y1 out costs most, so heads have it for total effects alone; their direct ones are in the linear contrast.
     """
-    subject, linear = study.subject, "contrast.frozen"
-    batch, openers, tables = estimands.run_clean(subject, group), study.openers[group[0].pair.treatment], []
-    for sites, names in ((DIRECT_SITES, ("Y1", linear)), (("head",), ("Y1",)), (("head.direct",), (linear,))):
-        wanted = estimands.mediators(subject, sites)
-        patched = estimands.final_residuals(subject, batch, wanted)
-        cells = [(name, estimands.score_cells(subject, batch, patched, openers, name)) for name in names]
-        tables += [estimands.tidy(group, wanted, name, found) for name, found in cells]
-    return {"effects": estimands.with_estimands(pd.concat(tables, ignore_index=True))}
+    subject, batch = study.subject, estimands.run_clean(study.subject, group)
+    written, heads, own = (estimands.mediators(subject, sites) for sites in (DIRECT_SITES, ["head"], ["head.direct"]))
+    each = ({"Y1": written, "contrast.frozen": written}, {"Y1": heads}, {"contrast.frozen": own})
+    tables = [estimands.batch_effects(subject, batch, study.openers, asked) for asked in each]
+    return {"effects": pd.concat(tables, ignore_index=True)}
 
 
 SWEEPS: Mapping[str, Sweep] = {
@@ -211,10 +200,9 @@ SWEEPS: Mapping[str, Sweep] = {
 
 
 def memory_plan(study: Study) -> dict[str, object]:
-    """What the sweeps keep in memory above the model, estimated from shapes, and how the work is cut; for `chunks.json`.
+    """What both clean runs of the longest batch and the sweep on it keep in memory, from shapes; for `chunks.json`.
 
-    Megabytes are for both clean runs of the longest batch and the sweep on it; `events` are chunks that had to be
-    halved for want of memory.
+    `events` are chunks that had to be halved for want of memory.
     """
     n_pos = max(len(pair.control) for pair in study.pairs)
     n_pairs = memory.pairs_at_once(study.subject, n_pos)

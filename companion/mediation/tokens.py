@@ -1,8 +1,7 @@
 """Mediation by token: the share of the total effect in the residual stream of groups of tokens, and of single tokens.
 
-In every network the residual stream of all positions together carries TE at every layer, and in the last layer every
-position but the last carries nothing. Where a difference can have arrived at all follows from the attention masks: with
-sliding windows it needs several layers to reach the last token, whatever was learned.
+Where a difference can have arrived at all follows from the attention masks: with sliding windows it needs several layers to
+reach the last token, whatever was learned.
 """
 
 from __future__ import annotations
@@ -64,12 +63,8 @@ def arrival_layers(run: CleanRun, pair: TokenPair) -> Int[np.ndarray, "pos"]:
 
 
 def earliest_layers(run: CleanRun, pairs: Sequence[TokenPair]) -> list[int]:
-    """For each pair of a batch the first layer whose output at the last token can differ at all.
-
-    It is -1 where the last token itself differs, and the number of layers where no layer's output can differ.
-    """
-    last = [(pair.control[-1] != pair.treated[-1], int(arrival_layers(run, pair)[-1])) for pair in pairs]
-    return [-1 if differs else layer for differs, layer in last]
+    """For each pair the first layer whose output at the last token can differ: -1 if the token does, `n_layers` if none."""
+    return [-1 if one.control[-1] != one.treated[-1] else int(arrival_layers(run, one)[-1]) for one in pairs]
 
 
 # ---- effects of groups and of single tokens ----
@@ -84,9 +79,8 @@ def token_effects(study: Study, treatments: Sequence[str] = TREATMENTS) -> pd.Da
     study, tables = study.thinned(PAIRS), []
     groups = estimands.mediators(study.subject, SITES[:1], position_groups(study), _mapped_layers(study))
     for treatment in treatments:
-        pairs = study.of(treatment)
-        parts = [[pair for pair in pairs if (pair.pair.split == "test") is is_test] for is_test in (True, False)]
-        for part, some in zip(parts, (groups, [estimands.Mediator(SITES[0], 0)]), strict=True):
+        for is_test, some in ((True, groups), (False, [estimands.Mediator(SITES[0], 0)])):
+            part = [pair for pair in study.of(treatment) if (pair.pair.split == "test") is is_test]
             tables += [estimands.measure_effects(study.subject, part, study.openers, some)] if part else []
     return estimands.with_difference(pd.concat(tables, ignore_index=True), study.twins)
 
@@ -104,16 +98,12 @@ def group_shares(study: Study, table: pd.DataFrame, treatment: str) -> pd.DataFr
     """
     earliest = earliest_by_group(study, treatment)
     names = [name for name in position_groups(study) if earliest.get(name, np.inf) < study.subject.n_layers]
-    part = table[(table.treatment == treatment) & (table.outcome == "Y1")]
-    part = summaries.signed(part).query("split == 'test'")
-    made = summaries.share_of_te(part[part.position.isin(names)], by=["position", "layer"])
-    made = made.sort_values(
-        ["position", "layer"], key=lambda column: column.map(names.index) if column.name == "position" else column
-    )
-    made = made.assign(treatment=treatment, earliest=made.position.map(earliest).astype(float))
-    return made.rename(columns={"position": "group"})[
-        ["treatment", "group", "earliest", "layer", "estimate", "low", "high"]
-    ]
+    part = summaries.signed(table[(table.treatment == treatment) & (table.outcome == "Y1")])
+    part = part[(part.split == "test") & part.position.isin(names)]
+    made = summaries.share_of_te(part, by=["position", "layer"]).rename(columns={"position": "group"})
+    made = made.sort_values(["group", "layer"], key=lambda x: x.map(names.index) if x.name == "group" else x)
+    made = made.assign(treatment=treatment, earliest=made.group.map(earliest).astype(float))
+    return made[["treatment", "group", "earliest", "layer", "estimate", "low", "high"]]
 
 
 def earliest_by_group(study: Study, treatment: str) -> dict[str, int]:
@@ -140,11 +130,9 @@ def position_effects(study: Study, pair: TokenPair, sites: Sequence[str] = SITES
     behind = np.flatnonzero(arrives < subject.n_layers)
     places = [(site, layer, int(at)) for site in sites for layer in _mapped_layers(study) for at in behind]
     patches = [Patch(site, layer, position_mask(tokens, at)) for site, layer, at in places]
-    control, treated = (
-        replay.interchange(subject, base, source, patches)[:, :, 0]
-        for base, source in ((batch.control, batch.treated), (batch.treated, batch.control))
-    )
-    cells = estimands.score_cells(subject, batch, (control, treated), study.openers[pair.pair.treatment])
+    runs = (batch.control, batch.treated)
+    into, out = (replay.interchange(subject, *both, patches)[:, :, 0] for both in (runs, runs[::-1]))
+    cells = estimands.score_cells(subject, batch, (into, out), study.openers[pair.pair.treatment])
     made = estimands.with_estimands(pd.DataFrame({name: np.resize(y[0], len(places)) for name, y in cells.items()}))
     text = [positions.token_labels(pair, side, subject.tokenizer) for side in ("control", "treated")]
     shown = {i: a if a == b else f"{a}/{b}" for i, (a, b) in enumerate(zip(*text, strict=True))}

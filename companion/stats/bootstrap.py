@@ -8,6 +8,7 @@ all of them and reads BCa intervals from its spread. `max_t_band` gives wider li
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,6 +23,7 @@ from companion.stats.clusters import ClusterSums, Statistic, cluster_sums, mean
 
 # Effects are log-odds, probabilities or shares, all of order 1: a spread below this is rounding error.
 ROUNDING = 1e-12
+TAIL = (1 - 0.95) / 2  # not 0.025, by one bit: stored limits rest on it
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,31 @@ class Estimates:
 
 
 @dataclass(frozen=True)
-class Band:
-    """Simultaneous limits, one entry per stat; `critical` is the quantile of max |t| over the resamples."""
+class Quantity:
+    """A statistic of a table's sums per topic: the value columns and cells that it takes, in the order of `cluster_sums`."""
 
-    low: Float[np.ndarray, "stat"]
-    high: Float[np.ndarray, "stat"]
-    critical: float
+    table: pd.DataFrame
+    values: Sequence[str]
+    by: Sequence[str]
+    statistic: Statistic
+
+    def estimates(self) -> Estimates:
+        """The `interval` over topics."""
+        return interval(cluster_sums(self.table, self.values, by=self.by), self.statistic)
 
 
 def bootstrap(
-    sums: ClusterSums, statistic: Statistic, *, n_boot: int = 2000, seed: int = 0, confidence: float = 0.95,
-    small_sample: bool = True,
-) -> Estimates:  # fmt: skip
-    """Estimate with BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
+    sums: ClusterSums, statistic: Statistic, *, n_boot: int = 2000, seed: int = 0, small_sample: bool = True
+) -> Estimates:
+    """Estimate with 95 % BCa interval (Efron 1987), clusters drawn with replacement within their stratum.
 
     `small_sample` replaces the normal quantile z in BCa by t * sqrt(n / (n - 1)) (Hesterberg 2015): without it the
     intervals of 30 topics hold about 92 % instead of 95 %. `False` gives the textbook interval.
-    Memory: `n_boot` x stats. Raises `InputError` for a stratum of fewer than 2 clusters and for a statistic that is
-    not finite on the data themselves.
+    Raises `InputError` for a stratum of fewer than 2 clusters and for a statistic that is not finite on the data themselves.
     """
-    _check_request(sums, n_boot, confidence)
+    sizes = np.bincount(sums.strata)
+    if sizes.min() < 2:
+        raise InputError(f"{len(sums.clusters)} clusters in strata of {sizes}: an interval needs at least 2 in each")
     estimate = _evaluate(statistic, sums.sums.sum(0)[None], sums.counts.sum(0)[None])[0]
     if not np.isfinite(estimate).all():
         raise InputError(f"stats {np.flatnonzero(~np.isfinite(estimate))} are 0/0 on the whole table: leave them out")
@@ -80,8 +87,7 @@ def bootstrap(
     influence, ordered = np.where(ok, influence, 0), np.sort(np.where(ok, replicates, estimate), axis=0)
     varies = ordered.std(0) > ROUNDING * np.maximum(1, abs(estimate))
     acceleration, df, widen = _shape(influence, sums.strata)
-    tail = (1 - confidence) / 2
-    z = st.t.isf(tail, df) * widen if small_sample else st.norm.isf(tail)
+    z = st.t.isf(TAIL, df) * widen if small_sample else st.norm.isf(TAIL)
     low, high = (_bca_limit(ordered, estimate, deviate, acceleration) for deviate in (-z, z))
     se, t = _studentise(replicates - estimate, weights, influence, sums.strata)
     low = np.where(ok, np.where(varies, low, estimate), -np.inf)
@@ -90,24 +96,11 @@ def bootstrap(
     return Estimates(estimate, low, high, se, len(sums.clusters), replicates, t)
 
 
-def _check_request(sums: ClusterSums, n_boot: int, confidence: float) -> None:
-    if np.bincount(sums.strata).min() < 2:
-        raise InputError(
-            f"{len(sums.clusters)} clusters in strata of {np.bincount(sums.strata)}: the spread between clusters "
-            "needs at least 2 in each; add topics or join strata"
-        )
-    if n_boot < 100 or not 0 < confidence < 1:
-        raise InputError(f"n_boot={n_boot}, confidence={confidence}: expected at least 100, and between 0 and 1")
-
-
 def _evaluate(statistic: Statistic, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         value = statistic(sums, counts)
     if value.ndim != 2 or len(value) != len(sums):
-        raise InputError(
-            f"the statistic returned shape {value.shape} for sums {sums.shape}: expected ({len(sums)}, stats); "
-            "keep the axis of stats (sums[:, [0]], keepdims=True)"
-        )
+        raise InputError(f"the statistic returned shape {value.shape}: expected ({len(sums)}, stats)")
     return value
 
 
@@ -180,58 +173,55 @@ def _bca_limit(ordered: np.ndarray, estimate: np.ndarray, z: np.ndarray, acceler
     return lower + (position - start) * (upper - lower)
 
 
-def max_t_band(estimates: Estimates) -> Band:
-    """Band that holds all stats at once with 95 % confidence: estimate -+ quantile of max |t| times `se`.
+def max_t_band(estimates: Estimates) -> tuple[Float[np.ndarray, "stat"], Float[np.ndarray, "stat"]]:
+    """Limits that hold for all stats at once with 95 % confidence: estimate -+ quantile of max |t| times `se`.
 
-    t of a resample is taken with that resample's own standard error (bootstrap-t; Romano & Wolf 2005): with one
-    standard error for all, a band of 64 cells and 30 topics covered about 88 %, or 73 % for skewed effects. Stats that
-    do not vary (zero by structure) take no part and keep [estimate, estimate]; those without a t in some resample, as
-    fewer than about 8 clusters inform them, take no part and get (-inf, inf). One stat gets a bootstrap-t interval.
+    Each resample has its own standard error (bootstrap-t; Romano & Wolf 2005): with one for all, a band of 64 cells and 30
+    topics covered about 88 %. Stats that do not vary (zero by structure) keep [estimate, estimate], and those without a t in
+    some resample, as fewer than about 8 clusters inform them, get (-inf, inf); neither takes part.
     """
     estimate, se = estimates.estimate, estimates.se
     usable = np.isfinite(estimates.t).all(0) & (se > 0)
     critical = float(np.quantile(abs(estimates.t[:, usable]).max(1, initial=0), 0.95))
     half = np.select([usable, se == 0], [critical * np.where(usable, se, 0), 0], np.inf)
-    return Band(estimate - half, estimate + half, critical)
+    return estimate - half, estimate + half
 
 
 def interval(sums: ClusterSums, statistic: Statistic) -> Estimates:
     """`bootstrap`, with intervals without limits where all pairs are of one topic: nothing says how topics differ."""
     if len(sums.clusters) > 1:
         return bootstrap(sums, statistic)
-    estimate = statistic(sums.sums, sums.counts)[0]
+    return _without_limits(statistic(sums.sums, sums.counts)[0])
+
+
+def _without_limits(estimate: np.ndarray) -> Estimates:
     endless = np.full_like(estimate, np.inf)
     return Estimates(estimate, -endless, endless, endless, 1, estimate[None], endless[None])
 
 
 def two_way(
-    sums: ClusterSums, statistic: Statistic, first: Shaped[np.ndarray, "cluster"], second: Shaped[np.ndarray, "cluster"], *,
-    n_boot: int = 2000, seed: int = 0,
-) -> Estimates:  # fmt: skip
+    sums: ClusterSums, statistic: Statistic, first: Shaped[np.ndarray, "cluster"], second: Shaped[np.ndarray, "cluster"]
+) -> Estimates:
     """Estimate with an interval that takes two crossed samples into account, such as topics and families of wrappers.
 
     Pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1, 386): levels of both factors are drawn on their own, and
     a cell counts as often as its two levels together. `sums` has a cluster for each cell, `first` and `second` its levels.
-    Counts are stretched by sqrt(n / (n - 1)), so that few levels do not look alike. The interval is symmetric: half the
-    spread of the middle 68 % of draws, times a t quantile with Satterthwaite's degrees of freedom; (-inf, inf) where a factor
-    has one level.
-
-    It holds too much rather than too little: a spread between cells of its own is counted up to three times.
+    Counts are stretched by sqrt(n / (n - 1)), so that few levels do not look alike. The limits are half the spread of the
+    middle 68 % of draws, times a t quantile with Satterthwaite's degrees of freedom; (-inf, inf) where a factor has one
+    level. They hold too much rather than too little: a spread between cells of its own is counted up to three times.
     """
     codes = [np.unique(np.asarray(labels), return_inverse=True)[1] for labels in (first, second)]
-    sizes, rng = [int(code.max()) + 1 for code in codes], np.random.default_rng(seed)
+    sizes, rng = [int(code.max()) + 1 for code in codes], np.random.default_rng(0)
     estimate = _evaluate(statistic, sums.sums.sum(0)[None], sums.counts.sum(0)[None])[0]
     if min(sizes) < 2:
-        endless = np.full_like(estimate, np.inf)
-        return Estimates(estimate, -endless, endless, endless, min(sizes), estimate[None], endless[None])
-    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in sizes]
+        return _without_limits(estimate)
+    drawn = [rng.multinomial(n, np.full(n, 1 / n), size=2000) for n in sizes]
     weights = [(1 + (x - 1) * math.sqrt(n / (n - 1)))[:, code] for x, n, code in zip(drawn, sizes, codes, strict=True)]
 
     def replicates_of(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         made = _evaluate(statistic, weight @ sums.sums, weight @ sums.counts)
-        middle = np.quantile(
-            made, st.norm.cdf([-1, 1]), axis=0
-        )  # a ratio has tails that would swamp a standard deviation
+        # A ratio has tails that would swamp a standard deviation.
+        middle = np.quantile(made, st.norm.cdf([-1, 1]), axis=0)
         return made, (middle[1] - middle[0]) / 2
 
     (_, first_se), (_, second_se) = map(replicates_of, weights)
@@ -261,12 +251,11 @@ def exact_row(
     return dict(zip(EVIDENCE, values, strict=True))
 
 
-def share_row(
-    model: str, claim: str, quantity: str, variant: str, estimates: Estimates | None, table: pd.DataFrame
-) -> list[dict[str, object]]:
-    """The row of a share measured on the table's test pairs, or no row where the share is not defined."""
-    n_pairs = table.loc[table.split == "test", "pair_id"].nunique()
-    return [] if estimates is None else [row(model, claim, quantity, variant, estimates, n_pairs)]
+def share_row(model: str, claim: str, quantity: str, variant: str, share: Quantity | None) -> list[dict[str, object]]:
+    """The row of a quantity of test pairs, or no row where it is not defined."""
+    if share is None:
+        return []
+    return [row(model, claim, quantity, variant, share.estimates(), share.table.pair_id.nunique())]
 
 
 def mean_row(table: pd.DataFrame, value: str, model: str, claim: str, quantity: str) -> dict[str, object]:

@@ -1,9 +1,8 @@
 """Sums per topic, the statistics made of them, and the tests that respect topics.
 
-Pairs of one topic share wording and are not independent. Every statistic used here needs a tidy table only through its sums
-and counts per topic: `cluster_sums` makes them, and `mean`, `contrast` and `ratio` are functions of them, on which
-`companion.stats.bootstrap` puts intervals. Neurons are too many and too sparse for a bootstrap: `clustered_t` tests
-them.
+Pairs of one topic share wording and are not independent. `cluster_sums` makes sums and counts per topic, and `mean`,
+`contrast` and `ratio` are functions of them, on which `companion.stats.bootstrap` puts intervals. Neurons are too many and
+too sparse for a bootstrap: `clustered_t` tests them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,11 +43,10 @@ class ClusterSums:
 def cluster_sums(
     table: pd.DataFrame, values: str | Sequence[str], *, by: Sequence[str] = (), strata: str | None = None
 ) -> ClusterSums:
-    """Sum the value column(s) of a tidy table within each topic, separately for each combination of `by`.
+    """Sum the value column(s) of a tidy table within each topic, separately for each combination of `by`, sorted.
 
     A wide table has one value column per cell; a long one has one value column and names the cell in `by`. `strata` names
-    a column: topics in which the same set of its values occurs form one stratum, so with `strata="treatment"` the topics
-    that serve the same treatments are drawn among themselves.
+    a column: topics in which the same set of its values occurs form one stratum.
 
     >>> table = pd.DataFrame({"topic": ["a", "a", "b"], "layer": [0, 1, 0], "nie": [1.0, 2.0, 3.0]})
     >>> cluster_sums(table, "nie", by=["layer"]).sums
@@ -62,10 +61,8 @@ def cluster_sums(
     for name in values:
         finite = np.isfinite(pd.to_numeric(table[name], errors="coerce").to_numpy(float, na_value=np.nan))
         if not finite.all():
-            raise InputError(
-                f"{(~finite).sum()} of {len(finite)} entries of {name!r} are not finite numbers: leave out rows "
-                "that were not measured, and look for a prompt of zero probability"
-            )
+            lost = f"{(~finite).sum()} of {len(finite)} entries of {name!r}"
+            raise InputError(f"{lost} are not finite numbers: look for a prompt of zero probability")
     row, clusters = pd.factorize(table["topic"], sort=True)
     if by:
         grouped = table.groupby(by, sort=True, observed=True)
@@ -115,8 +112,7 @@ def ratio(num: ArrayLike, den: ArrayLike) -> Statistic:
     return lambda sums, counts: top(sums, counts) / bottom(sums, counts)
 
 
-@dataclass(frozen=True)
-class ClusteredT:
+class ClusteredT(NamedTuple):
     """One-sample t-test per cell: mean over rows (unit of the values), its standard error, t, two-sided p."""
 
     mean: Float[np.ndarray, "cell"]
@@ -132,15 +128,12 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     The variance is the cluster-robust one (Liang & Zeger 1986) with the factor G / (G - 1), and t has G - 1 degrees
     of freedom for G clusters. A cell that is 0 in every row has t = 0 and p = 1.
     """
-    values, cluster = np.asarray(values), np.asarray(cluster)
-    if values.ndim != 2 or cluster.shape != values.shape[:1]:
-        raise InputError(f"values {values.shape} and cluster {cluster.shape}: expected [row, cell] and [row]")
-    if not np.isfinite(values).all() or pd.isna(cluster).any():
-        raise InputError("values or cluster labels are missing or infinite: leave out rows that were not measured")
     labels, code = np.unique(cluster, return_inverse=True)
     n_clusters, n_rows = len(labels), len(values)
     if n_clusters < 2:
         raise InputError(f"{n_clusters} cluster: the spread between clusters needs at least 2, add topics")
+    if not np.isfinite(values).all():
+        raise InputError("values are missing or infinite: leave out rows that were not measured")
     member = (np.arange(n_clusters)[:, None] == code).astype(float)
     mean = values.mean(0, dtype=float)
     residual = member @ values - member.sum(1, keepdims=True) * mean
@@ -150,22 +143,16 @@ def clustered_t(values: Float[np.ndarray, "row cell"], cluster: Shaped[np.ndarra
     return ClusteredT(mean, se, t, 2 * st.t.sf(abs(t), n_clusters - 1), n_clusters - 1)
 
 
-def rate(hits: int, n: int) -> tuple[float, float, float]:
-    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn.
-
-    >>> [round(x, 3) for x in rate(0, 59)]
-    [0.0, 0.0, 0.061]
-    """
-    return (hits / n, *wilson(hits, n)) if n else (math.nan, 0.0, 1.0)
-
-
 def wilson(successes: int, n: int) -> tuple[float, float]:
     """Wilson (1927) 95 % interval of a proportion of independent trials.
 
     >>> [round(limit, 3) for limit in wilson(0, 10)]
     [0.0, 0.278]
     """
-    if not 0 <= successes <= n or n == 0:
-        raise InputError(f"{successes} of {n}: expected 0 <= successes <= n, n > 0")
     low, high = proportion_confint(successes, n, alpha=1 - 0.95, method="wilson")
     return float(low), float(high)
+
+
+def rate(hits: int, n: int) -> tuple[float, float, float]:
+    """Share with its 95 % interval (Wilson); NaN and the whole range where nothing was drawn."""
+    return (hits / n, *wilson(hits, n)) if n else (math.nan, 0.0, 1.0)

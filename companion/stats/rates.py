@@ -18,8 +18,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from companion.base.errors import InputError
-from companion.stats.bootstrap import Estimates, interval
-from companion.stats.clusters import cluster_sums, mean, ratio, wilson
+from companion.stats.bootstrap import interval
+from companion.stats.clusters import Statistic, cluster_sums, mean, ratio, wilson
 
 Z = float(st.norm.ppf(0.975))
 
@@ -36,27 +36,25 @@ class Change:
     p: float = float("nan")
 
 
-def _change(made: Estimates, n: int) -> Change:
-    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), n, made.n_clusters)
-
-
 def mean_change(values: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]) -> Change:
     """Mean of per-prompt values with a BCa interval over topics, in the unit of the values.
 
     >>> mean_change(np.full(80, 0.5), np.arange(80) // 2)
     Change(estimate=0.5, low=0.5, high=0.5, n=80, n_topics=40, p=nan)
     """
-    table = pd.DataFrame({"topic": topic, "value": np.asarray(values, dtype=float)})
-    return _change(interval(cluster_sums(table, "value"), mean), len(table))
+    return _change({"value": np.asarray(values, dtype=float)}, topic, mean)
 
 
 def ratio_change(
     top: Float[np.ndarray, "prompt"], bottom: Float[np.ndarray, "prompt"], topic: Shaped[np.ndarray, "prompt"]
 ) -> Change:
     """Ratio of two means over the same prompts, topics drawn: never a mean of ratios."""
-    table = pd.DataFrame({"topic": topic, "top": top, "bottom": bottom})
-    made = interval(cluster_sums(table, ["top", "bottom"]), ratio([True, False], [False, True]))
-    return _change(made, len(table))
+    return _change({"top": top, "bottom": bottom}, topic, ratio([True, False], [False, True]))
+
+
+def _change(columns: dict[str, np.ndarray], topic: np.ndarray, statistic: Statistic) -> Change:
+    made = interval(cluster_sums(pd.DataFrame({"topic": topic, **columns}), list(columns)), statistic)
+    return Change(float(made.estimate[0]), float(made.low[0]), float(made.high[0]), len(topic), made.n_clusters)
 
 
 def rate_change(
@@ -89,20 +87,17 @@ def newcombe(before: Bool[np.ndarray, "prompt"], after: Bool[np.ndarray, "prompt
     Newcombe (1998), Statistics in Medicine 17, 2635, method 10 without his continuity correction of phi. Independent
     prompts are assumed; no discordant pair at all still leaves room for some.
     """
-    n = len(before)
     both = _paired_counts(before, after)
-    rates = after.mean(), before.mean()
-    limits = [wilson(int(x.sum()), n) for x in (after, before)]
+    (rate1, low1, high1), (rate2, low2, high2) = ((x.mean(), *wilson(int(x.sum()), len(x))) for x in (after, before))
     margins = np.prod(both.sum(0)) * np.prod(both.sum(1))
     phi = 0.0 if margins == 0 else (both[0, 0] * both[1, 1] - both[0, 1] * both[1, 0]) / np.sqrt(margins)
 
     def half(first: float, second: float) -> float:
         return float(np.sqrt(max(0.0, first**2 - 2 * phi * first * second + second**2)))
 
-    (low1, high1), (low2, high2) = limits
-    difference = rates[0] - rates[1]
-    low = difference - half(rates[0] - low1, high2 - rates[1])
-    return float(low), float(difference + half(high1 - rates[0], rates[1] - low2))
+    difference = rate1 - rate2
+    low = difference - half(rate1 - low1, high2 - rate2)
+    return float(low), float(difference + half(high1 - rate1, rate2 - low2))
 
 
 def with_refits(change: Change, refits: Sequence[float]) -> Change:

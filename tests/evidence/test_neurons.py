@@ -66,11 +66,14 @@ def test_the_sweep_of_relatives_agrees_with_the_whole_one_where_it_looks(study: 
     assert (few - whole).abs().max() < 1e-5
 
 
-def test_which_layers_and_benign_behaviours_are_measured(study: Study, swept: Neurons) -> None:
+def test_which_layers_and_benign_behaviours_are_measured(
+    study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neurons, "BENIGN_PAIRS", 12)
     layers = swept.table.groupby("treatment").layer.agg(lambda values: sorted(set(values))).to_dict()
     everywhere = {"T2", "T2b", "T2-T2b"}
     assert layers == {name: [0, 1, 2, 3] if name in everywhere else [3] for name in (*everywhere, "T1", "B1", "B2")}
-    few = measure_neurons(study, layers=[3], benign=12)
+    few = measure_neurons(study, [3])
     assert set(few.table.layer) == {3}
     assert [len(few.measured.effects[name].pairs) for name in ("B1", "T2")] == [12, 24]
     effects = dict(swept.measured.effects)  # a benign behaviour counts if it has an effect
@@ -81,7 +84,8 @@ def test_which_layers_and_benign_behaviours_are_measured(study: Study, swept: Ne
 
 def test_a_screened_sweep_rechecks_the_top(study: Study, swept: Neurons, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neurons.screening, "RECHECKED", {False: 25})
-    full, found = swept, measure_neurons(study, every=False)
+    monkeypatch.setattr(neurons.screening, "is_small", lambda _: False)
+    full, found = swept, measure_neurons(study)
     keys = ["treatment", "split", "layer", "neuron"]
     both = found.table[found.table.exact].merge(full.table, on=keys, suffixes=("", "_full"))
     assert len(both) == found.table.exact.sum()
@@ -100,7 +104,7 @@ def gated(model: gm.Model, *harmful: str, harmless: tuple[str, ...] = ()) -> Stu
     pairs = cue_pairs(gm.TOKENIZER, *harmful, n=36)
     pairs += cue_pairs(gm.TOKENIZER, *harmless, n=36, treatment="T2b") if harmless else []
     twins = {p.pair.id: p.pair.twin for p in pairs if p.pair.twin} if harmless else {}
-    return Study("m", gm.build(model), tuple(pairs), {"T2": gm.YES_NO, "T2b": gm.YES_NO}, twins, {})
+    return Study("m", gm.build(model), tuple(pairs), {"T2": gm.YES_NO, "T2b": gm.YES_NO}, twins)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,7 @@ def gate() -> Study:
 
 def measured(study: Study) -> tuple[neurons.Gates, pd.DataFrame, dict[str, float]]:
     """What the tests of gates find, their evidence rows, and the main estimates by quantity."""
-    found = neurons.measure_gates(study, measure_neurons(study, every=True).table)
+    found = neurons.measure_gates(study, measure_neurons(study).table)
     table = pd.DataFrame(neurons.evidence_c5b(found, "m"), columns=list(EVIDENCE))
     return found, table, table[table.variant == "main"].set_index("quantity").estimate.to_dict()
 

@@ -93,7 +93,7 @@ def test_the_share_kept_covers_its_truth_near_one(share: float) -> None:
 def test_twins_of_a_refusal_take_its_control() -> None:
     harmful, other = tiny_study(n=2).of("T2", "T2b")[::2]
     twin = replace(other, pair=replace(other.pair, id="twin", twin=None))
-    both = Study("m", tiny_study().subject, (harmful, twin), {}, {harmful.pair.id: "twin"}, {})
+    both = Study("m", tiny_study().subject, (harmful, twin), {}, {harmful.pair.id: "twin"})
     (made,) = tokens.refusing(both, [harmful])
     assert made.pair.treatment == "T2b" and made.pair.treated == twin.pair.treated
     assert made.pair.control == harmful.pair.control and (made.control == harmful.control).all()

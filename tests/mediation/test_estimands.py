@@ -243,21 +243,6 @@ def test_log_odds_are_those_of_the_library(family: str) -> None:
     assert found.dtype == torch.float64 and (sum(wanted) < 0.9).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "gpt2"])
-def test_contrast_with_a_frozen_norm_is_linear(family: str) -> None:
-    subject = tiny_subject(family)
-    a, b, like = final(subject, tokens())[:, :3].unbind(1)
-    mixed = (a, b, 0.3 * a + 0.7 * b)
-    value, free = ([outcomes.contrast(subject, x, CAMPS, norm, EQUAL) for x in mixed] for norm in (like, None))
-    np.testing.assert_allclose(value[2], 0.3 * value[0] + 0.7 * value[1], atol=1e-5)
-    assert (free[2] - 0.3 * free[0] - 0.7 * free[1]).abs().max() > 1e-3
-    own = outcomes.log_odds(subject, a, CAMPS, a)
-    np.testing.assert_allclose(own, outcomes.log_odds(subject, a, CAMPS), atol=1e-5)
-    logits = subject.model(tokens()).logits.detach()[:, 0]
-    wanted = logits[:, list(CAMPS.comply)].mean(-1) - logits[:, list(CAMPS.refuse)].mean(-1)
-    np.testing.assert_allclose(free[0], wanted, atol=1e-5)
-
-
 def test_camp_weights_make_the_contrast_follow_y1(subject: Subject) -> None:
     """Y1's own weights at both ends: an opener that the model never says must not count as much as the one it says."""
     control, treated = final(subject, tokens())[:, -1], final(subject, tokens(seed=4))[:, -1]
@@ -313,22 +298,6 @@ def test_the_rest_is_exact_in_float32_where_one_side_has_everything(scale: float
     torch.testing.assert_close(readout.rest_against(parts, refuse), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_sequence_log_prob_is_the_library_s_loss_for_each_variant(subject: Subject) -> None:
-    ids = tokens(4, 12)
-    resid = final(subject, ids)[:, 5:-1]
-    keep = torch.arange(6) < torch.tensor([6, 1, 3, 4])[:, None]
-    variants = torch.stack([resid, resid.roll(1, 0)], dim=1)
-    found = outcomes.sequence_log_prob(subject, variants, (ids[:, 6:], keep))
-    assert found.shape == (4, 2)
-    alone = outcomes.sequence_log_prob(subject, variants[:, 1], (ids[:, 6:], keep))
-    np.testing.assert_allclose(found[:, 1], alone, atol=1e-6)
-    for row, n, value in zip(ids, keep.sum(1).tolist(), found[:, 0].tolist(), strict=True):
-        labels = row.clone()
-        labels[:6], labels[6 + n :] = -100, -100
-        loss = subject.model(row[None], labels=labels[None]).loss.item()
-        assert value == pytest.approx(-n * loss, abs=1e-4)
-
-
 def greedy(subject: Subject, prompt: Tensor, camp: tuple[int, ...], steps: int, ends: tuple[int, ...]) -> list[int]:
     """One token at a time, no cache: the likeliest of the camp first, then the likeliest of all."""
     text: list[int] = []
@@ -342,29 +311,19 @@ SAMPLED = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "do_sample": Tr
 
 
 @pytest.mark.parametrize("settings", [{}, SAMPLED])
-def test_continuations_are_greedy_behind_the_forced_opener(settings: dict) -> None:
+def test_continuations_are_greedy_behind_the_forced_opener_of_each_pair(settings: dict) -> None:
     subject = tiny_subject("llama")
     control, treated = tokens(5, 7, seed=1), tokens(5, 7, seed=2)
-    plain = [greedy(subject, prompt, CAMPS.comply, 9, ()) for prompt in treated]
+    own = [CAMPS, Openers((21, 8), (44,)), CAMPS, CAMPS, CAMPS]
+    plain = [greedy(subject, prompt, one.comply, 9, ()) for prompt, one in zip(treated, own, strict=True)]
     ends = (plain[0][3], plain[1][5])  # so that two texts stop early
     for name, value in {"eos_token_id": list(ends), **settings}.items():
         setattr(subject.model.generation_config, name, value)
-    found = outcomes.continuations(subject, control, treated, [CAMPS] * 5, steps=9)
-    for prompts, camp, (text, mask) in zip((treated, control), (CAMPS.comply, CAMPS.refuse), found, strict=True):
-        wanted = [greedy(subject, prompt, camp, 9, ends) for prompt in prompts]
+    found = outcomes.continuations(subject, control, treated, own, steps=9)
+    for prompts, kind, (text, mask) in zip((treated, control), ("comply", "refuse"), found, strict=True):
+        wanted = [greedy(subject, ids, getattr(one, kind), 9, ends) for ids, one in zip(prompts, own, strict=True)]
         assert [row[keep].tolist() for row, keep in zip(text, mask, strict=True)] == wanted
     assert len(set(found[0][1].sum(1).tolist())) > 1
-
-
-def test_each_pair_may_have_openers_of_its_own(subject: Subject) -> None:
-    control, treated = tokens(3, 7, seed=1), tokens(3, 7, seed=2)
-    own = [CAMPS, Openers((21, 8), (44,)), CAMPS]
-    found = outcomes.continuations(subject, control, treated, own, steps=5)
-    for i, openers in enumerate(own):
-        alone = outcomes.continuations(subject, control[i : i + 1], treated[i : i + 1], [openers], steps=5)
-        for (together, _), (text, mask) in zip(found, alone, strict=True):
-            assert together[i, : text.shape[1]][mask[0]].tolist() == text[mask].tolist()
-    assert found[0][0][1, 0] in (21, 8) and found[1][0][1, 0] == 44
 
 
 def test_texts_behind_a_shared_opening_are_those_behind_each_prompt_s_own(monkeypatch: pytest.MonkeyPatch) -> None:

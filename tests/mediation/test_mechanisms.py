@@ -17,7 +17,6 @@ from companion.mediation.study import Study
 from companion.model import activations, interventions
 from companion.model.activations import on_output
 from companion.model.architecture import Subject
-from companion.plots.tokens import groups
 from organisms import compiled as organisms
 
 # ---- mechanisms ----
@@ -179,11 +178,6 @@ def test_the_map_holds_test_pairs_alone_and_fewer_layers_where_each_is_costly() 
     of_wrapper = shares[shares.group == "wrapper"].set_index("layer").estimate
     assert of_wrapper[2] == pytest.approx((part.nie0 + part.nie1).sum() / 2 / part.te.sum())
     assert "system" not in set(shares.group) and list(shares.group)[-1] == "last"
-    ax = groups(shares).axes[0]
-    said = [text.get_text() for text in ax.texts]
-    assert said == [f"{100 * one:.0f}" for one in shares.estimate if abs(one) >= 0.05]
-    (hatched,) = groups(shares.assign(earliest=4.0).head(3)).axes[0].patches
-    assert hatched.get_width() == pytest.approx(2 / 3)  # layers 0 and 2 of 0, 2 and 5
 
 
 # Where a difference can arrive: change tokens of a sliding-window model and see which cells change a bit.

@@ -10,6 +10,7 @@ from companion.base.errors import InputError
 from companion.base.thresholds import deepest_early_layer, depth
 from companion.mediation import summaries
 from companion.mediation.summaries import averaged, signed
+from companion.stats.bootstrap import Quantity
 
 LIMITS = ["estimate", "low", "high"]
 
@@ -49,7 +50,7 @@ def test_unsaturated_pairs() -> None:
 
 def test_shares_sum_the_test_pairs_effects() -> None:
     table = signed(effect_table(noise=0.4, seed=3))
-    found = summaries.late_share(table, N_LAYERS)
+    found = summaries.late_share(table, N_LAYERS).estimates()
     # Topics have two pairs each, so that the clustered test is the plain one of topic means.
     topics = table[table.split == "discover"].groupby(["site", "layer", "topic"]).nie.mean().unstack("topic")
     chosen = topics.index[ttest_1samp(topics, 0, axis=1, alternative="greater").pvalue < 0.05]
@@ -59,15 +60,19 @@ def test_shares_sum_the_test_pairs_effects() -> None:
     assert 0.02 < found.high[0] - found.low[0] < 0.3
     # Neither the validate split nor the order of rows matters.
     other = shifted(effect_table(noise=0.4, seed=3), "validate", te=-9, nie0=7, nie1=-3).sample(frac=1, random_state=0)
-    again = summaries.late_share(signed(other), N_LAYERS)
+    again = summaries.late_share(signed(other), N_LAYERS).estimates()
     np.testing.assert_allclose([found.estimate, found.low, found.high], [again.estimate, again.low, again.high])
+
+
+def estimate(share: Quantity) -> float:
+    return share.estimates().estimate[0]
 
 
 @pytest.mark.parametrize(("value", "known"), [("nie", 2 / 3.5), ("nie0", 3 / 4), ("nie1", 1 / 3)])
 def test_each_direction_has_its_own_share(value: str, known: float) -> None:
     table = signed(effect_table({("mlp_out", 5): (3.0, 1.0), ("attn_out", 0): (1.0, 2.0)}))
-    assert summaries.late_share(table, N_LAYERS, value).estimate[0] == pytest.approx(known)
-    assert summaries.mlp_share(table, value).estimate[0] == pytest.approx(known)
+    assert estimate(summaries.late_share(table, N_LAYERS, value)) == pytest.approx(known)
+    assert estimate(summaries.mlp_share(table, value)) == pytest.approx(known)
     for cells in ({}, {("mlp_out", 3): -1.0}):  # nothing is positive
         assert summaries.late_share(signed(effect_table(cells)), N_LAYERS, value) is None
 
@@ -76,12 +81,12 @@ def test_normalised_shares() -> None:
     table = signed(effect_table())
     scale = scales()["per patch norm"] ** 2  # 4 for an MLP, 1 for attention
     found = summaries.mlp_share(table, scale=scale.sample(frac=1, random_state=1))
-    assert found.estimate[0] == pytest.approx((3.6 / 4) / (3.6 / 4 + 1.4))
+    assert estimate(found) == pytest.approx((3.6 / 4) / (3.6 / 4 + 1.4))
     scale[("mlp_out", 0)] = 0.4
     mlps = 3 / 4 + 0.6 / 0.4
-    assert summaries.mlp_share(table, scale=scale).estimate[0] == pytest.approx(mlps / (mlps + 1.4))
+    assert estimate(summaries.mlp_share(table, scale=scale)) == pytest.approx(mlps / (mlps + 1.4))
     never_differs = pd.Series(np.where(scale.index.get_level_values(1) == 2, 0.0, 2.0), scale.index)
-    assert summaries.mlp_share(table, scale=never_differs).estimate[0] == pytest.approx(3.6 / 5)
+    assert estimate(summaries.mlp_share(table, scale=never_differs)) == pytest.approx(3.6 / 5)
 
 
 def test_share_of_te_is_a_ratio_of_sums() -> None:
@@ -110,8 +115,8 @@ def test_centroids_by_hand() -> None:
     first = benign_tables(1, {("mlp_out", 2): 2.0, ("attn_out", 3): 2.0})
     second = benign_tables(2, {("attn_out", 1): 5.0})
     benign = signed(pd.concat([first, second[second.treatment == "B2"]], ignore_index=True))
-    found, n_pairs, names = summaries.centroids(harm, benign, N_LAYERS)
-    assert (n_pairs, names) == (30, ["T2", "B1", "B2"])
+    found, names = summaries.centroids(harm, benign, N_LAYERS)
+    assert names == ["T2", "B1", "B2"]
     own = [(3 * 5.5 + 3.5) / 4 / 6, 3 / 6, 1.5 / 6]
     np.testing.assert_allclose(found.estimate, [own[0] - (own[1] + own[2]) / 2, *own])
     np.testing.assert_allclose(found.low, found.high, atol=1e-9)
@@ -119,7 +124,7 @@ def test_centroids_by_hand() -> None:
 
 def test_the_centroid_difference_has_an_interval() -> None:
     harm, benign = signed(effect_table(noise=1.0)), signed(benign_tables(noise=1.0))
-    found, _, _ = summaries.centroids(harm, benign, N_LAYERS)
+    found, _ = summaries.centroids(harm, benign, N_LAYERS)
     known = (3 * 5.5 + 4.5 + 0.6 * 0.5 + 0.4 * 1.5) / 5 / 6 - 3 / 6
     assert found.low[0] < known < found.high[0] and 0.01 < found.high[0] - found.low[0] < 0.2
     # Harm and benign topics are drawn apart, so the errors of independent parts add up in squares.

@@ -96,7 +96,7 @@ def worst(
     """The largest difference between the library's effects and plain ones, as a share of the mean size of a total effect."""
     wanted, used = [Mediator(site, layer) for site in SITES for layer in layers], openers[pairs[0].pair.treatment]
     assert used.rest and len(used.comply) == 49151
-    table = estimands.batch_effects(subject, pairs, openers, wanted)
+    table = estimands.measure_effects(subject, pairs, openers, wanted)
     found = [torch.tensor(table[name].to_numpy().reshape(len(pairs), -1)) for name in ("te", "nie0", "nie1")]
     te, nie0, nie1 = plain_effects(subject.model, pairs, used, wanted)
     assert te.abs().mean() > 0.5 and min(nie0.abs().max(), nie1.abs().max()) > 0.5 * te.abs().max()
