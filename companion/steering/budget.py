@@ -35,7 +35,6 @@ TOLERANCE: Final = 0.01  # relative, of a met budget
 TRIES: Final = 12
 N_CURVE: Final = 300  # harmful prompts, and others, of curves and random directions
 N_PRICE: Final = 60  # harmless prompts on which the divergence is measured
-STRENGTHS: Final = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 Costs: TypeAlias = Mapping[str, tuple[np.ndarray, np.ndarray]]  # values and topics [prompt] of each measure
 COLUMNS: Final = ("method", "strength", "budget", "measure", "estimate", "low", "high")
 

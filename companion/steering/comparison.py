@@ -75,13 +75,13 @@ def build_methods(fit: Fit, made: Builders, only: Sequence[str] = ()) -> tuple[d
     return defined, refused
 
 
-def tuned(
-    evaluation: EvaluationPrompts, steered: Mapping[str, Steering], strengths: Sequence[float] = budget.STRENGTHS
-) -> tuple[dict[str, Steering], pd.DataFrame]:
+def tuned(evaluation: EvaluationPrompts, steered: Mapping[str, Steering]) -> tuple[dict[str, Steering], pd.DataFrame]:
     """Every method at the strength chosen on the validate prompts (1 for those `AS_PUBLISHED`), and the curves."""
     chosen, curves = {}, [pd.DataFrame(columns=list(budget.COLUMNS))]
     for name, one in steered.items():
-        steps = strengths if one.edits else (1.0,)  # a sentence in the prompt is there or not
+        steps = (
+            evaluation.experiment.effort.strengths if one.edits else (1.0,)
+        )  # a sentence in the prompt is there or not
         curves.append(evaluation.curve(name, [budget.scaled(one, step) for step in steps], steps))
         chosen[name] = one if name in AS_PUBLISHED else budget.scaled(one, budget.choose_strength(curves[-1]))
     return chosen, pd.concat(curves[1:] or curves, ignore_index=True)
@@ -202,9 +202,7 @@ def _centred(fit: Fit, part: Part, layer: int) -> Float[np.ndarray, "prompt widt
     return centred
 
 
-def random_null(
-    fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts, draws: int
-) -> pd.DataFrame:
+def random_null(fit: Fit, tested: Steering, evaluation: EvaluationPrompts, spend: EvaluationPrompts) -> pd.DataFrame:
     """A row a direction: family, role ("random", or the tested method's name), value (fall of the log-odds on `evaluation`).
 
     Every random direction is added at the tested method's sites, to every prompt, and spends its budget (on `spend`). No
@@ -220,7 +218,9 @@ def random_null(
     rows = []
     for family in FAMILIES if target else ():
         like = replace(tested, strength=1.0)
-        first, *others = (random_direction(fit, family, like=like, seed=seed) for seed in range(draws))
+        first, *others = (
+            random_direction(fit, family, like=like, seed=seed) for seed in range(evaluation.experiment.effort.draws)
+        )
         # Draws of a family have one norm, so the strength that spends the budget is the same for all of them.
         met = budget.to_budget(fit.subject, first, spend.mixed, target)
         assert isinstance(met, Steering)  # a constant vector: what is added grows with the strength

@@ -224,7 +224,7 @@ def test_a_push_is_that_of_a_hook(ten_pairs: Study, lab: steering.Lab) -> None:
 
 def test_what_is_not_defined_goes_through_with_its_reason(ten_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
-    made = steering.run_trial(ten_pairs, WHY)
+    made = steering.run_trial(WHY)
     same, falls = steering.same_budget(made)
     found = [made, same, falls, *steering.adasteer_laws(WHY), steering.paired_differences(made)]
     found += [steering.summary(made, "m"), steering.harm_at_equal_cost(made), steering.before_and_after(made, "x")]

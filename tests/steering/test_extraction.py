@@ -28,7 +28,7 @@ from companion.stats.rates import Change
 from companion.steering import comparison, extraction, methods, prompts
 from companion.steering import experiment as experiments
 from companion.steering import trial as trials
-from companion.steering.experiment import PLAIN, SteeringExperiment, open_experiment, select, trial
+from companion.steering.experiment import PLAIN, Effort, SteeringExperiment, open_experiment, select, trial
 from companion.steering.extraction import Fit
 
 # ---- extraction ----
@@ -132,7 +132,7 @@ GATE = {"claim": "gate", "quantity": "TE T2", "variant": "main", "estimate": 4.0
 
 
 def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_prompts_only() -> None:
-    embedded = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", thin=6)
+    embedded = open_experiment(study.begin("embedded", "embedded", "m", pairs=10), "embedded", "smoke")
     assert isinstance(embedded, SteeringExperiment) and embedded.fit.missing == "" and embedded.exact
     benign = embedded.prompts[embedded.prompts.suite.str.fullmatch(r"B\d")]
     assert (benign.log_odds < 0).any() and not benign.refused.any()
@@ -142,11 +142,12 @@ def test_words_of_neither_camp_are_no_refusal_and_greedy_labels_are_of_harmful_p
     assert "greedy" not in trial(embedded, PLAIN, plain, greedy=False)
 
 
-def test_where_prompts_are_costly_few_are_tried() -> None:
+@pytest.mark.parametrize(("profile", "effort"), [("full", experiments.COSTLY), ("smoke", experiments.SMOKE)])
+def test_where_prompts_are_costly_or_numbers_mean_nothing_few_are_tried(profile: str, effort: Effort) -> None:
     costly = replace(study.begin("embedded", "embedded", "m", pairs=10), is_costly=True)
-    tried = open_experiment(costly, "embedded")
+    tried = open_experiment(costly, "embedded", profile)
     sizes = tried.prompts.groupby(["split", "kind", "wrapped"]).size().groupby("split").max()
-    assert sizes.to_dict() == experiments.COSTLY_CAP
+    assert tried.effort == effort and sizes.to_dict() == effort.prompts
 
 
 @pytest.mark.parametrize(("openers", "says"), [({"T2b": None}, "no harmful request"), ({"T1": None}, "wrapper")])
@@ -183,7 +184,7 @@ def test_the_prompting_baseline_is_tried_and_c6_says_what_is_missing(fit: Fit, m
     left = replace(left, prompts=both, judge=lambda _, said: "refusal" if said.startswith("no") else "harmful", said={})
     monkeypatch.setattr(comparison, "builders", lambda n, few: {"prompting": lambda _: Steering("", system="please")})
     monkeypatch.setattr(trials, "shares_neutralised", lambda _, arms: dict.fromkeys(arms, Change(0.5, 0.4, 0.6, 9, 9)))
-    made = trials.run_trial(SimpleNamespace(subject=fit.subject, is_costly=True), left, quick=True)
+    made = trials.run_trial(left)
     assert set(made.answers) == {"prompting"} and "no adapter" in made.undefined["stronger adapter"]
     assert made.decisive == NotDefined(left.fit.missing) == trials.harm_at_equal_cost(made)
     row = trials.method_summary(made).set_index("method").loc["prompting"]

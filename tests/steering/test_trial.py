@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -25,7 +24,7 @@ from companion.stats.rates import Change
 from companion.steering import adasteer, budget, comparison, methods
 from companion.steering import trial as trials
 from companion.steering.comparison import DECISIVE, FIXED
-from companion.steering.experiment import PLAIN, SteeringExperiment, answer, prices, trial
+from companion.steering.experiment import FULL, PLAIN, SteeringExperiment, answer, prices, trial
 from companion.steering.extraction import Fit
 from companion.steering.trial import Trial, gate_firing
 
@@ -59,8 +58,7 @@ def made(fit: Fit, experiment: SteeringExperiment, monkeypatch: pytest.MonkeyPat
     tables["retrained"] = trial(lab, replace(PLAIN, name="retrained"), plain, greedy=False)
     tables["gated"] = tables["gated"].assign(repetition=np.arange(36) / 36)
     price = {name: prices(lab, one, free, own) for name, one in arms.items()}
-    study = SimpleNamespace(subject=fit.subject)
-    return Trial(study, on, on, (0.5, 1.0), arms, {}, arms, {"retrained": lab}, plain, tables, price)
+    return Trial(on, on, arms, {}, arms, {"retrained": lab}, plain, tables, price)
 
 
 def test_the_summary_has_both_limits_of_every_price_and_both_budgets(made: Trial) -> None:
@@ -172,9 +170,9 @@ def test_a_gate_opens_for_harm_and_its_firing_is_counted(fit: Fit, experiment: S
 
 
 def test_a_strength_is_chosen_unless_it_is_the_methods_own(experiment: SteeringExperiment) -> None:
-    on = evaluated(experiment, "validate", "on")
+    on = evaluated(replace(experiment, effort=replace(FULL, strengths=(0.5, 2.0))), "validate", "on")
     own, other = comparison.AS_PUBLISHED[0], "another"
-    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)}, (0.5, 2.0))
+    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)})
     assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
     chosen, curves = comparison.tuned(on, {})
     assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
@@ -220,13 +218,14 @@ def test_random_directions_follow_their_family(fit: Fit) -> None:
 
 
 def test_random_directions_spend_the_budget_of_the_tested_one(fit: Fit, experiment: SteeringExperiment) -> None:
-    on, noise = evaluated(experiment, "validate", "on"), np.random.default_rng(0).normal(size=fit.last["mlp_out"].shape)
+    on = evaluated(replace(experiment, effort=replace(FULL, draws=4)), "validate", "on")
+    noise = np.random.default_rng(0).normal(size=fit.last["mlp_out"].shape)
     fit = replace(fit, last={**fit.last, "mlp_out": fit.last["mlp_out"] + noise})
-    found = comparison.random_null(fit, towards_no("late", 1.0), on, on, 4)
+    found = comparison.random_null(fit, towards_no("late", 1.0), on, on)
     assert found.groupby(["family", "role"], sort=False).size().tolist() == [1, 4, 1, 4]
     assert found.value[found.role == "late"].tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
     assert (found.value[found.role == "random"].abs() < 1.01).all(), "none has more than its length along the mediator"
-    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on, 3)
+    none = comparison.random_null(fit, towards_no("shut", 1.0, shut), on, on)
     assert none.empty and steering.random_rows(none) == [], "what adds nothing has no random rivals"
 
 
