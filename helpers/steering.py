@@ -142,7 +142,7 @@ def write_evidence(made: Trial | NotDefined, same: SameBudget | NotDefined, lab:
         write_table(judged, results_dir(slug) / "06_judged.csv")
         print(labeller)
     if isinstance(lab, SteeringExperiment) and not lab.fit.missing:
-        extraction.save_directions(lab.fit.directions(), lab.fit, results_dir(slug) / "directions")
+        extraction.save_directions(lab.fit, results_dir(slug) / "directions")
     if isinstance(made, NotDefined) or isinstance(same, NotDefined):
         rows = evidence.not_defined(str(made if isinstance(made, NotDefined) else same))
     else:
