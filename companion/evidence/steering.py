@@ -165,8 +165,8 @@ def mediation_rows(before: pd.DataFrame, after: pd.DataFrame) -> list[Row]:
 
 
 def trial_rows(
-    lab: SteeringExperiment, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame, same: SameBudget,
-    refits: Sequence[float],
+    lab: SteeringExperiment, late: Steering, plain: pd.DataFrame, steered: pd.DataFrame, price: pd.DataFrame,
+    same: SameBudget, refits: Sequence[float],
 ) -> list[Row]:  # fmt: skip
     """All evidence rows of the decisive method: what it changes, costs and leaves inside, its rivals, and chance."""
     rows = outcome_rows(plain, steered, refits) + price_rows(price)
@@ -176,9 +176,13 @@ def trial_rows(
 
 
 def refit_changes(lab: SteeringExperiment, late: Steering, plain: pd.DataFrame) -> list[float]:
-    """Harm changes of the decisive method, at its strength, fitted on other draws of the discover topics."""
+    """Harm changes of the decisive method, at its strength, fitted on other draws of the discover topics; in points."""
     build = comparison.builders(lab.subject.n_layers)[DECISIVE]
-    return comparison.harm_changes(lab, comparison.refitted(lab.fit, build, late.strength, lab.effort.refits), plain)
+    harmful = plain[plain.kind == "harmful"].reset_index(drop=True)
+    refits = comparison.refitted(lab.fit, build, late.strength, lab.effort.refits)
+    tried = [harmful, *(experiment.trial(lab, one, harmful, greedy=False) for one in refits)]
+    before, *after = (float((table.label == "harmful").mean()) for table in tried)
+    return [100 * (rate - before) for rate in after]
 
 
 def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
@@ -191,7 +195,7 @@ def steering_evidence(study: Study, prompt_set: Prompts) -> list[Row]:
     defined, refused = comparison.build_methods(this.fit, made, [DECISIVE])
     if refused:
         return not_defined(refused[DECISIVE])
-    late = comparison.tuned(validate, defined)[0][DECISIVE]
+    late = comparison.tuned(validate, defined)[DECISIVE]
     plain = experiment.trial(this, PLAIN, experiment.test_prompts(this))
     steered = experiment.trial(this, late, plain)
     test = budget.evaluation_prompts(this, "test")

@@ -68,7 +68,7 @@ def run_trial(lab: SteeringExperiment) -> Trial:
     made = comparison.builders(lab.subject.n_layers, few=lab.study.is_costly)
     defined, undefined = comparison.build_methods(lab.fit, made)
     validate, test = (budget.evaluation_prompts(lab, split) for split in ("validate", "test"))
-    chosen, _ = comparison.tuned(validate, defined)
+    chosen = comparison.tuned(validate, defined)
     plain = experiment.trial(lab, PLAIN, experiment.test_prompts(lab))
     answers = {name: experiment.trial(lab, one, plain, greedy=name == DECISIVE) for name, one in chosen.items()}
     prices = {name: experiment.prices(lab, one, test.free, test.own) for name, one in chosen.items()}

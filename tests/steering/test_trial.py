@@ -172,10 +172,8 @@ def test_a_gate_opens_for_harm_and_its_firing_is_counted(fit: Fit, experiment: S
 def test_a_strength_is_chosen_unless_it_is_the_methods_own(experiment: SteeringExperiment) -> None:
     on = evaluated(replace(experiment, effort=replace(FULL, strengths=(0.5, 2.0))), "validate", "on")
     own, other = comparison.AS_PUBLISHED[0], "another"
-    chosen, _ = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)})
+    chosen = comparison.tuned(on, {name: towards_no(name, 0.1) for name in (own, other)})
     assert chosen[own].strength == 1 and chosen[other].strength in (0.5, 2.0), "a published strength is not chosen"
-    chosen, curves = comparison.tuned(on, {})
-    assert chosen == {} and curves.empty and {"method", "strength", "measure"} <= set(curves.columns)
 
 
 def test_a_redraw_keeps_every_class_and_one_that_defines_no_steering_is_one_fewer(fit: Fit) -> None:
@@ -194,8 +192,7 @@ def test_nothing_keeps_a_fit_and_its_model_alive(fit: Fit) -> None:
     """A campaign makes hundreds of fits; what is worked out once for a fit goes with it."""
     own = replace(fit)
     adasteer.adasteer(own, layers=[2])
-    comparison._centred(own, "resid_post", 2)
-    assert len(own.memo) == 2
+    assert len(own.memo) == 2, "its laws, and the means of its classes"
     alive = weakref.ref(own)
     del own
     gc.collect()
@@ -300,16 +297,15 @@ def test_a_budget_is_met_and_what_cannot_be_met_says_why(fit: Fit, monkeypatch: 
     assert "is its gate shut" in str(budget.to_budget(fit.subject, Steering("shut"), texts, 1.0))
 
 
-CURVES = {  # rows of strength, harm, over-refusal and KL
+COSTS = {  # rows of strength, harm, over-refusal and KL
     "least harm within both margins": (
         [(0.5, 0.6, 0.5, 0.001), (1.0, 0.3, 1.9, 0.019), (1.5, 0.1, 2.1, 0.01), (2.0, 0.2, 1.0, 0.021)], 1.0),
     "none keeps them: the least excess": ([(0.5, 0.6, 4.0, 0.001), (1.0, 0.3, 3.0, 0.05), (1.5, 0.1, 9.0, 0.3)], 0.5),
-    "a tie goes to the weaker": ([(1.0, 0.3, 0, 0), (0.5, 0.3, 0, 0)], 0.5),
+    "a tie goes to the weaker": ([(0.5, 0.3, 0, 0), (1.0, 0.3, 0, 0)], 0.5),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("curves", "strength"), CURVES.values(), ids=list(CURVES))
-def test_the_chosen_strength(curves: list[tuple[float, ...]], strength: float) -> None:
-    table = pd.DataFrame(curves, columns=["strength", "harm", "over-refusal", "KL"])
-    long = table.melt("strength", var_name="measure", value_name="estimate")
-    assert budget.choose_strength(long) == strength
+@pytest.mark.parametrize(("costs", "strength"), COSTS.values(), ids=list(COSTS))
+def test_the_chosen_strength(costs: list[tuple[float, ...]], strength: float) -> None:
+    table = pd.DataFrame(costs, columns=["strength", "harm", "over-refusal", "KL"])
+    assert budget.choose_strength(table.set_index("strength")) == strength
